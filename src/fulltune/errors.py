@@ -1,0 +1,59 @@
+"""What can go wrong, each with the exit code that tells a script which kind it was.
+
+Layer 0: imports nothing of ours, no torch, no transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FulltuneError(Exception):
+    """A problem that the user can understand and act on; shown without a traceback.
+
+    Args:
+        problems: One message, or all that were found at once. Each says where, what happened, what was expected and
+            what to do.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class RecipeError(FulltuneError):
+    """The recipe or an override is wrong: unknown key, wrong type, impossible pair."""
+
+    exit_code = 2
+
+
+class SetupError(FulltuneError):
+    """The surroundings are wrong: no such model, unwritable folder, run folder of another recipe, missing extra."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(FulltuneError):
+    """The run does not fit into memory or onto the disk."""
+
+    exit_code = 3
+
+
+class DataError(FulltuneError):
+    """The data were refused: missing, empty, broken or impossible to learn from."""
+
+    exit_code = 4
+
+
+class GuardStop(FulltuneError):
+    """A guard stopped the run: a loss that is not finite, weights that never moved, a process that died."""
+
+    exit_code = 5
+
+
+class InterruptedRun(FulltuneError):
+    """The user or the system interrupted the run; the same command continues it."""
+
+    exit_code = 75

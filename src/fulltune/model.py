@@ -1,0 +1,329 @@
+"""Find, check and load a pretrained model and its tokenizer; know its shapes without reading its weights.
+
+Layer 1. Weights come from safetensors or GGUF; pickled weights and remote code only by settings of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulltune.errors import SetupError
+from fulltune.recipe import ModelBlock
+from fulltune.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are: a folder or a Hub id, and the GGUF file in it if it is one."""
+
+    name_or_path: str
+    gguf_file: str | None = None
+    is_local: bool = True
+
+    def keywords(self, block: ModelBlock) -> dict[str, Any]:
+        """Arguments that every `from_pretrained` gets."""
+        given: dict[str, Any] = {"trust_remote_code": block.trust_remote_code}
+        if self.gguf_file:
+            given["gguf_file"] = self.gguf_file
+        if block.revision and not self.is_local:
+            given["revision"] = block.revision
+        return given
+
+
+class Shapes(Record):
+    """What the planning needs to know of a model."""
+
+    model_type: str
+    is_decoder: bool
+    num_parameters: int
+    num_tensors: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    position_limit: int | None
+    """Longest sequence the model can take, in tokens; None when it has no fixed limit."""
+
+
+def locate(block: ModelBlock) -> Source:
+    """Turn the recipe's `model` into a place.
+
+    Raises:
+        SetupError: When the place does not exist, is no model, or holds only pickled weights that are not allowed.
+    """
+    name = block.name
+    if name.startswith("package:"):
+        path = _package_path(name)
+    elif Path(name).is_absolute() or Path(name).exists():
+        path = Path(name)
+    else:
+        return Source(name, is_local=False)
+    if not path.exists():
+        raise SetupError(f"model: {name}: no such file or folder")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SetupError(f"model: {name}: expected a model folder or a .gguf file, found a file '{path.suffix}'")
+        if importlib.util.find_spec("gguf") is None:
+            raise SetupError(f"model: {name}: reading GGUF needs the package 'gguf'; pip install 'fulltune[gguf]'")
+        return Source(str(path.parent), gguf_file=path.name)
+    _check_folder(path, name, block)
+    return Source(str(path))
+
+
+def _package_path(name: str) -> Path:
+    package, _, inner = name.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise SetupError(
+            f"model: {name}: the Python package '{package}' is not installed; "
+            f"pip install {package.replace('_', '-')}"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / inner
+
+
+def _check_folder(path: Path, name: str, block: ModelBlock) -> None:
+    files = sorted(file.name for file in path.iterdir())
+    if "config.json" not in files:
+        ggufs = [file for file in files if file.endswith(".gguf")]
+        if ggufs:
+            raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
+        found = ", ".join(files[:5]) or "nothing"
+        raise SetupError(f"model: {name}: is no model folder: config.json is missing (found: {found})")
+    if not any(file.endswith(".safetensors") for file in files) and not block.allow_pickled_weights:
+        if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
+            raise SetupError(
+                f"model: {name}: holds only pickled weights, and unpickling can run foreign code; convert them to "
+                "safetensors, or set model.allow_pickled_weights: true if you trust their source"
+            )
+        raise SetupError(f"model: {name}: config.json is there but no weights (*.safetensors)")
+
+
+def load_config(block: ModelBlock, source: Source) -> PretrainedConfig:
+    """Read the model's config, or say why it cannot be read."""
+    from transformers import AutoConfig
+
+    return _reading(block, "config", lambda: AutoConfig.from_pretrained(source.name_or_path, **source.keywords(block)))
+
+
+def load_tokenizer(
+    block: ModelBlock, source: Source | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; one without a padding token pads with its end token (masked by the attention mask).
+
+    Args:
+        block: The recipe's model block.
+        source: Where the files are, when that is known already.
+        chat_template: Path of a Jinja file that replaces the tokenizer's own template.
+    """
+    from transformers import AutoTokenizer
+
+    source = source or locate(block)
+    tokenizer: PreTrainedTokenizerBase = _reading(
+        block,
+        "tokenizer",
+        lambda: AutoTokenizer.from_pretrained(source.name_or_path, **source.keywords(block)),
+    )
+    if tokenizer.pad_token_id is None:
+        replacement = tokenizer.eos_token or tokenizer.unk_token
+        if replacement is None:
+            raise SetupError(f"model: {block.name}: its tokenizer has no padding, end or unknown token to pad with")
+        tokenizer.pad_token = replacement
+    tokenizer.padding_side = "right"
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise SetupError(f"data.chat_template: {chat_template}: cannot be read: {error.strerror}") from None
+    return tokenizer
+
+
+def load(
+    block: ModelBlock,
+    auto_class: str,
+    config_changes: Mapping[str, Any],
+    *,
+    source: Source | None = None,
+    head_is_new: bool,
+) -> PreTrainedModel:
+    """Load the weights into a model with the task's head.
+
+    Args:
+        block: The recipe's model block; `dropout`, `weights_dtype` and `attn_implementation` are applied.
+        auto_class: Name of a class in transformers, for example `AutoModelForSequenceClassification`.
+        config_changes: Values set on the config, for example `id2label`.
+        source: Where the files are, when that is known already.
+        head_is_new: The task's head may be missing in the checkpoint and is then drawn at random.
+
+    Returns:
+        The model on CPU, in `weights_dtype`, in training mode off.
+
+    Raises:
+        SetupError: When the weights cannot be read or leave other parameters than the head's uninitialised.
+    """
+    import torch
+    import transformers
+
+    source = source or locate(block)
+    config = load_config(block, source)
+    changes = dict(config_changes)
+    if block.dropout is not None:
+        changes |= {key: block.dropout for key in dropout_names(config)}
+    for key, value in changes.items():
+        setattr(config, key, value)
+    keywords = source.keywords(block) | {"dtype": getattr(torch, _torch_dtype(block.weights_dtype)), "config": config}
+    if block.attn_implementation:
+        keywords["attn_implementation"] = block.attn_implementation
+    if not source.gguf_file:
+        keywords["use_safetensors"] = None if block.allow_pickled_weights else True
+    loader = getattr(transformers, auto_class)
+    with _quiet():
+        model, info = _reading(
+            block, "model", lambda: loader.from_pretrained(source.name_or_path, output_loading_info=True, **keywords)
+        )
+    _check_loaded(model, info, block, head_is_new)
+    _forget_gguf(model)
+    return model
+
+
+def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any]) -> Shapes:
+    """Count a model's parameters on the meta device: no weights are read, no memory is used."""
+    import torch
+    import transformers
+
+    source = locate(block)
+    config = load_config(block, source)
+    for key, value in config_changes.items():
+        setattr(config, key, value)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = _reading(block, "model", lambda: getattr(transformers, auto_class).from_config(config))
+    text = config.get_text_config()
+    return Shapes(
+        model_type=config.model_type,
+        is_decoder=is_decoder(config),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_tensors=sum(1 for _ in model.parameters()),
+        num_layers=getattr(text, "num_hidden_layers", 1) or 1,
+        hidden_size=getattr(text, "hidden_size", 0) or 0,
+        vocab_size=getattr(text, "vocab_size", 0) or 0,
+        position_limit=position_limit(config),
+    )
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Longest sequence in tokens; None when the config names no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # RoBERTa-like models start counting positions after the padding index.
+    if limit and config.model_type in {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet"}:
+        limit -= (config.pad_token_id or 0) + 1
+    return limit
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """True for models that read left to right, such as GPT-2 or Llama; False for encoders such as BERT."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return bool(getattr(config, "is_decoder", False))
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def dropout_names(config: PretrainedConfig) -> list[str]:
+    """Names of the config's dropout probabilities, for example `hidden_dropout_prob`, `attn_pdrop`."""
+    values = config.to_dict()
+    numbers = [key for key, value in values.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return [key for key in numbers if "dropout" in key or key.endswith("pdrop")] + [
+        key for key in ("classifier_dropout", "summary_first_dropout") if key in values and key not in numbers
+    ]
+
+
+def _torch_dtype(name: str) -> str:
+    return {"fp32": "float32", "bf16": "bfloat16"}[name]
+
+
+def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> None:
+    """Refuse a model whose body was not in the checkpoint: it would silently train from random weights."""
+    prefix = model.base_model_prefix
+    missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
+    body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}
+    refused = sorted(body if head_is_new else missing)
+    if refused:
+        raise SetupError(
+            f"model: {block.name}: its weights do not fit {type(model).__name__}: {len(refused)} tensors are missing, "
+            f"for example {refused[0]}; is it a model for another task?"
+        )
+    if missing:
+        _log.info("new weights, drawn at random: %s", ", ".join(sorted(missing)))
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Drop the marks of quantization from a model that was dequantised on loading.
+
+    transformers 5.24 refuses `save_pretrained` on them although the weights are plain tensors; delete this when it
+    clears them itself.
+    """
+    if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) is None:
+        return
+    if model.config.quantization_config.quant_method != "gguf":
+        raise SetupError(
+            f"model: {model.name_or_path}: is quantized ({model.config.quantization_config.quant_method}); "
+            "full fine-tuning needs plain weights"
+        )
+    del model.config.quantization_config
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+        if mark in vars(model):
+            delattr(model, mark)
+
+
+def _reading(block: ModelBlock, what: str, read: Any) -> Any:
+    """Run one of transformers' loaders and turn its errors into one line that says what to do."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            raise SetupError(
+                f"model: {block.name}: brings Python code of its own; read it, then set model.trust_remote_code: true"
+            ) from None
+        if isinstance(error, OSError) and not Path(block.name).exists() and not block.name.startswith("package:"):
+            raise SetupError(
+                f"model: {block.name}: no such folder, and the Hub could not provide it (offline, or no such id); "
+                "give a folder, a .gguf file, package:NAME/PATH or an id that is in the local cache"
+            ) from None
+        raise SetupError(f"model: {block.name}: its {what} cannot be read: {text[:300]}") from error
+
+
+class _quiet:
+    """Silence transformers' load report and progress bars, which we replace by our own checks and lines."""
+
+    def __enter__(self) -> None:
+        import transformers
+
+        self._verbosity = transformers.logging.get_verbosity()
+        self._bars = transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity(self._verbosity)
+        if self._bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,154 @@
+"""The straight line: data, plan, train, evaluate, report. Layer 3: the only place that knows all stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fulltune import data, evaluate, hardware, model, plan, report, run_folder
+from fulltune.errors import GuardStop, SetupError
+from fulltune.recipe import Recipe
+from fulltune.records import DataSummary, Outcome, Plan, Scores
+from fulltune.tasks import Target, Task, task_named
+from fulltune.train import Hooks, train
+from fulltune.train.arguments import check_extra
+
+Listener = Callable[[dict[str, Any]], None]
+Until = Literal["data", "plan", "train", "evaluate", "report"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe in its folder."""
+
+    recipe: Recipe
+    folder: Path
+    hooks: Hooks = Hooks()
+    listener: Listener = lambda event: None
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.recipe.task)
+
+    def phase(self, name: str) -> None:
+        self.listener({"kind": "phase", "name": name})
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What the stages gave, as far as they were asked to go."""
+
+    summary: DataSummary
+    plan: Plan | None = None
+    outcome: Outcome | None = None
+    scores: tuple[Scores, ...] = ()
+    report: Path | None = None
+
+
+def run(job: Run, until: Until = "report") -> Reached:
+    """Prepare, plan, train, evaluate and report.
+
+    Each stage writes files into the run folder and is skipped when they are there, so that the same call continues an
+    interrupted run.
+
+    Args:
+        job: The recipe, its run folder, the user's functions and who listens to progress.
+        until: The last stage to do.
+
+    Returns:
+        The records of all stages that were reached.
+
+    Raises:
+        FulltuneError: One of its kinds, each with its exit code.
+    """
+    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+        summary = prepare(job)
+        if until == "data":
+            return Reached(summary)
+        trial = make_plan(job, summary)
+        if until == "plan":
+            return Reached(summary, trial)
+        try:
+            outcome = train_trial(job, trial)
+        except GuardStop:
+            write_report(job)  # says what was seen and why there are no scores
+            raise
+        if until == "train":
+            return Reached(summary, trial, outcome)
+        scores = (*score_baselines(job, trial, summary), score_trial(job, trial, summary, outcome))
+        if until == "evaluate":
+            return Reached(summary, trial, outcome, scores)
+        return Reached(summary, trial, outcome, scores, write_report(job))
+
+
+def prepare(job: Run) -> DataSummary:
+    """The data stage: read, check, split and tokenise."""
+    job.phase("reading the data")
+    check_extra(job.recipe)
+    evaluate.check_extras(job.recipe)
+    source = model.locate(job.recipe.model)
+    config = model.load_config(job.recipe.model, source)
+    problem = job.task.check_model(config)
+    if problem is not None:
+        raise SetupError(f"model: {job.recipe.model.name}: {problem}")
+    tokenizer = model.load_tokenizer(job.recipe.model, source, job.recipe.data.chat_template)
+    summary = data.prepare(
+        job.recipe, job.folder / "data", job.task, tokenizer, model.position_limit(config), job.hooks.preprocess
+    )
+    job.listener({"kind": "data", "summary": summary})
+    return summary
+
+
+def make_plan(job: Run, summary: DataSummary) -> Plan:
+    """The plan stage: settle every number, with its reason."""
+    job.phase("planning")
+    machine = hardware.here()
+    source = model.locate(job.recipe.model)
+    tokenizer = model.load_tokenizer(job.recipe.model, source)
+    target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
+    shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, job.task.config_changes(target, tokenizer))
+    path = job.folder / "plan" / f"{job.recipe.method.kind}.json"
+    if path.exists():
+        # A resumed run keeps its numbers, even when memory or cores are others now.
+        trial = Plan.load(path)
+    else:
+        trial = plan.fit(job.recipe, shapes, summary, machine, hardware.disk_free_bytes(job.folder))
+        trial.save(path)
+        run_folder.environment(machine).save(job.folder / "environment.json")
+        resolved = [setting.model_dump(mode="json") for setting in trial.settings]
+        (job.folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    job.listener({"kind": "plan", "plan": trial})
+    return trial
+
+
+def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:
+    """What costs no training, on the same test rows: what the training has to beat."""
+    if not job.recipe.evaluate.baselines:
+        return []
+    job.phase("scoring the baselines")
+    return evaluate.baselines(job.recipe, trial, summary, job.folder)
+
+
+def train_trial(job: Run, trial: Plan) -> Outcome:
+    """The train stage."""
+    job.phase("starting the training process")
+    return train(job.recipe, trial, job.folder, job.hooks, job.listener)
+
+
+def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
+    """The trained model on the test rows."""
+    job.phase("scoring the trained model")
+    return evaluate.score(job.recipe, trial, summary, outcome, job.folder, job.hooks.metrics)
+
+
+def write_report(job: Run) -> Path:
+    """The report stage: from files alone."""
+    job.phase("writing the report")
+    path = report.write(job.folder)
+    model_folder = job.folder / "models" / job.recipe.method.kind
+    if model_folder.exists():
+        report.write_model_card(job.folder, model_folder)
+    return path

@@ -1,0 +1,58 @@
+"""Defaults that depend on the model and the data, each with the reason that the report shows.
+
+Sources: Devlin et al. 2018 (BERT: 2e-5 to 5e-5, batch 16 to 32); Mosbach et al. 2020, arXiv 2006.04884 (small data: 2e-5,
+warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: full fine-tuning at a
+tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on Banking77 (2e-4; see docs/log.md).
+"""
+
+from __future__ import annotations
+
+Chosen = tuple[float, str]
+
+
+def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
+    """Peak rate for AdamW with all parameters trained: the larger the model, the lower."""
+    millions = num_parameters / 1e6
+    size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
+    if is_decoder:
+        table = ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6))
+    else:
+        table = ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5))
+    rate = next(rate for most, rate in table if millions <= most)
+    return rate, f"a usual rate for {'decoders' if is_decoder else 'encoders'} of this size ({size})"
+
+
+def num_train_epochs(task: str, num_rows: int) -> Chosen:
+    """Passes over the rows: few rows need more of them."""
+    if task == "causal-lm":
+        return (3.0, "few rows (below 10,000)") if num_rows < 10_000 else (2.0, "10,000 rows or more")
+    if num_rows < 2_000:
+        return 10.0, "few rows (below 2,000): encoders gain from longer training"
+    if num_rows < 10_000:
+        return 5.0, "2,000 to 10,000 rows"
+    return 3.0, "10,000 rows or more"
+
+
+def warmup_ratio(task: str) -> Chosen:
+    """Share of the steps with a rising rate."""
+    if task == "causal-lm":
+        return 0.03, "usual for language models"
+    return 0.1, "a fresh head needs a gentle start"
+
+
+def micro_batch_size(global_batch_size: int, num_processes: int, row_bytes: int, available_bytes: int) -> Chosen:
+    """The largest divisor of the global batch whose activations fit into half of the free memory.
+
+    Args:
+        global_batch_size: Examples per optimizer step over all processes.
+        num_processes: Processes that share it.
+        row_bytes: Activation bytes of one row at the longest length.
+        available_bytes: Free memory per process, after weights, gradients and optimizer state.
+    """
+    share = max(1, global_batch_size // num_processes)
+    fitting = [size for size in range(1, share + 1) if share % size == 0 and size * row_bytes <= available_bytes / 2]
+    if not fitting:
+        return 1, "the smallest possible: memory is short"
+    if fitting[-1] == share:
+        return share, "the whole global batch fits"
+    return fitting[-1], "the largest divisor of the global batch whose activations fit into half of the free memory"

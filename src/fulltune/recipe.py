@@ -1,0 +1,274 @@
+"""The recipe: every setting a user can give, with its meaning, default and bound on its field.
+
+Layer 0: no torch, no transformers. A validator may refuse a value and never changes one; what is left out is filled in
+by the plan, which records why. `docs/recipe.md` is generated from these fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TaskName = Literal["text-classification", "causal-lm"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Interval = Literal["epoch", "steps"]
+
+
+class Block(BaseModel):
+    """Base of all blocks: frozen, unknown keys refused, the string under a field is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelBlock(Block):
+    """Which pretrained model, and how its weights are read."""
+
+    name: str = Field(min_length=1)
+    """A Hub id, a folder, a `.gguf` file, or `package:NAME/PATH` for weights that an installed Python package carries."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which the weights are kept and updated. bf16 halves the memory but loses small updates: at a learning
+    rate of 1e-5 most of them round to nothing."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Sets every dropout probability in the model's config; left out, the config's own values stay."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; left out, transformers chooses."""
+    trust_remote_code: bool = False
+    """Runs Python files that come with the model. They can do anything your account can do: read them first."""
+    allow_pickled_weights: bool = False
+    """Reads `pytorch_model.bin`. PyTorch's restricted loader is used, yet pickle has a history of holes: prefer
+    safetensors."""
+
+
+class DataBlock(Block):
+    """Which rows, which columns, and how they become tokens."""
+
+    train: str | tuple[str, ...]
+    """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow. `${NAME}` is taken from the environment; a
+    relative path starts at the recipe's folder."""
+    eval: str | None = None
+    """Rows for choosing: best checkpoint, early stopping, calibration. Left out, they are split off train."""
+    test: str | None = None
+    """Rows for reporting, never used for choosing. Left out, they are split off train."""
+    text: str | None = None
+    """Column with the text (text-classification). Found by itself when left out, like the other columns."""
+    text_pair: str | None = None
+    """Column with a second text, for sentence pairs."""
+    label: str | None = None
+    """Column with the target: a class name, a list of class names, or a number."""
+    prompt: str | None = None
+    """Column with the prompt (causal-lm); not trained."""
+    completion: str | None = None
+    """Column with the answer (causal-lm); trained."""
+    messages: str | None = None
+    """Column with a list of chat messages (causal-lm): assistant turns are trained, everything else is not."""
+    tools: str | None = None
+    """Column with the tool definitions that belong to `messages`."""
+    problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
+    """What the label column holds. auto: lists are multi_label, fractional numbers regression, else single_label."""
+    chat_template: str | None = None
+    """Path of a Jinja file, for models whose tokenizer brings no chat template."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Longest row in tokens. Left out: the longest row, at most the model's limit and at most 512 (classification)
+    or 2048 (causal-lm)."""
+    truncation_strategy: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a longer row. A row whose whole answer would be cut off is always left out and listed."""
+    eval_fraction: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of the train file that becomes eval rows when `eval` is not given (at most 2,000 rows)."""
+    test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of the train file that becomes test rows when `test` is not given (at most 2,000 rows)."""
+    split_seed: int = Field(default=42, ge=0)
+    """Seed of that split; independent of `train.seed`, so that trials with other seeds see the same rows."""
+    max_rows: int | None = Field(default=None, ge=10)
+    """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
+
+
+class FullMethod(Block):
+    """Train every parameter."""
+
+    kind: Literal["full"]
+    learning_rate: float | None = Field(default=None, gt=0, lt=1)
+    """Peak learning rate. Left out, chosen by model family and size."""
+    layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each layer below the head learns this much slower than the one above it; 0.8 to 0.95 can help encoders with few
+    rows. 1: the same rate everywhere."""
+
+
+class TrainBlock(Block):
+    """The training loop, by the names of `transformers.TrainingArguments`."""
+
+    num_train_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the train rows. Left out, chosen by task and number of rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; wins over `num_train_epochs`, which must then be left out."""
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Examples per optimizer step over all devices. Accumulation follows from it."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Examples per device and forward pass; divides the global batch. Smaller needs less memory, same result."""
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0 to its peak."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """The same as a number of steps; give one of the two."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
+    ] = "linear"
+    """How the learning rate falls after the warm-up."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Further arguments of the schedule, for example `{min_lr_rate: 0.1}`."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's weight decay; norms and biases are left out."""
+    optim: str = "adamw_torch_fused"
+    """Any optimizer name that transformers knows."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's running mean of gradients."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's running mean of squared gradients."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Keeps AdamW's division away from zero."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target's probability spread over the other classes or tokens."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of the new head's weights, of dropout and of the order of the rows."""
+    precision: Precision = "auto"
+    """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    group_by_length: bool = True
+    """Rows of similar length share a micro batch: less padding, and the global batches stay random."""
+    eval_strategy: Interval = "epoch"
+    """When the eval rows are scored and a checkpoint is saved: after each epoch or every `eval_steps`."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Steps between two evaluations, with `eval_strategy: steps`."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Further checkpoints every so many steps, so that an interrupted run loses less."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints kept besides the best one."""
+    load_best_model_at_end: bool = True
+    """Keep the weights with the best eval metric, not the last ones."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a better eval metric."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """How much better counts as better."""
+    logging_steps: int | None = Field(default=None, ge=1)
+    """Steps between two lines of `metrics.jsonl`. Left out: about 200 lines over the run."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio` ..."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: CUDA when there is a GPU, else CPU."""
+    num_processes: int = Field(default=1, ge=1)
+    """Processes that share each global batch: one per GPU, or several on CPU (gloo)."""
+    extra: dict[str, Any] = {}
+    """Any other field of `transformers.TrainingArguments`; fields that fulltune sets itself are refused."""
+
+    @model_validator(mode="after")
+    def _pairs_must_agree(self) -> TrainBlock:
+        problems = []
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            problems.append("max_steps and num_train_epochs are both given; remove one")
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            problems.append("warmup_ratio and warmup_steps are both given; remove one")
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            problems.append("eval_strategy is 'steps' but eval_steps is missing; add for example 'eval_steps: 100'")
+        if self.eval_strategy == "epoch" and self.eval_steps is not None:
+            problems.append("eval_steps is given but eval_strategy is 'epoch'; set 'eval_strategy: steps'")
+        if self.global_batch_size and self.micro_batch_size:
+            per_pass = self.micro_batch_size * self.num_processes
+            if self.global_batch_size % per_pass:
+                times = f" x num_processes {self.num_processes}" if self.num_processes > 1 else ""
+                problems.append(
+                    f"global_batch_size: {self.global_batch_size} is not a multiple of micro_batch_size "
+                    f"{self.micro_batch_size}{times}"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class EvaluateBlock(Block):
+    """How the result is measured, on rows that were never used for choosing."""
+
+    metric: str | None = None
+    """The metric that chooses the best checkpoint and heads the report. Left out: accuracy, f1_micro (multi_label),
+    spearman (regression) or loss (causal-lm)."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Rows per forward pass. Left out: twice the micro batch."""
+    baselines: bool = True
+    """Also score what costs no training: the majority class and frozen embeddings, or the untouched language model."""
+    bootstrap_samples: int = Field(default=1000, ge=100)
+    """Resamples of the test rows behind each interval."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Level of the intervals."""
+    generate_rows: int = Field(default=100, ge=0)
+    """Test rows for which answers are generated and compared (causal-lm); 0: none."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest generated answer, in tokens."""
+
+
+class Recipe(Block):
+    """A whole run: model, task, data, method, training, evaluation, output."""
+
+    model: ModelBlock
+    """The pretrained model; a plain string is short for `{name: ...}`."""
+    task: TaskName
+    """What is learned."""
+    data: DataBlock
+    method: FullMethod = FullMethod(kind="full")
+    """How the parameters are trained."""
+    train: TrainBlock = TrainBlock()
+    evaluate: EvaluateBlock = EvaluateBlock()
+    output: str = "runs"
+    """Folder in which each run gets a folder of its own; relative to the recipe's folder."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Beginning of the run folder's name; left out, the recipe file's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_short_model(cls, values: Any) -> Any:
+        """`model: NAME` is short for `model: {name: NAME}`."""
+        if isinstance(values, dict) and isinstance(values.get("model"), str):
+            return {**values, "model": {"name": values["model"]}}
+        return values
+
+    def fingerprint(self) -> str:
+        """Hash of all settings that shape a run: two recipes with the same one continue each other's run."""
+        settings = self.model_dump(mode="json", exclude={"output", "name"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def train_files(self) -> tuple[str, ...]:
+        return (self.data.train,) if isinstance(self.data.train, str) else self.data.train
+
+
+def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
+    """Make the recipe's relative paths absolute; a Hub id or a `package:` name stays as it is.
+
+    Args:
+        recipe: A recipe as read from a file.
+        base: The recipe's folder.
+    """
+
+    def absolute(path: str) -> str:
+        if path.startswith("package:"):
+            return path
+        return str((base / Path(path).expanduser()).resolve())
+
+    data = recipe.data
+    update: dict[str, Any] = {"train": tuple(absolute(path) for path in recipe.train_files())}
+    for key in ("eval", "test", "chat_template"):
+        if (value := getattr(data, key)) is not None:
+            update[key] = absolute(value)
+    name = recipe.model.name
+    local = base / Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or local.exists()
+    model = recipe.model
+    if looks_like_path and not name.startswith("package:"):
+        model = model.model_copy(update={"name": absolute(name)})
+    return recipe.model_copy(
+        update={"data": data.model_copy(update=update), "model": model, "output": absolute(recipe.output)}
+    )

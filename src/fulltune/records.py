@@ -1,0 +1,275 @@
+"""What the stages hand to each other and write to disk: frozen records, one JSON file each.
+
+Layer 0: imports nothing of ours but errors, no torch, no transformers. Sizes are in bytes, times in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """A frozen record that knows how to write itself to disk and read itself back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def save(self, path: Path) -> None:
+        """Write the record as JSON; a reader sees the old file or the new one, never half of it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(self.model_dump_json(indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a record that `save` wrote."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+class Setting(Record):
+    """One value that the run used, and why it has this value."""
+
+    name: str
+    """Dotted name as in the recipe, for example `train.global_batch_size`."""
+    value: Any
+    reason: str
+    """Why: `from the recipe`, or the rule that chose it."""
+    chosen: bool
+    """True when fulltune filled it in, False when the recipe gave it."""
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+
+class Segment(Record):
+    """A piece of a decoded row: tokens that are trained, or tokens that are only read."""
+
+    text: str
+    trained: bool
+
+
+class Preview(Record):
+    """A row as the model sees it, decoded from its tokens."""
+
+    segments: tuple[Segment, ...]
+    label: str | None = None
+    """The target in words, for tasks whose target is not text."""
+
+
+class SplitSummary(Record):
+    """Counts of one split (train, eval or test) after checking."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    """Tokens that carry a loss; for classifiers, rows."""
+    truncated_rows: int
+    dropped_rows: int
+    length_percentiles: dict[str, int]
+    """Tokens per row: keys `p50`, `p95`, `max`."""
+    label_counts: dict[str, int] = {}
+
+
+class DataSummary(Record):
+    """What the data stage made: three splits that never mix."""
+
+    task: str
+    problem_type: Literal["single_label", "multi_label", "regression", "prompt_completion", "chat"]
+    columns: dict[str, str]
+    """Role (`text`, `label`, `prompt` ...) to column name in the user's files."""
+    labels: tuple[str, ...] = ()
+    """Class names; position = class id. Empty for regression and text generation."""
+    joint: str = ""
+    """Text put between prompt and completion."""
+    max_length: int
+    max_length_reason: str
+    splits: dict[Literal["train", "eval", "test"], SplitSummary]
+    sources: dict[str, str]
+    """Split to where its rows came from, in words."""
+    dropped: dict[str, int] = {}
+    """Reason to number of rows left out; the rows are in `data/dropped.jsonl`."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing: duplicates found, labels seen in one split only ..."""
+    previews: tuple[Preview, ...] = ()
+    fingerprint: str
+    """Hash of the files' content and of every setting that shapes the rows."""
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------
+
+
+class StateBytes(Record):
+    """Bytes that exist between two steps, whatever the batch; activations come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+class Plan(Record):
+    """All numbers of one trial, each with its reason in `settings`."""
+
+    trial: str
+    """For example `full-seed42`."""
+    method: str
+    seed: int
+    learning_rate: float
+    layerwise_lr_decay: float
+    num_train_epochs: float
+    total_steps: int
+    warmup_steps: int
+    lr_scheduler_type: str
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    eval_batch_size: int
+    device: str
+    precision: Literal["fp32", "bf16", "fp16"]
+    weights_dtype: Literal["fp32", "bf16"]
+    activation_checkpointing: bool
+    eval_steps: int
+    """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
+    save_steps: int
+    logging_steps: int
+    metric: str
+    greater_is_better: bool
+    num_parameters: int
+    num_trainable_parameters: int
+    state: StateBytes
+    settings: tuple[Setting, ...]
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+OutcomeStatus = Literal["done", "interrupted", "stopped_by_guard", "out_of_memory", "disk_full", "error", "killed", "crashed"]
+
+
+class Check(Record):
+    """One line of the table that is printed before step 1."""
+
+    name: str
+    result: str
+    passed: bool
+
+
+class Moved(Record):
+    """Which parameters training changed, counted against the weights before step 1."""
+
+    num_tensors_with_gradient: int
+    num_tensors_moved: int
+    num_values_with_gradient: int
+    num_values_moved: int
+    unmoved_tensors: tuple[str, ...] = ()
+    """Names of tensors that received a gradient and did not change (at most 20)."""
+
+    @property
+    def share(self) -> float:
+        """Share of the values that received a gradient and changed, 0 to 1."""
+        return self.num_values_moved / max(1, self.num_values_with_gradient)
+
+
+class Outcome(Record):
+    """How an attempt ended."""
+
+    status: OutcomeStatus
+    reason: str
+    trial: str
+    attempt: int
+    steps: int = 0
+    best_step: int | None = None
+    best_metric: float | None = None
+    moved: Moved | None = None
+    checks: tuple[Check, ...] = ()
+    train_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    model_folder: str | None = None
+    """Relative to the run folder."""
+    log_tail: tuple[str, ...] = ()
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+
+class Estimate(Record):
+    """A metric on the test rows with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Calibration(Record):
+    """How far the probabilities can be believed; the temperature is fitted on the eval rows."""
+
+    temperature: float
+    expected_calibration_error: float
+    expected_calibration_error_scaled: float
+    """After dividing the logits by the temperature."""
+
+
+class Confusion(Record):
+    """Counts of test rows: true label (row) by predicted label (column)."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+class Answer(Record):
+    """One test row and what a model said to it."""
+
+    text: str
+    expected: str
+    predicted: str
+    loss: float | None = None
+
+
+class Scores(Record):
+    """One model, or one baseline, on the test rows."""
+
+    name: str
+    """`majority class`, `nearest centroid (frozen)`, `before training`, or the trial's name."""
+    kind: Literal["baseline", "untouched", "trained"]
+    rows: int
+    metrics: dict[str, Estimate]
+    main_metric: str
+    greater_is_better: bool
+    confidence: float
+    seconds: float = 0.0
+    calibration: Calibration | None = None
+    confusion: Confusion | None = None
+    worst: tuple[Answer, ...] = ()
+    """The rows with the highest loss among the wrong ones, highest first."""
+    answers: tuple[Answer, ...] = ()
+    """For text generation: the first test rows and what was generated."""
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------
+
+
+class Environment(Record):
+    """Where and with what a run was made."""
+
+    started: str
+    """ISO 8601 with time zone."""
+    fulltune: str
+    python: str
+    platform: str
+    packages: dict[str, str]
+    cpu: str
+    num_cores: int
+    memory_bytes: int
+    devices: tuple[str, ...]
+    commit: str | None = None

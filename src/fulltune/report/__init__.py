@@ -1,0 +1,65 @@
+"""Run folder to report: `report.md`, `report.html` and the model's card, made from the files in the folder alone.
+
+Layer 2, imports layer 0 (errors, records) and jinja2; no torch, no numpy, no drawing library.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fulltune.report import words
+from fulltune.report.card import card
+from fulltune.report.content import build
+from fulltune.report.html import page
+from fulltune.report.markdown import markdown
+from fulltune.report.read import read_run
+
+__all__ = ["write", "write_model_card"]
+
+
+def write(folder: Path) -> Path:
+    """Write `report.md` and `report.html` into a run folder.
+
+    The run may have ended anywhere: what is missing is named in the report, with the reason.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        SetupError: If the folder does not exist or is not a run folder.
+
+    Example:
+        >>> write(Path("runs/banking77-2026-11-24-1530"))  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    report = build(read_run(folder))
+    _replace(folder / "report.md", markdown(report))
+    target = folder / "report.html"
+    _replace(target, page(report))
+    return target
+
+
+def write_model_card(folder: Path, model_folder: Path) -> None:
+    """Write `README.md` beside the trained weights.
+
+    Args:
+        folder: The run folder.
+        model_folder: The model's folder; created when it is not there.
+
+    Raises:
+        SetupError: If `folder` does not exist or is not a run folder.
+    """
+    model_folder = Path(model_folder)
+    text = card(read_run(folder), model_folder)
+    model_folder.mkdir(parents=True, exist_ok=True)
+    _replace(model_folder / "README.md", text)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(words.harmless(text), encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,226 @@
+"""Sections about the training: curves, facts, memory, settings, recipe, environment."""
+
+from __future__ import annotations
+
+from fulltune.records import Moved, Outcome, Plan
+from fulltune.report import words
+from fulltune.report.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Code,
+    Facts,
+    Figure,
+    Figures,
+    Folded,
+    Paragraph,
+    Row,
+    Section,
+    Table,
+    unless_empty,
+)
+from fulltune.report.curves import curve_in_words, learning_curve
+from fulltune.report.read import RunView
+
+_TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
+_JOURNAL_OPEN = 10
+
+
+def curves(view: RunView) -> Section | None:
+    """What was measured while training, one drawing per series."""
+    blocks: list[Block] = []
+    for trial in view.trials:
+        figures = _curves_of(view, trial)
+        if not figures:
+            continue
+        restarts = view.history_of(trial).restarts
+        drawn: list[Block] = [Figures(figures)]
+        if restarts:
+            at = words.listed([words.count(step) for step in restarts])
+            drawn.append(
+                Paragraph(f"One curve over {len(restarts) + 1} attempts; tick on the axis: continued, at step {at}.")
+            )
+        first = not blocks
+        blocks += drawn if first else [Folded(f"the same for {trial}", tuple(drawn))]
+    return unless_empty("Learning curves", blocks)
+
+
+def _curves_of(view: RunView, trial: str) -> tuple[Figure, ...]:
+    history, outcome = view.history_of(trial), view.outcome_of(trial)
+    kept = outcome.best_step if outcome else None
+    drawn = [(name, _TRAIN_TITLES[name], points, None) for name, points in history.train.items()]
+    scored = [
+        (name, f"{words.metric_name(name)} on the eval rows", points, kept)
+        for name, points in history.evaluation.items()
+    ]
+    return tuple(
+        Figure(learning_curve(title, points, name, step, history.restarts), title, curve_in_words(points, name, step))
+        for name, title, points, step in (*drawn, *scored)
+    )
+
+
+def training(view: RunView) -> Section | None:
+    """How every attempt ended, what it cost, what it changed, and what happened on the way."""
+    blocks: list[Block] = []
+    if view.attempts:
+        blocks.append(_attempts(view))
+    for trial in view.trials:
+        outcome = next((attempt.outcome for attempt in reversed(view.attempts_of(trial)) if attempt.outcome), None)
+        if outcome is None:
+            continue
+        shown = _facts(outcome, view.plan_of(trial))
+        first = not any(isinstance(block, Facts) for block in blocks)
+        blocks += shown if first else [Folded(f"the same for {trial}", tuple(shown))]
+    blocks += _journal(view)
+    return unless_empty("Training", blocks)
+
+
+def _attempts(view: RunView) -> Table:
+    header = ("attempt", "status", "steps", "training time", "tokens/s", "peak memory", "why it ended")
+    rows: list[Row] = []
+    for attempt in view.attempts:
+        outcome = attempt.outcome
+        if outcome is None:
+            rows.append((attempt.name, "no outcome", *("-",) * 4, "its process wrote no outcome.json"))
+            continue
+        rows.append(
+            (
+                attempt.name,
+                outcome.status.replace("_", " "),
+                words.count(outcome.steps),
+                words.duration(outcome.train_seconds),
+                words.number(outcome.tokens_per_second) if outcome.tokens_per_second else "-",
+                words.size(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-",
+                Cell(outcome.reason, foreign=True),
+            )
+        )
+    return Table("Attempts; each is a fresh process", header, tuple(rows), numeric=frozenset(range(2, 6)))
+
+
+def _facts(outcome: Outcome, plan: Plan | None) -> list[Block]:
+    facts = []
+    if plan:
+        facts.append(
+            (
+                "parameters",
+                f"{words.count(plan.num_trainable_parameters)} trained of {words.count(plan.num_parameters)}",
+            )
+        )
+    if outcome.best_step is not None:
+        best = "" if outcome.best_metric is None else f", {_best(outcome.best_metric, plan)} on the eval rows"
+        facts.append(("weights kept from", f"step {words.count(outcome.best_step)}{best}"))
+    if outcome.moved:
+        facts += _moved(outcome.moved)
+    blocks: list[Block] = [Facts(tuple(facts))] if facts else []
+    if outcome.moved and outcome.moved.unmoved_tensors:
+        names = ", ".join(outcome.moved.unmoved_tensors)
+        blocks.append(Paragraph(f"Received a gradient and did not change (at most 20 are named): {names}"))
+    if outcome.checks:
+        rows = tuple((check.name, "passed" if check.passed else "FAILED", check.result) for check in outcome.checks)
+        blocks.append(Table(f"Checks before step 1 of attempt {outcome.attempt}", ("check", "verdict", "found"), rows))
+    if outcome.log_tail and outcome.status != "done":
+        log = "\n".join(outcome.log_tail)
+        blocks.append(Folded("the last lines of its log", (Code(log),)))
+    return blocks
+
+
+def _best(value: float, plan: Plan | None) -> str:
+    return f"{words.metric_name(plan.metric)} {words.metric(plan.metric, value)}" if plan else words.number(value)
+
+
+def _moved(moved: Moved) -> list[tuple[str, str]]:
+    return [
+        (
+            "parameter values that moved",
+            f"{words.share(moved.share)} ({words.count(moved.num_values_moved)} of "
+            f"{words.count(moved.num_values_with_gradient)} that received a gradient)",
+        ),
+        (
+            "parameter tensors that moved",
+            f"{words.count(moved.num_tensors_moved)} of {words.count(moved.num_tensors_with_gradient)}",
+        ),
+    ]
+
+
+def _journal(view: RunView) -> list[Block]:
+    rows = tuple(
+        (
+            attempt.name,
+            str(line.get("time", "-")),
+            str(line.get("event", "-")),
+            Cell(str(line.get("detail", "")), foreign=True),
+        )
+        for attempt in view.attempts
+        for line in attempt.journal
+    )
+    if not rows:
+        return []
+    table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
+    return [table] if len(rows) <= _JOURNAL_OPEN else [Folded(f"journal of {len(rows)} events", (table,))]
+
+
+def memory(view: RunView) -> Section | None:
+    """Bytes of weights, gradients and optimizer state, by the plan."""
+    rows = tuple(
+        (
+            plan.trial,
+            words.size(plan.state.weights),
+            words.size(plan.state.gradients),
+            words.size(plan.state.optimizer),
+            words.size(plan.state.total),
+            _measured_peak(view, plan.trial),
+        )
+        for plan in view.plans
+    )
+    if not rows:
+        return None
+    header = ("trial", "weights", "gradients", "optimizer", "state in all", "measured peak")
+    caption = "Planned state between two steps; activations come on top and are part of the measured peak"
+    return Section("memory", "Memory", (Table(caption, header, rows, numeric=frozenset(range(1, 6))),))
+
+
+def _measured_peak(view: RunView, trial: str) -> str:
+    peaks = [attempt.outcome.peak_memory_bytes for attempt in view.attempts_of(trial) if attempt.outcome]
+    return words.size(max(peaks)) if any(peaks) else "-"
+
+
+def settings(view: RunView) -> Section | None:
+    """Every setting with its value, who chose it and why."""
+    blocks: list[Block] = []
+    for plan in view.plans:
+        rows = tuple(
+            (
+                setting.name,
+                Cell(words.setting_value(setting.value), foreign=True),
+                "fulltune" if setting.chosen else "recipe",
+                setting.reason,
+            )
+            for setting in plan.settings
+        )
+        if rows:
+            table = Table(f"Settings of {plan.trial}", ("setting", "value", "chosen by", "reason"), rows)
+            blocks.append(Folded(f"settings of {plan.trial}", (table,)) if blocks else table)
+    if view.recipe_text is not None:
+        blocks.append(Folded("the recipe as it was given", (Code(view.recipe_text, "yaml"),)))
+    return unless_empty("Settings", blocks)
+
+
+def environment(view: RunView) -> Section | None:
+    """Where and with what the run was made."""
+    found = view.environment
+    if found is None:
+        return None
+    facts = Facts(
+        (
+            ("started", found.started),
+            ("fulltune", found.fulltune + (f", commit {found.commit}" if found.commit else "")),
+            ("Python", found.python),
+            ("platform", found.platform),
+            ("processor", f"{found.cpu}, {words.counted(found.num_cores, 'core')}"),
+            ("memory", words.size(found.memory_bytes)),
+            ("devices", words.listed(found.devices) or "none besides the processor"),
+        )
+    )
+    packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(found.packages.items())))
+    blocks: tuple[Block, ...] = (facts, Folded("package versions", (packages,))) if found.packages else (facts,)
+    return Section("environment", "Environment", blocks)

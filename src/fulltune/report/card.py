@@ -1,0 +1,160 @@
+"""The trained model's card: a README.md that the Hub understands and that names no folder of this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fulltune.records import Plan, Scores
+from fulltune.report import words
+from fulltune.report.about_scores import calibration_in_words
+from fulltune.report.content import loading_code, main_trial
+from fulltune.report.markdown import escaped, fenced, table
+from fulltune.report.read import RunView
+from fulltune.report.verdict import judge
+
+_PIPELINES = {"text-classification": "text-classification", "causal-lm": "text-generation"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors")
+
+
+def card(view: RunView, model_folder: Path) -> str:
+    """Write the card's text.
+
+    Args:
+        view: The run.
+        model_folder: Where the model lies; tells which trial it is.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    trial = _trial_of(view, model_folder)
+    plan = view.plan_of(trial) if trial else None
+    scores = next((row for row in view.trained if row.name == trial), None)
+    parts = [
+        _front_matter(view),
+        f"# {escaped(view.name)}",
+        f"{escaped(words.file_name(view.model))} with all parameters fine-tuned by fulltune, for {view.task}.",
+        *_data(view),
+        *_metrics(view, scores),
+        *(_training(view, plan) if plan else ()),
+        *_versions(view),
+        "## How to load",
+        fenced(loading_code(model_folder.name, view.task), "python"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def base_model(view: RunView) -> str | None:
+    """The Hub id of the model that was trained; None for a folder, a file or a package.
+
+    Only the plan is asked: there a relative folder has become an absolute path, so that it cannot pass for a Hub id.
+    """
+    names = [
+        setting.value for plan in view.plans for setting in plan.settings if setting.name in ("model", "model.name")
+    ]
+    found = next((name for name in names if isinstance(name, str)), "")
+    return found if _HUB_ID.fullmatch(found) and not found.endswith(".gguf") else None
+
+
+def _trial_of(view: RunView, model_folder: Path) -> str | None:
+    """The trial whose outcome names this folder, else the one of the report's headline."""
+    for attempt in view.attempts:
+        named = attempt.outcome.model_folder if attempt.outcome else None
+        if named and (view.folder / named).resolve() == model_folder.resolve():
+            return attempt.trial
+    return main_trial(view)
+
+
+def _front_matter(view: RunView) -> str:
+    # A JSON string is a YAML string: no YAML library is needed to write four keys.
+    lines = ["---", "library_name: transformers"]
+    if base := base_model(view):
+        lines.append(f"base_model: {json.dumps(base)}")
+    if pipeline := _PIPELINES.get(view.task):
+        lines.append(f"pipeline_tag: {pipeline}")
+    return "\n".join([*lines, "tags:", "- fulltune", "---"])
+
+
+def _data(view: RunView) -> list[str]:
+    if view.summary is None:
+        return []
+    rows = [(split, words.count(found.rows), words.count(found.tokens)) for split, found in view.summary.splits.items()]
+    parts = ["## Data", table(("split", "rows", "tokens"), rows, frozenset({1, 2}))]
+    files = dict.fromkeys(_data_files(view))
+    if files:
+        longest = words.counted(view.summary.max_length, "token")
+        parts.append(f"From {escaped(words.listed(list(files)))}. Longest row: {longest}.")
+    if view.summary.labels:
+        labels = ", ".join(words.named(label) for label in view.summary.labels)
+        parts.append(f"{len(view.summary.labels)} labels: {escaped(words.clipped(labels, 2000))}")
+    return parts
+
+
+def _data_files(view: RunView) -> list[str]:
+    values: list[Any] = []
+    for plan in view.plans[:1]:
+        for setting in plan.settings:
+            if setting.name in ("data.train", "data.eval", "data.test"):
+                values += setting.value if isinstance(setting.value, list | tuple) else [setting.value]
+    return [words.file_name(value) for value in values if isinstance(value, str)]
+
+
+def _metrics(view: RunView, scores: Scores | None) -> list[str]:
+    if scores is None:
+        return ["## Metrics", "This model was not scored on test rows."]
+    rows = [
+        (words.metric_name(name), words.metric(name, found.value), words.interval(name, found))
+        for name, found in scores.metrics.items()
+    ]
+    level = f"{100 * scores.confidence:g}% interval"
+    untrained = [row for row in view.scores if row.kind != "trained"]
+    parts = [
+        "## Metrics",
+        f"On {words.counted(scores.rows, 'test row')}, which were never used for choosing:",
+        table(("metric", "value", level), rows, frozenset({1, 2})),
+        escaped(judge([scores, *untrained]).sentence),
+    ]
+    if scores.calibration:
+        found = scores.calibration
+        parts.append(
+            f"Calibration: divide the logits by {words.number(found.temperature)} (fitted on the eval rows). "
+            f"{calibration_in_words(found)} Expected calibration error: "
+            f"{words.number(found.expected_calibration_error)} before, "
+            f"{words.number(found.expected_calibration_error_scaled)} after."
+        )
+    return parts
+
+
+def _training(view: RunView, plan: Plan) -> list[str]:
+    facts: list[tuple[str, str]] = [
+        ("method", plan.method),
+        ("trained parameters", f"{words.count(plan.num_trainable_parameters)} of {words.count(plan.num_parameters)}"),
+        ("learning rate", words.number(plan.learning_rate)),
+        ("layerwise learning rate decay", words.number(plan.layerwise_lr_decay)),
+        ("schedule", f"{plan.lr_scheduler_type}, {words.counted(plan.warmup_steps, 'warm-up step')}"),
+        ("epochs", words.number(plan.num_train_epochs)),
+        ("planned steps", words.count(plan.total_steps)),
+        ("global batch size", words.count(plan.global_batch_size)),
+        ("precision", f"{plan.precision}, weights kept in {plan.weights_dtype}"),
+        ("seed", str(plan.seed)),
+    ]
+    outcome = view.outcome_of(plan.trial)
+    if outcome:
+        facts.append(("steps done", words.count(outcome.steps)))
+        if outcome.best_step is not None:
+            facts.append(("weights kept from step", words.count(outcome.best_step)))
+        if outcome.moved:
+            facts.append(("parameter values that moved", words.share(outcome.moved.share)))
+    return ["## Training", table(("setting", "value"), facts)]
+
+
+def _versions(view: RunView) -> list[str]:
+    found = view.environment
+    if found is None:
+        return []
+    packages = [(name, found.packages[name]) for name in _PACKAGES if name in found.packages]
+    rows = [("fulltune", found.fulltune), ("Python", found.python), *packages]
+    return ["## Versions", table(("package", "version"), rows)]

@@ -1,0 +1,129 @@
+"""The report's content, from headline to next commands, in the order in which a reader asks."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+
+from fulltune.report import about_data, about_scores, about_training, words
+from fulltune.report.blocks import Block, Bullets, Code, Paragraph, Section
+from fulltune.report.read import RunView
+from fulltune.report.verdict import Verdict, headline_row, judge
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is printed, before it becomes Markdown or HTML."""
+
+    title: str
+    subtitle: str
+    verdict: Verdict
+    key_figures: tuple[tuple[str, str], ...]
+    sections: tuple[Section, ...]
+
+
+def build(view: RunView) -> Report:
+    """Turn what is known about a run into what is said about it."""
+    sections = (
+        _missing(view),
+        about_scores.results(view),
+        about_training.curves(view),
+        about_scores.answers(view),
+        about_scores.confusion(view),
+        about_scores.mistakes(view),
+        about_scores.calibration(view),
+        about_data.data(view),
+        about_training.training(view),
+        about_training.memory(view),
+        about_training.settings(view),
+        about_training.environment(view),
+        _next(view),
+    )
+    why = next((part.why for part in view.missing if part.what.startswith("the test scores of")), "")
+    return Report(
+        title=view.name,
+        subtitle=f"{words.file_name(view.model)} · {view.task}",
+        verdict=judge(view.scores, why),
+        key_figures=_key_figures(view),
+        sections=tuple(section for section in sections if section is not None),
+    )
+
+
+def main_trial(view: RunView) -> str | None:
+    """The trial that the headline is about: the first one scored, else the first one known."""
+    row = headline_row(view.scores)
+    return row.name if row else next(iter(view.trials), None)
+
+
+def _key_figures(view: RunView) -> tuple[tuple[str, str], ...]:
+    figures = []
+    trial = main_trial(view)
+    outcomes = [attempt.outcome for attempt in view.attempts_of(trial) if attempt.outcome] if trial else []
+    if outcomes:
+        last = outcomes[-1]
+        figures.append(("training", last.status.replace("_", " ")))
+        figures.append(("steps", words.count(last.steps)))
+        figures.append(("training time", words.duration(sum(outcome.train_seconds for outcome in outcomes))))
+        if last.moved:
+            figures.append(("values moved", words.share(last.moved.share)))
+    if view.summary and "train" in view.summary.splits:
+        figures.append(("train rows", words.count(view.summary.splits["train"].rows)))
+    plan = view.plan_of(trial) if trial else None
+    if plan:
+        figures.append(("learning rate", words.number(plan.learning_rate)))
+    return tuple(figures)
+
+
+def _missing(view: RunView) -> Section | None:
+    items = [f"{part.what}: {part.why}" for part in view.missing]
+    if view.unreadable_lines:
+        lines = words.counted(view.unreadable_lines, "line")
+        items.append(
+            f"{lines} of a .jsonl file could not be read: a process was stopped while writing. The rest is used."
+        )
+    if not items:
+        return None
+    lead = Paragraph("This report is made from the files in the run folder alone. Not shown, and why:")
+    return Section("missing", "What is missing", (lead, Bullets(tuple(items))))
+
+
+def _next(view: RunView) -> Section:
+    trial = main_trial(view)
+    folder = view.model_folder_of(trial) if trial else None
+    outcome = view.outcome_of(trial) if trial else None
+    blocks: list[Block] = []
+    if folder is None:
+        blocks.append(Paragraph(_how_to_go_on(outcome.status if outcome else None)))
+    else:
+        blocks.append(Paragraph("From the folder that holds this run folder, try the model:"))
+        blocks.append(Code(f'fulltune predict {shlex.quote(view.name)} "text"', "sh"))
+        blocks.append(Paragraph("The model is a plain Hugging Face folder; transformers loads it without fulltune:"))
+        blocks.append(Code(loading_code(f"{view.name}/{folder}", view.task), "python"))
+    return Section("next", "What to do next", tuple(blocks))
+
+
+def _how_to_go_on(status: str | None) -> str:
+    match status:
+        case None:
+            return "There is no trained model in this run folder. 'fulltune run RECIPE' again continues where it ended."
+        case "interrupted":
+            return "The run was interrupted: the same 'fulltune run' command continues from the last checkpoint."
+        case "done":
+            return "Training is done, but the model folder is not there any more: 'fulltune run RECIPE' makes it anew."
+        case _:
+            return (
+                "There is no trained model in this run folder. Read 'Training' above for what happened, change the "
+                "recipe accordingly (for a loss that is not finite: a lower learning rate), and run it again."
+            )
+
+
+def loading_code(folder: str, task: str) -> str:
+    """Python that loads the trained model with plain transformers."""
+    head = "AutoModelForCausalLM" if task == "causal-lm" else "AutoModelForSequenceClassification"
+    where = json.dumps(folder, ensure_ascii=False)
+    return (
+        f"from transformers import {head}, AutoTokenizer\n\n"
+        f"model = {head}.from_pretrained({where})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({where})\n"
+    )

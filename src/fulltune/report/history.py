@@ -1,0 +1,85 @@
+"""The lines of `metrics.jsonl`, over all attempts of a trial, as one continuous curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Point = tuple[int, float]
+"""Optimizer step and value; the value may be NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What was measured during training, by series name and in order of steps."""
+
+    train: dict[str, tuple[Point, ...]]
+    """`loss`, `learning_rate`, `grad_norm`, where they were logged."""
+    evaluation: dict[str, tuple[Point, ...]]
+    """One series per metric on the eval rows."""
+    restarts: tuple[int, ...]
+    """First logged step of every attempt after the first."""
+
+    @property
+    def has_points(self) -> bool:
+        return bool(self.train or self.evaluation)
+
+
+_TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
+
+
+def merge(attempts: Sequence[Iterable[Mapping[str, Any]]]) -> History:
+    """Join the attempts of one trial into one curve.
+
+    A later attempt starts from a checkpoint (or anew), so whatever an earlier one did from that step on was thrown
+    away: those points are not part of the model's history and are left out.
+
+    Args:
+        attempts: The parsed lines of each attempt's `metrics.jsonl`, first attempt first.
+
+    Returns:
+        The history; series without any value are absent.
+    """
+    train: dict[int, Mapping[str, Any]] = {}
+    evaluation: dict[int, Mapping[str, Any]] = {}
+    restarts = []
+    for lines in attempts:
+        steps = [(line, line.get("step")) for line in lines if line.get("kind") in ("train", "eval")]
+        rows = [(line, step) for line, step in steps if isinstance(step, int)]
+        if not rows:
+            continue
+        first = min(step for _, step in rows)
+        if train or evaluation:
+            restarts.append(first)
+        train = {step: line for step, line in train.items() if step < first}
+        evaluation = {step: line for step, line in evaluation.items() if step < first}
+        for line, step in rows:
+            if line["kind"] == "train":
+                train[step] = line
+            elif isinstance(line.get("metrics"), dict):
+                evaluation[step] = line["metrics"]
+    names = dict.fromkeys(name for metrics in evaluation.values() for name in metrics)
+    return History(
+        train=_series(train, _TRAIN_SERIES),
+        evaluation=_series(evaluation, names),
+        restarts=tuple(restarts),
+    )
+
+
+def _series(rows: Mapping[int, Mapping[str, Any]], names: Iterable[str]) -> dict[str, tuple[Point, ...]]:
+    found = {
+        name: tuple((step, float(rows[step][name])) for step in sorted(rows) if _number(rows[step], name))
+        for name in names
+    }
+    return {name: points for name, points in found.items() if points}
+
+
+def _number(row: Mapping[str, Any], name: str) -> bool:
+    return isinstance(row.get(name), int | float)
+
+
+def not_finite(points: Iterable[Point]) -> tuple[int, ...]:
+    """Steps whose value is NaN or infinite."""
+    return tuple(step for step, value in points if not math.isfinite(value))

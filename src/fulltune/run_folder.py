@@ -1,0 +1,171 @@
+"""Where a run's files lie, which folder a recipe continues, and the lock that keeps two commands apart. Layer 1."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from fulltune.errors import DoesNotFitError, SetupError
+from fulltune.hardware import Machine
+from fulltune.recipe import Recipe
+from fulltune.records import Environment
+
+IDENTITY = "recipe.json"
+"""The checked recipe with its fingerprint: what a folder belongs to."""
+REPORT = "report.html"
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
+
+
+def find_or_make(recipe: Recipe, recipe_text: str, name: str, given: Path | None, fresh: bool) -> tuple[Path, bool]:
+    """The folder of this recipe's run.
+
+    Args:
+        recipe: The checked recipe.
+        recipe_text: The user's file, kept as it is.
+        name: Beginning of a new folder's name.
+        given: A folder that the user named, instead of a new one or the newest incomplete one.
+        fresh: Never continue an incomplete run.
+
+    Returns:
+        The folder, and whether it continues an earlier run.
+
+    Raises:
+        SetupError: When the folder belongs to another recipe or cannot be written.
+    """
+    if given is not None:
+        return given, _adopt(given, recipe, recipe_text)
+    output = Path(recipe.output)
+    if not fresh:
+        unfinished = [
+            path.parent
+            for path in output.glob(f"*/{IDENTITY}")
+            if _fingerprint(path) == recipe.fingerprint() and not is_complete(path.parent)
+        ]
+        if unfinished:
+            return max(unfinished, key=lambda path: (path / IDENTITY).stat().st_mtime), True
+    stem = f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
+    folder = output / stem
+    number = 2
+    while folder.exists():
+        folder = output / f"{stem}-{number}"
+        number += 1
+    return folder, _adopt(folder, recipe, recipe_text)
+
+
+def is_complete(folder: Path) -> bool:
+    """True when the report was written with the trained model's scores in it."""
+    return (folder / REPORT).exists() and any((folder / "scores").glob("*-seed*.json"))
+
+
+def _adopt(folder: Path, recipe: Recipe, recipe_text: str) -> bool:
+    """Make the folder this recipe's, or check that it is; True when it was already."""
+    identity = folder / IDENTITY
+    if identity.exists():
+        if _fingerprint(identity) != recipe.fingerprint():
+            raise SetupError(
+                f"{folder}: belongs to another recipe (or to other settings of it); name another folder, or leave "
+                "--run-folder out to start a new run"
+            )
+        return True
+    if folder.exists() and any(folder.iterdir()):
+        raise SetupError(f"{folder}: is not empty and no run folder of fulltune; name another folder")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        values = {"fingerprint": recipe.fingerprint(), "recipe": recipe.model_dump(mode="json")}
+        identity.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return False
+
+
+def _fingerprint(identity: Path) -> str | None:
+    try:
+        return str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, OSError):
+        return None
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The checked recipe of a run folder.
+
+    Raises:
+        SetupError: When this is no run folder.
+    """
+    identity = folder / IDENTITY
+    if not identity.exists():
+        raise SetupError(f"{folder}: is no run folder of fulltune ({IDENTITY} is missing)")
+    return Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFitError(
+                f"{folder}: the disk is full; free some space, then run the same command again"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise SetupError(
+                f"{folder}: cannot be written ({error.strerror.lower()}); choose another 'output' folder"
+            ) from None
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this command.
+
+    Raises:
+        SetupError: When another command works in it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SetupError(f"{folder}: another fulltune command is working in this run folder") from None
+        yield
+
+
+def environment(machine: Machine) -> Environment:
+    """Versions, devices and, when the recipe lies in a git checkout, its commit."""
+    return Environment(
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        fulltune=metadata.version("fulltune"),
+        python=sys.version.split()[0],
+        platform=platform.platform(),
+        packages={name: metadata.version(name) for name in PACKAGES},
+        cpu=machine.cpu,
+        num_cores=machine.num_cores,
+        memory_bytes=machine.memory_bytes,
+        devices=tuple(gpu.name for gpu in machine.gpus),
+        commit=_commit(),
+    )
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def hide_progress_bars() -> None:
+    """Our display replaces the libraries' own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,391 @@
+"""Text classification: one label, several labels, or a number; encoders and decoders."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.errors import DataError
+from fulltune.recipe import DataBlock
+from fulltune.records import Answer, Preview, Segment
+from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
+from fulltune.tasks.columns import as_text, named, normalised, required
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+AUTO_CLASS = "AutoModelForSequenceClassification"
+HEAD_IS_NEW = True
+LENGTH_CAP = 512
+METRICS = {
+    "accuracy": True,
+    "f1_macro": True,
+    "f1_micro": True,
+    "mcc": True,
+    "r2": True,
+    "spearman": True,
+    "kendall": True,
+    "rmse": False,
+    "loss": False,
+}
+
+# ---- columns and labels ----------------------------------------------------------------------------------------
+
+
+def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+    """Columns for `text`, `label` and, when there is one, `text_pair`."""
+    label = required("label", data.label, columns, where)
+    rest = [column for column in columns if column != label]
+    text = data.text
+    if text is None and named("text", None, rest, where) is None:
+        text = _longest_text_column(rest, sample)
+    found = {"text": required("text", text, rest, where), "label": label}
+    if data.text_pair is not None:
+        found["text_pair"] = required("text_pair", data.text_pair, rest, where)
+    return found
+
+
+def _longest_text_column(columns: Sequence[str], sample: Sequence[Row]) -> str | None:
+    lengths = {
+        column: sum(len(row[column]) for row in sample if isinstance(row.get(column), str)) for column in columns
+    }
+    best = max(lengths, key=lambda column: lengths[column], default=None)
+    return best if best is not None and lengths[best] >= 10 * max(1, len(sample)) else None
+
+
+def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """Problem type and class names, sorted; whole-number labels sort by value."""
+    values = [row[columns["label"]] for row in rows if not _is_empty(row.get(columns["label"]))]
+    if not values:
+        raise DataError(f"{where}: column '{columns['label']}' holds no label in any row")
+    kind = data.problem_type if data.problem_type != "auto" else _problem_type(values)
+    if kind == "regression":
+        wrong = [value for value in values if _number(value) is None]
+        if wrong:
+            raise DataError(
+                f"{where}: column '{columns['label']}' must hold numbers for regression; found {wrong[0]!r} "
+                f"({len(wrong)} such rows)"
+            )
+        if len({_number(value) for value in values}) == 1:
+            raise DataError(f"{where}: every row has the same target {values[0]!r}; there is nothing to learn")
+        return Target("regression", columns)
+    if kind == "multi_label":
+        labels = sorted({label for value in values for label in _label_list(value)})
+        if not labels:
+            raise DataError(f"{where}: no row of column '{columns['label']}' names a label")
+        return Target("multi_label", columns, tuple(labels))
+    _refuse_mixed(values, columns["label"], where)
+    names = {_label_name(value) for value in values}
+    if len(names) == 1:
+        raise DataError(
+            f"{where}: every row has the label '{next(iter(names))}'; a classifier needs at least two classes"
+        )
+    if len(names) > max(50, len(values) // 2):
+        raise DataError(
+            f"{where}: column '{columns['label']}' has {len(names)} different labels in {len(values)} rows; "
+            "is it the right column? (numbers to predict: data.problem_type: regression)"
+        )
+    numbers = {name: _number(name) for name in names}
+    ordered = sorted(names, key=lambda name: (numbers[name] is None, numbers[name] or 0.0, name))
+    return Target("single_label", columns, tuple(ordered))
+
+
+def _problem_type(values: Sequence[Any]) -> str:
+    if all(isinstance(value, (list, tuple)) or _is_json_list(value) for value in values):
+        return "multi_label"
+    numbers = [_number(value) for value in values]
+    if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
+        return "regression"
+    return "single_label"
+
+
+def _refuse_mixed(values: Sequence[Any], column: str, where: str) -> None:
+    """Numbers among words are most often a broken export: `1`, `2`, `positive`."""
+    words = Counter(str(value) for value in values if _number(value) is None)
+    numbers = Counter(str(value) for value in values if _number(value) is not None)
+    if words and numbers:
+        raise DataError(
+            f"{where}: column '{column}' mixes words ({_few(words)}) and numbers ({_few(numbers)}) as labels; "
+            "expected one kind: rename them, or drop the wrong rows"
+        )
+
+
+def _few(counts: Counter[str]) -> str:
+    shown = ", ".join(f"'{name}' in {count} rows" for name, count in counts.most_common(2))
+    return shown + (f", {len(counts) - 2} more" if len(counts) > 2 else "")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or isinstance(value, (list, tuple, dict)) or value is None:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_json_list(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("[") and value.endswith("]") and bool(_json_list(value))
+
+
+def _json_list(value: str) -> list[Any] | None:
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, list) else None
+
+
+def _label_list(value: Any) -> list[str]:
+    if isinstance(value, str):
+        parsed = _json_list(value)
+        # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
+        value = parsed if parsed is not None else [part for part in value.replace("|", ";").split(";") if part.strip()]
+    return [_label_name(part) for part in value]
+
+
+def _label_name(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+def refuse(row: Row, target: Target) -> Refused | None:
+    """Rows without text or without a target are left out."""
+    if not as_text(row.get(target.columns["text"])).strip():
+        return Refused("no text", f"column '{target.columns['text']}' is empty")
+    value = row.get(target.columns["label"])
+    if target.problem_type != "multi_label" and _is_empty(value):
+        return Refused("no label", f"column '{target.columns['label']}' is empty")
+    if target.problem_type == "multi_label" and value is None:
+        return Refused("no label", f"column '{target.columns['label']}' is empty")
+    if target.problem_type == "regression" and _number(value) is None:
+        return Refused("no number", f"column '{target.columns['label']}' holds {value!r}, expected a number")
+    return None
+
+
+def row_labels(row: Row, target: Target) -> list[str]:
+    """The class names of a row; empty for regression."""
+    value = row.get(target.columns["label"])
+    if target.problem_type == "regression":
+        return []
+    return sorted(_label_list(value)) if target.problem_type == "multi_label" else [_label_name(value)]
+
+
+def group_key(row: Row, target: Target) -> str:
+    return normalised(" \0 ".join(_texts(row, target)))
+
+
+def _texts(row: Row, target: Target) -> list[str]:
+    return [as_text(row.get(target.columns[role])) for role in ("text", "text_pair") if role in target.columns]
+
+
+def encode(
+    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[Example]]:
+    """Tokenise texts (or pairs) and turn the label into an id, a 0/1 vector [labels] or a float."""
+    columns = list(zip(*(_texts(row, target) for row in rows), strict=True))
+    texts = [list(column) for column in columns]
+    # Encoded without a limit first: only so can truncation be counted.
+    cut = tokenizer(*texts, truncation=False, verbose=False)
+    lengths = [len(ids) for ids in cut["input_ids"]]
+    if max(lengths) > max_length:
+        cut = tokenizer(*texts, truncation=True, max_length=max_length)
+    ids = {name: position for position, name in enumerate(target.labels)}
+    encoded = []
+    for position, row in enumerate(rows):
+        features = {name: cut[name][position] for name in tokenizer.model_input_names if name in cut}
+        features["labels"] = _label_value(row, target, ids)
+        encoded.append([Example(features, trained_tokens=1, truncated=lengths[position] > max_length)])
+    return encoded
+
+
+def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float]:
+    if target.problem_type == "regression":
+        number = _number(row[target.columns["label"]])
+        assert number is not None, "refuse() leaves out rows without a number"
+        return number
+    names = row_labels(row, target)
+    if target.problem_type == "single_label":
+        return ids[names[0]]
+    chosen = {ids[name] for name in names}
+    return [1.0 if position in chosen else 0.0 for position in range(len(ids))]
+
+
+def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+    text = tokenizer.decode(features["input_ids"])
+    return Preview(segments=(Segment(text=text, trained=False),), label=label_words(features["labels"], target))
+
+
+def label_words(value: Any, target: Target) -> str:
+    """A label value in words."""
+    if target.problem_type == "regression":
+        return f"{float(value):g}"
+    if target.problem_type == "single_label":
+        return target.labels[int(value)]
+    chosen = [name for name, present in zip(target.labels, value, strict=True) if present >= 0.5]
+    return ", ".join(chosen) or "(none)"
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+def check_model(config: PretrainedConfig) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    if config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return None
+    return f"a '{config.model_type}' model cannot classify texts; take an encoder (BERT-like) or a decoder (GPT-like)"
+
+
+def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Head size, label names and, for decoders, the padding token that finds the last real token."""
+    names = target.labels or ("value",)
+    kinds = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: position for position, name in enumerate(names)},
+        "problem_type": kinds.get(target.problem_type, "regression"),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    length = max(len(row["input_ids"]) for row in features)
+    batch = {}
+    for name in features[0]:
+        if name in ("labels", LENGTH):
+            continue
+        fill = pad_token_id if name == "input_ids" else 0
+        batch[name] = torch.tensor([[*row[name], *[fill] * (length - len(row[name]))] for row in features])
+    values = [row["labels"] for row in features]
+    batch["labels"] = torch.tensor(values, dtype=torch.long if isinstance(values[0], int) else torch.float32)
+    return batch
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+    """Cross entropy, binary cross entropy averaged over labels, or squared error; summed over rows."""
+    import torch.nn.functional as F
+
+    return row_losses(logits, labels, target, settings, F).sum()
+
+
+def row_losses(logits: Any, labels: Any, target: Target, settings: LossSettings, F: Any) -> Any:
+    """Loss of each row, [batch]."""
+    logits = logits.float()
+    weights = None if settings.class_weights is None else logits.new_tensor(list(settings.class_weights))
+    match target.problem_type:
+        case "regression":
+            return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+        case "multi_label":
+            smooth = settings.label_smoothing
+            soft = labels * (1 - smooth) + smooth / 2
+            return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none").mean(dim=-1)
+        case _:
+            return F.cross_entropy(
+                logits, labels, weight=weights, label_smoothing=settings.label_smoothing, reduction="none"
+            )
+
+
+def count_items(labels: torch.Tensor) -> int:
+    return labels.shape[0]
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+
+def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
+    """Keep `logits` [batch, labels] as float32, `labels` and the plain `loss` [batch]: small whatever the length."""
+    import torch.nn.functional as F
+
+    losses = row_losses(logits, labels, target, LossSettings(), F)
+    return {"logits": logits.float(), "labels": labels, "loss": losses}
+
+
+def metrics(kept: Predictions, target: Target) -> dict[str, float]:
+    """Accuracy, macro F1 and Matthews' coefficient; or F1 over labels; or R² and rank correlations."""
+    predicted = predict_labels(kept["logits"], target)
+    values = label_metrics(kept["labels"], predicted, target)
+    if "loss" in kept:
+        values["loss"] = float(np.mean(kept["loss"]))
+    return values
+
+
+def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
+    """The metrics that need only labels, so that baselines without probabilities have them too."""
+    from scipy import stats
+    from sklearn import metrics as scores
+
+    with warnings.catch_warnings():
+        # A class that is missing in a resample, or a constant prediction, has a defined score of 0 here.
+        warnings.simplefilter("ignore")
+        match target.problem_type:
+            case "regression":
+                return {
+                    "r2": float(scores.r2_score(true, predicted)),
+                    "spearman": _or_zero(stats.spearmanr(true, predicted).statistic),
+                    "kendall": _or_zero(stats.kendalltau(true, predicted).statistic),
+                    "rmse": float(scores.root_mean_squared_error(true, predicted)),
+                }
+            case "multi_label":
+                return {
+                    "f1_micro": float(scores.f1_score(true, predicted, average="micro", zero_division=0)),
+                    "f1_macro": float(scores.f1_score(true, predicted, average="macro", zero_division=0)),
+                    "accuracy": float(scores.accuracy_score(true, predicted)),
+                }
+            case _:
+                return {
+                    "accuracy": float(scores.accuracy_score(true, predicted)),
+                    "f1_macro": float(scores.f1_score(true, predicted, average="macro", zero_division=0)),
+                    "mcc": float(scores.matthews_corrcoef(true, predicted)),
+                }
+
+
+def _or_zero(value: float) -> float:
+    """A constant prediction has no rank correlation; it explains nothing, so it counts as 0."""
+    return float(value) if math.isfinite(value) else 0.0
+
+
+def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
+    """Class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows]."""
+    match target.problem_type:
+        case "regression":
+            return logits[:, 0]
+        case "multi_label":
+            return (logits > 0).astype(np.int64)
+        case _:
+            return logits.argmax(axis=-1)
+
+
+def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """The wrong rows (regression: all rows) with the highest loss."""
+    predicted = predict_labels(kept["logits"], target)
+    true = kept["labels"]
+    wrong = np.ones(len(true), bool) if target.problem_type == "regression" else predicted != true
+    wrong = wrong.any(axis=-1) if wrong.ndim > 1 else wrong
+    order = [position for position in np.argsort(-kept["loss"], kind="stable") if wrong[position]][:count]
+    for position in order:
+        yield Answer(
+            text=texts[position],
+            expected=label_words(true[position], target),
+            predicted=label_words(predicted[position], target),
+            loss=float(kept["loss"][position]),
+        )

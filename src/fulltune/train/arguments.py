@@ -1,0 +1,112 @@
+"""The one place where our settings become `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.records import Plan
+
+PINNED = {
+    "output_dir": "the run folder",
+    "learning_rate": "method.learning_rate",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "per_device_eval_batch_size": "evaluate.batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "eval_strategy": "train.eval_strategy",
+    "save_strategy": "train.eval_strategy and train.save_steps",
+    "metric_for_best_model": "evaluate.metric",
+    "greater_is_better": "evaluate.metric",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "train_sampling_strategy": "train.group_by_length",
+    "use_cpu": "train.device",
+    "logging_nan_inf_filter": "always off: it would log a loss of 0 while the weights are NaN",
+    "auto_find_batch_size": "always off: it restarts on trained weights and changes the global batch",
+    "remove_unused_columns": "always off: the collator chooses the columns",
+    "resume_from_checkpoint": "the same command continues a run",
+    "push_to_hub": "never during training",
+    "deepspeed": "not supported yet",
+    "fsdp": "not supported yet",
+}
+"""Fields that `train.extra` may not set, and what sets them."""
+
+
+def check_extra(recipe: Recipe) -> None:
+    """Refuse fields of `train.extra` that do not exist, that we pin or that have a setting of their own.
+
+    Raises:
+        RecipeError: Naming each such field.
+    """
+    if not recipe.train.extra:
+        return
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = set(type(recipe.train).model_fields)
+    problems = []
+    for name in recipe.train.extra:
+        if name in PINNED:
+            problems.append(f"train.extra.{name}: cannot be set here; see {PINNED[name]}")
+        elif name in own:
+            problems.append(f"train.extra.{name}: is a setting of its own; write it as train.{name}")
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{hint}")
+    if problems:
+        raise RecipeError(problems)
+
+
+def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
+    """Map recipe and plan; everything that is not named here keeps transformers' default."""
+    from transformers import TrainingArguments
+
+    train = recipe.train
+    values: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "per_device_eval_batch_size": plan.eval_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "num_train_epochs": plan.num_train_epochs,
+        "max_steps": plan.total_steps,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": plan.lr_scheduler_type,
+        "lr_scheduler_kwargs": train.lr_scheduler_kwargs or None,
+        "warmup_steps": plan.warmup_steps,
+        "optim": train.optim,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.adam_beta1,
+        "adam_beta2": train.adam_beta2,
+        "adam_epsilon": train.adam_epsilon,
+        "max_grad_norm": train.max_grad_norm,
+        "seed": plan.seed,
+        "bf16": plan.precision == "bf16" and plan.weights_dtype != "bf16",
+        "fp16": plan.precision == "fp16",
+        "activation_checkpointing": plan.activation_checkpointing,
+        "use_cpu": plan.device == "cpu",
+        "logging_strategy": "steps",
+        "logging_steps": plan.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps",
+        "eval_steps": plan.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": plan.save_steps,
+        # Ours keeps the best one and only counts checkpoints that are whole: see checkpoints.py.
+        "save_total_limit": None,
+        "metric_for_best_model": plan.metric,
+        "greater_is_better": plan.greater_is_better,
+        "report_to": list(train.report_to) or "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": plan.device == "cuda",
+    }
+    if plan.num_processes > 1 and plan.device == "cpu":
+        values["ddp_backend"] = "gloo"
+    return TrainingArguments(**values, **train.extra)

@@ -1,0 +1,204 @@
+"""The parent's side: start an attempt in a process group of its own, watch it, decide what comes next."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
+from fulltune.recipe import Recipe
+from fulltune.records import Outcome, Plan
+from fulltune.train import checkpoints
+from fulltune.train.hooks import Hooks
+from fulltune.train.next_attempt import Change, next_attempt
+from fulltune.train.request import Request
+
+_log = logging.getLogger(__name__)
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+_POLL_SECONDS = 0.1
+
+
+def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: Listener) -> Outcome:
+    """Train one trial, in as many attempts as `next_attempt` allows.
+
+    Args:
+        recipe: The checked recipe.
+        plan: The trial's numbers.
+        folder: The run folder, with prepared data.
+        hooks: The user's functions; `compute_loss` and `class_weights` make it train in this process.
+        listener: Called with each line of `metrics.jsonl` as it appears, and with `{"kind": "attempt", ...}`.
+
+    Returns:
+        The outcome of the last attempt, with status `done`.
+
+    Raises:
+        InterruptedRun: After Ctrl-C or SIGTERM; the same command continues.
+        GuardStop: A guard stopped it, or the process died.
+        DoesNotFitError: Memory or disk ran out and no remedy is left.
+    """
+    done = _outcomes(folder, plan.trial)
+    if done and done[-1].status == "done" and done[-1].model_folder and (folder / done[-1].model_folder).exists():
+        return done[-1]
+    history: list[Outcome] = []
+    change = Change(plan, resume=True)
+    while True:
+        outcome = _attempt(recipe, change, folder, len(done) + len(history) + 1, hooks, listener)
+        history.append(outcome)
+        if outcome.status == "done":
+            return outcome
+        following = None if hooks.needs_this_process else next_attempt(change.plan, history)
+        if following is None:
+            _raise(outcome, folder)
+        listener({"kind": "attempt", "reason": following.reason})
+        change = following
+
+
+def _attempt(
+    recipe: Recipe, change: Change, folder: Path, number: int, hooks: Hooks, listener: Listener
+) -> Outcome:
+    request = Request(
+        run_folder=str(folder),
+        recipe=recipe,
+        plan=change.plan,
+        attempt=number,
+        checkpoint=None,
+        parent_pid=None if hooks.needs_this_process else os.getpid(),
+    )
+    request.checkpoints.mkdir(parents=True, exist_ok=True)
+    request.folder.mkdir(parents=True)
+    if change.resume:
+        found, passed_over = checkpoints.newest_sound(request.checkpoints)
+        for line in passed_over:
+            listener({"kind": "warning", "text": line})
+        if found is not None:
+            request = request.model_copy(update={"checkpoint": str(found)})
+            listener({"kind": "resume", "step": checkpoints.step_of(found)})
+    if request.checkpoint is None:
+        checkpoints.drop_after(request.checkpoints, -1)
+    request.save(request.folder / "request.json")
+    if hooks.needs_this_process:
+        from fulltune.train import worker
+
+        return worker.run(request, hooks, listener)
+    return _in_child(request, listener)
+
+
+def _in_child(request: Request, listener: Listener) -> Outcome:
+    """Run the worker, pass its lines on, read its outcome."""
+    command = [sys.executable, "-m", "fulltune.train.worker", str(request.folder / "request.json")]
+    if request.plan.num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.plan.num_processes}"]
+        command[1:2] = [*launcher, "-m"]
+    log = request.folder / "log.txt"
+    with log.open("w", encoding="utf-8") as out:
+        child = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        with _forwarding_signals(child):
+            for event in _follow(request.folder / "metrics.jsonl", child):
+                listener(event)
+        code = child.wait()
+    path = request.folder / "outcome.json"
+    if path.exists():
+        return Outcome.load(path)
+    tail = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+    killed = code == -signal.SIGKILL
+    reason = (
+        "the training process was killed (SIGKILL), most often by the kernel because memory ran out"
+        if killed
+        else f"the training process ended with code {code} and left no outcome"
+    )
+    outcome = Outcome(
+        status="killed" if killed else "crashed",
+        reason=reason,
+        trial=request.plan.trial,
+        attempt=request.attempt,
+        log_tail=() if killed else tail,
+    )
+    outcome.save(path)
+    return outcome
+
+
+@contextlib.contextmanager
+def _forwarding_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the worker to save and stop; the third one ends it at once."""
+    asked = 0
+
+    def forward(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM if asked < 3 else signal.SIGKILL)
+
+    try:
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller keeps its own handlers
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGTERM)
+
+
+def _follow(path: Path, child: subprocess.Popen[bytes]) -> Iterator[Event]:
+    """Lines of a growing file, until the child has ended and everything is read."""
+    position = 0
+    while True:
+        ended = child.poll() is not None
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(position)
+                while (line := file.readline()).endswith(b"\n"):
+                    position += len(line)
+                    yield json.loads(line)
+        if ended:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _outcomes(folder: Path, trial: str) -> list[Outcome]:
+    """Outcomes of the trial's earlier attempts; an attempt without one was killed together with its parent."""
+    found = []
+    for attempt in sorted((folder / "attempts").glob(f"{trial}-*")):
+        path = attempt / "outcome.json"
+        number = int(attempt.name.rpartition("-")[2])
+        killed = Outcome(status="killed", reason="killed together with its parent", trial=trial, attempt=number)
+        found.append(Outcome.load(path) if path.exists() else killed)
+    return found
+
+
+def _raise(outcome: Outcome, folder: Path) -> None:
+    """Turn a failed outcome into the error that carries the right exit code."""
+    log = folder / "attempts" / f"{outcome.trial}-{outcome.attempt:02d}" / "log.txt"
+    match outcome.status:
+        case "interrupted":
+            raise InterruptedRun(f"{outcome.reason}; the same command continues it")
+        case "out_of_memory":
+            raise DoesNotFitError(
+                f"memory ran out: {outcome.reason}; try train.micro_batch_size: 1, train.activation_checkpointing: true "
+                "or a smaller data.max_length"
+            )
+        case "disk_full":
+            raise DoesNotFitError(
+                f"{folder}: the disk is full: {outcome.reason}; free some space, then run the same command again"
+            )
+        case "stopped_by_guard":
+            raise GuardStop(outcome.reason)
+        case "killed" | "crashed":
+            raise GuardStop([f"{outcome.reason}; log: {log}", *outcome.log_tail])
+        case _:
+            error = FulltuneError(f"{outcome.reason}; log: {log}")
+            raise error

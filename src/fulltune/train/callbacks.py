@@ -1,0 +1,130 @@
+"""Small hooks on the Trainer's public events: write progress, seal checkpoints, stop early, stop when asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fulltune.train import checkpoints
+from fulltune.train.guards import stopped_improving
+
+Event = dict[str, Any]
+
+
+class Recorder(TrainerCallback):
+    """Appends one JSON line per log, evaluation or phase to `metrics.jsonl`.
+
+    Args:
+        path: The file.
+        total_steps: Optimizer steps of the whole run.
+        listener: Called with each line as well, for a display in this process.
+    """
+
+    def __init__(self, path: Path, total_steps: int, listener: Callable[[Event], None] | None = None) -> None:
+        self.path = path
+        self.total_steps = total_steps
+        self.listener = listener
+        self.started = time.monotonic()
+        self.tokens: Callable[[], float] = lambda: 0.0
+        self.first: tuple[float, int, float] | None = None
+        self.tokens_per_second = 0.0
+
+    def write(self, event: Event) -> None:
+        event["seconds"] = round(time.monotonic() - self.started, 3)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        if self.listener is not None:
+            self.listener(event)
+
+    def phase(self, name: str) -> None:
+        self.write({"kind": "phase", "name": name})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.phase("training")
+        self.first = (time.monotonic(), state.global_step, self.tokens())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
+            return
+        began, first_step, first_tokens = self.first
+        elapsed = max(1e-9, time.monotonic() - began)
+        steps = max(1, state.global_step - first_step)
+        self.tokens_per_second = (self.tokens() - first_tokens) / elapsed
+        self.write(
+            {
+                "kind": "train",
+                "step": state.global_step,
+                "total_steps": self.total_steps,
+                "epoch": round(state.epoch or 0.0, 4),
+                "loss": logs["loss"],
+                "grad_norm": logs.get("grad_norm"),
+                "learning_rate": logs.get("learning_rate"),
+                "tokens_per_second": round(self.tokens_per_second, 1),
+                "seconds_left": round(elapsed / steps * (self.total_steps - state.global_step), 1),
+            }
+        )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        values = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        self.write(
+            {"kind": "eval", "step": state.global_step, "epoch": round(state.epoch or 0.0, 4), "metrics": values}
+        )
+
+
+class Schedule(TrainerCallback):
+    """Saves whenever it evaluates, so that the best weights exist; stops when the metric no longer improves."""
+
+    def __init__(
+        self, metric: str, greater_is_better: bool, patience: int | None, threshold: float, on_stop: Callable[[str], None]
+    ) -> None:
+        self.metric = f"eval_{metric}"
+        self.greater_is_better = greater_is_better
+        self.patience = patience
+        self.threshold = threshold
+        self.on_stop = on_stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_evaluate:
+            control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.patience is None:
+            return
+        # From the history, not from a counter: a resumed run has the history of the one before.
+        values = [entry[self.metric] for entry in state.log_history if self.metric in entry]
+        if stopped_improving(values, self.greater_is_better, self.patience, self.threshold):
+            self.on_stop(f"no better {self.metric.removeprefix('eval_')} in {self.patience} evaluations")
+            control.should_training_stop = True
+
+
+class Seals(TrainerCallback):
+    """Makes each checkpoint trustworthy, then deletes old ones: never the only whole one."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        checkpoints.seal(self.folder / f"checkpoint-{state.global_step}")
+        checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
+
+
+class StopWhenAsked(TrainerCallback):
+    """After a signal: finish the step, save, stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,77 @@
+"""Checkpoints that can be trusted: a list of checksums is written last, and only a checkpoint that matches it counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+SEAL = "checksums.json"
+_log = logging.getLogger(__name__)
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the SHA-256 of each file, after all files are on the disk."""
+    sums = {}
+    for file in sorted(checkpoint.rglob("*")):
+        if file.is_file() and file.name != SEAL:
+            with file.open("rb") as stream:
+                sums[str(file.relative_to(checkpoint))] = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+    part = checkpoint / (SEAL + ".part")
+    with part.open("w", encoding="utf-8") as out:
+        json.dump(sums, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(checkpoint / SEAL)
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None when it is whole."""
+    try:
+        sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "it was not finished"
+    except ValueError:
+        return "its list of checksums is broken"
+    for name, expected in sums.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
+                return f"{name} does not match its checksum"
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line for each newer one that was passed over."""
+    passed_over = []
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        problem = flaw(checkpoint)
+        if problem is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint.name}: {problem}; going back to the one before")
+    return None, passed_over
+
+
+def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
+    """Delete all but the newest `limit` whole checkpoints and the best one."""
+    found = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=step_of)
+    for checkpoint in found[:-limit]:
+        if step_of(checkpoint) != best_step:
+            shutil.rmtree(checkpoint)
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Delete checkpoints beyond a step: those that a resumed run will write again."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)

@@ -1,0 +1,79 @@
+"""Guards: pure functions from what was seen to what to do. Their tests are tables of numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fulltune.records import Moved
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a guard sees at one optimizer step, before the weights change."""
+
+    step: int
+    loss: float
+    grad_norm: float | None
+    loss_scaled: bool = False
+    """fp16: an infinite gradient norm only means that the loss scale is too high; the scaler skips the step."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do, and why."""
+
+    action: Literal["go on", "stop"]
+    reason: str = ""
+
+
+GO_ON = Verdict("go on")
+
+
+def not_finite(reading: Reading) -> Verdict:
+    """Stop before a loss or gradient that is not a number reaches the weights."""
+    if not math.isfinite(reading.loss):
+        return Verdict(
+            "stop",
+            f"the loss is {reading.loss} at step {reading.step}, before the update: the weights are still good. "
+            "Usual causes: a learning rate that is too high, rows without a trained token, values out of range",
+        )
+    if reading.grad_norm is not None and not math.isfinite(reading.grad_norm) and not reading.loss_scaled:
+        return Verdict(
+            "stop",
+            f"the gradient norm is {reading.grad_norm} at step {reading.step}, before the update: the weights are "
+            "still good. Usual causes: a learning rate that is too high, or a type with too small a range",
+        )
+    return GO_ON
+
+
+def nothing_learned(moved: Moved) -> Verdict:
+    """Stop when no parameter changed at all."""
+    if moved.num_tensors_with_gradient == 0:
+        return Verdict("stop", "no parameter received a gradient: does the loss depend on the model?")
+    if moved.num_values_moved == 0:
+        return Verdict(
+            "stop", "no parameter moved: the learning rate is too small for the weights' type, or the run too short"
+        )
+    return GO_ON
+
+
+def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
+    """True when the last `patience` evaluations brought nothing better than the best one before them.
+
+    Args:
+        values: The eval metric at each evaluation, in order.
+        greater_is_better: Direction of the metric.
+        patience: Evaluations without improvement that are tolerated.
+        threshold: How much better counts as better.
+    """
+    best, since = None, 0
+    for value in values:
+        gain = 0.0 if best is None else (value - best if greater_is_better else best - value)
+        if best is None or gain > threshold:
+            best, since = value, 0
+        else:
+            since += 1
+    return since >= patience

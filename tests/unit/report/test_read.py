@@ -1,0 +1,114 @@
+"""Reading a run folder: torn files, resumed attempts, what is missing and why."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fulltune.errors import SetupError
+from fulltune.report.read import read_run
+
+
+def test_metrics_torn_last_line_keeps_the_others(classification: Path) -> None:
+    path = classification / "attempts" / "full-seed42-01" / "metrics.jsonl"
+    before = read_run(classification).history_of("full-seed42")
+    path.write_bytes(path.read_bytes() + b'{"kind":"train","step":310,"loss":0.\xe2\x82')
+    view = read_run(classification)
+    assert view.history_of("full-seed42") == before
+    assert view.unreadable_lines == 1
+
+
+def test_metrics_not_finite_values_are_kept_as_such(stopped: Path) -> None:
+    loss = read_run(stopped).history_of("full-seed42").train["loss"]
+    assert [step for step, _ in loss] == [10, 20, 30]
+    assert math.isnan(loss[-1][1])
+
+
+def test_metrics_lines_of_unexpected_shape_are_left_out(classification: Path, kit: SimpleNamespace) -> None:
+    lines = [
+        {"kind": "train", "loss": 1.0},
+        {"kind": "train", "step": 10, "loss": None, "learning_rate": 1e-4},
+        {"kind": "eval", "step": 10, "metrics": None},
+        {"kind": "later version"},
+    ]
+    kit.write_lines(classification / "attempts" / "full-seed42-01" / "metrics.jsonl", lines)
+    history = read_run(classification).history_of("full-seed42")
+    assert history.train == {"learning_rate": ((10, 1e-4),)}
+    assert history.evaluation == {}
+
+
+def test_history_resumed_attempt_is_one_curve_where_the_later_attempt_wins(
+    tmp_path: Path, kit: SimpleNamespace
+) -> None:
+    first, second = tmp_path / "attempts" / "full-seed1-01", tmp_path / "attempts" / "full-seed1-02"
+    kit.write_lines(first / "metrics.jsonl", [kit.train_line(step, 1.0) for step in (10, 20, 30, 35)])
+    kit.write_lines(second / "metrics.jsonl", [kit.train_line(step, 0.5) for step in (30, 40)])
+    history = read_run(tmp_path).history_of("full-seed1")
+    assert history.train["loss"] == ((10, 1.0), (20, 1.0), (30, 0.5), (40, 0.5))
+    assert history.restarts == (30,)
+
+
+def test_attempts_ten_and_more_are_ordered_by_number(tmp_path: Path, kit: SimpleNamespace) -> None:
+    for number in (2, 10, 1):
+        folder = tmp_path / "attempts" / f"full-seed1-{number:02d}"
+        kit.outcome("full-seed1", number, status="crashed").save(folder / "outcome.json")
+    view = read_run(tmp_path)
+    assert [attempt.name for attempt in view.attempts] == ["full-seed1-01", "full-seed1-02", "full-seed1-10"]
+    outcome = view.outcome_of("full-seed1")
+    assert outcome is not None
+    assert outcome.attempt == 10
+
+
+def test_missing_stopped_run_gives_the_guard_s_reason(stopped: Path) -> None:
+    missing = {part.what: part.why for part in read_run(stopped).missing}
+    assert missing["the test scores of full-seed42"] == (
+        "training ended as 'stopped by guard': the loss was not finite at step 40, 3 times in a row."
+    )
+
+
+def test_missing_attempt_without_outcome_is_named(stopped: Path) -> None:
+    (stopped / "attempts" / "full-seed42-01" / "outcome.json").unlink()
+    missing = {part.what: part.why for part in read_run(stopped).missing}
+    assert "still running, or it was killed" in missing["the outcome of full-seed42-01"]
+
+
+def test_missing_only_a_recipe_names_every_part(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: org/x\ntask: causal-lm\n", encoding="utf-8")
+    what = " ".join(part.what for part in read_run(tmp_path).missing)
+    for part in ("environment", "data summary", "plan", "learning curves", "test scores", "baselines"):
+        assert part in what
+
+
+def test_missing_complete_run_is_empty(classification: Path) -> None:
+    assert read_run(classification).missing == ()
+
+
+def test_record_that_cannot_be_read_is_reported_not_raised(classification: Path) -> None:
+    (classification / "scores" / "full-seed42.json").write_text('{"name": "full-seed42"}', encoding="utf-8")
+    missing = [part.what for part in read_run(classification).missing]
+    assert "scores/full-seed42.json" in missing
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "model: org/x",
+        "model: 'org/x'  # why",
+        "model: {name: org/x, dropout: 0.1}",
+        "model:\n  name: org/x\n  dropout: 0",
+    ],
+)
+def test_model_no_plan_is_taken_from_the_recipe(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"task: causal-lm\n{recipe}\n", encoding="utf-8")
+    view = read_run(tmp_path)
+    assert (view.model, view.task) == ("org/x", "causal-lm")
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="not a run folder"):
+        read_run(tmp_path)
+    with pytest.raises(SetupError, match="no such run folder"):
+        read_run(tmp_path / "gone")
