@@ -98,7 +98,9 @@ class Display:
 
     def _eval(self, event: Event) -> None:
         shown = [self.metric, *[name for name in event["metrics"] if name != self.metric]]
-        values = "  ".join(f"{name} {number(name, event['metrics'][name])}" for name in shown if name in event["metrics"])
+        values = "  ".join(
+            f"{name} {number(name, event['metrics'][name])}" for name in shown if name in event["metrics"]
+        )
         self.print(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  eval {values}")
 
     def _data(self, summary: DataSummary) -> None:

@@ -95,7 +95,9 @@ def _memory_bytes() -> tuple[int, int]:
     if limit.isdigit() and used.isdigit():
         total = min(total, int(limit))
         # Page cache counts as used in a cgroup although the kernel gives it back on demand.
-        cache = next((int(x.split()[1]) for x in _read("/sys/fs/cgroup/memory.stat").splitlines() if x[:5] == "file "), 0)
+        cache = next(
+            (int(x.split()[1]) for x in _read("/sys/fs/cgroup/memory.stat").splitlines() if x[:5] == "file "), 0
+        )
         available = min(available, int(limit) - int(used) + cache)
     return total, available
 

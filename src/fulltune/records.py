@@ -153,7 +153,9 @@ class Plan(Record):
 
 # ---- training --------------------------------------------------------------------------------------------------
 
-OutcomeStatus = Literal["done", "interrupted", "stopped_by_guard", "out_of_memory", "disk_full", "error", "killed", "crashed"]
+OutcomeStatus = Literal[
+    "done", "interrupted", "stopped_by_guard", "out_of_memory", "disk_full", "error", "killed", "crashed"
+]
 
 
 class Check(Record):

@@ -55,9 +55,7 @@ def refuse_if_many(dropped: Sequence[Dropped], num_rows: int, where: str) -> Non
     )
 
 
-def labels_only_held_out(
-    train_labels: Counter[str], held_out: dict[str, Counter[str]], where: dict[str, str]
-) -> None:
+def labels_only_held_out(train_labels: Counter[str], held_out: dict[str, Counter[str]], where: dict[str, str]) -> None:
     """A class that train does not have cannot be learned, so scoring it would be a silent loss.
 
     Raises:

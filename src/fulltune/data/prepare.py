@@ -192,9 +192,7 @@ def _overlaps(task: Task, splits: Mapping[Split, Table], target: Target) -> list
 
 
 def _take(table: Table, positions: Sequence[int]) -> Table:
-    return Table(
-        [table.rows[i] for i in positions], table.columns, [table.places[i] for i in positions], table.where
-    )
+    return Table([table.rows[i] for i in positions], table.columns, [table.places[i] for i in positions], table.where)
 
 
 def _check_labels(task: Task, target: Target, splits: Mapping[Split, Table], where: dict[Split, str]) -> None:
@@ -291,7 +289,11 @@ def _write_dropped(folder: Path, dropped: Sequence[Dropped]) -> None:
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
         for item in dropped:
             line = {
-                "split": item.split, "place": item.place, "check": item.check, "reason": item.reason, "row": item.row
+                "split": item.split,
+                "place": item.place,
+                "check": item.check,
+                "reason": item.reason,
+                "row": item.row,
             }
             file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 

@@ -127,9 +127,7 @@ def _device(recipe: Recipe, machine: Machine, ledger: _Ledger) -> str:
     reason = f"{len(machine.gpus)} GPU(s) found" if machine.gpus else "no GPU found"
     device = str(ledger.settle("train.device", None if wanted == "auto" else wanted, found, reason))
     if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
-        raise RecipeError(
-            f"train.num_processes: {recipe.train.num_processes}, but there are {len(machine.gpus)} GPUs"
-        )
+        raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but there are {len(machine.gpus)} GPUs")
     return device
 
 

@@ -71,7 +71,9 @@ class Task(Protocol):
     METRICS: Mapping[str, bool]
     """Metric name to whether greater is better."""
 
-    def find_columns(self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+    def find_columns(
+        self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
+    ) -> dict[str, str]:
         """Which column plays which role; raises `DataError` when a role has no column."""
 
     def find_target(self, rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -103,9 +105,7 @@ class Task(Protocol):
     def collate(self, features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
         """Pad a batch on the right: int64 `input_ids`, `attention_mask` [batch, length] and `labels`."""
 
-    def loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings
-    ) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
         """Loss of each item, summed: a scalar. The caller divides by the number of items."""
 
     def count_items(self, labels: torch.Tensor) -> int:

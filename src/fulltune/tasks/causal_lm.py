@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 AUTO_CLASS = "AutoModelForCausalLM"
 HEAD_IS_NEW = False
 LENGTH_CAP = 2048
-METRICS = {"loss": False, "perplexity": False, "token_accuracy": True, "exact_match": True, "rougeL": True, "chrf": True}
+METRICS = {
+    "loss": False,
+    "perplexity": False,
+    "token_accuracy": True,
+    "exact_match": True,
+    "rougeL": True,
+    "chrf": True,
+}
 IGNORED = -100
 
 # ---- columns ---------------------------------------------------------------------------------------------------
@@ -145,7 +152,9 @@ def generation_ids(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase)
     if target.problem_type == "prompt_completion":
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     tools = row.get(target.columns["tools"]) if "tools" in target.columns else None
-    text = tokenizer.apply_chat_template(_question(row, target), tools=tools, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        _question(row, target), tools=tools, tokenize=False, add_generation_prompt=True
+    )
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -259,9 +268,7 @@ def metrics(kept: Predictions, target: Target) -> dict[str, float]:
             "perplexity": math.exp(min(loss_per_token, 700.0)),
             "token_accuracy": float(kept["right"].sum()) / tokens,
         }
-    return values | {
-        name: float(np.mean(kept[name])) for name in ("exact_match", "rougeL", "chrf") if name in kept
-    }
+    return values | {name: float(np.mean(kept[name])) for name in ("exact_match", "rougeL", "chrf") if name in kept}
 
 
 def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:

@@ -70,9 +70,7 @@ def has_generation_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)))
 
 
-def _span(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, tools: Any
-) -> tuple[int, str]:
+def _span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, tools: Any) -> tuple[int, str]:
     """The text up to the end of an assistant turn, and where that turn starts in it."""
     after = _render(tokenizer, messages[: turn + 1], tools)
     before = _render(tokenizer, messages[:turn], tools, add_generation_prompt=True) if turn else ""

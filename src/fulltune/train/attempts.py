@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,7 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
         change = following
 
 
-def _attempt(
-    recipe: Recipe, change: Change, folder: Path, number: int, hooks: Hooks, listener: Listener
-) -> Outcome:
+def _attempt(recipe: Recipe, change: Change, folder: Path, number: int, hooks: Hooks, listener: Listener) -> Outcome:
     request = Request(
         run_folder=str(folder),
         recipe=recipe,

@@ -82,7 +82,12 @@ class Schedule(TrainerCallback):
     """Saves whenever it evaluates, so that the best weights exist; stops when the metric no longer improves."""
 
     def __init__(
-        self, metric: str, greater_is_better: bool, patience: int | None, threshold: float, on_stop: Callable[[str], None]
+        self,
+        metric: str,
+        greater_is_better: bool,
+        patience: int | None,
+        threshold: float,
+        on_stop: Callable[[str], None],
     ) -> None:
         self.metric = f"eval_{metric}"
         self.greater_is_better = greater_is_better

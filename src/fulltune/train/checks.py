@@ -56,15 +56,17 @@ def _trained_tokens(rows: Any) -> Check:
     without = 0
     for batch in rows.select_columns(["labels"]).iter(1000):
         without += sum(max(labels) == IGNORED for labels in batch["labels"])
-    return Check(
-        name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0
-    )
+    return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
 
 
 def _end_tokens(model: Any, tokenizer: Any, rows: Any, task: Task, summary: DataSummary) -> Check:
     """Every whole answer must end with a trained end token that survives padding and stops generation."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    last = [end_token({"labels": labels}) for batch in rows.select_columns(["labels"]).iter(1000) for labels in batch["labels"]]
+    last = [
+        end_token({"labels": labels})
+        for batch in rows.select_columns(["labels"]).iter(1000)
+        for labels in batch["labels"]
+    ]
     ends = {token for token in last if token in special}
     without = sum(token not in special for token in last)
     cut = summary.splits["train"].truncated_rows

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from fulltune.records import Outcome, Plan
 
-
 MOST_KILLS = 4
 
 

@@ -211,9 +211,7 @@ def load_for_training(recipe: Any, task: Task, target: Target) -> tuple[Any, Any
     from fulltune.model import load, load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model, chat_template=recipe.data.chat_template)
-    model = load(
-        recipe.model, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW
-    )
+    model = load(recipe.model, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW)
     return methods.apply(model, recipe.method), tokenizer
 
 
