@@ -1,0 +1,66 @@
+"""fulltune: fine-tune every parameter of a pretrained model, and see with numbers whether it was worth it.
+
+    import fulltune
+
+    recipe = fulltune.load_recipe("banking77.yaml")
+    result = fulltune.run(recipe, class_weights="balanced")
+    print(result.folder, result.scores[-1].metrics["accuracy"])
+
+A script written for `transformers` needs one changed line: `from fulltune import Trainer, TrainingArguments`.
+Names are imported when they are first used, so `import fulltune` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fulltune.api import job, run
+    from fulltune.classic import Trainer, TrainingArguments
+    from fulltune.errors import FulltuneError
+    from fulltune.pipeline import make_plan, prepare, score_baselines, score_trial, train_trial, write_report
+    from fulltune.predict import load as load_predictor
+    from fulltune.recipe import Recipe
+    from fulltune.recipe_file import load_recipe
+
+_HOMES = {
+    "job": "api",
+    "run": "api",
+    "Trainer": "classic",
+    "TrainingArguments": "classic",
+    "FulltuneError": "errors",
+    "prepare": "pipeline",
+    "make_plan": "pipeline",
+    "train_trial": "pipeline",
+    "score_baselines": "pipeline",
+    "score_trial": "pipeline",
+    "write_report": "pipeline",
+    "Recipe": "recipe",
+    "load_recipe": "recipe_file",
+}
+
+__all__ = [
+    "FulltuneError",
+    "Recipe",
+    "Trainer",
+    "TrainingArguments",
+    "job",
+    "load_predictor",
+    "load_recipe",
+    "make_plan",
+    "prepare",
+    "run",
+    "score_baselines",
+    "score_trial",
+    "train_trial",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_predictor":
+        return import_module("fulltune.predict").load
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fulltune' has no attribute {name!r}")
+    return getattr(import_module(f"fulltune.{_HOMES[name]}"), name)

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fulltune.errors import FulltuneError, InterruptedRun, SetupError
+from fulltune.errors import DataError, FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe_file import load_recipe
 
 if TYPE_CHECKING:
@@ -209,8 +209,10 @@ def quickstart(
 ) -> None:
     """Fine-tune a real small model on real text, offline, in about two minutes."""
     from fulltune import quickstart as example
+    from fulltune.run_folder import writing
 
-    recipe = example.write_chat(output) if chat else example.write_topics(output)
+    with writing(output):
+        recipe = example.write_chat(output) if chat else example.write_topics(output)
     err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
     run(recipe, set_, fresh=False)
 
@@ -231,11 +233,15 @@ def _go(
         found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
     err.print(f"[dim]{'continuing' if resumed else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
     run_folder.hide_progress_bars()
-    from fulltune import pipeline
-    from fulltune.display import Display
+    try:
+        from fulltune import pipeline
+        from fulltune.display import Display
 
-    with Display(err, details) as display:
-        return found, pipeline.run(pipeline.Run(recipe, found, listener=display), until)
+        with Display(err, details) as display:
+            return found, pipeline.run(pipeline.Run(recipe, found, listener=display), until)
+    except KeyboardInterrupt:
+        # Typer would turn it into exit code 130, which says nothing of continuing.
+        raise InterruptedRun("interrupted; the same command continues it") from None
 
 
 def _print_json(value: Any) -> None:
@@ -246,8 +252,12 @@ def _lines(file: Path | None) -> list[str]:
     if file is None and sys.stdin.isatty():
         raise SetupError("predict: give a text, --file, or texts on stdin")
     if file is not None and not file.exists():
-        raise SetupError(f"{file}: no such file")
-    text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        raise DataError(f"{file}: no such file")
+    try:
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8; save it as UTF-8"
+        raise DataError(f"{file or 'stdin'}: cannot be read: {reason}") from None
     return [line for line in text.splitlines() if line.strip()]
 
 

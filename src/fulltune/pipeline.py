@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    hooks: Hooks = Hooks()
+    hooks: Hooks = field(default_factory=Hooks)
     listener: Listener = lambda event: None
 
     @property
@@ -41,6 +41,7 @@ class Run:
 class Reached:
     """What the stages gave, as far as they were asked to go."""
 
+    folder: Path
     summary: DataSummary
     plan: Plan | None = None
     outcome: Outcome | None = None
@@ -67,21 +68,21 @@ def run(job: Run, until: Until = "report") -> Reached:
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         summary = prepare(job)
         if until == "data":
-            return Reached(summary)
+            return Reached(job.folder, summary)
         trial = make_plan(job, summary)
         if until == "plan":
-            return Reached(summary, trial)
+            return Reached(job.folder, summary, trial)
         try:
-            outcome = train_trial(job, trial)
+            outcome = train_trial(job, trial, summary)
         except GuardStop:
             write_report(job)  # says what was seen and why there are no scores
             raise
         if until == "train":
-            return Reached(summary, trial, outcome)
+            return Reached(job.folder, summary, trial, outcome)
         scores = (*score_baselines(job, trial, summary), score_trial(job, trial, summary, outcome))
         if until == "evaluate":
-            return Reached(summary, trial, outcome, scores)
-        return Reached(summary, trial, outcome, scores, write_report(job))
+            return Reached(job.folder, summary, trial, outcome, scores)
+        return Reached(job.folder, summary, trial, outcome, scores, write_report(job))
 
 
 def prepare(job: Run) -> DataSummary:
@@ -132,8 +133,9 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
     return evaluate.baselines(job.recipe, trial, summary, job.folder)
 
 
-def train_trial(job: Run, trial: Plan) -> Outcome:
+def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """The train stage."""
+    job.hooks.weights_of(summary)  # refuses weights that do not match before anything starts
     job.phase("starting the training process")
     return train(job.recipe, trial, job.folder, job.hooks, job.listener)
 

@@ -94,7 +94,10 @@ def load(run: Path) -> Predictor:
     folder = next((folder for folder in folders if (folder / NOTES).exists()), None)
     if folder is None:
         raise SetupError(f"{run}: no finished model here; expected a run folder with models/full, or a model folder")
-    notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    try:
+        notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    except ValueError:
+        raise SetupError(f"{folder / NOTES}: is damaged (not valid JSON); train again, or copy the model again") from None
     block = ModelBlock(name=str(folder.resolve()))
     model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
     return Predictor(model.eval(), models.load_tokenizer(block), notes)

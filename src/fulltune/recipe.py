@@ -87,6 +87,22 @@ class DataBlock(Block):
     max_rows: int | None = Field(default=None, ge=10)
     """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
 
+    @model_validator(mode="after")
+    def _files_must_differ(self) -> DataBlock:
+        train = (self.train,) if isinstance(self.train, str) else self.train
+        problems = []
+        if not train or not all(train):
+            problems.append("train: names no file")
+        held_out = [(role, path) for role, path in (("eval", self.eval), ("test", self.test)) if path is not None]
+        for role, path in held_out:
+            if path in train:
+                problems.append(f"{role}: is the file of train; rows for scoring must not be trained on")
+        if self.test is not None and self.test == self.eval:
+            problems.append("test: is the file of eval; rows for reporting must not choose the checkpoint")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
 
 class FullMethod(Block):
     """Train every parameter."""
@@ -178,14 +194,10 @@ class TrainBlock(Block):
             problems.append("eval_strategy is 'steps' but eval_steps is missing; add for example 'eval_steps: 100'")
         if self.eval_strategy == "epoch" and self.eval_steps is not None:
             problems.append("eval_steps is given but eval_strategy is 'epoch'; set 'eval_strategy: steps'")
-        if self.global_batch_size and self.micro_batch_size:
-            per_pass = self.micro_batch_size * self.num_processes
-            if self.global_batch_size % per_pass:
-                times = f" x num_processes {self.num_processes}" if self.num_processes > 1 else ""
-                problems.append(
-                    f"global_batch_size: {self.global_batch_size} is not a multiple of micro_batch_size "
-                    f"{self.micro_batch_size}{times}"
-                )
+        if self.global_batch_size and self.global_batch_size % ((self.micro_batch_size or 1) * self.num_processes):
+            factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
+            named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
+            problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -45,6 +45,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: is a folder, expected a recipe file (YAML)")
     try:
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not a text file in UTF-8 (byte {error.start}); expected a recipe (YAML)") from None
     try:
@@ -173,6 +175,9 @@ def _duplicates(node: Any, at: tuple[str | int, ...] = ()) -> Iterable[tuple[str
                 yield (*at, key.value)
             seen.add(key.value)
             yield from _duplicates(value, (*at, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for position, value in enumerate(node.value):
+            yield from _duplicates(value, (*at, position))
 
 
 def _substitute(value: Any, at: tuple[str | int, ...], problems: list[str], path: Path, lines: Lines) -> Any:

@@ -15,7 +15,12 @@ from pydantic import BaseModel, ConfigDict
 class Record(BaseModel):
     """A frozen record that knows how to write itself to disk and read itself back."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",  # a metric that is NaN must come back as NaN, not as null
+    )
 
     def save(self, path: Path) -> None:
         """Write the record as JSON; a reader sees the old file or the new one, never half of it."""

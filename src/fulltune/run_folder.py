@@ -90,7 +90,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str) -> bool:
 def _fingerprint(identity: Path) -> str | None:
     try:
         return str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, TypeError, OSError):
         return None
 
 
@@ -103,7 +103,12 @@ def recipe_of(folder: Path) -> Recipe:
     identity = folder / IDENTITY
     if not identity.exists():
         raise SetupError(f"{folder}: is no run folder of fulltune ({IDENTITY} is missing)")
-    return Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
+    try:
+        return Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
+    except (ValueError, KeyError, TypeError, OSError):  # pydantic's ValidationError is a ValueError
+        raise SetupError(
+            f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -116,10 +121,8 @@ def writing(folder: Path) -> Iterator[None]:
             raise DoesNotFitError(
                 f"{folder}: the disk is full; free some space, then run the same command again"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise SetupError(
-                f"{folder}: cannot be written ({error.strerror.lower()}); choose another 'output' folder"
-            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise SetupError(f"{folder}: cannot be written ({error.strerror.lower()}); choose another place") from None
         raise
 
 
@@ -168,4 +171,5 @@ def hide_progress_bars() -> None:
     """Our display replaces the libraries' own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

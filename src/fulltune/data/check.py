@@ -45,13 +45,21 @@ def usable(table: Table, split: str, task: Task, target: Target) -> tuple[list[i
 
 def refuse_if_many(dropped: Sequence[Dropped], num_rows: int, where: str) -> None:
     """Leaving out a few rows is worth a note, leaving out many would ruin the run in silence."""
-    if len(dropped) <= MOST_LEFT_OUT * num_rows:
+    if not dropped:
+        return
+    # One row is never many: an eval file of ten rows may have a bad one as well as a train file of thousands.
+    if len(dropped) <= max(1, MOST_LEFT_OUT * num_rows) and len(dropped) < num_rows:
         return
     first = dropped[0]
+    remedy = (
+        "Raise data.max_length, shorten these rows, or leave them out with data.truncation_strategy: drop"
+        if first.check == "answer cut off"
+        else "Remove or repair these rows, or name another column in the recipe"
+    )
     counts = ", ".join(f"{count} x {check}" for check, count in Counter(item.check for item in dropped).most_common())
     raise DataError(
         f"{where}: {len(dropped)} of {num_rows} rows cannot be used ({counts}); first: {first.place}, {first.reason}. "
-        "Remove or repair these rows, or name another column in the recipe"
+        f"{remedy}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fulltune.data.check import Dropped, labels_only_held_out, refuse_if_many, usable
 from fulltune.data.read import Table, content_hash, read
 from fulltune.data.split import sample, split_off
-from fulltune.errors import DataError
+from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, SplitSummary
 from fulltune.store import save_split
@@ -56,9 +56,9 @@ def prepare(
     fingerprint = _fingerprint(recipe, tokenizer)
     # What a user's function does cannot be hashed, so rows that went through one are always made anew.
     if preprocess is None and (folder / SUMMARY).exists():
-        summary = DataSummary.load(folder / SUMMARY)
-        if summary.fingerprint == fingerprint:
-            return summary
+        earlier = _earlier(folder / SUMMARY)
+        if earlier is not None and earlier.fingerprint == fingerprint:
+            return earlier
     tables = _read(recipe, preprocess)
     target, notes = describe(recipe, task, tables)
     splits, sources, dropped = _split(recipe, task, tables, target, notes)
@@ -101,6 +101,14 @@ def prepare(
     )
     summary.save(folder / SUMMARY)
     return summary
+
+
+def _earlier(path: Path) -> DataSummary | None:
+    """The summary of an earlier run; None when it is damaged or another version's, and the rows are made anew."""
+    try:
+        return DataSummary.load(path)
+    except (OSError, ValueError):
+        return None
 
 
 def _read(recipe: Recipe, preprocess: Preprocess | None) -> dict[Split, Table]:
@@ -167,11 +175,12 @@ def _split(
         splits[name] = _take(train, [i for i, out in enumerate(held_out) if out])
         splits["train"] = _take(train, [i for i, out in enumerate(held_out) if not out])
         sources[name] = f"split off {train.where} (seed {recipe.data.split_seed})"
-    small = [f"{name} has {len(splits[name].rows)} rows" for name in SPLITS if len(splits[name].rows) < 2]
+    small = [f"{name} has {len(splits[name].rows)}" for name in SPLITS if len(splits[name].rows) < 2]
     if small:
+        different = len({task.group_key(row, target) for row in tables["train"].rows})
         raise DataError(
-            f"{tables['train'].where}: too few rows for three splits: {', '.join(small)}; "
-            "give more rows, or files for eval and test"
+            f"{tables['train'].where}: {len(tables['train'].rows)} rows, {different} of them different, are too few "
+            f"for three splits of at least 2 rows ({', '.join(small)}); give more rows, or files for eval and test"
         )
     notes += _overlaps(task, splits, target)
     return splits, sources, dropped
@@ -188,6 +197,8 @@ def _overlaps(task: Task, splits: Mapping[Split, Table], target: Target) -> list
             notes.append(
                 f"{shared} of {len(keys[name])} {name} rows also stand in train: their scores flatter the model"
             )
+    if shared := sum(key in set(keys["eval"]) for key in keys["test"]):
+        notes.append(f"{shared} of {len(keys['test'])} test rows also stand in eval, which chooses the checkpoint")
     return notes
 
 
@@ -225,7 +236,7 @@ def _max_length(
     wanted = recipe.data.max_length
     if wanted is not None:
         if model_limit is not None and wanted > model_limit:
-            raise DataError(
+            raise RecipeError(
                 f"data.max_length: {wanted} tokens, but the model takes at most {model_limit}; "
                 f"set data.max_length: {model_limit} or less"
             )
@@ -248,7 +259,9 @@ def _fit_length(
                 too_long += 1
                 if recipe.data.truncation_strategy == "drop":
                     reason = ("too long", "longer than data.max_length")
-            if example.trained_tokens == 0:
+            if example.refused is not None:
+                reason = (example.refused.check, example.refused.reason)
+            elif example.trained_tokens == 0:
                 cut = "the whole answer lies beyond data.max_length" if example.truncated else "no token is trained"
                 reason = ("answer cut off" if example.truncated else "nothing to train", cut)
             if reason is not None:
@@ -261,8 +274,9 @@ def _fit_length(
             f"{table.where}: {too_long} rows of {split} are longer than data.max_length; raise it, or set "
             "data.truncation_strategy to truncate or drop"
         )
-    if recipe.data.truncation_strategy != "drop":
-        refuse_if_many(dropped, len(rows), table.where)
+    # Rows that the user asked to leave out are not held against the file.
+    wanted_out = ("too long", "answer cut off") if recipe.data.truncation_strategy == "drop" else ()
+    refuse_if_many([item for item in dropped if item.check not in wanted_out], len(rows), table.where)
     if not kept:
         raise DataError(f"{table.where}: no row of {split} is left: all are longer than data.max_length")
     return kept, positions, dropped

@@ -106,10 +106,21 @@ def _rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                 yield from _json(file)
             case _:
                 yield from _columnar(file)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file}:{_undecodable_line(file)}: not UTF-8; save the file as UTF-8") from None
     except PermissionError:
         raise DataError(f"{file}: may not be read (permission denied)") from None
+
+
+def _undecodable_line(file: Path) -> int:
+    """The first line that is not UTF-8: a decoding error counts from the start of its block, not of the file."""
+    with file.open("rb") as stream:
+        for line, content in enumerate(stream, start=1):
+            try:
+                content.decode("utf-8")
+            except UnicodeDecodeError:
+                return line
+    return 1
 
 
 def _separated(file: Path, delimiter: str) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -117,10 +128,12 @@ def _separated(file: Path, delimiter: str) -> Iterable[tuple[int, dict[str, Any]
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        line = 1
         try:
             header = next(reader, None)
             if not header:
                 raise DataError(f"{file}: no header line with column names")
+            _refuse_other_delimiter(file, header, delimiter)
             repeated = sorted({name for name in header if header.count(name) > 1})
             if repeated:
                 raise DataError(f"{file}:1: column '{repeated[0]}' stands twice in the header")
@@ -135,7 +148,20 @@ def _separated(file: Path, delimiter: str) -> Iterable[tuple[int, dict[str, Any]
                     yield line, dict(zip(header, cells, strict=True))
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: not valid csv: {error}") from None
+            if "unexpected end of data" in str(error):
+                raise DataError(f"{file}:{line}: a double quote is opened in this row and never closed") from None
+            raise DataError(f"{file}:{line}: not valid csv: {error}") from None
+
+
+def _refuse_other_delimiter(file: Path, header: Sequence[str], delimiter: str) -> None:
+    """One column whose name holds another delimiter is a file that was written with that one."""
+    names = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    other = next((sign for sign in names if sign != delimiter and sign in header[0]), None)
+    if len(header) == 1 and other is not None:
+        raise DataError(
+            f"{file}:1: its columns are separated by {names[other]}, expected {names[delimiter]}; save it with commas "
+            "as .csv or with tabs as .tsv"
+        )
 
 
 def _json_lines(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -145,7 +171,7 @@ def _json_lines(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
+                row = json.loads(text.rstrip())
             except ValueError as error:
                 problems.append(f"{file}:{line}: not valid JSON: {_json_problem(error)}")
                 continue
@@ -165,7 +191,8 @@ def _json(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         if isinstance(error, UnicodeDecodeError):
             raise
         line = getattr(error, "lineno", 1)
-        raise DataError(f"{file}:{line}: not valid JSON: {_json_problem(error)}") from None
+        hint = "; a file with one object a line is named .jsonl" if "Extra data" in str(error) else ""
+        raise DataError(f"{file}:{line}: not valid JSON: {_json_problem(error)}{hint}") from None
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         value = lists[0] if len(lists) == 1 else value

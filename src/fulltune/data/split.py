@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MOST_HELD_OUT_ROWS = 2_000
 
@@ -32,20 +32,29 @@ def split_off(groups: Sequence[str], strata: Sequence[str], fraction: float, see
     for key, positions in members.items():
         by_stratum[strata[positions[0]]].append(key)
     held_out = [False] * len(groups)
-    for stratum, keys in sorted(by_stratum.items()):
-        keys = sorted(keys, key=lambda key: order(seed, key))
+    for stratum in sorted(by_stratum):
+        keys = sorted(by_stratum[stratum], key=lambda key: order(seed, key))
         rows = sum(len(members[key]) for key in keys)
         wanted = round(rows * fraction)
         if len(keys) > 1:
             wanted = max(1, wanted)
-        taken = 0
-        for key in keys[:-1] if stratum else keys:
-            if taken >= wanted:
-                break
-            taken += len(members[key])
+        for key in _chosen(keys, {key: len(members[key]) for key in keys}, wanted):
             for position in members[key]:
                 held_out[position] = True
     return held_out
+
+
+def _chosen(keys: Sequence[str], sizes: Mapping[str, int], wanted: int) -> list[str]:
+    """Groups of together about `wanted` rows, never all; one that is too large for the rest is passed over."""
+    chosen: list[str] = []
+    taken = 0
+    for key in keys:
+        if taken + sizes[key] <= wanted and len(chosen) < len(keys) - 1:
+            chosen.append(key)
+            taken += sizes[key]
+    if not chosen and wanted and len(keys) > 1:
+        chosen = [min(keys, key=lambda key: sizes[key])]
+    return chosen
 
 
 def order(seed: int, key: str) -> str:

@@ -81,13 +81,14 @@ def _attempts(view: RunView) -> Table:
     for attempt in view.attempts:
         outcome = attempt.outcome
         if outcome is None:
-            rows.append((attempt.name, "no outcome", *("-",) * 4, "its process wrote no outcome.json"))
+            steps = words.count(attempt.steps)
+            rows.append((attempt.name, "no outcome", steps, *("-",) * 3, "its process wrote no outcome.json"))
             continue
         rows.append(
             (
                 attempt.name,
                 outcome.status.replace("_", " "),
-                words.count(outcome.steps),
+                words.count(attempt.steps),
                 words.duration(outcome.train_seconds),
                 words.number(outcome.tokens_per_second) if outcome.tokens_per_second else "-",
                 words.size(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from fulltune.records import Plan, Scores
 from fulltune.report import words
@@ -81,25 +80,25 @@ def _front_matter(view: RunView) -> str:
 def _data(view: RunView) -> list[str]:
     if view.summary is None:
         return []
-    rows = [(split, words.count(found.rows), words.count(found.tokens)) for split, found in view.summary.splits.items()]
-    parts = ["## Data", table(("split", "rows", "tokens"), rows, frozenset({1, 2}))]
-    files = dict.fromkeys(_data_files(view))
-    if files:
-        longest = words.counted(view.summary.max_length, "token")
-        parts.append(f"From {escaped(words.listed(list(files)))}. Longest row: {longest}.")
+    rows = [
+        (
+            split,
+            words.count(found.rows),
+            words.count(found.tokens),
+            _without_folders(view.summary.sources.get(split, "-")),
+        )
+        for split, found in view.summary.splits.items()
+    ]
+    parts = ["## Data", table(("split", "rows", "tokens", "where from"), rows, frozenset({1, 2}))]
+    parts.append(f"Longest row: {words.counted(view.summary.max_length, 'token')}.")
     if view.summary.labels:
         labels = ", ".join(words.named(label) for label in view.summary.labels)
         parts.append(f"{len(view.summary.labels)} labels: {escaped(words.clipped(labels, 2000))}")
     return parts
 
 
-def _data_files(view: RunView) -> list[str]:
-    values: list[Any] = []
-    for plan in view.plans[:1]:
-        for setting in plan.settings:
-            if setting.name in ("data.train", "data.eval", "data.test"):
-                values += setting.value if isinstance(setting.value, list | tuple) else [setting.value]
-    return [words.file_name(value) for value in values if isinstance(value, str)]
+def _without_folders(text: str) -> str:
+    return re.sub(r"\S*[\\/](?=\S)", "", text)
 
 
 def _metrics(view: RunView, scores: Scores | None) -> list[str]:

@@ -59,11 +59,12 @@ def main_trial(view: RunView) -> str | None:
 def _key_figures(view: RunView) -> tuple[tuple[str, str], ...]:
     figures = []
     trial = main_trial(view)
-    outcomes = [attempt.outcome for attempt in view.attempts_of(trial) if attempt.outcome] if trial else []
+    attempts = view.attempts_of(trial) if trial else ()
+    outcomes = [attempt.outcome for attempt in attempts if attempt.outcome]
     if outcomes:
         last = outcomes[-1]
         figures.append(("training", last.status.replace("_", " ")))
-        figures.append(("steps", words.count(last.steps)))
+        figures.append(("steps", words.count(attempts[-1].steps)))
         figures.append(("training time", words.duration(sum(outcome.train_seconds for outcome in outcomes))))
         if last.moved:
             figures.append(("values moved", words.share(last.moved.share)))
@@ -107,8 +108,8 @@ def _how_to_go_on(status: str | None) -> str:
     match status:
         case None:
             return "There is no trained model in this run folder. 'fulltune run RECIPE' again continues where it ended."
-        case "interrupted":
-            return "The run was interrupted: the same 'fulltune run' command continues from the last checkpoint."
+        case "interrupted" | "killed" | "crashed":
+            return f"The run was {status}: the same 'fulltune run' command continues from the last checkpoint."
         case "done":
             return "Training is done, but the model folder is not there any more: 'fulltune run RECIPE' makes it anew."
         case _:

@@ -34,6 +34,12 @@ class Attempt:
     """What `metrics.jsonl` holds, in order."""
     journal: tuple[dict[str, Any], ...]
 
+    @property
+    def steps(self) -> int:
+        """Steps by the outcome; an attempt that failed before it could say has done those that it logged."""
+        logged = [line["step"] for line in self.lines if isinstance(line.get("step"), int)]
+        return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
+
 
 @dataclass(frozen=True)
 class Missing:

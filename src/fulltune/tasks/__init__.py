@@ -39,6 +39,14 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A row that is left out: which check, and why."""
+
+    check: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Example:
     """A tokenised row.
 
@@ -49,14 +57,8 @@ class Example:
     features: Mapping[str, Any]
     trained_tokens: int
     truncated: bool = False
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A row that is left out: which check, and why."""
-
-    check: str
-    reason: str
+    refused: Refused | None = None
+    """Set when tokenising showed that the row cannot be used."""
 
 
 class Task(Protocol):

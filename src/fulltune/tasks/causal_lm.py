@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.errors import DataError
+from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
 from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, chat
@@ -61,7 +61,10 @@ def refuse(row: Row, target: Target) -> Refused | None:
     """Rows without an answer are left out, and conversations that are no conversations."""
     if target.problem_type == "prompt_completion":
         for role in ("prompt", "completion"):
-            if not as_text(row.get(target.columns[role])).strip():
+            value = row.get(target.columns[role])
+            if isinstance(value, (list, tuple, dict)):
+                return Refused(f"no {role}", f"column '{target.columns[role]}' holds a list or an object, not text")
+            if not as_text(value).strip():
                 return Refused(f"no {role}", f"column '{target.columns[role]}' is empty")
         return None
     try:
@@ -114,19 +117,27 @@ def encode(
 ) -> list[list[Example]]:
     """Tokenise; `labels` repeat the ids where the answer is and hold -100 elsewhere."""
     if target.problem_type == "chat" and not tokenizer.chat_template:
-        raise DataError(
+        raise SetupError(
             "the tokenizer has no chat template; take an instruct model, or give data.chat_template (a Jinja file)"
         )
     encoded = []
     for row in rows:
         if target.problem_type == "chat":
-            messages = chat.clean(row[target.columns["messages"]])
-            tools = row.get(target.columns["tools"]) if "tools" in target.columns else None
-            masked = chat.encode(tokenizer, messages, tools)
+            try:
+                masked = chat.encode(tokenizer, chat.clean(row[target.columns["messages"]]), _tools(row, target))
+            except chat.TemplateRefusal as error:
+                nothing = {"input_ids": [], "attention_mask": [], "labels": []}
+                encoded.append([Example(nothing, 0, refused=Refused("refused by the chat template", str(error)))])
+                continue
         else:
             masked = [_encode_pair(row, target, tokenizer)]
         encoded.append([_example(ids, trained, max_length) for ids, trained in masked])
     return encoded
+
+
+def _tools(row: Row, target: Target) -> Any:
+    """The row's tool definitions; an empty list is none."""
+    return (chat.parsed(row.get(target.columns["tools"])) or None) if "tools" in target.columns else None
 
 
 def _encode_pair(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase) -> chat.Masked:
@@ -151,10 +162,7 @@ def generation_ids(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase)
     """The tokens after which the model shall answer."""
     if target.problem_type == "prompt_completion":
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
-    tools = row.get(target.columns["tools"]) if "tools" in target.columns else None
-    text = tokenizer.apply_chat_template(
-        _question(row, target), tools=tools, tokenize=False, add_generation_prompt=True
-    )
+    text = chat.render(tokenizer, _question(row, target), _tools(row, target), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -282,8 +290,6 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
     Raises:
         SetupError: When sacrebleu or rouge-score are not installed.
     """
-    from fulltune.errors import SetupError
-
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics import CHRF

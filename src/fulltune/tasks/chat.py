@@ -6,16 +6,23 @@ them the conversation is rendered up to before and up to after each assistant tu
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fulltune.errors import DataError
+from fulltune.errors import DataError, SetupError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
+
+
+class TemplateRefusal(DataError):
+    """The chat template does not take a conversation, for example because roles must alternate."""
+
+
 Masked = tuple[list[int], list[bool]]
 """Token ids and, for each, whether it is trained."""
 
@@ -30,8 +37,9 @@ def clean(messages: Any) -> list[dict[str, Any]]:
     Raises:
         DataError: When this is no list of messages.
     """
+    messages = parsed(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
-        raise DataError(f"expected a list of messages, found {type(messages).__name__}")
+        raise DataError(f"expected a list of messages {{role, content}}, found {type(messages).__name__}")
     cleaned = []
     for message in messages:
         kept = {key: value for key, value in message.items() if value is not None}
@@ -42,8 +50,40 @@ def clean(messages: Any) -> list[dict[str, Any]]:
             raise DataError("a message has no 'role'")
         if "content" not in kept and "tool_calls" not in kept:
             raise DataError(f"a message of '{kept['role']}' has neither 'content' nor 'tool_calls'")
-        cleaned.append({"content": "", **kept})
+        cleaned.append({"content": "", **kept, **_words_and_calls(kept)})
     return cleaned
+
+
+def parsed(value: Any) -> Any:
+    """Lists and objects come as JSON text where the file has no type for them (csv), or another for each row."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _words_and_calls(message: Message) -> dict[str, Any]:
+    """`content` as text and `tool_calls` as a list, where the message has them in another form."""
+    changed: dict[str, Any] = {}
+    content = message.get("content", "")
+    if isinstance(content, (list, tuple)):
+        kinds = {str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in content}
+        if kinds - {"text"}:
+            raise DataError(f"a message of '{message['role']}' holds {', '.join(sorted(kinds - {'text'}))}, not text")
+        changed["content"] = "".join(str(part.get("text") or "") for part in content)
+    elif not isinstance(content, str):
+        if isinstance(content, Mapping):
+            raise DataError(f"a message of '{message['role']}' holds an object, not text")
+        changed["content"] = str(content)
+    if "tool_calls" in message:
+        calls = parsed(message["tool_calls"])
+        calls = [calls] if isinstance(calls, Mapping) else calls
+        if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
+            raise DataError(f"'tool_calls' of '{message['role']}' must be a list of objects")
+        changed["tool_calls"] = list(calls)
+    return changed
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any = None) -> list[Masked]:
@@ -54,11 +94,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tool
         drop old reasoning do): no single rendering then shows every turn as the model will see it.
     """
     if has_generation_marks(tokenizer):
-        got = tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        got = _applied(tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return [(list(got["input_ids"]), [bool(value) for value in got["assistant_masks"]])]
-    whole = _render(tokenizer, messages, tools)
+    whole = render(tokenizer, messages, tools)
     turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
     spans = [_span(tokenizer, messages, turn, tools) for turn in turns]
     if all(whole.startswith(text) for _, text in spans):
@@ -72,11 +110,14 @@ def has_generation_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, tools: Any) -> tuple[int, str]:
     """The text up to the end of an assistant turn, and where that turn starts in it."""
-    after = _render(tokenizer, messages[: turn + 1], tools)
-    before = _render(tokenizer, messages[:turn], tools, add_generation_prompt=True) if turn else ""
+    after = render(tokenizer, messages[: turn + 1], tools)
+    if turn == 0:
+        start = _first_opening(tokenizer, after)
+        return start, after
+    before = render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
     if not after.startswith(before):
         # Some templates open the turn differently when they generate (a reasoning tag, say): what both share is read.
-        without = _render(tokenizer, messages[:turn], tools)
+        without = render(tokenizer, messages[:turn], tools)
         before = without if after.startswith(without) else _common_prefix(before, after)
     return len(before), after
 
@@ -86,8 +127,36 @@ def _common_prefix(one: str, other: str) -> str:
     return one[:length]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
+def _first_opening(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Where the words of an assistant that speaks first begin: templates cannot render the nothing before them."""
+    question = [{"role": "user", "content": "?"}]
+    asked = render(tokenizer, question, None)
+    opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(asked)
+    return text.find(opening) + len(opening) if opening and opening in text else 0
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, **options: Any) -> str:
+    """A conversation as text."""
+    return str(_applied(tokenizer, messages, tools, tokenize=False, **options))
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
+    """Apply the template.
+
+    Raises:
+        SetupError: When the template itself is broken.
+        TemplateRefusal: When it does not take this conversation.
+    """
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tools=tools, **options)
+    except jinja2.TemplateSyntaxError as error:
+        raise SetupError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
+    except NotImplementedError:
+        raise SetupError("the tokenizer does not say where its tokens stand in the text; take a fast one") from None
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TemplateRefusal(" ".join(str(error).split())[:200]) from None
 
 
 def _mask(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Masked:

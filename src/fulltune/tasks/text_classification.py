@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +66,12 @@ def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock
     values = [row[columns["label"]] for row in rows if not _is_empty(row.get(columns["label"]))]
     if not values:
         raise DataError(f"{where}: column '{columns['label']}' holds no label in any row")
+    objects = [value for value in values if isinstance(value, dict)]
+    if objects:
+        raise DataError(
+            f"{where}: column '{columns['label']}' holds objects ({str(objects[0])[:60]}); expected a class name, a list "
+            "of class names, or a number"
+        )
     kind = data.problem_type if data.problem_type != "auto" else _problem_type(values)
     if kind == "regression":
         wrong = [value for value in values if _number(value) is None]
@@ -81,6 +88,12 @@ def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock
         if not labels:
             raise DataError(f"{where}: no row of column '{columns['label']}' names a label")
         return Target("multi_label", columns, tuple(labels))
+    several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
+    if several:
+        raise DataError(
+            f"{where}: column '{columns['label']}' holds several labels in a row ({several[0]!r}); expected one, or set "
+            "data.problem_type: multi_label"
+        )
     _refuse_mixed(values, columns["label"], where)
     names = {_label_name(value) for value in values}
     if len(names) == 1:
@@ -98,7 +111,7 @@ def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def _problem_type(values: Sequence[Any]) -> str:
-    if all(isinstance(value, (list, tuple)) or _is_json_list(value) for value in values):
+    if any(isinstance(value, (list, tuple)) for value in values) or all(_is_json_list(value) for value in values):
         return "multi_label"
     numbers = [_number(value) for value in values]
     if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
@@ -155,13 +168,19 @@ def _label_list(value: Any) -> list[str]:
         parsed = _json_list(value)
         # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
         value = parsed if parsed is not None else [part for part in value.replace("|", ";").split(";") if part.strip()]
-    return [_label_name(part) for part in value]
+    if not isinstance(value, (list, tuple)):
+        value = [] if _is_empty(value) else [value]
+    return [_label_name(part) for part in value if not _is_empty(part)]
 
 
 def _label_name(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    name = str(value).strip()
+    # Whole numbers that a table kept as floats, because some cell was empty: `1.0` and `1` are the same class.
+    return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0", name) else name
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------
@@ -169,6 +188,10 @@ def _label_name(value: Any) -> str:
 
 def refuse(row: Row, target: Target) -> Refused | None:
     """Rows without text or without a target are left out."""
+    for role in ("text", "text_pair"):
+        column = target.columns.get(role)
+        if column is not None and isinstance(row.get(column), (list, tuple, dict)):
+            return Refused("no text", f"column '{column}' holds a list or an object, not text")
     if not as_text(row.get(target.columns["text"])).strip():
         return Refused("no text", f"column '{target.columns['text']}' is empty")
     value = row.get(target.columns["label"])
@@ -186,7 +209,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
     value = row.get(target.columns["label"])
     if target.problem_type == "regression":
         return []
-    return sorted(_label_list(value)) if target.problem_type == "multi_label" else [_label_name(value)]
+    return sorted(set(_label_list(value))) if target.problem_type == "multi_label" else [_label_name(value)]
 
 
 def group_key(row: Row, target: Target) -> str:

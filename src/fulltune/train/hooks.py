@@ -6,22 +6,51 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fulltune.errors import RecipeError
+from fulltune.records import DataSummary
+
 
 @dataclass(frozen=True)
 class Hooks:
     """Functions of the user's own. With `compute_loss` or `class_weights` training runs in this process."""
 
     metrics: Callable[[Any, Any], Mapping[str, float]] | None = None
-    """`metrics(predictions, references)`: further metrics of the test rows. Classifiers: arrays of class ids, 0/1 rows or
-    numbers; language models: generated and expected answers (lists of str)."""
+    """`metrics(predictions, references)`: further metrics of the test rows. Classifiers: arrays of class ids, 0/1 rows
+    or numbers; language models: generated and expected answers (lists of str)."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """`preprocess(row)`: changes each row after reading."""
     compute_loss: Callable[..., Any] | None = None
-    """`compute_loss(outputs, labels, num_items_in_batch)`: the loss to train with, as in `transformers.Trainer`. It must
-    be divided by `num_items_in_batch`, the number of rows (or trained tokens) of the whole global batch."""
+    """`compute_loss(outputs, labels, num_items_in_batch)`: the loss to train with, as in `transformers.Trainer`. It
+    must be divided by `num_items_in_batch`, the number of rows (or trained tokens) of the whole global batch."""
     class_weights: Mapping[str, float] | Sequence[float] | str | None = None
     """Weight of each class in the training loss: by name, in the order of the labels, or `"balanced"`."""
 
     @property
     def needs_this_process(self) -> bool:
         return self.compute_loss is not None or self.class_weights is not None
+
+    def weights_of(self, summary: DataSummary) -> list[float] | None:
+        """Class weights in the order of the labels; `balanced` makes each class count the same in total.
+
+        Raises:
+            RecipeError: When the weights do not match the labels.
+        """
+        given, labels = self.class_weights, summary.labels
+        if given is None:
+            return None
+        if not labels:
+            raise RecipeError(f"class_weights: the data have no classes ({summary.problem_type.replace('_', ' ')})")
+        if isinstance(given, str):
+            if given != "balanced":
+                raise RecipeError(f"class_weights: expected 'balanced', a mapping or a list, found {given!r}")
+            counts = summary.splits["train"].label_counts
+            return [sum(counts.values()) / (len(labels) * counts[label]) for label in labels]
+        if isinstance(given, Mapping):
+            missing, unknown = [n for n in labels if n not in given], [n for n in given if n not in labels]
+            if missing or unknown:
+                wrong = f"no weight for {', '.join(missing[:5])}" if missing else f"no such label: {unknown[0]}"
+                raise RecipeError(f"class_weights: {wrong}")
+            return [float(given[label]) for label in labels]
+        if len(given) != len(labels):
+            raise RecipeError(f"class_weights: {len(given)} weights for {len(labels)} labels")
+        return [float(weight) for weight in given]

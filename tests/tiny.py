@@ -1,0 +1,293 @@
+"""Tiny random models, tokenizers and data sets, made from configs: nothing is downloaded, a model takes milliseconds.
+
+`save_model(folder, "gpt2")` writes a folder that `model:` of a recipe can name. Tokenizers work on bytes, so that every
+text survives encoding and decoding unchanged.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ENCODERS = ("bert", "distilbert", "roberta")
+DECODERS = ("gpt2", "llama", "qwen2", "opt", "bloom", "gpt_neox", "mistral")
+POSITIONS = 128
+"""Longest row of the models that have a limit, in tokens."""
+
+# ---- chat templates --------------------------------------------------------------------------------------------
+
+_TOOLS = "{% if tools %}<|im_start|>system\ntools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+_CALLS = "{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}</call>{% endif %}"
+_ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+CHATML = (
+    _TOOLS + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + _CALLS + "<|im_end|>\n{% endfor %}" + _ASK
+)
+"""Like most instruct models' template: no marks, a line end after each turn."""
+
+MARKED = (
+    _TOOLS
+    + "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    + "{% generation %}{{ m.content }}"
+    + _CALLS
+    + "<|im_end|>{% endgeneration %}\n"
+    + "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    + _ASK
+)
+"""With `{% generation %}` marks around what the assistant says."""
+
+REWRITING = (
+    "{% for m in messages %}{% set text = m.content %}"
+    "{% if m.role == 'assistant' and not loop.last and '</think>' in text %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ text }}<|im_end|>\n{% endfor %}" + _ASK
+)
+"""Drops the reasoning of earlier turns, as Qwen3's does: no single text shows every turn as it was generated."""
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + _ASK
+)
+"""Puts a system message of its own first, as SmolLM2's does."""
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------
+
+_CORPUS = (
+    "the sun shines and the rain falls over the town in the cold morning",
+    "we cook soup with bread and cheese and eat an apple after dinner",
+    "system user assistant tool question answer what is the colour of the sky? blue green red",
+)
+
+
+@cache
+def _bytes_bpe(special: tuple[str, ...]) -> str:
+    """A byte-level BPE with some merges, as JSON: the same in every process."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(special) + 256 + 80,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return str(tokenizer.to_str())
+
+
+def encoder_tokenizer(model_max_length: int = POSITIONS, token_types: bool = True) -> Any:
+    """`[CLS] text [SEP]`, `[CLS] one [SEP] two [SEP]`, with a padding token of its own; BERT also reads token types."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    tokenizer = Tokenizer.from_str(_bytes_bpe(special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"],
+    )
+
+
+def decoder_tokenizer(
+    chat_template: str | None = CHATML,
+    *,
+    eos: str = "<|im_end|>",
+    pad: str | None = None,
+    bos: str | None = None,
+    model_max_length: int = POSITIONS,
+) -> Any:
+    """Without padding token as GPT-2's, or with `pad` equal to `eos` as SmolLM2's, or with one of its own."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<s>")
+    tokenizer = Tokenizer.from_str(_bytes_bpe(special))
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, special.index(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=eos,
+        pad_token=pad,
+        bos_token=bos,
+        model_max_length=model_max_length,
+        extra_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+# ---- models ----------------------------------------------------------------------------------------------------
+
+
+def config(kind: str, tokenizer: Any, **changes: Any) -> Any:
+    """Config of a tiny model: 2 layers, hidden size 32, 4 heads.
+
+    Args:
+        kind: One of `ENCODERS` or `DECODERS`.
+        tokenizer: Gives the vocabulary's size and the special tokens' ids.
+        changes: Values that replace or add to the config's.
+    """
+    import transformers
+
+    common = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    wide = {"intermediate_size": 64, "max_position_embeddings": POSITIONS}
+    name, values = {
+        "bert": ("BertConfig", size | wide),
+        "distilbert": (
+            "DistilBertConfig",
+            {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": POSITIONS},
+        ),
+        # RoBERTa's positions start after the padding index.
+        "roberta": (
+            "RobertaConfig",
+            size | wide | {"max_position_embeddings": POSITIONS + (tokenizer.pad_token_id or 0) + 1},
+        ),
+        "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}),
+        "llama": ("LlamaConfig", size | wide | {"num_key_value_heads": 2}),
+        "qwen2": ("Qwen2Config", size | wide | {"num_key_value_heads": 2}),
+        "mistral": ("MistralConfig", size | wide | {"num_key_value_heads": 2, "head_dim": 8}),
+        "opt": (
+            "OPTConfig",
+            size | {"ffn_dim": 64, "max_position_embeddings": POSITIONS, "word_embed_proj_dim": 32},
+        ),
+        "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+        "gpt_neox": ("GPTNeoXConfig", size | wide),
+    }[kind]
+    return getattr(transformers, name)(**{**common, **values, **changes})
+
+
+def usual_tokenizer(kind: str) -> Any:
+    """An encoder's or a decoder's tokenizer, as `save_model` takes it."""
+    return encoder_tokenizer(token_types=kind == "bert") if kind in ENCODERS else decoder_tokenizer()
+
+
+def save_model(folder: Path, kind: str, *, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny random model with its tokenizer: encoders without a head, decoders as language models.
+
+    Args:
+        folder: Where to write; made when it is missing.
+        kind: One of `ENCODERS` or `DECODERS`.
+        tokenizer: Left out, the usual one of that kind.
+        seed: Seed of the weights.
+        changes: Values of the config, for example `num_hidden_layers=1` or `hidden_dropout_prob=0.0`.
+
+    Returns:
+        The folder.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    tokenizer = tokenizer or usual_tokenizer(kind)
+    auto_class = AutoModel if kind in ENCODERS else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto_class.from_config(config(kind, tokenizer, **changes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---- data and recipes ------------------------------------------------------------------------------------------
+
+WEATHER = ("sun", "rain", "snow", "storm", "cloud", "wind", "fog", "hail")
+FOOD = ("soup", "bread", "apple", "cheese", "rice", "cake", "bean", "egg")
+PLACES = ("town", "garden", "house", "field", "street", "forest", "lake", "hill", "yard", "port")
+
+
+def topic_rows(count: int = 64) -> list[dict[str, str]]:
+    """Different texts of two classes that a tiny model can tell apart in a few epochs."""
+    rows = []
+    for number in range(count):
+        words, label = ((WEATHER, "weather"), (FOOD, "food"))[number % 2]
+        word, place = words[(number // 2) % len(words)], PLACES[(number // 16) % len(PLACES)]
+        rows.append({"text": f"the {word} in the {place} number {number}", "label": label})
+    return rows
+
+
+def chat_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Conversations of one question and a short answer."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is in the {PLACES[number % len(PLACES)]} {number}?"},
+                {"role": "assistant", "content": f"the {FOOD[number % len(FOOD)]}"},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def pair_rows(count: int = 40) -> list[dict[str, str]]:
+    """Prompts and completions."""
+    return [
+        {"prompt": f"{PLACES[number % len(PLACES)]} {number}:", "completion": f" {FOOD[number % len(FOOD)]}"}
+        for number in range(count)
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows as csv, with the first row's keys as the header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(path: Path, model: Path | str, rows: Path | str, /, **blocks: Any) -> Path:
+    """Write a recipe for a tiny run on the CPU in fp32, without bootstrap's usual cost.
+
+    Args:
+        path: Where to write; `output` is `runs` beside it.
+        model: Folder of the model.
+        rows: Data file: `data.train`.
+        blocks: `task=...`, or a block whose values are merged into the usual ones, for example `train={"max_steps": 3}`.
+    """
+    values: dict[str, Any] = {
+        "model": {"name": str(model)},
+        "task": "text-classification",
+        "data": {"train": str(rows)},
+        "method": {"kind": "full", "learning_rate": 1e-3},
+        "train": {"device": "cpu", "precision": "fp32", "global_batch_size": 8},
+        "evaluate": {"bootstrap_samples": 100, "generate_rows": 0},
+    }
+    for name, value in blocks.items():
+        values[name] = {**values[name], **value} if isinstance(values.get(name), dict) else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path

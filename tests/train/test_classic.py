@@ -1,0 +1,537 @@
+"""The classic script: names of transformers 3 and 4, guards, dry-run step, and the loss under gradient accumulation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from fulltune import classic
+from fulltune.classic import OLD_NAMES, FulltuneNotice, Trainer, TrainingArguments
+from fulltune.errors import GuardStop
+
+SIGNAL = ("good", "bad")
+FILLER = [f"w{number}" for number in range(20)]
+QUIET: dict[str, Any] = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "use_cpu": True,
+}
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<|endoftext|>", "<unk>", *SIGNAL, *FILLER]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", unk_token="<unk>")
+    made.pad_token = made.eos_token
+    return made
+
+
+def tiny_config(tokenizer: Any, **changes: Any) -> GPT2Config:
+    size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2Config(**{"vocab_size": len(tokenizer), **size, **dropout, **ends, **changes})
+
+
+def tiny_model(tokenizer: Any, kind: Any = GPT2ForSequenceClassification, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    return kind(tiny_config(tokenizer, **{"num_labels": 2, **changes}))
+
+
+def rows(tokenizer: Any, count: int, seed: int = 0, **labels: Any) -> Dataset:
+    """The one word of `SIGNAL` in a text decides its label; one third is bad."""
+    draw = np.random.default_rng(seed)
+    texts, classes = [], []
+    for number in range(count):
+        label = int(number % 3 == 0)
+        words = list(draw.choice(FILLER, size=int(draw.integers(3, 12))))
+        words.insert(int(draw.integers(len(words))), SIGNAL[label])
+        texts.append(" ".join(words))
+        classes.append(label)
+    made = Dataset.from_dict({"text": texts, "label": classes})
+    return made.map(lambda row: tokenizer(row["text"]), batched=True)
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    logits, labels = prediction
+    return {"accuracy": float((np.argmax(logits, axis=-1) == labels).mean())}
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    for name, value in one.items():
+        torch.testing.assert_close(
+            value, other[name], atol=tolerance, rtol=0.0, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def notices(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(warning.message) for warning in caught if issubclass(warning.category, FulltuneNotice)]
+
+
+@pytest.fixture
+def caught() -> Iterator[list[warnings.WarningMessage]]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield found
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+def test_classic_script_on_planted_signal_beats_majority_and_tells_each_change_once(
+    tokenizer: Any, tmp_path: Path, caught: list[warnings.WarningMessage]
+) -> None:
+    model = tiny_model(tokenizer)
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        overwrite_output_dir=True,
+        evaluation_strategy="epoch",
+        save_strategy="epoch",
+        learning_rate=5e-3,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=32,
+        num_train_epochs=4,
+        weight_decay=0.01,
+        fp16=True,
+        no_cuda=True,
+        warmup_ratio=0.1,
+        group_by_length=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        logging_dir=str(tmp_path / "logs"),
+        save_total_limit=1,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows(tokenizer, 192),
+        eval_dataset=rows(tokenizer, 96, seed=1),
+        tokenizer=tokenizer,
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] > 0.95  # the majority has 2/3
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = GPT2ForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert loaded.config.pad_token_id == tokenizer.pad_token_id
+    assert trainer.moved is not None
+    assert trainer.moved.share > 0.99
+    assert not list((tmp_path / "out").glob("_fulltune*"))
+    told = notices(caught)
+    old = ["overwrite_output_dir", "evaluation_strategy", "fp16", "no_cuda", "warmup_ratio", "group_by_length"]
+    old += ["logging_dir", "Trainer(tokenizer"]
+    for name in old:
+        assert len([text for text in told if text.startswith(name)]) == 1, (name, told)
+    assert len(told) == len(old), told
+
+
+def test_prediction_with_grouped_lengths_keeps_order_of_rows(tokenizer: Any, tmp_path: Path) -> None:
+    data = rows(tokenizer, 40)
+    args = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=4, train_sampling_strategy="group_by_length", **QUIET
+    )
+    model = tiny_model(tokenizer)
+    ours = Trainer(model=model, args=args, processing_class=tokenizer).predict(data)
+    theirs = transformers.Trainer(model=model, args=args, processing_class=tokenizer).predict(data)
+    assert ours.label_ids.tolist() == data["label"][:]
+    # Upstream sorts them by length (5.24); when this fails, `Trainer.predict` can go.
+    assert theirs.label_ids.tolist() != data["label"][:]
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        ({"evaluation_strategy": "steps", "eval_steps": 5}, "eval_strategy", "steps"),
+        ({"evaluate_during_training": True, "eval_steps": 5}, "eval_strategy", "steps"),
+        ({"warmup_ratio": 0.25}, "warmup_steps", 0.25),
+        ({"warmup_ratio": 0.25, "warmup_steps": 0}, "warmup_steps", 0.25),
+        ({"group_by_length": True}, "train_sampling_strategy", "group_by_length"),
+        ({"group_by_length": False}, "train_sampling_strategy", "random"),
+        ({"gradient_checkpointing": True}, "activation_checkpointing", True),
+        (
+            {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+            "activation_checkpointing_kwargs",
+            {"use_reentrant": False},
+        ),
+        ({"per_gpu_train_batch_size": 3}, "per_device_train_batch_size", 3),
+        ({"per_gpu_eval_batch_size": 3}, "per_device_eval_batch_size", 3),
+        ({"include_inputs_for_metrics": True}, "include_for_metrics", ["inputs"]),
+        ({"adafactor": True}, "optim", "adafactor"),
+        ({"optim": "adamw_hf"}, "optim", "adamw_torch"),
+        ({"push_to_hub_model_id": "m", "push_to_hub_organization": "o"}, "hub_model_id", "o/m"),
+        ({"push_to_hub_token": "secret"}, "hub_token", "secret"),
+        ({"save_safetensors": False}, "logging_nan_inf_filter", False),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter", True),
+    ],
+)
+def test_arguments_with_old_name_set_new_field(
+    given: dict[str, Any], name: str, value: Any, tmp_path: Path, caught: list[warnings.WarningMessage]
+) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, **given)
+    assert getattr(args, name) == value
+    told = notices(caught)
+    quiet = given in ({"group_by_length": False}, {"logging_nan_inf_filter": True})
+    assert len(told) == (0 if quiet else 1), told
+    assert "secret" not in "".join(told)
+
+
+def test_arguments_with_split_and_dispatch_batches_merge_them(tmp_path: Path) -> None:
+    with pytest.warns(FulltuneNotice):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, split_batches=True, dispatch_batches=False)
+    assert args.accelerator_config.split_batches is True
+    assert args.accelerator_config.dispatch_batches is False
+
+
+def test_warmup_ratio_of_one_means_all_steps(tmp_path: Path) -> None:
+    with pytest.warns(FulltuneNotice):
+        assert TrainingArguments(str(tmp_path), use_cpu=True, warmup_ratio=1.0).get_warmup_steps(77) == 77
+
+
+def test_old_names_table_lists_only_names_that_transformers_dropped_or_deprecates() -> None:
+    today = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    assert today & set(OLD_NAMES) == set(classic._ALIASES_OF_TODAY)
+    assert {old.new for old in OLD_NAMES.values() if old.new} <= today
+    assert all(bool(old.new) != bool(old.reason) for old in OLD_NAMES.values())
+
+
+def test_unknown_argument_names_nearest_known_one(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"unknown argument 'learning_rte'; did you mean 'learning_rate'\?"):
+        TrainingArguments(str(tmp_path), learning_rte=1e-5)
+    with pytest.raises(TypeError, match="did you mean 'evaluation_strategy'"):
+        TrainingArguments(str(tmp_path), evaluation_stratgy="epoch")
+
+
+def test_old_and_new_name_with_different_values_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="evaluation_strategy='epoch' and eval_strategy='no' contradict"):
+        TrainingArguments(str(tmp_path), evaluation_strategy="epoch", eval_strategy="no")
+    with pytest.raises(ValueError, match="warmup_ratio: 3 is not between 0 and 1"):
+        TrainingArguments(str(tmp_path), warmup_ratio=3)
+
+
+def test_arguments_copied_or_parsed_keep_values_without_notices(
+    tmp_path: Path, caught: list[warnings.WarningMessage]
+) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=3e-4)
+    copy = dataclasses.replace(args, activation_checkpointing=True)
+    assert isinstance(copy, TrainingArguments)
+    assert (copy.activation_checkpointing, copy.learning_rate) == (True, 3e-4)
+    assert args.to_dict()["logging_nan_inf_filter"] is False
+    parser = transformers.HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
+    words = ["--output_dir", str(tmp_path), "--learning_rate", "3e-4", "--use_cpu", "true"]
+    (parsed,) = parser.parse_args_into_dataclasses(words)
+    assert (parsed.learning_rate, parsed.logging_nan_inf_filter) == (3e-4, False)
+    assert notices(caught) == []
+
+
+def test_logging_dir_with_tensorboard_sets_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    with pytest.warns(FulltuneNotice, match="TENSORBOARD_LOGGING_DIR"):
+        TrainingArguments(str(tmp_path), use_cpu=True, logging_dir="logs", report_to=["tensorboard"])
+    assert classic.os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_bf16_without_gpu_trains_on_cpu_and_says_so(tmp_path: Path) -> None:
+    with pytest.warns(FulltuneNotice, match="bf16=True: there is no GPU"):
+        args = TrainingArguments(str(tmp_path), bf16=True)
+    assert args.use_cpu
+    assert args.bf16
+
+
+# ---- guards ---------------------------------------------------------------------------------------------------------
+
+
+class _BreaksAtStep(Trainer):
+    """Its loss is not a number from a given step on; the signature is the one of before 4.46."""
+
+    step = 3
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:  # type: ignore[override]
+        loss = model(**inputs).loss
+        return loss * math.nan if self.state.global_step + 1 >= self.step else loss
+
+
+class _Keeps(transformers.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.after, self.step = weights(model), state.global_step
+
+
+def test_nan_loss_stops_before_update_and_leaves_finite_weights(tokenizer: Any, tmp_path: Path) -> None:
+    keeps, model = _Keeps(), tiny_model(tokenizer)
+    args = TrainingArguments(str(tmp_path), max_steps=6, per_device_train_batch_size=4, **QUIET)
+    data = rows(tokenizer, 32)
+    trainer = _BreaksAtStep(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[keeps])
+    with pytest.raises(GuardStop, match="the loss is nan at step 3"):
+        trainer.train()
+    assert keeps.step == 2
+    assert all(bool(value.isfinite().all()) for value in weights(model).values())
+    assert_same_weights(weights(model), keeps.after)
+    assert not list(tmp_path.glob("_fulltune*"))
+
+
+def test_nan_loss_in_dry_run_stops_before_training(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_model(tokenizer)
+    before = weights(model)
+    args = TrainingArguments(str(tmp_path), max_steps=2, **QUIET)
+    trainer = _BreaksAtStep(model=model, args=args, train_dataset=rows(tokenizer, 16), processing_class=tokenizer)
+    trainer.step = 0
+    with pytest.raises(GuardStop, match=r"dry-run step: the loss is nan on the longest batch \(8 rows of 1\d tokens\)"):
+        trainer.train()
+    assert_same_weights(weights(model), before)
+
+
+def test_training_at_rate_zero_is_refused_because_nothing_moved(tokenizer: Any, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), max_steps=2, learning_rate=0.0, weight_decay=0.0, **QUIET)
+    trainer = Trainer(
+        model=tiny_model(tokenizer), args=args, train_dataset=rows(tokenizer, 16), processing_class=tokenizer
+    )
+    with pytest.raises(GuardStop, match="no parameter moved"):
+        trainer.train()
+    assert not list(tmp_path.glob("_fulltune*"))
+
+
+def test_bf16_weights_at_small_rate_give_notice_that_few_moved(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_model(tokenizer, initializer_range=1.0).to(torch.bfloat16)
+    args = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-5, **QUIET)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(tokenizer, 16), processing_class=tokenizer)
+    with pytest.warns(FulltuneNotice, match=r"moved \(bfloat16 weights\)"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_dry_run_leaves_result_bit_identical(optim: str, tokenizer: Any, tmp_path: Path) -> None:
+    results = []
+    for dry_run in (True, False):
+        # Dropout and shuffling show every random number that would be drawn once too often.
+        model = tiny_model(tokenizer, embd_pdrop=0.2, resid_pdrop=0.2)
+        args = TrainingArguments(
+            str(tmp_path), max_steps=4, learning_rate=1e-2, per_device_train_batch_size=4, optim=optim, **QUIET
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=rows(tokenizer, 32), processing_class=tokenizer)
+        trainer.dry_run = dry_run
+        trainer.train()
+        results.append(weights(model))
+    assert_same_weights(*results)
+
+
+def test_result_without_accumulation_equals_transformers_own_trainer(tokenizer: Any, tmp_path: Path) -> None:
+    results = []
+    for kind in (Trainer, transformers.Trainer):
+        model = tiny_model(tokenizer, resid_pdrop=0.2)
+        args = TrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=4, **QUIET)
+        kind(model=model, args=args, train_dataset=rows(tokenizer, 32), processing_class=tokenizer).train()
+        results.append(weights(model))
+    assert_same_weights(*results)
+
+
+class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter({"input_ids": row["input_ids"], "labels": row["label"]} for row in self.data)
+
+
+def test_dry_run_on_stream_is_skipped_with_notice(tokenizer: Any, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4, **QUIET)
+    data = _Stream(rows(tokenizer, 16))
+    trainer = Trainer(model=tiny_model(tokenizer), args=args, train_dataset=data, processing_class=tokenizer)
+    with pytest.warns(FulltuneNotice, match="no dry-run step before training: the length"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["columns", "length column", "list", "list without lengths"])
+def test_longest_rows_are_found_for_each_kind_of_data(kind: str) -> None:
+    ids = [[1] * length for length in (2, 7, 3, 9, 9, 1)]
+    data: Any = {
+        "columns": Dataset.from_dict({"input_ids": ids}),
+        "length column": Dataset.from_dict({"length": [len(row) for row in ids]}),
+        "list": [{"input_ids": row} for row in ids],
+        "list without lengths": [{"pixels": row} for row in ids],
+    }[kind]
+    expected = [0, 1, 2] if kind == "list without lengths" else [3, 4, 1]
+    assert classic._longest(data, 3, "input_ids", "length") == expected
+
+
+def test_pad_token_of_tokenizer_is_set_on_model_that_has_none(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_model(tokenizer)
+    assert model.config.pad_token_id is None
+    with pytest.warns(FulltuneNotice, match="processing_class"):
+        trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET), tokenizer=tokenizer)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert trainer.tokenizer is tokenizer
+
+
+def test_model_init_gives_each_training_a_fresh_model_with_padding(tokenizer: Any, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), max_steps=2, **QUIET)
+    data = rows(tokenizer, 16)
+    trainer = Trainer(
+        model_init=lambda: tiny_model(tokenizer), args=args, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.train()
+    first = weights(trainer.model)
+    trainer.train()
+    assert_same_weights(first, weights(trainer.model))
+    assert trainer.model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_resumed_training_equals_unbroken_one(tokenizer: Any, tmp_path: Path) -> None:
+    options = {**QUIET, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 4}
+    data = rows(tokenizer, 32)
+
+    def trainer() -> Trainer:
+        args = TrainingArguments(str(tmp_path), **options)
+        return Trainer(
+            model=tiny_model(tokenizer, resid_pdrop=0.2), args=args, train_dataset=data, processing_class=tokenizer
+        )
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+
+
+# ---- gradient accumulation ------------------------------------------------------------------------------------------
+
+
+class _OldSignature(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:  # type: ignore[override]
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=torch.tensor([1.0, 2.0]))
+        return (loss, outputs) if return_outputs else loss
+
+
+class _Keywords(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class _PassesOn(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **keywords: Any) -> Any:
+        return super().compute_loss(model, inputs, return_outputs, **keywords)
+
+
+class _Theirs(transformers.Trainer):
+    """Upstream, without the check."""
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "one label": (GPT2ForSequenceClassification, {}),
+    "several labels": (GPT2ForSequenceClassification, {"problem_type": "multi_label_classification"}),
+    "number": (GPT2ForSequenceClassification, {"num_labels": 1, "problem_type": "regression"}),
+    "next token": (GPT2LMHeadModel, {}),
+}
+
+
+def _accumulation_data(case: str, tokenizer: Any) -> Dataset:
+    data = rows(tokenizer, 24).remove_columns("text")
+    if case == "next token":
+        # All of one length: the mean over micro batches and over the batch then agree for every correct scaling.
+        data = data.map(lambda row: {"input_ids": (row["input_ids"] * 4)[:12], "attention_mask": [1] * 12})
+        return data.map(lambda row: {"labels": row["input_ids"]}).remove_columns("label")
+    targets: dict[str, Any] = {
+        "several labels": [[float(label), 1.0] for label in data["label"]],
+        "number": [float(label) for label in data["label"]],
+    }
+    if case not in targets:
+        return data
+    return data.remove_columns("label").add_column("labels", targets[case])
+
+
+def _train(case: str, kind: Any, tokenizer: Any, folder: Path, batch: int, accumulate: int) -> dict[str, torch.Tensor]:
+    model_class, changes = CASES[case]
+    model = tiny_model(tokenizer, model_class, **changes)
+    # SGD without clipping: Adam and clipping would hide a wrong scale.
+    args = TrainingArguments(
+        str(folder),
+        num_train_epochs=1,
+        learning_rate=0.1,
+        optim="sgd",
+        max_grad_norm=0.0,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        train_sampling_strategy="sequential",
+        **QUIET,
+    )
+    kind(model=model, args=args, train_dataset=_accumulation_data(case, tokenizer), processing_class=tokenizer).train()
+    return weights(model)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        *((case, Trainer) for case in CASES),
+        ("one label", _Keywords),
+        ("one label", _PassesOn),
+        ("next token", _PassesOn),
+    ],
+)
+def test_accumulated_micro_batches_equal_whole_batch(case: str, kind: Any, tokenizer: Any, tmp_path: Path) -> None:
+    whole = _train(case, kind, tokenizer, tmp_path, 8, 1)
+    parts = _train(case, kind, tokenizer, tmp_path, 2, 4)
+    assert_same_weights(whole, parts, tolerance=1e-6)
+
+
+def test_old_signature_with_accumulation_is_divided_by_its_steps(tokenizer: Any, tmp_path: Path) -> None:
+    # A weighted mean of a part is not that of the whole, so compare with the same rows, four times each.
+    data = rows(tokenizer, 2).select([0, 1])
+    results = []
+    for accumulate in (1, 4):
+        model = tiny_model(tokenizer)
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulate,
+            train_sampling_strategy="sequential",
+            eval_strategy="steps",
+            eval_steps=1,
+            **QUIET,
+        )
+        repeated = data.select([0, 1] * accumulate)
+        trainer = _OldSignature(
+            model=model, args=args, train_dataset=repeated, eval_dataset=data, processing_class=tokenizer
+        )
+        trainer.train()
+        results.append(weights(model))
+    assert_same_weights(*results, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("case", ["one label", "several labels", "number"])
+def test_upstream_trainer_with_accumulation_still_scales_the_loss_wrongly(
+    case: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """When this fails, transformers has repaired it and `_find_loss_scaling` can go."""
+    start = weights(tiny_model(tokenizer, CASES[case][0], **CASES[case][1]))["score.weight"]
+    whole = _train(case, _Theirs, tokenizer, tmp_path, 8, 1)["score.weight"] - start
+    parts = _train(case, _Theirs, tokenizer, tmp_path, 2, 4)["score.weight"] - start
+    assert float(parts.norm() / whole.norm()) > 1.5
