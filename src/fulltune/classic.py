@@ -176,7 +176,7 @@ def _names_of_today(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in old.items():
         _translate(name, value, result)
     if str(getattr(result.get("optim"), "value", result.get("optim"))) in ("adamw_hf", "adamw_apex_fused"):
-        _notice(f"optim={result['optim']!r} is gone; 'adamw_torch' is used, which does the same")
+        _notice(f"optim={result['optim']!r} is gone; 'adamw_torch' is used, PyTorch's own AdamW")
         result["optim"] = "adamw_torch"
     return result
 
@@ -311,7 +311,7 @@ class Trainer(FiniteGuard, transformers.Trainer):
         return super().training_step(model, inputs, None if self._loss_is_mean else num_items_in_batch)
 
     def predict(self, *positional: Any, **keywords: Any) -> Any:
-        """Predict in the order of the rows: since 4.4x `group_by_length` would sort them (seen up to 5.24)."""
+        """Predict in the order of the rows: `group_by_length` would sort them (transformers 4.46 to 5.24, not 4.30)."""
         strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
         try:
             return super().predict(*positional, **keywords)

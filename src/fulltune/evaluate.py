@@ -187,7 +187,11 @@ def _load_pretrained(bench: Bench) -> tuple[Any, int]:
     tokenizer = models.load_tokenizer(block, chat_template=bench.recipe.data.chat_template)
     changes = bench.task.config_changes(bench.target, tokenizer)
     model = models.load(block, bench.task.AUTO_CLASS, changes, head_is_new=bench.task.HEAD_IS_NEW)
-    return model.to(bench.plan.device), tokenizer.pad_token_id
+    return _placed(model, bench), tokenizer.pad_token_id
+
+
+def _placed(model: Any, bench: Bench) -> Any:
+    return model.to(bench.plan.device)
 
 
 def _confusion(bench: Bench, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:
@@ -221,7 +225,7 @@ def _trained(bench: Bench, model_folder: Path) -> Scores:
     """The finished model, loaded from its folder as any user would."""
     block = ModelBlock(name=str(model_folder), weights_dtype=bench.recipe.model.weights_dtype)
     tokenizer = models.load_tokenizer(block)
-    model = models.load(block, bench.task.AUTO_CLASS, {}, head_is_new=False).to(bench.plan.device)
+    model = _placed(models.load(block, bench.task.AUTO_CLASS, {}, head_is_new=False), bench)
     if bench.recipe.task == "causal-lm":
         return _language_scores(bench, model, tokenizer, bench.plan.trial, "trained")
     run = partial(_run, bench, model, tokenizer.pad_token_id)
@@ -265,7 +269,7 @@ def _untouched(bench: Bench) -> Scores:
     """The language model before training."""
     block = bench.recipe.model
     tokenizer = models.load_tokenizer(block, chat_template=bench.recipe.data.chat_template)
-    model = models.load(block, bench.task.AUTO_CLASS, {}, head_is_new=False).to(bench.plan.device)
+    model = _placed(models.load(block, bench.task.AUTO_CLASS, {}, head_is_new=False), bench)
     return _language_scores(bench, model, tokenizer, "before training", "untouched")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -122,7 +122,7 @@ def generate(
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in chosen], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in chosen], device=device)
         with torch.no_grad(), autocast(device.type, precision):
-            made = model.generate(
+            made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
@@ -130,7 +130,7 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id,
             )
         for position, row in zip(positions, made[:, width:], strict=True):
-            answers[position] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            answers[position] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
     return answers
 
 
@@ -145,7 +145,11 @@ def autocast(device_type: str, precision: str) -> contextlib.AbstractContextMana
 
 def by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Positions of the rows, longest first: a batch that does not fit fails at once."""
-    lengths = rows[LENGTH] if LENGTH in getattr(rows, "column_names", ()) else [len(row["input_ids"]) for row in rows]
+    lengths: Sequence[int] = (
+        cast("Any", rows)[LENGTH]
+        if LENGTH in getattr(rows, "column_names", ())
+        else [len(row["input_ids"]) for row in rows]
+    )
     return sorted(range(len(rows)), key=lambda i: -lengths[i])
 
 

@@ -51,7 +51,7 @@ def infer(path: Path) -> tuple[TaskName, Table, Target]:
     """
     table = read([str(path)])
     block = DataBlock(train=str(path))
-    problems = []
+    problems: list[str] = []
     # Messages, then labels, then pairs: a file with `question` and `label` is a classifier's.
     names: tuple[TaskName, ...] = ("causal-lm", "text-classification", "causal-lm")
     for position, name in enumerate(names):
@@ -64,8 +64,8 @@ def infer(path: Path) -> tuple[TaskName, Table, Target]:
         except DataError as error:
             problems += error.problems
     raise DataError(
-        f"{path}: no known form of data: expected columns text + label (classification), prompt + completion or messages "
-        f"(language model); columns here: {', '.join(table.columns)}"
+        f"{path}: no known form of data: expected columns text + label (classification), prompt + completion or "
+        f"messages (language model); columns here: {', '.join(table.columns)}"
     )
 
 

@@ -97,7 +97,9 @@ def load(run: Path) -> Predictor:
     try:
         notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
     except ValueError:
-        raise SetupError(f"{folder / NOTES}: is damaged (not valid JSON); train again, or copy the model again") from None
+        raise SetupError(
+            f"{folder / NOTES}: is damaged (not valid JSON); train again, or copy the model again"
+        ) from None
     block = ModelBlock(name=str(folder.resolve()))
     model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
     return Predictor(model.eval(), models.load_tokenizer(block), notes)

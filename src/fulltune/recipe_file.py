@@ -55,7 +55,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}  not valid YAML: {getattr(error, 'problem', error)}") from None
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise RecipeError(f"{path}{line}  not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected settings such as 'model: ...', found {_kind(values)}")
     lines = dict(_lines(node))
@@ -63,9 +64,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _substitute(values, (), problems, path, lines)
     for override in overrides:
         _override(values, override, problems)
+    try:
+        recipe = check(values, path, lines)
+    except RecipeError as error:
+        problems += error.problems
     if problems:
         raise RecipeError(problems)
-    return resolve_paths(check(values, path, lines), path.parent.resolve())
+    return resolve_paths(recipe, path.parent.resolve())
 
 
 def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
@@ -106,6 +111,12 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
             near = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", expected), n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             yield f"{where}  {name}: expected {expected}, found {given!r}{hint}"
+        case "invalid_key":
+            yield f"{where}  {name}: unknown setting; the names of settings are texts"
+        case "tuple_type":
+            # In a union the other branch reports it already.
+            if not str(item["loc"][-1]).startswith("tuple["):
+                yield f"{where}  {name}: expected a list, found {given!r}; write [{given}]"
         case "model_type" | "dict_type":
             yield f"{where}  {name}: expected settings (a block), found {_kind(given)}"
         case _:

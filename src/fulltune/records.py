@@ -68,6 +68,10 @@ class Preview(Record):
     """The target in words, for tasks whose target is not text."""
 
 
+SplitName = Literal["train", "eval", "test"]
+ProblemType = Literal["single_label", "multi_label", "regression", "prompt_completion", "chat"]
+
+
 class SplitSummary(Record):
     """Counts of one split (train, eval or test) after checking."""
 
@@ -86,7 +90,7 @@ class DataSummary(Record):
     """What the data stage made: three splits that never mix."""
 
     task: str
-    problem_type: Literal["single_label", "multi_label", "regression", "prompt_completion", "chat"]
+    problem_type: ProblemType
     columns: dict[str, str]
     """Role (`text`, `label`, `prompt` ...) to column name in the user's files."""
     labels: tuple[str, ...] = ()
@@ -95,8 +99,8 @@ class DataSummary(Record):
     """Text put between prompt and completion."""
     max_length: int
     max_length_reason: str
-    splits: dict[Literal["train", "eval", "test"], SplitSummary]
-    sources: dict[str, str]
+    splits: dict[SplitName, SplitSummary]
+    sources: dict[SplitName, str]
     """Split to where its rows came from, in words."""
     dropped: dict[str, int] = {}
     """Reason to number of rows left out; the rows are in `data/dropped.jsonl`."""

@@ -77,6 +77,8 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str) -> bool:
                 "--run-folder out to start a new run"
             )
         return True
+    if folder.is_file():
+        raise SetupError(f"{folder}: is a file, expected a folder for the run")
     if folder.exists() and any(folder.iterdir()):
         raise SetupError(f"{folder}: is not empty and no run folder of fulltune; name another folder")
     with writing(folder):
@@ -122,7 +124,9 @@ def writing(folder: Path) -> Iterator[None]:
                 f"{folder}: the disk is full; free some space, then run the same command again"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise SetupError(f"{folder}: cannot be written ({error.strerror.lower()}); choose another place") from None
+            raise SetupError(
+                f"{folder}: cannot be written ({str(error.strerror).lower()}); choose another place"
+            ) from None
         raise
 
 

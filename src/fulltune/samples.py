@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from fulltune.errors import DataError
@@ -251,7 +252,12 @@ def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
                 yield file, ".".join(part for part in inside if part != "__init__")
 
 
-def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+_Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _public_objects(
+    body: Iterable[ast.stmt], prefix: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
     """Yield (dotted name, node) of public functions, classes and methods; what functions define inside is private."""
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -277,7 +283,7 @@ def _paragraphs(docstring: str) -> list[str]:
 def _sentences(text: str) -> list[str]:
     """Split a paragraph into sentences; the end mark stays with its sentence."""
     starts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    return [text[start:end].strip() for start, end in zip(starts, starts[1:]) if text[start:end].strip()]
+    return [text[start:end].strip() for start, end in pairwise(starts) if text[start:end].strip()]
 
 
 def _read_docs(topics: dict[str, tuple[str, ...]]) -> list[_Doc]:
@@ -337,7 +343,7 @@ def _without_near_copies(docs: list[_Doc], text_of: Callable[[_Doc], str]) -> li
     kept: list[_Row] = []
     for doc, text, words in rows:
         # Texts that differ in one word share the tuple that has a gap in place of that word.
-        gapped = [words[:i] + ("",) + words[i + 1 :] for i in range(len(words))] if len(words) >= 6 else []
+        gapped = [(*words[:i], "", *words[i + 1 :]) for i in range(len(words))] if len(words) >= 6 else []
         forms = {words, *gapped}
         if len(topics_of[words]) == 1 and seen.isdisjoint(forms):
             kept.append((doc, text))
@@ -368,8 +374,8 @@ def _first_by_digest(rows: list[_Row], count: int) -> list[_Row]:
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
     """Write a text classification data set: which topic does this docstring belong to?
 
-    The text is the leading sentences of a public docstring (8 to 32 words), without markup. The topic comes from the place
-    of its source file (`TOPIC_SOURCES`). Texts that differ only in names, or in one word of six or more, are kept
+    The text is the leading sentences of a public docstring (8 to 32 words), without markup. The topic comes from the
+    place of its source file (`TOPIC_SOURCES`). Texts that differ only in names, or in one word of six or more, are kept
     once. All rows of a source file are in the same split.
 
     Args:
@@ -457,7 +463,7 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
         DataError: The installed packages give fewer than half of the rows wanted for a split.
     """
     splits = _split_by_module(_without_near_copies(_read_docs(CHAT_SOURCES), _answer))
-    train, test = (_first_by_digest(*split) for split in zip(splits, (CHAT_TRAIN_ROWS, CHAT_TEST_ROWS)))
+    train, test = (_first_by_digest(*split) for split in zip(splits, (CHAT_TRAIN_ROWS, CHAT_TEST_ROWS), strict=True))
     if 2 * len(train) < CHAT_TRAIN_ROWS or 2 * len(test) < CHAT_TEST_ROWS:
         raise DataError(
             f"The installed packages hold too few docstrings for the chat sample: {len(train)} train rows and "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fulltune.data.read import Table
 from fulltune.errors import DataError
+from fulltune.records import SplitName
 from fulltune.tasks import Target, Task
 
 MOST_LEFT_OUT = 0.05
@@ -63,7 +64,9 @@ def refuse_if_many(dropped: Sequence[Dropped], num_rows: int, where: str) -> Non
     )
 
 
-def labels_only_held_out(train_labels: Counter[str], held_out: dict[str, Counter[str]], where: dict[str, str]) -> None:
+def labels_only_held_out(
+    train_labels: Counter[str], held_out: Mapping[SplitName, Counter[str]], where: Mapping[SplitName, str]
+) -> None:
     """A class that train does not have cannot be learned, so scoring it would be a silent loss.
 
     Raises:

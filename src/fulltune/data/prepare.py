@@ -8,14 +8,15 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fulltune.data.check import Dropped, labels_only_held_out, refuse_if_many, usable
 from fulltune.data.read import Table, content_hash, read
 from fulltune.data.split import sample, split_off
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, SplitSummary
+from fulltune.records import DataSummary, Preview, SplitSummary
+from fulltune.records import SplitName as Split
 from fulltune.store import save_split
 from fulltune.tasks import Example, Target, Task
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 DROPPED = "dropped.jsonl"
-Split = Literal["train", "eval", "test"]
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
+HELD_OUT: tuple[Split, ...] = ("eval", "test")
 Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -68,7 +69,7 @@ def prepare(
     if folder.exists():
         shutil.rmtree(folder)
     summaries: dict[Split, SplitSummary] = {}
-    previews = ()
+    previews: tuple[Preview, ...] = ()
     for name in SPLITS:
         # Encoded a second time only when something has to be cut: most data sets fit.
         longest = max((len(e.features["input_ids"]) for row in tokenised[name] for e in row), default=0)
@@ -117,7 +118,8 @@ def _read(recipe: Recipe, preprocess: Preprocess | None) -> dict[Split, Table]:
         places["eval"] = (recipe.data.eval,)
     if recipe.data.test:
         places["test"] = (recipe.data.test,)
-    tables, problems = {}, []
+    tables: dict[Split, Table] = {}
+    problems: list[str] = []
     for name, paths in places.items():
         try:
             table = read(paths)
@@ -152,7 +154,7 @@ def describe(recipe: Recipe, task: Task, tables: Mapping[Split, Table]) -> tuple
 
 def _split(
     recipe: Recipe, task: Task, tables: Mapping[Split, Table], target: Target, notes: list[str]
-) -> tuple[dict[Split, Table], dict[str, str], list[Dropped]]:
+) -> tuple[dict[Split, Table], dict[Split, str], list[Dropped]]:
     """Give each split its rows: from its own file, or split off train."""
     splits: dict[Split, Table] = {}
     dropped: list[Dropped] = []
@@ -175,6 +177,13 @@ def _split(
         splits[name] = _take(train, [i for i, out in enumerate(held_out) if out])
         splits["train"] = _take(train, [i for i, out in enumerate(held_out) if not out])
         sources[name] = f"split off {train.where} (seed {recipe.data.split_seed})"
+    given = [
+        f"{table.where}: {len(splits[name].rows)} usable rows for {name}; expected at least 2"
+        for name, table in tables.items()
+        if len(splits[name].rows) < 2 and name != "train"
+    ]
+    if given:
+        raise DataError(given)
     small = [f"{name} has {len(splits[name].rows)}" for name in SPLITS if len(splits[name].rows) < 2]
     if small:
         different = len({task.group_key(row, target) for row in tables["train"].rows})
@@ -214,7 +223,7 @@ def _check_labels(task: Task, target: Target, splits: Mapping[Split, Table], whe
         name: Counter(label for row in table.rows for label in task.row_labels(row, target))
         for name, table in splits.items()
     }
-    labels_only_held_out(counts["train"], {name: counts[name] for name in ("eval", "test")}, dict(where))
+    labels_only_held_out(counts["train"], {name: counts[name] for name in HELD_OUT}, where)
 
 
 def _encode(

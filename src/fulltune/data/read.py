@@ -37,7 +37,8 @@ def read(paths: Sequence[str]) -> Table:
     Raises:
         DataError: For a missing, empty, broken or unknown file; all files are looked at before it is raised.
     """
-    files, problems = [], []
+    files: list[Path] = []
+    problems: list[str] = []
     for path in paths:
         try:
             files += _files(Path(path))

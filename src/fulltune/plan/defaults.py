@@ -1,7 +1,7 @@
 """Defaults that depend on the model and the data, each with the reason that the report shows.
 
-Sources: Devlin et al. 2018 (BERT: 2e-5 to 5e-5, batch 16 to 32); Mosbach et al. 2020, arXiv 2006.04884 (small data: 2e-5,
-warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: full fine-tuning at a
+Sources: Devlin et al. 2018 (BERT: 2e-5 to 5e-5, batch 16 to 32); Mosbach et al. 2020, arXiv 2006.04884 (small data:
+2e-5, warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: full fine-tuning at a
 tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on Banking77 (2e-4; see docs/log.md).
 """
 
@@ -14,6 +14,7 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
     """Peak rate for AdamW with all parameters trained: the larger the model, the lower."""
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
+    table: tuple[tuple[float, float], ...]
     if is_decoder:
         table = ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6))
     else:

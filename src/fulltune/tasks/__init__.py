@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fulltune.recipe import DataBlock, TaskName
-from fulltune.records import Answer, Preview
+from fulltune.records import Answer, Preview, ProblemType
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ Predictions = Mapping[str, np.ndarray]
 class Target:
     """What the label column holds, found out from the train rows."""
 
-    problem_type: str
+    problem_type: ProblemType
     columns: Mapping[str, str]
     """Role to column name, for example `{"text": "sentence", "label": "intent"}`."""
     labels: tuple[str, ...] = ()
@@ -64,14 +64,21 @@ class Example:
 class Task(Protocol):
     """What a task module provides. Tensors are [batch, ...]; `labels` is padded with -100 where it has tokens."""
 
-    AUTO_CLASS: str
-    """The model class, by its name in transformers."""
-    HEAD_IS_NEW: bool
-    """True when the head is missing in the pretrained checkpoint and starts at random."""
-    LENGTH_CAP: int
-    """Upper bound of the default `max_length`, in tokens."""
-    METRICS: Mapping[str, bool]
-    """Metric name to whether greater is better."""
+    @property
+    def AUTO_CLASS(self) -> str:
+        """The model class, by its name in transformers."""
+
+    @property
+    def HEAD_IS_NEW(self) -> bool:
+        """True when the head is missing in the pretrained checkpoint and starts at random."""
+
+    @property
+    def LENGTH_CAP(self) -> int:
+        """Upper bound of the default `max_length`, in tokens."""
+
+    @property
+    def METRICS(self) -> Mapping[str, bool]:
+        """Metric name to whether greater is better."""
 
     def find_columns(
         self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str

@@ -126,7 +126,7 @@ def encode(
             try:
                 masked = chat.encode(tokenizer, chat.clean(row[target.columns["messages"]]), _tools(row, target))
             except chat.TemplateRefusal as error:
-                nothing = {"input_ids": [], "attention_mask": [], "labels": []}
+                nothing: dict[str, list[int]] = {"input_ids": [], "attention_mask": [], "labels": []}
                 encoded.append([Example(nothing, 0, refused=Refused("refused by the chat template", str(error)))])
                 continue
         else:
@@ -188,7 +188,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     start = 0
     for position in range(1, len(ids) + 1):
         if position == len(ids) or (labels[position] == IGNORED) != (labels[start] == IGNORED):
-            text = tokenizer.decode(ids[start:position])
+            text = str(tokenizer.decode(ids[start:position]))
             segments.append(Segment(text=text, trained=labels[start] != IGNORED))
             start = position
     return Preview(segments=tuple(segments))
@@ -292,7 +292,7 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics import CHRF
+        from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         raise SetupError(
             f"scoring generated answers needs the package '{error.name}'; pip install 'fulltune[text-metrics]', "

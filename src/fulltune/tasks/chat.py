@@ -1,7 +1,7 @@
 """Chat messages to tokens, with a mask of what the assistant said.
 
-Two ways, chosen by the template. With `{% generation %}` marks the tokenizer tells the assistant's tokens itself. Without
-them the conversation is rendered up to before and up to after each assistant turn, and the difference is that turn.
+Two ways, chosen by the template. With `{% generation %}` marks the tokenizer tells the assistant's tokens itself.
+Without them the conversation is rendered up to before and up to after each assistant turn: the difference is the turn.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], to
     import jinja2
 
     try:
-        return tokenizer.apply_chat_template(list(messages), tools=tools, **options)
+        return tokenizer.apply_chat_template([dict(message) for message in messages], tools=tools, **options)
     except jinja2.TemplateSyntaxError as error:
         raise SetupError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
     except NotImplementedError:

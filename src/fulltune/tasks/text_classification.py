@@ -69,8 +69,8 @@ def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock
     objects = [value for value in values if isinstance(value, dict)]
     if objects:
         raise DataError(
-            f"{where}: column '{columns['label']}' holds objects ({str(objects[0])[:60]}); expected a class name, a list "
-            "of class names, or a number"
+            f"{where}: column '{columns['label']}' holds objects ({str(objects[0])[:60]}); expected a class name, "
+            "a list of class names, or a number"
         )
     kind = data.problem_type if data.problem_type != "auto" else _problem_type(values)
     if kind == "regression":
@@ -91,8 +91,8 @@ def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
         raise DataError(
-            f"{where}: column '{columns['label']}' holds several labels in a row ({several[0]!r}); expected one, or set "
-            "data.problem_type: multi_label"
+            f"{where}: column '{columns['label']}' holds several labels in a row ({several[0]!r}); expected one, or "
+            "set data.problem_type: multi_label"
         )
     _refuse_mixed(values, columns["label"], where)
     names = {_label_name(value) for value in values}
@@ -142,7 +142,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or isinstance(value, (list, tuple, dict)) or value is None:
+    if isinstance(value, (bool, list, tuple, dict)) or value is None:
         return None
     try:
         number = float(value)
@@ -253,7 +253,7 @@ def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | floa
 
 
 def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
-    text = tokenizer.decode(features["input_ids"])
+    text = str(tokenizer.decode(features["input_ids"]))
     return Preview(segments=(Segment(text=text, trained=False),), label=label_words(features["labels"], target))
 
 
@@ -404,7 +404,8 @@ def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -
     """The wrong rows (regression: all rows) with the highest loss."""
     predicted = predict_labels(kept["logits"], target)
     true = kept["labels"]
-    wrong = np.ones(len(true), bool) if target.problem_type == "regression" else predicted != true
+    everything = np.ones(len(true), bool)
+    wrong: Any = everything if target.problem_type == "regression" else np.asarray(predicted != true)
     wrong = wrong.any(axis=-1) if wrong.ndim > 1 else wrong
     order = [position for position in np.argsort(-kept["loss"], kind="stable") if wrong[position]][:count]
     for position in order:

@@ -58,7 +58,7 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
             return outcome
         following = None if hooks.needs_this_process else next_attempt(change.plan, history)
         if following is None:
-            _raise(outcome, folder)
+            raise _error(outcome, folder)
         listener({"kind": "attempt", "reason": following.reason})
         change = following
 
@@ -178,25 +178,24 @@ def _outcomes(folder: Path, trial: str) -> list[Outcome]:
     return found
 
 
-def _raise(outcome: Outcome, folder: Path) -> None:
-    """Turn a failed outcome into the error that carries the right exit code."""
+def _error(outcome: Outcome, folder: Path) -> FulltuneError:
+    """The error that carries a failed outcome's exit code."""
     log = folder / "attempts" / f"{outcome.trial}-{outcome.attempt:02d}" / "log.txt"
     match outcome.status:
         case "interrupted":
-            raise InterruptedRun(f"{outcome.reason}; the same command continues it")
+            return InterruptedRun(f"{outcome.reason}; the same command continues it")
         case "out_of_memory":
-            raise DoesNotFitError(
-                f"memory ran out: {outcome.reason}; try train.micro_batch_size: 1, train.activation_checkpointing: true "
-                "or a smaller data.max_length"
+            return DoesNotFitError(
+                f"memory ran out: {outcome.reason}; try train.micro_batch_size: 1, "
+                "train.activation_checkpointing: true or a smaller data.max_length"
             )
         case "disk_full":
-            raise DoesNotFitError(
+            return DoesNotFitError(
                 f"{folder}: the disk is full: {outcome.reason}; free some space, then run the same command again"
             )
         case "stopped_by_guard":
-            raise GuardStop(outcome.reason)
+            return GuardStop(outcome.reason)
         case "killed" | "crashed":
-            raise GuardStop([f"{outcome.reason}; log: {log}", *outcome.log_tail])
+            return GuardStop([f"{outcome.reason}; log: {log}", *outcome.log_tail])
         case _:
-            error = FulltuneError(f"{outcome.reason}; log: {log}")
-            raise error
+            return FulltuneError(f"{outcome.reason}; log: {log}")

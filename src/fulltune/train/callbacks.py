@@ -69,10 +69,10 @@ class Recorder(TrainerCallback):
             }
         )
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if not state.is_world_process_zero:
             return
-        values = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        values = {name.removeprefix("eval_"): value for name, value in given["metrics"].items()}
         self.write(
             {"kind": "eval", "step": state.global_step, "epoch": round(state.epoch or 0.0, 4), "metrics": values}
         )

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: a list of checksums is written last, and only a checkpoint that matches it counts."""
+"""Checkpoints that can be trusted: checksums are written last, and only a checkpoint that matches them counts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line for each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         problem = flaw(checkpoint)
         if problem is None:

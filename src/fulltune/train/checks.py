@@ -67,7 +67,7 @@ def _end_tokens(model: Any, tokenizer: Any, rows: Any, task: Task, summary: Data
         for batch in rows.select_columns(["labels"]).iter(1000)
         for labels in batch["labels"]
     ]
-    ends = {token for token in last if token in special}
+    ends = {token for token in last if token is not None and token in special}
     without = sum(token not in special for token in last)
     cut = summary.splits["train"].truncated_rows
     if ends:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
 from fulltune.errors import GuardStop
@@ -19,8 +19,8 @@ class FiniteGuard:
     """Mixin for a `Trainer`: sees each loss and gradient norm and stops before a bad update.
 
     A callback could not do this: it sees the norm only after clipping and after the update. With several processes the
-    loss is reduced over all of them once per optimizer step, so that all stop together; otherwise the healthy ones would
-    wait for the broken one.
+    loss is reduced over all of them once per optimizer step, so that all stop together; otherwise the healthy ones
+    would wait for the broken one.
     """
 
     tokens_seen: torch.Tensor | int = 0
@@ -43,7 +43,10 @@ class FiniteGuard:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         if not self.tensors_with_gradient:
             self.tensors_with_gradient = frozenset(
-                name for name, parameter in model.named_parameters() if parameter.grad is not None
+                name
+                # Not of `model`, which DDP wraps: its names would begin with `module.`.
+                for name, parameter in self.model.named_parameters()  # type: ignore[attr-defined]
+                if parameter.grad is not None
             )
         scaled = getattr(self.accelerator, "scaler", None) is not None  # type: ignore[attr-defined]
         step = self.state.global_step + 1  # type: ignore[attr-defined]
@@ -86,9 +89,9 @@ class FullTrainer(FiniteGuard, Trainer):
         self._score = score
         self.add_callback(_Epochs(self._sampler))
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
-            self.train_dataset,
+            cast("Dataset[Any]", self.train_dataset),
             batch_sampler=self._sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,

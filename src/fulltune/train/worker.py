@@ -123,7 +123,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
 
     def score() -> dict[str, float]:
         kept = run_rows(
-            trainer.model,
+            model,
             eval_rows,
             task,
             target,

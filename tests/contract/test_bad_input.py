@@ -1,0 +1,922 @@
+"""Bad input: one line that says where, what and what to do; the right exit code; never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune import data as data_stage
+from fulltune import hardware
+from tests import tiny
+from tests.contract.command import Result, fulltune
+
+RECIPE, NO_FIT, DATA, INTERRUPTED = 2, 3, 4, 75
+ROWS = tiny.topic_rows(40)
+CSV = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS)
+
+
+class Case:
+    """A folder with a data file and a recipe, and `fulltune data` on it."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+
+    def write(self, content: str | bytes | Sequence[dict[str, Any]], name: str = "train.csv") -> Path:
+        path = self.folder / name
+        if isinstance(content, (str, bytes)):
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            return path
+        return (tiny.write_csv if name.endswith("csv") else tiny.write_jsonl)(path, content)
+
+    def recipe(self, name: str = "train.csv", model: Path | str | None = None, **blocks: Any) -> Path:
+        return tiny.write_recipe(self.folder / "recipe.yaml", model or self.model, name, **blocks)
+
+    def data(
+        self,
+        content: str | bytes | Sequence[dict[str, Any]] | None = None,
+        name: str = "train.csv",
+        command: str = "data",
+        model: Path | str | None = None,
+        **blocks: Any,
+    ) -> Result:
+        if content is not None:
+            self.write(content, name)
+        return fulltune(command, self.recipe(name, model, **blocks))
+
+    def text(self, recipe: str) -> Result:
+        path = self.folder / "recipe.yaml"
+        path.write_text(recipe)
+        return fulltune("data", path)
+
+
+@pytest.fixture
+def case(tmp_path: Path, tiny_encoder: Path) -> Case:
+    return Case(tmp_path, tiny_encoder)
+
+
+@pytest.fixture
+def chat_case(tmp_path: Path, tiny_decoder: Path) -> Callable[..., Result]:
+    here = Case(tmp_path, tiny_decoder)
+    return lambda rows, **blocks: here.data(rows, name="train.jsonl", task="causal-lm", **blocks)
+
+
+def refused(result: Result, code: int, *problems: str) -> None:
+    """The command failed with this code and said exactly this, and nothing else."""
+    assert "Traceback" not in result.err
+    assert result.problems == list(problems)
+    assert result.code == code
+
+
+def accepted(result: Result) -> str:
+    assert "Traceback" not in result.err
+    assert result.code == 0, result.err
+    return result.out
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def test_data_file_missing_is_refused(case: Case) -> None:
+    refused(case.data(), DATA, f"{case.folder}/train.csv: no such file")
+
+
+def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
+    case.write(CSV, "trian.csv")
+    refused(case.data(), DATA, f"{case.folder}/train.csv: no such file (in that folder: trian.csv)")
+
+
+def test_data_files_several_bad_are_all_named(case: Case) -> None:
+    case.write("", "a.csv")
+    refused(
+        case.data(data={"train": ["a.csv", "b.csv"], "test": "c.csv"}),
+        DATA,
+        f"{case.folder}/a.csv: the file is empty",
+        f"{case.folder}/b.csv: no such file (in that folder: a.csv)",
+        f"{case.folder}/c.csv: no such file (in that folder: a.csv)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("train.csv", "", ": the file is empty"),
+        ("train.csv", "text,label\n", ": no rows"),
+        ("train.csv", "text,text\na,b\n", ":1: column 'text' stands twice in the header"),
+        (
+            "train.csv",
+            CSV + "a,b,c\n",
+            ":42: 3 cells, expected 2 as in the header; put a text with commas or line ends in double quotes",
+        ),
+        ("train.csv", CSV + '"never closed,food\n', ":42: a double quote is opened in this row and never closed"),
+        (
+            "train.csv",
+            CSV.replace(",", ";"),
+            ":1: its columns are separated by semicolons, expected commas; save it with commas as .csv or with tabs as "
+            ".tsv",
+        ),
+        (
+            "train.csv",
+            CSV.replace(",", "\t"),
+            ":1: its columns are separated by tabs, expected commas; save it with commas as .csv or with tabs as .tsv",
+        ),
+        (
+            "train.tsv",
+            CSV,
+            ":1: its columns are separated by commas, expected tabs; save it with commas as .csv or with tabs as .tsv",
+        ),
+        ("train.csv", CSV.encode("utf-16"), ":1: not UTF-8; save the file as UTF-8"),
+        ("train.csv", CSV.encode() * 500 + "é,food\n".encode("latin-1"), ":20501: not UTF-8; save the file as UTF-8"),
+        ("train.jsonl", '{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"), ":2: not UTF-8; save the file as UTF-8"),
+        ("train.json", '{"a": 1}', ": expected a list of objects [{...}, ...], found dict"),
+        ("train.json", '[{"a": 1},\n{"a":}]', ":2: not valid JSON: Expecting value (column 6)"),
+        (
+            "train.json",
+            '{"a": 1}\n{"a": 2}\n',
+            ":2: not valid JSON: Extra data (column 1); a file with one object a line is named .jsonl",
+        ),
+        (
+            "train.xlsx",
+            "x",
+            ": unknown kind of file '.xlsx'; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .arrow, .feather",
+        ),
+    ],
+)
+def test_data_file_broken_names_file_and_line(case: Case, name: str, content: str | bytes, problem: str) -> None:
+    refused(case.data(content, name), DATA, f"{case.folder}/{name}{problem}")
+
+
+def test_json_lines_broken_names_each_line(case: Case) -> None:
+    broken = '{"text": "a", "label": "x"}\n{"text": "b", "label"\n\n{"text": "c", "label": "y",}\n[1]\n'
+    here = f"{case.folder}/train.jsonl"
+    refused(
+        case.data(broken, "train.jsonl"),
+        DATA,
+        f"{here}:2: not valid JSON: Expecting ':' delimiter (column 22)",
+        f"{here}:4: not valid JSON: Expecting property name enclosed in double quotes (column 27)",
+        f"{here}:5: expected an object {{...}}, found list",
+    )
+
+
+def test_parquet_broken_is_refused(case: Case) -> None:
+    result = case.data("no parquet", "train.parquet")
+    assert result.code == DATA
+    assert result.problems[0].startswith(f"{case.folder}/train.parquet: not a valid parquet file: ")
+
+
+def test_folder_without_data_is_refused(case: Case) -> None:
+    (case.folder / "empty").mkdir()
+    refused(
+        case.data(data={"train": "empty"}),
+        DATA,
+        f"{case.folder}/empty: no data file in this folder; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, "
+        ".arrow, .feather",
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + CSV.encode(),
+        CSV.replace("\n", "\r\n"),
+        CSV + '"two\nlines, and ""quotes""",food\n',
+        CSV + "\n\n",
+        CSV + "emoji 😀 and زبان,food\n",
+        CSV + f"{'rain ' * 2000},weather\n",
+    ],
+    ids=["bom", "crlf", "quoted line end", "blank lines", "emoji", "10k characters"],
+)
+def test_data_file_unusual_is_read(case: Case, content: str | bytes) -> None:
+    assert "single label, 2 labels" in accepted(case.data(content))
+
+
+# ---- columns and labels ----------------------------------------------------------------------------------------
+
+
+def test_column_unknown_offers_near_name(case: Case) -> None:
+    refused(
+        case.data(CSV, data={"text": "txt"}), DATA, "train.csv: no column 'txt' (data.text); did you mean 'text'?"
+    )
+
+
+def test_column_unknown_without_near_name_lists_columns(case: Case) -> None:
+    refused(
+        case.data(CSV, data={"label": "zz"}), DATA, "train.csv: no column 'zz' (data.label); columns here: text, label"
+    )
+
+
+def test_column_not_found_asks_for_it(case: Case) -> None:
+    refused(
+        case.data(CSV.replace("label", "b", 1)),
+        DATA,
+        "train.csv: no column found for data.label; name it in the recipe (columns here: text, b)",
+    )
+
+
+def test_column_missing_in_test_file_is_refused(case: Case) -> None:
+    case.write("text,y\na,food\n", "test.csv")
+    refused(
+        case.data(CSV, data={"test": "test.csv"}),
+        DATA,
+        "test.csv: no column 'label' (data.label), which train has; columns here: text, y",
+    )
+
+
+def test_label_only_in_held_out_rows_is_refused(case: Case) -> None:
+    case.write("text,label\nq,zebra\nr,food\ns,food\n", "test.csv")
+    refused(
+        case.data(CSV, data={"test": "test.csv"}),
+        DATA,
+        "test.csv: label 'zebra' (1 rows of test) never occurs in train; add rows to train or remove them here",
+    )
+
+
+def test_one_class_only_is_refused(case: Case) -> None:
+    refused(
+        case.data([{**row, "label": "food"} for row in ROWS]),
+        DATA,
+        "train.csv: every row has the label 'food'; a classifier needs at least two classes",
+    )
+
+
+def test_labels_all_different_are_refused(case: Case) -> None:
+    refused(
+        case.data([{"text": f"t {number}", "label": f"x{number}"} for number in range(200)]),
+        DATA,
+        "train.csv: column 'label' has 200 different labels in 200 rows; is it the right column? (numbers to predict: "
+        "data.problem_type: regression)",
+    )
+
+
+def test_labels_numbers_and_words_are_refused(case: Case) -> None:
+    rows = [{**row, "label": "3" if number < 3 else row["label"]} for number, row in enumerate(ROWS)]
+    refused(
+        case.data(rows),
+        DATA,
+        "train.csv: column 'label' mixes words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 rows) as "
+        "labels; expected one kind: rename them, or drop the wrong rows",
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "check"), [("text", "no text"), ("label", "no label")], ids=["without text", "without label"]
+)
+def test_rows_empty_many_are_refused(case: Case, column: str, check: str) -> None:
+    rows = [{**row, column: " " if number < 10 else row[column]} for number, row in enumerate(ROWS)]
+    refused(
+        case.data(rows),
+        DATA,
+        f"train.csv: 10 of 40 rows cannot be used (10 x {check}); first: train.csv:2, column '{column}' is empty. Remove "
+        "or repair these rows, or name another column in the recipe",
+    )
+
+
+def test_row_without_text_is_left_out_and_written_down(case: Case) -> None:
+    accepted(case.data([*ROWS, {"text": "", "label": "food"}]))
+    dropped = next(case.folder.glob("runs/*/data/dropped.jsonl")).read_text()
+    assert json.loads(dropped) == {
+        "split": "train",
+        "place": "train.csv:42",
+        "check": "no text",
+        "reason": "column 'text' is empty",
+        "row": {"text": "", "label": "food"},
+    }
+
+
+def test_two_rows_are_too_few(case: Case) -> None:
+    refused(
+        case.data("text,label\na,x\nb,y\n"),
+        DATA,
+        "train.csv: 2 rows, 2 of them different, are too few for three splits of at least 2 rows (eval has 0, test has "
+        "0); give more rows, or files for eval and test",
+    )
+
+
+def test_rows_all_the_same_text_are_refused(case: Case) -> None:
+    rows = [{"text": "same", "label": "ab"[number % 2]} for number in range(40)]
+    refused(
+        case.data(rows),
+        DATA,
+        "train.csv: 40 rows, 1 of them different, are too few for three splits of at least 2 rows (eval has 0, test has "
+        "0); give more rows, or files for eval and test",
+    )
+
+
+def test_test_file_with_one_row_is_refused(case: Case) -> None:
+    case.write("text,label\nq,food\n", "test.csv")
+    refused(
+        case.data(CSV, data={"test": "test.csv"}), DATA, "test.csv: 1 usable rows for test; expected at least 2"
+    )
+
+
+def test_labels_objects_are_refused(case: Case) -> None:
+    refused(
+        case.data([{"text": f"t {n}", "label": {"name": "ab"[n % 2]}} for n in range(40)], "train.jsonl"),
+        DATA,
+        "train.jsonl: column 'label' holds objects ({'name': 'a'}); expected a class name, a list of class names, or a "
+        "number",
+    )
+
+
+def test_labels_several_as_single_label_are_refused(case: Case) -> None:
+    rows = [{"text": f"t {n}", "label": ["a", "b"][: 1 + n % 2]} for n in range(40)]
+    refused(
+        case.data(rows, "train.jsonl", data={"problem_type": "single_label"}),
+        DATA,
+        "train.jsonl: column 'label' holds several labels in a row (['a', 'b']); expected one, or set "
+        "data.problem_type: multi_label",
+    )
+
+
+def test_regression_target_word_is_refused(case: Case) -> None:
+    refused(
+        case.data(CSV, data={"problem_type": "regression"}),
+        DATA,
+        "train.csv: column 'label' must hold numbers for regression; found 'weather' (40 such rows)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "shown"),
+    [
+        (["a|b", "c / d", "e f;g", "h,i"], "single label, 4 labels", "⟦c / d⟧"),
+        (["0", "1"], "single label, 2 labels", "⟦1⟧"),
+        (["1.0", "2"], "single label, 2 labels", "⟦2⟧"),
+        (["0.37", "1"], "regression", "⟦0.37⟧"),
+        (['["a", "b"]', '["a"]'], "multi label, 2 labels", "⟦a, b⟧"),
+    ],
+)
+def test_labels_in_csv_are_understood(case: Case, values: list[str], kind: str, shown: str) -> None:
+    rows = [{**row, "label": values[number % len(values)]} for number, row in enumerate(ROWS)]
+    out = accepted(case.data(rows))
+    assert kind in out
+    assert shown in out
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "shown"),
+    [
+        ([True, False], "single label, 2 labels", "⟦True⟧"),
+        ([1, 0], "single label, 2 labels", "⟦1⟧"),
+        ([1.0, 2.0], "single label, 2 labels", "⟦2⟧"),
+        ([0.5, 2], "regression", "⟦0.5⟧"),
+        ([["a", "b"], ["a"], []], "multi label, 2 labels", "⟦a, b⟧"),
+        ([["a", "b"], "a"], "multi label, 2 labels", "⟦a, b⟧"),
+        ([["a"], ["b"]], "multi label, 2 labels", "⟦b⟧"),
+    ],
+)
+def test_labels_in_json_are_understood(case: Case, values: list[Any], kind: str, shown: str) -> None:
+    rows = [{**row, "label": values[number % len(values)]} for number, row in enumerate(ROWS)]
+    out = accepted(case.data(rows, "train.jsonl"))
+    assert kind in out
+    assert shown in out
+
+
+def test_text_of_numbers_is_read_as_text(case: Case) -> None:
+    rows = [{"text": 1000 + number, "label": row["label"]} for number, row in enumerate(ROWS)]
+    assert "[CLS]1000[SEP]" in accepted(case.data(rows, "train.jsonl"))
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------
+
+
+def conversation(number: int, *turns: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"question {number}"}, *turns]}
+
+
+ANSWER = {"role": "assistant", "content": "yes"}
+
+
+def test_messages_without_content_are_refused(chat_case: Callable[..., Result]) -> None:
+    refused(
+        chat_case([{"messages": [{"role": "user"}, ANSWER]}] * 20),
+        DATA,
+        "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message of 'user' has "
+        "neither 'content' nor 'tool_calls'. Remove or repair these rows, or name another column in the recipe",
+    )
+
+
+def test_messages_without_answer_are_refused(chat_case: Callable[..., Result]) -> None:
+    refused(
+        chat_case([conversation(number) for number in range(20)]),
+        DATA,
+        "train.jsonl: 20 of 20 rows cannot be used (20 x no answer); first: train.jsonl:1, no assistant message with "
+        "content or tool calls. Remove or repair these rows, or name another column in the recipe",
+    )
+
+
+def test_messages_with_image_are_refused(chat_case: Callable[..., Result]) -> None:
+    image = {"role": "user", "content": [{"type": "image", "url": "x"}]}
+    refused(
+        chat_case([conversation(number, image, ANSWER) for number in range(20)]),
+        DATA,
+        "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message of 'user' "
+        "holds image, not text. Remove or repair these rows, or name another column in the recipe",
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda n: {"messages": json.dumps(conversation(n, ANSWER)["messages"])},
+        lambda n: {"conversations": [{"from": "human", "value": f"hi {n}"}, {"from": "gpt", "value": "yes"}]},
+        lambda n: {"messages": [{"role": "user", "content": [{"type": "text", "text": f"hi {n}"}]}, ANSWER]},
+        lambda n: {"messages": [{"role": "user", "content": n}, ANSWER]},
+        lambda n: {**conversation(n, ANSWER), "tools": json.dumps([{"type": "function", "function": {"name": "f"}}])},
+        lambda n: {**conversation(n, ANSWER), "tools": []},
+    ],
+    ids=["json text", "sharegpt", "content parts", "content number", "tools as text", "no tools"],
+)
+def test_messages_in_other_forms_are_read(chat_case: Callable[..., Result], row: Callable[[int], Any]) -> None:
+    assert "⟦yes<|im_end|>⟧" in accepted(chat_case([row(number) for number in range(40)]))
+
+
+def test_tool_calls_as_one_object_become_a_list(chat_case: Callable[..., Result]) -> None:
+    call = {"role": "assistant", "tool_calls": {"function": {"name": "f", "arguments": {"x": 1}}}}
+    out = " ".join(accepted(chat_case([conversation(number, call) for number in range(40)])).split())
+    assert '⟦<call>[{"function": {"name": "f", "arguments": {"x": 1}}}]</call><|im_end|>⟧' in out
+
+
+def test_answers_beyond_max_length_are_refused(chat_case: Callable[..., Result]) -> None:
+    rows = [conversation(n, {"role": "user", "content": "rain " * 300}, ANSWER) for n in range(40)]
+    result = chat_case(rows)
+    first = result.problems[0].split("first: ")[1].split(",")[0]
+    refused(
+        result,
+        DATA,
+        f"train.jsonl: 32 of 32 rows cannot be used (32 x answer cut off); first: {first}, the whole answer lies beyond "
+        "data.max_length. Raise data.max_length, shorten these rows, or leave them out with data.truncation_strategy: "
+        "drop",
+    )
+
+
+def test_chat_template_missing_is_refused(case: Case, tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "plain", "gpt2", tokenizer=tiny.decoder_tokenizer(None))
+    refused(
+        case.data(tiny.chat_rows(), "train.jsonl", model=model, task="causal-lm"),
+        RECIPE,
+        "the tokenizer has no chat template; take an instruct model, or give data.chat_template (a Jinja file)",
+    )
+
+
+def test_chat_template_broken_is_refused(chat_case: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "bad.jinja").write_text("{% for m in messages %}\n{{ m.content }")
+    refused(
+        chat_case(tiny.chat_rows(), data={"chat_template": "bad.jinja"}),
+        RECIPE,
+        "the chat template is no valid Jinja: line 2: unexpected '}'",
+    )
+
+
+def test_chat_template_file_missing_is_refused(chat_case: Callable[..., Result], tmp_path: Path) -> None:
+    refused(
+        chat_case(tiny.chat_rows(), data={"chat_template": "no.jinja"}),
+        RECIPE,
+        f"data.chat_template: {tmp_path}/no.jinja: cannot be read: No such file or directory",
+    )
+
+
+def test_chat_template_refusing_one_row_leaves_it_out(chat_case: Callable[..., Result], tmp_path: Path) -> None:
+    template = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}" + tiny.CHATML
+    (tmp_path / "strict.jinja").write_text(template)
+    rows = [*tiny.chat_rows(), {"messages": [{"role": "user", "content": "bad"}, ANSWER]}]
+    accepted(chat_case(rows, data={"chat_template": "strict.jinja"}))
+    dropped = json.loads(next(tmp_path.glob("runs/*/data/dropped.jsonl")).read_text())
+    assert (dropped["check"], dropped["reason"]) == ("refused by the chat template", "no bad words")
+
+
+# ---- models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_model(tmp_path: Path, tiny_encoder: Path) -> Path:
+    """A copy of the tiny encoder that a test may break."""
+    import shutil
+
+    return Path(shutil.copytree(tiny_encoder, tmp_path / "broken"))
+
+
+def test_model_id_offline_is_refused(case: Case) -> None:
+    refused(
+        case.data(CSV, model="nobody/nothing"),
+        RECIPE,
+        "model: nobody/nothing: no such folder, and the Hub could not provide it (offline, or no such id); give a folder, "
+        "a .gguf file, package:NAME/PATH or an id that is in the local cache",
+    )
+
+
+def test_model_folder_missing_is_refused(case: Case) -> None:
+    refused(case.data(CSV, model="./nowhere"), RECIPE, f"model: {case.folder}/nowhere: no such file or folder")
+
+
+def test_model_folder_without_model_is_refused(case: Case) -> None:
+    (case.folder / "docs").mkdir()
+    (case.folder / "docs" / "readme.txt").touch()
+    refused(
+        case.data(CSV, model="./docs"),
+        RECIPE,
+        f"model: {case.folder}/docs: is no model folder: config.json is missing (found: readme.txt)",
+    )
+
+
+def test_model_package_missing_is_refused(case: Case) -> None:
+    refused(
+        case.data(CSV, model="package:no_such_thing/model"),
+        RECIPE,
+        "model: package:no_such_thing/model: the Python package 'no_such_thing' is not installed; pip install "
+        "no-such-thing",
+    )
+
+
+def test_model_weights_pickled_are_refused_unless_allowed(case: Case, broken_model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(broken_model / "model.safetensors"), broken_model / "pytorch_model.bin")
+    (broken_model / "model.safetensors").unlink()
+    refused(
+        case.data(CSV, model=broken_model),
+        RECIPE,
+        f"model: {broken_model}: holds only pickled weights, and unpickling can run foreign code; convert them to "
+        "safetensors, or set model.allow_pickled_weights: true if you trust their source",
+    )
+    allowed = {"name": str(broken_model), "allow_pickled_weights": True}
+    tiny.write_recipe(case.folder / "allowed.yaml", broken_model, "train.csv", model=allowed)
+    accepted(fulltune("data", case.folder / "allowed.yaml"))
+
+
+def test_model_code_is_never_run_unless_trusted(case: Case, broken_model: Path) -> None:
+    config = json.loads((broken_model / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "mine.Config"}, "model_type": "mine"}
+    (broken_model / "config.json").write_text(json.dumps(config))
+    (broken_model / "mine.py").write_text(f"open({str(case.folder / 'ran')!r}, 'w')")
+    refused(
+        case.data(CSV, model=broken_model),
+        RECIPE,
+        f"model: {broken_model}: brings Python code of its own; read it, then set model.trust_remote_code: true",
+    )
+    assert not (case.folder / "ran").exists()
+
+
+def test_model_weights_missing_are_named(case: Case, broken_model: Path) -> None:
+    (broken_model / "model.safetensors").unlink()
+    refused(
+        case.data(CSV, model=broken_model),
+        RECIPE,
+        f"model: {broken_model}: config.json is there but no weights (*.safetensors)",
+    )
+
+
+def test_model_weights_cut_short_are_refused(case: Case, broken_model: Path) -> None:
+    weights = broken_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = case.data(CSV, model=broken_model)
+    assert result.code == RECIPE
+    assert result.problems[0].startswith(f"model: {broken_model}: model.safetensors is no whole safetensors file (")
+    assert result.problems[0].endswith("); copy or download it again")
+
+
+def test_model_tokenizer_missing_is_refused(case: Case, broken_model: Path) -> None:
+    for file in broken_model.glob("tok*"):
+        file.unlink()
+    refused(
+        case.data(CSV, model=broken_model),
+        RECIPE,
+        f"model: {broken_model}: its tokenizer has no vocabulary; is tokenizer.json (or vocab.txt, tokenizer.model) "
+        "missing?",
+    )
+
+
+@pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "nobody_knows"}'])
+def test_model_config_broken_is_refused(case: Case, broken_model: Path, config: str) -> None:
+    (broken_model / "config.json").write_text(config)
+    result = case.data(CSV, model=broken_model)
+    assert result.code == RECIPE
+    assert "Traceback" not in result.err
+    assert result.problems[0].startswith(f"model: {broken_model}: its config cannot be read: ")
+
+
+def test_model_gguf_broken_is_refused(case: Case) -> None:
+    (case.folder / "bad.gguf").write_bytes(b"no gguf" * 50)
+    result = case.data(CSV, model="./bad.gguf")
+    assert result.code == RECIPE
+    assert result.problems[0].startswith(f"model: {case.folder}/bad.gguf: its config cannot be read: ")
+
+
+def test_model_that_cannot_write_is_refused_for_causal_lm(case: Case) -> None:
+    refused(
+        case.data(tiny.pair_rows(), task="causal-lm"),
+        RECIPE,
+        f"model: {case.model}: a 'bert' model does not write text from left to right; take a decoder (GPT-, Llama-like)",
+    )
+
+
+def test_max_length_over_the_models_limit_is_refused(case: Case) -> None:
+    refused(
+        case.data(CSV, data={"max_length": 500}),
+        RECIPE,
+        "data.max_length: 500 tokens, but the model takes at most 128; set data.max_length: 128 or less",
+    )
+
+
+# ---- recipe ----------------------------------------------------------------------------------------------------
+
+
+def test_recipe_problems_are_all_named_with_lines(case: Case) -> None:
+    here = case.folder / "recipe.yaml"
+    refused(
+        case.text(
+            "model: x\ntask: txt-classification\ndata:\n  train: a.csv\n  max_token: 5\n  eval_fraction: 0.9\n"
+            "train:\n  num_train_epochs: many\n  max_length: 9\n  report_to: wandb\n  global_batch_size: 10\n"
+        ),
+        RECIPE,
+        f"{here}:2  task: expected 'text-classification' or 'causal-lm', found 'txt-classification'; did you mean "
+        "'text-classification'?",
+        f"{here}:6  data.eval_fraction: expected less than 0.5, found 0.9",
+        f"{here}:5  data.max_token: unknown setting; did you mean 'max_length'?",
+        f"{here}:8  train.num_train_epochs: expected number, found 'many'",
+        f"{here}:10  train.report_to: expected a list, found 'wandb'; write [wandb]",
+        f"{here}:9  train.max_length: unknown setting; did you mean 'data.max_length'?",
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "problem"),
+    [
+        ("", ": expected settings such as 'model: ...', found nothing"),
+        ("- a\n", ": expected settings such as 'model: ...', found a list"),
+        ("model: x\ndata:\n\ttrain: a\n", ":3  not valid YAML: found character '\\t' that cannot start any token"),
+        ("model: [\n", ":2  not valid YAML: expected the node content, but found '<stream end>'"),
+        ("model: x\n---\nmodel: y\n", ":2  not valid YAML: but found another document"),
+        (
+            "model: !!python/object/apply:os.system [x]\n",
+            ":1  not valid YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object/apply:os.system'",
+        ),
+        (
+            "model: x\ntask: causal-lm\ndata: {train: a}\ntask: causal-lm\n",
+            ":4  task: given twice; keep one",
+        ),
+        (
+            "model: x\ntask: causal-lm\ndata: {train: '${NO_SUCH_NAME}/a'}\n",
+            ":3  data.train: environment variable NO_SUCH_NAME is not set",
+        ),
+        ("model: x\ntask: causal-lm\ndata: {train: []}\n", ":3  data.train: names no file"),
+        ("model: x\ntask: causal-lm\ndata: {train: 5}\n", ":3  data.train: expected string, found 5"),
+        (
+            "model: x\ntask: causal-lm\ndata:\n  train: a\n  test: a\n",
+            ":5  data.test: is the file of train; rows for scoring must not be trained on",
+        ),
+        (
+            "model: x\ntask: causal-lm\ndata: {train: a}\ntrain: {global_batch_size: 8, num_processes: 3}\n",
+            ":4  train.global_batch_size: 8 is not a multiple of num_processes 3",
+        ),
+    ],
+)
+def test_recipe_broken_names_line(case: Case, recipe: str, problem: str) -> None:
+    refused(case.text(recipe), RECIPE, f"{case.folder}/recipe.yaml{problem}")
+
+
+def test_recipe_missing_is_refused(tmp_path: Path) -> None:
+    refused(
+        fulltune("run", tmp_path / "no.yaml"),
+        RECIPE,
+        f"{tmp_path}/no.yaml: no such file; write one with 'fulltune init DATA'",
+    )
+
+
+def test_recipe_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    refused(fulltune("run", tmp_path), RECIPE, f"{tmp_path}: is no run folder of fulltune (recipe.json is missing)")
+
+
+def test_recipe_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes("model: x".encode("utf-16"))
+    refused(
+        fulltune("run", tmp_path / "r.yaml"),
+        RECIPE,
+        f"{tmp_path}/r.yaml: not a text file in UTF-8 (byte 0); expected a recipe (YAML)",
+    )
+
+
+def test_override_broken_is_refused_with_the_recipes_problems(case: Case) -> None:
+    path = case.recipe(data={"max_token": 5})
+    refused(
+        fulltune("data", path, "--set", "train.max_steps", "--set", "train.seed=["),
+        RECIPE,
+        "--set train.max_steps: expected block.name=value, for example train.num_train_epochs=3",
+        "--set train.seed=[: the value is not valid YAML: expected the node content, but found '<stream end>'",
+        f"{path}:6  data.max_token: unknown setting; did you mean 'max_length'?",
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "problem"),
+    [
+        (
+            {"evaluate": {"metric": "f1"}},
+            "evaluate.metric: 'f1' cannot choose a checkpoint for single label; expected one of accuracy, f1_macro, mcc, "
+            "loss",
+        ),
+        (
+            {"train": {"precision": "fp16"}},
+            "train.precision: fp16 is not possible on a CPU (it would silently train in fp32); set 'auto', 'bf16' or "
+            "'fp32'",
+        ),
+        (
+            {"train": {"extra": {"learning_rat": 1}}},
+            "train.extra.learning_rat: transformers.TrainingArguments has no such field; did you mean 'learning_rate'?",
+        ),
+    ],
+)
+def test_plan_impossible_is_refused(case: Case, blocks: dict[str, Any], problem: str) -> None:
+    refused(case.data(CSV, command="plan", **blocks), RECIPE, problem)
+
+
+# ---- folders, disk, memory -------------------------------------------------------------------------------------
+
+
+def test_output_below_a_file_is_refused(case: Case) -> None:
+    result = case.data(CSV, output="train.csv/runs")
+    assert result.code == RECIPE
+    assert "Traceback" not in result.err
+    assert result.problems[0].startswith(f"{case.folder}/train.csv/runs/recipe-")
+    assert result.problems[0].endswith(": cannot be written (not a directory); choose another place")
+
+
+def test_output_without_permission_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    case.write(CSV)
+    path = case.recipe()
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    result = fulltune("data", path)
+    assert result.code == RECIPE
+    assert result.problems[0].endswith(": cannot be written (permission denied); choose another place")
+
+
+def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:
+    run = case.folder / "mine"
+    case.write(CSV)
+    path = case.recipe()
+    accepted(fulltune("data", path, "--run-folder", run))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    refused(
+        fulltune("data", path, "--run-folder", run, "--set", "train.seed=1"),
+        RECIPE,
+        f"{run}: belongs to another recipe (or to other settings of it); name another folder, or leave --run-folder out "
+        "to start a new run",
+    )
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_run_folder_with_other_files_is_refused(case: Case) -> None:
+    case.write(CSV)
+    refused(
+        fulltune("data", case.recipe(), "--run-folder", case.folder),
+        RECIPE,
+        f"{case.folder}: is not empty and no run folder of fulltune; name another folder",
+    )
+
+
+def test_run_folder_that_is_a_file_is_refused(case: Case) -> None:
+    path = case.write(CSV)
+    refused(
+        fulltune("data", case.recipe(), "--run-folder", path),
+        RECIPE,
+        f"{path}: is a file, expected a folder for the run",
+    )
+
+
+def test_run_folder_damaged_is_refused(case: Case) -> None:
+    run = case.folder / "mine"
+    case.write(CSV)
+    accepted(fulltune("data", case.recipe(), "--run-folder", run))
+    (run / "recipe.json").write_text("{")
+    refused(
+        fulltune("data", run),
+        RECIPE,
+        f"{run}/recipe.json: is damaged or was written by another version of fulltune; start a new run from the recipe",
+    )
+
+
+def test_run_folder_summary_damaged_is_made_anew(case: Case) -> None:
+    run = case.folder / "mine"
+    case.write(CSV)
+    accepted(fulltune("data", case.recipe(), "--run-folder", run))
+    whole = (run / "data" / "summary.json").read_bytes()
+    (run / "data" / "summary.json").write_bytes(whole[:100])
+    accepted(fulltune("data", run))
+    assert (run / "data" / "summary.json").read_bytes() == whole
+
+
+def test_run_folder_in_use_is_refused(case: Case) -> None:
+    from fulltune.run_folder import locked
+
+    run = case.folder / "mine"
+    case.write(CSV)
+    path = case.recipe()
+    accepted(fulltune("data", path, "--run-folder", run))
+    with locked(run):
+        refused(
+            fulltune("data", path, "--run-folder", run),
+            RECIPE,
+            f"{run}: another fulltune command is working in this run folder",
+        )
+
+
+def test_disk_too_small_is_refused_before_training(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "disk_free_bytes", lambda path: 1_000_000)
+    result = case.data(CSV, command="run")
+    assert result.code == NO_FIT
+    assert result.problems[-1] == (
+        f"{case.folder}/runs: checkpoints and model need 2 MiB on disk, but 1 MiB are free; free some space, choose "
+        "another 'output', or lower train.save_total_limit"
+    )
+    assert not list(case.folder.glob("runs/*/attempts"))
+
+
+def test_memory_too_small_is_refused_before_training(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = hardware.here().model_copy(update={"memory_available_bytes": 100_000})
+    monkeypatch.setattr(hardware, "here", lambda: machine)
+    result = case.data(CSV, command="run")
+    assert result.code == NO_FIT
+    assert result.problems[-1] == (
+        f"{case.model}: weights, gradients and AdamW's state of 0 M parameters need 1 MiB, but 0 MiB of memory are free; "
+        "take a smaller model, or model.weights_dtype: bf16 (loses small updates)"
+    )
+    assert not list(case.folder.glob("runs/*/attempts"))
+
+
+def test_disk_full_while_writing_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    # `fulltune.data.prepare` is the function; the module of that name is only in sys.modules.
+    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "save_split", full)
+    result = case.data(CSV)
+    run = next(case.folder.glob("runs/*"))
+    refused(result, NO_FIT, f"{run}: the disk is full; free some space, then run the same command again")
+    monkeypatch.undo()
+    accepted(fulltune("data", case.folder / "recipe.yaml"))
+    assert list(case.folder.glob("runs/*")) == [run]
+
+
+# ---- interruption ----------------------------------------------------------------------------------------------
+
+
+def test_interrupt_while_reading_data_is_resumable(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_stage, "prepare", interrupted)
+    refused(case.data(CSV), INTERRUPTED, "interrupted; the same command continues it")
+
+
+def test_interrupt_while_training_is_resumable(case: Case) -> None:
+    case.write(tiny.topic_rows(64))
+    train = {"max_steps": 400, "eval_strategy": "steps", "eval_steps": 200, "logging_steps": 1}
+    command = [sys.executable, "-m", "fulltune.cli", "train", str(case.recipe(train=train))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = "".join(file.read_text() for file in case.folder.glob("runs/*/attempts/*/metrics.jsonl"))
+        if '"step":3' in lines.replace(" ", ""):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, err
+    assert "Traceback" not in err
+    assert "the same command continues it" in err
+    saved = list(case.folder.glob("runs/*/**/checkpoint-*"))
+    assert saved, "an interrupted run leaves a checkpoint"
+
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "continuing from the checkpoint of step" in again.stderr
+    assert len(list(case.folder.glob("runs/*"))) == 1
+    assert again.stdout.startswith("400 steps")
+
+
+# ---- predict ---------------------------------------------------------------------------------------------------
+
+
+def test_predict_without_model_is_refused(tmp_path: Path) -> None:
+    refused(
+        fulltune("predict", tmp_path, "a text"),
+        RECIPE,
+        f"{tmp_path}: no finished model here; expected a run folder with models/full, or a model folder",
+    )
