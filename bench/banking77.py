@@ -3,7 +3,8 @@
     FULLTUNE_BENCH_DATA=... python bench/banking77.py [--seeds 3] [--epochs 4] [--folder DIR]
 
 For each seed fulltune runs `examples/banking77.yaml`; then the plain `transformers.Trainer` trains on the rows that
-fulltune left for training, chooses its epoch on the same eval rows and is scored on the same test rows. Prints JSON lines.
+fulltune left for training, chooses its epoch on the same eval rows and is scored on the same test rows. Prints
+JSON lines.
 """
 
 from __future__ import annotations

@@ -27,7 +27,11 @@ _CALLS = "{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}</call>{% endif 
 _ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 CHATML = (
-    _TOOLS + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + _CALLS + "<|im_end|>\n{% endfor %}" + _ASK
+    _TOOLS
+    + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    + _CALLS
+    + "<|im_end|>\n{% endfor %}"
+    + _ASK
 )
 """Like most instruct models' template: no marks, a line end after each turn."""
 
@@ -276,7 +280,7 @@ def write_recipe(path: Path, model: Path | str, rows: Path | str, /, **blocks: A
         path: Where to write; `output` is `runs` beside it.
         model: Folder of the model.
         rows: Data file: `data.train`.
-        blocks: `task=...`, or a block whose values are merged into the usual ones, for example `train={"max_steps": 3}`.
+        blocks: `task=...`, or a block whose values are merged into the usual ones: `train={"max_steps": 3}`.
     """
     values: dict[str, Any] = {
         "model": {"name": str(model)},

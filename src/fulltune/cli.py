@@ -31,7 +31,9 @@ app = typer.Typer(
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
-Target = Annotated[Path, typer.Argument(help="A recipe (YAML), or the folder of a run.", show_default=False)]
+Target = Annotated[
+    Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML), or the folder of a run.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting: block.name=value. Repeatable.", metavar="NAME=VALUE"),
@@ -43,15 +45,21 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfi
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 
 
-@app.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from importlib import metadata
 
         typer.echo(metadata.version("fulltune"))
         raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -82,6 +90,8 @@ def run(
         _print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
     out.print(display.scores_table(reached.scores))
+    for line in display.answers(reached.scores):
+        out.print(line)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     example = "a text" if reached.summary.task == "text-classification" else "a question"
     out.print(f'try it:  fulltune predict {escape(str(folder))} "{example}"', soft_wrap=True)
@@ -212,7 +222,8 @@ def quickstart(
     from fulltune.run_folder import writing
 
     with writing(output):
-        recipe = example.write_chat(output) if chat else example.write_topics(output)
+        err.print("[dim]reading the docstrings of the installed packages[/dim]")
+    recipe = example.write_chat(output) if chat else example.write_topics(output)
     err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
     run(recipe, set_, fresh=False)
 

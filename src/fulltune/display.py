@@ -31,6 +31,7 @@ class Display:
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.metric = ""
+        self.last_metric = ""
         self.last_line = 0.0
         self.total_steps = 0
 
@@ -84,9 +85,8 @@ class Display:
             self.print(f"[dim]{name}[/dim]")
 
     def _train(self, event: Event) -> None:
-        facts = (
-            f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tok/s  {duration(event['seconds_left'])} left"
-        )
+        speed = f"{event['tokens_per_second']:,.0f} tok/s"
+        facts = f"loss {event['loss']:.3f}{self.last_metric}  {speed}  {duration(event['seconds_left'])} left"
         step, total = event["step"], event["total_steps"]
         if self.progress is not None and self.task is not None:
             self.progress.update(
@@ -97,10 +97,11 @@ class Display:
             self.print(f"step {step}/{total}  {facts}")
 
     def _eval(self, event: Event) -> None:
-        shown = [self.metric, *[name for name in event["metrics"] if name != self.metric]]
-        values = "  ".join(
-            f"{name} {number(name, event['metrics'][name])}" for name in shown if name in event["metrics"]
-        )
+        metrics = event["metrics"]
+        shown = [self.metric, *[name for name in metrics if name != self.metric]][:3]
+        values = "  ".join(f"{name} {number(name, metrics[name])}" for name in shown if name in metrics)
+        if self.metric in metrics:
+            self.last_metric = f"  {self.metric} {number(self.metric, metrics[self.metric])}"
         self.print(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  eval {values}")
 
     def _data(self, summary: DataSummary) -> None:
@@ -170,18 +171,36 @@ def previews(summary: DataSummary) -> list[Text]:
 def scores_table(scores: Sequence[Scores]) -> Table:
     """Every contestant on the test rows, with intervals."""
     first = scores[0]
-    names = list(dict.fromkeys(name for entry in scores for name in entry.metrics))
-    names.sort(key=lambda name: name != first.main_metric)
+    # Two metrics are what 80 columns hold; the report has all.
+    present = {name for entry in scores for name in entry.metrics} - {first.main_metric}
+    second = next((name for name in ("f1_macro", "rougeL", "token_accuracy", "r2", "loss") if name in present), None)
+    shown = [first.main_metric, *([second] if second else [])]
     title = f"{first.rows:,} test rows, never used for choosing; {first.confidence:.0%} intervals"
+    if first.answers:
+        title += f"\nanswers generated for {len(first.answers)} of them"
     table = Table(title=title, title_justify="left", pad_edge=False)
     table.add_column("")
-    shown = names[:2]  # what 80 columns hold; the report has all
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for entry in scores:
         cells = [_cell(name, entry.metrics.get(name)) for name in shown]
         table.add_row(escape(entry.name), *cells, style="bold" if entry.kind == "trained" else None)
     return table
+
+
+def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:
+    """The first generated answers, before and after training."""
+    with_answers = [entry for entry in scores if entry.answers]
+    lines = []
+    for position in range(min(count, *(len(entry.answers) for entry in with_answers)) if with_answers else 0):
+        first = with_answers[0].answers[position]
+        asked = " ".join(first.text.split())
+        lines.append(Text(f"\n{asked[:300]}", style="bold"))
+        for entry in with_answers:
+            when = "before" if entry.kind == "untouched" else "after"
+            lines.append(Text(f"  {when:<9}{' '.join(entry.answers[position].predicted.split())[:300]}"))
+        lines.append(Text(f"  {'expected':<9}{' '.join(first.expected.split())[:300]}", style="dim"))
+    return lines
 
 
 def _cell(name: str, estimate: Estimate | None) -> str:

@@ -20,7 +20,7 @@ from fulltune.bootstrap import intervals
 from fulltune.calibration import calibrate
 from fulltune.errors import SetupError
 from fulltune.inference import embeddings, generate, run_rows
-from fulltune.recipe import ModelBlock, Recipe
+from fulltune.recipe import Recipe
 from fulltune.records import Answer, Confusion, DataSummary, Estimate, Outcome, Plan, Scores
 from fulltune.store import load_split, load_texts
 from fulltune.tasks import Predictions, Target, Task, causal_lm, task_named, text_classification
@@ -223,7 +223,8 @@ def _user_estimates(bench: Bench, predictions: Any, references: Any) -> dict[str
 
 def _trained(bench: Bench, model_folder: Path) -> Scores:
     """The finished model, loaded from its folder as any user would."""
-    block = ModelBlock(name=str(model_folder), weights_dtype=bench.recipe.model.weights_dtype)
+    # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
+    block = bench.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
     tokenizer = models.load_tokenizer(block)
     model = _placed(models.load(block, bench.task.AUTO_CLASS, {}, head_is_new=False), bench)
     if bench.recipe.task == "causal-lm":

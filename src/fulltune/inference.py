@@ -116,7 +116,8 @@ def generate(
     answers = [""] * len(prompts)
     model.eval()
     for positions in batches(order, batch_size):
-        room = max(8, limit - max_new_tokens) if limit else None
+        # Prompt and answer share the model's positions; a prompt keeps at least half of them.
+        room = max(limit - max_new_tokens, limit // 2) if limit else None
         chosen = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
         width = max(len(ids) for ids in chosen)
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in chosen], device=device)
@@ -125,7 +126,7 @@ def generate(
             made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, limit - room) if limit and room else max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -96,6 +96,12 @@ def prepare(job: Run) -> DataSummary:
     if problem is not None:
         raise SetupError(f"model: {job.recipe.model.name}: {problem}")
     tokenizer = model.load_tokenizer(job.recipe.model, source, job.recipe.data.chat_template)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise SetupError(
+            f"model: {job.recipe.model.name}: its tokenizer has {len(tokenizer)} tokens, but the model knows only "
+            f"{vocabulary}; they do not belong together"
+        )
     summary = data.prepare(
         job.recipe, job.folder / "data", job.task, tokenizer, model.position_limit(config), job.hooks.preprocess
     )

@@ -58,7 +58,7 @@ class DataBlock(Block):
     text: str | None = None
     """Column with the text (text-classification). Found by itself when left out, like the other columns."""
     text_pair: str | None = None
-    """Column with a second text, for sentence pairs."""
+    """Column with a second text, for sentence pairs. Used only when it is named here."""
     label: str | None = None
     """Column with the target: a class name, a list of class names, or a number."""
     prompt: str | None = None
@@ -108,6 +108,7 @@ class FullMethod(Block):
     """Train every parameter."""
 
     kind: Literal["full"]
+    """full: every parameter is trained."""
     learning_rate: float | None = Field(default=None, gt=0, lt=1)
     """Peak learning rate. Left out, chosen by model family and size."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
@@ -121,7 +122,7 @@ class TrainBlock(Block):
     num_train_epochs: float | None = Field(default=None, gt=0)
     """Passes over the train rows. Left out, chosen by task and number of rows."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps; wins over `num_train_epochs`, which must then be left out."""
+    """Length of the run in optimizer steps, instead of `num_train_epochs`: give one of the two."""
     global_batch_size: int | None = Field(default=None, ge=1)
     """Examples per optimizer step over all devices. Accumulation follows from it."""
     micro_batch_size: int | None = Field(default=None, ge=1)
@@ -194,6 +195,10 @@ class TrainBlock(Block):
             problems.append("eval_strategy is 'steps' but eval_steps is missing; add for example 'eval_steps: 100'")
         if self.eval_strategy == "epoch" and self.eval_steps is not None:
             problems.append("eval_steps is given but eval_strategy is 'epoch'; set 'eval_strategy: steps'")
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(
+            self.lr_scheduler_kwargs
+        ):
+            problems.append("lr_scheduler_kwargs: cosine_with_min_lr needs a floor; add for example {min_lr_rate: 0.1}")
         if self.global_batch_size and self.global_batch_size % ((self.micro_batch_size or 1) * self.num_processes):
             factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
             named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)

@@ -121,7 +121,7 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
             yield f"{where}  {name}: expected settings (a block), found {_kind(given)}"
         case _:
             message = item["msg"][0].lower() + item["msg"][1:]
-            message = message.removeprefix("input should be ").removeprefix("a valid ").split(", unable")[0]
+            message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
             yield f"{where}  {name}: expected {message}, found {given!r}"
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from fulltune.errors import SetupError
+
 
 class Record(BaseModel):
     """A frozen record that knows how to write itself to disk and read itself back."""
@@ -34,8 +36,17 @@ class Record(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a record that `save` wrote."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Read a record that `save` wrote.
+
+        Raises:
+            SetupError: When the file is damaged or of another version of fulltune.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise SetupError(
+                f"{path}: damaged, or written by another version of fulltune; delete it and run the command again"
+            ) from None
 
 
 class Setting(Record):
@@ -163,7 +174,7 @@ class Plan(Record):
 # ---- training --------------------------------------------------------------------------------------------------
 
 OutcomeStatus = Literal[
-    "done", "interrupted", "stopped_by_guard", "out_of_memory", "disk_full", "error", "killed", "crashed"
+    "done", "interrupted", "stopped_by_guard", "out_of_memory", "disk_full", "refused", "error", "killed", "crashed"
 ]
 
 

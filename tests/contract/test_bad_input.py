@@ -162,7 +162,7 @@ def test_json_lines_broken_names_each_line(case: Case) -> None:
         case.data(broken, "train.jsonl"),
         DATA,
         f"{here}:2: not valid JSON: Expecting ':' delimiter (column 22)",
-        f"{here}:4: not valid JSON: Expecting property name enclosed in double quotes (column 27)",
+        f"{here}:4: not valid JSON: Expecting property name enclosed in double quotes (column 28)",
         f"{here}:5: expected an object {{...}}, found list",
     )
 
@@ -203,9 +203,7 @@ def test_data_file_unusual_is_read(case: Case, content: str | bytes) -> None:
 
 
 def test_column_unknown_offers_near_name(case: Case) -> None:
-    refused(
-        case.data(CSV, data={"text": "txt"}), DATA, "train.csv: no column 'txt' (data.text); did you mean 'text'?"
-    )
+    refused(case.data(CSV, data={"text": "txt"}), DATA, "train.csv: no column 'txt' (data.text); did you mean 'text'?")
 
 
 def test_column_unknown_without_near_name_lists_columns(case: Case) -> None:
@@ -262,8 +260,8 @@ def test_labels_numbers_and_words_are_refused(case: Case) -> None:
     refused(
         case.data(rows),
         DATA,
-        "train.csv: column 'label' mixes words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 rows) as "
-        "labels; expected one kind: rename them, or drop the wrong rows",
+        "train.csv: column 'label' mixes words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 rows) "
+        "as labels; expected one kind: rename them, or drop the wrong rows",
     )
 
 
@@ -275,8 +273,8 @@ def test_rows_empty_many_are_refused(case: Case, column: str, check: str) -> Non
     refused(
         case.data(rows),
         DATA,
-        f"train.csv: 10 of 40 rows cannot be used (10 x {check}); first: train.csv:2, column '{column}' is empty. Remove "
-        "or repair these rows, or name another column in the recipe",
+        f"train.csv: 10 of 40 rows cannot be used (10 x {check}); first: train.csv:2, column '{column}' is empty. "
+        "Remove or repair these rows, or name another column in the recipe",
     )
 
 
@@ -306,16 +304,14 @@ def test_rows_all_the_same_text_are_refused(case: Case) -> None:
     refused(
         case.data(rows),
         DATA,
-        "train.csv: 40 rows, 1 of them different, are too few for three splits of at least 2 rows (eval has 0, test has "
-        "0); give more rows, or files for eval and test",
+        "train.csv: 40 rows, 1 of them different, are too few for three splits of at least 2 rows (eval has 0, test "
+        "has 0); give more rows, or files for eval and test",
     )
 
 
 def test_test_file_with_one_row_is_refused(case: Case) -> None:
     case.write("text,label\nq,food\n", "test.csv")
-    refused(
-        case.data(CSV, data={"test": "test.csv"}), DATA, "test.csv: 1 usable rows for test; expected at least 2"
-    )
+    refused(case.data(CSV, data={"test": "test.csv"}), DATA, "test.csv: 1 usable rows for test; expected at least 2")
 
 
 def test_labels_objects_are_refused(case: Case) -> None:
@@ -400,8 +396,8 @@ def test_messages_without_content_are_refused(chat_case: Callable[..., Result]) 
     refused(
         chat_case([{"messages": [{"role": "user"}, ANSWER]}] * 20),
         DATA,
-        "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message of 'user' has "
-        "neither 'content' nor 'tool_calls'. Remove or repair these rows, or name another column in the recipe",
+        "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message of 'user' "
+        "has neither 'content' nor 'tool_calls'. Remove or repair these rows, or name another column in the recipe",
     )
 
 
@@ -453,9 +449,9 @@ def test_answers_beyond_max_length_are_refused(chat_case: Callable[..., Result])
     refused(
         result,
         DATA,
-        f"train.jsonl: 32 of 32 rows cannot be used (32 x answer cut off); first: {first}, the whole answer lies beyond "
-        "data.max_length. Raise data.max_length, shorten these rows, or leave them out with data.truncation_strategy: "
-        "drop",
+        f"train.jsonl: 32 of 32 rows cannot be used (32 x answer cut off); first: {first}, the whole answer lies "
+        "beyond data.max_length. Raise data.max_length, shorten these rows, or leave them out with "
+        "data.truncation_strategy: drop",
     )
 
 
@@ -509,8 +505,8 @@ def test_model_id_offline_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, model="nobody/nothing"),
         RECIPE,
-        "model: nobody/nothing: no such folder, and the Hub could not provide it (offline, or no such id); give a folder, "
-        "a .gguf file, package:NAME/PATH or an id that is in the local cache",
+        "model: nobody/nothing: no such folder, and the Hub could not provide it (offline, or no such id); give a "
+        "folder, a .gguf file, package:NAME/PATH or an id that is in the local cache",
     )
 
 
@@ -616,7 +612,8 @@ def test_model_that_cannot_write_is_refused_for_causal_lm(case: Case) -> None:
     refused(
         case.data(tiny.pair_rows(), task="causal-lm"),
         RECIPE,
-        f"model: {case.model}: a 'bert' model does not write text from left to right; take a decoder (GPT-, Llama-like)",
+        f"model: {case.model}: a 'bert' model does not write text from left to right; take a decoder (GPT-, "
+        "Llama-like)",
     )
 
 
@@ -723,8 +720,8 @@ def test_override_broken_is_refused_with_the_recipes_problems(case: Case) -> Non
     [
         (
             {"evaluate": {"metric": "f1"}},
-            "evaluate.metric: 'f1' cannot choose a checkpoint for single label; expected one of accuracy, f1_macro, mcc, "
-            "loss",
+            "evaluate.metric: 'f1' cannot choose a checkpoint for single label; expected one of accuracy, f1_macro, "
+            "mcc, loss",
         ),
         (
             {"train": {"precision": "fp16"}},
@@ -773,8 +770,8 @@ def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:
     refused(
         fulltune("data", path, "--run-folder", run, "--set", "train.seed=1"),
         RECIPE,
-        f"{run}: belongs to another recipe (or to other settings of it); name another folder, or leave --run-folder out "
-        "to start a new run",
+        f"{run}: belongs to another recipe (or to other settings of it); name another folder, or leave --run-folder "
+        "out to start a new run",
     )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
@@ -851,8 +848,8 @@ def test_memory_too_small_is_refused_before_training(case: Case, monkeypatch: py
     result = case.data(CSV, command="run")
     assert result.code == NO_FIT
     assert result.problems[-1] == (
-        f"{case.model}: weights, gradients and AdamW's state of 0 M parameters need 1 MiB, but 0 MiB of memory are free; "
-        "take a smaller model, or model.weights_dtype: bf16 (loses small updates)"
+        f"{case.model}: weights, gradients and AdamW's state of 0 M parameters need 1 MiB, but 0 MiB of memory are "
+        "free; take a smaller model, or model.weights_dtype: bf16 (loses small updates)"
     )
     assert not list(case.folder.glob("runs/*/attempts"))
 
@@ -884,7 +881,7 @@ def test_interrupt_while_reading_data_is_resumable(case: Case, monkeypatch: pyte
 
 def test_interrupt_while_training_is_resumable(case: Case) -> None:
     case.write(tiny.topic_rows(64))
-    train = {"max_steps": 400, "eval_strategy": "steps", "eval_steps": 200, "logging_steps": 1}
+    train = {"max_steps": 250, "eval_strategy": "steps", "eval_steps": 125, "logging_steps": 1}
     command = [sys.executable, "-m", "fulltune.cli", "train", str(case.recipe(train=train))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -897,7 +894,7 @@ def test_interrupt_while_training_is_resumable(case: Case) -> None:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, err
     assert "Traceback" not in err
     assert "the same command continues it" in err
@@ -908,7 +905,7 @@ def test_interrupt_while_training_is_resumable(case: Case) -> None:
     assert again.returncode == 0, again.stderr
     assert "continuing from the checkpoint of step" in again.stderr
     assert len(list(case.folder.glob("runs/*"))) == 1
-    assert again.stdout.startswith("400 steps")
+    assert again.stdout.startswith("250 steps")
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from fulltune import classic
-from fulltune.classic import OLD_NAMES, FulltuneNotice, Trainer, TrainingArguments
+from fulltune.classic import FulltuneNotice, Trainer, TrainingArguments
+from fulltune.classic import arguments as classic_arguments
+from fulltune.classic import dry_run as classic_dry_run
+from fulltune.classic.arguments import OLD_NAMES
 from fulltune.errors import GuardStop
 
 SIGNAL = ("good", "bad")
@@ -213,7 +216,7 @@ def test_warmup_ratio_of_one_means_all_steps(tmp_path: Path) -> None:
 
 def test_old_names_table_lists_only_names_that_transformers_dropped_or_deprecates() -> None:
     today = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    assert today & set(OLD_NAMES) == set(classic._ALIASES_OF_TODAY)
+    assert today & set(OLD_NAMES) == set(classic_arguments._ALIASES_OF_TODAY)
     assert {old.new for old in OLD_NAMES.values() if old.new} <= today
     assert all(bool(old.new) != bool(old.reason) for old in OLD_NAMES.values())
 
@@ -251,7 +254,7 @@ def test_logging_dir_with_tensorboard_sets_its_variable(tmp_path: Path, monkeypa
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     with pytest.warns(FulltuneNotice, match="TENSORBOARD_LOGGING_DIR"):
         TrainingArguments(str(tmp_path), use_cpu=True, logging_dir="logs", report_to=["tensorboard"])
-    assert classic.os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
@@ -374,7 +377,7 @@ def test_longest_rows_are_found_for_each_kind_of_data(kind: str) -> None:
         "list without lengths": [{"pixels": row} for row in ids],
     }[kind]
     expected = [0, 1, 2] if kind == "list without lengths" else [3, 4, 1]
-    assert classic._longest(data, 3, "input_ids", "length") == expected
+    assert classic_dry_run.longest(data, 3, "input_ids", "length") == expected
 
 
 def test_pad_token_of_tokenizer_is_set_on_model_that_has_none(tokenizer: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fulltune.data.check import Dropped, labels_only_held_out, refuse_if_many, usable
 from fulltune.data.read import Table, content_hash, read
 from fulltune.data.split import sample, split_off
-from fulltune.errors import DataError, RecipeError
+from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Preview, SplitSummary
 from fulltune.records import SplitName as Split
@@ -108,7 +108,7 @@ def _earlier(path: Path) -> DataSummary | None:
     """The summary of an earlier run; None when it is damaged or another version's, and the rows are made anew."""
     try:
         return DataSummary.load(path)
-    except (OSError, ValueError):
+    except (OSError, SetupError):
         return None
 
 

@@ -66,13 +66,26 @@ def read(paths: Sequence[str]) -> Table:
 def content_hash(paths: Sequence[str]) -> str:
     """SHA-256 over names and bytes of the files: the same content gives the same data stage."""
     digest = hashlib.sha256()
-    for path in paths:
-        for file in _files(Path(path)):
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+    for file in _all_files(paths):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def _all_files(paths: Sequence[str]) -> list[Path]:
+    """The files behind paths; every one that cannot be used is named."""
+    files: list[Path] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            files += _files(Path(path))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return files
 
 
 def _files(path: Path) -> list[Path]:
@@ -166,7 +179,7 @@ def _refuse_other_delimiter(file: Path, header: Sequence[str], delimiter: str) -
 
 
 def _json_lines(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    problems = []
+    problems: list[str] = []
     with file.open(encoding="utf-8-sig") as stream:
         for line, text in enumerate(stream, start=1):
             if not text.strip():

@@ -1,8 +1,8 @@
 """Defaults that depend on the model and the data, each with the reason that the report shows.
 
 Sources: Devlin et al. 2018 (BERT: 2e-5 to 5e-5, batch 16 to 32); Mosbach et al. 2020, arXiv 2006.04884 (small data:
-2e-5, warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: full fine-tuning at a
-tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on Banking77 (2e-4; see docs/log.md).
+2e-5, warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: full
+fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on Banking77 (2e-4; see docs/log.md).
 """
 
 from __future__ import annotations

@@ -197,10 +197,8 @@ def _record(kind: type[_AnyRecord], path: Path, folder: Path, broken: list[Missi
         return None
     try:
         return kind.load(path)
-    except (OSError, ValueError) as error:  # pydantic's ValidationError and UnicodeDecodeError are ValueErrors
-        lines = str(error).splitlines()
-        detail = " ".join(line.strip() for line in lines[1:3]) or str(error)
-        broken.append(Missing(path.relative_to(folder).as_posix(), f"the file cannot be read: {detail[:200]}"))
+    except (OSError, SetupError):
+        broken.append(Missing(path.relative_to(folder).as_posix(), "damaged, or of another version of fulltune"))
         return None
 
 

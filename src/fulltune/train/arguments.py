@@ -109,4 +109,11 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
-    return TrainingArguments(**values, **train.extra)
+    try:
+        made = TrainingArguments(**values, **train.extra)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"train: transformers refuses these settings: {' '.join(str(error).split())}") from None
+    if made.n_gpu > 1:
+        # The Trainer would split each micro batch over all GPUs it sees (DataParallel) and scale the loss.
+        made._n_gpu = 1
+    return made

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
+from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
 from fulltune.recipe import Recipe
-from fulltune.records import Outcome, Plan
+from fulltune.records import Outcome, OutcomeStatus, Plan
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.next_attempt import Change, next_attempt
@@ -48,6 +49,7 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
     """
     done = _outcomes(folder, plan.trial)
     if done and done[-1].status == "done" and done[-1].model_folder and (folder / done[-1].model_folder).exists():
+        _tidy(folder, plan.trial)
         return done[-1]
     history: list[Outcome] = []
     change = Change(plan, resume=True)
@@ -55,12 +57,23 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
         outcome = _attempt(recipe, change, folder, len(done) + len(history) + 1, hooks, listener)
         history.append(outcome)
         if outcome.status == "done":
+            _tidy(folder, plan.trial)
             return outcome
         following = None if hooks.needs_this_process else next_attempt(change.plan, history)
         if following is None:
             raise _error(outcome, folder)
         listener({"kind": "attempt", "reason": following.reason})
         change = following
+
+
+def _tidy(folder: Path, trial: str) -> None:
+    """Delete what only serves to continue; with optimizer state each checkpoint is three times the model.
+
+    Only after the outcome was written: killed between the two, a run would have to train again.
+    """
+    shutil.rmtree(folder / "checkpoints" / trial, ignore_errors=True)
+    for attempt in (folder / "attempts").glob(f"{trial}-*"):
+        (attempt / "initial.safetensors").unlink(missing_ok=True)
 
 
 def _attempt(recipe: Recipe, change: Change, folder: Path, number: int, hooks: Hooks, listener: Listener) -> Outcome:
@@ -102,48 +115,53 @@ def _in_child(request: Request, listener: Listener) -> Outcome:
         child = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        with _forwarding_signals(child):
+        with _forwarding_signals(child) as asked:
             for event in _follow(request.folder / "metrics.jsonl", child):
                 listener(event)
         code = child.wait()
     path = request.folder / "outcome.json"
-    if path.exists():
-        return Outcome.load(path)
+    # `outcome-rankN.json` says why another process than the first one failed.
+    found = [Outcome.load(file) for file in (path, *sorted(request.folder.glob("outcome-rank*.json"))) if file.exists()]
+    if found:
+        outcome = next((outcome for outcome in found if outcome.status != "error"), found[0])
+        outcome.save(path)
+        return outcome
     tail = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-    killed = code == -signal.SIGKILL
-    reason = (
-        "the training process was killed (SIGKILL), most often by the kernel because memory ran out"
-        if killed
-        else f"the training process ended with code {code} and left no outcome"
-    )
+    status: OutcomeStatus
+    if asked:
+        status, reason = "interrupted", "interrupted before the first step"
+    elif code == -signal.SIGKILL or any("Signal 9 (SIGKILL)" in line for line in tail):
+        status = "killed"
+        reason = "the training process was killed (SIGKILL), most often by the kernel because memory ran out"
+    else:
+        status, reason = "crashed", f"the training process ended with code {code} and left no outcome"
     outcome = Outcome(
-        status="killed" if killed else "crashed",
+        status=status,
         reason=reason,
         trial=request.plan.trial,
         attempt=request.attempt,
-        log_tail=() if killed else tail,
+        log_tail=tail if status == "crashed" else (),
     )
     outcome.save(path)
     return outcome
 
 
 @contextlib.contextmanager
-def _forwarding_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the worker to save and stop; the third one ends it at once."""
-    asked = 0
+def _forwarding_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM ask the worker to save and stop; the third one ends it at once. Yields the signals seen."""
+    asked: list[int] = []
 
-    def forward(*_: object) -> None:
-        nonlocal asked
-        asked += 1
+    def forward(number: int, _: object) -> None:
+        asked.append(number)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGTERM if asked < 3 else signal.SIGKILL)
+            os.killpg(child.pid, signal.SIGTERM if len(asked) < 3 else signal.SIGKILL)
 
     try:
         before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: the caller keeps its own handlers
         before = {}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -195,6 +213,8 @@ def _error(outcome: Outcome, folder: Path) -> FulltuneError:
             )
         case "stopped_by_guard":
             return GuardStop(outcome.reason)
+        case "refused":
+            return SetupError(outcome.reason)
         case "killed" | "crashed":
             return GuardStop([f"{outcome.reason}; log: {log}", *outcome.log_tail])
         case _:

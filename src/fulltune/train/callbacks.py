@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from fulltune.train import checkpoints
@@ -20,12 +21,12 @@ class Recorder(TrainerCallback):
     """Appends one JSON line per log, evaluation or phase to `metrics.jsonl`.
 
     Args:
-        path: The file.
+        path: The file; None writes nothing, as all processes but the first must.
         total_steps: Optimizer steps of the whole run.
         listener: Called with each line as well, for a display in this process.
     """
 
-    def __init__(self, path: Path, total_steps: int, listener: Callable[[Event], None] | None = None) -> None:
+    def __init__(self, path: Path | None, total_steps: int, listener: Callable[[Event], None] | None = None) -> None:
         self.path = path
         self.total_steps = total_steps
         self.listener = listener
@@ -35,6 +36,8 @@ class Recorder(TrainerCallback):
         self.tokens_per_second = 0.0
 
     def write(self, event: Event) -> None:
+        if self.path is None:
+            return
         event["seconds"] = round(time.monotonic() - self.started, 3)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
@@ -117,6 +120,8 @@ class Seals(TrainerCallback):
         self.limit = limit
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()  # each process writes its own random state
         if not state.is_world_process_zero:
             return
         checkpoints.seal(self.folder / f"checkpoint-{state.global_step}")
@@ -124,12 +129,16 @@ class Seals(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """After a signal: finish the step, save, stop."""
+    """After a signal: finish the step, save, stop; all processes after the same step."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            asked = torch.tensor(float(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked)
+            self.asked = bool(asked)
         if self.asked:
             control.should_save = True
             control.should_training_stop = True

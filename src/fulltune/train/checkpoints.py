@@ -70,6 +70,13 @@ def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
             shutil.rmtree(checkpoint)
 
 
+def drop_unfinished(folder: Path) -> None:
+    """Delete checkpoints that were never sealed."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / SEAL).exists():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def drop_after(folder: Path, step: int) -> None:
     """Delete checkpoints beyond a step: those that a resumed run will write again."""
     for checkpoint in folder.glob("checkpoint-*"):

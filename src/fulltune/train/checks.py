@@ -106,9 +106,12 @@ def dry_run(trainer: Any, rows: Any, plan: Plan) -> Check:
         labels = batch.pop("labels")
         with trainer.accelerator.autocast():
             outputs = model(**batch)
-        loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=labels.ne(IGNORED).sum())
+        loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(trainer.count_items(labels)))
         loss.backward()
-        if math.isfinite(float(loss)):
+        loss = loss.detach()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if math.isfinite(float(loss)) and all(bool(gradient.isfinite().all()) for gradient in gradients):
+            # With a rate of 0 only finite gradients leave the weights as they are.
             kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
             kind(model.parameters(), **{**options, "lr": 0.0, "weight_decay": 0.0}).step()
         model.zero_grad(set_to_none=True)

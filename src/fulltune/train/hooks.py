@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,22 +36,37 @@ class Hooks:
         Raises:
             RecipeError: When the weights do not match the labels.
         """
-        given, labels = self.class_weights, summary.labels
+        given = self.class_weights
         if given is None:
             return None
+        weights = self._in_order(given, summary)
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+            raise RecipeError(f"class_weights: expected numbers of 0 or more, not all 0, found {weights}")
+        return weights
+
+    def _in_order(self, given: Mapping[str, float] | Sequence[float] | str, summary: DataSummary) -> list[float]:
+        labels = summary.labels
         if not labels:
             raise RecipeError(f"class_weights: the data have no classes ({summary.problem_type.replace('_', ' ')})")
         if isinstance(given, str):
             if given != "balanced":
                 raise RecipeError(f"class_weights: expected 'balanced', a mapping or a list, found {given!r}")
             counts = summary.splits["train"].label_counts
-            return [sum(counts.values()) / (len(labels) * counts[label]) for label in labels]
+            # A class without a train row (all of them were left out) cannot count at all.
+            return [sum(counts.values()) / (len(labels) * counts[name]) if name in counts else 0.0 for name in labels]
         if isinstance(given, Mapping):
             missing, unknown = [n for n in labels if n not in given], [n for n in given if n not in labels]
             if missing or unknown:
                 wrong = f"no weight for {', '.join(missing[:5])}" if missing else f"no such label: {unknown[0]}"
                 raise RecipeError(f"class_weights: {wrong}")
-            return [float(given[label]) for label in labels]
+            return [_number(given[label]) for label in labels]
         if len(given) != len(labels):
             raise RecipeError(f"class_weights: {len(given)} weights for {len(labels)} labels")
-        return [float(weight) for weight in given]
+        return [_number(weight) for weight in given]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise RecipeError(f"class_weights: expected a number, found {value!r}") from None

@@ -22,8 +22,9 @@ class Change:
 def next_attempt(plan: Plan, history: Sequence[Outcome]) -> Change | None:
     """Choose the remedy for the last outcome, or None when there is none.
 
-    Out of memory: half the micro batch with the same global batch, down to 1, then activation checkpointing; the result
-    stays the same. Killed without a word: tried once as it was, then treated as memory, which it most often is.
+    Out of memory: half the micro batch (or its next smaller divisor) with the same global batch, down to 1, then
+    activation checkpointing; the result stays the same. Killed without a word: tried once as it was, then treated as
+    memory, which it most often is.
 
     Args:
         plan: The plan of the last attempt.
@@ -37,16 +38,17 @@ def next_attempt(plan: Plan, history: Sequence[Outcome]) -> Change | None:
         return Change(plan, resume=True, reason="the process was killed; going on from the last whole checkpoint")
     if kills > MOST_KILLS:
         return None
-    if plan.micro_batch_size % 2 == 0:
-        half = plan.micro_batch_size // 2
+    micro = plan.micro_batch_size
+    if micro > 1:
+        parts = next(number for number in range(2, micro + 1) if micro % number == 0)
         smaller = plan.model_copy(
             update={
-                "micro_batch_size": half,
-                "gradient_accumulation_steps": plan.gradient_accumulation_steps * 2,
-                "eval_batch_size": max(1, plan.eval_batch_size // 2),
+                "micro_batch_size": micro // parts,
+                "gradient_accumulation_steps": plan.gradient_accumulation_steps * parts,
+                "eval_batch_size": max(1, plan.eval_batch_size // parts),
             }
         )
-        return Change(smaller, True, f"memory ran out; micro batch {half}, the same global batch")
+        return Change(smaller, True, f"memory ran out; micro batch {micro // parts}, the same global batch")
     if not plan.activation_checkpointing:
         recompute = plan.model_copy(update={"activation_checkpointing": True})
         return Change(recompute, True, "memory ran out; activation checkpointing on")

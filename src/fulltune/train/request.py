@@ -25,6 +25,11 @@ class Request(Record):
         return Path(self.run_folder) / "attempts" / f"{self.plan.trial}-{self.attempt:02d}"
 
     @property
+    def initial_weights(self) -> Path:
+        """The weights before step 1, as long as the attempt runs."""
+        return self.folder / "initial.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         """Shared by the attempts of a trial, so that the best one can be older than the attempt."""
         return Path(self.run_folder) / "checkpoints" / self.plan.trial

@@ -12,6 +12,10 @@ POOL = 20
 class GlobalBatchSampler:
     """Yields micro batches; each run of `accumulation x processes` of them is one global batch.
 
+    With several processes accelerate gives them the micro batches in turn. The last global batch can be smaller: it is
+    spread evenly, so that all processes take the same number of micro batches and no row comes twice; only when it has
+    fewer rows than these micro batches, some rows are repeated.
+
     The global batches depend on the seed and the epoch only. transformers' own grouped sampler draws other batches when
     the micro batch changes, so halving it after running out of memory would change the result.
 
@@ -21,15 +25,26 @@ class GlobalBatchSampler:
         micro_batch_size: Rows per yielded batch.
         seed: Of the order.
         group_by_length: Put rows of similar length into one batch.
+        num_processes: Processes that share the micro batches.
     """
 
+    # Names that accelerate reads. With a batch size it would fill up smaller batches with rows of the beginning.
+    batch_size = None
+    drop_last = False
+
     def __init__(
-        self, lengths: Sequence[int], global_batch_size: int, micro_batch_size: int, seed: int, group_by_length: bool
+        self,
+        lengths: Sequence[int],
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        group_by_length: bool,
+        num_processes: int = 1,
     ) -> None:
         self.lengths = lengths
         self.global_batch_size = global_batch_size
-        self.batch_size = micro_batch_size  # the name that accelerate reads
-        self.drop_last = False
+        self.micro_batch_size = micro_batch_size
+        self.num_processes = num_processes
         self.seed = seed
         self.group_by_length = group_by_length
         self.epoch = 0
@@ -38,12 +53,22 @@ class GlobalBatchSampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        whole, rest = divmod(len(self.lengths), self.global_batch_size)
+        return whole * self._num_micro_batches(self.global_batch_size) + self._num_micro_batches(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():
-            for start in range(0, len(batch), self.batch_size):
-                yield batch[start : start + self.batch_size]
+            count = self._num_micro_batches(len(batch))
+            if len(batch) < count:
+                batch = (batch * count)[:count]
+            # One process: all but the last are full. Several: sizes differ by one at most.
+            size = self.micro_batch_size if self.num_processes == 1 else len(batch) / count
+            for number in range(count):
+                yield batch[round(number * size) : round((number + 1) * size)]
+
+    def _num_micro_batches(self, num_rows: int) -> int:
+        """Over all processes, each taking the same number."""
+        return -(-num_rows // (self.micro_batch_size * self.num_processes)) * self.num_processes
 
     def global_batches(self) -> list[list[int]]:
         """The epoch's global batches; only the last may be smaller."""

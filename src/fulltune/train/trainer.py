@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -68,6 +69,7 @@ class FullTrainer(FiniteGuard, Trainer):
         group_by_length: See `GlobalBatchSampler`.
         layerwise_lr_decay: Factor of the learning rate from one layer to the one below.
         score: Gives the eval metrics of the current model, without a prefix.
+        count_items: Items in the loss of a batch, from its labels: rows, or trained tokens.
         **keywords: As for `transformers.Trainer`.
     """
 
@@ -79,14 +81,21 @@ class FullTrainer(FiniteGuard, Trainer):
         group_by_length: bool,
         layerwise_lr_decay: float,
         score: Callable[[], Mapping[str, float]],
+        count_items: Callable[[torch.Tensor], int],
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
         self._sampler = GlobalBatchSampler(
-            lengths, global_batch_size, self.args.per_device_train_batch_size, self.args.seed, group_by_length
+            lengths,
+            global_batch_size,
+            self.args.per_device_train_batch_size,
+            self.args.seed,
+            group_by_length,
+            self.args.world_size,
         )
         self._layerwise_lr_decay = layerwise_lr_decay
         self._score = score
+        self.count_items = count_items
         self.add_callback(_Epochs(self._sampler))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -99,10 +108,19 @@ class FullTrainer(FiniteGuard, Trainer):
         )
         return self.accelerator.prepare(loader)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        # Theirs counts every label that is not -100: each of a row's labels for multi_label, no number -100.0 for
+        # regression.
+        count = torch.tensor(sum(self.count_items(batch["labels"]) for batch in batch_samples), device=device)
+        return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the eval rows; draws no random number that training would miss."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             metrics = {f"eval_{name}": value for name, value in self._score().items()}
+        if self.args.world_size > 1:
+            # The last digits can differ between processes, and with them the decision to stop early: rank 0 decides.
+            metrics = broadcast_object_list([metrics])[0]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

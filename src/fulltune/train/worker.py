@@ -6,10 +6,12 @@ parent's process when the user gave functions of their own.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from fulltune.train.guards import nothing_learned, stopped_improving
 from fulltune.train.hooks import Hooks
 from fulltune.train.request import Request
 
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _log = logging.getLogger(__name__)
 Event = dict[str, Any]
 
@@ -41,10 +44,12 @@ Event = dict[str, Any]
 class Journal:
     """Things that happen rarely, one JSON line each: `journal.jsonl`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def write(self, event: str, detail: str) -> None:
+        if self.path is None:  # not the first process
+            return
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "detail": detail}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -52,23 +57,31 @@ class Journal:
 
 def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None = None) -> Outcome:
     """Run an attempt and turn whatever happens into an outcome, which is also written to `outcome.json`."""
-    started = time.monotonic()
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    journal = Journal(request.folder / "journal.jsonl")
-    try:
-        outcome = _train(request, hooks, journal, listener)
-    except BaseException as error:
-        status, reason = _classify(error)
-        if status in ("error", "out_of_memory"):
-            traceback.print_exc()
-        outcome = Outcome(status=status, reason=reason, trial=request.plan.trial, attempt=request.attempt)
-    outcome = outcome.model_copy(
-        update={"train_seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": _peak_memory_bytes()}
-    )
-    if is_main:
+    with _signals_put_back():
+        started = time.monotonic()
+        rank = int(os.environ.get("RANK", "0"))
+        journal = Journal(request.folder / "journal.jsonl" if rank == 0 else None)
+        try:
+            outcome = _train(request, hooks, journal, listener)
+        except BaseException as error:
+            status, reason = _classify(error)
+            if status in ("error", "out_of_memory"):
+                traceback.print_exc()
+            if status == "disk_full":
+                checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
+            outcome = Outcome(status=status, reason=reason, trial=request.plan.trial, attempt=request.attempt)
+        finally:
+            request.initial_weights.unlink(missing_ok=True)
+        outcome = outcome.model_copy(
+            update={"train_seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": _peak_memory_bytes()}
+        )
         journal.write(outcome.status, outcome.reason)
-        outcome.save(request.folder / "outcome.json")
-    return outcome
+        if rank == 0:
+            outcome.save(request.folder / "outcome.json")
+        elif outcome.status != "done":
+            # When one process fails the others only see a closed connection: the parent reads what really happened.
+            outcome.save(request.folder / f"outcome-rank{rank}.json")
+        return outcome
 
 
 def _classify(error: BaseException) -> tuple[OutcomeStatus, str]:
@@ -79,13 +92,13 @@ def _classify(error: BaseException) -> tuple[OutcomeStatus, str]:
         return "stopped_by_guard", text
     if isinstance(error, (KeyboardInterrupt, InterruptedRun)):
         return "interrupted", text or "interrupted before the first checkpoint"
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or _OUT_OF_MEMORY.search(text):
         return "out_of_memory", text[:500]
     no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if no_space or "No space left" in text or "PytorchStreamWriter failed" in text:
         return "disk_full", text[:500]
     if isinstance(error, FulltuneError):
-        return "error", text
+        return "refused", text
     return "error", f"{kind}: {text[:500]}"
 
 
@@ -98,7 +111,8 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     from fulltune.train.trainer import FullTrainer
 
     plan, recipe = request.plan, request.recipe
-    recorder = Recorder(request.folder / "metrics.jsonl", plan.total_steps, listener)
+    is_main = journal.path is not None
+    recorder = Recorder(request.folder / "metrics.jsonl" if is_main else None, plan.total_steps, listener)
     stop = StopWhenAsked()
     _listen_for_signals(stop)
     recorder.phase("loading the model")
@@ -146,6 +160,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
         group_by_length=recipe.train.group_by_length,
         layerwise_lr_decay=plan.layerwise_lr_decay,
         score=score,
+        count_items=task.count_items,
         callbacks=[
             recorder,
             Schedule(
@@ -167,10 +182,11 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     failed = [check for check in checks if not check.passed]
     if failed:
         raise GuardStop([f"{check.name}: {check.result}" for check in failed])
-    initial = InitialWeights(model, request.folder / "initial.safetensors")
+    initial = InitialWeights(model, request.initial_weights) if is_main else None
     if request.checkpoint is None or not _is_finished(Path(request.checkpoint), request):
         if request.checkpoint is not None:
-            checkpoints.drop_after(request.checkpoints, checkpoints.step_of(Path(request.checkpoint)))
+            if is_main:
+                checkpoints.drop_after(request.checkpoints, checkpoints.step_of(Path(request.checkpoint)))
             journal.write("resume", f"from {Path(request.checkpoint).name}")
         trainer.train(resume_from_checkpoint=request.checkpoint)
         if stop.asked:
@@ -180,19 +196,26 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     else:
         journal.write("resume", f"{Path(request.checkpoint).name} was the last one: nothing is left to train")
         state, optimizer = _load_finished(trainer, request.checkpoint)
+    if initial is None:  # the first process saves and reports
+        return Outcome(status="done", reason="", trial=plan.trial, attempt=request.attempt)
     moved = initial.moved(model, optimizer, trainer.tensors_with_gradient)
-    initial.delete()
     verdict = nothing_learned(moved)
     if verdict.action == "stop":
         raise GuardStop(verdict.reason)
-    best = state.best_global_step if recipe.train.load_best_model_at_end else None
-    if best is not None and best != state.global_step:
-        load_weights(model, request.checkpoints / f"checkpoint-{best}")
+    best, best_metric = state.best_global_step, state.best_metric
+    if not recipe.train.load_best_model_at_end:
+        best = None
+    elif best is not None and best != state.global_step:
+        problem = checkpoints.flaw(request.checkpoints / f"checkpoint-{best}")
+        if problem is None:
+            load_weights(model, request.checkpoints / f"checkpoint-{best}")
+        else:
+            warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
+            journal.write("best weights lost", warning)
+            recorder.write({"kind": "warning", "text": warning})
+            best, best_metric = None, None
     recorder.phase("saving the model")
-    if trainer.is_world_process_zero():
-        save_model(model, tokenizer, request, summary)
-        # They only serve to continue; with optimizer state each is three times the model.
-        shutil.rmtree(request.checkpoints)
+    save_model(model, tokenizer, request, summary)
     return Outcome(
         status="done",
         reason="early stopping" if state.global_step < plan.total_steps else "all steps done",
@@ -200,7 +223,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
         attempt=request.attempt,
         steps=state.global_step,
         best_step=best or state.global_step,
-        best_metric=state.best_metric,
+        best_metric=best_metric,
         moved=moved,
         checks=tuple(checks),
         tokens_per_second=round(recorder.tokens_per_second, 1),
@@ -318,6 +341,8 @@ def _load_finished(trainer: Any, checkpoint: str) -> tuple[Any, Any]:
     load_weights(trainer.model, Path(checkpoint))
     optimizer = trainer.create_optimizer()
     optimizer.load_state_dict(torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location="cpu"))
+    # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
+    trainer.tensors_with_gradient = frozenset(name for name, _ in trainer.model.named_parameters())
     return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")), optimizer
 
 
@@ -331,6 +356,18 @@ def _listen_for_signals(stop: Any) -> None:
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)
+
+
+@contextlib.contextmanager
+def _signals_put_back() -> Iterator[None]:
+    """In the user's own process Ctrl-C must work again after training."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _end_with_parent(parent_pid: int) -> None:

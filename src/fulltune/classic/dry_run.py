@@ -1,0 +1,180 @@
+"""The dry-run step of the classic `Trainer`: one step at the longest length, at rate 0, without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+import transformers
+from accelerate.utils import send_to_device
+
+from fulltune.classic.arguments import notice
+from fulltune.errors import GuardStop
+
+_log = logging.getLogger(__name__)
+
+
+NUM_MEASURED_ROWS = 2000
+"""Rows of a dataset without columns whose length is looked up; such a dataset may tokenise on the fly."""
+
+
+def dry_run(trainer: Any) -> None:
+    """One step at the longest length, with a learning rate of 0: what does not fit fails now, not in an hour.
+
+    Random numbers, buffers and the optimizer are put back. A collator or dataset with a random generator of its own
+    does draw from it.
+
+    Raises:
+        GuardStop: The loss is not finite.
+    """
+    rows = _rows_for_dry_run(trainer)
+    if not rows:
+        return
+    model = trainer.model_wrapped if trainer.args.n_gpu > 1 else trainer.model
+    buffers = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    was_training, size = model.training, f"{len(rows)} rows"
+    try:
+        with same_randomness():
+            collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+            batch = collate([trainer.train_dataset[i] for i in rows])
+            size += _length_of(batch)
+            loss = _forward_and_backward(trainer, model, batch)
+            _step_without_rate(trainer)
+    except (RuntimeError, MemoryError) as error:
+        error.add_note(f"fulltune: this was the dry-run step before training, on the longest batch ({size})")
+        raise
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        for name, buffer in trainer.model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+    if not math.isfinite(loss):
+        raise GuardStop(f"dry-run step: the loss is {loss} on the longest batch ({size}), before any update")
+    _log.info("dry-run step passed: %s, loss %.4g", size, loss)
+
+
+def _rows_for_dry_run(trainer: Any) -> list[int]:
+    """The longest rows of a micro batch; none, with a notice, when that cannot be known."""
+    dataset = trainer.train_dataset
+    if type(trainer).get_train_dataloader is not transformers.Trainer.get_train_dataloader:
+        notice("no dry-run step before training: the script makes the batches itself (get_train_dataloader)")
+        return []
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        notice("no dry-run step before training: the length of the train dataset is not known")
+        return []
+    names = getattr(trainer.processing_class, "model_input_names", None) or ["input_ids"]
+    with same_randomness():
+        return longest(dataset, trainer._train_batch_size, names[0], trainer.args.length_column_name)
+
+
+def longest(dataset: Any, how_many: int, name: str, length_name: str) -> list[int]:
+    """Positions of the longest rows; the first ones when rows have no length.
+
+    Args:
+        dataset: Rows by number.
+        how_many: Rows wanted.
+        name: The column whose length counts.
+        length_name: The column that holds lengths, if there is one.
+    """
+    columns = getattr(dataset, "column_names", None) or ()
+    positions: Sequence[int] = range(len(dataset))
+    if length_name in columns:
+        lengths = list(dataset[length_name])
+    elif (counted := _column_lengths(dataset, name)) is not None:
+        lengths = counted
+    else:
+        positions = _spread(len(dataset), NUM_MEASURED_ROWS)
+        if positions and _row_length(dataset[positions[0]], name) is None:
+            return list(range(min(how_many, len(dataset))))
+        lengths = [_row_length(dataset[i], name) or 0 for i in positions]
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")[:how_many]
+    return [int(positions[i]) for i in order]
+
+
+def _column_lengths(dataset: Any, name: str) -> list[int] | None:
+    """Lengths of a column of lists in a `datasets.Dataset`, without reading values; None for other data."""
+    if not isinstance(dataset, datasets.Dataset) or name not in dataset.column_names:
+        return None
+    if dataset.format["type"] == "custom" or not hasattr(dataset.features[name], "feature"):
+        return None
+    tables = dataset.select_columns([name]).with_format("arrow").iter(10_000)
+    return [length or 0 for table in tables for length in pyarrow.compute.list_value_length(table[name]).to_pylist()]
+
+
+def _spread(total: int, limit: int) -> list[int]:
+    """At most `limit` numbers below `total`, evenly spaced."""
+    if total <= limit:
+        return list(range(total))
+    return [index * total // limit for index in range(limit)]
+
+
+def _row_length(row: Any, name: str) -> int | None:
+    value = row.get(name) if isinstance(row, Mapping) else None
+    try:
+        return None if value is None else len(value)
+    except TypeError:
+        return None
+
+
+def _length_of(batch: Any) -> str:
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return f" of {tokens.shape[1]} tokens" if torch.is_tensor(tokens) and tokens.ndim > 1 else ""
+
+
+def _forward_and_backward(trainer: Any, model: Any, batch: Any) -> float:
+    _, num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+    inputs = send_to_device(copied(batch), trainer.args.device)
+    model.train()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items).mean()
+    loss.backward()
+    return float(loss.detach())
+
+
+def _step_without_rate(trainer: Any) -> None:
+    """Let the optimizer allocate its state, with a rate of 0, and forget it again.
+
+    Only for optimizers that do nothing at a rate of 0, and not when a checkpoint has filled their state already.
+    """
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
+        return
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        return  # 0 times infinity is not a number; the guard stops it at step 1
+    kept = [(group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group.update(lr=0.0, weight_decay=0.0)
+        # Not `optimizer.step`: on the object it is patched by scheduler and scaler, which count the calls.
+        type(optimizer).step(optimizer)
+    finally:
+        for group, (rate, decay) in zip(optimizer.param_groups, kept, strict=True):
+            group.update(lr=rate, weight_decay=decay)
+        optimizer.state.clear()
+
+
+def copied(inputs: Any) -> Any:
+    """A shallow copy: `compute_loss` may take the labels out."""
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+
+
+@contextlib.contextmanager
+def same_randomness() -> Iterator[None]:
+    """Put back the state of all random generators, as if nothing had been drawn."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)

@@ -1,0 +1,258 @@
+"""Hugging Face's `Trainer` for scripts of transformers 3 and 4, with fulltune's guards."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import send_to_device
+from safetensors import SafetensorError
+
+from fulltune.classic.arguments import notice
+from fulltune.classic.dry_run import copied, dry_run, same_randomness
+from fulltune.errors import GuardStop
+from fulltune.records import Moved
+from fulltune.train.guards import nothing_learned
+from fulltune.train.trainer import FiniteGuard
+from fulltune.train.worker import InitialWeights
+
+_log = logging.getLogger(__name__)
+
+
+class Trainer(FiniteGuard, transformers.Trainer):
+    """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
+
+    A loss or gradient that is not finite stops the run before the update. One step at the longest length runs before
+    training, without changing its result, unless `dry_run` is set to False. After training it is counted how many
+    values moved: see `moved`.
+
+    Args:
+        *positional: As for `transformers.Trainer`.
+        tokenizer: The name of `processing_class` before 4.46.
+        **keywords: As for `transformers.Trainer`.
+
+    Raises:
+        ValueError: `tokenizer` and `processing_class` are given and differ.
+    """
+
+    dry_run: bool = True
+    moved: Moved | None = None
+
+    _initial: InitialWeights | None = None
+    _first_step: int = 0
+    _loss_scaling_known: bool = False
+    _loss_is_mean: bool = False
+
+    def __init__(self, *positional: Any, tokenizer: Any = None, **keywords: Any) -> None:
+        if tokenizer is not None:
+            if keywords.get("processing_class", tokenizer) is not tokenizer:
+                raise ValueError("Trainer: tokenizer and processing_class are two names of one thing; give one of them")
+            keywords["processing_class"] = tokenizer
+            notice("Trainer(tokenizer=...) is now processing_class=...")
+        super().__init__(*positional, **keywords)
+        self._accept_old_overrides()
+        _set_pad_token_id(self.model, self.processing_class)
+        self.add_callback(_BeforeFirstStep(self))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The name of `processing_class` before 4.46."""
+        return self.processing_class
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self.processing_class = value
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        _set_pad_token_id(model, getattr(self, "processing_class", None))
+        return model
+
+    def train(self, *positional: Any, **keywords: Any) -> Any:
+        """Train as transformers does, then count what moved.
+
+        Raises:
+            GuardStop: The loss or a gradient is not finite, or nothing moved.
+        """
+        if "model_path" in keywords:
+            keywords["resume_from_checkpoint"] = keywords.pop("model_path")
+            notice("train(model_path=...) is now resume_from_checkpoint=...")
+        self.moved, self.tensors_with_gradient = None, frozenset()
+        try:
+            result = super().train(*positional, **keywords)
+            self._count_moved()
+        finally:
+            if self._initial is not None:
+                self._initial.delete()
+                self._initial = None
+        return result
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if num_items_in_batch is not None and not self._loss_scaling_known:
+            self._find_loss_scaling(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, None if self._loss_is_mean else num_items_in_batch)
+
+    def predict(self, *positional: Any, **keywords: Any) -> Any:
+        """Predict in the order of the rows: `group_by_length` would sort them (transformers 4.46 to 5.24, not 4.30)."""
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super().predict(*positional, **keywords)
+        finally:
+            self.args.train_sampling_strategy = strategy
+
+    def _accept_old_overrides(self) -> None:
+        """Let subclasses keep the signatures of before 4.46, which lack an argument that is passed today."""
+        for name, argument in (
+            ("compute_loss", "num_items_in_batch"),
+            ("training_step", "num_items_in_batch"),
+            ("log", "start_time"),
+        ):
+            method = getattr(self, name)
+            parameters = inspect.signature(method).parameters
+            if argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                continue
+            setattr(self, name, _without_argument(method, argument))
+            _log.info("%s.%s has the signature of before transformers 4.46", type(self).__name__, name)
+
+    def _treat_loss_as_mean(self) -> None:
+        """The loss is the mean of a micro batch: divide it by the accumulation steps, do not scale it by devices."""
+        self._loss_scaling_known = self._loss_is_mean = True
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+
+    def _find_loss_scaling(self, model: Any, inputs: Any, num_items_in_batch: Any) -> None:
+        """Find out whether the loss is divided by `num_items_in_batch`: twice as many items should halve it.
+
+        transformers 5.24 believes so of every model whose `forward` takes `**kwargs`, and of every `compute_loss`. But
+        BERT's, GPT-2's and most other models' sequence classification returns a plain mean. With gradient accumulation
+        the gradient is then too large by the number of accumulation steps, with several processes by their number.
+        Delete this when transformers finds out by itself.
+        """
+        self._loss_scaling_known = True
+        accumulates = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
+        if not accumulates or self.loss_is_scaled_for_ga is not None or self.args.parallelism_config is not None:
+            return
+        inputs = send_to_device(inputs, self.args.device)
+        model.eval()
+        losses = []
+        for factor in (1, 2):
+            with same_randomness(), torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, copied(inputs), num_items_in_batch=num_items_in_batch * factor)
+            losses.append(loss.detach().float().mean())  # type: ignore[union-attr]
+        # Added up over processes, so that all decide the same.
+        once, twice = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
+        if once == 0:
+            self._loss_scaling_known = False
+        elif math.isclose(once, twice, rel_tol=1e-2):
+            _log.info("the loss is a mean over each micro batch: it is divided by the gradient accumulation steps")
+            self._treat_loss_as_mean()
+
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers)
+
+    def before_first_step(self) -> None:
+        """Keep the weights on disk for the count of what moved, and run the dry-run step."""
+        if self._is_sharded():
+            _log.info("the model is sharded: no dry-run step, and what moved is not counted")
+            return
+        if self._initial is None:
+            self._first_step = self.state.global_step
+            self._keep_initial_weights()
+        if self.dry_run:
+            dry_run(self)
+
+    def _keep_initial_weights(self) -> None:
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # A name that starts with an underscore is left out when the folder is pushed to the Hub.
+            handle, name = tempfile.mkstemp(prefix="_fulltune-initial-", suffix=".safetensors", dir=folder)
+            os.close(handle)
+        except OSError as error:
+            notice(f"what training moves will not be counted: {folder} cannot be written to ({error.strerror})")
+            return
+        try:
+            self._initial = InitialWeights(_Trainable(self.model), Path(name))
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            Path(name).unlink(missing_ok=True)
+            notice(f"what training moves will not be counted: the weights could not be kept in {folder} ({error})")
+
+    def _count_moved(self) -> None:
+        if self._initial is None or self.state.global_step <= self._first_step:
+            return
+        # A wrapper (DDP, torch.compile) puts its own prefix before the names.
+        names = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in self.tensors_with_gradient}
+        self.moved = self._initial.moved(_Trainable(self.model), self.optimizer, frozenset(names))
+        verdict = nothing_learned(self.moved)
+        if verdict.action == "stop":
+            raise GuardStop(verdict.reason)
+        share = f"{self.moved.share:.1%} of the {self.moved.num_values_with_gradient:,} values that got a gradient"
+        _log.info("%s moved", share)
+        if self.moved.share < 0.5:
+            kinds = sorted(
+                {
+                    str(parameter.dtype).removeprefix("torch.")
+                    for _, parameter in _Trainable(self.model).named_parameters()
+                }
+            )
+            notice(
+                f"only {share} moved ({', '.join(kinds)} weights): the updates are too small for the weights' type; "
+                "load the model with dtype=torch.float32 or raise learning_rate"
+            )
+
+
+class _BeforeFirstStep(transformers.TrainerCallback):
+    """The event before step 1: the model is wrapped, a checkpoint loaded, the optimizer there."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.before_first_step()
+
+
+class _Trainable:
+    """The parameters of a model that training may change; frozen ones need no copy."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        return ((name, value) for name, value in self._model.named_parameters() if value.requires_grad)
+
+
+def _set_pad_token_id(model: Any, tokenizer: Any) -> None:
+    """A decoder classifies by its last token that is no padding, so it must know the padding token."""
+    pad = getattr(getattr(tokenizer, "tokenizer", tokenizer), "pad_token_id", None)
+    config = getattr(model, "config", None)
+    if pad is None or config is None:
+        return
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for part in (config, text):
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = pad
+            _log.info("%s: pad_token_id set to %d, from the tokenizer", type(part).__name__, pad)
+
+
+def _without_argument(method: Callable[..., Any], argument: str) -> Callable[..., Any]:
+    """Call `method` without an argument that it does not know, wherever it stands."""
+    parameters = inspect.signature(method).parameters.values()
+    limit = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+    @functools.wraps(method)
+    def adapted(*positional: Any, **keywords: Any) -> Any:
+        keywords.pop(argument, None)
+        return method(*positional[:limit], **keywords)
+
+    return adapted

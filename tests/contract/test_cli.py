@@ -1,0 +1,145 @@
+"""The command line's shape: verbs, help, JSON on stdout, and `init` that writes recipes which load."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fulltune.init import _yaml
+from fulltune.recipe_file import load_recipe
+from tests import tiny
+from tests.contract.command import fulltune
+
+VERBS = ("init", "run", "data", "plan", "train", "evaluate", "report", "predict", "quickstart")
+
+
+def test_help_lists_every_verb() -> None:
+    result = fulltune("--help")
+    assert result.code == 0
+    assert all(verb in result.out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_verb_is_shown(verb: str) -> None:
+    result = fulltune(verb, "--help")
+    assert result.code == 0
+    assert re.search(rf"Usage: .* {verb} \[OPTIONS\]", result.out)
+
+
+def test_version_is_the_packages() -> None:
+    assert fulltune("--version").out.strip() == metadata.version("fulltune")
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["data"], ["data", "x.yaml", "--nope"]], ids=" ".join)
+def test_usage_wrong_exits_2(arguments: list[str]) -> None:
+    result = fulltune(*arguments)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+ODD = [{"yes": number, "text": f"text {number}", "label": "ab"[number % 2]} for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "task", "columns"),
+    [
+        ("train.csv", tiny.topic_rows(20), "text-classification", {"text": "text", "label": "label"}),
+        ("train.jsonl", tiny.chat_rows(20), "causal-lm", {"messages": "messages"}),
+        ("pairs.jsonl", tiny.pair_rows(20), "causal-lm", {"prompt": "prompt", "completion": "completion"}),
+        ("odd: name #1.csv", ODD, "text-classification", {"text": "text", "label": "label"}),
+        (
+            "scores.csv",
+            [{"sentence": f"a {n}", "score": n + 0.5} for n in range(20)],
+            "text-classification",
+            {"text": "sentence", "label": "score"},
+        ),
+    ],
+)
+def test_init_writes_a_recipe_that_loads(
+    tmp_path: Path, name: str, rows: list[dict[str, Any]], task: str, columns: Mapping[str, str]
+) -> None:
+    path = tmp_path / name
+    (tiny.write_csv if name.endswith("csv") else tiny.write_jsonl)(path, rows)
+    result = fulltune("init", path, "-o", tmp_path / "new" / "recipe.yaml")
+    assert result.code == 0, result.err
+    recipe = load_recipe(tmp_path / "new" / "recipe.yaml")
+    assert recipe.task == task
+    assert recipe.train_files() == (str(path),)
+    assert {role: getattr(recipe.data, role) for role in columns} == columns
+
+
+@pytest.mark.parametrize("label", ["no", "1", "a: b", "${X}", "- x", "# y", "it's", 'say "x"'])
+def test_init_quotes_column_names_that_yaml_would_misread(label: str) -> None:
+    assert yaml.safe_load(f"label: {_yaml(label)}") == {"label": label}
+
+
+def test_init_existing_recipe_is_kept_unless_forced(tmp_path: Path) -> None:
+    data, recipe = tiny.write_csv(tmp_path / "train.csv", tiny.topic_rows(20)), tmp_path / "recipe.yaml"
+    recipe.write_text("mine")
+    result = fulltune("init", data, "-o", recipe)
+    assert result.code == 2
+    assert result.problems == [f"{recipe}: exists already; give --force to replace it, or another name with --output"]
+    assert recipe.read_text() == "mine"
+    assert fulltune("init", data, "-o", recipe, "--force").code == 0
+
+
+def test_init_output_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    data = tiny.write_csv(tmp_path / "train.csv", tiny.topic_rows(20))
+    result = fulltune("init", data, "-o", tmp_path, "--force")
+    assert result.code == 2
+    assert result.problems == [f"{tmp_path}: cannot be written (is a directory); choose another place"]
+
+
+def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:
+    data = tiny.write_csv(tmp_path / "train.csv", [{"a": 1, "b": 2}])
+    result = fulltune("init", data, "-o", tmp_path / "recipe.yaml")
+    assert result.code == 4
+    assert result.problems == [
+        f"{data}: no known form of data: expected columns text + label (classification), prompt + completion or "
+        "messages (language model); columns here: a, b"
+    ]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:
+    tiny.write_csv(tmp_path / "train.csv", tiny.topic_rows(40))
+    return tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, "train.csv")
+
+
+def test_data_json_is_the_summary_and_alone_on_stdout(recipe: Path) -> None:
+    summary = json.loads(fulltune("data", recipe, "--json").out)
+    assert summary["labels"] == ["food", "weather"]
+    assert {name: split["rows"] for name, split in summary["splits"].items()} == {"train": 32, "eval": 4, "test": 4}
+
+
+def test_plan_json_is_the_plan_and_gives_a_reason_for_each_value(recipe: Path) -> None:
+    plan = json.loads(fulltune("plan", recipe, "--json").out)
+    assert plan["global_batch_size"] == 8
+    assert plan["total_steps"] == 4 * plan["num_train_epochs"]
+    assert all(setting["reason"] for setting in plan["settings"])
+
+
+def test_command_repeated_continues_its_run_and_fresh_starts_another(recipe: Path) -> None:
+    for expected, arguments in ((1, []), (1, []), (2, ["--fresh"])):
+        assert fulltune("data", recipe, *arguments).code == 0
+        assert len(list(recipe.parent.glob("runs/*"))) == expected
+
+
+def test_run_folder_as_target_with_overrides_is_refused(recipe: Path) -> None:
+    run = recipe.parent / "mine"
+    assert fulltune("data", recipe, "--run-folder", run).code == 0
+    result = fulltune("data", run, "--set", "train.seed=1")
+    assert result.code == 2
+    assert result.problems == [f"{run}: is a run folder, whose settings are fixed; give the recipe to change them"]
+
+
+def test_override_changes_the_setting(recipe: Path) -> None:
+    plan = json.loads(fulltune("plan", recipe, "--json", "--set", "method.learning_rate=3e-4").out)
+    assert plan["learning_rate"] == 3e-4

@@ -1,0 +1,93 @@
+"""Runs of tiny models inside this process: as the product does them, without the seconds that a new process costs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from safetensors.torch import load_file
+
+from fulltune import api, pipeline
+from fulltune.pipeline import Reached, Run
+from fulltune.records import Outcome
+from fulltune.train import Hooks, attempts, worker
+from fulltune.train.request import Request
+from tests import tiny
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@contextlib.contextmanager
+def in_this_process(attempt: Callable[[Request, attempts.Listener], Outcome] | None = None) -> Iterator[None]:
+    """Replace the child process by a call of the worker, or by `attempt`."""
+
+    def call(request: Request, listener: attempts.Listener) -> Outcome:
+        return worker.run(request, Hooks(), listener)
+
+    with mock.patch.object(attempts, "_in_child", attempt or call):
+        yield
+
+
+def job(folder: Path, model: Path, rows: Rows, /, *, options: Mapping[str, Any] | None = None, **blocks: Any) -> Run:
+    """A run of these rows in `folder/run`; called again, the same one.
+
+    Args:
+        folder: Where data, recipe and run lie.
+        model: Folder of the model.
+        rows: The rows; texts with labels become csv, everything else JSON lines.
+        options: For `api.job`, for example `class_weights`.
+        blocks: As for `tiny.write_recipe`.
+    """
+    plain = all(isinstance(value, str) for value in rows[0].values())
+    write, name = (tiny.write_csv, "rows.csv") if plain else (tiny.write_jsonl, "rows.jsonl")
+    data = write(folder / name, rows)
+    recipe = tiny.write_recipe(folder / "recipe.yaml", model, data, **blocks)
+    return api.job(recipe, run_folder=folder / "run", **{"listener": lambda event: None, **(options or {})})
+
+
+def run(
+    folder: Path,
+    model: Path,
+    rows: Rows,
+    /,
+    *,
+    until: pipeline.Until = "train",
+    options: Mapping[str, Any] | None = None,
+    **blocks: Any,
+) -> Reached:
+    """Do such a run up to a stage."""
+    with in_this_process():
+        return pipeline.run(job(folder, model, rows, options=options, **blocks), until)
+
+
+def final_weights(folder: Path) -> dict[str, Any]:
+    """Name to tensor of the finished model of the run in `folder/run`."""
+    return load_file(folder / "run" / "models" / "full" / "model.safetensors")
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Lines of all attempts' `metrics.jsonl`, oldest attempt first."""
+    lines = []
+    for path in sorted((folder / "run").glob("attempts/*/metrics.jsonl")):
+        lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def at_step(step: int, action: Callable[[], None]) -> Callable[[Mapping[str, Any]], None]:
+    """A listener that acts once, when the line of this step is written; needs `logging_steps: 1`."""
+    waiting = [action]
+
+    def listener(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "train" and event["step"] == step and waiting:
+            waiting.pop()()
+
+    return listener
+
+
+def fail() -> None:
+    """A fault that nothing expects."""
+    raise RuntimeError("a fault, injected by a test")

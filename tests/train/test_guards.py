@@ -1,0 +1,522 @@
+"""Guards, the order of the rows and the next attempt as tables of numbers; then faults injected into whole runs."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fulltune import pipeline
+from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, RecipeError
+from fulltune.records import DataSummary, Moved, Outcome, Plan, SplitSummary, StateBytes
+from fulltune.train import Hooks, attempts, checkpoints, worker
+from fulltune.train.guards import Reading, not_finite, nothing_learned, stopped_improving
+from fulltune.train.next_attempt import MOST_KILLS, next_attempt
+from fulltune.train.request import Request
+from fulltune.train.sampler import GlobalBatchSampler
+from tests import tiny
+from tests.contract.command import fulltune
+from tests.train import runs
+
+INF, NAN = math.inf, math.nan
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "loss_scaled", "action"),
+    [
+        (1.0, 1.0, False, "go on"),
+        (0.0, 0.0, False, "go on"),
+        (1.0, None, False, "go on"),
+        (1e30, 1e30, False, "go on"),
+        (NAN, None, False, "stop"),
+        (INF, None, False, "stop"),
+        (-INF, 1.0, True, "stop"),
+        (1.0, NAN, False, "stop"),
+        (1.0, INF, False, "stop"),
+        (1.0, INF, True, "go on"),
+        (NAN, INF, True, "stop"),
+    ],
+)
+def test_not_finite_stops_unless_the_loss_scale_is_to_blame(
+    loss: float, grad_norm: float | None, loss_scaled: bool, action: str
+) -> None:
+    verdict = not_finite(Reading(7, loss, grad_norm, loss_scaled))
+
+    assert verdict.action == action
+    assert ("step 7" in verdict.reason) == (action == "stop")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "values_moved", "said"),
+    [(0, 0, "no parameter received a gradient"), (3, 0, "no parameter moved"), (3, 1, "")],
+)
+def test_nothing_learned_stops_when_nothing_moved(tensors: int, values_moved: int, said: str) -> None:
+    moved = Moved(
+        num_tensors_with_gradient=tensors,
+        num_tensors_moved=min(tensors, values_moved),
+        num_values_with_gradient=tensors * 10,
+        num_values_moved=values_moved,
+    )
+
+    verdict = nothing_learned(moved)
+
+    assert said in verdict.reason
+    assert verdict.action == ("stop" if said else "go on")
+
+
+@pytest.mark.parametrize(
+    ("values", "greater", "patience", "threshold", "stopped"),
+    [
+        ([], True, 1, 0.0, False),
+        ([0.5], True, 1, 0.0, False),
+        ([0.5, 0.5], True, 1, 0.0, True),
+        ([0.5, 0.6], True, 1, 0.0, False),
+        ([0.5, 0.6], False, 1, 0.0, True),
+        ([0.6, 0.5], False, 1, 0.0, False),
+        ([0.5, 0.4, 0.3], True, 2, 0.0, True),
+        ([0.5, 0.4, 0.6], True, 2, 0.0, False),
+        # Better than the one before is not better than the best.
+        ([0.5, 0.3, 0.4], True, 2, 0.0, True),
+        ([0.5, 0.51], True, 1, 0.1, True),
+        # Small steps add up: they are measured against the last value that counted.
+        ([0.5, 0.56, 0.62], True, 2, 0.1, False),
+        ([0.5, NAN, NAN], True, 2, 0.0, True),
+    ],
+)
+def test_stopped_improving_counts_from_the_best(
+    values: list[float], greater: bool, patience: int, threshold: float, stopped: bool
+) -> None:
+    assert stopped_improving(values, greater, patience, threshold) == stopped
+
+
+def plan(**changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "trial": "full-seed42",
+        "method": "full",
+        "seed": 42,
+        "learning_rate": 1e-3,
+        "layerwise_lr_decay": 1.0,
+        "num_train_epochs": 1.0,
+        "total_steps": 10,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "linear",
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "num_processes": 1,
+        "eval_batch_size": 16,
+        "device": "cpu",
+        "precision": "fp32",
+        "weights_dtype": "fp32",
+        "activation_checkpointing": False,
+        "eval_steps": 10,
+        "save_steps": 10,
+        "logging_steps": 1,
+        "metric": "accuracy",
+        "greater_is_better": True,
+        "num_parameters": 10,
+        "num_trainable_parameters": 10,
+        "state": StateBytes(weights=1, gradients=1, optimizer=2),
+        "settings": (),
+    }
+    return Plan(**{**values, **changes})
+
+
+def outcome(status: str, number: int = 1) -> Outcome:
+    return Outcome(status=status, reason="because", trial="full-seed42", attempt=number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "processes", "expected"),
+    [
+        (8, 1, [4, 2, 1, "checkpointing", None]),
+        (12, 1, [6, 3, 1, "checkpointing", None]),
+        (25, 1, [5, 1, "checkpointing", None]),
+        (1, 1, ["checkpointing", None]),
+        (16, 2, [4, 2, 1, "checkpointing", None]),
+    ],
+)
+def test_out_of_memory_goes_down_the_ladder_with_the_same_global_batch(
+    global_batch: int, processes: int, expected: list[Any]
+) -> None:
+    micro = global_batch // processes
+    present = plan(global_batch_size=global_batch, micro_batch_size=micro, num_processes=processes)
+    history: list[Outcome] = []
+    for step in expected:
+        history.append(outcome("out_of_memory", len(history) + 1))
+        change = next_attempt(present, history)
+        if step is None:
+            assert change is None
+            return
+        assert change is not None
+        assert change.resume
+        present = change.plan
+        assert present.micro_batch_size * present.gradient_accumulation_steps * processes == global_batch
+        assert present.global_batch_size == global_batch
+        assert present.eval_batch_size >= 1
+        if step == "checkpointing":
+            assert present.activation_checkpointing
+        else:
+            assert present.micro_batch_size == step
+            assert not present.activation_checkpointing
+
+
+def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
+    history = [outcome("killed")]
+    first = next_attempt(plan(), history)
+    assert first is not None
+    assert (first.plan, first.resume) == (plan(), True)
+
+    second = next_attempt(first.plan, [*history, outcome("killed", 2)])
+    assert second is not None
+    assert second.plan.micro_batch_size == 4
+
+    assert next_attempt(plan(), [outcome("killed")] * (MOST_KILLS + 1)) is None
+
+
+@pytest.mark.parametrize("status", ["crashed", "error", "interrupted", "stopped_by_guard", "disk_full"])
+def test_other_failures_are_not_tried_again(status: str) -> None:
+    assert next_attempt(plan(), [outcome(status)]) is None
+
+
+# ---- the order of the rows -------------------------------------------------------------------------------------
+
+LENGTHS = [(number * 37) % 50 + 1 for number in range(83)]
+
+
+def per_process(sampler: GlobalBatchSampler, processes: int) -> list[list[list[int]]]:
+    """Each process's micro batches, dealt out by accelerate."""
+    from accelerate.data_loader import BatchSamplerShard
+
+    return [list(BatchSamplerShard(sampler, processes, rank)) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("micro", "processes"), [(8, 1), (4, 1), (2, 1), (1, 1), (4, 2), (2, 2), (1, 2), (2, 4)])
+def test_global_batches_are_the_same_for_any_micro_batch_and_number_of_processes(
+    micro: int, processes: int, grouped: bool
+) -> None:
+    """83 rows in batches of 8: the last has 3, which must not be filled up with rows of the beginning."""
+    expected = GlobalBatchSampler(LENGTHS, 8, 8, 1, grouped).global_batches()
+    sampler = GlobalBatchSampler(LENGTHS, 8, micro, 1, grouped, processes)
+    shards = per_process(sampler, processes)
+
+    accumulation = 8 // (micro * processes)
+    counts = {len(shard) for shard in shards}
+    assert len(counts) == 1, "a process would wait for another one for ever"
+    assert len(sampler) == sum(len(shard) for shard in shards)
+    found = []
+    for start in range(0, counts.pop(), accumulation):
+        found.append([row for shard in shards for batch in shard[start : start + accumulation] for row in batch])
+    assert len(found) == len(expected)
+    assert [sorted(batch) for batch in found[:-1]] == [sorted(batch) for batch in expected[:-1]]
+    # Three rows for four processes, or for four micro batches of one row: only then a row comes twice.
+    assert set(found[-1]) == set(expected[-1])
+    if processes < 4 and (micro, processes) != (1, 2):
+        assert len(found[-1]) == 3
+    assert all(0 < len(batch) <= micro for shard in shards for batch in shard)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 200])
+def test_each_row_comes_once_in_an_epoch_and_epochs_differ(count: int, grouped: bool) -> None:
+    sampler = GlobalBatchSampler([(number * 7) % 30 + 1 for number in range(count)], 8, 4, 1, grouped)
+    epochs = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        epochs.append([row for batch in sampler for row in batch])
+        assert sorted(epochs[-1]) == list(range(count))
+        assert len(list(sampler)) == len(sampler)
+    assert epochs[0] != epochs[1] or count == 1
+    sampler.set_epoch(0)
+    assert [row for batch in sampler for row in batch] == epochs[0]
+    other = GlobalBatchSampler(sampler.lengths, 8, 4, 2, grouped)
+    assert [row for batch in other for row in batch] != epochs[0] or count == 1
+
+
+def test_only_the_last_global_batch_is_smaller() -> None:
+    sizes = [len(batch) for batch in GlobalBatchSampler(LENGTHS, 8, 8, 1, True).global_batches()]
+
+    assert sizes == [8] * 10 + [3]
+
+
+def test_group_by_length_halves_the_padding() -> None:
+    lengths = [(number * 7919) % 200 + 1 for number in range(640)]
+
+    def padding(grouped: bool) -> int:
+        sampler = GlobalBatchSampler(lengths, 16, 8, 1, grouped)
+        return sum(max(lengths[i] for i in batch) - lengths[row] for batch in sampler for row in batch)
+
+    assert padding(True) < padding(False) / 2
+
+
+# ---- class weights ---------------------------------------------------------------------------------------------
+
+
+def summary(counts: dict[str, int], **changes: Any) -> DataSummary:
+    split = SplitSummary(
+        rows=sum(counts.values()),
+        tokens=1,
+        trained_tokens=1,
+        truncated_rows=0,
+        dropped_rows=0,
+        length_percentiles={},
+        label_counts=counts,
+    )
+    values: dict[str, Any] = {
+        "task": "text-classification",
+        "problem_type": "single_label",
+        "columns": {},
+        "labels": tuple(sorted(counts)),
+        "max_length": 8,
+        "max_length_reason": "",
+        "splits": {"train": split},
+        "sources": {},
+        "fingerprint": "",
+    }
+    return DataSummary(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        ("balanced", [2.0, 2 / 3]),
+        ({"b": 3, "a": 1}, [1.0, 3.0]),
+        ([0.0, 2], [0.0, 2.0]),
+        ((1, "2.5"), [1.0, 2.5]),
+    ],
+)
+def test_class_weights_come_in_the_order_of_the_labels(given: Any, expected: list[float] | None) -> None:
+    assert Hooks(class_weights=given).weights_of(summary({"a": 10, "b": 30})) == expected
+
+
+def test_balanced_class_weights_leave_out_a_class_without_train_rows() -> None:
+    counts = summary({"a": 10, "b": 30}, labels=("a", "b", "c"))
+
+    assert Hooks(class_weights="balanced").weights_of(counts) == pytest.approx([40 / 30, 40 / 90, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("equal", "expected 'balanced'"),
+        ({"a": 1}, "no weight for b"),
+        ({"a": 1, "b": 1, "c": 1}, "no such label: c"),
+        ([1, 2, 3], "3 weights for 2 labels"),
+        ([1, -1], "numbers of 0 or more"),
+        ([1, NAN], "numbers of 0 or more"),
+        ([0, 0], "not all 0"),
+        (["much", 1], "expected a number, found 'much'"),
+        ([None, 1], "expected a number"),
+    ],
+)
+def test_wrong_class_weights_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Hooks(class_weights=given).weights_of(summary({"a": 1, "b": 1}))
+
+
+def test_class_weights_without_classes_are_refused() -> None:
+    numbers = summary({}, problem_type="regression", labels=())
+
+    with pytest.raises(RecipeError, match="no classes"):
+        Hooks(class_weights=[1.0]).weights_of(numbers)
+
+
+# ---- faults in whole runs --------------------------------------------------------------------------------------
+
+ROWS = tiny.topic_rows(64)
+TRAIN = {"num_train_epochs": 1, "logging_steps": 1, "save_steps": 2}
+ATTEMPT = Path("run", "attempts", "full-seed42-01")
+
+
+def loss_broken_at(call: int, broken: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A `compute_loss` that goes wrong at its n-th call; call 1 is the dry run's."""
+    calls = [0]
+
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        calls[0] += 1
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+        return broken(loss) if calls[0] == call else loss
+
+    return compute_loss
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * INF
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda loss: loss * NAN, "the loss is nan at step 4"),
+        (lambda loss: loss * INF, "the loss is inf at step 4"),
+        (_InfiniteGradient.apply, "the gradient norm is (nan|inf) at step 4"),
+    ],
+)
+def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_report(
+    broken: Callable[..., torch.Tensor], message: str, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    job = runs.job(
+        tmp_path, tiny_encoder, ROWS, train=TRAIN, options={"compute_loss": loss_broken_at(1 + 4, broken)}
+    )
+
+    with pytest.raises(GuardStop, match=message) as caught:
+        pipeline.run(job)
+
+    assert caught.value.exit_code == 5
+    weights = torch.load  # the checkpoint of step 2 is whole, and nothing later was written
+    del weights
+    sound, passed_over = checkpoints.newest_sound(tmp_path / "run" / "checkpoints" / "full-seed42")
+    assert sound is not None
+    assert checkpoints.step_of(sound) == 2
+    assert passed_over == []
+    from safetensors.torch import load_file
+
+    assert all(bool(value.isfinite().all()) for value in load_file(sound / "model.safetensors").values())
+    assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "stopped_by_guard"
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "at step 4" in report
+    assert not (tmp_path / "run" / "models").exists()
+
+
+def test_loss_that_is_not_finite_in_the_dry_run_stops_before_step_1(tiny_encoder: Path, tmp_path: Path) -> None:
+    job = runs.job(tmp_path, tiny_encoder, ROWS, options={"compute_loss": loss_broken_at(1, lambda loss: loss * NAN)})
+
+    with pytest.raises(GuardStop, match="dry-run step: .* loss nan"):
+        pipeline.run(job, "train")
+
+    assert runs.events(tmp_path, "train") == []
+
+
+def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path, tmp_path: Path) -> None:
+    data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, method={"learning_rate": 1e-60})
+
+    with runs.in_this_process():
+        result = fulltune("run", recipe, "--run-folder", tmp_path / "run", "--set", "train.max_steps=1")
+
+    assert result.code == 5
+    assert "no parameter moved" in result.err
+    assert "Traceback" not in result.err
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_out_of_memory_continues_with_half_the_micro_batch_and_the_same_result(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """The first attempt fails with the allocator's words after step 3; the second one finishes."""
+    model = tiny.save_model(tmp_path / "model", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    events: list[dict[str, Any]] = []
+    requests: list[Request] = []
+
+    def no_memory() -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    def attempt(request: Request, listener: attempts.Listener) -> Outcome:
+        requests.append(request)
+        inject = runs.at_step(3, no_memory) if len(requests) == 1 else lambda event: None
+
+        def both(event: dict[str, Any]) -> None:
+            listener(event)
+            inject(event)
+
+        return worker.run(request, Hooks(), both)
+
+    with runs.in_this_process(attempt):
+        job = runs.job(tmp_path / "short", model, ROWS, train=TRAIN, options={"listener": events.append})
+        reached = pipeline.run(job, "train")
+    runs.run(tmp_path / "whole", model, ROWS, train=TRAIN)
+
+    assert [request.plan.micro_batch_size for request in requests] == [8, 4]
+    assert {request.plan.global_batch_size for request in requests} == {8}
+    assert [request.checkpoint is not None for request in requests] == [False, True]
+    assert reached.outcome is not None
+    assert reached.outcome.attempt == 2
+    assert Outcome.load(tmp_path / "short" / ATTEMPT / "outcome.json").status == "out_of_memory"
+    assert any("micro batch 4" in event["reason"] for event in events if event["kind"] == "attempt")
+    whole, short = runs.final_weights(tmp_path / "whole"), runs.final_weights(tmp_path / "short")
+    for name in whole:
+        torch.testing.assert_close(short[name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+def test_out_of_memory_without_a_remedy_does_not_fit(tiny_encoder: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def attempt(request: Request, listener: attempts.Listener) -> Outcome:
+        seen.append((request.plan.micro_batch_size, request.plan.activation_checkpointing))
+        return outcome("out_of_memory", request.attempt)
+
+    with runs.in_this_process(attempt), pytest.raises(DoesNotFitError, match="memory ran out") as caught:
+        pipeline.run(runs.job(tmp_path, tiny_encoder, ROWS), "train")
+
+    assert seen == [(8, False), (4, False), (2, False), (1, False), (1, True)]
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
+        (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/1"), "disk_full"),
+        (GuardStop("the loss is nan"), "stopped_by_guard"),
+        (KeyboardInterrupt(), "interrupted"),
+        (FulltuneError("no"), "error"),
+        (ValueError("no"), "error"),
+    ],
+)
+def test_classify_tells_what_an_exception_means(error: BaseException, status: str) -> None:
+    assert worker._classify(error)[0] == status
+
+
+def test_disk_full_while_saving_does_not_fit_and_leaves_earlier_checkpoints_sound(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    original = Trainer._save_optimizer_and_scheduler
+
+    def save(self: Any, output_dir: str) -> None:
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save)
+    with pytest.raises(DoesNotFitError, match="the disk is full") as caught:
+        runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN)
+
+    assert caught.value.exit_code == 3
+    folder = tmp_path / "run" / "checkpoints" / "full-seed42"
+    # What was half written is gone, so that there is room for the outcome.
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+    assert checkpoints.flaw(folder / "checkpoint-2") is None
+
+    monkeypatch.undo()
+    assert runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN).outcome is not None
+
+
+def test_signal_handlers_are_put_back_after_a_run_in_this_process(tiny_encoder: Path, tmp_path: Path) -> None:
+    import signal
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 1, "warmup_steps": 0})
+
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

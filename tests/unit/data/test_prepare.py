@@ -1,0 +1,79 @@
+"""The data stage as a whole: splits that never mix, an account of every row, trained end tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune import data
+from fulltune.recipe import Recipe
+from fulltune.records import DataSummary
+from fulltune.store import load_split, load_texts
+from fulltune.tasks import task_named
+from tests import tiny
+
+
+def prepare(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, task: str, **settings: Any) -> DataSummary:
+    path = tiny.write_jsonl(folder / "train.jsonl", rows)
+    recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": str(path), **settings}})
+    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, tiny.POSITIONS)
+
+
+def test_prepare_duplicates_stay_on_one_side(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = [{**row, "text": text} for row in tiny.topic_rows(60) for text in (row["text"], row["text"].upper() + " ")]
+    summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
+    texts = {
+        name: {row["text"].strip().lower() for row in load_texts(tmp_path / "data" / name)} for name in summary.splits
+    }
+    assert not texts["train"] & texts["eval"]
+    assert not texts["train"] & texts["test"]
+    assert not texts["eval"] & texts["test"]
+    assert sum(split.rows for split in summary.splits.values()) == 120
+    assert {name: split.rows for name, split in summary.splits.items()} == {"train": 96, "eval": 12, "test": 12}
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_end|>", "<|pad|>"], ids=["no pad", "pad is end", "own pad"])
+@pytest.mark.parametrize("rows", [tiny.pair_rows(), tiny.chat_rows()], ids=["pairs", "chat"])
+def test_prepare_every_row_trains_its_end_token(tmp_path: Path, rows: list[dict[str, Any]], pad: str | None) -> None:
+    tokenizer = tiny.decoder_tokenizer(pad=pad)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prepare(tmp_path, rows, tokenizer, "causal-lm")
+    features = [dict(row) for row in load_split(tmp_path / "data" / "train")]
+    end = tokenizer.eos_token_id
+    for row in features:
+        assert [label for label in row["labels"] if label != -100][-1] == end
+    batch = task_named("causal-lm").collate(features, tokenizer.pad_token_id)
+    # Padding with the end token must not hide the true one, nor train the padding.
+    assert (batch["labels"] == end).sum() == len(features)
+    assert not ((batch["labels"] != -100) & (batch["attention_mask"] == 0)).any()
+
+
+def test_prepare_truncation_is_counted_and_lost_answers_are_left_out(tmp_path: Path, decoder_tokenizer: Any) -> None:
+    rows = tiny.pair_rows(60)
+    rows[7] = {"prompt": "rain " * 100, "completion": "never seen"}
+    rows[8] = {"prompt": "town 8:", "completion": " soup" * 200}
+    summary = prepare(tmp_path, rows, decoder_tokenizer, "causal-lm", max_length=32)
+    assert summary.dropped == {"answer cut off": 1}
+    assert sum(split.truncated_rows for split in summary.splits.values()) == 1
+    assert max(split.length_percentiles["max"] for split in summary.splits.values()) == 32
+
+
+def test_prepare_strategy_drop_leaves_long_rows_out(tmp_path: Path, decoder_tokenizer: Any) -> None:
+    rows = tiny.pair_rows(40)
+    rows[8] = {"prompt": "town 8:", "completion": " soup" * 200}
+    summary = prepare(tmp_path, rows, decoder_tokenizer, "causal-lm", max_length=32, truncation_strategy="drop")
+    assert summary.dropped == {"too long": 1}
+
+
+def test_prepare_unchanged_input_is_not_made_again(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = tiny.topic_rows(40)
+    first = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
+    marker = tmp_path / "data" / "train" / "marker"
+    marker.touch()
+    assert prepare(tmp_path, rows, encoder_tokenizer, "text-classification") == first
+    assert marker.exists()
+    changed = prepare(tmp_path, rows, encoder_tokenizer, "text-classification", split_seed=1)
+    assert changed.fingerprint != first.fingerprint
+    assert not marker.exists()

@@ -1,0 +1,86 @@
+"""Splitting rows off: duplicates together, every class on both sides, the same rows every time."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from fulltune.data.split import MOST_HELD_OUT_ROWS, sample, split_off
+
+
+def drawn(seed: int) -> tuple[list[str], list[str]]:
+    """Groups of one to five rows in three classes of different sizes."""
+    chance = random.Random(seed)
+    groups, strata = [], []
+    for number in range(300):
+        label = chance.choices("abc", weights=(6, 3, 1))[0]
+        size = chance.choice((1, 1, 1, 2, 5))
+        groups += [f"group {number}"] * size
+        strata += [label] * size
+    order = list(range(len(groups)))
+    chance.shuffle(order)
+    return [groups[i] for i in order], [strata[i] for i in order]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_groups_are_never_separated(seed: int) -> None:
+    groups, strata = drawn(seed)
+    sides: dict[str, set[bool]] = {}
+    for group, out in zip(groups, split_off(groups, strata, 0.2, seed), strict=True):
+        sides.setdefault(group, set()).add(out)
+    assert all(len(side) == 1 for side in sides.values())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_strata_keep_their_shares(seed: int) -> None:
+    groups, strata = drawn(seed)
+    held_out = split_off(groups, strata, 0.2, seed)
+    whole, taken = Counter(strata), Counter(label for label, out in zip(strata, held_out, strict=True) if out)
+    for label, count in whole.items():
+        assert 0.2 * count - 5 <= taken[label] <= 0.2 * count + 1
+
+
+def test_split_same_seed_gives_same_rows_and_other_seed_others() -> None:
+    groups, strata = drawn(0)
+    assert split_off(groups, strata, 0.2, 1) == split_off(groups, strata, 0.2, 1)
+    assert split_off(groups, strata, 0.2, 1) != split_off(groups, strata, 0.2, 2)
+
+
+def test_split_order_of_rows_does_not_matter() -> None:
+    groups = [f"g{number}" for number in range(50)]
+    strata = ["a"] * 50
+    forward = {group for group, out in zip(groups, split_off(groups, strata, 0.2, 3), strict=True) if out}
+    groups.reverse()
+    backward = {group for group, out in zip(groups, split_off(groups, strata, 0.2, 3), strict=True) if out}
+    assert forward == backward
+
+
+@pytest.mark.parametrize(
+    ("groups", "strata", "fraction", "count"),
+    [
+        (["a", "b"], ["x", "x"], 0.1, 1),
+        (["a"], ["x"], 0.1, 0),
+        (["a"] * 40, [""] * 40, 0.1, 0),
+        (["a"] * 30 + [f"s{n}" for n in range(10)], [""] * 40, 0.1, 4),
+        (["a"] * 30 + ["b"] * 10, ["x"] * 40, 0.1, 10),
+        ([], [], 0.1, 0),
+    ],
+    ids=["two", "one", "all the same", "one large group", "two large groups", "none"],
+)
+def test_split_small_or_repeated_rows(groups: list[str], strata: list[str], fraction: float, count: int) -> None:
+    for seed in range(10):
+        assert sum(split_off(groups, strata, fraction, seed)) == count
+
+
+def test_split_large_data_holds_out_at_most_the_cap() -> None:
+    groups = [f"g{number}" for number in range(60_000)]
+    assert sum(split_off(groups, ["a"] * 60_000, 0.1, 0)) == MOST_HELD_OUT_ROWS
+
+
+def test_sample_keeps_order_and_is_repeatable() -> None:
+    chosen = sample(1000, 50, 7)
+    assert chosen == sorted(set(chosen)) == sample(1000, 50, 7)
+    assert len(chosen) == 50
+    assert chosen != sample(1000, 50, 8)

@@ -1,0 +1,113 @@
+"""What of a conversation is trained, for each kind of template: exactly what the assistant said, with its end token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fulltune.errors import DataError
+from fulltune.tasks import Target, causal_lm, chat
+from tests import tiny
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "hello 😀"},
+    {"role": "assistant", "content": "<think>hm</think>hi é"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "42"},
+    {"role": "assistant", "content": "it is 42"},
+]
+CALLED = '<call>[{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]</call><|im_end|>'
+PLAIN = [message for message in TALK if message["role"] != "tool" and "tool_calls" not in message]
+
+
+def trained(template: str, messages: list[dict[str, Any]], tools: Any = None) -> list[list[str]]:
+    """For each sequence the runs of trained tokens, decoded."""
+    tokenizer = tiny.decoder_tokenizer(template)
+    target = Target("chat", {"messages": "messages", "tools": "tools"})
+    found = []
+    for example in causal_lm.encode([{"messages": messages, "tools": tools}], target, tokenizer, 10**6)[0]:
+        segments = causal_lm.preview(example.features, target, tokenizer).segments
+        found.append([segment.text for segment in segments if segment.trained])
+    return found
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.MARKED], ids=["rendered prefixes", "generation marks"])
+def test_trained_text_is_what_the_assistant_said(template: str) -> None:
+    assert trained(template, TALK) == [["<think>hm</think>hi é<|im_end|>", CALLED, "it is 42<|im_end|>"]]
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.MARKED], ids=["rendered prefixes", "generation marks"])
+def test_trained_text_holds_no_tool_definitions(template: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert trained(template, TALK, tools) == trained(template, TALK)
+
+
+def test_template_that_rewrites_turns_gives_one_sequence_per_turn() -> None:
+    assert trained(tiny.REWRITING, PLAIN) == [
+        ["<think>hm</think>hi é<|im_end|>"],
+        ["it is 42<|im_end|>"],
+    ]
+
+
+def test_template_that_rewrites_shows_each_turn_as_it_will_be_seen() -> None:
+    tokenizer = tiny.decoder_tokenizer(tiny.REWRITING)
+    first, second = (tokenizer.decode(ids) for ids, _ in chat.encode(tokenizer, PLAIN))
+    assert first.endswith("<think>hm</think>hi é<|im_end|>\n")
+    assert "<think>" not in second
+
+
+def test_template_with_system_message_of_its_own_masks_it() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    assert trained(tiny.DEFAULT_SYSTEM, messages) == [["yes<|im_end|>"]]
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.MARKED, tiny.DEFAULT_SYSTEM])
+def test_assistant_that_speaks_first_has_its_opening_masked(template: str) -> None:
+    messages = [{"role": "assistant", "content": "welcome"}, {"role": "user", "content": "hi"}]
+    assert trained(template, messages) == [["welcome<|im_end|>"]]
+
+
+def test_answer_with_white_space_at_its_ends_keeps_its_end_token() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "  yes \n"}]
+    assert trained(tiny.CHATML, messages) == [["  yes \n<|im_end|>"]]
+
+
+def test_generation_prompt_ends_where_training_begins() -> None:
+    tokenizer = tiny.decoder_tokenizer()
+    target = Target("chat", {"messages": "m"})
+    ids, mask = chat.encode(tokenizer, TALK)[0]
+    asked = causal_lm.generation_ids({"m": TALK}, target, tokenizer)
+    start = len(mask) - 1 - mask[::-1].index(True)
+    while mask[start - 1]:
+        start -= 1
+    assert ids[:start] == asked
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ("hello", "expected a list of messages {role, content}, found str"),
+        ([1], "expected a list of messages {role, content}, found list"),
+        ([{"content": "x"}], "a message has no 'role'"),
+        ([{"role": "user"}], "a message of 'user' has neither 'content' nor 'tool_calls'"),
+        ([{"role": "user", "content": {"a": 1}}], "a message of 'user' holds an object, not text"),
+        ([{"role": "assistant", "tool_calls": "f()"}], "'tool_calls' of 'assistant' must be a list of objects"),
+    ],
+)
+def test_messages_that_are_none_are_refused(messages: Any, problem: str) -> None:
+    with pytest.raises(DataError) as caught:
+        chat.clean(messages)
+    assert str(caught.value) == problem
+
+
+def test_messages_of_sharegpt_are_translated() -> None:
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "observation", "value": "c"}]
+    assert chat.clean(said) == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "tool", "content": "c"},
+    ]

@@ -1,0 +1,63 @@
+"""Memory and cores as a container limits them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fulltune import hardware
+
+MEMINFO = "MemTotal: 16000 kB\nMemFree: 1000 kB\nMemAvailable: 8000 kB\n"
+K = 1024
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
+    monkeypatch.setattr(hardware, "_read", lambda path: files.get(str(path), ""))
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "expected"),
+    [
+        ("", "", "", (16000 * K, 8000 * K)),
+        ("max\n", "5000", "", (16000 * K, 8000 * K)),
+        (f"{4000 * K}\n", f"{1000 * K}\n", "anon 5\nfile 0\n", (4000 * K, 3000 * K)),
+        (f"{4000 * K}", f"{3000 * K}", f"anon 1\nfile {2000 * K}\nfile_mapped 7\n", (4000 * K, 3000 * K)),
+        (f"{64000 * K}", "0", "file 0\n", (16000 * K, 8000 * K)),
+    ],
+    ids=["no cgroup", "no limit", "limit", "cache counts as free", "limit above the machine"],
+)
+def test_memory_respects_the_cgroup(
+    monkeypatch: pytest.MonkeyPatch, limit: str, used: str, stat: str, expected: tuple[int, int]
+) -> None:
+    cgroup = "/sys/fs/cgroup/memory."
+    files = {"/proc/meminfo": MEMINFO, cgroup + "max": limit, cgroup + "current": used, cgroup + "stat": stat}
+    pretend(monkeypatch, files)
+    assert hardware._memory_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        ("", 8),
+        ("max 100000", 8),
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("50000 100000", 1),
+        ("9900000 100000", 8),
+    ],
+)
+def test_cores_respect_the_cgroup(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    pretend(monkeypatch, {"/sys/fs/cgroup/cpu.max": quota})
+    assert hardware._num_cores() == cores
+
+
+def test_disk_of_a_path_that_does_not_exist_yet_is_its_parents(tmp_path: Path) -> None:
+    assert hardware.disk_free_bytes(tmp_path / "a" / "b") > 0
+
+
+def test_machine_is_described() -> None:
+    machine = hardware.here()
+    assert machine.num_cores >= 1
+    assert 0 < machine.memory_available_bytes <= machine.memory_bytes

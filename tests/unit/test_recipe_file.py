@@ -1,0 +1,132 @@
+"""Reading recipes: types, paths, environment, overrides, and where a problem is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.recipe_file import load_recipe
+
+SMALL = "model: some/model\ntask: causal-lm\ndata:\n  train: a.jsonl\n"
+
+
+def written(folder: Path, text: str = SMALL) -> Path:
+    (folder / "recipe.yaml").write_text(text)
+    return folder / "recipe.yaml"
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return [problem.replace(f"{path}", "recipe.yaml") for problem in caught.value.problems]
+
+
+def test_paths_relative_start_at_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    recipe = load_recipe(written(tmp_path, SMALL.replace("some/model", "model")))
+    assert recipe.train_files() == (str(tmp_path / "a.jsonl"),)
+    assert recipe.model.name == str(tmp_path / "model")
+    assert recipe.output == str(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", ["some/model", "package:thing/inner"])
+def test_model_that_is_no_path_stays(tmp_path: Path, name: str) -> None:
+    assert load_recipe(written(tmp_path, SMALL.replace("some/model", name))).model.name == name
+
+
+def test_environment_variable_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERE", "/elsewhere")
+    recipe = load_recipe(written(tmp_path, SMALL.replace("a.jsonl", "${WHERE}/a.jsonl")))
+    assert recipe.train_files() == ("/elsewhere/a.jsonl",)
+
+
+def test_number_with_exponent_is_a_number(tmp_path: Path) -> None:
+    assert load_recipe(
+        written(tmp_path, SMALL + "method: {kind: full, learning_rate: 1e-5}\n")
+    ).method.learning_rate == (1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "block", "name", "value"),
+    [
+        ("train.max_steps=7", "train", "max_steps", 7),
+        ("train.group_by_length=false", "train", "group_by_length", False),
+        ("method.learning_rate=3e-4", "method", "learning_rate", 3e-4),
+        ("train.report_to=[a, b]", "train", "report_to", ("a", "b")),
+        ("train.extra.tf32=true", "train", "extra", {"tf32": True}),
+        ("model.dropout=0.1", "model", "dropout", 0.1),
+        ("data.label=null", "data", "label", None),
+    ],
+)
+def test_override_has_the_type_of_its_value(
+    tmp_path: Path, override: str, block: str, name: str, value: object
+) -> None:
+    path = written(tmp_path, SMALL + "method: {kind: full}\n")
+    assert getattr(getattr(load_recipe(path, [override]), block), name) == value
+
+
+def test_override_of_the_model_keeps_its_name(tmp_path: Path) -> None:
+    assert load_recipe(written(tmp_path), ["model.dropout=0.1"]).model.name == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("traim: {}", "recipe.yaml:5  traim: unknown setting; did you mean 'train'?"),
+        ("train: {max_stepz: 1}", "recipe.yaml:5  train.max_stepz: unknown setting; did you mean 'max_steps'?"),
+        ("learning_rate: 1", "recipe.yaml:5  learning_rate: unknown setting; did you mean 'method.learning_rate'?"),
+        ("train: {seed: -1}", "recipe.yaml:5  train.seed: expected greater than or equal to 0, found -1"),
+        ("train: {max_steps: 1.5}", "recipe.yaml:5  train.max_steps: expected integer, found 1.5"),
+        ("train: 3", "recipe.yaml:5  train: expected settings (a block), found a number"),
+        (
+            "train: {max_steps: 1, num_train_epochs: 2}",
+            "recipe.yaml:5  train.max_steps and num_train_epochs are both given; remove one",
+        ),
+        (
+            "train: {eval_strategy: steps}",
+            "recipe.yaml:5  train.eval_strategy is 'steps' but eval_steps is missing; add for example 'eval_steps: "
+            "100'",
+        ),
+        (
+            "train: {global_batch_size: 64, micro_batch_size: 6}",
+            "recipe.yaml:5  train.global_batch_size: 64 is not a multiple of micro_batch_size 6",
+        ),
+        (
+            "name: a/b",
+            "recipe.yaml:5  name: expected string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', found 'a/b'",
+        ),
+    ],
+)
+def test_problem_is_told_with_line_and_near_name(tmp_path: Path, line: str, problem: str) -> None:
+    assert problems(written(tmp_path, SMALL + line + "\n")) == [problem]
+
+
+def test_problems_of_all_kinds_come_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path, SMALL + "task: x\ntrain: {seed: a}\noutput: ${NOT_SET_ANYWHERE}\n")
+    found = problems(path, "nonsense")
+    assert [problem.split("  ")[0] for problem in found] == [
+        "recipe.yaml:5",
+        "recipe.yaml:7",
+        "--set nonsense: expected block.name=value, for example train.num_train_epochs=3",
+        "recipe.yaml:5",
+        "recipe.yaml:6",
+    ]
+
+
+def test_required_settings_missing_are_named(tmp_path: Path) -> None:
+    found = problems(written(tmp_path, "name: x\n"))
+    assert [problem.split(": ")[0] for problem in found] == [
+        "recipe.yaml  model",
+        "recipe.yaml  task",
+        "recipe.yaml  data",
+    ]
+
+
+def test_fingerprint_ignores_name_and_output_only() -> None:
+    values = {"model": "m", "task": "causal-lm", "data": {"train": "a"}}
+    first = Recipe.model_validate(values).fingerprint()
+    assert Recipe.model_validate({**values, "name": "n", "output": "o"}).fingerprint() == first
+    assert Recipe.model_validate({**values, "train": {"seed": 1}}).fingerprint() != first

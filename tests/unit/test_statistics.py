@@ -1,0 +1,54 @@
+"""Bootstrap intervals cover the truth about as often as they say; a scaled model's temperature is found again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fulltune.bootstrap import intervals
+from fulltune.calibration import calibrate, expected_calibration_error, fit_temperature
+
+
+def mean(kept: dict[str, np.ndarray]) -> dict[str, float]:
+    return {"mean": float(kept["right"].mean())}
+
+
+def test_interval_of_a_share_covers_it_about_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    covered = 0
+    for number in range(200):
+        kept = {"right": (draw.random(200) < 0.8).astype(float)}
+        found = intervals(kept, mean, samples=200, confidence=0.9, seed=number)["mean"]
+        covered += found.low <= 0.8 <= found.high
+    assert 0.83 <= covered / 200 <= 0.96
+
+
+def test_interval_is_about_as_wide_as_the_formula() -> None:
+    kept = {"right": np.repeat([1.0, 0.0], [700, 300])}
+    found = intervals(kept, mean, samples=2000, confidence=0.95)["mean"]
+    assert found.value == 0.7
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 1000), rel=0.1)
+
+
+def test_interval_same_seed_draws_the_same_rows() -> None:
+    kept = {"right": np.arange(50.0)}
+    assert intervals(kept, mean, samples=100, confidence=0.9) == intervals(kept, mean, samples=100, confidence=0.9)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_temperature_of_scaled_logits_is_recovered(temperature: float) -> None:
+    draw = np.random.default_rng(1)
+    logits = draw.normal(0, 2, (5000, 4))
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = np.array([draw.choice(4, p=row) for row in chances])
+    assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.08)
+    found = calibrate(logits * temperature, labels, logits * temperature, labels)
+    assert found.expected_calibration_error_scaled < 0.03
+    if temperature != 1.0:
+        assert found.expected_calibration_error > 2 * found.expected_calibration_error_scaled
+
+
+def test_calibration_error_of_sure_and_wrong_is_one() -> None:
+    logits = np.tile([50.0, 0.0], (30, 1))
+    assert expected_calibration_error(logits, np.ones(30, int)) == pytest.approx(1.0)
+    assert expected_calibration_error(logits, np.zeros(30, int)) == pytest.approx(0.0)
