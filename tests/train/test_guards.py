@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fulltune import pipeline
-from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, RecipeError
+from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
 from fulltune.records import DataSummary, Moved, Outcome, Plan, SplitSummary, StateBytes
 from fulltune.train import Hooks, attempts, checkpoints, worker
 from fulltune.train.guards import Reading, not_finite, nothing_learned, stopped_improving
@@ -234,11 +236,12 @@ def test_each_row_comes_once_in_an_epoch_and_epochs_differ(count: int, grouped: 
         epochs.append([row for batch in sampler for row in batch])
         assert sorted(epochs[-1]) == list(range(count))
         assert len(list(sampler)) == len(sampler)
-    assert epochs[0] != epochs[1] or count == 1
+    # Grouped by length, a single global batch is always in the same order.
+    assert epochs[0] != epochs[1] or count <= 8
     sampler.set_epoch(0)
     assert [row for batch in sampler for row in batch] == epochs[0]
     other = GlobalBatchSampler(sampler.lengths, 8, 4, 2, grouped)
-    assert [row for batch in other for row in batch] != epochs[0] or count == 1
+    assert [row for batch in other for row in batch] != epochs[0] or count <= 8
 
 
 def test_only_the_last_global_batch_is_smaller() -> None:
@@ -370,22 +373,17 @@ class _InfiniteGradient(torch.autograd.Function):
 def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_report(
     broken: Callable[..., torch.Tensor], message: str, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    job = runs.job(
-        tmp_path, tiny_encoder, ROWS, train=TRAIN, options={"compute_loss": loss_broken_at(1 + 4, broken)}
-    )
+    job = runs.job(tmp_path, tiny_encoder, ROWS, train=TRAIN, options={"compute_loss": loss_broken_at(1 + 4, broken)})
 
     with pytest.raises(GuardStop, match=message) as caught:
         pipeline.run(job)
 
     assert caught.value.exit_code == 5
-    weights = torch.load  # the checkpoint of step 2 is whole, and nothing later was written
-    del weights
+    # The checkpoint of step 2 is whole, and nothing later was written.
     sound, passed_over = checkpoints.newest_sound(tmp_path / "run" / "checkpoints" / "full-seed42")
     assert sound is not None
     assert checkpoints.step_of(sound) == 2
     assert passed_over == []
-    from safetensors.torch import load_file
-
     assert all(bool(value.isfinite().all()) for value in load_file(sound / "model.safetensors").values())
     assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "stopped_by_guard"
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -396,7 +394,7 @@ def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_repo
 def test_loss_that_is_not_finite_in_the_dry_run_stops_before_step_1(tiny_encoder: Path, tmp_path: Path) -> None:
     job = runs.job(tmp_path, tiny_encoder, ROWS, options={"compute_loss": loss_broken_at(1, lambda loss: loss * NAN)})
 
-    with pytest.raises(GuardStop, match="dry-run step: .* loss nan"):
+    with pytest.raises(GuardStop, match=r"dry-run step: .* loss nan"):
         pipeline.run(job, "train")
 
     assert runs.events(tmp_path, "train") == []
@@ -478,7 +476,7 @@ def test_out_of_memory_without_a_remedy_does_not_fit(tiny_encoder: Path, tmp_pat
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/1"), "disk_full"),
         (GuardStop("the loss is nan"), "stopped_by_guard"),
         (KeyboardInterrupt(), "interrupted"),
-        (FulltuneError("no"), "error"),
+        (RecipeError("no"), "refused"),
         (ValueError("no"), "error"),
     ],
 )
@@ -513,8 +511,6 @@ def test_disk_full_while_saving_does_not_fit_and_leaves_earlier_checkpoints_soun
 
 
 def test_signal_handlers_are_put_back_after_a_run_in_this_process(tiny_encoder: Path, tmp_path: Path) -> None:
-    import signal
-
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 1, "warmup_steps": 0})

@@ -71,7 +71,8 @@ def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
             outcome = Outcome(status=status, reason=reason, trial=request.plan.trial, attempt=request.attempt)
         finally:
-            request.initial_weights.unlink(missing_ok=True)
+            if rank == 0:
+                request.initial_weights.unlink(missing_ok=True)
         outcome = outcome.model_copy(
             update={"train_seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": _peak_memory_bytes()}
         )

@@ -1,0 +1,136 @@
+"""What a label column holds: class names, several names, or numbers; found out from the train rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fulltune.errors import DataError
+from fulltune.recipe import DataBlock
+from fulltune.tasks import Row, Target
+
+
+def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """Problem type and class names, sorted; whole-number labels sort by value."""
+    values = [row[columns["label"]] for row in rows if not is_empty(row.get(columns["label"]))]
+    if not values:
+        raise DataError(f"{where}: column '{columns['label']}' holds no label in any row")
+    objects = [value for value in values if isinstance(value, dict)]
+    if objects:
+        raise DataError(
+            f"{where}: column '{columns['label']}' holds objects ({str(objects[0])[:60]}); expected a class name, "
+            "a list of class names, or a number"
+        )
+    kind = data.problem_type if data.problem_type != "auto" else _problem_type(values)
+    if kind == "regression":
+        wrong = [value for value in values if parsed_number(value) is None]
+        if wrong:
+            raise DataError(
+                f"{where}: column '{columns['label']}' must hold numbers for regression; found {wrong[0]!r} "
+                f"({len(wrong)} such rows)"
+            )
+        if len({parsed_number(value) for value in values}) == 1:
+            raise DataError(f"{where}: every row has the same target {values[0]!r}; there is nothing to learn")
+        return Target("regression", columns)
+    if kind == "multi_label":
+        labels = sorted({label for value in values for label in label_list(value)})
+        if not labels:
+            raise DataError(f"{where}: no row of column '{columns['label']}' names a label")
+        return Target("multi_label", columns, tuple(labels))
+    several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
+    if several:
+        raise DataError(
+            f"{where}: column '{columns['label']}' holds several labels in a row ({several[0]!r}); expected one, or "
+            "set data.problem_type: multi_label"
+        )
+    _refuse_mixed(values, columns["label"], where)
+    names = {label_name(value) for value in values}
+    if len(names) == 1:
+        raise DataError(
+            f"{where}: every row has the label '{next(iter(names))}'; a classifier needs at least two classes"
+        )
+    if len(names) > max(50, len(values) // 2):
+        raise DataError(
+            f"{where}: column '{columns['label']}' has {len(names)} different labels in {len(values)} rows; "
+            "is it the right column? (numbers to predict: data.problem_type: regression)"
+        )
+    numbers = {name: parsed_number(name) for name in names}
+    ordered = sorted(names, key=lambda name: (numbers[name] is None, numbers[name] or 0.0, name))
+    return Target("single_label", columns, tuple(ordered))
+
+
+def _problem_type(values: Sequence[Any]) -> str:
+    if any(isinstance(value, (list, tuple)) for value in values) or all(_is_json_list(value) for value in values):
+        return "multi_label"
+    numbers = [parsed_number(value) for value in values]
+    if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
+        return "regression"
+    return "single_label"
+
+
+def _refuse_mixed(values: Sequence[Any], column: str, where: str) -> None:
+    """Numbers among words are most often a broken export: `1`, `2`, `positive`."""
+    words = Counter(str(value) for value in values if parsed_number(value) is None)
+    numbers = Counter(str(value) for value in values if parsed_number(value) is not None)
+    if words and numbers:
+        raise DataError(
+            f"{where}: column '{column}' mixes words ({_few(words)}) and numbers ({_few(numbers)}) as labels; "
+            "expected one kind: rename them, or drop the wrong rows"
+        )
+
+
+def _few(counts: Counter[str]) -> str:
+    shown = ", ".join(f"'{name}' in {count} rows" for name, count in counts.most_common(2))
+    return shown + (f", {len(counts) - 2} more" if len(counts) > 2 else "")
+
+
+def is_empty(value: Any) -> bool:
+    return (
+        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
+    )
+
+
+def parsed_number(value: Any) -> float | None:
+    if isinstance(value, (bool, list, tuple, dict)) or value is None:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_json_list(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("[") and value.endswith("]") and bool(_json_list(value))
+
+
+def _json_list(value: str) -> list[Any] | None:
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, list) else None
+
+
+def label_list(value: Any) -> list[str]:
+    if isinstance(value, str):
+        parsed = _json_list(value)
+        # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
+        value = parsed if parsed is not None else [part for part in value.replace("|", ";").split(";") if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        value = [] if is_empty(value) else [value]
+    return [label_name(part) for part in value if not is_empty(part)]
+
+
+def label_name(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    name = str(value).strip()
+    # Whole numbers that a table kept as floats, because some cell was empty: `1.0` and `1` are the same class.
+    return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0", name) else name

@@ -1,0 +1,112 @@
+"""The documentation is true: generated pages are fresh, links lead somewhere, names in the text exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+import fulltune
+from fulltune import errors
+from fulltune.cli import app
+from fulltune.recipe import Block, Recipe
+from fulltune.recipe_file import check
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+BLOCKS = {
+    name: field.annotation
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Block)
+}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """Code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recipe_page_equals_the_generated_one(generate: ModuleType) -> None:
+    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "docs/recipe.md is stale: run `make docs`"
+
+
+def test_recipe_page_names_and_explains_every_setting(generate: ModuleType) -> None:
+    text = generate.page()
+    for name, block in BLOCKS.items():
+        for inner, field in block.model_fields.items():
+            assert f"- `{name}.{inner}`:" in text
+            assert field.description, f"{name}.{inner} has no docstring"
+
+
+@each_page
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+@each_page
+def test_settings_in_backquotes_exist(page: Path) -> None:
+    names = re.findall(rf"`({'|'.join(BLOCKS)})\.([a-z_]+)[`:=]", page.read_text(encoding="utf-8"))
+    # `train.csv` and the like are files.
+    files = {"csv", "jsonl", "json", "yaml", "py", "safetensors"}
+    unknown = [f"{block}.{name}" for block, name in names if name not in {*BLOCKS[block].model_fields, *files}]
+    assert not unknown
+
+
+@each_page
+def test_commands_and_options_exist(page: Path) -> None:
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    text = page.read_text(encoding="utf-8")
+    used = re.findall(r"(?:`|\.venv/bin/)fulltune ([a-z]+)", text)
+    used += [name for block in fenced(text, "sh") for name in re.findall(r"^fulltune ([a-z]+)", block, re.MULTILINE)]
+    assert set(used) <= known
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, flags=re.MULTILINE)) <= set(targets)
+
+
+@each_page
+def test_whole_recipes_are_accepted(page: Path) -> None:
+    for text in fenced(page.read_text(encoding="utf-8"), "yaml"):
+        check(yaml.safe_load(text), page)
+
+
+@each_page
+def test_python_examples_use_names_that_exist(page: Path) -> None:
+    for text in fenced(page.read_text(encoding="utf-8"), "python"):
+        compile(text, str(page), "exec")
+        used = re.findall(r"\bfulltune\.([A-Za-z_]+)", text) + re.findall(r"^from fulltune import (.+)$", text, re.M)
+        for name in (name for names in used for name in names.split(", ")):
+            assert hasattr(fulltune, name)
+
+
+def test_readme_lists_every_exit_code() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert kinds
+    for kind in kinds:
+        assert f"| {kind.exit_code} |" in text, kind.__name__
+
+
+def test_architecture_page_names_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    source = Path(fulltune.__file__).parent
+    rooms = [path.name for path in source.glob("*.py") if path.name != "__init__.py"]
+    rooms += [f"{path.parent.name}/" for path in source.glob("*/__init__.py")]
+    assert not [room for room in rooms if f"`{room}`" not in text]

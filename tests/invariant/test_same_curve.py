@@ -1,0 +1,152 @@
+"""The same global batches give the same losses and weights, however they are cut into micro batches and processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fulltune.records import DataSummary
+from tests import tiny
+from tests.train import runs
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# In no case do the train rows fill the last global batch of an epoch.
+TRAIN: dict[str, Any] = {"num_train_epochs": 2, "global_batch_size": 8, "logging_steps": 1, "warmup_steps": 0}
+CUTS: tuple[dict[str, Any], ...] = (
+    {"micro_batch_size": 4},
+    {"micro_batch_size": 1},
+    {"micro_batch_size": 2, "activation_checkpointing": True},
+)
+
+
+def losses(folder: Path) -> list[float]:
+    return [event["loss"] for event in runs.events(folder, "train")]
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    assert losses(other) == pytest.approx(losses(folder), abs=1e-4)
+    norms = [[event["grad_norm"] for event in runs.events(where, "train")] for where in (folder, other)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3, abs=1e-4)
+    one, two = runs.final_weights(folder), runs.final_weights(other)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_any_cut_is_the_same(folder: Path, model: Path, rows: runs.Rows, **blocks: Any) -> None:
+    runs.run(folder / "whole", model, rows, train={**TRAIN, "micro_batch_size": 8}, **blocks)
+    curve = losses(folder / "whole")
+    assert len(curve) >= 6
+    assert len(set(curve)) == len(curve)
+    rows_in_train = DataSummary.load(folder / "whole" / "run" / "data" / "summary.json").splits["train"].rows
+    assert rows_in_train % 8 > 1
+    for number, cut in enumerate(CUTS):
+        runs.run(folder / str(number), model, rows, train={**TRAIN, **cut}, **blocks)
+        assert_same(folder / "whole", folder / str(number))
+
+
+def label_rows() -> list[dict[str, Any]]:
+    return tiny.topic_rows(34)
+
+
+def several_label_rows() -> list[dict[str, Any]]:
+    rows = []
+    for number, row in enumerate(label_rows()):
+        labels = [name for bit, name in enumerate(("a", "b", "c")) if (number + 1) >> bit & 1]
+        rows.append({"text": row["text"], "labels": labels})
+    return rows
+
+
+def number_rows() -> list[dict[str, Any]]:
+    # One target is -100: the value that transformers takes for "no label".
+    rows = [{"text": row["text"], "score": number / 7 - 2} for number, row in enumerate(label_rows())]
+    rows[0]["score"] = -100.0
+    return rows
+
+
+def answer_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"{tiny.PLACES[number % 10]} {number}:",
+            "completion": " soup" * (1 + 17 * (number % 2) + number % 5),
+        }
+        for number in range(34)
+    ]
+
+
+CASES = {
+    "single_label": ("bert", NO_DROPOUT, label_rows, {}),
+    "decoder": ("llama", {}, label_rows, {}),
+    "multi_label": ("bert", NO_DROPOUT, several_label_rows, {}),
+    "regression": ("bert", NO_DROPOUT, number_rows, {"data": {"label": "score"}}),
+    "answers": ("llama", {}, answer_rows, {"task": "causal-lm"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_micro_batch_and_recomputing_give_the_same_curve(case: str, tmp_path: Path) -> None:
+    """`answers` have 1 to 22 trained tokens: the mean of micro batch means would weigh the short ones more."""
+    kind, changes, rows, blocks = CASES[case]
+    model = tiny.save_model(tmp_path / "model", kind, **changes)
+
+    assert_any_cut_is_the_same(tmp_path, model, rows(), **blocks)
+
+
+@pytest.mark.parametrize("case", ["multi_label", "single_label", "regression", "answers"])
+def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path: Path) -> None:
+    """The loss of step 1, computed anew by hand on the untrained model and the first global batch."""
+    from fulltune.store import load_split
+    from fulltune.tasks import LossSettings, Target, task_named
+    from fulltune.train import worker
+    from fulltune.train.sampler import GlobalBatchSampler
+
+    kind, changes, rows, blocks = CASES[case]
+    model = tiny.save_model(tmp_path / "model", kind, **changes)
+    train = {**TRAIN, "micro_batch_size": 2}
+    job = runs.job(tmp_path, model, rows(), train=train, **blocks)
+    reached = runs.run(tmp_path, model, rows(), train=train, **blocks)
+    summary, task = reached.summary, task_named(job.recipe.task)
+    target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
+    torch.manual_seed(42)
+    untrained, tokenizer = worker.load_for_training(job.recipe, task, target)
+    split = load_split(tmp_path / "run" / "data" / "train")
+    first = GlobalBatchSampler(split["length"], 8, 8, 42, True).global_batches()[0]
+    batch = task.collate([split[i] for i in first], tokenizer.pad_token_id)
+    labels = batch.pop("labels")
+    items = int((labels[:, 1:] != -100).sum()) if case == "answers" else 8
+    with torch.no_grad():
+        expected = float(task.loss(untrained(**batch).logits, labels, target, LossSettings())) / items
+
+    assert losses(tmp_path)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def command_line(folder: Path, recipe: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fulltune.cli", "train", str(recipe), "--run-folder", str(folder / "run")]
+    environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_two_processes_give_the_same_curve_as_one(tmp_path: Path) -> None:
+    """Through the real command line, over gloo; the last global batch of an epoch has 2 rows, one for each."""
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    rows = several_label_rows()
+    runs.run(tmp_path / "one", model, rows, train=TRAIN)
+    train = {**TRAIN, "num_processes": 2, "micro_batch_size": 2, "save_steps": 3}
+    data = tiny.write_jsonl(tmp_path / "two" / "rows.jsonl", rows)
+    recipe = tiny.write_recipe(tmp_path / "two" / "recipe.yaml", model, data, train=train)
+
+    result = command_line(tmp_path / "two", recipe)
+
+    log = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "two" / "run").glob("attempts/*/log.txt"))
+    assert result.returncode == 0, result.stderr + log
+    assert [event["step"] for event in runs.events(tmp_path / "two", "train")] == list(range(1, 7))
+    assert_same(tmp_path / "one", tmp_path / "two")
+    left = sorted(path.name for path in (tmp_path / "two" / "run").glob("attempts/*/*"))
+    assert left == ["journal.jsonl", "log.txt", "metrics.jsonl", "outcome.json", "request.json"]
+    assert list((tmp_path / "two" / "run" / "checkpoints").glob("*/*")) == []

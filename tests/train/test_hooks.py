@@ -1,0 +1,260 @@
+"""The user's own functions; class weights, label smoothing, rates by layer; keeping the best weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fulltune
+from fulltune.errors import FulltuneError, RecipeError
+from fulltune.inference import run_rows
+from fulltune.model import load, load_tokenizer
+from fulltune.recipe import ModelBlock
+from fulltune.records import Outcome
+from fulltune.store import load_split, load_texts
+from fulltune.tasks import LossSettings, Target, text_classification
+from fulltune.train.trainer import layer_depth, layerwise_groups
+from fulltune.train.worker import load_for_training
+from tests import tiny
+from tests.train import runs
+
+ROWS = tiny.topic_rows(64)
+TRAIN: dict[str, Any] = {"num_train_epochs": 1, "logging_steps": 1, "warmup_steps": 0}
+
+
+def rare_rows() -> list[dict[str, str]]:
+    """One row in four is about food."""
+    return [row for number, row in enumerate(tiny.topic_rows(128)) if row["label"] == "weather" or number % 6 == 1]
+
+
+def test_user_metrics_stand_beside_the_usual_ones_with_intervals(tiny_encoder: Path, tmp_path: Path) -> None:
+    shapes: set[tuple[str, int]] = set()
+
+    def metrics(predictions: Any, references: Any) -> dict[str, float]:
+        shapes.add((type(predictions).__name__, predictions.ndim))
+        return {"same": float(np.mean(predictions == references))}
+
+    data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train=TRAIN)
+    with runs.in_this_process():
+        reached = fulltune.run(recipe, metrics=metrics, listener=lambda event: None)
+
+    trained = reached.scores[-1]
+    assert shapes == {("ndarray", 1)}
+    assert trained.metrics["same"].value == trained.metrics["accuracy"].value
+    assert trained.metrics["same"].low <= trained.metrics["same"].value <= trained.metrics["same"].high
+    assert "same" in (reached.folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_preprocess_changes_each_row_before_anything_else(tiny_encoder: Path, tmp_path: Path) -> None:
+    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
+        return {"text": row["text"].upper(), "label": {"weather": "W", "food": "F"}[row["label"]]}
+
+    reached = runs.run(tmp_path, tiny_encoder, ROWS, until="data", options={"preprocess": preprocess})
+
+    assert reached.summary.labels == ("F", "W")
+    assert all(row["text"].isupper() or not row["text"] for row in load_texts(reached.folder / "data" / "train"))
+
+
+def test_compute_loss_that_repeats_ours_gives_the_same_weights_in_this_process(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    runs.run(tmp_path / "ours", tiny_encoder, ROWS, train=TRAIN)
+    # Without the replacement of the child process: with a function of the user's it must stay in this one.
+    fulltune.pipeline.run(
+        runs.job(tmp_path / "own", tiny_encoder, ROWS, train=TRAIN, options={"compute_loss": compute_loss}), "train"
+    )
+
+    ours, own = runs.final_weights(tmp_path / "ours"), runs.final_weights(tmp_path / "own")
+    assert all(torch.equal(ours[name], own[name]) for name in ours)
+
+
+def test_compute_loss_that_fails_is_named_and_leaves_the_run_resumable(tiny_encoder: Path, tmp_path: Path) -> None:
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        raise KeyError("my own mistake")
+
+    job = runs.job(tmp_path, tiny_encoder, ROWS, options={"compute_loss": compute_loss})
+    with pytest.raises(FulltuneError, match="my own mistake"):
+        fulltune.pipeline.run(job, "train")
+
+
+def test_balanced_class_weights_make_a_rare_class_be_found_more_often(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    found = {}
+    for name, given in (("plain", None), ("weighted", {"food": 50.0, "weather": 0.02})):
+        options = {"class_weights": given} if given else {}
+        reached = runs.run(tmp_path / name, model, rare_rows(), until="evaluate", train=TRAIN, options=options)
+        confusion = reached.scores[-1].confusion
+        assert confusion is not None
+        found[name] = sum(row[0] for row in confusion.counts)
+
+    assert reached.summary.labels == ("food", "weather")
+    assert found["weighted"] > found["plain"]
+
+
+def test_wrong_class_weights_are_refused_before_training(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no weight for weather"):
+        runs.run(tmp_path, tiny_encoder, ROWS, options={"class_weights": {"food": 2.0}})
+
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------
+
+
+def test_label_smoothing_is_part_of_the_training_loss_only(tiny_encoder: Path, tmp_path: Path) -> None:
+    target = Target("single_label", {}, ("a", "b", "c"))
+    logits, labels = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]), torch.tensor([0, 1])
+    plain = text_classification.loss(logits, labels, target, LossSettings())
+    smooth = text_classification.loss(logits, labels, target, LossSettings(label_smoothing=0.1))
+    assert float(plain) < 0.01
+    assert float(smooth) == pytest.approx(float(plain) + 2 * 0.1 * 6.0, rel=1e-2)
+    assert float(text_classification.reduce(logits, labels, target)["loss"].sum()) == pytest.approx(float(plain))
+
+    first = {}
+    for name, factor in (("plain", 0.0), ("smooth", 0.5)):
+        runs.run(tmp_path / name, tiny_encoder, ROWS, train={**TRAIN, "label_smoothing_factor": factor})
+        first[name] = runs.final_weights(tmp_path / name)
+    assert any(not torch.equal(first["plain"][key], first["smooth"][key]) for key in first["plain"])
+
+
+def test_class_weights_scale_the_loss_of_their_rows() -> None:
+    target = Target("single_label", {}, ("a", "b"))
+    logits, labels = torch.zeros(3, 2), torch.tensor([0, 1, 1])
+
+    weighted = text_classification.loss(logits, labels, target, LossSettings(class_weights=[3.0, 0.5]))
+
+    assert float(weighted) == pytest.approx((3.0 + 0.5 + 0.5) * float(np.log(2)))
+
+
+# ---- rates by layer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*tiny.ENCODERS, *tiny.DECODERS])
+def test_layerwise_decay_lowers_the_rate_from_the_head_to_the_embeddings(kind: str, tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / kind, kind)
+    tokenizer = load_tokenizer(ModelBlock(name=str(folder)))
+    target = Target("single_label", {}, ("a", "b"))
+    model = load(
+        ModelBlock(name=str(folder)),
+        "AutoModelForSequenceClassification",
+        text_classification.config_changes(target, tokenizer),
+        head_is_new=True,
+    )
+    names = [name for name, _ in model.named_parameters()]
+    depths = {name: layer_depth(name, 2) for name in names}
+
+    assert set(depths.values()) == {0, 1, 2, 3}
+    head = {name for name in names if not name.startswith(f"{model.base_model_prefix}.")}
+    assert head
+    assert {depths[name] for name in head} == {3}
+    assert depths[max(names, key=lambda name: dict(model.named_parameters())[name].shape[0])] == 0
+    groups = layerwise_groups(names, set(names[::2]), 1e-3, 0.5, 0.01)
+    assert sorted(name for group in groups for name in group["params"]) == sorted(names)
+    assert groups[0]["lr"] == 1e-3
+    assert {group["lr"] for group in groups} == {1e-3, 5e-4, 2.5e-4, 1.25e-4}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
+
+
+def test_layerwise_decay_in_a_run_moves_the_embeddings_less_than_the_head(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {**TRAIN, "max_steps": 1, "num_train_epochs": None, "weight_decay": 0.0}
+    runs.run(tmp_path, tiny_encoder, ROWS, method={"layerwise_lr_decay": 0.1}, train=train)
+
+    before = load(ModelBlock(name=str(tiny_encoder)), "AutoModel", {}, head_is_new=False).state_dict()
+    after = runs.final_weights(tmp_path)
+
+    def step(name: str) -> float:
+        return float((after[f"bert.{name}"] - before[name]).abs().max())
+
+    # AdamW's first step is the rate itself, whatever the gradient.
+    assert step("pooler.dense.weight") == pytest.approx(1e-3, rel=0.05)
+    assert step("encoder.layer.1.output.dense.weight") == pytest.approx(1e-4, rel=0.05)
+    assert step("encoder.layer.0.output.dense.weight") == pytest.approx(1e-5, rel=0.05)
+    assert step("embeddings.word_embeddings.weight") == pytest.approx(1e-6, rel=0.05)
+
+
+# ---- keeping the best ------------------------------------------------------------------------------------------
+
+
+def eval_metrics(folder: Path) -> dict[str, float]:
+    """The saved model on the eval rows."""
+    block = ModelBlock(name=str(folder / "run" / "models" / "full"))
+    notes = json.loads((folder / "run" / "models" / "full" / "fulltune.json").read_text(encoding="utf-8"))
+    target = Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]))
+    model = load(block, "AutoModelForSequenceClassification", {}, head_is_new=False)
+    rows = load_split(folder / "run" / "data" / "eval")
+    kept = run_rows(model, rows, text_classification, target, 0, batch_size=8, precision="fp32")
+    return text_classification.metrics(kept, target)
+
+
+def test_keep_best_saves_the_weights_of_the_best_evaluation(tiny_encoder: Path, tmp_path: Path) -> None:
+    """So high a rate that the loss goes up and down."""
+    train = {"max_steps": 16, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, "warmup_steps": 0}
+    outcome = runs.run(
+        tmp_path,
+        tiny_encoder,
+        tiny.topic_rows(120),
+        method={"learning_rate": 0.02},
+        train=train,
+        evaluate={"metric": "loss"},
+    ).outcome
+
+    assert outcome is not None
+    seen = {event["step"]: event["metrics"]["loss"] for event in runs.events(tmp_path, "eval")}
+    best = min(seen.values())
+    assert len(set(seen.values())) > 2
+    assert outcome.best_metric == best
+    assert outcome.best_step == next(step for step, value in seen.items() if value == best) != outcome.steps
+    assert eval_metrics(tmp_path)["loss"] == pytest.approx(best, rel=1e-5)
+
+
+def test_keep_last_saves_the_last_weights(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": False}
+    outcome = runs.run(tmp_path, tiny_encoder, ROWS, method={"learning_rate": 0.02}, train=train).outcome
+
+    assert outcome is not None
+    assert outcome.best_step == outcome.steps == 4
+    assert eval_metrics(tmp_path)["loss"] == pytest.approx(
+        runs.events(tmp_path, "eval")[-1]["metrics"]["loss"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("metric", "values"), [("accuracy", (0.5, 0.7, 0.6, 0.7)), ("f1_macro", (0.5, 0.7, 0.7, 0.6))])
+def test_early_stopping_follows_the_task_metric_and_keeps_the_best(
+    metric: str, values: tuple[float, ...], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss falls all the time: it must not matter."""
+    coming = iter([*values, *[0.9] * 20])
+    losses = iter(range(100, 0, -1))
+    monkeypatch.setattr(
+        text_classification, "metrics", lambda kept, target: {metric: next(coming), "loss": float(next(losses))}
+    )
+    train = {"num_train_epochs": 9, "early_stopping_patience": 2, "save_total_limit": 1}
+    outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=train, evaluate={"metric": metric}).outcome
+
+    assert outcome is not None
+    assert (outcome.steps, outcome.best_step, outcome.best_metric) == (4 * 7, 2 * 7, 0.7)
+    assert outcome.reason == "early stopping"
+    path = tmp_path / "run" / "attempts" / "full-seed42-01"
+    assert "no better" in (path / "journal.jsonl").read_text(encoding="utf-8")
+    assert Outcome.load(path / "outcome.json") == outcome
+
+
+def test_head_is_the_same_for_the_same_seed_and_another_for_another(tiny_encoder: Path, tmp_path: Path) -> None:
+    recipe = runs.job(tmp_path, tiny_encoder, ROWS).recipe
+    target = Target("single_label", {"text": "text", "label": "label"}, ("a", "b"))
+
+    def head(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return load_for_training(recipe, text_classification, target)[0].classifier.weight.detach()
+
+    assert torch.equal(head(1), head(1))
+    assert not torch.equal(head(1), head(2))

@@ -1,0 +1,217 @@
+"""Whole runs on tiny models with a planted signal: the trained model must beat what costs no training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from fulltune import predict
+from fulltune.pipeline import Reached
+from fulltune.store import load_texts
+from tests import tiny
+from tests.train import runs
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TRAIN: dict[str, Any] = {"num_train_epochs": 6, "eval_strategy": "steps", "eval_steps": 30}
+EVALUATE: dict[str, Any] = {"bootstrap_samples": 100, "generate_rows": 0}
+
+
+def labelled(count: int, label: Callable[[int], Any], name: str = "label") -> list[dict[str, Any]]:
+    """Texts in which one of four words carries the signal, among words that carry none."""
+    rows = []
+    for number in range(count):
+        filler = [tiny.PLACES[(number * step + step) % 10] for step in (1, 3, 7)]
+        filler.insert(number % 4, tiny.WEATHER[number % 4])
+        rows.append({"text": " ".join([*filler, str(number)]), name: label(number % 4)})
+    return rows
+
+
+def gain(reached: Reached, metric: str) -> float:
+    """How much the trained model is above the best baseline."""
+    *baselines, trained = reached.scores
+    assert trained.kind == "trained"
+    assert baselines
+    return trained.metrics[metric].value - max(scores.metrics[metric].value for scores in baselines)
+
+
+def assert_files_are_whole(reached: Reached) -> Path:
+    folder = reached.folder / "models" / "full"
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "fulltune.json", "README.md"}
+    assert "<html" in (reached.folder / "report.html").read_text(encoding="utf-8").lower()
+    assert (reached.folder / "report.md").exists()
+    assert not (reached.folder / "checkpoints" / "full-seed42").exists()
+    assert not list(reached.folder.rglob("*.part"))
+    return folder
+
+
+def assert_plain_transformers_agree(folder: Path, texts: list[str]) -> list[dict[str, Any]]:
+    """Logits of `fulltune predict` are those that anyone gets from the folder."""
+    answers = predict.load(folder).predict([{"text": text} for text in texts])
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    np.testing.assert_allclose([answer["logits"] for answer in answers], logits.numpy(), atol=1e-5)
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_single_label_run_beats_the_baselines(kind: str, tmp_path: Path) -> None:
+    """Classes go by pairs of words, so that the nearest centroid of random embeddings does not find them."""
+    model = tiny.save_model(tmp_path / "model", kind, **(NO_DROPOUT if kind == "bert" else {}))
+    rows = labelled(240, lambda word: "odd" if word in (0, 3) else "even")
+    reached = runs.run(
+        tmp_path, model, rows, until="report", method={"learning_rate": 5e-3}, train=TRAIN, evaluate=EVALUATE
+    )
+
+    majority = reached.scores[0].metrics["accuracy"].value
+    trained = reached.scores[-1]
+    assert trained.metrics["accuracy"].value > majority + 0.3
+    assert gain(reached, "accuracy") >= 0
+    folder = assert_files_are_whole(reached)
+    texts = [row["text"] for row in load_texts(reached.folder / "data" / "test")]
+    answers = assert_plain_transformers_agree(folder, texts)
+    assert trained.calibration is not None
+    notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))
+    assert notes["temperature"] == trained.calibration.temperature
+    logits = np.array(answers[0]["logits"]) / notes["temperature"]
+    assert answers[0]["probability"] == pytest.approx(float(np.exp(logits).max() / np.exp(logits).sum()), rel=1e-4)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["id2label"] == {"0": "even", "1": "odd"}
+
+
+def test_multi_label_run_beats_the_baselines(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    rows = labelled(240, lambda word: [["wet"], ["wet", "cold"], ["cold"], []][word], "labels")
+    reached = runs.run(
+        tmp_path, model, rows, until="report", method={"learning_rate": 5e-3}, train=TRAIN, evaluate=EVALUATE
+    )
+
+    assert reached.summary.problem_type == "multi_label"
+    assert reached.scores[-1].metrics["f1_micro"].value > 0.9
+    assert reached.scores[-1].metrics["f1_micro"].value > reached.scores[0].metrics["f1_micro"].value + 0.2
+    folder = assert_files_are_whole(reached)
+    answers = assert_plain_transformers_agree(folder, [row["text"] for row in rows[:8]])
+    assert sum(set(answers[i]["labels"]) == set(rows[i]["labels"]) for i in range(8)) >= 7
+
+
+def test_regression_run_beats_the_baselines(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    rows = labelled(240, lambda word: [1.5, -0.5, 0.25, 2.0][word], "score")
+    reached = runs.run(
+        tmp_path,
+        model,
+        rows,
+        until="report",
+        data={"label": "score"},
+        method={"learning_rate": 5e-3},
+        train=TRAIN,
+        evaluate=EVALUATE,
+    )
+
+    assert reached.summary.problem_type == "regression"
+    trained = reached.scores[-1].metrics
+    assert trained["spearman"].value > reached.scores[0].metrics["spearman"].value + 0.5
+    assert trained["rmse"].value < reached.scores[0].metrics["rmse"].value / 2
+    folder = assert_files_are_whole(reached)
+    answers = assert_plain_transformers_agree(folder, [row["text"] for row in rows[:4]])
+    assert answers[0]["value"] == pytest.approx(1.5, abs=0.6)
+
+
+def letter_rows(count: int) -> list[dict[str, str]]:
+    letters = "abcd"
+    return [{"prompt": f"{number} {letters[number % 4]}:", "completion": letters[number % 4] * 2} for number in range(count)]
+
+
+def chat(row: dict[str, str]) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+    }
+
+
+@pytest.mark.parametrize("form", ["pairs", "chat"])
+def test_language_model_run_learns_to_answer_and_to_stop(form: str, tmp_path: Path) -> None:
+    """The answer repeats a letter of the question; the end token of the turn must end generation."""
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
+    tokenizer = tiny.decoder_tokenizer(eos="<|endoftext|>")
+    model = tiny.save_model(tmp_path / "model", "llama", tokenizer=tokenizer)
+    pairs = letter_rows(240)
+    reached = runs.run(
+        tmp_path,
+        model,
+        pairs if form == "pairs" else [chat(row) for row in pairs],
+        until="report",
+        task="causal-lm",
+        method={"learning_rate": 1e-2},
+        train={"num_train_epochs": 6, "eval_strategy": "steps", "eval_steps": 40},
+        evaluate={"bootstrap_samples": 100, "generate_rows": 12, "max_new_tokens": 8},
+    )
+
+    before, trained = reached.scores
+    assert before.kind == "untouched"
+    assert trained.metrics["loss"].value < before.metrics["loss"].value / 3
+    assert trained.metrics["exact_match"].value > before.metrics["exact_match"].value + 0.8
+    folder = assert_files_are_whole(reached)
+    question = {"prompt": "7 d:"} if form == "pairs" else chat({"prompt": "7 d:", "completion": ""})
+    if form == "chat":
+        question["messages"] = question["messages"][:1]
+    assert predict.load(reached.folder).predict([question], max_new_tokens=8) == [{"answer": "dd"}]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    reader = AutoTokenizer.from_pretrained(folder)
+    ends = plain.generation_config.eos_token_id
+    expected = "<|im_end|>" if form == "chat" else "<|endoftext|>"
+    assert reader.convert_tokens_to_ids(expected) in (ends if isinstance(ends, list) else [ends])
+    if form == "chat":
+        text = reader.apply_chat_template(question["messages"], tokenize=False, add_generation_prompt=True)
+    else:
+        text = "7 d:\n"
+    batch = reader(text, return_tensors="pt", add_special_tokens=form == "pairs")
+    batch.pop("token_type_ids", None)
+    made = plain.generate(**batch, max_new_tokens=20, do_sample=False)
+    assert reader.decode(made[0, batch["input_ids"].shape[1] :]) == f"dd{expected}"
+
+
+def test_command_line_run_then_predict_by_text_stdin_and_file(tiny_encoder: Path, tmp_path: Path) -> None:
+    """One run through the real command, in processes of its own."""
+    data = tiny.write_csv(tmp_path / "rows.csv", labelled(60, lambda word: "odd" if word in (0, 3) else "even"))
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train={"num_train_epochs": 1})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def call(*arguments: object, stdin: str = "") -> str:
+        command = [sys.executable, "-m", "fulltune.cli", *map(str, arguments)]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    printed = call("run", recipe, "--run-folder", tmp_path / "run")
+    assert "report.html" in printed
+    assert "accuracy" in printed
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "attempts" / "full-seed42-01" / "log.txt").exists()
+
+    texts = ["town sun lake", "hill rain yard"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    by_text = call("predict", tmp_path / "run", *texts, "--json")
+    assert [json.loads(line)["label"] in ("odd", "even") for line in by_text.splitlines()] == [True, True]
+    # In this process: the other two ways read the same rows, and each start costs seconds.
+    from tests.contract.command import fulltune
+
+    assert fulltune("predict", tmp_path / "run", "--json", stdin="\n".join(texts)).out == by_text
+    assert fulltune("predict", tmp_path / "run", "--file", tmp_path / "texts.txt", "--json").out == by_text
+    rows = tiny.write_csv(tmp_path / "texts.csv", [{"text": text} for text in texts])
+    assert fulltune("predict", tmp_path / "run", "--file", rows, "--json").out == by_text
