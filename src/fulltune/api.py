@@ -49,8 +49,8 @@ def job(
     else:
         stem = "run"
     folder = None if run_folder is None else Path(run_folder)
-    found, _ = find_or_make(recipe, text or _as_yaml(recipe), recipe.name or stem, folder, fresh)
     hooks = Hooks(metrics, preprocess, compute_loss, class_weights)
+    found, _ = find_or_make(recipe, text or _as_yaml(recipe), recipe.name or stem, folder, fresh, hooks.marks())
     return Run(recipe, found, hooks, listener or _printing())
 
 

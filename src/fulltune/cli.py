@@ -131,7 +131,9 @@ def plan(
     if as_json:
         _print_json(reached.plan.model_dump(mode="json"))
         return
-    table = Table("setting", "value", "why", pad_edge=False)
+    table = Table(pad_edge=False)
+    for name in ("setting", "value", "why"):
+        table.add_column(name, overflow="fold")
     for setting in reached.plan.settings:
         table.add_row(setting.name, escape(str(setting.value)), escape(setting.reason))
     out.print(table)
@@ -240,7 +242,7 @@ def _go(
         recipe, found, resumed = run_folder.recipe_of(target), target, True
     else:
         recipe = load_recipe(target, overrides or [])
-        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}" for override in overrides or [])
+        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
         found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
     err.print(f"[dim]{'continuing' if resumed else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
     run_folder.hide_progress_bars()

@@ -74,9 +74,9 @@ def run(job: Run, until: Until = "report") -> Reached:
             return Reached(job.folder, summary, trial)
         try:
             outcome = train_trial(job, trial, summary)
-        except GuardStop:
-            write_report(job)  # says what was seen and why there are no scores
-            raise
+        except GuardStop as stop:
+            # The report says what was seen until then, and why there are no scores.
+            raise GuardStop([*stop.problems, f"report: {write_report(job)}"]) from None
         if until == "train":
             return Reached(job.folder, summary, trial, outcome)
         scores = (*score_baselines(job, trial, summary), score_trial(job, trial, summary, outcome))

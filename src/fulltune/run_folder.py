@@ -26,7 +26,9 @@ REPORT = "report.html"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
-def find_or_make(recipe: Recipe, recipe_text: str, name: str, given: Path | None, fresh: bool) -> tuple[Path, bool]:
+def find_or_make(
+    recipe: Recipe, recipe_text: str, name: str, given: Path | None, fresh: bool, marks: str = ""
+) -> tuple[Path, bool]:
     """The folder of this recipe's run.
 
     Args:
@@ -35,6 +37,7 @@ def find_or_make(recipe: Recipe, recipe_text: str, name: str, given: Path | None
         name: Beginning of a new folder's name.
         given: A folder that the user named, instead of a new one or the newest incomplete one.
         fresh: Never continue an incomplete run.
+        marks: Tells apart runs that differ in functions of the user's own.
 
     Returns:
         The folder, and whether it continues an earlier run.
@@ -42,14 +45,15 @@ def find_or_make(recipe: Recipe, recipe_text: str, name: str, given: Path | None
     Raises:
         SetupError: When the folder belongs to another recipe or cannot be written.
     """
+    fingerprint = recipe.fingerprint() + marks
     if given is not None:
-        return given, _adopt(given, recipe, recipe_text)
+        return given, _adopt(given, recipe, recipe_text, fingerprint)
     output = Path(recipe.output)
     if not fresh:
         unfinished = [
             path.parent
             for path in output.glob(f"*/{IDENTITY}")
-            if _fingerprint(path) == recipe.fingerprint() and not is_complete(path.parent)
+            if _fingerprint(path) == fingerprint and not is_complete(path.parent)
         ]
         if unfinished:
             return max(unfinished, key=lambda path: (path / IDENTITY).stat().st_mtime), True
@@ -59,7 +63,7 @@ def find_or_make(recipe: Recipe, recipe_text: str, name: str, given: Path | None
     while folder.exists():
         folder = output / f"{stem}-{number}"
         number += 1
-    return folder, _adopt(folder, recipe, recipe_text)
+    return folder, _adopt(folder, recipe, recipe_text, fingerprint)
 
 
 def is_complete(folder: Path) -> bool:
@@ -67,11 +71,11 @@ def is_complete(folder: Path) -> bool:
     return (folder / REPORT).exists() and any((folder / "scores").glob("*-seed*.json"))
 
 
-def _adopt(folder: Path, recipe: Recipe, recipe_text: str) -> bool:
+def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
     """Make the folder this recipe's, or check that it is; True when it was already."""
     identity = folder / IDENTITY
     if identity.exists():
-        if _fingerprint(identity) != recipe.fingerprint():
+        if _fingerprint(identity) != fingerprint:
             raise SetupError(
                 f"{folder}: belongs to another recipe (or to other settings of it); name another folder, or leave "
                 "--run-folder out to start a new run"
@@ -84,7 +88,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str) -> bool:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        values = {"fingerprint": recipe.fingerprint(), "recipe": recipe.model_dump(mode="json")}
+        values = {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")}
         identity.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return False
 

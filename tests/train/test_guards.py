@@ -516,3 +516,43 @@ def test_signal_handlers_are_put_back_after_a_run_in_this_process(tiny_encoder: 
     runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 1, "warmup_steps": 0})
 
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---- what a child process leaves -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("left", "end", "status"),
+    [
+        ({"": "done"}, "exit 0", "done"),
+        # The first process only saw that another one was gone.
+        ({"": "error", "-rank1": "out_of_memory"}, "exit 1", "out_of_memory"),
+        ({"": "error", "-rank1": "error"}, "exit 1", "error"),
+        ({"": "error"}, "echo 'traceback : Signal 9 (SIGKILL) received by PID 7'; exit 1", "killed"),
+        ({"-rank1": "stopped_by_guard"}, "exit 1", "stopped_by_guard"),
+        ({}, "kill -9 $$", "killed"),
+        ({}, "echo broken; exit 3", "crashed"),
+    ],
+)
+def test_child_process_is_judged_by_what_it_leaves(
+    left: dict[str, str], end: str, status: str, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = runs.job(tmp_path, tiny_encoder, ROWS)
+    request = Request(
+        run_folder=str(tmp_path), recipe=job.recipe, plan=plan(), attempt=1, checkpoint=None, parent_pid=None
+    )
+    request.folder.mkdir(parents=True)
+    for rank, said in left.items():
+        outcome(said).save(tmp_path / f"ready{rank}.json")
+    # Written by the "child": the parent must not read outcomes before it has ended.
+    copies = "".join(f"cp {tmp_path}/ready{rank}.json {request.folder}/outcome{rank}.json\n" for rank in left)
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{copies}{end}\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(attempts.sys, "executable", str(script))
+
+    found = attempts._in_child(request, lambda event: None)
+
+    assert found.status == status
+    assert Outcome.load(request.folder / "outcome.json") == found
+    assert ("broken" in found.log_tail) == (status == "crashed")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 DROPPED = "dropped.jsonl"
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
+FEW_EVAL_ROWS = 50
 HELD_OUT: tuple[Split, ...] = ("eval", "test")
 Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -190,6 +191,10 @@ def _split(
         raise DataError(
             f"{tables['train'].where}: {len(tables['train'].rows)} rows, {different} of them different, are too few "
             f"for three splits of at least 2 rows ({', '.join(small)}); give more rows, or files for eval and test"
+        )
+    if (count := len(splits["eval"].rows)) < FEW_EVAL_ROWS:
+        notes.append(
+            f"only {count} eval rows: which checkpoint is best is close to chance; more rows would tell better"
         )
     notes += _overlaps(task, splits, target)
     return splits, sources, dropped

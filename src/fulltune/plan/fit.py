@@ -207,10 +207,12 @@ def _refuse_what_cannot_fit(
 ) -> None:
     needed = state * (recipe.train.num_processes if device == "cpu" else 1)
     if needed > available:
+        halved = recipe.model.weights_dtype == "fp32" and needed / 2 <= available
+        remedy = ", or set model.weights_dtype: bf16 (half of it, but loses small updates)" if halved else ""
         raise DoesNotFitError(
             f"{recipe.model.name}: weights, gradients and AdamW's state of {shapes.num_parameters / 1e6:,.0f} M "
             f"parameters need {_gib(needed)}, but {_gib(available)} of {'GPU ' if device == 'cuda' else ''}memory are "
-            "free; take a smaller model, or model.weights_dtype: bf16 (loses small updates)"
+            f"free; take a smaller model{remedy}"
         )
     one = memory.checkpoint_bytes(shapes.num_parameters, recipe.model.weights_dtype)
     # The kept ones, the best one, the one being written, and the finished model.

@@ -122,15 +122,19 @@ def _in_child(request: Request, listener: Listener) -> Outcome:
     path = request.folder / "outcome.json"
     # `outcome-rankN.json` says why another process than the first one failed.
     found = [Outcome.load(file) for file in (path, *sorted(request.folder.glob("outcome-rank*.json"))) if file.exists()]
-    if found:
-        outcome = next((outcome for outcome in found if outcome.status != "error"), found[0])
+    tail = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+    # torchrun's last words when one of several processes was killed; the others only saw a closed connection.
+    killed = code == -signal.SIGKILL or any("Signal 9 (SIGKILL)" in line for line in tail)
+    outcome = next((outcome for outcome in found if outcome.status != "error"), None)
+    if outcome is None and found and not killed:
+        outcome = found[0]
+    if outcome is not None:
         outcome.save(path)
         return outcome
-    tail = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
     status: OutcomeStatus
     if asked:
         status, reason = "interrupted", "interrupted before the first step"
-    elif code == -signal.SIGKILL or any("Signal 9 (SIGKILL)" in line for line in tail):
+    elif killed:
         status = "killed"
         reason = "the training process was killed (SIGKILL), most often by the kernel because memory ran out"
     else:
