@@ -157,8 +157,9 @@ class TrainBlock(Block):
     """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, far less memory."""
-    group_by_length: bool = True
-    """Rows of similar length share a micro batch: less padding, and the global batches stay random."""
+    group_by_length: bool | None = None
+    """Rows of similar length share a global batch: far less padding. Left out: on, unless the target goes with the
+    length (a quarter of its variance or more), for then batches would be one-sided and the result worse."""
     eval_strategy: Interval = "epoch"
     """When the eval rows are scored and a checkpoint is saved: after each epoch or every `eval_steps`."""
     eval_steps: int | None = Field(default=None, ge=1)

@@ -110,6 +110,8 @@ class DataSummary(Record):
     """Text put between prompt and completion."""
     max_length: int
     max_length_reason: str
+    length_explained: float = 0.0
+    """Share of the variance of the train rows' length that the target explains, 0 to 1."""
     splits: dict[SplitName, SplitSummary]
     sources: dict[SplitName, str]
     """Split to where its rows came from, in words."""
@@ -159,6 +161,7 @@ class Plan(Record):
     precision: Literal["fp32", "bf16", "fp16"]
     weights_dtype: Literal["fp32", "bf16"]
     activation_checkpointing: bool
+    group_by_length: bool = True
     eval_steps: int
     """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
     save_steps: int

@@ -100,12 +100,14 @@ def test_multi_label_run_beats_the_baselines(tmp_path: Path) -> None:
         rows,
         until="report",
         method={"learning_rate": 5e-3},
-        # Here the word, and with it the labels, can be told from the length: grouped batches would hold one kind each.
-        train={**TRAIN, "num_train_epochs": 12, "group_by_length": False},
+        # Here the labels go with the length, so the plan does not group by it: batches would hold one kind each.
+        train={**TRAIN, "num_train_epochs": 12},
         evaluate=EVALUATE,
     )
 
     assert reached.summary.problem_type == "multi_label"
+    assert reached.plan is not None
+    assert not reached.plan.group_by_length
     assert reached.scores[-1].metrics["f1_micro"].value > 0.9
     assert reached.scores[-1].metrics["f1_micro"].value > reached.scores[0].metrics["f1_micro"].value + 0.2
     folder = assert_files_are_whole(reached)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.data.check import Dropped, labels_only_held_out, refuse_if_many, usable
+from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.read import Table, content_hash, read
 from fulltune.data.split import sample, split_off
 from fulltune.errors import DataError, RecipeError, SetupError
@@ -71,6 +72,7 @@ def prepare(
         shutil.rmtree(folder)
     summaries: dict[Split, SplitSummary] = {}
     previews: tuple[Preview, ...] = ()
+    length_explained = 0.0
     for name in SPLITS:
         # Encoded a second time only when something has to be cut: most data sets fit.
         longest = max((len(e.features["input_ids"]) for row in tokenised[name] for e in row), default=0)
@@ -84,6 +86,7 @@ def prepare(
         labels = Counter(label for i in kept for label in task.row_labels(splits[name].rows[i], target))
         summaries[name] = _summarise(examples, labels, sum(item.split == name for item in dropped))
         if name == "train":
+            length_explained = _length_explained(task, target, splits[name], examples, kept)
             previews = tuple(task.preview(row, target, tokenizer) for row in features[:5])
     _write_dropped(folder, dropped)
     summary = DataSummary(
@@ -94,6 +97,7 @@ def prepare(
         joint=target.joint,
         max_length=max_length,
         max_length_reason=reason,
+        length_explained=length_explained,
         splits=summaries,
         sources=sources,
         dropped=dict(Counter(item.check for item in dropped)),
@@ -294,6 +298,15 @@ def _fit_length(
     if not kept:
         raise DataError(f"{table.where}: no row of {split} is left: all are longer than data.max_length")
     return kept, positions, dropped
+
+
+def _length_explained(
+    task: Task, target: Target, table: Table, examples: Sequence[Example], kept: Sequence[int]
+) -> float:
+    lengths = [len(example.features["input_ids"]) for example in examples]
+    if target.problem_type == "regression":
+        return explained_by_value(lengths, [example.features["labels"] for example in examples])
+    return explained_by_class(lengths, ["|".join(task.row_labels(table.rows[i], target)) for i in kept])
 
 
 def _summarise(examples: Sequence[Example], labels: Counter[str], dropped: int) -> SplitSummary:

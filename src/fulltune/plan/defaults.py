@@ -41,6 +41,21 @@ def warmup_ratio(task: str) -> Chosen:
     return 0.1, "a fresh head needs a gentle start"
 
 
+MOST_LENGTH_EXPLAINED = 0.25
+
+
+def group_by_length(length_explained: float) -> tuple[bool, str]:
+    """Batches of rows of similar length, unless they would be batches of rows of the same class.
+
+    Measured on a planted multi-label set whose labels go with the length: F1 0.75 with grouping, 1.0 without (see
+    docs/log.md). Banking77, where the class explains 13 % of the length, loses nothing.
+    """
+    share = f"the target explains {length_explained:.0%} of the variance of the length"
+    if length_explained >= MOST_LENGTH_EXPLAINED:
+        return False, f"{share}: batches by length would be one-sided"
+    return True, f"less padding; {share}"
+
+
 def micro_batch_size(global_batch_size: int, num_processes: int, row_bytes: int, available_bytes: int) -> Chosen:
     """The largest divisor of the global batch whose activations fit into half of the free memory.
 

@@ -87,6 +87,8 @@ def fit(recipe: Recipe, shapes: Shapes, summary: DataSummary, machine: Machine, 
     logging_steps = max(1, total_steps // 200)
     logging_steps = ledger.settle("train.logging_steps", train.logging_steps, logging_steps, "about 200 log lines")
     eval_batch = ledger.settle("evaluate.batch_size", recipe.evaluate.batch_size, 2 * micro, "twice the micro batch")
+    grouped, why = defaults.group_by_length(summary.length_explained)
+    grouped = ledger.settle("train.group_by_length", train.group_by_length, grouped, why)
     _settle_the_rest(recipe, ledger)
     return Plan(
         trial=f"{recipe.method.kind}-seed{train.seed}",
@@ -107,6 +109,7 @@ def fit(recipe: Recipe, shapes: Shapes, summary: DataSummary, machine: Machine, 
         precision=precision,
         weights_dtype=recipe.model.weights_dtype,
         activation_checkpointing=train.activation_checkpointing,
+        group_by_length=grouped,
         eval_steps=eval_steps,
         save_steps=train.save_steps or eval_steps,
         logging_steps=logging_steps,

@@ -158,7 +158,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
         compute_loss_func=hooks.compute_loss or compute_loss,
         lengths=rows["length"],
         global_batch_size=plan.global_batch_size,
-        group_by_length=recipe.train.group_by_length,
+        group_by_length=plan.group_by_length,
         layerwise_lr_decay=plan.layerwise_lr_decay,
         score=score,
         count_items=task.count_items,
