@@ -42,8 +42,8 @@ def intervals(
     return {
         name: Estimate(
             value=value[name],
-            low=float(np.quantile(drawn[name], tail)),
-            high=float(np.quantile(drawn[name], 1 - tail)),
+            low=float(np.nanquantile(drawn[name], tail)),
+            high=float(np.nanquantile(drawn[name], 1 - tail)),
         )
         for name in value
     }

@@ -182,9 +182,11 @@ def report(
 ) -> None:
     """Write report.md and report.html anew, from the run's files alone."""
     from fulltune import pipeline
-    from fulltune.run_folder import recipe_of
+    from fulltune.run_folder import locked, recipe_of, writing
 
-    out.print(escape(str(pipeline.write_report(pipeline.Run(recipe_of(run_folder), run_folder)))), soft_wrap=True)
+    job = pipeline.Run(recipe_of(run_folder), run_folder)
+    with writing(run_folder), locked(run_folder):
+        out.print(escape(str(pipeline.write_report(job))), soft_wrap=True)
 
 
 @app.command()
@@ -198,6 +200,8 @@ def predict(
     """Answer with a finished model: texts, stdin or a file."""
     from fulltune import predict as predicting
 
+    if text and file is not None:
+        raise SetupError("predict: texts and --file are both given; keep one")
     predictor = predicting.load(run_folder)
     if file is not None and file.suffix != ".txt":
         from fulltune.data import read
@@ -225,7 +229,7 @@ def quickstart(
 
     with writing(output):
         err.print("[dim]reading the docstrings of the installed packages[/dim]")
-    recipe = example.write_chat(output) if chat else example.write_topics(output)
+        recipe = example.write_chat(output) if chat else example.write_topics(output)
     err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
     run(recipe, set_, fresh=False)
 
@@ -240,6 +244,7 @@ def _go(
         if overrides or folder or fresh:
             raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
         recipe, found, resumed = run_folder.recipe_of(target), target, True
+        run_folder.refuse_with_functions(target, recipe)
     else:
         recipe = load_recipe(target, overrides or [])
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
@@ -271,7 +276,7 @@ def _lines(file: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8; save it as UTF-8"
         raise DataError(f"{file or 'stdin'}: cannot be read: {reason}") from None
-    return [line for line in text.splitlines() if line.strip()]
+    return text.splitlines()
 
 
 def _in_words(answer: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
@@ -168,7 +168,7 @@ def previews(summary: DataSummary) -> list[Text]:
     return lines
 
 
-def scores_table(scores: Sequence[Scores]) -> Table:
+def scores_table(scores: Sequence[Scores]) -> Group:
     """Every contestant on the test rows, with intervals."""
     first = scores[0]
     # Two metrics are what 80 columns hold; the report has all.
@@ -178,14 +178,15 @@ def scores_table(scores: Sequence[Scores]) -> Table:
     title = f"{first.rows:,} test rows, never used for choosing; {first.confidence:.0%} intervals"
     if first.answers:
         title += f"\nanswers generated for {len(first.answers)} of them"
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(pad_edge=False)
     table.add_column("")
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for entry in scores:
         cells = [_cell(name, entry.metrics.get(name)) for name in shown]
         table.add_row(escape(entry.name), *cells, style="bold" if entry.kind == "trained" else None)
-    return table
+    # Above the table, not as its title: that would be wrapped to the width of the table.
+    return Group(title, table)
 
 
 def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:

@@ -82,12 +82,16 @@ def score(
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
     model_folder = folder / outcome.model_folder
     path = folder / "scores" / f"{plan.trial}.json"
+    if metrics is not None:
+        path.unlink(missing_ok=True)  # the scores that are there may lack these metrics
     scores = _kept(path, lambda: _trained(bench, model_folder))
     if scores.calibration is not None:
         notes_path = model_folder / "fulltune.json"
         notes = json.loads(notes_path.read_text(encoding="utf-8"))
         notes["temperature"] = scores.calibration.temperature
-        notes_path.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        part = notes_path.with_name(notes_path.name + ".part")
+        part.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        part.replace(notes_path)
     return scores
 
 
@@ -216,7 +220,13 @@ def _user_estimates(bench: Bench, predictions: Any, references: Any) -> dict[str
     def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
         both = (rows["predicted"], rows["true"])
         one, two = (list(both[0]), list(both[1])) if plain else both
-        return {name: float(value) for name, value in call(one, two).items()}
+        try:
+            return {str(name): float(value) for name, value in call(one, two).items()}
+        except Exception as error:
+            raise SetupError(
+                f"metrics: your function failed on {len(one)} rows ({type(error).__name__}: {error}); it must return "
+                "names and numbers for any selection of the test rows; the model is kept, call again with it repaired"
+            ) from error
 
     return dict(bench.estimates(kept, metrics))
 
@@ -284,7 +294,10 @@ def _language_scores(
     answers: tuple[Answer, ...] = ()
     settings = bench.recipe.evaluate
     if settings.generate_rows:
-        rows = bench.texts[: settings.generate_rows]
+        # A conversation can be several examples, and one without a question has nothing to answer.
+        conversations = {row["place"]: row for row in bench.texts}.values()
+        rows = [row for row in conversations if causal_lm.prompt_text(row, bench.target).strip()]
+        rows = rows[: settings.generate_rows]
         prompts = [causal_lm.generation_ids(row, bench.target, tokenizer) for row in rows]
         made = generate(
             model,

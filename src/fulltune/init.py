@@ -65,7 +65,8 @@ def infer(path: Path) -> tuple[TaskName, Table, Target]:
             problems += error.problems
     raise DataError(
         f"{path}: no known form of data: expected columns text + label (classification), prompt + completion or "
-        f"messages (language model); columns here: {', '.join(table.columns)}"
+        f"messages (language model); columns here: {', '.join(table.columns)}. "
+        "Other names go into a recipe, for example data.label"
     )
 
 

@@ -85,9 +85,14 @@ def run(job: Run, until: Until = "report") -> Reached:
         return Reached(job.folder, summary, trial, outcome, scores, write_report(job))
 
 
+def _plan_path(job: Run) -> Path:
+    return job.folder / "plan" / f"{job.recipe.method.kind}.json"
+
+
 def prepare(job: Run) -> DataSummary:
     """The data stage: read, check, split and tokenise."""
     job.phase("reading the data")
+    job.hooks.check(job.recipe)
     check_extra(job.recipe)
     evaluate.check_extras(job.recipe)
     source = model.locate(job.recipe.model)
@@ -103,7 +108,13 @@ def prepare(job: Run) -> DataSummary:
             f"{vocabulary}; they do not belong together"
         )
     summary = data.prepare(
-        job.recipe, job.folder / "data", job.task, tokenizer, model.position_limit(config), job.hooks.preprocess
+        job.recipe,
+        job.folder / "data",
+        job.task,
+        tokenizer,
+        model.position_limit(config),
+        job.hooks.preprocess,
+        planned_for=Plan.load(_plan_path(job)).data_fingerprint if _plan_path(job).exists() else None,
     )
     job.listener({"kind": "data", "summary": summary})
     return summary
@@ -117,16 +128,18 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     tokenizer = model.load_tokenizer(job.recipe.model, source)
     target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
     shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, job.task.config_changes(target, tokenizer))
-    path = job.folder / "plan" / f"{job.recipe.method.kind}.json"
+    path = _plan_path(job)
     if path.exists():
         # A resumed run keeps its numbers, even when memory or cores are others now.
         trial = Plan.load(path)
+        if trial.device == "cuda" and not machine.gpus:
+            raise SetupError(f"{job.folder}: was planned for a GPU, and there is none here; start a new run (--fresh)")
     else:
         trial = plan.fit(job.recipe, shapes, summary, machine, hardware.disk_free_bytes(job.folder))
-        trial.save(path)
         run_folder.environment(machine).save(job.folder / "environment.json")
         resolved = [setting.model_dump(mode="json") for setting in trial.settings]
         (job.folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+        trial.save(path)  # last: with a plan the other two are there as well
     job.listener({"kind": "plan", "plan": trial})
     return trial
 

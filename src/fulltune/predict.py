@@ -46,6 +46,12 @@ class Predictor:
         """
         if not rows:
             return []
+        column = self.target.columns.get("text") or self.target.columns.get("prompt")
+        empty = [
+            number for number, row in enumerate(rows, start=1) if column and not str(row.get(column) or "").strip()
+        ]
+        if empty:
+            raise DataError(f"predict: row {empty[0]} has no text ({len(empty)} such rows); remove or fill them")
         if self.notes["task"] == "causal-lm":
             prompts = [causal_lm.generation_ids(row, self.target, self.tokenizer) for row in rows]
             made = generate(

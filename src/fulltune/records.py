@@ -144,6 +144,8 @@ class Plan(Record):
 
     trial: str
     """For example `full-seed42`."""
+    data_fingerprint: str = ""
+    """The rows that this plan was made for."""
     method: str
     seed: int
     learning_rate: float

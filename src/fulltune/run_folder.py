@@ -68,7 +68,9 @@ def find_or_make(
 
 def is_complete(folder: Path) -> bool:
     """True when the report was written with the trained model's scores in it."""
-    return (folder / REPORT).exists() and any((folder / "scores").glob("*-seed*.json"))
+    scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
+    report = folder / REPORT
+    return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)
 
 
 def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
@@ -87,9 +89,11 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
         raise SetupError(f"{folder}: is not empty and no run folder of fulltune; name another folder")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         values = {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")}
-        identity.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        part = folder / f"{IDENTITY}.part"
+        part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        part.replace(identity)
+        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
     return False
 
 
@@ -115,6 +119,16 @@ def recipe_of(folder: Path) -> Recipe:
         raise SetupError(
             f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
         ) from None
+
+
+def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
+    """The command line cannot continue a run that was started from Python with functions of the user's own.
+
+    Raises:
+        SetupError: When the folder is such an unfinished run.
+    """
+    if _fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
+        raise SetupError(f"{folder}: was started from Python with functions of its own; continue it from there")
 
 
 @contextlib.contextmanager

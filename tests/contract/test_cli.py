@@ -103,7 +103,7 @@ def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:
     assert result.code == 4
     assert result.problems == [
         f"{data}: no known form of data: expected columns text + label (classification), prompt + completion or "
-        "messages (language model); columns here: a, b"
+        "messages (language model); columns here: a, b. Other names go into a recipe, for example data.label"
     ]
 
 

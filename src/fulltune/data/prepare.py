@@ -39,6 +39,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     position_limit: int | None,
     preprocess: Preprocess | None = None,
+    planned_for: str | None = None,
 ) -> DataSummary:
     """Read, check, split and tokenise; write the splits and their summary.
 
@@ -49,6 +50,7 @@ def prepare(
         tokenizer: The model's tokenizer.
         position_limit: Longest sequence the model takes, in tokens.
         preprocess: Applied to each row after reading, before anything else.
+        planned_for: Fingerprint of the rows that the run's plan, checkpoints and scores belong to, when there are any.
 
     Returns:
         The summary, also written to `summary.json`.
@@ -57,6 +59,11 @@ def prepare(
         DataError: When the rows cannot be learned from; nothing of an earlier run is lost.
     """
     fingerprint = _fingerprint(recipe, tokenizer)
+    if planned_for and planned_for != fingerprint:
+        raise SetupError(
+            f"{folder.parent}: the data files changed since this run was planned, so its checkpoints and scores belong "
+            "to other rows; start a new run (--fresh)"
+        )
     # What a user's function does cannot be hashed, so rows that went through one are always made anew.
     if preprocess is None and (folder / SUMMARY).exists():
         earlier = _earlier(folder / SUMMARY)
@@ -175,7 +182,10 @@ def _split(
             continue
         train = splits["train"]
         groups = [task.group_key(row, target) for row in train.rows]
-        strata = ["|".join(task.row_labels(row, target)) for row in train.rows]
+        named = [task.row_labels(row, target) for row in train.rows]
+        counts = Counter(label for labels in named for label in labels)
+        # With several labels the rarest one decides: combinations would be too many to share out.
+        strata = [min(labels, key=counts.__getitem__, default="") for labels in named]
         # The second split takes its share of all rows, not of those that the first one left.
         share = min(0.5, fraction * whole / max(1, len(train.rows)))
         held_out = split_off(groups, strata, share, recipe.data.split_seed)

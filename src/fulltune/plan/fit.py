@@ -92,6 +92,7 @@ def fit(recipe: Recipe, shapes: Shapes, summary: DataSummary, machine: Machine, 
     _settle_the_rest(recipe, ledger)
     return Plan(
         trial=f"{recipe.method.kind}-seed{train.seed}",
+        data_fingerprint=summary.fingerprint,
         method=recipe.method.kind,
         seed=train.seed,
         learning_rate=rate,
@@ -140,6 +141,11 @@ def _precision(recipe: Recipe, machine: Machine, device: str, ledger: _Ledger) -
         raise RecipeError(
             "train.precision: fp16 is not possible on a CPU (it would silently train in fp32); set 'auto', 'bf16' or "
             "'fp32'"
+        )
+    if recipe.model.weights_dtype == "bf16" and wanted in ("fp32", "fp16"):
+        raise RecipeError(
+            f"train.precision: {wanted} with model.weights_dtype: bf16 would compute in bf16; set precision: bf16, or "
+            "weights_dtype: fp32"
         )
     if device == "cpu":
         chosen, reason = (
@@ -197,8 +203,12 @@ def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, ledger: _Ledger) 
 
 def _warmup(recipe: Recipe, total_steps: int, ledger: _Ledger) -> int:
     train = recipe.train
+    if train.warmup_steps is not None and train.warmup_steps >= total_steps:
+        raise RecipeError(
+            f"train.warmup_steps: {train.warmup_steps}, but the run has {total_steps} steps; the rate would never fall"
+        )
     if train.warmup_steps is not None:
-        return int(ledger.settle("train.warmup_steps", min(train.warmup_steps, total_steps)))
+        return int(ledger.settle("train.warmup_steps", train.warmup_steps))
     ratio, why = defaults.warmup_ratio(recipe.task)
     ratio = ledger.settle("train.warmup_ratio", train.warmup_ratio, ratio, why)
     # Rounded down: a warm-up over the whole of a very short run would never leave rate 0.

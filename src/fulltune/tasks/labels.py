@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -40,6 +41,16 @@ def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock
         labels = sorted({label for value in values for label in label_list(value)})
         if not labels:
             raise DataError(f"{where}: no row of column '{columns['label']}' names a label")
+        if len({tuple(sorted(label_list(value))) for value in values}) == 1:
+            raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
+        if labels == ["0", "1"] and len({len(label_list(value)) for value in values}) == 1:
+            raise DataError(
+                f"{where}: column '{columns['label']}' looks one-hot ({values[0]!r}); give the names of a row's labels"
+            )
+        if len(labels) == 1:
+            raise DataError(
+                f"{where}: column '{columns['label']}' names only the label '{labels[0]}'; expected several"
+            )
         return Target("multi_label", columns, tuple(labels))
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
@@ -97,6 +108,8 @@ def is_empty(value: Any) -> bool:
 def parsed_number(value: Any) -> float | None:
     if isinstance(value, (bool, list, tuple, dict)) or value is None:
         return None
+    if isinstance(value, str) and "_" in value:  # Python reads 1_1 as 11; in a label it is a name
+        return None
     try:
         number = float(value)
     except ValueError:
@@ -105,15 +118,18 @@ def parsed_number(value: Any) -> float | None:
 
 
 def _is_json_list(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("[") and value.endswith("]") and bool(_json_list(value))
+    return isinstance(value, str) and value.startswith("[") and value.endswith("]") and _json_list(value) is not None
 
 
 def _json_list(value: str) -> list[Any] | None:
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, list) else None
+    """A list written as JSON, or as Python writes it (what pandas makes of a column of lists)."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parsed = parse(value)
+        except (ValueError, SyntaxError):
+            continue
+        return parsed if isinstance(parsed, list) else None
+    return None
 
 
 def label_list(value: Any) -> list[str]:

@@ -51,6 +51,7 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
     if done and done[-1].status == "done" and done[-1].model_folder and (folder / done[-1].model_folder).exists():
         _tidy(folder, plan.trial)
         return done[-1]
+    (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # of a model that is no longer there
     history: list[Outcome] = []
     change = Change(plan, resume=True)
     while True:

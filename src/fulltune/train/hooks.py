@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
 from fulltune.records import DataSummary
 
 
 def _described(value: Any) -> str:
-    """A value as text; a function by its name, code and constants."""
+    """A value as text that is the same in another process; a function by its code, defaults and closure."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_described(inner)}" for key, inner in value.items()) + "}"
-    code = getattr(value, "__code__", None)
-    if code is None:
-        return repr(value)
-    constants = [_described(item) if hasattr(item, "co_code") else repr(item) for item in code.co_consts]
-    return f"{value.__qualname__}:{code.co_code.hex()}:{code.co_names}:{constants}"
+    if isinstance(value, (tuple, list)):
+        return "(" + ",".join(map(_described, value)) + ")"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ",".join(sorted(map(_described, value))) + "}"
+    if isinstance(value, functools.partial):
+        return f"partial{_described((value.func, value.args, value.keywords))}"
+    if isinstance(value, types.CodeType):
+        return f"{value.co_name}:{value.co_code.hex()}:{value.co_names}:{_described(value.co_consts)}"
+    if isinstance(value, types.FunctionType):
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        return f"{value.__qualname__}{_described((value.__code__, value.__defaults__, value.__kwdefaults__, cells))}"
+    text = repr(value)
+    # A default representation holds an address, which is another one each time: the type has to do.
+    return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in text else text
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,24 @@ class Hooks:
         """Tells two sets of hooks apart that give other rows or weights; empty without such hooks."""
         given = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
         return "" if not given else hashlib.sha256(_described(given).encode()).hexdigest()[:16]
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse pairs of which one would be ignored.
+
+        Raises:
+            RecipeError: Naming each such pair.
+        """
+        problems = []
+        if self.compute_loss is not None and self.class_weights is not None:
+            problems.append("compute_loss and class_weights are both given; weigh the classes in your loss")
+        if self.compute_loss is not None and recipe.train.label_smoothing_factor:
+            problems.append("compute_loss and train.label_smoothing_factor are both given; smooth in your loss")
+        if self.needs_this_process and recipe.train.num_processes > 1:
+            problems.append("compute_loss and class_weights train in this process; set train.num_processes: 1")
+        if self.metrics is not None and recipe.task == "causal-lm" and not recipe.evaluate.generate_rows:
+            problems.append("metrics needs generated answers; set evaluate.generate_rows above 0")
+        if problems:
+            raise RecipeError(problems)
 
     @property
     def needs_this_process(self) -> bool:

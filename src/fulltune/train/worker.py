@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import FulltuneError, GuardStop, InterruptedRun
+from fulltune.errors import FulltuneError, GuardStop, InterruptedRun, SetupError
 from fulltune.inference import run_rows
 from fulltune.records import DataSummary, Moved, Outcome, OutcomeStatus
 from fulltune.store import load_split
@@ -156,7 +156,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
         data_collator=collate,
         processing_class=tokenizer,
         compute_loss_func=hooks.compute_loss or compute_loss,
-        lengths=rows["length"],
+        lengths=list(rows["length"]),
         global_batch_size=plan.global_batch_size,
         group_by_length=plan.group_by_length,
         layerwise_lr_decay=plan.layerwise_lr_decay,
@@ -205,7 +205,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
         raise GuardStop(verdict.reason)
     best, best_metric = state.best_global_step, state.best_metric
     if not recipe.train.load_best_model_at_end:
-        best = None
+        best, best_metric = None, None
     elif best is not None and best != state.global_step:
         problem = checkpoints.flaw(request.checkpoints / f"checkpoint-{best}")
         if problem is None:
@@ -297,7 +297,10 @@ def load_weights(model: Any, checkpoint: Path) -> None:
     for shard in sorted(checkpoint.glob("model*.safetensors")):
         result = model.load_state_dict(load_file(shard), strict=False)
         # Names may be missing (tied weights are saved once, shards hold a part each); an unknown one may not appear.
-        assert not result.unexpected_keys, result.unexpected_keys
+        if result.unexpected_keys:
+            raise SetupError(
+                f"{shard}: holds tensors that the model does not know, such as {result.unexpected_keys[0]}"
+            )
     model.tie_weights()
 
 

@@ -131,12 +131,17 @@ def test_steps_follow_from_rows_epochs_and_batch(rows: int, train: dict[str, Any
     [
         ({"max_steps": 100}, 10),
         ({"max_steps": 100, "warmup_ratio": 0.5}, 50),
-        ({"max_steps": 100, "warmup_steps": 500}, 100),
+        ({"max_steps": 100, "warmup_steps": 7}, 7),
         ({"max_steps": 5}, 0),
     ],
 )
 def test_warmup_steps(train: dict[str, Any], warmup: int) -> None:
     assert planned(train=train).warmup_steps == warmup
+
+
+def test_warmup_steps_longer_than_the_run_are_refused() -> None:
+    with pytest.raises(RecipeError, match="warmup_steps: 500, but the run has 100 steps"):
+        planned(train={"max_steps": 100, "warmup_steps": 500})
 
 
 @pytest.mark.parametrize("rows", [20, 100, 300, 3200])

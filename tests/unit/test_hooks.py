@@ -1,0 +1,67 @@
+"""Runs with other functions of the user are other runs; pairs of which one would be ignored are refused."""
+
+import functools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.train.hooks import Hooks
+
+SCRIPT = """
+from fulltune.train.hooks import Hooks
+def loss(outputs, labels, n): return sum(x for x in {"a", "b", "c"} if x) and [y for y in labels]
+print(Hooks(compute_loss=loss, class_weights=None).marks())
+"""
+
+
+def recipe(**blocks: Any) -> Recipe:
+    return Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": "t.csv"}, **blocks})
+
+
+def weighted(gamma: float) -> Any:
+    return lambda outputs, labels, num_items_in_batch=None: gamma
+
+
+def test_marks_in_two_processes_are_the_same() -> None:
+    made = {subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True).stdout for _ in range(2)}
+    assert len(made) == 1
+    assert made != {""}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"compute_loss": weighted(1.0)}, {"compute_loss": weighted(2.0)}),
+        ({"compute_loss": functools.partial(max, 1)}, {"compute_loss": functools.partial(max, 2)}),
+        ({"class_weights": "balanced"}, {"class_weights": {"a": 1.0}}),
+        ({"class_weights": [1.0, 2.0]}, {"class_weights": [2.0, 1.0]}),
+        ({"preprocess": dict}, {}),
+    ],
+)
+def test_marks_of_different_hooks_differ(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert Hooks(**one).marks() != Hooks(**other).marks()
+
+
+def test_marks_without_hooks_that_change_the_weights_are_empty() -> None:
+    assert Hooks().marks() == ""
+    assert Hooks(metrics=lambda predictions, references: {}).marks() == ""
+
+
+@pytest.mark.parametrize(
+    ("hooks", "blocks", "message"),
+    [
+        ({"compute_loss": max, "class_weights": "balanced"}, {}, "weigh the classes in your loss"),
+        ({"compute_loss": max}, {"train": {"label_smoothing_factor": 0.1}}, "smooth in your loss"),
+        ({"class_weights": "balanced"}, {"train": {"num_processes": 2}}, "train.num_processes: 1"),
+        ({"metrics": max}, {"task": "causal-lm", "evaluate": {"generate_rows": 0}}, "generate_rows above 0"),
+    ],
+)
+def test_check_of_pairs_that_cancel_each_other_refuses(
+    hooks: dict[str, Any], blocks: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Hooks(**hooks).check(recipe(**blocks))
