@@ -60,7 +60,7 @@ def several_label_rows() -> list[dict[str, Any]]:
     for number, row in enumerate(label_rows()):
         labels = [name for bit, name in enumerate(("a", "b", "c")) if (number + 1) >> bit & 1]
         rows.append({"text": row["text"], "labels": labels})
-    return rows
+    return rows[:-3]  # so that the last global batch of the train rows is a part of one
 
 
 def number_rows() -> list[dict[str, Any]]:

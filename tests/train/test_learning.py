@@ -101,7 +101,7 @@ def test_multi_label_run_beats_the_baselines(tmp_path: Path) -> None:
         until="report",
         method={"learning_rate": 5e-3},
         # Here the labels go with the length, so the plan does not group by it: batches would hold one kind each.
-        train={**TRAIN, "num_train_epochs": 12},
+        train={**TRAIN, "num_train_epochs": 20},
         evaluate=EVALUATE,
     )
 
