@@ -225,7 +225,8 @@ def _overlaps(task: Task, splits: Mapping[Split, Table], target: Target) -> list
             notes.append(
                 f"{shared} of {len(keys[name])} {name} rows also stand in train: their scores flatter the model"
             )
-    if shared := sum(key in set(keys["eval"]) for key in keys["test"]):
+    chosen_on = set(keys["eval"])
+    if shared := sum(key in chosen_on for key in keys["test"]):
         notes.append(f"{shared} of {len(keys['test'])} test rows also stand in eval, which chooses the checkpoint")
     return notes
 

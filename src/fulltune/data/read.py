@@ -37,13 +37,7 @@ def read(paths: Sequence[str]) -> Table:
     Raises:
         DataError: For a missing, empty, broken or unknown file; all files are looked at before it is raised.
     """
-    files: list[Path] = []
-    problems: list[str] = []
-    for path in paths:
-        try:
-            files += _files(Path(path))
-        except DataError as error:
-            problems += error.problems
+    files, problems = _all_files(paths)
     rows: list[dict[str, Any]] = []
     places: list[str] = []
     for file in files:
@@ -65,8 +59,11 @@ def read(paths: Sequence[str]) -> Table:
 
 def content_hash(paths: Sequence[str]) -> str:
     """SHA-256 over names and bytes of the files: the same content gives the same data stage."""
+    files, problems = _all_files(paths)
+    if problems:
+        raise DataError(problems)
     digest = hashlib.sha256()
-    for file in _all_files(paths):
+    for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
@@ -74,8 +71,8 @@ def content_hash(paths: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _all_files(paths: Sequence[str]) -> list[Path]:
-    """The files behind paths; every one that cannot be used is named."""
+def _all_files(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files behind paths, and a line for each that cannot be used."""
     files: list[Path] = []
     problems: list[str] = []
     for path in paths:
@@ -83,9 +80,7 @@ def _all_files(paths: Sequence[str]) -> list[Path]:
             files += _files(Path(path))
         except DataError as error:
             problems += error.problems
-    if problems:
-        raise DataError(problems)
-    return files
+    return files, problems
 
 
 def _files(path: Path) -> list[Path]:
