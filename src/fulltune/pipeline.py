@@ -100,6 +100,10 @@ def prepare(job: Run) -> DataSummary:
     problem = job.task.check_model(config)
     if problem is not None:
         raise SetupError(f"model: {job.recipe.model.name}: {problem}")
+    experts = [getattr(config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
+    if any(isinstance(count, int) and count > 1 for count in experts):
+        # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
+        raise SetupError(f"model: {job.recipe.model.name}: is a mixture of experts, which cannot be trained here yet")
     tokenizer = model.load_tokenizer(job.recipe.model, source, job.recipe.data.chat_template)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
