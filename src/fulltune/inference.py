@@ -15,6 +15,7 @@ import numpy as np
 from fulltune.tasks import LENGTH, Predictions, Target, Task
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -57,12 +58,25 @@ def run_rows(
             }
             labels = batch.pop("labels")
             with autocast(device.type, precision):
-                logits = model(**batch).logits
+                logits = logits_of(model(**batch))
             kept = task.reduce(logits, labels, target)
-            parts.append({name: tensor.cpu().numpy() for name, tensor in kept.items()})
+            parts.append({name: _as_array(values) for name, values in kept.items()})
     model.train(was_training)
     place = np.argsort(order)
     return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
+
+
+def logits_of(outputs: Any) -> torch.Tensor:
+    """A model's `logits`; for a span its start and end logits side by side, [batch, length, 2]."""
+    import torch
+
+    if getattr(outputs, "start_logits", None) is not None:
+        return torch.stack((outputs.start_logits, outputs.end_logits), dim=-1)
+    return outputs.logits
+
+
+def _as_array(values: Any) -> np.ndarray:
+    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
 def embeddings(

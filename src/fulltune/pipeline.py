@@ -130,7 +130,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     machine = hardware.here()
     source = model.locate(job.recipe.model)
     tokenizer = model.load_tokenizer(job.recipe.model, source)
-    target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
+    target = Target.of(summary)
     shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, job.task.config_changes(target, tokenizer))
     path = _plan_path(job)
     if path.exists():

@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-TaskName = Literal["text-classification", "causal-lm"]
+TaskName = Literal[
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+    "image-classification",
+    "causal-lm",
+    "seq2seq",
+]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
 
@@ -49,18 +57,43 @@ class DataBlock(Block):
     """Which rows, which columns, and how they become tokens."""
 
     train: str | tuple[str, ...]
-    """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow. `${NAME}` is taken from the environment; a
-    relative path starts at the recipe's folder."""
+    """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow, CoNLL, txt; for images a folder with one
+    folder per class. `${NAME}` is taken from the environment; a relative path starts at the recipe's folder."""
     eval: str | None = None
     """Rows for choosing: best checkpoint, early stopping, calibration. Left out, they are split off train."""
     test: str | None = None
     """Rows for reporting, never used for choosing. Left out, they are split off train."""
     text: str | None = None
-    """Column with the text (text-classification). Found by itself when left out, like the other columns."""
+    """Column with the text (text-classification; causal-lm on raw text). Found by itself when left out, like the other
+    columns."""
     text_pair: str | None = None
-    """Column with a second text, for sentence pairs. Used only when it is named here."""
+    """Column with a second text, for sentence pairs. Found by itself for the usual pairs of names, such as `premise`
+    and `hypothesis`."""
     label: str | None = None
-    """Column with the target: a class name, a list of class names, or a number."""
+    """Column with the target: a class name, a list of class names, or a number; for multiple-choice the number or the
+    text of the right choice."""
+    tokens: str | None = None
+    """Column with the words of a sentence (token-classification): a list, or words between spaces."""
+    tags: str | None = None
+    """Column with one BIO tag per word (token-classification)."""
+    source: str | None = None
+    """Column with the text to read (seq2seq): the document, or the sentence to translate."""
+    target: str | None = None
+    """Column with the text to write (seq2seq)."""
+    source_prefix: str | None = None
+    """Text put before each source (seq2seq), such as `"summarize: "` for T5."""
+    question: str | None = None
+    """Column with the question (question-answering; multiple-choice, where it may be missing)."""
+    context: str | None = None
+    """Column with the passage that holds the answer (question-answering)."""
+    answers: str | None = None
+    """Column with the answers (question-answering): `{text: [...], answer_start: [...]}` as in SQuAD, or a text that
+    stands in the context."""
+    choices: str | None = None
+    """Column with a list of possible answers (multiple-choice); columns such as `choice0`, `choice1` ... or `ending0`
+    ... are found by themselves."""
+    image: str | None = None
+    """Column with the path or the bytes of an image (image-classification); not needed for a folder per class."""
     prompt: str | None = None
     """Column with the prompt (causal-lm); not trained."""
     completion: str | None = None
@@ -75,7 +108,14 @@ class DataBlock(Block):
     """Path of a Jinja file, for models whose tokenizer brings no chat template."""
     max_length: int | None = Field(default=None, ge=8)
     """Longest row in tokens. Left out: the longest row, at most the model's limit and at most 512 (classification)
-    or 2048 (causal-lm)."""
+    or 2048 (causal-lm); 1024 for raw text."""
+    packing: bool | None = None
+    """Short texts share a block of `max_length` tokens without seeing each other (causal-lm on raw text). Left out: on
+    where the model keeps them apart, which is checked."""
+    stride: int | None = Field(default=None, ge=0)
+    """Tokens by which the windows of a long context overlap (question-answering). Left out: a third of a window."""
+    undecodable_images: Literal["error", "drop"] = "error"
+    """What happens when images cannot be decoded: error lists them, drop leaves them out and writes them down."""
     truncation_strategy: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a longer row. A row whose whole answer would be cut off is always left out and listed."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=0.5)
@@ -214,7 +254,7 @@ class EvaluateBlock(Block):
 
     metric: str | None = None
     """The metric that chooses the best checkpoint and heads the report. Left out: accuracy, f1_micro (multi_label),
-    spearman (regression) or loss (causal-lm)."""
+    spearman (regression), f1 (entities, answers in a context) or loss (causal-lm, seq2seq)."""
     batch_size: int | None = Field(default=None, ge=1)
     """Rows per forward pass. Left out: twice the micro batch."""
     baselines: bool = True
@@ -224,7 +264,7 @@ class EvaluateBlock(Block):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Level of the intervals."""
     generate_rows: int = Field(default=100, ge=0)
-    """Test rows for which answers are generated and compared (causal-lm); 0: none."""
+    """Test rows for which answers are generated and compared (causal-lm, seq2seq); 0: none."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest generated answer, in tokens."""
 

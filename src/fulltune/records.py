@@ -80,7 +80,18 @@ class Preview(Record):
 
 
 SplitName = Literal["train", "eval", "test"]
-ProblemType = Literal["single_label", "multi_label", "regression", "prompt_completion", "chat"]
+ProblemType = Literal[
+    "single_label",
+    "multi_label",
+    "regression",
+    "tags",
+    "span",
+    "choice",
+    "text",
+    "prompt_completion",
+    "chat",
+    "source_target",
+]
 
 
 class SplitSummary(Record):
@@ -107,7 +118,9 @@ class DataSummary(Record):
     labels: tuple[str, ...] = ()
     """Class names; position = class id. Empty for regression and text generation."""
     joint: str = ""
-    """Text put between prompt and completion."""
+    """Text put between prompt and completion (causal-lm), or before each source (seq2seq)."""
+    packed: bool = False
+    """Several short texts share a row, kept apart by their position ids."""
     max_length: int
     max_length_reason: str
     length_explained: float = 0.0

@@ -8,6 +8,7 @@ fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on B
 from __future__ import annotations
 
 Chosen = tuple[float, str]
+WRITING_TASKS = ("causal-lm", "seq2seq")
 
 
 def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
@@ -25,7 +26,7 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
 
 def num_train_epochs(task: str, num_rows: int) -> Chosen:
     """Passes over the rows: few rows need more of them."""
-    if task == "causal-lm":
+    if task in WRITING_TASKS:
         return (3.0, "few rows (below 10,000)") if num_rows < 10_000 else (2.0, "10,000 rows or more")
     if num_rows < 2_000:
         return 10.0, "few rows (below 2,000): encoders gain from longer training"
@@ -36,7 +37,7 @@ def num_train_epochs(task: str, num_rows: int) -> Chosen:
 
 def warmup_ratio(task: str) -> Chosen:
     """Share of the steps with a rising rate."""
-    if task == "causal-lm":
+    if task in WRITING_TASKS:
         return 0.03, "usual for language models"
     return 0.1, "a fresh head needs a gentle start"
 

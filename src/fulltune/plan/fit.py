@@ -11,17 +11,9 @@ from fulltune.model import Shapes
 from fulltune.plan import defaults, memory
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan, Setting
-from fulltune.tasks import default_metric, task_named
+from fulltune.tasks import task_named
 
 FROM_RECIPE = "from the recipe"
-METRICS = {
-    "single_label": ("accuracy", "f1_macro", "mcc", "loss"),
-    "multi_label": ("f1_micro", "f1_macro", "accuracy", "loss"),
-    "regression": ("spearman", "kendall", "r2", "rmse", "loss"),
-    "prompt_completion": ("loss", "perplexity", "token_accuracy"),
-    "chat": ("loss", "perplexity", "token_accuracy"),
-}
-"""What can choose a checkpoint: metrics that every evaluation during training computes."""
 
 
 class _Ledger:
@@ -165,21 +157,22 @@ def _precision(recipe: Recipe, machine: Machine, device: str, ledger: _Ledger) -
 
 
 def _metric(recipe: Recipe, summary: DataSummary, ledger: _Ledger) -> str:
-    possible = METRICS[summary.problem_type]
+    possible = task_named(recipe.task).CHOOSING[summary.problem_type]
     wanted = recipe.evaluate.metric
     if wanted is not None and wanted not in possible:
         raise RecipeError(
             f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {summary.problem_type.replace('_', ' ')}; "
             f"expected one of {', '.join(possible)}"
         )
-    default = default_metric(summary.problem_type)
-    return str(ledger.settle("evaluate.metric", wanted, default, f"usual for {summary.problem_type.replace('_', ' ')}"))
+    return str(
+        ledger.settle("evaluate.metric", wanted, possible[0], f"usual for {summary.problem_type.replace('_', ' ')}")
+    )
 
 
 def _global_batch(recipe: Recipe, summary: DataSummary, ledger: _Ledger) -> int:
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
-    usual = 16 if recipe.task == "causal-lm" else 32
+    usual = 16 if recipe.task in defaults.WRITING_TASKS else 32
     # Small data: at least eight steps an epoch, or hardly any update happens.
     while usual > 4 and summary.splits["train"].rows < 8 * usual:
         usual //= 2

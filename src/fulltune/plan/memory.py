@@ -25,7 +25,7 @@ def row_bytes(
     activation checkpointing; language models add logits: fp32, with their gradient and softmax.
     """
     per_token = (4 if checkpointing else 68) * hidden_size * num_layers
-    if task == "causal-lm":
+    if task in ("causal-lm", "seq2seq"):
         per_token += 3 * 4 * vocab_size
     return max_length * per_token
 

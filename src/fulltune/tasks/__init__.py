@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fulltune.recipe import DataBlock, TaskName
-from fulltune.records import Answer, Preview, ProblemType
+from fulltune.records import Answer, DataSummary, Preview, ProblemType
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,12 @@ class Target:
     """Role to column name, for example `{"text": "sentence", "label": "intent"}`."""
     labels: tuple[str, ...] = ()
     joint: str = ""
-    """Text put between prompt and completion when neither brings white space."""
+    """Text put between prompt and completion when neither brings white space; for seq2seq before each source."""
+
+    @classmethod
+    def of(cls, summary: DataSummary) -> Target:
+        """The target of prepared data."""
+        return cls(summary.problem_type, summary.columns, summary.labels, summary.joint)
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ class Refused:
 class Example:
     """A tokenised row.
 
-    `features` holds lists of ints: `input_ids` [tokens], `attention_mask` [tokens], `labels` (class id, vector or
-    [tokens] with -100 where nothing is trained) ...
+    `features` holds numbers, texts, or flat lists of numbers, of the same kind in every row: `input_ids` [tokens],
+    `labels` (class id, vector or [tokens] with -100 where nothing is trained) ... No attention mask: `collate` knows
+    the lengths. A row whose cost is not the length of `input_ids` says so by a feature `length`.
     """
 
     features: Mapping[str, Any]
@@ -85,8 +91,16 @@ class Task(Protocol):
     ) -> dict[str, str]:
         """Which column plays which role; raises `DataError` when a role has no column."""
 
-    def find_target(self, rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-        """Problem type and labels, from the train rows; raises `DataError` when nothing can be learned from them."""
+    @property
+    def CHOOSING(self) -> Mapping[str, tuple[str, ...]]:
+        """Problem type to the metrics that `reduce` and `metrics` give and that can choose a checkpoint; the first is
+        the default."""
+
+    def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+        """Problem type and labels; raises `DataError` when nothing can be learned from the rows.
+
+        All train rows pass by once, to their end, and must not be kept: there may be millions.
+        """
 
     def refuse(self, row: Row, target: Target) -> Refused | None:
         """Why this row cannot be used, or None."""
@@ -112,16 +126,27 @@ class Task(Protocol):
         """Values to set on the model's config."""
 
     def collate(self, features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-        """Pad a batch on the right: int64 `input_ids`, `attention_mask` [batch, length] and `labels`."""
+        """Pad a batch on the right: int64 `input_ids`, `attention_mask` [batch, length] and `labels`.
+
+        Each feature is a number, a text, or a one-dimensional array or list. Features that the model does not read
+        (`length` among them) are left out.
+        """
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-        """Loss of each item, summed: a scalar. The caller divides by the number of items."""
+        """Loss of each item, summed: a scalar. The caller divides by the number of items.
+
+        `logits` is what `fulltune.inference.logits_of` gives: the model's `logits`, or for spans start and end side by
+        side, [batch, length, 2].
+        """
 
     def count_items(self, labels: torch.Tensor) -> int:
         """Number of items in that sum: rows, or trained tokens."""
 
-    def reduce(self, logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-        """What evaluation keeps of a batch: a few numbers per row, never the logits of every token."""
+    def reduce(
+        self, logits: torch.Tensor, labels: torch.Tensor, target: Target
+    ) -> Mapping[str, torch.Tensor | np.ndarray]:
+        """What evaluation keeps of a batch: a few values per row (tensors or arrays whose first axis is the row), never
+        the logits of every token."""
 
     def metrics(self, kept: Predictions, target: Target) -> dict[str, float]:
         """The task's metrics from what `reduce` kept."""
@@ -140,15 +165,32 @@ class LossSettings:
 
 def task_named(name: TaskName) -> Task:
     """The module of a task."""
-    from fulltune.tasks import causal_lm, text_classification
-
     match name:
         case "text-classification":
+            from fulltune.tasks import text_classification
+
             return text_classification
+        case "token-classification":
+            from fulltune.tasks import token_classification
+
+            return token_classification
+        case "question-answering":
+            from fulltune.tasks import question_answering
+
+            return question_answering
+        case "multiple-choice":
+            from fulltune.tasks import multiple_choice
+
+            return multiple_choice
+        case "image-classification":
+            from fulltune.tasks import image_classification
+
+            return image_classification
         case "causal-lm":
+            from fulltune.tasks import causal_lm
+
             return causal_lm
+        case "seq2seq":
+            from fulltune.tasks import seq2seq
 
-
-def default_metric(problem_type: str) -> str:
-    """The metric that chooses and heads the report when the recipe names none."""
-    return {"single_label": "accuracy", "multi_label": "f1_micro", "regression": "spearman"}.get(problem_type, "loss")
+            return seq2seq

@@ -29,6 +29,7 @@ METRICS = {
     "rougeL": True,
     "chrf": True,
 }
+CHOOSING = dict.fromkeys(("text", "prompt_completion", "chat"), ("loss", "perplexity", "token_accuracy"))
 IGNORED = -100
 
 # ---- columns ---------------------------------------------------------------------------------------------------

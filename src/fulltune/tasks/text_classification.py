@@ -34,6 +34,11 @@ METRICS = {
     "rmse": False,
     "loss": False,
 }
+CHOOSING = {
+    "single_label": ("accuracy", "f1_macro", "mcc", "loss"),
+    "multi_label": ("f1_micro", "f1_macro", "accuracy", "loss"),
+    "regression": ("spearman", "kendall", "r2", "rmse", "loss"),
+}
 
 # ---- columns and labels ----------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import FulltuneError, GuardStop, InterruptedRun, SetupError
-from fulltune.inference import run_rows
+from fulltune.inference import logits_of, run_rows
 from fulltune.records import DataSummary, Moved, Outcome, OutcomeStatus
 from fulltune.store import load_split
 from fulltune.tasks import LossSettings, Target, Task, task_named
@@ -122,7 +122,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     task = task_named(recipe.task)
     data_folder = Path(request.run_folder) / "data"
     summary = DataSummary.load(data_folder / "summary.json")
-    target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
+    target = Target.of(summary)
     model, tokenizer = load_for_training(recipe, task, target)
     rows, eval_rows = load_split(data_folder / "train"), load_split(data_folder / "eval")
     settings = LossSettings(recipe.train.label_smoothing_factor, hooks.weights_of(summary))
@@ -131,7 +131,7 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
         return task.collate(features, pad_token_id)
 
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        summed = task.loss(outputs.logits, labels, target, settings)
+        summed = task.loss(logits_of(outputs), labels, target, settings)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
 
     pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,95 @@
+"""The evaluate stage: the same test rows and metrics for baselines and results. Stage: imports layers 0 and 1 only.
+
+Three sets that never mix: train; eval (best checkpoint, early stopping, temperature); test (these scores).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from fulltune.errors import SetupError
+from fulltune.evaluate.bench import Bench, UserMetrics
+from fulltune.recipe import Recipe, TaskName
+from fulltune.records import DataSummary, Outcome, Plan, Scores
+from fulltune.tasks import Target, causal_lm, task_named
+
+
+def check_extras(recipe: Recipe) -> None:
+    """Fail before training, not after it, when scoring needs a package that is missing.
+
+    Raises:
+        SetupError: Naming the package.
+    """
+    if recipe.task in ("causal-lm", "seq2seq") and recipe.evaluate.generate_rows:
+        causal_lm.score_answers(["a"], ["a"])
+
+
+def baselines(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path) -> list[Scores]:
+    """Score what costs no training, for example the majority class or the untouched language model.
+
+    Results are kept in `scores/`; those that are there are not made again.
+    """
+    bench = _bench(recipe, plan, summary, folder, None)
+    made = _scorer(recipe.task).baselines(bench)
+    return [_kept(folder / "scores" / f"{name}.json", make) for name, make in made.items()]
+
+
+def score(
+    recipe: Recipe, plan: Plan, summary: DataSummary, outcome: Outcome, folder: Path, metrics: UserMetrics | None
+) -> Scores:
+    """Score the trained model on the test rows; a classifier's temperature is written into its folder."""
+    bench = _bench(recipe, plan, summary, folder, metrics)
+    if outcome.model_folder is None:
+        raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
+    model_folder = folder / outcome.model_folder
+    path = folder / "scores" / f"{plan.trial}.json"
+    if metrics is not None:
+        path.unlink(missing_ok=True)  # the scores that are there may lack these metrics
+    scores = _kept(path, lambda: _scorer(recipe.task).trained(bench, *bench.load_trained(model_folder)))
+    if scores.calibration is not None:
+        notes_path = model_folder / "fulltune.json"
+        notes = json.loads(notes_path.read_text(encoding="utf-8"))
+        notes["temperature"] = scores.calibration.temperature
+        part = notes_path.with_name(notes_path.name + ".part")
+        part.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        part.replace(notes_path)
+    return scores
+
+
+def _scorer(task: TaskName) -> ModuleType:
+    """The module whose `baselines` and `trained` score a task."""
+    match task:
+        case "text-classification" | "image-classification" | "multiple-choice":
+            from fulltune.evaluate import classifiers
+
+            return classifiers
+        case "token-classification":
+            from fulltune.evaluate import tagging
+
+            return tagging
+        case "question-answering":
+            from fulltune.evaluate import spans
+
+            return spans
+        case "causal-lm" | "seq2seq":
+            from fulltune.evaluate import language
+
+            return language
+
+
+def _kept(path: Path, make: Callable[[], Scores]) -> Scores:
+    if path.exists():
+        return Scores.load(path)
+    started = time.monotonic()
+    scores = make()
+    scores = scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+    scores.save(path)
+    return scores
+
+
+def _bench(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, metrics: UserMetrics | None) -> Bench:
+    return Bench(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", metrics)

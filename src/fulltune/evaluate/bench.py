@@ -1,0 +1,119 @@
+"""What all contestants of a run share: rows, metrics, intervals, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fulltune import model as models
+from fulltune.bootstrap import intervals
+from fulltune.errors import SetupError
+from fulltune.inference import run_rows
+from fulltune.recipe import Recipe
+from fulltune.records import Estimate, Plan, Scores
+from fulltune.store import load_split, load_texts
+from fulltune.tasks import Predictions, Target, Task
+
+UserMetrics = Callable[[Any, Any], Mapping[str, float]]
+WORST = 25
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run's test rows and how they are scored."""
+
+    recipe: Recipe
+    plan: Plan
+    task: Task
+    target: Target
+    data: Path
+    user_metrics: UserMetrics | None
+
+    def rows(self, split: str) -> Any:
+        """Tokenised rows of a split."""
+        return load_split(self.data / split)
+
+    @property
+    def texts(self) -> list[dict[str, Any]]:
+        """The test rows in the user's own columns, and `place`."""
+        return load_texts(self.data / "test")
+
+    def estimates(
+        self, kept: Mapping[str, np.ndarray], metrics: Callable[[Any], Mapping[str, float]]
+    ) -> dict[str, Estimate]:
+        """Metrics with their intervals; the first axis of each array in `kept` is the row."""
+        settings = self.recipe.evaluate
+        return intervals(kept, metrics, samples=settings.bootstrap_samples, confidence=settings.confidence)
+
+    def user_estimates(self, predictions: Any, references: Any) -> dict[str, Estimate]:
+        """Intervals of the user's own metrics; lists reach the user's function as lists, arrays as arrays."""
+        if self.user_metrics is None:
+            return {}
+        call, plain = self.user_metrics, isinstance(predictions, list)
+        kept = {
+            "predicted": _objects(predictions) if plain else predictions,
+            "true": _objects(references) if plain else references,
+        }
+
+        def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+            both = (rows["predicted"], rows["true"])
+            one, two = (list(both[0]), list(both[1])) if plain else both
+            try:
+                return {str(name): float(value) for name, value in call(one, two).items()}
+            except Exception as error:
+                raise SetupError(
+                    f"metrics: your function failed on {len(one)} rows ({type(error).__name__}: {error}); it must "
+                    "return names and numbers for any selection of the test rows; the model is kept, call again with "
+                    "it repaired"
+                ) from error
+
+        return self.estimates(kept, metrics)
+
+    def scores(self, name: str, kind: Literal["baseline", "untouched", "trained"], rows: int, **fields: Any) -> Scores:
+        return Scores(
+            name=name,
+            kind=kind,
+            rows=rows,
+            main_metric=self.plan.metric,
+            greater_is_better=self.plan.greater_is_better,
+            confidence=self.recipe.evaluate.confidence,
+            **fields,
+        )
+
+    def run(self, model: Any, pad_token_id: int, rows: Any) -> Predictions:
+        """What the task keeps of each row's logits."""
+        return run_rows(
+            model,
+            rows,
+            self.task,
+            self.target,
+            pad_token_id,
+            batch_size=self.plan.eval_batch_size,
+            precision=self.plan.precision,
+        )
+
+    def load_pretrained(self) -> tuple[Any, Any]:
+        """The model before training, on the plan's device, and its tokenizer; a new head is drawn at random."""
+        block = self.recipe.model
+        tokenizer = models.load_tokenizer(block, chat_template=self.recipe.data.chat_template)
+        changes = self.task.config_changes(self.target, tokenizer)
+        model = models.load(block, self.task.AUTO_CLASS, changes, head_is_new=self.task.HEAD_IS_NEW)
+        return model.to(self.plan.device), tokenizer
+
+    def load_trained(self, model_folder: Path) -> tuple[Any, Any]:
+        """The finished model, loaded from its folder as any user would."""
+        # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
+        block = self.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
+        model = models.load(block, self.task.AUTO_CLASS, {}, head_is_new=False)
+        return model.to(self.plan.device), models.load_tokenizer(block)
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    """A list as an array of objects, whatever its members are."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
