@@ -18,7 +18,7 @@ $(VENV)/chat: $(VENV)/quickstart
 	touch $@
 
 $(VENV)/dev: $(VENV)/quickstart
-	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,dev]'
+	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,dev]'
 	touch $@
 
 quickstart: $(VENV)/quickstart
@@ -28,7 +28,7 @@ chat-example: $(VENV)/chat
 	HF_HUB_OFFLINE=1 $(BIN)/fulltune quickstart --chat
 
 test: $(VENV)/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

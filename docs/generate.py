@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fulltune.plan import defaults
-from fulltune.plan.fit import METRICS
-from fulltune.recipe import Block, Recipe
+from fulltune.recipe import Block, Recipe, TaskName
+from fulltune.tasks import choices, task_named, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 from fulltune.train.arguments import PINNED
 
@@ -150,27 +150,45 @@ def _filled_in() -> Iterable[str]:
         rates = [defaults.learning_rate(millions * 1_000_000, is_decoder)[0] for is_decoder in (False, True)]
         yield f"| {millions:,} M | {rates[0]:g} | {rates[1]:g} |"
     yield ""
-    yield "| train rows | epochs, text-classification | epochs, causal-lm |"
+    writing = " and ".join(defaults.WRITING_TASKS)
+    yield f"| train rows | epochs, {writing} | epochs, all other tasks |"
     yield "|---:|---:|---:|"
     for rows in (500, 5_000, 50_000):
-        epochs = [defaults.num_train_epochs(task, rows)[0] for task in ("text-classification", "causal-lm")]
+        epochs = [defaults.num_train_epochs(task, rows)[0] for task in ("causal-lm", "text-classification")]
         yield f"| {rows:,} | {epochs[0]:g} | {epochs[1]:g} |"
-    warmups = [f"{defaults.warmup_ratio(task)[0]:g} ({task})" for task in ("text-classification", "causal-lm")]
-    yield f"\nWarm-up: {' and '.join(warmups)} of the steps.\n"
+    warmups = [defaults.warmup_ratio(task)[0] for task in ("causal-lm", "text-classification")]
+    yield f"\nWarm-up: {warmups[0]:g} of the steps ({writing}) or {warmups[1]:g} (all other tasks).\n"
 
 
 def _columns() -> Iterable[str]:
     yield "## Column names that are found by themselves\n"
     yield "The first one that is there, in any case. A column that the recipe names always wins.\n"
     for role, names in USUAL_NAMES.items():
-        yield _item(f"- `data.{role}`: {', '.join(f'`{name}`' for name in names)}")
-    yield "\n`data.text_pair` is used only when the recipe names it. A classifier without a usual text column takes the"
-    yield "column with the longest texts.\n"
+        if role not in ("text_pair", "choices"):  # have rules of their own, below
+            yield _item(f"- `data.{role}`: {_quoted(names)}")
+    pairs = ", ".join(f"`{one}` + `{two}`" for one, two in text_classification.USUAL_PAIRS)
+    yield "\nText-classification: these are read together, any other second text only when `data.text_pair` names it:"
+    yield textwrap.fill(f"{pairs}. Without a usual text column the one with the longest texts is taken.\n", WIDTH)
+    yield "\nMultiple-choice looks for other names:\n"
+    for role, names in choices.NAMES.items():
+        yield _item(f"- `data.{role}`: {_quoted(names)}")
+    yield ""
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _metrics() -> Iterable[str]:
+    """Of each task; kinds of rows with the same metrics share a line."""
     yield "## Metrics that can choose a checkpoint\n"
-    yield from (f"- {kind}: {', '.join(f'`{name}`' for name in names)}" for kind, names in METRICS.items())
+    yield "The first one is the default.\n"
+    for task in typing.get_args(TaskName):
+        by_metrics: dict[tuple[str, ...], list[str]] = {}
+        for kind, names in task_named(task).CHOOSING.items():
+            by_metrics.setdefault(names, []).append(kind)
+        for names, kinds in by_metrics.items():
+            yield _item(f"- {task} ({', '.join(kinds)}): {_quoted(names)}")
     yield ""
 
 

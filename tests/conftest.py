@@ -1,4 +1,4 @@
-"""What all tests share: no network, two threads, tiny models that are made once per session."""
+"""What all tests share: no network, one thread (tiny models gain nothing from more), models made once per session."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "120"
 
 from pathlib import Path
@@ -20,10 +20,10 @@ from tests import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _one_thread() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ import yaml
 
 ENCODERS = ("bert", "distilbert", "roberta")
 DECODERS = ("gpt2", "llama", "qwen2", "opt", "bloom", "gpt_neox", "mistral")
+WRITERS = ("t5", "bart", "marian")
+"""Encoder-decoders."""
 POSITIONS = 128
 """Longest row of the models that have a limit, in tokens."""
 
@@ -141,14 +143,38 @@ def decoder_tokenizer(
     return tokenizer
 
 
+def writer_tokenizer(kind: str = "t5", model_max_length: int = POSITIONS) -> Any:
+    """`text </s>` as T5's and Marian's, `<s> text </s>` as BART's."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("<pad>", "</s>", "<unk>", "<s>")
+    tokenizer = Tokenizer.from_str(_bytes_bpe(special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if kind == "bart" else "$A </s>", special_tokens=[("</s>", 1), ("<s>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>" if kind == "bart" else None,
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
 # ---- models ----------------------------------------------------------------------------------------------------
+
+
+_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
 
 
 def config(kind: str, tokenizer: Any, **changes: Any) -> Any:
     """Config of a tiny model: 2 layers, hidden size 32, 4 heads.
 
     Args:
-        kind: One of `ENCODERS` or `DECODERS`.
+        kind: One of `ENCODERS`, `DECODERS` or `WRITERS`.
         tokenizer: Gives the vocabulary's size and the special tokens' ids.
         changes: Values that replace or add to the config's.
     """
@@ -162,6 +188,8 @@ def config(kind: str, tokenizer: Any, **changes: Any) -> Any:
     }
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     wide = {"intermediate_size": 64, "max_position_embeddings": POSITIONS}
+    pair = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _SIDE.items()}
+    pair |= {"d_model": 32, "max_position_embeddings": POSITIONS, "forced_eos_token_id": tokenizer.eos_token_id}
     name, values = {
         "bert": ("BertConfig", size | wide),
         "distilbert": (
@@ -183,21 +211,30 @@ def config(kind: str, tokenizer: Any, **changes: Any) -> Any:
         ),
         "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
         "gpt_neox": ("GPTNeoXConfig", size | wide),
+        "t5": (
+            "T5Config",
+            {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+            | {"decoder_start_token_id": tokenizer.pad_token_id},
+        ),
+        "bart": ("BartConfig", pair | {"decoder_start_token_id": tokenizer.eos_token_id}),
+        "marian": ("MarianConfig", pair | {"decoder_start_token_id": tokenizer.pad_token_id}),
     }[kind]
     return getattr(transformers, name)(**{**common, **values, **changes})
 
 
 def usual_tokenizer(kind: str) -> Any:
     """An encoder's or a decoder's tokenizer, as `save_model` takes it."""
+    if kind in WRITERS:
+        return writer_tokenizer(kind)
     return encoder_tokenizer(token_types=kind == "bert") if kind in ENCODERS else decoder_tokenizer()
 
 
 def save_model(folder: Path, kind: str, *, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny random model with its tokenizer: encoders without a head, decoders as language models.
+    """Write a tiny random model with its tokenizer: encoders without a head, the others with theirs.
 
     Args:
         folder: Where to write; made when it is missing.
-        kind: One of `ENCODERS` or `DECODERS`.
+        kind: One of `ENCODERS`, `DECODERS` or `WRITERS`.
         tokenizer: Left out, the usual one of that kind.
         seed: Seed of the weights.
         changes: Values of the config, for example `num_hidden_layers=1` or `hidden_dropout_prob=0.0`.
@@ -206,15 +243,33 @@ def save_model(folder: Path, kind: str, *, tokenizer: Any = None, seed: int = 0,
         The folder.
     """
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     tokenizer = tokenizer or usual_tokenizer(kind)
-    auto_class = AutoModel if kind in ENCODERS else AutoModelForCausalLM
+    headed = AutoModelForSeq2SeqLM if kind in WRITERS else AutoModelForCausalLM
+    auto_class = AutoModel if kind in ENCODERS else headed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto_class.from_config(config(kind, tokenizer, **changes))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_image_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny random ViT for images of 16 x 16 in patches of 8, without a head, with its image processor."""
+    import torch
+    from transformers import AutoImageProcessor, ViTConfig, ViTModel
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ViTModel(ViTConfig(**{**size, **dropout, "image_size": 16, "patch_size": 8, **changes}))
+    model.save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    AutoImageProcessor.from_pretrained(folder, backend="pil").save_pretrained(folder)
     return folder
 
 
@@ -254,6 +309,26 @@ def pair_rows(count: int = 40) -> list[dict[str, str]]:
         {"prompt": f"{PLACES[number % len(PLACES)]} {number}:", "completion": f" {FOOD[number % len(FOOD)]}"}
         for number in range(count)
     ]
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> Path:
+    """Write noisy images of a left and a right half into `folder/same` and `folder/different`, by their colours.
+
+    No mean of features tells the classes apart: each colour stands equally often on each side in both.
+    """
+    import numpy as np
+    from PIL import Image
+
+    drawn = np.random.default_rng(seed)
+    for number in range(count):
+        sides = (number // 2 % 2, number % 2)
+        pixels = drawn.integers(0, 200, (16, 16, 3))
+        for place, colour in zip((slice(0, 8), slice(8, 16)), sides, strict=True):
+            pixels[:, place, 2 * colour] += 50
+        image = folder / ("same" if sides[0] == sides[1] else "different") / f"{number:03}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(image)
+    return folder
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,9 +73,10 @@ def init(
     """Look at a data file, find out the task, write a commented recipe."""
     from fulltune.init import write_recipe
 
-    task, table, target = write_recipe(data, output, model, force)
-    labels = f", {len(target.labels)} labels" if target.labels else ""
-    out.print(f"{table.where}: {len(table.rows):,} rows, {task} ({target.problem_type.replace('_', ' ')}{labels})")
+    found = write_recipe(data, output, model, force)
+    labels = f", {len(found.target.labels)} labels" if found.target.labels else ""
+    kind = f"{found.task} ({found.target.problem_type.replace('_', ' ')}{labels})"
+    out.print(f"{found.where}: {found.num_rows:,} rows, {kind}")
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
 
 
@@ -84,6 +86,7 @@ def run(
 ) -> None:
     """Do the whole line: data, plan, train, evaluate, report. The same command continues an unfinished run."""
     from fulltune import display
+    from fulltune.report import kinds
 
     folder, reached = _go("report", target, set_, run_folder, fresh)
     if as_json:
@@ -93,8 +96,7 @@ def run(
     for line in display.answers(reached.scores):
         out.print(line)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
-    example = "a text" if reached.summary.task == "text-classification" else "a question"
-    out.print(f'try it:  fulltune predict {escape(str(folder))} "{example}"', soft_wrap=True)
+    out.print(f"try it:  fulltune predict {escape(str(folder))} {kinds.question(reached.summary)}", soft_wrap=True)
 
 
 @app.command()
@@ -234,6 +236,34 @@ def quickstart(
     run(recipe, set_, fresh=False)
 
 
+@app.command()
+def selfcheck(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the page as Markdown into this file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check what this machine decides (precision, kernels, resume ...) on every device; about a minute, offline."""
+    from fulltune import display
+    from fulltune import selfcheck as checking
+    from fulltune.run_folder import writing
+
+    # What libraries print must not run into the page: DeepSpeed, for one, greets on stdout when it is imported.
+    with err.status("starting") as status, redirect_stdout(sys.stderr):
+        page = checking.run(lambda line: status.update(escape(line)))
+    if output is not None:
+        with writing(output):
+            output.write_text(checking.markdown(page), encoding="utf-8")
+    if as_json:
+        _print_json(page.model_dump(mode="json"))
+    else:
+        out.print(display.selfcheck_table(page))
+        share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
+        out.print(f"{page.verdict}; {escape(share)}", soft_wrap=True)
+    if page.failed:
+        raise SetupError([f"selfcheck: {finding.device}: {finding.ran}: {finding.result}" for finding in page.failed])
+
+
 def _go(
     until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
 ) -> tuple[Path, Reached]:
@@ -282,11 +312,14 @@ def _lines(file: Path | None) -> list[str]:
 def _in_words(answer: dict[str, Any]) -> str:
     if "answer" in answer:
         return str(answer["answer"])
+    if "entities" in answer:
+        found = [f"{entity['text']} ({entity['type']} {entity['probability']:.1%})" for entity in answer["entities"]]
+        return ", ".join(found) or "(none)"
     if "value" in answer:
         return f"{answer['value']:.4g}"
     if "labels" in answer:
         return ", ".join(f"{name} ({answer['probabilities'][name]:.1%})" for name in answer["labels"]) or "(none)"
-    return f"{answer['label']} ({answer['probability']:.1%})"
+    return f"{answer['text'] if 'index' in answer else answer['label']} ({answer['probability']:.1%})"
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -13,6 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fulltune.records import DataSummary, Estimate, Plan, Scores
+from fulltune.report import kinds
+
+if TYPE_CHECKING:
+    from fulltune.selfcheck import Page
 
 Event = dict[str, Any]
 
@@ -57,6 +61,8 @@ class Display:
         match event["kind"]:
             case "phase":
                 self._phase(event["name"])
+            case "progress":
+                self._progress(event)
             case "train":
                 self._train(event)
             case "eval":
@@ -79,10 +85,20 @@ class Display:
         self.console.print(what)
 
     def _phase(self, name: str) -> None:
+        self.last_line = time.monotonic()
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, description=name, total=None, facts="")
         else:
             self.print(f"[dim]{name}[/dim]")
+
+    def _progress(self, event: Event) -> None:
+        done, total = event["done"], event["total"]
+        facts = f"{done:,} of {total:,} rows"
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, description=event["name"], completed=done, total=total, facts=facts)
+        elif time.monotonic() - self.last_line > 5:
+            self.last_line = time.monotonic()
+            self.print(f"[dim]{event['name']}: {facts}[/dim]")
 
     def _train(self, event: Event) -> None:
         speed = f"{event['tokens_per_second']:,.0f} tok/s"
@@ -131,20 +147,20 @@ class Display:
 
 def data_table(summary: DataSummary) -> Table:
     """Rows of the three splits."""
-    kind = summary.problem_type.replace("_", " ")
     labels = f", {len(summary.labels)} labels" if summary.labels else ""
-    title = f"data: {kind}{labels}; longest row kept {summary.max_length} tokens"
+    images = kinds.has_images(summary)
+    longest = "" if images else f"; {kinds.longest(summary)} kept {summary.max_length} tokens"
+    title = f"data: {kinds.kind(summary)}{labels}{longest}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
-    for column in ("split", "rows", "tokens", "p50/p95/max", "cut", "left out", "from"):
+    counts = () if images else ("tokens", "p50/p95/max", "cut")
+    for column in ("split", kinds.row(summary), *counts, "left out", "from"):
         table.add_column(column, justify="left" if column in ("split", "from") else "right")
     for name, split in summary.splits.items():
         lengths = "/".join(str(split.length_percentiles[key]) for key in ("p50", "p95", "max"))
         table.add_row(
             name,
             f"{split.rows:,}",
-            f"{split.tokens:,}",
-            lengths,
-            str(split.truncated_rows),
+            *(() if images else (f"{split.tokens:,}", lengths, str(split.truncated_rows))),
             str(split.dropped_rows),
             escape(summary.sources[name]),
         )
@@ -173,9 +189,14 @@ def scores_table(scores: Sequence[Scores]) -> Group:
     first = scores[0]
     # Two metrics are what 80 columns hold; the report has all.
     present = {name for entry in scores for name in entry.metrics} - {first.main_metric}
-    second = next((name for name in ("f1_macro", "rougeL", "token_accuracy", "r2", "loss") if name in present), None)
+    second = next(
+        (name for name in ("f1_macro", "rougeL", "token_accuracy", "r2", "exact_match", "loss") if name in present),
+        None,
+    )
     shown = [first.main_metric, *([second] if second else [])]
-    title = f"{first.rows:,} test rows, never used for choosing; {first.confidence:.0%} intervals"
+    title = (
+        f"{max(entry.rows for entry in scores):,} test rows, never used for choosing; {first.confidence:.0%} intervals"
+    )
     if first.answers:
         title += f"\nanswers generated for {len(first.answers)} of them"
     table = Table(pad_edge=False)
@@ -204,6 +225,29 @@ def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:
     return lines
 
 
+def selfcheck_table(page: Page) -> Group:
+    """What is here, and what every check on every device found; fits 80 columns."""
+    facts = Table.grid(padding=(0, 2))
+    for name, value in page.environment.items():
+        facts.add_row(Text(name, style="dim"), escape(value))
+    table = Table(pad_edge=False, box=None, header_style="dim")
+    table.add_column("", no_wrap=True)
+    table.add_column("what was run", ratio=1)
+    table.add_column("result", ratio=1)
+    table.add_column("s", justify="right", no_wrap=True)
+    styles = {"pass": "green", "fail": "bold red", "not here": "dim"}
+    device = ""
+    for finding in page.findings:
+        if finding.device != device:
+            device = finding.device
+            table.add_row("", f"[bold]on {device}[/bold]", "", "")
+        mark = "FAIL" if finding.status == "fail" else finding.status
+        cells = (escape(finding.ran), escape(finding.result), f"{finding.seconds:.1f}")
+        style = "dim" if finding.status == "not here" else None
+        table.add_row(f"[{styles[finding.status]}]{mark}[/]", *cells, style=style)
+    return Group(facts, "", table, "")
+
+
 def _cell(name: str, estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
@@ -213,7 +257,7 @@ def _cell(name: str, estimate: Estimate | None) -> str:
 
 def number(name: str, value: float) -> str:
     """A metric for people: shares as percent."""
-    share = name.startswith("f1") or name in ("accuracy", "token_accuracy", "exact_match")
+    share = name.startswith("f1") or name in ("accuracy", "token_accuracy", "exact_match", "precision", "recall")
     return f"{100 * value:.1f} %" if share else f"{value:.3g}"
 
 

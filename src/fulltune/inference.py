@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.tasks import LENGTH, Predictions, Target, Task
+from fulltune.selective_head import SelectiveHead
+from fulltune.tasks import LENGTH, Predictions, Target, Task, seq2seq
+from fulltune.tasks.padding import mask, padded
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,7 @@ def run_rows(
     *,
     batch_size: int,
     precision: str,
+    head: SelectiveHead | None = None,
 ) -> Predictions:
     """Reduce every row's logits.
 
@@ -39,6 +42,7 @@ def run_rows(
         pad_token_id: Fills shorter rows on the right.
         batch_size: Rows per forward pass.
         precision: `fp32`, `bf16` or `fp16`: type of the computations.
+        head: Leaves out logits that the task does not use.
 
     Returns:
         Name to array; the first axis is the row, in the given order.
@@ -54,16 +58,27 @@ def run_rows(
         for positions in batches(order, batch_size):
             batch = {
                 name: tensor.to(device)
-                for name, tensor in task.collate([rows[i] for i in positions], pad_token_id).items()
+                for name, tensor in model_batch(model, task, [rows[i] for i in positions], pad_token_id).items()
             }
             labels = batch.pop("labels")
-            with autocast(device.type, precision):
+            selecting = contextlib.nullcontext() if head is None else head.only(labels)
+            with autocast(device.type, precision), selecting:
                 logits = logits_of(model(**batch))
             kept = task.reduce(logits, labels, target)
             parts.append({name: _as_array(values) for name, values in kept.items()})
     model.train(was_training)
     place = np.argsort(order)
     return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
+
+
+def model_batch(
+    model: PreTrainedModel, task: Task, features: Sequence[Mapping[str, Any]], pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """A collated batch with everything that the model reads: an encoder-decoder also reads the labels before."""
+    batch = task.collate(features, pad_token_id)
+    if task.AUTO_CLASS == seq2seq.AUTO_CLASS:
+        batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
+    return batch
 
 
 def logits_of(outputs: Any) -> torch.Tensor:
@@ -106,10 +121,17 @@ def embeddings(
             }
             with autocast(device.type, precision):
                 hidden = body(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1)
-            mean = (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)
+            mean = _mean(hidden.float(), batch.get("attention_mask"))
             parts.append(F.normalize(mean, dim=-1).cpu().numpy())
     return np.concatenate(parts)[np.argsort(order)]
+
+
+def _mean(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over real tokens, or over all places of an image, whose model gives [batch, hidden, height, width] or
+    [batch, patches, hidden]: float32 [batch, hidden]."""
+    if mask is not None:
+        return (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    return hidden.flatten(2).mean(dim=2) if hidden.dim() == 4 else hidden.mean(dim=1)
 
 
 def generate(
@@ -124,6 +146,10 @@ def generate(
     """Greedy answers to tokenised prompts, decoded without special tokens. Prompts are padded on the left."""
     import torch
 
+    if model.config.is_encoder_decoder:
+        return _write(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, precision=precision
+        )
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -149,6 +175,45 @@ def generate(
     return answers
 
 
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    precision: str,
+) -> list[str]:
+    """The same for an encoder-decoder. Sources are padded on the right, as in training.
+
+    What the model's own generation settings say about beams and lengths is left out: often it is meant for texts of
+    another kind, such as summaries of at least 56 tokens.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    answers = [""] * len(sources)
+    model.eval()
+    for positions in batches(sorted(range(len(sources)), key=lambda i: len(sources[i])), batch_size):
+        chosen = [sources[i] for i in positions]
+        with torch.no_grad(), autocast(device.type, precision):
+            made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
+                input_ids=padded(chosen, tokenizer.pad_token_id).to(device),
+                attention_mask=mask(chosen).to(device),
+                max_new_tokens=min(max_new_tokens, limit - 1) if limit else max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                num_beams=1,
+                early_stopping=False,
+                min_length=0,
+                no_repeat_ngram_size=0,
+            )
+        for position, row in zip(positions, made, strict=True):
+            answers[position] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
+    return answers
+
+
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[Any]:
     """Computations in a smaller type; weights keep theirs."""
     import torch
@@ -160,12 +225,14 @@ def autocast(device_type: str, precision: str) -> contextlib.AbstractContextMana
 
 def by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Positions of the rows, longest first: a batch that does not fit fails at once."""
-    lengths: Sequence[int] = (
-        cast("Any", rows)[LENGTH]
-        if LENGTH in getattr(rows, "column_names", ())
-        else [len(row["input_ids"]) for row in rows]
-    )
-    return sorted(range(len(rows)), key=lambda i: -lengths[i])
+    # Prepared rows have their lengths in one column: reading them one by one would also decode all images.
+    columns: Any = rows
+    lengths = [_length(row) for row in rows] if isinstance(rows, (list, tuple)) else columns[LENGTH]
+    return [int(position) for position in np.argsort(-np.asarray(lengths), kind="stable")]
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    return int(row[LENGTH]) if LENGTH in row else len(row["input_ids"])
 
 
 def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:

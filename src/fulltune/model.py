@@ -5,7 +5,9 @@ Layer 1. Weights come from safetensors or GGUF; pickled weights and remote code 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.recipe import ModelBlock
+from fulltune.recipe import ModelBlock, TaskName
 from fulltune.records import Record
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from fulltune.tasks.pixels import ImageReader
 
 _log = logging.getLogger(__name__)
 
@@ -171,6 +175,57 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_processor(
+    block: ModelBlock, task: TaskName, source: Source | None = None, chat_template: str | None = None
+) -> Any:
+    """What turns rows into what the model reads: a tokenizer, or for images an `ImageReader`."""
+    if task == "image-classification":
+        return load_image_reader(block, source)
+    return load_tokenizer(block, source, chat_template)
+
+
+def load_image_reader(block: ModelBlock, source: Source | None = None) -> ImageReader:
+    """Load the model's image processor."""
+    from fulltune.tasks.pixels import ImageReader, num_patches
+
+    if importlib.util.find_spec("PIL") is None:
+        raise SetupError("task: image-classification needs the package 'pillow'; pip install 'fulltune[images]'")
+    from transformers import AutoImageProcessor
+
+    source = source or locate(block)
+    # Pillow's arithmetic, wherever the run goes on: torchvision resizes to slightly other pixels.
+    processor = _reading(
+        block,
+        "image processor",
+        lambda: AutoImageProcessor.from_pretrained(source.name_or_path, backend="pil", **source.keywords(block)),
+    )
+    return ImageReader(processor, num_patches(load_config(block, source)))
+
+
+def opened(rows: Any, processor: Any) -> Any:
+    """Prepared rows as the task's `collate` takes them: images are decoded when a row is asked for."""
+    from fulltune.tasks.pixels import ImageReader, ImageRows
+
+    return ImageRows(rows, processor) if isinstance(processor, ImageReader) else rows
+
+
+def processor_identity(processor: Any) -> str:
+    """What tells apart two tokenizers, or image processors, that would make other rows."""
+    if not hasattr(processor, "get_vocab"):
+        return str(processor.to_json_string())
+    parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is not None:  # normaliser, merges, special tokens around a text
+        # Truncation and padding are left by whoever called it last.
+        parts.append(
+            {key: value for key, value in json.loads(backend.to_str()).items() if key not in _CHANGED_BY_CALLS}
+        )
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+_CHANGED_BY_CALLS = ("truncation", "padding")
+
+
 def load(
     block: ModelBlock,
     auto_class: str,
@@ -207,6 +262,8 @@ def load(
     keywords = source.keywords(block) | {"dtype": getattr(torch, _torch_dtype(block.weights_dtype)), "config": config}
     if block.attn_implementation:
         keywords["attn_implementation"] = block.attn_implementation
+    # A head for other classes is replaced by a new one; tensors of the body that do not fit are refused below.
+    keywords["ignore_mismatched_sizes"] = head_is_new
     if not source.gguf_file:
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
     loader = getattr(transformers, auto_class)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fulltune import data, evaluate, hardware, model, plan, report, run_folder
+from fulltune import data, evaluate, hardware, model, packing, plan, report, run_folder
 from fulltune.errors import GuardStop, SetupError
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Outcome, Plan, Scores
@@ -104,8 +104,9 @@ def prepare(job: Run) -> DataSummary:
     if any(isinstance(count, int) and count > 1 for count in experts):
         # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
         raise SetupError(f"model: {job.recipe.model.name}: is a mixture of experts, which cannot be trained here yet")
-    tokenizer = model.load_tokenizer(job.recipe.model, source, job.recipe.data.chat_template)
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    tokenizer = model.load_processor(job.recipe.model, job.recipe.task, source, job.recipe.data.chat_template)
+    reads_text = job.recipe.task != "image-classification"
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) if reads_text else None
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise SetupError(
             f"model: {job.recipe.model.name}: its tokenizer has {len(tokenizer)} tokens, but the model knows only "
@@ -116,9 +117,15 @@ def prepare(job: Run) -> DataSummary:
         job.folder / "data",
         job.task,
         tokenizer,
-        model.position_limit(config),
+        data.Limits(
+            model.position_limit(config) if reads_text else None,
+            config.model_type,
+            lambda: packing.obstacle(config, job.recipe.model.attn_implementation),
+        ),
         job.hooks.preprocess,
         planned_for=Plan.load(_plan_path(job)).data_fingerprint if _plan_path(job).exists() else None,
+        cache_folder=job.folder.parent / ".cache",
+        listener=job.listener,
     )
     job.listener({"kind": "data", "summary": summary})
     return summary
@@ -129,7 +136,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     job.phase("planning")
     machine = hardware.here()
     source = model.locate(job.recipe.model)
-    tokenizer = model.load_tokenizer(job.recipe.model, source)
+    tokenizer = model.load_processor(job.recipe.model, job.recipe.task, source)
     target = Target.of(summary)
     shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, job.task.config_changes(target, tokenizer))
     path = _plan_path(job)

@@ -14,7 +14,7 @@ from fulltune import model as models
 from fulltune.errors import DataError, SetupError
 from fulltune.inference import generate, run_rows
 from fulltune.recipe import ModelBlock
-from fulltune.tasks import Target, causal_lm, task_named
+from fulltune.tasks import Example, Target, causal_lm, seq2seq, tags, task_named
 
 NOTES = "fulltune.json"
 """What a model folder must say besides what transformers keeps: task, columns, longest row, temperature."""
@@ -31,46 +31,155 @@ class Predictor:
     @property
     def target(self) -> Target:
         notes = self.notes
-        return Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"])
+        more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
+        return Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
     def predict(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int = 128) -> list[dict[str, Any]]:
         """Answer rows in the columns that the model was trained on.
 
         Args:
-            rows: For classifiers the text column(s); for language models `prompt` or `messages`.
+            rows: For classifiers the text column(s), or the image's path or bytes; for multiple choice the choices
+                and what is asked; for language models `prompt` or `messages`; for encoder-decoders `source`; for
+                taggers the column with the words; for question answering `question` and `context`.
             max_new_tokens: Longest answer of a language model.
 
         Returns:
             One dictionary a row. Classifiers: `label` (or `labels`, `value`), `probability`, `logits`; probabilities
-            use the fitted temperature, logits are the model's own. Language models: `answer`.
+            use the fitted temperature, logits are the model's own. Multiple choice: `index` and `text` of the choice,
+            `probability`, `logits` of all. Language models: `answer`. Taggers: `tokens`, their
+            `tags`, and `entities` with `type`, `start` and `end` (numbers of words, `end` excluded), `text` and
+            `probability` (that of the least certain word). Question answering: `answer` (empty: there is none), its
+            first character `start` in the context, `probability`.
         """
         if not rows:
             return []
-        column = self.target.columns.get("text") or self.target.columns.get("prompt")
+        columns = self.target.columns
+        column = next((columns[role] for role in ("text", "prompt", "source") if role in columns), None)
         empty = [
             number for number, row in enumerate(rows, start=1) if column and not str(row.get(column) or "").strip()
         ]
         if empty:
             raise DataError(f"predict: row {empty[0]} has no text ({len(empty)} such rows); remove or fill them")
-        if self.notes["task"] == "causal-lm":
-            prompts = [causal_lm.generation_ids(row, self.target, self.tokenizer) for row in rows]
+        if self.notes["task"] in ("causal-lm", "seq2seq"):
+            prompts = [self._prompt(row) for row in rows]
             made = generate(
                 self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=8, precision="fp32"
             )
             return [{"answer": answer} for answer in made]
+        if self.notes["task"] == "token-classification":
+            return self._tag(rows)
+        if self.notes["task"] == "multiple-choice":
+            return self._choose(rows)
+        if self.notes["task"] == "question-answering":
+            return self._find(rows)
         return self._classify(rows)
 
+    def _prompt(self, row: Mapping[str, Any]) -> list[int]:
+        if self.notes["task"] == "seq2seq":
+            return seq2seq.generation_ids(row, self.target, self.tokenizer, self.notes["max_length"])
+        return causal_lm.generation_ids(row, self.target, self.tokenizer)
+
+    def _tag(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        from fulltune.tasks import token_classification
+
+        target, column = self.target, self.target.columns["tokens"]
+        sentences = [tags.words(row.get(column)) or [] for row in rows]
+        empty = [number for number, words in enumerate(sentences, start=1) if not words]
+        if empty:
+            raise DataError(f"predict: row {empty[0]} has no words ({len(empty)} such rows); remove or fill them")
+        # Tags are not known here; any make `encode` happy and are not used.
+        filled = [{column: words, target.columns["tags"]: ["O"] * len(words)} for words in sentences]
+        encoded = token_classification.encode(filled, target, self.tokenizer, self.notes["max_length"])
+        features = [dict(examples[0].features) for examples in encoded]
+        kept = run_rows(
+            self.model,
+            features,
+            task_named("token-classification"),
+            target,
+            self.tokenizer.pad_token_id,
+            batch_size=32,
+            precision="fp32",
+        )
+        return token_classification.answers(kept, features, sentences, target)
+
+    def _choose(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        from scipy.special import softmax
+
+        from fulltune.tasks import multiple_choice
+
+        target = self.target
+        choices = [multiple_choice.choice_texts(row, target) for row in rows]
+        wrong = [number for number, texts in enumerate(choices, start=1) if len(texts) != target.num_choices]
+        if wrong:
+            raise DataError(
+                f"predict: row {wrong[0]} has {len(choices[wrong[0] - 1])} choices, expected {target.num_choices} "
+                f"({len(wrong)} such rows)"
+            )
+        logits = self._logits(multiple_choice.encode(rows, target, self.tokenizer, self.notes["max_length"]))
+        chances = softmax(logits / float(self.notes.get("temperature", 1.0)), axis=-1)
+        return [
+            {
+                "index": int(row.argmax()),
+                "text": texts[int(row.argmax())],
+                "probability": float(chance.max()),
+                "logits": [float(value) for value in row],
+            }
+            for row, texts, chance in zip(logits, choices, chances, strict=True)
+        ]
+
+    def _find(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        from fulltune.tasks import question_answering
+
+        target = self.target
+        # Answers are not known here; a question without one makes `encode` happy.
+        filled = [{**row, target.columns["answers"]: None} for row in rows]
+        encoded = question_answering.encode(filled, target, self.tokenizer, self.notes["max_length"])
+        problems = [
+            f"predict: row {number}: {problem.check}: {problem.reason}"
+            for number, (row, examples) in enumerate(zip(filled, encoded, strict=True), start=1)
+            if (problem := question_answering.refuse(row, target) or examples[0].refused) is not None
+        ]
+        if problems:
+            raise DataError(problems)
+        windows = [dict(example.features) for examples in encoded for example in examples]
+        numbers = [number for number, examples in enumerate(encoded) for _ in examples]
+        kept = run_rows(
+            self.model,
+            windows,
+            task_named("question-answering"),
+            target,
+            self.tokenizer.pad_token_id,
+            batch_size=32,
+            precision="fp32",
+        )
+        contexts = [question_answering.context_of(rows[number], target) for number in numbers]
+        found = question_answering.find_answers(kept, windows, numbers, contexts)
+        return [found[number] for number in range(len(rows))]
+
+    def _logits(self, encoded: Sequence[Sequence[Example]]) -> np.ndarray:
+        """The model's logits [rows, labels or choices] of encoded rows."""
+        refused = [examples[0].refused.reason for examples in encoded if examples[0].refused is not None]
+        if refused:
+            raise DataError([f"predict: {reason}" for reason in refused])
+        features = models.opened([dict(examples[0].features) for examples in encoded], self.tokenizer)
+        kept = run_rows(
+            self.model,
+            features,
+            task_named(self.notes["task"]),
+            self.target,
+            self.tokenizer.pad_token_id,
+            batch_size=32,
+            precision="fp32",
+        )
+        return kept["logits"]
+
     def _classify(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        target, task = self.target, task_named("text-classification")
+        target, task = self.target, task_named(self.notes["task"])
         # The label column is not known here; any label makes `encode` happy and is not used.
         unused: Any = {"regression": 0.0, "multi_label": []}.get(target.problem_type, (target.labels or ("",))[0])
         filled = [{**row, target.columns["label"]: unused} for row in rows]
         encoded = task.encode(filled, target, self.tokenizer, self.notes["max_length"])
-        features = [dict(examples[0].features) for examples in encoded]
-        kept = run_rows(
-            self.model, features, task, target, self.tokenizer.pad_token_id, batch_size=32, precision="fp32"
-        )
-        return [self._answer(logits) for logits in kept["logits"]]
+        return [self._answer(logits) for logits in self._logits(encoded)]
 
     def _answer(self, logits: np.ndarray) -> dict[str, Any]:
         from scipy.special import expit, softmax
@@ -108,7 +217,7 @@ def load(run: Path) -> Predictor:
         ) from None
     block = ModelBlock(name=str(folder.resolve()))
     model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
-    return Predictor(model.eval(), models.load_tokenizer(block), notes)
+    return Predictor(model.eval(), models.load_processor(block, notes["task"]), notes)
 
 
 def rows_from_texts(texts: Sequence[str], notes: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -118,7 +227,13 @@ def rows_from_texts(texts: Sequence[str], notes: Mapping[str, Any]) -> list[dict
         raise DataError("this model reads pairs of texts; give a file with both columns")
     if "messages" in columns:
         return [{columns["messages"]: [{"role": "user", "content": text}]} for text in texts]
-    column = columns["prompt"] if "prompt" in columns else columns["text"]
+    if "tokens" in columns:
+        return [{columns["tokens"]: tags.split_text(text)} for text in texts]
+    if notes["task"] == "question-answering":
+        raise DataError("this model finds answers in a passage; give a file with the columns of question and context")
+    if notes["task"] == "multiple-choice":
+        raise DataError("this model chooses among texts; give a file with the columns of its choices")
+    column = next(columns[role] for role in ("prompt", "source", "image", "text") if role in columns)
     return [{column: text} for text in texts]
 
 
@@ -128,7 +243,8 @@ def check_columns(rows: Sequence[Mapping[str, Any]], notes: Mapping[str, Any], w
     Raises:
         DataError: Naming the column.
     """
-    needed = [column for role, column in notes["columns"].items() if role not in ("label", "completion", "tools")]
+    not_read = ("label", "completion", "tools", "tags", "target", "answers")
+    needed = [column for role, column in notes["columns"].items() if role not in not_read]
     missing = [column for column in needed if rows and column not in rows[0]]
     if missing:
         raise DataError(

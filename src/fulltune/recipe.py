@@ -24,6 +24,7 @@ TaskName = Literal[
 ]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
+TextRows = Literal["auto", "line", "paragraph", "section"]
 
 
 class Block(BaseModel):
@@ -109,6 +110,9 @@ class DataBlock(Block):
     max_length: int | None = Field(default=None, ge=8)
     """Longest row in tokens. Left out: the longest row, at most the model's limit and at most 512 (classification)
     or 2048 (causal-lm); 1024 for raw text."""
+    text_rows: TextRows = "auto"
+    """What is a row in a .txt file: a line, a paragraph (up to a blank line), or a section (paragraphs of together
+    about 4,000 characters: for books). auto: sections where blank lines separate paragraphs, else lines."""
     packing: bool | None = None
     """Short texts share a block of `max_length` tokens without seeing each other (causal-lm on raw text). Left out: on
     where the model keeps them apart, which is checked."""
@@ -223,7 +227,8 @@ class TrainBlock(Block):
     num_processes: int = Field(default=1, ge=1)
     """Processes that share each global batch: one per GPU, or several on CPU (gloo)."""
     extra: dict[str, Any] = {}
-    """Any other field of `transformers.TrainingArguments`; fields that fulltune sets itself are refused."""
+    """Any other field of `transformers.TrainingArguments`; fields that fulltune sets itself are refused. `deepspeed` is
+    a JSON file, named from the recipe's folder, or the settings themselves."""
 
     @model_validator(mode="after")
     def _pairs_must_agree(self) -> TrainBlock:
@@ -321,6 +326,9 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     for key in ("eval", "test", "chat_template"):
         if (value := getattr(data, key)) is not None:
             update[key] = absolute(value)
+    train = recipe.train
+    if isinstance(file := train.extra.get("deepspeed"), str):
+        train = train.model_copy(update={"extra": {**train.extra, "deepspeed": absolute(file)}})
     name = recipe.model.name
     local = base / Path(name).expanduser()
     looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or local.exists()
@@ -328,5 +336,10 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     if looks_like_path and not name.startswith("package:"):
         model = model.model_copy(update={"name": absolute(name)})
     return recipe.model_copy(
-        update={"data": data.model_copy(update=update), "model": model, "output": absolute(recipe.output)}
+        update={
+            "data": data.model_copy(update=update),
+            "model": model,
+            "train": train,
+            "output": absolute(recipe.output),
+        }
     )

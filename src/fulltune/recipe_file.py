@@ -73,6 +73,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return resolve_paths(recipe, path.parent.resolve())
 
 
+_ELSEWHERE: Mapping[Any, str] = {
+    **dict.fromkeys(("max_token", "max_tokens", "max_seq_length", "max_seq_len", "cutoff_len"), "max_length"),
+    **dict.fromkeys(("sequence_len", "block_size", "model_max_length"), "max_length"),
+}
+"""Names of other tools for our settings, where spelling alone would not find them."""
+
+
 def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
     """Turn plain values into a recipe, or raise a `RecipeError` that names every problem."""
     try:
@@ -92,7 +99,8 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
     match item["type"]:
         case "extra_forbidden":
             known = sorted(_fields(at[:-1]))
-            near = difflib.get_close_matches(str(at[-1]), known, n=1, cutoff=0.6)
+            near = [_ELSEWHERE[at[-1]]] if _ELSEWHERE.get(at[-1]) in known else []
+            near = near or difflib.get_close_matches(str(at[-1]), known, n=1, cutoff=0.6)
             elsewhere = [block for block in _blocks() if at[-1] in _fields((block,)) and (block,) != at[:-1]]
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
             if elsewhere and not (near and near[0] == at[-1]):

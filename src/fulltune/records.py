@@ -119,6 +119,8 @@ class DataSummary(Record):
     """Class names; position = class id. Empty for regression and text generation."""
     joint: str = ""
     """Text put between prompt and completion (causal-lm), or before each source (seq2seq)."""
+    num_choices: int = 0
+    """Choices of each row (multiple-choice)."""
     packed: bool = False
     """Several short texts share a row, kept apart by their position ids."""
     max_length: int

@@ -1,43 +1,219 @@
-"""Where prepared rows lie: one arrow folder per split, features and words side by side. Layer 1."""
+"""Where prepared rows lie: one arrow file per split, memory-mapped, features and words side by side. Layer 1.
+
+The file is an Arrow stream, so `datasets.Dataset.from_file` reads it as well. Reading a row copies nothing: its lists
+are numpy views into the mapped file.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune.tasks import LENGTH
+import numpy as np
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow as pa
 
-TEXT = "words"
-"""File beside the features with each row's own values, one JSON line a row."""
-
-
-def save_split(folder: Path, features: Sequence[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a split: `features` as arrow, the rows in words as `words.jsonl`."""
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    names = list(features[0]) if features else []
-    columns = {name: [row[name] for row in features] for name in names}
-    columns[LENGTH] = [len(row["input_ids"]) for row in features]
-    Dataset.from_dict(columns).save_to_disk(str(folder))
-    with (folder / f"{TEXT}.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+FILE = "rows.arrow"
+WORDS = "words"
+"""Column beside the features with the row in the user's own columns, and its place, as JSON."""
+_ROWS_PER_BATCH = 8192
+_BYTES_PER_BATCH = 16 * 2**20
 
 
-def load_split(folder: Path) -> Dataset:
+def record_batch(rows: Sequence[Mapping[str, Any]], words: Sequence[str]) -> pa.RecordBatch:
+    """Rows of features, each a number, a text, bytes or a flat list of numbers, as arrow columns."""
+    import pyarrow as pa
+
+    names = [*rows[0], WORDS]
+    return pa.record_batch([*(_column([row[name] for row in rows]) for name in rows[0]), pa.array(words)], names=names)
+
+
+def _column(values: Sequence[Any]) -> pa.Array:
+    import pyarrow as pa
+
+    if not isinstance(values[0], (list, tuple, np.ndarray)):
+        return pa.array(values)
+    offsets = np.zeros(len(values) + 1, np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    if isinstance(values[0], np.ndarray):
+        flat = np.concatenate(list(values))
+    else:
+        first = next((value[0] for value in values if len(value)), 0)
+        kind = np.float32 if isinstance(first, (float, np.floating)) else np.int32
+        flat = np.fromiter(chain.from_iterable(values), kind, count=offsets[-1])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+class RowWriter:
+    """Writes record batches into a split's file, gathered into larger ones; use it with `with`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / FILE
+        self._writer: Any = None
+        self._waiting: list[Any] = []
+        self._waiting_rows = 0
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        import pyarrow as pa
+
+        if self._writer is None:
+            self._file = pa.OSFile(str(self.path), "wb")
+            self._writer = pa.ipc.new_stream(self._file, batch.schema)
+        self._waiting.append(batch)
+        self._waiting_rows += len(batch)
+        if self._waiting_rows >= _ROWS_PER_BATCH or sum(b.nbytes for b in self._waiting) >= _BYTES_PER_BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._waiting_rows:
+            self._writer.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
+        self._waiting, self._waiting_rows = [], 0
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._flush()
+            self._writer.close()
+            self._file.close()
+
+
+def batches(folder: Path) -> Iterator[pa.RecordBatch]:
+    """A split's record batches, words included, read one after another: for passes over all rows.
+
+    Not mapped: the pages of a mapped file would count as this process's memory.
+    """
+    import pyarrow as pa
+
+    with pa.OSFile(str(folder / FILE)) as file, pa.ipc.open_stream(file) as reader:
+        yield from reader
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """The features of a split.
+
+    `rows[i]` is a dictionary: numpy arrays (views into the file) for lists, plain values for everything else.
+    `rows["length"]` is that feature of all rows: one array, or a list of arrays.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        import pyarrow as pa
+
+        # Not closed by hand: arrays that are views of the map keep it alive, and it closes with the last of them.
+        mapped = pa.ipc.open_stream(pa.memory_map(str(folder / FILE)))
+        self._columns = [_views(batch) for batch in mapped]
+        sizes = [next(iter(columns.values())).size for columns in self._columns]
+        self._starts = [0, *np.cumsum(sizes).tolist()]
+
+    def __reduce__(self) -> Any:  # a data loader's worker maps the file anew
+        return Rows, (self.folder,)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return tuple(self._columns[0])
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            parts = [columns[key].all() for columns in self._columns]
+            return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else list(chain.from_iterable(parts))
+        if isinstance(key, slice):
+            return [self[i] for i in range(*key.indices(len(self)))]
+        position = int(key) + (len(self) if key < 0 else 0)
+        if not 0 <= position < len(self):
+            raise IndexError(key)
+        part = bisect_right(self._starts, position) - 1
+        inner = position - self._starts[part]
+        return {name: column[inner] for name, column in self._columns[part].items()}
+
+    def lists(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A column of lists, part by part: all values side by side, and where each list begins (and the last ends)."""
+        for columns in self._columns:
+            column = columns[name]
+            assert isinstance(column, _Lists), f"{name} holds no lists"
+            yield column.flat, column.offsets
+
+
+class _Lists:
+    """A column of lists: views of one flat array."""
+
+    def __init__(self, array: pa.ListArray) -> None:
+        self.offsets = array.offsets.to_numpy()
+        self.flat = array.values.to_numpy()
+        self.size = len(array)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.flat[self.offsets[i] : self.offsets[i + 1]]
+
+    def all(self) -> list[np.ndarray]:
+        return [self[i] for i in range(self.size)]
+
+
+class _Numbers:
+    """A column of numbers."""
+
+    def __init__(self, array: pa.Array) -> None:
+        self.values = array.to_numpy()
+        self.size = len(array)
+
+    def __getitem__(self, i: int) -> int | float:
+        return self.values[i].item()
+
+    def all(self) -> np.ndarray:
+        return self.values
+
+
+class _Objects:
+    """A column of texts or bytes, which are copied when they are read."""
+
+    def __init__(self, array: pa.Array) -> None:
+        self.array = array
+        self.size = len(array)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.array[i].as_py()
+
+    def all(self) -> list[Any]:
+        return self.array.to_pylist()
+
+
+def _views(batch: pa.RecordBatch) -> dict[str, _Lists | _Numbers | _Objects]:
+    import pyarrow as pa
+
+    def view(array: pa.Array) -> _Lists | _Numbers | _Objects:
+        if pa.types.is_list(array.type):
+            return _Lists(array)
+        return _Numbers(array) if pa.types.is_primitive(array.type) else _Objects(array)
+
+    return {name: view(batch.column(name)) for name in batch.schema.names if name != WORDS}
+
+
+def load_split(folder: Path) -> Rows:
     """The features of a split, memory-mapped."""
-    from datasets import load_from_disk
-
-    return load_from_disk(str(folder))
+    return Rows(folder)
 
 
 def load_texts(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a split in the user's own columns."""
-    with (folder / f"{TEXT}.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The rows of a split in the user's own columns, with `place`: for held-out rows, of which there are few."""
+    return [json.loads(text) for batch in batches(folder) for text in batch.column(WORDS).to_pylist()]
+
+
+def words(place: str, row: Mapping[str, Any]) -> str:
+    """A row as it is kept beside its features."""
+    return json.dumps({"place": place, **row}, ensure_ascii=False, default=_readable)
+
+
+def _readable(value: Any) -> str:
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)

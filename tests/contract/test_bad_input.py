@@ -147,7 +147,8 @@ def test_data_files_several_bad_are_all_named(case: Case) -> None:
         (
             "train.xlsx",
             "x",
-            ": unknown kind of file '.xlsx'; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .arrow, .feather",
+            ": unknown kind of file '.xlsx'; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .arrow, .feather, "
+            ".conll, .iob, .bio",
         ),
     ],
 )
@@ -179,7 +180,7 @@ def test_folder_without_data_is_refused(case: Case) -> None:
         case.data(data={"train": "empty"}),
         DATA,
         f"{case.folder}/empty: no data file in this folder; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, "
-        ".arrow, .feather",
+        ".arrow, .feather, .conll, .iob, .bio",
     )
 
 
@@ -449,7 +450,7 @@ def test_answers_beyond_max_length_are_refused(chat_case: Callable[..., Result])
     refused(
         result,
         DATA,
-        f"train.jsonl: 32 of 32 rows cannot be used (32 x answer cut off); first: {first}, the whole answer lies "
+        f"train.jsonl: 40 of 40 rows cannot be used (40 x answer cut off); first: {first}, the whole answer lies "
         "beyond data.max_length. Raise data.max_length, shorten these rows, or leave them out with "
         "data.truncation_strategy: drop",
     )
@@ -636,7 +637,8 @@ def test_recipe_problems_are_all_named_with_lines(case: Case) -> None:
             "train:\n  num_train_epochs: many\n  max_length: 9\n  report_to: wandb\n  global_batch_size: 10\n"
         ),
         RECIPE,
-        f"{here}:2  task: expected 'text-classification' or 'causal-lm', found 'txt-classification'; did you mean "
+        f"{here}:2  task: expected 'text-classification', 'token-classification', 'question-answering', "
+        "'multiple-choice', 'image-classification', 'causal-lm' or 'seq2seq', found 'txt-classification'; did you mean "
         "'text-classification'?",
         f"{here}:6  data.eval_fraction: expected less than 0.5, found 0.9",
         f"{here}:5  data.max_token: unknown setting; did you mean 'max_length'?",
@@ -732,10 +734,65 @@ def test_override_broken_is_refused_with_the_recipes_problems(case: Case) -> Non
             {"train": {"extra": {"learning_rat": 1}}},
             "train.extra.learning_rat: transformers.TrainingArguments has no such field; did you mean 'learning_rate'?",
         ),
+        (
+            {"train": {"optim": "adamw_torch_fuse"}},
+            "train.optim: transformers knows no optimizer 'adamw_torch_fuse'; did you mean 'adamw_torch_fused'?",
+        ),
+        (
+            {"train": {"report_to": ["tensorbord"]}},
+            "train.report_to: transformers knows no tracker 'tensorbord'; did you mean 'tensorboard'?",
+        ),
+        (
+            {"train": {"report_to": ["swanlab"]}},
+            "train.report_to: 'swanlab' needs a package that is missing; pip install swanlab",
+        ),
+        (
+            {"train": {"extra": {"deepspeed": {"zero_optimization": {"stage": 5}}}}},
+            "train.extra.deepspeed: zero_optimization.stage: expected 0, 1, 2 or 3, found 5",
+        ),
+        (
+            {"train": {"num_processes": 5000, "global_batch_size": 5000}},
+            f"train.num_processes: 5000, but this machine lets us use {hardware.num_cores()} CPU core(s); set at most "
+            f"{hardware.num_cores()}",
+        ),
     ],
 )
 def test_plan_impossible_is_refused(case: Case, blocks: dict[str, Any], problem: str) -> None:
     refused(case.data(CSV, command="plan", **blocks), RECIPE, problem)
+
+
+# ---- images and raw text ---------------------------------------------------------------------------------------
+
+
+def test_images_that_cannot_be_decoded_are_listed_and_left_out_only_when_asked(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    case = Case(tmp_path, tiny.save_image_model(tmp_path / "tiny-vit"))
+    images = tiny.write_images(tmp_path / "images", 40)
+    for number in range(11):
+        (images / "same" / f"broken{number:02}.png").write_bytes(b"no image")
+    result = case.data(name="images", task="image-classification")
+    assert result.code == DATA
+    assert "Traceback" not in result.err
+    assert [line.partition(" ")[0] for line in result.problems[:10]] == [
+        f"same/broken{number:02}.png:" for number in range(10)
+    ]
+    assert result.problems[10:] == [
+        "11 images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop"
+    ]
+    accepted(case.data(name="images", task="image-classification", data={"undecodable_images": "drop"}))
+    dropped = next(tmp_path.glob("runs/[!.]*/data/dropped.jsonl")).read_text().splitlines()
+    assert len(dropped) == 11
+
+
+def test_raw_text_of_one_paragraph_is_refused(chat_case: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("one paragraph\n")
+    result = chat_case(tiny.chat_rows(4), data={"train": "book.txt"})
+    assert result.code == DATA
+    assert "Traceback" not in result.err
+    assert result.problems == [
+        "book.txt: 1 rows, 1 of them different, are too few for three splits of at least 2 rows (train has 1, eval has "
+        "0, test has 0); give more rows, or files for eval and test"
+    ]
 
 
 # ---- folders, disk, memory -------------------------------------------------------------------------------------
@@ -816,6 +873,37 @@ def test_run_folder_summary_damaged_is_made_anew(case: Case) -> None:
     assert (run / "data" / "summary.json").read_bytes() == whole
 
 
+def test_data_file_changed_after_the_plan_is_refused(case: Case) -> None:
+    """Plan, checkpoints and scores would belong to other rows."""
+    run = case.folder / "mine"
+    file = case.write(CSV)
+    path = case.recipe()
+    accepted(fulltune("plan", path, "--run-folder", run))
+    prepared = {item: item.read_bytes() for item in (run / "data").rglob("*") if item.is_file()}
+    file.write_text(CSV.replace("sun", "moon", 1))
+    problem = (
+        f"{run}: the data files changed since this run was planned, so its checkpoints and scores belong to other "
+        "rows; start a new run (--fresh)"
+    )
+    for command in ("data", "train", "evaluate"):
+        refused(fulltune(command, path, "--run-folder", run), RECIPE, problem)
+    assert {item: item.read_bytes() for item in (run / "data").rglob("*") if item.is_file()} == prepared
+    file.write_text(CSV)
+    accepted(fulltune("data", path, "--run-folder", run))
+
+
+def test_data_file_changed_before_the_plan_is_read_anew(case: Case) -> None:
+    run = case.folder / "mine"
+    file = case.write(CSV)
+    path = case.recipe()
+    first = json.loads(accepted(fulltune("data", path, "--run-folder", run, "--json")))
+    file.write_text(CSV + "one more text,food\n")
+    again = json.loads(accepted(fulltune("data", path, "--run-folder", run, "--json")))
+    rows = [sum(split["rows"] for split in summary["splits"].values()) for summary in (first, again)]
+    assert rows == [40, 41]
+    assert first["fingerprint"] != again["fingerprint"]
+
+
 def test_run_folder_in_use_is_refused(case: Case) -> None:
     from fulltune.run_folder import locked
 
@@ -859,13 +947,13 @@ def test_disk_full_while_writing_is_refused(case: Case, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     # `fulltune.data.prepare` is the function; the module of that name is only in sys.modules.
-    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "save_split", full)
+    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "_write", full)
     result = case.data(CSV)
-    run = next(case.folder.glob("runs/*"))
+    run = next(case.folder.glob("runs/recipe-*"))
     refused(result, NO_FIT, f"{run}: the disk is full; free some space, then run the same command again")
     monkeypatch.undo()
     accepted(fulltune("data", case.folder / "recipe.yaml"))
-    assert list(case.folder.glob("runs/*")) == [run]
+    assert list(case.folder.glob("runs/recipe-*")) == [run]
 
 
 # ---- interruption ----------------------------------------------------------------------------------------------
@@ -904,7 +992,7 @@ def test_interrupt_while_training_is_resumable(case: Case) -> None:
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     assert "continuing from the checkpoint of step" in again.stderr
-    assert len(list(case.folder.glob("runs/*"))) == 1
+    assert len(list(case.folder.glob("runs/recipe-*"))) == 1
     assert again.stdout.startswith("250 steps")
 
 

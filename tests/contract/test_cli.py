@@ -102,8 +102,9 @@ def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:
     result = fulltune("init", data, "-o", tmp_path / "recipe.yaml")
     assert result.code == 4
     assert result.problems == [
-        f"{data}: no known form of data: expected columns text + label (classification), prompt + completion or "
-        "messages (language model); columns here: a, b. Other names go into a recipe, for example data.label"
+        f"{data}: no known form of data: expected columns text + label (classification), tokens + tags (entities), "
+        "prompt + completion or messages (language model), question + context + answers, source + target, choices + "
+        "label, image + label, or text alone; columns here: a, b. Other names go into a recipe, for example data.label"
     ]
 
 
@@ -129,7 +130,7 @@ def test_plan_json_is_the_plan_and_gives_a_reason_for_each_value(recipe: Path) -
 def test_command_repeated_continues_its_run_and_fresh_starts_another(recipe: Path) -> None:
     for expected, arguments in ((1, []), (1, []), (2, ["--fresh"])):
         assert fulltune("data", recipe, *arguments).code == 0
-        assert len(list(recipe.parent.glob("runs/*"))) == expected
+        assert len(list(recipe.parent.glob("runs/[!.]*"))) == expected
 
 
 def test_run_folder_as_target_with_overrides_is_refused(recipe: Path) -> None:

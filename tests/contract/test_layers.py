@@ -16,11 +16,25 @@ SOURCE = Path(fulltune.__file__).parent
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "scipy", "sklearn", "safetensors", "pyarrow"}
 VOCABULARY = {"errors", "recipe", "recipe_file", "records"}
 WORLD = {
-    *("hardware", "model", "inference", "store", "bootstrap", "calibration", "run_folder", "methods", "tasks"),
+    *(
+        "hardware",
+        "model",
+        "inference",
+        "store",
+        "bootstrap",
+        "calibration",
+        "run_folder",
+        "methods",
+        "tasks",
+        "packing",
+        "zero",
+        "selective_head",
+        "zero",
+    ),
 }
 STAGES = {"plan", "data", "train", "evaluate", "report", "predict", "init", "samples", "quickstart"}
 PIPELINE = {"pipeline"}
-SURFACE = {"display", "cli", "classic", "api"}
+SURFACE = {"display", "cli", "classic", "api", "selfcheck"}
 ALLOWED = {
     ("init", "data"): "a recipe is written from rows, and only the data stage's readers know files",
     ("quickstart", "samples"): "the example is its data and its recipe",

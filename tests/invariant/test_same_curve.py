@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,29 +120,3 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
         expected = float(task.loss(untrained(**batch).logits, labels, target, LossSettings())) / items
 
     assert losses(tmp_path)[0] == pytest.approx(expected, rel=1e-4)
-
-
-def command_line(folder: Path, recipe: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fulltune.cli", "train", str(recipe), "--run-folder", str(folder / "run")]
-    environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
-def test_two_processes_give_the_same_curve_as_one(tmp_path: Path) -> None:
-    """Through the real command line, over gloo; the last global batch of an epoch has 2 rows, one for each."""
-    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
-    rows = several_label_rows()
-    runs.run(tmp_path / "one", model, rows, train=TRAIN)
-    train = {**TRAIN, "num_processes": 2, "micro_batch_size": 2, "save_steps": 3}
-    data = tiny.write_jsonl(tmp_path / "two" / "rows.jsonl", rows)
-    recipe = tiny.write_recipe(tmp_path / "two" / "recipe.yaml", model, data, train=train)
-
-    result = command_line(tmp_path / "two", recipe)
-
-    log = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "two" / "run").glob("attempts/*/log.txt"))
-    assert result.returncode == 0, result.stderr + log
-    assert [event["step"] for event in runs.events(tmp_path / "two", "train")] == list(range(1, 7))
-    assert_same(tmp_path / "one", tmp_path / "two")
-    left = sorted(path.name for path in (tmp_path / "two" / "run").glob("attempts/*/*"))
-    assert left == ["journal.jsonl", "log.txt", "metrics.jsonl", "outcome.json", "request.json"]
-    assert list((tmp_path / "two" / "run" / "checkpoints").glob("*/*")) == []

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fulltune import pipeline
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
 from fulltune.records import DataSummary, Moved, Outcome, Plan, SplitSummary, StateBytes
-from fulltune.train import Hooks, attempts, checkpoints, worker
+from fulltune.train import Hooks, attempts, checkpoints, distributed, worker
 from fulltune.train.guards import Reading, not_finite, nothing_learned, stopped_improving
 from fulltune.train.next_attempt import MOST_KILLS, next_attempt
 from fulltune.train.request import Request
@@ -549,7 +549,7 @@ def test_child_process_is_judged_by_what_it_leaves(
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\n{copies}{end}\n", encoding="utf-8")
     script.chmod(0o755)
-    monkeypatch.setattr(attempts.sys, "executable", str(script))
+    monkeypatch.setattr(distributed.sys, "executable", str(script))
 
     found = attempts._in_child(request, lambda event: None)
 

@@ -10,7 +10,7 @@ import torch
 
 from fulltune.errors import GuardStop
 from fulltune.records import Outcome
-from fulltune.train.worker import InitialWeights
+from fulltune.train.weights import InitialWeights
 from tests import tiny
 from tests.train import runs
 

@@ -20,13 +20,15 @@ import torch
 from fulltune import pipeline
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.records import Outcome
+from fulltune.store import load_split
 from fulltune.tasks import text_classification
 from fulltune.train import attempts, checkpoints, worker
+from fulltune.train.trainer import FullTrainer
 from tests import tiny
 from tests.train import runs
 
 ROWS = tiny.topic_rows(64)
-# 51 train rows in global batches of 8: 7 steps an epoch, the last batch has 3 rows.
+# 52 train rows in global batches of 8: 7 steps an epoch, the last batch has 4 rows.
 STEPS_PER_EPOCH = 7
 TRAIN: dict[str, Any] = {
     "num_train_epochs": 3,
@@ -85,6 +87,37 @@ def test_resume_after_a_break_gives_the_unbroken_weights(
 
     steps = [event["step"] for event in runs.events(tmp_path, "train")]
     assert len(steps) < step + 3 * STEPS_PER_EPOCH  # the second attempt did not begin anew
+    assert_same(runs.final_weights(tmp_path), unbroken)
+
+
+@pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 2, 2 * STEPS_PER_EPOCH + 5])
+def test_resume_in_the_middle_of_an_epoch_reads_the_remaining_rows_only(
+    step: int, unbroken: dict[str, torch.Tensor], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain = FullTrainer.get_train_dataloader
+
+    def counted(trainer: FullTrainer) -> Any:
+        collate = trainer.data_collator
+
+        def counting(rows: list[Any]) -> Any:
+            read.extend(row["length"] for row in rows)
+            return collate(rows)
+
+        monkeypatch.setattr(trainer, "data_collator", counting)
+        loader = plain(trainer)
+        monkeypatch.setattr(trainer, "data_collator", collate)
+        return loader
+
+    monkeypatch.setattr(FullTrainer, "get_train_dataloader", counted)
+    with pytest.raises(InterruptedRun):
+        go(tmp_path, tiny_encoder, listener=runs.at_step(step - 1, ask_to_stop))
+    read.clear()
+
+    go(tmp_path, tiny_encoder)
+
+    epochs, steps = divmod(step, STEPS_PER_EPOCH)
+    assert len(read) == len(load_split(tmp_path / "run" / "data" / "train")) * (3 - epochs) - 8 * steps
     assert_same(runs.final_weights(tmp_path), unbroken)
 
 

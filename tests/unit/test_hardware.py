@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from fulltune import hardware
+from fulltune.errors import SetupError
 
 MEMINFO = "MemTotal: 16000 kB\nMemFree: 1000 kB\nMemAvailable: 8000 kB\n"
 K = 1024
@@ -50,7 +53,7 @@ def test_memory_respects_the_cgroup(
 def test_cores_respect_the_cgroup(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     pretend(monkeypatch, {"/sys/fs/cgroup/cpu.max": quota})
-    assert hardware._num_cores() == cores
+    assert hardware.num_cores() == cores
 
 
 def test_disk_of_a_path_that_does_not_exist_yet_is_its_parents(tmp_path: Path) -> None:
@@ -61,3 +64,34 @@ def test_machine_is_described() -> None:
     machine = hardware.here()
     assert machine.num_cores >= 1
     assert 0 < machine.memory_available_bytes <= machine.memory_bytes
+
+
+def test_bf16_speedup_is_measured_once_and_kept_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "")
+    monkeypatch.delenv("FULLTUNE_BF16_SPEEDUP")
+    measured = iter((2.345, 9.0))
+    monkeypatch.setattr(hardware, "measure_bf16_speedup", lambda device: next(measured))
+    assert [hardware.bf16_speedup(), hardware.bf16_speedup()] == [2.35, 2.35]
+    assert os.environ["FULLTUNE_BF16_SPEEDUP"] == "2.35"
+
+
+def test_bf16_speedup_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULLTUNE_BF16_SPEEDUP", "fast")
+    with pytest.raises(SetupError, match="FULLTUNE_BF16_SPEEDUP=fast: expected a number"):
+        hardware.bf16_speedup()
+
+
+@pytest.mark.parametrize(("small", "large", "expected"), [(0.1, 9.0, 0.1), (0.9, 3.0, 3.0)])
+def test_bf16_speedup_of_a_cpu_without_bf16_is_known_from_a_small_product(
+    monkeypatch: pytest.MonkeyPatch, small: float, large: float, expected: float
+) -> None:
+    monkeypatch.setattr(hardware, "_bf16_speedup", lambda device, rows, width: small if rows == 64 else large)
+    assert hardware.measure_bf16_speedup("cpu") == expected
+
+
+def test_bf16_speedup_leaves_the_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert hardware.measure_bf16_speedup("cpu") > 0
+    assert torch.equal(torch.rand(1), expected)

@@ -23,7 +23,7 @@ from fulltune.errors import GuardStop
 from fulltune.records import Moved
 from fulltune.train.guards import nothing_learned
 from fulltune.train.trainer import FiniteGuard
-from fulltune.train.worker import InitialWeights
+from fulltune.train.weights import InitialWeights
 
 _log = logging.getLogger(__name__)
 

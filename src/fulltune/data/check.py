@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fulltune.data.read import Table
 from fulltune.errors import DataError
 from fulltune.records import SplitName
-from fulltune.tasks import Target, Task
 
 MOST_LEFT_OUT = 0.05
-"""Share of a split's rows that may be unusable; more points to a wrong column or a broken export."""
+"""Share of a file's rows that may be unusable; more points to a wrong column or a broken export."""
+UNDECODABLE_IMAGE = "undecodable image"
+_PLACES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -27,30 +27,13 @@ class Dropped:
     row: dict[str, Any]
 
 
-def usable(table: Table, split: str, task: Task, target: Target) -> tuple[list[int], list[Dropped]]:
-    """Positions of usable rows, and the rows left out.
-
-    Raises:
-        DataError: When more than one row in twenty is unusable.
-    """
-    kept, dropped = [], []
-    for position, row in enumerate(table.rows):
-        refused = task.refuse(row, target)
-        if refused is None:
-            kept.append(position)
-        else:
-            dropped.append(Dropped(split, table.places[position], refused.check, refused.reason, row))
-    refuse_if_many(dropped, len(table.rows), table.where)
-    return kept, dropped
-
-
-def refuse_if_many(dropped: Sequence[Dropped], num_rows: int, where: str) -> None:
-    """Leaving out a few rows is worth a note, leaving out many would ruin the run in silence."""
+def too_many(dropped: Sequence[Dropped], num_rows: int, where: str) -> list[str]:
+    """Leaving out a few rows is worth a note, more than one in twenty would ruin the run in silence: a line for it."""
     if not dropped:
-        return
+        return []
     # One row is never many: an eval file of ten rows may have a bad one as well as a train file of thousands.
     if len(dropped) <= max(1, MOST_LEFT_OUT * num_rows) and len(dropped) < num_rows:
-        return
+        return []
     first = dropped[0]
     remedy = (
         "Raise data.max_length, shorten these rows, or leave them out with data.truncation_strategy: drop"
@@ -58,10 +41,20 @@ def refuse_if_many(dropped: Sequence[Dropped], num_rows: int, where: str) -> Non
         else "Remove or repair these rows, or name another column in the recipe"
     )
     counts = ", ".join(f"{count} x {check}" for check, count in Counter(item.check for item in dropped).most_common())
-    raise DataError(
+    return [
         f"{where}: {len(dropped)} of {num_rows} rows cannot be used ({counts}); first: {first.place}, {first.reason}. "
         f"{remedy}"
-    )
+    ]
+
+
+def undecodable(broken: Sequence[Dropped]) -> list[str]:
+    """Images that cannot be decoded are left out only when the recipe says so: the first ten and their number."""
+    if not broken:
+        return []
+    return [
+        *(f"{item.place}: {item.reason}" for item in broken[:_PLACES_SHOWN]),
+        f"{len(broken)} images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop",
+    ]
 
 
 def labels_only_held_out(

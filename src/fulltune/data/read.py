@@ -1,4 +1,4 @@
-"""Read the user's files into rows: csv, tsv, jsonl, json, parquet, arrow, or a folder of these.
+"""Read the user's files row by row: csv, tsv, jsonl, json, parquet, arrow, CoNLL, text, or a folder of these.
 
 Every error names the file and, where there is one, the line.
 """
@@ -9,26 +9,93 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fulltune.data import images, plain_text
 from fulltune.errors import DataError
+from fulltune.recipe import TextRows
 
-READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather")
+READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
+ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
+"""Kinds that a folder may hold for other reasons (a licence, notes): read when the recipe names the file."""
+_ROWS_AT_ONCE = 1000
+PlacedRow = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one split, read anew, row by row, each time it is asked."""
+
+    files: tuple[Path, ...]
+    where: str
+    """The file's name, or the first of several: for messages."""
+    text_rows: TextRows = "auto"
+    image_folder: Path | None = None
+    image_paths: bool = False
+    """Paths of images start at the table's folder."""
+    image_column: str | None = None
+
+    def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
+        """Rows with the place each came from, for example `train.csv:17`.
+
+        Args:
+            problems: Takes what is wrong with a file, and reading goes on with the next one; without it, it is raised.
+
+        Raises:
+            DataError: For an empty or broken file.
+        """
+        if self.image_folder is not None:
+            yield from images.rows(self.image_folder)
+            return
+        for file in self.files:
+            try:
+                is_empty = True
+                for line, row in _rows(file, self.text_rows):
+                    is_empty = False
+                    if self.image_paths:
+                        row = images.beside(row, file.parent, self.image_column)
+                    yield f"{file.name}:{line}", row
+                if is_empty:
+                    raise DataError(f"{file}: no rows")
+            except DataError as error:
+                if problems is None:
+                    raise
+                problems += error.problems
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one split and where each came from."""
+    """All rows of some files, in memory: for files that are read once and are small."""
 
     rows: list[dict[str, Any]]
     columns: tuple[str, ...]
     places: list[str]
-    """For each row its file and line, for example `train.csv:17`."""
     where: str
-    """The file's name, or the first of several: for messages."""
+
+
+def locate(paths: Sequence[str], text_rows: TextRows = "auto") -> Source:
+    """Find the files behind paths; nothing is read yet.
+
+    Raises:
+        DataError: For each path that is missing, empty or of an unknown kind.
+    """
+    if len(paths) == 1 and images.is_image_folder(Path(paths[0])):
+        folder = Path(paths[0])
+        return Source(tuple(images.files(folder)), folder.name, image_folder=folder)
+    files: list[Path] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            files += _files(Path(path))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    where = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
+    return Source(tuple(files), where, text_rows)
 
 
 def read(paths: Sequence[str]) -> Table:
@@ -37,50 +104,32 @@ def read(paths: Sequence[str]) -> Table:
     Raises:
         DataError: For a missing, empty, broken or unknown file; all files are looked at before it is raised.
     """
-    files, problems = _all_files(paths)
-    rows: list[dict[str, Any]] = []
-    places: list[str] = []
-    for file in files:
-        try:
-            found = list(_rows(file))
-            if not found:
-                raise DataError(f"{file}: no rows")
-        except DataError as error:
-            problems += error.problems
-            continue
-        rows += [row for _, row in found]
-        places += [f"{file.name}:{line}" for line, _ in found]
-    if problems:
-        raise DataError(problems)
-    columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    where = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
-    return Table(rows, columns, places, where)
-
-
-def content_hash(paths: Sequence[str]) -> str:
-    """SHA-256 over names and bytes of the files: the same content gives the same data stage."""
-    files, problems = _all_files(paths)
-    if problems:
-        raise DataError(problems)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _all_files(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The files behind paths, and a line for each that cannot be used."""
-    files: list[Path] = []
+    source = locate(paths)
     problems: list[str] = []
-    for path in paths:
-        try:
-            files += _files(Path(path))
-        except DataError as error:
-            problems += error.problems
-    return files, problems
+    found = list(source.rows(problems))
+    if problems:
+        raise DataError(problems)
+    columns = tuple(dict.fromkeys(name for _, row in found for name in row))
+    return Table([row for _, row in found], columns, [place for place, _ in found], source.where)
+
+
+def content_hash(sources: Iterable[Source]) -> str:
+    """SHA-256 over names and bytes of the files: the same content gives the same data stage.
+
+    Of an image folder, sizes and times of change stand for the bytes: reading a hundred thousand images would take
+    longer than all other preparations.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        for file in source.files:
+            digest.update(file.name.encode())
+            if source.image_folder is not None:
+                status = file.stat()
+                digest.update(f"{file.parent.name}:{status.st_size}:{status.st_mtime_ns}".encode())
+                continue
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _files(path: Path) -> list[Path]:
@@ -94,14 +143,14 @@ def _files(path: Path) -> list[Path]:
         if not found:
             raise DataError(f"{path}: no data file in this folder; expected {', '.join(READERS)}")
         return found
-    if path.suffix.lower() not in READERS:
+    if path.suffix.lower() not in (*READERS, *ONLY_BY_NAME):
         raise DataError(f"{path}: unknown kind of file '{path.suffix}'; expected {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     return [path]
 
 
-def _rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def _rows(file: Path, text_rows: TextRows) -> Iterable[tuple[int, dict[str, Any]]]:
     """Pairs of line (or row number, from 1) and row."""
     try:
         match file.suffix.lower():
@@ -113,8 +162,14 @@ def _rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                 yield from _json_lines(file)
             case ".json":
                 yield from _json(file)
-            case _:
+            case ".txt":
+                yield from plain_text.rows(file, text_rows)
+            case ".parquet" | ".arrow" | ".feather":
                 yield from _columnar(file)
+            case _:
+                from fulltune.data import conll
+
+                yield from conll.rows(file)
     except UnicodeDecodeError:
         raise DataError(f"{file}:{_undecodable_line(file)}: not UTF-8; save the file as UTF-8") from None
     except PermissionError:
@@ -215,20 +270,32 @@ def _json_problem(error: ValueError) -> str:
 
 
 def _columnar(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Row groups or record batches one after another, so that a large file never lies in memory as a whole."""
+    import pyarrow as pa
+
+    try:
+        number = 1
+        for batch in _batches(file):
+            yield from enumerate(batch.to_pylist(), start=number)
+            number += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a valid {file.suffix[1:]} file: {str(error).splitlines()[0]}") from None
+
+
+def _batches(file: Path) -> Iterator[Any]:
     import pyarrow as pa
     from pyarrow import feather, parquet
 
-    try:
-        if file.suffix.lower() == ".parquet":
-            table = parquet.read_table(file)
-        elif file.suffix.lower() == ".feather":
-            table = feather.read_table(file)
-        else:
-            with pa.memory_map(str(file)) as stream:
-                try:
-                    table = pa.ipc.open_file(stream).read_all()
-                except pa.ArrowInvalid:
-                    table = pa.ipc.open_stream(stream).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a valid {file.suffix[1:]} file: {str(error).splitlines()[0]}") from None
-    yield from enumerate(table.to_pylist(), start=1)
+    if file.suffix.lower() == ".parquet":
+        with parquet.ParquetFile(file) as parts:
+            yield from parts.iter_batches(_ROWS_AT_ONCE)
+        return
+    if file.suffix.lower() == ".feather":
+        yield from feather.read_table(file, memory_map=True).to_batches(_ROWS_AT_ONCE)
+        return
+    with pa.memory_map(str(file)) as stream:
+        try:
+            table = pa.ipc.open_file(stream).read_all()
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_stream(stream).read_all()
+    yield from table.to_batches(_ROWS_AT_ONCE)

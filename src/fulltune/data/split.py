@@ -3,66 +3,65 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 MOST_HELD_OUT_ROWS = 2_000
 
 
-def split_off(groups: Sequence[str], strata: Sequence[str], fraction: float, seed: int) -> list[bool]:
+def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
     """Choose rows to hold out.
 
     Whole groups are chosen, so that a text and its duplicates stay on one side. Within each stratum (class) about the
     same share is chosen, at least one group where the stratum has two or more, so that each class can be measured.
 
     Args:
-        groups: For each row the key that its duplicates share.
-        strata: For each row its class.
+        groups: `draw` of the key that a row shares with its duplicates: uint64 [rows]. Groups are taken in the order
+            of these numbers.
+        strata: Number of each row's class [rows].
         fraction: Share of the rows to hold out; at most 2,000 rows in all.
-        seed: The order is that of a hash of seed and key: adding rows moves few others.
 
     Returns:
-        For each row whether it is held out.
+        Whether a row is held out: bool [rows].
     """
     fraction = min(fraction, MOST_HELD_OUT_ROWS / max(1, len(groups)))
-    members: dict[str, list[int]] = defaultdict(list)
-    for position, key in enumerate(groups):
-        members[key].append(position)
-    by_stratum: dict[str, list[str]] = defaultdict(list)
-    for key, positions in members.items():
-        by_stratum[strata[positions[0]]].append(key)
-    held_out = [False] * len(groups)
-    for stratum in sorted(by_stratum):
-        keys = sorted(by_stratum[stratum], key=lambda key: order(seed, key))
-        rows = sum(len(members[key]) for key in keys)
-        wanted = round(rows * fraction)
-        if len(keys) > 1:
+    if not len(groups):
+        return np.zeros(0, bool)
+    # Sorted by the drawn number, which is the pseudo-random order in which groups are taken.
+    _, first, member_of, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    stratum_of = strata[first]
+    chosen = np.zeros(len(first), bool)
+    by_stratum = np.argsort(stratum_of, kind="stable")
+    for members in np.split(by_stratum, np.flatnonzero(np.diff(stratum_of[by_stratum])) + 1):
+        wanted = round(int(sizes[members].sum()) * fraction)
+        if len(members) > 1:
             wanted = max(1, wanted)
-        for key in _chosen(keys, {key: len(members[key]) for key in keys}, wanted):
-            for position in members[key]:
-                held_out[position] = True
-    return held_out
+        chosen[members[_chosen(sizes[members].tolist(), wanted)]] = True
+    return chosen[member_of]
 
 
-def _chosen(keys: Sequence[str], sizes: Mapping[str, int], wanted: int) -> list[str]:
+def _chosen(sizes: Sequence[int], wanted: int) -> list[int]:
     """Groups of together about `wanted` rows, never all; one that is too large for the rest is passed over."""
-    chosen: list[str] = []
+    chosen: list[int] = []
     taken = 0
-    for key in keys:
-        if taken + sizes[key] <= wanted and len(chosen) < len(keys) - 1:
-            chosen.append(key)
-            taken += sizes[key]
-    if not chosen and wanted and len(keys) > 1:
-        chosen = [min(keys, key=lambda key: sizes[key])]
+    for position, size in enumerate(sizes):
+        if taken == wanted:
+            break
+        if taken + size <= wanted and len(chosen) < len(sizes) - 1:
+            chosen.append(position)
+            taken += size
+    if not chosen and wanted and len(sizes) > 1:
+        chosen = [min(range(len(sizes)), key=lambda position: sizes[position])]
     return chosen
 
 
-def order(seed: int, key: str) -> str:
-    """A pseudo-random sort key that does not depend on the rows' order in the file."""
-    return hashlib.sha256(f"{seed}\0{key}".encode()).hexdigest()
+def draw(seed: int, key: str) -> int:
+    """A pseudo-random number below 2^64 that depends on seed and key alone: adding rows moves few others."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
 
 
-def sample(count: int, most: int, seed: int) -> list[int]:
-    """`most` of `count` positions, at random, in their old order."""
-    chosen = sorted(range(count), key=lambda position: order(seed, str(position)))[:most]
-    return sorted(chosen)
+def sample(count: int, most: int, seed: int) -> np.ndarray:
+    """`most` of `count` positions, at random, in their old order: int64."""
+    drawn = np.fromiter((draw(seed, str(position)) for position in range(count)), np.uint64, count)
+    return np.sort(np.argsort(drawn, kind="stable")[:most])

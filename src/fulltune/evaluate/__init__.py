@@ -15,7 +15,7 @@ from fulltune.errors import SetupError
 from fulltune.evaluate.bench import Bench, UserMetrics
 from fulltune.recipe import Recipe, TaskName
 from fulltune.records import DataSummary, Outcome, Plan, Scores
-from fulltune.tasks import Target, causal_lm, task_named
+from fulltune.tasks import Target, causal_lm, task_named, token_classification
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -26,6 +26,8 @@ def check_extras(recipe: Recipe) -> None:
     """
     if recipe.task in ("causal-lm", "seq2seq") and recipe.evaluate.generate_rows:
         causal_lm.score_answers(["a"], ["a"])
+    if recipe.task == "token-classification":
+        token_classification.seqeval_entities(["O"])
 
 
 def baselines(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path) -> list[Scores]:

@@ -99,21 +99,26 @@ class Bench:
     def load_pretrained(self) -> tuple[Any, Any]:
         """The model before training, on the plan's device, and its tokenizer; a new head is drawn at random."""
         block = self.recipe.model
-        tokenizer = models.load_tokenizer(block, chat_template=self.recipe.data.chat_template)
+        tokenizer = models.load_processor(block, self.recipe.task, chat_template=self.recipe.data.chat_template)
         changes = self.task.config_changes(self.target, tokenizer)
         model = models.load(block, self.task.AUTO_CLASS, changes, head_is_new=self.task.HEAD_IS_NEW)
-        return model.to(self.plan.device), tokenizer
+        return _placed(model, self.plan.device), tokenizer
 
     def load_trained(self, model_folder: Path) -> tuple[Any, Any]:
         """The finished model, loaded from its folder as any user would."""
         # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
         block = self.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
         model = models.load(block, self.task.AUTO_CLASS, {}, head_is_new=False)
-        return model.to(self.plan.device), models.load_tokenizer(block)
+        return _placed(model, self.plan.device), models.load_processor(block, self.recipe.task)
+
+
+def _placed(model: Any, device: str) -> Any:
+    return model.to(device)
 
 
 def _objects(values: list[Any]) -> np.ndarray:
     """A list as an array of objects, whatever its members are."""
     array = np.empty(len(values), dtype=object)
-    array[:] = values
+    for position, value in enumerate(values):  # numpy would take lists of one length for a second axis
+        array[position] = value
     return array

@@ -1,4 +1,4 @@
-"""Models that give each row a label, several labels or a number; baselines that need no training."""
+"""Models that give each row a label, several labels, a number or one of its choices; baselines without training."""
 
 from __future__ import annotations
 
@@ -11,26 +11,38 @@ import numpy as np
 from fulltune.calibration import calibrate
 from fulltune.evaluate.bench import WORST, Bench
 from fulltune.inference import embeddings
+from fulltune.model import opened
 from fulltune.records import Confusion, Scores
-from fulltune.tasks import text_classification
+from fulltune.tasks import Predictions, image_classification, multiple_choice, text_classification
+
+MOST_EMBEDDED = 10_000
+"""Train rows behind the baseline of frozen embeddings; more would change its scores little and cost minutes."""
 
 
 def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
-    """File name to what makes it: the majority class, and the simplest classifier on frozen embeddings."""
+    """File name to what makes it: the majority class, and the simplest classifier on frozen embeddings.
+
+    Choices have no classes: what costs nothing there is the usual position of the right one, and the longest choice.
+    """
+    if bench.target.problem_type == "choice":
+        return {"baseline-majority": lambda: _majority(bench), "baseline-longest": lambda: _longest(bench)}
     return {"baseline-majority": lambda: _majority(bench), "baseline-frozen": lambda: _frozen(bench)}
 
 
 def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
     """The trained model; the temperature of its probabilities is fitted on the eval rows."""
-    run = partial(bench.run, model, tokenizer.pad_token_id)
-    kept = run(bench.rows("test"))
+
+    def run(split: str) -> Predictions:
+        return bench.run(model, tokenizer.pad_token_id, opened(bench.rows(split), tokenizer))
+
+    kept = run("test")
     metrics = bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target))
     predicted = text_classification.predict_labels(kept["logits"], bench.target)
     calibration = None
-    if bench.target.problem_type == "single_label":
-        chosen = run(bench.rows("eval"))
+    if bench.target.problem_type in ("single_label", "choice"):
+        chosen = run("eval")
         calibration = calibrate(chosen["logits"], chosen["labels"], kept["logits"], kept["labels"])
-    texts = [str(row[bench.target.columns["text"]]) for row in bench.texts]
+    texts = [_shown(bench, row) for row in bench.texts]
     return bench.scores(
         bench.plan.trial,
         "trained",
@@ -42,6 +54,17 @@ def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
     )
 
 
+def _shown(bench: Bench, row: dict[str, Any]) -> str:
+    """A test row as one reads it in a list of mistakes."""
+    if bench.target.problem_type == "choice":
+        return multiple_choice.as_shown(row, bench.target)
+    if "image" in bench.target.columns:
+        return image_classification.short_name(row, bench.target)
+    return " / ".join(
+        str(row[bench.target.columns[role]]) for role in ("text", "text_pair") if role in bench.target.columns
+    )
+
+
 def _labels(rows: Any) -> np.ndarray:
     return np.array(rows["labels"])
 
@@ -50,24 +73,33 @@ def _label_scores(bench: Bench, name: str, predicted: np.ndarray) -> Scores:
     """Scores of a baseline that gives labels without probabilities."""
     true = _labels(bench.rows("test"))
     kept = {"true": true, "predicted": predicted}
-    metrics = bench.estimates(
-        kept, lambda rows: text_classification.label_metrics(rows["true"], rows["predicted"], bench.target)
+    of_labels = (
+        multiple_choice.label_metrics
+        if bench.target.problem_type == "choice"
+        else partial(text_classification.label_metrics, target=bench.target)
     )
+    metrics = bench.estimates(kept, lambda rows: of_labels(rows["true"], rows["predicted"]))
     return bench.scores(name, "baseline", len(true), metrics=metrics, confusion=_confusion(bench, true, predicted))
 
 
 def _majority(bench: Bench) -> Scores:
-    """The most frequent class of train (each label's majority; the mean) for every row."""
+    """The most frequent class of train (each label's majority; the mean; the position) for every row."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
     train, test = bench.rows("train"), bench.rows("test")
     regression = bench.target.problem_type == "regression"
     dummy = DummyRegressor() if regression else DummyClassifier(strategy="most_frequent")
     dummy.fit(np.zeros((len(train), 1)), _labels(train))
-    name = {"regression": "mean of train", "multi_label": "majority of each label"}
+    name = {"regression": "mean of train", "multi_label": "majority of each label", "choice": "most frequent position"}
     return _label_scores(
         bench, name.get(bench.target.problem_type, "majority class"), dummy.predict(np.zeros((len(test), 1)))
     )
+
+
+def _longest(bench: Bench) -> Scores:
+    """The choice with the most characters: people who write a right answer are often more careful with it."""
+    texts = [multiple_choice.choice_texts(row, bench.target) for row in bench.texts]
+    return _label_scores(bench, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 
 
 def _frozen(bench: Bench) -> Scores:
@@ -76,8 +108,8 @@ def _frozen(bench: Bench) -> Scores:
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.neighbors import NearestCentroid
 
-    train, test = bench.rows("train"), bench.rows("test")
     model, tokenizer = bench.load_pretrained()
+    train, test = (opened(bench.rows(split), tokenizer) for split in ("train", "test"))
     embed = partial(
         embeddings,
         model,
@@ -96,7 +128,12 @@ def _frozen(bench: Bench) -> Scores:
             )
         case _:
             name, head = "nearest centroid (frozen embeddings)", NearestCentroid()
-    head.fit(embed(train), _labels(train))
+    labels = _labels(train)
+    if len(train) > MOST_EMBEDDED:
+        chosen = np.random.default_rng(0).choice(len(train), MOST_EMBEDDED, replace=False)
+        train, labels = [train[int(i)] for i in chosen], labels[chosen]
+        name = name.replace("embeddings)", f"embeddings of {MOST_EMBEDDED:,} train rows)")
+    head.fit(embed(train), labels)
     return _label_scores(bench, name, np.asarray(head.predict(embed(test))))
 
 

@@ -1,19 +1,22 @@
-"""Language models: loss on all test rows, generated answers for some; the untouched model is the baseline."""
+"""Models that write: loss on all test rows, generated answers for some; the untouched model is the baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from fulltune.evaluate.bench import Bench
 from fulltune.inference import generate
-from fulltune.records import Answer, Scores
-from fulltune.tasks import causal_lm
+from fulltune.records import Answer, Estimate, Scores
+from fulltune.tasks import causal_lm, seq2seq
 
 
 def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
-    """File name to what makes it: the language model before training."""
-    return {"before-training": lambda: _scores(bench, *bench.load_pretrained(), "before training", "untouched")}
+    """File name to what makes it: the model before training; where there is a source, also its copy."""
+    made = {"before-training": lambda: _scores(bench, *bench.load_pretrained(), "before training", "untouched")}
+    if bench.target.problem_type == "source_target" and bench.recipe.evaluate.generate_rows:
+        made["baseline-copy"] = lambda: _copy(bench)
+    return made
 
 
 def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
@@ -21,30 +24,64 @@ def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
 
 
 def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["untouched", "trained"]) -> Scores:
-    kept = bench.run(model, tokenizer.pad_token_id, bench.rows("test"))
+    test = bench.rows("test")
+    kept = bench.run(model, tokenizer.pad_token_id, test)
     estimates = bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target))
     answers: tuple[Answer, ...] = ()
-    settings = bench.recipe.evaluate
-    if settings.generate_rows and bench.target.problem_type != "text":
-        # A conversation can be several examples, and one without a question has nothing to answer.
-        conversations = {row["place"]: row for row in bench.texts}.values()
-        rows = [row for row in conversations if causal_lm.prompt_text(row, bench.target).strip()]
-        rows = rows[: settings.generate_rows]
-        prompts = [causal_lm.generation_ids(row, bench.target, tokenizer) for row in rows]
+    rows = _asked(bench)
+    if rows:
+        if bench.target.problem_type == "source_target":  # one example a row: cut as it is in training
+            prompts = [list(map(int, test[position]["input_ids"])) for position in range(len(rows))]
+        else:
+            prompts = [causal_lm.generation_ids(row, bench.target, tokenizer) for row in rows]
         made = generate(
             model,
             tokenizer,
             prompts,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=bench.recipe.evaluate.max_new_tokens,
             batch_size=bench.plan.eval_batch_size,
             precision=bench.plan.precision,
         )
-        expected = [causal_lm.answer_text(row, bench.target) for row in rows]
-        answer_scores = causal_lm.score_answers(made, expected)
-        estimates |= bench.estimates(answer_scores, lambda rows: bench.task.metrics(rows, bench.target))
-        estimates |= bench.user_estimates(made, expected)
+        asked, expected = _words(bench, rows)
+        estimates |= _compared(bench, made, expected) | bench.user_estimates(made, expected)
         answers = tuple(
-            Answer(text=causal_lm.prompt_text(row, bench.target), expected=want, predicted=got)
-            for row, want, got in zip(rows, expected, made, strict=True)
+            Answer(text=text, expected=want, predicted=got)
+            for text, want, got in zip(asked, expected, made, strict=True)
         )
     return bench.scores(name, kind, len(next(iter(kept.values()))), metrics=estimates, answers=answers)
+
+
+def _copy(bench: Bench) -> Scores:
+    """The source itself as the answer: what a summary, a correction or a paraphrase has to beat."""
+    rows = _asked(bench)
+    sources, expected = _words(bench, rows)
+    return bench.scores(
+        "copy of the source", "baseline", len(rows), metrics=_compared(bench, [s.strip() for s in sources], expected)
+    )
+
+
+def _asked(bench: Bench) -> list[dict[str, Any]]:
+    """The test rows for which answers are generated."""
+    wanted = bench.recipe.evaluate.generate_rows
+    match bench.target.problem_type:
+        case "text":
+            return []
+        case "source_target":
+            return bench.texts[:wanted] if wanted else []
+        case _:
+            # A conversation can be several examples, and one without a question has nothing to answer.
+            conversations = {row["place"]: row for row in bench.texts}.values() if wanted else ()
+            return [row for row in conversations if causal_lm.prompt_text(row, bench.target).strip()][:wanted]
+
+
+def _words(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """What is asked, and what should be answered."""
+    task = seq2seq if bench.target.problem_type == "source_target" else causal_lm
+    return [task.prompt_text(row, bench.target) for row in rows], [task.answer_text(row, bench.target) for row in rows]
+
+
+def _compared(bench: Bench, answers: Sequence[str], expected: Sequence[str]) -> dict[str, Estimate]:
+    """The metrics of answers, whoever gave them."""
+    task = seq2seq if bench.target.problem_type == "source_target" else causal_lm
+    kept = task.score_answers(answers, expected)
+    return bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target))

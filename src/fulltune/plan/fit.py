@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fulltune import zero
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.hardware import Machine
 from fulltune.model import Shapes
@@ -14,6 +15,8 @@ from fulltune.records import DataSummary, Plan, Setting
 from fulltune.tasks import task_named
 
 FROM_RECIPE = "from the recipe"
+LEAST_BF16_SPEEDUP = 1.2
+"""Below it bf16's rounding buys too little."""
 
 
 class _Ledger:
@@ -59,7 +62,18 @@ def fit(recipe: Recipe, shapes: Shapes, summary: DataSummary, machine: Machine, 
     warmup = _warmup(recipe, total_steps, ledger)
     state = memory.state_bytes(shapes.num_parameters, recipe.model.weights_dtype)
     available = machine.gpus[0].memory_bytes if device == "cuda" else machine.memory_available_bytes
-    _refuse_what_cannot_fit(recipe, shapes, state.total, available, device, disk_free_bytes)
+    shared = zero.zero_of(recipe) or zero.Zero(stage=0, offload_optimizer=False, offload_weights=False)
+    per_device = shared.device_bytes(state, train.num_processes)
+    on_host = shared.host_bytes(state, train.num_processes)
+    if device == "cpu":
+        per_device += on_host // train.num_processes
+    elif on_host > machine.memory_available_bytes:
+        raise DoesNotFitError(
+            f"{zero.NAME}: what is offloaded needs {_gib(on_host)}, but {_gib(machine.memory_available_bytes)} of the "
+            "host's memory are free; offload less, or take a smaller model"
+        )
+    needed = per_device * (train.num_processes if device == "cpu" else 1)
+    _refuse_what_cannot_fit(recipe, shapes, needed, available, device, disk_free_bytes)
     per_row = memory.row_bytes(
         summary.max_length,
         shapes.num_layers,
@@ -68,11 +82,13 @@ def fit(recipe: Recipe, shapes: Shapes, summary: DataSummary, machine: Machine, 
         recipe.task,
         train.activation_checkpointing,
     )
-    per_process = available - state.total if device == "cuda" else available // train.num_processes - state.total
+    per_process = (available if device == "cuda" else available // train.num_processes) - per_device
     micro, why = defaults.micro_batch_size(global_batch, train.num_processes, per_row, per_process)
     micro = ledger.settle("train.micro_batch_size", train.micro_batch_size, int(micro), why)
     accumulation = global_batch // (micro * train.num_processes)
     ledger.settle("gradient accumulation", None, accumulation, "global batch / (micro batch x processes)")
+    if problems := zero.disagreements(recipe, micro, accumulation, train.num_processes, precision):
+        raise RecipeError(problems)
     eval_steps = min(total_steps, train.eval_steps or steps_per_epoch)
     ledger.settle("train.eval_steps", train.eval_steps, eval_steps, "once per epoch")
     ledger.settle("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
@@ -124,6 +140,11 @@ def _device(recipe: Recipe, machine: Machine, ledger: _Ledger) -> str:
     device = str(ledger.settle("train.device", None if wanted == "auto" else wanted, found, reason))
     if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
         raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but there are {len(machine.gpus)} GPUs")
+    if device == "cpu" and recipe.train.num_processes > machine.num_cores:
+        raise RecipeError(
+            f"train.num_processes: {recipe.train.num_processes}, but this machine lets us use {machine.num_cores} "
+            f"CPU core(s); set at most {machine.num_cores}"
+        )
     return device
 
 
@@ -140,11 +161,10 @@ def _precision(recipe: Recipe, machine: Machine, device: str, ledger: _Ledger) -
             "weights_dtype: fp32"
         )
     if device == "cpu":
-        chosen, reason = (
-            ("bf16", "this CPU multiplies bf16 in hardware; weights stay fp32")
-            if machine.cpu_bf16_fast
-            else ("fp32", "this CPU has no fast bf16")
-        )
+        ratio = machine.cpu_bf16_speedup
+        reason = f"bf16 is {ratio:.1f} times as fast as fp32 here (measured)"
+        chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
+        reason += "; weights stay fp32" if chosen == "bf16" else f"; it needs {LEAST_BF16_SPEEDUP} to be taken"
     else:
         chosen, reason = (
             ("bf16", "this GPU computes bf16; weights stay fp32")
@@ -209,9 +229,8 @@ def _warmup(recipe: Recipe, total_steps: int, ledger: _Ledger) -> int:
 
 
 def _refuse_what_cannot_fit(
-    recipe: Recipe, shapes: Shapes, state: int, available: int, device: str, disk_free_bytes: int
+    recipe: Recipe, shapes: Shapes, needed: int, available: int, device: str, disk_free_bytes: int
 ) -> None:
-    needed = state * (recipe.train.num_processes if device == "cpu" else 1)
     if needed > available:
         halved = recipe.model.weights_dtype == "fp32" and needed / 2 <= available
         remedy = ", or set model.weights_dtype: bf16 (half of it, but loses small updates)" if halved else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fulltune.records import DataSummary, Segment
-from fulltune.report import words
+from fulltune.records import DataSummary, Segment, SplitSummary
+from fulltune.report import kinds, words
 from fulltune.report.blocks import Block, Bullets, Cell, Facts, Folded, Paragraph, Row, Rows, Section, Table
 from fulltune.report.read import RunView
 
@@ -22,9 +22,9 @@ def data(view: RunView) -> Section | None:
     blocks.append(
         Facts(
             (
-                ("kind of rows", summary.problem_type.replace("_", " ")),
-                *((f"column for {role}", column) for role, column in summary.columns.items()),
-                ("longest row", f"{words.counted(summary.max_length, 'token')}: {summary.max_length_reason}"),
+                ("kind of rows", kinds.kind(summary)),
+                *((f"column for {role.replace('_', ' ')}", column) for role, column in summary.columns.items()),
+                *_longest(summary),
                 ("fingerprint of files and settings", summary.fingerprint),
             )
         )
@@ -38,28 +38,42 @@ def data(view: RunView) -> Section | None:
 
 
 def _splits(summary: DataSummary) -> Table:
-    generates = summary.problem_type in ("prompt_completion", "chat")
-    trained = ("trained tokens",) if generates else ()  # a classifier trains rows, which the table has already
-    lengths = ("p50", "p95", "longest")
-    header = ("split", "rows", "tokens", *trained, *lengths, "truncated", "left out", "where from")
+    lengths = _lengths(summary, next(iter(summary.splits.values())))
+    header = ("split", kinds.row(summary), *lengths, "left out", "where from")
     rows: tuple[Row, ...] = tuple(
         (
             split,
             words.count(found.rows),
-            words.count(found.tokens),
-            *((words.count(found.trained_tokens),) if generates else ()),
-            *(
-                words.count(found.length_percentiles[key]) if key in found.length_percentiles else "-"
-                for key in ("p50", "p95", "max")
-            ),
-            words.count(found.truncated_rows),
+            *_lengths(summary, found).values(),
             words.count(found.dropped_rows),
             Cell(summary.sources.get(split, "-"), foreign=True),
         )
         for split, found in summary.splits.items()
     )
-    caption = "Rows that never mix: train to learn, eval to choose, test to report. p50, p95, longest: tokens per row"
+    caption = "Rows that never mix: train to learn, eval to choose, test to report"
+    if lengths:
+        caption += f". p50, p95, longest: tokens per {kinds.row(summary).removesuffix('s')}"
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
+
+
+def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
+    """Columns about tokens. Classifiers train rows, which the table has already."""
+    if kinds.has_images(summary):
+        return {}
+    trained = {"trained tokens": words.count(split.trained_tokens)} if kinds.has_untrained_tokens(summary) else {}
+    at = {name: split.length_percentiles.get(key) for name, key in (("p50", "p50"), ("p95", "p95"), ("longest", "max"))}
+    return {
+        "tokens": words.count(split.tokens),
+        **trained,
+        **{name: "-" if value is None else words.count(value) for name, value in at.items()},
+        "truncated": words.count(split.truncated_rows),
+    }
+
+
+def _longest(summary: DataSummary) -> tuple[tuple[str, str], ...]:
+    if kinds.has_images(summary):
+        return ()
+    return ((kinds.longest(summary), f"{words.counted(summary.max_length, 'token')}: {summary.max_length_reason}"),)
 
 
 def _labels(summary: DataSummary) -> list[Block]:
@@ -68,7 +82,9 @@ def _labels(summary: DataSummary) -> list[Block]:
     if not splits:
         return []
     counts = {split: summary.splits[split].label_counts for split in splits}
-    seen = dict.fromkeys([*summary.labels, *(label for split in splits for label in counts[split])])
+    # The labels of words are tags; what is counted are the entities that they mark.
+    named = () if summary.problem_type == "tags" else summary.labels
+    seen = dict.fromkeys([*named, *(label for split in splits for label in counts[split])])
     order = sorted(seen, key=lambda label: tuple(-counts[split].get(label, 0) for split in splits))
     most = max(1, *(counts[splits[0]].get(label, 0) for label in order))
     rows: tuple[Row, ...] = tuple(
@@ -79,20 +95,21 @@ def _labels(summary: DataSummary) -> list[Block]:
         )
         for label in order
     )
-    header = ("label", *splits)
+    noun = "entity type" if summary.problem_type == "tags" else "label"
+    header = (noun, *splits)
     numeric = frozenset(range(2, len(header)))
     if len(rows) <= _LABELS_OPEN:
-        return [Table("Rows per label", header, rows, numeric)]
+        return [Table(f"Rows per {noun}", header, rows, numeric)]
     half = _LABELS_OPEN // 2
     ends = (*rows[:half], *rows[-half:])
     return [
         Table(
-            f"Rows per label: the {half} most and the {half} least frequent of {len(rows)} labels",
+            f"Rows per {noun}: the {half} most and the {half} least frequent of {len(rows)} {noun}s",
             header,
             ends,
             numeric,
         ),
-        Folded(f"all {len(rows)} labels", (Table("Rows per label", header, rows, numeric),)),
+        Folded(f"all {len(rows)} {noun}s", (Table(f"Rows per {noun}", header, rows, numeric),)),
     ]
 
 
@@ -127,7 +144,8 @@ def _previews(summary: DataSummary) -> list[Block]:
     )
     if not items:
         return []
-    return [Paragraph("What the model sees, decoded from its tokens:"), Rows(items)]
+    origin = "" if kinds.has_images(summary) else ", decoded from its tokens"
+    return [Paragraph(f"What the model sees{origin}:"), Rows(items, kinds.target(summary))]
 
 
 def _first(segments: tuple[Segment, ...], limit: int) -> tuple[Segment, ...]:

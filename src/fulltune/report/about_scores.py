@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from fulltune.records import Answer, Calibration, Confusion, Scores
-from fulltune.report import words
+from fulltune.report import kinds, words
 from fulltune.report.blocks import (
     Block,
     Cell,
@@ -27,6 +27,7 @@ from fulltune.report.read import RunView
 from fulltune.report.verdict import headline_row
 
 _KIND_IN_WORDS = {"baseline": "baseline", "untouched": "before training", "trained": "trained"}
+_OF_ANSWERS = ("exact_match", "rougeL", "chrf", "bleu")
 _LARGEST_HEAT_TABLE = 20
 _CONFUSED_PAIRS = 20
 _ANSWERS_OPEN = 5
@@ -40,7 +41,8 @@ def results(view: RunView) -> Section | None:
     """Every row with every metric, and the main metric drawn."""
     if not view.scores:
         return None
-    metrics = list(dict.fromkeys(name for row in view.scores for name in _main_first(row)))
+    leading = headline_row(view.scores) or view.scores[-1]
+    metrics = list(dict.fromkeys(name for row in (leading, *view.scores) for name in _main_first(row)))
     header = ("model", *(words.metric_name(name) for name in metrics), "test rows", "time", "kind")
     rows = tuple(
         (
@@ -55,7 +57,8 @@ def results(view: RunView) -> Section | None:
     level = " and ".join(sorted({f"{100 * row.confidence:g}%" for row in view.scores}))
     caption = f"Each metric on the test rows, with its {level} bootstrap interval in brackets"
     blocks: list[Block] = [Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))]
-    leading = headline_row(view.scores) or view.scores[-1]
+    if answered := [row for row in view.scores if row.answers and len(row.answers) < row.rows]:
+        blocks.append(Paragraph(_of_answers(answered[-1])))
     main = leading.main_metric
     title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
     bars = [
@@ -67,6 +70,11 @@ def results(view: RunView) -> Section | None:
         legend = f"Mark and {level} interval; circle: baseline, square: before training, diamond: trained."
         blocks.append(Figures((Figure(interval_plot(title, bars, main), title, legend),), drawn_only=True))
     return Section("results", "Results on the test rows", tuple(blocks))
+
+
+def _of_answers(row: Scores) -> str:
+    names = [words.metric_name(name) for name in row.metrics if name in _OF_ANSWERS]
+    return f"Answers were generated for the first {len(row.answers)} test rows; on these: {words.listed(names)}."
 
 
 def answers(view: RunView) -> Section | None:
@@ -160,9 +168,8 @@ def mistakes(view: RunView) -> Section | None:
     for row in view.trained:
         if not row.worst:
             continue
-        shown = list(
-            _fold(row, view, (_mistake_table("Wrong test rows with the highest loss", row.worst[:_MISTAKES_OPEN]),))
-        )
+        caption = kinds.worst(view.summary.problem_type if view.summary else None)
+        shown = list(_fold(row, view, (_mistake_table(caption, row.worst[:_MISTAKES_OPEN]),)))
         if rest := row.worst[_MISTAKES_OPEN:]:
             shown.append(Folded(f"{len(rest)} more of {row.name}", (_mistake_table("The next ones", rest),)))
         blocks += shown

@@ -83,6 +83,13 @@ class Rows:
     """Rows as the model sees them, trained tokens set apart from the others."""
 
     items: tuple[tuple[tuple[Segment, ...], str | None], ...]
+    target: str = "label"
+    """What the text beside each row is."""
+
+    @property
+    def some_trained(self) -> bool:
+        """Whether tokens are trained, so that they have to be told from the others."""
+        return any(segment.trained for segments, _ in self.items for segment in segments)
 
 
 @dataclass(frozen=True)

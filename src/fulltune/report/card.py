@@ -7,14 +7,22 @@ import re
 from pathlib import Path
 
 from fulltune.records import Plan, Scores
-from fulltune.report import words
+from fulltune.report import kinds, words
 from fulltune.report.about_scores import calibration_in_words
 from fulltune.report.content import loading_code, main_trial
 from fulltune.report.markdown import escaped, fenced, table
 from fulltune.report.read import RunView
 from fulltune.report.verdict import judge
 
-_PIPELINES = {"text-classification": "text-classification", "causal-lm": "text-generation"}
+_PIPELINES = {
+    "text-classification": "text-classification",
+    "token-classification": "token-classification",
+    "image-classification": "image-classification",
+    "multiple-choice": "multiple-choice",
+    "causal-lm": "text-generation",
+    "seq2seq": "text2text-generation",
+    "question-answering": "question-answering",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors")
 
@@ -41,7 +49,7 @@ def card(view: RunView, model_folder: Path) -> str:
         *(_training(view, plan) if plan else ()),
         *_versions(view),
         "## How to load",
-        fenced(loading_code(model_folder.name, view.task), "python"),
+        fenced(loading_code(model_folder.name, view.task, view.summary), "python"),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -90,7 +98,8 @@ def _data(view: RunView) -> list[str]:
         for split, found in view.summary.splits.items()
     ]
     parts = ["## Data", table(("split", "rows", "tokens", "where from"), rows, frozenset({1, 2}))]
-    parts.append(f"Longest row: {words.counted(view.summary.max_length, 'token')}.")
+    if not kinds.has_images(view.summary):
+        parts.append(f"{kinds.longest(view.summary).capitalize()}: {words.counted(view.summary.max_length, 'token')}.")
     if view.summary.labels:
         labels = ", ".join(words.named(label) for label in view.summary.labels)
         parts.append(f"{len(view.summary.labels)} labels: {escaped(words.clipped(labels, 2000))}")

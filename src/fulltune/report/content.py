@@ -6,7 +6,8 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from fulltune.report import about_data, about_scores, about_training, words
+from fulltune.records import DataSummary
+from fulltune.report import about_data, about_scores, about_training, kinds, words
 from fulltune.report.blocks import Block, Bullets, Code, Paragraph, Section
 from fulltune.report.read import RunView
 from fulltune.report.verdict import Verdict, headline_row, judge
@@ -98,9 +99,12 @@ def _next(view: RunView) -> Section:
         blocks.append(Paragraph(_how_to_go_on(outcome.status if outcome else None)))
     else:
         blocks.append(Paragraph("From the folder that holds this run folder, try the model:"))
-        blocks.append(Code(f'fulltune predict {shlex.quote(view.name)} "text"', "sh"))
+        asked = kinds.question(view.summary) if view.summary else '"a text"'
+        blocks.append(Code(f"fulltune predict {shlex.quote(view.name)} {asked}", "sh"))
+        if "--file" in asked:
+            blocks.append(Paragraph("ROWS.jsonl is any file with the columns that the model reads, see 'Data'."))
         blocks.append(Paragraph("The model is a plain Hugging Face folder; transformers loads it without fulltune:"))
-        blocks.append(Code(loading_code(f"{view.name}/{folder}", view.task), "python"))
+        blocks.append(Code(loading_code(f"{view.name}/{folder}", view.task, view.summary), "python"))
     return Section("next", "What to do next", tuple(blocks))
 
 
@@ -119,12 +123,35 @@ def _how_to_go_on(status: str | None) -> str:
             )
 
 
-def loading_code(folder: str, task: str) -> str:
-    """Python that loads the trained model with plain transformers."""
-    head = "AutoModelForCausalLM" if task == "causal-lm" else "AutoModelForSequenceClassification"
-    where = json.dumps(folder, ensure_ascii=False)
-    return (
-        f"from transformers import {head}, AutoTokenizer\n\n"
-        f"model = {head}.from_pretrained({where})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({where})\n"
+_HEADS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "image-classification": "AutoModelForImageClassification",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
+
+
+def loading_code(folder: str, task: str, summary: DataSummary | None) -> str:
+    """Python that loads the trained model with plain transformers; what else one must know stands in comments."""
+    head = _HEADS.get(task, "AutoModelForSequenceClassification")
+    kind, name = (
+        ("AutoImageProcessor", "processor") if task == "image-classification" else ("AutoTokenizer", "tokenizer")
     )
+    where = json.dumps(folder, ensure_ascii=False)
+    loading = f"model = {head}.from_pretrained({where})\n{name} = {kind}.from_pretrained({where})\n"
+    more, imports = "", f"{head}, {kind}"
+    if task == "token-classification":
+        # Tags are learned at the first token of each word.
+        more = (
+            'find = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")\n'
+        )
+        imports += ", pipeline"
+    if task == "image-classification":
+        more = 'classify = pipeline("image-classification", model=model, image_processor=processor)\n'
+        imports += ", pipeline"
+    if task == "seq2seq" and summary and summary.joint:
+        more = f"# As in training, {json.dumps(summary.joint, ensure_ascii=False)} belongs before each text.\n"
+    return f"from transformers import {imports}\n\n{loading}{more}"

@@ -99,11 +99,12 @@ def _block(block: Block) -> Iterator[str]:
         case Code():
             yield from (fenced(block.text, block.language), "")
         case Rows():
-            yield from ("Trained tokens stand between ⟦ and ⟧.", "")
+            if block.some_trained:
+                yield from ("Trained tokens stand between ⟦ and ⟧.", "")
             for segments, label in block.items:
                 yield from (fenced(_segments(segments)), "")
                 if label is not None:
-                    yield from (f"label: {escaped(label)}", "")
+                    yield from (f"{block.target}: {escaped(label)}", "")
         case Exchanges():
             for exchange in block.items:
                 parts = [exchange.asked, *(f"[{who}]\n{what}" for who, what in exchange.said)]

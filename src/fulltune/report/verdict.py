@@ -73,7 +73,8 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Verdict:
     mine = row.metrics.get(name)
     if mine is None or not _finite(mine):
         return Verdict("none", f"{row.name} has no finite {words.metric_name(name)} on the test rows.", note)
-    measured = f"{words.metric_name(name)} {words.estimate(name, mine)}"
+    direction = "" if row.greater_is_better else " (smaller is better)"
+    measured = f"{words.metric_name(name)} {words.estimate(name, mine)}{direction}"
     claim = f"{row.name} has {measured} on {words.counted(row.rows, 'test row')}"
     bar = strongest_untrained(scores, name, row.greater_is_better)
     if bar is None:
@@ -89,7 +90,8 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Verdict:
     won = (mine.value > theirs.value) == row.greater_is_better
     if won:
         return Verdict("better", f"{claim}; the {level} intervals are apart.", note)
-    return Verdict("worse", f"{claim}; the {level} intervals are apart, and training made it worse.", note)
+    ending = "training made it worse" if bar.kind == "untouched" else "this costs no training"
+    return Verdict("worse", f"{claim}; the {level} intervals are apart, and {ending}.", note)
 
 
 def _finite(estimate: Estimate) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fulltune.records import Estimate
 
-_PERCENT_METRICS = {"accuracy", "token_accuracy", "exact_match"}
+_PERCENT_METRICS = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "recall"}
 
 # Text from data may hold terminal escapes, NUL (invalid in HTML), halves of a character that UTF-8 cannot write, or
 # marks that reverse the text around it: show them by code instead of obeying them. Newline and tab stay.

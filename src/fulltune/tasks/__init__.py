@@ -36,11 +36,15 @@ class Target:
     labels: tuple[str, ...] = ()
     joint: str = ""
     """Text put between prompt and completion when neither brings white space; for seq2seq before each source."""
+    num_choices: int = 0
+    """Choices of each row (multiple-choice)."""
+    stride: int | None = None
+    """Tokens by which the windows of a long context overlap; None: a third of a window. Only tokenising asks."""
 
     @classmethod
     def of(cls, summary: DataSummary) -> Target:
         """The target of prepared data."""
-        return cls(summary.problem_type, summary.columns, summary.labels, summary.joint)
+        return cls(summary.problem_type, summary.columns, summary.labels, summary.joint, summary.num_choices)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Example:
     truncated: bool = False
     refused: Refused | None = None
     """Set when tokenising showed that the row cannot be used."""
+    longest: int | None = None
+    """Longest sequence that the model reads, in tokens, where that is not the length of `input_ids`."""
 
 
 class Task(Protocol):

@@ -1,4 +1,4 @@
-"""Language models that learn answers: prompt and completion, or chat messages. Only the answer is trained."""
+"""Language models: answers to prompts or in conversations, of which only the answer is trained, or raw text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
 from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, chat
 from fulltune.tasks.columns import as_text, named, normalised, required
+from fulltune.tasks.padding import mask, padded
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 AUTO_CLASS = "AutoModelForCausalLM"
 HEAD_IS_NEW = False
 LENGTH_CAP = 2048
+BLOCK_LENGTH = 1024
+"""The same bound for raw text, whose texts are cut into pieces and packed instead of truncated."""
 METRICS = {
     "loss": False,
     "perplexity": False,
@@ -36,32 +39,55 @@ IGNORED = -100
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """A `messages` column, or `prompt` and `completion`."""
-    wants_pair = data.prompt is not None or data.completion is not None
-    if data.messages is not None and wants_pair:
-        raise DataError(f"{where}: data.messages and data.prompt/completion are both given; keep one form")
-    messages = None if wants_pair else named("messages", data.messages, columns, where)
+    """A `messages` column, or `prompt` and `completion`, or raw `text`."""
+    forms = {
+        "data.messages": data.messages is not None,
+        "data.prompt/completion": data.prompt is not None or data.completion is not None,
+        "data.text": data.text is not None,
+    }
+    given = [name for name, is_given in forms.items() if is_given]
+    if len(given) > 1:
+        raise DataError(f"{where}: {' and '.join(given)} are both given; keep one form")
+    form = given[0] if given else None
+    messages = named("messages", data.messages, columns, where) if form in (None, "data.messages") else None
     if messages is not None:
         tools = named("tools", data.tools, columns, where)
         return {"messages": messages} | ({"tools": tools} if tools else {})
+    if form == "data.text" or (form is None and _only_text(columns, where)):
+        return {"text": required("text", data.text or "text", columns, where)}
     found = {"prompt": required("prompt", data.prompt, columns, where)}
     rest = [column for column in columns if column != found["prompt"]]
     return found | {"completion": required("completion", data.completion, rest, where)}
 
 
-def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """Chat or pairs; for pairs, what stands between prompt and completion."""
+def _only_text(columns: Sequence[str], where: str) -> bool:
+    """A `text` column without anything that could be a question and its answer."""
+    prompt = named("prompt", None, columns, where)
+    rest = [column for column in columns if column != prompt]
+    return "text" in columns and (prompt is None or named("completion", None, rest, where) is None)
+
+
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """Chat, raw text or pairs; for pairs, what stands between prompt and completion."""
+    glued, seen = False, 0
+    for seen, row in enumerate(rows, start=1):
+        if "prompt" in columns and not glued and seen <= _ROWS_LOOKED_AT:
+            one, two = as_text(row.get(columns["prompt"])), as_text(row.get(columns["completion"]))
+            glued = bool(one and two) and not one[-1].isspace() and not two[0].isspace()
     if "messages" in columns:
         return Target("chat", columns)
-    pairs = [(as_text(row.get(columns["prompt"])), as_text(row.get(columns["completion"]))) for row in rows[:200]]
-    glued = any(one and two and not one[-1].isspace() and not two[0].isspace() for one, two in pairs)
+    if "text" in columns:
+        return Target("text", columns)
     return Target("prompt_completion", columns, joint="\n" if glued else "")
 
 
+_ROWS_LOOKED_AT = 200
+
+
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without an answer are left out, and conversations that are no conversations."""
-    if target.problem_type == "prompt_completion":
-        for role in ("prompt", "completion"):
+    """Rows without text or answer are left out, and conversations that are no conversations."""
+    if target.problem_type in ("prompt_completion", "text"):
+        for role in target.columns:
             value = row.get(target.columns[role])
             if isinstance(value, (list, tuple, dict)):
                 return Refused(f"no {role}", f"column '{target.columns[role]}' holds a list or an object, not text")
@@ -79,7 +105,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def group_key(row: Row, target: Target) -> str:
-    """What is asked: the same question with two answers stays in one split."""
+    """What is asked: the same question with two answers stays in one split. Of raw text, the text."""
     return normalised(prompt_text(row, target))
 
 
@@ -89,8 +115,8 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 def prompt_text(row: Row, target: Target) -> str:
     """What the model is asked, as text."""
-    if target.problem_type == "prompt_completion":
-        return as_text(row.get(target.columns["prompt"]))
+    if target.problem_type in ("prompt_completion", "text"):
+        return as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
     return "\n".join(as_text(message["content"]) for message in _question(row, target))
 
 
@@ -116,11 +142,13 @@ def _question(row: Row, target: Target) -> list[dict[str, Any]]:
 def encode(
     rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[list[Example]]:
-    """Tokenise; `labels` repeat the ids where the answer is and hold -100 elsewhere."""
+    """Tokenise; `labels` repeat the ids where something is trained and hold -100 elsewhere."""
     if target.problem_type == "chat" and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; take an instruct model, or give data.chat_template (a Jinja file)"
         )
+    if target.problem_type == "text":
+        return _encode_texts([as_text(row[target.columns["text"]]) for row in rows], tokenizer, max_length)
     encoded = []
     for row in rows:
         if target.problem_type == "chat":
@@ -133,6 +161,20 @@ def encode(
         else:
             masked = [_encode_pair(row, target, tokenizer)]
         encoded.append([_example(ids, trained, max_length) for ids, trained in masked])
+    return encoded
+
+
+def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[Example]]:
+    """All tokens are trained, the end token too; a long text becomes several examples, none of it is lost."""
+    end = tokenizer.eos_token_id
+    encoded = []
+    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+        if end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+        if len(pieces) > 1 and len(pieces[-1]) == 1:  # a single token is never predicted from anything
+            pieces.pop()
+        encoded.append([_example(piece, [True] * len(piece), max_length) for piece in pieces])
     return encoded
 
 
@@ -160,8 +202,8 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def generation_ids(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens after which the model shall answer."""
-    if target.problem_type == "prompt_completion":
+    """The tokens after which the model shall answer, or go on."""
+    if target.problem_type in ("prompt_completion", "text"):
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     text = chat.render(tokenizer, _question(row, target), _tools(row, target), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -172,7 +214,7 @@ def _example(ids: list[int], trained: list[bool], max_length: int) -> Example:
     # The first token is never predicted, so a label on it would count a target that the loss does not have.
     labels[:1] = [IGNORED] * len(labels[:1])
     cut = labels[:max_length]
-    features = {"input_ids": ids[:max_length], "attention_mask": [1] * len(cut), "labels": cut}
+    features = {"input_ids": ids[:max_length], "labels": cut}
     count = sum(label != IGNORED for label in cut)
     return Example(features, trained_tokens=count, truncated=len(ids) > max_length)
 
@@ -213,25 +255,35 @@ def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
 
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    import torch
+    ids = [row["input_ids"] for row in features]
+    batch = {"input_ids": padded(ids, pad_token_id), "labels": padded([row["labels"] for row in features], IGNORED)}
+    if "position_ids" not in features[0]:
+        return batch | {"attention_mask": mask(ids)}
+    # Packed texts are told apart by positions that begin again, which models look at only when there is no mask:
+    # the padding is one more text, of which nothing is trained.
+    width = batch["input_ids"].shape[1]
+    positions = [np.concatenate((row["position_ids"], np.arange(width - len(row["input_ids"])))) for row in features]
+    return batch | {"position_ids": padded(positions, 0)}
 
-    length = max(len(row["input_ids"]) for row in features)
-    fills = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
-    return {
-        name: torch.tensor([[*row[name], *[fill] * (length - len(row[name]))] for row in features])
-        for name, fill in fills.items()
-    }
+
+def places(labels: torch.Tensor) -> torch.Tensor:
+    """Where the logits of a trained token stand, one place before it: bool [batch, length]."""
+    import torch.nn.functional as F
+
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-    """Cross entropy of the trained tokens, summed. Untrained positions are left out before the float32 copy."""
+    """Cross entropy of the trained tokens, summed. Untrained positions are left out before the float32 copy.
+
+    `logits` may be those of `places` only, [tokens, vocabulary].
+    """
     import torch.nn.functional as F
 
     wanted = labels[:, 1:]
-    chosen = wanted != IGNORED
     return F.cross_entropy(
-        logits[:, :-1][chosen].float(),
-        wanted[chosen],
+        (logits if logits.dim() == 2 else logits[places(labels)]).float(),
+        wanted[wanted != IGNORED],
         label_smoothing=settings.label_smoothing,
         reduction="sum",
     )
@@ -245,13 +297,16 @@ def count_items(labels: torch.Tensor) -> int:
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """Keep three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens."""
+    """Keep three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens.
+
+    `logits` may be those of `places` only, [tokens, vocabulary].
+    """
     import torch
     import torch.nn.functional as F
 
     wanted = labels[:, 1:]
     chosen = wanted != IGNORED
-    picked = logits[:, :-1][chosen].float()
+    picked = (logits if logits.dim() == 2 else logits[places(labels)]).float()
     rows = chosen.nonzero()[:, 0]
     empty = torch.zeros(len(labels), dtype=torch.float64, device=logits.device)
     losses = F.cross_entropy(picked, wanted[chosen], reduction="none").double()

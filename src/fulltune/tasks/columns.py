@@ -27,6 +27,15 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction", "input", "query"),
     "completion": ("completion", "answer", "response", "output", "chosen", "target"),
     "tools": ("tools",),
+    "context": ("context", "passage", "paragraph", "document"),
+    "question": ("question", "query"),
+    "answers": ("answers", "answer"),
+    "source": ("source", "document", "article", "input", "text", "dialogue", "src"),
+    "target": ("target", "summary", "highlights", "output", "translation", "tgt"),
+    "image": ("image", "images", "image_path", "img", "img_path", "picture", "photo", "file_name", "filename", "path"),
+    "choices": ("choices", "options", "endings", "candidates"),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "bio_tags", "iob_tags"),
 }
 
 

@@ -7,66 +7,122 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fulltune.errors import DataError
 from fulltune.recipe import DataBlock
 from fulltune.tasks import Row, Target
 
+MOST_DISTINCT = 100_000
+"""Different values that are looked at; numbers beyond them are only counted."""
 
-def find_target(rows: Sequence[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+
+@dataclass(frozen=True)
+class Seen:
+    """The different values of a label column, in the order of their first row, and how often each occurs."""
+
+    values: tuple[Any, ...]
+    counts: tuple[int, ...]
+    total: int
+
+    def count(self, wrong: Callable[[Any], bool]) -> int:
+        """Rows whose value is such."""
+        return sum(count for value, count in zip(self.values, self.counts, strict=True) if wrong(value))
+
+
+def seen(rows: Iterable[Row], column: str, where: str) -> Seen:
+    """Read a label column; memory grows with the number of different values only.
+
+    Raises:
+        DataError: When there is no label at all, or there are too many different words.
+    """
+    found: dict[Any, list[Any]] = {}
+    beyond = 0
+    for row in rows:
+        value = row.get(column)
+        if is_empty(value):
+            continue
+        key = (type(value), value) if isinstance(value, (str, int, float)) else json.dumps(value, default=str)
+        if key in found:
+            found[key][1] += 1
+        elif len(found) < MOST_DISTINCT:
+            found[key] = [value, 1]
+        elif parsed_number(value) is not None:
+            beyond += 1
+        else:
+            raise DataError(
+                f"{where}: column '{column}' has more than {MOST_DISTINCT:,} different labels; is it the right column?"
+            )
+    if not found:
+        raise DataError(f"{where}: column '{column}' holds no label in any row")
+    values, counts = zip(*found.values(), strict=True)
+    return Seen(values, counts, sum(counts) + beyond)
+
+
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
     """Problem type and class names, sorted; whole-number labels sort by value."""
-    values = [row[columns["label"]] for row in rows if not is_empty(row.get(columns["label"]))]
-    if not values:
-        raise DataError(f"{where}: column '{columns['label']}' holds no label in any row")
-    objects = [value for value in values if isinstance(value, dict)]
+    column = columns["label"]
+    found = seen(rows, column, where)
+    objects = [value for value in found.values if isinstance(value, dict)]
     if objects:
         raise DataError(
-            f"{where}: column '{columns['label']}' holds objects ({str(objects[0])[:60]}); expected a class name, "
+            f"{where}: column '{column}' holds objects ({str(objects[0])[:60]}); expected a class name, "
             "a list of class names, or a number"
         )
-    kind = data.problem_type if data.problem_type != "auto" else _problem_type(values)
-    if kind == "regression":
-        wrong = [value for value in values if parsed_number(value) is None]
-        if wrong:
-            raise DataError(
-                f"{where}: column '{columns['label']}' must hold numbers for regression; found {wrong[0]!r} "
-                f"({len(wrong)} such rows)"
-            )
-        if len({parsed_number(value) for value in values}) == 1:
-            raise DataError(f"{where}: every row has the same target {values[0]!r}; there is nothing to learn")
-        return Target("regression", columns)
-    if kind == "multi_label":
-        labels = sorted({label for value in values for label in label_list(value)})
-        if not labels:
-            raise DataError(f"{where}: no row of column '{columns['label']}' names a label")
-        if len({tuple(sorted(label_list(value))) for value in values}) == 1:
-            raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
-        if labels == ["0", "1"] and len({len(label_list(value)) for value in values}) == 1:
-            raise DataError(
-                f"{where}: column '{columns['label']}' looks one-hot ({values[0]!r}); give the names of a row's labels"
-            )
-        if len(labels) == 1:
-            raise DataError(
-                f"{where}: column '{columns['label']}' names only the label '{labels[0]}'; expected several"
-            )
-        return Target("multi_label", columns, tuple(labels))
+    match data.problem_type if data.problem_type != "auto" else _problem_type(found.values):
+        case "regression":
+            return _numbers(found, columns, where)
+        case "multi_label":
+            return _several_labels(found, columns, where)
+        case _:
+            return _classes(found, columns, where)
+
+
+def _numbers(found: Seen, columns: Mapping[str, str], where: str) -> Target:
+    wrong = [value for value in found.values if parsed_number(value) is None]
+    if wrong:
+        raise DataError(
+            f"{where}: column '{columns['label']}' must hold numbers for regression; found {wrong[0]!r} "
+            f"({found.count(lambda value: parsed_number(value) is None)} such rows)"
+        )
+    if len({parsed_number(value) for value in found.values}) == 1:
+        raise DataError(f"{where}: every row has the same target {found.values[0]!r}; there is nothing to learn")
+    return Target("regression", columns)
+
+
+def _several_labels(found: Seen, columns: Mapping[str, str], where: str) -> Target:
+    column, values = columns["label"], found.values
+    labels = sorted({label for value in values for label in label_list(value)})
+    if not labels:
+        raise DataError(f"{where}: no row of column '{column}' names a label")
+    if len({tuple(sorted(label_list(value))) for value in values}) == 1:
+        raise DataError(f"{where}: every row has the same labels {values[0]!r}; there is nothing to learn")
+    if labels == ["0", "1"] and len({len(label_list(value)) for value in values}) == 1:
+        raise DataError(f"{where}: column '{column}' looks one-hot ({values[0]!r}); give the names of a row's labels")
+    if len(labels) == 1:
+        raise DataError(f"{where}: column '{column}' names only the label '{labels[0]}'; expected several")
+    return Target("multi_label", columns, tuple(labels))
+
+
+def _classes(found: Seen, columns: Mapping[str, str], where: str) -> Target:
+    column, values = columns["label"], found.values
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
         raise DataError(
-            f"{where}: column '{columns['label']}' holds several labels in a row ({several[0]!r}); expected one, or "
+            f"{where}: column '{column}' holds several labels in a row ({several[0]!r}); expected one, or "
             "set data.problem_type: multi_label"
         )
-    _refuse_mixed(values, columns["label"], where)
+    _refuse_mixed(found, column, where)
     names = {label_name(value) for value in values}
     if len(names) == 1:
         raise DataError(
             f"{where}: every row has the label '{next(iter(names))}'; a classifier needs at least two classes"
         )
-    if len(names) > max(50, len(values) // 2):
+    if len(names) > max(50, found.total // 2):
         raise DataError(
-            f"{where}: column '{columns['label']}' has {len(names)} different labels in {len(values)} rows; "
+            f"{where}: column '{column}' has {len(names)} different labels in {found.total} rows; "
             "is it the right column? (numbers to predict: data.problem_type: regression)"
         )
     numbers = {name: parsed_number(name) for name in names}
@@ -83,10 +139,12 @@ def _problem_type(values: Sequence[Any]) -> str:
     return "single_label"
 
 
-def _refuse_mixed(values: Sequence[Any], column: str, where: str) -> None:
+def _refuse_mixed(found: Seen, column: str, where: str) -> None:
     """Numbers among words are most often a broken export: `1`, `2`, `positive`."""
-    words = Counter(str(value) for value in values if parsed_number(value) is None)
-    numbers = Counter(str(value) for value in values if parsed_number(value) is not None)
+    words: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    for value, count in zip(found.values, found.counts, strict=True):
+        (words if parsed_number(value) is None else numbers)[str(value)] += count
     if words and numbers:
         raise DataError(
             f"{where}: column '{column}' mixes words ({_few(words)}) and numbers ({_few(numbers)}) as labels; "
@@ -118,10 +176,10 @@ def parsed_number(value: Any) -> float | None:
 
 
 def _is_json_list(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("[") and value.endswith("]") and _json_list(value) is not None
+    return isinstance(value, str) and value.startswith("[") and value.endswith("]") and parsed_list(value) is not None
 
 
-def _json_list(value: str) -> list[Any] | None:
+def parsed_list(value: str) -> list[Any] | None:
     """A list written as JSON, or as Python writes it (what pandas makes of a column of lists)."""
     for parse in (json.loads, ast.literal_eval):
         try:
@@ -134,7 +192,7 @@ def _json_list(value: str) -> list[Any] | None:
 
 def label_list(value: Any) -> list[str]:
     if isinstance(value, str):
-        parsed = _json_list(value)
+        parsed = parsed_list(value)
         # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
         value = parsed if parsed is not None else [part for part in value.replace("|", ";").split(";") if part.strip()]
     if not isinstance(value, (list, tuple)):

@@ -15,6 +15,7 @@ from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, 
 from fulltune.tasks.columns import as_text, named, normalised, required
 from fulltune.tasks.labels import find_target as find_target
 from fulltune.tasks.labels import is_empty, label_list, label_name, parsed_number
+from fulltune.tasks.padding import mask, padded
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,8 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     """Columns for `text`, `label` and, when there is one, `text_pair`."""
     label = required("label", data.label, columns, where)
     rest = [column for column in columns if column != label]
+    if data.text is None and data.text_pair is None and (pair := _usual_pair(rest)) is not None:
+        return {"text": pair[0], "text_pair": pair[1], "label": label}
     text = data.text
     if text is None and named("text", None, rest, where) is None:
         text = _longest_text_column(rest, sample)
@@ -54,6 +57,23 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     if data.text_pair is not None:
         found["text_pair"] = required("text_pair", data.text_pair, rest, where)
     return found
+
+
+USUAL_PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("text_a", "text_b"),
+    ("text", "text_pair"),
+    ("query", "passage"),
+    ("question", "sentence"),
+)
+"""Names of two columns that are read together: those of GLUE and its like."""
+
+
+def _usual_pair(columns: Sequence[str]) -> tuple[str, str] | None:
+    by_lower = {column.lower().strip(): column for column in columns}
+    return next(((by_lower[one], by_lower[two]) for one, two in USUAL_PAIRS if {one, two} <= set(by_lower)), None)
 
 
 def _longest_text_column(columns: Sequence[str], sample: Sequence[Row]) -> str | None:
@@ -105,20 +125,29 @@ def encode(
     rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[list[Example]]:
     """Tokenise texts (or pairs) and turn the label into an id, a 0/1 vector [labels] or a float."""
-    columns = list(zip(*(_texts(row, target) for row in rows), strict=True))
-    texts = [list(column) for column in columns]
+    texts = [_texts(row, target) for row in rows]
     # Encoded without a limit first: only so can truncation be counted.
-    cut = tokenizer(*texts, truncation=False, verbose=False)
-    lengths = [len(ids) for ids in cut["input_ids"]]
-    if max(lengths) > max_length:
-        cut = tokenizer(*texts, truncation=True, max_length=max_length)
+    tokens = tokenizer(*map(list, zip(*texts, strict=True)), **_WANTED)
+    names = [name for name in tokenizer.model_input_names if name in tokens and _says_something(tokens[name], target)]
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for position, row in enumerate(rows):
-        features = {name: cut[name][position] for name in tokenizer.model_input_names if name in cut}
+        features = {name: tokens[name][position] for name in names}
+        is_cut = len(features["input_ids"]) > max_length
+        if is_cut:
+            cut = tokenizer(*texts[position], truncation=True, max_length=max_length, **_WANTED)
+            features = {name: cut[name] for name in names}
         features["labels"] = _label_value(row, target, ids)
-        encoded.append([Example(features, trained_tokens=1, truncated=lengths[position] > max_length)])
+        encoded.append([Example(features, trained_tokens=1, truncated=is_cut)])
     return encoded
+
+
+_WANTED: Any = {"return_attention_mask": False, "verbose": False}
+
+
+def _says_something(values: Sequence[Sequence[int]], target: Target) -> bool:
+    """Token types of a single text are 0 everywhere, which is what models assume without them."""
+    return "text_pair" in target.columns or any(any(row) for row in values)
 
 
 def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float]:
@@ -175,15 +204,15 @@ def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[s
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     import torch
 
-    length = max(len(row["input_ids"]) for row in features)
-    batch = {}
-    for name in features[0]:
-        if name in ("labels", LENGTH):
-            continue
-        fill = pad_token_id if name == "input_ids" else 0
-        batch[name] = torch.tensor([[*row[name], *[fill] * (length - len(row[name]))] for row in features])
+    batch = {
+        name: padded([row[name] for row in features], pad_token_id if name == "input_ids" else 0)
+        for name in features[0]
+        if name not in ("labels", "attention_mask", LENGTH)
+    }
+    batch["attention_mask"] = mask([row["input_ids"] for row in features])
     values = [row["labels"] for row in features]
-    batch["labels"] = torch.tensor(values, dtype=torch.long if isinstance(values[0], int) else torch.float32)
+    kind = np.int64 if isinstance(values[0], (int, np.integer)) else np.float32
+    batch["labels"] = torch.from_numpy(np.array(values, dtype=kind))
     return batch
 
 

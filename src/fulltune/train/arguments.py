@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import RecipeError
+from fulltune import zero
+from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe import Recipe
 from fulltune.records import Plan
 
@@ -46,20 +49,35 @@ PINNED = {
     "disable_tqdm": "always on: fulltune has its own display",
     "dataloader_pin_memory": "on with a GPU",
     "ddp_backend": "gloo on CPU, else transformers' choice",
-    "deepspeed": "not supported yet",
     "fsdp": "not supported yet",
 }
 """Fields that `train.extra` may not set, and what sets them."""
 
 
 def check_extra(recipe: Recipe) -> None:
-    """Refuse fields of `train.extra` that do not exist, that we pin or that have a setting of their own.
+    """Refuse what only the worker would find out: fields of `train.extra` that do not exist, that we pin or that have
+    a setting of their own; unknown optimizers and trackers; settings of DeepSpeed that cannot be used.
 
     Raises:
-        RecipeError: Naming each such field.
+        RecipeError: Naming each such setting.
+        SetupError: When a package is missing.
     """
+    problems = [*_unknown_fields(recipe), *_unknown_optimizer(recipe), *_unknown_trackers(recipe)]
+    if zero.wanted(recipe):
+        try:
+            zero.settings(recipe)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    missing = _missing_packages(recipe)
+    if missing:
+        raise SetupError(missing)
+
+
+def _unknown_fields(recipe: Recipe) -> list[str]:
     if not recipe.train.extra:
-        return
+        return []
     from transformers import TrainingArguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -71,11 +89,64 @@ def check_extra(recipe: Recipe) -> None:
         elif name in own:
             problems.append(f"train.extra.{name}: is a setting of its own; write it as train.{name}")
         elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = _did_you_mean(name, known)
             problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{hint}")
-    if problems:
-        raise RecipeError(problems)
+    return problems
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _unknown_optimizer(recipe: Recipe) -> list[str]:
+    optim = recipe.train.optim
+    if optim == type(recipe.train).model_fields["optim"].default:
+        return []
+    from transformers.training_args import OptimizerNames
+
+    known = sorted(name.value for name in OptimizerNames)
+    if optim in known:
+        return []
+    hint = _did_you_mean(optim, known) or f"; it knows {', '.join(known)}"
+    return [f"train.optim: transformers knows no optimizer '{optim}'{hint}"]
+
+
+def _unknown_trackers(recipe: Recipe) -> list[str]:
+    if not recipe.train.report_to:
+        return []
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = sorted(INTEGRATION_TO_CALLBACK)
+    return [
+        f"train.report_to: transformers knows no tracker '{name}'"
+        + (_did_you_mean(name, known) or f"; it knows {', '.join(known)}")
+        for name in recipe.train.report_to
+        if name not in (*known, *_NOT_PACKAGES)
+    ]
+
+
+def _missing_packages(recipe: Recipe) -> list[str]:
+    """Packages that the settings need and that are not installed, each with the command that installs it."""
+    problems = []
+    if recipe.train.report_to:
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        present = get_available_reporting_integrations()
+        problems += [
+            f"train.report_to: '{name}' needs a package that is missing; pip install {_PACKAGES.get(name, name)}"
+            for name in recipe.train.report_to
+            if name not in (*present, *_NOT_PACKAGES)
+        ]
+    if zero.wanted(recipe) and importlib.util.find_spec("deepspeed") is None:
+        problems.append(f"{zero.NAME}: needs DeepSpeed; pip install 'fulltune[deepspeed]'")
+    return problems
+
+
+_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
+"""Trackers whose package has another name."""
+_NOT_PACKAGES = ("all", "none", "flyte")
+"""Words of transformers, and the tracker that it cannot look for."""
 
 
 def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
@@ -124,8 +195,17 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
+    extra = dict(train.extra)
+    if zero.wanted(recipe):
+        # Checked again: a file can have changed since the plan was made.
+        problems = zero.disagreements(
+            recipe, plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
+        )
+        if problems:
+            raise RecipeError(problems)
+        extra["deepspeed"] = zero.settings(recipe)
     try:
-        made = TrainingArguments(**values, **train.extra)
+        made = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise RecipeError(f"train: transformers refuses these settings: {' '.join(str(error).split())}") from None
     if made.n_gpu > 1:

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
 from fulltune.recipe import Recipe
 from fulltune.records import Outcome, OutcomeStatus, Plan
-from fulltune.train import checkpoints
+from fulltune.train import checkpoints, distributed
 from fulltune.train.hooks import Hooks
 from fulltune.train.next_attempt import Change, next_attempt
 from fulltune.train.request import Request
@@ -107,14 +106,16 @@ def _attempt(recipe: Recipe, change: Change, folder: Path, number: int, hooks: H
 
 def _in_child(request: Request, listener: Listener) -> Outcome:
     """Run the worker, pass its lines on, read its outcome."""
-    command = [sys.executable, "-m", "fulltune.train.worker", str(request.folder / "request.json")]
-    if request.plan.num_processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.plan.num_processes}"]
-        command[1:2] = [*launcher, "-m"]
+    command = distributed.command(request, request.folder / "request.json")
     log = request.folder / "log.txt"
     with log.open("w", encoding="utf-8") as out:
         child = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=distributed.environment(request),
         )
         with _forwarding_signals(child) as asked:
             for event in _follow(request.folder / "metrics.jsonl", child):
@@ -158,8 +159,10 @@ def _forwarding_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     def forward(number: int, _: object) -> None:
         asked.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGTERM if len(asked) < 3 else signal.SIGKILL)
+        if len(asked) < 3:
+            distributed.ask_to_stop(child)
+        else:
+            distributed.end(child)
 
     try:
         before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -193,9 +196,9 @@ def _follow(path: Path, child: subprocess.Popen[bytes]) -> Iterator[Event]:
 def _outcomes(folder: Path, trial: str) -> list[Outcome]:
     """Outcomes of the trial's earlier attempts; an attempt without one was killed together with its parent."""
     found = []
-    for attempt in sorted((folder / "attempts").glob(f"{trial}-*")):
+    numbered = {int(path.name.rpartition("-")[2]): path for path in (folder / "attempts").glob(f"{trial}-*")}
+    for number, attempt in sorted(numbered.items()):  # by number: 100 comes after 99
         path = attempt / "outcome.json"
-        number = int(attempt.name.rpartition("-")[2])
         killed = Outcome(status="killed", reason="killed together with its parent", trial=trial, attempt=number)
         found.append(Outcome.load(path) if path.exists() else killed)
     return found

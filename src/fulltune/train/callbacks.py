@@ -128,6 +128,16 @@ class Seals(TrainerCallback):
         checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
 
 
+class AtBegin(TrainerCallback):
+    """Does something once, when everything is ready for step 1."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.action()
+
+
 class StopWhenAsked(TrainerCallback):
     """After a signal: finish the step, save, stop; all processes after the same step."""
 

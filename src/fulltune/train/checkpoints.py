@@ -8,6 +8,9 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+from fulltune.errors import SetupError
 
 SEAL = "checksums.json"
 _log = logging.getLogger(__name__)
@@ -82,3 +85,24 @@ def drop_after(folder: Path, step: int) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         if step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
+
+
+def load_weights(model: Any, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into the model.
+
+    transformers 5.24 saves some models' tensors under other names than it trains them (ViT's among them), and the
+    Trainer's own loading then leaves the model as it is with a warning. Its `from_pretrained` knows the names.
+
+    Raises:
+        SetupError: When the tensors are not those of the model.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        loaded, info = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise SetupError(f"{checkpoint}: does not hold the model's tensors: {wrong[0]} ({len(wrong)} such tensors)")
+    model.load_state_dict(loaded.state_dict())

@@ -6,34 +6,65 @@ import math
 import time
 from typing import Any
 
+import numpy as np
+
+from fulltune import methods, selective_head
 from fulltune.inference import by_length
+from fulltune.packing import leak
 from fulltune.records import Check, DataSummary, Plan
+from fulltune.store import Rows
 from fulltune.tasks import Target, Task
 from fulltune.tasks.causal_lm import IGNORED, end_token
 
 
 def before_training(
-    trainer: Any, tokenizer: Any, rows: Any, summary: DataSummary, task: Task, target: Target, plan: Plan
+    trainer: Any,
+    tokenizer: Any,
+    rows: Any,
+    summary: DataSummary,
+    task: Task,
+    target: Target,
+    plan: Plan,
+    *,
+    own_loss: bool = False,
 ) -> list[Check]:
-    """Run all checks; the caller refuses to train when one did not pass."""
-    checks = [_parameters(trainer.model), _world_size(trainer, plan), _truncation(summary)]
-    if summary.task == "causal-lm":
-        checks += [_trained_tokens(rows), _end_tokens(trainer.model, tokenizer, rows, task, summary)]
+    """Run all checks; the caller refuses to train when one did not pass.
+
+    With `own_loss`, a function of the user's, the model gives all its logits.
+    """
+    checks = [_parameters(trainer.model), _world_size(trainer, plan), _truncation(summary), _dropout(trainer.model)]
+    if summary.task in ("causal-lm", "seq2seq"):
+        checks.append(_trained_tokens(rows))
+    if summary.problem_type in ("prompt_completion", "chat", "source_target"):
+        checks.append(_end_tokens(trainer.model, tokenizer, rows, task, summary))
+    if trainer.is_deepspeed_enabled:
+        # Only its engine can run the model; it exists when training begins: see `dry_run_in_engine`.
+        return checks
+    if summary.packed:
+        checks.append(_texts_apart(trainer.model))
+    if summary.task in ("causal-lm", "seq2seq"):
+        checks.append(_selective_head(trainer, rows, task, own_loss))
     if all(check.passed for check in checks):
         checks.append(dry_run(trainer, rows, plan))
     return checks
 
 
 def _parameters(model: Any) -> Check:
-    parameters = list(model.parameters())
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in parameters)
+    fixed = methods.computed(model)
+    parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
+    trainable = sum(_values(parameter) for parameter in parameters if parameter.requires_grad)
+    total = sum(map(_values, parameters))
     kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
     return Check(
         name="trainable parameters",
         result=f"{trainable:,} of {total:,} ({', '.join(kinds)})",
         passed=trainable == total,
     )
+
+
+def _values(parameter: Any) -> int:
+    """DeepSpeed's stage 3 leaves an empty tensor and notes its size."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _world_size(trainer: Any, plan: Plan) -> Check:
@@ -52,23 +83,54 @@ def _truncation(summary: DataSummary) -> Check:
     )
 
 
-def _trained_tokens(rows: Any) -> Check:
-    without = 0
-    for batch in rows.select_columns(["labels"]).iter(1000):
-        without += sum(max(labels) == IGNORED for labels in batch["labels"])
+def _dropout(model: Any) -> Check:
+    from fulltune.train.dropout import SixteenBitDropout, threshold
+
+    modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
+    shares = sorted({f"{module.p:g} as {threshold(module.p)}/65536" for module in modules})
+    result = f"{len(modules)} modules draw 16 bits a value ({', '.join(shares)})" if modules else "torch's own, or none"
+    return Check(name="dropout", result=result, passed=True)
+
+
+def _last_trained(rows: Rows) -> np.ndarray:
+    """Each row's last trained token, IGNORED where it has none."""
+    found = []
+    for flat, offsets in rows.lists("labels"):
+        positions = np.where(flat != IGNORED, np.arange(len(flat)), -1)
+        last = np.maximum.reduceat(positions, offsets[:-1])
+        found.append(np.where(last >= offsets[:-1], flat[last], IGNORED))
+    return np.concatenate(found)
+
+
+def _trained_tokens(rows: Rows) -> Check:
+    without = int((_last_trained(rows) == IGNORED).sum())
     return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
 
 
-def _end_tokens(model: Any, tokenizer: Any, rows: Any, task: Task, summary: DataSummary) -> Check:
+def _texts_apart(model: Any) -> Check:
+    """On the real weights, what the data stage found out on a copy of the architecture."""
+    problem = leak(model, model.config.model_type)
+    return Check(name="texts in one row are kept apart", result=problem or "yes", passed=problem is None)
+
+
+def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Check:
+    """Give the trainer its selective head; without one, training is slower and the same."""
+    if own_loss or trainer.args.torch_compile:
+        result = "off: compute_loss is your own" if own_loss else "off: with torch.compile hooks are left out"
+    else:
+        batch = trainer.data_collator([rows[i] for i in by_length(rows)[-2:]])
+        batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+        trainer.head, result = selective_head.verified(trainer.model, task, batch)
+    return Check(name="logits of trained tokens only", result=result, passed=True)
+
+
+def _end_tokens(model: Any, tokenizer: Any, rows: Rows, task: Task, summary: DataSummary) -> Check:
     """Every whole answer must end with a trained end token that survives padding and stops generation."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    last = [
-        end_token({"labels": labels})
-        for batch in rows.select_columns(["labels"]).iter(1000)
-        for labels in batch["labels"]
-    ]
-    ends = {token for token in last if token is not None and token in special}
-    without = sum(token not in special for token in last)
+    tokens, counts = np.unique(_last_trained(rows), return_counts=True)
+    last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+    ends = {token for token in last if token in special}
+    without = sum(count for token, count in last.items() if token not in special)
     cut = summary.splits["train"].truncated_rows
     if ends:
         _stop_generation_at(model, ends)
@@ -78,7 +140,7 @@ def _end_tokens(model: Any, tokenizer: Any, rows: Any, task: Task, summary: Data
     names = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "none"
     return Check(
         name="answers end with a trained end token",
-        result=f"{len(last) - without} of {len(last)} rows ({names}; {cut} truncated)",
+        result=f"{len(rows) - without} of {len(rows)} rows ({names}; {cut} truncated)",
         passed=without <= cut and survives,
     )
 
@@ -95,16 +157,15 @@ def dry_run(trainer: Any, rows: Any, plan: Plan) -> Check:
     """One step at the longest length, with a learning rate of 0: what does not fit fails now, not in an hour."""
     import torch
 
-    model, device = trainer.model, trainer.args.device
-    longest = by_length(rows)[: plan.micro_batch_size]
-    batch = {name: tensor.to(device) for name, tensor in trainer.data_collator([rows[i] for i in longest]).items()}
+    model = trainer.model
+    batch = _longest(trainer, rows, plan)
     started = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         model.train()
         if plan.activation_checkpointing:
             model.activation_checkpointing_enable()
         labels = batch.pop("labels")
-        with trainer.accelerator.autocast():
+        with trainer.accelerator.autocast(), trainer.selecting(labels):
             outputs = model(**batch)
         loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(trainer.count_items(labels)))
         loss.backward()
@@ -115,9 +176,47 @@ def dry_run(trainer: Any, rows: Any, plan: Plan) -> Check:
             kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
             kind(model.parameters(), **{**options, "lr": 0.0, "weight_decay": 0.0}).step()
         model.zero_grad(set_to_none=True)
-    length = batch["input_ids"].shape[1]
+    return _dry_run_check(batch, float(loss), started)
+
+
+def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
+    """The same through DeepSpeed's engine, in which a step without an update is not to be had.
+
+    The loss is multiplied by 0: the gradients of 0 that it leaves are added to those of step 1.
+    """
+    import torch
+
+    engine = trainer.model_wrapped
+    batch = _longest(trainer, rows, plan)
+    started = time.monotonic()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        engine.train()
+        labels = batch.pop("labels")
+        outputs = engine(**batch)
+        loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(trainer.count_items(labels)))
+        # All processes decide alike: in the backward pass each waits for the others.
+        finite = trainer.accelerator.reduce(loss.detach().isfinite().float(), reduction="sum")
+        if int(finite) == trainer.accelerator.num_processes:
+            engine.set_gradient_accumulation_boundary(False)
+            engine.backward(loss * 0.0, scale_wrt_gas=False)
+    passed = int(finite) == trainer.accelerator.num_processes
+    return _dry_run_check(batch, float(loss.detach()), started, passed)
+
+
+def _longest(trainer: Any, rows: Any, plan: Plan) -> dict[str, Any]:
+    longest = by_length(rows)[: plan.micro_batch_size]
+    batch = trainer.data_collator([rows[i] for i in longest])
+    return {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+
+
+def _dry_run_check(batch: dict[str, Any], loss: float, started: float, passed: bool = True) -> Check:
+    ids = batch.get("input_ids")
+    num_rows = len(next(iter(batch.values())))
+    # Without tokens it is an image: its channels, height and width.
+    sides = next(iter(batch.values())).shape[1:] if ids is None else ids.shape[1:]
+    size = " x ".join(str(side) for side in sides) + (" values" if ids is None else " tokens")
     return Check(
         name="dry-run step",
-        result=f"{len(longest)} rows of {length} tokens, loss {float(loss):.4g}, {time.monotonic() - started:.2f} s",
-        passed=math.isfinite(float(loss)),
+        result=f"{num_rows} rows of {size}, loss {loss:.4g}, {time.monotonic() - started:.2f} s",
+        passed=passed and math.isfinite(loss),
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fulltune import zero
 from fulltune.errors import RecipeError
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary
@@ -68,7 +69,9 @@ class Hooks:
             problems.append("compute_loss and train.label_smoothing_factor are both given; smooth in your loss")
         if self.needs_this_process and recipe.train.num_processes > 1:
             problems.append("compute_loss and class_weights train in this process; set train.num_processes: 1")
-        if self.metrics is not None and recipe.task == "causal-lm" and not recipe.evaluate.generate_rows:
+        if self.needs_this_process and zero.wanted(recipe):
+            problems.append("compute_loss and class_weights train in this process; remove train.extra.deepspeed")
+        if self.metrics is not None and recipe.task in ("causal-lm", "seq2seq") and not recipe.evaluate.generate_rows:
             problems.append("metrics needs generated answers; set evaluate.generate_rows above 0")
         if problems:
             raise RecipeError(problems)
@@ -98,6 +101,11 @@ class Hooks:
         if isinstance(given, str):
             if given != "balanced":
                 raise RecipeError(f"class_weights: expected 'balanced', a mapping or a list, found {given!r}")
+            if summary.problem_type == "tags":
+                raise RecipeError(
+                    "class_weights: 'balanced' counts the rows of a class, and tags belong to words; give each tag its "
+                    f"weight: {', '.join(labels[:3])} ..."
+                )
             counts = summary.splits["train"].label_counts
             # A class without a train row (all of them were left out) cannot count at all.
             return [sum(counts.values()) / (len(labels) * counts[name]) if name in counts else 0.0 for name in labels]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
 from fulltune.errors import GuardStop
+from fulltune.selective_head import SelectiveHead
+from fulltune.tasks.causal_lm import IGNORED
+from fulltune.train import checkpoints
 from fulltune.train.guards import Reading, not_finite
 from fulltune.train.sampler import GlobalBatchSampler
 
@@ -21,7 +26,8 @@ class FiniteGuard:
 
     A callback could not do this: it sees the norm only after clipping and after the update. With several processes the
     loss is reduced over all of them once per optimizer step, so that all stop together; otherwise the healthy ones
-    would wait for the broken one.
+    would wait for the broken one. DeepSpeed updates inside its backward pass: there each loss is judged before it, and
+    a gradient norm that is not finite makes DeepSpeed itself leave the update out.
     """
 
     tokens_seen: torch.Tensor | int = 0
@@ -30,7 +36,13 @@ class FiniteGuard:
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
+        elif "input_ids" in inputs:  # packed texts fill their rows
+            self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel()
+        if "decoder_input_ids" in inputs:
+            self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            return loss
         self._losses = getattr(self, "_losses", 0.0) + loss.detach().float()
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
             losses, self._losses = self._losses, 0.0
@@ -39,9 +51,23 @@ class FiniteGuard:
             self._judge(Reading(self.state.global_step + 1, float(losses), None))  # type: ignore[attr-defined]
         return loss
 
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]
+        if self.is_deepspeed_enabled and model.training:  # type: ignore[attr-defined]
+            seen = self.accelerator.reduce(loss.detach().float(), reduction="sum")  # type: ignore[attr-defined]
+            self._judge(Reading(self.state.global_step + 1, float(seen), None))  # type: ignore[attr-defined]
+        return loss
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Runs at each optimizer step after clipping, with the norm before clipping (pinned by a contract test).
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # type: ignore[attr-defined]
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            scaled = self.args.fp16  # type: ignore[attr-defined]
+            if self.accelerator.optimizer_step_was_skipped:  # type: ignore[attr-defined]
+                norm = float("nan")
+            # It takes the gradients away after the update; the optimizer's second moments say which were there.
+            self.tensors_with_gradient = frozenset(name for name, _ in self.model.named_parameters())  # type: ignore[attr-defined]
         if not self.tensors_with_gradient:
             self.tensors_with_gradient = frozenset(
                 name
@@ -49,7 +75,6 @@ class FiniteGuard:
                 for name, parameter in self.model.named_parameters()  # type: ignore[attr-defined]
                 if parameter.grad is not None
             )
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # type: ignore[attr-defined]
         step = self.state.global_step + 1  # type: ignore[attr-defined]
         self._judge(Reading(step, 0.0, None if norm is None else float(norm), scaled))
         return norm
@@ -71,7 +96,12 @@ class FullTrainer(FiniteGuard, Trainer):
         score: Gives the eval metrics of the current model, without a prefix.
         count_items: Items in the loss of a batch, from its labels: rows, or trained tokens.
         **keywords: As for `transformers.Trainer`.
+
+    Attributes:
+        head: Gives only the logits that the loss uses; None gives all.
     """
+
+    head: SelectiveHead | None = None
 
     def __init__(
         self,
@@ -98,6 +128,28 @@ class FullTrainer(FiniteGuard, Trainer):
         self.count_items = count_items
         self.add_callback(_Epochs(self._sampler))
 
+    def selecting(self, labels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model gives only the logits that the loss uses, when it can."""
+        return contextlib.nullcontext() if self.head is None else self.head.only(labels)
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
+        with self.selecting(inputs["labels"]):
+            return super().compute_loss(model, inputs, *rest, **keywords)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # A figure for logs that we do not show; theirs walks through all modules at each micro batch.
+        return 0
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.args.device.type != "cpu" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._clip_grad_norm(model)
+        # The same numbers as theirs, which multiplies all gradients by 1 when there is nothing to clip.
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if norm + 1e-6 > self.args.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
             cast("Dataset[Any]", self.train_dataset),
@@ -113,6 +165,12 @@ class FullTrainer(FiniteGuard, Trainer):
         # regression.
         count = torch.tensor(sum(self.count_items(batch["labels"]) for batch in batch_samples), device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpoints.load_weights(self.model, Path(resume_from_checkpoint))
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the eval rows; draws no random number that training would miss."""

@@ -13,25 +13,25 @@ import logging
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import FulltuneError, GuardStop, InterruptedRun, SetupError
-from fulltune.inference import logits_of, run_rows
-from fulltune.records import DataSummary, Moved, Outcome, OutcomeStatus
+from fulltune import zero
+from fulltune.errors import FulltuneError, GuardStop, InterruptedRun
+from fulltune.inference import logits_of, model_batch, run_rows
+from fulltune.records import Check, DataSummary, Outcome, OutcomeStatus
 from fulltune.store import load_split
 from fulltune.tasks import LossSettings, Target, Task, task_named
-from fulltune.train import checkpoints
+from fulltune.train import checkpoints, distributed, extensions, weights
 from fulltune.train.arguments import training_arguments
-from fulltune.train.checks import before_training
+from fulltune.train.checks import before_training, dry_run_in_engine
 from fulltune.train.guards import nothing_learned, stopped_improving
 from fulltune.train.hooks import Hooks
 from fulltune.train.request import Request
@@ -108,7 +108,9 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     import torch
     import transformers
 
-    from fulltune.train.callbacks import Recorder, Schedule, Seals, StopWhenAsked
+    from fulltune.model import opened
+    from fulltune.train import dropout
+    from fulltune.train.callbacks import AtBegin, Recorder, Schedule, Seals, StopWhenAsked
     from fulltune.train.trainer import FullTrainer
 
     plan, recipe = request.plan, request.recipe
@@ -118,17 +120,26 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     _listen_for_signals(stop)
     recorder.phase("loading the model")
     transformers.logging.disable_progress_bar()
+    sharing = zero.zero_of(recipe)
+    if sharing is not None and is_main:
+        extensions.build(plan.device == "cpu", sharing.offload_optimizer, recorder.phase, journal.write)
+    # Before the model: with DeepSpeed's stage 3 its weights are shared out while they are read.
+    arguments = training_arguments(recipe, plan, request.checkpoints)
+    if sharing is not None:
+        distributed.start_deepspeed(arguments)
     transformers.set_seed(plan.seed)
     task = task_named(recipe.task)
     data_folder = Path(request.run_folder) / "data"
     summary = DataSummary.load(data_folder / "summary.json")
     target = Target.of(summary)
     model, tokenizer = load_for_training(recipe, task, target)
-    rows, eval_rows = load_split(data_folder / "train"), load_split(data_folder / "eval")
+    if plan.device == "cpu":
+        dropout.install(model)
+    rows, eval_rows = (opened(load_split(data_folder / split), tokenizer) for split in ("train", "eval"))
     settings = LossSettings(recipe.train.label_smoothing_factor, hooks.weights_of(summary))
 
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return task.collate(features, pad_token_id)
+        return model_batch(model, task, features, pad_token_id)
 
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         summed = task.loss(logits_of(outputs), labels, target, settings)
@@ -137,26 +148,26 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     pad_token_id = tokenizer.pad_token_id
 
     def score() -> dict[str, float]:
+        size, several = plan.eval_batch_size, arguments.world_size > 1
+        mine, count = eval_rows, len(eval_rows)
+        if several:
+            mine, count = distributed.my_share(eval_rows, size, arguments.process_index, arguments.world_size)
+        # Weights that are shared out are put together by DeepSpeed's engine.
+        used: Any = trainer.model_wrapped if trainer.is_deepspeed_enabled else model
         kept = run_rows(
-            model,
-            eval_rows,
-            task,
-            target,
-            pad_token_id,
-            batch_size=plan.eval_batch_size,
-            precision=plan.precision,
+            used, mine, task, target, pad_token_id, batch_size=size, precision=plan.precision, head=trainer.head
         )
-        return task.metrics(kept, target)
+        return task.metrics(distributed.put_together(kept, mine, count) if several else kept, target)
 
     trainer = FullTrainer(
         model=model,
-        args=training_arguments(recipe, plan, request.checkpoints),
+        args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows,
         data_collator=collate,
         processing_class=tokenizer,
         compute_loss_func=hooks.compute_loss or compute_loss,
-        lengths=list(rows["length"]),
+        lengths=rows["length"],
         global_batch_size=plan.global_batch_size,
         group_by_length=plan.group_by_length,
         layerwise_lr_decay=plan.layerwise_lr_decay,
@@ -178,12 +189,20 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     trainer.remove_callback(transformers.PrinterCallback)
     recorder.tokens = lambda: float(trainer.tokens_seen)
     recorder.phase("checking, with one dry-run step at the longest length")
-    checks = before_training(trainer, tokenizer, rows, summary, task, target, plan)
-    recorder.write({"kind": "checks", "checks": [check.model_dump() for check in checks]})
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        raise GuardStop([f"{check.name}: {check.result}" for check in failed])
-    initial = InitialWeights(model, request.initial_weights) if is_main else None
+    own_loss = hooks.compute_loss is not None
+    checks = before_training(trainer, tokenizer, rows, summary, task, target, plan, own_loss=own_loss)
+    if sharing is None or not all(check.passed for check in checks):
+        _refuse_failed(checks, recorder)
+    else:
+
+        def try_engine() -> None:
+            checks.append(dry_run_in_engine(trainer, rows, plan))
+            _refuse_failed(checks, recorder)
+
+        trainer.add_callback(AtBegin(try_engine))
+    initial = None
+    if is_main or sharing is not None:
+        initial = weights.InitialWeights(model, request.initial_weights if is_main else None)
     if request.checkpoint is None or not _is_finished(Path(request.checkpoint), request):
         if request.checkpoint is not None:
             if is_main:
@@ -196,10 +215,13 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
         optimizer = trainer.optimizer
     else:
         journal.write("resume", f"{Path(request.checkpoint).name} was the last one: nothing is left to train")
-        state, optimizer = _load_finished(trainer, request.checkpoint)
+        state, optimizer = weights.load_finished(trainer, Path(request.checkpoint), plan.total_steps)
+    nothing_to_report = Outcome(status="done", reason="", trial=plan.trial, attempt=request.attempt)
     if initial is None:  # the first process saves and reports
-        return Outcome(status="done", reason="", trial=plan.trial, attempt=request.attempt)
+        return nothing_to_report
     moved = initial.moved(model, optimizer, trainer.tensors_with_gradient)
+    if sharing is not None:
+        moved = distributed.from_first(moved)
     verdict = nothing_learned(moved)
     if verdict.action == "stop":
         raise GuardStop(verdict.reason)
@@ -209,14 +231,17 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     elif best is not None and best != state.global_step:
         problem = checkpoints.flaw(request.checkpoints / f"checkpoint-{best}")
         if problem is None:
-            load_weights(model, request.checkpoints / f"checkpoint-{best}")
+            weights.load_best(trainer, request.checkpoints / f"checkpoint-{best}")
         else:
             warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
             journal.write("best weights lost", warning)
             recorder.write({"kind": "warning", "text": warning})
             best, best_metric = None, None
     recorder.phase("saving the model")
-    save_model(model, tokenizer, request, summary)
+    whole_state = weights.whole_state(trainer)
+    if not is_main:
+        return nothing_to_report
+    weights.save_model(model, tokenizer, request, summary, whole_state)
     return Outcome(
         status="done",
         reason="early stopping" if state.global_step < plan.total_steps else "all steps done",
@@ -232,97 +257,23 @@ def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[
     )
 
 
+def _refuse_failed(checks: Sequence[Check], recorder: Any) -> None:
+    recorder.write({"kind": "checks", "checks": [check.model_dump() for check in checks]})
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise GuardStop([f"{check.name}: {check.result}" for check in failed])
+
+
 def load_for_training(recipe: Any, task: Task, target: Target) -> tuple[Any, Any]:
     """The pretrained model with the task's head, every parameter trainable, and the tokenizer."""
     from fulltune import methods
-    from fulltune.model import load, load_tokenizer
+    from fulltune.model import load, load_processor
 
-    tokenizer = load_tokenizer(recipe.model, chat_template=recipe.data.chat_template)
+    tokenizer = load_processor(recipe.model, recipe.task, chat_template=recipe.data.chat_template)
     model = load(recipe.model, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW)
+    if zero.wanted(recipe):
+        weights.forget_unused_conversions(model)
     return methods.apply(model, recipe.method), tokenizer
-
-
-class InitialWeights:
-    """The weights before step 1, on disk: a copy in memory would cost as much as the model."""
-
-    def __init__(self, model: Any, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        self.path = path
-        save_file({name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}, path)
-
-    def moved(self, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Moved:
-        """Compare with the present weights.
-
-        A value counts as having received a gradient when AdamW's second moment is positive, so that embedding rows of
-        unused tokens are left out; with optimizers that have none, all values of a tensor with a gradient count.
-        """
-        from safetensors import safe_open
-
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        tensors = moved_tensors = values = moved_values = 0
-        unmoved = []
-        with safe_open(self.path, framework="pt") as before:
-            for name, parameter in model.named_parameters():
-                second = optimizer.state.get(parameter, {}).get("exp_avg_sq") if optimizer is not None else None
-                if second is None and name not in with_gradient:
-                    continue
-                changed = parameter.detach().cpu() != before.get_tensor(name)
-                touched = changed.new_ones(changed.shape) if second is None else second.cpu() > 0
-                count = int((changed & touched).sum())
-                if not touched.any():
-                    continue
-                tensors += 1
-                values += int(touched.sum())
-                moved_values += count
-                moved_tensors += count > 0
-                if not count:
-                    unmoved.append(name)
-        return Moved(
-            num_tensors_with_gradient=tensors,
-            num_tensors_moved=moved_tensors,
-            num_values_with_gradient=values,
-            num_values_moved=moved_values,
-            unmoved_tensors=tuple(unmoved[:20]),
-        )
-
-    def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def load_weights(model: Any, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into the model."""
-    from safetensors.torch import load_file
-
-    for shard in sorted(checkpoint.glob("model*.safetensors")):
-        result = model.load_state_dict(load_file(shard), strict=False)
-        # Names may be missing (tied weights are saved once, shards hold a part each); an unknown one may not appear.
-        if result.unexpected_keys:
-            raise SetupError(
-                f"{shard}: holds tensors that the model does not know, such as {result.unexpected_keys[0]}"
-            )
-    model.tie_weights()
-
-
-def save_model(model: Any, tokenizer: Any, request: Request, summary: DataSummary) -> None:
-    """Write a plain Hugging Face folder; an older one is replaced only when the new one is whole."""
-    folder = request.model_folder
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    notes = {
-        "task": summary.task,
-        "problem_type": summary.problem_type,
-        "columns": summary.columns,
-        "labels": list(summary.labels),
-        "joint": summary.joint,
-        "max_length": summary.max_length,
-    }
-    (part / "fulltune.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
 
 
 def _is_finished(checkpoint: Path, request: Request) -> bool:
@@ -335,19 +286,6 @@ def _is_finished(checkpoint: Path, request: Request) -> bool:
     return train.early_stopping_patience is not None and stopped_improving(
         values, plan.greater_is_better, train.early_stopping_patience, train.early_stopping_threshold
     )
-
-
-def _load_finished(trainer: Any, checkpoint: str) -> tuple[Any, Any]:
-    """Weights, state and optimizer of a checkpoint after which nothing is left to train."""
-    import torch
-    from transformers import TrainerState
-
-    load_weights(trainer.model, Path(checkpoint))
-    optimizer = trainer.create_optimizer()
-    optimizer.load_state_dict(torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True, map_location="cpu"))
-    # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
-    trainer.tensors_with_gradient = frozenset(name for name, _ in trainer.model.named_parameters())
-    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")), optimizer
 
 
 def _listen_for_signals(stop: Any) -> None:

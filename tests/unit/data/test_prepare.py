@@ -18,7 +18,7 @@ from tests import tiny
 def prepare(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, task: str, **settings: Any) -> DataSummary:
     path = tiny.write_jsonl(folder / "train.jsonl", rows)
     recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": str(path), **settings}})
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, tiny.POSITIONS)
+    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
 
 
 def test_prepare_duplicates_stay_on_one_side(tmp_path: Path, encoder_tokenizer: Any) -> None:

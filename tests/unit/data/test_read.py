@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from fulltune.data.read import content_hash, read
+from fulltune.data.read import content_hash, locate, read
 from fulltune.errors import DataError
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "é 😀", "label": "b"}]
@@ -69,8 +69,8 @@ def test_read_json_lines_many_broken_names_five(tmp_path: Path) -> None:
 
 def test_content_hash_changes_with_content_only(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv")
-    before = content_hash([str(path)])
+    before = content_hash([locate([str(path)])])
     path.touch()
-    assert content_hash([str(path)]) == before
+    assert content_hash([locate([str(path)])]) == before
     path.write_text(path.read_text() + "x,a\n")
-    assert content_hash([str(path)]) != before
+    assert content_hash([locate([str(path)])]) != before

@@ -5,9 +5,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from fulltune.data.split import MOST_HELD_OUT_ROWS, sample, split_off
+from fulltune.data import split
+from fulltune.data.split import MOST_HELD_OUT_ROWS, draw, sample
+
+
+def split_off(groups: list[str], strata: list[str], fraction: float, seed: int) -> list[bool]:
+    """By names instead of numbers."""
+    drawn = np.array([draw(seed, group) for group in groups], np.uint64)
+    numbers = np.array([sorted(set(strata)).index(name) for name in strata], np.int64)
+    return split.split_off(drawn, numbers, fraction).tolist()
 
 
 def drawn(seed: int) -> tuple[list[str], list[str]]:
@@ -80,7 +89,7 @@ def test_split_large_data_holds_out_at_most_the_cap() -> None:
 
 
 def test_sample_keeps_order_and_is_repeatable() -> None:
-    chosen = sample(1000, 50, 7)
-    assert chosen == sorted(set(chosen)) == sample(1000, 50, 7)
+    chosen = sample(1000, 50, 7).tolist()
+    assert chosen == sorted(set(chosen)) == sample(1000, 50, 7).tolist()
     assert len(chosen) == 50
-    assert chosen != sample(1000, 50, 8)
+    assert chosen != sample(1000, 50, 8).tolist()

@@ -15,7 +15,8 @@ from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan, SplitSummary
 
 GB = 10**9
-CPU = Machine(cpu="x", num_cores=2, memory_bytes=16 * GB, memory_available_bytes=12 * GB, cpu_bf16_fast=False)
+CPU = Machine(cpu="x", num_cores=16, memory_bytes=16 * GB, memory_available_bytes=12 * GB, cpu_bf16_speedup=1.1)
+ZERO3 = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
 BERT = Shapes(
     model_type="bert",
     is_decoder=False,
@@ -163,12 +164,12 @@ def test_batch_that_processes_cannot_share_is_refused() -> None:
     ("machine", "model", "train", "precision"),
     [
         ({}, {}, {}, "fp32"),
-        ({"cpu_bf16_fast": True}, {}, {}, "bf16"),
+        ({"cpu_bf16_speedup": 3.1}, {}, {}, "bf16"),
         ({"gpus": (Gpu(name="a", memory_bytes=24 * GB, bf16=True),)}, {}, {}, "bf16"),
         ({"gpus": (Gpu(name="a", memory_bytes=24 * GB, bf16=False),)}, {}, {}, "fp16"),
         ({"gpus": (Gpu(name="a", memory_bytes=24 * GB, bf16=True),)}, {}, {"device": "cpu"}, "fp32"),
         ({}, {"weights_dtype": "bf16"}, {}, "bf16"),
-        ({"cpu_bf16_fast": True}, {}, {"precision": "fp32"}, "fp32"),
+        ({"cpu_bf16_speedup": 3.1}, {}, {"precision": "fp32"}, "fp32"),
     ],
 )
 def test_precision_follows_the_machine(
@@ -176,6 +177,18 @@ def test_precision_follows_the_machine(
 ) -> None:
     plan = planned(machine=CPU.model_copy(update=machine), model={"name": "m", **model}, train=train)
     assert plan.precision == precision
+
+
+@pytest.mark.parametrize(
+    ("ratio", "reason"),
+    [
+        (3.14, "bf16 is 3.1 times as fast as fp32 here (measured); weights stay fp32"),
+        (0.1, "bf16 is 0.1 times as fast as fp32 here (measured); it needs 1.2 to be taken"),
+    ],
+)
+def test_precision_on_a_cpu_says_what_was_measured(ratio: float, reason: str) -> None:
+    plan = planned(machine=CPU.model_copy(update={"cpu_bf16_speedup": ratio}))
+    assert {setting.name: setting.reason for setting in plan.settings}["train.precision"] == reason
 
 
 @pytest.mark.parametrize(
@@ -203,12 +216,34 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
             "need 1.6 GiB, but 0.9 GiB",
         ),
         (DoesNotFitError, {"train": {"num_processes": 8}}, "need 13.1 GiB"),
+        (RecipeError, {"train": {"num_processes": 17}}, "17, but this machine lets us use 16 CPU core"),
+        (
+            RecipeError,
+            {"train": {"num_processes": 2, "extra": {"deepspeed": {**ZERO3, "train_batch_size": 7}}}},
+            "train_batch_size is 7, but train.global_batch_size gives 32",
+        ),
+        (
+            DoesNotFitError,
+            {
+                "machine": CPU.model_copy(
+                    update={"memory_available_bytes": GB, "gpus": (Gpu(name="g", memory_bytes=80 * GB, bf16=True),)}
+                ),
+                "train": {"extra": {"deepspeed": ZERO3}},
+            },
+            "what is offloaded needs 1.6 GiB, but 0.9 GiB of the host's memory",
+        ),
         (DoesNotFitError, {"disk": GB}, "on disk, but 0.9 GiB are free"),
     ],
 )
 def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(error, match=words):
         planned(**changes)
+
+
+def test_weights_and_state_that_are_shared_out_count_once() -> None:
+    """Eight processes with a copy each need 13.1 GiB of the 12 GB."""
+    shared = planned(train={"num_processes": 8, "extra": {"deepspeed": ZERO3}})
+    assert shared.num_processes == 8
 
 
 def test_every_value_has_a_reason_and_each_setting_stands_once() -> None:

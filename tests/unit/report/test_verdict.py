@@ -85,3 +85,12 @@ def test_verdict_no_trained_row_gives_the_reason(kit: SimpleNamespace) -> None:
 def test_verdict_metric_not_finite_is_none(kit: SimpleNamespace) -> None:
     rows = [kit.scores("full-seed42", "trained", float("nan")), kit.scores("majority class", "baseline", 0.3)]
     assert judge(rows).kind == "none"
+
+
+def test_sentence_loss_says_its_direction_and_who_lost(kit: SimpleNamespace) -> None:
+    trained = kit.scores("full-seed42", "trained", 2.3, 0.02, "loss", False)
+    untouched = judge([kit.scores("before training", "untouched", 1.2, 0.02, "loss", False), trained])
+    assert "loss 2.3 [2.28, 2.32] (smaller is better) on" in untouched.sentence
+    assert untouched.sentence.endswith("are apart, and training made it worse.")
+    baseline = judge([kit.scores("a rule", "baseline", 1.2, 0.02, "loss", False), trained])
+    assert baseline.sentence.endswith("are apart, and this costs no training.")

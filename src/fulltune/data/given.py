@@ -1,0 +1,124 @@
+"""The rows that a recipe names, read once to find columns, target and numbers of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from fulltune.data.read import PlacedRow, Source, locate
+from fulltune.data.split import sample
+from fulltune.errors import DataError
+from fulltune.recipe import Recipe
+from fulltune.records import SplitName as Split
+from fulltune.tasks import Target, Task
+
+Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
+_HEAD = 1000
+
+
+@dataclass(frozen=True)
+class Given:
+    """The rows that a recipe names for a split."""
+
+    where: str
+    rows: Callable[[list[str] | None], Iterator[PlacedRow]]
+    """Reads them anew; see `Source.rows`."""
+
+
+def find_sources(recipe: Recipe) -> dict[Split, Source]:
+    paths: dict[Split, Sequence[str]] = {"train": recipe.train_files()}
+    if recipe.data.eval:
+        paths["eval"] = (recipe.data.eval,)
+    if recipe.data.test:
+        paths["test"] = (recipe.data.test,)
+    sources: dict[Split, Source] = {}
+    problems: list[str] = []
+    for name, files in paths.items():
+        try:
+            found = locate(files, recipe.data.text_rows)
+            sources[name] = replace(
+                found, image_paths=recipe.task == "image-classification", image_column=recipe.data.image
+            )
+        except DataError as error:
+            problems += error.problems
+            # The files of this split that can be read may be broken, too: all problems at once.
+    if problems:
+        for source in sources.values():
+            for _ in source.rows(problems):
+                pass
+        raise DataError(problems)
+    return sources
+
+
+def rows_given(recipe: Recipe, source: Source, preprocess: Preprocess | None) -> Given:
+    """A source as the recipe wants it: at most `max_rows`, each through `preprocess`."""
+    rows = source.rows
+    most = recipe.data.max_rows
+    count = sum(1 for _ in source.rows([])) if most else 0
+    if most and count > most:
+        wanted = set(sample(count, most, recipe.data.split_seed).tolist())
+
+        def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
+            return (placed for number, placed in enumerate(source.rows(problems)) if number in wanted)
+
+    if preprocess is None:
+        return Given(source.where, rows)
+    problems: list[str] = []
+    held = [(place, preprocess(row)) for place, row in rows(problems)]
+    if problems:
+        raise DataError(problems)
+    return Given(source.where, lambda problems: iter(held))
+
+
+def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tuple[Target, dict[Split, int]]:
+    """Read everything once: find columns, problem type and labels, count the rows.
+
+    Raises:
+        DataError: For every broken file; else when columns are missing or nothing can be learned.
+    """
+    problems: list[str] = []
+    counts: dict[Split, int] = {}
+    columns: dict[Split, dict[str, None]] = {name: {} for name in rows_of}
+
+    def counted(name: Split) -> Iterator[dict[str, Any]]:
+        counts[name] = 0
+        for _, row in rows_of[name].rows(problems):
+            counts[name] += 1
+            columns[name].update(dict.fromkeys(row))
+            yield row
+
+    train, refusal = rows_of["train"], None
+    head = [row for _, row in islice(train.rows([]), _HEAD)]
+    try:
+        roles = task.find_columns(tuple(_keys(head)), head[:100], recipe.data, train.where)
+        target = task.find_target(counted("train"), roles, recipe.data, train.where)
+    except DataError as error:
+        # Broken files come first: what is missing may stand in them. A column may also appear later in the file.
+        refusal, roles = error, {}
+    for name in rows_of:
+        if name != "train" or name not in counts or problems:
+            for _ in counted(name):
+                pass
+    if problems:
+        raise DataError(list(dict.fromkeys(problems)))
+    if refusal is not None:
+        if len(columns["train"]) == len(_keys(head)):
+            raise refusal
+        roles = task.find_columns(tuple(columns["train"]), head[:100], recipe.data, train.where)
+        target = task.find_target(counted("train"), roles, recipe.data, train.where)
+    missing = [
+        f"{rows_of[name].where}: no column '{column}' (data.{role}), which train has; "
+        f"columns here: {', '.join(columns[name])}"
+        for name in rows_of
+        for role, column in roles.items()
+        if column not in columns[name]
+    ]
+    if missing:
+        raise DataError(missing)
+    return target, counts
+
+
+def _keys(rows: Sequence[Mapping[str, Any]]) -> dict[str, None]:
+    return dict.fromkeys(key for row in rows for key in row)

@@ -1,0 +1,65 @@
+"""How long a row may be, and whether short texts share one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.tasks import Target, Task, causal_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model says about the rows it can take."""
+
+    positions: int | None = None
+    """Longest sequence in tokens."""
+    model_type: str = ""
+    keeps_texts_apart: Callable[[], str | None] = lambda: "it was not checked"
+    """Why texts in one row would see each other, or None: asked only for raw text."""
+
+
+def longest_row(
+    recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, str]:
+    """Longest row in tokens, and why; a shorter longest row makes it smaller afterwards."""
+    known = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
+    model_limit = min(known, default=None)
+    wanted = recipe.data.max_length
+    if wanted is not None:
+        if model_limit is not None and wanted > model_limit:
+            raise RecipeError(
+                f"data.max_length: {wanted} tokens, but the model takes at most {model_limit}; "
+                f"set data.max_length: {model_limit} or less"
+            )
+        return wanted, "from the recipe"
+    cap = causal_lm.BLOCK_LENGTH if target.problem_type == "text" else task.LENGTH_CAP
+    if model_limit is not None and model_limit <= cap:
+        return model_limit, "the model's limit"
+    return cap, f"the usual bound for {recipe.task}"
+
+
+def packing(recipe: Recipe, target: Target, limits: Limits) -> tuple[bool, list[str]]:
+    """Whether texts share rows, and what is worth knowing about it."""
+    wanted = recipe.data.packing
+    if target.problem_type != "text":
+        if wanted:
+            raise RecipeError(
+                f"data.packing: only raw text is packed, and these rows are {target.problem_type.replace('_', ' ')}; "
+                "remove the setting"
+            )
+        return False, []
+    if wanted is False:
+        return False, []
+    obstacle = limits.keeps_texts_apart()
+    if obstacle is None:
+        return True, []
+    if wanted:
+        raise RecipeError(f"data.packing: is not possible with this model: {obstacle}; remove the setting")
+    return False, [f"packing is off: {obstacle}"]

@@ -1,0 +1,98 @@
+"""Several short texts in one row of full length, so that no computation is spent on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.store import WORDS, record_batch
+from fulltune.tasks import LENGTH
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OPEN_BLOCKS = 64
+"""Blocks that are filled at the same time: a text goes where it leaves the smallest gap (best fit)."""
+_BLOCKS_PER_BATCH = 256
+
+
+class _Block:
+    """Texts that share a row."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.size = 0
+        self.words = ""
+
+    def add(self, ids: np.ndarray, labels: np.ndarray, words: str) -> None:
+        self.ids.append(ids)
+        self.labels.append(labels)
+        self.size += len(ids)
+        self.words = self.words or words
+
+    def features(self) -> dict[str, Any]:
+        # Position ids that begin again are what tells transformers' models where a text ends.
+        positions = np.concatenate([np.arange(len(ids), dtype=np.int32) for ids in self.ids])
+        return {
+            "input_ids": np.concatenate(self.ids),
+            "labels": np.concatenate(self.labels),
+            "position_ids": positions,
+            LENGTH: self.size,
+        }
+
+
+def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
+    """Put texts together into blocks of at most `max_length` tokens; no text is cut.
+
+    Args:
+        parts: Batches with `input_ids`, `labels` and words; no text is longer than `max_length`.
+        max_length: Tokens of a block.
+
+    Yields:
+        Batches of blocks with `position_ids` that begin at 0 with each text. The first text's words stand for all.
+    """
+    full: list[_Block] = []
+    for block in _fill(parts, max_length):
+        full.append(block)
+        if len(full) == _BLOCKS_PER_BATCH:
+            yield _batch(full)
+            full = []
+    if full:
+        yield _batch(full)
+
+
+def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[_Block]:
+    """Best fit among the open blocks; when none fits and there are many, the fullest one is closed."""
+    opened: list[_Block] = []
+    for ids, labels, words in _texts(parts):
+        fitting = [block for block in opened if block.size + len(ids) <= max_length]
+        block = max(fitting, key=lambda block: block.size, default=None)
+        if block is None:
+            if len(opened) == OPEN_BLOCKS:
+                fullest = max(opened, key=lambda block: block.size)
+                opened.remove(fullest)
+                yield fullest
+            block = _Block()
+            opened.append(block)
+        block.add(ids, labels, words)
+        if block.size == max_length:
+            opened.remove(block)
+            yield block
+    yield from opened
+
+
+def _texts(parts: Iterable[pa.RecordBatch]) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+    for part in parts:
+        ids, labels = (part.column(name) for name in ("input_ids", "labels"))
+        ends = ids.offsets.to_numpy()
+        flat_ids, flat_labels = ids.values.to_numpy(), labels.values.to_numpy()
+        for position, words in enumerate(part.column(WORDS).to_pylist()):
+            place = slice(ends[position], ends[position + 1])
+            yield flat_ids[place], flat_labels[place], words
+
+
+def _batch(blocks: list[_Block]) -> pa.RecordBatch:
+    return record_batch([block.features() for block in blocks], [block.words for block in blocks])

@@ -1,0 +1,138 @@
+"""Which row belongs to which split, and what is wrong or worth knowing about them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from fulltune.data.check import UNDECODABLE_IMAGE, labels_only_held_out, too_many, undecodable
+from fulltune.data.encode import Encoded
+from fulltune.data.given import Given
+from fulltune.data.split import split_off
+from fulltune.errors import DataError
+from fulltune.recipe import Recipe
+from fulltune.records import SplitName as Split
+
+SPLITS: tuple[Split, ...] = ("train", "eval", "test")
+HELD_OUT: tuple[Split, ...] = ("eval", "test")
+FEW_EVAL_ROWS = 50
+
+
+def refuse_unusable(recipe: Recipe, encoded: Mapping[Split, Encoded], given: Mapping[Split, Given]) -> None:
+    """Too many rows that cannot be used, too long ones where the recipe forbids them, broken images.
+
+    Raises:
+        DataError: With all such problems.
+    """
+    strategy = recipe.data.truncation_strategy
+    # Rows that the user asked to leave out are not held against the file.
+    wanted_out = {"too long", "answer cut off"} if strategy == "drop" else set()
+    problems: list[str] = []
+    for name, whole in encoded.items():
+        where, usable = given[name].where, whole.num_read - len(whole.unusable)
+        broken = [item for item in whole.unfit if item.check == UNDECODABLE_IMAGE]
+        if recipe.data.undecodable_images == "error":
+            problems += undecodable(broken)
+        problems += too_many(whole.unusable, whole.num_read, where)
+        rest = [item for item in whole.unfit if item.check not in {*wanted_out, UNDECODABLE_IMAGE}]
+        problems += too_many(rest, usable, where)
+        if strategy == "error" and whole.num_too_long:
+            problems.append(
+                f"{where}: {whole.num_too_long} rows of {name} are longer than data.max_length; raise it, or set "
+                "data.truncation_strategy to truncate or drop"
+            )
+    if problems:
+        raise DataError(problems)
+
+
+def assign(
+    recipe: Recipe, encoded: Mapping[Split, Encoded], given: Mapping[Split, Given]
+) -> tuple[dict[Split, np.ndarray], dict[Split, str]]:
+    """Which rows of its source each split gets: all of its own file, or some split off train. bool [rows]."""
+    train = encoded["train"]
+    split_of = {name: np.ones(whole.num_rows, bool) for name, whole in encoded.items()}
+    sources = {name: f"file {rows.where}" for name, rows in given.items()}
+    fractions: dict[Split, float] = {"test": recipe.data.test_fraction, "eval": recipe.data.eval_fraction}
+    groups, strata = np.asarray(train.groups), _strata(train)
+    for name, fraction in fractions.items():
+        if name in given:
+            continue
+        rest = np.flatnonzero(split_of["train"])
+        # The second split takes its share of all rows, not of those that the first one left.
+        share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
+        held_out = rest[split_off(groups[rest], strata[rest], share)]
+        split_of[name] = np.zeros(train.num_rows, bool)
+        split_of[name][held_out] = True
+        split_of["train"][held_out] = False
+        sources[name] = f"split off {given['train'].where} (seed {recipe.data.split_seed})"
+    counts = {name: int(split_of[name].sum()) for name in SPLITS}
+    few = [
+        f"{rows.where}: {counts[name]} usable rows for {name}; expected at least 2"
+        for name, rows in given.items()
+        if counts[name] < 2 and name != "train"
+    ]
+    if few:
+        raise DataError(few)
+    small = [f"{name} has {counts[name]}" for name in SPLITS if counts[name] < 2]
+    if small:
+        raise DataError(
+            f"{given['train'].where}: {train.num_read} rows, {len(np.unique(groups))} of them different, are too few "
+            f"for three splits of at least 2 rows ({', '.join(small)}); give more rows, or files for eval and test"
+        )
+    return split_of, sources
+
+
+def _strata(whole: Encoded) -> np.ndarray:
+    """Each row's class; of several labels the rarest one: combinations would be too many to share out."""
+    numbers, ends = np.asarray(whole.label_numbers), np.asarray(whole.label_ends)
+    sizes = np.diff(ends)
+    strata = np.full(whole.num_rows, -1, np.int64)
+    named = np.flatnonzero(sizes)
+    if len(named):
+        widest = int(sizes.max()) + 1
+        place = np.arange(len(numbers)) - np.repeat(ends[:-1], sizes)
+        # The smallest key of a row is that of its rarest label, of equally rare ones the first.
+        keys = np.bincount(numbers)[numbers].astype(np.int64) * widest + place
+        rarest = np.minimum.reduceat(keys, ends[:-1][named]) % widest
+        strata[named] = numbers[ends[:-1][named] + rarest]
+    return strata
+
+
+def notes(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]) -> list[str]:
+    """Few rows to choose by, and rows that stand in two splits."""
+    keys = {name: np.asarray(encoded.get(name, encoded["train"]).groups)[split_of[name]] for name in SPLITS}
+    found = []
+    if (count := len(keys["eval"])) < FEW_EVAL_ROWS:
+        found.append(
+            f"only {count} eval rows: which checkpoint is best is close to chance; more rows would tell better"
+        )
+    if repeated := len(keys["train"]) - len(np.unique(keys["train"])):
+        found.append(f"{repeated} of {len(keys['train'])} train rows repeat another train row")
+    for name in HELD_OUT:
+        if shared := int(np.isin(keys[name], keys["train"]).sum()):
+            found.append(
+                f"{shared} of {len(keys[name])} {name} rows also stand in train: their scores flatter the model"
+            )
+    if shared := int(np.isin(keys["test"], keys["eval"]).sum()):
+        found.append(f"{shared} of {len(keys['test'])} test rows also stand in eval, which chooses the checkpoint")
+    return found
+
+
+def label_counts(whole: Encoded, weight_of_row: np.ndarray) -> Counter[str]:
+    """How often each label occurs, each row counted so many times."""
+    numbers, sizes = np.asarray(whole.label_numbers), np.diff(np.asarray(whole.label_ends))
+    if not len(numbers):
+        return Counter()
+    found = np.bincount(numbers, weights=np.repeat(weight_of_row, sizes), minlength=len(whole.names))
+    return Counter({name: int(found[number]) for name, number in whole.names.items() if found[number]})
+
+
+def check_labels(
+    encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray], given: Mapping[Split, Given]
+) -> None:
+    """Every class that is scored must occur in train."""
+    counts = {name: label_counts(encoded.get(name, encoded["train"]), split_of[name]) for name in SPLITS}
+    where = {name: given.get(name, given["train"]).where for name in SPLITS}
+    labels_only_held_out(counts["train"], {name: counts[name] for name in HELD_OUT}, where)

@@ -1,0 +1,119 @@
+"""Answers found in a context, scored as texts for each question; baselines that need no training."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fulltune.evaluate.bench import WORST, Bench
+from fulltune.records import Estimate, Scores
+from fulltune.tasks import question_answering
+
+_NONE = "(no answer)"
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
+    """File name to what makes it: the sentence that shares most words with the question; where some test question has
+    no answer, also never answering."""
+    made = {"baseline-sentence": lambda: _baseline(bench, "sentence nearest to the question", nearest_sentence)}
+    if any(not accepted for accepted in _accepted(bench, _questions(bench))):
+        made["baseline-none"] = lambda: _baseline(bench, "no answer to any question", lambda question, context: "")
+    return made
+
+
+def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
+    """The trained model; the windows of a long context give one answer."""
+    windows, texts = bench.rows("test"), bench.texts
+    kept = bench.run(model, tokenizer.pad_token_id, windows)
+    places = [row["place"] for row in texts]
+    contexts = [question_answering.context_of(row, bench.target) for row in texts]
+    found = question_answering.find_answers(kept, windows, places, contexts)
+    questions = _questions(bench)
+    predicted = [found[place]["answer"] for place in questions]
+    accepted = _accepted(bench, questions)
+    scores = compared(predicted, accepted) | {"loss": _mean_of_windows(kept["loss"], places, list(questions))}
+    shown = {
+        **scores,
+        "expected": np.array([" / ".join(dict.fromkeys(texts)) or _NONE for texts in accepted], dtype=object),
+        "predicted": np.array([text or _NONE for text in predicted], dtype=object),
+    }
+    asked = [question_answering.question_of(row, bench.target) for row in questions.values()]
+    return bench.scores(
+        bench.plan.trial,
+        "trained",
+        len(questions),
+        metrics=_estimates(bench, scores) | bench.user_estimates(predicted, accepted),
+        worst=tuple(bench.task.worst(shown, asked, bench.target, WORST)),
+    )
+
+
+def _questions(bench: Bench) -> dict[str, dict[str, Any]]:
+    """Place to test row: several windows come from one row."""
+    return {row["place"]: row for row in bench.texts}
+
+
+def _accepted(bench: Bench, questions: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The accepted answers of each question; none where it has no answer."""
+    return [[text for text, _ in question_answering.answers_of(row, bench.target)] for row in questions.values()]
+
+
+def _estimates(bench: Bench, scores: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+    return bench.estimates(scores, lambda rows: bench.task.metrics(rows, bench.target))
+
+
+def _mean_of_windows(values: np.ndarray, places: Sequence[str], questions: Sequence[str]) -> np.ndarray:
+    """Each question counts the same, however long its context is."""
+    numbers = {place: number for number, place in enumerate(questions)}
+    of = np.array([numbers[place] for place in places])
+    return np.bincount(of, values) / np.bincount(of)
+
+
+def _baseline(bench: Bench, name: str, answer: Callable[[str, str], str]) -> Scores:
+    questions = _questions(bench)
+    predicted = [
+        answer(question_answering.question_of(row, bench.target), question_answering.context_of(row, bench.target))
+        for row in questions.values()
+    ]
+    scores = compared(predicted, _accepted(bench, questions))
+    return bench.scores(name, "baseline", len(questions), metrics=_estimates(bench, scores))
+
+
+def nearest_sentence(question: str, context: str) -> str:
+    """The sentence of the context with most of the question's words; the first one of several."""
+    wanted = set(plain_words(question))
+    sentences = [sentence for sentence in _SENTENCE_END.split(context) if sentence.strip()]
+    return max(sentences, key=lambda sentence: len(wanted & set(plain_words(sentence))), default="").strip()
+
+
+def plain_words(text: str) -> list[str]:
+    """The words that count in SQuAD's scores: in lower case, without punctuation and articles."""
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def compared(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """SQuAD's exact match and F1 of each answer, 0 to 1: the best over the accepted ones.
+
+    A question without an accepted answer is right when nothing is answered.
+    """
+    pairs = [
+        [(plain_words(answer), plain_words(text)) for text in texts or [""]]
+        for answer, texts in zip(predicted, accepted, strict=True)
+    ]
+    return {
+        "f1": np.array([max(_f1(one, two) for one, two in row) for row in pairs]),
+        "exact_match": np.array([max(float(one == two) for one, two in row) for row in pairs]),
+    }
+
+
+def _f1(one: Sequence[str], two: Sequence[str]) -> float:
+    if not one or not two:
+        return float(one == two)
+    return 2 * sum((Counter(one) & Counter(two)).values()) / (len(one) + len(two))

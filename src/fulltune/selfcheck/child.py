@@ -1,0 +1,71 @@
+"""What `processes.py` runs: `python -m fulltune.selfcheck.child all-reduce|compile DEVICE`; one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+
+def all_reduce(device: str) -> dict[str, Any] | None:
+    """Add up the ranks' numbers; only the first rank answers."""
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Half of the parent's patience: a worker that waits for nothing ends by itself.
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=30))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    numbers = torch.full((1000,), rank + 1.0, device=device)
+    dist.all_reduce(numbers)
+    answer = {"sum": float(numbers.sum()), "expected": 1000.0 * size * (size + 1) / 2}
+    dist.destroy_process_group()
+    return answer if rank == 0 else None
+
+
+def compiled(device: str) -> dict[str, Any]:
+    """Loss and gradients of a compiled model against the plain one, or why it cannot be compiled."""
+    from fulltune.selfcheck import tiny
+    from fulltune.selfcheck.precision import relative_error
+
+    ids = tiny.tokens(device)
+    computed = []
+    started = time.monotonic()
+    for wanted in (False, True):
+        model = tiny.decoder(device, layers=1)
+        if wanted:
+            started = time.monotonic()
+        run = torch.compile(model) if wanted else model
+        try:
+            loss = run(input_ids=ids, labels=ids).loss
+            loss.backward()
+        except Exception as error:  # whatever a compiler may say: it is the answer
+            if not wanted:
+                raise
+            # Its first line only names the backend.
+            said = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+            return {"error": said[0] if said else type(error).__name__}
+        computed.append((loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
+    (loss, plain), (loss_again, again) = computed
+    return {
+        "loss_error": relative_error(loss_again, loss),
+        "gradient_error": relative_error(again, plain),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def main() -> None:
+    """Entry of the child process."""
+    what, device = sys.argv[1:]
+    answer = all_reduce(device) if what == "all-reduce" else compiled(device)
+    if answer is not None:
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Image classification: one class per image. Losses and metrics are those of texts with a single label.
+
+Where other tasks are given a tokenizer, this one is given an `ImageReader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.errors import DataError, RecipeError
+from fulltune.recipe import DataBlock
+from fulltune.records import Preview, Segment
+from fulltune.tasks import LENGTH, Example, Refused, Row, Target, labels
+from fulltune.tasks.columns import required
+from fulltune.tasks.labels import is_empty, label_name
+from fulltune.tasks.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
+from fulltune.tasks.text_classification import count_items as count_items
+from fulltune.tasks.text_classification import label_words
+from fulltune.tasks.text_classification import loss as loss
+from fulltune.tasks.text_classification import metrics as metrics
+from fulltune.tasks.text_classification import reduce as reduce
+from fulltune.tasks.text_classification import worst as worst
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+AUTO_CLASS = "AutoModelForImageClassification"
+HEAD_IS_NEW = True
+LENGTH_CAP = 2**20
+"""Images are never cut."""
+METRICS = {"accuracy": True, "f1_macro": True, "mcc": True, "loss": False}
+CHOOSING = {"single_label": ("accuracy", "f1_macro", "mcc", "loss")}
+UNDECODABLE = "undecodable image"
+"""The data stage lists rows that were refused for this, and leaves them out only when the recipe says so."""
+
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+    """Columns for `image` and `label`."""
+    image = required("image", data.image, columns, where)
+    rest = [column for column in columns if column != image]
+    return {"image": image, "label": required("label", data.label, rest, where)}
+
+
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """The class names, sorted. Fractions and lists are no classes."""
+    if data.problem_type not in ("auto", "single_label"):
+        raise RecipeError(f"data.problem_type: {data.problem_type} is not possible for images; remove the setting")
+    return labels.find_target(rows, columns, data.model_copy(update={"problem_type": "single_label"}), where)
+
+
+def refuse(row: Row, target: Target) -> Refused | None:
+    """Rows without an image or without a class are left out."""
+    image = row.get(target.columns["image"])
+    if not isinstance(image, (str, bytes, Mapping, type(None))):
+        return Refused("no image", f"column '{target.columns['image']}' holds {type(image).__name__}, not an image")
+    if where_from(image) == ("", b""):
+        return Refused("no image", f"column '{target.columns['image']}' is empty")
+    if is_empty(row.get(target.columns["label"])):
+        return Refused("no label", f"column '{target.columns['label']}' is empty")
+    return None
+
+
+def group_key(row: Row, target: Target) -> str:
+    """The same file twice, under any name, is one image."""
+    return content_hash(*where_from(row.get(target.columns["image"])))
+
+
+def row_labels(row: Row, target: Target) -> list[str]:
+    return [label_name(row.get(target.columns["label"]))]
+
+
+def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> list[list[Example]]:
+    """Decode each image once, to know that it can be; the row keeps its path, or its bytes when it has no path."""
+    ids = {name: position for position, name in enumerate(target.labels)}
+    encoded = []
+    for row in rows:
+        path, content = where_from(row[target.columns["image"]])
+        refused = None
+        try:
+            decode(path, content)
+        except DataError as error:
+            refused = Refused(UNDECODABLE, str(error))
+        features = {
+            PATH: path,
+            CONTENT: content,
+            "labels": ids[row_labels(row, target)[0]],
+            LENGTH: tokenizer.num_patches,
+        }
+        encoded.append([Example(features, trained_tokens=1, refused=refused)])
+    return encoded
+
+
+def preview(features: Mapping[str, Any], target: Target, tokenizer: Any) -> Preview:
+    """Where the image is, and its class."""
+    path, content = features[PATH], features[CONTENT]
+    shown = _last_parts(path) if path else f"image of {len(content):,} bytes"
+    return Preview(segments=(Segment(text=shown, trained=False),), label=label_words(features["labels"], target))
+
+
+def short_name(row: Row, target: Target) -> str:
+    """The file and its folder, which most often is its class; the row's place when it holds the image itself."""
+    value = row.get(target.columns["image"])
+    path = value.get("path") if isinstance(value, Mapping) else value
+    # Bytes are kept as words such as `<812 bytes>` beside the features.
+    if isinstance(path, str) and path and not path.startswith("<"):
+        return _last_parts(path)
+    return str(row.get("place", "image"))
+
+
+def _last_parts(path: str) -> str:
+    return "/".join(PurePath(path).parts[-2:])
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+def check_model(config: PretrainedConfig) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    if config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return None
+    return f"a '{config.model_type}' model cannot classify images; take a ViT, Swin, ConvNeXt or ResNet"
+
+
+def config_changes(target: Target, tokenizer: Any) -> dict[str, Any]:
+    """Head size and class names."""
+    return {
+        "num_labels": len(target.labels),
+        "id2label": dict(enumerate(target.labels)),
+        "label2id": {name: position for position, name in enumerate(target.labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`pixel_values` [batch, channels, height, width] and `labels`; rows come from `ImageRows`, which decodes them."""
+    import torch
+
+    return {
+        PIXELS: torch.from_numpy(np.stack([row[PIXELS] for row in features])),
+        "labels": torch.tensor([int(row["labels"]) for row in features], dtype=torch.long),
+    }

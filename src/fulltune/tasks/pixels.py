@@ -1,0 +1,132 @@
+"""From an image on disk to what a model reads. Pillow decodes, the model's image processor resizes and normalises.
+
+Prepared rows name the image; it is decoded each time its row is asked for, so that a hundred thousand images need no
+second copy on disk. `train.extra: {dataloader_num_workers: 4}` decodes beside the training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulltune.errors import DataError
+
+PATH, CONTENT, PIXELS = "path", "content", "pixel_values"
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """A model's image processor, in the place where text models have their tokenizer."""
+
+    processor: Any
+    num_patches: int
+    """Patches of an image; 1 when the model does not say."""
+    pad_token_id: int = 0
+    """Unused: images of a batch have the same size."""
+
+    @property
+    def model_max_length(self) -> int:
+        return self.num_patches
+
+    def to_json_string(self) -> str:
+        """The same text for processors that make the same pixels."""
+        return str(self.processor.to_json_string())
+
+    def save_pretrained(self, folder: Any, **_: Any) -> None:
+        self.processor.save_pretrained(folder)
+
+    def pixels(self, path: str, content: bytes) -> np.ndarray:
+        """float32 [channels, height, width].
+
+        Raises:
+            DataError: When the image cannot be decoded.
+        """
+        prepared = self.processor(decode(path, content), return_tensors="np")[PIXELS][0]
+        return np.asarray(prepared, np.float32)
+
+
+def num_patches(config: Any) -> int:
+    """Patches that a model cuts an image into; 1 when its config does not say."""
+    image, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
+    if image is None or patch is None:
+        return 1
+    return max(1, image[0] // patch[0]) * max(1, image[1] // patch[1])
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int) and size > 0:
+        return size, size
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
+        return size[0], size[1]
+    return None
+
+
+def where_from(value: Any) -> tuple[str, bytes]:
+    """Path and content of an image cell, of which one is empty: a path, bytes, or `{"bytes": ..., "path": ...}`."""
+    if isinstance(value, Mapping):
+        content, path = value.get("bytes"), value.get("path")
+        value = content or path
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return "", bytes(value)
+    return ("", b"") if value is None else (str(value).strip(), b"")
+
+
+def decode(path: str, content: bytes) -> Any:
+    """A whole image in RGB, turned upright.
+
+    Raises:
+        DataError: When it cannot be decoded.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(content) if content else path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    # Pillow's readers raise whatever their format's parser stumbles over.
+    except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
+        name = f"{len(content)} bytes" if content else path
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{name}: no such file") from None
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its text names the file once more
+            text = "is of no known kind"
+        raise DataError(f"{name}: cannot be decoded: {text[:200]}") from None
+
+
+class ImageRows(Sequence[dict[str, Any]]):
+    """Prepared rows whose images are decoded when they are asked for: `rows[i]["pixel_values"]`."""
+
+    def __init__(self, rows: Any, reader: ImageReader) -> None:
+        self.rows, self.reader = rows, reader
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return tuple(self.rows.features)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return [row[key] for row in self.rows] if isinstance(self.rows, list) else self.rows[key]
+        if isinstance(key, slice):
+            return [self[i] for i in range(*key.indices(len(self)))]
+        row = dict(self.rows[key])
+        return {PIXELS: self.reader.pixels(row.pop(PATH), row.pop(CONTENT)), **row}
+
+
+def content_hash(path: str, content: bytes) -> str:
+    """SHA-256 of an image file's bytes; of one that cannot be read, of its path."""
+    try:
+        content = content or Path(path).read_bytes()
+    except OSError:
+        content = path.encode()
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,336 @@
+"""Extractive question answering: the answer is a piece of the context, found by its first and last token.
+
+A long context becomes several windows that overlap; each window is an example. A window without the answer, like a
+question without one, points at its first token (BERT's CLS).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.errors import DataError, SetupError
+from fulltune.recipe import DataBlock
+from fulltune.records import Answer, Preview, Segment
+from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
+from fulltune.tasks.answers import NotInContext, accepted
+from fulltune.tasks.columns import as_text, normalised, required
+from fulltune.tasks.padding import mask, padded
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+AUTO_CLASS = "AutoModelForQuestionAnswering"
+HEAD_IS_NEW = True
+LENGTH_CAP = 384
+METRICS = {"f1": True, "exact_match": True, "loss": False}
+CHOOSING = {"span": ("f1", "exact_match", "loss")}
+MOST_ANSWER_TOKENS = 30
+"""Longest answer that is looked for; longer ones can be trained."""
+STARTS, ENDS = "starts", "ends"
+"""Features beside those of the model: each token's first character in the context and the one after its last; -1
+outside of the context [tokens]."""
+START, END, FIRST, LAST, TOKENS = range(5)
+"""What stands in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
+NOWHERE = 0
+"""The token that a window without the answer points at."""
+# Their models also read where words stand on a page or what a picture shows, or mark the question in a way of its own.
+_OTHER_INPUTS = {"layoutlmv2", "layoutlmv3", "lilt", "lxmert", "markuplm", "splinter"}
+
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+    """Columns for `context`, `question` and `answers`."""
+    found: dict[str, str] = {}
+    for role, given in (("context", data.context), ("question", data.question), ("answers", data.answers)):
+        found[role] = required(role, given, [name for name in columns if name not in found.values()], where)
+    return found
+
+
+def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
+    """Nothing is found out, but some row must have an answer."""
+    target = Target("span", columns, stride=data.stride)
+    answered = 0
+    for row in rows:
+        answered += refuse(row, target) is None and bool(answers_of(row, target))
+    if not answered:
+        raise DataError(
+            f"{where}: no row has an answer in column '{columns['answers']}' that stands in '{columns['context']}'; "
+            "name the columns with data.answers and data.context"
+        )
+    return target
+
+
+def refuse(row: Row, target: Target) -> Refused | None:
+    """Rows without question or context are left out, and those whose answer does not stand in the context."""
+    for role in ("question", "context"):
+        value, column = row.get(target.columns[role]), target.columns[role]
+        if isinstance(value, (list, tuple, dict)):
+            return Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
+        if not as_text(value).strip():
+            return Refused(f"no {role}", f"column '{column}' is empty")
+    try:
+        answers_of(row, target)
+    except NotInContext as error:
+        return Refused("answer not in context", str(error))
+    return None
+
+
+def answers_of(row: Row, target: Target) -> list[tuple[str, int]]:
+    """The accepted answers with their places in the context; the first one is trained."""
+    return accepted(row.get(target.columns["answers"]), context_of(row, target))
+
+
+def context_of(row: Row, target: Target) -> str:
+    return as_text(row.get(target.columns["context"]))
+
+
+def question_of(row: Row, target: Target) -> str:
+    return as_text(row.get(target.columns["question"])).strip()
+
+
+def group_key(row: Row, target: Target) -> str:
+    return normalised(f"{question_of(row, target)} \0 {context_of(row, target)}")
+
+
+def row_labels(row: Row, target: Target) -> list[str]:
+    return []
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------
+
+
+def encode(
+    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[Example]]:
+    """Tokenise question and context together; one example per window.
+
+    Raises:
+        SetupError: When the tokenizer cannot say where its tokens stand in the text.
+    """
+    if not tokenizer.is_fast:
+        raise SetupError(
+            f"{type(tokenizer).__name__} cannot say where a token stands in the text (it is a slow tokenizer, without "
+            "tokenizer.json); question-answering needs a fast one: take another model, or convert its tokenizer"
+        )
+    stride = max_length // 3 if target.stride is None else target.stride
+    questions = [question_of(row, target) for row in rows]
+    asked = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
+    around = tokenizer.num_special_tokens_to_add(pair=True)
+    # A window must move on by some tokens, or a long context would become very many.
+    longest = max_length - around - stride - max(1, max_length // 16)
+    fitting = [number for number, ids in enumerate(asked) if len(ids) <= longest]
+    encoded: list[list[Example]] = [
+        [_refused("question too long", f"{len(ids)} tokens, with windows of {max_length} that overlap by {stride}")]
+        for ids in asked
+    ]
+    if not fitting:
+        return encoded
+    cut = tokenizer(
+        [questions[number] for number in fitting],
+        [context_of(rows[number], target) for number in fitting],
+        truncation="only_second",
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    names = [name for name in tokenizer.model_input_names if name in cut and name != "attention_mask"]
+    for number in fitting:
+        encoded[number] = []
+    for window, position in enumerate(cut["overflow_to_sample_mapping"]):
+        number = fitting[position]
+        features = {name: cut[name][window] for name in names}
+        inside = np.array([part == 1 for part in cut.sequence_ids(window)])
+        offsets = np.array(cut["offset_mapping"][window], np.int32)
+        encoded[number].append(_example(features, offsets, inside, answers_of(rows[number], target)[:1]))
+    return encoded
+
+
+def _refused(check: str, reason: str) -> Example:
+    return Example({"input_ids": [], "labels": [], STARTS: [], ENDS: []}, 0, refused=Refused(check, reason))
+
+
+def _example(
+    features: Mapping[str, Any], offsets: np.ndarray, inside: np.ndarray, answer: Sequence[tuple[str, int]]
+) -> Example:
+    """A window, with the answer's first and last token if the whole answer stands in it."""
+    if not inside.any():
+        return _refused("no context", "the tokenizer makes no token of the context")
+    first, last = np.flatnonzero(inside)[[0, -1]].tolist()
+    starts, ends = np.where(inside, offsets[:, 0], -1), np.where(inside, offsets[:, 1], -1)
+    start = end = NOWHERE
+    for text, place in answer:
+        after = place + len(text)
+        if starts[first] <= place and after <= ends[last]:
+            # Tokens stand in the order of the text: the last one that begins not after the answer does, the first one
+            # that ends not before it does.
+            start = first + int(np.searchsorted(starts[first : last + 1], place, side="right")) - 1
+            end = max(start, first + int(np.searchsorted(ends[first : last + 1], after, side="left")))
+    labels = [start, end, first, last, len(starts)]
+    return Example({**features, "labels": labels, STARTS: starts.tolist(), ENDS: ends.tolist()}, trained_tokens=1)
+
+
+def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+    """The window, and its answer decoded from its tokens."""
+    ids = list(features["input_ids"])
+    start, end = features["labels"][START], features["labels"][END]
+    answer = str(tokenizer.decode(ids[start : end + 1])).strip()
+    text = str(tokenizer.decode(ids))
+    label = "(no answer in this window)" if start == NOWHERE else answer
+    return Preview(segments=(Segment(text=text, trained=False),), label=label)
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+def check_model(config: PretrainedConfig) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+
+    kind = config.model_type
+    if kind in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES and kind not in _OTHER_INPUTS:
+        return None
+    return f"a '{kind}' model cannot find answers in a text; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
+
+
+def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {}
+
+
+def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    ids = [row["input_ids"] for row in features]
+    left_out = {"input_ids", "labels", STARTS, ENDS, LENGTH}
+    batch = {"input_ids": padded(ids, pad_token_id), "attention_mask": mask(ids)}
+    batch |= {name: padded([row[name] for row in features], 0) for name in features[0] if name not in left_out}
+    return batch | {"labels": torch.from_numpy(np.array([row["labels"] for row in features], np.int64))}
+
+
+def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log probability of each token to be the answer's first or last one, [batch, length, 2]; padding has none."""
+    import torch
+
+    is_token = torch.arange(logits.shape[1], device=logits.device) < labels[:, TOKENS, None]
+    return logits.float().masked_fill(~is_token.unsqueeze(-1), -math.inf).log_softmax(dim=1)
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+    """Mean of the cross entropies of first and last token, summed over windows."""
+    chances = log_chances(logits, labels)
+    plain = -_at_answer(chances, labels).mean(dim=-1)
+    if not settings.label_smoothing:
+        return plain.sum()
+    everywhere = -chances.masked_fill(chances.isinf(), 0.0).sum(dim=1).mean(dim=-1) / labels[:, TOKENS]
+    return ((1 - settings.label_smoothing) * plain + settings.label_smoothing * everywhere).sum()
+
+
+def _at_answer(chances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log probability of the true first and last token, [batch, 2]."""
+    return chances.gather(1, labels[:, None, [START, END]])[:, 0]
+
+
+def count_items(labels: torch.Tensor) -> int:
+    return labels.shape[0]
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+
+def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
+    """Keep the most probable answer of each window.
+
+    Returns:
+        `first` and `last` token of it, its log probability `chance`, that of no answer `nowhere`, the true tokens
+        `true_first` and `true_last`, and the plain `loss`.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    chances = log_chances(logits, labels)
+    places = torch.arange(logits.shape[1], device=logits.device)
+    outside = (places < labels[:, FIRST, None]) | (places > labels[:, LAST, None])
+    starts, ends = chances.masked_fill(outside.unsqueeze(-1), -math.inf).unbind(dim=-1)
+    # [batch, first token, number of further tokens]
+    windows = F.pad(ends, (0, MOST_ANSWER_TOKENS - 1), value=-math.inf).unfold(1, MOST_ANSWER_TOKENS, 1)
+    best = (starts.unsqueeze(-1) + windows).flatten(1).max(dim=-1)
+    first = best.indices // MOST_ANSWER_TOKENS
+    return {
+        "first": first,
+        "last": first + best.indices % MOST_ANSWER_TOKENS,
+        "chance": best.values,
+        "nowhere": chances[:, NOWHERE].sum(dim=-1),
+        "true_first": labels[:, START],
+        "true_last": labels[:, END],
+        "loss": -_at_answer(chances, labels).mean(dim=-1),
+    }
+
+
+def metrics(kept: Predictions, target: Target) -> dict[str, float]:
+    """Exact match and F1 of each window's tokens, and the loss: for choosing a checkpoint.
+
+    With `exact_match`, `f1` and `loss` columns, as `fulltune.evaluate.spans` makes them from the texts of whole
+    questions, their means.
+    """
+    if "f1" in kept:
+        return {name: float(np.mean(kept[name])) for name in METRICS if name in kept}
+    none, truly_none = kept["nowhere"] > kept["chance"], kept["true_first"] == NOWHERE
+    first, last = (np.where(none, NOWHERE, kept[name]) for name in ("first", "last"))
+    shared = np.minimum(last, kept["true_last"]) - np.maximum(first, kept["true_first"]) + 1
+    sizes = last - first + kept["true_last"] - kept["true_first"] + 2
+    f1 = np.where(none | truly_none, none & truly_none, 2 * np.maximum(shared, 0) / sizes)
+    same = (first == kept["true_first"]) & (last == kept["true_last"])
+    return {"f1": float(f1.mean()), "exact_match": float(same.mean()), "loss": float(np.mean(kept["loss"]))}
+
+
+def find_answers(
+    kept: Predictions, windows: Sequence[Mapping[str, Any]], questions: Sequence[Any], contexts: Sequence[str]
+) -> dict[Any, dict[str, Any]]:
+    """The answer to each question: the most probable one of all its windows.
+
+    Args:
+        kept: What `reduce` kept of each window.
+        windows: Features of each window.
+        questions: A key of the question that each window belongs to.
+        contexts: Each window's whole context.
+
+    Returns:
+        Key to `answer`, its first character `start` in the context, and `probability` within its window. The answer is
+        empty, and `start` None, where even the window that is least sure of it has no answer more probably.
+    """
+    found: dict[Any, dict[str, Any]] = {}
+    nowhere: dict[Any, float] = {}
+    for number, (key, context) in enumerate(zip(questions, contexts, strict=True)):
+        chance = float(kept["chance"][number])
+        nowhere[key] = min(nowhere.get(key, 0.0), float(kept["nowhere"][number]))
+        if key in found and chance <= found[key]["probability"]:
+            continue
+        window = windows[number]
+        start, end = int(window[STARTS][kept["first"][number]]), int(window[ENDS][kept["last"][number]])
+        text = context[start:end]
+        # Some tokens begin with the space before them.
+        start += len(text) - len(text.lstrip())
+        found[key] = {"answer": text.strip(), "probability": chance, "start": start}
+    for key, answer in found.items():
+        if nowhere[key] > answer["probability"]:
+            answer |= {"answer": "", "probability": nowhere[key], "start": None}
+        answer["probability"] = math.exp(answer["probability"])
+    return found
+
+
+def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """The questions with the highest loss among those with a wrong answer; `kept` also has the `expected` and
+    `predicted` texts."""
+    for position in [row for row in np.argsort(-kept["loss"], kind="stable") if kept["exact_match"][row] < 1][:count]:
+        yield Answer(
+            text=texts[position],
+            expected=str(kept["expected"][position]),
+            predicted=str(kept["predicted"][position]),
+            loss=float(kept["loss"][position]),
+        )

@@ -1,0 +1,321 @@
+"""Token classification: a BIO tag for each word, read at the word's first sub-word; scored by whole entities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.errors import SetupError
+from fulltune.recipe import DataBlock
+from fulltune.records import Answer, Preview, Segment
+from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, tags
+from fulltune.tasks.columns import normalised, required
+from fulltune.tasks.tags import find_target as find_target
+from fulltune.tasks.tags import refuse as refuse
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
+
+AUTO_CLASS = "AutoModelForTokenClassification"
+HEAD_IS_NEW = True
+LENGTH_CAP = 512
+METRICS = {"f1": True, "precision": True, "recall": True, "f1_macro": True, "accuracy": True, "loss": False}
+CHOOSING = {"tags": ("f1", "precision", "recall", "accuracy", "loss")}
+IGNORED = -100
+TAGS, WORD_IDS = "tags", "word_ids"
+"""Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""
+_PER_WORD = ("predicted", "probability")
+
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
+    """Columns for `tokens` and `tags`."""
+    tokens = required("tokens", data.tokens, columns, where)
+    rest = [column for column in columns if column != tokens]
+    return {"tokens": tokens, "tags": required("tags", data.tags, rest, where)}
+
+
+def group_key(row: Row, target: Target) -> str:
+    return normalised(" ".join(tags.words(row.get(target.columns["tokens"])) or []))
+
+
+def row_labels(row: Row, target: Target) -> list[str]:
+    """The entity types of a row."""
+    return sorted(tags.types(tags.words(row.get(target.columns["tags"])) or []))
+
+
+def encode(
+    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[Example]]:
+    """Tokenise word by word; the first sub-word of a word carries its label, every other token -100.
+
+    Raises:
+        SetupError: When the tokenizer cannot say which word a token belongs to.
+    """
+    parsed = [tags.words_and_tags(row, target.columns) for row in rows]
+    sentences = as_in_text([words for words, _ in parsed], tokenizer)
+    cut = _tokenised(sentences, tokenizer)
+    # Encoded without a limit first: only so can truncation be counted.
+    lengths = [len(ids) for ids in cut["input_ids"]]
+    if max(lengths) > max_length:
+        cut = _tokenised(sentences, tokenizer, truncation=True, max_length=max_length)
+    ids = {label: position for position, label in enumerate(target.labels)}
+    names = [name for name in tokenizer.model_input_names if name in cut and name != "attention_mask"]
+    encoded = []
+    for position, (_, row_tags) in enumerate(parsed):
+        unknown = sorted(set(row_tags) - set(ids))
+        refused = Refused("unknown tag", f"tag '{unknown[0]}' has a type that train does not have") if unknown else None
+        values = [ids.get(tag, 0) for tag in row_tags]
+        word_ids = [-1 if word is None else word for word in cut.word_ids(position)]
+        firsts = [word >= 0 and word != before for before, word in zip([-1, *word_ids], word_ids, strict=False)]
+        labels = [values[word] if first else IGNORED for word, first in zip(word_ids, firsts, strict=True)]
+        features = {name: list(cut[name][position]) for name in names}
+        features |= {"labels": labels, TAGS: values, WORD_IDS: word_ids}
+        encoded.append([Example(features, sum(firsts), truncated=lengths[position] > max_length, refused=refused)])
+    return encoded
+
+
+def _tokenised(sentences: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, **limit: Any) -> BatchEncoding:
+    refusal = SetupError(
+        f"{type(tokenizer).__name__} cannot say which word a token belongs to (it is a slow tokenizer, without "
+        "tokenizer.json); token-classification needs a fast one: take another model, or convert its tokenizer"
+    )
+    if not tokenizer.is_fast:
+        raise refusal
+    try:
+        found = tokenizer(list(sentences), is_split_into_words=True, verbose=False, **limit)
+        found.word_ids(0)
+    except (NotImplementedError, ValueError) as error:
+        raise refusal from error
+    return found
+
+
+def as_in_text(sentences: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The words as this tokenizer meets them in running text.
+
+    Byte-level vocabularies (RoBERTa, GPT-2) hold a word together with the space before it. Given word by word it would
+    be missing, and every word would look like the inside of another.
+    """
+    plain = tokenizer("of the", add_special_tokens=False)["input_ids"]
+
+    def split(words: list[str]) -> Any:
+        return tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
+
+    if not tokenizer.is_fast or split(["of", "the"]) == plain or split(["of", " the"]) != plain:
+        return list(sentences)
+    return [words[:1] + [f" {word}" if word else word for word in words[1:]] for words in sentences]
+
+
+def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
+    """The tokens, and the sentence with its entities in brackets, each word decoded from its tokens."""
+    ids, word_ids = np.asarray(features["input_ids"]), np.asarray(features[WORD_IDS])
+    seen = seen_words(features)
+    words = [str(tokenizer.decode(ids[word_ids == word].tolist())).strip() for word in seen]
+    row_tags = [target.labels[features[TAGS][word]] for word in seen]
+    text = str(tokenizer.decode(ids.tolist()))
+    return Preview(segments=(Segment(text=text, trained=False),), label=tags.bracketed(words, row_tags))
+
+
+def seen_words(features: Mapping[str, Any]) -> np.ndarray:
+    """Numbers of the words that have a token: not those cut off, nor those of which the tokenizer makes nothing."""
+    return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+def check_model(config: PretrainedConfig) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+
+    if config.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+        return None
+    return f"a '{config.model_type}' model cannot tag words; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
+
+
+def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Head size and label names."""
+    return {
+        "num_labels": len(target.labels),
+        "id2label": dict(enumerate(target.labels)),
+        "label2id": {name: position for position, name in enumerate(target.labels)},
+    }
+
+
+def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    lengths = np.array([len(row["input_ids"]) for row in features])
+    fills = {"input_ids": pad_token_id, "labels": IGNORED}
+    left_out = {TAGS, WORD_IDS, LENGTH, "attention_mask"}
+    batch = {"attention_mask": torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))}
+    for name in features[0]:
+        if name not in left_out:
+            block = np.full((len(features), lengths.max()), fills.get(name, 0), dtype=np.int64)
+            for line, row in zip(block, features, strict=True):
+                line[: len(row[name])] = row[name]
+            batch[name] = torch.from_numpy(block)
+    return batch
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+    """Cross entropy of the labelled words, summed."""
+    import torch.nn.functional as F
+
+    chosen = labels != IGNORED
+    picked = logits[chosen].float()
+    weights = None if settings.class_weights is None else picked.new_tensor(list(settings.class_weights))
+    return F.cross_entropy(
+        picked, labels[chosen], weight=weights, label_smoothing=settings.label_smoothing, reduction="none"
+    ).sum()
+
+
+def count_items(labels: torch.Tensor) -> int:
+    return int((labels != IGNORED).sum())
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+
+def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, np.ndarray]:
+    """Keep for each row what `counts` gives, summed `nll`, number of words `seen`; for each word the `predicted` label
+    and its `probability` (arrays of arrays)."""
+    chosen = labels != IGNORED
+    wanted = labels[chosen]
+    chances = logits[chosen].float().log_softmax(dim=-1)
+    best = chances.max(dim=-1)
+    seen = chosen.sum(dim=1).cpu().numpy()
+    ends = np.cumsum(seen)[:-1]
+
+    def by_row(values: torch.Tensor) -> np.ndarray:
+        return ragged(np.split(values.cpu().numpy(), ends))
+
+    predicted = by_row(best.indices)
+    nll = by_row(-chances.gather(1, wanted[:, None])[:, 0])
+    return counts(by_row(wanted), predicted, target) | {
+        "nll": np.array([values.sum(dtype=np.float64) for values in nll]),
+        "seen": seen,
+        "predicted": predicted,
+        "probability": by_row(best.values.exp()),
+    }
+
+
+def ragged(values: Sequence[Any]) -> np.ndarray:
+    """One object a row, also when all have the same length."""
+    array = np.empty(len(values), dtype=object)
+    for position, value in enumerate(values):
+        array[position] = value
+    return array
+
+
+def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
+    """Sums that metrics are made of, from each row's labels.
+
+    Args:
+        true: For each row the labels of its words.
+        predicted: The same, predicted.
+        target: Names of the labels.
+
+    Returns:
+        `entities` [rows, types, 3]: right, predicted and expected ones; `words` and `right` words [rows].
+    """
+    pairs = list(zip(true, predicted, strict=True))
+    place = {kind: number for number, kind in enumerate(tags.types(target.labels))}
+    entities = np.zeros((len(pairs), len(place), 3), dtype=np.int32)
+    for row, (one, two) in enumerate(pairs):
+        if not (one.any() or two.any()):
+            continue  # label 0 is O: no entity on either side
+        expected, found = (set(seqeval_entities([target.labels[i] for i in labels])) for labels in (one, two))
+        for column, chosen in enumerate((expected & found, found, expected)):
+            for kind, *_ in chosen:
+                entities[row, place[kind], column] += 1
+    return {
+        "entities": entities,
+        "words": np.array([len(one) for one, _ in pairs]),
+        "right": np.array([int((one == two).sum()) for one, two in pairs]),
+    }
+
+
+def seqeval_entities(row_tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Type, first and last word of each entity, by seqeval's default reading.
+
+    Raises:
+        SetupError: When seqeval is not installed.
+    """
+    try:
+        from seqeval.metrics.sequence_labeling import get_entities
+    except ImportError:
+        raise SetupError("scoring entities needs the package 'seqeval'; pip install 'fulltune[entities]'") from None
+    return get_entities(list(row_tags))
+
+
+def over_all_words(kept: Predictions, rows: Sequence[Mapping[str, Any]], target: Target) -> dict[str, np.ndarray]:
+    """What was kept, counted anew over every word of the rows: a word that the model never saw counts as `O`."""
+    gold = [np.asarray(row[TAGS]) for row in rows]
+    everywhere = {name: ragged([np.zeros(len(row), kept[name][0].dtype) for row in gold]) for name in _PER_WORD}
+    for number, row in enumerate(rows):
+        seen = seen_words(row)
+        for name in _PER_WORD:
+            everywhere[name][number][seen] = kept[name][number]
+    return {**kept, **everywhere, "gold": ragged(gold), **counts(gold, everywhere["predicted"], target)}
+
+
+def answers(
+    kept: Predictions, rows: Sequence[Mapping[str, Any]], sentences: Sequence[Sequence[str]], target: Target
+) -> list[dict[str, Any]]:
+    """What `predict` answers: each sentence's tags, and its entities as spans of words."""
+    kept = over_all_words(kept, rows, target)
+    found = []
+    for words, labels, chances in zip(sentences, kept["predicted"], kept["probability"], strict=True):
+        row_tags = [target.labels[label] for label in labels]
+        entities = [
+            {
+                "type": kind,
+                "start": start,
+                "end": end,
+                "text": " ".join(words[start:end]),
+                "probability": float(chances[start:end].min()),
+            }
+            for kind, start, end in tags.spans(row_tags)
+        ]
+        found.append({"entities": entities, "tokens": list(words), "tags": row_tags})
+    return found
+
+
+def metrics(kept: Predictions, target: Target) -> dict[str, float]:
+    """Precision, recall and F1 of whole entities (over all, and the mean over types), accuracy and loss of words."""
+    per_type = kept["entities"].sum(axis=0, dtype=np.int64)
+    right, found, expected = per_type.sum(axis=0).tolist()
+    present = per_type[per_type[:, 1:].any(axis=1)]
+    values = {
+        "f1": _share(2 * right, found + expected),
+        "precision": _share(right, found),
+        "recall": _share(right, expected),
+        "f1_macro": float(np.mean(2 * present[:, 0] / present[:, 1:].sum(axis=1))) if len(present) else 0.0,
+        "accuracy": _share(int(kept["right"].sum()), int(kept["words"].sum())),
+    }
+    if "nll" in kept:
+        values["loss"] = _share(float(kept["nll"].sum()), int(kept["seen"].sum()))
+    return values
+
+
+def _share(part: float, whole: float) -> float:
+    """Nothing of nothing is 0, as in seqeval."""
+    return part / whole if whole else 0.0
+
+
+def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """The rows with the most wrong entities, then with the highest loss; `kept` also has the words as `tokens` and
+    their labels as `gold`."""
+    right, found, expected = np.moveaxis(kept["entities"].sum(axis=1), -1, 0)
+    wrong = found + expected - 2 * right
+    order = [row for row in np.lexsort((-kept["nll"], -wrong)) if wrong[row]][:count]
+    for row in order:
+        shown = [
+            tags.bracketed(kept["tokens"][row], [target.labels[i] for i in kept[name][row]])
+            for name in ("gold", "predicted")
+        ]
+        yield Answer(text=texts[row], expected=shown[0], predicted=shown[1], loss=float(kept["nll"][row]))

@@ -1,0 +1,219 @@
+"""`fulltune selfcheck`: the page, what may not stand on it, and that each check notices what it is there for."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fulltune import cli, selfcheck
+from fulltune.records import StateBytes
+from fulltune.selfcheck import attention, precision, processes, tiny, training
+from fulltune.selfcheck.devices import Check, Device, NotHere, Result
+from fulltune.selfcheck.page import without_names
+from tests.contract.command import fulltune
+
+CPU = Device("cpu", "cpu")
+SLOW = ("processes", "compile")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine two threads wait for each other at every one of a tiny model's operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def names_in(text: str) -> list[str]:
+    """What a page that is shared must not hold; `root` as a user's name says nothing."""
+    names = {str(Path.home()), socket.gethostname(), getpass.getuser(), str(Path.cwd())} - {"root", "/"}
+    return [name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> None:
+    monkeypatch.setattr(selfcheck, "CHECKS", checks)
+    monkeypatch.setattr(selfcheck, "devices", lambda: (CPU,))
+
+
+def test_command_on_the_cpu_passes_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [check for check in selfcheck.CHECKS if check.name not in SLOW]
+    only(monkeypatch, *checks)
+    monkeypatch.setattr(cli.out, "width", 80)
+
+    result = fulltune("selfcheck", "--output", tmp_path / "page.md")
+
+    assert result.code == 0, result.out + result.err
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert all(check.ran in page for check in checks)
+    assert page.count("| pass |") + page.count("| not here |") == len(checks)
+    assert "same weights, bit by bit" in page
+    assert re.search(r"precision auto is (bf16|fp32)", page)
+    assert not names_in(page)
+    assert max(map(len, result.out.splitlines()[:-1])) <= 80  # the last line holds the user's own path
+    assert re.match(r"\d+ passed, 0 failed, \d+ not here; \d+ seconds; share ", result.out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("broken", ["result", "error"])
+def test_broken_check_is_on_the_page_and_exits_2(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = Path.home() / "models" / "weights.bin"
+
+    def function(device: Device) -> Result:
+        if broken == "error":
+            raise OSError(f"cannot open '{secret}' on {socket.gethostname()}")
+        return Result(False, "off by 1")
+
+    def absent(device: Device) -> Result:
+        raise NotHere("there is none")
+
+    only(monkeypatch, Check("precision", "a broken one", function), Check("speed", "an absent one", absent))
+    result = fulltune("selfcheck", "--json", "-o", tmp_path / "page.md")
+
+    assert result.code == 2
+    expected = {"error": "OSError: cannot open 'weights.bin' on HOST", "result": "off by 1"}[broken]
+    assert result.problems == [f"selfcheck: cpu: a broken one: {expected}"]
+    record = json.loads(result.out)
+    assert [finding["status"] for finding in record["findings"]] == ["fail", "not here"]
+    assert record["findings"][0]["result"] == expected
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "**FAIL**" in page
+    assert not names_in(result.out + page)
+
+
+def test_page_that_cannot_be_written_is_a_set_up_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    result = fulltune("selfcheck", "-o", tmp_path)
+    assert result.code == 2
+    assert result.problems == [f"{tmp_path}: cannot be written (is a directory); choose another place"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no such file: /opt/jane/x/y.bin", "no such file: y.bin"),
+        ("(/usr/lib/a.so) and ~/b/c", "(a.so) and c"),
+        ("logits/gradients off by 1/2", "logits/gradients off by 1/2"),
+        ("two\n  lines", "two lines"),
+    ],
+)
+def test_names_and_paths_are_taken_out(text: str, expected: str) -> None:
+    assert without_names(text) == expected
+
+
+def test_names_of_user_and_host_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "jane")
+    monkeypatch.setattr(socket, "gethostname", lambda: "box-7.lab")
+    assert without_names("jane@box-7.lab: janet failed") == "USER@HOST: janet failed"
+
+
+# ---- each check notices its fault ------------------------------------------------------------------------------
+
+
+def other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tiny.decoder
+
+    def wrong(device: str, **options: Any) -> Any:
+        model = right(device, **options)
+        if options["attn_implementation"] == "sdpa":
+            model.model.layers[0].self_attn.q_proj.weight.data += 0.01
+        return model
+
+    monkeypatch.setattr(tiny, "decoder", wrong)
+
+
+def frozen_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tiny.decoder
+
+    def wrong(device: str, **options: Any) -> Any:
+        model = right(device, **options)
+        model.model.norm.weight.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(tiny, "decoder", wrong)
+
+
+def other_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = transformers.BertForSequenceClassification.activation_checkpointing_enable
+
+    def wrong(model: Any) -> None:
+        right(model, {"use_reentrant": False, "preserve_rng_state": False})
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "activation_checkpointing_enable", wrong)
+
+
+def too_little_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(num_parameters: int, weights_dtype: str) -> StateBytes:
+        return StateBytes(weights=4 * num_parameters, gradients=4 * num_parameters, optimizer=4 * num_parameters)
+
+    monkeypatch.setattr(training.memory, "state_bytes", wrong)
+
+
+def random_state_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.Trainer, "_load_rng_state", lambda trainer, checkpoint: None)
+
+
+def less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(precision.TYPES, "fp32", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "words"),
+    [
+        (less_exact, lambda: precision.product(CPU, "fp32"), "relative error 2.9e-03"),
+        (frozen_parameter, lambda: precision.steps(CPU, "fp32"), "20 of 21 parameters moved"),
+        (other_weights, lambda: attention.sdpa(CPU, None), "unpadded off by"),
+        (other_dropout, lambda: training.checkpointing(CPU), "gradients by"),
+        (too_little_planned, lambda: training.planned_bytes(CPU), "(+33.3%)"),
+        (random_state_lost, lambda: training.resume(CPU), "other weights, losses off by"),
+    ],
+    ids=["precision", "steps", "attention", "checkpointing", "memory", "resume"],
+)
+def test_check_notices_its_fault(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    check: Callable[[], Result],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    passed, text = check()
+    assert not passed
+    assert words in text
+
+
+def test_two_processes_add_up_whatever_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not the library')")
+    monkeypatch.chdir(tmp_path)
+    assert processes.all_reduce(CPU) == Result(True, "sum 3000, expected 3000")
+
+
+def test_process_that_hangs_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "REDUCE_SECONDS", 0.2)
+    assert processes.all_reduce(CPU) == Result(False, "no answer within 0.2 seconds")
+
+
+def test_compile_without_a_compiler_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(NotHere, match="no C\\+\\+ compiler"):
+        processes.compiled(CPU)
+
+
+def test_device_without_the_means_is_not_here() -> None:
+    mps, one_gpu = Device("mps", "mps"), Device("cuda", "cuda", count=1)
+    for check, device, words in (
+        (training.resume, mps, "CPU or a GPU"),
+        (processes.all_reduce, mps, "no communication"),
+        (processes.all_reduce, one_gpu, "two GPUs"),
+        (attention.flash_attention_2, CPU, "needs a GPU"),
+    ):
+        with pytest.raises(NotHere, match=words):
+            check(device)

@@ -1,0 +1,128 @@
+"""DeepSpeed's ZeRO-3, weights and optimizer in the host's memory: the same curve as one process, also when resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from fulltune.hardware import num_cores
+from fulltune.records import Outcome
+from tests import tiny
+from tests.invariant.test_same_curve import NO_DROPOUT, losses
+from tests.train import runs
+
+pytestmark = [
+    pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install 'fulltune[deepspeed]'"
+    ),
+    pytest.mark.skipif(
+        os.environ.get("FULLTUNE_SLOW_TESTS") != "1",
+        reason="takes a minute, at first use two more to compile; set FULLTUNE_SLOW_TESTS=1",
+    ),
+]
+
+OFFLOADED = {
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+        # Share out even the smallest tensor.
+        "stage3_param_persistence_threshold": 0,
+    }
+}
+TRAIN: dict[str, Any] = {
+    **{"num_train_epochs": 3, "global_batch_size": 8, "micro_batch_size": 2, "logging_steps": 1, "warmup_steps": 0},
+    **{"eval_strategy": "steps", "eval_steps": 4},
+}
+
+
+def recipe_in(folder: Path, model: Path, settings: Any, **train: Any) -> Path:
+    data = tiny.write_csv(folder / "rows.csv", tiny.topic_rows(50))
+    (folder / "zero.json").write_text(json.dumps(settings), encoding="utf-8")
+    train = {**TRAIN, "num_processes": 2, "extra": {"deepspeed": "zero.json"}, **train}
+    return tiny.write_recipe(folder / "recipe.yaml", model, data, train=train)
+
+
+def start(folder: Path, recipe: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fulltune.cli", "train", str(recipe), "--run-folder", str(folder / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(folder: Path, running: subprocess.Popen[str]) -> str:
+    """Wait for the command; its output and the workers' logs."""
+    out, _ = running.communicate(timeout=240)
+    return out + "".join(path.read_text(encoding="utf-8") for path in (folder / "run").glob("attempts/*/log.txt"))
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [event["step"] for event in runs.events(folder, "train")]
+
+
+def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_process(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    runs.run(tmp_path / "one", model, tiny.topic_rows(50), train=TRAIN)
+    folder = tmp_path / "two"
+    recipe = recipe_in(folder, model, OFFLOADED)
+
+    running = start(folder, recipe)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and running.poll() is None and max(steps_of(folder), default=0) < 6:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    log = finish(folder, running)
+    assert running.returncode == 75, log
+    stopped = max(steps_of(folder))
+    assert 6 <= stopped < 18
+    again = start(folder, recipe)
+    log = finish(folder, again)
+
+    assert again.returncode == 0, log
+    assert steps_of(folder) == list(range(1, 19))
+    assert losses(folder) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    scores = [[event["metrics"] for event in runs.events(where, "eval")] for where in (tmp_path / "one", folder)]
+    assert scores[1] == [pytest.approx(metrics, abs=1e-5) for metrics in scores[0]]
+    one, two = (
+        Outcome.load(sorted(where.glob("run/attempts/*"))[-1] / "outcome.json") for where in (tmp_path / "one", folder)
+    )
+    assert two.best_step == one.best_step
+    assert two.moved is not None
+    assert one.moved is not None
+    assert two.moved.num_tensors_moved == one.moved.num_tensors_moved
+    assert two.moved.share == pytest.approx(one.moved.share, abs=0.01)
+    assert {check.name: check.passed for check in two.checks}["dry-run step"]
+    # Whole tensors under the model's own names, in a folder that needs no DeepSpeed.
+    expected, found = runs.final_weights(tmp_path / "one"), runs.final_weights(folder)
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder / "run" / "models" / "full")
+    assert loaded.dtype == torch.float32
+    assert list((folder / "run" / "checkpoints").glob("*/*")) == []
+
+
+def test_example_runs_from_rows_to_report(tmp_path: Path) -> None:
+    """Its settings, with a tiny model and few steps."""
+    model = tiny.save_model(tmp_path / "model", "bert")
+    example = Path(__file__).parents[2] / "examples" / "zero3-offload.yaml"
+    command = [sys.executable, "-m", "fulltune.cli", "run", str(example), "--run-folder", str(tmp_path / "run")]
+    changes = {"model": model, "train.num_train_epochs": 1, "evaluate.bootstrap_samples": 100}
+    command += [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.md").exists()
+    assert len(steps_of(tmp_path)) == 5

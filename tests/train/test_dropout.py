@@ -1,0 +1,99 @@
+"""Our dropout on the CPU: the same distribution, scale and gradient as torch's, from torch's own generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fulltune.train.dropout import SixteenBitDropout, install, threshold
+from tests import tiny
+from tests.train import runs
+
+ODD = (3, 5, 7)
+"""Not a multiple of the four values of a draw."""
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_share_and_scale_are_those_of_the_probability(p: float) -> None:
+    torch.manual_seed(0)
+    ones = torch.ones(400, 1001)
+
+    made = SixteenBitDropout(p)(ones)
+
+    true = threshold(p) / 65536
+    assert abs(true - p) <= 0.5 / 65536
+    sigma = (true * (1 - true) / ones.numel()) ** 0.5
+    assert float((made == 0).float().mean()) == pytest.approx(true, abs=5 * sigma)
+    assert float(made.max()) == pytest.approx(1 / (1 - true), rel=1e-6)
+    assert set(made.unique().tolist()) == {0.0, float(made.max())}
+
+
+def test_neighbours_of_one_draw_are_independent() -> None:
+    torch.manual_seed(0)
+    dropped = (SixteenBitDropout(0.3)(torch.ones(100_000, 4)) == 0).float()
+
+    for one in range(4):
+        assert float(dropped[:, one].mean()) == pytest.approx(0.3, abs=0.01)
+        for other in range(one):
+            assert float((dropped[:, one] * dropped[:, other]).mean()) == pytest.approx(0.09, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_gradients_pass_where_values_do(kind: torch.dtype) -> None:
+    values = torch.ones(ODD, dtype=kind, requires_grad=True)
+
+    made = SixteenBitDropout(0.5)(values)
+    made.sum().backward()
+
+    assert made.dtype == kind
+    assert values.grad is not None
+    assert torch.equal(values.grad, made.detach())
+
+
+def test_one_seed_gives_the_same_numbers_also_when_recomputed() -> None:
+    dropout, values = SixteenBitDropout(0.5), torch.randn(ODD, requires_grad=True)
+    torch.manual_seed(3)
+    first = dropout(values)
+    torch.manual_seed(3)
+    again = checkpoint(dropout, values, use_reentrant=False)
+    torch.rand(1)  # what happens between forward and backward pass changes nothing
+
+    assert torch.equal(first, again)
+    assert not torch.equal(first, dropout(values))
+    one, two = (torch.autograd.grad(made.sum(), values)[0] for made in (first, again))
+    assert torch.equal(one, two)
+
+
+def test_evaluation_and_a_probability_of_zero_change_nothing() -> None:
+    values = torch.randn(ODD)
+
+    assert torch.equal(SixteenBitDropout(0.5).eval()(values), values)
+    assert torch.equal(SixteenBitDropout(0.0)(values), values)
+
+
+def test_install_replaces_dropout_and_keeps_weights_and_modes() -> None:
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer())).eval()
+    names = list(model.state_dict())
+    count = sum(type(module) is nn.Dropout for module in model.modules())
+
+    assert install(model) == count > 3
+    assert not any(type(module) is nn.Dropout for module in model.modules())
+    assert list(model.state_dict()) == names
+    assert not any(module.training for module in model.modules())
+    assert install(model) == 0
+
+
+def test_training_says_so(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+
+    outcome = runs.run(tmp_path, model, tiny.topic_rows(), train={"max_steps": 2}).outcome
+
+    assert outcome is not None
+    found = next(check.result for check in outcome.checks if check.name == "dropout")
+    assert "16 bits" in found

@@ -1,0 +1,123 @@
+"""Whole runs on choices and on pairs of sentences with a planted signal: they must beat what costs no training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForMultipleChoice, AutoTokenizer
+
+from fulltune import predict
+from fulltune.errors import DataError, RecipeError
+from fulltune.store import load_texts
+from tests import tiny
+from tests.train import runs
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TRAIN: dict[str, Any] = {"num_train_epochs": 6, "eval_strategy": "steps", "eval_steps": 30}
+
+
+def choice_rows(count: int, form: str = "list") -> list[dict[str, Any]]:
+    """One choice is a food, the others are places; neither its position nor its length tells which."""
+    rows = []
+    for number in range(count):
+        drawn = np.random.default_rng(number)
+        texts = [str(drawn.choice(tiny.PLACES)) + " and" * int(drawn.integers(0, 3)) for _ in range(3)]
+        right = int(drawn.integers(0, 4))
+        texts.insert(right, str(drawn.choice(tiny.FOOD)) + " and" * int(drawn.integers(0, 3)))
+        question = {"question": f"what do we eat on day {number}?"}
+        if form == "list":
+            rows.append({**question, "choices": texts, "label": right})
+        else:
+            named = {f"ending{place}": text for place, text in enumerate(texts)}
+            rows.append({**question, **named, "label": "ABCD"[right]})
+    return rows
+
+
+@pytest.mark.parametrize(("kind", "form"), [("bert", "list"), ("roberta", "columns")])
+def test_multiple_choice_run_beats_the_baselines(kind: str, form: str, tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", kind, **NO_DROPOUT)
+    rows = choice_rows(240, form)
+    reached = runs.run(
+        tmp_path,
+        model,
+        rows,
+        until="report",
+        task="multiple-choice",
+        method={"learning_rate": 5e-3},
+        train=TRAIN,
+    )
+
+    position, longest, trained = reached.scores
+    assert (position.name, longest.name) == ("most frequent position", "longest choice")
+    assert trained.metrics["accuracy"].value > 0.9
+    assert max(position.metrics["accuracy"].value, longest.metrics["accuracy"].value) < 0.6
+    assert trained.confusion is None
+    assert trained.calibration is not None
+    assert reached.summary.problem_type == "choice"
+    assert reached.summary.labels == ()
+    assert reached.summary.num_choices == 4
+
+    folder = reached.folder / "models" / "full"
+    assert json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))["num_choices"] == 4
+    held_out = load_texts(reached.folder / "data" / "test")[:6]
+    predictor = predict.load(folder)
+    answers = predictor.predict(held_out)
+    plain = AutoModelForMultipleChoice.from_pretrained(folder).eval()
+    reader = AutoTokenizer.from_pretrained(folder)
+    for row, answer in zip(held_out, answers, strict=True):
+        texts = row["choices"] if form == "list" else [row[f"ending{place}"] for place in range(4)]
+        batch = reader([row["question"]] * 4, texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            [logits] = plain(**{name: tensor[None] for name, tensor in batch.items()}).logits
+        np.testing.assert_allclose(answer["logits"], logits.numpy(), atol=1e-5)
+        assert answer["text"] == texts[answer["index"]]
+    without_label = {name: value for name, value in held_out[0].items() if name != "label"}
+    assert predictor.predict([without_label]) == answers[:1]
+    with pytest.raises(DataError, match="give a file with the columns of its choices"):
+        predict.rows_from_texts(["what?"], predictor.notes)
+    if form == "list":
+        with pytest.raises(DataError, match="row 1 has 3 choices, expected 4"):
+            predictor.predict([{**held_out[0], "choices": ["a", "b", "c"]}])
+
+
+def test_rows_with_another_number_of_choices_are_left_out_and_listed(tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = choice_rows(60)
+    rows[7]["choices"].append("one more")
+    reached = runs.run(tmp_path, tiny_encoder, rows, until="data", task="multiple-choice")
+    assert reached.summary.dropped == {"other number of choices": 1}
+    for row in rows[:10]:
+        row["choices"] = row["choices"][:2]
+        row["label"] = 0
+    with pytest.raises(DataError, match=r"10 of 60 rows cannot be used \(10 x other number of choices\)"):
+        runs.run(tmp_path / "many", tiny_encoder, rows, until="data", task="multiple-choice")
+
+
+def test_class_weights_for_choices_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    options = {"class_weights": "balanced"}
+    with pytest.raises(RecipeError, match="the data have no classes"):
+        runs.run(tmp_path, tiny_encoder, choice_rows(40), task="multiple-choice", options=options)
+
+
+def test_pairs_of_sentences_are_read_together_and_learned(tmp_path: Path) -> None:
+    """The label needs both sentences: each alone says nothing."""
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    rows = []
+    for number in range(240):
+        one, two = number % 2, number // 2 % 2
+        rows.append(
+            {
+                "premise": f"{('sun', 'rain')[one]} over the {tiny.PLACES[number % 7]} {number}",
+                "hypothesis": f"we eat {('soup', 'bread')[two]}",
+                "label": ("none", "one", "both")[one + two],
+            }
+        )
+    reached = runs.run(tmp_path, model, rows, until="report", method={"learning_rate": 5e-3}, train=TRAIN)
+    assert reached.summary.columns == {"text": "premise", "text_pair": "hypothesis", "label": "label"}
+    *baselines, trained = reached.scores
+    assert trained.metrics["accuracy"].value > 0.9
+    assert trained.metrics["accuracy"].value > max(scores.metrics["accuracy"].value for scores in baselines)

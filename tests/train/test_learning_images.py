@@ -1,0 +1,132 @@
+"""A whole run on images with a planted signal, from a folder per class to `predict`; broken images on the way."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from fulltune import api, pipeline, predict
+from fulltune.errors import DataError
+from fulltune.pipeline import Reached
+from tests import tiny
+from tests.train import runs
+
+TRAIN: dict[str, Any] = {"num_train_epochs": 10}
+
+
+def go(folder: Path, rows: Path, /, until: pipeline.Until = "report", **blocks: Any) -> Reached:
+    model = folder / "model"
+    if not model.exists():
+        tiny.save_image_model(model)
+    blocks = {"task": "image-classification", "method": {"learning_rate": 5e-3}, "train": TRAIN, **blocks}
+    recipe = tiny.write_recipe(folder / "recipe.yaml", model, rows, **blocks)
+    with runs.in_this_process():
+        return pipeline.run(api.job(recipe, run_folder=folder / "run", listener=lambda event: None), until)
+
+
+def test_image_run_beats_the_baselines_and_answers_as_transformers_does(tmp_path: Path) -> None:
+    folder = tiny.write_images(tmp_path / "images", 240)
+    reached = go(tmp_path, folder)
+
+    majority, frozen, trained = reached.scores
+    assert (majority.name, frozen.name) == ("majority class", "nearest centroid (frozen embeddings)")
+    assert trained.metrics["accuracy"].value >= max(majority.metrics["accuracy"].value, 0.5) + 0.3
+    assert trained.metrics["accuracy"].value > frozen.metrics["accuracy"].value + 0.2
+    assert trained.confusion is not None
+    assert trained.calibration is not None
+    assert reached.summary.labels == ("different", "same")
+    assert reached.summary.max_length == 4
+
+    made = reached.folder / "models" / "full"
+    assert {path.name for path in made.iterdir()} >= {"preprocessor_config.json", "fulltune.json", "README.md"}
+    assert "AutoImageProcessor" in (made / "README.md").read_text(encoding="utf-8")
+    paths = [str(path) for path in sorted(folder.glob("*/*.png"))[::40]]
+    predictor = predict.load(made)
+    answers = predictor.predict(predict.rows_from_texts(paths, predictor.notes))
+    model = AutoModelForImageClassification.from_pretrained(made).eval()
+    reader = AutoImageProcessor.from_pretrained(made, backend="pil")
+    with torch.no_grad():
+        logits = model(**reader([Image.open(path) for path in paths], return_tensors="pt")).logits
+    np.testing.assert_allclose([answer["logits"] for answer in answers], logits.numpy(), atol=1e-5)
+    assert {answer["label"] for answer in answers} <= {"different", "same"}
+    as_bytes = [{"image": Path(path).read_bytes()} for path in paths]
+    assert predictor.predict(as_bytes) == answers
+    with pytest.raises(DataError, match=r"missing\.png: no such file"):
+        predictor.predict([{"image": str(tmp_path / "missing.png")}])
+
+
+def test_resumed_image_run_gives_the_unbroken_weights(tmp_path: Path) -> None:
+    """transformers saves ViT's tensors under other names than it trains them; a plain load would leave them out."""
+    images = tiny.write_images(tmp_path / "images", 60)
+    train = {"num_train_epochs": 2, "save_steps": 4, "eval_strategy": "epoch", "logging_steps": 1}
+    go(tmp_path / "whole", images, "train", train=train)
+
+    broken = tmp_path / "broken"
+    tiny.save_image_model(broken / "model")
+    blocks: dict[str, Any] = {"task": "image-classification", "method": {"learning_rate": 5e-3}, "train": train}
+    recipe = tiny.write_recipe(broken / "recipe.yaml", broken / "model", images, **blocks)
+    listener = runs.at_step(9, runs.fail)
+    with runs.in_this_process(), pytest.raises(Exception, match="a fault, injected by a test"):
+        pipeline.run(api.job(recipe, run_folder=broken / "run", listener=listener), "train")
+    with runs.in_this_process():
+        pipeline.run(api.job(recipe, run_folder=broken / "run", listener=lambda event: None), "train")
+    journal = next((broken / "run").glob("attempts/*-02/journal.jsonl")).read_text(encoding="utf-8")
+    assert '"resume"' in journal
+
+    def weights(folder: Path) -> dict[str, torch.Tensor]:
+        return load_file(folder / "run" / "models" / "full" / "model.safetensors")
+
+    one, two = weights(tmp_path / "whole"), weights(broken)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], msg=name)
+
+
+def test_undecodable_images_are_all_listed_and_dropped_only_when_asked(tmp_path: Path) -> None:
+    images = tiny.write_images(tmp_path / "images", 60)
+    for number in range(12):
+        (images / "same" / f"broken{number:02}.png").write_bytes(b"no image")
+    with pytest.raises(DataError) as caught:
+        go(tmp_path, images, "data")
+    problems = caught.value.problems
+    assert sum("cannot be decoded:" in problem for problem in problems) == 10
+    assert any(
+        "12 images cannot be decoded" in problem and "data.undecodable_images: drop" in problem for problem in problems
+    )
+    assert any("same/broken00.png" in problem for problem in problems)
+
+    reached = go(tmp_path / "again", images, "data", data={"undecodable_images": "drop"})
+    assert reached.summary.dropped == {"undecodable image": 12}
+    assert sum(split.rows for split in reached.summary.splits.values()) == 60
+    lines = (reached.folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["check"] for line in lines} == {"undecodable image"}
+
+
+def test_table_with_paths_beside_it_and_parquet_with_bytes_give_the_same_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    images = tiny.write_images(tmp_path / "images", 40)
+    paths = sorted(images.glob("*/*.png"))
+    with (images / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [("file_name", "label"), *((path.relative_to(images), path.parent.name) for path in paths)]
+        )
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    table = pa.table({"image": cells, "label": [path.parent.name for path in paths]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+
+    by_path = go(tmp_path / "one", images / "rows.csv", "data").summary
+    by_bytes = go(tmp_path / "two", tmp_path / "rows.parquet", "data").summary
+    assert by_path.splits == by_bytes.splits
+    assert by_path.columns == {"image": "file_name", "label": "label"}
+    assert sum(split.rows for split in by_path.splits.values()) == 40

@@ -1,0 +1,126 @@
+"""A whole run that tags words: the type of a name depends on the word before it, which no lexicon knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from seqeval.metrics import f1_score
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+from fulltune import predict
+from fulltune.errors import DataError
+from fulltune.store import load_split, load_texts
+from tests import tiny
+from tests.contract.command import fulltune
+from tests.train import runs
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+KINDS = {"from": "LOC", "ask": "PER", "no": None}
+"""Word before a name to the name's type."""
+
+
+def tagged(count: int) -> list[dict[str, Any]]:
+    """Sentences with two names, of which some have two words; every name occurs with every type."""
+    rows = []
+    for number in range(count):
+        tokens, tags = [tiny.PLACES[number % 10]], ["O"]
+        for step in (1, 2):
+            before = list(KINDS)[(number // step + step * number) % 3]
+            name = [tiny.FOOD[(number * step + step) % 8], *(["rain"] if (number // 5) % 2 else [])]
+            tokens += [before, *name]
+            kind = KINDS[before]
+            tags += ["O", *(f"{mark}-{kind}" if kind else "O" for mark in "BI"[: len(name)])]
+        rows.append({"tokens": [*tokens, str(number)], "tags": [*tags, "O"]})
+    return rows
+
+
+def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    reached = runs.run(
+        tmp_path,
+        model,
+        tagged(240),
+        until="report",
+        task="token-classification",
+        method={"learning_rate": 5e-3},
+        train={"num_train_epochs": 14, "eval_strategy": "steps", "eval_steps": 60},
+    )
+
+    assert reached.summary.labels == ("O", "B-LOC", "B-PER", "I-LOC", "I-PER")
+    assert reached.plan is not None
+    assert reached.plan.metric == "f1"
+    *baselines, trained = reached.scores
+    assert [scores.name for scores in baselines] == [
+        "every word O",
+        "most frequent tag of each word",
+        "nearest centroid (frozen embeddings)",
+    ]
+    assert baselines[0].metrics["f1"].value == 0
+    assert trained.metrics["f1"].value > 0.9
+    assert trained.metrics["f1"].value > max(scores.metrics["f1"].value for scores in baselines) + 0.3
+    assert trained.metrics["f1"].low <= trained.metrics["f1"].value <= trained.metrics["f1"].high
+
+    folder = reached.folder / "models" / "full"
+    texts = load_texts(reached.folder / "data" / "test")
+    answers = predict.load(reached.folder).predict([{"tokens": row["tokens"]} for row in texts])
+    ours = [answer["tags"] for answer in answers]
+    expected = [row["tags"] for row in texts]
+    assert trained.metrics["f1"].value == pytest.approx(f1_score(expected, ours))
+    assert plain_transformers(folder, [row["tokens"] for row in texts[:5]]) == ours[:5]
+    assert len(load_split(reached.folder / "data" / "test")) == len(texts)
+
+    printed = fulltune("predict", reached.folder, "ask soup rain, from bread", "--json")
+    assert printed.code == 0, printed.err
+    answer = json.loads(printed.out)
+    assert answer["tokens"] == ["ask", "soup", "rain", ",", "from", "bread"]
+    for entity in answer["entities"]:
+        assert entity["text"] == " ".join(answer["tokens"][entity["start"] : entity["end"]])
+        assert 0 < entity["probability"] <= 1
+    assert {"soup rain", "bread"} & {entity["text"] for entity in answer["entities"]}
+
+
+def test_more_than_a_few_rows_with_other_counts_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = [*tagged(36), *({**row, "tags": row["tags"][1:]} for row in tagged(4))]
+    with pytest.raises(DataError) as caught:
+        runs.run(tmp_path, tiny_encoder, rows, until="data", task="token-classification")
+    assert "4 of 40 rows cannot be used (4 x counts differ); first: rows.jsonl:37, 6 tokens and 5 tags" in str(
+        caught.value
+    )
+
+
+def test_conll_files_are_prepared_and_one_bad_row_is_listed(tiny_encoder: Path, tmp_path: Path) -> None:
+    sentences = ["".join(f"{word}\t{tag}\n" for word, tag in zip(*row.values(), strict=True)) for row in tagged(60)]
+    train = tmp_path / "train.conll"
+    train.write_text("\n".join(sentences), encoding="utf-8")
+    test = tmp_path / "test.annotated"
+    test.write_text("\n".join([*sentences[:20], "odd\tPERSON\n"]), encoding="utf-8")
+    recipe = tiny.write_recipe(
+        *(tmp_path / "recipe.yaml", tiny_encoder, train), task="token-classification", data={"test": str(test)}
+    )
+    done = fulltune("data", recipe, "--run-folder", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)
+    assert summary["problem_type"] == "tags"
+    assert {name: split["rows"] for name, split in summary["splits"].items()} == {"train": 54, "eval": 6, "test": 20}
+    assert summary["dropped"] == {"not BIO": 1}
+
+
+def plain_transformers(folder: Path, sentences: list[list[str]]) -> list[list[str]]:
+    """Tags that anyone gets from the folder: the label at each word's first token."""
+    model = AutoModelForTokenClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for words in sentences:
+        batch = tokenizer(" ".join(words), return_tensors="pt", return_offsets_mapping=True)
+        offsets = batch.pop("offset_mapping")[0].tolist()
+        with torch.no_grad():
+            labels = model(**batch).logits[0].argmax(dim=-1).tolist()
+        # A byte-level tokenizer counts the space before a word as the word's first character.
+        starts = [max(0, sum(len(word) + 1 for word in words[:number]) - 1) for number in range(len(words))]
+        first = [next(i for i, (one, two) in enumerate(offsets) if one <= start < two) for start in starts]
+        found.append([model.config.id2label[labels[i]] for i in first])
+    return found

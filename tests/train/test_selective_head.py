@@ -1,0 +1,202 @@
+"""The head at trained positions only: the same loss and gradients, less work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fulltune import selective_head
+from fulltune.inference import logits_of, run_rows
+from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq, text_classification
+from tests import tiny
+from tests.train import runs
+
+TARGET = Target("prompt_completion", {"prompt": "prompt", "completion": "completion"})
+NO_DROPOUT = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"dropout": 0.0},
+    "t5": {"dropout_rate": 0.0},
+}
+
+
+def batch(pad: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of different length with 1, 5 and 0 trained tokens."""
+    rows = [
+        {"input_ids": list(range(5, 9)), "labels": [-100, -100, -100, 8]},
+        {"input_ids": list(range(20, 32)), "labels": [-100] * 7 + list(range(27, 32))},
+        {"input_ids": [7, 8], "labels": [-100, -100]},
+    ]
+    return causal_lm.collate(rows, pad)
+
+
+def model_of(kind: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    changes = {"initializer_range": 0.2, **NO_DROPOUT.get(kind, {})}
+    return AutoModelForCausalLM.from_config(tiny.config(kind, tiny.decoder_tokenizer(), **changes))
+
+
+def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any) -> tuple[float, dict[str, Any]]:
+    model.zero_grad()
+    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    if head is None:
+        logits = model(**given).logits
+    else:
+        with head.only(inputs["labels"]):
+            logits = model(**given).logits
+        assert logits.dim() == 2
+        assert len(logits) == task.count_items(inputs["labels"])
+    loss = task.loss(logits, inputs["labels"], TARGET, LossSettings(label_smoothing=0.1))
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any) -> None:
+    head, found = selective_head.verified(model, task, inputs)
+    assert head is not None, found
+    loss, expected = gradients(model, inputs, None, task)
+    picked, got = gradients(model, inputs, head, task)
+    assert picked == pytest.approx(loss, rel=1e-6)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("kind", tiny.DECODERS)
+def test_loss_and_gradients_are_those_of_all_logits(kind: str) -> None:
+    assert_same(model_of(kind).train(), batch(), causal_lm)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Cohere"])
+def test_what_follows_the_head_in_some_models_works_on_picked_logits(name: str) -> None:
+    """Gemma 2 caps its logits, Cohere scales them."""
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{name}Config")(
+        **size, vocab_size=64, intermediate_size=64, head_dim=8, initializer_range=0.5
+    )
+    assert_same(getattr(transformers, f"{name}ForCausalLM")(config), batch(), causal_lm)
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_an_encoder_decoder_gives_the_logits_of_the_targets_tokens(name: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    kinds = {
+        "T5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+        "Bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
+        | {
+            f"{half}_{size}": 4 if size == "attention_heads" else 64
+            for half in ("encoder", "decoder")
+            for size in ("attention_heads", "ffn_dim")
+        },
+    }
+    config = getattr(transformers, f"{name}Config")(
+        **kinds[name], vocab_size=64, decoder_start_token_id=0, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    rows = [{"input_ids": [5, 6, 7], "labels": [8, 2]}, {"input_ids": [9, 2], "labels": [5, 6, 7, 2]}]
+    inputs = seq2seq.collate(rows, 0)
+    inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, inputs["labels"])
+
+    assert_same(model, inputs, seq2seq)
+
+
+def test_a_batch_without_trained_tokens_has_a_loss_of_zero_and_gradients() -> None:
+    model, inputs = model_of("llama"), batch()
+    inputs["labels"][:] = -100
+    head, _ = selective_head.verified(model, causal_lm, batch())
+
+    loss, found = gradients(model, inputs, head, causal_lm)
+
+    assert loss == 0.0
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_run_rows_keeps_the_same_numbers() -> None:
+    model = model_of("gpt2")
+    rows = [{"input_ids": list(range(5, 9 + n)), "labels": [-100, 6, *range(7, 9 + n)]} for n in range(5)]
+    head, _ = selective_head.verified(model, causal_lm, batch())
+    assert head is not None
+
+    whole = run_rows(model, rows, causal_lm, TARGET, 0, batch_size=2, precision="fp32")
+    picked = run_rows(model, rows, causal_lm, TARGET, 0, batch_size=2, precision="fp32", head=head)
+
+    for name, values in whole.items():
+        assert picked[name] == pytest.approx(values, rel=1e-6)
+    assert not head.head._forward_pre_hooks
+
+
+class Misplacing(torch.nn.Linear):
+    """A head that looks at its neighbours: picked hidden states have others."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden + hidden.roll(1, dims=-2))
+
+
+def test_a_head_that_needs_all_places_is_found_out() -> None:
+    model = model_of("llama")
+    plain = model.lm_head
+    model.lm_head = Misplacing(plain.in_features, plain.out_features, bias=False)
+
+    head, found = selective_head.verified(model, causal_lm, batch())
+
+    assert head is None
+    assert "differ by" in found
+
+
+def test_a_classifier_has_none() -> None:
+    head, found = selective_head.verified(model_of("llama"), text_classification, batch())
+
+    assert head is None
+    assert found.startswith("off")
+
+
+def check_of(outcome: Any) -> str:
+    return next(check.result for check in outcome.checks if check.name == "logits of trained tokens only")
+
+
+def test_training_uses_it_with_activation_checkpointing_and_reports_the_check(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "llama")
+    seen: list[int] = []
+
+    class Seeing(selective_head.SelectiveHead):
+        def only(self, labels: torch.Tensor) -> Any:
+            seen.append(int(self.places(labels).sum()))
+            return super().only(labels)
+
+    train = {"max_steps": 3, "activation_checkpointing": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selective_head, "SelectiveHead", Seeing)
+        outcome = runs.run(tmp_path, model, tiny.pair_rows(), task="causal-lm", train=train).outcome
+
+    assert outcome is not None
+    assert check_of(outcome).startswith("yes")
+    assert len(seen) > 5  # the check, the dry run, three steps, evaluation
+    assert all(count > 0 for count in seen)
+
+
+def test_with_a_loss_of_the_users_own_all_logits_are_there(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "llama")
+    shapes: list[int] = []
+
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = logits_of(outputs)
+        shapes.append(logits.dim())
+        return causal_lm.loss(logits, labels, TARGET, LossSettings()) / num_items_in_batch
+
+    options = {"compute_loss": compute_loss}
+    outcome = runs.run(
+        tmp_path, model, tiny.pair_rows(), task="causal-lm", train={"max_steps": 2}, options=options
+    ).outcome
+
+    assert outcome is not None
+    assert check_of(outcome) == "off: compute_loss is your own"
+    assert set(shapes) == {3}

@@ -1,0 +1,206 @@
+"""Prepared rows are made once: other runs link to them, and anything that could change them makes new ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune import data
+from fulltune.recipe import Recipe
+from fulltune.records import DataSummary
+from fulltune.tasks import task_named
+from tests import tiny
+
+ROWS = tiny.topic_rows(40)
+
+
+class Runs:
+    """Data stages of several runs over one cache, which count how often something is tokenised."""
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self.folder, self.tokenizer, self.num_encoded = folder, tokenizer, 0
+        self.file = tiny.write_csv(folder / "train.csv", ROWS)
+        self.cache = folder / "runs" / ".cache"
+
+    def prepare(self, run: str, *, positions: int = 64, model_type: str = "bert", **options: Any) -> DataSummary:
+        settings = {"train": str(self.file), **options.pop("settings", {})}
+        recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": settings})
+        return data.prepare(
+            recipe,
+            self.folder / "runs" / run / "data",
+            task_named(recipe.task),
+            options.pop("tokenizer", self.tokenizer),
+            data.Limits(positions, model_type),
+            cache_folder=self.cache,
+            **options,
+        )
+
+    def files(self, run: str) -> dict[str, int]:
+        """Names of a run's data files with their inodes."""
+        folder = self.folder / "runs" / run / "data"
+        return {
+            str(path.relative_to(folder)): path.stat().st_ino for path in sorted(folder.rglob("*")) if path.is_file()
+        }
+
+
+@pytest.fixture
+def runs(tmp_path: Path, encoder_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    made = Runs(tmp_path, encoder_tokenizer)
+    module = sys.modules["fulltune.data.prepare"]  # the package's name `prepare` is the function
+    plain = module.encode
+
+    def counted(*arguments: Any) -> Any:
+        made.num_encoded += 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(module, "encode", counted)
+    return made
+
+
+def test_second_run_links_to_the_files_of_the_first(runs: Runs) -> None:
+    first = runs.prepare("one")
+    assert runs.num_encoded == 1
+    assert runs.prepare("two") == first
+    assert runs.num_encoded == 1
+    assert runs.files("two") == runs.files("one")
+    assert {name for name in runs.files("one") if name.endswith("arrow")} == {
+        f"{split}/rows.arrow" for split in ("train", "eval", "test")
+    }
+    (kept,) = runs.cache.iterdir()
+    assert kept.name == first.fingerprint
+
+
+def test_second_run_is_told_no_progress(runs: Runs) -> None:
+    events: list[dict[str, Any]] = []
+    runs.prepare("one", listener=events.append)
+    assert events[-1] == {"kind": "progress", "name": "tokenising", "done": 40, "total": 40}
+    runs.prepare("two", listener=events.append)
+    assert len([event for event in events if event["done"] == 40]) == 1
+
+
+def edit(runs: Runs) -> dict[str, Any]:
+    runs.file.write_text(runs.file.read_text(encoding="utf-8").replace("sun", "fun", 1), encoding="utf-8")
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(edit, id="content"),
+        pytest.param(lambda runs: {"positions": 32}, id="model's limit"),
+        pytest.param(lambda runs: {"model_type": "roberta"}, id="model's kind"),
+        pytest.param(lambda runs: {"tokenizer": tiny.encoder_tokenizer(token_types=False)}, id="tokenizer's inputs"),
+        pytest.param(lambda runs: {"tokenizer": tiny.encoder_tokenizer(model_max_length=16)}, id="tokenizer's limit"),
+        pytest.param(lambda runs: {"tokenizer": tiny.writer_tokenizer()}, id="tokenizer"),
+        pytest.param(lambda runs: {"settings": {"split_seed": 7}}, id="seed"),
+        pytest.param(lambda runs: {"settings": {"max_length": 12}}, id="max_length"),
+        pytest.param(
+            lambda runs: {"settings": {"test": str(tiny.write_csv(runs.folder / "test.csv", tiny.topic_rows(8)))}},
+            id="test file",
+        ),
+    ],
+)
+def test_anything_that_changes_the_rows_makes_them_anew(runs: Runs, change: Callable[[Runs], dict[str, Any]]) -> None:
+    first = runs.prepare("one")
+    before, encoded = runs.files("one"), runs.num_encoded
+    other = runs.prepare("two", **change(runs))
+    assert runs.num_encoded > encoded
+    assert other.fingerprint != first.fingerprint
+    assert not set(before.values()) & set(runs.files("two").values())
+    assert runs.files("one") == before
+
+
+def test_same_content_elsewhere_is_found(runs: Runs) -> None:
+    runs.prepare("one")
+    runs.file = tiny.write_csv(runs.folder / "moved" / "train.csv", ROWS)
+    runs.prepare("two")
+    assert runs.num_encoded == 1
+
+
+def test_rows_through_a_function_are_never_taken_from_the_cache(runs: Runs) -> None:
+    for run in ("one", "two"):
+        runs.prepare(run, preprocess=lambda row: {**row, "text": row["text"].upper()})
+    assert runs.num_encoded == 2
+    assert not runs.cache.exists()
+
+
+def test_damaged_summary_in_the_cache_is_made_anew(runs: Runs) -> None:
+    first = runs.prepare("one")
+    (runs.cache / first.fingerprint / data.SUMMARY).write_text("{")
+    assert runs.prepare("two") == first
+    assert runs.num_encoded == 2
+
+
+def test_other_file_system_gets_a_copy(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impossible(*_: Any, **__: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    first = runs.prepare("one")
+    monkeypatch.setattr(os, "link", impossible)
+    assert runs.prepare("two") == first
+    assert runs.num_encoded == 1
+    one, two = runs.files("one"), runs.files("two")
+    assert one.keys() == two.keys()
+    assert not set(one.values()) & set(two.values())
+    for name in one:
+        folders = (runs.folder / "runs" / run / "data" / name for run in ("one", "two"))
+        assert len({path.read_bytes() for path in folders}) == 1
+
+
+def test_run_keeps_its_files_when_the_cache_is_emptied(runs: Runs) -> None:
+    first = runs.prepare("one")
+    for kept in runs.cache.iterdir():
+        shutil.rmtree(kept)
+    assert runs.prepare("one") == first
+    assert runs.num_encoded == 1
+
+
+def test_only_the_five_used_last_are_kept(runs: Runs) -> None:
+    found = [runs.prepare(f"run {seed}", settings={"split_seed": seed}).fingerprint for seed in range(5)]
+    for age, name in enumerate(reversed(found), start=1):
+        os.utime(runs.cache / name, (time.time() - age, time.time() - age))
+    runs.prepare("again", settings={"split_seed": 0})  # used now: no longer the oldest
+    sixth = runs.prepare("sixth", settings={"split_seed": 5}).fingerprint
+    assert {path.name for path in runs.cache.iterdir()} == {found[0], *found[2:], sixth}
+    assert runs.files("run 1")
+
+
+def test_what_a_killed_run_left_is_no_data_and_goes_after_a_day(runs: Runs) -> None:
+    name = runs.prepare("one").fingerprint
+    fresh, old = (runs.cache / f"{name}.part-{pid}" for pid in (1, 2))
+    for left in (fresh, old):
+        (left / "train-whole").mkdir(parents=True)
+    os.utime(old, (time.time() - 90_000, time.time() - 90_000))
+    # This process's own name, of an earlier process with the same number.
+    own = runs.cache / f"{name}.part-{os.getpid()}"
+    (own / "eval").mkdir(parents=True)
+    shutil.rmtree(runs.cache / name)
+
+    runs.prepare("two")
+
+    assert runs.num_encoded == 2
+    assert {path.name for path in runs.cache.iterdir()} == {name, fresh.name}
+    assert set(runs.files("two")) == set(runs.files("one"))
+
+
+def test_stage_that_fails_leaves_nothing_half_done_and_the_earlier_rows(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.prepare("one")
+    before = runs.files("one")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        runs.prepare("one", settings={"split_seed": 3})
+    assert runs.files("one") == before
+    assert not list(runs.folder.rglob("*.part-*"))

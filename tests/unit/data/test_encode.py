@@ -1,0 +1,163 @@
+"""Tokenising on all cores gives what one process gives, in order, and reads only a little ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune.data import encode
+from fulltune.data.encode import Encoded, Job
+from fulltune.data.read import PlacedRow
+from fulltune.errors import SetupError
+from fulltune.store import load_split, load_texts
+from fulltune.tasks import Target
+from tests import tiny
+
+TARGET = Target("single_label", {"text": "text", "label": "label"}, ("food", "weather"))
+WORKERS = 2
+
+
+def placed(rows: list[dict[str, Any]]) -> list[PlacedRow]:
+    return [(f"train.csv:{line}", row) for line, row in enumerate(rows, start=2)]
+
+
+ROWS = [{**row, "text": row["text"] + " and" * (number % 7)} for number, row in enumerate(tiny.topic_rows(60))]
+ROWS[11] = {"text": "  ", "label": "food"}
+ROWS[12] = {"text": "rain " * 60, "label": "weather"}
+
+
+@pytest.fixture
+def job(encoder_tokenizer: Any) -> Job:
+    return Job("text-classification", TARGET, encoder_tokenizer, 48, "train", 42, drop_truncated=False)
+
+
+@pytest.fixture
+def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "ROWS_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(encode, "ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(encode, "num_cores", lambda: WORKERS)
+
+
+def run(job: Job, rows: list[PlacedRow], folder: Path) -> Encoded:
+    return encode.encode(job, iter(rows), len(rows), folder, lambda done: None)
+
+
+def numbers(found: Encoded) -> dict[str, Any]:
+    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "folder"}
+    return {name: np.asarray(value).tolist() if hasattr(value, "typecode") else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["truncate", "drop"])
+def test_many_processes_give_the_files_and_numbers_of_one(
+    job: Job, drop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    job = dataclasses.replace(job, drop_truncated=drop)
+    one = run(job, placed(ROWS), tmp_path / "one")
+    request.getfixturevalue("in_processes")
+    pids: list[int] = []
+    plain = encode.Encoded.add
+    monkeypatch.setattr(encode.Encoded, "add", lambda self, chunk: (pids.append(chunk.num_read), plain(self, chunk))[1])
+    many = run(job, placed(ROWS), tmp_path / "many")
+
+    assert pids == [7] * 8 + [4]
+    assert numbers(many) == numbers(one)
+    assert (tmp_path / "many" / "rows.arrow").read_bytes() == (tmp_path / "one" / "rows.arrow").read_bytes()
+
+
+@pytest.mark.usefixtures("in_processes")
+def test_work_is_done_in_other_processes(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform != "linux":
+        pytest.skip("a worker that is not forked does not know what was replaced here")
+    plain = encode.words
+    monkeypatch.setattr(encode, "words", lambda place, row: plain(str(os.getpid()), row))
+    run(job, placed(ROWS), tmp_path)
+    pids = {row["place"] for row in load_texts(tmp_path)}
+    assert str(os.getpid()) not in pids
+    assert 1 <= len(pids) <= WORKERS
+
+
+@pytest.mark.usefixtures("in_processes")
+def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
+    found = run(job, placed(ROWS), tmp_path)
+    expected = [place for place, row in placed(ROWS) if row["text"].strip()]
+    assert [row["place"] for row in load_texts(tmp_path)] == expected
+    assert np.asarray(found.row_of).tolist() == list(range(59))
+    assert [found.combinations[row] for row in range(4)] == [0, 1, 0, 1]
+    kept = [row["label"] for row in ROWS if row["text"].strip()]
+    assert [TARGET.labels[label] for label in load_split(tmp_path)["labels"]] == kept
+
+
+def test_rows_left_out_are_named_with_their_places(job: Job, tmp_path: Path) -> None:
+    found = run(dataclasses.replace(job, drop_truncated=True), placed(ROWS), tmp_path)
+    assert [(item.split, item.place, item.check) for item in found.unusable] == [("train", "train.csv:13", "no text")]
+    assert [(item.place, item.check, item.row) for item in found.unfit] == [("train.csv:14", "too long", ROWS[12])]
+    assert (found.num_read, found.num_rows, found.num_too_long) == (60, 58, 1)
+    assert len(load_split(tmp_path)) == len(found.lengths) == 58
+    assert load_split(tmp_path)["length"].tolist() == list(found.lengths)
+    assert found.longest == max(found.lengths) <= 48
+
+
+def test_rows_truncated_are_kept_and_counted(job: Job, tmp_path: Path) -> None:
+    found = run(job, placed(ROWS), tmp_path)
+    assert found.unfit == []
+    assert (sum(found.truncated), found.num_too_long, found.longest) == (1, 1, 48)
+
+
+def test_row_with_a_label_that_train_lacks_is_counted_and_not_tokenised(job: Job, tmp_path: Path) -> None:
+    rows = tiny.topic_rows(6)
+    rows[3]["label"] = "sport"
+    job = dataclasses.replace(job, split="test", known_labels=frozenset(TARGET.labels))
+    found = run(job, placed(rows), tmp_path)
+    assert set(found.names) == {"food", "weather", "sport"}
+    assert found.num_rows == 6
+    assert np.asarray(found.row_of).tolist() == [0, 1, 2, 4, 5]
+    assert len(load_split(tmp_path)) == 5
+
+
+@pytest.mark.usefixtures("in_processes")
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker that is not forked does not know what was replaced here")
+def test_killed_worker_is_a_setup_error(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, here = encode.encode_chunk, os.getpid()
+
+    def killed(job: Job, chunk: list[PlacedRow]) -> encode.Chunk:
+        if chunk[0][0] == "train.csv:16" and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(job, chunk)
+
+    monkeypatch.setattr(encode, "encode_chunk", killed)
+    with pytest.raises(SetupError, match=r"a process that tokenises was killed.* because memory ran out; close other"):
+        run(job, placed(ROWS), tmp_path)
+
+
+@pytest.mark.usefixtures("in_processes")
+def test_error_in_a_worker_is_the_same_error_here(job: Job, tmp_path: Path) -> None:
+    chat = Target("chat", {"messages": "messages"})
+    job = dataclasses.replace(job, task="causal-lm", target=chat, tokenizer=tiny.decoder_tokenizer(None))
+    with pytest.raises(SetupError, match="the tokenizer has no chat template"):
+        run(job, placed(tiny.chat_rows(30)), tmp_path)
+
+
+@pytest.mark.usefixtures("in_processes")
+def test_source_is_read_only_a_little_ahead(job: Job, tmp_path: Path) -> None:
+    num_read = 0
+
+    def source() -> Iterator[PlacedRow]:
+        nonlocal num_read
+        for number in range(700):
+            num_read += 1
+            yield f"a:{number}", ROWS[number % 11]
+
+    ahead: list[int] = []
+    encode.encode(job, source(), 700, tmp_path, lambda done: ahead.append(num_read - done))
+
+    assert num_read == 700
+    assert len(ahead) == 100
+    assert max(ahead) <= 2 * WORKERS * 7

@@ -1,0 +1,112 @@
+"""Packing: whole texts side by side, each token once, no block too long, little room left."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune.data import pack as packing
+from fulltune.data.pack import pack
+from fulltune.store import Rows, RowWriter, load_split, load_texts, record_batch, words
+
+LIMIT = 100
+
+
+def parts(lengths: list[int], at_once: int = 50) -> Iterator[Any]:
+    """Batches of texts whose tokens are all different."""
+    start = 0
+    rows = []
+    for length in lengths:
+        ids = list(range(start, start + length))
+        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]], "length": length})
+        start += length
+    for first in range(0, len(rows), at_once):
+        part = rows[first : first + at_once]
+        yield record_batch(part, [words(f"a.txt:{first + place}", {}) for place in range(len(part))])
+
+
+def packed(lengths: list[int], folder: Path) -> Rows:
+    with RowWriter(folder) as writer:
+        for batch in pack(parts(lengths), LIMIT):
+            writer.write(batch)
+    return load_split(folder)
+
+
+def drawn(count: int, longest: int, seed: int = 0) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randint(2, longest) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def lengths() -> list[int]:
+    return drawn(3000, LIMIT)
+
+
+@pytest.fixture(scope="module")
+def blocks(lengths: list[int], tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return packed(lengths, tmp_path_factory.mktemp("packed"))
+
+
+def test_pack_no_token_is_lost_or_doubled(lengths: list[int], blocks: Rows) -> None:
+    found = Counter(np.concatenate(blocks["input_ids"]).tolist())
+    assert found == Counter(range(sum(lengths)))
+
+
+def test_pack_no_text_is_cut_and_positions_begin_again(lengths: list[int], blocks: Rows) -> None:
+    starts = np.cumsum([0, *lengths])[:-1].tolist()
+    whole = {start: list(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)}
+    texts = 0
+    for block in blocks:
+        begins = np.flatnonzero(block["position_ids"] == 0).tolist()
+        for start, end in zip(begins, [*begins[1:], block["length"]], strict=True):
+            ids = block["input_ids"][start:end].tolist()
+            assert ids == whole[ids[0]]
+            assert block["position_ids"][start:end].tolist() == list(range(end - start))
+            assert block["labels"][start:end].tolist() == [-100, *ids[1:]]
+            texts += 1
+    assert texts == len(lengths)
+
+
+def test_pack_no_block_is_longer_than_the_limit(blocks: Rows) -> None:
+    for block in blocks:
+        assert len(block["input_ids"]) == len(block["labels"]) == len(block["position_ids"]) == block["length"] <= LIMIT
+
+
+@pytest.mark.parametrize("longest", [10, 50, LIMIT])
+def test_pack_blocks_are_nearly_full(longest: int, tmp_path: Path) -> None:
+    lengths = drawn(3000, longest, seed=1)
+    assert sum(lengths) / (len(packed(lengths, tmp_path)) * LIMIT) >= 0.95
+
+
+def test_pack_words_are_the_first_texts(tmp_path: Path) -> None:
+    packed([60, 100, 40, 30], tmp_path)
+    # The blocks in the order in which they are full; the 30 stay alone.
+    assert [row["place"] for row in load_texts(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
+
+
+def test_pack_of_one_text_is_that_text(tmp_path: Path) -> None:
+    (block,) = packed([5], tmp_path)
+    assert block["input_ids"].tolist() == [0, 1, 2, 3, 4]
+    assert block["position_ids"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_pack_holds_few_blocks_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded however many texts there are: a full set of open blocks gives up its fullest one."""
+    monkeypatch.setattr(packing, "_BLOCKS_PER_BATCH", 1)
+    taken = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal taken
+        for part in parts([60] * 500, at_once=1):
+            taken += 1
+            yield part
+
+    first = next(pack(counted(), LIMIT))
+    assert taken == packing.OPEN_BLOCKS + 1
+    assert first.column("length").to_pylist() == [60]

@@ -1,0 +1,282 @@
+"""Images from folders and tables, decoded as the model's processor wants them; broken ones are found."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoImageProcessor, ConvNextConfig
+
+from fulltune import model as models
+from fulltune.data import images
+from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.inference import by_length
+from fulltune.recipe import DataBlock, ModelBlock
+from fulltune.store import RowWriter, load_split, record_batch
+from fulltune.tasks import Target, image_classification
+from fulltune.tasks.pixels import ImageReader, ImageRows, num_patches, where_from
+from fulltune.train.distributed import Share
+from tests import tiny
+
+TARGET = Target("single_label", {"image": "image", "label": "label"}, ("cat", "dog"))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> ImageReader:
+    folder = tiny.save_image_model(tmp_path_factory.mktemp("vit"))
+    return models.load_image_reader(ModelBlock(name=str(folder)))
+
+
+def picture(path: Path, colour: tuple[int, ...] = (200, 100, 0), mode: str = "RGB", **save: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (20, 12), colour if mode == "RGB" else colour[0]).save(path, **save)
+    return path
+
+
+def encoded(row: Mapping[str, Any], reader: ImageReader) -> Any:
+    [[example]] = image_classification.encode([{"label": "dog", **row}], TARGET, reader, 64)
+    return example
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_class_folders_is_read_in_order(tmp_path: Path) -> None:
+    for name in ("dog/2.png", "dog/10.JPG", "cat/1.webp"):
+        picture(tmp_path / name)
+    (tmp_path / "cat" / "notes.md").write_text("no image")
+    picture(tmp_path / ".cache" / "thumbnail.png")
+    assert images.is_image_folder(tmp_path)
+    assert list(images.rows(tmp_path)) == [
+        ("cat/1.webp", {"image": str(tmp_path / "cat/1.webp"), "label": "cat"}),
+        ("dog/10.JPG", {"image": str(tmp_path / "dog/10.JPG"), "label": "dog"}),
+        ("dog/2.png", {"image": str(tmp_path / "dog/2.png"), "label": "dog"}),
+    ]
+
+
+def test_folder_with_a_table_beside_the_images_is_read_by_its_table(tmp_path: Path) -> None:
+    picture(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,cat\n")
+    assert not images.is_image_folder(tmp_path)
+    assert not images.is_image_folder(tmp_path / "1.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("1.png", "images lie directly in this folder; expected one folder per class"),
+        ("train/cat/1.png", "the images lie two folders deep (train); expected one folder per class"),
+    ],
+)
+def test_images_that_are_not_in_one_folder_per_class_are_refused(tmp_path: Path, name: str, said: str) -> None:
+    picture(tmp_path / name)
+    assert images.is_image_folder(tmp_path)
+    with pytest.raises(DataError) as caught:
+        images.files(tmp_path)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("one.png", "/data/one.png"),
+        ("/other/one.png", "/other/one.png"),
+        ({"bytes": None, "path": "one.png"}, {"bytes": None, "path": "/data/one.png"}),
+        ({"bytes": b"x", "path": "one.png"}, {"bytes": b"x", "path": "one.png"}),
+        (b"x", b"x"),
+        ("", ""),
+    ],
+)
+def test_path_in_a_table_starts_at_its_folder(value: Any, expected: Any) -> None:
+    row = {"Image": value, "label": "cat"}
+    assert images.beside(row, Path("/data"), None) == {"Image": expected, "label": "cat"}
+    assert images.beside({"file": value}, Path("/data"), "file") == {"file": expected}
+    assert images.beside({"file": value}, Path("/data"), None) == {"file": value}
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a.png", ("a.png", b"")),
+        (b"xy", ("", b"xy")),
+        ({"bytes": b"xy", "path": "a.png"}, ("", b"xy")),
+        ({"bytes": None, "path": "a.png"}, ("a.png", b"")),
+        ({}, ("", b"")),
+        (None, ("", b"")),
+    ],
+)
+def test_cell_is_a_path_or_bytes(value: Any, expected: tuple[str, bytes]) -> None:
+    assert where_from(value) == expected
+
+
+def test_pixels_are_those_of_the_models_processor(tmp_path: Path, reader: ImageReader) -> None:
+    folder = tiny.save_image_model(tmp_path / "vit")
+    path = picture(tmp_path / "cat" / "1.png")
+    content = path.read_bytes()
+    rows = [dict(encoded({"image": image}, reader).features) for image in (str(path), content)]
+    batch = image_classification.collate(ImageRows(rows, reader)[0:2], 0)
+    expected = AutoImageProcessor.from_pretrained(folder, backend="pil")(Image.open(path), return_tensors="np")
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+    for found in batch["pixel_values"].numpy():
+        np.testing.assert_array_equal(found, expected["pixel_values"][0])
+    assert batch["labels"].tolist() == [1, 1]
+    assert rows[0]["length"] == reader.num_patches == 4
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
+def test_image_of_any_mode_becomes_rgb(mode: str, tmp_path: Path, reader: ImageReader) -> None:
+    suffix = ".jpg" if mode == "CMYK" else ".png"
+    Image.new("RGB", (9, 9), (255, 255, 255)).convert(mode).save(tmp_path / f"1{suffix}")
+    pixels = reader.pixels(str(tmp_path / f"1{suffix}"), b"")
+    np.testing.assert_allclose(pixels, np.ones((3, 16, 16)), atol=0.02)
+
+
+def test_photo_is_turned_as_its_camera_was_held(tmp_path: Path, reader: ImageReader) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 255, 255), (0, 0, 16, 8))
+    image.save(tmp_path / "1.png", exif=turned)
+    pixels = reader.pixels(str(tmp_path / "1.png"), b"")
+    assert pixels[:, :4].mean() < -0.9
+    assert pixels[:, -4:].mean() > 0.9
+
+
+def test_image_that_cannot_be_decoded_is_refused_with_its_reason(tmp_path: Path, reader: ImageReader) -> None:
+    path = tmp_path / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("this is no image")
+    (tmp_path / "empty.jpg").touch()
+    for name, said in (
+        ("cut.png", "cannot be decoded"),
+        ("text.png", "cannot be decoded"),
+        ("empty.jpg", "cannot be decoded"),
+        ("missing.png", "no such file"),
+    ):
+        refused = encoded({"image": str(tmp_path / name)}, reader).refused
+        assert refused.check == "undecodable image"
+        assert said in refused.reason
+        assert name in refused.reason
+    assert encoded({"image": b"no image"}, reader).refused.reason.startswith("8 bytes: cannot be decoded")
+
+
+@pytest.mark.parametrize(
+    ("row", "check"),
+    [
+        ({"image": "", "label": "cat"}, "no image"),
+        ({"image": {"bytes": None, "path": None}, "label": "cat"}, "no image"),
+        ({"image": 7, "label": "cat"}, "no image"),
+        ({"image": "a.png", "label": ""}, "no label"),
+    ],
+)
+def test_row_without_image_or_label_is_left_out(row: dict[str, Any], check: str) -> None:
+    refused = image_classification.refuse(row, TARGET)
+    assert refused is not None
+    assert refused.check == check
+
+
+def test_same_file_under_two_names_is_a_duplicate(tmp_path: Path) -> None:
+    one, two = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    other = picture(tmp_path / "c.png", (1, 2, 3))
+    keys = [image_classification.group_key({"image": str(path)}, TARGET) for path in (one, two, other)]
+    assert keys[0] == keys[1] == image_classification.group_key({"image": one.read_bytes()}, TARGET)
+    assert keys[2] != keys[0]
+
+
+def test_columns_and_classes_are_found() -> None:
+    data = DataBlock(train="rows.csv")
+    columns = image_classification.find_columns(("file_name", "label"), [], data, "rows.csv")
+    assert columns == {"image": "file_name", "label": "label"}
+    rows = [{"file_name": "a", "label": label} for label in ("10", "9", "9.5")]
+    assert image_classification.find_target(iter(rows), columns, data, "rows.csv").labels == ("9", "9.5", "10")
+    other = DataBlock(train="rows.csv", problem_type="regression")
+    with pytest.raises(RecipeError, match="not possible for images"):
+        image_classification.find_target(rows, columns, other, "rows.csv")
+
+
+def test_preview_and_mistakes_name_the_file_and_its_folder(reader: ImageReader) -> None:
+    features = {"path": "/far/away/dog/1.png", "content": b"", "labels": 1}
+    shown = image_classification.preview(features, TARGET, reader)
+    assert (shown.segments[0].text, shown.label) == ("dog/1.png", "dog")
+    bare = image_classification.preview({"path": "", "content": b"12345", "labels": 0}, TARGET, reader)
+    assert bare.segments[0].text == "image of 5 bytes"
+    assert image_classification.short_name({"image": "/far/away/dog/1.png"}, TARGET) == "dog/1.png"
+    assert (
+        image_classification.short_name({"image": "<5 bytes>", "place": "rows.parquet:3"}, TARGET) == "rows.parquet:3"
+    )
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+def test_reader_of_a_saved_model_is_the_same(tmp_path: Path, reader: ImageReader) -> None:
+    folder = tiny.save_image_model(tmp_path / "vit")
+    reader.save_pretrained(tmp_path / "again")
+    again = AutoImageProcessor.from_pretrained(tmp_path / "again", backend="pil")
+    assert again.to_json_string() == reader.to_json_string()
+    assert models.processor_identity(reader) == reader.to_json_string()
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(SetupError, match="its image processor cannot be read"):
+        models.load_image_reader(ModelBlock(name=str(folder)))
+
+
+def test_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
+    """Most image models on the Hub come with a head for the 1,000 classes of ImageNet."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    folder = tiny.save_image_model(tmp_path / "vit")
+    ViTForImageClassification(ViTConfig.from_pretrained(folder, num_labels=7)).save_pretrained(folder)
+    block = ModelBlock(name=str(folder))
+    changes = {"num_labels": 2, "id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    loaded: Any = models.load(block, "AutoModelForImageClassification", changes, head_is_new=True)
+    assert loaded.classifier.out_features == 2
+
+
+def test_number_of_patches_is_read_from_the_config(reader: ImageReader) -> None:
+    from transformers import SwinConfig, ViTConfig
+
+    assert num_patches(ViTConfig(image_size=224, patch_size=16)) == 196
+    assert num_patches(SwinConfig(image_size=[64, 32], patch_size=4)) == 128
+    assert num_patches(object()) == 1
+    assert image_classification.check_model(ConvNextConfig()) is None
+    problem = image_classification.check_model(tiny.config("bert", tiny.encoder_tokenizer()))
+    assert problem is not None
+    assert "cannot classify images" in problem
+
+
+def test_missing_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.save_image_model(tmp_path / "vit")
+    found = models.importlib.util.find_spec
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "PIL" else found(name))
+    with pytest.raises(SetupError, match=r"pip install 'fulltune\[images\]'"):
+        models.load_image_reader(ModelBlock(name=str(folder)))
+
+
+def test_content_of_a_jpeg_in_a_table_is_decoded(reader: ImageReader) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (0, 0, 0)).save(content, "JPEG")
+    row = {"image": {"bytes": content.getvalue(), "path": None}}
+    example = encoded(row, reader)
+    assert example.refused is None
+    assert ImageRows([dict(example.features)], reader)[0]["pixel_values"].max() < -0.9
+
+
+def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader) -> None:
+    rows = [{"path": f"missing{n}.png", "content": b"", "labels": n % 2, "length": 4} for n in range(3)]
+    with RowWriter(tmp_path) as writer:
+        writer.write(record_batch(rows, ["{}"] * 3))
+    opened = models.opened(load_split(tmp_path), reader)
+    assert by_length(opened) == [0, 1, 2]
+    assert by_length(Share(opened, [2, 0])) == [0, 1]
+    assert opened["labels"].tolist() == [0, 1, 0]
+    with pytest.raises(DataError, match="no such file"):
+        opened[1]

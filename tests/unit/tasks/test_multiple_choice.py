@@ -1,0 +1,224 @@
+"""Forms of multiple choice, what is refused, and the shape of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fulltune.errors import DataError, RecipeError
+from fulltune.recipe import DataBlock
+from fulltune.records import DataSummary, SplitSummary
+from fulltune.tasks import LossSettings, Target, multiple_choice
+from fulltune.train.hooks import Hooks
+from tests import tiny
+
+CHOICES = ["soup", "warm bread", "an apple", "rice"]
+
+
+def described(rows: Sequence[Mapping[str, Any]], **data: Any) -> Target:
+    block = DataBlock(train="rows.jsonl", **data)
+    columns = multiple_choice.find_columns(tuple(rows[0]), rows, block, "rows.jsonl")
+    return multiple_choice.find_target(iter(rows), columns, block, "rows.jsonl")
+
+
+def right(row: Mapping[str, Any], target: Target) -> int:
+    [[example]] = multiple_choice.encode([row], target, tiny.encoder_tokenizer(), 64)
+    return int(example.features["labels"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "roles"),
+    [
+        (("question", "choices", "answer"), {"choices": "choices", "label": "answer", "question": "question"}),
+        (("sent1", "sent2", "ending0", "ending1", "label"), {"choice0": "ending0", "choice1": "ending1"}),
+        (("article", "question", "A", "B", "C", "answer"), {"choice0": "A", "choice2": "C", "context": "article"}),
+        (("premise", "choice1", "choice2", "label"), {"choice0": "choice1", "choice1": "choice2"}),
+        (("question", "option_b", "option_a", "answer"), {"choice0": "option_a", "choice1": "option_b"}),
+        (("ctx", "answerA", "answerB", "label"), {"choice0": "answerA", "label": "label", "context": "ctx"}),
+        (("stem", "options", "answerKey"), {"choices": "options", "question": "stem", "label": "answerKey"}),
+    ],
+)
+def test_columns_of_usual_names_are_found(columns: tuple[str, ...], roles: dict[str, str]) -> None:
+    found = multiple_choice.find_columns(columns, [], DataBlock(train="x"), "rows.csv")
+    assert roles.items() <= found.items()
+
+
+def test_columns_that_are_missing_are_all_named() -> None:
+    with pytest.raises(DataError) as caught:
+        multiple_choice.find_columns(("number", "choice0", "choice2"), [], DataBlock(train="x"), "rows.csv")
+    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+        "rows.csv: no column found for data.choices (one with lists, or several: choice0, choice1)",
+        "rows.csv: no column found for data.label",
+    ]
+
+
+def test_question_of_an_unusual_name_is_not_left_out_in_silence() -> None:
+    rows = [{"riddle": "what is warm and flat", "choices": CHOICES, "label": 1}]
+    with pytest.raises(DataError, match=r"no column found for data\.question"):
+        described(rows)
+    assert described(rows, question="riddle").columns["question"] == "riddle"
+
+
+@pytest.mark.parametrize(
+    ("label", "index"),
+    [(2, 2), ("2", 2), (2.0, 2), ("C", 2), ("c", 2), ("an apple", 2), ("warm bread", 1), ("D", 3)],
+)
+def test_label_names_the_right_choice_by_place_letter_or_text(label: Any, index: int) -> None:
+    row = {"question": "which?", "choices": CHOICES, "label": label}
+    assert right(row, described([row, row])) == index
+
+
+def test_label_of_named_choices_is_one_of_their_names() -> None:
+    """As ARC and CommonsenseQA write them; ARC's names are sometimes numbers from 1."""
+    row = {"question": "which?", "choices": {"text": CHOICES, "label": ["1", "2", "3", "4"]}, "answerKey": "4"}
+    target = described([row])
+    assert target.num_choices == 4
+    assert right(row, target) == 3
+
+
+def test_choices_as_text_of_a_list_are_read() -> None:
+    row = {"question": "which?", "choices": str(CHOICES), "label": "B"}
+    assert right(row, described([row])) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ((1, 2, 3, 4), "holds the number of choices in 1 rows; the first choice is 0, expected 0 to 3"),
+        ((1, "C", "rice"), r"in several ways \(1 rows by place, 1 rows by letter, 1 rows by text\)"),
+        ((None, ""), "no row has two choices or more and a label"),
+    ],
+)
+def test_labels_that_cannot_be_understood_are_refused_with_advice(labels: Sequence[Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        described([{"question": "which?", "choices": CHOICES, "label": label} for label in labels])
+
+
+def test_label_that_may_be_place_or_text_is_refused() -> None:
+    rows = [{"question": "how many?", "choices": ["2", "1", "0"], "label": label} for label in (0, 1, 2)]
+    with pytest.raises(DataError, match="can be the place of the right choice or its text"):
+        described(rows)
+
+
+def test_problem_type_of_a_classifier_is_refused() -> None:
+    with pytest.raises(RecipeError, match="not possible for choices"):
+        described([{"question": "q", "choices": CHOICES, "label": 1}], problem_type="multi_label")
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        ({"choices": CHOICES[:3]}, "other number of choices"),
+        ({"choices": "soup"}, "other number of choices"),
+        ({"choices": ["soup", " ", "rice", "egg"]}, "empty choice"),
+        ({"label": None}, "no label"),
+        ({"label": -1}, "no right choice"),
+        ({"label": "cake"}, "no right choice"),
+    ],
+)
+def test_row_that_cannot_be_used_is_left_out(change: dict[str, Any], check: str) -> None:
+    row = {"question": "which?", "choices": CHOICES, "label": 1}
+    target = described([row])
+    refused = multiple_choice.refuse({**row, **change}, target)
+    assert refused is not None
+    assert refused.check == check
+    assert multiple_choice.refuse(row, target) is None
+
+
+def test_numbered_columns_with_an_empty_last_cell_are_another_number_of_choices() -> None:
+    row = {"question": "which?", "A": "soup", "B": "rice", "C": "egg", "answer": "B"}
+    refused = multiple_choice.refuse({**row, "C": ""}, described([row]))
+    assert refused is not None
+    assert refused.reason == "2 choices, expected 3"
+
+
+def test_batch_holds_each_choice_with_its_question() -> None:
+    tokenizer = tiny.encoder_tokenizer()
+    rows = [
+        {"context": "it is cold", "question": "what is eaten?", "choices": CHOICES, "label": 1},
+        {"context": "", "question": "and?", "choices": ["a", "b", "c", "dinner"], "label": 3},
+    ]
+    target = described(rows)
+    examples = [example for [example] in multiple_choice.encode(rows, target, tokenizer, 64)]
+    features = [{name: np.array(v) if isinstance(v, list) else v for name, v in e.features.items()} for e in examples]
+    batch = multiple_choice.collate(features, tokenizer.pad_token_id)
+    assert batch["input_ids"].shape == batch["token_type_ids"].shape == batch["attention_mask"].shape
+    assert batch["input_ids"].shape[:2] == (2, 4)
+    assert batch["labels"].tolist() == [1, 3]
+    for row, ids, mask, types in zip(
+        rows, batch["input_ids"], batch["attention_mask"], batch["token_type_ids"], strict=True
+    ):
+        question = multiple_choice.question_text(row, target)
+        for choice, one, shown, kinds in zip(row["choices"], ids, mask, types, strict=True):
+            alone = tokenizer(question, choice)
+            assert one[shown.bool()].tolist() == alone["input_ids"]
+            assert kinds[shown.bool()].tolist() == alone["token_type_ids"]
+            assert set(one[~shown.bool()].tolist()) <= {tokenizer.pad_token_id}
+    longest = max(len(tokenizer("it is cold what is eaten?", choice)["input_ids"]) for choice in CHOICES)
+    assert features[0]["length"] == 4 * longest
+    assert examples[0].longest == longest
+
+
+def test_long_question_is_cut_before_the_choice_and_counted() -> None:
+    tokenizer = tiny.encoder_tokenizer()
+    row = {"question": "rain " * 40, "choices": CHOICES, "label": 1}
+    [[example]] = multiple_choice.encode([row], described([row]), tokenizer, 24)
+    assert example.truncated
+    assert max(example.features["choice_lengths"]) == 24
+    assert "warm bread" in multiple_choice.preview(example.features, described([row]), tokenizer).segments[0].text
+
+
+def test_choices_without_a_question_are_read_alone() -> None:
+    row = {"choices": CHOICES, "label": 0}
+    tokenizer = tiny.encoder_tokenizer()
+    [[example]] = multiple_choice.encode([row], described([row]), tokenizer, 64)
+    assert example.features["choice_lengths"] == [len(tokenizer(choice)["input_ids"]) for choice in CHOICES]
+
+
+def test_same_question_with_its_choices_in_another_order_is_a_duplicate() -> None:
+    row = {"question": "Which?", "choices": CHOICES, "label": 0}
+    target = described([row])
+    other = {**row, "question": "which?", "choices": CHOICES[::-1]}
+    assert multiple_choice.group_key(row, target) == multiple_choice.group_key(other, target)
+
+
+def test_loss_and_metrics_are_those_of_the_chosen_place() -> None:
+    target = Target("choice", {"choices": "choices", "label": "label"}, num_choices=2)
+    logits, labels = torch.tensor([[2.0, 0.0], [1.0, 3.0], [0.0, 1.0]]), torch.tensor([0, 1, 0])
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    summed = multiple_choice.loss(logits, labels, target, LossSettings())
+    torch.testing.assert_close(summed, expected.sum())
+    kept = {name: np.asarray(values) for name, values in multiple_choice.reduce(logits, labels, target).items()}
+    found = multiple_choice.metrics(kept, target)
+    assert found == pytest.approx({"accuracy": 2 / 3, "loss": float(expected.mean())})
+    [worst] = multiple_choice.worst(kept, ["one", "two", "three"], target, 5)
+    assert (worst.text, worst.expected, worst.predicted) == ("three", "(0)", "(1)")
+
+
+def test_class_weights_are_refused() -> None:
+    split = SplitSummary(rows=4, tokens=4, trained_tokens=4, truncated_rows=0, dropped_rows=0, length_percentiles={})
+    summary = DataSummary(
+        task="multiple-choice",
+        problem_type="choice",
+        columns={},
+        num_choices=4,
+        max_length=8,
+        max_length_reason="",
+        splits={"train": split, "eval": split, "test": split},
+        sources={},
+        fingerprint="",
+    )
+    with pytest.raises(RecipeError, match="the data have no classes"):
+        Hooks(class_weights="balanced").weights_of(summary)
+
+
+def test_models_that_cannot_choose_are_refused() -> None:
+    tokenizer = tiny.encoder_tokenizer()
+    assert multiple_choice.check_model(tiny.config("bert", tokenizer)) is None
+    problem = multiple_choice.check_model(tiny.config("gpt2", tiny.decoder_tokenizer(pad="<|pad|>")))
+    assert problem is not None
+    assert "'gpt2'" in problem

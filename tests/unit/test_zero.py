@@ -1,0 +1,138 @@
+"""DeepSpeed's settings: read, checked, completed; what lies where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune import zero
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.recipe_file import load_recipe
+from fulltune.records import StateBytes
+from tests import tiny
+
+STATE = StateBytes(weights=400, gradients=400, optimizer=800)
+
+
+def recipe(settings: Any, model: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name": "m", **(model or {})},
+            "task": "text-classification",
+            "data": {"train": "rows.csv"},
+            "method": {"kind": "full"},
+            "train": {**train, "extra": {"deepspeed": settings}},
+        }
+    )
+
+
+def problems(settings: Any, model: dict[str, Any] | None = None) -> tuple[str, ...]:
+    with pytest.raises(RecipeError) as caught:
+        zero.settings(recipe(settings, model))
+    return caught.value.problems
+
+
+def test_settings_left_out_follow_the_recipe() -> None:
+    found = zero.settings(recipe({"zero_optimization": {"stage": 3}}))
+
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert [found[name] for name in names] == ["auto"] * 4
+    assert found["bf16"] == found["fp16"] == {"enabled": "auto"}
+    assert found["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_file_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}), encoding="utf-8")
+    path = tiny.write_recipe(tmp_path / "r.yaml", "m", "rows.csv", train={"extra": {"deepspeed": "zero.json"}})
+
+    loaded = load_recipe(path)
+
+    assert loaded.train.extra["deepspeed"] == str(tmp_path / "zero.json")
+    assert zero.zero_of(loaded) == zero.Zero(stage=2, offload_optimizer=False, offload_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "no such file"), ("{", "not valid JSON"), ("[1]", "expected settings in { }, found list")],
+)
+def test_file_that_cannot_be_used_is_named(content: str | None, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    (line,) = problems(str(file))
+    assert line.startswith(f"train.extra.deepspeed: {file}: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (None, "zero_optimization.stage: expected 0, 1, 2 or 3, found null"),
+        ({"stage": 4}, "zero_optimization.stage: expected 0, 1, 2 or 3, found 4"),
+        ({"stage": "3"}, 'zero_optimization.stage: expected 0, 1, 2 or 3, found "3"'),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param: needs stage 3, found stage 2"),
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer: needs stage 1, 2 or 3"),
+        ({"stage": 3, "offload_param": {"device": "gpu"}}, "offload_param: expected a device (none, cpu, nvme)"),
+        ({"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}, "false would save no whole model"),
+    ],
+)
+def test_block_that_cannot_be_used_is_refused(block: Any, expected: str) -> None:
+    (line,) = problems({} if block is None else {"zero_optimization": block})
+    assert expected in line
+
+
+def test_all_problems_are_named_at_once() -> None:
+    settings = {
+        "zero_optimization": {"stage": 9},
+        "optimizer": {"type": "AdamW"},
+        "scheduler": {"type": "WarmupLR"},
+        "bf16": True,
+    }
+    lines = problems(settings, model={"weights_dtype": "bf16"})
+    assert len(lines) == 5
+    for word in ("stage", "optimizer: remove it", "scheduler: remove it", "bf16: expected a block", "weights_dtype"):
+        assert any(word in line for line in lines), word
+
+
+def test_settings_that_contradict_the_plan_are_all_named() -> None:
+    settings = {
+        "zero_optimization": {"stage": 3},
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+    }
+    lines = zero.disagreements(recipe(settings), 2, 2, 2, "fp32")
+
+    assert lines == [
+        'train.extra.deepspeed: train_batch_size is 16, but train.global_batch_size gives 8; write "auto"',
+        'train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; write "auto"',
+        'train.extra.deepspeed: bf16.enabled is true, but train.precision gives false; write "auto"',
+    ]
+
+
+def test_settings_that_agree_with_the_plan_pass() -> None:
+    settings = {"zero_optimization": {"stage": 1}, "train_batch_size": 8, "bf16": {"enabled": True}}
+    assert zero.disagreements(recipe(settings), 2, 2, 2, "bf16") == []
+
+
+@pytest.mark.parametrize(
+    ("shared", "device_bytes", "host_bytes"),
+    [
+        (zero.Zero(0, False, False), 1600, 0),
+        (zero.Zero(1, False, False), 1200, 0),
+        (zero.Zero(2, False, False), 1000, 0),
+        (zero.Zero(3, False, False), 800, 0),
+        (zero.Zero(2, True, False), 400, 1200),
+        (zero.Zero(3, True, False), 200, 1200),
+        (zero.Zero(3, True, True), 0, 1600),
+    ],
+)
+def test_bytes_on_device_and_host_with_two_processes(shared: zero.Zero, device_bytes: int, host_bytes: int) -> None:
+    assert shared.device_bytes(STATE, 2) == device_bytes
+    assert shared.host_bytes(STATE, 2) == host_bytes

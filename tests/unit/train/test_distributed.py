@@ -1,0 +1,95 @@
+"""Eval rows shared out over processes; processes that are asked to stop, and ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fulltune.inference import batches
+from fulltune.train import attempts, distributed
+
+
+@pytest.mark.parametrize(("rows", "size", "processes"), [(10, 3, 2), (7, 2, 3), (1, 4, 2), (12, 3, 4), (5, 8, 1)])
+def test_share_covers_each_row_once_in_batches_of_one_process(rows: int, size: int, processes: int) -> None:
+    order = list(range(rows))[::-1]
+    shares = [distributed.share(order, size, rank, processes) for rank in range(processes)]
+
+    counted = [position for positions, count in shares for position in positions[:count]]
+    assert sorted(counted) == list(range(rows))
+    number = {len(list(batches(positions, size))) for positions, _ in shares}
+    assert len(number) == 1  # weights that are shared out need equally many passes
+    whole = [list(batch) for batch in batches(order, size)]
+    for positions, count in shares:
+        assert all(list(batch) in whole for batch in batches(positions[:count], size))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_process_without_a_batch_of_its_own_repeats_the_shortest_row(rows: int) -> None:
+    positions, count = distributed.share(range(rows), rows, 1, 2)
+    assert (list(positions), count) == ([rows - 1], 0)
+
+
+LAUNCHER = """
+import subprocess, sys, time
+worker = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", worker], start_new_session=True, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+"""Like torchrun: its worker is in a session of its own."""
+
+
+def test_end_reaches_a_worker_in_a_session_of_its_own() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, start_new_session=True)
+    assert launcher.stdout is not None
+    worker = psutil.Process(int(launcher.stdout.readline()))
+
+    distributed.end(launcher)
+
+    assert launcher.wait(timeout=10) == -9
+    _, alive = psutil.wait_procs([worker], timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_attempts_are_in_the_order_of_their_numbers_beyond_99(tmp_path: Path) -> None:
+    for number in (1, 99, 100, 101):
+        (tmp_path / "attempts" / f"full-seed42-{number:02d}").mkdir(parents=True)
+
+    found = attempts._outcomes(tmp_path, "full-seed42")
+
+    assert [outcome.attempt for outcome in found] == [1, 99, 100, 101]
+
+
+def test_torchrun_is_asked_through_its_workers(tmp_path: Path) -> None:
+    """A launcher that dies of SIGTERM stays: only the worker, which then writes a file, gets the signal."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "distributed").mkdir()
+    (tmp_path / "torch" / "distributed" / "__init__.py").touch()
+    (tmp_path / "torch" / "distributed" / "run.py").write_text(
+        "import subprocess, sys\n"
+        "worker = ('import signal, sys, time\\n'\n"
+        "          'signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\\n'\n"
+        "          'print(\"up\", flush=True)\\n'\n"
+        "          'time.sleep(60)')\n"
+        "child = subprocess.Popen([sys.executable, '-c', worker], start_new_session=True)\n"
+        "sys.exit(child.wait())\n",
+        encoding="utf-8",
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run"], cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == b"up\n"
+
+    distributed.ask_to_stop(launcher)
+
+    started = time.monotonic()
+    assert launcher.wait(timeout=20) == 7
+    assert time.monotonic() - started < 20
