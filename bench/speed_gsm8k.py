@@ -110,7 +110,8 @@ def bare_loop(model: Any, rows: list[dict[str, Any]], batches: list[list[int]]) 
 def trl(model: Any, tokenizer: Any, rows: list[dict[str, Any]], run: Path, **changes: Any) -> Any:
     """TRL on the same tokens, with its defaults except for the batch size and what only costs start-up and disk."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     columns = {
         "input_ids": [row["input_ids"] for row in rows],

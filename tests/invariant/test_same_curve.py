@@ -99,7 +99,7 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     """The loss of step 1, computed anew by hand on the untrained model and the first global batch."""
     from fulltune.store import load_split
     from fulltune.tasks import LossSettings, Target, task_named
-    from fulltune.train import worker
+    from fulltune.train import attempt
     from fulltune.train.sampler import GlobalBatchSampler
 
     kind, changes, rows, blocks = CASES[case]
@@ -110,7 +110,7 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     summary, task = reached.summary, task_named(job.recipe.task)
     target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
     torch.manual_seed(42)
-    untrained, tokenizer = worker.load_for_training(job.recipe, task, target)
+    untrained, tokenizer = attempt.load_for_training(job.recipe, task, target)
     split = load_split(tmp_path / "run" / "data" / "train")
     first = GlobalBatchSampler(split["length"], 8, 8, 42, True).global_batches()[0]
     batch = task.collate([split[i] for i in first], tokenizer.pad_token_id)

@@ -18,8 +18,8 @@ from fulltune.recipe import ModelBlock
 from fulltune.records import Outcome
 from fulltune.store import load_split, load_texts
 from fulltune.tasks import LossSettings, Target, text_classification
+from fulltune.train.attempt import load_for_training
 from fulltune.train.trainer import layer_depth, layerwise_groups
-from fulltune.train.worker import load_for_training
 from tests import tiny
 from tests.train import runs
 

@@ -90,7 +90,7 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Verdict:
     won = (mine.value > theirs.value) == row.greater_is_better
     if won:
         return Verdict("better", f"{claim}; the {level} intervals are apart.", note)
-    ending = "training made it worse" if bar.kind == "untouched" else "this costs no training"
+    ending = "training made it worse" if bar.kind == "untouched" else "the baseline needs no training"
     return Verdict("worse", f"{claim}; the {level} intervals are apart, and {ending}.", note)
 
 

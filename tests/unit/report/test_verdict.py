@@ -93,4 +93,4 @@ def test_sentence_loss_says_its_direction_and_who_lost(kit: SimpleNamespace) -> 
     assert "loss 2.3 [2.28, 2.32] (smaller is better) on" in untouched.sentence
     assert untouched.sentence.endswith("are apart, and training made it worse.")
     baseline = judge([kit.scores("a rule", "baseline", 1.2, 0.02, "loss", False), trained])
-    assert baseline.sentence.endswith("are apart, and this costs no training.")
+    assert baseline.sentence.endswith("are apart, and the baseline needs no training.")

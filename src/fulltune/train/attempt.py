@@ -1,0 +1,291 @@
+"""What an attempt does, from the pretrained weights to the saved model; `worker` runs it and names its outcome."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fulltune import methods, zero
+from fulltune.errors import GuardStop, InterruptedRun
+from fulltune.inference import logits_of, model_batch, run_rows
+from fulltune.model import load, load_processor, opened
+from fulltune.recipe import Recipe
+from fulltune.records import Check, DataSummary, Outcome, Plan
+from fulltune.store import load_split
+from fulltune.tasks import LossSettings, Target, Task, task_named
+from fulltune.train import checkpoints, distributed, dropout, extensions, weights
+from fulltune.train.arguments import training_arguments
+from fulltune.train.callbacks import AtBegin, Recorder, Schedule, Seals, StopWhenAsked
+from fulltune.train.checks import before_training, dry_run_in_engine
+from fulltune.train.guards import nothing_learned, stopped_improving
+from fulltune.train.hooks import Hooks
+from fulltune.train.journal import Journal
+from fulltune.train.request import Request
+from fulltune.train.trainer import FullTrainer
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Attempt:
+    """What the parts of an attempt share."""
+
+    request: Request
+    hooks: Hooks
+    journal: Journal
+    recorder: Recorder
+    stop: StopWhenAsked
+    task: Task
+    summary: DataSummary
+    sharing: zero.Zero | None
+    """What DeepSpeed shares out; None without it."""
+    trainer: FullTrainer = field(init=False)
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.request.plan
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.request.recipe
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which writes."""
+        return self.journal.path is not None
+
+
+def train(
+    request: Request,
+    hooks: Hooks,
+    journal: Journal,
+    stop: StopWhenAsked,
+    listener: Callable[[Event], None] | None,
+) -> Outcome:
+    """Load, check, train, keep the best weights, save.
+
+    Raises:
+        GuardStop: A check or a guard said no.
+        InterruptedRun: It was asked to stop; the step it stopped at is saved.
+    """
+    is_main = journal.path is not None
+    recorder = Recorder(request.folder / "metrics.jsonl" if is_main else None, request.plan.total_steps, listener)
+    summary = DataSummary.load(Path(request.run_folder) / "data" / "summary.json")
+    sharing = zero.zero_of(request.recipe)
+    attempt = Attempt(request, hooks, journal, recorder, stop, task_named(request.recipe.task), summary, sharing)
+    rows = _make_trainer(attempt)
+    _check(attempt, rows)
+    initial = None
+    if is_main or sharing is not None:
+        initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if is_main else None)
+    state, optimizer = _fit(attempt)
+    if initial is None:  # the first process saves and reports
+        return _nothing_to_report(attempt)
+    moved = initial.moved(attempt.trainer.model, optimizer, attempt.trainer.tensors_with_gradient)
+    if sharing is not None:
+        moved = distributed.from_first(moved)
+    assert moved is not None, "the first process compares"
+    verdict = nothing_learned(moved)
+    if verdict.action == "stop":
+        raise GuardStop(verdict.reason)
+    best, best_metric = _keep_best(attempt, state)
+    recorder.phase("saving the model")
+    whole_state = weights.whole_state(attempt.trainer)
+    if not is_main:
+        return _nothing_to_report(attempt)
+    weights.save_model(attempt.trainer.model, attempt.trainer.processing_class, request, summary, whole_state)
+    return Outcome(
+        status="done",
+        reason="early stopping" if state.global_step < attempt.plan.total_steps else "all steps done",
+        trial=attempt.plan.trial,
+        attempt=request.attempt,
+        steps=state.global_step,
+        best_step=best or state.global_step,
+        best_metric=best_metric,
+        moved=moved,
+        checks=tuple(attempt.checks),
+        tokens_per_second=round(recorder.tokens_per_second, 1),
+        model_folder=str(request.model_folder.relative_to(request.run_folder)),
+    )
+
+
+def _nothing_to_report(attempt: Attempt) -> Outcome:
+    return Outcome(status="done", reason="", trial=attempt.plan.trial, attempt=attempt.request.attempt)
+
+
+def _make_trainer(attempt: Attempt) -> Any:
+    """Load the model and the rows, and put the trainer together; returns the train rows."""
+    plan, recipe, task = attempt.plan, attempt.recipe, attempt.task
+    attempt.recorder.phase("loading the model")
+    transformers.logging.disable_progress_bar()
+    if attempt.sharing is not None and attempt.is_main:
+        build = extensions.build
+        build(plan.device == "cpu", attempt.sharing.offload_optimizer, attempt.recorder.phase, attempt.journal.write)
+    # Before the model: with DeepSpeed's stage 3 its weights are shared out while they are read.
+    arguments = training_arguments(recipe, plan, attempt.request.checkpoints)
+    if attempt.sharing is not None:
+        distributed.start_deepspeed(arguments)
+    transformers.set_seed(plan.seed)
+    target = Target.of(attempt.summary)
+    model, tokenizer = load_for_training(recipe, task, target)
+    if plan.device == "cpu":
+        dropout.install(model)
+    data_folder = Path(attempt.request.run_folder) / "data"
+    rows, eval_rows = (opened(load_split(data_folder / split), tokenizer) for split in ("train", "eval"))
+    settings = LossSettings(recipe.train.label_smoothing_factor, attempt.hooks.weights_of(attempt.summary))
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return model_batch(model, task, features, tokenizer.pad_token_id)
+
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        summed = task.loss(logits_of(outputs), labels, target, settings)
+        return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
+
+    train, journal = recipe.train, attempt.journal
+    attempt.trainer = FullTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=collate,
+        processing_class=tokenizer,
+        compute_loss_func=attempt.hooks.compute_loss or compute_loss,
+        lengths=rows["length"],
+        global_batch_size=plan.global_batch_size,
+        group_by_length=plan.group_by_length,
+        layerwise_lr_decay=plan.layerwise_lr_decay,
+        score=lambda: _score(attempt, eval_rows, target),
+        count_items=task.count_items,
+        callbacks=[
+            attempt.recorder,
+            Schedule(
+                plan.metric,
+                plan.greater_is_better,
+                train.early_stopping_patience,
+                train.early_stopping_threshold,
+                lambda reason: journal.write("early stop", reason),
+            ),
+            Seals(attempt.request.checkpoints, train.save_total_limit),
+            attempt.stop,
+        ],
+    )
+    attempt.trainer.remove_callback(transformers.PrinterCallback)
+    attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
+    return rows
+
+
+def _score(attempt: Attempt, rows: Any, target: Target) -> Mapping[str, float]:
+    """The eval metrics of the current weights; several processes share the rows."""
+    trainer, plan = attempt.trainer, attempt.plan
+    several, mine, count = trainer.args.world_size > 1, rows, len(rows)
+    if several:
+        rank, processes = trainer.args.process_index, trainer.args.world_size
+        mine, count = distributed.my_share(rows, plan.eval_batch_size, rank, processes)
+    # Weights that are shared out are put together by DeepSpeed's engine.
+    model: Any = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    kept = run_rows(
+        model,
+        mine,
+        attempt.task,
+        target,
+        trainer.processing_class.pad_token_id,
+        batch_size=plan.eval_batch_size,
+        precision=plan.precision,
+        head=trainer.head,
+    )
+    return attempt.task.metrics(distributed.put_together(kept, mine, count) if several else kept, target)
+
+
+def _check(attempt: Attempt, rows: Any) -> None:
+    """Run the checks before step 1, inside DeepSpeed's engine the dry-run step as well; refuse when one failed."""
+    trainer, plan, summary = attempt.trainer, attempt.plan, attempt.summary
+    attempt.recorder.phase("checking, with one dry-run step at the longest length")
+    attempt.checks = before_training(
+        trainer,
+        trainer.processing_class,
+        rows,
+        summary,
+        attempt.task,
+        Target.of(summary),
+        plan,
+        own_loss=attempt.hooks.compute_loss is not None,
+    )
+    if attempt.sharing is None or not all(check.passed for check in attempt.checks):
+        _refuse_failed(attempt.checks, attempt.recorder)
+        return
+
+    def try_engine() -> None:
+        attempt.checks.append(dry_run_in_engine(trainer, rows, plan))
+        _refuse_failed(attempt.checks, attempt.recorder)
+
+    trainer.add_callback(AtBegin(try_engine))
+
+
+def _refuse_failed(checks: Sequence[Check], recorder: Any) -> None:
+    recorder.write({"kind": "checks", "checks": [check.model_dump() for check in checks]})
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise GuardStop([f"{check.name}: {check.result}" for check in failed])
+
+
+def _fit(attempt: Attempt) -> tuple[Any, Any]:
+    """Train, from the checkpoint if there is one; returns the trainer's state and the optimizer."""
+    trainer, request = attempt.trainer, attempt.request
+    checkpoint = None if request.checkpoint is None else Path(request.checkpoint)
+    if checkpoint is not None and _is_finished(checkpoint, request):
+        attempt.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
+        return weights.load_finished(trainer, checkpoint, attempt.plan.total_steps)
+    if checkpoint is not None:
+        if attempt.is_main:
+            checkpoints.drop_after(request.checkpoints, checkpoints.step_of(checkpoint))
+        attempt.journal.write("resume", f"from {checkpoint.name}")
+    trainer.train(resume_from_checkpoint=request.checkpoint)
+    if attempt.stop.asked:
+        raise InterruptedRun(f"stopped on request after step {trainer.state.global_step}, which is saved")
+    return trainer.state, trainer.optimizer
+
+
+def _keep_best(attempt: Attempt, state: Any) -> tuple[int | None, float | None]:
+    """Put the best weights into the model, when they are not the last ones; returns their step and metric."""
+    best, best_metric = state.best_global_step, state.best_metric
+    if not attempt.recipe.train.load_best_model_at_end:
+        return None, None
+    if best is None or best == state.global_step:
+        return best, best_metric
+    folder = attempt.request.checkpoints / f"checkpoint-{best}"
+    problem = checkpoints.flaw(folder)
+    if problem is None:
+        weights.load_best(attempt.trainer, folder)
+        return best, best_metric
+    warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
+    attempt.journal.write("best weights lost", warning)
+    attempt.recorder.write({"kind": "warning", "text": warning})
+    return None, None
+
+
+def load_for_training(recipe: Any, task: Task, target: Target) -> tuple[Any, Any]:
+    """The pretrained model with the task's head, every parameter trainable, and the tokenizer."""
+    tokenizer = load_processor(recipe.model, recipe.task, chat_template=recipe.data.chat_template)
+    model = load(recipe.model, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW)
+    if zero.wanted(recipe):
+        weights.forget_unused_conversions(model)
+    return methods.apply(model, recipe.method), tokenizer
+
+
+def _is_finished(checkpoint: Path, request: Request) -> bool:
+    """True when the run that wrote this checkpoint had no step left, or had stopped early."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    plan, train = request.plan, request.recipe.train
+    if state["global_step"] >= plan.total_steps:
+        return True
+    values = [entry[f"eval_{plan.metric}"] for entry in state["log_history"] if f"eval_{plan.metric}" in entry]
+    return train.early_stopping_patience is not None and stopped_improving(
+        values, plan.greater_is_better, train.early_stopping_patience, train.early_stopping_threshold
+    )
