@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -206,9 +207,7 @@ def predict(
         raise SetupError("predict: texts and --file are both given; keep one")
     predictor = predicting.load(run_folder)
     if file is not None and file.suffix != ".txt":
-        from fulltune.data import read
-
-        rows = read([str(file)]).rows
+        rows = _rows_of(file, predictor.notes["columns"].get("image"))
         predicting.check_columns(rows, predictor.notes, str(file))
     else:
         texts = list(text or []) or _lines(file)
@@ -294,6 +293,18 @@ def _go(
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _rows_of(file: Path, image: str | None) -> list[dict[str, Any]]:
+    """Rows of a table; as in training, paths in the column `image` start at the table's folder."""
+    from fulltune.data import locate
+
+    source = replace(locate([str(file)]), image_paths=image is not None, image_column=image)
+    problems: list[str] = []
+    rows = [row for _, row in source.rows(problems)]
+    if problems:
+        raise DataError(problems)
+    return rows
 
 
 def _lines(file: Path | None) -> list[str]:

@@ -223,6 +223,23 @@ def autocast(device_type: str, precision: str) -> contextlib.AbstractContextMana
     return torch.autocast(device_type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
+class Share(Sequence[Mapping[str, Any]]):
+    """Some of the rows, as rows; each is read (an image decoded) when it is asked for."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], positions: Sequence[int]) -> None:
+        self.rows = rows
+        self.positions = positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, str):
+            columns: Any = self.rows
+            return columns[i][self.positions]
+        return self.rows[self.positions[i]]
+
+
 def by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Positions of the rows, longest first: a batch that does not fit fails at once."""
     # Prepared rows have their lengths in one column: reading them one by one would also decode all images.

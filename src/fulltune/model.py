@@ -209,17 +209,27 @@ def opened(rows: Any, processor: Any) -> Any:
     return ImageRows(rows, processor) if isinstance(processor, ImageReader) else rows
 
 
+def identity(config: PretrainedConfig, attn_implementation: str | None) -> str:
+    """What a model's config says, and with what it is read."""
+    import transformers
+
+    parts = [config.to_dict(), attn_implementation, transformers.__version__]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def processor_identity(processor: Any) -> str:
     """What tells apart two tokenizers, or image processors, that would make other rows."""
     if not hasattr(processor, "get_vocab"):
         return str(processor.to_json_string())
     parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
+    parts.append({name: str(token) for name, token in processor.special_tokens_map.items()})
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is not None:  # normaliser, merges, special tokens around a text
+        whole = json.loads(backend.to_str())
         # Truncation and padding are left by whoever called it last.
-        parts.append(
-            {key: value for key, value in json.loads(backend.to_str()).items() if key not in _CHANGED_BY_CALLS}
-        )
+        parts.append({key: value for key, value in whole.items() if key not in _CHANGED_BY_CALLS})
+    else:
+        parts.append({name: str(value) for name, value in processor.init_kwargs.items()})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

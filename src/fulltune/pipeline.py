@@ -13,6 +13,7 @@ from fulltune.errors import GuardStop, SetupError
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Outcome, Plan, Scores
 from fulltune.tasks import Target, Task, task_named
+from fulltune.tasks.settings import check_settings, check_settings_for
 from fulltune.train import Hooks, train
 from fulltune.train.arguments import check_extra
 
@@ -94,6 +95,7 @@ def prepare(job: Run) -> DataSummary:
     job.phase("reading the data")
     job.hooks.check(job.recipe)
     check_extra(job.recipe)
+    check_settings(job.recipe)
     evaluate.check_extras(job.recipe)
     source = model.locate(job.recipe.model)
     config = model.load_config(job.recipe.model, source)
@@ -119,14 +121,16 @@ def prepare(job: Run) -> DataSummary:
         tokenizer,
         data.Limits(
             model.position_limit(config) if reads_text else None,
-            config.model_type,
+            model.identity(config, job.recipe.model.attn_implementation),
             lambda: packing.obstacle(config, job.recipe.model.attn_implementation),
         ),
         job.hooks.preprocess,
         planned_for=Plan.load(_plan_path(job)).data_fingerprint if _plan_path(job).exists() else None,
-        cache_folder=job.folder.parent / ".cache",
+        cache_folder=job.folder.parent / ".fulltune-cache",
         listener=job.listener,
     )
+    check_settings_for(job.recipe, summary)
+    job.hooks.check_data(summary)
     job.listener({"kind": "data", "summary": summary})
     return summary
 

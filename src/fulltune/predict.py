@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from fulltune.errors import DataError, SetupError
 from fulltune.inference import generate, run_rows
 from fulltune.recipe import ModelBlock
 from fulltune.tasks import Example, Target, causal_lm, seq2seq, tags, task_named
+
+_log = logging.getLogger(__name__)
 
 NOTES = "fulltune.json"
 """What a model folder must say besides what transformers keeps: task, columns, longest row, temperature."""
@@ -90,6 +93,12 @@ class Predictor:
         # Tags are not known here; any make `encode` happy and are not used.
         filled = [{column: words, target.columns["tags"]: ["O"] * len(words)} for words in sentences]
         encoded = token_classification.encode(filled, target, self.tokenizer, self.notes["max_length"])
+        cut = [number for number, examples in enumerate(encoded, start=1) if examples[0].truncated]
+        if cut:
+            _log.warning(
+                "predict: row %d is longer than %d tokens (%d such rows): the words beyond are not read and get O",
+                *(cut[0], self.notes["max_length"], len(cut)),
+            )
         features = [dict(examples[0].features) for examples in encoded]
         kept = run_rows(
             self.model,

@@ -125,6 +125,8 @@ class DataSummary(Record):
     """Several short texts share a row, kept apart by their position ids."""
     max_length: int
     max_length_reason: str
+    limit: int = 0
+    """Longest row that could have been kept, in tokens: `max_length` is less when all rows are shorter."""
     length_explained: float = 0.0
     """Share of the variance of the train rows' length that the target explains, 0 to 1."""
     splits: dict[SplitName, SplitSummary]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune.tasks import PLACE
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -206,14 +208,17 @@ def load_split(folder: Path) -> Rows:
 
 
 def load_texts(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a split in the user's own columns, with `place`: for held-out rows, of which there are few."""
+    """The rows of a split in the user's own columns, with their place: for held-out rows, of which there are few."""
     return [json.loads(text) for batch in batches(folder) for text in batch.column(WORDS).to_pylist()]
 
 
 def words(place: str, row: Mapping[str, Any]) -> str:
     """A row as it is kept beside its features."""
-    return json.dumps({"place": place, **row}, ensure_ascii=False, default=_readable)
+    return json.dumps({**row, PLACE: place}, ensure_ascii=False, default=readable)
 
 
-def _readable(value: Any) -> str:
-    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+def readable(value: Any) -> Any:
+    """What JSON does not know: arrays as lists, bytes by their number, everything else as text."""
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    return value.tolist() if hasattr(value, "tolist") else str(value)

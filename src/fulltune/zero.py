@@ -36,23 +36,29 @@ class Zero:
     stage: int
     offload_optimizer: bool
     offload_weights: bool
+    optimizer_on_disk: bool = False
+    """What is offloaded goes to an NVMe disk, not to the host's memory."""
+    weights_on_disk: bool = False
 
     def device_bytes(self, state: StateBytes, num_processes: int) -> int:
         """Bytes that one process keeps on its device between steps."""
         parts = self._per_process(state, num_processes)
-        on_host = self._on_host()
-        return sum(size for name, size in parts.items() if name not in on_host)
+        offloaded = self._optimizer_parts() | self._weight_parts()
+        return sum(size for name, size in parts.items() if name not in offloaded)
 
     def host_bytes(self, state: StateBytes, num_processes: int) -> int:
         """Bytes that all processes together keep in the host's memory."""
         parts = self._per_process(state, num_processes)
-        return num_processes * sum(parts[name] for name in self._on_host())
+        on_host: set[str] = set() if self.optimizer_on_disk else self._optimizer_parts()
+        on_host |= set() if self.weights_on_disk else self._weight_parts()
+        return num_processes * sum(parts[name] for name in on_host)
 
-    def _on_host(self) -> set[str]:
-        return {
-            *(("optimizer", "gradients") if self.offload_optimizer else ()),
-            *(("weights",) if self.offload_weights else ()),
-        }
+    def _optimizer_parts(self) -> set[str]:
+        """Offloaded with the optimizer, wherever to."""
+        return {"optimizer", "gradients"} if self.offload_optimizer else set()
+
+    def _weight_parts(self) -> set[str]:
+        return {"weights"} if self.offload_weights else set()
 
     def _per_process(self, state: StateBytes, num_processes: int) -> dict[str, int]:
         def share(size: int, from_stage: int) -> int:
@@ -74,7 +80,8 @@ def zero_of(recipe: Recipe) -> Zero | None:
     if not wanted(recipe):
         return None
     block = settings(recipe)["zero_optimization"]
-    return Zero(block["stage"], _offloads(block, "optimizer"), _offloads(block, "param"))
+    places = [_offload_device(block, what) for what in ("optimizer", "param")]
+    return Zero(block["stage"], *(place != "none" for place in places), *(place == "nvme" for place in places))
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -147,8 +154,12 @@ def _read(given: Any) -> dict[str, Any]:
     return found
 
 
+def _offload_device(block: Mapping[str, Any], what: str) -> str:
+    return str((block.get(f"offload_{what}") or {}).get("device", "none"))
+
+
 def _offloads(block: Mapping[str, Any], what: str) -> bool:
-    return (block.get(f"offload_{what}") or {}).get("device", "none") != "none"
+    return _offload_device(block, what) != "none"
 
 
 def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:

@@ -18,6 +18,7 @@ from fulltune import api, pipeline, predict
 from fulltune.errors import DataError
 from fulltune.pipeline import Reached
 from tests import tiny
+from tests.contract.command import fulltune
 from tests.train import runs
 
 TRAIN: dict[str, Any] = {"num_train_epochs": 10}
@@ -60,6 +61,11 @@ def test_image_run_beats_the_baselines_and_answers_as_transformers_does(tmp_path
     assert {answer["label"] for answer in answers} <= {"different", "same"}
     as_bytes = [{"image": Path(path).read_bytes()} for path in paths]
     assert predictor.predict(as_bytes) == answers
+    table = folder / "asked.csv"
+    table.write_text("\n".join(["image", *(str(Path(path).relative_to(folder)) for path in paths)]), encoding="utf-8")
+    printed = fulltune("predict", made, "--file", table, "--json")
+    assert printed.code == 0, printed.err
+    assert [json.loads(line) for line in printed.out.splitlines()] == answers
     with pytest.raises(DataError, match=r"missing\.png: no such file"):
         predictor.predict([{"image": str(tmp_path / "missing.png")}])
 

@@ -38,7 +38,7 @@ def test_run_learns_to_write_and_to_stop(kind: str, tmp_path: Path) -> None:
         task="seq2seq",
         data={"source_prefix": "say: "},
         method={"learning_rate": 1e-2 if kind == "t5" else 5e-3},
-        train={"num_train_epochs": 8, "eval_strategy": "steps", "eval_steps": 60},
+        train={"num_train_epochs": 14, "eval_strategy": "steps", "eval_steps": 60},
         evaluate={"bootstrap_samples": 100, "generate_rows": 16, "max_new_tokens": 20},
     )
 

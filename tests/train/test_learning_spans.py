@@ -62,7 +62,7 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
     for metric in ("f1", "exact_match"):
         best = max(sentence.metrics[metric].value, none.metrics[metric].value)
         assert trained.metrics[metric].value > best + 0.3
-    texts = {row["place"]: row for row in load_texts(reached.folder / "data" / "test")}
+    texts = {row["fulltune:place"]: row for row in load_texts(reached.folder / "data" / "test")}
     windows = load_split(reached.folder / "data" / "test")
     assert trained.rows == len(texts) < len(windows)
 
@@ -76,8 +76,8 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
             assert row["context"][answer["start"] :].startswith(answer["answer"])
     assert any(answer["start"] is None for answer in answers)
     folder = reached.folder / "models" / "full"
-    places = [row["place"] for row in load_texts(reached.folder / "data" / "test")]
-    short = [i for i, row in enumerate(rows) if places.count(row["place"]) == 1 and answers[i]["answer"]]
+    places = [row["fulltune:place"] for row in load_texts(reached.folder / "data" / "test")]
+    short = [i for i, row in enumerate(rows) if places.count(row["fulltune:place"]) == 1 and answers[i]["answer"]]
     assert len(short) > 5
     assert plain_transformers(folder, [rows[i] for i in short]) == [answers[i]["answer"] for i in short]
     assert "AutoModelForQuestionAnswering" in (reached.folder / "report.md").read_text(encoding="utf-8")

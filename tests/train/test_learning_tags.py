@@ -38,7 +38,9 @@ def tagged(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(tmp_path: Path) -> None:
+def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
     reached = runs.run(
         tmp_path,
@@ -72,6 +74,13 @@ def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(tmp_path:
     assert trained.metrics["f1"].value == pytest.approx(f1_score(expected, ours))
     assert plain_transformers(folder, [row["tokens"] for row in texts[:5]]) == ours[:5]
     assert len(load_split(reached.folder / "data" / "test")) == len(texts)
+
+    predictor = predict.load(reached.folder)
+    limit = predictor.notes["max_length"]
+    assert limit == reached.summary.limit > reached.summary.max_length
+    caplog.clear()
+    assert len(predictor.predict([{"tokens": ["soup"] * 2}, {"tokens": ["soup"] * limit}])[1]["tags"]) == limit
+    assert f"row 2 is longer than {limit} tokens (1 such rows)" in caplog.text
 
     printed = fulltune("predict", reached.folder, "ask soup rain, from bread", "--json")
     assert printed.code == 0, printed.err

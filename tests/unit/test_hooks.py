@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from fulltune import evaluate
 from fulltune.errors import RecipeError
 from fulltune.recipe import Recipe
+from fulltune.records import DataSummary
+from fulltune.tasks import causal_lm
 from fulltune.train.hooks import Hooks
 
 SCRIPT = """
@@ -65,3 +68,36 @@ def test_check_of_pairs_that_cancel_each_other_refuses(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         Hooks(**hooks).check(recipe(**blocks))
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("text", True), ("chat", False), ("prompt_completion", False)])
+def test_metrics_of_raw_text_are_refused(kind: Any, refused: bool) -> None:
+    summary = DataSummary(
+        task="causal-lm",
+        problem_type=kind,
+        columns={},
+        max_length=8,
+        max_length_reason="",
+        splits={},
+        sources={},
+        fingerprint="",
+    )
+    Hooks().check_data(summary)
+    if refused:
+        with pytest.raises(RecipeError, match="raw text has none"):
+            Hooks(metrics=max).check_data(summary)
+    else:
+        Hooks(metrics=max).check_data(summary)
+
+
+@pytest.mark.parametrize(
+    ("data", "needed"),
+    [({"train": "a.txt"}, False), ({"train": "a.csv", "text": "body"}, False), ({"train": "a.jsonl"}, True)],
+)
+def test_package_for_answers_is_asked_for_only_where_there_may_be_answers(
+    data: dict[str, Any], needed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(causal_lm, "score_answers", lambda *answers: asked.append(answers))
+    evaluate.check_extras(recipe(task="causal-lm", data=data))
+    assert bool(asked) == needed

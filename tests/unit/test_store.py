@@ -128,8 +128,8 @@ def test_texts_are_the_rows_in_the_users_columns(tmp_path: Path) -> None:
     with RowWriter(tmp_path) as writer:
         writer.write(record_batch([{"labels": 0}, {"labels": 1}], [words(f"a.csv:{i}", rows[i]) for i in (0, 1)]))
     assert load_texts(tmp_path) == [
-        {"place": "a.csv:0", "text": "é", "raw": "<5 bytes>", "nested": {"a": [1, None]}},
-        {"place": "a.csv:1", "text": "b", "raw": "<0 bytes>", "nested": {}},
+        {"text": "é", "raw": "<5 bytes>", "nested": {"a": [1, None]}, "fulltune:place": "a.csv:0"},
+        {"text": "b", "raw": "<0 bytes>", "nested": {}, "fulltune:place": "a.csv:1"},
     ]
     assert "é" in words("a", rows[0])
-    assert json.loads(words("a", {"n": np.int64(3)})) == {"place": "a", "n": "3"}
+    assert json.loads(words("a", {"n": np.int64(3)})) == {"n": 3, "fulltune:place": "a"}

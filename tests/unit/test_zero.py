@@ -131,8 +131,16 @@ def test_settings_that_agree_with_the_plan_pass() -> None:
         (zero.Zero(2, True, False), 400, 1200),
         (zero.Zero(3, True, False), 200, 1200),
         (zero.Zero(3, True, True), 0, 1600),
+        (zero.Zero(3, True, True, optimizer_on_disk=True), 0, 400),
+        (zero.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=True), 0, 0),
     ],
 )
 def test_bytes_on_device_and_host_with_two_processes(shared: zero.Zero, device_bytes: int, host_bytes: int) -> None:
     assert shared.device_bytes(STATE, 2) == device_bytes
     assert shared.host_bytes(STATE, 2) == host_bytes
+
+
+def test_what_goes_to_an_nvme_disk_is_read_from_the_settings() -> None:
+    places = {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}, "offload_param": {"device": "cpu"}}
+    found = zero.zero_of(recipe({"zero_optimization": {"stage": 3, **places}}))
+    assert found == zero.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=False)

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 KEPT = 5
 """Prepared data sets that stay; a run that was linked to an older one keeps its files."""
 
 _ABANDONED_SECONDS = 24 * 3600
+
+
+_ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the cache: two runs never put, link or prune at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def put(part: Path, folder: Path) -> None:
@@ -41,16 +56,12 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Delete all but the last used data sets, and what killed runs left half done."""
+    """Delete all but the last used data sets, and what killed runs left half done; nothing else that lies there."""
 
-    def age(path: Path) -> float:
-        with contextlib.suppress(FileNotFoundError):  # another run pruned it
-            return path.stat().st_mtime
-        return 0.0
-
-    for path in folder.glob("*.part-*"):
-        if time.time() - age(path) > _ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
-    whole = [path for path in folder.iterdir() if path.is_dir() and ".part-" not in path.name]
-    for path in sorted(whole, key=age, reverse=True)[KEPT:]:
-        shutil.rmtree(path, ignore_errors=True)
+    entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]
+    for path in entries:
+        if ".part-" in path.name and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(path)
+    whole = [path for path in entries if ".part-" not in path.name]
+    for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+        shutil.rmtree(path)

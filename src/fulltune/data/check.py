@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fulltune.errors import DataError
@@ -27,33 +27,53 @@ class Dropped:
     row: dict[str, Any]
 
 
-def too_many(dropped: Sequence[Dropped], num_rows: int, where: str) -> list[str]:
+@dataclass
+class LeftOut:
+    """How many rows were left out by which check, and the first few of each; all of them are in `dropped.jsonl`."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[Dropped]] = field(default_factory=dict)
+
+    def add(self, item: Dropped) -> None:
+        self.counts[item.check] += 1
+        shown = self.first.setdefault(item.check, [])
+        if len(shown) < _PLACES_SHOWN:
+            shown.append(item)
+
+    def without(self, checks: Collection[str]) -> LeftOut:
+        """The same, but for some checks."""
+        return LeftOut(
+            Counter({check: count for check, count in self.counts.items() if check not in checks}),
+            {check: items for check, items in self.first.items() if check not in checks},
+        )
+
+
+def too_many(left_out: LeftOut, num_rows: int, where: str) -> list[str]:
     """Leaving out a few rows is worth a note, more than one in twenty would ruin the run in silence: a line for it."""
-    if not dropped:
-        return []
+    total = left_out.counts.total()
     # One row is never many: an eval file of ten rows may have a bad one as well as a train file of thousands.
-    if len(dropped) <= max(1, MOST_LEFT_OUT * num_rows) and len(dropped) < num_rows:
+    if total <= max(1, MOST_LEFT_OUT * num_rows) and (total < num_rows or not total):
         return []
-    first = dropped[0]
+    first = next(iter(left_out.first.values()))[0]
     remedy = (
         "Raise data.max_length, shorten these rows, or leave them out with data.truncation_strategy: drop"
         if first.check == "answer cut off"
         else "Remove or repair these rows, or name another column in the recipe"
     )
-    counts = ", ".join(f"{count} x {check}" for check, count in Counter(item.check for item in dropped).most_common())
+    counts = ", ".join(f"{count} x {check}" for check, count in left_out.counts.most_common())
     return [
-        f"{where}: {len(dropped)} of {num_rows} rows cannot be used ({counts}); first: {first.place}, {first.reason}. "
-        f"{remedy}"
+        f"{where}: {total} of {num_rows} rows cannot be used ({counts}); first: {first.place}, {first.reason}. {remedy}"
     ]
 
 
-def undecodable(broken: Sequence[Dropped]) -> list[str]:
+def undecodable(left_out: LeftOut) -> list[str]:
     """Images that cannot be decoded are left out only when the recipe says so: the first ten and their number."""
-    if not broken:
+    count = left_out.counts[UNDECODABLE_IMAGE]
+    if not count:
         return []
     return [
-        *(f"{item.place}: {item.reason}" for item in broken[:_PLACES_SHOWN]),
-        f"{len(broken)} images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop",
+        *(f"{item.place}: {item.reason}" for item in left_out.first[UNDECODABLE_IMAGE]),
+        f"{count} images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop",
     ]
 
 

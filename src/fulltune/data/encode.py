@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.data.check import Dropped
+from fulltune.data.check import Dropped, LeftOut
 from fulltune.data.read import PlacedRow
 from fulltune.data.split import draw
 from fulltune.errors import SetupError
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_CHUNK = 1000
+CHUNK_BYTES = 16 * 2**20
 ROWS_WORTH_PROCESSES = 20_000
 """With fewer rows the processes would cost more time than they save."""
 
@@ -70,6 +70,8 @@ class Chunk:
     """Rows that hold nothing to learn from."""
     unfit: list[Dropped]
     """Rows that tokenising showed to be too long, or without anything to train."""
+    lost_parts: list[Dropped]
+    """The same for some examples of a row that keeps others."""
     num_too_long: int
 
 
@@ -87,20 +89,20 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     encoded = _examples(job, [row for _, row in usable])
     kept: list[tuple[int, Example]] = []
     unfit: list[Dropped] = []
+    lost_parts: list[Dropped] = []
     rows: list[PlacedRow] = []
     too_long = 0
     for (place, row), examples in zip(usable, encoded, strict=True):
-        good = []
-        for example in examples:
-            too_long += example.truncated
-            reason = _unfit(example, job.drop_truncated)
-            if reason is None:
-                good.append(example)
-            else:
-                unfit.append(Dropped(job.split, place, *reason, dict(row)))
+        too_long += any(example.truncated for example in examples)
+        reasons = [_unfit(example, job.drop_truncated) for example in examples]
+        good = [example for example, reason in zip(examples, reasons, strict=True) if reason is None]
+        lost = [Dropped(job.split, place, *reason, dict(row)) for reason in reasons if reason is not None]
         if good or examples is _UNKNOWN_LABEL:
             kept += [(len(rows), example) for example in good]
             rows.append((place, row))
+            lost_parts += lost
+        else:  # a row without any example has no token
+            unfit.append(lost[0] if lost else Dropped(job.split, place, "nothing to train", "no token", dict(row)))
     features = [_features(example) for _, example in kept]
     texts = [words(place, row) for place, row in rows]
     return Chunk(
@@ -115,6 +117,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         labels=[task.row_labels(row, job.target) for _, row in rows],
         unusable=unusable,
         unfit=unfit,
+        lost_parts=lost_parts,
         num_too_long=too_long,
     )
 
@@ -179,8 +182,9 @@ class Encoded:
     combinations: Any = field(default_factory=lambda: array("i"))
     """Each row's set of labels, as a number."""
     names: dict[str, int] = field(default_factory=dict)
-    unusable: list[Dropped] = field(default_factory=list)
-    unfit: list[Dropped] = field(default_factory=list)
+    unusable: LeftOut = field(default_factory=LeftOut)
+    unfit: LeftOut = field(default_factory=LeftOut)
+    lost_parts: LeftOut = field(default_factory=LeftOut)
     num_too_long: int = 0
     longest: int = 0
     _sets: dict[tuple[str, ...], int] = field(default_factory=dict)
@@ -189,6 +193,13 @@ class Encoded:
     def num_rows(self) -> int:
         """Rows that gave at least one example."""
         return len(self.groups)
+
+    @property
+    def num_left_out(self) -> int:
+        return self.unusable.counts.total() + self.unfit.counts.total()
+
+    def _left_out(self, chunk: Chunk) -> tuple[tuple[LeftOut, list[Dropped]], ...]:
+        return (self.unusable, chunk.unusable), (self.unfit, chunk.unfit), (self.lost_parts, chunk.lost_parts)
 
     def add(self, chunk: Chunk) -> None:
         first = self.num_rows
@@ -202,14 +213,20 @@ class Encoded:
             self.label_numbers.extend(self.names.setdefault(name, len(self.names)) for name in labels)
             self.label_ends.append(len(self.label_numbers))
             self.combinations.append(self._sets.setdefault(tuple(labels), len(self._sets)))
-        self.unusable += chunk.unusable
-        self.unfit += chunk.unfit
+        for tally, items in self._left_out(chunk):
+            for item in items:
+                tally.add(item)
         self.num_too_long += chunk.num_too_long
         self.longest = max(self.longest, chunk.longest)
 
 
 def encode(
-    job: Job, rows: Iterable[PlacedRow], num_rows: int, folder: Path, progress: Callable[[int], None]
+    job: Job,
+    rows: Iterable[PlacedRow],
+    num_rows: int,
+    folder: Path,
+    progress: Callable[[int], None],
+    leave_out: Callable[[Dropped], None],
 ) -> Encoded:
     """Tokenise a source into `folder`.
 
@@ -219,6 +236,7 @@ def encode(
         num_rows: How many there are: decides whether processes are worth starting.
         folder: Where the arrow file is written.
         progress: Called with the number of rows done so far.
+        leave_out: Called with each row, or part of one, that is left out.
 
     Raises:
         SetupError: When a worker process was killed, most often because memory ran out.
@@ -227,6 +245,8 @@ def encode(
     with RowWriter(folder) as writer:
         for chunk in _chunks(job, rows, num_rows):
             encoded.add(chunk)
+            for item in (*chunk.unusable, *chunk.unfit, *chunk.lost_parts):
+                leave_out(item)
             if chunk.batch is not None:
                 writer.write(chunk.batch)
             progress(encoded.num_read)
@@ -235,8 +255,7 @@ def encode(
 
 def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:
     """The source in order, chunk by chunk; read only a little ahead of the workers."""
-    read = iter(rows)
-    pieces = iter(lambda: list(islice(read, ROWS_PER_CHUNK)), [])
+    pieces = _pieces(rows)
     num_workers = num_cores()
     if num_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
         yield from (encode_chunk(job, piece) for piece in pieces)
@@ -260,6 +279,20 @@ def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chun
                 "data: a process that tokenises was killed, most often by the kernel because memory ran out; close "
                 "other programs, or split the file"
             ) from None
+
+
+def _pieces(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
+    """Some rows at a time: a thousand, fewer when they are large."""
+    piece: list[PlacedRow] = []
+    size = 0
+    for place, row in rows:
+        piece.append((place, row))
+        size += sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
+        if len(piece) >= ROWS_PER_CHUNK or size >= CHUNK_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
 
 
 _job: Job | None = None

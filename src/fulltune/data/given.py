@@ -95,7 +95,7 @@ def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tupl
         roles = task.find_columns(tuple(_keys(head)), head[:100], recipe.data, train.where)
         target = task.find_target(counted("train"), roles, recipe.data, train.where)
     except DataError as error:
-        # Broken files come first: what is missing may stand in them. A column may also appear later in the file.
+        # Broken files come first: what is missing may stand in them.
         refusal, roles = error, {}
     for name in rows_of:
         if name != "train" or name not in counts or problems:
@@ -103,11 +103,14 @@ def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tupl
                 pass
     if problems:
         raise DataError(list(dict.fromkeys(problems)))
+    if len(columns["train"]) > len(_keys(head)):
+        # Some columns appear only later, in a second file for example: the same again, with all of them.
+        found = task.find_columns(tuple(columns["train"]), head[:100], recipe.data, train.where)
+        if found != roles:
+            roles, refusal = found, None
+            target = task.find_target(counted("train"), roles, recipe.data, train.where)
     if refusal is not None:
-        if len(columns["train"]) == len(_keys(head)):
-            raise refusal
-        roles = task.find_columns(tuple(columns["train"]), head[:100], recipe.data, train.where)
-        target = task.find_target(counted("train"), roles, recipe.data, train.where)
+        raise refusal
     missing = [
         f"{rows_of[name].where}: no column '{column}' (data.{role}), which train has; "
         f"columns here: {', '.join(columns[name])}"

@@ -20,7 +20,8 @@ class Limits:
 
     positions: int | None = None
     """Longest sequence in tokens."""
-    model_type: str = ""
+    identity: str = ""
+    """What tells apart two models that would make other rows of the same files with the same tokenizer."""
     keeps_texts_apart: Callable[[], str | None] = lambda: "it was not checked"
     """Why texts in one row would see each other, or None: asked only for raw text."""
 

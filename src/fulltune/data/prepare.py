@@ -12,7 +12,8 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from fulltune.model import processor_identity
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Preview, SplitSummary
 from fulltune.records import SplitName as Split
-from fulltune.store import RowWriter, batches, load_split
+from fulltune.store import RowWriter, batches, load_split, readable
 from fulltune.tasks import Target, Task
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 DROPPED = "dropped.jsonl"
-FORMAT = 2
+FORMAT = 3
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
 Listener = Callable[[dict[str, Any]], None]
@@ -86,23 +87,32 @@ def prepare(
         )
     # What a user's function does cannot be hashed, so rows that went through one are always made anew.
     reusable = preprocess is None
+    for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
+        shutil.rmtree(abandoned)
     if reusable and (earlier := _earlier(folder, fingerprint)) is not None:
         return earlier
-    kept = cache_folder / fingerprint if reusable and cache_folder is not None else None
-    if kept is not None and (earlier := _earlier(kept, fingerprint)) is not None:
-        cache.link(kept, folder)
-        return earlier
+    # Rows of images are only their paths, which another run may have elsewhere.
+    kept = None
+    if reusable and cache_folder is not None and recipe.task != "image-classification":
+        kept = cache_folder / fingerprint
+        with cache.locked(cache_folder):
+            if (earlier := _earlier(kept, fingerprint)) is not None:
+                cache.link(kept, folder)
+                return earlier
     part = (kept or folder).with_name(f"{(kept or folder).name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
         rows_of = {name: rows_given(recipe, source, preprocess) for name, source in sources.items()}
         summary = _make(recipe, part, task, tokenizer, limits, rows_of, fingerprint, listener)
-        cache.put(part, kept or folder)
+        if kept is None:
+            cache.put(part, folder)
+        else:
+            with cache.locked(kept.parent):
+                cache.put(part, kept)
+                cache.link(kept, folder)
+                cache.prune(kept.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    if kept is not None:
-        cache.link(kept, folder)
-        cache.prune(kept.parent)
     return summary
 
 
@@ -120,17 +130,10 @@ def _make(
     target, counts = describe(recipe, task, rows_of)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
     packed, remarks = packing(recipe, target, limits)
-    progress = _Progress(listener, sum(counts.values()))
-    encoded: dict[Split, Encoded] = {}
-    for name, rows in rows_of.items():
-        known = None if name == "train" else frozenset(encoded["train"].names)
-        drop = recipe.data.truncation_strategy == "drop"
-        job = Job(recipe.task, target, tokenizer, limit, name, recipe.data.split_seed, drop, known)
-        encoded[name] = encode(job, rows.rows(None), counts[name], folder / f"{name}-whole", progress)
-        progress.before += counts[name]
+    encoded = _encode(recipe, folder, target, tokenizer, limit, rows_of, counts, listener)
     refuse_unusable(recipe, encoded, rows_of)
     split_of, sources = assign(recipe, encoded, rows_of)
-    remarks += notes(encoded, split_of)
+    remarks += notes(encoded, split_of, recipe.task)
     if target.labels:
         check_labels(encoded, split_of, rows_of)
     summaries: dict[Split, SplitSummary] = {}
@@ -142,17 +145,14 @@ def _make(
             raise DataError(f"{where}: no row of {name} is left: all are longer than data.max_length")
         parts = _chosen(whole.folder, chosen)
         _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
-        dropped = len(whole.unusable) + len(whole.unfit) if name in rows_of else 0
+        dropped = whole.num_left_out if name in rows_of else 0
         summaries[name] = _summarise(whole, chosen, split_of[name], load_split(folder / name)["length"], dropped)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
     if packed:
         remarks.append(_packing_note(encoded["train"], split_of["train"], summaries["train"], limit))
-    dropped_rows = [item for whole in encoded.values() for item in (*whole.unusable, *whole.unfit)]
-    _write_dropped(folder, dropped_rows)
     longest = max(whole.longest for whole in encoded.values())
-    if not packed and not recipe.data.max_length and longest < limit:
-        limit, reason = longest, "the longest row"
+    shrinks = not packed and not recipe.data.max_length and longest < limit
     summary = DataSummary(
         task=recipe.task,
         problem_type=target.problem_type,
@@ -161,18 +161,53 @@ def _make(
         joint=target.joint,
         num_choices=target.num_choices,
         packed=packed,
-        max_length=limit,
-        max_length_reason=reason,
+        max_length=longest if shrinks else limit,
+        max_length_reason="the longest row" if shrinks else reason,
+        limit=limit,
         length_explained=_length_explained(target, encoded["train"], split_of["train"], folder / "train"),
         splits=summaries,
         sources=sources,
-        dropped=dict(Counter(item.check for item in dropped_rows)),
+        dropped=dict(sum((_left_out(whole) for whole in encoded.values()), Counter())),
         notes=tuple(remarks),
         previews=_previews(task, target, tokenizer, folder / "train"),
         fingerprint=fingerprint,
     )
     summary.save(folder / SUMMARY)  # last: a folder with a summary is whole
     return summary
+
+
+def _encode(
+    recipe: Recipe,
+    folder: Path,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    rows_of: Mapping[Split, Given],
+    counts: Mapping[Split, int],
+    listener: Listener,
+) -> dict[Split, Encoded]:
+    """Tokenise each source, and write down what is left out."""
+    progress = _Progress(listener, sum(counts.values()))
+    drops = recipe.data.truncation_strategy == "drop"
+    encoded: dict[Split, Encoded] = {}
+    folder.mkdir(parents=True)
+    with (folder / DROPPED).open("w", encoding="utf-8") as file:
+
+        def leave_out(item: Dropped) -> None:
+            file.write(json.dumps(asdict(item), ensure_ascii=False, default=readable) + "\n")
+
+        for name, rows in rows_of.items():
+            known = None if name == "train" else frozenset(encoded["train"].names)
+            job = Job(recipe.task, target, tokenizer, limit, name, recipe.data.split_seed, drops, known)
+            place = folder / f"{name}-whole"
+            encoded[name] = encode(job, rows.rows(None), counts[name], place, progress, leave_out)
+            progress.before += counts[name]
+    return encoded
+
+
+def _left_out(whole: Encoded) -> Counter[str]:
+    parts = Counter({f"{check} (part of a row)": count for check, count in whole.lost_parts.counts.items()})
+    return whole.unusable.counts + whole.unfit.counts + parts
 
 
 class _Progress:
@@ -189,7 +224,7 @@ class _Progress:
 
 
 def _earlier(folder: Path, fingerprint: str) -> DataSummary | None:
-    """The summary of rows that are there already; None when they are others, damaged, or another version's."""
+    """The summary of rows that are there already; None when they are others or another version's."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
@@ -262,19 +297,6 @@ def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple
     return tuple(previews)
 
 
-def _write_dropped(folder: Path, dropped: Sequence[Dropped]) -> None:
-    with (folder / DROPPED).open("w", encoding="utf-8") as file:
-        for item in dropped:
-            line = {
-                "split": item.split,
-                "place": item.place,
-                "check": item.check,
-                "reason": item.reason,
-                "row": item.row,
-            }
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-
-
 def _fingerprint(
     recipe: Recipe, sources: Mapping[Split, Source], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> str:
@@ -284,11 +306,11 @@ def _fingerprint(
     parts = {
         "format": FORMAT,
         "tokenizers": version("tokenizers"),
-        "content": content_hash(sources.values()),
+        "content": content_hash(sources),
         "task": recipe.task,
         "data": recipe.data.model_dump(mode="json", exclude={"train", "eval", "test"}),
         "roles": [bool(recipe.data.eval), bool(recipe.data.test)],
         "processor": processor_identity(tokenizer),
-        "limits": [limits.positions, tokenizer.model_max_length, limits.model_type],
+        "limits": [limits.positions, tokenizer.model_max_length, limits.identity],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,7 +9,8 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from fulltune.data import images, plain_text
 from fulltune.errors import DataError
 from fulltune.recipe import TextRows
+from fulltune.records import SplitName
 
 READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
@@ -50,14 +52,16 @@ class Source:
         if self.image_folder is not None:
             yield from images.rows(self.image_folder)
             return
+        names = Counter(file.name for file in self.files)
         for file in self.files:
+            name = file.name if names[file.name] == 1 else str(file)
             try:
                 is_empty = True
                 for line, row in _rows(file, self.text_rows):
                     is_empty = False
                     if self.image_paths:
                         row = images.beside(row, file.parent, self.image_column)
-                    yield f"{file.name}:{line}", row
+                    yield f"{name}:{line}", row
                 if is_empty:
                     raise DataError(f"{file}: no rows")
             except DataError as error:
@@ -113,19 +117,20 @@ def read(paths: Sequence[str]) -> Table:
     return Table([row for _, row in found], columns, [place for place, _ in found], source.where)
 
 
-def content_hash(sources: Iterable[Source]) -> str:
-    """SHA-256 over names and bytes of the files: the same content gives the same data stage.
+def content_hash(sources: Mapping[SplitName, Source]) -> str:
+    """SHA-256 over names and bytes of the files of each split: the same content gives the same data stage.
 
-    Of an image folder, sizes and times of change stand for the bytes: reading a hundred thousand images would take
-    longer than all other preparations.
+    Of an image folder, places, sizes and times of change stand for the bytes: reading a hundred thousand images would
+    take longer than all other preparations.
     """
     digest = hashlib.sha256()
-    for source in sources:
+    for split, source in sources.items():
+        digest.update(f"{split}:{len(source.files)}".encode())
         for file in source.files:
             digest.update(file.name.encode())
             if source.image_folder is not None:
                 status = file.stat()
-                digest.update(f"{file.parent.name}:{status.st_size}:{status.st_mtime_ns}".encode())
+                digest.update(f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode())
                 continue
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

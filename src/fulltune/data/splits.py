@@ -12,7 +12,7 @@ from fulltune.data.encode import Encoded
 from fulltune.data.given import Given
 from fulltune.data.split import split_off
 from fulltune.errors import DataError
-from fulltune.recipe import Recipe
+from fulltune.recipe import Recipe, TaskName
 from fulltune.records import SplitName as Split
 
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
@@ -31,13 +31,11 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[Split, Encoded], given: Map
     wanted_out = {"too long", "answer cut off"} if strategy == "drop" else set()
     problems: list[str] = []
     for name, whole in encoded.items():
-        where, usable = given[name].where, whole.num_read - len(whole.unusable)
-        broken = [item for item in whole.unfit if item.check == UNDECODABLE_IMAGE]
+        where, usable = given[name].where, whole.num_read - whole.unusable.counts.total()
         if recipe.data.undecodable_images == "error":
-            problems += undecodable(broken)
+            problems += undecodable(whole.unfit)
         problems += too_many(whole.unusable, whole.num_read, where)
-        rest = [item for item in whole.unfit if item.check not in {*wanted_out, UNDECODABLE_IMAGE}]
-        problems += too_many(rest, usable, where)
+        problems += too_many(whole.unfit.without({*wanted_out, UNDECODABLE_IMAGE}), usable, where)
         if strategy == "error" and whole.num_too_long:
             problems.append(
                 f"{where}: {whole.num_too_long} rows of {name} are longer than data.max_length; raise it, or set "
@@ -100,7 +98,7 @@ def _strata(whole: Encoded) -> np.ndarray:
     return strata
 
 
-def notes(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]) -> list[str]:
+def notes(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray], task: TaskName) -> list[str]:
     """Few rows to choose by, and rows that stand in two splits."""
     keys = {name: np.asarray(encoded.get(name, encoded["train"]).groups)[split_of[name]] for name in SPLITS}
     found = []
@@ -108,15 +106,17 @@ def notes(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]
         found.append(
             f"only {count} eval rows: which checkpoint is best is close to chance; more rows would tell better"
         )
-    if repeated := len(keys["train"]) - len(np.unique(keys["train"])):
+    # Questions about the same passage belong together, but do not repeat each other.
+    of_passages = task == "question-answering"
+    repeated = len(keys["train"]) - len(np.unique(keys["train"]))
+    if repeated and not of_passages:
         found.append(f"{repeated} of {len(keys['train'])} train rows repeat another train row")
+    shared = "have a passage that also stands in" if of_passages else "also stand in"
     for name in HELD_OUT:
-        if shared := int(np.isin(keys[name], keys["train"]).sum()):
-            found.append(
-                f"{shared} of {len(keys[name])} {name} rows also stand in train: their scores flatter the model"
-            )
-    if shared := int(np.isin(keys["test"], keys["eval"]).sum()):
-        found.append(f"{shared} of {len(keys['test'])} test rows also stand in eval, which chooses the checkpoint")
+        if count := int(np.isin(keys[name], keys["train"]).sum()):
+            found.append(f"{count} of {len(keys[name])} {name} rows {shared} train: their scores flatter the model")
+    if count := int(np.isin(keys["test"], keys["eval"]).sum()):
+        found.append(f"{count} of {len(keys['test'])} test rows {shared} eval, which chooses the checkpoint")
     return found
 
 

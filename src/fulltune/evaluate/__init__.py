@@ -24,7 +24,9 @@ def check_extras(recipe: Recipe) -> None:
     Raises:
         SetupError: Naming the package.
     """
-    if recipe.task in ("causal-lm", "seq2seq") and recipe.evaluate.generate_rows:
+    raw_text = recipe.data.text is not None or all(file.lower().endswith(".txt") for file in recipe.train_files())
+    writes = recipe.task == "seq2seq" or (recipe.task == "causal-lm" and not raw_text)
+    if writes and recipe.evaluate.generate_rows:
         causal_lm.score_answers(["a"], ["a"])
     if recipe.task == "token-classification":
         token_classification.seqeval_entities(["O"])

@@ -10,7 +10,7 @@ import numpy as np
 
 from fulltune.calibration import calibrate
 from fulltune.evaluate.bench import WORST, Bench
-from fulltune.inference import embeddings
+from fulltune.inference import Share, embeddings
 from fulltune.model import opened
 from fulltune.records import Confusion, Scores
 from fulltune.tasks import Predictions, image_classification, multiple_choice, text_classification
@@ -131,7 +131,7 @@ def _frozen(bench: Bench) -> Scores:
     labels = _labels(train)
     if len(train) > MOST_EMBEDDED:
         chosen = np.random.default_rng(0).choice(len(train), MOST_EMBEDDED, replace=False)
-        train, labels = [train[int(i)] for i in chosen], labels[chosen]
+        train, labels = Share(train, chosen.tolist()), labels[chosen]
         name = name.replace("embeddings)", f"embeddings of {MOST_EMBEDDED:,} train rows)")
     head.fit(embed(train), labels)
     return _label_scores(bench, name, np.asarray(head.predict(embed(test))))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fulltune.evaluate.bench import Bench
 from fulltune.inference import generate
 from fulltune.records import Answer, Estimate, Scores
-from fulltune.tasks import causal_lm, seq2seq
+from fulltune.tasks import PLACE, causal_lm, seq2seq
 
 
 def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
@@ -70,7 +70,7 @@ def _asked(bench: Bench) -> list[dict[str, Any]]:
             return bench.texts[:wanted] if wanted else []
         case _:
             # A conversation can be several examples, and one without a question has nothing to answer.
-            conversations = {row["place"]: row for row in bench.texts}.values() if wanted else ()
+            conversations = {row[PLACE]: row for row in bench.texts}.values() if wanted else ()
             return [row for row in conversations if causal_lm.prompt_text(row, bench.target).strip()][:wanted]
 
 

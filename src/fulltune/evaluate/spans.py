@@ -12,7 +12,7 @@ import numpy as np
 
 from fulltune.evaluate.bench import WORST, Bench
 from fulltune.records import Estimate, Scores
-from fulltune.tasks import question_answering
+from fulltune.tasks import PLACE, question_answering
 
 _NONE = "(no answer)"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -33,7 +33,7 @@ def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
     """The trained model; the windows of a long context give one answer."""
     windows, texts = bench.rows("test"), bench.texts
     kept = bench.run(model, tokenizer.pad_token_id, windows)
-    places = [row["place"] for row in texts]
+    places = [row[PLACE] for row in texts]
     contexts = [question_answering.context_of(row, bench.target) for row in texts]
     found = question_answering.find_answers(kept, windows, places, contexts)
     questions = _questions(bench)
@@ -57,7 +57,7 @@ def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
 
 def _questions(bench: Bench) -> dict[str, dict[str, Any]]:
     """Place to test row: several windows come from one row."""
-    return {row["place"]: row for row in bench.texts}
+    return {row[PLACE]: row for row in bench.texts}
 
 
 def _accepted(bench: Bench, questions: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

@@ -11,7 +11,7 @@ from fulltune.hardware import Machine
 from fulltune.model import Shapes
 from fulltune.plan import defaults, memory
 from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, Plan, Setting
+from fulltune.records import DataSummary, Plan, Setting, StateBytes
 from fulltune.tasks import task_named
 
 FROM_RECIPE = "from the recipe"
@@ -61,30 +61,8 @@ def fit(recipe: Recipe, shapes: Shapes, summary: DataSummary, machine: Machine, 
     epochs, total_steps = _duration(recipe, rows, steps_per_epoch, ledger)
     warmup = _warmup(recipe, total_steps, ledger)
     state = memory.state_bytes(shapes.num_parameters, recipe.model.weights_dtype)
-    available = machine.gpus[0].memory_bytes if device == "cuda" else machine.memory_available_bytes
-    shared = zero.zero_of(recipe) or zero.Zero(stage=0, offload_optimizer=False, offload_weights=False)
-    per_device = shared.device_bytes(state, train.num_processes)
-    on_host = shared.host_bytes(state, train.num_processes)
-    if device == "cpu":
-        per_device += on_host // train.num_processes
-    elif on_host > machine.memory_available_bytes:
-        raise DoesNotFitError(
-            f"{zero.NAME}: what is offloaded needs {_gib(on_host)}, but {_gib(machine.memory_available_bytes)} of the "
-            "host's memory are free; offload less, or take a smaller model"
-        )
-    needed = per_device * (train.num_processes if device == "cpu" else 1)
-    _refuse_what_cannot_fit(recipe, shapes, needed, available, device, disk_free_bytes)
-    per_row = memory.row_bytes(
-        summary.max_length,
-        shapes.num_layers,
-        shapes.hidden_size,
-        shapes.vocab_size,
-        recipe.task,
-        train.activation_checkpointing,
-    )
-    per_process = (available if device == "cuda" else available // train.num_processes) - per_device
-    micro, why = defaults.micro_batch_size(global_batch, train.num_processes, per_row, per_process)
-    micro = ledger.settle("train.micro_batch_size", train.micro_batch_size, int(micro), why)
+    free = _memory_for_rows(recipe, shapes, state, machine, device, disk_free_bytes)
+    micro = _micro_batch(recipe, shapes, summary, global_batch, free, ledger)
     accumulation = global_batch // (micro * train.num_processes)
     ledger.settle("gradient accumulation", None, accumulation, "global batch / (micro batch x processes)")
     if problems := zero.disagreements(recipe, micro, accumulation, train.num_processes, precision):
@@ -226,6 +204,43 @@ def _warmup(recipe: Recipe, total_steps: int, ledger: _Ledger) -> int:
     ratio = ledger.settle("train.warmup_ratio", train.warmup_ratio, ratio, why)
     # Rounded down: a warm-up over the whole of a very short run would never leave rate 0.
     return int(ratio * total_steps)
+
+
+def _memory_for_rows(
+    recipe: Recipe, shapes: Shapes, state: StateBytes, machine: Machine, device: str, disk_free_bytes: int
+) -> int:
+    """Bytes that each process has left for activations; refuses a state or checkpoints that cannot fit."""
+    processes = recipe.train.num_processes
+    available = machine.gpus[0].memory_bytes if device == "cuda" else machine.memory_available_bytes
+    shared = zero.zero_of(recipe) or zero.Zero(stage=0, offload_optimizer=False, offload_weights=False)
+    per_device = shared.device_bytes(state, processes)
+    on_host = shared.host_bytes(state, processes)
+    if device == "cpu":
+        per_device += on_host // processes
+    elif on_host > machine.memory_available_bytes:
+        raise DoesNotFitError(
+            f"{zero.NAME}: what is offloaded needs {_gib(on_host)}, but {_gib(machine.memory_available_bytes)} of the "
+            "host's memory are free; offload less, or take a smaller model"
+        )
+    needed = per_device * (processes if device == "cpu" else 1)
+    _refuse_what_cannot_fit(recipe, shapes, needed, available, device, disk_free_bytes)
+    return (available if device == "cuda" else available // processes) - per_device
+
+
+def _micro_batch(
+    recipe: Recipe, shapes: Shapes, summary: DataSummary, global_batch: int, free_bytes: int, ledger: _Ledger
+) -> int:
+    train = recipe.train
+    per_row = memory.row_bytes(
+        memory.row_tokens(summary.max_length, summary.problem_type, summary.num_choices),
+        shapes.num_layers,
+        shapes.hidden_size,
+        shapes.vocab_size,
+        recipe.task,
+        train.activation_checkpointing,
+    )
+    micro, why = defaults.micro_batch_size(global_batch, train.num_processes, per_row, free_bytes)
+    return int(ledger.settle("train.micro_batch_size", train.micro_batch_size, int(micro), why))
 
 
 def _refuse_what_cannot_fit(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LENGTH = "length"
 """Feature with a row's number of tokens, for grouping; `collate` leaves it out."""
+PLACE = "fulltune:place"
+"""Key of a row's file and line among the user's own columns; the same for no two rows of a split."""
 Row = Mapping[str, Any]
 """A row as read from the user's file: column name to value."""
 Predictions = Mapping[str, np.ndarray]
@@ -112,7 +114,7 @@ class Task(Protocol):
         """Why this row cannot be used, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Rows with the same key are duplicates: a split never separates them."""
+        """Rows with the same key are duplicates, or questions about one passage: a split never separates them."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
         """The row's class names, sorted; splits keep their shares. Empty for tasks without classes."""

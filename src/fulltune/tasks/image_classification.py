@@ -14,7 +14,7 @@ import numpy as np
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import DataBlock
 from fulltune.records import Preview, Segment
-from fulltune.tasks import LENGTH, Example, Refused, Row, Target, labels
+from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, Target, labels
 from fulltune.tasks.columns import required
 from fulltune.tasks.labels import is_empty, label_name
 from fulltune.tasks.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
@@ -111,7 +111,7 @@ def short_name(row: Row, target: Target) -> str:
     # Bytes are kept as words such as `<812 bytes>` beside the features.
     if isinstance(path, str) and path and not path.startswith("<"):
         return _last_parts(path)
-    return str(row.get("place", "image"))
+    return str(row.get(PLACE, "image"))
 
 
 def _last_parts(path: str) -> str:

@@ -15,7 +15,7 @@ from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, Target
 from fulltune.tasks.choices import choice_texts as choice_texts
 from fulltune.tasks.choices import find_columns as find_columns
 from fulltune.tasks.choices import question_text, right_choice
-from fulltune.tasks.columns import normalised
+from fulltune.tasks.columns import as_text, normalised
 from fulltune.tasks.labels import is_empty, label_name
 from fulltune.tasks.text_classification import count_items as count_items
 from fulltune.tasks.text_classification import loss as loss
@@ -94,7 +94,11 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def group_key(row: Row, target: Target) -> str:
-    """Question and choices, in whatever order these stand."""
+    """The passage, where there is one: its questions say much about each other. Else question and choices, in whatever
+    order these stand."""
+    passage = as_text(row.get(target.columns["context"])) if "context" in target.columns else ""
+    if passage.strip():
+        return normalised(passage)
     return normalised(" \0 ".join([question_text(row, target), *sorted(choice_texts(row, target))]))
 
 

@@ -95,7 +95,8 @@ def question_of(row: Row, target: Target) -> str:
 
 
 def group_key(row: Row, target: Target) -> str:
-    return normalised(f"{question_of(row, target)} \0 {context_of(row, target)}")
+    """The passage alone: its questions say much about each other."""
+    return normalised(context_of(row, target))
 
 
 def row_labels(row: Row, target: Target) -> list[str]:
@@ -110,6 +111,9 @@ def encode(
 ) -> list[list[Example]]:
     """Tokenise question and context together; one example per window.
 
+    Windows overlap by the stride, by less where a long question leaves too little room for it. A row whose answer is
+    whole in no window is refused: trained, it would say that there is no answer.
+
     Raises:
         SetupError: When the tokenizer cannot say where its tokens stand in the text.
     """
@@ -123,17 +127,29 @@ def encode(
     asked = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
     around = tokenizer.num_special_tokens_to_add(pair=True)
     # A window must move on by some tokens, or a long context would become very many.
-    longest = max_length - around - stride - max(1, max_length // 16)
-    fitting = [number for number, ids in enumerate(asked) if len(ids) <= longest]
+    least = max(1, max_length // 16)
     encoded: list[list[Example]] = [
-        [_refused("question too long", f"{len(ids)} tokens, with windows of {max_length} that overlap by {stride}")]
-        for ids in asked
+        [_refused("question too long", f"{len(ids)} tokens, with windows of {max_length}")] for ids in asked
     ]
-    if not fitting:
-        return encoded
+    by_stride: dict[int, list[int]] = {}
+    for number, ids in enumerate(asked):
+        room = max_length - around - len(ids)
+        if room >= least:
+            by_stride.setdefault(min(stride, room - least), []).append(number)
+    for overlap, numbers in by_stride.items():
+        found = _windows([(questions[i], rows[i]) for i in numbers], target, tokenizer, max_length, overlap)
+        for number, examples in zip(numbers, found, strict=True):
+            encoded[number] = examples
+    return encoded
+
+
+def _windows(
+    asked: Sequence[tuple[str, Row]], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+) -> list[list[Example]]:
+    """The windows of each question and its row."""
     cut = tokenizer(
-        [questions[number] for number in fitting],
-        [context_of(rows[number], target) for number in fitting],
+        [question for question, _ in asked],
+        [context_of(row, target) for _, row in asked],
         truncation="only_second",
         max_length=max_length,
         stride=stride,
@@ -142,15 +158,19 @@ def encode(
         verbose=False,
     )
     names = [name for name in tokenizer.model_input_names if name in cut and name != "attention_mask"]
-    for number in fitting:
-        encoded[number] = []
+    answers = [answers_of(row, target)[:1] for _, row in asked]
+    found: list[list[Example]] = [[] for _ in asked]
     for window, position in enumerate(cut["overflow_to_sample_mapping"]):
-        number = fitting[position]
         features = {name: cut[name][window] for name in names}
         inside = np.array([part == 1 for part in cut.sequence_ids(window)])
         offsets = np.array(cut["offset_mapping"][window], np.int32)
-        encoded[number].append(_example(features, offsets, inside, answers_of(rows[number], target)[:1]))
-    return encoded
+        found[position].append(_example(features, offsets, inside, answers[position]))
+    for position, examples in enumerate(found):
+        if answers[position] and all(not row.refused and row.features["labels"][START] == NOWHERE for row in examples):
+            size = len(answers[position][0][0])
+            reason = f"the answer of {size} characters is whole in no window of {max_length} tokens"
+            found[position] = [_refused("answer cut off", reason)]
+    return found
 
 
 def _refused(check: str, reason: str) -> Example:

@@ -226,7 +226,8 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
 def metrics(kept: Predictions, target: Target) -> dict[str, float]:
     """Loss per token in nats, perplexity, accuracy of the next token; of generated answers what `score_answers` kept.
 
-    BLEU is that of the whole corpus, made from the sum of the rows' counts.
+    BLEU is that of the whole corpus, made from the sum of the rows' counts as sacrebleu makes it: an order of n-grams
+    without a match is smoothed (`exp`), so that few or short answers do not all get 0.
     """
     values = causal_lm.metrics(kept, target)
     if "bleu_counts" in kept:
@@ -235,7 +236,8 @@ def metrics(kept: Predictions, target: Target) -> dict[str, float]:
         orders = BLEU().max_ngram_order
         sums = kept["bleu_counts"].sum(axis=0).tolist()
         counts, totals, lengths = sums[:orders], sums[orders : 2 * orders], sums[2 * orders :]
-        values["bleu"] = BLEU.compute_bleu(counts, totals, *lengths).score
+        written, expected = lengths
+        values["bleu"] = BLEU.compute_bleu(counts, totals, written, expected, smooth_method="exp").score
     return values
 
 

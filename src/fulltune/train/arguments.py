@@ -91,6 +91,12 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
         elif name not in known:
             hint = _did_you_mean(name, known)
             problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{hint}")
+    if not recipe.train.extra.get("dataloader_num_workers"):
+        problems += [
+            f"train.extra.{name}: has no effect without train.extra.dataloader_num_workers above 0"
+            for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
+            if recipe.train.extra.get(name)
+        ]
     return problems
 
 

@@ -184,6 +184,7 @@ def _make_trainer(attempt: Attempt) -> Any:
 def _score(attempt: Attempt, rows: Any, target: Target) -> Mapping[str, float]:
     """The eval metrics of the current weights; several processes share the rows."""
     trainer, plan = attempt.trainer, attempt.plan
+    tokenizer: Any = trainer.processing_class
     several, mine, count = trainer.args.world_size > 1, rows, len(rows)
     if several:
         rank, processes = trainer.args.process_index, trainer.args.world_size
@@ -195,7 +196,7 @@ def _score(attempt: Attempt, rows: Any, target: Target) -> Mapping[str, float]:
         mine,
         attempt.task,
         target,
-        trainer.processing_class.pad_token_id,
+        tokenizer.pad_token_id,
         batch_size=plan.eval_batch_size,
         precision=plan.precision,
         head=trainer.head,

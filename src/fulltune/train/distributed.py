@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fulltune import hardware, zero
-from fulltune.inference import batches, by_length
+from fulltune.inference import Share, batches, by_length
 from fulltune.train.request import Request
 
 
@@ -99,23 +99,6 @@ def from_first(value: Any) -> Any:
 
 
 # ---- eval rows -------------------------------------------------------------------------------------------------
-
-
-class Share(Sequence[Mapping[str, Any]]):
-    """Some of the rows, as rows."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], positions: Sequence[int]) -> None:
-        self.rows = rows
-        self.positions = positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, str):
-            columns: Any = self.rows
-            return columns[i][self.positions]
-        return self.rows[self.positions[i]]
 
 
 def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:

@@ -42,7 +42,9 @@ class Hooks:
 
     metrics: Callable[[Any, Any], Mapping[str, float]] | None = None
     """`metrics(predictions, references)`: further metrics of the test rows. Classifiers: arrays of class ids, 0/1 rows
-    or numbers; language models: generated and expected answers (lists of str)."""
+    or numbers; multiple choice: of places of choices; taggers: for each row its tags (lists of lists of str); question
+    answering: answers (list of str, empty where there is none) and for each question all accepted ones (lists of str);
+    language models and encoder-decoders: generated and expected answers (lists of str)."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """`preprocess(row)`: changes each row after reading."""
     compute_loss: Callable[..., Any] | None = None
@@ -75,6 +77,15 @@ class Hooks:
             problems.append("metrics needs generated answers; set evaluate.generate_rows above 0")
         if problems:
             raise RecipeError(problems)
+
+    def check_data(self, summary: DataSummary) -> None:
+        """Refuse what only the data show to be of no use.
+
+        Raises:
+            RecipeError: Naming it.
+        """
+        if self.metrics is not None and summary.problem_type == "text":
+            raise RecipeError("metrics compares answers, and raw text has none; remove it, or give prompts and answers")
 
     @property
     def needs_this_process(self) -> bool:

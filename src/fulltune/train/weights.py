@@ -199,7 +199,8 @@ def save_model(
         "joint": summary.joint,
         "num_choices": summary.num_choices,
         "stride": request.recipe.data.stride,
-        "max_length": summary.max_length,
+        # Not that of the longest train row: another text may be longer.
+        "max_length": summary.limit or summary.max_length,
     }
     (part / "fulltune.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
     if folder.exists():

@@ -27,7 +27,7 @@ class Runs:
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.folder, self.tokenizer, self.num_encoded = folder, tokenizer, 0
         self.file = tiny.write_csv(folder / "train.csv", ROWS)
-        self.cache = folder / "runs" / ".cache"
+        self.cache = folder / "runs" / ".fulltune-cache"
 
     def prepare(self, run: str, *, positions: int = 64, model_type: str = "bert", **options: Any) -> DataSummary:
         settings = {"train": str(self.file), **options.pop("settings", {})}
@@ -41,6 +41,10 @@ class Runs:
             cache_folder=self.cache,
             **options,
         )
+
+    def cached(self) -> list[Path]:
+        """What lies in the cache, but for its lock."""
+        return sorted(path for path in self.cache.iterdir() if path.name != ".lock")
 
     def files(self, run: str) -> dict[str, int]:
         """Names of a run's data files with their inodes."""
@@ -73,7 +77,7 @@ def test_second_run_links_to_the_files_of_the_first(runs: Runs) -> None:
     assert {name for name in runs.files("one") if name.endswith("arrow")} == {
         f"{split}/rows.arrow" for split in ("train", "eval", "test")
     }
-    (kept,) = runs.cache.iterdir()
+    (kept,) = runs.cached()
     assert kept.name == first.fingerprint
 
 
@@ -156,7 +160,7 @@ def test_other_file_system_gets_a_copy(runs: Runs, monkeypatch: pytest.MonkeyPat
 
 def test_run_keeps_its_files_when_the_cache_is_emptied(runs: Runs) -> None:
     first = runs.prepare("one")
-    for kept in runs.cache.iterdir():
+    for kept in runs.cached():
         shutil.rmtree(kept)
     assert runs.prepare("one") == first
     assert runs.num_encoded == 1
@@ -168,8 +172,20 @@ def test_only_the_five_used_last_are_kept(runs: Runs) -> None:
         os.utime(runs.cache / name, (time.time() - age, time.time() - age))
     runs.prepare("again", settings={"split_seed": 0})  # used now: no longer the oldest
     sixth = runs.prepare("sixth", settings={"split_seed": 5}).fingerprint
-    assert {path.name for path in runs.cache.iterdir()} == {found[0], *found[2:], sixth}
+    assert {path.name for path in runs.cached()} == {found[0], *found[2:], sixth}
     assert runs.files("run 1")
+
+
+def test_what_others_keep_there_is_never_deleted(runs: Runs) -> None:
+    (runs.cache / "pip" / "wheels").mkdir(parents=True)
+    (runs.cache / "notes.txt").write_text("mine")
+    for name in ("pip", "notes.txt"):
+        os.utime(runs.cache / name, (0, 0))
+    for seed in range(7):
+        runs.prepare(f"run {seed}", settings={"split_seed": seed})
+    assert (runs.cache / "pip" / "wheels").is_dir()
+    assert (runs.cache / "notes.txt").read_text() == "mine"
+    assert len(runs.cached()) == 5 + 2
 
 
 def test_what_a_killed_run_left_is_no_data_and_goes_after_a_day(runs: Runs) -> None:
@@ -186,7 +202,7 @@ def test_what_a_killed_run_left_is_no_data_and_goes_after_a_day(runs: Runs) -> N
     runs.prepare("two")
 
     assert runs.num_encoded == 2
-    assert {path.name for path in runs.cache.iterdir()} == {name, fresh.name}
+    assert {path.name for path in runs.cached()} == {name, fresh.name}
     assert set(runs.files("two")) == set(runs.files("one"))
 
 

@@ -47,7 +47,7 @@ def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(job: Job, rows: list[PlacedRow], folder: Path) -> Encoded:
-    return encode.encode(job, iter(rows), len(rows), folder, lambda done: None)
+    return encode.encode(job, iter(rows), len(rows), folder, lambda done: None, lambda item: None)
 
 
 def numbers(found: Encoded) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def test_work_is_done_in_other_processes(job: Job, tmp_path: Path, monkeypatch: 
     plain = encode.words
     monkeypatch.setattr(encode, "words", lambda place, row: plain(str(os.getpid()), row))
     run(job, placed(ROWS), tmp_path)
-    pids = {row["place"] for row in load_texts(tmp_path)}
+    pids = {row["fulltune:place"] for row in load_texts(tmp_path)}
     assert str(os.getpid()) not in pids
     assert 1 <= len(pids) <= WORKERS
 
@@ -88,7 +88,7 @@ def test_work_is_done_in_other_processes(job: Job, tmp_path: Path, monkeypatch: 
 def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
     found = run(job, placed(ROWS), tmp_path)
     expected = [place for place, row in placed(ROWS) if row["text"].strip()]
-    assert [row["place"] for row in load_texts(tmp_path)] == expected
+    assert [row["fulltune:place"] for row in load_texts(tmp_path)] == expected
     assert np.asarray(found.row_of).tolist() == list(range(59))
     assert [found.combinations[row] for row in range(4)] == [0, 1, 0, 1]
     kept = [row["label"] for row in ROWS if row["text"].strip()]
@@ -97,8 +97,11 @@ def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
 
 def test_rows_left_out_are_named_with_their_places(job: Job, tmp_path: Path) -> None:
     found = run(dataclasses.replace(job, drop_truncated=True), placed(ROWS), tmp_path)
-    assert [(item.split, item.place, item.check) for item in found.unusable] == [("train", "train.csv:13", "no text")]
-    assert [(item.place, item.check, item.row) for item in found.unfit] == [("train.csv:14", "too long", ROWS[12])]
+    (unusable,), (unfit,) = found.unusable.first["no text"], found.unfit.first["too long"]
+    assert (unusable.split, unusable.place) == ("train", "train.csv:13")
+    assert (unfit.place, unfit.row) == ("train.csv:14", ROWS[12])
+    assert (found.unusable.counts, found.unfit.counts) == ({"no text": 1}, {"too long": 1})
+    assert found.num_left_out == 2
     assert (found.num_read, found.num_rows, found.num_too_long) == (60, 58, 1)
     assert len(load_split(tmp_path)) == len(found.lengths) == 58
     assert load_split(tmp_path)["length"].tolist() == list(found.lengths)
@@ -107,7 +110,7 @@ def test_rows_left_out_are_named_with_their_places(job: Job, tmp_path: Path) -> 
 
 def test_rows_truncated_are_kept_and_counted(job: Job, tmp_path: Path) -> None:
     found = run(job, placed(ROWS), tmp_path)
-    assert found.unfit == []
+    assert not found.unfit.counts
     assert (sum(found.truncated), found.num_too_long, found.longest) == (1, 1, 48)
 
 
@@ -156,7 +159,7 @@ def test_source_is_read_only_a_little_ahead(job: Job, tmp_path: Path) -> None:
             yield f"a:{number}", ROWS[number % 11]
 
     ahead: list[int] = []
-    encode.encode(job, source(), 700, tmp_path, lambda done: ahead.append(num_read - done))
+    encode.encode(job, source(), 700, tmp_path, lambda done: ahead.append(num_read - done), lambda item: None)
 
     assert num_read == 700
     assert len(ahead) == 100

@@ -87,7 +87,7 @@ def test_pack_blocks_are_nearly_full(longest: int, tmp_path: Path) -> None:
 def test_pack_words_are_the_first_texts(tmp_path: Path) -> None:
     packed([60, 100, 40, 30], tmp_path)
     # The blocks in the order in which they are full; the 30 stay alone.
-    assert [row["place"] for row in load_texts(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
+    assert [row["fulltune:place"] for row in load_texts(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
 
 
 def test_pack_of_one_text_is_that_text(tmp_path: Path) -> None:

@@ -69,8 +69,21 @@ def test_read_json_lines_many_broken_names_five(tmp_path: Path) -> None:
 
 def test_content_hash_changes_with_content_only(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv")
-    before = content_hash([locate([str(path)])])
+    before = content_hash({"train": locate([str(path)])})
     path.touch()
-    assert content_hash([locate([str(path)])]) == before
+    assert content_hash({"train": locate([str(path)])}) == before
     path.write_text(path.read_text() + "x,a\n")
-    assert content_hash([locate([str(path)])]) != before
+    assert content_hash({"train": locate([str(path)])}) != before
+
+
+def test_content_hash_tells_which_split_a_file_belongs_to(tmp_path: Path) -> None:
+    one, two, three = (write(tmp_path / name) for name in ("a.csv", "b.csv", "c.csv"))
+    both = {"train": locate([str(one), str(two)]), "eval": locate([str(three)])}
+    moved = {"train": locate([str(one)]), "eval": locate([str(two), str(three)])}
+    assert content_hash(both) != content_hash(moved)
+
+
+def test_places_of_files_with_the_same_name_differ(tmp_path: Path) -> None:
+    files = [write(tmp_path / folder / "rows.csv") for folder in ("a", "b") if not (tmp_path / folder).mkdir()]
+    places = read([str(file) for file in files]).places
+    assert len(set(places)) == len(places) == 4

@@ -104,6 +104,20 @@ def test_micro_batch_is_the_largest_divisor_that_fits(
     assert defaults.micro_batch_size(batch, processes, row_bytes, available)[0] == micro
 
 
+@pytest.mark.parametrize(
+    ("kind", "choices", "tokens"), [("single_label", 0, 100), ("choice", 4, 400), ("source_target", 0, 200)]
+)
+def test_row_of_several_sequences_counts_each(kind: str, choices: int, tokens: int) -> None:
+    assert memory.row_tokens(100, kind, choices) == tokens
+
+
+def test_micro_batch_of_choices_is_smaller() -> None:
+    tight = CPU.model_copy(update={"memory_available_bytes": int(4.5 * GB)})
+    data = summary().model_copy(update={"task": "multiple-choice", "problem_type": "choice", "num_choices": 5})
+    recipe = Recipe.model_validate({"model": "m", "task": "multiple-choice", "data": {"train": "a"}})
+    assert fit(recipe, BERT, data, tight, 100 * GB).micro_batch_size < planned(machine=tight).micro_batch_size
+
+
 def test_memory_of_the_state_is_sixteen_bytes_a_parameter_in_fp32() -> None:
     assert memory.state_bytes(1000, "fp32").total == 16_000
     assert memory.state_bytes(1000, "bf16").total == 8_000

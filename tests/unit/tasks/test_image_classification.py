@@ -15,12 +15,11 @@ from transformers import AutoImageProcessor, ConvNextConfig
 from fulltune import model as models
 from fulltune.data import images
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.inference import by_length
+from fulltune.inference import Share, by_length
 from fulltune.recipe import DataBlock, ModelBlock
 from fulltune.store import RowWriter, load_split, record_batch
 from fulltune.tasks import Target, image_classification
 from fulltune.tasks.pixels import ImageReader, ImageRows, num_patches, where_from
-from fulltune.train.distributed import Share
 from tests import tiny
 
 TARGET = Target("single_label", {"image": "image", "label": "label"}, ("cat", "dog"))
@@ -210,9 +209,8 @@ def test_preview_and_mistakes_name_the_file_and_its_folder(reader: ImageReader) 
     bare = image_classification.preview({"path": "", "content": b"12345", "labels": 0}, TARGET, reader)
     assert bare.segments[0].text == "image of 5 bytes"
     assert image_classification.short_name({"image": "/far/away/dog/1.png"}, TARGET) == "dog/1.png"
-    assert (
-        image_classification.short_name({"image": "<5 bytes>", "place": "rows.parquet:3"}, TARGET) == "rows.parquet:3"
-    )
+    held = {"image": "<5 bytes>", "fulltune:place": "rows.parquet:3"}
+    assert image_classification.short_name(held, TARGET) == "rows.parquet:3"
 
 
 # ---- model -----------------------------------------------------------------------------------------------------
@@ -278,5 +276,6 @@ def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader)
     assert by_length(opened) == [0, 1, 2]
     assert by_length(Share(opened, [2, 0])) == [0, 1]
     assert opened["labels"].tolist() == [0, 1, 0]
+    assert Share(opened, [1, 0])["labels"].tolist() == [1, 0]
     with pytest.raises(DataError, match="no such file"):
         opened[1]

@@ -222,3 +222,12 @@ def test_models_that_cannot_choose_are_refused() -> None:
     problem = multiple_choice.check_model(tiny.config("gpt2", tiny.decoder_tokenizer(pad="<|pad|>")))
     assert problem is not None
     assert "'gpt2'" in problem
+
+
+def test_questions_about_one_passage_stay_together() -> None:
+    row = {"article": "It rains.", "question": "Which?", "choices": CHOICES, "label": 0}
+    target = described([row])
+    other = {**row, "question": "why?", "choices": CHOICES[1:]}
+    assert multiple_choice.group_key(row, target) == multiple_choice.group_key(other, target)
+    without = [{**row, "article": " "}, {**other, "article": ""}]
+    assert len({multiple_choice.group_key(one, target) for one in without}) == 2

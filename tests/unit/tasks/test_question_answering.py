@@ -138,11 +138,46 @@ def test_long_context_becomes_windows_that_overlap_and_cover_it(stride: int | No
 
 
 def test_question_that_leaves_no_room_is_refused_and_others_are_kept() -> None:
-    rows = [{"c": CONTEXT, "q": CONTEXT, "a": "sun"}, {"c": CONTEXT, "q": "what?", "a": "sun"}]
+    rows = [{"c": CONTEXT, "q": f"{CONTEXT} {CONTEXT}", "a": "sun"}, {"c": CONTEXT, "q": "what?", "a": "sun"}]
     first, second = question_answering.encode(rows, TARGET, tiny.encoder_tokenizer(), 30)
     assert first[0].refused is not None
     assert first[0].refused.check == "question too long"
     assert all(example.refused is None for example in second)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("stride", [28, 500])
+def test_stride_that_leaves_no_step_is_shortened(kind: str, stride: int) -> None:
+    """A question of many tokens leaves less room than one of few: each row has its own overlap."""
+    target = Target("span", COLUMNS, stride=stride)
+    rows = [{"c": CONTEXT, "q": question, "a": "sun"} for question in ("what?", "what do we cook in the town?", "why?")]
+    tokenizer = tiny.usual_tokenizer(kind)
+    encoded = question_answering.encode(rows, target, tokenizer, 30)
+    for row, examples in zip(rows, encoded, strict=True):
+        assert all(example.refused is None for example in examples)
+        covered = [{place for place in example.features["starts"] if place >= 0} for example in examples]
+        (whole,) = question_answering.encode([row], target, tokenizer, 500)[0]
+        assert set().union(*covered) == {place for place in whole.features["starts"] if place >= 0}
+        assert all(len(one & two) == len(two) - 1 for one, two in itertools.pairwise(covered))
+        assert examples == question_answering.encode([row], target, tokenizer, 30)[0]
+
+
+def test_answer_that_is_whole_in_no_window_is_refused() -> None:
+    rows = [{"c": CONTEXT, "q": "what?", "a": answer} for answer in (CONTEXT, "sun", "")]
+    cut, found, none = question_answering.encode(rows, TARGET, tiny.encoder_tokenizer(), 18)
+    (example,) = cut
+    assert example.refused is not None
+    assert (example.refused.check, example.trained_tokens) == ("answer cut off", 0)
+    assert f"{len(CONTEXT)} characters" in example.refused.reason
+    assert len(found) == len(none) > 1
+    assert all(example.refused is None for example in [*found, *none])
+    assert {example.features["labels"][0] for example in none} == {0}
+
+
+def test_questions_about_one_passage_stay_together() -> None:
+    rows = [{"c": CONTEXT, "q": "what?", "a": "sun"}, {"c": f" {CONTEXT.upper()}", "q": "where?", "a": ""}]
+    assert len({question_answering.group_key(row, TARGET) for row in rows}) == 1
+    assert question_answering.group_key({**rows[0], "c": "sun"}, TARGET) == "sun"
 
 
 def test_collate_leaves_out_what_the_model_does_not_read() -> None:

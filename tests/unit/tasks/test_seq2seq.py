@@ -173,3 +173,14 @@ def test_bleu_is_that_of_the_corpus_and_of_each_resample() -> None:
     resample = seq2seq.metrics({name: array[chosen] for name, array in kept.items()}, TARGET)
     theirs = sacrebleu.corpus_bleu([answers[i] for i in chosen], [[expected[i] for i in chosen]]).score
     assert resample["bleu"] == pytest.approx(theirs)
+
+
+def test_bleu_without_a_match_of_four_words_is_smoothed_as_sacrebleu_does() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    answers, expected = ["the sun over the town", "we cook soup"], ["the sun in the old town", "we cook bread"]
+    theirs = sacrebleu.corpus_bleu(answers, [expected])
+    assert theirs.counts[3] == 0
+    assert theirs.score > 1
+    found = seq2seq.metrics(seq2seq.score_answers(answers, expected), TARGET)
+    assert found["bleu"] == pytest.approx(theirs.score)

@@ -1,0 +1,42 @@
+"""Settings of `train.extra` for reading rows reach torch's loader; those that would do nothing are refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.train.arguments import check_extra
+from fulltune.train.trainer import FullTrainer
+
+
+def test_settings_of_the_loader_are_passed_on() -> None:
+    given = {"num_workers": 2, "prefetch_factor": 5, "persistent_workers": True, "in_order": False}
+    options = {**given, "pin_memory": False, "multiprocessing_context": "spawn"}
+    trainer: Any = SimpleNamespace(
+        train_dataset=[1, 2],
+        _sampler=[[0], [1]],
+        data_collator=list,
+        args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
+        accelerator=SimpleNamespace(prepare=lambda loader: loader),
+    )
+    loader = FullTrainer.get_train_dataloader(trainer)
+    assert {name: getattr(loader, name) for name in given} == given
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+def test_settings_that_need_workers_are_refused_without() -> None:
+    def recipe(**extra: Any) -> Recipe:
+        data = {"train": "t.csv"}
+        return Recipe.model_validate(
+            {"model": "m", "task": "text-classification", "data": data, "train": {"extra": extra}}
+        )
+
+    check_extra(recipe(dataloader_persistent_workers=True, dataloader_prefetch_factor=4, dataloader_num_workers=1))
+    with pytest.raises(RecipeError) as caught:
+        check_extra(recipe(dataloader_persistent_workers=True, dataloader_prefetch_factor=4))
+    assert len(caught.value.problems) == 2
+    assert all("dataloader_num_workers above 0" in problem for problem in caught.value.problems)
