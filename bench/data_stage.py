@@ -32,7 +32,7 @@ def with_datasets(file: Path, folder: Path) -> None:
     """The usual way."""
     from datasets import load_dataset
 
-    from fulltune.model import load_tokenizer
+    from fulltune.processors import load_tokenizer
     from fulltune.recipe import ModelBlock
 
     tokenizer = load_tokenizer(ModelBlock(name=MODEL))

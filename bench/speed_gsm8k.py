@@ -59,7 +59,8 @@ def prepare(folder: Path, steps: int) -> Path:
 
 def model_and_tokenizer() -> tuple[Any, Any]:
     """The weights are 4-bit; fulltune's loader makes them fp32 for everyone."""
-    from fulltune.model import load, load_tokenizer
+    from fulltune.model import load
+    from fulltune.processors import load_tokenizer
     from fulltune.recipe import ModelBlock
 
     block = ModelBlock(name=MODEL)

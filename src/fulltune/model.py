@@ -1,4 +1,4 @@
-"""Find, check and load a pretrained model and its tokenizer; know its shapes without reading its weights.
+"""Find, check and load a pretrained model; know its shapes without reading its weights.
 
 Layer 1. Weights come from safetensors or GGUF; pickled weights and remote code only by settings of their own.
 """
@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.recipe import ModelBlock, TaskName
+from fulltune.recipe import ModelBlock
 from fulltune.records import Record
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
-    from fulltune.tasks.pixels import ImageReader
 
 _log = logging.getLogger(__name__)
 
@@ -133,80 +132,7 @@ def load_config(block: ModelBlock, source: Source) -> PretrainedConfig:
     """Read the model's config, or say why it cannot be read."""
     from transformers import AutoConfig
 
-    return _reading(block, "config", lambda: AutoConfig.from_pretrained(source.name_or_path, **source.keywords(block)))
-
-
-def load_tokenizer(
-    block: ModelBlock, source: Source | None = None, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without a padding token pads with its end token (masked by the attention mask).
-
-    Args:
-        block: The recipe's model block.
-        source: Where the files are, when that is known already.
-        chat_template: Path of a Jinja file that replaces the tokenizer's own template.
-    """
-    from transformers import AutoTokenizer
-
-    source = source or locate(block)
-    tokenizer: PreTrainedTokenizerBase = _reading(
-        block,
-        "tokenizer",
-        lambda: AutoTokenizer.from_pretrained(source.name_or_path, **source.keywords(block)),
-    )
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        # transformers makes an empty tokenizer, which reads every word as unknown, when the files are missing.
-        raise SetupError(
-            f"model: {block.name}: its tokenizer has no vocabulary; is tokenizer.json (or vocab.txt, tokenizer.model) "
-            "missing?"
-        )
-    if tokenizer.pad_token_id is None:
-        replacement = tokenizer.eos_token or tokenizer.unk_token
-        if replacement is None:
-            raise SetupError(f"model: {block.name}: its tokenizer has no padding, end or unknown token to pad with")
-        tokenizer.pad_token = replacement
-    tokenizer.padding_side = "right"
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise SetupError(f"data.chat_template: {chat_template}: cannot be read: {reason}") from None
-    return tokenizer
-
-
-def load_processor(
-    block: ModelBlock, task: TaskName, source: Source | None = None, chat_template: str | None = None
-) -> Any:
-    """What turns rows into what the model reads: a tokenizer, or for images an `ImageReader`."""
-    if task == "image-classification":
-        return load_image_reader(block, source)
-    return load_tokenizer(block, source, chat_template)
-
-
-def load_image_reader(block: ModelBlock, source: Source | None = None) -> ImageReader:
-    """Load the model's image processor."""
-    from fulltune.tasks.pixels import ImageReader, num_patches
-
-    if importlib.util.find_spec("PIL") is None:
-        raise SetupError("task: image-classification needs the package 'pillow'; pip install 'fulltune[images]'")
-    from transformers import AutoImageProcessor
-
-    source = source or locate(block)
-    # Pillow's arithmetic, wherever the run goes on: torchvision resizes to slightly other pixels.
-    processor = _reading(
-        block,
-        "image processor",
-        lambda: AutoImageProcessor.from_pretrained(source.name_or_path, backend="pil", **source.keywords(block)),
-    )
-    return ImageReader(processor, num_patches(load_config(block, source)))
-
-
-def opened(rows: Any, processor: Any) -> Any:
-    """Prepared rows as the task's `collate` takes them: images are decoded when a row is asked for."""
-    from fulltune.tasks.pixels import ImageReader, ImageRows
-
-    return ImageRows(rows, processor) if isinstance(processor, ImageReader) else rows
+    return reading(block, "config", lambda: AutoConfig.from_pretrained(source.name_or_path, **source.keywords(block)))
 
 
 def identity(config: PretrainedConfig, attn_implementation: str | None) -> str:
@@ -215,25 +141,6 @@ def identity(config: PretrainedConfig, attn_implementation: str | None) -> str:
 
     parts = [config.to_dict(), attn_implementation, transformers.__version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def processor_identity(processor: Any) -> str:
-    """What tells apart two tokenizers, or image processors, that would make other rows."""
-    if not hasattr(processor, "get_vocab"):
-        return str(processor.to_json_string())
-    parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
-    parts.append({name: str(token) for name, token in processor.special_tokens_map.items()})
-    backend = getattr(processor, "backend_tokenizer", None)
-    if backend is not None:  # normaliser, merges, special tokens around a text
-        whole = json.loads(backend.to_str())
-        # Truncation and padding are left by whoever called it last.
-        parts.append({key: value for key, value in whole.items() if key not in _CHANGED_BY_CALLS})
-    else:
-        parts.append({name: str(value) for name, value in processor.init_kwargs.items()})
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-_CHANGED_BY_CALLS = ("truncation", "padding")
 
 
 def load(
@@ -278,7 +185,7 @@ def load(
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
     loader = getattr(transformers, auto_class)
     with _quiet():
-        model, info = _reading(
+        model, info = reading(
             block, "model", lambda: loader.from_pretrained(source.name_or_path, output_loading_info=True, **keywords)
         )
     _check_loaded(model, info, block, head_is_new)
@@ -298,7 +205,7 @@ def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = _reading(block, "model", lambda: getattr(transformers, auto_class).from_config(config))
+        model = reading(block, "model", lambda: getattr(transformers, auto_class).from_config(config))
     text = config.get_text_config()
     return Shapes(
         model_type=config.model_type,
@@ -387,7 +294,7 @@ def _forget_gguf(model: PreTrainedModel) -> None:
             delattr(model, mark)
 
 
-def _reading(block: ModelBlock, what: str, read: Any) -> Any:
+def reading(block: ModelBlock, what: str, read: Any) -> Any:
     """Run one of transformers' loaders and turn its errors into one line that says what to do."""
     try:
         return read()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fulltune import data, evaluate, hardware, model, packing, plan, report, run_folder
+from fulltune import data, evaluate, hardware, model, packing, plan, processors, report, run_folder
 from fulltune.errors import GuardStop, SetupError
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Outcome, Plan, Scores
@@ -106,7 +106,7 @@ def prepare(job: Run) -> DataSummary:
     if any(isinstance(count, int) and count > 1 for count in experts):
         # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
         raise SetupError(f"model: {job.recipe.model.name}: is a mixture of experts, which cannot be trained here yet")
-    tokenizer = model.load_processor(job.recipe.model, job.recipe.task, source, job.recipe.data.chat_template)
+    tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source, job.recipe.data.chat_template)
     reads_text = job.recipe.task != "image-classification"
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) if reads_text else None
     if vocabulary is not None and len(tokenizer) > vocabulary:
@@ -140,7 +140,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     job.phase("planning")
     machine = hardware.here()
     source = model.locate(job.recipe.model)
-    tokenizer = model.load_processor(job.recipe.model, job.recipe.task, source)
+    tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source)
     target = Target.of(summary)
     shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, job.task.config_changes(target, tokenizer))
     path = _plan_path(job)

@@ -14,6 +14,7 @@ import numpy as np
 from fulltune import model as models
 from fulltune.errors import DataError, SetupError
 from fulltune.inference import generate, run_rows
+from fulltune.processors import load_processor, opened
 from fulltune.recipe import ModelBlock
 from fulltune.tasks import Example, Target, causal_lm, seq2seq, tags, task_named
 
@@ -170,7 +171,7 @@ class Predictor:
         refused = [examples[0].refused.reason for examples in encoded if examples[0].refused is not None]
         if refused:
             raise DataError([f"predict: {reason}" for reason in refused])
-        features = models.opened([dict(examples[0].features) for examples in encoded], self.tokenizer)
+        features = opened([dict(examples[0].features) for examples in encoded], self.tokenizer)
         kept = run_rows(
             self.model,
             features,
@@ -226,7 +227,7 @@ def load(run: Path) -> Predictor:
         ) from None
     block = ModelBlock(name=str(folder.resolve()))
     model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
-    return Predictor(model.eval(), models.load_processor(block, notes["task"]), notes)
+    return Predictor(model.eval(), load_processor(block, notes["task"]), notes)
 
 
 def rows_from_texts(texts: Sequence[str], notes: Mapping[str, Any]) -> list[dict[str, Any]]:

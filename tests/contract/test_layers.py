@@ -27,6 +27,7 @@ WORLD = {
         "methods",
         "tasks",
         "packing",
+        "processors",
         "zero",
         "selective_head",
         "zero",

@@ -13,7 +13,8 @@ import torch
 import fulltune
 from fulltune.errors import FulltuneError, RecipeError
 from fulltune.inference import run_rows
-from fulltune.model import load, load_tokenizer
+from fulltune.model import load
+from fulltune.processors import load_tokenizer
 from fulltune.recipe import ModelBlock
 from fulltune.records import Outcome
 from fulltune.store import load_split, load_texts

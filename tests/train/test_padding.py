@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune.inference import embeddings, generate, run_rows
-from fulltune.model import load, load_tokenizer
+from fulltune.model import load
+from fulltune.processors import load_tokenizer
 from fulltune.recipe import ModelBlock
 from fulltune.tasks import Target, causal_lm, text_classification
 from tests import tiny

@@ -29,7 +29,7 @@ from fulltune.data.pack import pack
 from fulltune.data.read import Source, content_hash
 from fulltune.data.splits import SPLITS, assign, check_labels, label_counts, notes, refuse_unusable
 from fulltune.errors import DataError, SetupError
-from fulltune.model import processor_identity
+from fulltune.processors import processor_identity
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Preview, SplitSummary
 from fulltune.records import SplitName as Split

@@ -12,9 +12,11 @@ import numpy as np
 from fulltune import model as models
 from fulltune.bootstrap import intervals
 from fulltune.errors import SetupError
-from fulltune.inference import run_rows
+from fulltune.inference import by_length, model_batch, run_rows
+from fulltune.processors import load_processor
 from fulltune.recipe import Recipe
 from fulltune.records import Estimate, Plan, Scores
+from fulltune.selective_head import SelectiveHead, verified
 from fulltune.store import load_split, load_texts
 from fulltune.tasks import Predictions, Target, Task
 
@@ -94,12 +96,21 @@ class Bench:
             pad_token_id,
             batch_size=self.plan.eval_batch_size,
             precision=self.plan.precision,
+            head=self._selective_head(model, pad_token_id, rows),
         )
+
+    def _selective_head(self, model: Any, pad_token_id: int, rows: Any) -> SelectiveHead | None:
+        """Leaves out the logits of prompts, when the shortest row shows that the others stay the same."""
+        if not hasattr(self.task, "places"):
+            return None
+        batch = model_batch(model, self.task, [rows[by_length(rows)[-1]]], pad_token_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        return verified(model, self.task, batch)[0]
 
     def load_pretrained(self) -> tuple[Any, Any]:
         """The model before training, on the plan's device, and its tokenizer; a new head is drawn at random."""
         block = self.recipe.model
-        tokenizer = models.load_processor(block, self.recipe.task, chat_template=self.recipe.data.chat_template)
+        tokenizer = load_processor(block, self.recipe.task, chat_template=self.recipe.data.chat_template)
         changes = self.task.config_changes(self.target, tokenizer)
         model = models.load(block, self.task.AUTO_CLASS, changes, head_is_new=self.task.HEAD_IS_NEW)
         return _placed(model, self.plan.device), tokenizer
@@ -109,7 +120,7 @@ class Bench:
         # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
         block = self.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
         model = models.load(block, self.task.AUTO_CLASS, {}, head_is_new=False)
-        return _placed(model, self.plan.device), models.load_processor(block, self.recipe.task)
+        return _placed(model, self.plan.device), load_processor(block, self.recipe.task)
 
 
 def _placed(model: Any, device: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from fulltune.calibration import calibrate
 from fulltune.evaluate.bench import WORST, Bench
 from fulltune.inference import Share, embeddings
-from fulltune.model import opened
+from fulltune.processors import opened
 from fulltune.records import Confusion, Scores
 from fulltune.tasks import Predictions, image_classification, multiple_choice, text_classification
 

@@ -14,7 +14,8 @@ import transformers
 from fulltune import methods, zero
 from fulltune.errors import GuardStop, InterruptedRun
 from fulltune.inference import logits_of, model_batch, run_rows
-from fulltune.model import load, load_processor, opened
+from fulltune.model import load
+from fulltune.processors import load_processor, opened
 from fulltune.recipe import Recipe
 from fulltune.records import Check, DataSummary, Outcome, Plan
 from fulltune.store import load_split

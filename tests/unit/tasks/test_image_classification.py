@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, ConvNextConfig
 
-from fulltune import model as models
+from fulltune import processors
 from fulltune.data import images
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference import Share, by_length
+from fulltune.model import load
 from fulltune.recipe import DataBlock, ModelBlock
 from fulltune.store import RowWriter, load_split, record_batch
 from fulltune.tasks import Target, image_classification
@@ -28,7 +29,7 @@ TARGET = Target("single_label", {"image": "image", "label": "label"}, ("cat", "d
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> ImageReader:
     folder = tiny.save_image_model(tmp_path_factory.mktemp("vit"))
-    return models.load_image_reader(ModelBlock(name=str(folder)))
+    return processors.load_image_reader(ModelBlock(name=str(folder)))
 
 
 def picture(path: Path, colour: tuple[int, ...] = (200, 100, 0), mode: str = "RGB", **save: Any) -> Path:
@@ -221,10 +222,10 @@ def test_reader_of_a_saved_model_is_the_same(tmp_path: Path, reader: ImageReader
     reader.save_pretrained(tmp_path / "again")
     again = AutoImageProcessor.from_pretrained(tmp_path / "again", backend="pil")
     assert again.to_json_string() == reader.to_json_string()
-    assert models.processor_identity(reader) == reader.to_json_string()
+    assert processors.processor_identity(reader) == reader.to_json_string()
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(SetupError, match="its image processor cannot be read"):
-        models.load_image_reader(ModelBlock(name=str(folder)))
+        processors.load_image_reader(ModelBlock(name=str(folder)))
 
 
 def test_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
     ViTForImageClassification(ViTConfig.from_pretrained(folder, num_labels=7)).save_pretrained(folder)
     block = ModelBlock(name=str(folder))
     changes = {"num_labels": 2, "id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
-    loaded: Any = models.load(block, "AutoModelForImageClassification", changes, head_is_new=True)
+    loaded: Any = load(block, "AutoModelForImageClassification", changes, head_is_new=True)
     assert loaded.classifier.out_features == 2
 
 
@@ -253,10 +254,10 @@ def test_number_of_patches_is_read_from_the_config(reader: ImageReader) -> None:
 
 def test_missing_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.save_image_model(tmp_path / "vit")
-    found = models.importlib.util.find_spec
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "PIL" else found(name))
+    found = processors.importlib.util.find_spec
+    monkeypatch.setattr(processors.importlib.util, "find_spec", lambda name: None if name == "PIL" else found(name))
     with pytest.raises(SetupError, match=r"pip install 'fulltune\[images\]'"):
-        models.load_image_reader(ModelBlock(name=str(folder)))
+        processors.load_image_reader(ModelBlock(name=str(folder)))
 
 
 def test_content_of_a_jpeg_in_a_table_is_decoded(reader: ImageReader) -> None:
@@ -272,7 +273,7 @@ def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader)
     rows = [{"path": f"missing{n}.png", "content": b"", "labels": n % 2, "length": 4} for n in range(3)]
     with RowWriter(tmp_path) as writer:
         writer.write(record_batch(rows, ["{}"] * 3))
-    opened = models.opened(load_split(tmp_path), reader)
+    opened = processors.opened(load_split(tmp_path), reader)
     assert by_length(opened) == [0, 1, 2]
     assert by_length(Share(opened, [2, 0])) == [0, 1]
     assert opened["labels"].tolist() == [0, 1, 0]
