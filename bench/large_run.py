@@ -49,14 +49,15 @@ def plot(samples: list[tuple[float, float]], phases: list[tuple[float, str]]) ->
             f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value} MB</text>'
         )
     for number, (second, name) in enumerate(phases):
-        height = 14 + 13 * (number % 4)
+        height = 14 + 13 * (number % 5)
         parts.append(
             f'<line x1="{x(second):.1f}" x2="{x(second):.1f}" y1="10" y2="{HEIGHT - BOTTOM}" stroke="#bbb" '
             f'stroke-dasharray="3 3"/><text x="{x(second) + 3:.1f}" y="{height}">{name}</text>'
         )
     for share in range(5):
         second = seconds * share / 4
-        parts.append(f'<text x="{x(second):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{second:,.0f} s</text>')
+        anchor = "end" if share == 4 else "middle"
+        parts.append(f'<text x="{x(second):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{second:,.0f} s</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         f'font-size="11"><title>Memory of all processes over time</title>'

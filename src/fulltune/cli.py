@@ -66,7 +66,12 @@ def _common(
 
 @app.command()
 def init(
-    data: Annotated[Path, typer.Argument(help="A data file: csv, tsv, jsonl, json, parquet, arrow.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A data file (csv, jsonl, parquet, CoNLL, txt ...) or a folder with a folder of images per class."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or package:NAME/PATH.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,

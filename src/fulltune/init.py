@@ -86,7 +86,10 @@ def infer(path: Path) -> Found:
     source, block = locate([str(path)]), DataBlock(train=str(path))
     head = [row for _, row in islice(source.rows(), 1000)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
-    for name, role in FORMS:
+    # `target` is also a usual name of a label: beside `source` it is a text.
+    both = {"source", "target"} <= {name.lower() for name in columns}
+    first: tuple[tuple[TaskName, str], ...] = (("seq2seq", "target"),) if both else ()
+    for name, role in (*first, *FORMS):
         task = task_named(name)
         try:
             found = task.find_columns(columns, head[:100], block, source.where)
@@ -130,11 +133,12 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> Fo
     test = path.with_name(path.name.replace("train", "test"))
     has_test = test != path and test.exists()
     chosen = model or SMALL_MODELS.get(task, SMALL_ENCODER)
+    where = "" if chosen.startswith("package:") else ", from the Hub"
     text = TEMPLATE.format(
         file=path.name,
         recipe=recipe.name,
         model_line=f"model: {_yaml(chosen)}"
-        + ("" if model else "   # a small one to begin with: any Hub id, folder or GGUF"),
+        + ("" if model else f"   # a small one to begin with{where}: any Hub id, folder or GGUF"),
         task=task,
         path=_yaml(str(path.resolve())),
         held_out=f"\n  test: {_yaml(str(test.resolve()))}" if has_test else "   # eval and test rows are split off",

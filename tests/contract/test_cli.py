@@ -97,6 +97,15 @@ def test_init_output_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     assert result.problems == [f"{tmp_path}: cannot be written (is a directory); choose another place"]
 
 
+def test_init_source_and_target_are_no_labels(tmp_path: Path) -> None:
+    rows = [{"source": f"{row['text']} and more", "target": row["label"]} for row in tiny.topic_rows(20)]
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    result = fulltune("init", data, "-o", tmp_path / "recipe.yaml")
+    assert result.code == 0, result.err
+    assert "train.jsonl: 20 rows, seq2seq (source target)" in result.out
+    assert "task: seq2seq" in (tmp_path / "recipe.yaml").read_text()
+
+
 def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:
     data = tiny.write_csv(tmp_path / "train.csv", [{"a": 1, "b": 2}])
     result = fulltune("init", data, "-o", tmp_path / "recipe.yaml")

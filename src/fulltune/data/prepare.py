@@ -27,7 +27,7 @@ from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
 from fulltune.data.read import Source, content_hash
-from fulltune.data.splits import SPLITS, assign, check_labels, label_counts, notes, refuse_unusable
+from fulltune.data.splits import SPLITS, assign, check_labels, label_counts, notes, refuse_unusable, unmeasured
 from fulltune.errors import DataError, SetupError
 from fulltune.processors import processor_identity
 from fulltune.recipe import Recipe
@@ -136,6 +136,7 @@ def _make(
     remarks += notes(encoded, split_of, recipe.task)
     if target.labels:
         check_labels(encoded, split_of, rows_of)
+        remarks += unmeasured(encoded, split_of)
     summaries: dict[Split, SplitSummary] = {}
     for name in SPLITS:
         whole = encoded.get(name, encoded["train"])

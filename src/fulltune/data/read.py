@@ -266,7 +266,10 @@ def _json(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise DataError(f"{file}: expected a list of objects [{{...}}, ...], found {type(value).__name__}")
+        found = type(value).__name__
+        if isinstance(value, list) and value:
+            found = f"a list with {next(type(row).__name__ for row in value if not isinstance(row, dict))}"
+        raise DataError(f"{file}: expected a list of objects [{{...}}, ...], found {found}")
     yield from enumerate(value, start=1)
 
 

@@ -120,6 +120,16 @@ def notes(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]
     return found
 
 
+def unmeasured(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]) -> list[str]:
+    """Classes of train that no test row has: their quality is not known."""
+    train, test = (label_counts(encoded.get(name, encoded["train"]), split_of[name]) for name in ("train", "test"))
+    missing = sorted(set(train) - set(test), key=lambda name: (train[name], name))
+    if not missing:
+        return []
+    shown = ", ".join(f"'{name}' ({train[name]} train rows)" for name in missing[:3])
+    return [f"{len(missing)} of {len(train)} classes have no test row, so nothing measures them: {shown}"]
+
+
 def label_counts(whole: Encoded, weight_of_row: np.ndarray) -> Counter[str]:
     """How often each label occurs, each row counted so many times."""
     numbers, sizes = np.asarray(whole.label_numbers), np.diff(np.asarray(whole.label_ends))

@@ -56,8 +56,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     if form == "data.text" or (form is None and _only_text(columns, where)):
         return {"text": required("text", data.text or "text", columns, where)}
     found = {"prompt": required("prompt", data.prompt, columns, where)}
-    rest = [column for column in columns if column != found["prompt"]]
-    return found | {"completion": required("completion", data.completion, rest, where)}
+    return found | {"completion": required("completion", data.completion, columns, where, found.values())}
 
 
 def _only_text(columns: Sequence[str], where: str) -> bool:

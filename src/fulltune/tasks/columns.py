@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fulltune.errors import DataError
 
@@ -55,9 +55,11 @@ def named(role: str, given: str | None, columns: Sequence[str], where: str) -> s
     return next((by_lower[name] for name in USUAL_NAMES[role] if name in by_lower), None)
 
 
-def required(role: str, given: str | None, columns: Sequence[str], where: str) -> str:
-    """Like `named`, for a role that the task cannot do without."""
-    column = named(role, given, columns, where)
+def required(
+    role: str, given: str | None, columns: Sequence[str], where: str, besides: Collection[str | None] = ()
+) -> str:
+    """Like `named`, for a role that the task cannot do without; `besides` are columns that have another role."""
+    column = named(role, given, [column for column in columns if column not in besides], where)
     if column is None:
         raise DataError(
             f"{where}: no column found for data.{role}; name it in the recipe (columns here: {', '.join(columns)})"

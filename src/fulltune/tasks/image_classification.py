@@ -44,8 +44,7 @@ UNDECODABLE = "undecodable image"
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
     """Columns for `image` and `label`."""
     image = required("image", data.image, columns, where)
-    rest = [column for column in columns if column != image]
-    return {"image": image, "label": required("label", data.label, rest, where)}
+    return {"image": image, "label": required("label", data.label, columns, where, [image])}
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:

@@ -48,7 +48,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     """Columns for `context`, `question` and `answers`."""
     found: dict[str, str] = {}
     for role, given in (("context", data.context), ("question", data.question), ("answers", data.answers)):
-        found[role] = required(role, given, [name for name in columns if name not in found.values()], where)
+        found[role] = required(role, given, columns, where, list(found.values()))
     return found
 
 
@@ -60,8 +60,9 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         answered += refuse(row, target) is None and bool(answers_of(row, target))
     if not answered:
         raise DataError(
-            f"{where}: no row has an answer in column '{columns['answers']}' that stands in '{columns['context']}'; "
-            "name the columns with data.answers and data.context"
+            f"{where}: no row has an answer in column '{columns['answers']}' that stands in '{columns['context']}' "
+            "(at its answer_start, where one is given); repair them, or name other columns with data.answers and "
+            "data.context"
         )
     return target
 

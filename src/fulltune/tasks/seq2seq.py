@@ -40,8 +40,7 @@ _LANGUAGE_CODES = {"m2m_100", "mbart", "nllb-moe", "plbart", "seamless_m4t", "se
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
     """Columns for `source` and `target`."""
     source = required("source", data.source, columns, where)
-    rest = [column for column in columns if column != source]
-    return {"source": source, "target": required("target", data.target, rest, where)}
+    return {"source": source, "target": required("target", data.target, columns, where, [source])}
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:

@@ -35,8 +35,7 @@ _PER_WORD = ("predicted", "probability")
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
     """Columns for `tokens` and `tags`."""
     tokens = required("tokens", data.tokens, columns, where)
-    rest = [column for column in columns if column != tokens]
-    return {"tokens": tokens, "tags": required("tags", data.tags, rest, where)}
+    return {"tokens": tokens, "tags": required("tags", data.tags, columns, where, [tokens])}
 
 
 def group_key(row: Row, target: Target) -> str:
