@@ -16,6 +16,10 @@ from fulltune.store import Rows
 from fulltune.tasks import Target, Task
 from fulltune.tasks.causal_lm import IGNORED, end_token
 
+WRITING_TASKS = ("causal-lm", "seq2seq")
+_APART = "texts in one row are kept apart"
+_SELECTIVE = "logits of trained tokens only"
+
 
 def before_training(
     trainer: Any,
@@ -33,16 +37,21 @@ def before_training(
     With `own_loss`, a function of the user's, the model gives all its logits.
     """
     checks = [_parameters(trainer.model), _world_size(trainer, plan), _truncation(summary), _dropout(trainer.model)]
-    if summary.task in ("causal-lm", "seq2seq"):
+    if summary.task in WRITING_TASKS:
         checks.append(_trained_tokens(rows))
     if summary.problem_type in ("prompt_completion", "chat", "source_target"):
         checks.append(_end_tokens(trainer.model, tokenizer, rows, task, summary))
     if trainer.is_deepspeed_enabled:
         # Only its engine can run the model; it exists when training begins: see `dry_run_in_engine`.
+        if summary.packed:
+            found = "on a one-layer copy of the model; not tried on its weights, which DeepSpeed shares out"
+            checks.append(Check(name=_APART, result=found, passed=True))
+        if summary.task in WRITING_TASKS:
+            checks.append(Check(name=_SELECTIVE, result="off: DeepSpeed shares out the model", passed=True))
         return checks
     if summary.packed:
         checks.append(_texts_apart(trainer.model))
-    if summary.task in ("causal-lm", "seq2seq"):
+    if summary.task in WRITING_TASKS:
         checks.append(_selective_head(trainer, rows, task, own_loss))
     if all(check.passed for check in checks):
         checks.append(dry_run(trainer, rows, plan))
@@ -110,7 +119,7 @@ def _trained_tokens(rows: Rows) -> Check:
 def _texts_apart(model: Any) -> Check:
     """On the real weights, what the data stage found out on a copy of the architecture."""
     problem = leak(model, model.config.model_type)
-    return Check(name="texts in one row are kept apart", result=problem or "yes", passed=problem is None)
+    return Check(name=_APART, result=problem or "yes", passed=problem is None)
 
 
 def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Check:
@@ -121,7 +130,7 @@ def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Che
         batch = trainer.data_collator([rows[i] for i in by_length(rows)[-2:]])
         batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
         trainer.head, result = selective_head.verified(trainer.model, task, batch)
-    return Check(name="logits of trained tokens only", result=result, passed=True)
+    return Check(name=_SELECTIVE, result=result, passed=True)
 
 
 def _end_tokens(model: Any, tokenizer: Any, rows: Rows, task: Task, summary: DataSummary) -> Check:
