@@ -53,7 +53,7 @@ def plain(seed: int, epochs: float, run: Path, folder: Path) -> tuple[float, flo
     from importlib.util import find_spec
 
     package, _, inner = recipe["model"]["name"].removeprefix("package:").partition("/")
-    path = str(Path(find_spec(package).submodule_search_locations[0]) / inner)  # type: ignore[union-attr,index]
+    path = str(Path(find_spec(package).submodule_search_locations[0]) / inner)
     labels = json.loads((run / "data" / "summary.json").read_text(encoding="utf-8"))["labels"]
     tokenizer = AutoTokenizer.from_pretrained(path)
 
@@ -63,7 +63,7 @@ def plain(seed: int, epochs: float, run: Path, folder: Path) -> tuple[float, flo
         return Dataset.from_dict({**encoded, "labels": [labels.index(row["category"]) for row in rows]})
 
     def accuracy(prediction: object) -> dict[str, float]:
-        logits, true = prediction  # type: ignore[misc]
+        logits, true = prediction
         return {"accuracy": float((np.argmax(logits, axis=-1) == true).mean())}
 
     set_seed(seed)

@@ -144,7 +144,7 @@ def contestant(name: str, run: Path) -> dict[str, float]:
         case "trl":
             return train_with(trl(model, tokenizer, rows, run), rows)
         case "trl-tuned":
-            tuned["train_sampling_strategy"] = "group_by_length"  # type: ignore[assignment]
+            tuned["train_sampling_strategy"] = "group_by_length"
             return train_with(trl(model, tokenizer, rows, run, **tuned), rows)
         case "trl-padding-free":
             return train_with(trl(model, tokenizer, rows, run, padding_free=True, max_length=None, **tuned), rows)

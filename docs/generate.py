@@ -59,7 +59,7 @@ def page() -> str:
     parts = [HEAD, *_top_level()]
     for name, field in Recipe.model_fields.items():
         if _is_block(field.annotation):
-            parts += _block(name, field.annotation)  # type: ignore[arg-type]
+            parts += _block(name, field.annotation)
     parts += [*_filled_in(), *_columns(), *_metrics(), *_pinned()]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -68,7 +68,7 @@ def _top_level() -> Iterable[str]:
     yield "## Top level\n"
     for name, field in Recipe.model_fields.items():
         if _is_block(field.annotation):
-            meaning = field.description or _words(field.annotation.__doc__)  # type: ignore[union-attr]
+            meaning = field.description or _words(field.annotation.__doc__)
             needed = "required" if field.is_required() else "all settings have a default"
             yield _item(f"- [`{name}`](#{name}): a block; {needed}. {meaning}")
         else:

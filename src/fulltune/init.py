@@ -101,7 +101,8 @@ def infer(path: Path) -> Found:
 
         def rows() -> Iterator[dict[str, Any]]:
             nonlocal num_rows
-            for num_rows, (_, row) in enumerate(source.rows(), start=1):  # noqa: B007
+            for _, row in source.rows():
+                num_rows += 1
                 yield row
 
         return Found(name, task.find_target(rows(), found, block, source.where), source.where, num_rows)

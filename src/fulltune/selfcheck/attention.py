@@ -39,7 +39,7 @@ def flash_attention_2(device: Device) -> Result:
 
     if device.type != "cuda":
         raise NotHere("needs a GPU of NVIDIA or AMD")
-    if not utils.is_flash_attn_2_available():  # type: ignore[attr-defined]
+    if not utils.is_flash_attn_2_available():  # type: ignore[attr-defined]  # exported lazily
         raise NotHere("the package flash-attn is not installed")
     return compare(device, "flash_attention_2", "bf16")
 

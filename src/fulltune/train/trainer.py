@@ -30,6 +30,13 @@ class FiniteGuard:
     a gradient norm that is not finite makes DeepSpeed itself leave the update out.
     """
 
+    # What the `Trainer` beside this mixin has.
+    accelerator: Any
+    args: Any
+    model: Any
+    state: Any
+    is_deepspeed_enabled: Any
+
     tokens_seen: torch.Tensor | int = 0
     tensors_with_gradient: frozenset[str] = frozenset()
 
@@ -40,42 +47,42 @@ class FiniteGuard:
             self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel()
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
-        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
+        if self.is_deepspeed_enabled:
             return loss
         self._losses = getattr(self, "_losses", 0.0) + loss.detach().float()
-        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+        if self.accelerator.sync_gradients:
             losses, self._losses = self._losses, 0.0
-            if self.accelerator.num_processes > 1:  # type: ignore[attr-defined]
-                losses = self.accelerator.reduce(losses, reduction="sum")  # type: ignore[attr-defined]
-            self._judge(Reading(self.state.global_step + 1, float(losses), None))  # type: ignore[attr-defined]
+            if self.accelerator.num_processes > 1:
+                losses = self.accelerator.reduce(losses, reduction="sum")
+            self._judge(Reading(self.state.global_step + 1, float(losses), None))
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]
-        if self.is_deepspeed_enabled and model.training:  # type: ignore[attr-defined]
-            seen = self.accelerator.reduce(loss.detach().float(), reduction="sum")  # type: ignore[attr-defined]
-            self._judge(Reading(self.state.global_step + 1, float(seen), None))  # type: ignore[attr-defined]
+        loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
+        if self.is_deepspeed_enabled and model.training:
+            seen = self.accelerator.reduce(loss.detach().float(), reduction="sum")
+            self._judge(Reading(self.state.global_step + 1, float(seen), None))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Runs at each optimizer step after clipping, with the norm before clipping (pinned by a contract test).
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # type: ignore[attr-defined]
-        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
-            scaled = self.args.fp16  # type: ignore[attr-defined]
-            if self.accelerator.optimizer_step_was_skipped:  # type: ignore[attr-defined]
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if self.is_deepspeed_enabled:
+            scaled = self.args.fp16
+            if self.accelerator.optimizer_step_was_skipped:
                 norm = float("nan")
             # It takes the gradients away after the update; the optimizer's second moments say which were there.
-            self.tensors_with_gradient = frozenset(name for name, _ in self.model.named_parameters())  # type: ignore[attr-defined]
+            self.tensors_with_gradient = frozenset(name for name, _ in self.model.named_parameters())
         if not self.tensors_with_gradient:
             self.tensors_with_gradient = frozenset(
                 name
                 # Not of `model`, which DDP wraps: its names would begin with `module.`.
-                for name, parameter in self.model.named_parameters()  # type: ignore[attr-defined]
+                for name, parameter in self.model.named_parameters()
                 if parameter.grad is not None
             )
-        step = self.state.global_step + 1  # type: ignore[attr-defined]
+        step = self.state.global_step + 1
         self._judge(Reading(step, 0.0, None if norm is None else float(norm), scaled))
         return norm
 
