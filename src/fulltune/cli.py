@@ -9,7 +9,6 @@ import json
 import logging
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +16,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fulltune.errors import DataError, FulltuneError, InterruptedRun, SetupError
+from fulltune import cli_plan
+from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from fulltune.pipeline import Reached, Until
+    from fulltune.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,29 +128,48 @@ def data(
 
 @app.command()
 def plan(
-    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+    target: Target,
+    set_: Overrides = None,
+    run_folder: RunFolder = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    hardware: cli_plan.For = None,
+    rows: cli_plan.Rows = None,
+    tokens: cli_plan.Tokens = None,
+    price: cli_plan.PriceText = None,
+    tasks: cli_plan.Tasks = 1,
+    measure: cli_plan.Measure = False,
+    preserve: cli_plan.Preserve = False,
+    goal: cli_plan.GoalText = None,
 ) -> None:
-    """Settle every number, each with its reason; show the bytes of weights, gradients and optimizer."""
-    from rich.table import Table
+    """Settle every number, each with its reason; show memory, placements, time and what else could be done."""
+    from fulltune import display_measure, display_plan
+    from fulltune.records import Measurements
 
-    from fulltune import display
-
-    _, reached = _go("plan", target, set_, run_folder, fresh, details=False)
-    assert reached.plan is not None
+    options = cli_plan.Options(hardware, rows, tokens, price, tasks, preserve, goal)
+    if measure:
+        cli_plan.check_measure(options)
+    if rows is not None or tokens is not None:
+        survey, planned = cli_plan.without_data(target, set_ or [], options)
+    else:
+        checked = cli_plan.check(options)
+        recipe, folder = _open(target, set_, run_folder, fresh)
+        planned = None
+        try:
+            planned = _reach(recipe, folder, "data" if checked.fleet else "plan", details=False, measure=measure).plan
+        except DoesNotFitError:  # shown below, with what else is possible
+            if measure or not cli_plan.is_prepared(folder):
+                raise
+        survey, planned = cli_plan.with_data(target, recipe, folder, checked, planned)
+    measured = Measurements.load(folder / "plan" / "measured.json") if measure else None
     if as_json:
-        _print_json(reached.plan.model_dump(mode="json"))
-        return
-    table = Table(pad_edge=False)
-    for name in ("setting", "value", "why"):
-        table.add_column(name, overflow="fold")
-    for setting in reached.plan.settings:
-        table.add_row(setting.name, escape(str(setting.value)), escape(setting.reason))
-    out.print(table)
-    state = reached.plan.state
-    out.print(
-        f"state: weights {display.size(state.weights)}, gradients {display.size(state.gradients)}, "
-        f"optimizer {display.size(state.optimizer)}; together {display.size(state.total)}, activations come on top"
-    )
+        _print_json(cli_plan.as_json(survey, planned, measured))
+    else:
+        display_plan.show(out, survey, planned)
+        if measured is not None:
+            out.print(display_measure.table(measured))
+    if planned is None:
+        raise cli_plan.refusal(survey, shown=not as_json)
 
 
 @app.command()
@@ -206,19 +226,20 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Answer with a finished model: texts, stdin or a file."""
+    from fulltune import cli_predict
     from fulltune import predict as predicting
 
     if text and file is not None:
         raise SetupError("predict: texts and --file are both given; keep one")
     predictor = predicting.load(run_folder)
     if file is not None and file.suffix != ".txt":
-        rows = _rows_of(file, predictor.notes["columns"].get("image"))
+        rows = cli_predict.rows_of(file, predictor.notes["columns"].get("image"))
         predicting.check_columns(rows, predictor.notes, str(file))
     else:
-        texts = list(text or []) or _lines(file)
+        texts = list(text or []) or cli_predict.lines(file)
         rows = predicting.rows_from_texts(texts, predictor.notes)
     for answer in predictor.predict(rows, max_new_tokens):
-        typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _in_words(answer))
+        typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else cli_predict.in_words(answer))
 
 
 @app.command()
@@ -272,6 +293,12 @@ def _go(
     until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
 ) -> tuple[Path, Reached]:
     """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
+    recipe, found = _open(target, overrides, folder, fresh)
+    return found, _reach(recipe, found, until, details)
+
+
+def _open(target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
+    """The recipe and its run folder."""
     from fulltune import run_folder
 
     if target.is_dir():
@@ -284,13 +311,19 @@ def _go(
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
         found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
     err.print(f"[dim]{'continuing' if resumed else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
+    return recipe, found
+
+
+def _reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False) -> Reached:
+    from fulltune import run_folder
+
     run_folder.hide_progress_bars()
     try:
         from fulltune import pipeline
         from fulltune.display import Display
 
         with Display(err, details) as display:
-            return found, pipeline.run(pipeline.Run(recipe, found, listener=display), until)
+            return pipeline.run(pipeline.Run(recipe, folder, listener=display), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None
@@ -298,44 +331,6 @@ def _go(
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
-
-
-def _rows_of(file: Path, image: str | None) -> list[dict[str, Any]]:
-    """Rows of a table; as in training, paths in the column `image` start at the table's folder."""
-    from fulltune.data import locate
-
-    source = replace(locate([str(file)]), image_paths=image is not None, image_column=image)
-    problems: list[str] = []
-    rows = [row for _, row in source.rows(problems)]
-    if problems:
-        raise DataError(problems)
-    return rows
-
-
-def _lines(file: Path | None) -> list[str]:
-    if file is None and sys.stdin.isatty():
-        raise SetupError("predict: give a text, --file, or texts on stdin")
-    if file is not None and not file.exists():
-        raise DataError(f"{file}: no such file")
-    try:
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8; save it as UTF-8"
-        raise DataError(f"{file or 'stdin'}: cannot be read: {reason}") from None
-    return text.splitlines()
-
-
-def _in_words(answer: dict[str, Any]) -> str:
-    if "answer" in answer:
-        return str(answer["answer"])
-    if "entities" in answer:
-        found = [f"{entity['text']} ({entity['type']} {entity['probability']:.1%})" for entity in answer["entities"]]
-        return ", ".join(found) or "(none)"
-    if "value" in answer:
-        return f"{answer['value']:.4g}"
-    if "labels" in answer:
-        return ", ".join(f"{name} ({answer['probabilities'][name]:.1%})" for name in answer["labels"]) or "(none)"
-    return f"{answer['text'] if 'index' in answer else answer['label']} ({answer['probability']:.1%})"
 
 
 def main() -> None:

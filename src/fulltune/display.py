@@ -74,6 +74,8 @@ class Display:
                 self._plan(event["plan"])
             case "checks":
                 self._checks(event["checks"])
+            case "forecast":
+                self._forecast(event)
             case "resume":
                 self.print(f"continuing from the checkpoint of step {event['step']}")
             case "attempt":
@@ -143,6 +145,10 @@ class Display:
             mark = "[green]ok[/green]" if check["passed"] else "[red]refused[/red]"
             table.add_row(mark, check["name"], escape(check["result"]))
         self.print(table)
+
+    def _forecast(self, event: Event) -> None:
+        memory = f", at most {size(event['peak_memory_bytes'])} of memory" if event["peak_memory_bytes"] else ""
+        self.print(f"training will take about {duration(event['total_seconds'])}{memory} (from the dry run)")
 
 
 def data_table(summary: DataSummary) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from fulltune.records import Record
 
 _MEASURED = "FULLTUNE_BF16_SPEEDUP"
 """Variable that keeps the measured ratio for this process and its children."""
+_RATES = "FULLTUNE_CPU_RATES"
+"""The same for the speeds of `cpu_rates`, in GFLOP/s and GB/s."""
 
 
 class Gpu(Record):
@@ -25,6 +28,12 @@ class Gpu(Record):
     name: str
     memory_bytes: int
     bf16: bool
+    free_bytes: int | None = None
+    """What other programs leave of it, a snapshot; None: of a card that is not here."""
+
+    @property
+    def available_bytes(self) -> int:
+        return self.memory_bytes if self.free_bytes is None else self.free_bytes
 
 
 class Machine(Record):
@@ -37,11 +46,16 @@ class Machine(Record):
     cpu_bf16_speedup: float
     """How many times as fast as in fp32 the CPU trains in bf16, measured; without bf16 instructions far below 1."""
     gpus: tuple[Gpu, ...] = ()
+    cpu_flops: float = 0.0
+    """Floating-point operations a second of matrix products in fp32, measured; 0: not known."""
+    memory_bytes_per_second: float = 0.0
+    """Read and written by a copy in the host's memory, measured; 0: not known."""
 
 
 def here() -> Machine:
     """Look at this machine. Imports torch only to ask for GPUs."""
     total, available = _memory_bytes()
+    flops, copied = cpu_rates()
     return Machine(
         cpu=_cpu(),
         num_cores=num_cores(),
@@ -49,6 +63,8 @@ def here() -> Machine:
         memory_available_bytes=available,
         cpu_bf16_speedup=bf16_speedup(),
         gpus=_gpus(),
+        cpu_flops=flops,
+        memory_bytes_per_second=copied,
     )
 
 
@@ -77,6 +93,44 @@ def measure_bf16_speedup(device: str) -> float:
     small = _bf16_speedup(device, rows=64, width=128)
     # Without bf16 instructions a larger product takes seconds, and the answer is clear already.
     return small if small < 0.5 else _bf16_speedup(device, rows=256, width=512)
+
+
+def cpu_rates() -> tuple[float, float]:
+    """Operations a second of matrix products in fp32, and bytes a second of a copy in memory (reading and writing).
+
+    Measured once, in about a quarter of a second, then kept in the environment. Other work on the machine slows both.
+    """
+    known = os.environ.get(_RATES)
+    if known is None:
+        flops, copied = _measure_cpu_rates()
+        known = os.environ[_RATES] = f"{flops / 1e9:.1f} {copied / 1e9:.1f}"
+    try:
+        flops, copied = (float(value) * 1e9 for value in known.split())
+    except ValueError:
+        raise SetupError(
+            f"{_RATES}={known}: expected GFLOP/s and GB/s such as '80.5 20.1'; unset it to measure again"
+        ) from None
+    return flops, copied
+
+
+def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -> tuple[float, float]:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    inputs, weights = (torch.randn(*shape, generator=draw) for shape in ((rows, width), (4 * width, width)))
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    product = copy = math.inf
+    began = time.perf_counter()
+    for number in range(30):
+        started = time.perf_counter()
+        torch.nn.functional.linear(inputs, weights)
+        multiplied = time.perf_counter()
+        target.copy_(source)
+        product, copy = min(product, multiplied - started), min(copy, time.perf_counter() - multiplied)
+        if number >= 2 and time.perf_counter() - began > 0.25:
+            break
+    return 2 * rows * width * 4 * width / product, 2 * source.nbytes / copy
 
 
 def _bf16_speedup(device: str, rows: int, width: int) -> float:
@@ -120,9 +174,14 @@ def _gpus() -> tuple[Gpu, ...]:
 
     if not torch.cuda.is_available():
         return ()
-    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    found = [
+        (torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)[0])
+        for index in range(torch.cuda.device_count())
+    ]
     # bf16 needs compute capability 8.0 (Ampere); older cards emulate it slowly.
-    return tuple(Gpu(name=gpu.name, memory_bytes=gpu.total_memory, bf16=gpu.major >= 8) for gpu in found)
+    return tuple(
+        Gpu(name=gpu.name, memory_bytes=gpu.total_memory, bf16=gpu.major >= 8, free_bytes=free) for gpu, free in found
+    )
 
 
 def _cpu() -> str:
@@ -154,7 +213,15 @@ def _memory_bytes() -> tuple[int, int]:
             (int(x.split()[1]) for x in _read("/sys/fs/cgroup/memory.stat").splitlines() if x[:5] == "file "), 0
         )
         available = min(available, int(limit) - int(used) + cache)
-    return total, available
+    limit_bytes = _own_limit_bytes()
+    return (total, available) if limit_bytes is None else (min(total, limit_bytes), min(available, limit_bytes))
+
+
+def _own_limit_bytes() -> int | None:
+    """Most that a process of this user may take (`ulimit -d`, `ulimit -v`); None without such a limit."""
+    kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
+    limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
+    return min(limits, default=None)
 
 
 def _read(path: str) -> str:

@@ -42,7 +42,7 @@ def run_rows(
         pad_token_id: Fills shorter rows on the right.
         batch_size: Rows per forward pass.
         precision: `fp32`, `bf16` or `fp16`: type of the computations.
-        head: Leaves out logits that the task does not use.
+        head: Leaves out logits that the task does not use, and keeps the others in pieces where it can.
 
     Returns:
         Name to array; the first axis is the row, in the given order.
@@ -61,7 +61,7 @@ def run_rows(
                 for name, tensor in model_batch(model, task, [rows[i] for i in positions], pad_token_id).items()
             }
             labels = batch.pop("labels")
-            selecting = contextlib.nullcontext() if head is None else head.only(labels)
+            selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
             with autocast(device.type, precision), selecting:
                 logits = logits_of(model(**batch))
             kept = task.reduce(logits, labels, target)

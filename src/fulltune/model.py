@@ -6,10 +6,11 @@ Layer 1. Weights come from safetensors or GGUF; pickled weights and remote code 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,10 +56,16 @@ class Shapes(Record):
     vocab_size: int
     position_limit: int | None
     """Longest sequence the model can take, in tokens; None when it has no fixed limit."""
+    can_recompute: bool = True
+    """Its class offers activation checkpointing."""
 
 
-def locate(block: ModelBlock) -> Source:
+def locate(block: ModelBlock, weights: bool = True) -> Source:
     """Turn the recipe's `model` into a place.
+
+    Args:
+        block: The recipe's model block.
+        weights: False when the config is enough: a folder may then hold nothing else.
 
     Raises:
         SetupError: When the place does not exist, is no model, or holds only pickled weights that are not allowed.
@@ -78,7 +85,7 @@ def locate(block: ModelBlock) -> Source:
         if importlib.util.find_spec("gguf") is None:
             raise SetupError(f"model: {name}: reading GGUF needs the package 'gguf'; pip install 'fulltune[gguf]'")
         return Source(str(path.parent), gguf_file=path.name)
-    _check_folder(path, name, block)
+    _check_folder(path, name, block, weights)
     return Source(str(path))
 
 
@@ -95,7 +102,7 @@ def _package_path(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / inner
 
 
-def _check_folder(path: Path, name: str, block: ModelBlock) -> None:
+def _check_folder(path: Path, name: str, block: ModelBlock, weights: bool) -> None:
     files = sorted(file.name for file in path.iterdir())
     if "config.json" not in files:
         ggufs = [file for file in files if file.endswith(".gguf")]
@@ -103,6 +110,8 @@ def _check_folder(path: Path, name: str, block: ModelBlock) -> None:
             raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
         found = ", ".join(files[:5]) or "nothing"
         raise SetupError(f"model: {name}: is no model folder: config.json is missing (found: {found})")
+    if not weights:
+        return
     for file in files:
         if file.endswith(".safetensors"):
             _check_whole(path / file, name)
@@ -135,6 +144,17 @@ def load_config(block: ModelBlock, source: Source) -> PretrainedConfig:
     return reading(block, "config", lambda: AutoConfig.from_pretrained(source.name_or_path, **source.keywords(block)))
 
 
+def configured(block: ModelBlock, source: Source, config_changes: Mapping[str, Any]) -> PretrainedConfig:
+    """The config with the task's changes and the recipe's dropout."""
+    config = load_config(block, source)
+    changes = dict(config_changes)
+    if block.dropout is not None:
+        changes |= dict.fromkeys(dropout_names(config), block.dropout)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
 def identity(config: PretrainedConfig, attn_implementation: str | None) -> str:
     """What a model's config says, and with what it is read."""
     import transformers
@@ -150,6 +170,7 @@ def load(
     *,
     source: Source | None = None,
     head_is_new: bool,
+    before_weights: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
     """Load the weights into a model with the task's head.
 
@@ -159,6 +180,7 @@ def load(
         config_changes: Values set on the config, for example `id2label`.
         source: Where the files are, when that is known already.
         head_is_new: The task's head may be missing in the checkpoint and is then drawn at random.
+        before_weights: Called when the libraries and the config are loaded: what memory is taken later is the model's.
 
     Returns:
         The model on CPU, in `weights_dtype`, in training mode off.
@@ -170,12 +192,7 @@ def load(
     import transformers
 
     source = source or locate(block)
-    config = load_config(block, source)
-    changes = dict(config_changes)
-    if block.dropout is not None:
-        changes |= dict.fromkeys(dropout_names(config), block.dropout)
-    for key, value in changes.items():
-        setattr(config, key, value)
+    config = configured(block, source, config_changes)
     keywords = source.keywords(block) | {"dtype": getattr(torch, _torch_dtype(block.weights_dtype)), "config": config}
     if block.attn_implementation:
         keywords["attn_implementation"] = block.attn_implementation
@@ -184,6 +201,8 @@ def load(
     if not source.gguf_file:
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
     loader = getattr(transformers, auto_class)
+    _import_code(config)
+    before_weights()
     with _quiet():
         model, info = reading(
             block, "model", lambda: loader.from_pretrained(source.name_or_path, output_loading_info=True, **keywords)
@@ -193,12 +212,26 @@ def load(
     return model
 
 
-def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any]) -> Shapes:
-    """Count a model's parameters on the meta device: no weights are read, no memory is used."""
+def _import_code(config: PretrainedConfig) -> None:
+    """The module of a model of transformers, which would be imported while the weights are read."""
+    module = type(config).__module__
+    if module.startswith("transformers.models."):
+        importlib.import_module(module.replace(".configuration_", ".modeling_"))
+
+
+def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any], weights: bool = True) -> Shapes:
+    """Count a model's parameters on the meta device: no weights are read, no memory is used.
+
+    Args:
+        block: The recipe's model block.
+        auto_class: Name of a class in transformers.
+        config_changes: Values set on the config.
+        weights: False when there need not be any: see `locate`.
+    """
     import torch
     import transformers
 
-    source = locate(block)
+    source = locate(block, weights)
     config = load_config(block, source)
     for key, value in config_changes.items():
         setattr(config, key, value)
@@ -216,6 +249,7 @@ def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any]
         hidden_size=getattr(text, "hidden_size", 0) or 0,
         vocab_size=getattr(text, "vocab_size", 0) or 0,
         position_limit=position_limit(config),
+        can_recompute=bool(model.supports_gradient_checkpointing),
     )
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from fulltune import data, evaluate, hardware, model, packing, plan, processors, report, run_folder
-from fulltune.errors import GuardStop, SetupError
+from fulltune import data, evaluate, footprint, hardware, model, packing, plan, processors, report, run_folder
+from fulltune.errors import DoesNotFitError, GuardStop, SetupError
 from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, Outcome, Plan, Scores
+from fulltune.records import DataSummary, MemoryNeed, Outcome, Plan, Scores
 from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.settings import check_settings, check_settings_for
 from fulltune.train import Hooks, train
 from fulltune.train.arguments import check_extra
+from fulltune.train.measure import measure as train_measure
 
+FOOTPRINT, SHAPES = "footprint.json", "shapes.json"
+"""In `plan`: the model's memory as traced for this machine's plan, and its sizes."""
 Listener = Callable[[dict[str, Any]], None]
 Until = Literal["data", "plan", "train", "evaluate", "report"]
 
@@ -50,7 +54,7 @@ class Reached:
     report: Path | None = None
 
 
-def run(job: Run, until: Until = "report") -> Reached:
+def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     """Prepare, plan, train, evaluate and report.
 
     Each stage writes files into the run folder and is skipped when they are there, so that the same call continues an
@@ -59,6 +63,7 @@ def run(job: Run, until: Until = "report") -> Reached:
     Args:
         job: The recipe, its run folder, the user's functions and who listens to progress.
         until: The last stage to do.
+        measure: Try the plan's settings on this machine and take the fastest that fit.
 
     Returns:
         The records of all stages that were reached.
@@ -71,13 +76,16 @@ def run(job: Run, until: Until = "report") -> Reached:
         if until == "data":
             return Reached(job.folder, summary)
         trial = make_plan(job, summary)
+        if measure:
+            trial = measure_plan(job, trial, summary)
         if until == "plan":
             return Reached(job.folder, summary, trial)
         try:
             outcome = train_trial(job, trial, summary)
-        except GuardStop as stop:
+        except (GuardStop, DoesNotFitError) as stop:
             # The report says what was seen until then, and why there are no scores.
-            raise GuardStop([*stop.problems, f"report: {write_report(job)}"]) from None
+            raise type(stop)([*stop.problems, f"report: {write_report(job)}"]) from None
+        trial = Plan.load(_plan_path(job))  # changed when memory ran out
         if until == "train":
             return Reached(job.folder, summary, trial, outcome)
         scores = (*score_baselines(job, trial, summary), score_trial(job, trial, summary, outcome))
@@ -99,13 +107,7 @@ def prepare(job: Run) -> DataSummary:
     evaluate.check_extras(job.recipe)
     source = model.locate(job.recipe.model)
     config = model.load_config(job.recipe.model, source)
-    problem = job.task.check_model(config)
-    if problem is not None:
-        raise SetupError(f"model: {job.recipe.model.name}: {problem}")
-    experts = [getattr(config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
-    if any(isinstance(count, int) and count > 1 for count in experts):
-        # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
-        raise SetupError(f"model: {job.recipe.model.name}: is a mixture of experts, which cannot be trained here yet")
+    check_model(job.recipe, config)
     tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source, job.recipe.data.chat_template)
     reads_text = job.recipe.task != "image-classification"
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) if reads_text else None
@@ -135,6 +137,17 @@ def prepare(job: Run) -> DataSummary:
     return summary
 
 
+def check_model(recipe: Recipe, config: Any) -> None:
+    """Refuse a model that the task cannot use or that cannot be trained here."""
+    problem = task_named(recipe.task).check_model(config)
+    if problem is not None:
+        raise SetupError(f"model: {recipe.model.name}: {problem}")
+    experts = [getattr(config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
+    if any(isinstance(count, int) and count > 1 for count in experts):
+        # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
+        raise SetupError(f"model: {recipe.model.name}: is a mixture of experts, which cannot be trained here yet")
+
+
 def make_plan(job: Run, summary: DataSummary) -> Plan:
     """The plan stage: settle every number, with its reason."""
     job.phase("planning")
@@ -142,7 +155,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     source = model.locate(job.recipe.model)
     tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source)
     target = Target.of(summary)
-    shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, job.task.config_changes(target, tokenizer))
+    changes = job.task.config_changes(target, tokenizer)
+    shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, changes)
     path = _plan_path(job)
     if path.exists():
         # A resumed run keeps its numbers, even when memory or cores are others now.
@@ -150,13 +164,99 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         if trial.device == "cuda" and not machine.gpus:
             raise SetupError(f"{job.folder}: was planned for a GPU, and there is none here; start a new run (--fresh)")
     else:
-        trial = plan.fit(job.recipe, shapes, summary, machine, hardware.disk_free_bytes(job.folder))
+        traced = trace(job.recipe, target, summary.packed, shapes, machine, source, changes)
+        traced.save(job.folder / "plan" / FOOTPRINT)
+        shapes.save(job.folder / "plan" / SHAPES)
+        trial = plan.fit(job.recipe, shapes, traced, summary, machine, hardware.disk_free_bytes(job.folder))
+        trial = plan.with_time(trial, job.recipe, shapes, traced, summary, machine)
         run_folder.environment(machine).save(job.folder / "environment.json")
-        resolved = [setting.model_dump(mode="json") for setting in trial.settings]
-        (job.folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-        trial.save(path)  # last: with a plan the other two are there as well
+        _save_plan(job, trial)
     job.listener({"kind": "plan", "plan": trial})
     return trial
+
+
+def _save_plan(job: Run, trial: Plan) -> None:
+    resolved = [setting.model_dump(mode="json") for setting in trial.settings]
+    (job.folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    trial.save(_plan_path(job))  # last: with a plan the others are there as well
+
+
+def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
+    """Replace what was chosen by what is fastest here, measured; the rows of the table lie beside the plan."""
+    if job.hooks.needs_this_process:
+        raise SetupError("measure: compute_loss and class_weights cannot be handed to the processes that measure")
+    if any((job.folder / "attempts").glob("*")):
+        raise SetupError(f"{job.folder}: has begun to train with these settings; measure in a new run (--fresh)")
+    available = _rooms(job, summary)(trial.precision).available_bytes
+    need = _need(job, summary)
+    trial, found = train_measure(job.recipe, trial, summary, job.folder, available, need, job.listener)
+    found.save(job.folder / "plan" / "measured.json")
+    _save_plan(job, trial)
+    job.listener({"kind": "plan", "plan": trial})
+    return trial
+
+
+def _rooms(job: Run, summary: DataSummary) -> Callable[[str], plan.Room]:
+    """The plan stage's arithmetic for computations in another precision; what it needs is traced when it is asked."""
+    machine, source, target = hardware.here(), model.locate(job.recipe.model), Target.of(summary)
+    tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source)
+    changes = job.task.config_changes(target, tokenizer)
+    shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, changes)
+
+    @cache
+    def room(precision: str) -> plan.Room:
+        block = job.recipe.train.model_copy(update={"precision": precision})
+        same = job.recipe.model_copy(update={"train": block})
+        traced = trace(same, target, summary.packed, shapes, machine, source, changes)
+        return plan.room(same, shapes, traced, machine, plan.device_and_precision(same, machine)[0])
+
+    return room
+
+
+def _need(job: Run, summary: DataSummary) -> Callable[[Plan], MemoryNeed | None]:
+    """The memory of a plan that is changed later; nothing is read before it is asked."""
+    rooms = cache(lambda: _rooms(job, summary))
+    return lambda changed: rooms()(changed.precision).need(plan.levers_of(job.recipe, changed, summary))
+
+
+def trace(
+    recipe: Recipe,
+    target: Target,
+    packed: bool,
+    shapes: model.Shapes,
+    machine: hardware.Machine,
+    source: model.Source,
+    changes: Mapping[str, Any],
+    weights_dtype: str | None = None,
+) -> footprint.Footprint:
+    """The model's memory and work as functions of the micro batch, without its weights.
+
+    Args:
+        recipe: Says how the model is trained.
+        target: What the task learns.
+        packed: Several texts share a row.
+        shapes: The model's sizes.
+        machine: Where it is trained.
+        source: Where the model's files are.
+        changes: Of the model's config, by the task.
+        weights_dtype: Another type of the weights than the recipe's.
+    """
+    from fulltune.train import dropout  # imports torch
+
+    device, precision = plan.device_and_precision(recipe, machine)
+    return footprint.trace(
+        model.configured(recipe.model, source, changes),
+        task_named(recipe.task),
+        target,
+        weights_dtype=weights_dtype or recipe.model.weights_dtype,
+        precisions=(precision,),
+        # Both, whatever the recipe says: the other one can be a way out.
+        checkpointing=(False, True) if shapes.can_recompute else (False,),
+        attn_implementation=recipe.model.attn_implementation,
+        packed=packed,
+        num_parameters=shapes.num_parameters,
+        prepare=dropout.install if device == "cpu" else lambda built: None,
+    )
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:
@@ -171,7 +271,7 @@ def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """The train stage."""
     job.hooks.weights_of(summary)  # refuses weights that do not match before anything starts
     job.phase("starting the training process")
-    return train(job.recipe, trial, job.folder, job.hooks, job.listener)
+    return train(job.recipe, trial, job.folder, job.hooks, job.listener, _need(job, summary))
 
 
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:

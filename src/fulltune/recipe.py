@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fulltune.units import SIZE, parse_bytes
+
 TaskName = Literal[
     "text-classification",
     "token-classification",
@@ -41,8 +43,8 @@ class ModelBlock(Block):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type in which the weights are kept and updated. bf16 halves the memory but loses small updates: at a learning
-    rate of 1e-5 most of them round to nothing."""
+    """Type in which the weights are kept and updated. bf16 halves the memory; `train.bf16_rounding` says how updates
+    that are smaller than bf16's spacing still arrive."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Sets every dropout probability in the model's config; left out, the config's own values stay."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -170,7 +172,8 @@ class TrainBlock(Block):
     global_batch_size: int | None = Field(default=None, ge=1)
     """Examples per optimizer step over all devices. Accumulation follows from it."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Examples per device and forward pass; divides the global batch. Smaller needs less memory, same result."""
+    """Examples per device and forward pass; divides the global batch. Smaller needs less memory, same result: when
+    memory runs out it is halved and the global batch is kept, also where it is given here."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0 to its peak."""
     warmup_steps: int | None = Field(default=None, ge=0)
@@ -183,8 +186,19 @@ class TrainBlock(Block):
     """Further arguments of the schedule, for example `{min_lr_rate: 0.1}`."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay; norms and biases are left out."""
-    optim: str = "adamw_torch_fused"
-    """Any optimizer name that transformers knows."""
+    optim: str | None = None
+    """The optimizer. `adamw_8bit` keeps AdamW's moments in 8 bits (2.1 bytes a parameter instead of 8), `adamw_bf16`
+    in bf16; both are fulltune's own and run on CPU and CUDA. Else any name that transformers knows, such as
+    `adamw_torch_fused`, `adafactor` or `adamw_bnb_8bit`. Left out: `adamw_torch_fused` for fp32 weights, `adamw_bf16`
+    for bf16 weights, `adamw_8bit` where nothing else fits, be it by the plan or because memory ran out. One that is
+    given here is kept."""
+    bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
+    """With bf16 weights (`model.weights_dtype`): how an update smaller than their spacing arrives. stochastic (the
+    default): rounded up or down at random, right on average; kahan: what was lost is kept in 2 more bytes a parameter;
+    nearest: it is lost, and at usual learning rates most are."""
+    optimizer_in_backward: bool = False
+    """Update each tensor as soon as its gradient is there, and free the gradient. Needs `max_grad_norm: 0` and no
+    accumulation, because both need all gradients."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's running mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -199,8 +213,16 @@ class TrainBlock(Block):
     """Seed of the new head's weights, of dropout and of the order of the rows."""
     precision: Precision = "auto"
     """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: about a third more time, far less memory. Left out: on where the run
+    would not fit without, be it by the plan or because memory ran out. false keeps it off."""
+    chunked_loss: bool | None = None
+    """Compute a language model's logits and loss in pieces, so that they never exist as a whole. Left out: on where the
+    model's head allows it, which is checked before step 1. false keeps it off."""
+    memory_limit: str | None = Field(default=None, pattern=SIZE)
+    """Most memory that each training process may take, such as `6GiB`: of the GPU, or without one of the host, where
+    Python and its libraries are part of it (about 0.5 GiB). The plan keeps to it and the process is held to it: what
+    goes beyond is treated as memory that ran out. Without a GPU that needs Linux; mapped files do not count."""
     group_by_length: bool | None = None
     """Rows of similar length share a global batch: far less padding. Left out: on, unless the target goes with the
     length (a quarter of its variance or more), for then batches would be one-sided and the result worse."""
@@ -249,6 +271,8 @@ class TrainBlock(Block):
             factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
             named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
             problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
+        if self.memory_limit is not None and parse_bytes(self.memory_limit) == 0:
+            problems.append(f"memory_limit: {self.memory_limit.strip()}: expected more than nothing, such as 6GiB")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -261,7 +285,7 @@ class EvaluateBlock(Block):
     """The metric that chooses the best checkpoint and heads the report. Left out: accuracy, f1_micro (multi_label),
     spearman (regression), f1 (entities, answers in a context) or loss (causal-lm, seq2seq)."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Rows per forward pass. Left out: twice the micro batch."""
+    """Rows per forward pass. Left out: twice the micro batch. Halved when memory runs out; the scores stay the same."""
     baselines: bool = True
     """Also score what costs no training: the majority class and frozen embeddings, or the untouched language model."""
     bootstrap_samples: int = Field(default=1000, ge=100)

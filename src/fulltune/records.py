@@ -156,6 +156,66 @@ class StateBytes(Record):
         return self.weights + self.gradients + self.optimizer
 
 
+MemoryKind = Literal["weights", "gradients", "optimizer", "activations", "logits", "buffers"]
+Phase = Literal["loading", "step", "evaluation", "saving", "resuming"]
+"""Parts of an attempt that each have a peak of memory of their own."""
+
+
+class MemoryNeed(Record):
+    """Bytes that one training process needs on its device, beyond what the libraries themselves take."""
+
+    kinds: dict[MemoryKind, int]
+    """What is alive at the peak of a step."""
+    phases: dict[Phase, int]
+    """Peak of each part of an attempt; `step` is the sum of `kinds`."""
+    host: int = 0
+    """Offloaded to the memory of the host, by one process."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+    @property
+    def largest(self) -> MemoryKind:
+        return max(self.kinds, key=lambda kind: self.kinds[kind])
+
+
+class DiskNeed(Record):
+    """Bytes of a run on disk at its fullest."""
+
+    one_checkpoint: int
+    num_checkpoints: int
+    """Kept ones, the best one, and the one that is being written."""
+    model: int
+    """The finished model, and the weights before step 1 while training goes on."""
+
+    @property
+    def total(self) -> int:
+        return self.one_checkpoint * self.num_checkpoints + self.model
+
+
+class TimeNeed(Record):
+    """How long a run takes: by arithmetic before it starts, by measurement after its dry-run step."""
+
+    train_seconds: float
+    eval_seconds: float
+    save_seconds: float
+    tokens: int
+    """Of all steps, padding included."""
+    tokens_per_second: float
+    """While training, over all processes."""
+    source: str
+    """`arithmetic`, or `dry-run step`."""
+
+    @property
+    def total_seconds(self) -> float:
+        return self.train_seconds + self.eval_seconds + self.save_seconds
+
+
 class Plan(Record):
     """All numbers of one trial, each with its reason in `settings`."""
 
@@ -180,6 +240,8 @@ class Plan(Record):
     precision: Literal["fp32", "bf16", "fp16"]
     weights_dtype: Literal["fp32", "bf16"]
     activation_checkpointing: bool
+    can_recompute: bool = True
+    """The model offers activation checkpointing."""
     group_by_length: bool = True
     eval_steps: int
     """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
@@ -190,7 +252,113 @@ class Plan(Record):
     num_parameters: int
     num_trainable_parameters: int
     state: StateBytes
+    optim: str = "adamw_torch_fused"
+    bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
+    optimizer_in_backward: bool = False
+    chunked_loss: bool = False
+    attn_implementation: str | None = None
+    """Chosen by measurement; None: as the recipe says."""
+    torch_compile: bool = False
+    """Chosen by measurement; False: as the recipe says."""
+    memory_limit_bytes: int | None = None
+    memory: MemoryNeed | None = None
+    disk: DiskNeed | None = None
+    time: TimeNeed | None = None
     settings: tuple[Setting, ...]
+
+
+class Placement(Record):
+    """One way to place weights, gradients and optimizer state on devices, host and disk."""
+
+    name: str
+    kinds: dict[MemoryKind, int]
+    """Bytes on each device, at the micro batch below."""
+    device_bytes: int
+    host_bytes: int
+    """Of all processes together."""
+    disk_bytes: int
+    """For offloading; checkpoints come on top."""
+    micro_batch_size: int
+    activation_checkpointing: bool
+    fits: bool
+    short: str
+    """What is too little, and by how much; empty when it fits."""
+    tokens_per_second: float | None
+    """Over all devices; None: the speed of this hardware is not known."""
+    bound_by: str
+    """The longest part of a step."""
+    runs: bool
+    """fulltune can run it today."""
+    settings: dict[str, Any]
+    """What to change in the recipe for it."""
+    how: str
+    """The same in words."""
+
+
+class WayOut(Record):
+    """A change that frees memory or disk space."""
+
+    change: str
+    """The setting, or what to do."""
+    frees_bytes: int
+    where: Literal["device", "host", "disk"]
+    enough: bool
+    """With it alone the run fits."""
+    costs: str
+    """What is lost by it."""
+
+
+class Alternative(Record):
+    """Another plan than the chosen one."""
+
+    kind: Literal["cheaper", "faster"]
+    change: str
+    effect: str
+
+
+class Advice(Record):
+    """What the field's experience says about a method here."""
+
+    method: Literal["full fine-tuning", "LoRA", "adapters", "prompt tuning"]
+    verdict: Literal["take", "try", "leave"]
+    rule: str
+    evidence: str
+
+
+class Survey(Record):
+    """What `fulltune plan` shows besides the plan itself."""
+
+    hardware: str
+    assumed: tuple[str, ...] = ()
+    """What was not said about the hardware and is a usual value."""
+    num_devices: int
+    num_parameters: int
+    model_type: str
+    train_rows: int
+    eval_rows: int
+    length_percentiles: dict[str, int]
+    """Tokens per train row: keys `p50`, `p95`, `max`."""
+    max_length: int
+    fits: bool
+    """Some placement that fulltune can run fits."""
+    placement: str = ""
+    """Name of the one that the plan is for."""
+    placements: tuple[Placement, ...]
+    disk_free_bytes: int | None = None
+    host_free_bytes: int
+    device_free_bytes: int
+    """What one process may take."""
+    time: TimeNeed | None = None
+    price: float | None = None
+    """Of the whole run."""
+    currency: str = ""
+    ways_out: tuple[WayOut, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+    advice: tuple[Advice, ...] = ()
+    command: str = ""
+    """What settles the advice by measurement."""
+    notes: tuple[str, ...] = ()
+    """What is short, when nothing fits."""
 
 
 # ---- training --------------------------------------------------------------------------------------------------
@@ -239,9 +407,53 @@ class Outcome(Record):
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
+    """Most that the training process held: of the host, with a GPU reserved on it."""
+    memory_growth_bytes: int = 0
+    """The same beyond what it held before the model was loaded: what `Plan.memory` predicts."""
+    phase: Phase | None = None
+    """What it was doing when it ended."""
+    forecast: TimeNeed | None = None
+    """Made after the dry-run step."""
+    dry_run_growth_bytes: int = 0
+    """Peak up to the end of the dry-run step, beyond what was held before the model was loaded."""
+    dry_run_loss: float | None = None
+    """Of the longest micro batch, before any update."""
+    disk_bytes: int = 0
+    """Most that checkpoints and weights took on the disk."""
     model_folder: str | None = None
     """Relative to the run folder."""
     log_tail: tuple[str, ...] = ()
+
+
+class Measured(Record):
+    """One setting, tried for a step in a process of its own (`fulltune plan --measure`)."""
+
+    name: str
+    """What was changed, in words."""
+    kind: Literal["lever", "micro batch", "attention", "compile"]
+    """Levers add up from row to row; the others each change one thing of the best so far."""
+    changes: dict[str, Any]
+    """Fields of the plan that differ from it."""
+    peak_memory_bytes: int = 0
+    """Most that the process held beyond what it held before the model was loaded."""
+    tokens_per_second: float = 0.0
+    """Tokens of the rows, without padding, over all processes."""
+    train_seconds: float = 0.0
+    """Of all steps of the run at this speed, without evaluation and checkpoints."""
+    loss: float | None = None
+    """Of the longest micro batch before any update, with the run's seed."""
+    problem: str = ""
+    """Why it cannot be had here; empty when it ran and fits."""
+    taken: bool = False
+    """The plan's final settings."""
+
+
+class Measurements(Record):
+    """What `fulltune plan --measure` tried, in this order."""
+
+    available_bytes: int
+    """What each process may take."""
+    rows: tuple[Measured, ...]
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------

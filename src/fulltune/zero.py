@@ -14,7 +14,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import Recipe
-from fulltune.records import StateBytes
+from fulltune.records import MemoryKind, StateBytes
 
 NAME = "train.extra.deepspeed"
 AUTO = "auto"
@@ -42,25 +42,35 @@ class Zero:
 
     def device_bytes(self, state: StateBytes, num_processes: int) -> int:
         """Bytes that one process keeps on its device between steps."""
-        parts = self._per_process(state, num_processes)
-        offloaded = self._optimizer_parts() | self._weight_parts()
-        return sum(size for name, size in parts.items() if name not in offloaded)
+        return sum(self.device_parts(state, num_processes).values())
+
+    def device_parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
+        """The same by kind: weights, gradients, optimizer; 0 for what is offloaded."""
+        parts = self.parts(state, num_processes)
+        return {name: 0 if name in self.offloaded else size for name, size in parts.items()}
 
     def host_bytes(self, state: StateBytes, num_processes: int) -> int:
         """Bytes that all processes together keep in the host's memory."""
-        parts = self._per_process(state, num_processes)
-        on_host: set[str] = set() if self.optimizer_on_disk else self._optimizer_parts()
+        parts = self.parts(state, num_processes)
+        on_host: set[MemoryKind] = set() if self.optimizer_on_disk else self._optimizer_parts()
         on_host |= set() if self.weights_on_disk else self._weight_parts()
         return num_processes * sum(parts[name] for name in on_host)
 
-    def _optimizer_parts(self) -> set[str]:
+    @property
+    def offloaded(self) -> set[MemoryKind]:
+        """Kinds that are not on the device between steps."""
+        return self._optimizer_parts() | self._weight_parts()
+
+    def _optimizer_parts(self) -> set[MemoryKind]:
         """Offloaded with the optimizer, wherever to."""
         return {"optimizer", "gradients"} if self.offload_optimizer else set()
 
-    def _weight_parts(self) -> set[str]:
+    def _weight_parts(self) -> set[MemoryKind]:
         return {"weights"} if self.offload_weights else set()
 
-    def _per_process(self, state: StateBytes, num_processes: int) -> dict[str, int]:
+    def parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
+        """Bytes of each kind that belong to one process, wherever they lie."""
+
         def share(size: int, from_stage: int) -> int:
             return -(-size // num_processes) if self.stage >= from_stage else size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -923,10 +924,17 @@ def test_disk_too_small_is_refused_before_training(case: Case, monkeypatch: pyte
     monkeypatch.setattr(hardware, "disk_free_bytes", lambda path: 1_000_000)
     result = case.data(CSV, command="run")
     assert result.code == NO_FIT
-    assert result.problems[-1] == (
-        f"{case.folder}/runs: checkpoints and model need 2 MiB on disk, but 1 MiB are free; free some space, choose "
-        "another 'output', or lower train.save_total_limit"
+    short, *ways = result.problems[-4:]
+    assert re.fullmatch(
+        f"{case.folder}/runs: checkpoints and model need 2 MiB on disk "
+        r"\(4 x \d+ KiB and \d+ KiB\), but 977 KiB are free",
+        short,
     )
+    assert re.match(rf"enough: free \d+ KiB under {case.folder}/runs, or choose another output: frees \d+ KiB", ways[0])
+    assert [way.split(": frees")[0] for way in ways[1:]] == [
+        "helps: train.save_total_limit: 1",
+        "helps: train.optim: adamw_8bit",
+    ]
     assert not list(case.folder.glob("runs/*/attempts"))
 
 
@@ -935,10 +943,10 @@ def test_memory_too_small_is_refused_before_training(case: Case, monkeypatch: py
     monkeypatch.setattr(hardware, "here", lambda: machine)
     result = case.data(CSV, command="run")
     assert result.code == NO_FIT
-    assert result.problems[-1] == (
-        f"{case.model}: weights, gradients and AdamW's state of 0 M parameters need 1 MiB, but 0 MiB of memory are "
-        "free; take a smaller model"
-    )
+    short, *ways = [line for line in result.problems if line.startswith((str(case.model), "enough: ", "helps: "))]
+    assert short.startswith(f"{case.model}: ")
+    assert short.endswith("but there are 0 KiB of memory")
+    assert ways
     assert not list(case.folder.glob("runs/*/attempts"))
 
 

@@ -14,7 +14,7 @@ import fulltune
 
 SOURCE = Path(fulltune.__file__).parent
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "scipy", "sklearn", "safetensors", "pyarrow"}
-VOCABULARY = {"errors", "recipe", "recipe_file", "records"}
+VOCABULARY = {"errors", "recipe", "recipe_file", "records", "units"}
 WORLD = {
     *(
         "hardware",
@@ -30,12 +30,21 @@ WORLD = {
         "processors",
         "zero",
         "selective_head",
-        "zero",
+        "chunked_loss",
+        "out_of_memory",
+        "meter",
+        "footprint",
+        "tracing",
+        "traced_case",
     ),
 }
 STAGES = {"plan", "data", "train", "evaluate", "report", "predict", "init", "samples", "quickstart"}
 PIPELINE = {"pipeline"}
-SURFACE = {"display", "cli", "classic", "api", "selfcheck"}
+SURFACE = {
+    *("display", "display_plan", "display_measure"),
+    *("cli", "cli_plan", "cli_predict"),
+    *("classic", "api", "selfcheck"),
+}
 ALLOWED = {
     ("init", "data"): "a recipe is written from rows, and only the data stage's readers know files",
     ("quickstart", "samples"): "the example is its data and its recipe",

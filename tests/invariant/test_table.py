@@ -88,4 +88,4 @@ def test_losses_over_50_steps_are_those_of_whole_global_batches(
     assert list((folder / "run" / "checkpoints").glob("*/*")) == []
 
 
-_ALWAYS = ["metrics.jsonl", "outcome.json", "request.json"]
+_ALWAYS = ["metrics.jsonl", "outcome.json", "phase", "request.json"]

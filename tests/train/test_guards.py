@@ -1,11 +1,11 @@
-"""Guards, the order of the rows and the next attempt as tables of numbers; then faults injected into whole runs."""
+"""Guards and the order of the rows as tables of numbers; then faults injected into whole runs."""
 
 from __future__ import annotations
 
 import errno
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from fulltune import pipeline
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
-from fulltune.records import DataSummary, Moved, Outcome, Plan, SplitSummary, StateBytes
+from fulltune.records import DataSummary, Moved, Outcome, SplitSummary
 from fulltune.train import Hooks, attempts, checkpoints, distributed, worker
 from fulltune.train.guards import Reading, not_finite, nothing_learned, stopped_improving
-from fulltune.train.next_attempt import MOST_KILLS, next_attempt
 from fulltune.train.request import Request
 from fulltune.train.sampler import GlobalBatchSampler
 from tests import tiny
 from tests.contract.command import fulltune
+from tests.plans import outcome, plan
 from tests.train import runs
 
 INF, NAN = math.inf, math.nan
@@ -96,96 +96,6 @@ def test_stopped_improving_counts_from_the_best(
     values: list[float], greater: bool, patience: int, threshold: float, stopped: bool
 ) -> None:
     assert stopped_improving(values, greater, patience, threshold) == stopped
-
-
-def plan(**changes: Any) -> Plan:
-    values: dict[str, Any] = {
-        "trial": "full-seed42",
-        "method": "full",
-        "seed": 42,
-        "learning_rate": 1e-3,
-        "layerwise_lr_decay": 1.0,
-        "num_train_epochs": 1.0,
-        "total_steps": 10,
-        "warmup_steps": 0,
-        "lr_scheduler_type": "linear",
-        "global_batch_size": 8,
-        "micro_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "num_processes": 1,
-        "eval_batch_size": 16,
-        "device": "cpu",
-        "precision": "fp32",
-        "weights_dtype": "fp32",
-        "activation_checkpointing": False,
-        "eval_steps": 10,
-        "save_steps": 10,
-        "logging_steps": 1,
-        "metric": "accuracy",
-        "greater_is_better": True,
-        "num_parameters": 10,
-        "num_trainable_parameters": 10,
-        "state": StateBytes(weights=1, gradients=1, optimizer=2),
-        "settings": (),
-    }
-    return Plan(**{**values, **changes})
-
-
-def outcome(status: str, number: int = 1) -> Outcome:
-    return Outcome(status=status, reason="because", trial="full-seed42", attempt=number)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("global_batch", "processes", "expected"),
-    [
-        (8, 1, [4, 2, 1, "checkpointing", None]),
-        (12, 1, [6, 3, 1, "checkpointing", None]),
-        (25, 1, [5, 1, "checkpointing", None]),
-        (1, 1, ["checkpointing", None]),
-        (16, 2, [4, 2, 1, "checkpointing", None]),
-    ],
-)
-def test_out_of_memory_goes_down_the_ladder_with_the_same_global_batch(
-    global_batch: int, processes: int, expected: list[Any]
-) -> None:
-    micro = global_batch // processes
-    present = plan(global_batch_size=global_batch, micro_batch_size=micro, num_processes=processes)
-    history: list[Outcome] = []
-    for step in expected:
-        history.append(outcome("out_of_memory", len(history) + 1))
-        change = next_attempt(present, history)
-        if step is None:
-            assert change is None
-            return
-        assert change is not None
-        assert change.resume
-        present = change.plan
-        assert present.micro_batch_size * present.gradient_accumulation_steps * processes == global_batch
-        assert present.global_batch_size == global_batch
-        assert present.eval_batch_size >= 1
-        if step == "checkpointing":
-            assert present.activation_checkpointing
-        else:
-            assert present.micro_batch_size == step
-            assert not present.activation_checkpointing
-
-
-def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
-    history = [outcome("killed")]
-    first = next_attempt(plan(), history)
-    assert first is not None
-    assert (first.plan, first.resume) == (plan(), True)
-
-    second = next_attempt(first.plan, [*history, outcome("killed", 2)])
-    assert second is not None
-    assert second.plan.micro_batch_size == 4
-
-    assert next_attempt(plan(), [outcome("killed")] * (MOST_KILLS + 1)) is None
-
-
-@pytest.mark.parametrize("status", ["crashed", "error", "interrupted", "stopped_by_guard", "disk_full"])
-def test_other_failures_are_not_tried_again(status: str) -> None:
-    assert next_attempt(plan(), [outcome(status)]) is None
 
 
 # ---- the order of the rows -------------------------------------------------------------------------------------
@@ -340,16 +250,19 @@ TRAIN = {"num_train_epochs": 1, "logging_steps": 1, "save_steps": 2}
 ATTEMPT = Path("run", "attempts", "full-seed42-01")
 
 
-def loss_broken_at(call: int, broken: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A `compute_loss` that goes wrong at its n-th call; call 1 is the dry run's."""
-    calls = [0]
+def loss_broken_after(step: int, broken: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """Options with a `compute_loss` that goes wrong once this step is done; after step 0 is the dry run."""
+    done = [0]
 
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-        calls[0] += 1
         loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-        return broken(loss) if calls[0] == call else loss
+        return broken(loss) if done[0] == step else loss
 
-    return compute_loss
+    def listener(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "train":
+            done[0] = event["step"]
+
+    return {"compute_loss": compute_loss, "listener": listener}
 
 
 class _InfiniteGradient(torch.autograd.Function):
@@ -373,7 +286,7 @@ class _InfiniteGradient(torch.autograd.Function):
 def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_report(
     broken: Callable[..., torch.Tensor], message: str, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    job = runs.job(tmp_path, tiny_encoder, ROWS, train=TRAIN, options={"compute_loss": loss_broken_at(1 + 4, broken)})
+    job = runs.job(tmp_path, tiny_encoder, ROWS, train=TRAIN, options=loss_broken_after(3, broken))
 
     with pytest.raises(GuardStop, match=message) as caught:
         pipeline.run(job)
@@ -392,7 +305,7 @@ def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_repo
 
 
 def test_loss_that_is_not_finite_in_the_dry_run_stops_before_step_1(tiny_encoder: Path, tmp_path: Path) -> None:
-    job = runs.job(tmp_path, tiny_encoder, ROWS, options={"compute_loss": loss_broken_at(1, lambda loss: loss * NAN)})
+    job = runs.job(tmp_path, tiny_encoder, ROWS, options=loss_broken_after(0, lambda loss: loss * NAN))
 
     with pytest.raises(GuardStop, match=r"dry-run step: .* loss nan"):
         pipeline.run(job, "train")
@@ -413,58 +326,6 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_out_of_memory_continues_with_half_the_micro_batch_and_the_same_result(
-    tiny_encoder: Path, tmp_path: Path
-) -> None:
-    """The first attempt fails with the allocator's words after step 3; the second one finishes."""
-    model = tiny.save_model(tmp_path / "model", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    events: list[dict[str, Any]] = []
-    requests: list[Request] = []
-
-    def no_memory() -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
-
-    def attempt(request: Request, listener: attempts.Listener) -> Outcome:
-        requests.append(request)
-        inject = runs.at_step(3, no_memory) if len(requests) == 1 else lambda event: None
-
-        def both(event: dict[str, Any]) -> None:
-            listener(event)
-            inject(event)
-
-        return worker.run(request, Hooks(), both)
-
-    with runs.in_this_process(attempt):
-        job = runs.job(tmp_path / "short", model, ROWS, train=TRAIN, options={"listener": events.append})
-        reached = pipeline.run(job, "train")
-    runs.run(tmp_path / "whole", model, ROWS, train=TRAIN)
-
-    assert [request.plan.micro_batch_size for request in requests] == [8, 4]
-    assert {request.plan.global_batch_size for request in requests} == {8}
-    assert [request.checkpoint is not None for request in requests] == [False, True]
-    assert reached.outcome is not None
-    assert reached.outcome.attempt == 2
-    assert Outcome.load(tmp_path / "short" / ATTEMPT / "outcome.json").status == "out_of_memory"
-    assert any("micro batch 4" in event["reason"] for event in events if event["kind"] == "attempt")
-    whole, short = runs.final_weights(tmp_path / "whole"), runs.final_weights(tmp_path / "short")
-    for name in whole:
-        torch.testing.assert_close(short[name], whole[name], rtol=1e-3, atol=1e-5)
-
-
-def test_out_of_memory_without_a_remedy_does_not_fit(tiny_encoder: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, bool]] = []
-
-    def attempt(request: Request, listener: attempts.Listener) -> Outcome:
-        seen.append((request.plan.micro_batch_size, request.plan.activation_checkpointing))
-        return outcome("out_of_memory", request.attempt)
-
-    with runs.in_this_process(attempt), pytest.raises(DoesNotFitError, match="memory ran out") as caught:
-        pipeline.run(runs.job(tmp_path, tiny_encoder, ROWS), "train")
-
-    assert seen == [(8, False), (4, False), (2, False), (1, False), (1, True)]
-    assert caught.value.exit_code == 3
-
-
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -472,6 +333,7 @@ def test_out_of_memory_without_a_remedy_does_not_fit(tiny_encoder: Path, tmp_pat
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
         (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
         (MemoryError(), "out_of_memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/1"), "disk_full"),
         (GuardStop("the loss is nan"), "stopped_by_guard"),
@@ -531,6 +393,8 @@ def test_signal_handlers_are_put_back_after_a_run_in_this_process(tiny_encoder: 
         ({"": "error"}, "echo 'traceback : Signal 9 (SIGKILL) received by PID 7'; exit 1", "killed"),
         ({"-rank1": "stopped_by_guard"}, "exit 1", "stopped_by_guard"),
         ({}, "kill -9 $$", "killed"),
+        ({}, "echo '  what():  std::bad_alloc'; exit 134", "out_of_memory"),
+        ({"": "error"}, "echo 'memory allocation of 80 bytes failed'; exit 1", "out_of_memory"),
         ({}, "echo broken; exit 3", "crashed"),
     ],
 )

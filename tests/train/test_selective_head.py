@@ -168,18 +168,23 @@ def test_training_uses_it_with_activation_checkpointing_and_reports_the_check(tm
     seen: list[int] = []
 
     class Seeing(selective_head.SelectiveHead):
-        def only(self, labels: torch.Tensor) -> Any:
+        def only(self, labels: torch.Tensor, *, in_pieces: bool = False) -> Any:
             seen.append(int(self.places(labels).sum()))
-            return super().only(labels)
+            return super().only(labels, in_pieces=in_pieces)
 
+    def verified(*given: Any) -> Any:
+        head, found = plain(*given)
+        return Seeing(**vars(head)), found
+
+    plain = selective_head.verified
     train = {"max_steps": 3, "activation_checkpointing": True}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selective_head, "SelectiveHead", Seeing)
+        patch.setattr(selective_head, "verified", verified)
         outcome = runs.run(tmp_path, model, tiny.pair_rows(), task="causal-lm", train=train).outcome
 
     assert outcome is not None
     assert check_of(outcome).startswith("yes")
-    assert len(seen) > 5  # the check, the dry run, three steps, evaluation
+    assert len(seen) > 5  # the dry run, three steps, evaluation
     assert all(count > 0 for count in seen)
 
 

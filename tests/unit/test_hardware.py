@@ -95,3 +95,40 @@ def test_bf16_speedup_leaves_the_random_numbers_alone() -> None:
     torch.manual_seed(0)
     assert hardware.measure_bf16_speedup("cpu") > 0
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {"/proc/meminfo": MEMINFO})
+    unlimited = hardware.resource.RLIM_INFINITY
+    limits = {hardware.resource.RLIMIT_DATA: 3000 * K, hardware.resource.RLIMIT_AS: unlimited}
+    monkeypatch.setattr(hardware.resource, "getrlimit", lambda kind: (limits[kind], unlimited))
+    assert hardware._memory_bytes() == (3000 * K, 3000 * K)
+
+
+def test_cpu_rates_are_measured_once_and_kept_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", "")
+    monkeypatch.delenv("FULLTUNE_CPU_RATES")
+    measured = iter([(80.54e9, 20.11e9), (1.0, 1.0)])
+    monkeypatch.setattr(hardware, "_measure_cpu_rates", lambda: next(measured))
+    assert [hardware.cpu_rates(), hardware.cpu_rates()] == [(80.5e9, 20.1e9)] * 2
+    assert os.environ["FULLTUNE_CPU_RATES"] == "80.5 20.1"
+
+
+@pytest.mark.parametrize("value", ["fast", "80.5", "80.5 20.1 3", ""])
+def test_cpu_rates_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("FULLTUNE_CPU_RATES", value)
+    with pytest.raises(SetupError) as raised:
+        hardware.cpu_rates()
+    assert raised.value.problems == (
+        f"FULLTUNE_CPU_RATES={value}: expected GFLOP/s and GB/s such as '80.5 20.1'; unset it to measure again",
+    )
+
+
+def test_cpu_rates_are_measured_without_drawing_a_random_number() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    flops, copied = hardware._measure_cpu_rates(rows=16, width=16, megabytes=1)
+    assert flops > 0
+    assert copied > 0
+    assert torch.equal(torch.rand(1), expected)

@@ -13,6 +13,7 @@ from types import ModuleType
 
 from fulltune.errors import SetupError
 from fulltune.evaluate.bench import Bench, UserMetrics
+from fulltune.out_of_memory import does_not_fit, is_out_of_memory
 from fulltune.recipe import Recipe, TaskName
 from fulltune.records import DataSummary, Outcome, Plan, Scores
 from fulltune.tasks import Target, causal_lm, task_named, token_classification
@@ -89,7 +90,16 @@ def _kept(path: Path, make: Callable[[], Scores]) -> Scores:
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
-    scores = make()
+    try:
+        scores = make()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise does_not_fit(
+            f"scoring {path.stem}",
+            error,
+            "no smaller batch is left; what was trained is kept: free some memory, then run the same command again",
+        ) from None
     scores = scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     scores.save(path)
     return scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fulltune import model as models
 from fulltune.bootstrap import intervals
 from fulltune.errors import SetupError
 from fulltune.inference import by_length, model_batch, run_rows
+from fulltune.out_of_memory import with_smaller_batches
 from fulltune.processors import load_processor
 from fulltune.recipe import Recipe
 from fulltune.records import Estimate, Plan, Scores
@@ -20,6 +21,7 @@ from fulltune.selective_head import SelectiveHead, verified
 from fulltune.store import load_split, load_texts
 from fulltune.tasks import Predictions, Target, Task
 
+T = TypeVar("T")
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 
@@ -88,16 +90,23 @@ class Bench:
 
     def run(self, model: Any, pad_token_id: int, rows: Any) -> Predictions:
         """What the task keeps of each row's logits."""
-        return run_rows(
-            model,
-            rows,
-            self.task,
-            self.target,
-            pad_token_id,
-            batch_size=self.plan.eval_batch_size,
-            precision=self.plan.precision,
-            head=self._selective_head(model, pad_token_id, rows),
+        head = self._selective_head(model, pad_token_id, rows)
+        return self.in_batches(
+            lambda batch_size: run_rows(
+                model,
+                rows,
+                self.task,
+                self.target,
+                pad_token_id,
+                batch_size=batch_size,
+                precision=self.plan.precision,
+                head=head,
+            )
         )
+
+    def in_batches(self, run: Callable[[int], T]) -> T:
+        """Call `run` with the plan's batch size, with a smaller one when memory runs out: the scores are the same."""
+        return with_smaller_batches("evaluation", self.plan.eval_batch_size, run)
 
     def _selective_head(self, model: Any, pad_token_id: int, rows: Any) -> SelectiveHead | None:
         """Leaves out the logits of prompts, when the shortest row shows that the others stay the same."""

@@ -110,14 +110,11 @@ def _frozen(bench: Bench) -> Scores:
 
     model, tokenizer = bench.load_pretrained()
     train, test = (opened(bench.rows(split), tokenizer) for split in ("train", "test"))
-    embed = partial(
-        embeddings,
-        model,
-        task=bench.task,
-        pad_token_id=tokenizer.pad_token_id,
-        batch_size=bench.plan.eval_batch_size,
-        precision=bench.plan.precision,
-    )
+
+    def embed(rows: Any) -> np.ndarray:
+        call = partial(embeddings, model, rows, bench.task, tokenizer.pad_token_id, precision=bench.plan.precision)
+        return bench.in_batches(lambda batch_size: call(batch_size=batch_size))
+
     match bench.target.problem_type:
         case "regression":
             name, head = "ridge regression (frozen embeddings)", RidgeCV(alphas=np.logspace(-3, 3, 7))

@@ -34,13 +34,15 @@ def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["
             prompts = [list(map(int, test[position]["input_ids"])) for position in range(len(rows))]
         else:
             prompts = [causal_lm.generation_ids(row, bench.target, tokenizer) for row in rows]
-        made = generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=bench.recipe.evaluate.max_new_tokens,
-            batch_size=bench.plan.eval_batch_size,
-            precision=bench.plan.precision,
+        made = bench.in_batches(
+            lambda batch_size: generate(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=bench.recipe.evaluate.max_new_tokens,
+                batch_size=batch_size,
+                precision=bench.plan.precision,
+            )
         )
         asked, expected = _words(bench, rows)
         estimates |= _compared(bench, made, expected) | bench.user_estimates(made, expected)

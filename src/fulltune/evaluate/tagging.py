@@ -97,17 +97,21 @@ def _train_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 def _frozen(bench: Bench) -> Scores:
     """The pretrained model left as it is: each word's mean hidden state, and the tag whose mean is nearest."""
     model, tokenizer = bench.load_pretrained()
+    return bench.in_batches(lambda batch_size: _nearest(bench, model, tokenizer.pad_token_id, batch_size))
+
+
+def _nearest(bench: Bench, model: Any, pad_token_id: int, batch_size: int) -> Scores:
     num_labels = len(bench.target.labels)
     sums, seen = np.zeros((num_labels, 1)), np.zeros(num_labels)
     train, test = bench.rows("train"), bench.rows("test")
-    for position, words, vectors in _word_vectors(bench, model, tokenizer.pad_token_id, train):
+    for position, words, vectors in _word_vectors(bench, model, pad_token_id, batch_size, train):
         labels = np.asarray(train[position][token_classification.TAGS])[words]
         marks = np.eye(num_labels)[labels]
         sums, seen = sums + marks.T @ vectors, seen + marks.sum(axis=0)
     known = np.flatnonzero(seen)
     centres = sums[known] / seen[known, None]
     predicted = [np.zeros(len(row), np.int64) for row in test[token_classification.TAGS]]
-    for position, words, vectors in _word_vectors(bench, model, tokenizer.pad_token_id, test):
+    for position, words, vectors in _word_vectors(bench, model, pad_token_id, batch_size, test):
         # The squared distance without the part that is the same for all centres.
         distances = (centres**2).sum(axis=1) - 2 * vectors @ centres.T
         predicted[position][words] = known[distances.argmin(axis=1)]
@@ -115,7 +119,7 @@ def _frozen(bench: Bench) -> Scores:
 
 
 def _word_vectors(
-    bench: Bench, model: Any, pad_token_id: int, rows: Any
+    bench: Bench, model: Any, pad_token_id: int, batch_size: int, rows: Any
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """For each row its position, the words seen, and the mean of their sub-words' last hidden states, scaled to length
     1: float32 [words, hidden]."""
@@ -124,7 +128,7 @@ def _word_vectors(
 
     body = getattr(model, model.base_model_prefix, model).eval()
     device = next(model.parameters()).device
-    for positions in batches(by_length(rows), bench.plan.eval_batch_size):
+    for positions in batches(by_length(rows), batch_size):
         chosen = [rows[i] for i in positions]
         batch = bench.task.collate(chosen, pad_token_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}

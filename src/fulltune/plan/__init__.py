@@ -1,5 +1,10 @@
 """The plan stage: every number of a trial, each with its reason. Pure: no torch, no weights."""
 
+from fulltune.plan.budget import Room
+from fulltune.plan.budget import of as room
+from fulltune.plan.changed import levers_of
 from fulltune.plan.fit import fit
+from fulltune.plan.settle import device_and_precision
+from fulltune.plan.survey import with_time
 
-__all__ = ["fit"]
+__all__ = ["Room", "device_and_precision", "fit", "levers_of", "room", "with_time"]

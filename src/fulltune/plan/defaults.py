@@ -55,21 +55,3 @@ def group_by_length(length_explained: float) -> tuple[bool, str]:
     if length_explained >= MOST_LENGTH_EXPLAINED:
         return False, f"{share}: batches by length would be one-sided"
     return True, f"less padding; {share}"
-
-
-def micro_batch_size(global_batch_size: int, num_processes: int, row_bytes: int, available_bytes: int) -> Chosen:
-    """The largest divisor of the global batch whose activations fit into half of the free memory.
-
-    Args:
-        global_batch_size: Examples per optimizer step over all processes.
-        num_processes: Processes that share it.
-        row_bytes: Activation bytes of one row at the longest length.
-        available_bytes: Free memory per process, after weights, gradients and optimizer state.
-    """
-    share = max(1, global_batch_size // num_processes)
-    fitting = [size for size in range(1, share + 1) if share % size == 0 and size * row_bytes <= available_bytes / 2]
-    if not fitting:
-        return 1, "the smallest possible: memory is short"
-    if fitting[-1] == share:
-        return share, "the whole global batch fits"
-    return fitting[-1], "the largest divisor of the global batch whose activations fit into half of the free memory"

@@ -1,41 +1,244 @@
-"""Bytes of a training run, by arithmetic."""
+"""Bytes of a training run, by arithmetic: see docs/memory.md."""
 
 from __future__ import annotations
 
-from fulltune.records import StateBytes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fulltune.footprint import Footprint, Kind
+from fulltune.model import Shapes
+from fulltune.records import MemoryKind, MemoryNeed, Phase, StateBytes
 
 BYTES = {"fp32": 4, "bf16": 2}
 
 
-def state_bytes(num_parameters: int, weights_dtype: str) -> StateBytes:
-    """Bytes that exist between steps with AdamW: gradients and both moments have the weights' type."""
-    size = BYTES[weights_dtype]
-    return StateBytes(
-        weights=num_parameters * size, gradients=num_parameters * size, optimizer=2 * num_parameters * size
-    )
+@dataclass(frozen=True)
+class Levers:
+    """What a plan can change about its memory."""
+
+    micro_batch_size: int
+    longest_tokens: int
+    """Tokens of the longest row; with several choices of the longest choice."""
+    accumulation: int = 1
+    precision: str = "fp32"
+    weights_dtype: str = "fp32"
+    optim: str = "adamw_torch_fused"
+    bf16_rounding: str | None = None
+    activation_checkpointing: bool = False
+    can_recompute: bool = True
+    """The model offers activation checkpointing."""
+    chunked_loss: bool = False
+    optimizer_in_backward: bool = False
+    eval_batch_size: int = 1
+    max_grad_norm: float = 1.0
+    num_processes: int = 1
+    trained_share: float = 1.0
+    """Share of a micro batch's tokens that are trained, at most: only they have logits."""
 
 
-def row_bytes(
-    num_tokens: int, num_layers: int, hidden_size: int, vocab_size: int, task: str, checkpointing: bool
-) -> int:
-    """Activation bytes of one row of so many tokens in the forward pass, a cautious estimate.
+# ---- beyond live tensors: fitted on the calibration cells of bench/memory_prediction.py ----------------------------
 
-    About 34 values per token, layer and hidden unit with a fused attention kernel (Korthikanti et al. 2022, arXiv
-    2205.05198, equation 1 without the attention scores, in bytes for 2-byte types; doubled here for fp32), 2 with
-    activation checkpointing; language models add logits: fp32, with their gradient and softmax.
+FIRST_CALLS_BYTES = 60 * 2**20
+"""Code and tables that the first step loads: the model's module, kernels, the row files."""
+HELD_SHARE = 0.36
+"""Of the small blocks: gaps between living ones that the C library can neither give back nor use."""
+HELD_SHARE_RECOMPUTED = 0.36
+"""The same with activation checkpointing: gradients come to lie between the blocks of recomputed layers."""
+SCORING_BYTES = 24 * 2**20
+"""Code that the first evaluation loads."""
+SMALL_BYTES = 32 * 2**20
+"""Smaller blocks lie on the C library's heap, which does not shrink; larger ones are given back when they are freed."""
+
+CUDA_CONTEXT_BYTES = 600 * 2**20
+"""Context, cuBLAS workspaces and the allocator's rounding on a GPU. Taken from the literature; never measured here."""
+CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
+"""Tokens whose logits a chunked loss holds at a time: see `fulltune.chunked_loss`."""
+
+
+def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> MemoryNeed:
+    """What one process needs on its device, beyond what the libraries themselves take.
+
+    Args:
+        shapes: The model's sizes.
+        footprint: The model's memory as traced; holds the precision and checkpointing of `levers`.
+        levers: The settings.
+        device: `cpu` or `cuda`.
     """
-    per_token = (4 if checkpointing else 68) * hidden_size * num_layers
-    if task in ("causal-lm", "seq2seq"):
-        per_token += 3 * 4 * vocab_size
-    return num_tokens * per_token
+    state = state_bytes(shapes.num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
+    moments = _moments(shapes, footprint, levers, state, device)
+    kinds = max(moments, key=lambda one: sum(one.values())).copy()
+    beyond, heap = _beyond_tensors(moments, shapes, footprint, levers, device)
+    kinds["buffers"] += beyond
+    if levers.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
+        kinds["buffers"] += state.gradients
+    rows = levers.eval_batch_size * footprint.sequences_per_row
+    scored = [
+        _in_pieces(one.bytes(rows, levers.longest_tokens, levers.trained_share), shapes, levers, device, 0)
+        for one in footprint.evaluation[levers.precision]
+    ]
+    passing = max(scored, key=lambda one: sum(one.values()))
+    base = CUDA_CONTEXT_BYTES if device == "cuda" else FIRST_CALLS_BYTES
+    # Weights of another type than the file's are made beside it.
+    read = 4 * shapes.num_parameters if levers.weights_dtype == "bf16" else 0
+    kept = state.weights + state.optimizer
+    phases: dict[Phase, int] = {
+        "loading": state.weights + read + base,
+        "step": sum(kinds.values()),
+        "evaluation": kept + sum(passing.values()) + base,
+        # Tensors are written from where they lie (safetensors 0.8, torch.save); one is compared with what it was.
+        "saving": kept + base + heap + (4 * footprint.largest_tensor + SCORING_BYTES if device == "cpu" else 0),
+        # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.
+        "resuming": state.weights + max(state.weights + read, state.optimizer) + base,
+    }
+    return MemoryNeed(kinds=kinds, phases=phases)
 
 
-def row_tokens(max_length: int, problem_type: str, num_choices: int) -> int:
-    """Most tokens of a row: each of its choices, or source and target, may be as long as the longest."""
-    sequences = {"choice": num_choices, "source_target": 2}
-    return max_length * sequences.get(problem_type, 1)
+def _beyond_tensors(
+    moments: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, levers: Levers, device: str
+) -> tuple[int, int]:
+    """What the process holds at its peak beyond the tensors of the highest moment, and what its heap keeps after that.
+
+    On a CPU small blocks leave their room on the heap when they are freed, and the large ones of another moment come on
+    top: the peak is the highest sum of small blocks and the highest sum of large ones, whenever they were.
+    """
+    if device == "cuda":
+        return CUDA_CONTEXT_BYTES, 0
+    tokens = levers.micro_batch_size * footprint.sequences_per_row * levers.longest_tokens * levers.trained_share
+    if levers.chunked_loss:
+        tokens = min(tokens, CHUNK_TOKENS[device])
+    logits_are_large = 4 * tokens * shapes.vocab_size >= SMALL_BYTES
+    share = HELD_SHARE_RECOMPUTED if levers.activation_checkpointing else HELD_SHARE
+    size = BYTES[levers.weights_dtype]
+    small_share = 1 - _large_share(shapes, footprint, size)
+    parts = []
+    for kinds in moments:
+        logits = kinds["logits"] if logits_are_large else 0
+        gradients = kinds["gradients"]
+        gradients -= round(small_share * min(gradients, size * shapes.num_parameters))
+        small = sum(kinds.values()) - kinds["weights"] - kinds["optimizer"] - logits - gradients
+        parts.append(((1 + share) * small, logits, gradients))
+    heap = max(small for small, _, _ in parts)
+    block = footprint.largest_tensor * size
+    held = max(heap - _reused(heap - small, large, block) + logits + large for small, logits, large in parts)
+    highest = max(sum(kinds.values()) for kinds in moments)
+    state = moments[0]["weights"] + moments[0]["optimizer"]
+    return FIRST_CALLS_BYTES + max(0, state + round(held) - highest), round(heap / (1 + share))
 
 
-def checkpoint_bytes(num_parameters: int, weights_dtype: str) -> int:
-    """Bytes on disk of one checkpoint: weights and both moments."""
-    return 3 * num_parameters * BYTES[weights_dtype]
+def _reused(free: float, large: int, block: int) -> int:
+    """Large blocks that find room on the heap: one for each stretch of twice its size that is free there."""
+    return block * min(large // block, int(free / 2 / block))
+
+
+def _large_share(shapes: Shapes, footprint: Footprint, size: int) -> float:
+    """Share of the gradients that lies in large blocks."""
+    sizes = footprint.tensors or {footprint.largest_tensor: 1}
+    large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
+    return large / max(1, shapes.num_parameters)
+
+
+def _moments(
+    shapes: Shapes, footprint: Footprint, levers: Levers, state: StateBytes, device: str
+) -> list[dict[MemoryKind, int]]:
+    """Bytes by kind at each moment of a step that may be the highest."""
+    variant = footprint.variant(levers.precision, levers.activation_checkpointing)
+    rows = levers.micro_batch_size * footprint.sequences_per_row
+    held: dict[MemoryKind, int] = {"weights": state.weights, "optimizer": state.optimizer}
+    found: list[dict[MemoryKind, int]] = []
+    for moments, already in ((variant.first, 0), (variant.later, state.gradients)):
+        if already and levers.accumulation == 1:
+            continue
+        for moment in moments:
+            kinds = moment.bytes(rows, levers.longest_tokens, levers.trained_share)
+            kinds = _in_pieces(kinds, shapes, levers, device, already)
+            if levers.optimizer_in_backward:  # each gradient goes as soon as it came
+                kinds["gradients"] = min(kinds["gradients"], footprint.largest_tensor * BYTES[levers.weights_dtype])
+            found.append(_together(held, kinds))
+    if not levers.optimizer_in_backward:
+        scratch = _scratch(footprint, levers)
+        update: dict[Kind, int] = {"gradients": state.gradients, "activations": 0, "logits": 0, "buffers": scratch}
+        found.append(_together(held, update))
+    return found
+
+
+def _together(held: Mapping[MemoryKind, int], passing: Mapping[Kind, int]) -> dict[MemoryKind, int]:
+    found: dict[MemoryKind, int] = dict(held)
+    for kind, size in passing.items():
+        found[kind] = size
+    return found
+
+
+def _in_pieces(
+    kinds: dict[Kind, int], shapes: Shapes, levers: Levers, device: str, gradients_before: int
+) -> dict[Kind, int]:
+    """With a chunked loss: the logits of a piece, and the head's gradient, which is made with them."""
+    if not levers.chunked_loss:
+        return kinds
+    halves = 2 if levers.precision != "fp32" else 0
+    piece = CHUNK_TOKENS[device] * shapes.vocab_size * (4 + halves)
+    head = shapes.vocab_size * shapes.hidden_size
+    gradients = kinds["gradients"]
+    if kinds["logits"]:
+        gradients = max(gradients, gradients_before + 4 * head)
+    # A tied embedding's gradient is added to the head's in place; that of whole logits is not.
+    most = BYTES[levers.weights_dtype] * shapes.num_parameters + 4 * head
+    return {**kinds, "logits": min(kinds["logits"], piece), "gradients": min(gradients, most)}
+
+
+def _scratch(footprint: Footprint, levers: Levers) -> int:
+    """What the optimizer holds while it updates the largest tensor."""
+    values = footprint.largest_tensor
+    match levers.optim:
+        case "adamw_torch_fused" | "sgd":
+            return 0
+        case "adamw_8bit" | "adamw_bf16":
+            return 20 * 2**20  # slices of a fixed size
+        case "adafactor":
+            return 3 * 4 * values
+        case _:
+            return 2 * BYTES[levers.weights_dtype] * values
+
+
+# ---- state -----------------------------------------------------------------------------------------------------
+
+_MOMENTS = {
+    "adamw_8bit": 2 * (1 + 4 / 128),
+    "adamw_bnb_8bit": 2 * (1 + 4 / 256),
+    "adamw_torch_8bit": 2 * (1 + 4 / 256),
+    "adamw_torch_4bit": 2 * (0.5 + 4 / 128),
+    "adamw_bf16": 4.0,
+    "adafactor": 0.02,
+    "sgd": 0.0,
+}
+"""Optimizer to bytes per parameter, whatever the weights' type."""
+_AS_WEIGHTS = {
+    "adamw_torch": 2,
+    "adamw_torch_fused": 2,
+    "adagrad": 1,
+    "rmsprop": 2,
+    "stable_adamw": 2,
+    "ademamix": 3,
+}
+"""Optimizer to values per parameter of the weights' own type."""
+
+
+def known(optim: str) -> bool:
+    """Whether the optimizer's state is known; the others are planned as AdamW, and the plan says so."""
+    return optim in _MOMENTS or optim in _AS_WEIGHTS
+
+
+def state_bytes(
+    num_parameters: int, weights_dtype: str, optim: str = "adamw_torch_fused", bf16_rounding: str | None = None
+) -> StateBytes:
+    """Bytes that exist between steps, gradients included; these have the weights' type."""
+    size = BYTES[weights_dtype]
+    per_value = _MOMENTS.get(optim)
+    if per_value is None:
+        per_value = float(_AS_WEIGHTS.get(optim, 2) * size)
+    if bf16_rounding == "kahan" and weights_dtype == "bf16":
+        per_value += 2
+    return StateBytes(
+        weights=num_parameters * size,
+        gradients=num_parameters * size,
+        optimizer=round(num_parameters * per_value),
+    )

@@ -1,4 +1,4 @@
-"""Sections about the training: curves, facts, memory, settings, recipe, environment."""
+"""Sections about the training: curves, facts, settings, recipe, environment."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def training(view: RunView) -> Section | None:
     """How every attempt ended, what it cost, what it changed, and what happened on the way."""
     blocks: list[Block] = []
     if view.attempts:
-        blocks.append(_attempts(view))
+        blocks += [_attempts(view), *_changes(view)]
     for trial in view.trials:
         outcome = next((attempt.outcome for attempt in reversed(view.attempts_of(trial)) if attempt.outcome), None)
         if outcome is None:
@@ -96,6 +96,17 @@ def _attempts(view: RunView) -> Table:
             )
         )
     return Table("Attempts; each is a fresh process", header, tuple(rows), numeric=frozenset(range(2, 6)))
+
+
+def _changes(view: RunView) -> list[Block]:
+    """What was changed after an attempt, and why, as its journal says."""
+    found = [
+        f"After {attempt.name}: {line.get('detail', '')}"
+        for attempt in view.attempts
+        for line in attempt.journal
+        if line.get("event") == "next attempt"
+    ]
+    return [Bullets(tuple(found))] if found else []
 
 
 def _facts(outcome: Outcome, plan: Plan | None) -> list[Block]:
@@ -158,31 +169,6 @@ def _journal(view: RunView) -> list[Block]:
         return []
     table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
     return [table] if len(rows) <= _JOURNAL_OPEN else [Folded(f"journal of {len(rows)} events", (table,))]
-
-
-def memory(view: RunView) -> Section | None:
-    """Bytes of weights, gradients and optimizer state, by the plan."""
-    rows = tuple(
-        (
-            plan.trial,
-            words.size(plan.state.weights),
-            words.size(plan.state.gradients),
-            words.size(plan.state.optimizer),
-            words.size(plan.state.total),
-            _measured_peak(view, plan.trial),
-        )
-        for plan in view.plans
-    )
-    if not rows:
-        return None
-    header = ("trial", "weights", "gradients", "optimizer", "state in all", "measured peak")
-    caption = "Planned state between two steps; activations come on top and are part of the measured peak"
-    return Section("memory", "Memory", (Table(caption, header, rows, numeric=frozenset(range(1, 6))),))
-
-
-def _measured_peak(view: RunView, trial: str) -> str:
-    peaks = [attempt.outcome.peak_memory_bytes for attempt in view.attempts_of(trial) if attempt.outcome]
-    return words.size(max(peaks)) if any(peaks) else "-"
 
 
 def settings(view: RunView) -> Section | None:

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 
 from fulltune.records import DataSummary
-from fulltune.report import about_data, about_scores, about_training, kinds, words
+from fulltune.report import about_data, about_resources, about_scores, about_training, kinds, words
 from fulltune.report.blocks import Block, Bullets, Code, Paragraph, Section
 from fulltune.report.read import RunView
 from fulltune.report.verdict import Verdict, headline_row, judge
@@ -36,7 +36,7 @@ def build(view: RunView) -> Report:
         about_scores.calibration(view),
         about_data.data(view),
         about_training.training(view),
-        about_training.memory(view),
+        about_resources.resources(view),
         about_training.settings(view),
         about_training.environment(view),
         _next(view),

@@ -8,7 +8,7 @@ import torch
 
 from fulltune import hardware
 from fulltune.inference import autocast
-from fulltune.plan.fit import LEAST_BF16_SPEEDUP
+from fulltune.plan.settle import LEAST_BF16_SPEEDUP
 from fulltune.selfcheck import tiny
 from fulltune.selfcheck.devices import Device, NotHere, Result
 

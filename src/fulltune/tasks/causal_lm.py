@@ -275,17 +275,18 @@ def places(labels: torch.Tensor) -> torch.Tensor:
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
     """Cross entropy of the trained tokens, summed. Untrained positions are left out before the float32 copy.
 
-    `logits` may be those of `places` only, [tokens, vocabulary].
+    `logits` may be those of `places` only, [tokens, vocabulary], or their pieces.
     """
-    import torch.nn.functional as F
+    from fulltune.chunked_loss import summed_loss
 
     wanted = labels[:, 1:]
-    return F.cross_entropy(
-        (logits if logits.dim() == 2 else logits[places(labels)]).float(),
-        wanted[wanted != IGNORED],
-        label_smoothing=settings.label_smoothing,
-        reduction="sum",
-    )
+    return summed_loss(picked(logits, places(labels)), wanted[wanted != IGNORED], settings.label_smoothing)
+
+
+def picked(logits: Any, chosen: torch.Tensor) -> Any:
+    """Logits [tokens, vocabulary] of the chosen places, which a selective head has picked already."""
+    whole = getattr(logits, "ndim", 2) == 3
+    return logits[chosen] if whole else logits
 
 
 def count_items(labels: torch.Tensor) -> int:
@@ -298,22 +299,21 @@ def count_items(labels: torch.Tensor) -> int:
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
     """Keep three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens.
 
-    `logits` may be those of `places` only, [tokens, vocabulary].
+    `logits` may be those of `places` only, [tokens, vocabulary], or their pieces.
     """
     import torch
-    import torch.nn.functional as F
+
+    from fulltune.chunked_loss import token_scores
 
     wanted = labels[:, 1:]
     chosen = wanted != IGNORED
-    picked = (logits if logits.dim() == 2 else logits[places(labels)]).float()
     rows = chosen.nonzero()[:, 0]
-    empty = torch.zeros(len(labels), dtype=torch.float64, device=logits.device)
-    losses = F.cross_entropy(picked, wanted[chosen], reduction="none").double()
-    right = (picked.argmax(dim=-1) == wanted[chosen]).double()
+    empty = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    losses, right = token_scores(picked(logits, places(labels)), wanted[chosen])
     return {
-        "nll": empty.index_add(0, rows, losses),
-        "tokens": empty.index_add(0, rows, torch.ones_like(losses)),
-        "right": empty.index_add(0, rows, right),
+        "nll": empty.index_add(0, rows, losses.double()),
+        "tokens": chosen.sum(dim=1).double(),
+        "right": empty.index_add(0, rows, right.double()),
     }
 
 

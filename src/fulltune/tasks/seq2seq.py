@@ -189,13 +189,12 @@ def places(labels: torch.Tensor) -> torch.Tensor:
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
     """Cross entropy of the target's tokens, summed. Padding is left out before the float32 copy.
 
-    `logits` may be those of `places` only, [tokens, vocabulary].
+    `logits` may be those of `places` only, [tokens, vocabulary], or their pieces.
     """
-    import torch.nn.functional as F
+    from fulltune.chunked_loss import summed_loss
 
     chosen = places(labels)
-    picked = logits if logits.dim() == 2 else logits[chosen]
-    return F.cross_entropy(picked.float(), labels[chosen], label_smoothing=settings.label_smoothing, reduction="sum")
+    return summed_loss(causal_lm.picked(logits, chosen), labels[chosen], settings.label_smoothing)
 
 
 def count_items(labels: torch.Tensor) -> int:
@@ -208,17 +207,17 @@ def count_items(labels: torch.Tensor) -> int:
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
     """Keep three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens."""
     import torch
-    import torch.nn.functional as F
+
+    from fulltune.chunked_loss import token_scores
 
     chosen = places(labels)
-    picked, wanted = (logits if logits.dim() == 2 else logits[chosen]).float(), labels[chosen]
     rows = chosen.nonzero()[:, 0]
-    empty = torch.zeros(len(labels), dtype=torch.float64, device=logits.device)
-    losses = F.cross_entropy(picked, wanted, reduction="none").double()
+    empty = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    losses, right = token_scores(causal_lm.picked(logits, chosen), labels[chosen])
     return {
-        "nll": empty.index_add(0, rows, losses),
+        "nll": empty.index_add(0, rows, losses.double()),
         "tokens": chosen.sum(dim=1).double(),
-        "right": empty.index_add(0, rows, (picked.argmax(dim=-1) == wanted).double()),
+        "right": empty.index_add(0, rows, right.double()),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fulltune import zero
 from fulltune.errors import RecipeError
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary
@@ -48,8 +49,22 @@ def check_settings(recipe: Recipe) -> None:
     ]
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(_SMOOTHING)
+    if recipe.train.chunked_loss:
+        problems += [f"train.chunked_loss: {reason}; remove it" for reason in _whole_logits(recipe)]
     if problems:
         raise RecipeError(problems)
+
+
+def _whole_logits(recipe: Recipe) -> list[str]:
+    """Why the loss of this recipe cannot be computed in pieces."""
+    reasons = []
+    if recipe.task not in ("causal-lm", "seq2seq"):
+        reasons.append(f"has no effect for {recipe.task}, which has no logits of tokens")
+    if zero.wanted(recipe):
+        reasons.append("does not go with train.extra.deepspeed, which shares out the head's weights")
+    if recipe.train.extra.get("torch_compile"):
+        reasons.append("does not go with train.extra.torch_compile, which leaves out the hooks that it needs")
+    return reasons
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:

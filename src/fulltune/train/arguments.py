@@ -54,6 +54,13 @@ PINNED = {
 """Fields that `train.extra` may not set, and what sets them."""
 
 
+OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
+"""fulltune's own; transformers knows the first name too, as another one of `adamw_bnb_8bit`."""
+
+PER_TENSOR = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+"""Optimizers that update a tensor from its own gradient and state alone: they can do it in the backward pass."""
+
+
 def check_extra(recipe: Recipe) -> None:
     """Refuse what only the worker would find out: fields of `train.extra` that do not exist, that we pin or that have
     a setting of their own; unknown optimizers and trackers; settings of DeepSpeed that cannot be used.
@@ -62,7 +69,13 @@ def check_extra(recipe: Recipe) -> None:
         RecipeError: Naming each such setting.
         SetupError: When a package is missing.
     """
-    problems = [*_unknown_fields(recipe), *_unknown_optimizer(recipe), *_unknown_trackers(recipe)]
+    problems = [
+        *_unknown_fields(recipe),
+        *_unknown_optimizer(recipe),
+        *_bf16_updates(recipe),
+        *_in_backward(recipe),
+        *_unknown_trackers(recipe),
+    ]
     if zero.wanted(recipe):
         try:
             zero.settings(recipe)
@@ -107,7 +120,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _unknown_optimizer(recipe: Recipe) -> list[str]:
     optim = recipe.train.optim
-    if optim == type(recipe.train).model_fields["optim"].default:
+    if optim is None or optim in OWN_OPTIMIZERS:
         return []
     from transformers.training_args import OptimizerNames
 
@@ -116,6 +129,63 @@ def _unknown_optimizer(recipe: Recipe) -> list[str]:
         return []
     hint = _did_you_mean(optim, known) or f"; it knows {', '.join(known)}"
     return [f"train.optim: transformers knows no optimizer '{optim}'{hint}"]
+
+
+def _bf16_updates(recipe: Recipe) -> list[str]:
+    """Settings that have no effect, updates that would vanish, and our optimizers under DeepSpeed."""
+    train, problems = recipe.train, []
+    own = train.optim is None or train.optim in OWN_OPTIMIZERS
+    if recipe.model.weights_dtype == "fp32" and train.bf16_rounding is not None:
+        problems.append(
+            f"train.bf16_rounding: '{train.bf16_rounding}' has no effect, because the weights are fp32; remove it, or "
+            "set model.weights_dtype: bf16"
+        )
+    if recipe.model.weights_dtype == "bf16" and not own and train.bf16_rounding != "nearest":
+        problems.append(
+            f"train.optim: '{train.optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than "
+            "half of their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, "
+            "or weights_dtype: fp32, or bf16_rounding: nearest to have it so"
+        )
+    if own and train.extra.get("optim_args"):
+        named = f"'{train.optim}' takes none" if train.optim else "train.optim is left out"
+        problems.append(f"train.extra.optim_args: has no effect, because {named}; remove it")
+    if train.optim in OWN_OPTIMIZERS and zero.wanted(recipe):
+        problems.append(
+            f"train.optim: '{train.optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an "
+            "optimizer's state itself; remove optim, or train.extra.deepspeed"
+        )
+    return problems
+
+
+def _in_backward(recipe: Recipe) -> list[str]:
+    """What `train.optimizer_in_backward` cannot go with; the plan adds accumulation, which it decides."""
+    train, name = recipe.train, "train.optimizer_in_backward"
+    if not train.optimizer_in_backward:
+        return []
+    problems = []
+    if train.max_grad_norm:
+        problems.append(
+            f"{name}: needs train.max_grad_norm: 0, found {train.max_grad_norm:g}; the norm is of all gradients, and "
+            "they are never there together"
+        )
+    if train.num_processes > 1:
+        problems.append(
+            f"{name}: needs train.num_processes: 1, found {train.num_processes}; tensors would be updated before the "
+            "processes' gradients are put together"
+        )
+    if zero.wanted(recipe):
+        problems.append(f"{name}: cannot go with {zero.NAME}, which updates by itself; remove one of them")
+    if train.precision == "fp16":
+        problems.append(
+            f"{name}: cannot go with train.precision: fp16, whose gradients are scaled until all are there; set bf16 "
+            "or fp32"
+        )
+    if train.optim is not None and train.optim not in PER_TENSOR:
+        problems.append(
+            f"{name}: needs an optimizer that treats each tensor by itself ({', '.join(PER_TENSOR)}), found "
+            f"'{train.optim}'"
+        )
+    return problems
 
 
 def _unknown_trackers(recipe: Recipe) -> list[str]:
@@ -171,7 +241,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
         "lr_scheduler_type": plan.lr_scheduler_type,
         "lr_scheduler_kwargs": train.lr_scheduler_kwargs or None,
         "warmup_steps": plan.warmup_steps,
-        "optim": train.optim,
+        # Our own are made by the trainer; from transformers' AdamW it takes the rate, the betas and epsilon.
+        "optim": "adamw_torch" if plan.optim in OWN_OPTIMIZERS else plan.optim,
         "weight_decay": train.weight_decay,
         "adam_beta1": train.adam_beta1,
         "adam_beta2": train.adam_beta2,
@@ -202,6 +273,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
     extra = dict(train.extra)
+    if plan.torch_compile:
+        extra["torch_compile"] = True
     if zero.wanted(recipe):
         # Checked again: a file can have changed since the plan was made.
         problems = zero.disagreements(

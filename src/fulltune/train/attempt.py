@@ -5,29 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from fulltune import methods, zero
+from fulltune import zero
 from fulltune.errors import GuardStop, InterruptedRun
-from fulltune.inference import logits_of, model_batch, run_rows
-from fulltune.model import load
-from fulltune.processors import load_processor, opened
+from fulltune.inference import Share, logits_of, model_batch, run_rows
+from fulltune.processors import opened
 from fulltune.recipe import Recipe
 from fulltune.records import Check, DataSummary, Outcome, Plan
 from fulltune.store import load_split
 from fulltune.tasks import LossSettings, Target, Task, task_named
 from fulltune.train import checkpoints, distributed, dropout, extensions, weights
 from fulltune.train.arguments import training_arguments
-from fulltune.train.callbacks import AtBegin, Recorder, Schedule, Seals, StopWhenAsked
-from fulltune.train.checks import before_training, dry_run_in_engine
+from fulltune.train.callbacks import AtBegin, Phases, Recorder, Schedule, Seals, StopWhenAsked
+from fulltune.train.checks import before_training, dry_run_in_engine, refuse_failed
+from fulltune.train.dry_run import dry_run
 from fulltune.train.guards import nothing_learned, stopped_improving
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
+from fulltune.train.loading import load_for_training
 from fulltune.train.request import Request
+from fulltune.train.seen import Seen
 from fulltune.train.trainer import FullTrainer
 
 Event = dict[str, Any]
@@ -42,6 +45,7 @@ class Attempt:
     journal: Journal
     recorder: Recorder
     stop: StopWhenAsked
+    seen: Seen
     task: Task
     summary: DataSummary
     sharing: zero.Zero | None
@@ -55,7 +59,7 @@ class Attempt:
 
     @property
     def recipe(self) -> Recipe:
-        return self.request.recipe
+        return self.request.recipe_as_planned
 
     @property
     def is_main(self) -> bool:
@@ -69,8 +73,11 @@ def train(
     journal: Journal,
     stop: StopWhenAsked,
     listener: Callable[[Event], None] | None,
+    seen: Seen,
 ) -> Outcome:
-    """Load, check, train, keep the best weights, save.
+    """Load, check, train, keep the best weights, save; a probe ends after the checks.
+
+    What is measured on the way is put into `seen`.
 
     Raises:
         GuardStop: A check or a guard said no.
@@ -80,13 +87,17 @@ def train(
     recorder = Recorder(request.folder / "metrics.jsonl" if is_main else None, request.plan.total_steps, listener)
     summary = DataSummary.load(Path(request.run_folder) / "data" / "summary.json")
     sharing = zero.zero_of(request.recipe)
-    attempt = Attempt(request, hooks, journal, recorder, stop, task_named(request.recipe.task), summary, sharing)
-    rows = _make_trainer(attempt)
-    _check(attempt, rows)
+    attempt = Attempt(request, hooks, journal, recorder, stop, seen, task_named(request.recipe.task), summary, sharing)
+    rows, eval_rows = _make_trainer(attempt)
+    _check(attempt, rows, eval_rows)
+    if request.probe:
+        return _probed(attempt)
     initial = None
+    journal.at("saving")
     if is_main or sharing is not None:
         initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if is_main else None)
     state, optimizer = _fit(attempt)
+    journal.at("saving")
     if initial is None:  # the first process saves and reports
         return _nothing_to_report(attempt)
     moved = initial.moved(attempt.trainer.model, optimizer, attempt.trainer.tensors_with_gradient)
@@ -102,6 +113,7 @@ def train(
     if not is_main:
         return _nothing_to_report(attempt)
     weights.save_model(attempt.trainer.model, attempt.trainer.processing_class, request, summary, whole_state)
+    seen.disk(request.checkpoints, request.initial_weights, request.model_folder)
     return Outcome(
         status="done",
         reason="early stopping" if state.global_step < attempt.plan.total_steps else "all steps done",
@@ -121,8 +133,20 @@ def _nothing_to_report(attempt: Attempt) -> Outcome:
     return Outcome(status="done", reason="", trial=attempt.plan.trial, attempt=attempt.request.attempt)
 
 
-def _make_trainer(attempt: Attempt) -> Any:
-    """Load the model and the rows, and put the trainer together; returns the train rows."""
+def _probed(attempt: Attempt) -> Outcome:
+    forecast = attempt.seen.forecast
+    return Outcome(
+        status="done",
+        reason="probed",
+        trial=attempt.plan.trial,
+        attempt=attempt.request.attempt,
+        checks=tuple(attempt.checks),
+        tokens_per_second=forecast.tokens_per_second if forecast else 0.0,
+    )
+
+
+def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
+    """Load the model and the rows, and put the trainer together; returns the train and the eval rows."""
     plan, recipe, task = attempt.plan, attempt.recipe, attempt.task
     attempt.recorder.phase("loading the model")
     transformers.logging.disable_progress_bar()
@@ -135,7 +159,8 @@ def _make_trainer(attempt: Attempt) -> Any:
         distributed.start_deepspeed(arguments)
     transformers.set_seed(plan.seed)
     target = Target.of(attempt.summary)
-    model, tokenizer = load_for_training(recipe, task, target)
+    begin = partial(attempt.seen.measure, plan.device, target.problem_type)
+    model, tokenizer = load_for_training(recipe, task, target, begin)
     if plan.device == "cpu":
         dropout.install(model)
     data_folder = Path(attempt.request.run_folder) / "data"
@@ -161,8 +186,8 @@ def _make_trainer(attempt: Attempt) -> Any:
         lengths=rows["length"],
         global_batch_size=plan.global_batch_size,
         group_by_length=plan.group_by_length,
-        layerwise_lr_decay=plan.layerwise_lr_decay,
-        score=lambda: _score(attempt, eval_rows, target),
+        plan=plan,
+        score=lambda: _score(attempt, eval_rows),
         count_items=task.count_items,
         callbacks=[
             attempt.recorder,
@@ -173,42 +198,55 @@ def _make_trainer(attempt: Attempt) -> Any:
                 train.early_stopping_threshold,
                 lambda reason: journal.write("early stop", reason),
             ),
-            Seals(attempt.request.checkpoints, train.save_total_limit),
+            Seals(
+                attempt.request.checkpoints,
+                train.save_total_limit,
+                lambda: attempt.seen.disk(attempt.request.checkpoints, attempt.request.initial_weights),
+            ),
             attempt.stop,
+            Phases(journal.at),
         ],
     )
     attempt.trainer.remove_callback(transformers.PrinterCallback)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
-    return rows
+    return rows, eval_rows
 
 
-def _score(attempt: Attempt, rows: Any, target: Target) -> Mapping[str, float]:
+def _score(attempt: Attempt, rows: Any) -> Mapping[str, float]:
     """The eval metrics of the current weights; several processes share the rows."""
-    trainer, plan = attempt.trainer, attempt.plan
-    tokenizer: Any = trainer.processing_class
+    trainer, plan, target = attempt.trainer, attempt.plan, Target.of(attempt.summary)
     several, mine, count = trainer.args.world_size > 1, rows, len(rows)
     if several:
         rank, processes = trainer.args.process_index, trainer.args.world_size
         mine, count = distributed.my_share(rows, plan.eval_batch_size, rank, processes)
-    # Weights that are shared out are put together by DeepSpeed's engine.
-    model: Any = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-    kept = run_rows(
-        model,
-        mine,
-        attempt.task,
-        target,
-        tokenizer.pad_token_id,
-        batch_size=plan.eval_batch_size,
-        precision=plan.precision,
-        head=trainer.head,
-    )
+    kept = _reduced(attempt, mine)
     return attempt.task.metrics(distributed.put_together(kept, mine, count) if several else kept, target)
 
 
-def _check(attempt: Attempt, rows: Any) -> None:
-    """Run the checks before step 1, inside DeepSpeed's engine the dry-run step as well; refuse when one failed."""
+def _reduced(attempt: Attempt, rows: Any) -> Any:
+    """These rows through the current model, a few numbers each."""
+    trainer, plan = attempt.trainer, attempt.plan
+    tokenizer: Any = trainer.processing_class
+    # Weights that are shared out are put together by DeepSpeed's engine.
+    model: Any = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    with attempt.journal.during("evaluation"):
+        return run_rows(
+            model,
+            rows,
+            attempt.task,
+            Target.of(attempt.summary),
+            tokenizer.pad_token_id,
+            batch_size=plan.eval_batch_size,
+            precision=plan.precision,
+            head=trainer.head,
+        )
+
+
+def _check(attempt: Attempt, rows: Any, eval_rows: Any) -> None:
+    """Run the checks before step 1 and the dry run, with DeepSpeed inside its engine; refuse when one failed."""
     trainer, plan, summary = attempt.trainer, attempt.plan, attempt.summary
     attempt.recorder.phase("checking, with one dry-run step at the longest length")
+    attempt.journal.at("step")
     attempt.checks = before_training(
         trainer,
         trainer.processing_class,
@@ -218,29 +256,53 @@ def _check(attempt: Attempt, rows: Any) -> None:
         Target.of(summary),
         plan,
         own_loss=attempt.hooks.compute_loss is not None,
+        pieces_asked=attempt.recipe.train.chunked_loss is True,
     )
-    if attempt.sharing is None or not all(check.passed for check in attempt.checks):
-        _refuse_failed(attempt.checks, attempt.recorder)
+    passed = all(check.passed for check in attempt.checks)
+    if attempt.sharing is None and passed:
+        _dry_run(attempt, rows, eval_rows)
+    if attempt.sharing is None or not passed:
+        refuse_failed(attempt.checks, attempt.recorder)
         return
 
     def try_engine() -> None:
         attempt.checks.append(dry_run_in_engine(trainer, rows, plan))
-        _refuse_failed(attempt.checks, attempt.recorder)
+        refuse_failed(attempt.checks, attempt.recorder)
 
     trainer.add_callback(AtBegin(try_engine))
 
 
-def _refuse_failed(checks: Sequence[Check], recorder: Any) -> None:
-    recorder.write({"kind": "checks", "checks": [check.model_dump() for check in checks]})
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        raise GuardStop([f"{check.name}: {check.result}" for check in failed])
+def _dry_run(attempt: Attempt, rows: Any, eval_rows: Any) -> None:
+    request, seen = attempt.request, attempt.seen
+
+    def evaluate(positions: Sequence[int]) -> object:
+        attempt.journal.at("evaluation")
+        return _reduced(attempt, Share(eval_rows, positions))
+
+    found = dry_run(
+        attempt.trainer,
+        rows,
+        attempt.plan,
+        evaluate=evaluate,
+        eval_lengths=eval_rows["length"],
+        first_step=0 if request.checkpoint is None else checkpoints.step_of(Path(request.checkpoint)),
+        folder=request.checkpoints if attempt.is_main and not request.probe else None,
+    )
+    attempt.checks.append(found.check)
+    seen.dry_run_loss, seen.forecast = found.loss, found.forecast
+    if seen.meter is not None:
+        seen.dry_run_growth_bytes = seen.meter.growth_bytes()
+    if found.forecast is not None:
+        peak = {"peak_memory_bytes": seen.dry_run_growth_bytes}
+        total = {"total_seconds": found.forecast.total_seconds}
+        attempt.recorder.write({"kind": "forecast", **found.forecast.model_dump(), **total, **peak})
 
 
 def _fit(attempt: Attempt) -> tuple[Any, Any]:
     """Train, from the checkpoint if there is one; returns the trainer's state and the optimizer."""
     trainer, request = attempt.trainer, attempt.request
     checkpoint = None if request.checkpoint is None else Path(request.checkpoint)
+    attempt.journal.at("step" if checkpoint is None else "resuming")
     if checkpoint is not None and _is_finished(checkpoint, request):
         attempt.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
         return weights.load_finished(trainer, checkpoint, attempt.plan.total_steps)
@@ -270,15 +332,6 @@ def _keep_best(attempt: Attempt, state: Any) -> tuple[int | None, float | None]:
     attempt.journal.write("best weights lost", warning)
     attempt.recorder.write({"kind": "warning", "text": warning})
     return None, None
-
-
-def load_for_training(recipe: Any, task: Task, target: Target) -> tuple[Any, Any]:
-    """The pretrained model with the task's head, every parameter trainable, and the tokenizer."""
-    tokenizer = load_processor(recipe.model, recipe.task, chat_template=recipe.data.chat_template)
-    model = load(recipe.model, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW)
-    if zero.wanted(recipe):
-        weights.forget_unused_conversions(model)
-    return methods.apply(model, recipe.method), tokenizer
 
 
 def _is_finished(checkpoint: Path, request: Request) -> bool:

@@ -10,16 +10,19 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
+from fulltune.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.recipe import Recipe
 from fulltune.records import Outcome, OutcomeStatus, Plan
 from fulltune.train import checkpoints, distributed
 from fulltune.train.hooks import Hooks
-from fulltune.train.next_attempt import Change, next_attempt
+from fulltune.train.journal import NEXT, Journal, phase_of
+from fulltune.train.ladder import Need
+from fulltune.train.next_attempt import Change, next_attempt, no_way_out, unknown
 from fulltune.train.request import Request
 
 _log = logging.getLogger(__name__)
@@ -28,8 +31,11 @@ Listener = Callable[[Event], None]
 _POLL_SECONDS = 0.1
 
 
-def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: Listener) -> Outcome:
+def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: Listener, need: Need = unknown) -> Outcome:
     """Train one trial, in as many attempts as `next_attempt` allows.
+
+    A changed plan takes the place of the old one in the run folder, so that a later command does not start with what
+    ran out; its settings say what was planned first.
 
     Args:
         recipe: The checked recipe.
@@ -37,6 +43,7 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
         folder: The run folder, with prepared data.
         hooks: The user's functions; `compute_loss` and `class_weights` make it train in this process.
         listener: Called with each line of `metrics.jsonl` as it appears, and with `{"kind": "attempt", ...}`.
+        need: The memory of a changed plan, by the plan stage's arithmetic.
 
     Returns:
         The outcome of the last attempt, with status `done`.
@@ -52,6 +59,7 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
         return done[-1]
     (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # of a model that is no longer there
     history: list[Outcome] = []
+    tried: list[str] = []
     change = Change(plan, resume=True)
     while True:
         outcome = _attempt(recipe, change, folder, len(done) + len(history) + 1, hooks, listener)
@@ -59,11 +67,27 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
         if outcome.status == "done":
             _tidy(folder, plan.trial)
             return outcome
-        following = None if hooks.needs_this_process else next_attempt(change.plan, history)
+        following = None if hooks.needs_this_process else next_attempt(recipe, change.plan, history, need)
         if following is None:
-            raise _error(outcome, folder)
+            raise _error(recipe, change.plan, outcome, tried, folder)
+        _keep(following, change.plan, outcome, folder)
         listener({"kind": "attempt", "reason": following.reason})
+        tried.append(following.reason)
         change = following
+
+
+def _keep(change: Change, before: Plan, outcome: Outcome, folder: Path) -> None:
+    """Write down what is tried next and why, before it is tried."""
+    Journal(_attempt_folder(outcome, folder) / "journal.jsonl").write(NEXT, change.reason)
+    if change.plan == before:
+        return
+    change.plan.save(folder / "plan" / f"{change.plan.method}.json")
+    resolved = [setting.model_dump(mode="json") for setting in change.plan.settings]
+    (folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+
+
+def _attempt_folder(outcome: Outcome, folder: Path) -> Path:
+    return folder / "attempts" / f"{outcome.trial}-{outcome.attempt:02d}"
 
 
 def _tidy(folder: Path, trial: str) -> None:
@@ -108,6 +132,7 @@ def _in_child(request: Request, listener: Listener) -> Outcome:
     """Run the worker, pass its lines on, read its outcome."""
     command = distributed.command(request, request.folder / "request.json")
     log = request.folder / "log.txt"
+    kills = kernel_kills()
     with log.open("w", encoding="utf-8") as out:
         child = subprocess.Popen(
             command,
@@ -128,7 +153,8 @@ def _in_child(request: Request, listener: Listener) -> Outcome:
     # torchrun's last words when one of several processes was killed; the others only saw a closed connection.
     killed = code == -signal.SIGKILL or any("Signal 9 (SIGKILL)" in line for line in tail)
     outcome = next((outcome for outcome in found if outcome.status != "error"), None)
-    if outcome is None and found and not killed:
+    limited = request.plan.memory_limit_bytes is not None or memory_is_limited()
+    if outcome is None and found and not killed and not in_last_words(tail, limited):
         outcome = found[0]
     if outcome is not None:
         outcome.save(path)
@@ -136,9 +162,13 @@ def _in_child(request: Request, listener: Listener) -> Outcome:
     status: OutcomeStatus
     if asked:
         status, reason = "interrupted", "interrupted before the first step"
+    elif killed and kernel_kills() > kills:
+        status, reason = "out_of_memory", "the kernel killed the training process because memory ran out"
+    elif in_last_words(tail, limited):
+        status, reason = "out_of_memory", f"the training process ended with code {code}: {_last_words(tail)}"
     elif killed:
         status = "killed"
-        reason = "the training process was killed (SIGKILL), most often by the kernel because memory ran out"
+        reason = "the training process was killed (SIGKILL), most often because memory ran out"
     else:
         status, reason = "crashed", f"the training process ended with code {code} and left no outcome"
     outcome = Outcome(
@@ -146,10 +176,15 @@ def _in_child(request: Request, listener: Listener) -> Outcome:
         reason=reason,
         trial=request.plan.trial,
         attempt=request.attempt,
+        phase=phase_of(request.folder),
         log_tail=tail if status == "crashed" else (),
     )
     outcome.save(path)
     return outcome
+
+
+def _last_words(tail: Sequence[str]) -> str:
+    return next((line.strip() for line in reversed(tail) if in_last_words([line], limited=True)), "")
 
 
 @contextlib.contextmanager
@@ -204,17 +239,14 @@ def _outcomes(folder: Path, trial: str) -> list[Outcome]:
     return found
 
 
-def _error(outcome: Outcome, folder: Path) -> FulltuneError:
+def _error(recipe: Recipe, plan: Plan, outcome: Outcome, tried: Sequence[str], folder: Path) -> FulltuneError:
     """The error that carries a failed outcome's exit code."""
-    log = folder / "attempts" / f"{outcome.trial}-{outcome.attempt:02d}" / "log.txt"
+    log = _attempt_folder(outcome, folder) / "log.txt"
     match outcome.status:
         case "interrupted":
             return InterruptedRun(f"{outcome.reason}; the same command continues it")
         case "out_of_memory":
-            return DoesNotFitError(
-                f"memory ran out: {outcome.reason}; try train.micro_batch_size: 1, "
-                "train.activation_checkpointing: true or a smaller data.max_length"
-            )
+            return DoesNotFitError(no_way_out(recipe, plan, outcome, tried))
         case "disk_full":
             return DoesNotFitError(
                 f"{folder}: the disk is full: {outcome.reason}; free some space, then run the same command again"

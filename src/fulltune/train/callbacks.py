@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from fulltune.records import Phase
 from fulltune.train import checkpoints
 from fulltune.train.guards import stopped_improving
 
@@ -115,9 +116,10 @@ class Schedule(TrainerCallback):
 class Seals(TrainerCallback):
     """Makes each checkpoint trustworthy, then deletes old ones: never the only whole one."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, on_seal: Callable[[], None]) -> None:
         self.folder = folder
         self.limit = limit
+        self.on_seal = on_seal
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
@@ -125,7 +127,30 @@ class Seals(TrainerCallback):
         if not state.is_world_process_zero:
             return
         checkpoints.seal(self.folder / f"checkpoint-{state.global_step}")
+        self.on_seal()  # now the disk is at its fullest
         checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
+
+
+class Phases(TrainerCallback):
+    """Notes when the loop takes steps and when it saves; an evaluation notes itself. The last callback: others decide
+    whether to save."""
+
+    def __init__(self, at: Callable[[Phase], None]) -> None:
+        self.at = at
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.at("step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save and not control.should_evaluate:
+            self.at("saving")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:
+            self.at("saving")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.at("step")
 
 
 class AtBegin(TrainerCallback):

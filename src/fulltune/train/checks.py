@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fulltune import methods, selective_head
+from fulltune.errors import GuardStop
 from fulltune.inference import by_length
 from fulltune.packing import leak
 from fulltune.records import Check, DataSummary, Plan
 from fulltune.store import Rows
 from fulltune.tasks import Target, Task
 from fulltune.tasks.causal_lm import IGNORED, end_token
+from fulltune.train.dry_run import check_of
 
 WRITING_TASKS = ("causal-lm", "seq2seq")
 _APART = "texts in one row are kept apart"
 _SELECTIVE = "logits of trained tokens only"
+_PIECES = "loss in pieces"
 
 
 def before_training(
@@ -31,10 +34,12 @@ def before_training(
     plan: Plan,
     *,
     own_loss: bool = False,
+    pieces_asked: bool = False,
 ) -> list[Check]:
-    """Run all checks; the caller refuses to train when one did not pass.
+    """Run all checks but the dry run; the caller refuses to train when one did not pass.
 
-    With `own_loss`, a function of the user's, the model gives all its logits.
+    With `own_loss`, a function of the user's, the model gives all its logits. With `pieces_asked` the recipe itself
+    wants the loss in pieces, and a model that does not allow it is not trained.
     """
     checks = [_parameters(trainer.model), _world_size(trainer, plan), _truncation(summary), _dropout(trainer.model)]
     if summary.task in WRITING_TASKS:
@@ -48,14 +53,24 @@ def before_training(
             checks.append(Check(name=_APART, result=found, passed=True))
         if summary.task in WRITING_TASKS:
             checks.append(Check(name=_SELECTIVE, result="off: DeepSpeed shares out the model", passed=True))
+            if plan.chunked_loss:
+                checks.append(Check(name=_PIECES, result="off: DeepSpeed shares out the head", passed=not pieces_asked))
         return checks
     if summary.packed:
         checks.append(_texts_apart(trainer.model))
     if summary.task in WRITING_TASKS:
         checks.append(_selective_head(trainer, rows, task, own_loss))
-    if all(check.passed for check in checks):
-        checks.append(dry_run(trainer, rows, plan))
+        if plan.chunked_loss:
+            checks.append(_loss_in_pieces(trainer, checks[-1].result, pieces_asked))
     return checks
+
+
+def refuse_failed(checks: Sequence[Check], recorder: Any) -> None:
+    """Show the checks; stop when one did not pass."""
+    recorder.write({"kind": "checks", "checks": [check.model_dump() for check in checks]})
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise GuardStop([f"{check.name}: {check.result}" for check in failed])
 
 
 def _parameters(model: Any) -> Check:
@@ -133,6 +148,15 @@ def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Che
     return Check(name=_SELECTIVE, result=result, passed=True)
 
 
+def _loss_in_pieces(trainer: Any, about_head: str, asked: bool) -> Check:
+    """Without it, training takes more memory and is the same; only a recipe that asks for it is refused."""
+    found = about_head if trainer.head is None else trainer.head.about_pieces
+    possible = trainer.head is not None and trainer.head.in_pieces
+    if asked and not possible:
+        found += "; remove train.chunked_loss"
+    return Check(name=_PIECES, result=found, passed=possible or not asked)
+
+
 def _end_tokens(model: Any, tokenizer: Any, rows: Rows, task: Task, summary: DataSummary) -> Check:
     """Every whole answer must end with a trained end token that survives padding and stops generation."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -162,34 +186,8 @@ def _stop_generation_at(model: Any, ends: set[int]) -> None:
         model.generation_config.eos_token_id = sorted(present | ends)
 
 
-def dry_run(trainer: Any, rows: Any, plan: Plan) -> Check:
-    """One step at the longest length, with a learning rate of 0: what does not fit fails now, not in an hour."""
-    import torch
-
-    model = trainer.model
-    batch = _longest(trainer, rows, plan)
-    started = time.monotonic()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model.train()
-        if plan.activation_checkpointing:
-            model.activation_checkpointing_enable()
-        labels = batch.pop("labels")
-        with trainer.accelerator.autocast(), trainer.selecting(labels):
-            outputs = model(**batch)
-        loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(trainer.count_items(labels)))
-        loss.backward()
-        loss = loss.detach()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if math.isfinite(float(loss)) and all(bool(gradient.isfinite().all()) for gradient in gradients):
-            # With a rate of 0 only finite gradients leave the weights as they are.
-            kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-            kind(model.parameters(), **{**options, "lr": 0.0, "weight_decay": 0.0}).step()
-        model.zero_grad(set_to_none=True)
-    return _dry_run_check(batch, float(loss), started)
-
-
 def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
-    """The same through DeepSpeed's engine, in which a step without an update is not to be had.
+    """A pass at the longest length through DeepSpeed's engine, in which a step without an update is not to be had.
 
     The loss is multiplied by 0: the gradients of 0 that it leaves are added to those of step 1.
     """
@@ -209,23 +207,10 @@ def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
             engine.set_gradient_accumulation_boundary(False)
             engine.backward(loss * 0.0, scale_wrt_gas=False)
     passed = int(finite) == trainer.accelerator.num_processes
-    return _dry_run_check(batch, float(loss.detach()), started, passed)
+    return check_of(batch, float(loss.detach()), started, passed)
 
 
 def _longest(trainer: Any, rows: Any, plan: Plan) -> dict[str, Any]:
     longest = by_length(rows)[: plan.micro_batch_size]
     batch = trainer.data_collator([rows[i] for i in longest])
     return {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
-
-
-def _dry_run_check(batch: dict[str, Any], loss: float, started: float, passed: bool = True) -> Check:
-    ids = batch.get("input_ids")
-    num_rows = len(next(iter(batch.values())))
-    # Without tokens it is an image: its channels, height and width.
-    sides = next(iter(batch.values())).shape[1:] if ids is None else ids.shape[1:]
-    size = " x ".join(str(side) for side in sides) + (" values" if ids is None else " tokens")
-    return Check(
-        name="dry-run step",
-        result=f"{num_rows} rows of {size}, loss {loss:.4g}, {time.monotonic() - started:.2f} s",
-        passed=passed and math.isfinite(loss),
-    )

@@ -49,6 +49,21 @@ def not_finite(reading: Reading) -> Verdict:
     return GO_ON
 
 
+def gradient_not_finite(step: int, tensor: str, num_updated: int, num_tensors: int) -> Verdict:
+    """The same where each tensor is updated in the backward pass: those before this one have moved already."""
+    moved = (
+        f"{num_updated} of {num_tensors} tensors were updated before it in this step, so these weights are neither "
+        "the old ones nor the new ones: the last checkpoint holds the good ones"
+        if num_updated
+        else "no tensor was updated in this step: the weights are still good"
+    )
+    return Verdict(
+        "stop",
+        f"the gradient of {tensor} is not finite at step {step}, found before {tensor} was updated; {moved}. "
+        "Usual causes: a learning rate that is too high, or a type with too small a range",
+    )
+
+
 def nothing_learned(moved: Moved) -> Verdict:
     """Stop when no parameter changed at all."""
     if moved.num_tensors_with_gradient == 0:

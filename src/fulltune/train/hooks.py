@@ -67,6 +67,8 @@ class Hooks:
         problems = []
         if self.compute_loss is not None and self.class_weights is not None:
             problems.append("compute_loss and class_weights are both given; weigh the classes in your loss")
+        if self.compute_loss is not None and recipe.train.chunked_loss:
+            problems.append("compute_loss and train.chunked_loss are both given; your loss is given whole logits")
         if self.compute_loss is not None and recipe.train.label_smoothing_factor:
             problems.append("compute_loss and train.label_smoothing_factor are both given; smooth in your loss")
         if self.needs_this_process and recipe.train.num_processes > 1:

@@ -2,16 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
+
+from fulltune.records import Phase
+
+PHASE_FILE = "phase"
+"""What the attempt was doing, for the parent of a process that was killed and could not say it."""
+
+
+NEXT = "next attempt"
+"""The event with which the parent notes, in the journal of an attempt that failed, what it tries next and why."""
+
+
+def phase_of(folder: Path) -> Phase | None:
+    """What an attempt was doing last; None when it had hardly begun."""
+    path = folder / PHASE_FILE
+    found = path.read_text(encoding="ascii") if path.exists() else ""
+    return next((phase for phase in get_args(Phase) if phase == found), None)
 
 
 class Journal:
-    """Things that happen rarely, one JSON line each: `journal.jsonl`."""
+    """Things that happen rarely, one JSON line each: `journal.jsonl`.
+
+    Args:
+        path: The file; None in all processes but the first, which write nothing.
+
+    Attributes:
+        phase: What the attempt is doing now; running out of memory is answered by where it happened.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.phase: Phase = "loading"
+
+    def at(self, phase: Phase) -> None:
+        """Note what is being done from now on."""
+        if phase == self.phase:
+            return
+        self.phase = phase
+        if self.path is not None:
+            self.path.with_name(PHASE_FILE).write_text(phase, encoding="ascii")
+
+    @contextlib.contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """The same for a while. An error leaves it as it is: that is where it happened."""
+        before = self.phase
+        self.at(phase)
+        yield
+        self.at(before)
 
     def write(self, event: str, detail: str) -> None:
         if self.path is None:  # not the first process

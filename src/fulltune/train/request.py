@@ -19,9 +19,21 @@ class Request(Record):
     """Folder to continue from; None starts from the pretrained weights."""
     parent_pid: int | None
     """The worker ends when this process does."""
+    probe: bool = False
+    """Stop after the dry-run step and write only the outcome: no weights, no checkpoint, no model."""
+
+    @property
+    def recipe_as_planned(self) -> Recipe:
+        """The recipe with the attention implementation that was found to be the fastest."""
+        if self.plan.attn_implementation is None:
+            return self.recipe
+        block = self.recipe.model.model_copy(update={"attn_implementation": self.plan.attn_implementation})
+        return self.recipe.model_copy(update={"model": block})
 
     @property
     def folder(self) -> Path:
+        if self.probe:
+            return Path(self.run_folder) / "plan" / "probes" / f"{self.attempt:02d}"
         return Path(self.run_folder) / "attempts" / f"{self.plan.trial}-{self.attempt:02d}"
 
     @property
@@ -32,6 +44,8 @@ class Request(Record):
     @property
     def checkpoints(self) -> Path:
         """Shared by the attempts of a trial, so that the best one can be older than the attempt."""
+        if self.probe:
+            return self.folder / "checkpoints"
         return Path(self.run_folder) / "checkpoints" / self.plan.trial
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 
@@ -61,13 +62,17 @@ class GlobalBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():
-            count = self._num_micro_batches(len(batch))
-            if len(batch) < count:
-                batch = (batch * count)[:count]
-            # One process: all but the last are full. Several: sizes differ by one at most.
-            size = self.micro_batch_size if self.num_processes == 1 else len(batch) / count
-            for number in range(count):
-                yield batch[round(number * size) : round((number + 1) * size)]
+            yield from self.micro_batches(batch)
+
+    def micro_batches(self, batch: list[int]) -> Iterator[list[int]]:
+        """A global batch in parts."""
+        count = self._num_micro_batches(len(batch))
+        if len(batch) < count:
+            batch = (batch * count)[:count]
+        # One process: all but the last are full. Several: sizes differ by one at most.
+        size = self.micro_batch_size if self.num_processes == 1 else len(batch) / count
+        for number in range(count):
+            yield batch[round(number * size) : round((number + 1) * size)]
 
     def _num_micro_batches(self, num_rows: int) -> int:
         """Over all processes, each taking the same number."""
@@ -89,6 +94,24 @@ class GlobalBatchSampler:
         draw.shuffle(batches)
         rest = self._longest_first(order[whole:])
         return batches + ([rest] if rest else [])
+
+    def passes(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
+        """For each optimizer step after `first_step`, up to `last_step`, the rows of each forward pass.
+
+        Of the micro batches that several processes take at the same time, the one with the longest row.
+        """
+        steps_per_epoch = -(-len(self.lengths) // self.global_batch_size)
+        epochs = copy.copy(self)
+        for epoch in range(first_step // steps_per_epoch, -(-last_step // steps_per_epoch)):
+            epochs.set_epoch(epoch)
+            for step, batch in enumerate(epochs.global_batches(), start=epoch * steps_per_epoch + 1):
+                if first_step < step <= last_step:
+                    parts = list(self.micro_batches(batch))
+                    together = range(0, len(parts), self.num_processes)
+                    yield [max(parts[at : at + self.num_processes], key=self._longest) for at in together]
+
+    def _longest(self, rows: list[int]) -> int:
+        return int(self.lengths[rows].max())
 
     def _longest_first(self, rows: list[int]) -> list[int]:
         chosen = np.asarray(rows, np.int64)

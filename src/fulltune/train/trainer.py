@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
 from fulltune.errors import GuardStop
+from fulltune.records import Plan
 from fulltune.selective_head import SelectiveHead
 from fulltune.tasks.causal_lm import IGNORED
-from fulltune.train import checkpoints
+from fulltune.train import checkpoints, optimizers
 from fulltune.train.guards import Reading, not_finite
+from fulltune.train.in_backward import InBackward
 from fulltune.train.sampler import GlobalBatchSampler
 
 
@@ -27,7 +29,8 @@ class FiniteGuard:
     A callback could not do this: it sees the norm only after clipping and after the update. With several processes the
     loss is reduced over all of them once per optimizer step, so that all stop together; otherwise the healthy ones
     would wait for the broken one. DeepSpeed updates inside its backward pass: there each loss is judged before it, and
-    a gradient norm that is not finite makes DeepSpeed itself leave the update out.
+    a gradient norm that is not finite makes DeepSpeed itself leave the update out. With `InBackward` each loss is
+    judged before it as well, and each gradient by its hook.
     """
 
     # What the `Trainer` beside this mixin has.
@@ -37,6 +40,8 @@ class FiniteGuard:
     state: Any
     is_deepspeed_enabled: Any
 
+    in_backward: InBackward | None = None
+    """The optimizer, when it updates in the backward pass."""
     tokens_seen: torch.Tensor | int = 0
     tensors_with_gradient: frozenset[str] = frozenset()
 
@@ -48,7 +53,7 @@ class FiniteGuard:
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self.in_backward is not None:
             return loss
         self._losses = getattr(self, "_losses", 0.0) + loss.detach().float()
         if self.accelerator.sync_gradients:
@@ -60,12 +65,16 @@ class FiniteGuard:
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
-        if self.is_deepspeed_enabled and model.training:
+        if (self.is_deepspeed_enabled or self.in_backward is not None) and model.training:
             seen = self.accelerator.reduce(loss.detach().float(), reduction="sum")
             self._judge(Reading(self.state.global_step + 1, float(seen), None))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.in_backward is not None:
+            # The gradients are gone; each was judged before its tensor was updated.
+            self.tensors_with_gradient |= frozenset(self.in_backward.updated)
+            return None
         # Runs at each optimizer step after clipping, with the norm before clipping (pinned by a contract test).
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         scaled = getattr(self.accelerator, "scaler", None) is not None
@@ -99,7 +108,7 @@ class FullTrainer(FiniteGuard, Trainer):
         lengths: Tokens of each train row.
         global_batch_size: Rows per optimizer step.
         group_by_length: See `GlobalBatchSampler`.
-        layerwise_lr_decay: Factor of the learning rate from one layer to the one below.
+        plan: Names the optimizer, how it rounds, and the factor of the learning rate from a layer to the one below.
         score: Gives the eval metrics of the current model, without a prefix.
         count_items: Items in the loss of a batch, from its labels: rows, or trained tokens.
         **keywords: As for `transformers.Trainer`.
@@ -116,13 +125,13 @@ class FullTrainer(FiniteGuard, Trainer):
         lengths: Sequence[int],
         global_batch_size: int,
         group_by_length: bool,
-        layerwise_lr_decay: float,
+        plan: Plan,
         score: Callable[[], Mapping[str, float]],
         count_items: Callable[[torch.Tensor], int],
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
-        self._sampler = GlobalBatchSampler(
+        self.sampler = GlobalBatchSampler(
             lengths,
             global_batch_size,
             self.args.per_device_train_batch_size,
@@ -130,14 +139,16 @@ class FullTrainer(FiniteGuard, Trainer):
             group_by_length,
             self.args.world_size,
         )
-        self._layerwise_lr_decay = layerwise_lr_decay
+        self._plan = plan
         self._score = score
         self.count_items = count_items
-        self.add_callback(_Epochs(self._sampler))
+        self.add_callback(_Epochs(self.sampler))
 
     def selecting(self, labels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model gives only the logits that the loss uses, when it can."""
-        return contextlib.nullcontext() if self.head is None else self.head.only(labels)
+        """Inside, the model gives only the logits that the loss uses, when it can: whole, or in pieces by the plan."""
+        if self.head is None:
+            return contextlib.nullcontext()
+        return self.head.only(labels, in_pieces=self.head.in_pieces and self._plan.chunked_loss)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         with self.selecting(inputs["labels"]):
@@ -160,7 +171,7 @@ class FullTrainer(FiniteGuard, Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
             cast("Dataset[Any]", self.train_dataset),
-            batch_sampler=self._sampler,
+            batch_sampler=self.sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -195,22 +206,67 @@ class FullTrainer(FiniteGuard, Trainer):
         return metrics
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self._layerwise_lr_decay == 1.0 or self.optimizer is not None:
-            return super().create_optimizer(model)
-        model = self.model if model is None else model
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        groups = layerwise_groups(
-            [name for name, parameter in model.named_parameters() if parameter.requires_grad],
-            set(self.get_decay_parameter_names(model)),
-            self.args.learning_rate,
-            self._layerwise_lr_decay,
-            self.args.weight_decay,
-        )
-        parameters = dict(model.named_parameters())
-        self.optimizer = kind(
-            [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups], **options
-        )
+        if self.optimizer is None:
+            self.optimizer = self._make_optimizer(self.model if model is None else model)
+            self.in_backward = self.optimizer if isinstance(self.optimizer, InBackward) else None
         return self.optimizer
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[torch.optim.Optimizer]:
+        """The run's optimizer for one step that changes no weight: rate and decay are 0, everything else is as planned.
+
+        Enter it before the forward pass, because with `optimizer_in_backward` the updates happen in `loss.backward()`,
+        which then leaves no gradient and raises `GuardStop` at one that is not finite: judge the loss before.
+
+            with trainer.rehearsal() as optimizer:
+                loss = ...
+                loss.backward()
+                optimizer.step()
+
+        Leaving it frees gradients and state. Not for DeepSpeed.
+        """
+        present, self.optimizer = self.optimizer, None
+        optimizer = self._make_optimizer(self.model)
+        self.optimizer = present
+        for group in optimizer.param_groups:
+            group.update(lr=0.0, weight_decay=0.0)
+        try:
+            yield optimizer
+        finally:
+            if isinstance(optimizer, InBackward):
+                optimizer.remove()
+            self.model.zero_grad(set_to_none=True)
+
+    def _make_optimizer(self, model: Any) -> torch.optim.Optimizer:
+        plan = self._plan
+        own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)
+        if own is None and plan.layerwise_lr_decay == 1.0:
+            made = super().create_optimizer(model)
+        else:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if own is not None:
+                kind, options = optimizers.AdamW, {name: options[name] for name in ("lr", "betas", "eps")} | own
+            made = kind(self._groups(model), **options)
+        if not plan.optimizer_in_backward:
+            return made
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        return InBackward(made, names, lambda: self.state.global_step + 1)
+
+    def _groups(self, model: Any) -> list[dict[str, Any]]:
+        """Tensors by weight decay and, with `layerwise_lr_decay`, depth; in transformers' order, so that an optimizer
+        can go on with another one's checkpoint."""
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        decayed, decay = set(self.get_decay_parameter_names(model)), self.args.weight_decay
+        if self._plan.layerwise_lr_decay == 1.0:
+            groups: list[dict[str, Any]] = [
+                {"params": [name for name in names if name in decayed], "weight_decay": decay},
+                {"params": [name for name in names if name not in decayed], "weight_decay": 0.0},
+            ]
+        else:
+            factor = self._plan.layerwise_lr_decay
+            groups = layerwise_groups(names, decayed, self.args.learning_rate, factor, decay)
+        parameters = dict(model.named_parameters())
+        return [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
 
 
 class _Epochs(TrainerCallback):

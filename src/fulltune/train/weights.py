@@ -14,6 +14,7 @@ from typing import Any
 
 from fulltune.records import DataSummary, Moved
 from fulltune.train import checkpoints
+from fulltune.train.optimizers import AdamW
 from fulltune.train.request import Request
 
 
@@ -41,7 +42,10 @@ def _gathered(parameter: Any) -> Iterator[None]:
 
 
 def second_moment(parameter: Any, optimizer: Any) -> Any:
-    """AdamW's running mean of squared gradients on the CPU; None with optimizers that have none."""
+    """AdamW's running mean of squared gradients on the CPU; None with optimizers that have none.
+
+    It is positive where a value has received a gradient, also where it is kept in 8 bits: see `moments`.
+    """
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # accelerate's and DeepSpeed's wrappers
     if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
@@ -50,7 +54,11 @@ def second_moment(parameter: Any, optimizer: Any) -> Any:
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return None
         return safe_get_full_optimizer_state(parameter, "exp_avg_sq").cpu()
-    found = optimizer.state.get(parameter, {}).get("exp_avg_sq")
+    optimizer = getattr(optimizer, "behind", optimizer)
+    if isinstance(optimizer, AdamW):
+        found = optimizer.second_moment(parameter)
+    else:
+        found = optimizer.state.get(parameter, {}).get("exp_avg_sq")
     return None if found is None else found.cpu()
 
 
@@ -91,30 +99,28 @@ class InitialWeights:
         unused tokens are left out; with optimizers that have none, all values of a tensor with a gradient count.
         Only the first process has the weights before and counts.
         """
-        from safetensors import safe_open
-
         _link_all_groups(optimizer)
         tensors = moved_tensors = values = moved_values = 0
         unmoved = []
-        with safe_open(self.path, framework="pt") if self.path else contextlib.nullcontext() as before:
-            for name, parameter in model.named_parameters():
-                second = second_moment(parameter, optimizer)
-                if second is None and name not in with_gradient:
-                    continue
-                now = whole(parameter)
-                if before is None:
-                    continue
-                changed = now != before.get_tensor(name).to(now.dtype)
-                touched = changed.new_ones(changed.shape) if second is None else second > 0
-                count = int((changed & touched).sum())
-                if not touched.any():
-                    continue
-                tensors += 1
-                values += int(touched.sum())
-                moved_values += count
-                moved_tensors += count > 0
-                if not count:
-                    unmoved.append(name)
+        for name, parameter in model.named_parameters():
+            second = second_moment(parameter, optimizer)
+            if second is None and name not in with_gradient:
+                continue
+            now = whole(parameter)
+            if self.path is None:
+                continue
+            changed = now != self._before(name).to(now.dtype)
+            touched = changed.new_ones(changed.shape) if second is None else second > 0
+            # Not `sum`, which makes eight bytes of each truth value.
+            count = int((changed & touched).count_nonzero())
+            if not touched.any():
+                continue
+            tensors += 1
+            values += int(touched.count_nonzero())
+            moved_values += count
+            moved_tensors += count > 0
+            if not count:
+                unmoved.append(name)
         return Moved(
             num_tensors_with_gradient=tensors,
             num_tensors_moved=moved_tensors,
@@ -122,6 +128,13 @@ class InitialWeights:
             num_values_moved=moved_values,
             unmoved_tensors=tuple(unmoved[:20]),
         )
+
+    def _before(self, name: str) -> Any:
+        """A tensor as it was. The file is opened anew for each, or all of it would stay in memory."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)
 
     def delete(self) -> None:
         if self.path is not None:

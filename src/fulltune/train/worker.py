@@ -10,7 +10,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import resource
 import signal
 import sys
@@ -22,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import FulltuneError, GuardStop, InterruptedRun
+from fulltune.out_of_memory import is_out_of_memory
 from fulltune.records import Outcome, OutcomeStatus
-from fulltune.train import checkpoints
+from fulltune.train import checkpoints, memory_limit
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.request import Request
+from fulltune.train.seen import Seen
 
-_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _log = logging.getLogger(__name__)
 Event = dict[str, Any]
 
@@ -39,20 +39,31 @@ def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None
         started = time.monotonic()
         rank = int(os.environ.get("RANK", "0"))
         journal = Journal(request.folder / "journal.jsonl" if rank == 0 else None)
+        seen = Seen()
         try:
-            outcome = _train(request, hooks, journal, listener)
+            outcome = _train(request, hooks, journal, listener, seen)
         except BaseException as error:
             status, reason = _classify(error)
             if status in ("error", "out_of_memory"):
                 traceback.print_exc()
             if status == "disk_full":
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
-            outcome = Outcome(status=status, reason=reason, trial=request.plan.trial, attempt=request.attempt)
+            outcome = Outcome(
+                status=status,
+                reason=reason,
+                trial=request.plan.trial,
+                attempt=request.attempt,
+                phase=journal.phase,
+            )
         finally:
             if rank == 0:
                 request.initial_weights.unlink(missing_ok=True)
         outcome = outcome.model_copy(
-            update={"train_seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": _peak_memory_bytes()}
+            update={
+                "train_seconds": round(time.monotonic() - started, 3),
+                "peak_memory_bytes": _peak_memory_bytes(),
+                **seen.for_outcome(),
+            }
         )
         journal.write(outcome.status, outcome.reason)
         if rank == 0:
@@ -63,14 +74,18 @@ def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None
         return outcome
 
 
-def _train(request: Request, hooks: Hooks, journal: Journal, listener: Callable[[Event], None] | None) -> Outcome:
+def _train(
+    request: Request, hooks: Hooks, journal: Journal, listener: Callable[[Event], None] | None, seen: Seen
+) -> Outcome:
     # Imported here: a request that is refused earlier should not pay for torch and transformers.
     from fulltune.train import attempt
     from fulltune.train.callbacks import StopWhenAsked
 
     stop = StopWhenAsked()
     _listen_for_signals(stop)
-    return attempt.train(request, hooks, journal, stop, listener)
+    limit, device = request.plan.memory_limit_bytes, request.plan.device
+    with memory_limit.held_to(limit, device, lambda line: journal.write("warning", line)):
+        return attempt.train(request, hooks, journal, stop, listener, seen)
 
 
 def _classify(error: BaseException) -> tuple[OutcomeStatus, str]:
@@ -81,8 +96,8 @@ def _classify(error: BaseException) -> tuple[OutcomeStatus, str]:
         return "stopped_by_guard", text
     if isinstance(error, (KeyboardInterrupt, InterruptedRun)):
         return "interrupted", text or "interrupted before the first checkpoint"
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or _OUT_OF_MEMORY.search(text):
-        return "out_of_memory", text[:500]
+    if is_out_of_memory(error):
+        return "out_of_memory", text[:500] or kind
     no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if no_space or "No space left" in text or "PytorchStreamWriter failed" in text:
         return "disk_full", text[:500]

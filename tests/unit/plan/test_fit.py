@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.footprint import Footprint, Moment, Variant
 from fulltune.hardware import Gpu, Machine
 from fulltune.model import Shapes
-from fulltune.plan import defaults, fit, memory
+from fulltune.plan import defaults, fit
+from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan, SplitSummary
 
@@ -27,6 +29,39 @@ BERT = Shapes(
     vocab_size=30_000,
     position_limit=512,
 )
+
+
+def moment(place: str, activations: float, logits: float = 0.0) -> Moment:
+    """So many bytes of each token."""
+    nothing = (0.0,) * 6
+    per_token = (0.0, 0.0, activations, 0.0, 0.0, 0.0)
+    coefficients: Any = dict.fromkeys(("gradients", "buffers"), nothing)
+    return Moment(
+        place=place,
+        coefficients={**coefficients, "activations": per_token, "logits": (0.0, 0.0, logits, 0.0, 0.0, 0.0)},
+    )
+
+
+def footprint(kept: float = 2**23, recomputed: float = 2**19, choices: int = 1) -> Footprint:
+    """A model whose rows of 64 tokens have 512 MiB of activations, or 32 MiB when these are recomputed."""
+    ways = [(precision, again) for precision in ("fp32", "bf16", "fp16") for again in (False, True)]
+    return Footprint(
+        largest_tensor=1,
+        factored_values=1000,
+        sequences_per_row=choices,
+        variants=tuple(
+            Variant(
+                precision=precision,
+                activation_checkpointing=again,
+                first=(moment("end of forward", recomputed if again else kept),),
+                later=(moment("end of forward", recomputed if again else kept),),
+            )
+            for precision, again in ways
+        ),
+        evaluation={precision: (moment("layer", recomputed),) for precision in ("fp32", "bf16", "fp16")},
+        flops_per_token=2.0 * BERT.num_parameters,
+        attention_flops_per_pair=1.0,
+    )
 
 
 def summary(rows: int = 3200, kind: Any = "single_label") -> DataSummary:
@@ -60,7 +95,7 @@ def planned(
     **blocks: Any,
 ) -> Plan:
     values = {"model": "m", "task": "text-classification", "data": {"train": "a"}, **blocks}
-    return fit(Recipe.model_validate(values), shapes, summary(rows, kind), machine, disk)
+    return fit(Recipe.model_validate(values), shapes, footprint(), summary(rows, kind), machine, disk)
 
 
 @pytest.mark.parametrize(
@@ -95,36 +130,20 @@ def test_epochs_fall_with_rows(task: str, rows: int, epochs: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "processes", "row_bytes", "available", "micro"),
-    [(32, 1, 1, 100, 32), (32, 1, 10, 100, 4), (32, 2, 1, 100, 16), (30, 1, 10, 120, 6), (32, 1, 1000, 100, 1)],
+    ("gigabytes", "levers"),
+    [
+        (30.0, (32, False, "adamw_torch_fused")),
+        (12.0, (8, False, "adamw_torch_fused")),
+        (2.9, (1, False, "adamw_torch_fused")),
+        (2.75, (8, True, "adamw_torch_fused")),
+        (2.45, (1, False, "adamw_8bit")),
+    ],
 )
-def test_micro_batch_is_the_largest_divisor_that_fits(
-    batch: int, processes: int, row_bytes: int, available: int, micro: int
-) -> None:
-    assert defaults.micro_batch_size(batch, processes, row_bytes, available)[0] == micro
-
-
-@pytest.mark.parametrize(
-    ("kind", "choices", "tokens"), [("single_label", 0, 100), ("choice", 4, 400), ("source_target", 0, 200)]
-)
-def test_row_of_several_sequences_counts_each(kind: str, choices: int, tokens: int) -> None:
-    assert memory.row_tokens(100, kind, choices) == tokens
-
-
-def test_micro_batch_of_choices_is_smaller() -> None:
-    tight = CPU.model_copy(update={"memory_available_bytes": int(4.5 * GB)})
-    data = summary().model_copy(update={"task": "multiple-choice", "problem_type": "choice", "num_choices": 5})
-    recipe = Recipe.model_validate({"model": "m", "task": "multiple-choice", "data": {"train": "a"}})
-    assert fit(recipe, BERT, data, tight, 100 * GB).micro_batch_size < planned(machine=tight).micro_batch_size
-
-
-def test_memory_of_the_state_is_sixteen_bytes_a_parameter_in_fp32() -> None:
-    assert memory.state_bytes(1000, "fp32").total == 16_000
-    assert memory.state_bytes(1000, "bf16").total == 8_000
-    assert memory.checkpoint_bytes(1000, "fp32") == 12_000
-    assert memory.row_bytes(10, 2, 32, 100, "text-classification", True) < memory.row_bytes(
-        10, 2, 32, 100, "text-classification", False
-    )
+def test_levers_are_the_fastest_that_fit_and_change_the_numbers_last(gigabytes: float, levers: tuple[Any, ...]) -> None:
+    plan = planned(machine=CPU.model_copy(update={"memory_available_bytes": int(gigabytes * GB)}))
+    assert (plan.micro_batch_size, plan.activation_checkpointing, plan.optim) == levers
+    assert plan.memory is not None
+    assert plan.memory.peak <= gigabytes * GB - LIBRARIES_BYTES
 
 
 @pytest.mark.parametrize(
@@ -227,9 +246,9 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
         (
             DoesNotFitError,
             {"machine": CPU.model_copy(update={"memory_available_bytes": GB})},
-            "need 1.6 GiB, but 0.9 GiB",
+            r"a step needs 1.3 GiB \(.*\) even with micro batch 1, adamw_8bit, .* there are 254 MiB of memory",
         ),
-        (DoesNotFitError, {"train": {"num_processes": 8}}, "need 13.1 GiB"),
+        (DoesNotFitError, {"train": {"num_processes": 8}}, "but there are 0.7 GiB of memory for each of 8 processes"),
         (RecipeError, {"train": {"num_processes": 17}}, "17, but this machine lets us use 16 CPU core"),
         (
             RecipeError,
@@ -246,7 +265,7 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
             },
             "what is offloaded needs 1.6 GiB, but 0.9 GiB of the host's memory",
         ),
-        (DoesNotFitError, {"disk": GB}, "on disk, but 0.9 GiB are free"),
+        (DoesNotFitError, {"disk": GB}, r"need 5.7 GiB on disk \(4 x 1.2 GiB and 0.8 GiB\), but 0.9 GiB are free"),
     ],
 )
 def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[str, Any], words: str) -> None:

@@ -19,6 +19,7 @@ from fulltune.records import (
     DataSummary,
     Environment,
     Estimate,
+    MemoryNeed,
     Moved,
     Outcome,
     Plan,
@@ -102,6 +103,10 @@ def plan(trial: str = "full-seed42", task: str = "text-classification", **change
         num_parameters=22_713_216,
         num_trainable_parameters=22_713_216,
         state=StateBytes(weights=90_852_864, gradients=90_852_864, optimizer=181_705_728),
+        memory=MemoryNeed(
+            kinds={"weights": 90_852_864, "gradients": 0, "optimizer": 181_705_728, "activations": 10**8, "logits": 0},
+            phases={"loading": 90_852_864, "step": 372_558_592},
+        ),
         settings=tuple(settings),
     )
     return made.model_copy(update=changes)

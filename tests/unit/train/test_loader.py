@@ -18,7 +18,7 @@ def test_settings_of_the_loader_are_passed_on() -> None:
     options = {**given, "pin_memory": False, "multiprocessing_context": "spawn"}
     trainer: Any = SimpleNamespace(
         train_dataset=[1, 2],
-        _sampler=[[0], [1]],
+        sampler=[[0], [1]],
         data_collator=list,
         args=SimpleNamespace(**{f"dataloader_{name}": value for name, value in options.items()}),
         accelerator=SimpleNamespace(prepare=lambda loader: loader),

@@ -1,0 +1,73 @@
+"""How much memory this process holds, and its peak since it was last asked to begin. Layer 1.
+
+On the CPU it is the resident set (VmRSS and VmHWM of /proc, which can be reset; elsewhere the highest of the whole life
+of the process), on CUDA what torch's allocator has reserved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+class Meter:
+    """Measures growth from the moment it is made.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.begin()
+
+    def begin(self) -> None:
+        """Take what is held now as the ground, and forget the peak until now."""
+        self._forget_peak()
+        self.base_bytes = self.held_bytes()
+
+    def held_bytes(self) -> int:
+        if self.on_gpu:
+            import torch
+
+            return int(torch.cuda.memory_reserved())
+        return status_bytes("VmRSS") or _life_peak_bytes()
+
+    def peak_bytes(self) -> int:
+        """Most that was held since `begin`."""
+        if self.on_gpu:
+            import torch
+
+            return int(torch.cuda.max_memory_reserved())
+        return status_bytes("VmHWM") or _life_peak_bytes()
+
+    def growth_bytes(self) -> int:
+        """Most that was held since `begin`, beyond what was held then."""
+        return max(0, self.peak_bytes() - self.base_bytes)
+
+    def _forget_peak(self) -> None:
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):  # not Linux, or not permitted: the peak is that of the whole life
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def status_bytes(key: str) -> int:
+    """A size of /proc/self/status; 0 where there is none."""
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
+
+
+def _life_peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,141 @@
+"""Recognise that memory ran out, whoever says so, and go on with smaller batches where that is enough. Layer 1.
+
+Each library has words of its own for it, and the kernel has none: it kills.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import re
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from fulltune.errors import DoesNotFitError
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+_SAID = re.compile(
+    r"DefaultCPUAllocator"
+    r"|\bout of memory\b"  # CUDA, HIP, MPS, NCCL
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|std::bad_alloc"  # C++; torch makes a RuntimeError of it
+    r"|cannot allocate memory"  # the system's own words, for example safetensors' when it maps a file
+    # oneDNN. With "primitive descriptor" it means something that it cannot do.
+    r"|could not create a (memory object|primitive(?! descriptor))",
+    re.IGNORECASE,
+)
+_LAST_WORDS = re.compile(
+    r"what\(\):\s+std::bad_alloc"  # C++ in a thread of its own: the process is aborted
+    r"|memory allocation of \d+ bytes failed"  # Rust (tokenizers, safetensors): aborted as well
+    r"|Cannot allocate memory"
+)
+_NO_THREAD = re.compile(r"can't start new thread|Thread creation failed: Resource temporarily unavailable")
+_LOST = re.compile(r"error return without exception set|without setting an exception")
+_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of size (\d+)", re.IGNORECASE)
+_SIZES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out. numpy's and pyarrow's are kinds of MemoryError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, SystemError):  # what is left of a MemoryError that a C extension lost
+        return _LOST.search(str(error)) is not None and memory_is_limited()
+    if not isinstance(error, (RuntimeError, OSError)) and type(error).__name__ != "SafetensorError":
+        return False
+    text = str(error)
+    # A thread needs memory for its stack; without a limit on memory it is the number of threads that ran out.
+    return _SAID.search(text) is not None or (_NO_THREAD.search(text) is not None and memory_is_limited())
+
+
+def in_last_words(lines: Sequence[str], limited: bool) -> bool:
+    """Whether the log of a process that ended without an outcome says that memory ran out.
+
+    Args:
+        lines: The end of its log.
+        limited: Whether its memory was limited, so that a thread that cannot start means memory.
+    """
+    text = "\n".join(lines)
+    return _LAST_WORDS.search(text) is not None or (limited and _NO_THREAD.search(text) is not None)
+
+
+def memory_is_limited() -> bool:
+    """Whether this process may not take all memory there is (`ulimit -d`, `ulimit -v`)."""
+    kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
+    return any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in kinds)
+
+
+def asked_bytes(text: str) -> int:
+    """What could not be had, as far as an error's text says; else 0."""
+    found = _ASKED.search(text)
+    if found is None:
+        return 0
+    return int(found[3]) if found[3] else int(float(found[1]) * _SIZES[found[2] or "bytes"])
+
+
+def kernel_kills() -> int:
+    """Processes that the kernel has killed because memory ran out, in this container, else on this machine.
+
+    Counted before and after, it tells such a kill from somebody else's.
+    """
+    groups = dict(line.split(":", 2)[1:] for line in _lines("/proc/self/cgroup"))
+    for file in (
+        f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",
+        "/sys/fs/cgroup/memory.events",  # inside a container the group's own path is hidden
+        f"/sys/fs/cgroup/memory{groups.get('memory', '/')}/memory.oom_control",
+        "/sys/fs/cgroup/memory/memory.oom_control",
+        "/proc/vmstat",
+    ):
+        for line in _lines(file):
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return 0
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) -> T:
+    """Call `run` with the batch size, and with half of it each time memory runs out; the result stays the same.
+
+    Args:
+        what: For the log, for example `scoring`.
+        batch_size: Rows per forward pass.
+        run: What to do; it starts from the beginning each time.
+    """
+    while True:
+        try:
+            return run(batch_size)
+        except Exception as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch that was too large
+        batch_size = batch_size // 2
+        _free_what_is_unused()
+        _log.warning("%s: memory ran out; going on with %d rows in a batch", what, batch_size)
+
+
+def _free_what_is_unused() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def does_not_fit(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:
+    """What a person reads when no batch is small enough."""
+    return DoesNotFitError(f"{what}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {ways_out}")

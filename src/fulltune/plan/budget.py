@@ -1,0 +1,118 @@
+"""What one process may take of this machine's memory, and what settings need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from fulltune import zero
+from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.footprint import Footprint
+from fulltune.hardware import Machine
+from fulltune.model import Shapes
+from fulltune.plan import memory, sharded
+from fulltune.plan.memory import Levers
+from fulltune.recipe import Recipe
+from fulltune.records import MemoryKind, MemoryNeed, Phase, StateBytes
+from fulltune.units import in_words, parse_bytes
+
+LIBRARIES_BYTES = 700 * 2**20
+"""What a training process on the CPU holds before the model is loaded: Python, torch and transformers."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that one process may take, and the arithmetic of what it needs."""
+
+    available_bytes: int
+    """Free on the device for this process, with its share of the libraries taken off."""
+    where: str
+    """In words, such as `12 GiB of GPU memory`."""
+    need: Callable[[Levers], MemoryNeed]
+    state: Callable[[Levers], StateBytes]
+
+
+def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, device: str) -> Room:
+    """The room on this machine.
+
+    Raises:
+        RecipeError: When `train.memory_limit` leaves nothing beside the libraries.
+        DoesNotFitError: When the host is too small for what DeepSpeed offloads.
+    """
+    processes = recipe.train.num_processes
+    shared = zero.zero_of(recipe)
+
+    def state(levers: Levers) -> StateBytes:
+        return memory.state_bytes(shapes.num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
+
+    def need(levers: Levers) -> MemoryNeed:
+        # A way out can compute in bf16 where the trace is in fp32, which needs more.
+        levers = replace(levers, precision=footprint.traced(levers.precision))
+        if shared is None:
+            return memory.need(shapes, footprint, levers, device)
+        found = memory.need(shapes, footprint, replace(levers, num_processes=1), device)
+        if device == "cuda":
+            return _on_devices(
+                found, shared, shapes, state(levers), processes, sharded.passing(footprint, levers.precision, levers)
+            )
+        return _shared_out(found, shared, state(levers), processes, device)
+
+    if device == "cuda":
+        available = machine.gpus[0].available_bytes
+        where = "of GPU memory"
+    else:
+        available = machine.memory_available_bytes // processes - LIBRARIES_BYTES
+        where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"
+    if recipe.train.memory_limit is not None:
+        limit = parse_bytes(recipe.train.memory_limit) - (0 if device == "cuda" else LIBRARIES_BYTES)
+        if limit <= 0:
+            raise RecipeError(
+                f"train.memory_limit: {recipe.train.memory_limit}, but Python and its libraries alone take about "
+                f"{in_words(LIBRARIES_BYTES)}; set more"
+            )
+        if limit < available:
+            available, where = limit, f"of train.memory_limit ({recipe.train.memory_limit})"
+    room = Room(max(0, available), f"{in_words(max(0, available))} {where}", need, state)
+    if shared is not None and device == "cuda":
+        _refuse_offload(shared, recipe, shapes, machine)
+    return room
+
+
+def _refuse_offload(shared: zero.Zero, recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
+    state = memory.state_bytes(shapes.num_parameters, recipe.model.weights_dtype)
+    on_host = shared.host_bytes(state, recipe.train.num_processes)
+    if on_host > machine.memory_available_bytes:
+        raise DoesNotFitError(
+            f"{zero.NAME}: what is offloaded needs {in_words(on_host)}, but {in_words(machine.memory_available_bytes)} "
+            "of the host's memory are free; offload less, or take a smaller model"
+        )
+
+
+def _on_devices(
+    need: MemoryNeed,
+    shared: zero.Zero,
+    shapes: Shapes,
+    state: StateBytes,
+    processes: int,
+    passing: Mapping[MemoryKind, int],
+) -> MemoryNeed:
+    """The same with DeepSpeed on GPUs, whose weights are bf16 there: see `placement`."""
+    kinds = sharded.kinds(shared, sharded.DEEPSPEED, shapes, processes, passing)
+    evaluation = need.phases["evaluation"] - state.weights - state.optimizer
+    kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
+    phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + max(0, evaluation)}
+    host = shared.host_bytes(sharded.state(shapes.num_parameters, sharded.DEEPSPEED), processes) // processes
+    return MemoryNeed(kinds=kinds, phases=phases, host=host)
+
+
+def _shared_out(need: MemoryNeed, shared: zero.Zero, state: StateBytes, processes: int, device: str) -> MemoryNeed:
+    """The same with DeepSpeed: parts of the state on this device, gradients whole because its buckets hold them."""
+    parts = shared.parts(state, processes)
+    # On a CPU the host's memory is the device's.
+    kept = {name: size for name, size in parts.items() if device == "cpu" or name not in shared.offloaded}
+    update: dict[MemoryKind, int] = {name: kept.get(name, 0) for name in ("weights", "gradients", "optimizer")}
+    kinds = need.kinds | update
+    spared = need.phases["step"] - sum(kinds.values())
+    phases = {phase: max(0, size - spared) for phase, size in need.phases.items()}
+    host = 0 if device == "cpu" else shared.host_bytes(state, processes) // processes
+    return need.model_copy(update={"kinds": kinds, "phases": phases, "host": host})

@@ -1,0 +1,27 @@
+"""A plan whose settings were changed after it was made: by measurement, or because memory ran out."""
+
+from __future__ import annotations
+
+from fulltune.plan.memory import Levers
+from fulltune.recipe import Recipe
+from fulltune.records import DataSummary, Plan
+
+
+def levers_of(recipe: Recipe, plan: Plan, summary: DataSummary) -> Levers:
+    """What a plan settled about its memory."""
+    return Levers(
+        micro_batch_size=plan.micro_batch_size,
+        longest_tokens=summary.max_length,
+        accumulation=plan.gradient_accumulation_steps,
+        precision=plan.precision,
+        weights_dtype=plan.weights_dtype,
+        optim=plan.optim,
+        bf16_rounding=plan.bf16_rounding,
+        activation_checkpointing=plan.activation_checkpointing,
+        can_recompute=plan.can_recompute,
+        chunked_loss=plan.chunked_loss,
+        optimizer_in_backward=plan.optimizer_in_backward,
+        eval_batch_size=plan.eval_batch_size,
+        max_grad_norm=recipe.train.max_grad_norm,
+        num_processes=plan.num_processes,
+    )

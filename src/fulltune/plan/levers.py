@@ -1,0 +1,174 @@
+"""Choose what costs memory: the fastest settings that fit, and of those the ones that leave the result as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fulltune import zero
+from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.model import Shapes
+from fulltune.plan import ways_out
+from fulltune.plan.budget import Room
+from fulltune.plan.ledger import Ledger
+from fulltune.plan.memory import Levers
+from fulltune.recipe import Recipe
+from fulltune.records import MemoryNeed
+from fulltune.units import in_words
+
+COMFORTABLE = 0.9
+"""Share of the memory that is used while there is a choice: the rest is for what the arithmetic does not know."""
+_DOING = {
+    "loading": "loading the model",
+    "step": "a step",
+    "evaluation": "an evaluation",
+    "saving": "saving",
+    "resuming": "going on from a checkpoint",
+}
+TOKEN_LOGITS = ("causal-lm", "seq2seq")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Levers and what they need."""
+
+    levers: Levers
+    memory: MemoryNeed
+
+
+def possible(recipe: Recipe, shapes: Shapes) -> Recipe:
+    """The recipe; for a model that cannot recompute its activations, with that switched off.
+
+    Raises:
+        RecipeError: When the recipe asks for it.
+    """
+    if shapes.can_recompute:
+        return recipe
+    if recipe.train.activation_checkpointing:
+        raise RecipeError(
+            f"train.activation_checkpointing: true, but {shapes.model_type} cannot recompute its activations; remove it"
+        )
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"activation_checkpointing": False})})
+
+
+def chunked_loss(recipe: Recipe) -> bool:
+    """On for language models, unless the recipe says otherwise or something needs whole logits."""
+    if recipe.train.chunked_loss is not None:
+        return recipe.train.chunked_loss
+    return recipe.task in TOKEN_LOGITS and not zero.wanted(recipe) and not recipe.train.extra.get("torch_compile")
+
+
+def choose(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
+    """The first settings that fit, in this order.
+
+    Smaller micro batches come before recomputing activations, which costs a third more time, and both before 8-bit
+    moments, which are other arithmetic. What the recipe gives stays.
+
+    Args:
+        recipe: What is given is not changed.
+        start: Everything else about the levers.
+        rows_per_process: Share of the global batch of one process; micro batches divide it.
+        room: What one process may take, and what settings need of it.
+
+    Raises:
+        DoesNotFitError: When nothing fits, with the nearest ways out.
+    """
+    for optim in _optimizers(recipe, start):
+        for share in (COMFORTABLE, 1.0):
+            for levers in _candidates(recipe, replace(start, optim=optim), rows_per_process):
+                found = _with_eval_batch(recipe, levers, share * room.available_bytes, room)
+                if found.memory.peak <= share * room.available_bytes:
+                    return found
+    raise _does_not_fit(recipe, _smallest(recipe, start, rows_per_process, room), room)
+
+
+def _smallest(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
+    """The settings that need least: what to say when nothing fits."""
+    found = [
+        _with_eval_batch(recipe, levers, 0, room)
+        for optim in _optimizers(recipe, start)
+        for levers in _candidates(recipe, replace(start, optim=optim), rows_per_process)
+    ]
+    return min(found, key=lambda one: (one.memory.peak, one.memory.phases["step"], one.levers.micro_batch_size))
+
+
+def _optimizers(recipe: Recipe, start: Levers) -> tuple[str, ...]:
+    given = recipe.train.optim is not None or recipe.train.extra.get("deepspeed") is not None
+    return (start.optim,) if given or start.bf16_rounding == "nearest" else (start.optim, "adamw_8bit")
+
+
+def _candidates(recipe: Recipe, start: Levers, rows_per_process: int) -> Iterator[Levers]:
+    train = recipe.train
+    divisors = [size for size in range(rows_per_process, 0, -1) if rows_per_process % size == 0]
+    if start.optimizer_in_backward:  # it cannot accumulate
+        divisors = divisors[:1]
+    for recomputing in (False, True) if train.activation_checkpointing is None else (train.activation_checkpointing,):
+        for micro in divisors if train.micro_batch_size is None else (train.micro_batch_size,):
+            yield replace(
+                start,
+                micro_batch_size=micro,
+                accumulation=rows_per_process // micro,
+                activation_checkpointing=recomputing,
+            )
+
+
+def _with_eval_batch(recipe: Recipe, levers: Levers, most_bytes: float, room: Room) -> Chosen:
+    """Twice the micro batch when evaluating, or as much of it as fits."""
+    given = recipe.evaluate.batch_size
+    size = given or 2 * levers.micro_batch_size
+    while True:
+        tried = replace(levers, eval_batch_size=size)
+        memory = room.need(tried)
+        if memory.phases["evaluation"] <= max(most_bytes, memory.phases["step"]) or size == 1 or given:
+            return Chosen(tried, memory)
+        size //= 2
+
+
+def settle(recipe: Recipe, chosen: Chosen, rows_per_process: int, room: Room, plain: str, ledger: Ledger) -> None:
+    """Write down what was chosen, and why.
+
+    Args:
+        recipe: As given.
+        chosen: The levers.
+        rows_per_process: Share of the global batch of one process.
+        room: What one process may take.
+        plain: The optimizer that would have been taken where everything fits.
+        ledger: Where it is written.
+    """
+    train, levers, memory = recipe.train, chosen.levers, chosen.memory
+    peak = f"{in_words(memory.phases['step'])} of {room.where}"
+    if levers.micro_batch_size == rows_per_process:
+        why = f"the whole global batch fits: a step needs {peak}"
+    else:
+        why = f"the largest part of the global batch that fits: a step needs {peak}"
+    ledger.settle("train.micro_batch_size", train.micro_batch_size, levers.micro_batch_size, why)
+    ledger.settle("gradient accumulation", None, levers.accumulation, "global batch / (micro batch x processes)")
+    recomputing = "without, not even one row fits" if levers.activation_checkpointing else "not needed: it fits without"
+    ledger.settle(
+        "train.activation_checkpointing", train.activation_checkpointing, levers.activation_checkpointing, recomputing
+    )
+    if recipe.task in TOKEN_LOGITS:
+        pieces = "logits of all tokens never exist at once"
+        pieces = pieces if levers.chunked_loss else "DeepSpeed and torch.compile need the logits as a whole"
+        ledger.settle("train.chunked_loss", train.chunked_loss, levers.chunked_loss, pieces)
+    if levers.optim != plain:
+        ledger.replace("train.optim", levers.optim, f"the state of {plain} does not fit into {room.where}")
+    why = "twice the micro batch" if levers.eval_batch_size == 2 * levers.micro_batch_size else "what fits"
+    ledger.settle("evaluate.batch_size", recipe.evaluate.batch_size, levers.eval_batch_size, why)
+
+
+def _does_not_fit(recipe: Recipe, least: Chosen, room: Room) -> DoesNotFitError:
+    """What is short, and what would help."""
+    levers, need = least.levers, least.memory
+    least_words = [f"micro batch {levers.micro_batch_size}", levers.optim]
+    least_words += ["activation checkpointing"] if levers.activation_checkpointing else []
+    kinds = ", ".join(f"{name} {in_words(size)}" for name, size in need.kinds.items() if size)
+    parts = f" ({kinds})" if need.peak_phase == "step" else ""
+    ways = ways_out.of_memory(recipe, levers, room.available_bytes, room.need)
+    return DoesNotFitError(
+        [
+            f"{recipe.model.name}: {_DOING[need.peak_phase]} needs {in_words(need.peak)}{parts} even with "
+            f"{', '.join(least_words)}, but there are {room.where}",
+            *ways_out.in_lines(ways),
+        ]
+    )

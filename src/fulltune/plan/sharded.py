@@ -1,0 +1,70 @@
+"""Bytes on a device when DeepSpeed or FSDP2 share weights, gradients and optimizer state out: see `placement`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fulltune import zero
+from fulltune.footprint import Footprint
+from fulltune.model import Shapes
+from fulltune.plan import memory
+from fulltune.plan.memory import Levers
+from fulltune.records import MemoryKind, StateBytes
+
+DEEPSPEED = (2, 4, 12)
+"""Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (DeepSpeed's own estimators)."""
+FSDP2 = (4, 4, 8)
+"""accelerate keeps weights, gradients and both moments in fp32."""
+BUCKET_VALUES, LIVE_VALUES = 5 * 10**8, 10**9
+"""DeepSpeed's defaults: values in a bucket of gradients, and of gathered weights."""
+
+
+def state(num_parameters: int, per_parameter: tuple[int, int, int]) -> StateBytes:
+    weights, gradients, optimizer = (size * num_parameters for size in per_parameter)
+    return StateBytes(weights=weights, gradients=gradients, optimizer=optimizer)
+
+
+def largest_unit(shapes: Shapes) -> int:
+    """Parameters that must be whole on a device at a time: of a layer, or of the vocabulary."""
+    vocabulary = shapes.vocab_size * shapes.hidden_size
+    return max(vocabulary, (shapes.num_parameters - vocabulary) // max(1, shapes.num_layers))
+
+
+def kinds(
+    shared: zero.Zero,
+    per_parameter: tuple[int, int, int],
+    shapes: Shapes,
+    num_devices: int,
+    passing: Mapping[MemoryKind, int],
+) -> dict[MemoryKind, int]:
+    """Bytes by kind on each device in a step."""
+    found = shared.device_parts(state(shapes.num_parameters, per_parameter), num_devices)
+    return {**found, **passing, "buffers": _gathered(shared, per_parameter, shapes) + memory.CUDA_CONTEXT_BYTES}
+
+
+def _gathered(shared: zero.Zero, per_parameter: tuple[int, int, int], shapes: Shapes) -> int:
+    """Weights and gradients that are whole on a device for a moment."""
+    unit, parameters = largest_unit(shapes), shapes.num_parameters
+    if per_parameter == FSDP2:  # the unit in use and the next one in bf16, and one's gradients in fp32
+        return (2 * 2 + 4) * unit
+    buckets = 2 * 2 * min(parameters, BUCKET_VALUES)
+    if shared.stage < 3:
+        return buckets
+    return buckets + 2 * max(min(parameters, LIVE_VALUES), unit)
+
+
+def passing(footprint: Footprint, precision: str, levers: Levers) -> dict[MemoryKind, int]:
+    """Activations and logits of a micro batch at their highest.
+
+    Args:
+        footprint: The model's memory.
+        precision: A traced one.
+        levers: The micro batch and its treatment.
+    """
+    rows = levers.micro_batch_size * footprint.sequences_per_row
+    part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * levers.longest_tokens)) if levers.chunked_loss else 1.0
+    held: list[dict[MemoryKind, int]] = []
+    for moment in footprint.variant(precision, levers.activation_checkpointing).first:
+        found = moment.bytes(rows, levers.longest_tokens, levers.trained_share)
+        held.append({"activations": found.get("activations", 0), "logits": round(part * found.get("logits", 0))})
+    return max(held, key=lambda one: sum(one.values()))

@@ -1,0 +1,179 @@
+"""What to change when nothing fits: each way with the bytes it frees, the least harmful first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fulltune.plan.memory import Levers
+from fulltune.recipe import Recipe
+from fulltune.records import DiskNeed, MemoryNeed, Placement, WayOut
+from fulltune.units import in_words
+
+MOST = 3
+SHORTEST = 128
+"""Rows are not cut below so many tokens."""
+_LENGTH = "data.max_length: "
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of the levers; changes are tried in the order of their harm."""
+
+    words: str
+    costs: str
+    levers: Levers
+    harmless: bool = False
+    """The result stays what it is."""
+
+
+def of_memory(
+    recipe: Recipe,
+    levers: Levers,
+    budget_bytes: int,
+    need: Callable[[Levers], MemoryNeed],
+    placements: Sequence[Placement] = (),
+) -> tuple[WayOut, ...]:
+    """The nearest ways to bring a training process under its budget.
+
+    Args:
+        recipe: As given.
+        levers: The smallest settings that the recipe allows, which do not fit.
+        budget_bytes: What one process may take.
+        need: The arithmetic.
+        placements: Other ways to place things; those that fit and run are ways out as well.
+
+    Returns:
+        At most three: first those that are enough, by harm, then those that free most.
+    """
+    now = need(levers).peak
+    found = []
+    for change in _changes(recipe, levers):
+        peak = need(change.levers).peak
+        way = WayOut(
+            change=change.words, frees_bytes=now - peak, where="device", enough=peak <= budget_bytes, costs=change.costs
+        )
+        found.append(way)
+    others = [one for one in placements if _is_another(one)]
+    if others:
+        # After what leaves the result as it is, before what changes its numbers.
+        fastest = max(others, key=lambda one: one.tokens_per_second or 0.0)
+        place = sum(change.harmless for change in _changes(recipe, levers))
+        found.insert(place, _as_way_out(fastest, now))
+    found = [way for way in found if way.frees_bytes > 0]
+    enough = [way for way in found if way.enough]
+    if not enough:
+        enough = _together(recipe, levers, budget_bytes, need, now)
+    if len(enough) < MOST:
+        enough.append(_smaller_model(now, budget_bytes, levers, need))
+    rest = sorted((way for way in found if not way.enough), key=lambda way: -way.frees_bytes)
+    return tuple([*enough, *rest][:MOST])
+
+
+def _is_another(placement: Placement) -> bool:
+    return placement.fits and placement.runs and "train.extra.deepspeed" in placement.settings
+
+
+def _as_way_out(placement: Placement, now: int) -> WayOut:
+    host = f", {in_words(placement.host_bytes)} on the host" if placement.host_bytes else ""
+    speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
+    return WayOut(
+        change=f"{placement.name} ({placement.how})",
+        frees_bytes=now - placement.device_bytes,
+        where="device",
+        enough=True,
+        costs=speed or "other numbers in the last digits",
+    )
+
+
+def _changes(recipe: Recipe, now: Levers) -> Iterator[_Change]:
+    """What the recipe or the plan could have otherwise, the least harmful first."""
+    if now.micro_batch_size > 1:
+        lower = replace(now, micro_batch_size=1, accumulation=now.accumulation * now.micro_batch_size)
+        yield _Change("train.micro_batch_size: 1", "nothing but some speed", lower, harmless=True)
+    if not now.chunked_loss and recipe.train.chunked_loss is False:
+        chunked = replace(now, chunked_loss=True)
+        yield _Change("train.chunked_loss: true", "nothing but some speed", chunked, harmless=True)
+    if not now.activation_checkpointing and now.can_recompute:
+        recomputed = replace(now, activation_checkpointing=True)
+        yield _Change("train.activation_checkpointing: true", "about a third more time", recomputed, harmless=True)
+    small = replace(now, optim="adamw_8bit")
+    if now.optim != small.optim:
+        yield _Change("train.optim: adamw_8bit", "moments of 8 bits", small)
+    if now.weights_dtype == "fp32" and now.precision != "fp16":
+        narrow = replace(now, weights_dtype="bf16", precision="bf16", optim="adamw_bf16", bf16_rounding="stochastic")
+        yield _Change("model.weights_dtype: bf16", "weights of 16 bits, rounded at random", narrow)
+        both = replace(narrow, optim="adamw_8bit")
+        words = "model.weights_dtype: bf16 with train.optim: adamw_8bit"
+        yield _Change(words, "weights of 16 bits, moments of 8", both)
+    if now.longest_tokens >= 2 * SHORTEST:
+        half = now.longest_tokens // 2
+        yield _Change(f"{_LENGTH}{half}", "longer rows are cut", replace(now, longest_tokens=half))
+
+
+def _together(
+    recipe: Recipe, levers: Levers, budget_bytes: int, need: Callable[[Levers], MemoryNeed], now: int
+) -> list[WayOut]:
+    """Several changes at once, as few as are enough; none when all of them are not."""
+    words: list[str] = []
+    costs: list[str] = []
+    while change := next(_changes(recipe, levers), None):
+        levers = change.levers
+        if words and words[-1].startswith(_LENGTH) and change.words.startswith(_LENGTH):  # shorter still
+            words[-1] = change.words
+        else:
+            words.append(change.words)
+            costs.append(change.costs)
+        freed = now - need(levers).peak
+        if freed >= now - budget_bytes:
+            change_all = " with ".join(words)
+            return [
+                WayOut(change=change_all, frees_bytes=freed, where="device", enough=True, costs="; ".join(costs)),
+            ]
+    return []
+
+
+def _smaller_model(now: int, budget_bytes: int, levers: Levers, need: Callable[[Levers], MemoryNeed]) -> WayOut:
+    """Everything in proportion to the parameters: rough, but a size to look for."""
+    weights = need(levers).kinds["weights"]
+    parameters = weights / (4 if levers.weights_dtype == "fp32" else 2) * budget_bytes / now
+    size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
+    return WayOut(
+        change=f"a model of at most about {size} parameters",
+        frees_bytes=now - budget_bytes,
+        where="device",
+        enough=True,
+        costs="another model",
+    )
+
+
+def of_disk(need: DiskNeed, free_bytes: int, kept: int, output: str) -> tuple[WayOut, ...]:
+    """The nearest ways to bring a run onto its disk.
+
+    Args:
+        need: What the run takes.
+        free_bytes: What there is.
+        kept: `train.save_total_limit`.
+        output: The recipe's output folder.
+    """
+    missing = need.total - free_bytes
+    ways = []
+    if kept > 1:
+        freed = (kept - 1) * need.one_checkpoint
+        ways.append(("train.save_total_limit: 1", freed, "fewer checkpoints to go back to"))
+    eighth = round(need.num_checkpoints * need.one_checkpoint / 2)
+    ways.append(("train.optim: adamw_8bit", eighth, "moments of 8 bits"))
+    ways.append((f"free {in_words(missing)} under {output}, or choose another output", missing, "nothing"))
+    found = [
+        WayOut(change=words, frees_bytes=freed, where="disk", enough=freed >= missing, costs=costs)
+        for words, freed, costs in ways
+    ]
+    return tuple(sorted(found, key=lambda way: not way.enough))[:MOST]
+
+
+def in_lines(ways: Sequence[WayOut]) -> list[str]:
+    """One line for each, for the message of an error."""
+    return [
+        f"{'enough' if way.enough else 'helps'}: {way.change}: frees {in_words(way.frees_bytes)} ({way.costs})"
+        for way in ways
+    ]

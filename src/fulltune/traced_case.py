@@ -1,0 +1,96 @@
+"""A model as a case to trace: copies with few layers, and batches as its task makes them. Layer 1."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from fulltune.tasks import Target, Task, image_classification, multiple_choice
+from fulltune.tasks.pixels import PIXELS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is trained."""
+
+    config: Any
+    task: Task
+    target: Target
+    weights_dtype: str
+    attn_implementation: str | None
+    packed: bool
+    prepare: Callable[[Any], Any]
+
+
+def build(case: Case, config: Any) -> Any:
+    """The model with random weights, as the trainer has it."""
+    given: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[case.weights_dtype]}
+    if case.attn_implementation:
+        given["attn_implementation"] = case.attn_implementation
+    model = getattr(transformers, case.task.AUTO_CLASS).from_config(config, **given)
+    case.prepare(model)
+    return model
+
+
+_PAIRS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+
+
+def depths_of(config: Any) -> dict[str, int]:
+    """Attribute of the config to its number of layers; empty where it names none."""
+    text = config.get_text_config()
+    if config.is_encoder_decoder:
+        pair = next((pair for pair in _PAIRS if all(hasattr(config, name) for name in pair)), ())
+        return {name: int(getattr(config, name)) for name in pair}
+    depth = getattr(text, "num_hidden_layers", None)
+    return {"num_hidden_layers": depth} if isinstance(depth, int) else {}
+
+
+def cut(config: Any, depths: Mapping[str, int]) -> Any:
+    """A copy of the config with so many layers."""
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    text = config if config.is_encoder_decoder else config.get_text_config()
+    for name, depth in depths.items():
+        setattr(text, name, depth)
+    kinds = getattr(text, "layer_types", None)
+    if kinds and depths:
+        text.layer_types = list(kinds)[: max(depths.values())]
+    return config
+
+
+def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A real batch of full rows, collated by the task."""
+    ids = np.ones(length, np.int64)
+    target, config = case.target, case.config
+    row: dict[str, Any] = {"input_ids": ids, "labels": 0}
+    match target.problem_type:
+        case "multi_label":
+            row["labels"] = np.ones(len(target.labels), np.float32)
+        case "regression":
+            row["labels"] = 1.0
+        case "tags":
+            row["labels"] = np.zeros(length, np.int64)
+        case "span":
+            row["labels"] = np.array([0, 0, 0, length - 1, length])
+        case "choice":
+            row["input_ids"] = np.ones(length * target.num_choices, np.int64)
+            row[multiple_choice.CHOICE_LENGTHS] = np.full(target.num_choices, length)
+        case "text" | "prompt_completion" | "chat" | "source_target":
+            row["labels"] = ids
+            if case.packed:
+                row["position_ids"] = np.arange(length)
+    if case.task.AUTO_CLASS == image_classification.AUTO_CLASS:
+        side = config.image_size if hasattr(config, "image_size") else length
+        high, wide = (side, side) if isinstance(side, int) else side
+        row = {PIXELS: np.zeros((getattr(config, "num_channels", 3), high, wide), np.float32), "labels": 0}
+    return case.task.collate([row] * rows, 0)
+
+
+def has_tokens(case: Case) -> bool:
+    return case.task.AUTO_CLASS != image_classification.AUTO_CLASS

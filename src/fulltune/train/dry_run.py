@@ -1,0 +1,348 @@
+"""The dry run: real steps on the longest batches before step 1, which leave no trace.
+
+What does not fit fails here and not in an hour, and the timed passes say how long the run will take. The code of a real
+step runs: the Trainer's loss, the model as accelerate prepares it, the plan's optimizer, with rates of 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fulltune.inference import batches, by_length
+from fulltune.records import Check, Plan, TimeNeed
+from fulltune.train import distributed
+from fulltune.train.forecast import (
+    Rates,
+    Schedule,
+    Shape,
+    Speed,
+    Timed,
+    count,
+    extra_seconds,
+    forecast,
+    num_evaluations,
+    num_saves,
+    quadratic_share,
+    speed,
+)
+from fulltune.train.saving_speed import save_seconds
+
+MOST_COUNTED_ROWS = 200_000
+"""Of more rows than this, only the first steps are counted, and the rest taken to be like them."""
+LOOP_SECONDS = 0.002
+"""What transformers' loop and a log line cost in each step beside the passes, measured with a tiny model."""
+_LEAST_TIMED_SECONDS = 0.1
+_MOST_REPEATS = 5
+_WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What accelerate sets on a model that it prepares."""
+Positions = Sequence[int]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was found out."""
+
+    check: Check
+    loss: float
+    """Of the longest micro batch."""
+    forecast: TimeNeed | None = None
+    """None when the loss was not finite."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the parts of a dry run share."""
+
+    trainer: Any
+    rows: Any
+    plan: Plan
+    model: Any
+    """As the Trainer's loop has it: with autocast, compiled, with several processes in `DistributedDataParallel`."""
+    optimizer: Any
+    evaluate: Callable[[Positions], object]
+    lengths: np.ndarray
+    """Of the train rows, in tokens."""
+    eval_lengths: np.ndarray
+
+
+def dry_run(
+    trainer: Any,
+    rows: Any,
+    plan: Plan,
+    *,
+    evaluate: Callable[[Positions], object],
+    eval_lengths: Any,
+    first_step: int = 0,
+    folder: Path | None = None,
+) -> DryRun:
+    """Two passes with a step at the longest micro batch, an evaluation at the longest eval batch, a few timed passes.
+
+    The first pass and step create the optimizer's state, the second pass has it beside its activations, and with
+    accumulation the first one's gradients too: its peak is that of a real step. Weights, buffers and random state are
+    as before, everything else is released.
+
+    Args:
+        trainer: The `FullTrainer`, before training.
+        rows: The train rows.
+        plan: The trial's numbers.
+        evaluate: Scores these eval rows, as training does it.
+        eval_lengths: Tokens of each eval row.
+        first_step: The steps up to this one are done: what is forecast is the rest.
+        folder: Where checkpoints will lie, to try how fast it writes; None leaves saving out.
+    """
+    found = _tried(trainer, rows, plan, evaluate, np.asarray(eval_lengths), first_step, folder)
+    if plan.num_processes > 1:
+        gc.collect()  # `DistributedDataParallel` hooks into each gradient as long as it lives
+    return found
+
+
+def _tried(
+    trainer: Any,
+    rows: Any,
+    plan: Plan,
+    evaluate: Callable[[Positions], object],
+    eval_lengths: np.ndarray,
+    first_step: int,
+    folder: Path | None,
+) -> DryRun:
+    """See `dry_run`."""
+    began = time.monotonic()
+    longest = by_length(rows)[: plan.micro_batch_size]
+    with _without_trace(trainer, plan) as (model, optimizer):
+        run = _Run(trainer, rows, plan, model, optimizer, evaluate, np.asarray(rows["length"]), eval_lengths)
+        loss, first_seconds = _timed_pass(run, longest)
+        if not math.isfinite(loss):
+            return DryRun(_check(run, longest, loss, began), loss)
+        _timed_step(run)
+        # With accumulation a pass finds the gradients of the one before.
+        _, seconds = _timed_pass(run, longest, keep=plan.gradient_accumulation_steps > 1)
+        step_seconds = _timed_step(run)
+        optimizer.zero_grad()
+        # As in training: the optimizer's state stays, the gradients are gone.
+        found = _forecast(run, longest, (first_seconds, seconds), step_seconds, first_step, folder)
+    return DryRun(_check(run, longest, loss, began), loss, found)
+
+
+@contextlib.contextmanager
+def _without_trace(trainer: Any, plan: Plan) -> Iterator[tuple[Any, Any]]:
+    """The prepared model and the optimizer; afterwards everything is as before."""
+    model, accelerator = trainer.model, trainer.accelerator
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    own = {name: model.__dict__[name] for name in _WRAPPED if name in model.__dict__}
+    if plan.activation_checkpointing:  # the Trainer does it again when training begins
+        model.activation_checkpointing_enable()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        prepared = accelerator.prepare_model(model)
+        try:
+            with trainer.rehearsal() as optimizer:
+                yield prepared, optimizer
+        finally:
+            # accelerate 1.15 unwraps too much, the decorators of the model's own forward, and too little: with its
+            # mark left on the model it would not prepare it for the training, which would then run in fp32.
+            for name in _WRAPPED:
+                model.__dict__.pop(name, None)
+            model.__dict__.update(own)
+            accelerator.free_memory()
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+
+
+def _timed_pass(run: _Run, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
+    """Forward and backward of these rows: the loss and the seconds. A loss that is not finite is not sent back.
+
+    Args:
+        run: The dry run.
+        positions: The rows.
+        keep: Add to the gradients that are there.
+    """
+    trainer = run.trainer
+    if not keep:
+        run.optimizer.zero_grad()
+    began = _now()
+    run.model.train()
+    batch = trainer.data_collator([run.rows[i] for i in positions])
+    batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+    num_items = torch.tensor(trainer.count_items(batch["labels"]), device=trainer.args.device)
+    loss = trainer.compute_loss(run.model, batch, num_items_in_batch=num_items)
+    value = float(loss.detach())
+    if math.isfinite(value):
+        loss.backward()
+        if run.plan.optimizer_in_backward:
+            run.optimizer.step()  # ends the step, whose updates have happened
+    return value, _now() - began
+
+
+def _timed_step(run: _Run) -> float:
+    """Clip and update, as at the end of a step: the seconds. With a rate of 0 finite gradients move nothing; others
+    would, and are left to the guard of step 1."""
+    began = _now()
+    parameters = [parameter for parameter in run.trainer.model.parameters() if parameter.grad is not None]
+    if run.plan.optimizer_in_backward or not all(map(_is_finite, parameters)):
+        return 0.0
+    began = _now()
+    if run.trainer.args.max_grad_norm:
+        run.trainer._clip_grad_norm(run.trainer.model)
+    run.optimizer.step()
+    return _now() - began
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    """Of the gradient; NaN goes through both numbers, which cost no copy of it, as `isfinite` would."""
+    assert parameter.grad is not None, "only parameters with a gradient are asked"
+    return bool(torch.stack(parameter.grad.aminmax()).isfinite().all())
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _check(run: _Run, positions: Positions, loss: float, began: float) -> Check:
+    batch = run.trainer.data_collator([run.rows[i] for i in positions])
+    return check_of(batch, loss, began)
+
+
+def check_of(batch: dict[str, Any], loss: float, began: float, passed: bool = True) -> Check:
+    """A line for the table before step 1."""
+    ids = batch.get("input_ids")
+    first = next(tensor for name, tensor in batch.items() if name != "labels")
+    # Without tokens it is an image: its channels, height and width.
+    sides = first.shape[1:] if ids is None else ids.shape[1:]
+    size = " x ".join(str(side) for side in sides) + (" values" if ids is None else " tokens")
+    return Check(
+        name="dry-run step",
+        result=f"{len(first)} rows of {size}, loss {loss:.4g}, {time.monotonic() - began:.2f} s",
+        passed=passed and math.isfinite(loss),
+    )
+
+
+# ---- the forecast ----------------------------------------------------------------------------------------------
+
+
+def _forecast(
+    run: _Run,
+    longest: Positions,
+    seconds: tuple[float, float],
+    step_seconds: float,
+    first_step: int,
+    folder: Path | None,
+) -> TimeNeed:
+    """Time more passes where they cost little against the run, and add everything up."""
+    quadratic = _quadratic(run.trainer.model)
+    schedule, parts = _schedule(run, first_step)
+    first, again = seconds
+    long = Timed(_shape(run.lengths, longest).work(quadratic), again)
+    rough = again / long.work * schedule.work(quadratic) + step_seconds * schedule.steps
+    budget = _agreed(run.trainer, extra_seconds(rough))
+    typical, excess = _typical(run, parts, long, schedule, quadratic, budget) if parts else (None, 0.0)
+    compiled = run.trainer.args.torch_compile
+    rates = Rates(
+        train=speed(long, typical),
+        evaluation=_eval_speed(run, quadratic, budget),
+        step_seconds=step_seconds + LOOP_SECONDS,
+        # The second shape makes torch.compile give up fixed shapes, and that is all.
+        new_shape_seconds=0.0 if compiled else excess,
+        save_seconds=save_seconds(run.trainer, run.optimizer, folder) if folder else 0.0,
+        start_seconds=max(0.0, first - again) + excess if compiled else 0.0,
+    )
+    return forecast(schedule, rates, quadratic)
+
+
+def _typical(
+    run: _Run, parts: Sequence[Positions], long: Timed, schedule: Schedule, quadratic: float, budget: float
+) -> tuple[Timed | None, float]:
+    """A micro batch of the mean work, and what its first pass cost more; None when it would take too long."""
+    mean = schedule.work(quadratic) / sum(schedule.train.values())
+
+    def distance(part: Positions) -> float:
+        return abs(_shape(run.lengths, part).work(quadratic) - mean)
+
+    part = min(parts, key=distance)
+    work = _shape(run.lengths, part).work(quadratic)
+    if 2 * long.seconds * work / long.work > budget:
+        return None, 0.0
+    keep = run.plan.gradient_accumulation_steps > 1
+    times = _repeated(run, lambda: _timed_pass(run, part, keep=keep)[1], budget)
+    return Timed(work, statistics.median(times[1:])), max(0.0, times[0] - statistics.median(times[1:]))
+
+
+def _eval_speed(run: _Run, quadratic: float, budget: float) -> Speed:
+    """The longest eval batch must be tried; one from the middle says how long the others take."""
+    run.optimizer.zero_grad()
+    chosen = list(batches([int(i) for i in np.argsort(-run.eval_lengths, kind="stable")], run.plan.eval_batch_size))
+
+    def timed(positions: Positions) -> Timed:
+        began = _now()
+        run.evaluate(positions)
+        return Timed(_shape(run.eval_lengths, positions).work(quadratic), _now() - began)
+
+    longest, middle = timed(chosen[0]), chosen[len(chosen) // 2]
+    if longest.seconds <= budget / 3:  # again, without what is loaded and made the first time
+        longest = timed(chosen[0])
+    work = _shape(run.eval_lengths, middle).work(quadratic)
+    if 2 * longest.seconds * work / longest.work > budget:
+        return speed(longest, None)
+    times = _repeated(run, lambda: timed(middle).seconds, budget)
+    return speed(longest, Timed(work, statistics.median(times[1:])))
+
+
+def _repeated(run: _Run, measure: Callable[[], float], budget: float) -> list[float]:
+    """The first time, in which kernels are made, and one or more further ones."""
+    times = [measure(), measure()]
+    most = min(budget, _LEAST_TIMED_SECONDS)
+    while len(times) <= _MOST_REPEATS and _agreed(run.trainer, sum(times[1:])) < most:
+        times.append(measure())
+    return times
+
+
+def _agreed(trainer: Any, seconds: float) -> float:
+    """The first process's, so that all run the same passes."""
+    return float(distributed.from_first(seconds)) if trainer.args.world_size > 1 else seconds
+
+
+def _schedule(run: _Run, first_step: int) -> tuple[Schedule, list[list[int]]]:
+    """What is left to do, and its first micro batches."""
+    plan = run.plan
+    steps = max(0, plan.total_steps - first_step)
+    counted = min(steps, -(-MOST_COUNTED_ROWS // plan.global_batch_size))
+    parts = [part for step in run.trainer.sampler.passes(first_step, first_step + counted) for part in step]
+    order = [int(i) for i in np.argsort(-run.eval_lengths, kind="stable")]
+    # Several processes take the eval batches in turn.
+    evaluation = list(batches(order, plan.eval_batch_size))[:: plan.num_processes]
+    schedule = Schedule(
+        steps=steps,
+        train=count((_shape(run.lengths, part) for part in parts), steps / counted if counted else 0.0),
+        evaluation=count(_shape(run.eval_lengths, part) for part in evaluation),
+        evaluations=num_evaluations(first_step, plan.total_steps, plan.eval_steps),
+        saves=num_saves(first_step, plan.total_steps, plan.eval_steps, plan.save_steps),
+        num_processes=plan.num_processes,
+    )
+    return schedule, parts
+
+
+def _shape(lengths: np.ndarray, positions: Positions) -> Shape:
+    return Shape(len(positions), int(lengths[list(positions)].max()))
+
+
+def _quadratic(model: Any) -> float:
+    """See `quadratic_share`; 0 for a model that is not made of layers of one width."""
+    config = model.config.get_text_config()
+    layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    if not isinstance(layers, int) or not isinstance(hidden, int):
+        return 0.0
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
+    return quadratic_share(layers, hidden, others)

@@ -1,0 +1,29 @@
+"""The model as training starts with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fulltune import methods, zero
+from fulltune.model import load
+from fulltune.processors import load_processor
+from fulltune.tasks import Target, Task
+from fulltune.train import weights
+
+
+def load_for_training(
+    recipe: Any, task: Task, target: Target, before_weights: Callable[[], None] = lambda: None
+) -> tuple[Any, Any]:
+    """The pretrained model with the task's head, every parameter trainable, and the tokenizer."""
+    tokenizer = load_processor(recipe.model, recipe.task, chat_template=recipe.data.chat_template)
+    model = load(
+        recipe.model,
+        task.AUTO_CLASS,
+        task.config_changes(target, tokenizer),
+        head_is_new=task.HEAD_IS_NEW,
+        before_weights=before_weights,
+    )
+    if zero.wanted(recipe):
+        weights.forget_unused_conversions(model)
+    return methods.apply(model, recipe.method), tokenizer

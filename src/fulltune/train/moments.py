@@ -1,0 +1,203 @@
+"""AdamW's two moments in 32, 16 or 8 bits: written from fp32 and read back, slice by slice.
+
+8 bits, in groups of 128 values with one fp32 scale each (2.0625 bytes a parameter for both moments):
+
+    m = s_m * q |q|      q in [-1, 1], in 254 steps      s_m: largest |m| of the group
+    v = (s_v * r)^4      r in [0, 1], in 255 steps       s_v: largest v^(1/4) of the group
+
+The curves matter: with even steps, values far below the largest of their group become 0, and 0 in v divides by epsilon.
+The same idea with other curves is in arXiv 2602.23349. Scales are fp32 because v shrinks by 0.1 % a step, which a bf16
+scale would round away.
+
+Rounding to nearest would do the same to the codes: a value that changes by less than half a step at a time would never
+change. So codes, and moments in bf16, are rounded up or down at random, right on average. A positive v never gets code
+0: v > 0 still means that the value has received a gradient, and no update divides by epsilon alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Format = Literal["fp32", "bf16", "8bit"]
+State = dict[str, Tensor]
+
+GROUP = 128
+"""Values that share a scale."""
+SMALL = 4096
+"""Tensors with fewer values keep fp32 moments where larger ones have 8 bits: norms and biases, 0.1 % of a model."""
+_FIRST_TOP, _SECOND_TOP = 126.99, 254.99
+"""Largest code; with the noise, which is below 1, it stays below 127 and 256."""
+_SHIFT = 128.0
+"""Second codes are 0 to 255, kept as int8: from fp32 that is five times as fast as uint8."""
+_TINY = torch.finfo(torch.float32).tiny
+_LEAST_SCALE = 1e-30
+"""Where a whole group is 0."""
+
+
+class Noise:
+    """Random numbers for rounding, which depend on seed, step and place alone: a resumed run draws the same ones.
+
+    A table is drawn once, from a generator of its own; each use reads a stretch of it at a place that is mixed from the
+    numbers. Drawing anew would cost more than the whole update.
+
+    Args:
+        seed: The run's seed.
+        slice_values: Longest stretch.
+        device: Where the numbers are used.
+    """
+
+    def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
+        self._seed = seed
+        self._places = max(2**20, 2 * slice_values) - slice_values
+        drawn = torch.Generator().manual_seed(seed)
+        table = torch.randint(0, 2**16, (self._places + slice_values,), generator=drawn, dtype=torch.int32)
+        self._bits = table.to(device)
+        self._units = self._bits.float().div_(2**16)
+
+    def bits(self, count: int, *numbers: int) -> Tensor:
+        """int32 [count], 0 to 65,535."""
+        return self._bits.narrow(0, self._place(numbers), count)
+
+    def units(self, count: int, *numbers: int) -> Tensor:
+        """fp32 [count], 0 to below 1."""
+        return self._units.narrow(0, self._place(numbers), count)
+
+    def _place(self, numbers: tuple[int, ...]) -> int:
+        mixed = 0
+        for number in (self._seed, *numbers):  # splitmix64
+            mixed = (mixed + number + 0x9E3779B97F4A7C15) & _64_BITS
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _64_BITS
+            mixed ^= mixed >> 31
+        return mixed % self._places
+
+
+_64_BITS = 2**64 - 1
+
+
+def start(num_values: int, moments: Format, device: torch.device) -> State:
+    """Moments of 0.
+
+    Returns:
+        `exp_avg` and `exp_avg_sq` [values]; in 8 bits padded to whole groups, with `*_scale` [groups].
+    """
+    if moments == "8bit" and num_values >= SMALL:
+        groups = -(-num_values // GROUP)
+        return {
+            "exp_avg": torch.zeros(groups * GROUP, dtype=torch.int8, device=device),
+            "exp_avg_scale": torch.full((groups,), _LEAST_SCALE, device=device),
+            "exp_avg_sq": torch.full((groups * GROUP,), -int(_SHIFT), dtype=torch.int8, device=device),
+            "exp_avg_sq_scale": torch.full((groups,), _LEAST_SCALE, device=device),
+        }
+    kind = torch.bfloat16 if moments == "bf16" else torch.float32
+    return {name: torch.zeros(num_values, dtype=kind, device=device) for name in ("exp_avg", "exp_avg_sq")}
+
+
+def read_first(state: Mapping[str, Tensor], begin: int, end: int, factor: float, out: Tensor) -> Tensor:
+    """`factor` times the first moment of values `begin` to `end`, fp32.
+
+    fp32 moments are multiplied in place and returned themselves; the others are written into `out`.
+    """
+    kept = state["exp_avg"]
+    if kept.dtype == torch.int8:
+        codes, scales = _groups(state, "exp_avg", begin, end)
+        found = out[: len(codes)].copy_(codes)
+        found.mul_(found.abs())
+        found.view(-1, GROUP).mul_((scales * (factor / _FIRST_TOP**2)).unsqueeze(1))
+        return found[: end - begin]
+    return _read_plain(kept, begin, end, factor, out)
+
+
+def read_second(state: Mapping[str, Tensor], begin: int, end: int, factor: float, out: Tensor) -> Tensor:
+    """The same of the second moment."""
+    kept = state["exp_avg_sq"]
+    if kept.dtype == torch.int8:
+        codes, scales = _groups(state, "exp_avg_sq", begin, end)
+        found = out[: len(codes)].copy_(codes).add_(_SHIFT)
+        found.view(-1, GROUP).mul_((scales * (factor**0.25 / _SECOND_TOP)).unsqueeze(1))
+        found.square_().square_()
+        return found[: end - begin]
+    return _read_plain(kept, begin, end, factor, out)
+
+
+def _read_plain(kept: Tensor, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
+    found = kept[begin:end]
+    return (found if kept.dtype == torch.float32 else out[: end - begin].copy_(found)).mul_(factor)
+
+
+def write_first(
+    state: State, begin: int, values: Tensor, scratch: Tensor, noise: Noise, numbers: tuple[int, ...]
+) -> None:
+    """Keep the first moment of the values from `begin` on; `values` and `scratch` are overwritten."""
+    if state["exp_avg"].dtype != torch.int8:
+        _write_plain(state["exp_avg"], begin, values, noise, numbers)
+        return
+    codes, scales = _groups(state, "exp_avg", begin, begin + len(values))
+    values = _padded(values, len(codes))
+    size = torch.abs(values, out=scratch[: len(values)])
+    torch.amax(size.view(-1, GROUP), 1, out=scales)
+    scales.clamp_min_(_LEAST_SCALE)
+    # x / sqrt|x| is the signed root.
+    values.mul_(size.clamp_min_(_TINY).rsqrt_())
+    values.view(-1, GROUP).mul_((_FIRST_TOP * scales.rsqrt()).unsqueeze(1))
+    codes.copy_(values.add_(noise.units(len(values), *numbers)).floor_())
+
+
+def write_second(
+    state: State, begin: int, values: Tensor, square_root: Tensor, noise: Noise, numbers: tuple[int, ...]
+) -> None:
+    """The same of the second moment, whose square root is given too; `values` is overwritten."""
+    if state["exp_avg_sq"].dtype != torch.int8:
+        _write_plain(state["exp_avg_sq"], begin, values, noise, numbers)
+        return
+    codes, scales = _groups(state, "exp_avg_sq", begin, begin + len(values))
+    values = root(_padded(square_root, len(codes)), _padded(values, len(codes)))
+    torch.amax(values.view(-1, GROUP), 1, out=scales)
+    scales.clamp_min_(_LEAST_SCALE)
+    values.view(-1, GROUP).mul_((_SECOND_TOP / scales).unsqueeze(1))
+    seen = values.sign()
+    values.add_(noise.units(len(values), *numbers))
+    # At least code 1 where v is positive.
+    codes.copy_(torch.maximum(values, seen, out=values).floor_().sub_(_SHIFT))
+
+
+def _write_plain(kept: Tensor, begin: int, values: Tensor, noise: Noise, numbers: tuple[int, ...]) -> None:
+    place = kept[begin : begin + len(values)]
+    if kept.dtype == torch.bfloat16:
+        round_at_random(values, noise.bits(len(values), *numbers))
+        place.copy_(values)
+    elif place.data_ptr() != values.data_ptr():
+        place.copy_(values)
+
+
+def round_at_random(values: Tensor, bits: Tensor) -> None:
+    """Make fp32 values bf16 ones in place, up or down with chances that are right on average.
+
+    The lower 16 bits are what bf16 lacks: random bits are added to them, then they are cut off. A value that bf16 has
+    stays as it is.
+    """
+    values.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
+
+
+def root(values: Tensor, out: Tensor) -> Tensor:
+    """Square roots, 0 only of 0; on the CPU torch.sqrt takes five times as long."""
+    return torch.clamp_min(values, _TINY, out=out).rsqrt_().mul_(values)
+
+
+def _groups(state: Mapping[str, Tensor], name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of whole groups; `begin` is at the start of one."""
+    first, last = begin // GROUP, -(-end // GROUP)
+    return state[name][first * GROUP : last * GROUP], state[f"{name}_scale"][first:last]
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    """The buffer from the first value on, with zeros up to `length`; `values` lies in a buffer of whole groups."""
+    if len(values) == length:
+        return values
+    longer = values.as_strided((length,), (1,))
+    longer[len(values) :] = 0.0
+    return longer

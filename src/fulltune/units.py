@@ -1,0 +1,30 @@
+"""Bytes in words and back. Layer 0."""
+
+from __future__ import annotations
+
+import re
+
+SIZE = r"^\s*\d+(\.\d+)?\s*[KMGT]i?B\s*$"
+"""What `parse_bytes` reads."""
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes of `6GiB` (binary), `24 GB` (decimal), `1.5 TiB` or `512MiB`.
+
+    Raises:
+        ValueError: Naming what was expected.
+    """
+    if re.match(SIZE, text) is None:
+        raise ValueError(f"'{text}': expected a size such as 6GiB, 512MiB or 24GB")
+    found = re.match(r"\s*([\d.]+)\s*(\w)(i?)", text)
+    assert found is not None, "SIZE has matched"
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** _POWERS[found[2]])
+
+
+def in_words(num_bytes: int) -> str:
+    """`1.5 GiB`, `87 MiB`, `12 KiB`."""
+    if num_bytes >= 2**29:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.0f} KiB"

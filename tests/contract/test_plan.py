@@ -1,0 +1,277 @@
+"""`fulltune plan`: without data, for hardware that is not here, with what is refused and how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from rich.console import Console
+
+from fulltune import display_plan, pipeline, plan
+from fulltune.plan import cards
+from fulltune.records import Plan, Survey
+from tests import tiny
+from tests.contract.command import Result, fulltune
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SEVEN_B = EXAMPLES / "plan-7b.yaml"
+KNOWN: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _traced_once() -> Iterator[None]:
+    """A model is traced once for all tests here: tracing has tests of its own."""
+    trace = pipeline.trace
+
+    def remembered(recipe: Any, *arguments: Any) -> Any:
+        machine = arguments[3]
+        key = f"{recipe.model} {recipe.train.activation_checkpointing} {plan.device_and_precision(recipe, machine)}"
+        if key not in KNOWN:
+            KNOWN[key] = trace(recipe, *arguments)
+        return KNOWN[key]
+
+    with mock.patch.object(pipeline, "trace", remembered):
+        yield
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:
+    tiny.write_csv(tmp_path / "train.csv", tiny.topic_rows(40))
+    train = {"device": "auto", "precision": "auto"}
+    return tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, "train.csv", train=train)
+
+
+def seven_b(*options: object) -> Result:
+    return fulltune("plan", SEVEN_B, "--rows", 50_000, "--tokens", 512, *options)
+
+
+def shown(result: Result, width: int = 80) -> str:
+    """What a terminal of so many columns would show of a plan's JSON."""
+    found = json.loads(result.out)
+    survey = Survey.model_validate(found.pop("survey"))
+    screen = Console(file=StringIO(), width=width)
+    display_plan.show(screen, survey, Plan.model_validate(found) if found else None)
+    return screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_7b_is_planned_from_its_config_alone() -> None:
+    result = seven_b("--for", "8x A100-80GB", "--price", "2 USD", "--json")
+    assert result.code == 0, result.err
+    assert result.err == ""
+    page = shown(result)
+    assert all(len(line) <= 80 for line in page.splitlines())
+    order = [
+        "found",
+        "6,738,415,616 parameters",
+        "50,000 to train",
+        "8x A100-80GB, 1,024 GB host",
+        "1,024 GB of host memory (128 GB a card is usual)",
+        "memory of a step",
+        "checkpoints x",
+        "\nplacements\n",
+        "8 copies, AdamW fp32",
+        "ZeRO-3, all on disk",
+        "\ntime\n",
+        "USD for",
+        "\nchosen ",
+        "train.micro_batch_size",
+        "\ninstead\n",
+        "method: where to start, not a law",
+        "to settle it: fulltune run",
+    ]
+    places = [page.find(words) for words in order]
+    assert -1 not in places, dict(zip(order, places, strict=True))
+    assert places == sorted(places)
+
+
+def test_7b_example_leaves_nothing_behind() -> None:
+    before = sorted(EXAMPLES.parent.glob("runs/*"))
+    assert seven_b("--for", "8x A100-80GB").code == 0
+    assert sorted(EXAMPLES.parent.glob("runs/*")) == before
+
+
+def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
+    result = seven_b("--for", "1x T4, 16GB host, 50GB disk")
+    assert result.code == 3
+    assert "ways out" in result.out
+    assert "16x T4" in result.out
+    assert len(result.problems) == 1
+    assert "but there are 14.5 GiB of GPU memory" in result.problems[0]
+
+
+def test_json_of_a_plan_that_does_not_fit_has_the_survey_and_the_ways_out_on_stderr() -> None:
+    result = seven_b("--for", "1x T4, 16GB host, 50GB disk", "--json")
+    assert result.code == 3
+    found = json.loads(result.out)
+    assert list(found) == ["survey"]
+    assert found["survey"]["fits"] is False
+    assert sum("enough: 16x T4" in line for line in result.problems) == 1
+
+
+@pytest.mark.parametrize("card", [card.name for card in cards.CARDS])
+def test_plan_is_made_for_every_card(card: str, recipe: Path) -> None:
+    result = fulltune("plan", recipe, "--for", f"2x {card}", "--rows", 1000, "--tokens", 32, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert (found["device"], found["num_processes"]) == ("cuda", 2)
+    assert found["time"]["source"] == "arithmetic"
+    assert found["survey"]["hardware"].startswith(f"2x {card}, ")
+
+
+@pytest.mark.parametrize(
+    "hardware", ["cpu", "cpu, 64 cores, 1TB host", "4x L4, 96GB host, 1TB disk", "1x H100, 9 cores"]
+)
+def test_plan_is_made_for_mixed_hosts(hardware: str, recipe: Path) -> None:
+    assert fulltune("plan", recipe, "--for", hardware, "--rows", 1000, "--tokens", 32).code == 0
+
+
+def test_plan_with_data_here_is_the_runs_plan_and_keeps_the_survey(recipe: Path, tmp_path: Path) -> None:
+    result = fulltune("plan", recipe, "--run-folder", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert json.loads((tmp_path / "run" / "plan" / "full.json").read_text())["trial"] == found["trial"]
+    survey = Survey.load(tmp_path / "run" / "plan" / "survey.json")
+    assert survey.model_dump(mode="json") == found["survey"]
+    assert (survey.train_rows, survey.eval_rows, survey.num_devices) == (32, 4, 1)
+    assert survey.hardware.startswith("this machine: ")
+    assert survey.placement == "one device, AdamW fp32"
+
+
+def test_plan_with_data_for_other_hardware_leaves_the_runs_plan_open(recipe: Path, tmp_path: Path) -> None:
+    result = fulltune("plan", recipe, "--run-folder", tmp_path / "run", "--for", "1x L4", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["device"] == "cuda"
+    assert not (tmp_path / "run" / "plan" / "full.json").exists()
+    assert fulltune("plan", recipe, "--run-folder", tmp_path / "run", "--json").code == 0
+    assert json.loads((tmp_path / "run" / "plan" / "full.json").read_text())["device"] == "cpu"
+
+
+def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -> None:
+    assert fulltune("plan", recipe, "--run-folder", tmp_path / "run").code == 0
+    result = fulltune("plan", tmp_path / "run", "--for", "2x L4")
+    assert result.code == 0, result.err
+    assert "2x L4, 96 GB host" in result.out
+
+
+def test_plan_needs_no_rows_on_disk(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").unlink()
+    assert fulltune("plan", recipe, "--rows", 500, "--tokens", 20).code == 0
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", 20], "20 tasks: one model and a small file for each"),
+        (["--goal", "style"], "style and format need little capacity"),
+        (["--preserve"], "a small encoder: full is cheap"),
+    ],
+)
+def test_advice_listens_to_what_data_cannot_tell(recipe: Path, options: list[object], words: str) -> None:
+    result = fulltune("plan", recipe, "--rows", 50_000, "--tokens", 20, *options)
+    assert words in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "problems"),
+    [
+        (["--rows", 10], ["--rows: a plan without data needs --tokens as well"]),
+        (["--tokens", 10], ["--tokens: a plan without data needs --rows as well"]),
+        (["--rows", 0, "--tokens", 10], ["--rows: 0, but the number of train rows must be at least 1"]),
+        (["--rows", 9, "--tokens", -1], ["--tokens: -1, but the number of tokens of a row must be at least 1"]),
+        (["--price", "-2"], ["--price: -2 is below 0; write what one device costs in an hour, such as 2.5"]),
+        (["--goal", "fun"], ["--goal: 'fun' is not known; expected one of knowledge, language, style, updates"]),
+        (["--tasks", 0], ["--tasks: 0, but there is at least 1 task"]),
+        (["--for", "8x A100"], ["--for: 'A100' comes in several sizes; write A100-40GB or A100-80GB"]),
+        (
+            ["--rows", -5, "--for", "RTX 4900", "--price", "much"],
+            [
+                "--for: unknown card 'RTX 4900'; did you mean RTX 4090 or RTX 4080 or RTX 4070 Ti?",
+                "--price: 'much' is no price; write what one device costs in an hour, such as 2.5",
+                "--rows: -5, but the number of train rows must be at least 1",
+                "--rows: a plan without data needs --tokens as well",
+            ],
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused_all_at_once(
+    recipe: Path, options: list[object], problems: list[str]
+) -> None:
+    result = fulltune("plan", recipe, *options)
+    assert (result.code, result.problems) == (2, problems)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_problems_of_recipe_and_options_are_told_together(recipe: Path) -> None:
+    result = fulltune("plan", recipe, "--rows", 5, "--tokens", 5, "--price", "-1", "--set", "train.seed=-1")
+    assert result.code == 2
+    assert len(result.problems) == 2
+    assert "train.seed" in result.problems[0]
+    assert result.problems[1].startswith("--price: -1 is below 0")
+
+
+def test_rows_longer_than_the_model_reads_are_refused(recipe: Path, tiny_encoder: Path) -> None:
+    result = fulltune("plan", recipe, "--rows", 100, "--tokens", 1000)
+    assert (result.code, result.problems) == (
+        2,
+        [f"--tokens: 1000, but {tiny_encoder} reads at most 128 tokens; give less, or set data.max_length: 128"],
+    )
+    assert fulltune("plan", recipe, "--rows", 100, "--tokens", 1000, "--set", "data.max_length=128").code == 0
+
+
+def test_batch_that_cannot_be_shared_is_refused(recipe: Path) -> None:
+    result = fulltune(
+        *("plan", recipe, "--rows", 100, "--tokens", 10, "--for", "8x L4", "--set", "train.global_batch_size=12")
+    )
+    assert (result.code, result.problems) == (
+        2,
+        ["train.global_batch_size: 12 cannot be shared by 8 devices; set a multiple of 8, or train.num_processes"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "hardware", "problem"),
+    [
+        ("cpu", "1x L4", "train.device: 'cpu' but --for names a GPU; add --set train.device=auto"),
+        ("cuda", "cpu", "train.device: 'cuda' but --for names no GPU; add --set train.device=auto"),
+    ],
+)
+def test_device_that_the_hardware_is_not_is_refused(recipe: Path, device: str, hardware: str, problem: str) -> None:
+    options = ["--rows", 100, "--tokens", 10, "--for", hardware, "--set", f"train.device={device}"]
+    result = fulltune("plan", recipe, *options)
+    assert (result.code, result.problems) == (2, [problem])
+
+
+def test_run_folder_without_data_is_refused(tmp_path: Path) -> None:
+    result = fulltune("plan", tmp_path, "--rows", 100, "--tokens", 10)
+    assert (result.code, result.problems) == (
+        2,
+        [f"{tmp_path}: is a run folder, whose rows are known; give the recipe to plan without data"],
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "abacus"}'])
+def test_config_that_cannot_be_read_is_refused(recipe: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text(content)
+    result = fulltune("plan", recipe, "--rows", 100, "--tokens", 10, "--set", f"model={tmp_path / 'broken'}")
+    assert result.code == 2
+    assert len(result.problems) == 1
+    assert result.problems[0].startswith(f"model: {tmp_path / 'broken'}: its config cannot be read: ")
+    assert "Traceback" not in result.err
+
+
+def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.pair_rows(40))
+    result = fulltune(
+        *("plan", SEVEN_B, "--run-folder", tmp_path / "run", "--set", f"data.train={tmp_path / 'rows.jsonl'}")
+    )
+    assert result.code == 2
+    assert result.problems == [
+        f"model: {EXAMPLES / 'llama-2-7b'}: config.json is there but no weights (*.safetensors)",
+    ]

@@ -1,0 +1,422 @@
+"""Loss in pieces: the numbers of whole logits, which never exist; where a model does not allow it, it says so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fulltune import chunked_loss, pipeline, selective_head
+from fulltune.chunked_loss import Pieces
+from fulltune.errors import FulltuneError, RecipeError
+from fulltune.inference import run_rows
+from fulltune.recipe import Recipe
+from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq
+from fulltune.tasks.settings import check_settings
+from fulltune.train.hooks import Hooks
+from tests import tiny
+from tests.train import runs
+from tests.train.test_selective_head import NO_DROPOUT, batch, model_of
+
+TARGET = Target("prompt_completion", {"prompt": "prompt", "completion": "completion"})
+VOCABULARY, HIDDEN = 50, 16
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pieces of 4 tokens; a warning would mean that some other way was taken."""
+    monkeypatch.setattr(chunked_loss, "ROWS", {"cpu": 4})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("default", module=r"(?!fulltune|torch\.nn).*")
+        yield
+
+
+# ---- the loss itself -------------------------------------------------------------------------------------------
+
+
+def drawn(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, weights, bias, targets."""
+    generator = torch.Generator().manual_seed(tokens)
+    hidden, weight, bias = (
+        torch.randn(*size, generator=generator) for size in ((tokens, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,))
+    )
+    return hidden, weight, bias, torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+
+
+def with_gradients(
+    loss: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float = 1 / 7
+) -> list[torch.Tensor]:
+    """The loss, and the gradients of hidden states, weights and bias, of the loss times `scale`."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
+    found = loss(leaves[0], leaves[1], leaves[2] if bias is not None else None)
+    (found * scale).backward()
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert len(gradients) == len(leaves)
+    return [found.detach(), *gradients]
+
+
+def pieces(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Pieces:
+    return Pieces(hidden, weight, bias, hidden[:0])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 4, 11])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_loss_and_gradients_are_those_of_whole_logits(tokens: int, smoothing: float, with_bias: bool) -> None:
+    hidden, weight, bias, targets = drawn(tokens)
+    given = (hidden, weight, bias if with_bias else None)
+
+    whole = with_gradients(
+        lambda h, w, b: F.cross_entropy(F.linear(h, w, b), targets, label_smoothing=smoothing, reduction="sum"), *given
+    )
+    found = with_gradients(lambda h, w, b: pieces(h, w, b).loss(targets, smoothing), *given)
+
+    for one, other in zip(found, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_in_bf16_the_error_is_that_of_whole_logits(weights: torch.dtype) -> None:
+    hidden, weight, bias, targets = drawn(203)
+    hidden, weight = hidden.bfloat16(), weight.to(weights)
+
+    def whole(h: torch.Tensor, w: torch.Tensor, b: Any) -> torch.Tensor:
+        return F.cross_entropy(F.linear(h.bfloat16(), w.bfloat16(), b.bfloat16()).float(), targets, reduction="sum")
+
+    exact = with_gradients(
+        lambda h, w, b: F.cross_entropy(F.linear(h, w, b), targets, reduction="sum"),
+        *(hidden.double(), weight.double(), bias.double()),
+    )
+    rounded = with_gradients(whole, hidden, weight, bias)
+    found = with_gradients(lambda h, w, b: pieces(h, w, b).loss(targets), hidden, weight, bias)
+
+    assert [tensor.dtype for tensor in found] == [torch.float32, torch.bfloat16, weights, torch.float32]
+    for one, other, true in zip(found, rounded, exact, strict=True):
+        error, theirs = ((tensor.double() - true).norm() / true.norm() for tensor in (one, other))
+        assert error <= 1.3 * theirs + 1e-6
+
+
+def test_gradients_of_several_losses_add_up_and_a_second_backward_is_an_error() -> None:
+    hidden, weight, _, targets = drawn(9)
+    weight.requires_grad_()
+    parts = [pieces(hidden[part], weight, None).loss(targets[part]) for part in (slice(0, 4), slice(4, 9))]
+    for part in parts:
+        part.backward()
+    (expected,) = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets, reduction="sum"), weight)
+
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        parts[0].backward()
+
+
+def test_a_weight_that_is_not_trained_gets_no_gradient() -> None:
+    hidden, weight, _, targets = drawn(9)
+    hidden.requires_grad_()
+
+    pieces(hidden, weight, None).loss(targets).backward()
+
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_scores_are_those_of_whole_logits(kind: torch.dtype) -> None:
+    hidden, weight, bias, targets = drawn(11)
+    logits = F.linear(hidden.to(kind), weight.to(kind)).float() + bias
+    targets[::2] = logits.argmax(dim=-1)[::2]
+
+    losses, right = chunked_loss.token_scores(pieces(hidden.to(kind), weight, bias), targets)
+    expected, hits = chunked_loss.token_scores(logits, targets)
+
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert right.tolist() == hits.tolist()
+    assert 0 < int(right.sum()) < len(right) or right.all()
+
+
+class Largest(TorchDispatchMode):
+    """The most tokens for which logits existed at once."""
+
+    tokens = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY:
+                self.tokens = max(self.tokens, tensor.numel() // VOCABULARY)
+        return out
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_whole_logits_never_exist(kind: torch.dtype) -> None:
+    hidden, weight, _, targets = drawn(41)
+    weight, hidden = weight.t().contiguous().t().requires_grad_(), hidden.to(kind).requires_grad_()
+
+    with Largest() as whole:
+        F.linear(hidden, weight.to(kind))
+    with Largest() as loss:
+        pieces(hidden, weight, None).loss(targets).backward()
+    with Largest() as scores, torch.no_grad():
+        pieces(hidden, weight, None).scores(targets)
+
+    # Transposed weights have the vocabulary last as well, with a row for each hidden value.
+    assert whole.tokens == 41
+    assert max(loss.tokens, scores.tokens) <= HIDDEN
+
+
+# ---- real models -----------------------------------------------------------------------------------------------
+
+
+def writer_of(kind: str) -> Any:
+    from transformers import AutoModelForSeq2SeqLM
+
+    torch.manual_seed(0)
+    dropout = {"t5": {"dropout_rate": 0.0}}.get(kind, {"dropout": 0.0})
+    return AutoModelForSeq2SeqLM.from_config(tiny.config(kind, tiny.writer_tokenizer(kind), **dropout))
+
+
+def writer_batch(model: Any) -> dict[str, torch.Tensor]:
+    rows = [{"input_ids": [5, 6, 7], "labels": [8, 1]}, {"input_ids": [9, 1], "labels": [5, 6, 7, 9, 10, 1]}]
+    inputs = seq2seq.collate(rows, 0)
+    return {**inputs, "decoder_input_ids": seq2seq.decoder_input_ids(model, inputs["labels"])}
+
+
+def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any, in_pieces: bool, bf16: bool) -> Any:
+    model.zero_grad()
+    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), head.only(inputs["labels"], in_pieces=in_pieces):
+        logits = model(**given).logits
+    assert isinstance(logits, Pieces) == in_pieces
+    loss = task.loss(logits, inputs["labels"], TARGET, LossSettings(label_smoothing=0.1)) / 3
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any, *, bf16: bool = False) -> None:
+    head, found = selective_head.verified(model, task, inputs)
+    assert head is not None, found
+    assert head.in_pieces, head.about_pieces
+    assert head.about_pieces.startswith("yes, largest difference of the loss ")
+    model.train()
+    loss, expected = gradients(model, inputs, head, task, False, bf16)
+    in_pieces, got = gradients(model, inputs, head, task, True, bf16)
+    close = 2e-2 if bf16 else 1e-5
+    # The gradient of a key's bias is 0 but for rounding.
+    noise = close / 20 * max(float(gradient.norm()) for gradient in expected.values())
+    torch.testing.assert_close(in_pieces, loss, rtol=close / 10, atol=0.0)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference = (got[name] - gradient).norm()
+        assert difference <= close * gradient.norm() + noise, name
+    assert not head.head._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", tiny.DECODERS)
+def test_decoders_have_the_same_loss_and_gradients(kind: str, bf16: bool) -> None:
+    assert_same(model_of(kind), batch(), causal_lm, bf16=bf16)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", tiny.WRITERS)
+def test_encoder_decoders_have_the_same_loss_and_gradients(kind: str, bf16: bool) -> None:
+    """A T5 scales hidden states before its head."""
+    model = writer_of(kind)
+    assert_same(model, writer_batch(model), seq2seq, bf16=bf16)
+
+
+def test_tied_weights_and_a_head_with_a_bias() -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    tied = AutoModelForCausalLM.from_config(
+        tiny.config("llama", tiny.decoder_tokenizer(), tie_word_embeddings=True, initializer_range=0.2)
+    )
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    assert_same(tied, batch(), causal_lm)
+    biased = model_of("llama")
+    biased.lm_head = torch.nn.Linear(32, biased.config.vocab_size)
+    assert_same(biased, batch(), causal_lm)
+
+
+def test_a_bias_that_follows_the_head_is_added_to_the_pieces() -> None:
+    model = writer_of("marian")
+    model.final_logits_bias.normal_()
+    inputs = writer_batch(model)
+    head, _ = selective_head.verified(model, seq2seq, inputs)
+    assert head is not None
+
+    loss, _ = gradients(model, inputs, head, seq2seq, in_pieces=True, bf16=False)
+    model.final_logits_bias.zero_()
+    without, _ = gradients(model, inputs, head, seq2seq, in_pieces=True, bf16=False)
+
+    assert abs(float(loss - without)) > 0.1
+    model.final_logits_bias.normal_()
+    assert_same(model, inputs, seq2seq)
+
+
+def strange(name: str, **changes: Any) -> Any:
+    """A model that changes logits after its head."""
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{name}Config")(
+        **size, vocab_size=len(tiny.decoder_tokenizer()), intermediate_size=64, **changes
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("Gemma2", {"head_dim": 8}), ("Cohere", {"logit_scale": 0.25}), ("Granite", {"logits_scaling": 8.0})],
+)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_models_that_change_logits_later_keep_whole_ones(name: str, changes: Any, kind: torch.dtype) -> None:
+    model = strange(name, **changes).to(kind)
+
+    head, found = selective_head.verified(model, causal_lm, batch())
+
+    assert head is not None, found
+    assert not head.in_pieces
+    assert head.about_pieces.startswith("off: the model changes logits after its head, by up to ")
+
+
+class Scaled(torch.nn.Linear):
+    """A head that is no plain product."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden)
+
+
+def test_a_head_that_does_more_than_a_product_is_found_out_by_its_loss() -> None:
+    model = model_of("llama")
+    model.lm_head = Scaled(32, model.config.vocab_size, bias=False)
+
+    head, _ = selective_head.verified(model, causal_lm, batch())
+
+    assert head is not None
+    assert not head.in_pieces
+    assert head.about_pieces.startswith("off: largest difference of the loss ")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluation_in_pieces_keeps_the_same_numbers(precision: str) -> None:
+    model = model_of("gpt2")
+    rows = [{"input_ids": list(range(5, 9 + n)), "labels": [-100, 6, *range(7, 9 + n)]} for n in range(9)]
+    head, _ = selective_head.verified(model, causal_lm, batch())
+    assert head is not None
+
+    def kept(head: Any) -> Any:
+        return run_rows(model, rows, causal_lm, TARGET, 0, batch_size=4, precision=precision, head=head)
+
+    whole, found = kept(None), kept(head)
+    assert head.in_pieces
+    for name, values in whole.items():
+        assert found[name] == pytest.approx(values, rel=1e-5)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------
+
+
+def check_of(outcome: Any) -> str:
+    return next(check.result for check in outcome.checks if check.name == "loss in pieces")
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path, recomputed: bool) -> None:
+    model = tiny.save_model(tmp_path / "model", "gpt2", **NO_DROPOUT["gpt2"])
+    losses = []
+    for pieces_wanted in (True, False):
+        folder = tmp_path / str(pieces_wanted)
+        train = {"max_steps": 3, "logging_steps": 1, "chunked_loss": pieces_wanted, "micro_batch_size": 4}
+        reached = runs.run(
+            folder, model, tiny.pair_rows(), task="causal-lm", train=train | {"activation_checkpointing": recomputed}
+        )
+        assert reached.outcome is not None
+        names = [check.name for check in reached.outcome.checks]
+        assert ("loss in pieces" in names) == pieces_wanted
+        losses.append([event["loss"] for event in runs.events(folder, "train")])
+        if pieces_wanted:
+            assert check_of(reached.outcome).startswith("yes, ")
+
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_seq2seq_run_trains_in_pieces(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "t5")
+    rows = [{"source": row["prompt"], "target": row["completion"]} for row in tiny.pair_rows()]
+    train = {"max_steps": 2, "chunked_loss": True}
+
+    outcome = runs.run(tmp_path, model, rows, task="seq2seq", train=train, evaluate={"generate_rows": 0}).outcome
+
+    assert outcome is not None
+    assert check_of(outcome).startswith("yes, ")
+
+
+def save_strange(folder: Path) -> Path:
+    strange("Cohere", logit_scale=0.25).save_pretrained(folder)
+    tiny.decoder_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_does_not_allow_it_is_trained_with_whole_logits(tmp_path: Path) -> None:
+    model = save_strange(tmp_path / "model")
+    job = runs.job(tmp_path, model, tiny.pair_rows(), task="causal-lm", train={"max_steps": 2})
+
+    with runs.in_this_process():
+        outcome = pipeline.run(job, "train").outcome
+
+    assert outcome is not None
+    assert check_of(outcome).startswith("off: the model changes logits after its head")
+
+
+def test_and_refused_when_the_recipe_asks_for_it(tmp_path: Path) -> None:
+    model = save_strange(tmp_path / "model")
+    train = {"max_steps": 2, "chunked_loss": True}
+
+    with pytest.raises(FulltuneError, match=r"loss in pieces: off: the model changes .*; remove train.chunked_loss"):
+        runs.run(tmp_path, model, tiny.pair_rows(), task="causal-lm", train=train)
+
+
+# ---- refused up front ------------------------------------------------------------------------------------------
+
+
+def recipe(task: str = "causal-lm", **train: Any) -> Recipe:
+    values = {"model": "m", "task": task, "data": {"train": "t.csv"}, "train": {"chunked_loss": True, **train}}
+    return Recipe.model_validate(values)
+
+
+def test_where_it_cannot_work_it_is_refused() -> None:
+    def problem(given: Recipe) -> str:
+        with pytest.raises(RecipeError) as caught:
+            check_settings(given)
+        (only,) = caught.value.problems
+        return only
+
+    assert problem(recipe("text-classification")) == (
+        "train.chunked_loss: has no effect for text-classification, which has no logits of tokens; remove it"
+    )
+    assert problem(recipe(extra={"deepspeed": {}})) == (
+        "train.chunked_loss: does not go with train.extra.deepspeed, which shares out the head's weights; remove it"
+    )
+    assert problem(recipe(extra={"torch_compile": True})) == (
+        "train.chunked_loss: does not go with train.extra.torch_compile, which leaves out the hooks that it needs; "
+        "remove it"
+    )
+    check_settings(recipe())
+    check_settings(recipe("seq2seq"))
+    check_settings(recipe("text-classification", chunked_loss=False))
+
+
+def test_with_a_loss_of_the_users_own_it_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"compute_loss and train.chunked_loss are both given"):
+        Hooks(compute_loss=lambda *given, **named: None).check(recipe())

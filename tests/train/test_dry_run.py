@@ -1,0 +1,282 @@
+"""The dry run does what a real step does, and leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from fulltune import api, pipeline
+from fulltune.errors import DoesNotFitError
+from fulltune.records import Check, Outcome, Plan
+from fulltune.train import attempt as attempt_module
+from fulltune.train import dry_run as dry_run_module
+from fulltune.train.dry_run import DryRun, dry_run
+from fulltune.train.trainer import FullTrainer
+from tests import tiny
+from tests.train import runs
+
+ROWS = tiny.topic_rows(48)
+SHORT = {"max_steps": 1, "global_batch_size": 8}
+ATTEMPT = Path("run", "attempts", "full-seed42-01")
+
+
+def state_of(trainer: Any) -> dict[str, Any]:
+    """All that training would notice."""
+    model = trainer.model
+    return {
+        "weights": {name: value.clone() for name, value in model.named_parameters()},
+        "buffers": {name: value.clone() for name, value in model.named_buffers()},
+        "gradients": [name for name, value in model.named_parameters() if value.grad is not None],
+        "hooks": [
+            name for name, value in model.named_parameters() if getattr(value, "_post_accumulate_grad_hooks", None)
+        ],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate(),
+        "optimizer": trainer.optimizer,
+        "forward": model.forward.__func__,
+        "attributes": sorted(name for name in model.__dict__ if "accelerate" in name or "forward" in name),
+        "tokens": trainer.tokens_seen,
+        "step": trainer.state.global_step,
+        "files": sorted(str(path) for path in Path(trainer.args.output_dir).rglob("*")),
+    }
+
+
+def same(before: Any, after: Any) -> bool:
+    if isinstance(before, dict):
+        return before.keys() == after.keys() and all(same(before[key], after[key]) for key in before)
+    if isinstance(before, torch.Tensor):
+        # As bits: 0.0 == -0.0, and NaN is not NaN.
+        return torch.equal(*(value.detach().reshape(-1).view(torch.uint8) for value in (before, after)))
+    return bool(before == after)
+
+
+Watch = Callable[[Callable[[], DryRun], Any, Plan], DryRun]
+
+
+def watched_by(watch: Watch) -> Any:
+    """Inside, `watch` is called with the dry run, the trainer and the plan, and runs it."""
+
+    def called(trainer: Any, rows: Any, plan: Plan, **given: Any) -> DryRun:
+        return watch(lambda: dry_run(trainer, rows, plan, **given), trainer, plan)
+
+    return mock.patch.object(attempt_module, "dry_run", called)
+
+
+@pytest.mark.parametrize(
+    ("model", "train"),
+    [
+        ({}, {}),
+        ({}, {"micro_batch_size": 2}),
+        ({}, {"activation_checkpointing": True}),
+        ({}, {"precision": "bf16"}),
+        ({}, {"optim": "adamw_8bit"}),
+        ({}, {"optim": "adafactor"}),
+        ({}, {"optimizer_in_backward": True, "max_grad_norm": 0}),
+        ({"weights_dtype": "bf16"}, {"precision": "bf16"}),
+        ({"weights_dtype": "bf16"}, {"precision": "bf16", "optim": "adamw_8bit"}),
+        ({"weights_dtype": "bf16"}, {"precision": "bf16", "bf16_rounding": "kahan"}),
+    ],
+    ids=str,
+)
+def test_dry_run_leaves_everything_as_it_was(
+    model: dict[str, Any], train: dict[str, Any], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    compared = []
+
+    def watch(run: Callable[[], DryRun], trainer: Any, plan: Plan) -> DryRun:
+        before = state_of(trainer)
+        found = run()
+        after = state_of(trainer)
+        compared.extend(key for key in before if not same(before[key], after[key]))
+        assert found.check.passed
+        return found
+
+    block = {"name": str(tiny_encoder), **model}
+    with watched_by(watch):
+        runs.run(tmp_path, tiny_encoder, ROWS, model=block, train={**SHORT, **train})
+
+    assert compared == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_goes_on_as_if_there_had_been_no_dry_run(precision: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 4, "logging_steps": 1, "precision": precision}
+    nothing = DryRun(Check(name="dry-run step", result="", passed=True), 0.0)
+    losses = []
+    for name in ("with", "without"):
+        without = mock.patch.object(attempt_module, "dry_run", return_value=nothing)
+        with contextlib.nullcontext() if name == "with" else without:
+            runs.run(tmp_path / name, tiny_encoder, ROWS, train=train)
+        losses.append([event["loss"] for event in runs.events(tmp_path / name, "train")])
+
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+
+
+def test_dry_run_puts_running_statistics_back(tmp_path: Path) -> None:
+    """Image models count their batches in training mode."""
+    model = tiny.save_image_model(tmp_path / "model")
+    differences = []
+
+    def count(module: Any, *_: Any) -> None:
+        module.counted.add_(1)
+
+    def watch(run: Callable[[], DryRun], trainer: Any, plan: Plan) -> DryRun:
+        trainer.model.register_buffer("counted", torch.zeros(1))
+        hook = trainer.model.register_forward_hook(count)
+        found = run()
+        differences.append(float(trainer.model.counted))
+        hook.remove()
+        del trainer.model.counted
+        return found
+
+    images = tiny.write_images(tmp_path / "images", 24)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, images, task="image-classification", train=SHORT)
+    with runs.in_this_process(), watched_by(watch):
+        pipeline.run(api.job(recipe, run_folder=tmp_path / "run", listener=lambda event: None), "train")
+
+    assert differences == [0.0]
+
+
+# ---- its peak is that of a real step ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+def test_second_pass_has_the_optimizers_state_and_with_accumulation_the_first_gradients(
+    micro: int, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    real = FullTrainer.compute_loss
+
+    def watch(run: Callable[[], DryRun], trainer: Any, plan: Plan) -> DryRun:
+        made: list[Any] = []
+        rehearsal = trainer.rehearsal
+
+        def kept() -> Any:
+            context = rehearsal()
+            enter = context.__enter__
+            made.append(None)
+            return mock.MagicMock(
+                __enter__=lambda _: made.__setitem__(0, enter()) or made[0],
+                __exit__=lambda _, *error: context.__exit__(*error),
+            )
+
+        def compute_loss(self: Any, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
+            state = made[0].state
+            seen.append((len(state) > 0, any(parameter.grad is not None for parameter in model.parameters())))
+            return real(self, model, inputs, *rest, **keywords)
+
+        with (
+            mock.patch.object(trainer, "rehearsal", kept),
+            mock.patch.object(FullTrainer, "compute_loss", compute_loss),
+        ):
+            return run()
+
+    with watched_by(watch):
+        runs.run(tmp_path, tiny_encoder, ROWS, train={**SHORT, "micro_batch_size": micro})
+
+    assert seen[:2] == [(False, False), (True, micro == 2)]
+
+
+def test_rows_are_the_longest_ones_of_train_and_eval(tiny_encoder: Path, tmp_path: Path) -> None:
+    tried: dict[str, list[int]] = {"train": [], "eval": []}
+    lengths: dict[str, Any] = {}
+    real_pass = dry_run_module._timed_pass
+
+    def timed_pass(run: Any, positions: Any, **keywords: Any) -> Any:
+        tried["train"] = tried["train"] or list(positions)
+        return real_pass(run, positions, **keywords)
+
+    def called(trainer: Any, rows: Any, plan: Plan, evaluate: Any, **given: Any) -> DryRun:
+        def scored(positions: Any) -> Any:
+            tried["eval"] = tried["eval"] or list(positions)
+            return evaluate(positions)
+
+        lengths.update(train=list(rows["length"]), eval=list(given["eval_lengths"]))
+        return dry_run(trainer, rows, plan, evaluate=scored, **given)
+
+    with (
+        mock.patch.object(attempt_module, "dry_run", called),
+        mock.patch.object(dry_run_module, "_timed_pass", timed_pass),
+    ):
+        runs.run(tmp_path, tiny_encoder, ROWS, train={**SHORT, "micro_batch_size": 2}, evaluate={"batch_size": 3})
+
+    longest = sorted(lengths["train"], reverse=True)[:2]
+    assert sorted((lengths["train"][i] for i in tried["train"]), reverse=True) == longest
+    assert (
+        sorted((lengths["eval"][i] for i in tried["eval"]), reverse=True) == sorted(lengths["eval"], reverse=True)[:3]
+    )
+
+
+@pytest.mark.parametrize("where", ["second pass", "evaluation"])
+def test_memory_that_runs_out_does_so_before_step_1(where: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    failure = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+    calls = [0]
+    real = FullTrainer.compute_loss
+
+    def compute_loss(self: Any, *given: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2 and where == "second pass":
+            raise failure
+        return real(self, *given, **keywords)
+
+    def reduced(*_: Any) -> Any:
+        raise failure
+
+    broken = mock.patch.object(
+        attempt_module, "_reduced", reduced if where == "evaluation" else attempt_module._reduced
+    )
+    one = {"micro_batch_size": 1, "activation_checkpointing": True, "optim": "adafactor", **SHORT}
+    with mock.patch.object(FullTrainer, "compute_loss", compute_loss), broken, pytest.raises(DoesNotFitError):
+        runs.run(tmp_path, tiny_encoder, ROWS, train=one, evaluate={"batch_size": 1})
+
+    assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "out_of_memory"
+    assert runs.events(tmp_path, "train") == []
+
+
+# ---- what it finds ---------------------------------------------------------------------------------------------
+
+
+def test_forecast_and_memory_are_in_the_outcome_and_among_the_events(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 5, "global_batch_size": 8, "micro_batch_size": 4, "save_steps": 2}
+    reached = runs.run(tmp_path, tiny_encoder, ROWS, train=train)
+
+    outcome = reached.outcome
+    assert outcome is not None
+    assert outcome.forecast is not None
+    assert outcome.forecast.source == "dry-run step"
+    assert outcome.forecast.tokens >= 5 * 8
+    assert min(outcome.forecast.train_seconds, outcome.forecast.eval_seconds, outcome.forecast.save_seconds) > 0
+    assert outcome.dry_run_loss is not None
+    assert 0 < outcome.dry_run_growth_bytes <= outcome.memory_growth_bytes
+    assert outcome.memory_growth_bytes < outcome.peak_memory_bytes
+    # The initial weights, and at least one checkpoint with two moments: four times the model.
+    weights = sum(value.nbytes for value in runs.final_weights(tmp_path).values())
+    assert outcome.disk_bytes >= 4 * weights
+    (event,) = runs.events(tmp_path, "forecast")
+    assert event["total_seconds"] == pytest.approx(outcome.forecast.total_seconds)
+    assert event["peak_memory_bytes"] == outcome.dry_run_growth_bytes
+    # No trace of the file that was written to see how long saving takes.
+    assert not list((tmp_path / "run").rglob("write-trial"))
+
+
+def test_resumed_run_forecasts_what_is_left(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 6, "global_batch_size": 8, "save_steps": 4, "logging_steps": 1}
+    options = {"listener": runs.at_step(5, runs.fail)}
+    with pytest.raises(Exception, match="injected by a test"):
+        runs.run(tmp_path, tiny_encoder, ROWS, train=train, options={"class_weights": None, **options})
+
+    reached = runs.run(tmp_path, tiny_encoder, ROWS, train=train)
+
+    assert reached.outcome is not None
+    first, second = (event["tokens"] for event in runs.events(tmp_path, "forecast"))
+    assert 0 < second < first

@@ -1,0 +1,622 @@
+"""AdamW with small states and weights follows torch's; small updates arrive; each tensor can be updated in the backward
+pass; what would lose updates or cannot work is refused."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Adafactor
+
+from fulltune import pipeline
+from fulltune.errors import GuardStop, RecipeError, SetupError
+from fulltune.recipe import Recipe
+from fulltune.records import Outcome
+from fulltune.train import Hooks, attempts, moments, worker
+from fulltune.train.arguments import check_extra
+from fulltune.train.in_backward import InBackward
+from fulltune.train.optimizers import AdamW
+from fulltune.train.request import Request
+from fulltune.train.weights import InitialWeights, second_moment
+from tests import tiny
+from tests.train import runs
+
+FORMATS = ("fp32", "bf16", "8bit")
+ROUNDINGS = ("stochastic", "kahan", "nearest")
+SHAPES = ((70, 100), (33,), (384, 64), (129, 65))
+"""Above and below the size from which 8 bits are used; in whole groups and not; in one slice."""
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def tensors(dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[torch.Tensor]:
+    drawn = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter((torch.randn(shape, generator=drawn) * 0.1).to(dtype)) for shape in shapes]
+
+
+def train(parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Steps with gradients that depend on the step alone."""
+    for step in steps:
+        drawn = torch.Generator().manual_seed(step)
+        for parameter in parameters:
+            parameter.grad = (torch.randn(parameter.shape, generator=drawn) * 0.01).to(parameter.dtype)
+        optimizer.step()
+
+
+def groups(parameters: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
+    return [
+        {"params": list(parameters[:2]), "weight_decay": 0.1, "lr": 1e-3},
+        {"params": list(parameters[2:]), "weight_decay": 0.0},
+    ]
+
+
+def make(parameters: Sequence[torch.Tensor], moments_format: str = "fp32", **options: Any) -> AdamW:
+    return AdamW(groups(parameters), **{"lr": 2e-3, "moments_format": moments_format, "seed": 3, **options})
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2**16, 2**11])
+def test_fp32_follows_torch_adamw(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fulltune.train.optimizers.CPU_SLICE", size)
+    expected, found = tensors(), tensors()
+
+    train(expected, torch.optim.AdamW(groups(expected), lr=2e-3), range(40))
+    train(found, make(found), range(40))
+
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("moments_format", "most"), [("bf16", 0.005), ("8bit", 0.06)])
+def test_small_states_move_weights_as_fp32_does(moments_format: str, most: float) -> None:
+    start, expected, found = tensors(), tensors(), tensors()
+
+    train(expected, make(expected), range(40))
+    train(found, make(found, moments_format), range(40))
+
+    for before, exact, ours in zip(start, expected, found, strict=True):
+        assert float((ours - exact).detach().norm()) <= most * float((exact - before).detach().norm())
+
+
+def test_noncontiguous_weights_and_gradients_are_updated_in_place() -> None:
+    expected = torch.nn.Parameter(torch.linspace(-1, 1, 6000).view(60, 100))
+    found = torch.nn.Parameter(expected.detach().clone().t().contiguous().t())
+    assert not found.is_contiguous()
+    for parameter in (expected, found):
+        optimizer = AdamW([parameter], lr=0.1, moments_format="8bit", seed=1)
+        parameter.grad = torch.arange(100.0).expand(60, 100) - 50
+        optimizer.step()
+
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(found.detach(), torch.linspace(-1, 1, 6000).view(60, 100))
+
+
+def test_8bit_states_of_a_real_model_take_two_bytes_a_parameter() -> None:
+    from transformers import AutoModel, BertConfig
+
+    with torch.device("meta"):
+        minilm = AutoModel.from_config(
+            BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
+        )
+    values = bytes_ = 0
+    for parameter in minilm.parameters():
+        state = moments.start(parameter.numel(), "8bit", torch.device("meta"))
+        values += parameter.numel()
+        bytes_ += sum(tensor.nbytes for tensor in state.values())
+
+    assert values > 22e6
+    assert 2.0 < bytes_ / values <= 2.1
+
+
+# ---- what rounding loses ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rounding", "least", "most"), [("nearest", 0, 0.05), ("stochastic", 0.95, 1.05), ("kahan", 0.95, 1.05)]
+)
+def test_small_updates_of_bf16_weights_arrive_except_by_rounding_to_nearest(
+    rounding: Any, least: float, most: float
+) -> None:
+    start = torch.rand(8192, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    weights = torch.nn.Parameter(start.bfloat16())
+    before = weights.detach().float().mean()
+    optimizer = AdamW([weights], lr=1e-5, weight_decay=0.0, moments_format="bf16", rounding=rounding, seed=1)
+    for _ in range(300):
+        weights.grad = torch.full_like(weights, 0.01)
+        optimizer.step()
+
+    after = weights.detach().float()
+    if rounding == "kahan":  # what will arrive when it is more than half of the spacing
+        after += optimizer.state[weights]["compensation"]
+        assert not torch.equal(weights.detach(), start.bfloat16())
+    # With a constant gradient each step is the learning rate.
+    assert least <= float(before - after.mean()) / (300 * 1e-5) <= most
+
+
+@pytest.mark.parametrize("moments_format", FORMATS)
+def test_second_moment_fades_as_fast_as_it_should(moments_format: Any) -> None:
+    """By 0.1 % a step: rounded to nearest, in bf16 or in codes, it would stay as it is for ever."""
+    weights = torch.nn.Parameter(torch.zeros(8192))
+    optimizer = AdamW([weights], lr=0.0, moments_format=moments_format, seed=1)
+    weights.grad = torch.rand(8192, generator=torch.Generator().manual_seed(0)) + 0.1
+    optimizer.step()
+    before = optimizer.second_moment(weights)
+    weights.grad = torch.zeros_like(weights)
+    for _ in range(500):
+        optimizer.step()
+    after = optimizer.second_moment(weights)
+
+    assert before is not None
+    assert after is not None
+    assert float(after.mean() / before.mean()) == pytest.approx(0.999**500, rel=0.02)
+
+
+@pytest.mark.parametrize("moments_format", FORMATS)
+@pytest.mark.parametrize("shape", [(100, 100), (50,)])
+def test_second_moment_is_positive_exactly_where_a_gradient_was_seen(
+    moments_format: Any, shape: tuple[int, ...]
+) -> None:
+    weights = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = AdamW([weights], moments_format=moments_format)
+    assert second_moment(weights, optimizer) is None
+    seen = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    size = 10.0 ** (-12 * torch.rand(shape, generator=torch.Generator().manual_seed(1)))
+    for step in range(20):
+        weights.grad = seen * size if step < 2 else torch.zeros(shape)
+        optimizer.step()
+
+    found = second_moment(weights, optimizer)
+    assert found.shape == weights.shape
+    assert torch.equal(found > 0, seen)
+    assert bool((weights.detach().abs() < 1).all()), "no update divides by epsilon alone"
+
+
+# ---- going on --------------------------------------------------------------------------------------------------
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("moments_format", FORMATS)
+@pytest.mark.parametrize("rounding", [None, *ROUNDINGS])
+def test_resumed_is_the_same_to_the_bit(moments_format: str, rounding: str | None) -> None:
+    dtype = torch.float32 if rounding is None else torch.bfloat16
+    whole, half = tensors(dtype), tensors(dtype)
+    train(whole, make(whole, moments_format, rounding=rounding), range(8))
+    first = make(half, moments_format, rounding=rounding)
+    train(half, first, range(4))
+    second = make(half, moments_format, rounding=rounding)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    train(half, second, range(4, 8))
+
+    assert all(torch.equal(one, other) for one, other in zip(whole, half, strict=True))
+    other_seed = tensors(dtype)
+    train(other_seed, make(other_seed, moments_format, rounding=rounding, seed=4), range(8))
+    drawn = rounding in ("stochastic", "kahan") or moments_format != "fp32"
+    assert all(torch.equal(one, other) for one, other in zip(whole, other_seed, strict=True)) is not drawn
+
+
+def test_training_s_own_random_numbers_are_left_alone() -> None:
+    parameters = tensors(torch.bfloat16)
+    before = torch.get_rng_state()
+    train(parameters, make(parameters, "8bit"), range(2))
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("moments_format", ["bf16", "8bit"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_checkpoint_of_torch_adamw_is_converted(moments_format: str, fused: bool) -> None:
+    expected, found = tensors(), tensors()
+    theirs = torch.optim.AdamW(groups(expected), lr=2e-3, fused=fused)
+    train(expected, theirs, range(20))
+    ours = make(found, moments_format, lr=0.7)
+    with torch.no_grad():
+        for one, other in zip(found, expected, strict=True):
+            one.copy_(other)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+
+    assert [group["lr"] for group in ours.param_groups] == [1e-3, 2e-3]
+    assert set(ours.param_groups[0]) == {"params", "lr", "betas", "eps", "weight_decay"}
+    for one, other in zip(found, expected, strict=True):
+        state, kept = ours.state[one], ours.second_moment(one)
+        large = one.numel() >= moments.SMALL
+        assert (
+            state["exp_avg"].dtype
+            == {"bf16": torch.bfloat16, "8bit": torch.int8 if large else torch.float32}[moments_format]
+        )
+        assert float(state["step"]) == 20
+        assert kept is not None
+        torch.testing.assert_close(kept, theirs.state[other]["exp_avg_sq"], rtol=0.05, atol=2e-6)
+    start = [parameter.detach().clone() for parameter in found]
+    train(expected, theirs, range(20, 25))
+    train(found, ours, range(20, 25))
+    for before, one, other in zip(start, found, expected, strict=True):
+        assert float((one - other).detach().norm()) < 0.06 * float((other - before).detach().norm())
+
+
+def test_states_of_bf16_weights_keep_their_types_when_loaded() -> None:
+    parameters = tensors(torch.bfloat16)
+    first = make(parameters, "8bit", rounding="kahan")
+    train(parameters, first, range(2))
+    second = make(parameters, "8bit", rounding="kahan")
+    second.load_state_dict(through_a_file(first.state_dict()))
+
+    for parameter in parameters:
+        for name, value in first.state[parameter].items():
+            assert second.state[parameter][name].dtype == value.dtype
+            assert torch.equal(second.state[parameter][name], value)
+
+
+def test_checkpoint_of_another_optimizer_is_refused() -> None:
+    parameters = tensors()
+    other = torch.optim.SGD(groups(parameters), lr=0.1, momentum=0.9)
+    train(parameters, other, range(1))
+
+    with pytest.raises(SetupError, match=r"no exp_avg, exp_avg_sq, step \(found momentum_buffer\).*start a new run"):
+        make(parameters, "8bit").load_state_dict(other.state_dict())
+
+
+def test_weights_in_fp16_are_refused() -> None:
+    with pytest.raises(SetupError, match=r"expected weights in fp32 or bf16, found torch\.float16"):
+        make(tensors(torch.float16))
+
+
+# ---- in the backward pass --------------------------------------------------------------------------------------
+
+
+class Tied(torch.nn.Module):
+    """An embedding whose weights are also the head."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embedding = torch.nn.Embedding(90, 64)
+            self.layer = torch.nn.Linear(64, 64)
+        self.to(dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.layer(self.embedding(ids)))
+        logits = torch.nn.functional.linear(hidden, self.embedding.weight)
+        return torch.nn.functional.cross_entropy(logits.float(), ids)
+
+
+KINDS: dict[str, tuple[Make, torch.dtype]] = {
+    "fused": (lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True), torch.float32),
+    "sgd": (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9), torch.float32),
+    "adafactor": (
+        lambda parameters: Adafactor(parameters, lr=0.01, scale_parameter=False, relative_step=False),
+        torch.float32,
+    ),
+    "8bit": (lambda parameters: AdamW(parameters, lr=0.01, moments_format="8bit"), torch.float32),
+    "8bit, bf16": (lambda parameters: AdamW(parameters, lr=0.01, moments_format="8bit"), torch.bfloat16),
+}
+
+
+def in_backward(model: torch.nn.Module, behind: torch.optim.Optimizer, step: int = 7) -> InBackward:
+    return InBackward(behind, {parameter: name for name, parameter in model.named_parameters()}, lambda: step)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_backward_is_the_same_as_afterwards_and_leaves_no_gradient(kind: str) -> None:
+    make_one, dtype = KINDS[kind]
+    plain, model = Tied(dtype), Tied(dtype)
+    after, during = make_one(plain.parameters()), in_backward(model, make_one(model.parameters()))
+    rates = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1 / (1 + step)) for one in (after, during)]
+    for step in range(4):
+        if step == 2:  # as a resumed run does
+            during.load_state_dict(through_a_file(during.state_dict()))
+        ids = torch.randint(0, 50, (16,), generator=torch.Generator().manual_seed(step))
+        for one, optimizer, rate in ((plain, after, rates[0]), (model, during, rates[1])):
+            one(ids).backward()
+            if one is model:
+                # Tied weights are there once: autograd sums before the hook.
+                assert sorted(during.updated) == ["embedding.weight", "layer.bias", "layer.weight"]
+                assert all(parameter.grad is None for parameter in model.parameters())
+            optimizer.step()
+            rate.step()
+            optimizer.zero_grad()
+
+    assert during.updated == []
+    for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+    assert through_a_file(during.state_dict()).keys() == after.state_dict().keys()
+    for parameter in model.parameters():
+        second = second_moment(parameter, during)
+        assert second is None or bool((second > 0).any())
+
+
+def test_gradient_in_several_parts_is_refused() -> None:
+    model = Tied(torch.float32)
+    during = in_backward(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    ids = torch.arange(8)
+    model(ids).backward()
+
+    with pytest.raises(
+        SetupError, match=r"the gradient of \w+\.\w+ comes in several parts.*optimizer_in_backward: false"
+    ):
+        model(ids).backward()
+
+    during.remove()
+    model.zero_grad()
+    model(ids).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_gradient_that_is_not_finite_stops_before_its_tensor_is_updated(value: float) -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    in_backward(layers, torch.optim.SGD(layers.parameters(), lr=0.1))
+    before = {name: parameter.detach().clone() for name, parameter in layers.named_parameters()}
+    hidden = layers[0](torch.ones(2, 4))
+    hidden.register_hook(lambda gradient: gradient * 0 + value)
+
+    with pytest.raises(GuardStop) as caught:
+        layers[1](hidden).sum().backward()
+
+    moved = {name for name, parameter in layers.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {"1.weight", "1.bias"}
+    assert "is not finite at step 7, found before 0." in str(caught.value)
+    assert "2 of 4 tensors were updated before it in this step" in str(caught.value)
+    assert "the last checkpoint holds the good ones" in str(caught.value)
+
+
+def test_first_gradient_that_is_not_finite_leaves_all_weights_good() -> None:
+    layer = torch.nn.Linear(4, 4)
+    in_backward(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+
+    with pytest.raises(GuardStop, match=r"no tensor was updated in this step: the weights are still good"):
+        (layer(torch.ones(2, 4)).sum() * float("nan")).backward()
+
+    assert all(torch.equal(one, other) for one, other in zip(before, layer.parameters(), strict=True))
+
+
+# ---- in runs ---------------------------------------------------------------------------------------------------
+
+STEPS = {"max_steps": 3, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant", "logging_steps": 1}
+BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
+BF16 = {"weights_dtype": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("model_block", "train_block", "kind"),
+    [
+        ({}, {"optim": "adamw_8bit"}, AdamW),
+        ({}, {"optim": "adamw_bf16"}, AdamW),
+        ({}, {"optim": "adafactor"}, Adafactor),
+        (BF16, {"precision": "bf16"}, AdamW),
+        (BF16, {"precision": "bf16", "optim": "adamw_8bit", "bf16_rounding": "kahan"}, AdamW),
+        (BF16, {"precision": "bf16", "optim": "adafactor", "bf16_rounding": "nearest"}, Adafactor),
+        ({}, {**BACKWARD}, torch.optim.AdamW),
+        ({}, {**BACKWARD, "optim": "adafactor"}, Adafactor),
+        (BF16, {**BACKWARD, "precision": "bf16", "optim": "adamw_8bit"}, AdamW),
+    ],
+)
+def test_moved_equals_requires_grad_with_each_optimizer(
+    model_block: dict[str, Any], train_block: dict[str, Any], kind: type, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    original = InitialWeights.moved
+
+    def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
+        seen.extend([len(list(model.parameters())), optimizer, with_gradient])
+        return original(self, model, optimizer, with_gradient)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InitialWeights, "moved", moved)
+        outcome = runs.run(
+            tmp_path,
+            tiny_encoder,
+            tiny.topic_rows(),
+            model=model_block,
+            method={"learning_rate": 0.02},
+            train={**STEPS, **train_block},
+        ).outcome
+
+    num_tensors, optimizer, with_gradient = seen
+    behind = getattr(optimizer.optimizer, "behind", optimizer.optimizer)
+    assert type(behind) is kind
+    assert isinstance(optimizer.optimizer, InBackward) == ("optimizer_in_backward" in train_block)
+    assert outcome is not None
+    assert outcome.moved is not None
+    assert outcome.moved.num_tensors_moved == outcome.moved.num_tensors_with_gradient == num_tensors
+    assert len(with_gradient) == num_tensors
+    assert outcome.moved.unmoved_tensors == ()
+    logged = runs.events(tmp_path, "train")
+    assert len(logged) == 3
+    assert all((line.get("grad_norm") is None) == ("optimizer_in_backward" in train_block) for line in logged)
+
+
+def test_run_in_backward_ends_with_the_same_weights(tiny_encoder: Path, tmp_path: Path) -> None:
+    block = {**STEPS, "optim": "adamw_8bit", "max_grad_norm": 0.0}
+    for name, extra in (("after", {}), ("during", BACKWARD)):
+        runs.run(tmp_path / name, tiny_encoder, tiny.topic_rows(), train={**block, **extra})
+
+    after, during = runs.final_weights(tmp_path / "after"), runs.final_weights(tmp_path / "during")
+    assert after.keys() == during.keys()
+    assert all(torch.equal(after[name], during[name]) for name in after)
+
+
+def test_run_that_began_with_fp32_moments_goes_on_with_8_bits(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    block = {**STEPS, "max_steps": 6, "save_steps": 2}
+    tried: list[str] = []
+
+    def attempt(request: Request, listener: attempts.Listener) -> Outcome:
+        tried.append(request.plan.optim)
+        if len(tried) > 1:
+            plan = request.plan.model_copy(update={"optim": "adamw_8bit"})
+            return worker.run(request.model_copy(update={"plan": plan}), Hooks(), listener)
+        inject = runs.at_step(5, no_memory)
+
+        def both(event: dict[str, Any]) -> None:
+            listener(event)
+            inject(event)
+
+        return worker.run(request, Hooks(), both)
+
+    def no_memory() -> None:
+        raise MemoryError
+
+    with runs.in_this_process(attempt):
+        reached = pipeline.run(runs.job(tmp_path / "changed", model, tiny.topic_rows(), train=block), "train")
+    runs.run(tmp_path / "whole", model, tiny.topic_rows(), train=block)
+    untouched = load_file(model / "model.safetensors")
+
+    assert len(tried) == 2
+    assert reached.outcome is not None
+    assert reached.outcome.status == "done"
+    assert reached.outcome.moved is not None
+    assert reached.outcome.moved.unmoved_tensors == ()
+    changed, whole = runs.final_weights(tmp_path / "changed"), runs.final_weights(tmp_path / "whole")
+    for name, before in untouched.items():
+        name = f"bert.{name}" if f"bert.{name}" in whole else name
+        assert float((changed[name] - whole[name]).norm()) <= 0.1 * float((whole[name] - before).norm())
+
+
+def test_rate_per_layer_works_with_an_optimizer_of_our_own(tiny_encoder: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    original = InitialWeights.moved
+
+    def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
+        seen.append(optimizer.optimizer)
+        return original(self, model, optimizer, with_gradient)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InitialWeights, "moved", moved)
+        method = {"learning_rate": 0.01, "layerwise_lr_decay": 0.5}
+        runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), method=method, train={**STEPS, "optim": "adamw_bf16"})
+
+    assert isinstance(seen[0], AdamW)
+    assert {round(group["lr"], 6) for group in seen[0].param_groups} == {0.01, 0.005, 0.0025, 0.00125}
+
+
+class _Spoilt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda loss: loss * float("nan"), "the loss is nan at step 3, before the update: the weights are still good"),
+        (_Spoilt.apply, r"the gradient of classifier\.\w+ is not finite at step 3"),
+    ],
+)
+def test_guard_stays_sharp_in_backward(
+    broken: Callable[..., torch.Tensor], message: str, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    spoilt: list[bool] = []
+
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+        return broken(loss) if spoilt else loss
+
+    options = {"compute_loss": compute_loss, "listener": runs.at_step(2, lambda: spoilt.append(True))}
+    with pytest.raises(GuardStop, match=message):
+        runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), train={**STEPS, **BACKWARD}, options=options)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------
+
+
+def problems_of(**blocks: Any) -> list[str]:
+    values = {"model": "m", "task": "text-classification", "data": {"train": "t.csv"}}
+    try:
+        check_extra(Recipe.model_validate({**values, **blocks}))
+    except RecipeError as error:
+        return list(error.problems)
+    return []
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
+def test_optimizers_that_round_bf16_weights_to_nearest_are_refused_unless_forced(optim: str) -> None:
+    model = {"name": "m", "weights_dtype": "bf16"}
+
+    found = problems_of(model=model, train={"optim": optim})
+
+    assert found == [
+        f"train.optim: '{optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than half of "
+        "their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, or "
+        "weights_dtype: fp32, or bf16_rounding: nearest to have it so"
+    ]
+    assert problems_of(model=model, train={"optim": optim, "bf16_rounding": "kahan"}) == found
+    assert problems_of(model=model, train={"optim": optim, "bf16_rounding": "nearest"}) == []
+    assert problems_of(model=model) == []
+    assert problems_of(model=model, train={"optim": "adamw_8bit", "bf16_rounding": "kahan"}) == []
+
+
+def test_rounding_of_fp32_weights_is_refused() -> None:
+    assert problems_of(train={"bf16_rounding": "kahan"}) == [
+        "train.bf16_rounding: 'kahan' has no effect, because the weights are fp32; remove it, or set "
+        "model.weights_dtype: bf16"
+    ]
+
+
+def test_arguments_that_no_optimizer_reads_are_refused() -> None:
+    extra = {"optim_args": "a=1"}
+
+    assert problems_of(train={"optim": "adamw_8bit", "extra": extra}) == [
+        "train.extra.optim_args: has no effect, because 'adamw_8bit' takes none; remove it"
+    ]
+    assert problems_of(train={"extra": extra}) == [
+        "train.extra.optim_args: has no effect, because train.optim is left out; remove it"
+    ]
+    assert problems_of(train={"optim": "galore_adamw", "extra": extra}) == []
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_bf16"])
+def test_our_optimizers_are_refused_under_deepspeed(optim: str) -> None:
+    deepspeed = {"zero_optimization": {"stage": 1}}
+
+    assert problems_of(train={"optim": optim, "extra": {"deepspeed": deepspeed}}) == [
+        f"train.optim: '{optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an optimizer's "
+        "state itself; remove optim, or train.extra.deepspeed"
+    ]
+
+
+def test_all_that_optimizer_in_backward_cannot_go_with_is_named_at_once() -> None:
+    found = problems_of(
+        train={
+            "optimizer_in_backward": True,
+            "num_processes": 2,
+            "precision": "fp16",
+            "optim": "galore_adamw",
+            "extra": {"deepspeed": {"zero_optimization": {"stage": 1}}},
+        }
+    )
+
+    assert len(found) == 5
+    assert all(problem.startswith("train.optimizer_in_backward: ") for problem in found)
+    words = ("max_grad_norm: 0, found 1", "num_processes: 1, found 2", "deepspeed", "fp16", "found 'galore_adamw'")
+    assert all(word in problem for word, problem in zip(words, found, strict=True))
+    assert problems_of(train={"optimizer_in_backward": True, "max_grad_norm": 0, "optim": "adafactor"}) == []
+
+
+def test_optimizer_in_backward_with_accumulation_is_refused_by_the_plan(tiny_encoder: Path, tmp_path: Path) -> None:
+    block = {**BACKWARD, "global_batch_size": 8, "micro_batch_size": 4}
+
+    with pytest.raises(RecipeError) as caught:
+        runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), until="plan", train=block)
+
+    assert caught.value.problems == (
+        "train.optimizer_in_backward: needs a step's rows in one pass, but they come in 2 micro batches of 4 "
+        "(train.micro_batch_size); set train.global_batch_size: 4, or optimizer_in_backward: false",
+    )

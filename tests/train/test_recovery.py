@@ -1,0 +1,375 @@
+"""Memory runs out somewhere in a run: it finishes, with the weights of a run that was left in peace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fulltune import pipeline
+from fulltune.errors import DoesNotFitError, InterruptedRun
+from fulltune.evaluate import bench
+from fulltune.inference import run_rows
+from fulltune.records import Outcome, Plan
+from fulltune.train import attempt, attempts, checkpoints
+from fulltune.train.request import Request
+from fulltune.train.trainer import FullTrainer
+from tests import tiny
+from tests.contract.command import fulltune
+from tests.plans import outcome
+from tests.train import runs
+
+ROWS = tiny.topic_rows(64)
+TRAIN = {"num_train_epochs": 1, "logging_steps": 1, "save_steps": 2, "global_batch_size": 8, "micro_batch_size": 8}
+BLOCKS = {"train": TRAIN, "evaluate": {"batch_size": 16}}
+
+
+def no_memory() -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout, whose masks are drawn for each micro batch."""
+    folder = tmp_path_factory.mktemp("recovery") / "model"
+    return tiny.save_model(folder, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+@pytest.fixture(scope="module")
+def unlimited(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unlimited")
+    runs.run(folder, model, ROWS, **BLOCKS)
+    return folder
+
+
+class Shortage:
+    """Stands for a function that finds no memory in the first `times` calls for which `when` is true."""
+
+    def __init__(self, real: Callable[..., Any], times: int, when: Callable[..., bool] = lambda *_, **__: True) -> None:
+        self.real = real
+        self.left = times
+        self.when = when
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if self.left and self.when(*given, **named):
+            self.left -= 1
+            no_memory()
+        return self.real(*given, **named)
+
+    def __get__(self, instance: Any, owner: Any) -> Callable[..., Any]:
+        return lambda *given, **named: self(instance, *given, **named)
+
+
+def at_step(step: int, times: int) -> Shortage:
+    return Shortage(FullTrainer.training_step, times, lambda trainer, *_: trainer.state.global_step == step - 1)
+
+
+def saving(step: int, times: int) -> Shortage:
+    from transformers import Trainer
+
+    real = Trainer._save_optimizer_and_scheduler
+    return Shortage(real, times, lambda trainer, *_: trainer.state.global_step == step)
+
+
+def put(where: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let memory run out there so many times."""
+    match where:
+        case "load":
+            monkeypatch.setattr(attempt, "load_for_training", Shortage(attempt.load_for_training, times))
+        case "dry run":
+            monkeypatch.setattr(FullTrainer, "compute_loss", Shortage(FullTrainer.compute_loss, times))
+        case "first step":
+            monkeypatch.setattr(FullTrainer, "training_step", at_step(1, times))
+        case "later step":
+            monkeypatch.setattr(FullTrainer, "training_step", at_step(4, times))
+        case "evaluation":
+            large = Shortage(run_rows, 99, lambda *_, batch_size, **__: batch_size > 16 // 2**times)
+            monkeypatch.setattr(attempt, "run_rows", large)
+        case "save":
+            monkeypatch.setattr(FullTrainer, "_save_optimizer_and_scheduler", saving(4, times))
+        case "last save":
+            monkeypatch.setattr(attempt.weights, "save_model", Shortage(attempt.weights.save_model, times))
+
+
+def requests_of(folder: Path) -> list[Request]:
+    return [Request.load(path) for path in sorted((folder / "run").glob("attempts/*/request.json"))]
+
+
+def journal(folder: Path) -> list[tuple[str, str]]:
+    """Attempt and what was changed after it."""
+    found = []
+    for path in sorted((folder / "run").glob("attempts/*/journal.jsonl")):
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        found += [(path.parent.name, line["detail"]) for line in lines if line["event"] == "next attempt"]
+    return found
+
+
+def last_losses(folder: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in runs.events(folder, "train")}
+
+
+def assert_same_result(one: Path, other: Path, *, exactly: bool) -> None:
+    tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-4, "atol": 1e-5}
+    left, right = runs.final_weights(one), runs.final_weights(other)
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], **tolerance)
+    losses = last_losses(other)
+    assert last_losses(one) == (losses if exactly else pytest.approx(losses, rel=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("where", "times", "phase", "micro", "eval_batch", "from_step"),
+    [
+        ("load", 1, "loading", [8, 8], [16, 16], [0, 0]),
+        ("dry run", 1, "step", [8, 4], [16, 8], [0, 0]),
+        ("first step", 2, "step", [8, 4, 2], [16, 8, 4], [0, 0, 0]),
+        ("later step", 1, "step", [8, 4], [16, 8], [0, 2]),
+        ("evaluation", 2, "evaluation", [8, 8, 8], [16, 8, 4], [0, 0, 0]),
+        ("save", 1, "saving", [8, 8], [16, 16], [0, 2]),
+        ("last save", 1, "saving", [8, 8], [16, 16], [0, 7]),
+    ],
+)
+def test_run_that_ran_out_of_memory_finishes_with_the_same_result(
+    where: str,
+    times: int,
+    phase: str,
+    micro: list[int],
+    eval_batch: list[int],
+    from_step: list[int],
+    model: Path,
+    unlimited: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put(where, times, monkeypatch)
+
+    reached = runs.run(tmp_path, model, ROWS, **BLOCKS)
+
+    asked = requests_of(tmp_path)
+    assert [request.plan.micro_batch_size for request in asked] == micro
+    assert [request.plan.eval_batch_size for request in asked] == eval_batch
+    assert {request.plan.global_batch_size for request in asked} == {8}
+    steps = [checkpoints.step_of(Path(request.checkpoint)) if request.checkpoint else 0 for request in asked]
+    assert steps == from_step
+    failed = [Outcome.load(request.folder / "outcome.json") for request in asked[:-1]]
+    assert {(one.status, one.phase) for one in failed} == {("out_of_memory", phase)}
+    assert [name for name, _ in journal(tmp_path)] == [request.folder.name for request in asked[:-1]]
+    assert reached.outcome is not None
+    assert reached.outcome.status == "done"
+    assert_same_result(tmp_path, unlimited, exactly=len(set(micro)) == 1)
+
+
+def test_run_that_ran_out_of_memory_while_resuming_goes_on_from_the_same_checkpoint(
+    model: Path, unlimited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = runs.at_step(5, runs.fail)
+    with pytest.raises(Exception, match="injected"):
+        runs.run(tmp_path, model, ROWS, options={"listener": stop}, **BLOCKS)
+    monkeypatch.setattr(checkpoints, "load_weights", Shortage(checkpoints.load_weights, 1))
+
+    runs.run(tmp_path, model, ROWS, **BLOCKS)
+
+    assert [Path(request.checkpoint or "none").name for request in requests_of(tmp_path)] == [
+        "none",
+        "checkpoint-4",
+        "checkpoint-4",
+    ]
+    assert Outcome.load(requests_of(tmp_path)[1].folder / "outcome.json").phase == "resuming"
+    assert_same_result(tmp_path, unlimited, exactly=True)
+
+
+def test_every_rung_that_keeps_the_mathematics_gives_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language model down to one row, recomputed, with a chunked loss: five attempts."""
+    writer = tiny.save_model(tmp_path / "model", "llama")
+    blocks: dict[str, Any] = {"task": "causal-lm", "train": {"max_steps": 4, "logging_steps": 1}}
+    runs.run(tmp_path / "whole", writer, tiny.pair_rows(), **blocks)
+
+    def start_unchunked(folder: Path) -> pipeline.Run:
+        job = runs.job(folder, writer, tiny.pair_rows(), **blocks)
+        path = folder / "run" / "plan" / "full.json"
+        with runs.in_this_process():
+            pipeline.run(job, "plan")
+        batches = {"micro_batch_size": 4, "gradient_accumulation_steps": 2}
+        Plan.load(path).model_copy(update={"chunked_loss": False, **batches}).save(path)
+        return job
+
+    monkeypatch.setattr(FullTrainer, "training_step", at_step(3, 4))
+    with runs.in_this_process():
+        pipeline.run(start_unchunked(tmp_path / "short"), "train")
+
+    plans = [request.plan for request in requests_of(tmp_path / "short")]
+    assert [(one.micro_batch_size, one.activation_checkpointing, one.chunked_loss) for one in plans] == [
+        (4, False, False),
+        (2, False, False),
+        (1, False, False),
+        (1, True, False),
+        (1, True, True),
+    ]
+    assert_same_result(tmp_path / "short", tmp_path / "whole", exactly=False)
+
+
+def test_8_bit_states_go_on_from_a_checkpoint_in_fp32(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("save", 2, monkeypatch)
+
+    runs.run(tmp_path, model, ROWS, **BLOCKS)
+
+    asked = requests_of(tmp_path)
+    assert [request.plan.optim for request in asked] == ["adamw_torch_fused", "adamw_torch_fused", "adamw_8bit"]
+    assert asked[-1].checkpoint is not None
+    assert checkpoints.step_of(Path(asked[-1].checkpoint)) == 2
+    losses = last_losses(tmp_path)
+    assert sorted(losses) == list(range(1, 8))
+    assert losses[7] < losses[1]
+
+
+# ---- what is said and kept -------------------------------------------------------------------------------------
+
+
+def test_change_is_heard_journalled_and_reported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("evaluation", 1, monkeypatch)
+    events: list[Mapping[str, Any]] = []
+
+    runs.run(tmp_path, model, ROWS, until="report", options={"listener": events.append}, **BLOCKS)
+
+    said = [event["reason"] for event in events if event["kind"] == "attempt"]
+    assert len(said) == 1
+    assert said[0].startswith("memory ran out in an evaluation")
+    assert said[0].endswith("; eval batch 8 instead of 16")
+    assert journal(tmp_path) == [("full-seed42-01", said[0])]
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    assert f"- After full-seed42-01: {said[0]}" in report.splitlines()
+    setting = next(line for line in report.splitlines() if line.startswith("| evaluate.batch_size "))
+    assert "planned 16 (from the recipe); memory ran out in an evaluation of attempt 1" in setting
+
+
+def test_changed_plan_is_kept_by_a_later_command(
+    model: Path, unlimited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("first step", 1, monkeypatch)
+    import signal
+
+    ask = runs.at_step(5, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(InterruptedRun):
+        runs.run(tmp_path, model, ROWS, options={"listener": ask}, **BLOCKS)
+
+    runs.run(tmp_path, model, ROWS, **BLOCKS)
+
+    assert [request.plan.micro_batch_size for request in requests_of(tmp_path)] == [8, 4, 4]
+    kept = Plan.load(tmp_path / "run" / "plan" / "full.json")
+    assert kept == requests_of(tmp_path)[-1].plan
+    resolved = json.loads((tmp_path / "run" / "resolved.json").read_text(encoding="utf-8"))
+    assert resolved == [setting.model_dump(mode="json") for setting in kept.settings]
+    assert_same_result(tmp_path, unlimited, exactly=False)
+
+
+def test_limit_that_no_rung_can_meet_ends_with_exit_code_3_and_the_ladder(model: Path, tmp_path: Path) -> None:
+    data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, data, **BLOCKS)
+    seen: list[tuple[int, bool, str]] = []
+
+    def attempt(request: Request, listener: attempts.Listener) -> Outcome:
+        plan = request.plan
+        seen.append((plan.micro_batch_size, plan.activation_checkpointing, plan.optim))
+        return outcome("out_of_memory", request.attempt, phase="step", reason="no memory here")
+
+    with runs.in_this_process(attempt):
+        result = fulltune("run", recipe, "--run-folder", tmp_path / "run")
+
+    plain = "adamw_torch_fused"
+    sizes = [(size, False, plain) for size in (8, 4, 2, 1)]
+    assert seen == [*sizes, (1, True, plain), (1, True, "adamw_8bit")]
+    assert result.code == 3
+    assert "Traceback" not in result.err
+    words = " ".join(result.err.split())
+    assert "no memory here" in words
+    assert "micro batch 4 instead of 8, the same global batch of 8" in words
+    assert "not possible: activation checkpointing: it is on already" in words
+    assert "not possible: chunked loss: text-classification has no logits of tokens" in words
+    assert "not possible: 8-bit AdamW states: they are 8-bit already" in words
+    assert "not possible: offload: without a GPU everything is in the host's memory" in words
+    assert "what helps: " in words
+
+
+def test_own_loss_has_no_second_attempt_and_says_so(model: Path, tmp_path: Path) -> None:
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
+        no_memory()
+
+    with pytest.raises(DoesNotFitError, match="not tried: smaller micro batch: functions of your own") as caught:
+        pipeline.run(runs.job(tmp_path, model, ROWS, options={"compute_loss": loss}, **BLOCKS), "train")
+
+    assert caught.value.exit_code == 3
+    assert len(requests_of(tmp_path)) == 1
+
+
+# ---- evaluation in the parent ----------------------------------------------------------------------------------
+
+
+def test_evaluation_goes_on_with_smaller_batches_and_the_same_scores(
+    model: Path, unlimited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = runs.run(unlimited, model, ROWS, until="evaluate", **BLOCKS).scores
+    large = Shortage(run_rows, 99, lambda *_, batch_size, **__: batch_size > 4)
+    monkeypatch.setattr(bench, "run_rows", large)
+
+    short = runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS).scores
+
+    assert large.left < 99
+    for one, other in zip(short, whole, strict=True):
+        for name, estimate in other.metrics.items():
+            assert one.metrics[name].value == pytest.approx(estimate.value, abs=1e-5)
+
+
+def test_evaluation_that_does_not_fit_at_all_keeps_the_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "run_rows", Shortage(run_rows, 99))
+
+    with pytest.raises(DoesNotFitError) as caught:
+        runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS)
+
+    assert str(caught.value) == (
+        "scoring full-seed42: memory ran out: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate "
+        "memory: you tried ...; no smaller batch is left; what was trained is kept: free some memory, then run the "
+        "same command again"
+    )
+    monkeypatch.undo()
+    assert len(runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS).scores) == 3
+    assert len(requests_of(tmp_path)) == 1
+
+
+# ---- a real limit ----------------------------------------------------------------------------------------------
+
+
+def test_real_limit_on_a_real_process_is_met_by_smaller_micro_batches(tmp_path: Path) -> None:
+    """The plan is made to believe in 32 rows at once, whose attention scores alone take 0.7 GiB."""
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    longer = {"tokenizer": tiny.encoder_tokenizer(512), "max_position_embeddings": 512}
+    model = tiny.save_model(tmp_path / "model", "bert", **longer, **size, **dropout)
+    rows = [{**row, "text": row["text"] + " the town" * 220} for row in tiny.topic_rows(44)]
+    train = {"max_steps": 1, "warmup_steps": 0, "global_batch_size": 32, "memory_limit": "1GiB"}
+    job = runs.job(tmp_path, model, rows, train=train, model={"attn_implementation": "eager"})
+    pipeline.run(job, "plan")
+    path = tmp_path / "run" / "plan" / "full.json"
+    hopeful = {"micro_batch_size": 32, "gradient_accumulation_steps": 1}
+    Plan.load(path).model_copy(update=hopeful).save(path)
+
+    reached = pipeline.run(job, "train")
+
+    first, *_, last = requests_of(tmp_path)
+    failed = Outcome.load(first.folder / "outcome.json")
+    assert (failed.status, failed.phase) == ("out_of_memory", "step")
+    assert "allocate memory" in failed.reason
+    assert last.plan.micro_batch_size < 32
+    assert last.plan.global_batch_size == 32
+    assert reached.outcome is not None
+    assert reached.outcome.status == "done"
+    assert reached.outcome.peak_memory_bytes <= 2**30

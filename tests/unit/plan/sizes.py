@@ -1,0 +1,103 @@
+"""A model of Llama-2-7B's size, BERT-base, and data for them, as the plan's records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fulltune.footprint import Footprint, Moment, Variant
+from fulltune.model import Shapes
+from fulltune.plan.load import Task
+from fulltune.recipe import Recipe
+from fulltune.records import DataSummary, SplitSummary
+
+GB, GIB = 10**9, 2**30
+LLAMA = Shapes(
+    model_type="llama",
+    is_decoder=True,
+    num_parameters=6_738_415_616,
+    num_tensors=291,
+    num_layers=32,
+    hidden_size=4096,
+    vocab_size=32_000,
+    position_limit=4096,
+)
+BERT = Shapes(
+    model_type="bert",
+    is_decoder=False,
+    num_parameters=110_000_000,
+    num_tensors=200,
+    num_layers=12,
+    hidden_size=768,
+    vocab_size=30_000,
+    position_limit=512,
+)
+
+
+def footprint(shapes: Shapes) -> Footprint:
+    """Two bytes for each of 34 values a token, layer and hidden unit; 2 values when they are recomputed."""
+    none = (0.0,) * 6
+
+    def moment(place: str, values: int, gradients: float) -> Moment:
+        token = 2.0 * values * shapes.hidden_size * shapes.num_layers
+        logits = 10.0 * shapes.vocab_size if shapes.is_decoder else 0.0
+        coefficients: Any = {
+            "gradients": (gradients, 0.0, 0.0, 0.0, 0.0, 0.0),
+            "activations": (0.0, 0.0, token, 0.0, 0.0, 0.0),
+            "logits": (0.0, 0.0, logits, 0.0, 0.0, 0.0),
+            "buffers": none,
+        }
+        return Moment(place=place, coefficients=coefficients)
+
+    def variant(precision: str, recomputed: bool) -> Variant:
+        end = moment("end of backward", 2 if recomputed else 34, 4.0 * shapes.num_parameters)
+        return Variant(precision=precision, activation_checkpointing=recomputed, first=(end,), later=(end,))
+
+    precisions = ("fp32", "bf16", "fp16")
+    return Footprint(
+        largest_tensor=shapes.vocab_size * shapes.hidden_size,
+        factored_values=1000,
+        sequences_per_row=1,
+        variants=tuple(variant(precision, again) for precision in precisions for again in (False, True)),
+        evaluation={precision: (moment("layer", 1, 0.0),) for precision in precisions},
+        flops_per_token=2.0 * (shapes.num_parameters - shapes.vocab_size * shapes.hidden_size),
+        attention_flops_per_pair=4.0 * shapes.num_layers * shapes.hidden_size,
+    )
+
+
+def summary(task: str, rows: int, tokens: int) -> DataSummary:
+    """Rows of one length."""
+
+    def split(number: int) -> SplitSummary:
+        return SplitSummary(
+            rows=number,
+            tokens=number * tokens,
+            trained_tokens=number,
+            truncated_rows=0,
+            dropped_rows=0,
+            length_percentiles={"p50": tokens, "p95": tokens, "max": tokens},
+        )
+
+    return DataSummary(
+        task=task,
+        problem_type="prompt_completion" if task == "causal-lm" else "single_label",
+        columns={},
+        max_length=tokens,
+        max_length_reason="the longest row",
+        splits={"train": split(rows), "eval": split(1000), "test": split(1000)},
+        sources={},
+        fingerprint="x",
+    )
+
+
+def llama(rows: int = 50_000, tokens: int = 512, **blocks: Any) -> Task:
+    """Chat rows for the 7B model; global batch 64 unless another is given."""
+    return _task("causal-lm", LLAMA, rows, tokens, {"train": {"global_batch_size": 64}, **blocks})
+
+
+def bert(rows: int = 10_000, tokens: int = 64, **blocks: Any) -> Task:
+    return _task("text-classification", BERT, rows, tokens, blocks)
+
+
+def _task(task: Any, shapes: Shapes, rows: int, tokens: int, blocks: dict[str, Any]) -> Task:
+    recipe = Recipe.model_validate({"model": "m", "task": task, "data": {"train": "a"}, **blocks})
+    return Task(recipe, shapes, lambda weights_dtype: footprint(shapes), summary(task, rows, tokens))

@@ -1,0 +1,141 @@
+"""Cards by name, and hardware in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from fulltune.errors import RecipeError
+from fulltune.hardware import Gpu, Machine
+from fulltune.plan import cards
+
+GB, GIB = 10**9, 2**30
+
+
+@pytest.mark.parametrize("card", cards.CARDS, ids=lambda card: card.name)
+def test_card_is_found_by_each_of_its_names(card: cards.Card) -> None:
+    for name in (card.name, *card.aliases, card.name.lower(), card.name.replace(" ", "-"), f"NVIDIA {card.name}"):
+        assert cards.find(name) == card
+
+
+def test_names_are_those_of_one_card_each() -> None:
+    names = [cards._key(name) for card in cards.CARDS for name in (card.name, *card.aliases)]
+    assert len({card.name for card in cards.CARDS}) == len(cards.CARDS) >= 25
+    owners = {name: card.name for card in cards.CARDS for name in map(cards._key, (card.name, *card.aliases))}
+    assert all(owners[cards._key(card.name)] == card.name for card in cards.CARDS)
+    assert len(set(names)) == len(owners)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100-16GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA L40S", "L40S"),
+        ("AMD Instinct MI300X", "MI300X"),
+    ],
+)
+def test_card_is_found_by_the_drivers_name(driver: str, name: str) -> None:
+    found = cards.card_of(driver)
+    assert found is not None
+    assert found.name == name
+
+
+def test_unknown_card_of_a_driver_is_none() -> None:
+    assert cards.card_of("NVIDIA Z9999") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "card", "host", "disk", "assumed"),
+    [
+        ("8x A100-80GB", 8, "A100-80GB", 1024 * GB, None, ("1,024 GB of host memory (128 GB a card is usual)",)),
+        ("8 X a100 80gb,1TB host", 8, "A100-80GB", 1000 * GB, None, ()),
+        ("1x RTX 4090, 64GB host", 1, "RTX 4090", 64 * GB, None, ()),
+        ("geforce rtx-4090, 64GiB RAM", 1, "RTX 4090", 64 * GIB, None, ()),
+        ("2x H100, 1TB host, 2TB disk", 2, "H100-80GB", 1000 * GB, 2000 * GB, ()),
+        ("4×L4, 0.5 TB disk", 4, "L4", 192 * GB, 500 * GB, ("192 GB of host memory (48 GB a card is usual)",)),
+    ],
+)
+def test_hardware_in_words_is_read(
+    text: str, count: int, card: str, host: int, disk: int | None, assumed: tuple[str, ...]
+) -> None:
+    fleet = cards.parse(text)
+    assert fleet.card is not None
+    assert (fleet.num_devices, fleet.card.name, len(fleet.machine.gpus)) == (count, card, count)
+    assert (fleet.machine.memory_bytes, fleet.disk_bytes, fleet.assumed) == (host, disk, assumed)
+    assert fleet.machine.memory_available_bytes < host
+    assert fleet.machine.gpus[0].available_bytes == fleet.card.memory_bytes - cards.DEVICE_RESERVE
+
+
+def test_cpu_is_read() -> None:
+    fleet = cards.parse("cpu, 16 cores, 64GB host")
+    assert (fleet.card, fleet.num_devices, fleet.machine.gpus) == (None, 1, ())
+    assert (fleet.machine.num_cores, fleet.machine.memory_bytes) == (16, 64 * GB)
+    assert fleet.machine.cpu_flops == 16 * cards.CPU_FLOPS_PER_CORE
+    assert fleet.assumed == ("50 GFLOP/s a core in fp32, no fast bf16",)
+
+
+def test_checked_memory_of_a_card_is_less() -> None:
+    # nvidia-smi shows 15,360 MiB on a T4 and 46,068 MiB on an L40S.
+    assert cards.find("T4").memory_bytes == 15 * GIB
+    assert cards.find("L40S").memory_bytes == 45 * GIB
+
+
+KNOWN = ", ".join(card.name for card in cards.CARDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("8x A100", ("--for: 'A100' comes in several sizes; write A100-40GB or A100-80GB",)),
+        ("V100", ("--for: 'V100' comes in several sizes; write V100-16GB or V100-32GB",)),
+        ("4060 Ti", ("--for: '4060 Ti' comes in several sizes; write RTX 4060 Ti 8GB or RTX 4060 Ti 16GB",)),
+        ("2x H1000", ("--for: unknown card 'H1000'; did you mean H100-80GB or A100-80GB or A100-40GB?",)),
+        ("abacus", (f"--for: unknown card 'abacus'; known are {KNOWN}, or cpu",)),
+        ("0x H100", ("--for: '0x H100' has no card; write 1x or more, or cpu",)),
+        ("", (f"--for: no card is named; known are {KNOWN}, or cpu",)),
+        ("2x cpu", ("--for: '2x cpu': a CPU is one device; write cpu, and its cores if you know them",)),
+        (
+            "H100, 3 bananas, 0GB host",
+            (
+                "--for: '3 bananas' cannot be read; write for example '64GB host', '2TB disk' or '16 cores'",
+                "--for: host, disk and cores must be more than 0; leave out what is not known",
+            ),
+        ),
+        (
+            "RTX 4900, 1TB",
+            (
+                "--for: unknown card 'RTX 4900'; did you mean RTX 4090 or RTX 4080 or RTX 4070 Ti?",
+                "--for: '1TB' cannot be read; write for example '64GB host', '2TB disk' or '16 cores'",
+            ),
+        ),
+    ],
+)
+def test_hardware_that_cannot_be_read_is_refused_with_all_problems(text: str, problems: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError) as raised:
+        cards.parse(text)
+    assert raised.value.problems == problems
+
+
+def test_more_of_the_same_cards_have_more_host_memory() -> None:
+    fleet = cards.with_count(cards.parse("2x L4, 100GB host, 1TB disk"), 4)
+    assert (fleet.num_devices, fleet.machine.memory_bytes, fleet.disk_bytes) == (4, 200 * GB, 1000 * GB)
+
+
+def test_this_machine_is_a_fleet() -> None:
+    gpu = Gpu(name="NVIDIA L4", memory_bytes=22 * GIB, bf16=True, free_bytes=20 * GIB)
+    machine = Machine(
+        cpu="x",
+        num_cores=8,
+        memory_bytes=32 * GIB,
+        memory_available_bytes=30 * GIB,
+        cpu_bf16_speedup=1.0,
+        gpus=(gpu, gpu),
+    )
+    fleet = cards.here(machine, 7 * GB)
+    assert fleet.name == "this machine: 2x NVIDIA L4, 8 cores, 32 GiB"
+    assert fleet.card == cards.find("L4")
+    assert (fleet.here, fleet.num_devices, fleet.disk_bytes) == (True, 2, 7 * GB)

@@ -1,0 +1,188 @@
+"""The memory of a step, phase by phase, against arithmetic by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fulltune.footprint import Footprint, Moment, Variant
+from fulltune.model import Shapes
+from fulltune.plan import memory
+from fulltune.plan.memory import Levers, need, state_bytes
+
+ZERO = (0.0,) * 6
+SHAPES = Shapes(
+    model_type="llama",
+    is_decoder=True,
+    num_parameters=1_000_000,
+    num_tensors=10,
+    num_layers=2,
+    hidden_size=100,
+    vocab_size=2_000,
+    position_limit=None,
+)
+
+
+def moment(place: str, *, gradients: float = 0, token: float = 0, pair: float = 0, logits: float = 0) -> Moment:
+    """A constant number of gradient bytes, activations per token and per pair of tokens, logits per token."""
+    return Moment(
+        place=place,
+        coefficients={
+            "gradients": (gradients, 0, 0, 0, 0, 0),
+            "activations": (0, 0, token, pair, 0, 0),
+            "logits": (0, 0, logits, 0, 0, 0),
+            "buffers": ZERO,
+        },
+    )
+
+
+FOOTPRINT = Footprint(
+    largest_tensor=200_000,
+    factored_values=5_000,
+    sequences_per_row=1,
+    variants=(
+        Variant(
+            precision="fp32",
+            activation_checkpointing=False,
+            first=(
+                moment("backward head", token=10_000, logits=24_000),
+                moment("backward 0:below", gradients=4_000_000),
+            ),
+            later=(moment("backward head", gradients=4_000_000, token=10_000, logits=24_000),),
+        ),
+    ),
+    evaluation={"fp32": (moment("forward loss", token=100, logits=16_000),)},
+    flops_per_token=2e6,
+    attention_flops_per_pair=100.0,
+)
+LEVERS = Levers(micro_batch_size=4, longest_tokens=100, eval_batch_size=8)
+
+
+def tensors(levers: Levers) -> dict[str, int]:
+    """What is alive, without what a process holds beyond it."""
+    found = need(SHAPES, FOOTPRINT, levers, "cuda").kinds
+    return {**found, "buffers": found["buffers"] - memory.CUDA_CONTEXT_BYTES}
+
+
+@pytest.mark.parametrize(
+    ("optim", "dtype", "rounding", "optimizer"),
+    [
+        ("adamw_torch_fused", "fp32", None, 8_000_000),
+        ("adamw_torch", "bf16", "nearest", 4_000_000),
+        ("adamw_8bit", "fp32", None, 2_062_500),
+        ("adamw_bf16", "bf16", "stochastic", 4_000_000),
+        ("adamw_bf16", "bf16", "kahan", 6_000_000),
+        ("adamw_8bit", "bf16", "kahan", 4_062_500),
+        ("adafactor", "fp32", None, 20_000),
+        ("sgd", "fp32", None, 0),
+        ("grokadamw", "fp32", None, 8_000_000),
+    ],
+)
+def test_state_of_an_optimizer(optim: str, dtype: str, rounding: str | None, optimizer: int) -> None:
+    found = state_bytes(1_000_000, dtype, optim, rounding)
+    size = {"fp32": 4, "bf16": 2}[dtype]
+    assert (found.weights, found.gradients, found.optimizer) == (size * 10**6, size * 10**6, optimizer)
+
+
+def test_only_optimizers_of_the_table_are_known() -> None:
+    assert memory.known("adafactor")
+    assert not memory.known("grokadamw")
+
+
+def test_the_highest_moment_is_at_the_head() -> None:
+    # 400 tokens: 4.0 MB of activations, 9.6 MB of logits.
+    assert tensors(LEVERS) == {
+        "weights": 4_000_000,
+        "optimizer": 8_000_000,
+        "gradients": 0,
+        "activations": 4_000_000,
+        "logits": 9_600_000,
+        "buffers": 0,
+    }
+
+
+def test_a_small_batch_peaks_at_the_update() -> None:
+    found = tensors(replace(LEVERS, micro_batch_size=1, longest_tokens=10))
+    assert (found["gradients"], found["activations"], found["logits"]) == (4_000_000, 0, 0)
+
+
+def test_accumulation_adds_the_gradients_of_the_micro_batch_before() -> None:
+    assert tensors(replace(LEVERS, accumulation=2))["gradients"] == 4_000_000
+
+
+def test_logits_follow_the_trained_share() -> None:
+    assert tensors(replace(LEVERS, trained_share=0.5))["logits"] == 4_800_000
+
+
+def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:
+    found = need(SHAPES, FOOTPRINT, replace(LEVERS, chunked_loss=True), "cpu").kinds
+    # 256 tokens x 2,000 words x 4 bytes; 2,000 x 100 x 4 bytes.
+    assert (found["logits"], found["gradients"]) == (2_048_000, 800_000)
+
+
+def test_several_processes_have_buckets() -> None:
+    found = need(SHAPES, FOOTPRINT, replace(LEVERS, num_processes=2), "cuda").kinds
+    assert found["buffers"] == memory.CUDA_CONTEXT_BYTES + 4_000_000
+
+
+def test_without_a_scratch_a_step_of_adafactor_is_smaller() -> None:
+    small = replace(LEVERS, micro_batch_size=1, longest_tokens=10, optim="adafactor")
+    assert tensors(small)["buffers"] == 3 * 4 * 200_000
+
+
+def test_update_in_backward_holds_one_gradient() -> None:
+    small = replace(LEVERS, micro_batch_size=1, longest_tokens=10, optimizer_in_backward=True)
+    assert tensors(small)["gradients"] <= 800_000
+
+
+def test_phases() -> None:
+    found = need(SHAPES, FOOTPRINT, LEVERS, "cuda")
+    base = memory.CUDA_CONTEXT_BYTES
+    assert found.phases == {
+        "loading": 4_000_000 + base,
+        "step": 25_600_000 + base,
+        # 800 tokens: 0.08 MB and 12.8 MB beside weights and moments.
+        "evaluation": 12_000_000 + 80_000 + 12_800_000 + base,
+        "saving": 12_000_000 + base,
+        "resuming": 12_000_000 + base,
+    }
+    assert (found.peak_phase, found.largest) == ("step", "buffers")
+
+
+def test_on_a_cpu_what_the_heap_kept_is_there_when_saving() -> None:
+    found = need(SHAPES, FOOTPRINT, LEVERS, "cpu").phases
+    # 13.6 MB of small blocks; one tensor of 200,000 values is compared with what it was.
+    assert found["saving"] == 12_000_000 + memory.FIRST_CALLS_BYTES + 13_600_000 + 800_000 + memory.SCORING_BYTES
+
+
+def test_on_a_cpu_freed_blocks_stay() -> None:
+    found = need(SHAPES, FOOTPRINT, LEVERS, "cpu")
+    # 4.0 MB of activations and 9.6 MB of logits, all in small blocks.
+    assert found.kinds["buffers"] == memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * 13_600_000)
+    assert found.phases["step"] == sum(found.kinds.values())
+
+
+def test_on_a_cpu_large_logits_come_on_top_of_what_small_blocks_left() -> None:
+    # 6,400 tokens: 51 MB of logits are a large block, 64 MB of activations are taken to be small ones.
+    found = need(SHAPES, FOOTPRINT, replace(LEVERS, micro_batch_size=64), "cpu").kinds
+    assert found["buffers"] == memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * 64_000_000)
+
+
+def test_with_a_large_gradient_the_heap_is_reused() -> None:
+    assert memory._reused(free=100.0, large=90, block=30) == 30
+    assert memory._reused(free=100.0, large=29, block=30) == 0
+
+
+def test_bf16_weights_are_made_beside_the_file() -> None:
+    found = need(SHAPES, FOOTPRINT, replace(LEVERS, weights_dtype="bf16"), "cuda")
+    assert found.phases["loading"] == 2_000_000 + 4_000_000 + memory.CUDA_CONTEXT_BYTES
+
+
+def test_moment_is_a_sum_of_six_terms() -> None:
+    one = Moment(
+        place="x",
+        coefficients={"gradients": ZERO, "activations": (1, 2, 3, 4, 5, 6), "logits": ZERO, "buffers": ZERO},
+    )
+    # 1 + 2x2 + 3x2x10 + 4x2x100 + 5x10 + 6x100
+    assert one.bytes(2, 10)["activations"] == 1515

@@ -1,0 +1,191 @@
+"""Placements as tables of numbers: bytes where they lie, what is short, and what holds a step back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fulltune.plan import cards, placement
+from fulltune.plan.load import Task, load_of
+from fulltune.records import Placement
+from tests.unit.plan import sizes
+
+P = sizes.LLAMA.num_parameters
+GIB = 2**30
+
+
+def table(hardware: str, task: Task | None = None, **train: Any) -> dict[str, Placement]:
+    fleet = cards.parse(hardware)
+    train = {"global_batch_size": 64, **train, "num_processes": fleet.num_devices}
+    task = task or sizes.llama(train=train)
+    found = placement.table(load_of(task, fleet, None), fleet, fleet.num_devices)
+    return {one.name: one for one in found}
+
+
+def state(one: Placement) -> int:
+    return one.kinds["weights"] + one.kinds["gradients"] + one.kinds["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_parameter"),
+    [
+        ("one device, AdamW fp32", 16.0),
+        ("one device, 8-bit AdamW", 4 + 4 + 2.0625),
+        ("one device, bf16 weights", 2 + 2 + 4),
+        ("one device, bf16 + 8-bit", 2 + 2 + 2.0625),
+        ("ZeRO-2, optimizer on host", 2.0),
+        ("ZeRO-3, all on host", 0.0),
+        ("FSDP2, all on host", 0.0),
+        ("ZeRO-3, all on disk", 0.0),
+    ],
+)
+def test_state_on_one_device_in_bytes_a_parameter(name: str, bytes_per_parameter: float) -> None:
+    # With a chunked loss the head's gradient is there twice for a moment.
+    assert state(table("1x H100")[name]) / P == pytest.approx(bytes_per_parameter, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_parameter"),
+    [("8 copies, AdamW fp32", 16.0), ("ZeRO-2", 2 + 16 / 8), ("ZeRO-3", 18 / 8), ("FSDP2", 16 / 8)],
+)
+def test_state_on_each_of_eight_devices_in_bytes_a_parameter(name: str, bytes_per_parameter: float) -> None:
+    assert state(table("8x H100")[name]) / P == pytest.approx(bytes_per_parameter, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "disk"),
+    [
+        ("ZeRO-2, optimizer on host", 16 * 1.22, 0),
+        ("FSDP2, all on host", 16 * 1.22, 0),
+        ("ZeRO-3, all on host", 18 * 1.22, 0),
+        ("ZeRO-3, all on disk", 6, 18),
+        ("one device, AdamW fp32", 0, 0),
+    ],
+)
+def test_bytes_on_host_and_disk_a_parameter(name: str, host: float, disk: float) -> None:
+    one = table("1x H100")[name]
+    assert (one.host_bytes / P, one.disk_bytes / P) == pytest.approx((host, disk), rel=1e-3)
+
+
+def test_host_of_the_measured_8b_run_is_met() -> None:
+    # 8.03 B parameters took 176 GB of host memory with ZeRO-3, all on the host.
+    one = table("1x RTX 4090")["ZeRO-3, all on host"]
+    assert one.host_bytes * 8.03e9 / P == pytest.approx(176e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "fitting"),
+    [
+        ("1x RTX 4090, 64GB host", {"ZeRO-3, all on disk"}),
+        ("1x RTX 4090, 256GB host", {"ZeRO-2, optimizer on host", "ZeRO-3, all on host", "ZeRO-3, all on disk"}),
+        ("1x T4, 16GB host", set()),
+        ("1x MI325X", {"one device, AdamW fp32"}),
+        ("4x A100-80GB", {"ZeRO-2", "ZeRO-3"}),
+    ],
+)
+def test_what_fits_a_7b_model(hardware: str, fitting: set[str]) -> None:
+    found = {one.name for one in table(hardware).values() if one.fits and one.runs}
+    assert found >= fitting
+    if not fitting:
+        assert not found
+
+
+def test_what_is_short_is_said_with_its_size() -> None:
+    rows = table("1x RTX 4090, 64GB host")
+    assert rows["one device, AdamW fp32"].short.startswith("device +")
+    assert rows["ZeRO-3, all on host"].short.startswith("host +")
+    rows = table("1x RTX 4090, 64GB host, 100GB disk")
+    assert rows["ZeRO-3, all on disk"].short == f"disk +{(18 * P - 100e9) / GIB:,.1f} GiB"
+
+
+def test_no_bf16_on_a_card_without_it() -> None:
+    assert not any("bf16" in name for name in table("1x V100-32GB"))
+
+
+def test_cpu_has_nothing_to_offload_to() -> None:
+    assert set(table("cpu, 16 cores, 256GB host")) == {
+        "one device, AdamW fp32",
+        "one device, 8-bit AdamW",
+        "one device, bf16 weights",
+        "one device, bf16 + 8-bit",
+    }
+
+
+def test_what_is_not_built_is_said() -> None:
+    rows = table("2x H100")
+    assert {name for name, one in rows.items() if not one.runs} == {"FSDP2", "FSDP2, all on host"}
+    assert rows["FSDP2"].how == placement.NOT_BUILT
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "name", "how"),
+    [
+        ({}, {}, "2 copies, AdamW fp32", "as the recipe is"),
+        ({}, {}, "2 copies, 8-bit AdamW", "train.optim: adamw_8bit"),
+        ({}, {}, "ZeRO-3", "train.extra.deepspeed: {zero_optimization: {stage: 3}}"),
+        ({"optim": "adamw_8bit"}, {}, "2 copies, 8-bit AdamW", "as the recipe is"),
+        ({"optim": "adamw_8bit"}, {}, "2 copies, AdamW fp32", "train.optim: adamw_torch_fused"),
+        ({}, {"weights_dtype": "bf16"}, "2 copies, AdamW fp32", "model.weights_dtype: fp32"),
+    ],
+)
+def test_how_says_what_to_change_in_the_recipe(
+    train: dict[str, Any], model: dict[str, Any], name: str, how: str
+) -> None:
+    train = {"global_batch_size": 64, "num_processes": 2, **train}
+    assert table("2x H100", sizes.llama(train=train, model={"name": "m", **model}))[name].how == how
+
+
+@pytest.mark.parametrize(
+    ("hardware", "name", "bound_by"),
+    [
+        ("1x MI325X", "one device, AdamW fp32", "computing"),
+        ("1x RTX 4090, 256GB host", "ZeRO-3, all on host", "computing"),
+        ("1x RTX 4090", "ZeRO-3, all on disk", "disk"),
+        ("1x H100, 1TB host", "ZeRO-3, all on host", "computing"),
+        ("8x L4, 1TB host", "ZeRO-2, optimizer on host", "computing"),
+    ],
+)
+def test_what_holds_a_step_back(hardware: str, name: str, bound_by: str) -> None:
+    assert table(hardware)[name].bound_by == bound_by
+
+
+def test_small_steps_are_held_back_by_the_hosts_optimizer() -> None:
+    rows = table("1x H100, 1TB host", global_batch_size=1)
+    assert rows["ZeRO-3, all on host"].bound_by == "optimizer"
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_speed_of_a_measured_offload_run_is_met_within_a_factor_of_two(rows: int) -> None:
+    # Llama-3.1-8B on an RTX 4090, rows of 1,024 tokens: 914, 1,373 and 1,791 tokens/s (SlideFormer's DeepSpeed runs).
+    # The last is above the data sheet's rate if everything was recomputed.
+    measured = {8: 914, 16: 1373, 32: 1791}[rows]
+    train = {"global_batch_size": rows, "micro_batch_size": rows, "activation_checkpointing": True}
+    task = sizes.llama(tokens=1024, train=train)
+    one = table("1x RTX 4090, 256GB host", task)["ZeRO-3, all on host"]
+    assert one.tokens_per_second is not None
+    assert 0.5 < one.tokens_per_second * P / 8.03e9 / measured < 2
+
+
+def test_speed_grows_with_devices_and_falls_with_offloading() -> None:
+    two, eight = table("2x A100-80GB, 1TB host"), table("8x A100-80GB, 1TB host")
+    assert 3.5 < eight["ZeRO-3"].tokens_per_second / two["ZeRO-3"].tokens_per_second < 4.5  # type: ignore[operator]
+    speeds = [eight[name].tokens_per_second or 0 for name in ("ZeRO-3", "ZeRO-3, all on host", "ZeRO-3, all on disk")]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_unknown_card_has_bytes_and_no_speed() -> None:
+    fleet = cards.parse("1x H100").model_copy(update={"card": None})
+    found = placement.table(load_of(sizes.llama(), fleet, None), fleet, 1)
+    assert all(one.device_bytes > 0 and one.tokens_per_second is None for one in found)
+
+
+def test_micro_batch_is_the_fastest_that_fits() -> None:
+    plain = table("1x A100-80GB", sizes.bert(tokens=512, train={"global_batch_size": 64}))["one device, AdamW fp32"]
+    assert (plain.micro_batch_size, plain.activation_checkpointing) == (64, False)
+    tight = table("1x RTX 3060 12GB", sizes.bert(tokens=512, train={"global_batch_size": 64}))
+    assert tight["one device, AdamW fp32"].micro_batch_size < 64
+    assert not tight["one device, AdamW fp32"].activation_checkpointing
+    given = sizes.bert(train={"global_batch_size": 64, "micro_batch_size": 2, "activation_checkpointing": True})
+    kept = table("1x A100-80GB", given)["one device, AdamW fp32"]
+    assert (kept.micro_batch_size, kept.activation_checkpointing) == (2, True)

@@ -1,0 +1,107 @@
+"""Operations, seconds and money."""
+
+from __future__ import annotations
+
+import pytest
+
+from fulltune.errors import RecipeError
+from fulltune.plan import cards, time
+from fulltune.records import DiskNeed
+from tests import plans
+from tests.unit.plan import sizes
+
+
+def test_step_of_a_decoder_is_six_operations_a_parameter_and_token_eight_when_recomputed() -> None:
+    work = time.Work(tokens_per_row=512, longest=512, flops_per_token=2 * 7e9, attention_flops_per_pair=0)
+    assert work.step_flops(4, recomputed=False) == pytest.approx(6 * 7e9 * 4 * 512)
+    assert work.step_flops(4, recomputed=True) == pytest.approx(8 * 7e9 * 4 * 512)
+
+
+def test_attention_grows_with_the_square_of_the_length() -> None:
+    short, twice = (time.Work(length, length, 0.0, 4.0).forward_flops(1) for length in (100, 200))
+    assert twice == 4 * short
+
+
+@pytest.mark.parametrize(
+    ("mean", "p95", "grouped", "packed", "tokens"),
+    [(20, 60, True, False, 21.4), (20, 60, False, False, 60), (20, 60, True, True, 20), (62, 64, True, False, 64)],
+)
+def test_tokens_of_a_row_count_padding(mean: int, p95: int, grouped: bool, packed: bool, tokens: float) -> None:
+    data = sizes.summary("text-classification", 1000, 64)
+    split = data.splits["train"].model_copy(
+        update={"tokens": 1000 * mean, "length_percentiles": {"p50": mean, "p95": p95, "max": 64}}
+    )
+    data = data.model_copy(update={"splits": {**data.splits, "train": split}, "packed": packed})
+    found = time.work_of(data, sizes.footprint(sizes.BERT), grouped)
+    assert found.tokens_per_row == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "precision", "hidden", "tera"),
+    [
+        ("1x A100-80GB", "bf16", 4096, 312 * 0.5),
+        ("8x A100-80GB", "bf16", 1024, 312 * 0.3),
+        ("1x A100-80GB", "bf16", 384, 312 * 0.15),
+        ("1x A100-80GB", "fp32", 4096, 312 * 0.5 / 8),
+        ("cpu, 16 cores", "fp32", 384, 0.05 * 16 * 0.75),
+        ("cpu, 16 cores", "bf16", 384, 0.05 * 16 * 0.57),
+    ],
+)
+def test_rate_of_a_device(hardware: str, precision: str, hidden: int, tera: float) -> None:
+    assert time.device_flops(cards.parse(hardware), precision, hidden) == pytest.approx(tera * 1e12)
+
+
+def test_rate_of_unknown_hardware_is_none() -> None:
+    fleet = cards.parse("1x L4")
+    assert time.device_flops(fleet.model_copy(update={"card": None}), "bf16", 512) is None
+    cpu = cards.parse("cpu")
+    slow = cpu.machine.model_copy(update={"cpu_flops": 0.0})
+    assert time.device_flops(cpu.model_copy(update={"machine": slow}), "fp32", 512) is None
+
+
+def test_time_of_a_run_is_the_sum_of_its_parts() -> None:
+    plan = plans.plan(
+        total_steps=100,
+        global_batch_size=8,
+        eval_steps=25,
+        save_steps=50,
+        disk=DiskNeed(one_checkpoint=3 * 10**9, num_checkpoints=4, model=1),
+    )
+    data = sizes.summary("text-classification", 800, 64)
+    work = time.Work(tokens_per_row=64, longest=64, flops_per_token=1e6, attention_flops_per_pair=0)
+    need = time.foresee(plan, data, work, seconds_per_step=2.0, forward_flops=1e9)
+    assert need.train_seconds == 200
+    assert need.eval_seconds == pytest.approx(4 * 1000 * 64 * 1e6 / 1e9)
+    # Each evaluation saves as well; the further saves fall on two of them.
+    assert need.save_seconds == pytest.approx(4 * 3)
+    assert (need.tokens, need.tokens_per_second, need.source) == (100 * 8 * 64, 8 * 64 / 2, "arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("text", "rate", "currency"),
+    [("2.5", 2.5, ""), ("2.5 USD", 2.5, "USD"), ("3€", 3, "€"), ("$1.20", 1.2, "$"), (" 0 ", 0, ""), ("7 Kč", 7, "Kč")],
+)
+def test_price_is_read(text: str, rate: float, currency: str) -> None:
+    assert time.parse_price(text) == time.Price(rate, currency)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("cheap", "--price: 'cheap' is no price; write what one device costs in an hour, such as 2.5"),
+        ("", "--price: '' is no price; write what one device costs in an hour, such as 2.5"),
+        ("1,5", "--price: '1,5' is no price; write what one device costs in an hour, such as 2.5"),
+        ("nan", "--price: 'nan' is no price; write what one device costs in an hour, such as 2.5"),
+        ("-2", "--price: -2 is below 0; write what one device costs in an hour, such as 2.5"),
+        ("-2 USD", "--price: -2 is below 0; write what one device costs in an hour, such as 2.5"),
+    ],
+)
+def test_price_that_is_none_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        time.parse_price(text)
+    assert raised.value.problems == (problem,)
+
+
+def test_price_of_a_run_counts_every_device() -> None:
+    price = time.Price(2.0, "USD")
+    assert price.of(8, 1800) == 8

@@ -1,0 +1,158 @@
+"""Ways out of too little memory or disk: what is freed, what is enough, the least harm first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fulltune.plan import cards, placement, ways_out
+from fulltune.plan.load import load_of
+from fulltune.plan.memory import Levers
+from fulltune.records import DiskNeed, MemoryNeed
+from tests import plans
+from tests.unit.plan import sizes
+
+GIB = 2**30
+LEVERS = Levers(micro_batch_size=8, longest_tokens=1024, precision="bf16", weights_dtype="fp32")
+
+
+def need(levers: Levers) -> MemoryNeed:
+    """16 GiB of state with AdamW in fp32; 1 GiB a row of 1,024 tokens, an eighth when recomputed; 4 of logits."""
+    size = 4 if levers.weights_dtype == "fp32" else 2
+    moments = {"adamw_torch_fused": 8, "adamw_bf16": 4, "adamw_8bit": 2}[levers.optim]
+    row = levers.longest_tokens / 1024 * (0.125 if levers.activation_checkpointing else 1)
+    kinds: dict[Any, int] = {
+        "weights": size * GIB,
+        "gradients": size * GIB,
+        "optimizer": moments * GIB,
+        "activations": round(levers.micro_batch_size * row * GIB),
+        "logits": (0 if levers.chunked_loss else 4) * GIB,
+        "buffers": 0,
+    }
+    return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values())})
+
+
+def ways(budget_gib: float, levers: Levers = LEVERS, **train: Any) -> list[tuple[str, float, bool]]:
+    recipe = plans.recipe("causal-lm", train=train)
+    found = ways_out.of_memory(recipe, levers, round(budget_gib * GIB), need)
+    return [(way.change, way.frees_bytes / GIB, way.enough) for way in found]
+
+
+@pytest.mark.parametrize(
+    ("budget", "levers", "train", "expected"),
+    [
+        (
+            23,
+            LEVERS,
+            {},
+            [
+                ("train.micro_batch_size: 1", 7, True),
+                ("train.activation_checkpointing: true", 7, True),
+                ("train.optim: adamw_8bit", 6, True),
+            ],
+        ),
+        (
+            20,
+            LEVERS,
+            {"chunked_loss": False},
+            [
+                ("model.weights_dtype: bf16", 8, True),
+                ("model.weights_dtype: bf16 with train.optim: adamw_8bit", 10, True),
+                ("a model of at most about 767 M parameters", 8, True),
+            ],
+        ),
+        (
+            24,
+            replace(LEVERS, micro_batch_size=1, activation_checkpointing=True),
+            {"chunked_loss": False},
+            [],
+        ),
+    ],
+)
+def test_ways_that_are_enough_come_first_by_harm(
+    budget: float, levers: Levers, train: dict[str, Any], expected: list[tuple[str, float, bool]]
+) -> None:
+    found = ways(budget, levers, **train)
+    assert found[: len(expected)] == [
+        (words, pytest.approx(freed, abs=0.01), enough) for words, freed, enough in expected
+    ]
+
+
+def test_ways_that_are_not_enough_alone_are_put_together() -> None:
+    found = ways(10, replace(LEVERS, chunked_loss=True))
+    assert found[0][0] == (
+        "train.micro_batch_size: 1 with train.activation_checkpointing: true with train.optim: adamw_8bit with "
+        "model.weights_dtype: bf16"
+    )
+    assert found[0][2]
+    assert found[1][0].startswith("a model of at most about")
+
+
+def test_nothing_that_frees_nothing_is_named() -> None:
+    least = replace(LEVERS, micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit")
+    names = [words for words, _, _ in ways(1, replace(least, chunked_loss=True, longest_tokens=64))]
+    assert names == ["a model of at most about 179 M parameters"]
+
+
+def test_longer_rows_may_be_cut_last() -> None:
+    levers = replace(LEVERS, micro_batch_size=1, optim="adamw_8bit", chunked_loss=True, longest_tokens=16 * 1024)
+    found = ways(7.5, replace(levers, activation_checkpointing=True, weights_dtype="bf16"))
+    assert found[0] == ("data.max_length: 8192", 1, True)
+
+
+def test_rows_cut_more_than_once_are_named_once() -> None:
+    least = replace(LEVERS, micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit")
+    found = ways(6.3, replace(least, chunked_loss=True, longest_tokens=8 * 1024))
+    assert found[0] == ("data.max_length: 2048", 0.75, True)
+
+
+def test_other_placements_that_fit_are_ways_out() -> None:
+    fleet = cards.parse("1x RTX 4090, 256GB host")
+    task = sizes.llama()
+    load = load_of(task, fleet, None)
+    table = placement.table(load, fleet, 1)
+    least = replace(load.levers, micro_batch_size=1, accumulation=64, activation_checkpointing=True, optim="adamw_8bit")
+    found = ways_out.of_memory(task.recipe, least, load.available_bytes, load.need, table)
+    assert found[0].enough
+    assert "on host" in found[0].change
+    assert "train.extra.deepspeed: {zero_optimization:" in found[0].change
+    assert len(found) <= ways_out.MOST
+
+
+@pytest.mark.parametrize(
+    ("kept", "free", "expected"),
+    [
+        (
+            2,
+            50,
+            [
+                ("train.save_total_limit: 1", 12, True),
+                ("train.optim: adamw_8bit", 24, True),
+                ("free 6.0 GiB under runs, or choose another output", 6, True),
+            ],
+        ),
+        (
+            1,
+            20,
+            [
+                ("free 36.0 GiB under runs, or choose another output", 36, True),
+                ("train.optim: adamw_8bit", 24, False),
+            ],
+        ),
+    ],
+)
+def test_ways_out_of_a_full_disk(kept: int, free: int, expected: list[tuple[str, int, bool]]) -> None:
+    disk = DiskNeed(one_checkpoint=12 * GIB, num_checkpoints=4, model=8 * GIB)
+    found = ways_out.of_disk(disk, free * GIB, kept, "runs")
+    assert [(way.change, way.frees_bytes / GIB, way.enough) for way in found] == expected
+
+
+def test_lines_say_what_is_enough() -> None:
+    disk = DiskNeed(one_checkpoint=12 * GIB, num_checkpoints=4, model=8 * GIB)
+    lines = ways_out.in_lines(ways_out.of_disk(disk, 20 * GIB, 1, "runs"))
+    assert lines == [
+        "enough: free 36.0 GiB under runs, or choose another output: frees 36.0 GiB (nothing)",
+        "helps: train.optim: adamw_8bit: frees 24.0 GiB (moments of 8 bits)",
+    ]

@@ -1,0 +1,99 @@
+"""Plan and actual: each figure with its error in percent, and nothing where there is nothing to compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fulltune.records import DiskNeed, MemoryNeed, Plan, TimeNeed
+from fulltune.report.about_resources import resources
+from fulltune.report.blocks import Paragraph, Section, Table
+from fulltune.report.read import read_run
+from tests.unit.report.conftest import outcome, plan, write_lines
+
+MIB, GIB = 2**20, 2**30
+NEED = MemoryNeed(
+    kinds={
+        "weights": 90 * MIB,
+        "gradients": 0,
+        "optimizer": 180 * MIB,
+        "activations": 200 * MIB,
+        "logits": 0,
+        "buffers": 30 * MIB,
+    },
+    phases={"loading": 90 * MIB, "step": 500 * MIB, "evaluation": 300 * MIB, "saving": 270 * MIB},
+)
+
+
+def time(total: float, source: str = "arithmetic") -> TimeNeed:
+    return TimeNeed(
+        train_seconds=total - 2, eval_seconds=1, save_seconds=1, tokens=1000, tokens_per_second=10.0, source=source
+    )
+
+
+def planned(**changes: Any) -> Plan:
+    disk = DiskNeed(one_checkpoint=GIB, num_checkpoints=4, model=GIB)
+    return plan(**{"memory": NEED, "disk": disk, "time": time(150.0), **changes})
+
+
+def section(folder: Path, made: Plan, *, journal: Any = (), **changes: Any) -> Section | None:
+    made.save(folder / "plan" / "full.json")
+    attempt = folder / "attempts" / "full-seed42-01"
+    measured = {
+        "memory_growth_bytes": 520 * MIB,
+        "dry_run_growth_bytes": 510 * MIB,
+        "disk_bytes": 4 * GIB,
+        "forecast": time(95.0, "dry-run step"),
+    }
+    outcome(**{**measured, **changes}).save(attempt / "outcome.json")
+    phases = [("loading the model", 1.0), ("training", 20.0), ("saving the model", 120.0)]
+    write_lines(attempt / "metrics.jsonl", [{"kind": "phase", "name": n, "seconds": s} for n, s in phases])
+    write_lines(attempt / "journal.jsonl", list(journal))
+    return resources(read_run(folder))
+
+
+def comparison(found: Section | None) -> dict[str, tuple[Any, ...]]:
+    assert found is not None
+    table = next(block for block in found.blocks if isinstance(block, Table) and "plan and actual" in block.caption)
+    return {str(row[0]): row[1:] for row in table.rows}
+
+
+def test_plan_dry_run_and_actual_stand_side_by_side_with_their_errors(tmp_path: Path) -> None:
+    assert comparison(section(tmp_path, planned())) == {
+        "memory of the training process, beyond the libraries": ("500 MiB", "510 MiB", "520 MiB", "-4%", "-2%"),
+        "time of training": ("2 min 30 s", "1 min 35 s", "1 min 40 s", "+50%", "-5%"),
+        "disk": ("5 GiB", "-", "4 GiB", "+25%", "-"),
+    }
+
+
+def test_memory_at_the_peak_is_shown_by_kind(tmp_path: Path) -> None:
+    found = section(tmp_path, planned())
+    assert found is not None
+    table = found.blocks[0]
+    assert isinstance(table, Table)
+    assert dict(zip(table.header, table.rows[0], strict=True)) == {
+        "weights": "90 MiB",
+        "gradients": "0 bytes",
+        "optimizer": "180 MiB",
+        "activations": "200 MiB",
+        "logits": "0 bytes",
+        "buffers": "30 MiB",
+        "together": "500 MiB",
+    }
+
+
+def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_path: Path) -> None:
+    journal = [{"time": "t", "event": "resume", "detail": "from checkpoint-100"}]
+    found = comparison(section(tmp_path, planned(), journal=journal))
+    assert found["time of training"] == ("-", "1 min 35 s", "1 min 40 s", "-", "-5%")
+
+
+def test_a_run_that_ended_early_says_so(tmp_path: Path) -> None:
+    found = section(tmp_path, planned(), steps=120)
+    assert found is not None
+    assert Paragraph("The attempt ended after 120 of 300 steps; planned times are those of all steps.") in found.blocks
+
+
+def test_a_plan_of_an_older_version_has_nothing_to_compare(tmp_path: Path) -> None:
+    nothing = {"memory_growth_bytes": 0, "dry_run_growth_bytes": 0, "disk_bytes": 0, "forecast": None}
+    assert section(tmp_path, plan(memory=None), **nothing) is None

@@ -1,0 +1,203 @@
+"""What is measured and what is taken, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fulltune.records import Measured, Setting, TimeNeed
+from fulltune.train import candidates
+from fulltune.train.measure import measured
+from tests.plans import outcome, plan, recipe
+
+GIB = 2**30
+
+
+def row(name: str, seconds: float, problem: str = "", **changes: Any) -> Measured:
+    return Measured(name=name, kind="lever", changes=changes, train_seconds=seconds, problem=problem)
+
+
+# ---- what is tried ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "expected"),
+    [
+        ("text-classification", {}, ["fp32, as it is", "+ bf16 computations", "+ activation checkpointing", "+ 8-bit"]),
+        (
+            "causal-lm",
+            {},
+            ["fp32, as it is", "+ bf16 computations", "+ chunked loss", "+ activation checkpointing", "+ 8-bit"],
+        ),
+        ("text-classification", {"precision": "bf16", "optim": "adafactor"}, ["bf16, as it is", "+ activation"]),
+        (
+            "causal-lm",
+            {"precision": "fp32", "chunked_loss": True, "activation_checkpointing": False},
+            ["fp32, as it is", "+ 8-bit"],
+        ),
+        ("text-classification", {"max_grad_norm": 0, "optim": "adamw_torch"}, ["fp32", "+ bf16", "+ act", "+ opt"]),
+        (
+            "text-classification",
+            {"max_grad_norm": 0, "optimizer_in_backward": False, "optim": "adamw_torch"},
+            ["fp32", "+ bf16", "+ act"],
+        ),
+    ],
+)
+def test_levers_are_those_that_the_recipe_leaves_open_and_the_task_has(
+    task: str, train: dict[str, Any], expected: list[str]
+) -> None:
+    planned = plan(precision=train.get("precision", "bf16"), gradient_accumulation_steps=1)
+
+    found = candidates.levers(recipe(task, train=train), planned)
+
+    assert len(found) == len(expected)
+    assert all(one.name.startswith(name) for one, name in zip(found, expected, strict=True))
+
+
+def test_levers_add_up_and_leave_alone_what_the_recipe_gives() -> None:
+    found = candidates.levers(recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True))
+
+    assert [one.changes for one in found] == [
+        {"precision": "fp32", "optim": "adamw_torch_fused"},
+        {"precision": "bf16", "optim": "adamw_torch_fused"},
+        {"precision": "bf16", "optim": "adamw_8bit"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("micro", "given", "expected"),
+    [
+        (32, {}, [16, 8]),
+        (8, {}, [4, 2, 16, 32]),
+        (1, {}, [2, 4]),
+        (8, {"train": {"micro_batch_size": 8}}, []),
+    ],
+)
+def test_micro_batches_are_the_neighbours_among_the_divisors(
+    micro: int, given: dict[str, Any], expected: list[int]
+) -> None:
+    planned = plan(global_batch_size=32, micro_batch_size=micro, gradient_accumulation_steps=32 // micro)
+
+    found = candidates.micro_batches(recipe(**given), planned, {"precision": "bf16"})
+
+    assert [one.changes["micro_batch_size"] for one in found] == expected
+    for one in found:
+        assert one.changes["micro_batch_size"] * one.changes["gradient_accumulation_steps"] == 32
+        assert one.changes["eval_batch_size"] == 2 * one.changes["micro_batch_size"]
+        assert one.changes["precision"] == "bf16"
+
+
+def test_optimizer_in_backward_cannot_have_smaller_micro_batches() -> None:
+    planned = plan(global_batch_size=32, micro_batch_size=32, gradient_accumulation_steps=1)
+
+    assert candidates.micro_batches(recipe(), planned, {"optimizer_in_backward": True}) == []
+
+
+def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> None:
+    names = [one.name for one in candidates.attentions(recipe(), {}, packed=False, flash=True)]
+
+    assert names == ["attention eager", "attention flash_attention_2"]
+    assert candidates.attentions(recipe(), {}, packed=True, flash=True) == []
+    given = recipe(model={"name": "x", "attn_implementation": "sdpa"})
+    assert candidates.attentions(given, {}, packed=False, flash=False) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "compiler", "problem"),
+    [
+        (3600.0, True, ""),
+        (3600.0, False, "not tried: there is no compiler here (g++ or clang++ on a CPU, triton on a GPU)"),
+        (59.0, True, "not tried: the run takes 59 s, and compiling costs a minute or two"),
+    ],
+)
+def test_compiling_is_tried_where_it_can_pay(seconds: float, compiler: bool, problem: str) -> None:
+    (found,) = candidates.compilations(recipe(), row("best", seconds, precision="bf16"), compiler)
+
+    assert found.problem == problem
+    assert found.changes == {"precision": "bf16", "torch_compile": True}
+    assert candidates.compilations(recipe(train={"extra": {"torch_compile": True}}), row("best", seconds), True) == []
+
+
+# ---- what is taken ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([("a", 10.0, ""), ("b", 5.0, ""), ("c", 7.0, "")], "b"),
+        ([("a", 10.0, ""), ("b", 9.8, ""), ("c", 12.0, "")], "a"),  # as fast: the one with fewer changes
+        ([("a", 10.0, ""), ("b", 5.0, "does not fit")], "a"),
+        ([("a", 0.0, "memory ran out"), ("b", 5.0, "")], "b"),
+        ([("a", 0.0, "memory ran out")], None),
+        ([], None),
+    ],
+)
+def test_fastest_that_fits_is_taken_the_earliest_of_equals(
+    rows: list[tuple[str, float, str]], expected: str | None
+) -> None:
+    found = candidates.fastest([row(*one) for one in rows])
+
+    assert (None if found is None else found.name) == expected
+
+
+def test_settings_carry_the_measured_values_and_the_reason() -> None:
+    settings = (
+        Setting(name="train.precision", value="fp32", reason="x", chosen=True),
+        Setting(name="train.micro_batch_size", value=32, reason="x", chosen=True),
+        Setting(name="gradient accumulation", value=1, reason="global batch / micro batch", chosen=True),
+        Setting(name="train.seed", value=42, reason="from the recipe", chosen=False),
+    )
+    changes = {
+        "precision": "bf16",
+        "micro_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "chunked_loss": False,
+        "attn_implementation": "eager",
+    }
+
+    found = candidates.noted(settings, plan(), changes, "measured: it is the fastest")
+
+    assert [(one.name, one.value, one.reason) for one in found] == [
+        ("train.precision", "bf16", "measured: it is the fastest"),
+        ("train.micro_batch_size", 16, "measured: it is the fastest"),
+        ("gradient accumulation", 2, "global batch / micro batch"),
+        ("train.seed", 42, "from the recipe"),
+        ("model.attn_implementation", "eager", "measured: it is the fastest"),
+    ]
+
+
+def test_reason_says_how_many_fit_and_what_the_best_needs() -> None:
+    best = row("b", 5.0).model_copy(update={"tokens_per_second": 1234.4, "peak_memory_bytes": GIB})
+
+    assert candidates.why(best, [best, row("a", 6.0), row("c", 1.0, "memory ran out")], 4 * GIB) == (
+        "measured: the fastest of 2 that fit, 1,234 tokens/s, 1.0 GiB of 4.0 GiB"
+    )
+
+
+# ---- a probe's outcome -----------------------------------------------------------------------------------------
+
+TIME = TimeNeed(
+    train_seconds=20.0, eval_seconds=1.0, save_seconds=0.0, tokens=5000, tokens_per_second=250.0, source="dry-run step"
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "changes", "problem", "tokens_per_second"),
+    [
+        ("done", {"forecast": TIME, "dry_run_growth_bytes": GIB, "dry_run_loss": 2.5}, "", 200.0),
+        ("done", {"forecast": TIME, "dry_run_growth_bytes": 3 * GIB}, "does not fit into 2.0 GiB", 200.0),
+        ("out_of_memory", {"reason": "can't allocate\n  8 bytes"}, "memory ran out: can't allocate 8 bytes", 0.0),
+        ("refused", {"reason": "model: has no eager attention"}, "model: has no eager attention", 0.0),
+        ("crashed", {"reason": "x" * 200}, "x" * 117 + "...", 0.0),
+    ],
+)
+def test_outcome_of_a_probe_becomes_a_row(
+    status: Any, changes: dict[str, Any], problem: str, tokens_per_second: float
+) -> None:
+    found = measured(row("a", 0.0), outcome(status, **changes), 4000.0, 2 * GIB)
+
+    assert found.problem == problem
+    assert found.tokens_per_second == tokens_per_second  # without padding
+    assert found.peak_memory_bytes == changes.get("dry_run_growth_bytes", 0)
+    assert found.loss == changes.get("dry_run_loss")

@@ -1,0 +1,313 @@
+"""What is tried after an attempt that failed, as tables: the ladder, its order, what the recipe keeps, what is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fulltune.records import Outcome, Plan, Setting
+from fulltune.train.next_attempt import MOST_KILLS, Change, next_attempt, no_way_out, unknown
+from tests.plans import MIB, need, outcome, plan, recipe
+
+TRIED = ("micro_batch_size", "eval_batch_size", "activation_checkpointing", "chunked_loss", "optim")
+
+
+def walk(given: Any, start: Plan, phase: str | None = "step", **known: Any) -> list[Change]:
+    """All changes until nothing is left, when every attempt runs out at the same place."""
+    present, history, changes = start, [], []
+    while True:
+        history.append(outcome("out_of_memory", len(history) + 1, phase=phase))
+        change = next_attempt(given, present, history, known.get("need", unknown))
+        if change is None:
+            return changes
+        assert change.resume
+        changes.append(change)
+        present = change.plan
+        product = present.micro_batch_size * present.gradient_accumulation_steps * present.num_processes
+        assert product == present.global_batch_size == start.global_batch_size, "the global batch changed"
+        assert present.eval_batch_size >= 1
+        assert len(changes) < 20, "no end"
+
+
+def steps(changes: list[Change], start: Plan) -> list[Any]:
+    """What each change changed: the new micro or eval batch, or the name of the field."""
+    found: list[Any] = []
+    before = start
+    for change in changes:
+        changed = [name for name in TRIED if getattr(change.plan, name) != getattr(before, name)]
+        name = changed[0] if changed else "the same"
+        found.append(getattr(change.plan, name) if name.endswith("batch_size") else name)
+        before = change.plan
+    return found
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "processes", "sizes"),
+    [(8, 1, [4, 2, 1]), (12, 1, [6, 3, 1]), (25, 1, [5, 1]), (1, 1, []), (16, 2, [4, 2, 1]), (7, 1, [1])],
+)
+def test_a_step_halves_the_micro_batch_then_recomputes_then_takes_8_bit_states(
+    global_batch: int, processes: int, sizes: list[int]
+) -> None:
+    start = plan(global_batch_size=global_batch, micro_batch_size=global_batch // processes, num_processes=processes)
+
+    assert steps(walk(recipe(), start), start) == [*sizes, "activation_checkpointing", "optim"]
+    assert steps(walk(recipe("causal-lm"), start), start) == [
+        *sizes,
+        "activation_checkpointing",
+        "chunked_loss",
+        "optim",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "expected"),
+    [
+        (None, [4, 2, 1, "activation_checkpointing", "optim"]),
+        ("step", [4, 2, 1, "activation_checkpointing", "optim"]),
+        ("evaluation", [8, 4, 2, 1, "optim"]),
+        ("saving", ["the same", "optim"]),
+        ("resuming", ["the same", "optim"]),
+        ("loading", ["the same"]),
+    ],
+)
+def test_each_part_of_an_attempt_has_its_own_remedies(phase: str | None, expected: list[Any]) -> None:
+    assert steps(walk(recipe(), plan(), phase), plan()) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "start", "expected"),
+    [
+        ("text-classification", {"activation_checkpointing": False}, {}, ["optim"]),
+        ("text-classification", {"optim": "adamw_torch"}, {"optim": "adamw_torch"}, ["activation_checkpointing"]),
+        ("text-classification", {"optim": "adafactor"}, {"optim": "adafactor"}, ["activation_checkpointing"]),
+        ("seq2seq", {"chunked_loss": False}, {}, ["activation_checkpointing", "optim"]),
+        ("seq2seq", {"chunked_loss": True}, {"chunked_loss": True}, ["activation_checkpointing", "optim"]),
+        (
+            "causal-lm",
+            {"activation_checkpointing": True},
+            {"activation_checkpointing": True},
+            ["chunked_loss", "optim"],
+        ),
+        (
+            "token-classification",
+            {},
+            {"weights_dtype": "bf16", "optim": "adamw_bf16"},
+            ["activation_checkpointing", "optim"],
+        ),
+        ("text-classification", {}, {"optim": "adamw_8bit"}, ["activation_checkpointing"]),
+    ],
+)
+def test_what_the_recipe_gives_is_kept(
+    task: str, train: dict[str, Any], start: dict[str, Any], expected: list[Any]
+) -> None:
+    first = plan(micro_batch_size=1, gradient_accumulation_steps=8, **start)
+
+    assert steps(walk(recipe(task, train=train), first), first) == expected
+
+
+def test_micro_and_eval_batch_are_halved_also_where_the_recipe_gives_them() -> None:
+    given = recipe(train={"micro_batch_size": 8, "global_batch_size": 8}, evaluate={"batch_size": 16})
+
+    assert walk(given, plan())[0].plan.micro_batch_size == 4
+    assert walk(given, plan(), "evaluation")[0].plan.eval_batch_size == 8
+
+
+def test_updates_in_the_backward_pass_keep_the_micro_batch() -> None:
+    start = plan(optimizer_in_backward=True)
+
+    assert steps(walk(recipe(), start), start) == ["activation_checkpointing", "optim"]
+
+
+def deepspeed(**values: Any) -> dict[str, Any]:
+    return {"extra": {"deepspeed": {"zero_optimization": {"stage": 2}, **values}}}
+
+
+def test_deepspeed_keeps_its_own_micro_batch_and_optimizer() -> None:
+    fixed = recipe(train=deepspeed(train_micro_batch_size_per_gpu=8))
+
+    assert steps(walk(fixed, plan()), plan()) == ["activation_checkpointing"]
+    assert steps(walk(recipe(train=deepspeed()), plan()), plan()) == [4, 2, 1, "activation_checkpointing"]
+
+
+# ---- how far at once -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "expected"),
+    [
+        (0, 0, 4),  # nothing known: half
+        (900, 0, 4),  # 400 + 4 x 100 fit
+        (700, 0, 2),
+        (500, 0, 1),
+        (500, 200, 2),  # with what was asked for
+        (100, 0, 1),  # too little for any: the smallest
+    ],
+)
+def test_the_micro_batch_falls_as_far_as_the_shortage_says(held: int, asked: int, expected: int) -> None:
+    reason = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {asked * MIB} bytes."
+    last = outcome("out_of_memory", phase="step", memory_growth_bytes=held * MIB, reason=reason)
+
+    change = next_attempt(recipe("causal-lm"), plan(), [last], need)
+
+    assert change is not None
+    assert change.plan.micro_batch_size == expected
+    assert change.plan.eval_batch_size == 2 * expected
+
+
+def test_without_the_plans_arithmetic_the_micro_batch_is_halved() -> None:
+    last = outcome("out_of_memory", phase="step", memory_growth_bytes=MIB)
+
+    change = next_attempt(recipe(), plan(), [last])
+
+    assert change is not None
+    assert change.plan.micro_batch_size == 4
+
+
+# ---- killed ----------------------------------------------------------------------------------------------------
+
+
+def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
+    history = [outcome("killed", phase="step")]
+    first = next_attempt(recipe(), plan(), history)
+    assert first == Change(plan(), True, "the process was killed; going on from the last whole checkpoint")
+
+    second = next_attempt(recipe(), first.plan, [*history, outcome("killed", 2, phase="evaluation")])
+    assert second is not None
+    assert (second.plan.micro_batch_size, second.plan.eval_batch_size) == (8, 8)
+
+    assert next_attempt(recipe(), plan(), [outcome("killed")] * (MOST_KILLS + 1)) is None
+
+
+@pytest.mark.parametrize("status", ["crashed", "error", "interrupted", "stopped_by_guard", "disk_full", "refused"])
+def test_other_failures_are_not_tried_again(status: str) -> None:
+    assert next_attempt(recipe(), plan(), [outcome(status)]) is None
+
+
+def test_a_shortage_that_passes_while_saving_costs_nothing_but_a_second_one_does() -> None:
+    """The shortage of another part of an attempt is another one."""
+    saving = outcome("out_of_memory", phase="saving")
+    history: list[Outcome] = [outcome("out_of_memory", phase="step"), saving]
+
+    again = next_attempt(recipe(), plan(), history)
+    second = next_attempt(recipe(), plan(), [*history, saving])
+
+    assert again is not None
+    assert again.plan == plan()
+    assert second is not None
+    assert second.plan.optim == "adamw_8bit"
+
+
+# ---- what is said and kept -------------------------------------------------------------------------------------
+
+
+def test_reason_says_what_was_short_and_what_it_frees() -> None:
+    reason = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {90 * MIB} bytes."
+    last = outcome("out_of_memory", phase="step", memory_growth_bytes=1100 * MIB, reason=reason)
+
+    change = next_attempt(recipe("causal-lm"), plan(memory=need(plan())), [last], need)
+
+    assert change is not None
+    assert change.reason == (
+        "memory ran out in a training step with 1.1 GiB held when 90 MiB more were asked for (by the plan most for "
+        "logits: 480 MiB); micro batch 4 instead of 8, the same global batch of 8: frees about 400 MiB of a step "
+        "(logits 240 MiB, activations 160 MiB)"
+    )
+    assert change.plan.memory == need(change.plan)
+
+
+@pytest.mark.parametrize(
+    ("phase", "start", "reason"),
+    [
+        (
+            "evaluation",
+            {},
+            "memory ran out in an evaluation; eval batch 8 instead of 16",
+        ),
+        (
+            "saving",
+            {},
+            "memory ran out while saving; the same once more, in case others took it for a moment",
+        ),
+        (
+            "step",
+            {"micro_batch_size": 1, "gradient_accumulation_steps": 8},
+            "memory ran out in a training step; activation checkpointing on",
+        ),
+        (
+            "step",
+            {"micro_batch_size": 1, "gradient_accumulation_steps": 8, "activation_checkpointing": True},
+            "memory ran out in a training step; AdamW's states in 8 bits (train.optim: adamw_8bit), which changes the "
+            "result a little",
+        ),
+    ],
+)
+def test_reason_without_figures_still_says_where_and_what(phase: str, start: dict[str, Any], reason: str) -> None:
+    change = next_attempt(recipe(), plan(**start), [outcome("out_of_memory", phase=phase)])
+
+    assert change is not None
+    assert change.reason == reason
+
+
+def test_settings_keep_what_was_planned_with_its_reason() -> None:
+    settings = (
+        Setting(name="train.seed", value=42, reason="default", chosen=True),
+        Setting(name="train.micro_batch_size", value=8, reason="from the recipe", chosen=False),
+    )
+
+    changes = walk(recipe(), plan(settings=settings))
+
+    found = {setting.name: setting for setting in changes[1].plan.settings}
+    assert found["train.seed"] == settings[0]
+    assert found["train.micro_batch_size"] == Setting(
+        name="train.micro_batch_size",
+        value=2,
+        reason="planned 8 (from the recipe); memory ran out in a training step of attempt 2",
+        chosen=True,
+    )
+    assert found["gradient accumulation"].value == 4
+    assert found["evaluate.batch_size"].value == 4
+    assert changes[-1].plan.settings[-1].reason == (
+        "planned adamw_torch_fused (default); memory ran out in a training step of attempt 5"
+    )
+
+
+def test_message_at_the_end_shows_the_whole_ladder() -> None:
+    given = recipe("causal-lm", train={"optim": "adafactor", "chunked_loss": False})
+    last = plan(micro_batch_size=1, gradient_accumulation_steps=8, activation_checkpointing=True, optim="adafactor")
+    last = last.model_copy(update={"memory": need(last)})
+    failed = outcome("out_of_memory", 3, phase="step", reason="MemoryError", memory_growth_bytes=400 * MIB)
+
+    lines = no_way_out(given, last, failed, ["first change", "second change"])
+
+    assert lines == [
+        "memory ran out in a training step with 400 MiB held (by the plan most for optimizer: 200 MiB): MemoryError",
+        "tried: first change",
+        "tried: second change",
+        "not possible: smaller micro batch: it is 1 already",
+        "not possible: activation checkpointing: it is on already",
+        "not possible: chunked loss: the recipe says train.chunked_loss: false",
+        "not possible: 8-bit AdamW states: the recipe says train.optim: adafactor",
+        "not possible: offload: without a GPU everything is in the host's memory",
+        "what helps: train.optim: adamw_8bit (for optimizer 200 MiB); model.weights_dtype: bf16 (for weights 100 MiB, "
+        "gradients 100 MiB); train.chunked_loss: true (for logits 60 MiB)",
+    ]
+
+
+def test_message_on_a_gpu_names_the_setting_for_offload() -> None:
+    lines = no_way_out(recipe(), plan(device="cuda"), outcome("out_of_memory", phase="loading"), [])
+
+    assert lines == [
+        "memory ran out while the model was loaded: because",
+        "not possible: offload: not done by itself; set train.extra: {deepspeed: {zero_optimization: {stage: 2, "
+        "offload_optimizer: {device: cpu}}}} yourself (pip install 'fulltune[deepspeed]')",
+        "what helps: model.weights_dtype: bf16 (for weights)",
+    ]
+
+
+def test_message_says_that_functions_of_ones_own_have_no_second_attempt() -> None:
+    lines = no_way_out(recipe(), plan(), outcome("out_of_memory", phase="evaluation"), [])
+
+    assert lines[1] == (
+        "not tried: smaller eval batch: functions of your own train in this process, which allows no second attempt"
+    )
