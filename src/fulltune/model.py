@@ -58,6 +58,8 @@ class Shapes(Record):
     """Longest sequence the model can take, in tokens; None when it has no fixed limit."""
     can_recompute: bool = True
     """Its class offers activation checkpointing."""
+    plain_logits: bool = True
+    """By its config, nothing scales or caps logits after the head; the check before step 1 tries it."""
 
 
 def locate(block: ModelBlock, weights: bool = True) -> Source:
@@ -250,9 +252,12 @@ def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any]
         vocab_size=getattr(text, "vocab_size", 0) or 0,
         position_limit=position_limit(config),
         can_recompute=bool(model.supports_gradient_checkpointing),
+        plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
     )
 
 
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
+"""Names in configs for what is done to logits (Gemma, Cohere, Granite, Falcon-H1, xLSTM)."""
 _POSITIONS_AFTER_PADDING = {
     *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),

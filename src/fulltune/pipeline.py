@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fulltune import data, evaluate, footprint, hardware, model, packing, plan, processors, report, run_folder
 from fulltune.errors import DoesNotFitError, GuardStop, SetupError
-from fulltune.recipe import Recipe
+from fulltune.recipe import Recipe, with_attention
 from fulltune.records import DataSummary, MemoryNeed, Outcome, Plan, Scores
 from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.settings import check_settings, check_settings_for
@@ -167,7 +167,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         traced = trace(job.recipe, target, summary.packed, shapes, machine, source, changes)
         traced.save(job.folder / "plan" / FOOTPRINT)
         shapes.save(job.folder / "plan" / SHAPES)
-        trial = plan.fit(job.recipe, shapes, traced, summary, machine, hardware.disk_free_bytes(job.folder))
+        free, own_loss = hardware.disk_free_bytes(job.folder), job.hooks.compute_loss is not None
+        trial = plan.fit(job.recipe, shapes, traced, summary, machine, free, own_loss)
         trial = plan.with_time(trial, job.recipe, shapes, traced, summary, machine)
         run_folder.environment(machine).save(job.folder / "environment.json")
         _save_plan(job, trial)
@@ -187,36 +188,37 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
         raise SetupError("measure: compute_loss and class_weights cannot be handed to the processes that measure")
     if any((job.folder / "attempts").glob("*")):
         raise SetupError(f"{job.folder}: has begun to train with these settings; measure in a new run (--fresh)")
-    available = _rooms(job, summary)(trial.precision).available_bytes
+    available = _rooms(job, summary)(trial).available_bytes
     need = _need(job, summary)
     trial, found = train_measure(job.recipe, trial, summary, job.folder, available, need, job.listener)
+    trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder))
     found.save(job.folder / "plan" / "measured.json")
     _save_plan(job, trial)
     job.listener({"kind": "plan", "plan": trial})
     return trial
 
 
-def _rooms(job: Run, summary: DataSummary) -> Callable[[str], plan.Room]:
-    """The plan stage's arithmetic for computations in another precision; what it needs is traced when it is asked."""
+def _rooms(job: Run, summary: DataSummary) -> Callable[[Plan], plan.Room]:
+    """The plan stage's arithmetic for a plan with another precision or attention, traced when it is asked for."""
     machine, source, target = hardware.here(), model.locate(job.recipe.model), Target.of(summary)
     tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source)
     changes = job.task.config_changes(target, tokenizer)
     shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, changes)
 
     @cache
-    def room(precision: str) -> plan.Room:
+    def room(precision: str, attention: str | None) -> plan.Room:
         block = job.recipe.train.model_copy(update={"precision": precision})
-        same = job.recipe.model_copy(update={"train": block})
+        same = with_attention(job.recipe.model_copy(update={"train": block}), attention)
         traced = trace(same, target, summary.packed, shapes, machine, source, changes)
         return plan.room(same, shapes, traced, machine, plan.device_and_precision(same, machine)[0])
 
-    return room
+    return lambda changed: room(changed.precision, changed.attn_implementation)
 
 
 def _need(job: Run, summary: DataSummary) -> Callable[[Plan], MemoryNeed | None]:
     """The memory of a plan that is changed later; nothing is read before it is asked."""
     rooms = cache(lambda: _rooms(job, summary))
-    return lambda changed: rooms()(changed.precision).need(plan.levers_of(job.recipe, changed, summary))
+    return lambda changed: rooms()(changed).need(plan.levers_of(job.recipe, changed, summary))
 
 
 def trace(

@@ -332,6 +332,14 @@ class Recipe(Block):
         return (self.data.train,) if isinstance(self.data.train, str) else self.data.train
 
 
+def with_attention(recipe: Recipe, attn_implementation: str | None) -> Recipe:
+    """The recipe with the attention kernel that a plan found to be the fastest; None leaves it as it is."""
+    if attn_implementation is None:
+        return recipe
+    block = recipe.model.model_copy(update={"attn_implementation": attn_implementation})
+    return recipe.model_copy(update={"model": block})
+
+
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     """Make the recipe's relative paths absolute; a Hub id or a `package:` name stays as it is.
 

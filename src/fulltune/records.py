@@ -242,6 +242,8 @@ class Plan(Record):
     activation_checkpointing: bool
     can_recompute: bool = True
     """The model offers activation checkpointing."""
+    plain_logits: bool = True
+    """Nothing scales or caps the model's logits after its head, as far as its config says."""
     group_by_length: bool = True
     eval_steps: int
     """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
@@ -364,7 +366,16 @@ class Survey(Record):
 # ---- training --------------------------------------------------------------------------------------------------
 
 OutcomeStatus = Literal[
-    "done", "interrupted", "stopped_by_guard", "out_of_memory", "disk_full", "refused", "error", "killed", "crashed"
+    "done",
+    "interrupted",
+    "stopped_by_guard",
+    "out_of_memory",
+    "does_not_fit",
+    "disk_full",
+    "refused",
+    "error",
+    "killed",
+    "crashed",
 ]
 
 

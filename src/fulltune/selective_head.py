@@ -92,13 +92,32 @@ def _later_bias(model: Any) -> Any:
     return None if bias is None else bias[0]
 
 
+BEFORE, TRIED = 4, 16
+"""Tokens before the first trained one, and of the whole piece of a row that is tried: whole logits of more would need
+more memory than a step with a loss in pieces."""
+
+
+def _shortened(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A few tokens of each row, trained ones among them."""
+    from fulltune.tasks.causal_lm import IGNORED
+
+    trained = (batch["labels"] != IGNORED).int().argmax(dim=1)
+    start, length = max(0, int(trained.min()) - BEFORE), batch["labels"].shape[1]
+
+    def piece(tensor: torch.Tensor) -> torch.Tensor:
+        begin = start if tensor.shape[1] == length else 0  # an encoder's tokens have a length of their own
+        return tensor[:, begin : begin + TRIED]
+
+    return {name: piece(tensor) for name, tensor in batch.items()}
+
+
 def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple[SelectiveHead | None, str]:
     """The selective head of a model, when it gives the same logits, and what was found.
 
     Args:
         model: Its mode is put back.
         task: One with `places` has logits for each token.
-        batch: A real, collated batch on the model's device, with `labels`.
+        batch: A real, collated batch on the model's device, with `labels`; a few tokens of each row are tried.
     """
     import torch
 
@@ -107,6 +126,7 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     if places is None or head is None:
         return None, "off: the task has no logits of tokens" if places is None else "off: the model names no head"
     selective = SelectiveHead(head, places, model)
+    batch = _shortened(batch)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
     was_training = model.training

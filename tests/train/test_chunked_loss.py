@@ -373,10 +373,13 @@ def test_a_model_that_does_not_allow_it_is_trained_with_whole_logits(tmp_path: P
     job = runs.job(tmp_path, model, tiny.pair_rows(), task="causal-lm", train={"max_steps": 2})
 
     with runs.in_this_process():
-        outcome = pipeline.run(job, "train").outcome
+        reached = pipeline.run(job, "train")
 
-    assert outcome is not None
-    assert check_of(outcome).startswith("off: the model changes logits after its head")
+    # Already the plan counts whole logits.
+    assert reached.plan is not None
+    assert not reached.plan.chunked_loss
+    assert reached.outcome is not None
+    assert "loss in pieces" not in {check.name for check in reached.outcome.checks}
 
 
 def test_and_refused_when_the_recipe_asks_for_it(tmp_path: Path) -> None:
@@ -420,3 +423,21 @@ def test_where_it_cannot_work_it_is_refused() -> None:
 def test_with_a_loss_of_the_users_own_it_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"compute_loss and train.chunked_loss are both given"):
         Hooks(compute_loss=lambda *given, **named: None).check(recipe())
+
+
+def test_the_proof_before_step_1_takes_few_tokens_of_long_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole logits of whole rows would need more memory than the step that they prove."""
+    seen: list[int] = []
+    real = selective_head._pieces_verified
+
+    def watch(selective: Any, task: Any, inputs: Any, labels: Any) -> tuple[bool, str]:
+        seen.append(labels.shape[1])
+        assert bool((labels != causal_lm.IGNORED).any())
+        return real(selective, task, inputs, labels)
+
+    monkeypatch.setattr(selective_head, "_pieces_verified", watch)
+    rows = [{"prompt": "word " * 20, "completion": "answer " * 10} for _ in range(40)]
+    rows = [{**row, "prompt": f"{number} {row['prompt']}"} for number, row in enumerate(rows)]
+    runs.run(tmp_path, tiny.save_model(tmp_path / "model", "gpt2"), rows, task="causal-lm", train={"max_steps": 1})
+    assert seen
+    assert max(seen) <= selective_head.TRIED

@@ -14,7 +14,7 @@ from types import ModuleType
 from fulltune.errors import SetupError
 from fulltune.evaluate.bench import Bench, UserMetrics
 from fulltune.out_of_memory import does_not_fit, is_out_of_memory
-from fulltune.recipe import Recipe, TaskName
+from fulltune.recipe import Recipe, TaskName, with_attention
 from fulltune.records import DataSummary, Outcome, Plan, Scores
 from fulltune.tasks import Target, causal_lm, task_named, token_classification
 
@@ -106,4 +106,5 @@ def _kept(path: Path, make: Callable[[], Scores]) -> Scores:
 
 
 def _bench(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, metrics: UserMetrics | None) -> Bench:
+    recipe = with_attention(recipe, plan.attn_implementation)
     return Bench(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", metrics)

@@ -2,9 +2,9 @@
 
 from fulltune.plan.budget import Room
 from fulltune.plan.budget import of as room
-from fulltune.plan.changed import levers_of
+from fulltune.plan.changed import levers_of, on_disk
 from fulltune.plan.fit import fit
 from fulltune.plan.settle import device_and_precision
 from fulltune.plan.survey import with_time
 
-__all__ = ["Room", "device_and_precision", "fit", "levers_of", "room", "with_time"]
+__all__ = ["Room", "device_and_precision", "fit", "levers_of", "on_disk", "room", "with_time"]

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from fulltune.plan import disk, memory
 from fulltune.plan.memory import Levers
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan
+
+
+def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -> Plan:
+    """The plan with the state and the disk that its settings need now.
+
+    Raises:
+        DoesNotFitError: When the disk is too small for them.
+    """
+    levers = levers_of(recipe, plan, summary)
+    found = disk.need(recipe, plan.num_parameters, levers)
+    disk.refuse_what_cannot_fit(recipe, found, free_bytes)
+    state = memory.state_bytes(plan.num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
+    return plan.model_copy(update={"disk": found, "state": state})
 
 
 def levers_of(recipe: Recipe, plan: Plan, summary: DataSummary) -> Levers:

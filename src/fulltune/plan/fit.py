@@ -24,6 +24,7 @@ def fit(
     summary: DataSummary,
     machine: Machine,
     disk_free_bytes: int,
+    own_loss: bool = False,
 ) -> Plan:
     """Decide every number of the trial.
 
@@ -34,6 +35,7 @@ def fit(
         summary: The data stage's summary.
         machine: What is here, or what is planned for.
         disk_free_bytes: Free bytes where the run folder lies.
+        own_loss: The user gave `compute_loss`, which needs whole logits.
 
     Returns:
         The plan; `settings` holds each value with its reason. `survey.with_time` adds its time.
@@ -63,7 +65,7 @@ def fit(
         weights_dtype=recipe.model.weights_dtype,
         optim=optim,
         bf16_rounding=rounding,
-        chunked_loss=levers.chunked_loss(recipe),
+        chunked_loss=levers.chunked_loss(recipe, shapes, own_loss),
         optimizer_in_backward=train.optimizer_in_backward,
         max_grad_norm=train.max_grad_norm,
         num_processes=train.num_processes,
@@ -108,6 +110,7 @@ def fit(
         weights_dtype=recipe.model.weights_dtype,
         activation_checkpointing=used.activation_checkpointing,
         can_recompute=shapes.can_recompute,
+        plain_logits=shapes.plain_logits,
         group_by_length=grouped,
         eval_steps=eval_steps,
         save_steps=train.save_steps or eval_steps,

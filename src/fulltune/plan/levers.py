@@ -25,6 +25,9 @@ _DOING = {
     "saving": "saving",
     "resuming": "going on from a checkpoint",
 }
+WHOLE_LOGITS = (
+    "the logits are needed as a whole (DeepSpeed, torch.compile, an own loss, or what the model does to them)"
+)
 TOKEN_LOGITS = ("causal-lm", "seq2seq")
 
 
@@ -51,11 +54,12 @@ def possible(recipe: Recipe, shapes: Shapes) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"activation_checkpointing": False})})
 
 
-def chunked_loss(recipe: Recipe) -> bool:
+def chunked_loss(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -> bool:
     """On for language models, unless the recipe says otherwise or something needs whole logits."""
     if recipe.train.chunked_loss is not None:
         return recipe.train.chunked_loss
-    return recipe.task in TOKEN_LOGITS and not zero.wanted(recipe) and not recipe.train.extra.get("torch_compile")
+    whole = own_loss or zero.wanted(recipe) or recipe.train.extra.get("torch_compile") or not shapes.plain_logits
+    return recipe.task in TOKEN_LOGITS and not whole
 
 
 def choose(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
@@ -149,7 +153,7 @@ def settle(recipe: Recipe, chosen: Chosen, rows_per_process: int, room: Room, pl
     )
     if recipe.task in TOKEN_LOGITS:
         pieces = "logits of all tokens never exist at once"
-        pieces = pieces if levers.chunked_loss else "DeepSpeed and torch.compile need the logits as a whole"
+        pieces = pieces if levers.chunked_loss else WHOLE_LOGITS
         ledger.settle("train.chunked_loss", train.chunked_loss, levers.chunked_loss, pieces)
     if levers.optim != plain:
         ledger.replace("train.optim", levers.optim, f"the state of {plain} does not fit into {room.where}")

@@ -70,7 +70,7 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
         weights_dtype=recipe.model.weights_dtype,
         optim=optim,
         bf16_rounding=rounding,
-        chunked_loss=choosing.chunked_loss(recipe),
+        chunked_loss=choosing.chunked_loss(recipe, shapes),
         max_grad_norm=train.max_grad_norm,
         num_processes=train.num_processes,
     )

@@ -253,6 +253,8 @@ def _error(recipe: Recipe, plan: Plan, outcome: Outcome, tried: Sequence[str], f
             )
         case "stopped_by_guard":
             return GuardStop(outcome.reason)
+        case "does_not_fit":
+            return DoesNotFitError(outcome.reason)
         case "refused":
             return SetupError(outcome.reason)
         case "killed" | "crashed":

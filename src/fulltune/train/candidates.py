@@ -137,7 +137,8 @@ def compilations(recipe: Recipe, best: Measured, compiler: bool) -> list[Candida
     elif best.train_seconds < LEAST_SECONDS_TO_COMPILE:
         problem = f"not tried: the run takes {best.train_seconds:,.0f} s, and compiling costs a minute or two"
     # A compiled model has no hooks: see `checks.py`.
-    return [Candidate("torch.compile", "compile", {**best.changes, "torch_compile": True}, problem)]
+    whole = {"chunked_loss": False} if "chunked_loss" in best.changes else {}
+    return [Candidate("torch.compile", "compile", {**best.changes, **whole, "torch_compile": True}, problem)]
 
 
 def fastest(rows: Sequence[Measured]) -> Measured | None:

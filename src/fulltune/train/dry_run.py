@@ -142,7 +142,8 @@ def _without_trace(trainer: Any, plan: Plan) -> Iterator[tuple[Any, Any]]:
     own = {name: model.__dict__[name] for name in _WRAPPED if name in model.__dict__}
     if plan.activation_checkpointing:  # the Trainer does it again when training begins
         model.activation_checkpointing_enable()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    devices = range(torch.cuda.device_count()) if plan.device == "cuda" else ()
+    with torch.random.fork_rng(devices=devices):
         prepared = accelerator.prepare_model(model)
         try:
             with trainer.rehearsal() as optimizer:
@@ -170,42 +171,43 @@ def _timed_pass(run: _Run, positions: Positions, *, keep: bool = False) -> tuple
     trainer = run.trainer
     if not keep:
         run.optimizer.zero_grad()
-    began = _now()
+    began = _now(run)
     run.model.train()
     batch = trainer.data_collator([run.rows[i] for i in positions])
     batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
-    num_items = torch.tensor(trainer.count_items(batch["labels"]), device=trainer.args.device)
+    # All processes try the same rows, and the Trainer multiplies by their number.
+    count = trainer.count_items(batch["labels"]) * trainer.args.world_size
+    num_items = torch.tensor(count, device=trainer.args.device)
     loss = trainer.compute_loss(run.model, batch, num_items_in_batch=num_items)
     value = float(loss.detach())
     if math.isfinite(value):
         loss.backward()
         if run.plan.optimizer_in_backward:
             run.optimizer.step()  # ends the step, whose updates have happened
-    return value, _now() - began
+    return value, _now(run) - began
 
 
 def _timed_step(run: _Run) -> float:
     """Clip and update, as at the end of a step: the seconds. With a rate of 0 finite gradients move nothing; others
     would, and are left to the guard of step 1."""
-    began = _now()
     parameters = [parameter for parameter in run.trainer.model.parameters() if parameter.grad is not None]
     if run.plan.optimizer_in_backward or not all(map(_is_finite, parameters)):
         return 0.0
-    began = _now()
+    began = _now(run)
     if run.trainer.args.max_grad_norm:
         run.trainer._clip_grad_norm(run.trainer.model)
     run.optimizer.step()
-    return _now() - began
+    return _now(run) - began
 
 
 def _is_finite(parameter: torch.Tensor) -> bool:
     """Of the gradient; NaN goes through both numbers, which cost no copy of it, as `isfinite` would."""
     assert parameter.grad is not None, "only parameters with a gradient are asked"
-    return bool(torch.stack(parameter.grad.aminmax()).isfinite().all())
+    return not parameter.grad.numel() or bool(torch.stack(parameter.grad.aminmax()).isfinite().all())
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
+def _now(run: _Run) -> float:
+    if run.plan.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -243,7 +245,7 @@ def _forecast(
     """Time more passes where they cost little against the run, and add everything up."""
     quadratic = _quadratic(run.trainer.model)
     schedule, parts = _schedule(run, first_step)
-    first, again = seconds
+    first, again = seconds[0], _agreed(run.trainer, seconds[1])
     long = Timed(_shape(run.lengths, longest).work(quadratic), again)
     rough = again / long.work * schedule.work(quadratic) + step_seconds * schedule.steps
     budget = _agreed(run.trainer, extra_seconds(rough))
@@ -285,9 +287,10 @@ def _eval_speed(run: _Run, quadratic: float, budget: float) -> Speed:
     chosen = list(batches([int(i) for i in np.argsort(-run.eval_lengths, kind="stable")], run.plan.eval_batch_size))
 
     def timed(positions: Positions) -> Timed:
-        began = _now()
+        began = _now(run)
         run.evaluate(positions)
-        return Timed(_shape(run.eval_lengths, positions).work(quadratic), _now() - began)
+        seconds = _agreed(run.trainer, _now(run) - began)
+        return Timed(_shape(run.eval_lengths, positions).work(quadratic), seconds)
 
     longest, middle = timed(chosen[0]), chosen[len(chosen) // 2]
     if longest.seconds <= budget / 3:  # again, without what is loaded and made the first time

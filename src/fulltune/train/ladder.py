@@ -14,6 +14,7 @@ from fulltune.recipe import Recipe
 from fulltune.records import MemoryKind, MemoryNeed, Phase, Plan
 from fulltune.units import in_words
 
+Changes = dict[str, Any]
 Need = Callable[[Plan], MemoryNeed | None]
 """The plan stage's arithmetic for a changed plan; None where it does not know."""
 WRITING_TASKS = ("causal-lm", "seq2seq")
@@ -36,14 +37,14 @@ class Rung:
     same_result: bool = True
 
 
-def rungs(recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[int], bool]) -> tuple[Rung, ...]:
+def rungs(recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]) -> tuple[Rung, ...]:
     """What helps in this part of an attempt, the mildest first.
 
     Args:
         recipe: What it gives is kept.
         plan: The plan that ran out.
         phase: Where; None is taken for a step.
-        fits: Whether a micro batch of this size may be enough; the smallest one is tried in any case.
+        fits: Whether the plan with these changes may be enough; the smallest micro batch is tried in any case.
     """
     match phase:
         case "loading":
@@ -61,7 +62,7 @@ def rungs(recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[int],
             )
 
 
-def _micro_batch(recipe: Recipe, plan: Plan, fits: Callable[[int], bool]) -> Rung:
+def _micro_batch(recipe: Recipe, plan: Plan, fits: Callable[[Changes], bool]) -> Rung:
     name, micro = "smaller micro batch", plan.micro_batch_size
     if micro == 1:
         return Rung(name, None, "it is 1 already")
@@ -70,12 +71,16 @@ def _micro_batch(recipe: Recipe, plan: Plan, fits: Callable[[int], bool]) -> Run
     sizes = [size for size in _smaller(micro) if not _disagreement(recipe, plan, size)]
     if not sizes:
         return Rung(name, None, f"train.extra.deepspeed gives the micro batch; write {zero.AUTO!r} there")
-    size = next((size for size in sizes if fits(size)), sizes[-1])
-    changes = {
-        "micro_batch_size": size,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps * micro // size,
-        "eval_batch_size": max(1, plan.eval_batch_size * size // micro),
-    }
+    tried = [
+        {
+            "micro_batch_size": size,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps * micro // size,
+            "eval_batch_size": max(1, plan.eval_batch_size * size // micro),
+        }
+        for size in sizes
+    ]
+    changes = next((changes for changes in tried if fits(changes)), tried[-1])
+    size = changes["micro_batch_size"]
     text = f"micro batch {size} instead of {micro}, the same global batch of {plan.global_batch_size}"
     return Rung(name, changes, text, "train.micro_batch_size")
 
@@ -121,6 +126,10 @@ def _chunked(recipe: Recipe, plan: Plan) -> Rung:
         return Rung(name, None, "it is on already")
     if recipe.train.chunked_loss is False:
         return Rung(name, None, "the recipe says train.chunked_loss: false")
+    if plan.torch_compile or recipe.train.extra.get("torch_compile"):
+        return Rung(name, None, "a compiled model has no hooks")
+    if not plan.plain_logits:
+        return Rung(name, None, "this model changes logits after its head")
     if zero.wanted(recipe):
         return Rung(name, None, "DeepSpeed shares out the model")
     return Rung(name, {"chunked_loss": True}, f"{name} on", "train.chunked_loss")

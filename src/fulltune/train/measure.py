@@ -114,7 +114,11 @@ def _taken(plan: Plan, best: Measured, probes: _Probes, need: Need) -> Plan:
     reason = candidates.why(best, probes.rows, probes.available_bytes)
     settings = candidates.noted(plan.settings, plan, best.changes, reason)
     changed = plan.model_copy(update={**best.changes, "settings": settings})
-    return changed.model_copy(update={"memory": need(changed)})
+    time = None
+    if plan.time is not None:
+        measured = {"train_seconds": best.train_seconds, "tokens_per_second": best.tokens_per_second}
+        time = plan.time.model_copy(update={**measured, "source": "measured"})
+    return changed.model_copy(update={"memory": need(changed), "time": time})
 
 
 def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: int) -> Measured:

@@ -78,10 +78,10 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
     if last.phase in ("loading", "saving", "resuming") and seen == 1:
         return Change(plan, True, f"{short_of(last, plan)}; the same once more, in case others took it for a moment")
 
-    def fits(micro_batch_size: int) -> bool:
+    def fits(changes: ladder.Changes) -> bool:
         if last.memory_growth_bytes < _TELLING:
             return True
-        known = need(plan.model_copy(update={"micro_batch_size": micro_batch_size}))
+        known = need(plan.model_copy(update=changes))
         return known is None or known.phases["step"] <= last.memory_growth_bytes + asked_bytes(last.reason)
 
     for rung in ladder.rungs(recipe, plan, last.phase, fits):
@@ -92,7 +92,7 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
 
 def _changed(plan: Plan, last: Outcome, rung: Rung, need: Need) -> Change:
     after = plan.model_copy(update=rung.changes)
-    after = after.model_copy(update={"memory": need(after), "settings": _noted(plan, after, rung, last)})
+    after = after.model_copy(update={"memory": need(after), "time": None, "settings": _noted(plan, after, rung, last)})
     if after.memory is not None and after.optim != plan.optim:
         state = plan.state.model_copy(update={"optimizer": after.memory.kinds["optimizer"]})
         after = after.model_copy(update={"state": state})
@@ -145,7 +145,7 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
     """
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
-    offered = ladder.rungs(recipe, plan, last.phase, lambda size: True)
+    offered = ladder.rungs(recipe, plan, last.phase, lambda changes: True)
     lines += [f"not possible: {rung.name}: {rung.text}" for rung in offered if rung.changes is None]
     lines += [f"not tried: {rung.name}: {_NO_SECOND}" for rung in offered if rung.changes is not None]
     lines.append(f"not possible: offload: {ladder.offload(recipe, plan)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fulltune.recipe import Recipe
+from fulltune.recipe import Recipe, with_attention
 from fulltune.records import Plan, Record
 
 
@@ -25,10 +25,7 @@ class Request(Record):
     @property
     def recipe_as_planned(self) -> Recipe:
         """The recipe with the attention implementation that was found to be the fastest."""
-        if self.plan.attn_implementation is None:
-            return self.recipe
-        block = self.recipe.model.model_copy(update={"attn_implementation": self.plan.attn_implementation})
-        return self.recipe.model_copy(update={"model": block})
+        return with_attention(self.recipe, self.plan.attn_implementation)
 
     @property
     def folder(self) -> Path:

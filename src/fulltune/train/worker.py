@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import FulltuneError, GuardStop, InterruptedRun
+from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
 from fulltune.out_of_memory import is_out_of_memory
 from fulltune.records import Outcome, OutcomeStatus
 from fulltune.train import checkpoints, memory_limit
@@ -101,6 +101,8 @@ def _classify(error: BaseException) -> tuple[OutcomeStatus, str]:
     no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if no_space or "No space left" in text or "PytorchStreamWriter failed" in text:
         return "disk_full", text[:500]
+    if isinstance(error, DoesNotFitError):
+        return "does_not_fit", text
     if isinstance(error, FulltuneError):
         return "refused", text
     return "error", f"{kind}: {text[:500]}"
