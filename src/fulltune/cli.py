@@ -160,7 +160,7 @@ def plan(
         except DoesNotFitError:  # shown below, with what else is possible
             if measure or not cli_plan.is_prepared(folder):
                 raise
-        survey, planned = cli_plan.with_data(target, recipe, folder, checked, planned)
+        survey, planned = cli_plan.with_data(target, set_ or [], recipe, folder, checked, planned)
     measured = Measurements.load(folder / "plan" / "measured.json") if measure else None
     if as_json:
         _print_json(cli_plan.as_json(survey, planned, measured))

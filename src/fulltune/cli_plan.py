@@ -127,8 +127,7 @@ def check_measure(options: Options) -> None:
 def without_data(target: Path, overrides: list[str], options: Options) -> tuple[Survey, Plan | None]:
     """A plan from the recipe, the model's config and two numbers: nothing else is read, nothing is written."""
     problems: list[str] = []
-    recipe: Recipe | None = None
-    checked: Checked | None = None
+    recipe, checked = None, None
     if target.is_dir():
         problems.append(f"{target}: is a run folder, whose rows are known; give the recipe to plan without data")
     else:
@@ -143,7 +142,8 @@ def without_data(target: Path, overrides: list[str], options: Options) -> tuple[
     if problems or recipe is None or checked is None or checked.rows is None or checked.tokens is None:
         raise RecipeError(problems)
     summary = _imagined(recipe, checked.rows, checked.tokens)
-    return _survey(recipe, str(target), summary, checked, None, Path(recipe.output), weights=False)
+    survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), weights=False)
+    return survey.model_copy(update={"command": _command(target, overrides, survey.settings)}), plan
 
 
 def is_prepared(folder: Path) -> bool:
@@ -151,26 +151,54 @@ def is_prepared(folder: Path) -> bool:
 
 
 def with_data(
-    target: Path, recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
+    target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
 ) -> tuple[Survey, Plan | None]:
     """The same from prepared rows; the survey is kept in the run folder.
 
     Args:
         target: What the command was given.
+        overrides: Likewise, by `--set`.
         recipe: Of the run.
         folder: The run folder; its data are prepared.
         checked: The options.
         plan: This machine's plan, when there is one.
     """
     summary = DataSummary.load(folder / "data" / "summary.json")
-    survey, planned = _survey(recipe, str(target), summary, checked, plan, folder)
+    survey, planned = _survey(recipe, summary, checked, plan, folder)
+    if target.is_dir():
+        target, overrides = _recipe_of(target, recipe)
+    survey = survey.model_copy(update={"command": _command(target, overrides, survey.settings)})
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
 
 
+def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
+    """The recipe file in a run folder, and by `--set` what it lacks: the run's own overrides, which it keeps as
+    comments, and paths that it has relative to the folder it came from."""
+    file, data = folder / "recipe.yaml", recipe.data
+    text = file.read_text(encoding="utf-8")
+    overrides = [line.removeprefix("# --set ") for line in text.splitlines() if line.startswith("# --set ")]
+    files = recipe.train_files()
+    train = files[0] if len(files) == 1 else f"[{', '.join(files)}]"
+    paths = {"data.train": train, "data.eval": data.eval, "data.test": data.test}
+    paths |= {"model.name": recipe.model.name, "output": recipe.output}
+    moved = [f"{name}={path}" for name, path in paths.items() if path and "/" in path and path not in text]
+    return file, [*overrides, *moved]
+
+
+def _command(target: Path, overrides: list[str], settings: dict[str, Any]) -> str:
+    """A run of what was planned, with another seed: the user's overrides, and what the plan has beyond the recipe."""
+    import shlex
+
+    from fulltune.plan.placement import in_yaml
+
+    kept = (one for one in overrides if not one.startswith("train.seed="))
+    given = (*kept, *(f"{name}={in_yaml(value)}" for name, value in settings.items()), "train.seed=1")
+    return shlex.join(["fulltune", "run", str(target), *(word for one in given for word in ("--set", one))])
+
+
 def _survey(
     recipe: Recipe,
-    target: str,
     summary: DataSummary,
     checked: Checked,
     plan: Plan | None,
@@ -186,9 +214,7 @@ def _survey(
     of_the_model = _kept(spread, place) if fleet.here and plan is not None else None
     of_the_model = of_the_model or _model(spread, summary, fleet, weights)
     task = load.Task(spread, *of_the_model, summary, spread is not recipe)
-    survey, planned = surveying.survey(task, fleet, checked.wishes, plan)
-    command = f"fulltune run {target} --set train.seed=1"
-    return survey.model_copy(update={"command": command}), planned
+    return surveying.survey(task, fleet, checked.wishes, plan)
 
 
 OfTheModel = tuple["Shapes", Callable[[str], "Footprint"]]

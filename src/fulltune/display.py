@@ -103,8 +103,9 @@ class Display:
             self.print(f"[dim]{event['name']}: {facts}[/dim]")
 
     def _train(self, event: Event) -> None:
-        speed = f"{event['tokens_per_second']:,.0f} tok/s"
-        facts = f"loss {event['loss']:.3f}{self.last_metric}  {speed}  {duration(event['seconds_left'])} left"
+        # Images have no tokens.
+        speed = f"{event['tokens_per_second']:,.0f} tok/s  " if event["tokens_per_second"] else ""
+        facts = f"loss {event['loss']:.3f}{self.last_metric}  {speed}{duration(event['seconds_left'])} left"
         step, total = event["step"], event["total_steps"]
         if self.progress is not None and self.task is not None:
             self.progress.update(
@@ -119,7 +120,7 @@ class Display:
         shown = [self.metric, *[name for name in metrics if name != self.metric]][:3]
         values = "  ".join(f"{name} {number(name, metrics[name])}" for name in shown if name in metrics)
         if self.metric in metrics:
-            self.last_metric = f"  {self.metric} {number(self.metric, metrics[self.metric])}"
+            self.last_metric = f"  eval {self.metric} {number(self.metric, metrics[self.metric])}"
         self.print(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  eval {values}")
 
     def _data(self, summary: DataSummary) -> None:
@@ -147,7 +148,7 @@ class Display:
         self.print(table)
 
     def _forecast(self, event: Event) -> None:
-        memory = f", at most {size(event['peak_memory_bytes'])} of memory" if event["peak_memory_bytes"] else ""
+        memory = f", about {size(event['peak_memory_bytes'])} of memory" if event["peak_memory_bytes"] else ""
         self.print(f"training will take about {duration(event['total_seconds'])}{memory} (from the dry run)")
 
 

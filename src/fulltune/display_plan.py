@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fulltune.display import duration, size
+from fulltune.plan.ledger import FROM_RECIPE
 from fulltune.records import MemoryKind, Plan, Setting, Survey, TimeNeed
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -107,9 +108,10 @@ def _disk_line(survey: Survey, plan: Plan) -> str:
     disk = plan.disk
     assert disk is not None
     free = "free: not said" if survey.disk_free_bytes is None else f"{size(survey.disk_free_bytes)} free"
+    offloaded = f" + offloaded {size(disk.offloaded)}" if disk.offloaded else ""
     return (
         f"[dim]disk:[/dim] {disk.num_checkpoints} checkpoints x {size(disk.one_checkpoint)} + models "
-        f"{size(disk.model)} = {size(disk.total)}; {free}"
+        f"{size(disk.model)}{offloaded} = {size(disk.total)}; {free}"
     )
 
 
@@ -128,6 +130,8 @@ def _placements(survey: Survey) -> Group:
             verdict, micro, speed = f"[red]{escape(one.short.replace(' GiB', ''))}[/red]", "", ""
         elif not one.runs:
             verdict = "[yellow]not built yet[/yellow]"
+        elif one.needs and not chosen:
+            verdict = "[yellow]needs nvme_path[/yellow]"
         else:
             verdict = "[green]chosen[/green]" if chosen else "fits"
         table.add_row(
@@ -186,14 +190,18 @@ def _settings(settings: Sequence[Setting]) -> Group:
     table.add_column("why", overflow="fold", ratio=1)
     lines = []
     for one in settings:
-        if not one.chosen or one.reason == "default":
+        if one.reason in ("default", FROM_RECIPE):
             continue
         value = _value(one.value)
         if len(value) <= WIDEST_VALUE:
             table.add_row(one.name, escape(value), escape(one.reason))
         else:
             lines.append(Text(f"{one.name}: {value} ({one.reason})"))
-    named = [one for one in settings if not one.chosen and one.name.split(".")[0] in ("method", "train", "evaluate")]
+    named = [
+        one
+        for one in settings
+        if one.reason == FROM_RECIPE and one.name.split(".")[0] in ("method", "train", "evaluate")
+    ]
     given = ", ".join(f"{one.name.split('.')[-1]} {_value(one.value)}" for one in named if one.name != "method.kind")
     defaults = sum(1 for one in settings if one.chosen and one.reason == "default")
     rest = f"from the recipe: {given}; {defaults} defaults" if given else f"and {defaults} defaults"
@@ -206,7 +214,7 @@ def _value(value: Any) -> str:
         return "{" + ", ".join(f"{name}: {_value(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _ways_out(survey: Survey) -> Group:
@@ -235,8 +243,6 @@ def _advice(survey: Survey) -> Group:
         text = Text(f"{one.rule}. ")
         text.append(one.evidence, style="dim")
         table.add_row(MARKS[one.verdict], one.method, text)
-    measure = Text(
-        f"to settle it: {survey.command}, and with other seeds; a run of LoRA beside it is planned, not built",
-        style="dim",
-    )
+    settle = f"{survey.command}, and with other seeds" if survey.fits else "first take one of the ways out"
+    measure = Text(f"to settle it: {settle}; a run of LoRA beside it is planned, not built", style="dim")
     return Group(_head("method: where to start, not a law"), table, measure)

@@ -9,16 +9,15 @@ length, follow by arithmetic. `docs/memory.md` shows one by hand.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from fulltune.errors import SetupError
 from fulltune.records import Record
 
 if TYPE_CHECKING:
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
 
     from fulltune.tasks import Target, Task
     from fulltune.traced_case import Case
-    from fulltune.tracing import Story
+    from fulltune.traced_whole import Whole
+
+_log = logging.getLogger(__name__)
 
 Kind = Literal["gradients", "activations", "logits", "buffers"]
 KINDS: tuple[Kind, ...] = ("gradients", "activations", "logits", "buffers")
@@ -92,6 +93,10 @@ class Footprint(Record):
     """Of one forward pass, for each token and each token of its row."""
     tensors: dict[int, int] = Field(default_factory=dict)
     """Values of a parameter to the number of such parameters."""
+    rough: str = ""
+    """Why the model could not be traced and this is a rule of thumb; empty when it was traced."""
+    assumed: str = ""
+    """What had to be assumed of its inputs, and why."""
 
     def traced(self, precision: str) -> str:
         """The precision, or the one that was traced when this one was not: for what the trace was not made for."""
@@ -109,10 +114,6 @@ class Footprint(Record):
 
 # ---- finding it ------------------------------------------------------------------------------------------------
 
-_ROWS = (2, 3)
-"""One row would let a view stand where several rows need a copy."""
-_LENGTHS = (16, 24, 40)
-"""Multiples of eight: no block is rounded up."""
 _MANY = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 """Micro batches and lengths at which the highest moment is looked for."""
@@ -133,8 +134,9 @@ def trace(
     packed: bool = False,
     num_parameters: int,
     prepare: Callable[[Any], Any] = lambda model: None,
+    pixels: tuple[int, int, int] | None = None,
 ) -> Footprint:
-    """Find a model's footprint.
+    """Find a model's footprint; a rough one, which says so, for a model that cannot be traced.
 
     Args:
         config: With the task's changes and the wanted dropout; it is not changed.
@@ -147,143 +149,67 @@ def trace(
         packed: Several texts share a row.
         num_parameters: Of the whole model, each shared tensor once: see `fulltune.model.shapes`.
         prepare: What training does to a model before it starts, such as replacing its dropout.
+        pixels: Channels, height and width of an image; None for texts.
     """
-    from fulltune.traced_case import Case, has_tokens
+    from fulltune.rough_footprint import rough
+    from fulltune.traced_case import Case
+    from fulltune.traced_whole import FAILURES, Changing
 
-    options = (weights_dtype, *precisions, *checkpointing, attn_implementation, packed, num_parameters, prepare)
+    options = (weights_dtype, *precisions, *checkpointing, attn_implementation, packed, num_parameters, prepare, pixels)
     key = repr((type(config).__name__, config.to_dict(), task.AUTO_CLASS, target, options))
     if key in _FOUND:
         return _FOUND[key]
-    case = Case(config, task, target, weights_dtype, attn_implementation, packed, prepare)
-    points = _points(case)
+    case = Case(config, task, target, weights_dtype, attn_implementation, packed, prepare, pixels)
+    try:
+        found = _traced(case, num_parameters, precisions, checkpointing)
+    except FAILURES as error:
+        # No reason to stop a run: the class works with values, and the dry-run step measures what this cannot.
+        _log.debug("%s cannot be traced", type(config).__name__, exc_info=True)
+        text = " ".join(str(error).split())[:120]
+        why = text if isinstance(error, Changing) else f"{type(error).__name__}: {text}"
+        found = rough(case, num_parameters, precisions, checkpointing, why)
+    _FOUND[key] = found
+    return found
+
+
+def _traced(case: Case, num_parameters: int, precisions: Sequence[str], checkpointing: Sequence[bool]) -> Footprint:
+    from fulltune.traced_case import has_tokens
+    from fulltune.traced_whole import Cuts, points_of, whole_of
+
+    points, cuts = points_of(case), Cuts()
     variants, evaluation = [], {}
     for precision in precisions:
-        evaluated = _whole(case, points, num_parameters, precision=precision, recomputed=False, training=False)
+        evaluated = whole_of(case, cuts, points, num_parameters, precision=precision, recomputed=False, training=False)
         evaluation[precision] = _moments(evaluated, points)
         for recomputed in checkpointing:
-            traced = _whole(case, points, num_parameters, precision=precision, recomputed=recomputed, training=True)
+            traced = whole_of(
+                case, cuts, points, num_parameters, precision=precision, recomputed=recomputed, training=True
+            )
             first = _moments(traced, points)
-            later = _later(first, traced.shapes, {"fp32": 4, "bf16": 2}[weights_dtype])
+            later = _later(first, traced.shapes, {"fp32": 4, "bf16": 2}[case.weights_dtype])
             variants.append(Variant(precision=precision, activation_checkpointing=recomputed, first=first, later=later))
     flops = _solved(evaluated.flops[:, None], points)[:, 0]
     tokens = flops[2] if has_tokens(case) else flops[1]
-    _FOUND[key] = Footprint(
+    return Footprint(
         largest_tensor=max(math.prod(shape) for shape in evaluated.shapes),
-        factored_values=sum(map(_factored, evaluated.shapes)),
-        sequences_per_row=target.num_choices or 1,
+        factored_values=sum(map(factored, evaluated.shapes)),
+        sequences_per_row=case.target.num_choices or 1,
         variants=tuple(variants),
         evaluation=evaluation,
         flops_per_token=float(tokens),
         attention_flops_per_pair=float(flops[3]),
         tensors=dict(Counter(math.prod(shape) for shape in evaluated.shapes)),
     )
-    return _FOUND[key]
 
 
-def _factored(shape: tuple[int, ...]) -> int:
+def factored(shape: tuple[int, ...]) -> int:
+    """Values that Adafactor keeps of a parameter."""
     if len(shape) < 2:
         return math.prod(shape)
     return math.prod(shape[:-2]) * (shape[-1] + shape[-2])
 
 
-def _points(case: Case) -> list[tuple[int, int]]:
-    """Rows and lengths to trace; an image has one length: 1, so that a row counts as a token."""
-    from fulltune.traced_case import has_tokens
-
-    return list(itertools.product(_ROWS, _LENGTHS if has_tokens(case) else (1,)))
-
-
-Timeline = dict[tuple[str, int], np.ndarray]
-"""Place and number of the allocation there, to bytes alive after it by kind, float64 [4]."""
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """What was traced, for the whole model: arrays [points, moments, kinds] and [points]."""
-
-    keys: tuple[tuple[str, int], ...]
-    alive: np.ndarray
-    flops: np.ndarray
-    shapes: tuple[tuple[int, ...], ...]
-
-
-def _whole(case: Case, points: Sequence[tuple[int, int]], num_parameters: int, **way: Any) -> _Whole:
-    """Trace copies of two layers and of three, and add the difference for every further layer.
-
-    A model whose layers differ (in size, or in what they do) is traced as it is.
-    """
-    from fulltune.traced_case import depths_of
-    from fulltune.tracing import run
-
-    depths = depths_of(case.config)
-    few = {name: min(depth, 2) for name, depth in depths.items()}
-    base = _joined(run(case, few, points, **way))
-    chosen = _for_layers(points)
-    matrix, wanted = (
-        np.array([_layer_terms(*points[at]) for at in places], float) for places in (chosen, range(len(points)))
-    )
-    found = base
-    for depth in sorted({depth for depth in depths.values() if depth > 2}):
-        grown = {name: 3 if depths[name] == depth else number for name, number in few.items()}
-        more = _joined(run(case, grown, [points[at] for at in chosen], **way))
-        if more.keys != base.keys:
-            return _joined(run(case, depths, points, **way))
-        alive = (more.alive - base.alive[chosen]).reshape(len(chosen), -1)
-        layer, *_ = np.linalg.lstsq(matrix, np.column_stack((alive, more.flops - base.flops[chosen])), rcond=None)
-        if not np.allclose(matrix @ layer[:, :-1], alive, atol=64):
-            return _joined(run(case, depths, points, **way))
-        added = wanted @ layer
-        found = _Whole(
-            base.keys,
-            found.alive + (depth - 2) * added[:, :-1].reshape(found.alive.shape),
-            found.flops + (depth - 2) * added[:, -1],
-            found.shapes + _added(base.shapes, more.shapes) * (depth - 2),
-        )
-    if sum(math.prod(shape) for shape in found.shapes) != num_parameters:
-        return _joined(run(case, depths, points, **way))
-    return found
-
-
-def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
-    """What a layer's memory is a sum of: its weights, its tokens, its pairs of tokens."""
-    return (1, rows * length, rows * length * length)
-
-
-def _for_layers(points: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions of the points that tell those terms apart, and of one more that proves them."""
-    if len(points) <= len(_ROWS):
-        return list(range(len(points)))
-    return [*range(len(_LENGTHS)), len(_LENGTHS)]
-
-
-def _added(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors that a further layer brings."""
-    return tuple((Counter(more) - Counter(few)).elements())
-
-
-def _joined(stories: Sequence[Story]) -> _Whole:
-    """Stories of one copy at several points, of which each has the same moments."""
-    timelines = [_timeline(story) for story in stories]
-    keys = tuple(timelines[0])
-    if any(tuple(timeline) != keys for timeline in timelines):
-        raise SetupError("model: its memory cannot be planned: what it does depends on the number of rows or tokens")
-    alive = np.array([[timeline[key] for key in keys] for timeline in timelines])
-    return _Whole(keys, alive, np.array([story.flops for story in stories]), stories[0].shapes)
-
-
-def _timeline(story: Story) -> Timeline:
-    """What is alive after each allocation; of layers between the first and the last nothing is kept."""
-    alive, counts, made = np.zeros(len(KINDS)), Counter[str](), {}
-    for change in story.changes:
-        kind = story.kinds.get(change.block, "activations")
-        alive[KINDS.index(kind)] += change.bytes
-        if change.bytes > 0 and not change.place.endswith(":middle"):
-            made[change.place, counts[change.place]] = alive.copy()
-            counts[change.place] += 1
-    return made
-
-
-def _moments(whole: _Whole, points: Sequence[tuple[int, int]]) -> tuple[Moment, ...]:
+def _moments(whole: Whole, points: Sequence[tuple[int, int]]) -> tuple[Moment, ...]:
     """The moments that are the highest ones for some micro batch and length."""
     solved = _solved(whole.alive.reshape(len(points), -1), points)
     solved = np.round(solved.reshape(6, len(whole.keys), len(KINDS)), 6)
@@ -305,7 +231,7 @@ def _moments(whole: _Whole, points: Sequence[tuple[int, int]]) -> tuple[Moment, 
 def _solved(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
     """Coefficients [6, n] of values [points, n]; an image, which has one size, only has the first two."""
     matrix = np.array([terms(*point) for point in points], float)
-    known = 6 if len(points) > len(_ROWS) else 2
+    known = 6 if len({length for _, length in points}) > 1 else 2
     found = np.zeros((6, values.shape[1]))
     found[:known] = np.linalg.lstsq(matrix[:, :known], values, rcond=None)[0]
     return found

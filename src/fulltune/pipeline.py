@@ -246,7 +246,10 @@ def trace(
     from fulltune.train import dropout  # imports torch
 
     device, precision = plan.device_and_precision(recipe, machine)
-    return footprint.trace(
+    pixels, assumed = None, ""
+    if recipe.task == "image-classification":
+        pixels, assumed = processors.image_shape(recipe.model, source)
+    found = footprint.trace(
         model.configured(recipe.model, source, changes),
         task_named(recipe.task),
         target,
@@ -257,8 +260,14 @@ def trace(
         attn_implementation=recipe.model.attn_implementation,
         packed=packed,
         num_parameters=shapes.num_parameters,
-        prepare=dropout.install if device == "cpu" else lambda built: None,
+        prepare=dropout.install if device == "cpu" else _as_it_is,
+        pixels=pixels,
     )
+    return found.model_copy(update={"assumed": assumed}) if assumed else found
+
+
+def _as_it_is(built: Any) -> None:
+    """Nothing is changed."""
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:

@@ -84,6 +84,28 @@ def load_image_reader(block: ModelBlock, source: Source | None = None) -> ImageR
     return ImageReader(processor, num_patches(load_config(block, source)))
 
 
+USUAL_SIDE = 224
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def image_shape(block: ModelBlock, source: Source) -> tuple[tuple[int, int, int], str]:
+    """Channels, height and width of the images that the model is given.
+
+    Returns:
+        The shape, and what had to be assumed of it: nothing where there is an image processor.
+    """
+    folder = Path(source.name_or_path)
+    if not source.is_local or any((folder / name).exists() for name in _PROCESSOR_FILES):
+        return load_image_reader(block, source).shape(), ""
+    config = load_config(block, source)
+    part = getattr(config, "vision_config", config)
+    size = getattr(part, "image_size", None) or USUAL_SIDE
+    height, width = (size, size) if isinstance(size, int) else size
+    where = "by its config" if getattr(part, "image_size", None) else "as most models take them"
+    assumed = f"images of {height} x {width} pixels, {where}: {block.name} has no preprocessor_config.json"
+    return (getattr(part, "num_channels", 3), height, width), assumed
+
+
 def opened(rows: Any, processor: Any) -> Any:
     """Prepared rows as the task's `collate` takes them: images are decoded when a row is asked for."""
     from fulltune.tasks.pixels import ImageReader, ImageRows

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fulltune.units import SIZE, parse_bytes
+from fulltune.units import parse_bytes
 
 TaskName = Literal[
     "text-classification",
@@ -219,9 +219,9 @@ class TrainBlock(Block):
     chunked_loss: bool | None = None
     """Compute a language model's logits and loss in pieces, so that they never exist as a whole. Left out: on where the
     model's head allows it, which is checked before step 1. false keeps it off."""
-    memory_limit: str | None = Field(default=None, pattern=SIZE)
+    memory_limit: str | None = None
     """Most memory that each training process may take, such as `6GiB`: of the GPU, or without one of the host, where
-    Python and its libraries are part of it (about 0.5 GiB). The plan keeps to it and the process is held to it: what
+    Python and its libraries are part of it (about 0.7 GiB). The plan keeps to it and the process is held to it: what
     goes beyond is treated as memory that ran out. Without a GPU that needs Linux; mapped files do not count."""
     group_by_length: bool | None = None
     """Rows of similar length share a global batch: far less padding. Left out: on, unless the target goes with the
@@ -271,8 +271,11 @@ class TrainBlock(Block):
             factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
             named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
             problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
-        if self.memory_limit is not None and parse_bytes(self.memory_limit) == 0:
-            problems.append(f"memory_limit: {self.memory_limit.strip()}: expected more than nothing, such as 6GiB")
+        if self.memory_limit is not None:
+            try:
+                parse_bytes(self.memory_limit)
+            except ValueError as error:
+                problems.append(f"memory_limit: {error}")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -192,10 +192,12 @@ class DiskNeed(Record):
     """Kept ones, the best one, and the one that is being written."""
     model: int
     """The finished model, and the weights before step 1 while training goes on."""
+    offloaded: int = 0
+    """What DeepSpeed keeps on an NVMe disk while it trains."""
 
     @property
     def total(self) -> int:
-        return self.one_checkpoint * self.num_checkpoints + self.model
+        return self.one_checkpoint * self.num_checkpoints + self.model + self.offloaded
 
 
 class TimeNeed(Record):
@@ -295,6 +297,8 @@ class Placement(Record):
     """What to change in the recipe for it."""
     how: str
     """The same in words."""
+    needs: str = ""
+    """What only a person can say; without it the placement is not chosen."""
 
 
 class WayOut(Record):
@@ -345,6 +349,8 @@ class Survey(Record):
     """Some placement that fulltune can run fits."""
     placement: str = ""
     """Name of the one that the plan is for."""
+    settings: dict[str, Any] = {}
+    """What the plan has and the recipe has not, by dotted names."""
     placements: tuple[Placement, ...]
     disk_free_bytes: int | None = None
     host_free_bytes: int

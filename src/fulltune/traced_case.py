@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ class Case:
     attn_implementation: str | None
     packed: bool
     prepare: Callable[[Any], Any]
+    pixels: tuple[int, int, int] | None = None
+    """Channels, height and width of the images; None for texts."""
 
 
 def build(case: Case, config: Any) -> Any:
@@ -41,33 +43,50 @@ def build(case: Case, config: Any) -> Any:
 _PAIRS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
 
 
-def depths_of(config: Any) -> dict[str, int]:
+def layered(case: Case, config: Any) -> Any:
+    """The part of the config that says how many layers there are."""
+    if not has_tokens(case):
+        return getattr(config, "vision_config", config)
+    return config if config.is_encoder_decoder else config.get_text_config()
+
+
+def depths_of(case: Case) -> dict[str, int]:
     """Attribute of the config to its number of layers; empty where it names none."""
-    text = config.get_text_config()
+    config = layered(case, case.config)
     if config.is_encoder_decoder:
         pair = next((pair for pair in _PAIRS if all(hasattr(config, name) for name in pair)), ())
         return {name: int(getattr(config, name)) for name in pair}
-    depth = getattr(text, "num_hidden_layers", None)
+    depth = getattr(config, "num_hidden_layers", None)
     return {"num_hidden_layers": depth} if isinstance(depth, int) else {}
 
 
-def cut(config: Any, depths: Mapping[str, int]) -> Any:
-    """A copy of the config with so many layers."""
-    config = copy.deepcopy(config)
+def layer_kinds(case: Case) -> tuple[str, ...]:
+    """What each layer is, in a model of several kinds of layers; empty in a plain one."""
+    config = layered(case, case.config)
+    kinds = tuple(getattr(config, "layer_types", None) or ())
+    known = not config.is_encoder_decoder and len(kinds) == getattr(config, "num_hidden_layers", None)
+    return kinds if known and len(set(kinds)) > 1 else ()
+
+
+def cut(case: Case, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> Any:
+    """A copy of the config with so many layers, of these kinds if any are given."""
+    config = copy.deepcopy(case.config)
     config.use_cache = False
-    text = config if config.is_encoder_decoder else config.get_text_config()
+    part = layered(case, config)
+    if depths == depths_of(case) and not kinds:
+        return config
     for name, depth in depths.items():
-        setattr(text, name, depth)
-    kinds = getattr(text, "layer_types", None)
-    if kinds and depths:
-        text.layer_types = list(kinds)[: max(depths.values())]
+        setattr(part, name, depth)
+    every = getattr(part, "layer_types", None)
+    if every and depths:
+        part.layer_types = list(kinds or every[: max(depths.values())])
     return config
 
 
 def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
     """A real batch of full rows, collated by the task."""
     ids = np.ones(length, np.int64)
-    target, config = case.target, case.config
+    target = case.target
     row: dict[str, Any] = {"input_ids": ids, "labels": 0}
     match target.problem_type:
         case "multi_label":
@@ -85,10 +104,8 @@ def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
             row["labels"] = ids
             if case.packed:
                 row["position_ids"] = np.arange(length)
-    if case.task.AUTO_CLASS == image_classification.AUTO_CLASS:
-        side = config.image_size if hasattr(config, "image_size") else length
-        high, wide = (side, side) if isinstance(side, int) else side
-        row = {PIXELS: np.zeros((getattr(config, "num_channels", 3), high, wide), np.float32), "labels": 0}
+    if case.pixels is not None:
+        row = {PIXELS: np.zeros(case.pixels, np.float32), "labels": 0}
     return case.task.collate([row] * rows, 0)
 
 

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers.initialization import no_init_weights
 
 from fulltune.inference import logits_of
 from fulltune.selective_head import SelectiveHead
@@ -125,6 +124,8 @@ class Watch(TorchDispatchMode):
             args = (args[0], _numbered(args[1], self.num_trained), *args[2:])
         if func is _aten.nonzero.default:
             out = args[0].new_empty((self.num_trained, args[0].dim()), dtype=torch.int64)
+        elif func is _aten.rand.default and not args[0]:
+            out = torch.tensor(1.0)  # whether to leave out a layer (LayerDrop): the only draw whose value is asked for
         else:
             out = func(*args, **kwargs)
         self._count_flops(func, args, kwargs, out)
@@ -226,6 +227,7 @@ def run(
     precision: str,
     recomputed: bool,
     training: bool,
+    kinds: Sequence[str] = (),
 ) -> list[Story]:
     """A micro batch of training or of evaluation.
 
@@ -236,15 +238,17 @@ def run(
         precision: Type of the computations.
         recomputed: With activation checkpointing.
         training: Forward and backward; else forward alone.
+        kinds: Of this copy's layers; empty: those that the model begins with.
     """
-    config = cut(case.config, depths)
+    config = cut(case, depths, kinds)
     batches = [batch_of(case, *point) for point in points]
     counts = [case.task.count_items(batch["labels"]) for batch in batches]
     vocab_size = getattr(config.get_text_config(), "vocab_size", 0) or 0
     stories = []
+    with torch.device("meta"):  # outside of the mode: numbers that a class computes for itself have values here
+        model = build(case, config)
     with FakeTensorMode() as mode:
-        with no_init_weights():  # some look at the numbers that they draw, and there are none
-            model = build(case, config)
+        _onto_cpu(model)
         if recomputed:
             model.activation_checkpointing_enable()
         model.train(training)
@@ -258,6 +262,24 @@ def run(
             model.zero_grad(set_to_none=True)
             stories.append(watch.story)
     return stories
+
+
+def _onto_cpu(model: Any) -> None:
+    """Have all tensors of a model on `meta` say that they are on the CPU; shared ones stay shared."""
+    made: dict[int, torch.Tensor] = {}
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            like = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            made[id(tensor)] = torch.nn.Parameter(like, tensor.requires_grad) if is_parameter else like
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.Tensor):
+                    tensors[name] = moved(tensor)
 
 
 def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, precision: str, training: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-SIZE = r"^\s*\d+(\.\d+)?\s*[KMGT]i?B\s*$"
+_SIZE = r"^\s*\d+(\.\d+)?\s*[KMGT]i?B\s*$"
 """What `parse_bytes` reads."""
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -15,10 +15,12 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: Naming what was expected.
     """
-    if re.match(SIZE, text) is None:
+    if re.match(_SIZE, text) is None:
         raise ValueError(f"'{text}': expected a size such as 6GiB, 512MiB or 24GB")
+    if not float(re.findall(r"[\d.]+", text)[0]):
+        raise ValueError(f"{text.strip()}: expected more than nothing, such as 6GiB")
     found = re.match(r"\s*([\d.]+)\s*(\w)(i?)", text)
-    assert found is not None, "SIZE has matched"
+    assert found is not None, "it has matched"
     base = 1024 if found[3] else 1000
     return int(float(found[1]) * base ** _POWERS[found[2]])
 

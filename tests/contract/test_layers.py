@@ -36,6 +36,8 @@ WORLD = {
         "footprint",
         "tracing",
         "traced_case",
+        "traced_whole",
+        "rough_footprint",
     ),
 }
 STAGES = {"plan", "data", "train", "evaluate", "report", "predict", "init", "samples", "quickstart"}

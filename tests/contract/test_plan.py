@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from fulltune import display_plan, pipeline, plan
 from fulltune.plan import cards
+from fulltune.recipe_file import load_recipe
 from fulltune.records import Plan, Survey
 from tests import tiny
 from tests.contract.command import Result, fulltune
@@ -60,7 +62,7 @@ def shown(result: Result, width: int = 80) -> str:
 
 
 def test_7b_is_planned_from_its_config_alone() -> None:
-    result = seven_b("--for", "8x A100-80GB", "--price", "2 USD", "--json")
+    result = seven_b("--for", "4x A100-80GB", "--price", "2 USD", "--json")
     assert result.code == 0, result.err
     assert result.err == ""
     page = shown(result)
@@ -69,12 +71,12 @@ def test_7b_is_planned_from_its_config_alone() -> None:
         "found",
         "6,738,415,616 parameters",
         "50,000 to train",
-        "8x A100-80GB, 1,024 GB host",
-        "1,024 GB of host memory (128 GB a card is usual)",
+        "4x A100-80GB, 512 GB host",
+        "512 GB of host memory (128 GB a card is usual)",
         "memory of a step",
         "checkpoints x",
         "\nplacements\n",
-        "8 copies, AdamW fp32",
+        "4 copies, AdamW fp32",
         "ZeRO-3, all on disk",
         "\ntime\n",
         "USD for",
@@ -99,7 +101,7 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     result = seven_b("--for", "1x T4, 16GB host, 50GB disk")
     assert result.code == 3
     assert "ways out" in result.out
-    assert "16x T4" in result.out
+    assert "a host with" in result.out
     assert len(result.problems) == 1
     assert "but there are 14.5 GiB of GPU memory" in result.problems[0]
 
@@ -110,7 +112,30 @@ def test_json_of_a_plan_that_does_not_fit_has_the_survey_and_the_ways_out_on_std
     found = json.loads(result.out)
     assert list(found) == ["survey"]
     assert found["survey"]["fits"] is False
-    assert sum("enough: 16x T4" in line for line in result.problems) == 1
+    assert sum("enough: a host with" in line for line in result.problems) == 1
+
+
+def test_command_has_the_users_settings_and_the_placements() -> None:
+    result = seven_b("--for", "8x A100-80GB", "--set", "train.max_grad_norm=0.5", "--set", "train.seed=3", "--json")
+    assert result.code == 0, result.err
+    words = shlex.split(json.loads(result.out)["survey"]["command"])
+    assert words[:3] == ["fulltune", "run", str(SEVEN_B)]
+    assert words[3::2] == ["--set"] * 4
+    assert words[4::2] == [
+        "train.max_grad_norm=0.5",
+        "train.num_processes=8",
+        "train.extra.deepspeed={zero_optimization: {stage: 2}}",
+        "train.seed=1",
+    ]
+    again = load_recipe(SEVEN_B, words[4::2])
+    assert again.train.extra == {"deepspeed": {"zero_optimization": {"stage": 2}}}
+
+
+def test_deepspeed_of_the_recipe_that_does_not_fit_is_no_mistake_of_the_recipe() -> None:
+    deepspeed = "train.extra={deepspeed: {zero_optimization: {stage: 2}}}"
+    result = seven_b("--for", "1x L40S, 16GB host", "--set", deepspeed)
+    assert result.code == 3
+    assert "weights_dtype" not in result.err
 
 
 @pytest.mark.parametrize("card", [card.name for card in cards.CARDS])
@@ -156,6 +181,12 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
     result = fulltune("plan", tmp_path / "run", "--for", "2x L4")
     assert result.code == 0, result.err
     assert "2x L4, 96 GB host" in result.out
+    survey = Survey.load(tmp_path / "run" / "plan" / "survey.json")
+    words = shlex.split(survey.command)
+    assert words[2] == str(tmp_path / "run" / "recipe.yaml")
+    assert words[-2:] == ["--set", "train.seed=1"]
+    again = load_recipe(words[2], [word for word in words[3:] if word != "--set"])
+    assert again.train_files() == (str(tmp_path / "train.csv"),)
 
 
 def test_plan_needs_no_rows_on_disk(recipe: Path, tmp_path: Path) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 
-from fulltune import footprint, traced_case, tracing
+from fulltune import footprint, traced_case, traced_whole, tracing
+from fulltune.model import Source
+from fulltune.plan import settle, time
+from fulltune.plan.ledger import Ledger
+from fulltune.processors import image_shape
+from fulltune.recipe import ModelBlock
 from fulltune.tasks import LossSettings, Target, task_named
 from fulltune.train import dropout
 from tests import tiny
+from tests.unit.plan import sizes
 
 TARGETS = {
     "text-classification": Target("single_label", {}, labels=("a", "b", "c")),
@@ -21,6 +31,10 @@ TARGETS = {
     "causal-lm": Target("prompt_completion", {}),
     "seq2seq": Target("source_target", {}),
     "image-classification": Target("single_label", {}, labels=("a", "b")),
+}
+CONVOLUTIONS: dict[str, Any] = {
+    "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    "convnext": transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, image_size=32),
 }
 KINDS = {"causal-lm": "llama", "seq2seq": "t5"}
 
@@ -45,6 +59,8 @@ def count(config: Any, task: str) -> int:
 
 
 def traced(config: Any, task: str, num_parameters: int | None = None, **options: Any) -> footprint.Footprint:
+    if task == "image-classification":
+        options = {"pixels": (3, 16, 16), **options}
     return footprint.trace(
         config,
         task_named(task),
@@ -74,7 +90,7 @@ def test_every_task_is_traced(task: str) -> None:
 @pytest.mark.parametrize(("kind", "task"), [("llama", "causal-lm"), ("bert", "text-classification"), ("t5", "seq2seq")])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_further_layers_add_what_the_third_added(kind: str, task: str, recomputed: bool) -> None:
-    deeper = {"num_layers": 5} if kind == "t5" else {"num_hidden_layers": 5}
+    deeper = {"num_layers": 4} if kind == "t5" else {"num_hidden_layers": 5}
     config = config_of(kind, task, **deeper)
     grown = traced(config, task, checkpointing=(recomputed,), precisions=("bf16",))
     # No number of parameters fits: the model is traced as it is.
@@ -92,7 +108,7 @@ def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: s
     config = config_of(kind, task)
     case = traced_case.Case(config, task_named(task), TARGETS[task], "fp32", None, False, dropout.install)
     (story,) = tracing.run(
-        case, traced_case.depths_of(config), [(4, 32)], precision="fp32", recomputed=False, training=True
+        case, traced_case.depths_of(case), [(4, 32)], precision="fp32", recomputed=False, training=True
     )
     alive = 0
     for change in story.changes:
@@ -105,10 +121,11 @@ def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: s
 def _saved_bytes(case: traced_case.Case) -> int:
     """Bytes of all storages that autograd keeps of a real forward pass, without the weights."""
     torch.manual_seed(0)
-    model = traced_case.build(case, traced_case.cut(case.config, {})).train()
+    model = traced_case.build(case, traced_case.cut(case, {})).train()
     batch = traced_case.batch_of(case, 4, 32)
     labels = batch.pop("labels")
-    batch["attention_mask"][0, -1] = 0  # with padding models make a mask
+    if "attention_mask" in batch:
+        batch["attention_mask"][0, -1] = 0  # with padding models make a mask
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,3 +161,128 @@ def test_work_of_a_forward_pass() -> None:
     assert found.flops_per_token == pytest.approx(2 * (count(config, "causal-lm") - embedding), rel=0.05)
     # Scores and sums over them: 2 x 2 x layers x hidden.
     assert found.attention_flops_per_pair == pytest.approx(2 * 2 * 2 * 32, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", list(CONVOLUTIONS))
+def test_images_are_traced_at_their_own_size(kind: str) -> None:
+    config = labelled(CONVOLUTIONS[kind], "image-classification")
+    small, large = (
+        traced(config, "image-classification", checkpointing=(False,), pixels=(3, side, side)) for side in (64, 128)
+    )
+    assert not small.rough
+    kept = [highest(one.variant("fp32", False).first, 32, 1) for one in (small, large)]
+    assert 3.5 < kept[1] / kept[0] < 4.1
+    assert large.flops_per_token == pytest.approx(4 * small.flops_per_token, rel=0.01)
+    case = traced_case.Case(
+        config,
+        task_named("image-classification"),
+        TARGETS["image-classification"],
+        *("fp32", None, False, dropout.install, (3, 64, 64)),
+    )
+    assert kept[0] == pytest.approx(8 * _saved_bytes(case), rel=0.2)  # that is of 4 rows
+
+
+def labelled(config: Any, task: str) -> Any:
+    for name, value in task_named(task).config_changes(TARGETS[task], None).items():
+        setattr(config, name, value)
+    return config
+
+
+def test_a_shared_embedding_is_traced_once() -> None:
+    config = config_of("llama", "causal-lm", tie_word_embeddings=True, num_hidden_layers=4)
+    found = traced(config, "causal-lm", checkpointing=(False,))
+    assert sum(values * times for values, times in found.tensors.items()) == count(config, "causal-lm")
+
+
+SIZE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 120}
+
+
+def copies_of(config: Any, task: str, **options: Any) -> tuple[footprint.Footprint, list[int]]:
+    """A footprint, and how many layers each copy had that was run for it."""
+    with mock.patch.object(traced_whole, "run", wraps=tracing.run) as run:
+        found = traced(config, task, **options)
+    return found, [max(call.args[1].values(), default=0) for call in run.call_args_list]
+
+
+def test_each_kind_of_layers_is_grown() -> None:
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    config = transformers.Gemma3TextConfig(
+        **SIZE, num_hidden_layers=12, num_key_value_heads=2, head_dim=8, layer_types=kinds * 3
+    )
+    grown, copies = copies_of(config, "causal-lm", checkpointing=(False,))
+    assert copies == [4, 5, 5] * 2
+    whole = traced(config, "causal-lm", num_parameters=-1, checkpointing=(False,))
+    for rows, length in ((1, 16), (4, 64), (32, 512)):
+        found, true = (highest(one.variant("fp32", False).first, rows, length) for one in (grown, whole))
+        assert found == pytest.approx(true, rel=1e-3)
+
+
+def test_t5_is_traced_from_copies() -> None:
+    _, copies = copies_of(config_of("t5", "seq2seq", num_layers=6), "seq2seq", checkpointing=(False,))
+    assert copies == [2, 3] * 2
+
+
+def test_a_model_that_takes_no_other_number_of_layers_is_traced_whole_and_asked_once() -> None:
+    config = transformers.BertConfig(**SIZE, num_hidden_layers=4, num_labels=3)
+    with mock.patch.object(traced_case, "setattr", _refusing, create=True):
+        found, copies = copies_of(config, "text-classification", checkpointing=(False,))
+    assert not found.rough
+    assert copies == [2, 4, 4]
+
+
+def _refusing(config: Any, name: str, value: Any) -> None:
+    raise AttributeError(f"property '{name}' has no setter")
+
+
+def test_a_model_that_steps_from_token_to_token_does_not_stop_a_plan() -> None:
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=4, vocab_size=120)
+    found = traced(config, "causal-lm", checkpointing=(False,))
+    assert found.rough == "what it does depends on the number of rows or tokens"  # a step for each token
+    assert highest(found.variant("fp32", False).first, 4, 64) > 0
+
+
+def asking(model: Any) -> None:
+    """Have a model look at the values of its inputs."""
+    model.register_forward_pre_hook(lambda _, args, kwargs: float(kwargs["input_ids"].sum().item()), with_kwargs=True)
+
+
+def test_a_model_that_cannot_be_traced_gets_a_rough_footprint() -> None:
+    config = config_of("llama", "causal-lm", num_hidden_layers=4)
+    options: dict[str, Any] = {"num_parameters": count(config, "causal-lm"), "precisions": ("bf16",)}
+    found = footprint.trace(config, task_named("causal-lm"), TARGETS["causal-lm"], prepare=asking, **options)
+    true = traced(config, "causal-lm", precisions=("bf16",))
+    assert found.rough == "DataDependentOutputException: aten._local_scalar_dense.default"
+    assert not true.rough
+    for recomputed, part in itertools.product((False, True), ("first", "later")):
+        rough, exact = (getattr(one.variant("bf16", recomputed), part) for one in (found, true))
+        assert 0.8 < highest(rough, 8, 64) / highest(exact, 8, 64) < 4
+    assert found.tensors == true.tensors
+    assert found.flops_per_token == pytest.approx(true.flops_per_token, rel=0.5)
+
+
+def test_a_plan_says_that_its_memory_is_rough() -> None:
+    ledger = Ledger()
+    settle.caveats(sizes.footprint(sizes.BERT).model_copy(update={"rough": "ValueError: no"}), ledger)
+    (line,) = ledger.settings
+    assert (line.name, line.value) == ("memory", "rough")
+    assert line.reason == (
+        "this model cannot be traced (ValueError: no): by a rule of thumb; the dry-run step will tell"
+    )
+    settle.caveats(sizes.footprint(sizes.BERT), ledger)
+    assert len(ledger.settings) == 1
+
+
+def test_the_size_of_images_is_the_processors(tmp_path: Path) -> None:
+    CONVOLUTIONS["resnet"].save_pretrained(tmp_path)
+    block = ModelBlock(name=str(tmp_path))
+    assumed = f"images of 224 x 224 pixels, as most models take them: {tmp_path} has no preprocessor_config.json"
+    assert image_shape(block, Source(str(tmp_path))) == ((3, 224, 224), assumed)
+    processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 96}, "crop_pct": 0.875}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    assert image_shape(block, Source(str(tmp_path))) == ((3, 96, 96), "")
+
+
+def test_an_image_is_one_token_of_work() -> None:
+    data = sizes.summary("image-classification", 100, 196)
+    work = time.work_of(data, sizes.footprint(sizes.BERT), grouped=False)
+    assert work.forward_flops(2) == 2 * sizes.footprint(sizes.BERT).flops_per_token

@@ -17,7 +17,6 @@ from fulltune.units import in_words, parse_bytes
         ("1.5 TiB", 3 * 2**39),
         ("512MiB", 2**29),
         ("1KB", 1000),
-        ("0GiB", 0),
     ],
 )
 def test_parse_bytes_reads_binary_and_decimal_sizes(text: str, expected: int) -> None:

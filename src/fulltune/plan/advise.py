@@ -17,6 +17,7 @@ Goal = Literal["knowledge", "language", "style", "updates"]
 GOALS: tuple[str, ...] = get_args(Goal)
 FEW_ROWS, MANY_ROWS, MANY_TASKS = 10_000, 100_000, 5
 SMALL_ENCODER = 500_000_000
+LARGE = 10**10
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Situation:
     preserve: bool = False
     """What the model can do already must stay."""
     goal: Goal | None = None
+    frozen_fits: bool = True
+    """Its weights alone fit in 16 bits."""
 
 
 def advise(here: Situation) -> tuple[Advice, ...]:
@@ -75,8 +78,8 @@ def _for_full(here: Situation) -> Iterator[Line]:
     if not here.is_decoder and here.num_parameters < SMALL_ENCODER:
         few = here.train_rows < FEW_ROWS
         yield (
-            "take",
-            "a small encoder: full is cheap" + (", with several seeds for few rows" if few else ""),
+            "try" if few else "take",
+            "a small encoder: full is cheap" + (", but few rows ask for several seeds" if few else ""),
             "Chen et al. 2022 (2202.07962): best with medium and many rows, behind with few",
         )
     if here.train_rows >= MANY_ROWS:
@@ -106,6 +109,12 @@ def _lora(here: Situation) -> Advice:
 def _for_lora(here: Situation) -> Iterator[Line]:
     if not here.fits:
         size = 2 * here.num_parameters / 2**30
+        if not here.frozen_fits:
+            yield (
+                "leave",
+                f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit either",
+                "2 bytes a parameter; a quarter of that in 4 bits, which is not compared here",
+            )
         yield (
             "take",
             f"its weights stay as they are: about {size:,.1f} GiB and the activations",
@@ -151,9 +160,13 @@ def _adapters(here: Situation) -> Advice:
 
 
 def _prompts(here: Situation) -> Advice:
+    large = here.num_parameters >= LARGE
     return Advice(
         method="prompt tuning",
-        verdict="leave",
-        rule="behind the others at every size that was compared",
-        evidence="Ding et al. 2023: 77.7 on GLUE; PEFT's comparison (3B, GSM8K): 34 against LoRA's 48 and full's 47",
+        verdict="try" if large else "leave",
+        rule="level with full at about 11 B parameters, with prompts in every layer also in smaller models"
+        if large
+        else "far behind full in models below 1 B, level at about 11 B; prompts in every layer are about level",
+        evidence="Lester et al. 2021 (2104.08691); P-tuning v2 (2110.07602); Ding et al. 2023: 77.7 on GLUE. PEFT's "
+        "comparison (3B, GSM8K): 34, LoRA 48, full 47, but full in bf16 without a master copy and at one rate",
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from fulltune.plan import cards, placement, ways_out
+from fulltune.plan import cards, placement, sharded, ways_out
 from fulltune.plan.cards import Fleet
 from fulltune.plan.load import Task, load_of
+from fulltune.plan.memory import Levers
 from fulltune.recipe import Recipe
-from fulltune.records import Alternative, Placement, Plan, WayOut
+from fulltune.records import Alternative, MemoryNeed, Placement, Plan, WayOut
 from fulltune.units import in_words
 
+MOST_DEVICES = 8
+"""Of one machine: several machines are not planned."""
 FASTER_THAN_A_CPU = ("1x L4", "1x RTX 4090", "1x H100-80GB")
 
 
@@ -21,19 +24,27 @@ def preference(one: Placement) -> tuple[bool, float]:
     return other_numbers, -(one.tokens_per_second or 0.0)
 
 
+def automatic(one: Placement) -> bool:
+    """It fits, can be run, and needs nothing that only a person can say."""
+    return one.fits and one.runs and not one.needs
+
+
 def that_fit(recipe: Recipe, fleet: Fleet, load: placement.Load, placements: Sequence[Placement]) -> tuple[WayOut, ...]:
     """Ways out of too little memory: other settings, other placements, more devices."""
     devices = recipe.train.num_processes
     micro = load.micro_batch_size or 1
+    kept = recipe.train.optim or load.levers.bf16_rounding == "nearest" or load.shared is not None
     least = replace(
         load.levers,
         micro_batch_size=micro,
         accumulation=max(1, load.global_batch_size // devices // micro),
         activation_checkpointing=load.checkpointing[-1],
-        optim=load.levers.optim if recipe.train.optim or load.levers.bf16_rounding == "nearest" else "adamw_8bit",
+        optim=load.levers.optim if kept else "adamw_8bit",
+        chunked_loss=load.levers.chunked_loss and load.shared is None,
     )
-    ways = ways_out.of_memory(recipe, least, load.available_bytes, load.need, placements)
-    now = load.need(least).peak
+    need = _need(load, devices)
+    ways = ways_out.of_memory(recipe, least, load.available_bytes, need, placements)
+    now = need(least).peak
     if host := _larger_host(load, fleet, devices):
         larger = WayOut(
             change=f"a host with {in_words(host.host_bytes)} free, {host.name}",
@@ -56,11 +67,24 @@ def that_fit(recipe: Recipe, fleet: Fleet, load: placement.Load, placements: Seq
     return (extra, *ways)[: ways_out.MOST]
 
 
+def _need(load: placement.Load, devices: int) -> Callable[[Levers], MemoryNeed]:
+    """What the recipe as it is needs on a device."""
+    shared = load.shared
+    if shared is None:
+        return load.need
+
+    def need(levers: Levers) -> MemoryNeed:
+        kinds = sharded.kinds(shared, sharded.DEEPSPEED, load.shapes, devices, load.passing(levers))
+        return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values())})
+
+    return need
+
+
 def enough_devices(load: placement.Load, fleet: Fleet) -> tuple[int, Placement] | None:
     """The fewest devices of the same kind, a power of two, on which a placement fits that fulltune can run."""
     if fleet.card is None or fleet.here:
         return None
-    for count in (2**power for power in range(1, 9)):
+    for count in (2, 4, MOST_DEVICES):
         if count <= fleet.num_devices or load.global_batch_size % count:
             continue
         if fitting := _fitting(load, cards.with_count(fleet, count), count):
@@ -81,7 +105,7 @@ def _larger_host(load: placement.Load, fleet: Fleet, count: int) -> Placement | 
 def _fitting(load: placement.Load, fleet: Fleet, count: int) -> list[Placement]:
     """What fits and can be run, the preferred one first."""
     table = placement.table(load, fleet, count)
-    return sorted((one for one in table if one.fits and one.runs), key=preference)
+    return sorted((one for one in table if automatic(one)), key=preference)
 
 
 def instead(
@@ -92,7 +116,7 @@ def instead(
     if chosen is None or not chosen.tokens_per_second:
         return
     speed = chosen.tokens_per_second
-    others = sorted((one for one in placements if one.fits and one.runs and one.name != name), key=preference)
+    others = sorted((one for one in placements if automatic(one) and one.name != name), key=preference)
     faster = [one for one in others if (one.tokens_per_second or 0.0) > 1.03 * speed]
     if faster:
         gain = (faster[0].tokens_per_second or 0.0) / speed
@@ -108,15 +132,16 @@ def instead(
         return
     if fleet.card is None or fleet.here:
         return
-    for kind, count in (("faster", 2 * fleet.num_devices), ("cheaper", fleet.num_devices // 2)):
-        if count < 1 or load.global_batch_size % count:
+    now = plan.num_processes
+    for kind, count in (("faster", 2 * now), ("cheaper", now // 2)):
+        if count < 1 or (kind == "faster" and count > MOST_DEVICES) or load.global_batch_size % count:
             continue
         fitting = _fitting(load, cards.with_count(fleet, count), count)
         if not fitting:
             continue
         best = fitting[0]
         ratio = speed / (best.tokens_per_second or 1.0)
-        money = ratio * count / fleet.num_devices
+        money = ratio * count / now
         if (kind == "faster" and ratio > 0.95) or (kind == "cheaper" and money > 0.97):
             continue
         yield Alternative(

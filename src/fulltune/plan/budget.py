@@ -31,6 +31,14 @@ class Room:
     need: Callable[[Levers], MemoryNeed]
     state: Callable[[Levers], StateBytes]
 
+    def for_rows(self, rows: int) -> Room:
+        """The same where there are only so many rows: a larger batch is never full."""
+
+        def need(levers: Levers) -> MemoryNeed:
+            return self.need(replace(levers, micro_batch_size=min(levers.micro_batch_size, max(1, rows))))
+
+        return replace(self, need=need)
+
 
 def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, device: str) -> Room:
     """The room on this machine.
@@ -74,13 +82,12 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
             available, where = limit, f"of train.memory_limit ({recipe.train.memory_limit})"
     room = Room(max(0, available), f"{in_words(max(0, available))} {where}", need, state)
     if shared is not None and device == "cuda":
-        _refuse_offload(shared, recipe, shapes, machine)
+        _refuse_offload(shared, shapes, recipe.train.num_processes, machine)
     return room
 
 
-def _refuse_offload(shared: zero.Zero, recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
-    state = memory.state_bytes(shapes.num_parameters, recipe.model.weights_dtype)
-    on_host = shared.host_bytes(state, recipe.train.num_processes)
+def _refuse_offload(shared: zero.Zero, shapes: Shapes, processes: int, machine: Machine) -> None:
+    on_host = sharded.host_bytes(shared, shapes.num_parameters, processes)
     if on_host > machine.memory_available_bytes:
         raise DoesNotFitError(
             f"{zero.NAME}: what is offloaded needs {in_words(on_host)}, but {in_words(machine.memory_available_bytes)} "
@@ -101,7 +108,7 @@ def _on_devices(
     evaluation = need.phases["evaluation"] - state.weights - state.optimizer
     kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
     phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + max(0, evaluation)}
-    host = shared.host_bytes(sharded.state(shapes.num_parameters, sharded.DEEPSPEED), processes) // processes
+    host = sharded.host_bytes(shared, shapes.num_parameters, processes) // processes
     return MemoryNeed(kinds=kinds, phases=phases, host=host)
 
 

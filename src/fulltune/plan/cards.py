@@ -69,8 +69,10 @@ CARDS: tuple[Card, ...] = (
     _card("H100-80GB", 80, 989, 3350, PCIE5, 450, 256, "H100", "H100-SXM", "H100-SXM5-80GB", "H100-80GB-HBM3"),
     _card("H100-PCIe", 80, 756, 2000, PCIE5, 300, 128, "H100-PCIe-80GB", "H100-80GB-PCIe"),
     _card("H100-NVL", 94, 835, 3900, PCIE5, 300, 128, "H100-NVL-94GB"),
-    _card("A100-80GB", 80, 312, 2039, PCIE4, 300, 128, "A100-SXM4-80GB", "A100-80GB-PCIe", "A100-SXM-80GB"),
-    _card("A100-40GB", 40, 312, 1555, PCIE4, 300, 128, "A100-SXM4-40GB", "A100-40GB-PCIe", "A100-SXM-40GB"),
+    _card("A100-80GB", 80, 312, 2039, PCIE4, 300, 128, "A100-SXM4-80GB", "A100-SXM-80GB"),
+    _card("A100-40GB", 40, 312, 1555, PCIE4, 300, 128, "A100-SXM4-40GB", "A100-SXM-40GB"),
+    _card("A100-PCIe-80GB", 80, 312, 1935, PCIE4, None, 128, "A100-80GB-PCIe"),
+    _card("A100-PCIe-40GB", 40, 312, 1555, PCIE4, None, 128, "A100-40GB-PCIe"),
     _card("A30", 24, 165, 933, PCIE4, 100, 64, "A30-24GB"),
     _card("L40S", 48, 362, 864, PCIE4, None, 128, "L40S-48GB", ecc=True),
     _card("L40", 48, 181, 864, PCIE4, None, 128, "L40-48GB", ecc=True),
@@ -80,12 +82,15 @@ CARDS: tuple[Card, ...] = (
     _card("A40", 48, 149.7, 696, PCIE4, 56, 128, "A40-48GB", ecc=True),
     _card("V100-32GB", 32, 125, 900, PCIE3, 150, 64, "V100-SXM2-32GB", bf16=False),
     _card("V100-16GB", 16, 125, 900, PCIE3, 150, 64, "V100-SXM2-16GB", bf16=False),
+    _card("V100-PCIe-32GB", 32, 112, 900, PCIE3, None, 64, "V100-32GB-PCIe", bf16=False),
+    _card("V100-PCIe-16GB", 16, 112, 900, PCIE3, None, 64, "V100-16GB-PCIe", bf16=False),
     _card("P100", 16, 21.2, 732, PCIE3, 80, 64, "P100-16GB", "P100-SXM2-16GB", "P100-PCIe-16GB", bf16=False),
     _card("T4", 16, 65, 320, PCIE3, None, 32, "T4-16GB", bf16=False, ecc=True),
     _card("RTX A6000", 48, 154.8, 768, PCIE4, 56, 128, "A6000-48GB", desktop=True),
     _card("RTX A5000", 24, 111.1, 768, PCIE4, 56, 64, "A5000-24GB", desktop=True),
     _card("RTX 6000 Ada", 48, 364, 960, PCIE4, None, 128, "6000-Ada-48GB", "RTX 6000 Ada Generation", desktop=True),
-    _card("RTX PRO 6000", 96, 503, 1792, PCIE5, None, 128, "PRO 6000 Blackwell", "PRO-6000-96GB", desktop=True),
+    _card("RTX PRO 6000", 96, 503, 1792, PCIE5, None, 128, "PRO 6000 Blackwell", "PRO-6000-96GB",
+          "RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell Server Edition", desktop=True),
     _card("RTX 2080 Ti", 11, 53.8, 616, PCIE3, None, 64, "2080-Ti-11GB", desktop=True, bf16=False),
     _card("RTX 3060 12GB", 12, 25.5, 360, PCIE4, None, 64, "3060", desktop=True),
     _card("RTX 3080", 10, 59.5, 760, PCIE4, None, 64, "3080-10GB", desktop=True),
@@ -148,9 +153,25 @@ def _key(name: str) -> str:
 _BY_KEY = {_key(name): card for card in CARDS for name in (card.name, *card.aliases)}
 
 
-def card_of(name: str) -> Card | None:
-    """The card that a driver reports by this name, or None."""
-    return _BY_KEY.get(_key(name))
+def card_of(name: str, memory_bytes: int | None = None) -> Card | None:
+    """The card that a driver reports by this name, or None.
+
+    Args:
+        name: Such as `NVIDIA GeForce RTX 4060 Ti`, which comes in two sizes.
+        memory_bytes: Of the card, which tells sizes apart; not known: the largest.
+    """
+    key = _key(name)
+    if key in _BY_KEY:
+        return _BY_KEY[key]
+    variants = _variants(key)
+    if memory_bytes is None:
+        return max(variants, key=lambda card: card.memory_gib, default=None)
+    return min(variants, key=lambda card: abs(card.memory_bytes - memory_bytes), default=None)
+
+
+def _variants(key: str) -> list[Card]:
+    """Cards whose names are this one and a size."""
+    return [card for card in CARDS if key and re.fullmatch(re.escape(key) + r"\d{1,3}", _key(card.name))]
 
 
 def find(name: str) -> Card:
@@ -162,7 +183,7 @@ def find(name: str) -> Card:
     key = _key(name)
     if key in _BY_KEY:
         return _BY_KEY[key]
-    variants = [card.name for card in CARDS if key and re.fullmatch(re.escape(key) + r"\d{1,3}", _key(card.name))]
+    variants = [card.name for card in _variants(key)]
     if len(variants) > 1:
         raise RecipeError(f"--for: '{name}' comes in several sizes; write {' or '.join(reversed(variants))}")
     near = [_BY_KEY[found].name for found in difflib.get_close_matches(key, _BY_KEY, n=6, cutoff=0.5)]
@@ -276,7 +297,7 @@ def _gpu(card: Card) -> Gpu:
 
 def here(machine: Machine, disk_free_bytes: int) -> Fleet:
     """This machine."""
-    card = card_of(machine.gpus[0].name) if machine.gpus else None
+    card = card_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = f"{len(machine.gpus)}x {machine.gpus[0].name}, " if machine.gpus else ""
     return Fleet(
         name=f"this machine: {gpus}{machine.num_cores} cores, {machine.memory_bytes / GIB:,.0f} GiB",

@@ -16,7 +16,7 @@ def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -
     """
     levers = levers_of(recipe, plan, summary)
     found = disk.need(recipe, plan.num_parameters, levers)
-    disk.refuse_what_cannot_fit(recipe, found, free_bytes)
+    disk.refuse_what_cannot_fit(recipe, plan.num_parameters, levers, free_bytes)
     state = memory.state_bytes(plan.num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
     return plan.model_copy(update={"disk": found, "state": state})
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fulltune import zero
 from fulltune.errors import DoesNotFitError
-from fulltune.plan import memory, ways_out
+from fulltune.plan import memory, sharded, ways_out
 from fulltune.plan.memory import Levers
 from fulltune.recipe import Recipe
-from fulltune.records import DiskNeed
+from fulltune.records import DiskNeed, WayOut
 from fulltune.units import in_words
 
 DEEPSPEED_BYTES = 20
@@ -19,22 +21,39 @@ def need(recipe: Recipe, num_parameters: int, levers: Levers) -> DiskNeed:
     finished model, and the weights before step 1, which are kept until it is saved."""
     state = memory.state_bytes(num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
     one = num_parameters * DEEPSPEED_BYTES if zero.wanted(recipe) else state.weights + state.optimizer
-    return DiskNeed(one_checkpoint=one, num_checkpoints=recipe.train.save_total_limit + 2, model=2 * state.weights)
+    return DiskNeed(
+        one_checkpoint=one,
+        num_checkpoints=recipe.train.save_total_limit + 2,
+        model=2 * state.weights,
+        offloaded=sharded.disk_bytes(zero.zero_of(recipe), num_parameters),
+    )
 
 
-def refuse_what_cannot_fit(recipe: Recipe, needed: DiskNeed, free_bytes: int) -> None:
+def refuse_what_cannot_fit(recipe: Recipe, num_parameters: int, levers: Levers, free_bytes: int) -> None:
     """Before step 1, not when the third checkpoint is half written.
 
     Raises:
         DoesNotFitError: Naming both sizes.
     """
+    needed = need(recipe, num_parameters, levers)
     if needed.total > free_bytes:
-        kept = recipe.train.save_total_limit
-        raise DoesNotFitError(
-            [
-                f"{recipe.output}: checkpoints and model need {in_words(needed.total)} on disk "
-                f"({needed.num_checkpoints} x {in_words(needed.one_checkpoint)} and {in_words(needed.model)}), but "
-                f"{in_words(free_bytes)} are free",
-                *ways_out.in_lines(ways_out.of_disk(needed, free_bytes, kept, recipe.output)),
-            ]
-        )
+        lines = ways_out.in_lines(ways(recipe, num_parameters, levers, free_bytes))
+        raise DoesNotFitError([short_by(recipe, needed, free_bytes), *lines])
+
+
+def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int) -> str:
+    parts = f"{needed.num_checkpoints} x {in_words(needed.one_checkpoint)} and {in_words(needed.model)}"
+    parts += f", {in_words(needed.offloaded)} offloaded" if needed.offloaded else ""
+    return (
+        f"{recipe.output}: checkpoints and model need {in_words(needed.total)} on disk ({parts}), but "
+        f"{in_words(free_bytes)} are free"
+    )
+
+
+def ways(recipe: Recipe, num_parameters: int, levers: Levers, free_bytes: int) -> tuple[WayOut, ...]:
+    """The nearest ways to bring the run onto its disk."""
+    needed = need(recipe, num_parameters, levers)
+    eighth = need(recipe, num_parameters, replace(levers, optim="adamw_8bit"))
+    # Inside DeepSpeed our optimizers cannot run, so nothing is freed.
+    freed = 0 if zero.wanted(recipe) else needed.total - eighth.total
+    return ways_out.of_disk(needed, free_bytes, recipe.train.save_total_limit, recipe.output, freed)

@@ -71,7 +71,7 @@ def fit(
         num_processes=train.num_processes,
     )
     per_process = max(1, global_batch // train.num_processes)
-    room = budget.of(recipe, shapes, footprint, machine, device)
+    room = budget.of(recipe, shapes, footprint, machine, device).for_rows(rows)
     chosen = levers.choose(recipe, start, per_process, room)
     levers.settle(recipe, chosen, per_process, room, optim, ledger)
     used = chosen.levers
@@ -80,7 +80,7 @@ def fit(
     if problems:
         raise RecipeError(problems)
     on_disk = disk.need(recipe, shapes.num_parameters, used)
-    disk.refuse_what_cannot_fit(recipe, on_disk, disk_free_bytes)
+    disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, disk_free_bytes)
     eval_steps = min(total_steps, train.eval_steps or steps_per_epoch)
     ledger.settle("train.eval_steps", train.eval_steps, eval_steps, "once per epoch")
     ledger.settle("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
@@ -89,6 +89,7 @@ def fit(
     grouped, why = defaults.group_by_length(summary.length_explained)
     grouped = ledger.settle("train.group_by_length", train.group_by_length, grouped, why)
     settle.everything_else(recipe, ledger)
+    settle.caveats(footprint, ledger)
     return Plan(
         trial=f"{recipe.method.kind}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fulltune import zero
 from fulltune.errors import RecipeError
 from fulltune.footprint import Footprint
 from fulltune.model import Shapes
+from fulltune.plan import disk, memory, placement, settle, sharded, time
 from fulltune.plan import levers as choosing
-from fulltune.plan import memory, placement, settle, sharded, time
 from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.plan.cards import Fleet
 from fulltune.plan.ledger import Ledger
 from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, MemoryKind, MemoryNeed, Plan
+from fulltune.records import DataSummary, MemoryKind, MemoryNeed, Phase, Plan
 from fulltune.units import parse_bytes
 
 
@@ -70,17 +70,26 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
         weights_dtype=recipe.model.weights_dtype,
         optim=optim,
         bf16_rounding=rounding,
-        chunked_loss=choosing.chunked_loss(recipe, shapes),
+        # Without DeepSpeed: ways that have it are given whole logits.
+        chunked_loss=choosing.chunked_loss(without_deepspeed(recipe), shapes),
+        optimizer_in_backward=train.optimizer_in_backward,
         max_grad_norm=train.max_grad_norm,
         num_processes=train.num_processes,
     )
     given = {
         "train.num_processes": train.num_processes,
-        "train.optim": train.optim or "adamw_torch_fused",
+        "train.optim": train.optim,
+        "train.bf16_rounding": train.bf16_rounding,
+        "train.optimizer_in_backward": train.optimizer_in_backward,
+        "train.chunked_loss": train.chunked_loss,
+        "train.precision": train.precision,
+        "train.extra.deepspeed": train.extra.get("deepspeed"),
         "model.weights_dtype": recipe.model.weights_dtype,
     }
-    if zero.wanted(recipe):
-        given["train.extra.deepspeed"] = zero.settings(recipe)
+    shared = zero.zero_of(recipe)
+    on_disk = disk.need(recipe, shapes.num_parameters, start)
+    # A way that offloads to disk has DeepSpeed's checkpoints.
+    checkpoints = on_disk.num_checkpoints * disk.DEEPSPEED_BYTES * shapes.num_parameters + 8 * shapes.num_parameters
     return placement.Load(
         shapes=shapes,
         global_batch_size=settle.global_batch(recipe, summary, ledger),
@@ -94,7 +103,25 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
         ),
         available_bytes=_available_bytes(recipe, fleet),
         given=given,
+        shared=shared,
+        nvme_path=_nvme_path(recipe),
+        bf16_rounding=train.bf16_rounding or "stochastic",
+        checkpoints_bytes=checkpoints,
     )
+
+
+def without_deepspeed(recipe: Recipe) -> Recipe:
+    extra = {name: value for name, value in recipe.train.extra.items() if name != "deepspeed"}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"extra": extra})})
+
+
+def _nvme_path(recipe: Recipe) -> str | None:
+    """Where the recipe's DeepSpeed block keeps what it offloads to a disk."""
+    if not zero.wanted(recipe):
+        return None
+    block = zero.settings(recipe)["zero_optimization"]
+    paths = ((block.get(f"offload_{what}") or {}).get("nvme_path") for what in ("optimizer", "param"))
+    return next((str(path) for path in paths if path), None)
 
 
 def _available_bytes(recipe: Recipe, fleet: Fleet) -> int:
@@ -119,13 +146,20 @@ def _need(task: Task, start: memory.Levers, levers: memory.Levers, device: str) 
         "optimizer": state.optimizer,
         **_passing(task, start, levers),
     }
+    if levers.optimizer_in_backward:  # each gradient goes as soon as it came
+        largest = footprint.largest_tensor * memory.BYTES[levers.weights_dtype]
+        kinds["gradients"] = min(kinds["gradients"], largest)
     # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
     cast = levers.weights_dtype == "fp32" and levers.precision != "fp32"
     buckets = state.gradients if levers.num_processes > 1 else 0
     held = memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * kinds["activations"])
     beyond = memory.CUDA_CONTEXT_BYTES if device == "cuda" else held
     kinds["buffers"] = beyond + buckets + (2 * parameters if cast else 0)
-    return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values())})
+    # Loading and going on from a checkpoint follow from the state alone.
+    like = memory.need(task.shapes, footprint, replace(levers, precision=footprint.traced(start.precision)), device)
+    phases: dict[Phase, int] = {"step": sum(kinds.values())}
+    phases |= {phase: like.phases[phase] for phase in ("loading", "saving", "resuming")}
+    return MemoryNeed(kinds=kinds, phases=phases)
 
 
 def _passing(task: Task, start: memory.Levers, levers: memory.Levers) -> dict[MemoryKind, int]:

@@ -78,17 +78,18 @@ def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> M
     ]
     passing = max(scored, key=lambda one: sum(one.values()))
     base = CUDA_CONTEXT_BYTES if device == "cuda" else FIRST_CALLS_BYTES
-    # Weights of another type than the file's are made beside it.
-    read = 4 * shapes.num_parameters if levers.weights_dtype == "bf16" else 0
+    # Weights of another type than the file's are made beside it; for a GPU both are in the host's memory.
+    on_cpu = device == "cpu"
+    read = 4 * shapes.num_parameters if levers.weights_dtype == "bf16" and on_cpu else 0
     kept = state.weights + state.optimizer
     phases: dict[Phase, int] = {
         "loading": state.weights + read + base,
         "step": sum(kinds.values()),
         "evaluation": kept + sum(passing.values()) + base,
         # Tensors are written from where they lie (safetensors 0.8, torch.save); one is compared with what it was.
-        "saving": kept + base + heap + (4 * footprint.largest_tensor + SCORING_BYTES if device == "cpu" else 0),
+        "saving": kept + base + heap + (4 * footprint.largest_tensor + SCORING_BYTES if on_cpu else 0),
         # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.
-        "resuming": state.weights + max(state.weights + read, state.optimizer) + base,
+        "resuming": state.weights + max(state.weights + read if on_cpu else 0, state.optimizer) + base,
     }
     return MemoryNeed(kinds=kinds, phases=phases)
 

@@ -48,16 +48,14 @@ from fulltune.plan.memory import Levers
 from fulltune.records import MemoryKind, MemoryNeed, Placement
 
 LINK_SHARE = 0.8
-HOST_BUFFERS = 1.22
 HOST_UPDATE_BYTES = 28
 LAUNCH_SECONDS, LOOP_SECONDS = 0.002, 0.005
 HOST_SHARE = 0.65
 """Of the host's bandwidth that a CPU optimizer reaches: 39 of 60 GB/s."""
 DISK_READ, DISK_WRITE = 5e9, 3.5e9
 """Bytes a second of one NVMe disk."""
-NVME_HOST_BYTES = 6
-"""A parameter, for buffers of ZeRO-Infinity: 30 to 60 GB are reported for 7 B."""
 NOT_BUILT = "planned here; running it is not built yet"
+NEEDS_PATH = "with the folder of an NVMe disk as nvme_path"
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,14 @@ class Load:
     """What one process may take on its device, beyond the libraries' own."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Dotted name to the recipe's value, of the settings that a placement may change."""
+    shared: zero.Zero | None = None
+    """What the recipe itself shares out."""
+    nvme_path: str | None = None
+    """The recipe's."""
+    bf16_rounding: str = "stochastic"
+    """Of bf16 weights: the recipe's, or what a plan takes."""
+    checkpoints_bytes: int = 0
+    """Of the run on disk, beside what DeepSpeed offloads there."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class _Way:
     """None: each device holds everything."""
     per_parameter: tuple[int, int, int] = sharded.DEEPSPEED
     """Bytes of weights, gradients, optimizer and fp32 weights; with `shared` only."""
+    needs: str = ""
 
 
 def table(load: Load, fleet: Fleet, num_devices: int) -> tuple[Placement, ...]:
@@ -106,32 +113,50 @@ def table(load: Load, fleet: Fleet, num_devices: int) -> tuple[Placement, ...]:
         fleet: Where.
         num_devices: Processes, one per device.
     """
-    ways = _ways(num_devices, bool(fleet.machine.gpus), load.levers.precision != "fp16")
-    return tuple(_best(load, fleet, num_devices, way) for way in ways)
+    return tuple(_best(load, fleet, num_devices, way) for way in _ways(load, fleet, num_devices))
 
 
-_DEFAULTS = {"train.num_processes": 1, "train.optim": "adamw_torch_fused", "model.weights_dtype": "fp32"}
+_DEFAULTS = {
+    "train.num_processes": 1,
+    "model.weights_dtype": "fp32",
+    "train.bf16_rounding": None,
+    "train.optimizer_in_backward": False,
+    "train.extra.deepspeed": None,
+}
 
 
-def _ways(num_devices: int, gpus: bool, bf16: bool) -> Iterator[_Way]:
-    many = num_devices > 1
+def _ways(load: Load, fleet: Fleet, num_devices: int) -> Iterator[_Way]:
+    gpus, many = fleet.machine.gpus, num_devices > 1
     each = f"{num_devices} copies" if many else "one device"
-    plain = _DEFAULTS | {"train.num_processes": num_devices}
+    plain = _DEFAULTS | {"train.num_processes": num_devices, "train.optim": "adamw_torch_fused"}
+    if not many and load.levers.optimizer_in_backward:
+        plain.pop("train.optimizer_in_backward")
     small = {"train.optim": "adamw_8bit"}
-    narrow = {"model.weights_dtype": "bf16"}
     yield _Way(f"{each}, AdamW fp32", plain)
     yield _Way(f"{each}, 8-bit AdamW", plain | small, optim="adamw_8bit")
-    if bf16:
-        bf16_adamw = plain | narrow | {"train.optim": "adamw_bf16"}
-        yield _Way(f"{each}, bf16 weights", bf16_adamw, weights_dtype="bf16", optim="adamw_bf16")
-        yield _Way(f"{each}, bf16 + 8-bit", plain | small | narrow, weights_dtype="bf16", optim="adamw_8bit")
-    if not gpus:
-        return
+    if load.levers.precision != "fp16" and (not gpus or gpus[0].bf16):
+        optim = _plain_optim("bf16", load.bf16_rounding)
+        narrow = {name: value for name, value in plain.items() if name != "train.bf16_rounding"}
+        narrow |= {"model.weights_dtype": "bf16", "train.optim": optim}
+        if load.given.get("train.precision") == "fp32":
+            narrow["train.precision"] = "bf16"
+        yield _Way(f"{each}, bf16 weights", narrow, weights_dtype="bf16", optim=optim)
+        yield _Way(f"{each}, bf16 + 8-bit", narrow | small, weights_dtype="bf16", optim="adamw_8bit")
+    if gpus:
+        yield from _shared_ways(load, plain, many)
+
+
+def _shared_ways(load: Load, plain: dict[str, Any], many: bool) -> Iterator[_Way]:
+    """With DeepSpeed or FSDP2."""
+    # DeepSpeed updates by itself, and needs whole logits.
+    plain = plain | {"train.optimizer_in_backward": False}
+    if load.given.get("train.chunked_loss"):
+        plain |= {"train.chunked_loss": None}
 
     def deepspeed(stage: int, **offload: Any) -> dict[str, Any]:
         return plain | {"train.extra.deepspeed": {"zero_optimization": {"stage": stage, **offload}}}
 
-    host, disk = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/local_nvme"}
+    host, disk = {"device": "cpu"}, {"device": "nvme", "nvme_path": load.nvme_path or "..."}
     if many:
         yield _Way("ZeRO-2", deepspeed(2), shared=zero.Zero(2, False, False))
         yield _Way("ZeRO-3", deepspeed(3), shared=zero.Zero(3, False, False))
@@ -141,7 +166,13 @@ def _ways(num_devices: int, gpus: bool, bf16: bool) -> Iterator[_Way]:
     both = deepspeed(3, offload_optimizer=host, offload_param=host)
     yield _Way("ZeRO-3, all on host", both, shared=zero.Zero(3, True, True))
     both = deepspeed(3, offload_optimizer=disk, offload_param=disk)
-    yield _Way("ZeRO-3, all on disk", both, shared=zero.Zero(3, True, True, True, True))
+    needs = "" if load.nvme_path else NEEDS_PATH
+    yield _Way("ZeRO-3, all on disk", both, shared=zero.Zero(3, True, True, True, True), needs=needs)
+
+
+def _plain_optim(weights_dtype: str, rounding: str) -> str:
+    """What a plan takes when the recipe names no optimizer."""
+    return "adamw_bf16" if weights_dtype == "bf16" and rounding != "nearest" else "adamw_torch_fused"
 
 
 def _best(load: Load, fleet: Fleet, num_devices: int, way: _Way) -> Placement:
@@ -150,7 +181,7 @@ def _best(load: Load, fleet: Fleet, num_devices: int, way: _Way) -> Placement:
     tried = [
         _placed(load, fleet, num_devices, way, micro, checkpointing)
         for checkpointing in load.checkpointing
-        for micro in _micro_batches(load, num_devices)
+        for micro in _micro_batches(load, num_devices, way)
     ]
     fitting = [one for one in tried if one.fits]
     comfortable = [one for one in fitting if one.device_bytes <= COMFORTABLE * load.available_bytes]
@@ -162,11 +193,17 @@ def _best(load: Load, fleet: Fleet, num_devices: int, way: _Way) -> Placement:
     )
 
 
-def _micro_batches(load: Load, num_devices: int) -> list[int]:
+def _micro_batches(load: Load, num_devices: int, way: _Way) -> list[int]:
     share = max(1, load.global_batch_size // num_devices)
     if load.micro_batch_size is not None:
         return [load.micro_batch_size]
+    if _in_backward(load, num_devices, way):  # it cannot accumulate
+        return [share]
     return [size for size in range(1, share + 1) if share % size == 0]
+
+
+def _in_backward(load: Load, num_devices: int, way: _Way) -> bool:
+    return load.levers.optimizer_in_backward and num_devices == 1 and way.shared is None
 
 
 def _placed(load: Load, fleet: Fleet, num_devices: int, way: _Way, micro: int, checkpointing: bool) -> Placement:
@@ -179,7 +216,9 @@ def _placed(load: Load, fleet: Fleet, num_devices: int, way: _Way, micro: int, c
         weights_dtype=way.weights_dtype,
         precision="bf16" if way.weights_dtype == "bf16" else load.levers.precision,
         optim=way.optim,
-        bf16_rounding="stochastic" if way.weights_dtype == "bf16" else None,
+        bf16_rounding=load.bf16_rounding if way.weights_dtype == "bf16" else None,
+        chunked_loss=load.levers.chunked_loss and way.shared is None,
+        optimizer_in_backward=_in_backward(load, num_devices, way),
         num_processes=num_devices,
     )
     kinds, host, disk = _bytes(load, num_devices, way, levers)
@@ -202,25 +241,30 @@ def _placed(load: Load, fleet: Fleet, num_devices: int, way: _Way, micro: int, c
         runs=way.runs,
         settings=changes,
         how=_how(way, changes),
+        needs=way.needs,
     )
 
 
 def _changes(load: Load, way: _Way) -> dict[str, Any]:
     """What the recipe has otherwise."""
-    known = _DEFAULTS | dict(load.given)
+    known = {**_DEFAULTS, "train.optim": None, **load.given}
+    known["train.optim"] = known["train.optim"] or _plain_optim(way.weights_dtype, load.bf16_rounding)
+    if way.shared is not None and way.shared == load.shared:
+        known["train.extra.deepspeed"] = way.settings.get("train.extra.deepspeed")
     return {name: value for name, value in way.settings.items() if known.get(name) != value}
 
 
 def _how(way: _Way, changes: Mapping[str, Any]) -> str:
     if not way.runs:
         return NOT_BUILT
-    return ", ".join(f"{name}: {_yaml(value)}" for name, value in changes.items()) or "as the recipe is"
+    return ", ".join(f"{name}: {in_yaml(value)}" for name, value in changes.items()) or "as the recipe is"
 
 
-def _yaml(value: Any) -> str:
+def in_yaml(value: Any) -> str:
+    """As a recipe or `--set` has it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_yaml(inner)}" for name, inner in value.items()) + "}"
-    return str(value)
+        return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------
@@ -235,10 +279,9 @@ def _bytes(load: Load, num_devices: int, way: _Way, levers: Levers) -> tuple[dic
         kinds["buffers"] = kinds.get("buffers", 0) + max(0, need.peak - sum(kinds.values()))
         return kinds, 0, 0
     kinds = sharded.kinds(way.shared, way.per_parameter, load.shapes, num_devices, load.passing(levers))
-    state = sharded.state(load.shapes.num_parameters, way.per_parameter)
-    if way.shared.optimizer_on_disk:
-        return kinds, NVME_HOST_BYTES * load.shapes.num_parameters, state.total
-    return kinds, round(way.shared.host_bytes(state, num_devices) * HOST_BUFFERS), 0
+    parameters, per_parameter = load.shapes.num_parameters, way.per_parameter
+    host = sharded.host_bytes(way.shared, parameters, num_devices, per_parameter)
+    return kinds, host, sharded.disk_bytes(way.shared, parameters, per_parameter)
 
 
 def _short(load: Load, fleet: Fleet, device: int, host: int, disk: int) -> str:
@@ -246,7 +289,7 @@ def _short(load: Load, fleet: Fleet, device: int, host: int, disk: int) -> str:
     missing = {
         "device": device - load.available_bytes,
         "host": host - fleet.machine.memory_available_bytes if host else 0,
-        "disk": disk - fleet.disk_bytes if disk and fleet.disk_bytes is not None else 0,
+        "disk": disk + load.checkpoints_bytes - fleet.disk_bytes if disk and fleet.disk_bytes is not None else 0,
     }
     return ", ".join(f"{name} +{size / 2**30:,.1f} GiB" for name, size in missing.items() if size > 0)
 

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from fulltune.errors import RecipeError
+from fulltune.footprint import Footprint
 from fulltune.hardware import Machine
-from fulltune.plan import defaults
+from fulltune.plan import defaults, memory
 from fulltune.plan.ledger import FROM_RECIPE, Ledger
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Setting
@@ -73,12 +74,20 @@ def optimizer(recipe: Recipe, ledger: Ledger) -> tuple[str, Any]:
     """The optimizer, and how bf16 weights are rounded."""
     train = recipe.train
     if recipe.model.weights_dtype == "fp32":
-        return ledger.settle("train.optim", train.optim, "adamw_torch_fused", "AdamW in fp32, one kernel"), None
+        return _named(train.optim, "adamw_torch_fused", "AdamW in fp32, one kernel", ledger), None
     rounding = ledger.settle(
         "train.bf16_rounding", train.bf16_rounding, "stochastic", "bf16 weights: rounded to nearest, updates vanish"
     )
     plain = "adamw_torch_fused" if rounding == "nearest" else "adamw_bf16"
-    return ledger.settle("train.optim", train.optim, plain, "the weights are bf16"), rounding
+    return _named(train.optim, plain, "the weights are bf16", ledger), rounding
+
+
+def _named(given: str | None, chosen: str, reason: str, ledger: Ledger) -> str:
+    optim = str(ledger.settle("train.optim", given, chosen, reason))
+    if not memory.known(optim):
+        why = f"{FROM_RECIPE}; the size of its state is not known here: planned as AdamW's"
+        ledger.settings[-1] = ledger.settings[-1].model_copy(update={"reason": why})
+    return optim
 
 
 def in_backward_problems(recipe: Recipe, micro_batch_size: int, accumulation: int, precision: str) -> list[str]:
@@ -150,6 +159,22 @@ def warmup(recipe: Recipe, total_steps: int, ledger: Ledger) -> int:
     ratio = ledger.settle("train.warmup_ratio", train.warmup_ratio, ratio, why)
     # Rounded down: a warm-up over the whole of a very short run would never leave rate 0.
     return int(ratio * total_steps)
+
+
+def caveats(footprint: Footprint, ledger: Ledger) -> None:
+    """What the plan's memory rests on, where it is no trace of the model at the data's sizes."""
+    if footprint.rough:
+        why = f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
+        ledger.settle("memory", None, "rough", why)
+    if footprint.assumed:
+        ledger.settle("memory.inputs", None, "assumed", footprint.assumed)
+
+
+def notes(footprint: Footprint) -> tuple[str, ...]:
+    """The same in lines, for what has no plan."""
+    ledger = Ledger()
+    caveats(footprint, ledger)
+    return tuple(f"{one.name}: {one.value}: {one.reason}" for one in ledger.settings)
 
 
 def everything_else(recipe: Recipe, ledger: Ledger) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fulltune import zero
@@ -11,9 +11,11 @@ from fulltune.errors import DoesNotFitError
 from fulltune.footprint import Footprint
 from fulltune.hardware import Machine
 from fulltune.model import Shapes
-from fulltune.plan import advise, alternatives, cards, placement, time, ways_out
+from fulltune.plan import advise, alternatives, cards, disk, placement, settle, time
 from fulltune.plan.cards import Fleet
+from fulltune.plan.changed import levers_of
 from fulltune.plan.fit import fit
+from fulltune.plan.ledger import Ledger
 from fulltune.plan.load import Task, load_of
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Placement, Plan, Setting, Survey, WayOut
@@ -45,22 +47,30 @@ def survey(task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None
     """
     load = load_of(task, fleet, planned)
     placements = placement.table(load, fleet, task.recipe.train.num_processes)
+    name, settings = "", dict[str, Any]()
     if planned is None:
-        planned, name, problem = _plan(task, fleet, placements)
-        if planned is None:
+        made = _plan(task, fleet, placements)
+        if isinstance(made, DoesNotFitError):
             found = _found(task, fleet, wishes, load, placements)
-            ways = _ways_out(task, fleet, load, placements)
-            return found.model_copy(update={"ways_out": ways, "notes": problem.problems[:1] if problem else ()}), None
-    else:
-        name = ""
+            problem, ways = _ways_out(task, fleet, load, placements, made.problems[0])
+            notes = (problem, *settle.notes(task.footprint(task.recipe.model.weights_dtype)))
+            return found.model_copy(update={"ways_out": ways, "notes": notes}), None
+        planned, name, settings = made.plan, made.name, made.settings
+    if task.spread:
+        settings = {"train.num_processes": planned.num_processes, **settings}
     name = name or _own(task.recipe, planned, placements)
     placements = _as_planned(load, fleet, planned, placements, name)
     planned = _with_time(planned, task.summary, load, fleet, placements, name)
     others = tuple(alternatives.instead(task, load, fleet, placements, name, planned))
-    update = {"fits": True, "placement": name, "time": planned.time, "alternatives": others}
+    update = {"fits": True, "placement": name, "settings": settings, "time": planned.time, "alternatives": others}
     if wishes.price and planned.time:
-        update["price"] = wishes.price.of(fleet.num_devices, planned.time.total_seconds)
+        update["price"] = wishes.price.of(_working(task.recipe, fleet), planned.time.total_seconds)
     return _found(task, fleet, wishes, load, placements, fits=True).model_copy(update=update), planned
+
+
+def _working(recipe: Recipe, fleet: Fleet) -> int:
+    """Devices that the run works on; the processes of a CPU share one."""
+    return recipe.train.num_processes if fleet.machine.gpus else 1
 
 
 def _found(
@@ -81,11 +91,12 @@ def _found(
         tasks=wishes.tasks,
         preserve=wishes.preserve,
         goal=wishes.goal,
+        frozen_fits=2 * shapes.num_parameters <= load.available_bytes,
     )
     return Survey(
         hardware=fleet.name,
         assumed=fleet.assumed,
-        num_devices=task.recipe.train.num_processes,
+        num_devices=_working(task.recipe, fleet),
         num_parameters=shapes.num_parameters,
         model_type=shapes.model_type,
         train_rows=splits["train"].rows,
@@ -105,22 +116,57 @@ def _found(
 # ---- the plan --------------------------------------------------------------------------------------------------
 
 
-def _plan(task: Task, fleet: Fleet, placements: Sequence[Placement]) -> tuple[Plan | None, str, DoesNotFitError | None]:
-    """The recipe as it is; if that does not fit, with the best placement that does and that fulltune can run."""
+@dataclass(frozen=True)
+class _Made:
+    """A plan, and what it has that the recipe has not."""
+
+    plan: Plan
+    name: str = ""
+    """Of the other placement that it has; empty for the recipe's own."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _plan(task: Task, fleet: Fleet, placements: Sequence[Placement]) -> _Made | DoesNotFitError:
+    """The recipe as it is; on hardware that is not here also with the best other placement that fulltune can run.
+
+    On this machine the plan is what `fulltune run` would do: other placements are ways out.
+    """
     try:
-        return _fitted(task, task.recipe, fleet), "", None
+        own = _fitted(task, task.recipe, fleet)
     except DoesNotFitError as error:
-        problem = error
+        return error if fleet.here else _elsewhere(task, fleet, placements) or error
+    if fleet.here or task.recipe.train.optim is not None or own.optim != "adamw_8bit" or own.num_processes == 1:
+        return _Made(own)
+    # Sharing out the state of several devices leaves the arithmetic as it is; 8-bit moments do not.
+    exact = [one for one in placements if not (alternatives.preference(one)[0] or one.host_bytes or one.disk_bytes)]
+    return _elsewhere(task, fleet, exact) or _Made(own)
+
+
+def _elsewhere(task: Task, fleet: Fleet, placements: Sequence[Placement]) -> _Made | None:
+    """With the best of these placements."""
     for one in sorted(placements, key=alternatives.preference):
-        if not (one.fits and one.runs):
+        if not (alternatives.automatic(one) and one.settings) or _overrides(task.recipe, one.settings):
             continue
         try:
             plan = _fitted(task, with_settings(task.recipe, one.settings), fleet)
-        except DoesNotFitError:
+        except DoesNotFitError:  # of the ways that fit by the table, the next one
             continue
         names = {"train.extra" if name == "train.extra.deepspeed" else name for name in one.settings}
-        return _explained(plan, names, f"placement: {one.name}"), one.name, None
-    return None, "", problem
+        return _Made(_explained(plan, names, f"placement: {one.name}"), one.name, one.settings)
+    return None
+
+
+def _overrides(recipe: Recipe, settings: dict[str, Any]) -> bool:
+    """Whether one of them has another value in the recipe: what is given is kept, and is then a way out."""
+    for name, value in settings.items():
+        block, _, field = name.partition(".")
+        values = getattr(recipe, block)
+        if name == "train.extra.deepspeed":
+            if zero.wanted(recipe) and values.extra["deepspeed"] != value:
+                return True
+        elif field in values.model_fields_set and name != "train.num_processes" and getattr(values, field) != value:
+            return True
+    return False
 
 
 def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
@@ -131,30 +177,35 @@ def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
     return plan.model_copy(update={"settings": settings})
 
 
-def _ways_out(task: Task, fleet: Fleet, load: placement.Load, placements: Sequence[Placement]) -> tuple[WayOut, ...]:
-    """Of the disk, when a larger one would do, else of memory."""
-    on_larger_disk, _, _ = _plan(task, fleet.model_copy(update={"disk_bytes": None}), placements)
-    if on_larger_disk is not None and on_larger_disk.disk is not None and fleet.disk_bytes is not None:
-        kept = task.recipe.train.save_total_limit
-        return ways_out.of_disk(on_larger_disk.disk, fleet.disk_bytes, kept, task.recipe.output)
-    return alternatives.that_fit(task.recipe, fleet, load, placements)
+def _ways_out(
+    task: Task, fleet: Fleet, load: placement.Load, placements: Sequence[Placement], problem: str
+) -> tuple[str, tuple[WayOut, ...]]:
+    """What is short, with the ways out: of the disk, when a larger one would do, else of memory."""
+    made = _plan(task, fleet.model_copy(update={"disk_bytes": None}), placements)
+    if isinstance(made, DoesNotFitError) or fleet.disk_bytes is None:
+        return problem, alternatives.that_fit(task.recipe, fleet, load, placements)
+    recipe, plan = with_settings(task.recipe, made.settings), made.plan
+    levers = levers_of(recipe, plan, task.summary)
+    words = disk.short_by(recipe, disk.need(recipe, plan.num_parameters, levers), fleet.disk_bytes)
+    return words, disk.ways(recipe, plan.num_parameters, levers, fleet.disk_bytes)
 
 
 def _fitted(task: Task, recipe: Recipe, fleet: Fleet) -> Plan:
-    disk = fleet.disk_bytes if fleet.disk_bytes is not None else UNKNOWN_DISK_BYTES
+    free = fleet.disk_bytes if fleet.disk_bytes is not None else UNKNOWN_DISK_BYTES
     footprint = task.footprint(recipe.model.weights_dtype)
-    plan = fit(recipe, task.shapes, footprint, task.summary, fleet.machine, disk)
+    plan = fit(recipe, task.shapes, footprint, task.summary, fleet.machine, free)
     return _explained(plan, {"train.num_processes"}, "one for each device") if task.spread else plan
 
 
 def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe with other values for some dotted names."""
+    """The recipe with other values for some dotted names; without DeepSpeed for None."""
     for name, value in settings.items():
-        block, _, field = name.partition(".")
+        block, _, inner = name.partition(".")
         values = getattr(recipe, block)
-        if field == "extra.deepspeed":
-            field, value = "extra", {**values.extra, "deepspeed": value}
-        recipe = recipe.model_copy(update={block: values.model_copy(update={field: value})})
+        if inner == "extra.deepspeed":
+            extra = {key: kept for key, kept in values.extra.items() if key != "deepspeed"}
+            inner, value = "extra", extra if value is None else {**extra, "deepspeed": value}
+        recipe = recipe.model_copy(update={block: values.model_copy(update={inner: value})})
     return recipe
 
 
@@ -162,14 +213,13 @@ def _own(recipe: Recipe, plan: Plan, placements: Sequence[Placement]) -> str:
     """Name of the placement that a plan has; empty for one that the table does not list."""
     shared = zero.zero_of(recipe)
     for one in placements:
-        block = one.settings.get("train.extra.deepspeed")
-        if one.runs and (block is None) != (shared is None):
+        if not one.runs:
             continue
-        if not one.runs or (shared is not None and zero.zero_of(with_settings(recipe, one.settings)) != shared):
+        changed = with_settings(recipe, one.settings)
+        if zero.zero_of(changed) != shared:
             continue
-        optim = one.settings.get("train.optim", recipe.train.optim or "adamw_torch_fused")
-        dtype = one.settings.get("model.weights_dtype", recipe.model.weights_dtype)
-        if shared is not None or (optim == plan.optim and dtype == plan.weights_dtype):
+        optim, _ = settle.optimizer(changed, Ledger())
+        if shared is not None or (optim == plan.optim and changed.model.weights_dtype == plan.weights_dtype):
             return one.name
     return ""
 

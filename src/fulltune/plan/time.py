@@ -42,7 +42,7 @@ class Work:
     """What a row costs, on average over the train rows."""
 
     tokens_per_row: float
-    """Padding included."""
+    """Padding included; an image is one."""
     longest: int
     """Tokens of the longest row."""
     flops_per_token: float
@@ -67,6 +67,8 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool) -> Work:
         footprint: Has the model's operations per token.
         grouped: Rows of similar length share a batch.
     """
+    if summary.task == "image-classification":  # the footprint counts an image, not its patches
+        return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0)
     split = summary.splits["train"]
     mean = split.tokens / max(1, split.rows)
     longest = summary.max_length
@@ -133,9 +135,6 @@ class Price:
 
     def of(self, num_devices: int, seconds: float) -> float:
         return self.per_device_hour * num_devices * seconds / 3600
-
-    def words(self, amount: float) -> str:
-        return f"{amount:,.2f} {self.currency}".rstrip()
 
 
 def parse_price(text: str) -> Price:

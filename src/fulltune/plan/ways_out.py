@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fulltune import zero
 from fulltune.plan.memory import Levers
 from fulltune.recipe import Recipe
 from fulltune.records import DiskNeed, MemoryNeed, Placement, WayOut
@@ -64,7 +65,7 @@ def of_memory(
     enough = [way for way in found if way.enough]
     if not enough:
         enough = _together(recipe, levers, budget_bytes, need, now)
-    if len(enough) < MOST:
+    if len(enough) < MOST and not zero.wanted(recipe):  # its weights may lie anywhere
         enough.append(_smaller_model(now, budget_bytes, levers, need))
     rest = sorted((way for way in found if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MOST])
@@ -76,9 +77,10 @@ def _is_another(placement: Placement) -> bool:
 
 def _as_way_out(placement: Placement, now: int) -> WayOut:
     host = f", {in_words(placement.host_bytes)} on the host" if placement.host_bytes else ""
+    needs = f", {placement.needs}" if placement.needs else ""
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     return WayOut(
-        change=f"{placement.name} ({placement.how})",
+        change=f"{placement.name} ({placement.how}{needs})",
         frees_bytes=now - placement.device_bytes,
         where="device",
         enough=True,
@@ -91,16 +93,18 @@ def _changes(recipe: Recipe, now: Levers) -> Iterator[_Change]:
     if now.micro_batch_size > 1:
         lower = replace(now, micro_batch_size=1, accumulation=now.accumulation * now.micro_batch_size)
         yield _Change("train.micro_batch_size: 1", "nothing but some speed", lower, harmless=True)
-    if not now.chunked_loss and recipe.train.chunked_loss is False:
+    if not now.chunked_loss and recipe.train.chunked_loss is False and not zero.wanted(recipe):
         chunked = replace(now, chunked_loss=True)
         yield _Change("train.chunked_loss: true", "nothing but some speed", chunked, harmless=True)
     if not now.activation_checkpointing and now.can_recompute:
         recomputed = replace(now, activation_checkpointing=True)
         yield _Change("train.activation_checkpointing: true", "about a third more time", recomputed, harmless=True)
     small = replace(now, optim="adamw_8bit")
-    if now.optim != small.optim:
+    # DeepSpeed keeps weights in fp32 and cannot take our optimizers.
+    free = not zero.wanted(recipe)
+    if free and now.optim != small.optim:
         yield _Change("train.optim: adamw_8bit", "moments of 8 bits", small)
-    if now.weights_dtype == "fp32" and now.precision != "fp16":
+    if free and now.weights_dtype == "fp32" and now.precision != "fp16":
         narrow = replace(now, weights_dtype="bf16", precision="bf16", optim="adamw_bf16", bf16_rounding="stochastic")
         yield _Change("model.weights_dtype: bf16", "weights of 16 bits, rounded at random", narrow)
         both = replace(narrow, optim="adamw_8bit")
@@ -147,7 +151,7 @@ def _smaller_model(now: int, budget_bytes: int, levers: Levers, need: Callable[[
     )
 
 
-def of_disk(need: DiskNeed, free_bytes: int, kept: int, output: str) -> tuple[WayOut, ...]:
+def of_disk(need: DiskNeed, free_bytes: int, kept: int, output: str, freed_by_8bit: int) -> tuple[WayOut, ...]:
     """The nearest ways to bring a run onto its disk.
 
     Args:
@@ -155,14 +159,15 @@ def of_disk(need: DiskNeed, free_bytes: int, kept: int, output: str) -> tuple[Wa
         free_bytes: What there is.
         kept: `train.save_total_limit`.
         output: The recipe's output folder.
+        freed_by_8bit: What 8-bit moments would free; 0 where they cannot be.
     """
     missing = need.total - free_bytes
     ways = []
     if kept > 1:
         freed = (kept - 1) * need.one_checkpoint
         ways.append(("train.save_total_limit: 1", freed, "fewer checkpoints to go back to"))
-    eighth = round(need.num_checkpoints * need.one_checkpoint / 2)
-    ways.append(("train.optim: adamw_8bit", eighth, "moments of 8 bits"))
+    if freed_by_8bit > 0:
+        ways.append(("train.optim: adamw_8bit", freed_by_8bit, "moments of 8 bits"))
     ways.append((f"free {in_words(missing)} under {output}, or choose another output", missing, "nothing"))
     found = [
         WayOut(change=words, frees_bytes=freed, where="disk", enough=freed >= missing, costs=costs)

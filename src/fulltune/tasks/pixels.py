@@ -41,6 +41,14 @@ class ImageReader:
     def save_pretrained(self, folder: Any, **_: Any) -> None:
         self.processor.save_pretrained(folder)
 
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the model reads; of a square image when they depend on the image."""
+        from PIL import Image
+
+        blank = Image.new("RGB", (512, 512))
+        channels, height, width = np.shape(self.processor(blank, return_tensors="np")[PIXELS][0])
+        return channels, height, width
+
     def pixels(self, path: str, content: bytes) -> np.ndarray:
         """float32 [channels, height, width].
 

@@ -214,11 +214,36 @@ def _missing_packages(recipe: Recipe) -> list[str]:
             for name in recipe.train.report_to
             if name not in (*present, *_NOT_PACKAGES)
         ]
+    package, install = _package_of(recipe.train.optim or "")
+    if package and importlib.util.find_spec(package) is None:
+        problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
     if zero.wanted(recipe) and importlib.util.find_spec("deepspeed") is None:
         problems.append(f"{zero.NAME}: needs DeepSpeed; pip install 'fulltune[deepspeed]'")
     return problems
 
 
+def _package_of(optim: str) -> tuple[str, str]:
+    """The module that one of transformers' optimizers needs, and what to install; empty for torch's and our own."""
+    if optim in OWN_OPTIMIZERS:
+        return "", ""
+    if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
+        return "torchao", "torchao"
+    for start, module, package in _BEGINNINGS:
+        if optim.startswith(start):
+            return module, package
+    return ("bitsandbytes", "bitsandbytes") if "bnb" in optim or optim.endswith(("_8bit", "_32bit")) else ("", "")
+
+
+_BEGINNINGS = (
+    ("galore", "galore_torch", "galore-torch"),
+    ("apollo", "apollo_torch", "apollo-torch"),
+    ("lomo", "lomo_optim", "lomo-optim"),
+    ("adalomo", "lomo_optim", "lomo-optim"),
+    ("grokadamw", "grokadamw", "grokadamw"),
+    ("schedule_free", "schedulefree", "schedulefree"),
+    ("stable_adamw", "optimi", "torch-optimi"),
+    ("ademamix", "bitsandbytes", "bitsandbytes"),
+)
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
 """Trackers whose package has another name."""
 _NOT_PACKAGES = ("all", "none", "flyte")

@@ -24,7 +24,8 @@ def verdicts(**changes: Any) -> dict[str, str]:
         ({"train_rows": 50_000}, "try", "try", "leave"),
         ({"train_rows": 100_000}, "take", "try", "leave"),
         ({"train_rows": 100_000, "fits": False}, "leave", "take", "leave"),
-        ({"train_rows": 500, **ENCODER}, "take", "try", "leave"),
+        ({"train_rows": 500, **ENCODER}, "try", "try", "leave"),
+        ({"train_rows": 100_000, "fits": False, "frozen_fits": False}, "leave", "leave", "leave"),
         ({"train_rows": 50_000, **ENCODER}, "take", "try", "leave"),
         ({"tasks": 20}, "try", "try", "take"),
         ({"tasks": 4}, "try", "try", "leave"),
@@ -60,3 +61,18 @@ def test_few_rows_of_a_decoder_ask_for_several_seeds() -> None:
     found = {one.method: one for one in advise(Situation(train_rows=500, **DECODER))}
     assert "three seeds" in found["full fine-tuning"].rule
     assert "few rows" in found["LoRA"].rule
+
+
+@pytest.mark.parametrize(("parameters", "verdict"), [(110 * 10**6, "leave"), (7 * 10**9, "leave"), (13 * 10**9, "try")])
+def test_prompts_are_level_only_in_large_models(parameters: int, verdict: str) -> None:
+    found = {one.method: one for one in advise(Situation(50_000, parameters, is_decoder=True, fits=True))}
+    prompts = found["prompt tuning"]
+    assert prompts.verdict == verdict
+    assert "at about 11 B" in prompts.rule
+    assert "full in bf16 without a master copy and at one rate" in prompts.evidence
+
+
+def test_size_of_frozen_weights_that_do_not_fit_is_said() -> None:
+    found = advise(Situation(50_000, 7 * 10**9, is_decoder=True, fits=False, frozen_fits=False))
+    rules = {one.method: one.rule for one in found}
+    assert rules["LoRA"] == "its frozen weights alone are about 13.0 GiB in 16 bits: they do not fit either"

@@ -36,6 +36,12 @@ def test_names_are_those_of_one_card_each() -> None:
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA L40S", "L40S"),
         ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-PCIe-80GB"),
+        ("Tesla V100-PCIE-16GB", "V100-PCIe-16GB"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 16GB"),
+        ("NVIDIA GeForce RTX 5060 Ti", "RTX 5060 Ti 16GB"),
     ],
 )
 def test_card_is_found_by_the_drivers_name(driver: str, name: str) -> None:
@@ -139,3 +145,19 @@ def test_this_machine_is_a_fleet() -> None:
     assert fleet.name == "this machine: 2x NVIDIA L4, 8 cores, 32 GiB"
     assert fleet.card == cards.find("L4")
     assert (fleet.here, fleet.num_devices, fleet.disk_bytes) == (True, 2, 7 * GB)
+
+
+@pytest.mark.parametrize(("memory_gib", "name"), [(7.6, "RTX 4060 Ti 8GB"), (15.6, "RTX 4060 Ti 16GB")])
+def test_size_of_a_card_here_is_told_by_its_memory(memory_gib: float, name: str) -> None:
+    gpu = Gpu(name="NVIDIA GeForce RTX 4060 Ti", memory_bytes=int(memory_gib * GIB), bf16=True, free_bytes=GIB)
+    machine = Machine(
+        cpu="x", num_cores=8, memory_bytes=GIB, memory_available_bytes=GIB, cpu_bf16_speedup=1.0, gpus=(gpu,)
+    )
+    assert cards.here(machine, GB).card == cards.find(name)
+
+
+def test_cards_on_pcie_have_no_nvlink() -> None:
+    for name in ("A100-80GB-PCIe", "A100-40GB-PCIe", "V100-PCIe-32GB", "V100-PCIe-16GB"):
+        card = cards.find(name)
+        assert card.peer_gb_per_second == card.link_gb_per_second
+    assert cards.find("A100 80GB PCIe").memory_gb_per_second == 1935

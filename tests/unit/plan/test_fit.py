@@ -263,7 +263,7 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
                 ),
                 "train": {"extra": {"deepspeed": ZERO3}},
             },
-            "what is offloaded needs 1.6 GiB, but 0.9 GiB of the host's memory",
+            "what is offloaded needs 2.2 GiB, but 0.9 GiB of the host's memory",
         ),
         (DoesNotFitError, {"disk": GB}, r"need 5.7 GiB on disk \(4 x 1.2 GiB and 0.8 GiB\), but 0.9 GiB are free"),
     ],

@@ -12,6 +12,7 @@ from fulltune.records import Placement
 from tests.unit.plan import sizes
 
 P = sizes.LLAMA.num_parameters
+ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 GIB = 2**30
 
 
@@ -96,7 +97,8 @@ def test_what_is_short_is_said_with_its_size() -> None:
     assert rows["one device, AdamW fp32"].short.startswith("device +")
     assert rows["ZeRO-3, all on host"].short.startswith("host +")
     rows = table("1x RTX 4090, 64GB host, 100GB disk")
-    assert rows["ZeRO-3, all on disk"].short == f"disk +{(18 * P - 100e9) / GIB:,.1f} GiB"
+    # Four checkpoints of 20 bytes a parameter, and two models, lie there as well.
+    assert rows["ZeRO-3, all on disk"].short == f"disk +{((18 + 4 * 20 + 8) * P - 100e9) / GIB:,.1f} GiB"
 
 
 def test_no_bf16_on_a_card_without_it() -> None:
@@ -127,6 +129,22 @@ def test_what_is_not_built_is_said() -> None:
         ({"optim": "adamw_8bit"}, {}, "2 copies, 8-bit AdamW", "as the recipe is"),
         ({"optim": "adamw_8bit"}, {}, "2 copies, AdamW fp32", "train.optim: adamw_torch_fused"),
         ({}, {"weights_dtype": "bf16"}, "2 copies, AdamW fp32", "model.weights_dtype: fp32"),
+        ({}, {"weights_dtype": "bf16"}, "2 copies, bf16 weights", "as the recipe is"),
+        (
+            {"bf16_rounding": "kahan"},
+            {"weights_dtype": "bf16"},
+            "2 copies, AdamW fp32",
+            "model.weights_dtype: fp32, train.bf16_rounding: null",
+        ),
+        ({"extra": ZERO2}, {}, "2 copies, AdamW fp32", "train.extra.deepspeed: null"),
+        ({"extra": ZERO2}, {}, "ZeRO-2", "as the recipe is"),
+        ({"extra": ZERO2}, {}, "ZeRO-3", "train.extra.deepspeed: {zero_optimization: {stage: 3}}"),
+        (
+            {"optimizer_in_backward": True, "max_grad_norm": 0},
+            {},
+            "2 copies, AdamW fp32",
+            "train.optimizer_in_backward: false",
+        ),
     ],
 )
 def test_how_says_what_to_change_in_the_recipe(
@@ -189,3 +207,40 @@ def test_micro_batch_is_the_fastest_that_fits() -> None:
     given = sizes.bert(train={"global_batch_size": 64, "micro_batch_size": 2, "activation_checkpointing": True})
     kept = table("1x A100-80GB", given)["one device, AdamW fp32"]
     assert (kept.micro_batch_size, kept.activation_checkpointing) == (2, True)
+
+
+@pytest.mark.parametrize("extra", [{}, ZERO2])
+def test_chunked_loss_is_only_without_deepspeed(extra: dict[str, Any]) -> None:
+    train = {"activation_checkpointing": True, "micro_batch_size": 8, "extra": extra}
+    rows = table("8x H100", sizes.llama(tokens=2048, train={"global_batch_size": 64, "num_processes": 8, **train}))
+    whole = 8 * 2048 * 10 * sizes.LLAMA.vocab_size
+    for name, one in rows.items():
+        assert (one.kinds["logits"] == whole) == ("ZeRO" in name or "FSDP" in name)
+        assert one.kinds["logits"] <= whole
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan", "nearest"])
+def test_bf16_weights_are_rounded_as_the_recipe_says(rounding: str) -> None:
+    model = {"name": "m", "weights_dtype": "bf16"}
+    task = sizes.llama(train={"global_batch_size": 4, "bf16_rounding": rounding}, model=model)
+    one = table("1x H200", task)["one device, bf16 weights"]
+    assert one.kinds["optimizer"] / P == (6 if rounding == "kahan" else 4)
+    assert one.how == "as the recipe is"
+
+
+def test_gradients_of_an_optimizer_in_backward_are_those_of_a_tensor() -> None:
+    train = {"global_batch_size": 4, "optimizer_in_backward": True, "max_grad_norm": 0}
+    rows = table("1x H200", sizes.llama(train=train))
+    for name in ("one device, AdamW fp32", "one device, bf16 weights"):
+        assert rows[name].kinds["gradients"] < 0.05 * 4 * P
+        assert rows[name].micro_batch_size == 4
+    assert rows["ZeRO-3, all on host"].settings["train.optimizer_in_backward"] is False
+
+
+def test_folder_on_an_nvme_disk_is_the_recipes() -> None:
+    assert table("1x RTX 4090")["ZeRO-3, all on disk"].needs == placement.NEEDS_PATH
+    disk = {"device": "nvme", "nvme_path": "/fast"}
+    block = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
+    train = {"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}}
+    one = table("1x RTX 4090", sizes.llama(train=train))["ZeRO-3, all on disk"]
+    assert (one.needs, one.how) == ("", "as the recipe is")

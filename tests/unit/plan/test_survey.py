@@ -10,8 +10,11 @@ import pytest
 from fulltune.errors import RecipeError
 from fulltune.plan import cards, load, time
 from fulltune.plan.survey import Wishes, survey, with_settings
+from fulltune.recipe import Recipe
 from fulltune.records import Plan, Survey
 from tests.unit.plan import sizes
+
+ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 
 
 def planned(hardware: str, task: load.Task | None = None, wishes: Wishes | None = None) -> tuple[Survey, Plan | None]:
@@ -52,7 +55,7 @@ def test_7b_on_eight_of_every_card_fits_or_has_ways_out(card: cards.Card) -> Non
         ("1x MI325X", "one device, AdamW fp32"),
         ("8x A100-80GB", "ZeRO-2"),
         ("4x A100-80GB", "ZeRO-2"),
-        ("1x RTX 4090, 64GB host", "ZeRO-3, all on disk"),
+        ("1x RTX 4090, 256GB host", "ZeRO-2, optimizer on host"),
     ],
 )
 def test_placement_of_a_7b_model(hardware: str, placement: str) -> None:
@@ -91,9 +94,10 @@ def test_nothing_fits_and_the_ways_out_say_what_would() -> None:
     found, plan = planned("1x T4, 16GB host, 50GB disk")
     assert plan is None
     assert (found.fits, found.placement, found.price, found.time) == (False, "", None, None)
-    assert [way.enough for way in found.ways_out] == [True, True, True]
-    assert found.ways_out[0].change.startswith("16x T4, ")
-    assert found.ways_out[1].change.startswith("a host with ")
+    assert [way.enough for way in found.ways_out] == [True, True, False]
+    assert found.ways_out[0].change.startswith("a host with ")
+    found, _ = planned("1x RTX 4090, 64GB host")
+    assert found.ways_out[0].change.startswith("4x RTX 4090, ")
     assert {one.method: one.verdict for one in found.advice}["full fine-tuning"] == "leave"
 
 
@@ -102,12 +106,15 @@ def test_disk_too_small_has_ways_out_of_its_own() -> None:
     assert plan is None
     assert {way.where for way in found.ways_out} == {"disk"}
     assert "on disk" in found.notes[0]
+    found, plan = planned("1x RTX 4090, 256GB host, 400GB disk")
+    assert plan is None
+    assert [way.change.split()[0] for way in found.ways_out] == ["free", "train.save_total_limit:"]
+    assert "on disk" in found.notes[0]
 
 
 def test_faster_and_cheaper_plans_are_named() -> None:
-    found, _ = planned("1x RTX 4090, 64GB host")
+    found, _ = planned("1x RTX 4090, 256GB host")
     changes = [one.change for one in found.alternatives]
-    assert any(change.startswith("a host with ") for change in changes)
     assert any(change.startswith("2x RTX 4090, ") for change in changes)
     found, _ = planned("cpu, 16 cores, 64GB host", sizes.bert())
     assert [one.kind for one in found.alternatives] == ["faster"]
@@ -140,6 +147,116 @@ def test_number_of_processes_of_the_recipe_is_kept() -> None:
     assert (plan.num_processes, found.num_devices) == (2, 2)
 
 
+def test_only_devices_that_work_are_paid() -> None:
+    wishes = Wishes(price=time.Price(2.0))
+    found, plan = planned("8x A100-80GB", sizes.bert(train={"num_processes": 2}), wishes)
+    assert plan is not None
+    assert plan.time is not None
+    assert found.price == pytest.approx(2.0 * 2 * plan.time.total_seconds / 3600)
+    found, plan = planned("cpu, 8 cores", sizes.bert(train={"num_processes": 2}), wishes)
+    assert plan is not None
+    assert plan.time is not None
+    assert found.num_devices == 1
+    assert found.price == pytest.approx(2.0 * plan.time.total_seconds / 3600)
+
+
+def test_no_more_than_eight_devices_are_proposed() -> None:
+    for hardware in ("8x A100-80GB", "1x T4, 16GB host", "4x L4"):
+        found, _ = planned(hardware)
+        changes = [one.change for one in found.alternatives] + [way.change for way in found.ways_out]
+        assert not any(change.startswith(("16x", "32x")) for change in changes)
+
+
+@pytest.mark.parametrize("hardware", ["1x L40S, 16GB host", "8x L40S, 1TB host", "1x L40S, 256GB host"])
+def test_plain_ways_take_deepspeed_out_of_the_recipe(hardware: str) -> None:
+    found, plan = planned(hardware, sizes.llama(train={"global_batch_size": 64, "extra": ZERO2}))
+    assert (plan is not None) == found.fits
+    plain = [one for one in found.placements if "ZeRO" not in one.name and one.runs]
+    assert all("train.extra.deepspeed: null" in one.how for one in plain)
+    assert all("adamw_8bit" not in way.change or "deepspeed: null" in way.change for way in found.ways_out)
+
+
+def test_plan_for_other_hardware_says_what_the_recipe_lacks() -> None:
+    found, _ = planned("8x A100-80GB")
+    zero2 = {"zero_optimization": {"stage": 2}}
+    assert found.settings == {"train.num_processes": 8, "train.extra.deepspeed": zero2}
+    found, _ = planned("1x A100-80GB", sizes.bert())
+    assert found.settings == {}
+
+
+def test_placement_that_the_recipe_lacks_is_a_way_out_here() -> None:
+    task, fleet = sizes.llama(), cards.parse("1x RTX 4090, 256GB host").model_copy(update={"here": True})
+    found, plan = survey(task, fleet, Wishes())
+    assert plan is None
+    assert not found.fits
+    assert found.placement == ""
+    assert found.ways_out[0].change.startswith("ZeRO-2, optimizer on host (train.extra.deepspeed: ")
+    assert found.ways_out[0].enough
+
+
+def test_several_devices_share_the_state_rather_than_round_it() -> None:
+    # Two copies with 8-bit moments would fit.
+    task = sizes.llama(train={"global_batch_size": 4, "optim": "adamw_8bit"})
+    found, plan = planned("2x H100-NVL, 64GB host", task)
+    assert plan is not None
+    assert found.placement == "2 copies, 8-bit AdamW"
+    found, plan = planned("2x H100-NVL, 64GB host", sizes.llama(train={"global_batch_size": 4}))
+    assert plan is not None
+    assert (found.placement, plan.optim) == ("ZeRO-2", "adamw_torch_fused")
+
+
+def test_disk_is_offloaded_to_only_with_the_recipes_path() -> None:
+    found, plan = planned("1x RTX 4090, 64GB host")
+    assert plan is None
+    assert any("with the folder of an NVMe disk as nvme_path" in way.change for way in found.ways_out)
+    disk = {"device": "nvme", "nvme_path": "/fast"}
+    block = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
+    task = sizes.llama(train={"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}})
+    for hardware, fits in (("1x RTX 4090, 64GB host, 600GB disk", False), ("1x RTX 4090, 64GB host, 1TB disk", True)):
+        found, plan = planned(hardware, task)
+        assert found.fits == fits
+    assert plan is not None
+    assert plan.disk is not None
+    assert plan.disk.offloaded == 18 * sizes.LLAMA.num_parameters
+    assert found.placement == "ZeRO-3, all on disk"
+
+
+@pytest.mark.parametrize("host", range(100, 180, 10))
+def test_table_and_plan_agree_on_the_host(host: int) -> None:
+    block = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    task = sizes.llama(train={"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}})
+    fleet = cards.parse(f"1x H100, {host}GB host")
+    found, _ = survey(task, fleet.model_copy(update={"here": True}), Wishes())
+    row = next(one for one in found.placements if one.name == "ZeRO-3, all on host")
+    assert found.fits == row.fits
+
+
+@pytest.mark.parametrize(
+    ("model", "train"),
+    [
+        ({}, {"optimizer_in_backward": True, "max_grad_norm": 0, "micro_batch_size": 4}),
+        ({"weights_dtype": "bf16"}, {"optimizer_in_backward": True, "max_grad_norm": 0, "micro_batch_size": 4}),
+        ({"weights_dtype": "bf16"}, {"bf16_rounding": "kahan"}),
+        ({"weights_dtype": "bf16"}, {"bf16_rounding": "nearest"}),
+    ],
+)
+def test_row_has_the_plans_bytes(model: dict[str, Any], train: dict[str, Any]) -> None:
+    found, plan = planned("1x H200", sizes.llama(model={"name": "m", **model}, train={"global_batch_size": 4, **train}))
+    assert plan is not None
+    assert plan.memory is not None
+    row = next(one for one in found.placements if one.name == found.placement)
+    assert row.device_bytes == plan.memory.peak
+    assert row.kinds["optimizer"] == plan.memory.kinds["optimizer"]
+
+
+def test_optimizer_of_unknown_state_is_named() -> None:
+    _, plan = planned("1x A100-80GB", sizes.bert(train={"optim": "lion_32bit"}))
+    assert plan is not None
+    setting = next(one for one in plan.settings if one.name == "train.optim")
+    assert setting.reason == "from the recipe; the size of its state is not known here: planned as AdamW's"
+    assert not setting.chosen
+
+
 def test_recipes_own_placement_is_recognised() -> None:
     zero3 = {"zero_optimization": {"stage": 3}}
     for train, placement in (
@@ -156,6 +273,7 @@ def test_settings_by_dotted_names_change_the_recipe() -> None:
     changed = with_settings(recipe, {"train.extra.deepspeed": {"a": 1}, "model.weights_dtype": "bf16"})
     assert changed.train.extra == {"tf32": True, "deepspeed": {"a": 1}}
     assert changed.model.weights_dtype == "bf16"
+    assert with_settings(changed, {"train.extra.deepspeed": None}).train.extra == {"tf32": True}
 
 
 def test_memory_limit_of_the_recipe_is_the_limit_of_the_table() -> None:
@@ -171,3 +289,20 @@ def test_optimizer_that_the_table_does_not_have_is_planned_at_the_plain_ones_spe
     assert plan is not None
     assert plan.time is not None
     assert found.placement == ""
+
+
+def test_what_the_recipe_gives_is_not_overridden_by_a_placement() -> None:
+    from fulltune.plan.survey import _overrides
+
+    def given(**blocks: Any) -> Recipe:
+        values: dict[str, Any] = {"model": "m", "task": "causal-lm", "data": {"train": "a"}, **blocks}
+        return Recipe.model_validate(values)
+
+    narrow = {"model.weights_dtype": "bf16", "train.optim": "adamw_8bit"}
+    assert not _overrides(given(), narrow)
+    assert _overrides(given(model={"name": "m", "weights_dtype": "fp32"}), narrow)
+    assert _overrides(given(train={"optim": "adamw_torch_fused"}), narrow)
+    assert not _overrides(given(train={"optim": "adamw_8bit"}), narrow)
+    assert not _overrides(given(), {"train.extra.deepspeed": {"zero_optimization": {"stage": 2}}})
+    mine = {"extra": {"deepspeed": {"zero_optimization": {"stage": 3}}}}
+    assert _overrides(given(train=mine), {"train.extra.deepspeed": None})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import cards, placement, ways_out
+from fulltune.plan import cards, disk, placement, ways_out
 from fulltune.plan.load import load_of
 from fulltune.plan.memory import Levers
 from fulltune.records import DiskNeed, MemoryNeed
@@ -145,14 +145,37 @@ def test_other_placements_that_fit_are_ways_out() -> None:
 )
 def test_ways_out_of_a_full_disk(kept: int, free: int, expected: list[tuple[str, int, bool]]) -> None:
     disk = DiskNeed(one_checkpoint=12 * GIB, num_checkpoints=4, model=8 * GIB)
-    found = ways_out.of_disk(disk, free * GIB, kept, "runs")
+    found = ways_out.of_disk(disk, free * GIB, kept, "runs", 24 * GIB)
     assert [(way.change, way.frees_bytes / GIB, way.enough) for way in found] == expected
 
 
 def test_lines_say_what_is_enough() -> None:
     disk = DiskNeed(one_checkpoint=12 * GIB, num_checkpoints=4, model=8 * GIB)
-    lines = ways_out.in_lines(ways_out.of_disk(disk, 20 * GIB, 1, "runs"))
+    lines = ways_out.in_lines(ways_out.of_disk(disk, 20 * GIB, 1, "runs", 24 * GIB))
     assert lines == [
         "enough: free 36.0 GiB under runs, or choose another output: frees 36.0 GiB (nothing)",
         "helps: train.optim: adamw_8bit: frees 24.0 GiB (moments of 8 bits)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("train", "freed"),
+    [
+        ({}, 5 * (8 - 2.0625)),
+        ({"optim": "adafactor"}, None),
+        ({"optim": "adamw_8bit"}, None),
+        ({"extra": {"deepspeed": {"zero_optimization": {"stage": 2}}}}, None),
+    ],
+)
+def test_8bit_moments_free_disk_only_where_they_are_smaller(train: dict[str, Any], freed: float | None) -> None:
+    recipe = plans.recipe(train={"save_total_limit": 3, **train})
+    levers = replace(LEVERS, optim=recipe.train.optim or LEVERS.optim)
+    found = {way.change: way.frees_bytes for way in disk.ways(recipe, 10**9, levers, 2**30)}
+    assert found.get("train.optim: adamw_8bit") == (None if freed is None else pytest.approx(freed * 10**9))
+
+
+def test_deepspeed_is_offered_nothing_that_it_cannot_have() -> None:
+    recipe = plans.recipe("causal-lm", train={"extra": {"deepspeed": {"zero_optimization": {"stage": 2}}}})
+    found = ways_out.of_memory(recipe, LEVERS, 10 * GIB, need)
+    assert found
+    assert not any("adamw_8bit" in way.change or "bf16" in way.change or "a model" in way.change for way in found)
