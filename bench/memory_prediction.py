@@ -11,6 +11,7 @@ the set `calibration` alone; the last line prints what they should be.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -353,24 +354,15 @@ def fit(records: Mapping[str, Mapping[str, Any]]) -> None:
     cells = [records[cell.name] for cell in CALIBRATION if "growth" in records.get(cell.name, {})]
     if not cells:
         return
-    kept = memory.FIRST_CALLS_BYTES, memory.HELD_SHARE, memory.HELD_SHARE_RECOMPUTED
+    kept = memory.FIRST_CALLS_BYTES, memory.HELD_SHARE
     found = []
-    for first in range(20, 110, 5):
-        for share in range(0, 120, 4):
-            memory.FIRST_CALLS_BYTES = first * 2**20
-            memory.HELD_SHARE = memory.HELD_SHARE_RECOMPUTED = share / 100
-            errors = [predict(one).peak / one["growth"] - 1 for one in cells]
-            costs = [error**2 * (8 if error < -0.01 else 1) for error in errors]
-            recomputed = [one["cell"]["checkpointing"] for one in cells]
-            found.append((first, share, [c for c, r in zip(costs, recomputed, strict=True) if not r],
-                          [c for c, r in zip(costs, recomputed, strict=True) if r]))  # fmt: skip
-    memory.FIRST_CALLS_BYTES, memory.HELD_SHARE, memory.HELD_SHARE_RECOMPUTED = kept
-    first, share, *_ = min(found, key=lambda one: sum(one[2]))
-    again = min((one for one in found if one[0] == first), key=lambda one: sum(one[3]))[1]
-    print(
-        f"\nFIRST_CALLS_BYTES = {first} MiB, HELD_SHARE = {share / 100}, HELD_SHARE_RECOMPUTED = {again / 100} "
-        f"from {len(cells)} calibration cells"
-    )
+    for first, share in itertools.product(range(20, 110, 5), range(0, 120, 4)):
+        memory.FIRST_CALLS_BYTES, memory.HELD_SHARE = first * 2**20, share / 100
+        errors = [predict(one).peak / one["growth"] - 1 for one in cells]
+        found.append((sum(error**2 * (8 if error < -0.01 else 1) for error in errors), first, share / 100))
+    memory.FIRST_CALLS_BYTES, memory.HELD_SHARE = kept
+    _, first, share = min(found)
+    print(f"\nFIRST_CALLS_BYTES = {first} MiB, HELD_SHARE = {share} by {len(cells)} calibration cells")
 
 
 def main() -> None:

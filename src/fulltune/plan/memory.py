@@ -38,12 +38,10 @@ class Levers:
 
 # ---- beyond live tensors: fitted on the calibration cells of bench/memory_prediction.py ----------------------------
 
-FIRST_CALLS_BYTES = 60 * 2**20
+FIRST_CALLS_BYTES = 95 * 2**20
 """Code and tables that the first step loads: the model's module, kernels, the row files."""
-HELD_SHARE = 0.36
+HELD_SHARE = 0.24
 """Of the small blocks: gaps between living ones that the C library can neither give back nor use."""
-HELD_SHARE_RECOMPUTED = 0.36
-"""The same with activation checkpointing: gradients come to lie between the blocks of recomputed layers."""
 SCORING_BYTES = 24 * 2**20
 """Code that the first evaluation loads."""
 SMALL_BYTES = 32 * 2**20
@@ -108,7 +106,6 @@ def _beyond_tensors(
     if levers.chunked_loss:
         tokens = min(tokens, CHUNK_TOKENS[device])
     logits_are_large = 4 * tokens * shapes.vocab_size >= SMALL_BYTES
-    share = HELD_SHARE_RECOMPUTED if levers.activation_checkpointing else HELD_SHARE
     size = BYTES[levers.weights_dtype]
     small_share = 1 - _large_share(shapes, footprint, size)
     parts = []
@@ -117,13 +114,13 @@ def _beyond_tensors(
         gradients = kinds["gradients"]
         gradients -= round(small_share * min(gradients, size * shapes.num_parameters))
         small = sum(kinds.values()) - kinds["weights"] - kinds["optimizer"] - logits - gradients
-        parts.append(((1 + share) * small, logits, gradients))
+        parts.append(((1 + HELD_SHARE) * small, logits, gradients))
     heap = max(small for small, _, _ in parts)
     block = footprint.largest_tensor * size
     held = max(heap - _reused(heap - small, large, block) + logits + large for small, logits, large in parts)
     highest = max(sum(kinds.values()) for kinds in moments)
     state = moments[0]["weights"] + moments[0]["optimizer"]
-    return FIRST_CALLS_BYTES + max(0, state + round(held) - highest), round(heap / (1 + share))
+    return FIRST_CALLS_BYTES + max(0, state + round(held) - highest), round(heap / (1 + HELD_SHARE))
 
 
 def _reused(free: float, large: int, block: int) -> int:

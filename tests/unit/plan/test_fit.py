@@ -246,7 +246,7 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
         (
             DoesNotFitError,
             {"machine": CPU.model_copy(update={"memory_available_bytes": GB})},
-            r"a step needs 1.3 GiB \(.*\) even with micro batch 1, adamw_8bit, .* there are 254 MiB of memory",
+            r"a step needs 1.2 GiB \(.*\) even with micro batch 1, adamw_8bit, .* there are 254 MiB of memory",
         ),
         (DoesNotFitError, {"train": {"num_processes": 8}}, "but there are 0.7 GiB of memory for each of 8 processes"),
         (RecipeError, {"train": {"num_processes": 17}}, "17, but this machine lets us use 16 CPU core"),
