@@ -38,4 +38,5 @@ def levers_of(recipe: Recipe, plan: Plan, summary: DataSummary) -> Levers:
         eval_batch_size=plan.eval_batch_size,
         max_grad_norm=recipe.train.max_grad_norm,
         num_processes=plan.num_processes,
+        num_saves=disk.num_saves(plan.total_steps, plan.eval_steps, plan.save_steps),
     )

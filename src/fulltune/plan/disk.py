@@ -16,6 +16,12 @@ DEEPSPEED_BYTES = 20
 """A parameter in DeepSpeed's checkpoints: weights and moments (12), its copy of the model (4), the Trainer's (4)."""
 
 
+def num_saves(total_steps: int, eval_steps: int, save_steps: int) -> int:
+    """Checkpoints that a run writes, at most: with each evaluation and every `save_steps`."""
+    more = total_steps // save_steps if save_steps and save_steps != eval_steps else 0
+    return max(1, total_steps // max(1, eval_steps) + more)
+
+
 def need(recipe: Recipe, num_parameters: int, levers: Levers) -> DiskNeed:
     """Checkpoints and models at their fullest: the kept checkpoints, the best one and the one being written; the
     finished model, and the weights before step 1, which are kept until it is saved."""
@@ -23,7 +29,7 @@ def need(recipe: Recipe, num_parameters: int, levers: Levers) -> DiskNeed:
     one = num_parameters * DEEPSPEED_BYTES if zero.wanted(recipe) else state.weights + state.optimizer
     return DiskNeed(
         one_checkpoint=one,
-        num_checkpoints=recipe.train.save_total_limit + 2,
+        num_checkpoints=min(recipe.train.save_total_limit + 2, levers.num_saves or 10**9),
         model=2 * state.weights,
         offloaded=sharded.disk_bytes(zero.zero_of(recipe), num_parameters),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from fulltune import zero
 from fulltune.errors import RecipeError
@@ -57,19 +58,11 @@ def fit(
     steps_per_epoch = math.ceil(rows / global_batch)
     epochs, total_steps = settle.duration(recipe, rows, steps_per_epoch, ledger)
     warmup = settle.warmup(recipe, total_steps, ledger)
-    start = memory.Levers(
-        micro_batch_size=1,
-        can_recompute=shapes.can_recompute,
-        longest_tokens=summary.max_length,
-        precision=precision,
-        weights_dtype=recipe.model.weights_dtype,
-        optim=optim,
-        bf16_rounding=rounding,
-        chunked_loss=levers.chunked_loss(recipe, shapes, own_loss),
-        optimizer_in_backward=train.optimizer_in_backward,
-        max_grad_norm=train.max_grad_norm,
-        num_processes=train.num_processes,
-    )
+    pieces = levers.chunked_loss(recipe, shapes, own_loss)
+    start = levers.before_choosing(recipe, shapes, summary, precision, optim, rounding, pieces)
+    eval_steps = min(total_steps, train.eval_steps or steps_per_epoch)
+    save_steps = train.save_steps or eval_steps
+    start = replace(start, num_saves=disk.num_saves(total_steps, eval_steps, save_steps))
     per_process = max(1, global_batch // train.num_processes)
     room = budget.of(recipe, shapes, footprint, machine, device).for_rows(rows)
     chosen = levers.choose(recipe, start, per_process, room)
@@ -81,7 +74,6 @@ def fit(
         raise RecipeError(problems)
     on_disk = disk.need(recipe, shapes.num_parameters, used)
     disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, disk_free_bytes)
-    eval_steps = min(total_steps, train.eval_steps or steps_per_epoch)
     ledger.settle("train.eval_steps", train.eval_steps, eval_steps, "once per epoch")
     ledger.settle("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     logging_steps = max(1, total_steps // 200)
@@ -114,7 +106,7 @@ def fit(
         plain_logits=shapes.plain_logits,
         group_by_length=grouped,
         eval_steps=eval_steps,
-        save_steps=train.save_steps or eval_steps,
+        save_steps=save_steps,
         logging_steps=logging_steps,
         metric=metric,
         greater_is_better=task_named(recipe.task).METRICS[metric],

@@ -13,7 +13,7 @@ from fulltune.plan.budget import Room
 from fulltune.plan.ledger import Ledger
 from fulltune.plan.memory import Levers
 from fulltune.recipe import Recipe
-from fulltune.records import MemoryNeed
+from fulltune.records import DataSummary, MemoryNeed
 from fulltune.units import in_words
 
 COMFORTABLE = 0.9
@@ -60,6 +60,31 @@ def chunked_loss(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -> bool
         return recipe.train.chunked_loss
     whole = own_loss or zero.wanted(recipe) or recipe.train.extra.get("torch_compile") or not shapes.plain_logits
     return recipe.task in TOKEN_LOGITS and not whole
+
+
+def before_choosing(
+    recipe: Recipe,
+    shapes: Shapes,
+    summary: DataSummary,
+    precision: str,
+    optim: str,
+    rounding: str | None,
+    pieces: bool,
+) -> Levers:
+    """The levers with what is settled; a micro batch of one row, nothing recomputed."""
+    return Levers(
+        micro_batch_size=1,
+        longest_tokens=summary.max_length,
+        precision=precision,
+        weights_dtype=recipe.model.weights_dtype,
+        optim=optim,
+        bf16_rounding=rounding,
+        can_recompute=shapes.can_recompute,
+        chunked_loss=pieces,
+        optimizer_in_backward=recipe.train.optimizer_in_backward,
+        max_grad_norm=recipe.train.max_grad_norm,
+        num_processes=recipe.train.num_processes,
+    )
 
 
 def choose(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:

@@ -62,20 +62,9 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
     precision = settle.precision(recipe, fleet.machine, device, ledger)
     optim, rounding = settle.optimizer(recipe, ledger)
     train = recipe.train
-    start = memory.Levers(
-        micro_batch_size=1,
-        can_recompute=shapes.can_recompute,
-        longest_tokens=summary.max_length,
-        precision=precision,
-        weights_dtype=recipe.model.weights_dtype,
-        optim=optim,
-        bf16_rounding=rounding,
-        # Without DeepSpeed: ways that have it are given whole logits.
-        chunked_loss=choosing.chunked_loss(without_deepspeed(recipe), shapes),
-        optimizer_in_backward=train.optimizer_in_backward,
-        max_grad_norm=train.max_grad_norm,
-        num_processes=train.num_processes,
-    )
+    # Without DeepSpeed: ways that have it are given whole logits.
+    pieces = choosing.chunked_loss(without_deepspeed(recipe), shapes)
+    start = choosing.before_choosing(recipe, shapes, summary, precision, optim, rounding, pieces)
     given = {
         "train.num_processes": train.num_processes,
         "train.optim": train.optim,

@@ -32,6 +32,8 @@ class Levers:
     eval_batch_size: int = 1
     max_grad_norm: float = 1.0
     num_processes: int = 1
+    num_saves: int | None = None
+    """Checkpoints that the run writes; for the disk. None: many."""
     trained_share: float = 1.0
     """Share of a micro batch's tokens that are trained, at most: only they have logits."""
 

@@ -163,8 +163,9 @@ def of_disk(need: DiskNeed, free_bytes: int, kept: int, output: str, freed_by_8b
     """
     missing = need.total - free_bytes
     ways = []
-    if kept > 1:
-        freed = (kept - 1) * need.one_checkpoint
+    # One that is kept, the best one, and the one being written; a short run writes no more anyway.
+    freed = max(0, need.num_checkpoints - 3) * need.one_checkpoint if kept > 1 else 0
+    if freed:
         ways.append(("train.save_total_limit: 1", freed, "fewer checkpoints to go back to"))
     if freed_by_8bit > 0:
         ways.append(("train.optim: adamw_8bit", freed_by_8bit, "moments of 8 bits"))

@@ -64,7 +64,8 @@ def clear_lock(lock: Path, phase: Say, note: Note) -> None:
     began, said = time.monotonic(), ""
     while lock.exists():
         holder = _holder(lock)
-        quiet = time.time() - max((file.stat().st_mtime for file in lock.parent.iterdir() if file.exists()), default=0)
+        written = [file.stat().st_mtime for file in lock.parent.iterdir() if file.exists()]
+        quiet = time.time() - max(written, default=time.time())  # nothing there: it was removed a moment ago
         if holder is None and quiet > QUIET_SECONDS:
             lock.unlink(missing_ok=True)
             note("stale lock removed", f"{lock}: no process holds it, and nothing was compiled for {quiet:.0f} seconds")

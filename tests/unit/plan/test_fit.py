@@ -15,20 +15,11 @@ from fulltune.plan import defaults, fit
 from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan, SplitSummary
+from tests.unit.plan.sizes import BERT
 
 GB = 10**9
 CPU = Machine(cpu="x", num_cores=16, memory_bytes=16 * GB, memory_available_bytes=12 * GB, cpu_bf16_speedup=1.1)
 ZERO3 = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
-BERT = Shapes(
-    model_type="bert",
-    is_decoder=False,
-    num_parameters=110_000_000,
-    num_tensors=200,
-    num_layers=12,
-    hidden_size=768,
-    vocab_size=30_000,
-    position_limit=512,
-)
 
 
 def moment(place: str, activations: float, logits: float = 0.0) -> Moment:
