@@ -17,7 +17,7 @@ from fulltune import pipeline
 from fulltune.errors import GuardStop, RecipeError, SetupError
 from fulltune.recipe import Recipe
 from fulltune.records import Outcome
-from fulltune.train import Hooks, attempts, moments, worker
+from fulltune.train import Hooks, arguments, attempts, moments, worker
 from fulltune.train.arguments import check_extra
 from fulltune.train.in_backward import InBackward
 from fulltune.train.optimizers import AdamW
@@ -570,7 +570,8 @@ def test_rounding_of_fp32_weights_is_refused() -> None:
     ]
 
 
-def test_arguments_that_no_optimizer_reads_are_refused() -> None:
+def test_arguments_that_no_optimizer_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "_package_of", lambda optim: ("", ""))  # whether it is installed or not
     extra = {"optim_args": "a=1"}
 
     assert problems_of(train={"optim": "adamw_8bit", "extra": extra}) == [
