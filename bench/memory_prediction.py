@@ -254,7 +254,7 @@ def measure(folder: Path) -> dict[str, Any]:
     from fulltune import api
     from fulltune.meter import Meter
     from fulltune.records import Plan
-    from fulltune.train import Hooks, attempt, worker  # noqa: F401
+    from fulltune.train import Hooks, attempt, worker  # noqa: F401  # the worker imports `attempt` later
     from fulltune.train.request import Request
 
     job = api.job(folder / "recipe.yaml", run_folder=folder / "run", listener=lambda event: None)

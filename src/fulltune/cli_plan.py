@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -321,8 +321,8 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
 def _problem_type(recipe: Recipe) -> ProblemType:
     """As the recipe says it, else the task's usual one."""
     given = recipe.data.problem_type
-    if recipe.task == "text-classification" and given in get_args(ProblemType):
-        return given  # type: ignore[return-value]
+    if recipe.task == "text-classification" and given != "auto":
+        return given
     return _PROBLEM_TYPES[recipe.task]
 
 

@@ -147,7 +147,7 @@ class Trainer(FiniteGuard, transformers.Trainer):
         for factor in (1, 2):
             with same_randomness(), torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, copied(inputs), num_items_in_batch=num_items_in_batch * factor)
-            losses.append(loss.detach().float().mean())  # type: ignore[union-attr]  # a tensor: no outputs are asked for
+            losses.append(loss.detach().float().mean())  # a tensor: no outputs are asked for
         # Added up over processes, so that all decide the same.
         once, twice = self.accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
         if once == 0:

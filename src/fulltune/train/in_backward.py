@@ -77,6 +77,7 @@ class InBackward(torch.optim.Optimizer):
         for hook in self._hooks:
             hook.remove()
 
+    # Attributes of the base class, which typing takes for variables: here they are those of the optimizer behind.
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.behind.param_groups
@@ -95,7 +96,7 @@ class InBackward(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         return self.behind.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.behind.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -212,7 +212,7 @@ class AdamW(torch.optim.Optimizer):
         return moments.read_second(found, 0, count, 1.0, out).reshape(parameter.shape).clone()
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over groups and state; moments in another format are converted.
 
         torch's own would cast each tensor to the parameter's type.
