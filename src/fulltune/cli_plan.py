@@ -252,7 +252,7 @@ def _model(recipe: Recipe, summary: DataSummary, fleet: Fleet, weights: bool) ->
         tokenizer = processors.load_processor(recipe.model, recipe.task, source, recipe.data.chat_template)
         changes = task.config_changes(target, tokenizer)
     else:
-        _check_config(recipe, model.load_config(recipe.model, source), summary)
+        _check_config(recipe, model.load_config(recipe.model, source), summary, fleet.here)
     shapes = model.shapes(recipe.model, task.AUTO_CLASS, changes, weights)
 
     @cache
@@ -264,13 +264,13 @@ def _model(recipe: Recipe, summary: DataSummary, fleet: Fleet, weights: bool) ->
     return shapes, traced
 
 
-def _check_config(recipe: Recipe, config: Any, summary: DataSummary) -> None:
+def _check_config(recipe: Recipe, config: Any, summary: DataSummary, runs_here: bool) -> None:
     """What the data stage would refuse."""
     from fulltune import model, pipeline
     from fulltune.tasks.settings import check_settings
     from fulltune.train.arguments import check_extra
 
-    check_extra(recipe)
+    check_extra(recipe, runs_here=runs_here)
     check_settings(recipe)
     pipeline.check_model(recipe, config)
     limit = model.position_limit(config)

@@ -61,9 +61,13 @@ PER_TENSOR = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "adafactor", 
 """Optimizers that update a tensor from its own gradient and state alone: they can do it in the backward pass."""
 
 
-def check_extra(recipe: Recipe) -> None:
+def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     """Refuse what only the worker would find out: fields of `train.extra` that do not exist, that we pin or that have
     a setting of their own; unknown optimizers and trackers; settings of DeepSpeed that cannot be used.
+
+    Args:
+        recipe: The recipe.
+        runs_here: The packages that the settings need must be installed; False for a plan of hardware elsewhere.
 
     Raises:
         RecipeError: Naming each such setting.
@@ -83,7 +87,7 @@ def check_extra(recipe: Recipe) -> None:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
-    missing = _missing_packages(recipe)
+    missing = _missing_packages(recipe) if runs_here else []
     if missing:
         raise SetupError(missing)
 

@@ -266,7 +266,11 @@ def _forecast(
 def _typical(
     run: _Run, parts: Sequence[Positions], long: Timed, schedule: Schedule, quadratic: float, budget: float
 ) -> tuple[Timed | None, float]:
-    """A micro batch of the mean work, and what its first pass cost more; None when it would take too long."""
+    """A micro batch of the mean work, and what its first pass cost more; None when it would take too long.
+
+    The longest pass alone says too little: its blocks go back to the system after each use and come anew, which makes
+    its tokens up to twice as slow as those of shorter passes. So two typical passes may take as long as a longest one.
+    """
     mean = schedule.work(quadratic) / sum(schedule.train.values())
 
     def distance(part: Positions) -> float:
@@ -274,7 +278,7 @@ def _typical(
 
     part = min(parts, key=distance)
     work = _shape(run.lengths, part).work(quadratic)
-    if 2 * long.seconds * work / long.work > budget:
+    if 2 * long.seconds * work / long.work > max(budget, long.seconds):
         return None, 0.0
     keep = run.plan.gradient_accumulation_steps > 1
     times = _repeated(run, lambda: _timed_pass(run, part, keep=keep)[1], budget)
