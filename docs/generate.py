@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fulltune.plan import defaults
-from fulltune.recipe import Block, Recipe, TaskName
+from fulltune.recipe import BaseMethod, Block, Recipe, TaskName
 from fulltune.tasks import choices, task_named, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 from fulltune.train.arguments import PINNED
@@ -60,6 +60,8 @@ def page() -> str:
     for name, field in Recipe.model_fields.items():
         if _is_block(field.annotation):
             parts += _block(name, field.annotation)
+        elif name == "method":
+            parts += _methods()
     parts += [*_filled_in(), *_columns(), *_metrics(), *_pinned()]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -71,8 +73,34 @@ def _top_level() -> Iterable[str]:
             meaning = field.description or _words(field.annotation.__doc__)
             needed = "required" if field.is_required() else "all settings have a default"
             yield _item(f"- [`{name}`](#{name}): a block; {needed}. {meaning}")
+        elif name == "method":
+            yield _item(
+                f"- [`method`](#method): a block that its `kind` tells apart; default `full`. {field.description}"
+            )
+        elif name == "methods":
+            yield _item(f"- `methods`: list of methods, default `[]`. {_words(field.description)}")
         else:
             yield _entry(name, field)
+    yield ""
+
+
+def _methods() -> Iterable[str]:
+    """Each kind of method, with the settings that all have first."""
+    yield "## `method`\n"
+    yield "One of these kinds; `method: lora` is short for `method: {kind: lora}`. Settings of all kinds that train:\n"
+    kinds = typing.get_args(Recipe.model_fields["method"].annotation)
+    shared = [name for name in kinds[0].model_fields if all(name in kind.model_fields for kind in kinds)]
+    yield from (_entry(f"method.{name}", kinds[0].model_fields[name]) for name in shared if name != "kind")
+    for block in (*kinds, BaseMethod):
+        kind = typing.get_args(block.model_fields["kind"].annotation)[0]
+        yield f"\n### `kind: {kind}`\n"
+        yield textwrap.fill(_words(block.__doc__), WIDTH)
+        if block is BaseMethod:
+            yield "\nOnly among `methods`."
+        own = [name for name in block.model_fields if name not in (*shared, "kind")]
+        if own:
+            yield ""
+        yield from (_entry(f"method.{name}", block.model_fields[name]) for name in own)
     yield ""
 
 

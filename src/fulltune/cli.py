@@ -45,6 +45,9 @@ RunFolder = Annotated[
     Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="Which of the run's models, by its method; left out, the first one.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 
 
@@ -176,7 +179,7 @@ def plan(
 def train(
     target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
-    """Train, and keep the best weights in models/full."""
+    """Train, and keep the best weights in the run's folder models."""
     from fulltune import display
 
     folder, reached = _go("train", target, set_, run_folder, fresh)
@@ -205,6 +208,27 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    target: Target,
+    set_: Overrides = None,
+    run_folder: RunFolder = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Most time to take: 30m, 2h; says what that buys.", metavar="TIME")
+    ] = None,
+    lint: Annotated[bool, typer.Option("--lint", help="Only say what would make the comparison unfair.")] = False,
+) -> None:
+    """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a proof card."""
+    from fulltune import cli_compare
+
+    if lint:
+        cli_compare.lint(out, target, set_ or [], as_json)
+        return
+    cli_compare.compare(out, err, target, set_ or [], run_folder, fresh, budget, as_json)
+
+
+@app.command()
 def report(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
 ) -> None:
@@ -223,6 +247,7 @@ def predict(
     text: Annotated[list[str] | None, typer.Argument(help="Texts; without any, stdin is read line by line.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="csv, jsonl, parquet ... or .txt by lines.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
+    method: MethodName = None,
     as_json: Json = False,
 ) -> None:
     """Answer with a finished model: texts, stdin or a file."""
@@ -231,7 +256,7 @@ def predict(
 
     if text and file is not None:
         raise SetupError("predict: texts and --file are both given; keep one")
-    predictor = predicting.load(run_folder)
+    predictor = predicting.load(run_folder, method)
     if file is not None and file.suffix != ".txt":
         rows = cli_predict.rows_of(file, predictor.notes["columns"].get("image"))
         predicting.check_columns(rows, predictor.notes, str(file))
@@ -240,6 +265,26 @@ def predict(
         rows = predicting.rows_from_texts(texts, predictor.notes)
     for answer in predictor.predict(rows, max_new_tokens):
         typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else cli_predict.in_words(answer))
+
+
+@app.command()
+def merge(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    method: MethodName = None,
+) -> None:
+    """Put what LoRA or a head trained into the pretrained model's own weights, as a plain Hugging Face folder."""
+    from fulltune import predict as predicting
+    from fulltune.methods import folder
+    from fulltune.run_folder import hide_progress_bars, writing
+
+    found = predicting.folder_of(run_folder, method)
+    if not folder.is_partial(found):
+        raise SetupError(f"{found}: is a whole model already")
+    hide_progress_bars()
+    with writing(output):
+        folder.merge(found, output)
+    out.print(f"model: {escape(str(output))}", soft_wrap=True)
 
 
 @app.command()

@@ -253,7 +253,7 @@ def _model(recipe: Recipe, summary: DataSummary, fleet: Fleet, weights: bool) ->
         changes = task.config_changes(target, tokenizer)
     else:
         _check_config(recipe, model.load_config(recipe.model, source), summary, fleet.here)
-    shapes = model.shapes(recipe.model, task.AUTO_CLASS, changes, weights)
+    shapes = pipeline.shapes_of(recipe, changes, weights)
 
     @cache
     def traced(weights_dtype: str) -> Footprint:
@@ -266,13 +266,14 @@ def _model(recipe: Recipe, summary: DataSummary, fleet: Fleet, weights: bool) ->
 
 def _check_config(recipe: Recipe, config: Any, summary: DataSummary, runs_here: bool) -> None:
     """What the data stage would refuse."""
-    from fulltune import model, pipeline
+    from fulltune import methods, model, pipeline
     from fulltune.tasks.settings import check_settings
     from fulltune.train.arguments import check_extra
 
     check_extra(recipe, runs_here=runs_here)
     check_settings(recipe)
     pipeline.check_model(recipe, config)
+    methods.check(recipe, config)
     limit = model.position_limit(config)
     if limit is not None and recipe.task != "image-classification" and summary.max_length > limit:
         raise RecipeError(

@@ -76,6 +76,12 @@ class Display:
                 self._checks(event["checks"])
             case "forecast":
                 self._forecast(event)
+            case "comparison":
+                self.print(escape(event["text"]))
+            case "expectation":
+                from fulltune import display_compare
+
+                display_compare.expectation(self.console, event["expectation"], event["metric"], event["margin"])
             case "resume":
                 self.print(f"continuing from the checkpoint of step {event['step']}")
             case "attempt":
@@ -133,8 +139,9 @@ class Display:
 
     def _plan(self, plan: Plan) -> None:
         if self.details:
+            trained = f"{plan.num_trainable_parameters:,} trained" if plan.num_frozen_parameters else "all trained"
             self.print(
-                f"{plan.trial}: {plan.num_parameters:,} parameters, all trained; {plan.total_steps} steps of "
+                f"{plan.trial}: {plan.num_parameters:,} parameters, {trained}; {plan.total_steps} steps of "
                 f"{plan.global_batch_size} rows ({plan.micro_batch_size} x {plan.gradient_accumulation_steps} x "
                 f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
                 f"state {size(plan.state.total)}"

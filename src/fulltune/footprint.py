@@ -79,7 +79,7 @@ class Footprint(Record):
     """A model's memory and work as functions of the micro batch."""
 
     largest_tensor: int
-    """Values of the largest parameter: optimizers that work tensor by tensor need scratch of its size."""
+    """Values of the largest trained parameter: optimizers that work tensor by tensor need scratch of its size."""
     factored_values: int
     """Rows and columns of all matrices and the values of all vectors: what Adafactor keeps."""
     sequences_per_row: int
@@ -91,8 +91,11 @@ class Footprint(Record):
     """Floating-point operations of one forward pass, in matrices of weights; of an image for one row."""
     attention_flops_per_pair: float
     """Of one forward pass, for each token and each token of its row."""
+    train_flops_per_token: float = 0.0
+    """Of a forward and a backward pass without activation checkpointing, as the method does them; 0: not traced. What
+    attention does in its backward pass is not counted."""
     tensors: dict[int, int] = Field(default_factory=dict)
-    """Values of a parameter to the number of such parameters."""
+    """Values of a trained parameter to the number of such parameters."""
     rough: str = ""
     """Why the model could not be traced and this is a rule of thumb; empty when it was traced."""
     assumed: str = ""
@@ -133,6 +136,7 @@ def trace(
     attn_implementation: str | None = None,
     packed: bool = False,
     num_parameters: int,
+    all_trained: bool = True,
     prepare: Callable[[Any], Any] = lambda model: None,
     pixels: tuple[int, int, int] | None = None,
 ) -> Footprint:
@@ -148,7 +152,9 @@ def trace(
         attn_implementation: As the recipe has it.
         packed: Several texts share a row.
         num_parameters: Of the whole model, each shared tensor once: see `fulltune.model.shapes`.
-        prepare: What training does to a model before it starts, such as replacing its dropout.
+        all_trained: All of them are; else those that `prepare` leaves with `requires_grad`.
+        prepare: What training does to a model before it starts, such as replacing its dropout. Two that do the same
+            have the same `repr`.
         pixels: Channels, height and width of an image; None for texts.
     """
     from fulltune.rough_footprint import rough
@@ -156,28 +162,30 @@ def trace(
     from fulltune.traced_whole import FAILURES, Changing
 
     options = (weights_dtype, *precisions, *checkpointing, attn_implementation, packed, num_parameters, prepare, pixels)
+    options = (*options, all_trained)
     key = repr((type(config).__name__, config.to_dict(), task.AUTO_CLASS, target, options))
     if key in _FOUND:
         return _FOUND[key]
     case = Case(config, task, target, weights_dtype, attn_implementation, packed, prepare, pixels)
     try:
-        found = _traced(case, num_parameters, precisions, checkpointing)
+        found = _traced(case, num_parameters, precisions, checkpointing, all_trained)
     except FAILURES as error:
         # No reason to stop a run: the class works with values, and the dry-run step measures what this cannot.
         _log.debug("%s cannot be traced", type(config).__name__, exc_info=True)
         text = " ".join(str(error).split())[:120]
         why = text if isinstance(error, Changing) else f"{type(error).__name__}: {text}"
-        found = rough(case, num_parameters, precisions, checkpointing, why)
+        found = rough(case, num_parameters, precisions, checkpointing, why, all_trained)
     _FOUND[key] = found
     return found
 
 
-def _traced(case: Case, num_parameters: int, precisions: Sequence[str], checkpointing: Sequence[bool]) -> Footprint:
-    from fulltune.traced_case import has_tokens
+def _traced(
+    case: Case, num_parameters: int, precisions: Sequence[str], checkpointing: Sequence[bool], all_trained: bool
+) -> Footprint:
     from fulltune.traced_whole import Cuts, points_of, whole_of
 
     points, cuts = points_of(case), Cuts()
-    variants, evaluation = [], {}
+    variants, evaluation, of_training = [], {}, 0.0
     for precision in precisions:
         evaluated = whole_of(case, cuts, points, num_parameters, precision=precision, recomputed=False, training=False)
         evaluation[precision] = _moments(evaluated, points)
@@ -186,20 +194,32 @@ def _traced(case: Case, num_parameters: int, precisions: Sequence[str], checkpoi
                 case, cuts, points, num_parameters, precision=precision, recomputed=recomputed, training=True
             )
             first = _moments(traced, points)
-            later = _later(first, traced.shapes, {"fp32": 4, "bf16": 2}[case.weights_dtype])
+            shapes = traced.shapes if all_trained else traced.trained
+            later = _later(first, shapes, {"fp32": 4, "bf16": 2}[case.weights_dtype])
+            if not recomputed:
+                of_training = _per_token(traced, points, case)
             variants.append(Variant(precision=precision, activation_checkpointing=recomputed, first=first, later=later))
     flops = _solved(evaluated.flops[:, None], points)[:, 0]
-    tokens = flops[2] if has_tokens(case) else flops[1]
+    shapes = evaluated.shapes if all_trained else evaluated.trained
     return Footprint(
-        largest_tensor=max(math.prod(shape) for shape in evaluated.shapes),
-        factored_values=sum(map(factored, evaluated.shapes)),
+        largest_tensor=max(math.prod(shape) for shape in shapes),
+        factored_values=sum(map(factored, shapes)),
         sequences_per_row=case.target.num_choices or 1,
         variants=tuple(variants),
         evaluation=evaluation,
-        flops_per_token=float(tokens),
+        flops_per_token=_per_token(evaluated, points, case),
+        train_flops_per_token=of_training,
         attention_flops_per_pair=float(flops[3]),
-        tensors=dict(Counter(math.prod(shape) for shape in evaluated.shapes)),
+        tensors=dict(Counter(math.prod(shape) for shape in shapes)),
     )
+
+
+def _per_token(whole: Whole, points: Sequence[tuple[int, int]], case: Case) -> float:
+    """Floating-point operations that grow with the tokens; of an image with the rows."""
+    from fulltune.traced_case import has_tokens
+
+    flops = _solved(whole.flops[:, None], points)[:, 0]
+    return float(flops[2] if has_tokens(case) else flops[1])
 
 
 def factored(shape: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune.methods import virtual_tokens_of
 from fulltune.selective_head import SelectiveHead
 from fulltune.tasks import LENGTH, Predictions, Target, Task, seq2seq
 from fulltune.tasks.padding import mask, padded
@@ -153,6 +154,7 @@ def generate(
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = limit and limit - virtual_tokens_of(model)
     answers = [""] * len(prompts)
     model.eval()
     for positions in batches(order, batch_size):

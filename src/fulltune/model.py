@@ -58,6 +58,10 @@ class Shapes(Record):
     """Longest sequence the model can take, in tokens; None when it has no fixed limit."""
     can_recompute: bool = True
     """Its class offers activation checkpointing."""
+    num_held: int | None = None
+    """Parameters with what the method adds; None: it adds none and trains all."""
+    num_trained: int | None = None
+    """Those of them that the method trains; None: all."""
     plain_logits: bool = True
     """By its config, nothing scales or caps logits after the head; the check before step 1 tries it."""
 
@@ -221,7 +225,13 @@ def _import_code(config: PretrainedConfig) -> None:
         importlib.import_module(module.replace(".configuration_", ".modeling_"))
 
 
-def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any], weights: bool = True) -> Shapes:
+def shapes(
+    block: ModelBlock,
+    auto_class: str,
+    config_changes: Mapping[str, Any],
+    weights: bool = True,
+    apply: Callable[[Any], object] | None = None,
+) -> Shapes:
     """Count a model's parameters on the meta device: no weights are read, no memory is used.
 
     Args:
@@ -229,6 +239,7 @@ def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any]
         auto_class: Name of a class in transformers.
         config_changes: Values set on the config.
         weights: False when there need not be any: see `locate`.
+        apply: Adds what a method adds and freezes what it does not train; None: everything is trained.
     """
     import torch
     import transformers
@@ -242,15 +253,24 @@ def shapes(block: ModelBlock, auto_class: str, config_changes: Mapping[str, Any]
     with torch.device("meta"):
         model = reading(block, "model", lambda: getattr(transformers, auto_class).from_config(config))
     text = config.get_text_config()
+    counts = [parameter.numel() for parameter in model.parameters()]
+    held = trained = None
+    if apply is not None:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            apply(model)
+        held = sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Shapes(
         model_type=config.model_type,
         is_decoder=is_decoder(config),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_tensors=sum(1 for _ in model.parameters()),
+        num_parameters=sum(counts),
+        num_tensors=len(counts),
         num_layers=getattr(text, "num_hidden_layers", 1) or 1,
         hidden_size=getattr(text, "hidden_size", 0) or 0,
         vocab_size=getattr(text, "vocab_size", 0) or 0,
         position_limit=position_limit(config),
+        num_held=held,
+        num_trained=trained,
         can_recompute=bool(model.supports_gradient_checkpointing),
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
     )

@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from fulltune import data, evaluate, footprint, hardware, model, packing, plan, processors, report, run_folder
+from fulltune import data, evaluate, footprint, hardware, methods, model, packing, plan, processors, report, run_folder
 from fulltune.errors import DoesNotFitError, GuardStop, SetupError
-from fulltune.recipe import Recipe, with_attention
+from fulltune.recipe import Method, Recipe, TaskName, with_attention
 from fulltune.records import DataSummary, MemoryNeed, Outcome, Plan, Scores
 from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.settings import check_settings, check_settings_for
@@ -95,7 +95,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
 
 
 def _plan_path(job: Run) -> Path:
-    return job.folder / "plan" / f"{job.recipe.method.kind}.json"
+    return job.folder / "plan" / f"{job.recipe.method.arm}.json"
 
 
 def prepare(job: Run) -> DataSummary:
@@ -108,6 +108,7 @@ def prepare(job: Run) -> DataSummary:
     source = model.locate(job.recipe.model)
     config = model.load_config(job.recipe.model, source)
     check_model(job.recipe, config)
+    methods.check(job.recipe, config)
     tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source, job.recipe.data.chat_template)
     reads_text = job.recipe.task != "image-classification"
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) if reads_text else None
@@ -125,6 +126,7 @@ def prepare(job: Run) -> DataSummary:
             model.position_limit(config) if reads_text else None,
             model.identity(config, job.recipe.model.attn_implementation),
             lambda: packing.obstacle(config, job.recipe.model.attn_implementation),
+            methods.virtual_tokens(job.recipe),
         ),
         job.hooks.preprocess,
         planned_for=Plan.load(_plan_path(job)).data_fingerprint if _plan_path(job).exists() else None,
@@ -156,7 +158,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source)
     target = Target.of(summary)
     changes = job.task.config_changes(target, tokenizer)
-    shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, changes)
+    shapes = shapes_of(job.recipe, changes)
     path = _plan_path(job)
     if path.exists():
         # A resumed run keeps its numbers, even when memory or cores are others now.
@@ -176,10 +178,43 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     return trial
 
 
+@dataclass(frozen=True)
+class Preparing:
+    """What training does to a model before it starts; as a value, so that equal ones are traced once."""
+
+    method: Method
+    task: TaskName
+    on_cpu: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, on_cpu: bool) -> Preparing:
+        """Of a recipe's method, whatever its rate."""
+        same = {"name": None, "learning_rate": None, "learning_rates": None}
+        return cls(recipe.method.model_copy(update=same), recipe.task, on_cpu)
+
+    def __call__(self, built: Any) -> None:
+        from fulltune.train import dropout  # imports torch
+
+        if self.method.kind != "full":
+            methods.apply(built, self.method, self.task)
+        if self.on_cpu:
+            dropout.install(built)
+
+
+def shapes_of(recipe: Recipe, changes: Mapping[str, Any], weights: bool = True) -> model.Shapes:
+    """The model's sizes, with what the recipe's method adds to it and trains of it.
+
+    Raises:
+        RecipeError: When the method cannot work on this model.
+    """
+    apply = Preparing.of(recipe, on_cpu=False) if recipe.method.kind != "full" else None
+    return model.shapes(recipe.model, task_named(recipe.task).AUTO_CLASS, changes, weights, apply)
+
+
 def _save_plan(job: Run, trial: Plan) -> None:
     resolved = [setting.model_dump(mode="json") for setting in trial.settings]
     (job.folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-    trial.save(_plan_path(job))  # last: with a plan the others are there as well
+    trial.save(job.folder / trial.file)  # last: with a plan the others are there as well
 
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
@@ -203,7 +238,7 @@ def _rooms(job: Run, summary: DataSummary) -> Callable[[Plan], plan.Room]:
     machine, source, target = hardware.here(), model.locate(job.recipe.model), Target.of(summary)
     tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source)
     changes = job.task.config_changes(target, tokenizer)
-    shapes = model.shapes(job.recipe.model, job.task.AUTO_CLASS, changes)
+    shapes = shapes_of(job.recipe, changes)
 
     @cache
     def room(precision: str, attention: str | None) -> plan.Room:
@@ -243,8 +278,6 @@ def trace(
         changes: Of the model's config, by the task.
         weights_dtype: Another type of the weights than the recipe's.
     """
-    from fulltune.train import dropout  # imports torch
-
     device, precision = plan.device_and_precision(recipe, machine)
     pixels, assumed = None, ""
     if recipe.task == "image-classification":
@@ -259,15 +292,12 @@ def trace(
         checkpointing=(False, True) if shapes.can_recompute else (False,),
         attn_implementation=recipe.model.attn_implementation,
         packed=packed,
-        num_parameters=shapes.num_parameters,
-        prepare=dropout.install if device == "cpu" else _as_it_is,
+        num_parameters=shapes.num_held or shapes.num_parameters,
+        all_trained=shapes.num_trained is None,
+        prepare=Preparing.of(recipe, on_cpu=device == "cpu"),
         pixels=pixels,
     )
     return found.model_copy(update={"assumed": assumed}) if assumed else found
-
-
-def _as_it_is(built: Any) -> None:
-    """Nothing is changed."""
 
 
 def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]:
@@ -295,7 +325,7 @@ def write_report(job: Run) -> Path:
     """The report stage: from files alone."""
     job.phase("writing the report")
     path = report.write(job.folder)
-    model_folder = job.folder / "models" / job.recipe.method.kind
+    model_folder = job.folder / "models" / job.recipe.method.arm
     if model_folder.exists():
         report.write_model_card(job.folder, model_folder)
     return path

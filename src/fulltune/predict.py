@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ import numpy as np
 from fulltune import model as models
 from fulltune.errors import DataError, SetupError
 from fulltune.inference import generate, run_rows
+from fulltune.methods import folder as folders
 from fulltune.processors import load_processor, opened
 from fulltune.recipe import ModelBlock
 from fulltune.tasks import Example, Target, causal_lm, seq2seq, tags, task_named
 
 _log = logging.getLogger(__name__)
 
-NOTES = "fulltune.json"
-"""What a model folder must say besides what transformers keeps: task, columns, longest row, temperature."""
+NOTES = folders.NOTES
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,7 @@ class Predictor:
 
     @property
     def target(self) -> Target:
-        notes = self.notes
-        more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
-        return Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
+        return folders.target_of(self.notes)
 
     def predict(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int = 128) -> list[dict[str, Any]]:
         """Answer rows in the columns that the model was trained on.
@@ -209,25 +206,44 @@ class Predictor:
                 return {"label": target.labels[best], "probability": chance, "logits": plain}
 
 
-def load(run: Path) -> Predictor:
+def load(run: Path, method: str | None = None) -> Predictor:
     """Load the model of a run folder, or a model folder that fulltune wrote.
+
+    Args:
+        run: The folder.
+        method: Which of a run's models; left out, the first one.
 
     Raises:
         SetupError: When there is no such model.
     """
-    folders = [run, *sorted((run / "models").glob("*"))] if run.is_dir() else [run]
-    folder = next((folder for folder in folders if (folder / NOTES).exists()), None)
+    folder = folder_of(run, method)
+    notes = folders.notes_of(folder)
+    block = ModelBlock(name=str(folder.resolve()))
+    if folders.is_partial(folder):
+        model = folders.load(folder).model
+    else:
+        model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
+    return Predictor(model.eval(), load_processor(block, notes["task"]), notes)
+
+
+def folder_of(run: Path, method: str | None = None) -> Path:
+    """The folder of a run's model.
+
+    Raises:
+        SetupError: When there is no such model.
+    """
+    if method is not None:
+        found = run / "models" / method
+        if not (found / NOTES).exists():
+            there = sorted(path.parent.name for path in run.glob(f"models/*/{NOTES}"))
+            known = f"; here are: {', '.join(there)}" if there else ""
+            raise SetupError(f"{run}: no finished model of method '{method}'{known}")
+        return found
+    candidates = [run, *sorted((run / "models").glob("*"))] if run.is_dir() else [run]
+    folder = next((folder for folder in candidates if (folder / NOTES).exists()), None)
     if folder is None:
         raise SetupError(f"{run}: no finished model here; expected a run folder with models/full, or a model folder")
-    try:
-        notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-    except ValueError:
-        raise SetupError(
-            f"{folder / NOTES}: is damaged (not valid JSON); train again, or copy the model again"
-        ) from None
-    block = ModelBlock(name=str(folder.resolve()))
-    model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
-    return Predictor(model.eval(), load_processor(block, notes["task"]), notes)
+    return folder
 
 
 def rows_from_texts(texts: Sequence[str], notes: Mapping[str, Any]) -> list[dict[str, Any]]:

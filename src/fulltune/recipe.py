@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fulltune.units import parse_bytes
+from fulltune.units import parse_bytes, parse_seconds
 
 TaskName = Literal[
     "text-classification",
@@ -130,6 +130,9 @@ class DataBlock(Block):
     """Share of the train file that becomes test rows when `test` is not given (at most 2,000 rows)."""
     split_seed: int = Field(default=42, ge=0)
     """Seed of that split; independent of `train.seed`, so that trials with other seeds see the same rows."""
+    near_duplicates: float = Field(default=1.0, gt=0, le=1)
+    """Rows whose texts have so much of their 5-grams of characters in common (Jaccard) stay on one side of the split; 0.8
+    finds texts that differ in a word or two. 1: only equal texts."""
     max_rows: int | None = Field(default=None, ge=10)
     """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
 
@@ -150,16 +153,160 @@ class DataBlock(Block):
         return self
 
 
-class FullMethod(Block):
+class _Named(Block):
+    """What every method has."""
+
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the model's folder and of the method in tables. Left out: the kind and what differs from its usual
+    settings, such as `lora-r64`."""
+
+    def differences(self) -> tuple[str, ...]:
+        """What tells this method apart from one of the same kind with its usual settings."""
+        return ()
+
+    @property
+    def arm(self) -> str:
+        """The name of the method: of its folder, its trials and its row in tables."""
+        return self.name or "-".join((str(getattr(self, "kind", "")), *self.differences()))
+
+
+class _Trained(_Named):
+    """What every method that trains has."""
+
+    learning_rate: float | None = Field(default=None, gt=0, lt=1)
+    """Peak learning rate. Left out, chosen by method, model family and size."""
+    learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
+    """Grid of a comparison's rate search. Left out: three rates around the usual one."""
+
+    @model_validator(mode="after")
+    def _rates_must_be_usable(self) -> _Trained:
+        problems = []
+        if self.learning_rate is not None and self.learning_rates is not None:
+            problems.append("learning_rate and learning_rates are both given; remove one")
+        if any(not 0 < rate < 1 for rate in self.learning_rates or ()):
+            problems.append("learning_rates: expected numbers above 0 and below 1")
+        if len(set(self.learning_rates or ())) != len(self.learning_rates or ()):
+            problems.append("learning_rates: names a rate twice")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class FullMethod(_Trained):
     """Train every parameter."""
 
     kind: Literal["full"]
     """full: every parameter is trained."""
-    learning_rate: float | None = Field(default=None, gt=0, lt=1)
-    """Peak learning rate. Left out, chosen by model family and size."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
     """Each layer below the head learns this much slower than the one above it; 0.8 to 0.95 can help encoders with few
     rows. 1: the same rate everywhere."""
+
+
+class HeadMethod(_Trained):
+    """Train the task's new head on a frozen body."""
+
+    kind: Literal["head"]
+    """head: the task's new head is trained, and nothing below it."""
+
+
+class LoraMethod(_Trained):
+    """Train low-rank updates of frozen matrices (Hu et al. 2021), and the task's new head."""
+
+    kind: Literal["lora"]
+    """lora: two thin matrices beside each chosen one."""
+    rank: int = Field(default=16, ge=1)
+    """Rank of the updates."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The update is scaled by alpha / rank. Left out: twice the rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the thin matrices."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), so that high ranks do not learn slower (Kalajdzievski 2023)."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Matrices that get an update, by the ends of their names, such as `[q_proj, v_proj]`. all-linear: all but the
+    head; attention alone is known to lose."""
+
+    def differences(self) -> tuple[str, ...]:
+        names = () if self.target_modules == "all-linear" else self.target_modules
+        return (
+            *((f"r{self.rank}",) if self.rank != 16 else ()),
+            *((f"a{self.alpha:g}",) if self.alpha not in (None, 2 * self.rank) else ()),
+            *((f"d{self.dropout:g}",) if self.dropout else ()),
+            *(("rs",) if self.rslora else ()),
+            *(name.replace(".", "_") for name in names),
+        )
+
+    @model_validator(mode="after")
+    def _must_have_targets(self) -> LoraMethod:
+        if not self.target_modules or not all(self.target_modules):
+            raise ValueError("target_modules: names no matrix; write all-linear, or names such as [q_proj, v_proj]")
+        return self
+
+
+class AdapterMethod(_Trained):
+    """Train small bottlenecks inside a frozen body (Houlsby et al. 2019), its layer norms and the task's new head."""
+
+    kind: Literal["adapter"]
+    """adapter: a bottleneck after attention and one after the feed-forward part of each layer."""
+    reduction_factor: int = Field(default=16, ge=1)
+    """The bottleneck is the hidden size divided by it."""
+    non_linearity: Literal["relu", "gelu"] = "gelu"
+    """Between its two matrices."""
+
+    def differences(self) -> tuple[str, ...]:
+        return (
+            *((f"f{self.reduction_factor}",) if self.reduction_factor != 16 else ()),
+            *((self.non_linearity,) if self.non_linearity != "gelu" else ()),
+        )
+
+
+class PromptMethod(_Trained):
+    """Train virtual tokens before each text (Lester et al. 2021), and the task's new head."""
+
+    kind: Literal["prompt"]
+    """prompt: vectors in front of the text's own, which are taken off `data.max_length`."""
+    num_virtual_tokens: int = Field(default=20, ge=1)
+    """How many of them."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """What they start as: the vectors of tokens drawn from the vocabulary, or random numbers of their size."""
+
+    def differences(self) -> tuple[str, ...]:
+        return (
+            *((str(self.num_virtual_tokens),) if self.num_virtual_tokens != 20 else ()),
+            *((self.init,) if self.init != "vocabulary" else ()),
+        )
+
+
+class PeftMethod(_Trained):
+    """Train whatever another method of PEFT puts into the model's layers, and the task's new head."""
+
+    kind: Literal["peft"]
+    """peft: any method of the library PEFT that changes layers."""
+    type: str = Field(min_length=1)
+    """Its name in PEFT, such as `IA3`, `LOHA`, `OFT` or `VERA`."""
+    config: dict[str, Any] = {}
+    """Fields of its config in PEFT."""
+
+    def differences(self) -> tuple[str, ...]:
+        return (self.type.lower(),)
+
+
+class BaseMethod(_Named):
+    """Train nothing: the model as it is, scored like the others."""
+
+    kind: Literal["base"]
+    """base: untouched; language models are asked as they are, classifiers answer with the most frequent class."""
+
+
+Method = Annotated[
+    FullMethod | HeadMethod | LoraMethod | AdapterMethod | PromptMethod | PeftMethod, Field(discriminator="kind")
+]
+"""How the parameters of a run are trained."""
+Arm = Annotated[
+    FullMethod | HeadMethod | LoraMethod | AdapterMethod | PromptMethod | PeftMethod | BaseMethod,
+    Field(discriminator="kind"),
+]
+"""What a comparison compares."""
 
 
 class TrainBlock(Block):
@@ -301,6 +448,34 @@ class EvaluateBlock(Block):
     """Longest generated answer, in tokens."""
 
 
+class CompareBlock(Block):
+    """How `fulltune compare` compares methods: on the same rows, each at its best rate, over several seeds."""
+
+    margin: float = Field(default=0.01, gt=0, lt=1)
+    """Differences of the metric below this one do not matter to you."""
+    seeds: int | None = Field(default=None, ge=1)
+    """Seeds of each method at most; fewer where the answer is clear. Left out: 3, below 10,000 train rows 5."""
+    search_share: float = Field(default=0.15, gt=0, le=1)
+    """Share of a run's steps for the best two rates of the rate search; before them each rate gets a third of it."""
+    budget: str | None = None
+    """Most time that the comparison may take, such as `30m` or `2h`; it says what certainty that buys."""
+    generic_text: str | None = None
+    """A text file of what the model could do before, to see how far each method moves it away: one text a line, or
+    paragraphs. Left out: docstrings of Python's standard library."""
+    near_duplicates: float = Field(default=0.8, gt=0, le=1)
+    """Rows whose texts share so much of their 5-grams (Jaccard) stay on one side of the split. 1: only equal
+    ones."""
+
+    @model_validator(mode="after")
+    def _budget_must_be_a_time(self) -> CompareBlock:
+        if self.budget is not None:
+            try:
+                parse_seconds(self.budget)
+            except ValueError as error:
+                raise ValueError(f"budget: {error}") from None
+        return self
+
+
 class Recipe(Block):
     """A whole run: model, task, data, method, training, evaluation, output."""
 
@@ -309,10 +484,13 @@ class Recipe(Block):
     task: TaskName
     """What is learned."""
     data: DataBlock
-    method: FullMethod = FullMethod(kind="full")
-    """How the parameters are trained."""
+    method: Method = FullMethod(kind="full")
+    """How the parameters are trained; a plain `lora` is short for `{kind: lora}`."""
+    methods: tuple[Arm, ...] = ()
+    """What `fulltune compare` compares, in place of `method`: each as there, or its kind alone."""
     train: TrainBlock = TrainBlock()
     evaluate: EvaluateBlock = EvaluateBlock()
+    compare: CompareBlock = CompareBlock()
     output: str = "runs"
     """Folder in which each run gets a folder of its own; relative to the recipe's folder."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -320,11 +498,27 @@ class Recipe(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_short_model(cls, values: Any) -> Any:
-        """`model: NAME` is short for `model: {name: NAME}`."""
-        if isinstance(values, dict) and isinstance(values.get("model"), str):
-            return {**values, "model": {"name": values["model"]}}
-        return values
+    def _expand_short_forms(cls, values: Any) -> Any:
+        """`model: NAME` is short for `model: {name: NAME}`, and `lora` for `{kind: lora}`."""
+        if not isinstance(values, dict):
+            return values
+        expanded = dict(values)
+        if isinstance(values.get("model"), str):
+            expanded["model"] = {"name": values["model"]}
+        if isinstance(values.get("method"), str):
+            expanded["method"] = {"kind": values["method"]}
+        if isinstance(values.get("methods"), (list, tuple)):
+            expanded["methods"] = [{"kind": one} if isinstance(one, str) else one for one in values["methods"]]
+        return expanded
+
+    @model_validator(mode="after")
+    def _methods_must_differ(self) -> Recipe:
+        names = [one.arm for one in self.methods]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        problems = [f"methods: two are called '{name}'; give one of them another 'name'" for name in twice]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
     def fingerprint(self) -> str:
         """Hash of all settings that shape a run: two recipes with the same one continue each other's run."""
@@ -361,6 +555,9 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     for key in ("eval", "test", "chat_template"):
         if (value := getattr(data, key)) is not None:
             update[key] = absolute(value)
+    block = recipe.compare
+    if block.generic_text is not None:
+        block = block.model_copy(update={"generic_text": absolute(block.generic_text)})
     train = recipe.train
     if isinstance(file := train.extra.get("deepspeed"), str):
         train = train.model_copy(update={"extra": {**train.extra, "deepspeed": absolute(file)}})
@@ -375,6 +572,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             "data": data.model_copy(update=update),
             "model": model,
             "train": train,
+            "compare": block,
             "output": absolute(recipe.output),
         }
     )

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -92,13 +92,14 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
 def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> Iterable[str]:
     # A union's branch name (`str`, `tuple[...]`) is part of pydantic's location but not of the file.
     at = tuple(part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[A-Za-z_0-9]+", str(part)))
+    at = _without_kinds(at)
     if len(at) > 1 and at[-1] in ("str", "tuple", "int", "float"):
         at = at[:-1]
     where, name = _where(path, lines, at), _dotted(at)
     given = item.get("input")
     match item["type"]:
         case "extra_forbidden":
-            known = sorted(_fields(at[:-1]))
+            known = sorted(_fields(at[:-1], values))
             near = [_ELSEWHERE[at[-1]]] if _ELSEWHERE.get(at[-1]) in known else []
             near = near or difflib.get_close_matches(str(at[-1]), known, n=1, cutoff=0.6)
             elsewhere = [block for block in _blocks() if at[-1] in _fields((block,)) and (block,) != at[:-1]]
@@ -107,7 +108,7 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
                 hint = f"did you mean '{elsewhere[0]}.{at[-1]}'?"
             yield f"{where}  {name}: unknown setting; {hint}"
         case "missing":
-            yield f"{where}  {name}: missing; {_meaning(at)}"
+            yield f"{where}  {name}: missing; {_meaning(at, values)}"
         case "value_error":
             for text in str(item["ctx"]["error"]).splitlines():
                 first = re.match(r"([a-z_]+)\b", text)
@@ -115,10 +116,11 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
                 prefix = f"{_dotted(at)}." if at else ""
                 yield f"{_where(path, lines, inner)}  {prefix}{text}"
         case "literal_error":
-            expected = item["ctx"]["expected"]
-            near = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", expected), n=1, cutoff=0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            yield f"{where}  {name}: expected {expected}, found {given!r}{hint}"
+            yield f"{where}  {name}: {_expected(item['ctx']['expected'], given)}"
+        case "union_tag_invalid":
+            yield f"{where}  {name}.kind: {_expected(item['ctx']['expected_tags'], item['ctx']['tag'])}"
+        case "union_tag_not_found":
+            yield f"{where}  {name}.kind: missing; expected one of {', '.join(_kinds(at))}"
         case "invalid_key":
             yield f"{where}  {name}: unknown setting; the names of settings are texts"
         case "tuple_type":
@@ -133,16 +135,61 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
             yield f"{where}  {name}: expected {message}, found {given!r}"
 
 
+def _expected(expected: str, given: Any) -> str:
+    names = re.findall(r"'([^']+)'", expected)
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"expected {expected}, found {given!r}{hint}"
+
+
 def _blocks() -> list[str]:
-    return [name for name, field in Recipe.model_fields.items() if _is_block(field.annotation)]
+    return [name for name, field in Recipe.model_fields.items() if _is_block(field.annotation) or name in _UNIONS]
+
+
+_UNIONS = ("method", "methods")
+"""Settings that are one of several blocks, told apart by their `kind`."""
+
+
+def _without_kinds(at: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A place as in the file: pydantic puts the kind of a method after it."""
+    place = 2 if at[:1] == ("methods",) else 1
+    if at[:1] and at[0] in _UNIONS and len(at) > place and at[place] in _kinds(at[:1]):
+        return (*at[:place], *at[place + 1 :])
+    return at
+
+
+def _members(name: Any) -> list[Any]:
+    """The blocks that a method may be."""
+    field = Recipe.model_fields[str(name)]
+    union = field.annotation if name == "method" else get_args(get_args(field.annotation)[0])[0]
+    return list(get_args(union))
+
+
+def _kinds(at: tuple[Any, ...]) -> list[str]:
+    return [get_args(block.model_fields["kind"].annotation)[0] for block in _members(at[0])]
 
 
 def _is_block(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _fields(at: tuple[str | int, ...]) -> dict[str, Any]:
-    """Fields known at a place of the recipe; empty inside a list or a free mapping."""
+def _fields(at: tuple[str | int, ...], values: Any = None) -> dict[str, Any]:
+    """Fields known at a place of the recipe; empty inside a list or a free mapping.
+
+    Args:
+        at: The place.
+        values: The recipe's values, which say what kind a method is of; left out, the fields of all kinds.
+    """
+    if at and at[0] in _UNIONS:
+        place = 2 if at[0] == "methods" else 1
+        if len(at) != place:
+            return {}
+        for part in at:
+            values = _inner(values, part)
+        kind = values.get("kind") if isinstance(values, dict) else values
+        of_kind = dict(zip(_kinds(at), _members(at[0]), strict=True))
+        named = [of_kind[kind]] if kind in of_kind else list(of_kind.values())
+        return {name: field for block in named for name, field in block.model_fields.items()}
     model: Any = Recipe
     for part in at:
         field = model.model_fields.get(part) if _is_block(model) else None
@@ -152,8 +199,14 @@ def _fields(at: tuple[str | int, ...]) -> dict[str, Any]:
     return dict(model.model_fields)
 
 
-def _meaning(at: tuple[str | int, ...]) -> str:
-    field = _fields(at[:-1]).get(str(at[-1]))
+def _inner(values: Any, part: Any) -> Any:
+    if isinstance(values, dict):
+        return values.get(part)
+    return values[part] if isinstance(values, (list, tuple)) and isinstance(part, int) else None
+
+
+def _meaning(at: tuple[str | int, ...], values: Any) -> str:
+    field = _fields(at[:-1], values).get(str(at[-1]))
     text = (field.description or "") if field else ""
     return "expected: " + " ".join(text.split()).split(". ")[0].rstrip(".") if text else "it is required"
 
@@ -216,6 +269,10 @@ def _substitute(value: Any, at: tuple[str | int, ...], problems: list[str], path
     return _VARIABLE.sub(replace, value)
 
 
+_SHORT = {"model": "name", "method": "kind"}
+"""Blocks that a plain text is short for, and the setting that it is."""
+
+
 def _override(values: dict[str, Any], override: str, problems: list[str]) -> None:
     """Apply one `block.name=value`; the value is YAML, so `8`, `true` and `[a, b]` have their types."""
     name, separator, text = override.partition("=")
@@ -231,8 +288,8 @@ def _override(values: dict[str, Any], override: str, problems: list[str]) -> Non
     place = values
     for block in blocks:
         inner = place.get(block)
-        if isinstance(inner, str) and block == "model":
-            inner = {"name": inner}
+        if isinstance(inner, str) and block in _SHORT:
+            inner = {_SHORT[block]: inner}
         inner = dict(inner) if isinstance(inner, dict) else {}
         place[block] = inner
         place = inner

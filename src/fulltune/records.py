@@ -226,6 +226,8 @@ class Plan(Record):
     data_fingerprint: str = ""
     """The rows that this plan was made for."""
     method: str
+    model_name: str = ""
+    """Of a trial among others: its model's folder in `models`; empty for a run's only trial, named by its method."""
     seed: int
     learning_rate: float
     layerwise_lr_decay: float
@@ -254,7 +256,10 @@ class Plan(Record):
     metric: str
     greater_is_better: bool
     num_parameters: int
+    """Of the pretrained model with the task's head."""
     num_trainable_parameters: int
+    num_frozen_parameters: int = 0
+    """Those that stay as they are, with what the method adds for them; 0: full fine-tuning."""
     state: StateBytes
     optim: str = "adamw_torch_fused"
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
@@ -269,6 +274,16 @@ class Plan(Record):
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
     settings: tuple[Setting, ...]
+
+    @property
+    def model_folder(self) -> str:
+        """Where the finished model lies, relative to the run folder."""
+        return f"models/{self.model_name or self.method}"
+
+    @property
+    def file(self) -> str:
+        """Where the plan itself lies, relative to the run folder."""
+        return f"plan/{self.trial if self.model_name else self.method}.json"
 
 
 class Placement(Record):

@@ -32,7 +32,12 @@ PIXELS_OF_A_TOKEN = 32 * 32
 
 
 def rough(
-    case: Case, num_parameters: int, precisions: Sequence[str], checkpointing: Sequence[bool], why: str
+    case: Case,
+    num_parameters: int,
+    precisions: Sequence[str],
+    checkpointing: Sequence[bool],
+    why: str,
+    all_trained: bool = True,
 ) -> Footprint:
     """A footprint by arithmetic.
 
@@ -42,8 +47,10 @@ def rough(
         precisions: Types of the computations.
         checkpointing: Whether activations are kept, recomputed, or both ways.
         why: The model cannot be traced.
+        all_trained: All parameters are; else those that the case's `prepare` leaves with `requires_grad`.
     """
-    shapes = _shapes(case)
+    shapes = _shapes(case, all_trained)
+    num_trained = num_parameters if all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _sizes(case, num_parameters)
     tokens = 1 if case.pixels is None else _tokens_of_image(case, case.pixels)
     layer = hidden * tokens * (VALUES + VALUES_PER_STATE * (getattr(layered(case, case.config), "state_size", 0) or 0))
@@ -63,9 +70,9 @@ def rough(
                     activation_checkpointing=recomputed,
                     first=(
                         _moment(case, "backward head", 0, size * kept, logits, copies),
-                        _moment(case, "backward 0:below", weight * num_parameters, size * layer, 0, copies),
+                        _moment(case, "backward 0:below", weight * num_trained, size * layer, 0, copies),
                     ),
-                    later=(_moment(case, "backward head", weight * num_parameters, size * kept, logits, copies),),
+                    later=(_moment(case, "backward head", weight * num_trained, size * kept, logits, copies),),
                 )
             )
     return Footprint(
@@ -99,10 +106,12 @@ def _moment(case: Case, place: str, gradients: int, activations: int, logits: in
     return Moment(place=place, coefficients=held)
 
 
-def _shapes(case: Case) -> list[tuple[int, ...]]:
+def _shapes(case: Case, all_trained: bool) -> list[tuple[int, ...]]:
     with torch.device("meta"):
         model = getattr(transformers, case.task.AUTO_CLASS).from_config(case.config)
-    return [tuple(parameter.shape) for parameter in model.parameters()]
+        if not all_trained:
+            case.prepare(model)
+    return [tuple(one.shape) for one in model.parameters() if all_trained or one.requires_grad]
 
 
 def _sizes(case: Case, num_parameters: int) -> tuple[int, int, int]:

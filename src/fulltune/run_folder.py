@@ -23,6 +23,8 @@ from fulltune.records import Environment
 IDENTITY = "recipe.json"
 """The checked recipe with its fingerprint: what a folder belongs to."""
 REPORT = "report.html"
+CARD = "card.html"
+"""The last file that a comparison writes."""
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
@@ -67,7 +69,9 @@ def find_or_make(
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the report was written with the trained model's scores in it."""
+    """True when the report was written with the trained model's scores in it, or a comparison's card."""
+    if (folder / CARD).exists():
+        return True
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
     report = folder / REPORT
     return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)

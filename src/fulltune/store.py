@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FILE = "rows.arrow"
+CLUSTERS = "clusters.npy"
 WORDS = "words"
 """Column beside the features with the row in the user's own columns, and its place, as JSON."""
 _ROWS_PER_BATCH = 8192
@@ -210,6 +211,16 @@ def load_split(folder: Path) -> Rows:
 def load_texts(folder: Path) -> list[dict[str, Any]]:
     """The rows of a split in the user's own columns, with their place: for held-out rows, of which there are few."""
     return [json.loads(text) for batch in batches(folder) for text in batch.column(WORDS).to_pylist()]
+
+
+def save_clusters(folder: Path, groups: np.ndarray) -> None:
+    """Keep which rows of a split belong together: duplicates, near ones, questions about one passage."""
+    np.save(folder / CLUSTERS, np.unique(groups, return_inverse=True)[1].astype(np.int64))
+
+
+def clusters_of(folder: Path) -> np.ndarray:
+    """The number of each held-out row's cluster, from 0: int64 [rows], in the order of the rows."""
+    return np.asarray(np.load(folder / CLUSTERS))
 
 
 def words(place: str, row: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 
+from fulltune.errors import RecipeError
 from fulltune.footprint import KINDS
 from fulltune.traced_case import Case, depths_of, has_tokens, layer_kinds
 from fulltune.tracing import Story, run
@@ -27,9 +28,11 @@ _LENGTHS = (16, 24, 40)
 FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
     StrictDataclassError,
+    RecipeError,
 )
-"""What a model's class may raise at a config or at tensors without values: any of its own errors, and torch's (kinds of
-RuntimeError) when it asks for a value. Not: memory that runs out, and an interruption."""
+"""What a model's class may raise at a config or at tensors without values: any of its own errors, torch's (kinds of
+RuntimeError) when it asks for a value, and ours of a method that cannot work on a copy with few layers. Not: memory
+that runs out, and an interruption."""
 
 
 class Changing(ValueError):
@@ -57,6 +60,7 @@ class Whole:
     alive: np.ndarray
     flops: np.ndarray
     shapes: tuple[tuple[int, ...], ...]
+    trained: tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -107,6 +111,7 @@ def _from_cuts(case: Case, points: Sequence[tuple[int, int]], num_parameters: in
             found.alive + further * added[:, :-1].reshape(found.alive.shape),
             found.flops + further * added[:, -1],
             found.shapes + _added(base.shapes, more.shapes) * further,
+            found.trained + _added(base.trained, more.trained) * further,
         )
     return found if sum(math.prod(shape) for shape in found.shapes) == num_parameters else None
 
@@ -161,7 +166,7 @@ def _joined(stories: Sequence[Story]) -> Whole:
     if any(tuple(timeline) != keys for timeline in timelines):
         raise Changing("what it does depends on the number of rows or tokens")
     alive = np.array([[timeline[key] for key in keys] for timeline in timelines])
-    return Whole(keys, alive, np.array([story.flops for story in stories]), stories[0].shapes)
+    return Whole(keys, alive, np.array([story.flops for story in stories]), stories[0].shapes, stories[0].trained)
 
 
 def _timeline(story: Story) -> Timeline:

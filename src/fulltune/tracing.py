@@ -48,6 +48,8 @@ class Story:
     flops: float = 0.0
     shapes: tuple[tuple[int, ...], ...] = ()
     """Of the model's parameters."""
+    trained: tuple[tuple[int, ...], ...] = ()
+    """Of those that are trained."""
 
 
 class Watch(TorchDispatchMode):
@@ -78,7 +80,9 @@ class Watch(TorchDispatchMode):
         self.place = ""
         self._blocks: dict[int, tuple[int, int, Any]] = {}
         self._parameters = {tuple(parameter.shape) for parameter in parameters}
-        self.story = Story(shapes=tuple(tuple(parameter.shape) for parameter in parameters))
+        trained = tuple(tuple(parameter.shape) for parameter in parameters if parameter.requires_grad)
+        self._trained = set(trained)
+        self.story = Story(shapes=tuple(tuple(parameter.shape) for parameter in parameters), trained=trained)
         self._open = True
         for parameter in parameters:
             self._add(parameter, None)
@@ -108,7 +112,7 @@ class Watch(TorchDispatchMode):
         self.story.changes.append(Change(self.place, block, size))
         if func is _aten._to_copy.default and tuple(tensor.shape) in self._parameters:
             self.story.kinds[block] = "buffers"
-        elif tensor.dim() > 1 and tuple(tensor.shape) in self._parameters:
+        elif tensor.dim() > 1 and tuple(tensor.shape) in self._trained:
             if self.place.startswith("backward"):  # before it is summed, or given the weights' type
                 self.story.kinds[block] = "gradients"
         elif tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size:

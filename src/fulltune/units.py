@@ -1,4 +1,4 @@
-"""Bytes in words and back. Layer 0."""
+"""Bytes and times in words and back. Layer 0."""
 
 from __future__ import annotations
 
@@ -30,3 +30,21 @@ def in_words(num_bytes: int) -> str:
     if num_bytes >= 2**29:
         return f"{num_bytes / 2**30:,.1f} GiB"
     return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.0f} KiB"
+
+
+_TIME = r"(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?"
+
+
+def parse_seconds(text: str) -> float:
+    """The seconds of `30m`, `2h`, `90s` or `1h30m`.
+
+    Raises:
+        ValueError: Naming what was expected.
+    """
+    found = re.fullmatch(_TIME, text.strip())
+    if found is None or not any(found.groups()):
+        raise ValueError(f"'{text}': expected a time such as 30m, 2h or 90s")
+    seconds = sum(float(part or 0) * size for part, size in zip(found.groups(), (3600, 60, 1), strict=True))
+    if not seconds:
+        raise ValueError(f"{text.strip()}: expected more than nothing, such as 30m")
+    return seconds

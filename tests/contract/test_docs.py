@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import yaml
@@ -23,6 +24,9 @@ BLOCKS = {
     for name, field in Recipe.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Block)
 }
+METHODS = get_args(Recipe.model_fields["method"].annotation)
+FIELDS = {name: set(block.model_fields) for name, block in BLOCKS.items()}
+FIELDS["method"] = {name for kind in METHODS for name in kind.model_fields}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -52,6 +56,11 @@ def test_recipe_page_names_and_explains_every_setting(generate: ModuleType) -> N
         for inner, field in block.model_fields.items():
             assert f"- `{name}.{inner}`:" in text
             assert field.description, f"{name}.{inner} has no docstring"
+    for kind in METHODS:
+        assert f"### `kind: {get_args(kind.model_fields['kind'].annotation)[0]}`" in text
+        for inner, field in kind.model_fields.items():
+            assert inner == "kind" or f"- `method.{inner}`:" in text
+            assert field.description, f"method.{inner} has no docstring"
 
 
 @each_page
@@ -63,10 +72,10 @@ def test_links_lead_to_files(page: Path) -> None:
 
 @each_page
 def test_settings_in_backquotes_exist(page: Path) -> None:
-    names = re.findall(rf"`({'|'.join(BLOCKS)})\.([a-z_]+)[`:=]", page.read_text(encoding="utf-8"))
+    names = re.findall(rf"`({'|'.join(FIELDS)})\.([a-z_]+)[`:=]", page.read_text(encoding="utf-8"))
     # `train.csv` and the like are files.
     files = {"csv", "jsonl", "json", "yaml", "py", "safetensors"}
-    unknown = [f"{block}.{name}" for block, name in names if name not in {*BLOCKS[block].model_fields, *files}]
+    unknown = [f"{block}.{name}" for block, name in names if name not in {*FIELDS[block], *files}]
     assert not unknown
 
 

@@ -75,7 +75,7 @@ def test_run_leaves_a_table_of_positions_that_is_not_saved_as_it_is(tmp_path: Pa
     assert reached.outcome is not None
     assert reached.outcome.moved is not None
     assert not reached.outcome.moved.unmoved_tensors
-    model = methods.apply(AutoModelForSeq2SeqLM.from_pretrained(folder), FullMethod(kind="full"))
+    model = methods.apply(AutoModelForSeq2SeqLM.from_pretrained(folder), FullMethod(kind="full"), "seq2seq").model
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert fixed == set(methods.computed(model)) != set()
     assert not fixed & set(load_file(reached.folder / "models" / "full" / "model.safetensors"))

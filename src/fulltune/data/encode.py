@@ -6,7 +6,7 @@ import os
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.data.check import Dropped, LeftOut
+from fulltune.data.near import NUM_HASHES, joined, signatures
 from fulltune.data.read import PlacedRow
 from fulltune.data.split import draw
 from fulltune.errors import SetupError
@@ -48,6 +49,8 @@ class Job:
     drop_truncated: bool
     known_labels: frozenset[str] | None = None
     """The train rows' labels; a row with another one is counted and not tokenised, for it will be refused."""
+    signs: bool = False
+    """Near-duplicates are looked for."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Chunk:
     longest: int
     groups: np.ndarray
     """`draw` of each row's group key: uint64."""
+    signatures: np.ndarray
+    """Of each row's group key, uint16 [rows, hashes]; without rows where near-duplicates are not looked for."""
     labels: list[list[str]]
     unusable: list[Dropped]
     """Rows that hold nothing to learn from."""
@@ -105,6 +110,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
             unfit.append(lost[0] if lost else Dropped(job.split, place, "nothing to train", "no token", dict(row)))
     features = [_features(example) for _, example in kept]
     texts = [words(place, row) for place, row in rows]
+    keys = [task.group_key(row, job.target) for _, row in rows]
     return Chunk(
         num_read=len(chunk),
         batch=record_batch(features, [texts[number] for number, _ in kept]) if kept else None,
@@ -113,7 +119,8 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         trained_tokens=np.array([example.trained_tokens for _, example in kept], np.int32),
         truncated=np.array([example.truncated for _, example in kept], bool),
         longest=max((_longest(example) for _, example in kept), default=0),
-        groups=np.array([draw(job.split_seed, task.group_key(row, job.target)) for _, row in rows], np.uint64),
+        groups=np.array([draw(job.split_seed, key) for key in keys], np.uint64),
+        signatures=signatures(keys if job.signs else []),
         labels=[task.row_labels(row, job.target) for _, row in rows],
         unusable=unusable,
         unfit=unfit,
@@ -176,6 +183,7 @@ class Encoded:
     trained_tokens: Any = field(default_factory=lambda: array("i"))
     truncated: Any = field(default_factory=lambda: array("b"))
     groups: Any = field(default_factory=lambda: array("Q"))
+    signatures: Any = field(default_factory=lambda: array("H"))
     label_numbers: Any = field(default_factory=lambda: array("i"))
     """Numbers of all rows' labels in `names`, one row after another."""
     label_ends: Any = field(default_factory=lambda: array("q", [0]))
@@ -209,6 +217,7 @@ class Encoded:
         self.trained_tokens.frombytes(chunk.trained_tokens.tobytes())
         self.truncated.frombytes(chunk.truncated.astype(np.int8).tobytes())
         self.groups.frombytes(chunk.groups.tobytes())
+        self.signatures.frombytes(chunk.signatures.tobytes())
         for labels in chunk.labels:
             self.label_numbers.extend(self.names.setdefault(name, len(self.names)) for name in labels)
             self.label_ends.append(len(self.label_numbers))
@@ -251,6 +260,17 @@ def encode(
                 writer.write(chunk.batch)
             progress(encoded.num_read)
     return encoded
+
+
+def join_near(sources: Sequence[Encoded], threshold: float) -> None:
+    """Give rows of all sources whose texts are nearly the same one group, and forget the signatures."""
+    if threshold >= 1:
+        return
+    groups = np.concatenate([np.asarray(source.groups) for source in sources])
+    signed = np.concatenate([np.asarray(source.signatures) for source in sources]).reshape(-1, NUM_HASHES)
+    numbers = joined(groups, signed, threshold)
+    for source, part in zip(sources, np.split(numbers, np.cumsum([one.num_rows for one in sources])[:-1]), strict=True):
+        source.groups, source.signatures = array("Q", part.tobytes()), array("H")
 
 
 def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:

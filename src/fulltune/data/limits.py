@@ -24,12 +24,33 @@ class Limits:
     """What tells apart two models that would make other rows of the same files with the same tokenizer."""
     keeps_texts_apart: Callable[[], str | None] = lambda: "it was not checked"
     """Why texts in one row would see each other, or None: asked only for raw text."""
+    virtual: int = 0
+    """Tokens that prompt tuning puts before each row, out of the same length."""
+
+
+LEAST_LENGTH = 8
+"""Tokens that virtual ones must leave of a row."""
 
 
 def longest_row(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
     """Longest row in tokens, and why; a shorter longest row makes it smaller afterwards."""
+    length, why = _longest(recipe, task, target, limits, tokenizer)
+    if not limits.virtual:
+        return length, why
+    if length - limits.virtual < LEAST_LENGTH:
+        raise RecipeError(
+            f"data.max_length: {limits.virtual} virtual tokens leave {max(0, length - limits.virtual)} of {length} for "
+            f"the text; expected at least {LEAST_LENGTH}: take fewer, or set a longer data.max_length"
+        )
+    return length - limits.virtual, f"{why}, less {limits.virtual} virtual tokens"
+
+
+def _longest(
+    recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, str]:
+    """The same with the virtual tokens."""
     known = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
     model_limit = min(known, default=None)
     wanted = recipe.data.max_length
@@ -46,6 +67,9 @@ def longest_row(
     return cap, f"the usual bound for {recipe.task}"
 
 
+_VIRTUAL = "prompt tuning puts virtual tokens before each text"
+
+
 def packing(recipe: Recipe, target: Target, limits: Limits) -> tuple[bool, list[str]]:
     """Whether texts share rows, and what is worth knowing about it."""
     wanted = recipe.data.packing
@@ -58,7 +82,7 @@ def packing(recipe: Recipe, target: Target, limits: Limits) -> tuple[bool, list[
         return False, []
     if wanted is False:
         return False, []
-    obstacle = limits.keeps_texts_apart()
+    obstacle = limits.keeps_texts_apart() if not limits.virtual else _VIRTUAL
     if obstacle is None:
         return True, []
     if wanted:

@@ -21,19 +21,19 @@ import numpy as np
 
 from fulltune.data import cache
 from fulltune.data.check import Dropped
-from fulltune.data.encode import Encoded, Job, encode
+from fulltune.data.encode import Encoded, Job, encode, join_near
 from fulltune.data.given import Given, Preprocess, describe, find_sources, rows_given
 from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
 from fulltune.data.read import Source, content_hash
 from fulltune.data.splits import SPLITS, assign, check_labels, label_counts, notes, refuse_unusable, unmeasured
-from fulltune.errors import DataError, SetupError
+from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.processors import processor_identity
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Preview, SplitSummary
 from fulltune.records import SplitName as Split
-from fulltune.store import RowWriter, batches, load_split, readable
+from fulltune.store import RowWriter, batches, load_split, readable, save_clusters
 from fulltune.tasks import Target, Task
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 DROPPED = "dropped.jsonl"
-FORMAT = 3
+FORMAT = 4
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
 Listener = Callable[[dict[str, Any]], None]
@@ -78,6 +78,8 @@ def prepare(
     Raises:
         DataError: When the rows cannot be learned from; nothing of an earlier run is lost.
     """
+    if recipe.task == "image-classification" and recipe.data.near_duplicates < 1:
+        raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
     sources = find_sources(recipe)
     fingerprint = _fingerprint(recipe, sources, tokenizer, limits)
     if planned_for and planned_for != fingerprint:
@@ -132,8 +134,9 @@ def _make(
     packed, remarks = packing(recipe, target, limits)
     encoded = _encode(recipe, folder, target, tokenizer, limit, rows_of, counts, listener)
     refuse_unusable(recipe, encoded, rows_of)
+    join_near(list(encoded.values()), recipe.data.near_duplicates)
     split_of, sources = assign(recipe, encoded, rows_of)
-    remarks += notes(encoded, split_of, recipe.task)
+    remarks += notes(encoded, split_of, recipe.task, recipe.data.near_duplicates < 1)
     if target.labels:
         check_labels(encoded, split_of, rows_of)
         remarks += unmeasured(encoded, split_of)
@@ -146,6 +149,8 @@ def _make(
             raise DataError(f"{where}: no row of {name} is left: all are longer than data.max_length")
         parts = _chosen(whole.folder, chosen)
         _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
+        if name != "train":
+            save_clusters(folder / name, np.asarray(whole.groups)[np.asarray(whole.row_of)][chosen])
         dropped = whole.num_left_out if name in rows_of else 0
         summaries[name] = _summarise(whole, chosen, split_of[name], load_split(folder / name)["length"], dropped)
     for whole in encoded.values():
@@ -199,7 +204,8 @@ def _encode(
 
         for name, rows in rows_of.items():
             known = None if name == "train" else frozenset(encoded["train"].names)
-            job = Job(recipe.task, target, tokenizer, limit, name, recipe.data.split_seed, drops, known)
+            signs = recipe.data.near_duplicates < 1
+            job = Job(recipe.task, target, tokenizer, limit, name, recipe.data.split_seed, drops, known, signs)
             place = folder / f"{name}-whole"
             encoded[name] = encode(job, rows.rows(None), counts[name], place, progress, leave_out)
             progress.before += counts[name]
@@ -314,4 +320,6 @@ def _fingerprint(
         "processor": processor_identity(tokenizer),
         "limits": [limits.positions, tokenizer.model_max_length, limits.identity],
     }
+    if limits.virtual:
+        parts["virtual"] = limits.virtual
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

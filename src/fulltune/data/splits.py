@@ -98,10 +98,13 @@ def _strata(whole: Encoded) -> np.ndarray:
     return strata
 
 
-def notes(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray], task: TaskName) -> list[str]:
-    """Few rows to choose by, and rows that stand in two splits."""
+def notes(
+    encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray], task: TaskName, near: bool = False
+) -> list[str]:
+    """Few rows to choose by, and rows that stand, or nearly stand, in two splits."""
     keys = {name: np.asarray(encoded.get(name, encoded["train"]).groups)[split_of[name]] for name in SPLITS}
     found = []
+    nearly = " (equal, or nearly so)" if near else ""
     if (count := len(keys["eval"])) < FEW_EVAL_ROWS:
         found.append(
             f"only {count} eval rows: which checkpoint is best is close to chance; more rows would tell better"
@@ -110,13 +113,15 @@ def notes(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]
     of_passages = task == "question-answering"
     repeated = len(keys["train"]) - len(np.unique(keys["train"]))
     if repeated and not of_passages:
-        found.append(f"{repeated} of {len(keys['train'])} train rows repeat another train row")
+        found.append(f"{repeated} of {len(keys['train'])} train rows repeat another train row{nearly}")
     shared = "have a passage that also stands in" if of_passages else "also stand in"
     for name in HELD_OUT:
         if count := int(np.isin(keys[name], keys["train"]).sum()):
-            found.append(f"{count} of {len(keys[name])} {name} rows {shared} train: their scores flatter the model")
+            found.append(
+                f"{count} of {len(keys[name])} {name} rows {shared} train{nearly}: their scores flatter the model"
+            )
     if count := int(np.isin(keys["test"], keys["eval"]).sum()):
-        found.append(f"{count} of {len(keys['test'])} test rows {shared} eval, which chooses the checkpoint")
+        found.append(f"{count} of {len(keys['test'])} test rows {shared} eval{nearly}, which chooses the checkpoint")
     return found
 
 

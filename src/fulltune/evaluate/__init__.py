@@ -108,3 +108,8 @@ def _kept(path: Path, make: Callable[[], Scores]) -> Scores:
 def _bench(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, metrics: UserMetrics | None) -> Bench:
     recipe = with_attention(recipe, plan.attn_implementation)
     return Bench(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", metrics)
+
+
+def bench_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path) -> Bench:
+    """A run's rows and how they are run, for what is compared later."""
+    return _bench(recipe, plan, summary, folder, None)

@@ -13,9 +13,10 @@ from fulltune import model as models
 from fulltune.bootstrap import intervals
 from fulltune.errors import SetupError
 from fulltune.inference import by_length, model_batch, run_rows
+from fulltune.methods import folder
 from fulltune.out_of_memory import with_smaller_batches
 from fulltune.processors import load_processor
-from fulltune.recipe import Recipe
+from fulltune.recipe import ModelBlock, Recipe
 from fulltune.records import Estimate, Plan, Scores
 from fulltune.selective_head import SelectiveHead, verified
 from fulltune.store import load_split, load_texts
@@ -126,6 +127,10 @@ class Bench:
 
     def load_trained(self, model_folder: Path) -> tuple[Any, Any]:
         """The finished model, loaded from its folder as any user would."""
+        if folder.is_partial(model_folder):
+            applied = folder.load(model_folder, self.recipe.model)
+            tokenizer = load_processor(ModelBlock(name=str(model_folder)), self.recipe.task)
+            return _placed(applied.model, self.plan.device), tokenizer
         # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
         block = self.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
         model = models.load(block, self.task.AUTO_CLASS, {}, head_is_new=False)

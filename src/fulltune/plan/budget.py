@@ -51,7 +51,7 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
     shared = zero.zero_of(recipe)
 
     def state(levers: Levers) -> StateBytes:
-        return memory.state_bytes(shapes.num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
+        return memory.state_of(shapes.num_parameters, levers)
 
     def need(levers: Levers) -> MemoryNeed:
         # A way out can compute in bf16 where the trace is in fp32, which needs more.

@@ -17,7 +17,7 @@ def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -
     levers = levers_of(recipe, plan, summary)
     found = disk.need(recipe, plan.num_parameters, levers)
     disk.refuse_what_cannot_fit(recipe, plan.num_parameters, levers, free_bytes)
-    state = memory.state_bytes(plan.num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
+    state = memory.state_of(plan.num_parameters, levers)
     return plan.model_copy(update={"disk": found, "state": state})
 
 
@@ -38,5 +38,7 @@ def levers_of(recipe: Recipe, plan: Plan, summary: DataSummary) -> Levers:
         eval_batch_size=plan.eval_batch_size,
         max_grad_norm=recipe.train.max_grad_norm,
         num_processes=plan.num_processes,
+        num_held=plan.num_trainable_parameters + plan.num_frozen_parameters if plan.num_frozen_parameters else None,
+        num_trained=plan.num_trainable_parameters if plan.num_frozen_parameters else None,
         num_saves=disk.num_saves(plan.total_steps, plan.eval_steps, plan.save_steps),
     )

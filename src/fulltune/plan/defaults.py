@@ -7,7 +7,11 @@ fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on B
 
 from __future__ import annotations
 
+from fulltune.recipe import Method
+
 Chosen = tuple[float, str]
+LORA_TIMES = 10.0
+"""Its best rate over full fine-tuning's, on average (Schulman et al. 2025)."""
 WRITING_TASKS = ("causal-lm", "seq2seq")
 
 
@@ -22,6 +26,24 @@ def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
         table = ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5))
     rate = next(rate for most, rate in table if millions <= most)
     return rate, f"a usual rate for {'decoders' if is_decoder else 'encoders'} of this size ({size})"
+
+
+def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> Chosen:
+    """Peak rate of a method: the fewer values it trains, and the less each does, the higher."""
+    full, why = learning_rate(num_parameters, is_decoder)
+    match method.kind:
+        case "full":
+            return full, why
+        case "lora":
+            return LORA_TIMES * full, f"{LORA_TIMES:g} times full fine-tuning's, {full:g}: {why}"
+        case "head":
+            return 1e-3, "usual for a head alone"
+        case "adapter":
+            return 1e-3, "usual for adapters (Houlsby et al. 2019: 3e-5 to 3e-3)"
+        case "prompt":
+            return 3e-2, "virtual tokens are few and need long steps (Lester et al. 2021: 0.3 with Adafactor)"
+        case "peft":
+            return 3e-3, "usual for methods that train scales (Liu et al. 2022, IA3: 3e-3)"
 
 
 def num_train_epochs(task: str, num_rows: int) -> Chosen:

@@ -24,13 +24,14 @@ def num_saves(total_steps: int, eval_steps: int, save_steps: int) -> int:
 
 def need(recipe: Recipe, num_parameters: int, levers: Levers) -> DiskNeed:
     """Checkpoints and models at their fullest: the kept checkpoints, the best one and the one being written; the
-    finished model, and the weights before step 1, which are kept until it is saved."""
-    state = memory.state_bytes(num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
-    one = num_parameters * DEEPSPEED_BYTES if zero.wanted(recipe) else state.weights + state.optimizer
+    finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained."""
+    state = memory.state_of(num_parameters, levers)
+    weights = memory.num_trained(num_parameters, levers) * memory.BYTES[levers.weights_dtype]
+    one = num_parameters * DEEPSPEED_BYTES if zero.wanted(recipe) else weights + state.optimizer
     return DiskNeed(
         one_checkpoint=one,
         num_checkpoints=min(recipe.train.save_total_limit + 2, levers.num_saves or 10**9),
-        model=2 * state.weights,
+        model=2 * weights,
         offloaded=sharded.disk_bytes(zero.zero_of(recipe), num_parameters),
     )
 

@@ -51,7 +51,7 @@ def fit(
     precision = settle.precision(recipe, machine, device, ledger)
     metric = settle.metric(recipe, summary, ledger)
     optim, rounding = settle.optimizer(recipe, ledger)
-    rate, why = defaults.learning_rate(shapes.num_parameters, shapes.is_decoder)
+    rate, why = defaults.learning_rate_of(recipe.method, shapes.num_parameters, shapes.is_decoder)
     rate = ledger.settle("method.learning_rate", recipe.method.learning_rate, rate, why)
     global_batch = settle.global_batch(recipe, summary, ledger)
     rows = summary.splits["train"].rows
@@ -83,12 +83,12 @@ def fit(
     settle.everything_else(recipe, ledger)
     settle.caveats(footprint, ledger)
     return Plan(
-        trial=f"{recipe.method.kind}-seed{train.seed}",
+        trial=f"{recipe.method.arm}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
-        method=recipe.method.kind,
+        method=recipe.method.arm,
         seed=train.seed,
         learning_rate=rate,
-        layerwise_lr_decay=recipe.method.layerwise_lr_decay,
+        layerwise_lr_decay=recipe.method.layerwise_lr_decay if recipe.method.kind == "full" else 1.0,
         num_train_epochs=epochs,
         total_steps=total_steps,
         warmup_steps=warmup,
@@ -111,8 +111,9 @@ def fit(
         metric=metric,
         greater_is_better=task_named(recipe.task).METRICS[metric],
         num_parameters=shapes.num_parameters,
-        num_trainable_parameters=shapes.num_parameters,
-        state=memory.state_bytes(shapes.num_parameters, used.weights_dtype, used.optim, used.bf16_rounding),
+        num_trainable_parameters=memory.num_trained(shapes.num_parameters, used),
+        num_frozen_parameters=0 if used.num_trained is None else (used.num_held or 0) - used.num_trained,
+        state=memory.state_of(shapes.num_parameters, used),
         optim=used.optim,
         bf16_rounding=rounding,
         optimizer_in_backward=used.optimizer_in_backward,

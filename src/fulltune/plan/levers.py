@@ -84,6 +84,8 @@ def before_choosing(
         optimizer_in_backward=recipe.train.optimizer_in_backward,
         max_grad_norm=recipe.train.max_grad_norm,
         num_processes=recipe.train.num_processes,
+        num_held=shapes.num_held,
+        num_trained=shapes.num_trained,
     )
 
 

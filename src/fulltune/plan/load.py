@@ -128,7 +128,7 @@ def _need(task: Task, start: memory.Levers, levers: memory.Levers, device: str) 
     if levers.weights_dtype == start.weights_dtype and levers.precision == footprint.traced(levers.precision):
         return memory.need(task.shapes, footprint, levers, device)
     parameters = task.shapes.num_parameters
-    state = memory.state_bytes(parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
+    state = memory.state_of(parameters, levers)
     kinds: dict[MemoryKind, int] = {
         "weights": state.weights,
         "gradients": state.gradients,

@@ -34,6 +34,10 @@ class Levers:
     num_processes: int = 1
     num_saves: int | None = None
     """Checkpoints that the run writes; for the disk. None: many."""
+    num_held: int | None = None
+    """Parameters with what the method adds; None: it adds none."""
+    num_trained: int | None = None
+    """Parameters that are trained; None: all."""
     trained_share: float = 1.0
     """Share of a micro batch's tokens that are trained, at most: only they have logits."""
 
@@ -64,7 +68,7 @@ def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> M
         levers: The settings.
         device: `cpu` or `cuda`.
     """
-    state = state_bytes(shapes.num_parameters, levers.weights_dtype, levers.optim, levers.bf16_rounding)
+    state = state_of(shapes.num_parameters, levers)
     moments = _moments(shapes, footprint, levers, state, device)
     kinds = max(moments, key=lambda one: sum(one.values())).copy()
     beyond, heap = _beyond_tensors(moments, shapes, footprint, levers, device)
@@ -91,6 +95,8 @@ def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> M
         # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.
         "resuming": state.weights + max(state.weights + read if on_cpu else 0, state.optimizer) + base,
     }
+    if levers.num_trained is not None:  # a checkpoint holds only what is trained
+        phases["resuming"] = state.weights + state.gradients + state.optimizer + base
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
@@ -109,12 +115,13 @@ def _beyond_tensors(
         tokens = min(tokens, CHUNK_TOKENS[device])
     logits_are_large = 4 * tokens * shapes.vocab_size >= SMALL_BYTES
     size = BYTES[levers.weights_dtype]
-    small_share = 1 - _large_share(shapes, footprint, size)
+    trained = num_trained(shapes.num_parameters, levers)
+    small_share = 1 - _large_share(trained, footprint, size)
     parts = []
     for kinds in moments:
         logits = kinds["logits"] if logits_are_large else 0
         gradients = kinds["gradients"]
-        gradients -= round(small_share * min(gradients, size * shapes.num_parameters))
+        gradients -= round(small_share * min(gradients, size * trained))
         small = sum(kinds.values()) - kinds["weights"] - kinds["optimizer"] - logits - gradients
         parts.append(((1 + HELD_SHARE) * small, logits, gradients))
     heap = max(small for small, _, _ in parts)
@@ -130,11 +137,11 @@ def _reused(free: float, large: int, block: int) -> int:
     return block * min(large // block, int(free / 2 / block))
 
 
-def _large_share(shapes: Shapes, footprint: Footprint, size: int) -> float:
+def _large_share(trained: int, footprint: Footprint, size: int) -> float:
     """Share of the gradients that lies in large blocks."""
     sizes = footprint.tensors or {footprint.largest_tensor: 1}
     large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
-    return large / max(1, shapes.num_parameters)
+    return large / max(1, trained)
 
 
 def _moments(
@@ -176,12 +183,12 @@ def _in_pieces(
         return kinds
     halves = 2 if levers.precision != "fp32" else 0
     piece = CHUNK_TOKENS[device] * shapes.vocab_size * (4 + halves)
-    head = shapes.vocab_size * shapes.hidden_size
+    head = shapes.vocab_size * shapes.hidden_size if levers.num_trained is None else 0  # else it is frozen
     gradients = kinds["gradients"]
     if kinds["logits"]:
         gradients = max(gradients, gradients_before + 4 * head)
     # A tied embedding's gradient is added to the head's in place; that of whole logits is not.
-    most = BYTES[levers.weights_dtype] * shapes.num_parameters + 4 * head
+    most = BYTES[levers.weights_dtype] * num_trained(shapes.num_parameters, levers) + 4 * head
     return {**kinds, "logits": min(kinds["logits"], piece), "gradients": min(gradients, most)}
 
 
@@ -225,6 +232,19 @@ _AS_WEIGHTS = {
 def known(optim: str) -> bool:
     """Whether the optimizer's state is known; the others are planned as AdamW, and the plan says so."""
     return optim in _MOMENTS or optim in _AS_WEIGHTS
+
+
+def num_trained(num_parameters: int, levers: Levers) -> int:
+    """Of a model with so many parameters, those that are trained."""
+    return num_parameters if levers.num_trained is None else levers.num_trained
+
+
+def state_of(num_parameters: int, levers: Levers) -> StateBytes:
+    """What exists between steps of a model with so many parameters: gradients and optimizer state of trained ones."""
+    held = num_parameters if levers.num_held is None else levers.num_held
+    trained = num_trained(num_parameters, levers)
+    state = state_bytes(trained, levers.weights_dtype, levers.optim, levers.bf16_rounding)
+    return state.model_copy(update={"weights": held * BYTES[levers.weights_dtype]})
 
 
 def state_bytes(

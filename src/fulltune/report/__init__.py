@@ -1,20 +1,23 @@
-"""Run folder to report: `report.md`, `report.html` and the model's card, made from the files in the folder alone.
+"""Run folder to report: `report.md`, `report.html`, the model's card and the proof card of a comparison, made from the
+files in the folder alone.
 
-Layer 2, imports layer 0 (errors, records) and jinja2; no torch, no numpy, no drawing library.
+Layer 2, imports layer 0 (errors, records) and jinja2; no torch, no numpy. Only the proof card's picture wants
+matplotlib, where it is installed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fulltune.report import words
 from fulltune.report.card import card
 from fulltune.report.content import build
+from fulltune.report.files import replace
 from fulltune.report.html import page
 from fulltune.report.markdown import markdown
+from fulltune.report.proof import write_proof
 from fulltune.report.read import read_run
 
-__all__ = ["write", "write_model_card"]
+__all__ = ["write", "write_model_card", "write_proof"]
 
 
 def write(folder: Path) -> Path:
@@ -36,9 +39,9 @@ def write(folder: Path) -> Path:
     """
     folder = Path(folder)
     report = build(read_run(folder))
-    _replace(folder / "report.md", markdown(report))
+    replace(folder / "report.md", markdown(report))
     target = folder / "report.html"
-    _replace(target, page(report))
+    replace(target, page(report))
     return target
 
 
@@ -55,11 +58,4 @@ def write_model_card(folder: Path, model_folder: Path) -> None:
     model_folder = Path(model_folder)
     text = card(read_run(folder), model_folder)
     model_folder.mkdir(parents=True, exist_ok=True)
-    _replace(model_folder / "README.md", text)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(words.harmless(text), encoding="utf-8")
-    part.replace(path)
+    replace(model_folder / "README.md", text)

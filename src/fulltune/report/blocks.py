@@ -61,6 +61,8 @@ class Figure:
     svg: str
     title: str
     words: str
+    file: str = ""
+    """A picture beside the Markdown that shows the same."""
 
 
 @dataclass(frozen=True)

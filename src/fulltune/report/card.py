@@ -9,7 +9,7 @@ from pathlib import Path
 from fulltune.records import Plan, Scores
 from fulltune.report import kinds, words
 from fulltune.report.about_scores import calibration_in_words
-from fulltune.report.content import loading_code, main_trial
+from fulltune.report.content import HOW_TO_LOAD, around_base, loading_code, main_trial, method_kind
 from fulltune.report.markdown import escaped, fenced, table
 from fulltune.report.read import RunView
 from fulltune.report.verdict import judge
@@ -43,15 +43,30 @@ def card(view: RunView, model_folder: Path) -> str:
     parts = [
         _front_matter(view),
         f"# {escaped(view.name)}",
-        f"{escaped(words.file_name(view.model))} with all parameters fine-tuned by fulltune, for {view.task}.",
+        f"{escaped(words.file_name(view.model))} with {_how_much(plan)} by fulltune, for {view.task}.",
         *_data(view),
         *_metrics(view, scores),
         *(_training(view, plan) if plan else ()),
         *_versions(view),
         "## How to load",
-        fenced(loading_code(model_folder.name, view.task, view.summary), "python"),
+        *_loading(view, plan, model_folder),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _how_much(plan: Plan | None) -> str:
+    if plan is None or not plan.num_frozen_parameters:
+        return "all parameters fine-tuned"
+    return f"{words.count(plan.num_trainable_parameters)} parameters trained ({escaped(plan.method)})"
+
+
+def _loading(view: RunView, plan: Plan | None, model_folder: Path) -> list[str]:
+    kind, code = method_kind(plan), loading_code(model_folder.name, view.task, view.summary)
+    if kind == "full":
+        return [fenced(code, "python")]
+    if kind in ("head", "adapter"):
+        return [HOW_TO_LOAD[kind]]
+    return [HOW_TO_LOAD["peft"], fenced(around_base(code, view.model), "python")]
 
 
 def base_model(view: RunView) -> str | None:

@@ -6,11 +6,11 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from fulltune.records import DataSummary
+from fulltune.records import DataSummary, Plan
 from fulltune.report import about_data, about_resources, about_scores, about_training, kinds, words
 from fulltune.report.blocks import Block, Bullets, Code, Paragraph, Section
 from fulltune.report.read import RunView
-from fulltune.report.verdict import Verdict, headline_row, judge
+from fulltune.report.verdict import Ruling, Verdict, headline_row, judge
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Report:
 
     title: str
     subtitle: str
-    verdict: Verdict
+    verdict: Verdict | Ruling
     key_figures: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
 
@@ -103,8 +103,11 @@ def _next(view: RunView) -> Section:
         blocks.append(Code(f"fulltune predict {shlex.quote(view.name)} {asked}", "sh"))
         if "--file" in asked:
             blocks.append(Paragraph("ROWS.jsonl is any file with the columns that the model reads, see 'Data'."))
-        blocks.append(Paragraph("The model is a plain Hugging Face folder; transformers loads it without fulltune:"))
-        blocks.append(Code(loading_code(f"{view.name}/{folder}", view.task, view.summary), "python"))
+        kind = method_kind(view.plan_of(trial)) if trial else "full"
+        blocks.append(Paragraph(HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])))
+        if kind not in _OURS:
+            code = loading_code(f"{view.name}/{folder}", view.task, view.summary)
+            blocks.append(Code(around_base(code, view.model) if kind != "full" else code, "python"))
     return Section("next", "What to do next", tuple(blocks))
 
 
@@ -121,6 +124,38 @@ def _how_to_go_on(status: str | None) -> str:
                 "There is no trained model in this run folder. Read 'Training' above for what happened, change the "
                 "recipe accordingly (for a loss that is not finite: a lower learning rate), and run it again."
             )
+
+
+_OURS = ("head", "adapter")
+"""Kinds of methods whose folders only fulltune reads."""
+HOW_TO_LOAD = {
+    "full": "The model is a plain Hugging Face folder; transformers loads it without fulltune:",
+    "peft": "The folder holds what was trained, as PEFT keeps it; PEFT loads it around the pretrained model:",
+    **dict.fromkeys(_OURS, "The folder holds what was trained; 'fulltune predict' puts it into the pretrained model."),
+}
+"""Kind of method to how its model is loaded; `peft` stands for LoRA and prompts too."""
+
+
+def method_kind(plan: Plan | None) -> str:
+    """The kind of method of a plan; its name may be another."""
+    found = (setting.value for setting in plan.settings if setting.name == "method.kind") if plan else ()
+    return str(next(iter(found), "full"))
+
+
+def around_base(code: str, base: str) -> str:
+    """The code that loads a plain model, for one that PEFT puts around a pretrained one."""
+    lines = []
+    for line in code.splitlines():
+        if line.startswith("model = "):
+            head, _, folder = line.removeprefix("model = ").removesuffix(")").partition("(")
+            config = f"AutoConfig.from_pretrained({folder})"
+            lines.append(f"base = {head}({json.dumps(words.file_name(base), ensure_ascii=False)}, config={config})")
+            line = f"model = PeftModel.from_pretrained(base, {folder})"
+        elif line.startswith("from transformers import "):
+            lines.append("from peft import PeftModel")
+            line = line.replace("import ", "import AutoConfig, ", 1)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 _HEADS = {

@@ -20,9 +20,9 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def page(report: Report) -> str:
+def page(report: Report, template: str = "report.html.j2") -> str:
     """Print the whole report as HTML."""
-    return _TEMPLATES.get_template("report.html.j2").render(report=report, kind=_kind)
+    return _TEMPLATES.get_template(template).render(report=report, kind=_kind)
 
 
 def _kind(block: Block) -> str:

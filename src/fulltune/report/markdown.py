@@ -22,7 +22,7 @@ from fulltune.report.blocks import (
     Table,
 )
 from fulltune.report.content import Report
-from fulltune.report.words import clipped
+from fulltune.report.words import clipped, listed
 
 _CELL_LIMIT = 80
 _BAR_LENGTH = 20
@@ -32,9 +32,11 @@ _TEXT_LIMIT = 600
 def markdown(report: Report) -> str:
     """Print the whole report as Markdown."""
     lines = [f"# {escaped(report.title)}", "", escaped(report.subtitle), ""]
-    lines += [f"**{report.verdict.label}.** {escaped(report.verdict.sentence)}", ""]
+    lines += [f"**{escaped(report.verdict.label)}.** {escaped(report.verdict.sentence)}", ""]
     if report.verdict.note:
         lines += [escaped(report.verdict.note), ""]
+    if report.verdict.warning:
+        lines += [f"**{escaped(report.verdict.warning)}**", ""]
     if report.key_figures:
         lines += [*(f"- {name}: {value}" for name, value in report.key_figures), ""]
     for section in report.sections:
@@ -96,6 +98,8 @@ def _block(block: Block) -> Iterator[str]:
             return
         case Figures():  # the drawings are in report.html; here is what they say
             yield from (*(f"- {escaped(figure.title)}: {escaped(figure.words)}" for figure in block.items), "")
+            for file in sorted({figure.file for figure in block.items} - {""}):
+                yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({file})", "")
         case Code():
             yield from (fenced(block.text, block.language), "")
         case Rows():

@@ -99,7 +99,8 @@ class RunView:
     def model_folder_of(self, trial: str) -> str | None:
         """The trained model, relative to the run folder; None when it is not there."""
         outcome = self.outcome_of(trial)
-        named = (outcome.model_folder if outcome else None) or "models/full"
+        plan = self.plan_of(trial)
+        named = (outcome.model_folder if outcome else None) or (plan.model_folder if plan else "models/full")
         return named if (self.folder / named).is_dir() else None
 
 

@@ -20,6 +20,7 @@ class Verdict:
     sentence: str
     note: str = ""
     """Which trial the headline is about, when there are several."""
+    warning: str = ""
 
     @property
     def label(self) -> str:
@@ -30,6 +31,20 @@ class Verdict:
             "alone": "Nothing to compare with",
             "none": "No verdict",
         }[self.kind]
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """The headline of a proof card."""
+
+    kind: Literal["full", "peft", "equivalent", "undecided"]
+    label: str
+    """The verdict itself, with the method it names."""
+    sentence: str
+    note: str = ""
+    """On what terms it holds."""
+    warning: str = ""
+    """That there are marks, to be read before it is believed."""
 
 
 def headline_row(scores: Sequence[Scores]) -> Scores | None:

@@ -299,15 +299,20 @@ def metrics(kept: Predictions, target: Target) -> dict[str, float]:
     With `exact_match`, `f1` and `loss` columns, as `fulltune.evaluate.spans` makes them from the texts of whole
     questions, their means.
     """
+    return {name: float(np.mean(values)) for name, values in row_scores(kept).items()}
+
+
+def row_scores(kept: Predictions) -> dict[str, np.ndarray]:
+    """What `metrics` are the means of, [rows]."""
     if "f1" in kept:
-        return {name: float(np.mean(kept[name])) for name in METRICS if name in kept}
+        return {name: kept[name] for name in METRICS if name in kept}
     none, truly_none = kept["nowhere"] > kept["chance"], kept["true_first"] == NOWHERE
     first, last = (np.where(none, NOWHERE, kept[name]) for name in ("first", "last"))
     shared = np.minimum(last, kept["true_last"]) - np.maximum(first, kept["true_first"]) + 1
     sizes = last - first + kept["true_last"] - kept["true_first"] + 2
     f1 = np.where(none | truly_none, none & truly_none, 2 * np.maximum(shared, 0) / sizes)
     same = (first == kept["true_first"]) & (last == kept["true_last"])
-    return {"f1": float(f1.mean()), "exact_match": float(same.mean()), "loss": float(np.mean(kept["loss"]))}
+    return {"f1": f1, "exact_match": same, "loss": kept["loss"]}
 
 
 def find_answers(

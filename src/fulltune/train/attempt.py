@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from fulltune import zero
+from fulltune import methods, zero
 from fulltune.errors import GuardStop, InterruptedRun
 from fulltune.inference import Share, logits_of, model_batch, run_rows
 from fulltune.processors import opened
@@ -51,6 +51,7 @@ class Attempt:
     sharing: zero.Zero | None
     """What DeepSpeed shares out; None without it."""
     trainer: FullTrainer = field(init=False)
+    applied: methods.Applied = field(init=False)
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -112,7 +113,7 @@ def train(
     whole_state = weights.whole_state(attempt.trainer)
     if not is_main:
         return _nothing_to_report(attempt)
-    weights.save_model(attempt.trainer.model, attempt.trainer.processing_class, request, summary, whole_state)
+    weights.save_model(attempt.applied, attempt.trainer.processing_class, request, summary, whole_state)
     seen.disk(request.checkpoints, request.initial_weights, request.model_folder)
     return Outcome(
         status="done",
@@ -160,7 +161,8 @@ def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
     transformers.set_seed(plan.seed)
     target = Target.of(attempt.summary)
     begin = partial(attempt.seen.measure, plan.device, target.problem_type)
-    model, tokenizer = load_for_training(recipe, task, target, begin)
+    attempt.applied, tokenizer = load_for_training(recipe, task, target, begin)
+    model = attempt.applied.model
     if plan.device == "cpu":
         dropout.install(model)
     data_folder = Path(attempt.request.run_folder) / "data"
@@ -189,6 +191,7 @@ def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
         plan=plan,
         score=lambda: _score(attempt, eval_rows),
         count_items=task.count_items,
+        trained_only=recipe.method.kind != "full",
         callbacks=[
             attempt.recorder,
             Schedule(
@@ -289,6 +292,15 @@ def _dry_run(attempt: Attempt, rows: Any, eval_rows: Any) -> None:
         folder=request.checkpoints if attempt.is_main and not request.probe else None,
     )
     attempt.checks.append(found.check)
+    if attempt.plan.num_frozen_parameters:
+        unreached = found.without_gradient
+        attempt.checks.append(
+            Check(
+                name="trained tensors that the loss reaches",
+                result=f"all but {unreached[0]} ({len(unreached)} such tensors)" if unreached else "all",
+                passed=not unreached,
+            )
+        )
     seen.dry_run_loss, seen.forecast = found.loss, found.forecast
     if seen.meter is not None:
         seen.dry_run_growth_bytes = seen.meter.growth_bytes()

@@ -81,7 +81,7 @@ def _keep(change: Change, before: Plan, outcome: Outcome, folder: Path) -> None:
     Journal(_attempt_folder(outcome, folder) / "journal.jsonl").write(NEXT, change.reason)
     if change.plan == before:
         return
-    change.plan.save(folder / "plan" / f"{change.plan.method}.json")
+    change.plan.save(folder / change.plan.file)
     resolved = [setting.model_dump(mode="json") for setting in change.plan.settings]
     (folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fulltune import methods
 from fulltune.recipe import Recipe
 from fulltune.records import Measured, Plan, Setting
 from fulltune.units import in_words
@@ -129,7 +130,7 @@ def attentions(recipe: Recipe, best: Changes, packed: bool, flash: bool) -> list
 
 def compilations(recipe: Recipe, best: Measured, compiler: bool) -> list[Candidate]:
     """torch.compile, where it can be had and can pay."""
-    if "torch_compile" in recipe.train.extra:
+    if "torch_compile" in recipe.train.extra or recipe.method.kind in methods.BY_HOOKS:
         return []
     problem = ""
     if not compiler:

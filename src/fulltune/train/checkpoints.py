@@ -10,7 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fulltune import methods
 from fulltune.errors import SetupError
+from fulltune.methods.folder import load_trained
 
 SEAL = "checksums.json"
 _log = logging.getLogger(__name__)
@@ -87,8 +89,20 @@ def drop_after(folder: Path, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
-def load_weights(model: Any, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into the model.
+WEIGHTS = "model.safetensors"
+
+
+def save_trained(model: Any, checkpoint: Path) -> None:
+    """Write what is trained, under the model's own names."""
+    from safetensors.torch import save_file
+
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    tensors = {name: one.detach().cpu().contiguous() for name, one in methods.trained(model).items()}
+    save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
+    """Put a checkpoint's weights into the model; with `trained_only` they are those that `save_trained` wrote.
 
     transformers 5.24 saves some models' tensors under other names than it trains them (ViT's among them), and the
     Trainer's own loading then leaves the model as it is with a warning. Its `from_pretrained` knows the names.
@@ -98,6 +112,11 @@ def load_weights(model: Any, checkpoint: Path) -> None:
     """
     import torch
 
+    if trained_only:
+        from safetensors.torch import load_file
+
+        load_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
+        return
     with torch.random.fork_rng(devices=[]):
         loaded, info = type(model).from_pretrained(
             checkpoint, config=model.config, dtype=model.dtype, use_safetensors=True, output_loading_info=True

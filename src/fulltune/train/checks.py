@@ -41,7 +41,8 @@ def before_training(
     With `own_loss`, a function of the user's, the model gives all its logits. With `pieces_asked` the recipe itself
     wants the loss in pieces, and a model that does not allow it is not trained.
     """
-    checks = [_parameters(trainer.model), _world_size(trainer, plan), _truncation(summary), _dropout(trainer.model)]
+    model = trainer.model
+    checks = [_parameters(model, plan), _world_size(trainer, plan), _truncation(summary), _dropout(model)]
     if summary.task in WRITING_TASKS:
         checks.append(_trained_tokens(rows))
     if summary.problem_type in ("prompt_completion", "chat", "source_target"):
@@ -73,7 +74,8 @@ def refuse_failed(checks: Sequence[Check], recorder: Any) -> None:
         raise GuardStop([f"{check.name}: {check.result}" for check in failed])
 
 
-def _parameters(model: Any) -> Check:
+def _parameters(model: Any, plan: Plan) -> Check:
+    """Exactly as many as planned; by full fine-tuning all."""
     fixed = methods.computed(model)
     parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
     trainable = sum(_values(parameter) for parameter in parameters if parameter.requires_grad)
@@ -82,7 +84,7 @@ def _parameters(model: Any) -> Check:
     return Check(
         name="trainable parameters",
         result=f"{trainable:,} of {total:,} ({', '.join(kinds)})",
-        passed=trainable == total,
+        passed=trainable == (total if plan.num_frozen_parameters == 0 else plan.num_trainable_parameters),
     )
 
 

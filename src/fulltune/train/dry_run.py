@@ -58,6 +58,8 @@ class DryRun:
     """Of the longest micro batch."""
     forecast: TimeNeed | None = None
     """None when the loss was not finite."""
+    without_gradient: tuple[str, ...] = ()
+    """Trained tensors that the loss does not reach."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _tried(
         loss, first_seconds = _timed_pass(run, longest)
         if not math.isfinite(loss):
             return DryRun(_check(run, longest, loss, began), loss)
+        without = _without_gradient(run)
         _timed_step(run)
         # With accumulation a pass finds the gradients of the one before.
         _, seconds = _timed_pass(run, longest, keep=plan.gradient_accumulation_steps > 1)
@@ -131,7 +134,14 @@ def _tried(
         optimizer.zero_grad()
         # As in training: the optimizer's state stays, the gradients are gone.
         found = _forecast(run, longest, (first_seconds, seconds), step_seconds, first_step, folder)
-    return DryRun(_check(run, longest, loss, began), loss, found)
+    return DryRun(_check(run, longest, loss, began), loss, found, without)
+
+
+def _without_gradient(run: _Run) -> tuple[str, ...]:
+    if run.plan.optimizer_in_backward:  # they are gone already
+        return ()
+    parameters = run.trainer.model.named_parameters()
+    return tuple(name for name, parameter in parameters if parameter.requires_grad and parameter.grad is None)
 
 
 @contextlib.contextmanager

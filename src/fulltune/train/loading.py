@@ -14,8 +14,8 @@ from fulltune.train import weights
 
 def load_for_training(
     recipe: Any, task: Task, target: Target, before_weights: Callable[[], None] = lambda: None
-) -> tuple[Any, Any]:
-    """The pretrained model with the task's head, every parameter trainable, and the tokenizer."""
+) -> tuple[methods.Applied, Any]:
+    """The pretrained model with the task's head and the recipe's method, and the tokenizer."""
     tokenizer = load_processor(recipe.model, recipe.task, chat_template=recipe.data.chat_template)
     model = load(
         recipe.model,
@@ -26,4 +26,4 @@ def load_for_training(
     )
     if zero.wanted(recipe):
         weights.forget_unused_conversions(model)
-    return methods.apply(model, recipe.method), tokenizer
+    return methods.apply(model, recipe.method, recipe.task), tokenizer

@@ -47,4 +47,4 @@ class Request(Record):
 
     @property
     def model_folder(self) -> Path:
-        return Path(self.run_folder) / "models" / self.plan.method
+        return Path(self.run_folder) / self.plan.model_folder

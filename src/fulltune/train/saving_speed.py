@@ -26,6 +26,8 @@ def save_seconds(trainer: Any, optimizer: Any, folder: Path) -> float:
         folder: An existing folder on the same disk; nothing is left in it.
     """
     weights = list(trainer.model.parameters())
+    if trainer.trained_only:
+        weights = [parameter for parameter in weights if parameter.requires_grad]
     whole = sum(tensor.nbytes for tensor in weights) + state_bytes(optimizer.state_dict())
     trial = folder / "write-trial"
     try:

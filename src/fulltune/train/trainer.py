@@ -111,6 +111,7 @@ class FullTrainer(FiniteGuard, Trainer):
         plan: Names the optimizer, how it rounds, and the factor of the learning rate from a layer to the one below.
         score: Gives the eval metrics of the current model, without a prefix.
         count_items: Items in the loss of a batch, from its labels: rows, or trained tokens.
+        trained_only: Checkpoints hold what is trained; the rest stays as it was loaded.
         **keywords: As for `transformers.Trainer`.
 
     Attributes:
@@ -128,6 +129,7 @@ class FullTrainer(FiniteGuard, Trainer):
         plan: Plan,
         score: Callable[[], Mapping[str, float]],
         count_items: Callable[[torch.Tensor], int],
+        trained_only: bool = False,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
@@ -142,6 +144,7 @@ class FullTrainer(FiniteGuard, Trainer):
         self._plan = plan
         self._score = score
         self.count_items = count_items
+        self.trained_only = trained_only
         self.add_callback(_Epochs(self.sampler))
 
     def selecting(self, labels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
@@ -192,7 +195,15 @@ class FullTrainer(FiniteGuard, Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            checkpoints.load_weights(self.model, Path(resume_from_checkpoint))
+            checkpoints.load_weights(self.model, Path(resume_from_checkpoint), self.trained_only)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.trained_only:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            checkpoints.save_trained(self.model, folder)
+            cast("Any", self.processing_class).save_pretrained(folder)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the eval rows; draws no random number that training would miss."""

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fulltune import methods
+from fulltune.methods.folder import save
+from fulltune.model import locate
 from fulltune.records import DataSummary, Moved
 from fulltune.train import checkpoints
 from fulltune.train.optimizers import AdamW
@@ -73,7 +76,7 @@ def _link_all_groups(optimizer: Any) -> None:
 
 
 class InitialWeights:
-    """The weights before step 1, on disk: a copy in memory would cost as much as the model.
+    """The trained weights before step 1, on disk: a copy in memory would cost as much as the model.
 
     Args:
         model: The model.
@@ -85,7 +88,7 @@ class InitialWeights:
 
         self.path = path
         tensors = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in methods.trained(model).items():
             values = whole(parameter)
             if path is not None:
                 tensors[name] = values.contiguous()
@@ -102,7 +105,7 @@ class InitialWeights:
         _link_all_groups(optimizer)
         tensors = moved_tensors = values = moved_values = 0
         unmoved = []
-        for name, parameter in model.named_parameters():
+        for name, parameter in methods.trained(model).items():
             second = second_moment(parameter, optimizer)
             if second is None and name not in with_gradient:
                 continue
@@ -144,7 +147,7 @@ class InitialWeights:
 def load_best(trainer: Any, checkpoint: Path) -> None:
     """Put a checkpoint's weights into the trainer's model."""
     if not trainer.is_deepspeed_enabled:
-        checkpoints.load_weights(trainer.model, checkpoint)
+        checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
         return
     from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
@@ -157,13 +160,13 @@ def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> tuple[Any
     from transformers import TrainerState
 
     # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
-    trainer.tensors_with_gradient = frozenset(name for name, _ in trainer.model.named_parameters())
+    trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
     if trainer.is_deepspeed_enabled:
         # Only its engine can read its checkpoints; transformers has no public way to make one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
         optimizer = trainer.optimizer
     else:
-        checkpoints.load_weights(trainer.model, checkpoint)
+        checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
         optimizer = trainer.create_optimizer()
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), optimizer
@@ -194,13 +197,22 @@ def whole_state(trainer: Any) -> dict[str, Any] | None:
 
 
 def save_model(
-    model: Any, tokenizer: Any, request: Request, summary: DataSummary, state: Mapping[str, Any] | None = None
+    applied: methods.Applied,
+    tokenizer: Any,
+    request: Request,
+    summary: DataSummary,
+    state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a plain Hugging Face folder; an older one is replaced only when the new one is whole."""
+    """Write a plain Hugging Face folder, or of a method that trains little only that; an older one is replaced only
+    when the new one is whole."""
     folder = request.model_folder
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, state_dict=state)
+    recipe = request.recipe
+    if recipe.method.kind == "full":
+        applied.model.save_pretrained(part, state_dict=state)
+    else:
+        save(applied, part, recipe.task, locate(recipe.model).name_or_path)
     if state is not None:
         _note_type(part / "config.json", state)
     tokenizer.save_pretrained(part)
@@ -215,6 +227,9 @@ def save_model(
         # Not that of the longest train row: another text may be longer.
         "max_length": summary.limit or summary.max_length,
     }
+    if recipe.method.kind != "full":
+        notes["method"] = recipe.method.model_dump(mode="json")
+        notes["base_model"] = recipe.model.model_dump(mode="json")
     (part / "fulltune.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)

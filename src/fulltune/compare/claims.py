@@ -1,0 +1,91 @@
+"""What one often reads about full fine-tuning and its rivals, and what it comes to on these data: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fulltune.compare_records import Decision, Difference
+from fulltune.trials import ArmRow, Claim
+
+TENTH = 0.15
+"""Up to here one may say "a tenth"."""
+
+
+def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int) -> tuple[Claim, ...]:
+    """One sentence for each claim that these arms can tell something about.
+
+    Args:
+        rows: The arms of the comparison.
+        decision: The verdict's differences.
+        train_rows: How many rows were learned from.
+    """
+    full = next(row for row in rows if row.kind == "full")
+    lora = next((row for row in rows if row.kind == "lora"), None)
+    prompt = next((row for row in rows if row.kind == "prompt"), None)
+    rivals = [one for one in decision.differences if one.decides]
+    said: list[Claim | None] = [_best(rivals, train_rows)]
+    if lora is not None:
+        said += [_gain(lora), _compute(full, lora), _saved(full, lora)]
+        if full.drift is not None and lora.drift is not None:
+            said.append(_forgets(full, lora))
+    if prompt is not None:
+        weaker = decision.difference(prompt.arm)
+        holds = True if weaker.full_better else False if weaker.not_worse else None
+        share = "" if prompt.gain_share is None else f" and {prompt.gain_share:.0%} of full's gain"
+        here = f"{weaker.estimate:+.3g} for full ({weaker.adjusted_low:+.3g} to {weaker.adjusted_high:+.3g}){share}"
+        said.append(Claim(claim="prompt tuning is weaker", here=here, holds=holds))
+    return tuple(one for one in said if one is not None)
+
+
+def _best(rivals: Sequence[Difference], train_rows: int) -> Claim:
+    better = [one.arm for one in rivals if one.full_better]
+    worse = [one.arm for one in rivals if one.arm_better]
+    holds = False if worse else True if len(better) == len(rivals) else None
+    verb = "beaten by" if worse else "better than"
+    here = (
+        f"with {train_rows:,} train rows full is {verb} {', '.join(worse or better) or 'none'} by the margin "
+        f"({len(rivals)} method{'s' if len(rivals) > 1 else ''} compared)"
+    )
+    return Claim(claim="full fine-tuning gives the best quality", here=here, holds=holds)
+
+
+def _gain(lora: ArmRow) -> Claim | None:
+    if lora.gain_share is None:
+        return None
+    return Claim(
+        claim="LoRA reaches 90 to 95 % of full's gain",
+        here=f"{lora.arm} reaches {lora.gain_share:.1%} of what full gains over the untouched model",
+        holds=lora.gain_share >= 0.9,
+    )
+
+
+def _compute(full: ArmRow, lora: ArmRow) -> Claim:
+    parts = [f"{lora.train_seconds / max(1e-9, full.train_seconds):.2f} of the time"]
+    if full.train_flops and lora.train_flops:
+        parts.insert(0, f"{lora.train_flops / full.train_flops:.2f} of the operations")
+    parts.append(f"{lora.memory_growth_bytes / max(1, full.memory_growth_bytes):.2f} of the memory")
+    share = lora.train_flops / full.train_flops if full.train_flops else lora.train_seconds / full.train_seconds
+    return Claim(
+        claim="LoRA costs a tenth of the compute", here=f"{lora.arm}: {', '.join(parts)}", holds=share <= TENTH
+    )
+
+
+def _saved(full: ArmRow, lora: ArmRow) -> Claim:
+    share = lora.saved_bytes / max(1, full.saved_bytes)
+    return Claim(
+        claim="a LoRA checkpoint is a small fraction of a full one",
+        here=f"{lora.arm}: {lora.saved_bytes / 1e6:,.1f} MB, {share:.1%} of full's",
+        holds=share <= TENTH,
+    )
+
+
+def _forgets(full: ArmRow, lora: ArmRow) -> Claim:
+    assert full.drift is not None
+    assert lora.drift is not None
+    less = lora.drift.high < full.drift.low
+    more = lora.drift.low > full.drift.high
+    return Claim(
+        claim="LoRA forgets less",
+        here=f"drift on generic text {lora.drift.value:.3g} for {lora.arm}, {full.drift.value:.3g} for full",
+        holds=True if less else False if more else None,
+    )

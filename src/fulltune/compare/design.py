@@ -1,0 +1,238 @@
+"""Which trials a comparison consists of: rates to try, seeds to run, and what fits into a budget. Pure functions.
+
+The rate search of an arm is a successive halving (Jamieson and Talwalkar 2016): all rates of a logarithmic grid for a
+small share of the steps, with a whole schedule of its own; the best two for three times as many. When the best one
+lies at an edge of the grid, the next rate beyond is tried as well.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fulltune.trials import Expectation, Search, Trial, Tried
+
+STEP = math.sqrt(10)
+"""Between two rates of a grid."""
+MOST_EXTENSIONS = 2
+SURVIVORS = 2
+FEW_TRAIN_ROWS = 10_000
+"""Below it five seeds: with few rows the seeds differ more (Bouthillier et al. 2021; Mosbach et al. 2020)."""
+
+
+def num_seeds(given: int | None, train_rows: int) -> tuple[int, str]:
+    """How many seeds at most, and why; clear answers need fewer."""
+    if given is not None:
+        return given, "from the recipe"
+    if train_rows < FEW_TRAIN_ROWS:
+        return 5, f"fewer than {FEW_TRAIN_ROWS:,} train rows"
+    return 3, f"{FEW_TRAIN_ROWS:,} train rows or more"
+
+
+def grid(usual: float, given: Sequence[float] | None, fixed: float | None) -> tuple[float, ...]:
+    """The rates that a search begins with.
+
+    Args:
+        usual: The method's default here.
+        given: `learning_rates` of the method.
+        fixed: `learning_rate` of the method: no search.
+    """
+    if fixed is not None:
+        return (fixed,)
+    if given is not None:
+        return tuple(sorted(given))
+    return tuple(rounded(usual * STEP**power) for power in (-1, 0, 1))
+
+
+def rounded(rate: float) -> float:
+    """To two digits, as people write rates."""
+    return float(f"{rate:.1e}")
+
+
+def first_share(search_share: float) -> float:
+    """Of the steps, for each rate of the grid; the best ones get `search_share`."""
+    return search_share / 3
+
+
+def best_of(tried: Mapping[float, float], greater_is_better: bool) -> float:
+    """The rate with the best metric; of equal ones the one nearest to the middle. NaN is worse than anything."""
+    middle = statistics.mean(math.log(rate) for rate in tried)
+
+    def key(rate: float) -> tuple[float, float]:
+        return _oriented(tried[rate], greater_is_better), -abs(math.log(rate) - middle)
+
+    return max(tried, key=key)
+
+
+def _oriented(value: float, greater_is_better: bool) -> float:
+    if math.isnan(value):
+        return -math.inf
+    return value if greater_is_better else -value
+
+
+def beyond(tried: Mapping[float, float], greater_is_better: bool, extensions: int, may_extend: bool) -> float | None:
+    """The next rate to try because the best one lies at an edge; None when it does not, or enough were tried.
+
+    A rate at the edge that is only as good as its neighbour says nothing of what lies beyond.
+
+    Args:
+        tried: Rate to metric.
+        greater_is_better: Of the metric.
+        extensions: How often the grid was extended already.
+        may_extend: False for a grid that the user gave.
+    """
+    if not may_extend or extensions >= MOST_EXTENSIONS or len(tried) < 2:
+        return None
+    rates = sorted(tried)
+    values = [_oriented(tried[rate], greater_is_better) for rate in rates]
+    best = max(values)
+    if best == -math.inf:  # nothing learned anything: it can only be too fast
+        return rounded(rates[0] / STEP)
+    if values[-1] == best and values[-2] < best:
+        return rounded(rates[-1] * STEP)
+    if values[0] == best and values[1] < best:
+        return rounded(rates[0] / STEP)
+    return None
+
+
+def survivors(tried: Mapping[float, float], greater_is_better: bool) -> tuple[float, ...]:
+    """The rates that go on."""
+    left = dict(tried)
+    found: list[float] = []
+    while left and len(found) < SURVIVORS:
+        found.append(best_of(left, greater_is_better))
+        del left[found[-1]]
+    return tuple(found)
+
+
+def search_trial(arm: str, rate: float, share: float, seed: int) -> Trial:
+    name = f"{arm}-rate{rate:g}-{share:.1%}".replace("%", "pct")
+    return Trial(name=name, arm=arm, learning_rate=rate, seed=seed, share=share, searches=True)
+
+
+def final_trial(arm: str, rate: float, seed: int, share: float = 1.0) -> Trial:
+    """A whole run; shorter (`share` below 1) only where a budget asked for it, and then for every arm."""
+    return Trial(name=f"{arm}-seed{seed}", arm=arm, learning_rate=rate, seed=seed, share=share)
+
+
+def finished(arm: str, tried: Sequence[Tried], greater_is_better: bool, may_extend: bool) -> Search:
+    """The search's result: the best rate of its last rung."""
+    if not tried:
+        raise ValueError(f"{arm}: no rate was tried")
+    longest = max(one.share for one in tried)
+    last = {one.learning_rate: one.metric for one in tried if one.share == longest}
+    chosen = best_of(last, greater_is_better)
+    rates = {one.learning_rate for one in tried}
+    on_edge = len(rates) > 1 and chosen in (min(rates), max(rates))
+    how = f"best of {len(rates)} rates on the eval rows after {longest:.0%} of the steps"
+    if on_edge:
+        how += ", at the edge of those tried" + ("" if may_extend else " (the recipe's)")
+    return Search(arm=arm, tried=tuple(tried), chosen=chosen, reason=how, on_edge=on_edge)
+
+
+def without_search(arm: str, rate: float) -> Search:
+    return Search(arm=arm, tried=(), chosen=rate, reason="from the recipe: the only rate, not searched")
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------
+
+USUAL_DISCORDANCE = 0.10
+"""Share of rows that one of two good methods has right and the other wrong: 5 to 10 % is common."""
+USUAL_SEED_SD = 0.005
+LEAST_SEEDS = 2
+SHORTEST = 0.1
+"""Of a run: shorter ones say little about the whole."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one arm."""
+
+    run_seconds: float
+    """One whole run."""
+    num_rates: int
+    """In its grid; 1: no search."""
+
+
+def search_runs(num_rates: int) -> int:
+    """Trials of one arm's search, without extensions."""
+    return 0 if num_rates < 2 else num_rates + min(SURVIVORS, num_rates)
+
+
+def search_cost(num_rates: int, search_share: float) -> float:
+    """The same in whole runs."""
+    if num_rates < 2:
+        return 0.0
+    return num_rates * first_share(search_share) + min(SURVIVORS, num_rates) * search_share
+
+
+def seconds(costs: Mapping[str, Cost], seeds: int, search_share: float, start_seconds: float, length: float) -> float:
+    """Of a design in which no answer is clear early."""
+    return sum(
+        length * one.run_seconds * (seeds + search_cost(one.num_rates, search_share))
+        + start_seconds * (seeds + search_runs(one.num_rates))
+        for one in costs.values()
+    )
+
+
+def detectable(test_rows: int, seeds: int) -> float:
+    """Difference of shares that is found in 80 of 100 comparisons, with usual noise of rows and seeds.
+
+    2.8 standard errors (1.96 + 0.84) of a paired difference; Miller 2024, arXiv 2411.00640.
+    """
+    return 2.8 * math.sqrt(USUAL_DISCORDANCE / max(1, test_rows) + 2 * USUAL_SEED_SD**2 / max(1, seeds))
+
+
+def expected(
+    costs: Mapping[str, Cost],
+    seeds: int,
+    search_share: float,
+    start_seconds: float,
+    test_rows: int,
+    metric_is_share: bool,
+    budget_seconds: float | None = None,
+) -> Expectation:
+    """The design, made to fit a budget: first fewer seeds, then a shorter search, then shorter runs.
+
+    Args:
+        costs: Of each trained arm.
+        seeds: Runs of each arm at most.
+        search_share: Share of a run's steps in the last round of a search.
+        start_seconds: Of each process, beside its steps.
+        test_rows: Rows that the verdict is made on.
+        metric_is_share: Differences of the metric are points out of 100.
+        budget_seconds: Most time that it may take.
+    """
+    length, notes = 1.0, []
+
+    def takes() -> float:
+        return seconds(costs, seeds, search_share, start_seconds, length)
+
+    wanted = seeds
+    if budget_seconds is not None:
+        while seeds > LEAST_SEEDS and takes() > budget_seconds:
+            seeds -= 1
+        if seeds < wanted:
+            notes.append(f"{seeds} instead of {wanted} seeds at most, to stay within the budget")
+        if takes() > budget_seconds:
+            search_share /= 2
+            notes.append(f"half the rate search ({search_share:.0%} of the steps), to stay within the budget")
+        if takes() > budget_seconds:
+            starts = seconds(costs, seeds, search_share, start_seconds, 0.0)
+            length = max(SHORTEST, (budget_seconds - starts) / max(1e-9, takes() - starts))
+            notes.append(f"runs of {length:.0%} of the recipe's steps: the verdict is about such runs")
+        if takes() > budget_seconds:
+            notes.append("even that takes longer: it stops when the time is up and says what is known by then")
+    return Expectation(
+        arms=tuple(costs),
+        num_seeds=seeds,
+        num_search_trials=sum(search_runs(one.num_rates) for one in costs.values()),
+        seconds=round(takes(), 1),
+        detectable=detectable(test_rows, seeds) if metric_is_share else None,
+        notes=tuple(notes),
+        length_share=length,
+        search_share=search_share,
+        from_budget=budget_seconds is not None,
+    )

@@ -1,0 +1,277 @@
+"""FULL, PEFT, EQUIVALENT or UNDECIDED: a pure function of what the arms' trials kept of the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fulltune.compare.draws import SAMPLES, Drawn, draw
+from fulltune.compare.items import Measure
+from fulltune.compare.precision import Needed, Precision, needed
+from fulltune.compare.statistics import (
+    SeedSpread,
+    Uncertain,
+    difference,
+    discordance,
+    holm,
+    holm_levels,
+    mcnemar,
+    mean_of_arm,
+    seed_spreads,
+)
+from fulltune.compare_records import ArmKind, ArmScore, Decision, Difference, VerdictKind
+from fulltune.tasks import Predictions
+
+FOR_ORIENTATION: tuple[ArmKind, ...] = ("base", "head")
+"""Arms that decide nothing: nobody doubts that training more than a head helps, but how much is worth seeing."""
+
+
+@dataclass(frozen=True)
+class ArmItems:
+    """What the trials of one arm kept of the rows that all arms are scored on."""
+
+    name: str
+    kind: ArmKind
+    trials: Sequence[Predictions]
+    """What `reduce` kept, seed by seed in the order of the seeds; arms may have unequal numbers of them."""
+    cost: float
+    """To tell cheaper arms from dearer ones: stored bytes, time or money, of all arms the same."""
+    right: np.ndarray | None = None
+    """Whether each seed has each row right: bool [seeds, rows]; None: rows are not simply right or wrong."""
+
+    @property
+    def decides(self) -> bool:
+        return self.kind not in (*FOR_ORIENTATION, "full")
+
+
+def decide(
+    arms: Sequence[ArmItems],
+    measure: Measure,
+    *,
+    margin: float,
+    clusters: np.ndarray | None = None,
+    confidence: float = 0.95,
+    alpha: float | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    assumed_seed_sd: float | None = None,
+) -> Decision:
+    """Compare full fine-tuning with every other arm.
+
+    Args:
+        arms: Exactly one of the kind `full`, and at least one other.
+        measure: The metric.
+        margin: Differences below it do not matter, in units of the metric.
+        clusters: Number of each row's cluster; rows of one are resampled together.
+        confidence: Of the intervals that stand alone.
+        alpha: Chance of a wrong verdict; left out, 1 - confidence. After a sequential rule, what its last look spends.
+        samples: Draws of the rows.
+        seed: Of these draws.
+        assumed_seed_sd: See `seed_spreads`.
+    """
+    alpha = 1 - confidence if alpha is None else alpha
+    (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
+    drawn = draw(measure, [arm.trials for arm in arms], clusters, samples, seed)
+    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms], assumed_seed_sd)
+    others = [place for place in range(len(arms)) if place != full]
+    found = {place: difference(drawn, full, place, spreads, measure.sign, measure.span) for place in others}
+    deciding = [place for place in others if arms[place].decides]
+    differences = []
+    for group in (deciding, [place for place in others if place not in deciding]):
+        differences += _differences(arms, full, group, found, drawn, margin, confidence, alpha)
+    verdict, recommended = _verdict(differences, arms[full].name, arms)
+    return Decision(
+        verdict=verdict,
+        recommended=recommended,
+        metric=measure.name,
+        greater_is_better=measure.greater_is_better,
+        margin=margin,
+        confidence=confidence,
+        alpha=alpha,
+        num_rows=drawn.num_rows,
+        num_clusters=drawn.num_clusters,
+        num_draws=drawn.num_draws,
+        scores=tuple(_score(arm, place, drawn, spreads, measure, confidence) for place, arm in enumerate(arms)),
+        differences=tuple(differences),
+        headline=_headline(verdict, recommended, arms[full].name),
+        because=tuple(_because(one, measure) for one in differences if one.decides),
+        would_decide=tuple(_would_decide(differences)) if verdict == "UNDECIDED" else (),
+        notes=tuple(_notes(differences, verdict, recommended)),
+    )
+
+
+def _differences(
+    arms: Sequence[ArmItems],
+    full: int,
+    group: Sequence[int],
+    found: dict[int, Uncertain],
+    drawn: Drawn,
+    margin: float,
+    confidence: float,
+    alpha: float,
+) -> list[Difference]:
+    """Of arms that share the chance of a wrong answer."""
+    p_values = [found[place].p_value() for place in group]
+    equivalence = [found[place].equivalence_p(margin) for place in group]
+    adjusted, equivalent = holm(p_values), holm(equivalence)
+    made = []
+    for number, (place, level) in enumerate(zip(group, holm_levels(p_values, alpha), strict=True)):
+        arm, uncertain = arms[place], found[place]
+        low, high = uncertain.interval(1 - confidence)
+        adjusted_low, adjusted_high = uncertain.interval(level)
+        known = uncertain.seeds_known
+        certain = known and adjusted[number] <= alpha
+        is_equivalent = known and equivalent[number] <= alpha
+        decided = needed(uncertain, drawn.num_rows, margin, level) if known else Needed(None, None)
+        rights = (arms[full].right, arm.right)
+        made.append(
+            Difference(
+                arm=arm.name,
+                kind=arm.kind,
+                decides=arm.decides,
+                cheaper=arm.cost < arms[full].cost,
+                num_seeds=len(arm.trials),
+                estimate=uncertain.estimate,
+                low=low,
+                high=high,
+                adjusted_low=adjusted_low,
+                adjusted_high=adjusted_high,
+                p_value=p_values[number],
+                adjusted_p=adjusted[number],
+                equivalence_p=equivalence[number],
+                adjusted_equivalence_p=equivalent[number],
+                equivalent=is_equivalent,
+                not_worse=known and 1 - uncertain.below(margin) <= level / 2,
+                full_better=certain and uncertain.estimate >= margin and adjusted_low > 0,
+                arm_better=certain and uncertain.estimate <= -margin and adjusted_high < 0,
+                standard_error=float(np.sqrt(uncertain.variance)),
+                row_variance=uncertain.row_variance,
+                seed_variance=uncertain.seed_variance,
+                seeds_known=known,
+                discordance=None if rights[0] is None or rights[1] is None else discordance(rights[0], rights[1]),
+                detectable=Precision.of(uncertain).detectable(margin, level),
+                mcnemar=None if rights[0] is None or rights[1] is None else mcnemar(rights[0], rights[1]),
+                rows_needed=decided.rows,
+                seeds_needed=decided.seeds,
+            )
+        )
+    return made
+
+
+def _score(
+    arm: ArmItems,
+    place: int,
+    drawn: Drawn,
+    spreads: Sequence[SeedSpread | None],
+    measure: Measure,
+    confidence: float,
+) -> ArmScore:
+    mean, spread = mean_of_arm(drawn, place, spreads, measure.span), spreads[place]
+    low, high = mean.interval(1 - confidence)
+    several = spread is not None and len(arm.trials) > 1
+    return ArmScore(
+        arm=arm.name,
+        kind=arm.kind,
+        values=tuple(drawn.point[place].tolist()),
+        mean=mean.estimate,
+        low=low,
+        high=high,
+        seed_sd=float(np.sqrt(spread.beyond_rows)) if spread is not None and several else None,
+    )
+
+
+# ---- the rule --------------------------------------------------------------------------------------------------
+
+
+def _verdict(differences: Sequence[Difference], full: str, arms: Sequence[ArmItems]) -> tuple[VerdictKind, str]:
+    """The verdict and the arm to take."""
+    cost = {arm.name: arm.cost for arm in arms}
+    rivals = [one for one in differences if one.decides]
+    if better := [one for one in rivals if one.arm_better]:
+        return "PEFT", min(better, key=lambda one: one.estimate).arm
+    if rivals and all(one.full_better and not one.equivalent for one in rivals):
+        return "FULL", full
+    if equal := [one for one in rivals if one.equivalent and one.cheaper]:
+        return "EQUIVALENT", min(equal, key=lambda one: cost[one.arm]).arm
+    good = [one.arm for one in rivals if one.not_worse and one.cheaper]
+    return "UNDECIDED", min(good, key=cost.__getitem__) if good else ""
+
+
+def _headline(verdict: VerdictKind, recommended: str, full: str) -> str:
+    match verdict:
+        case "FULL":
+            return f"Updating every parameter is worth it here: {full} is better than every other method by the margin."
+        case "PEFT":
+            return f"Take {recommended}: it is better than {full} by the margin."
+        case "EQUIVALENT":
+            return f"Take {recommended}: it differs from {full} by less than the margin and is cheaper."
+    if recommended:
+        return f"Undecided whether they are equal, but {recommended} does not lose the margin to {full} and is cheaper."
+    return "Undecided: these rows and seeds do not tell the methods apart."
+
+
+# ---- in words --------------------------------------------------------------------------------------------------
+
+
+def shown(value: float, measure_span: float | None) -> str:
+    """A difference with its sign: in points where the metric is a share, else as it is."""
+    return f"{100 * value:+.2f} points" if measure_span == 1.0 else f"{value:+.4g}"
+
+
+def _because(one: Difference, measure: Measure) -> str:
+    span = measure.span
+    found = (
+        f"full minus {one.arm}: {shown(one.estimate, span)} of {measure.name} "
+        f"({shown(one.adjusted_low, span)} to {shown(one.adjusted_high, span)})"
+    )
+    if not one.seeds_known:
+        return f"{found}: one seed, so the spread between seeds is not known"
+    if one.full_better:
+        return f"{found}: full is better"
+    if one.arm_better:
+        return f"{found}: {one.arm} is better"
+    if one.equivalent:
+        return f"{found}: equal within the margin"
+    if one.not_worse:
+        return f"{found}: {one.arm} is equal or better"
+    return f"{found}: not decided"
+
+
+def _would_decide(differences: Sequence[Difference]) -> list[str]:
+    said = []
+    for one in differences:
+        if not one.decides or one.full_better or one.arm_better or one.equivalent:
+            continue
+        if not one.seeds_known:
+            said.append(f"{one.arm}: at least one more seed of some arm, better two of each")
+            continue
+        ways = []
+        if one.rows_needed is not None:
+            ways.append(f"{one.rows_needed:,} test rows")
+        if one.seeds_needed is not None:
+            ways.append(f"{one.seeds_needed} seeds of each arm")
+        neither = "neither 100 times the rows nor 30 seeds alone: the difference is close to the margin"
+        said.append(f"{one.arm}: {' or '.join(ways) or neither}, were the difference what it seems")
+    return said
+
+
+def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> list[str]:
+    said = []
+    for one in differences:
+        if one.decides:
+            continue
+        if one.arm_better or one.equivalent or one.estimate <= 0:
+            said.append(f"{one.arm}, which decides nothing, is not worse than full: is there anything to learn here?")
+    fewer = [one.arm for one in differences if one.decides and one.num_seeds == 1 and one.seeds_known]
+    if fewer:
+        said.append(f"{', '.join(fewer)}: one seed; its spread between seeds is taken from the other methods")
+    for one in differences:
+        if one.decides and one.mcnemar is not None and one.full_better and one.mcnemar.p_value > 0.05:
+            said.append(f"{one.arm}: McNemar's test on majority votes does not see the difference")
+    if verdict == "PEFT" and (
+        cheaper := [one.arm for one in differences if one.decides and one.arm_better and one.arm != recommended]
+    ):
+        said.append(f"also better than full: {', '.join(cheaper)}")
+    return said

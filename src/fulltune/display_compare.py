@@ -1,0 +1,189 @@
+"""A comparison on the terminal, in 80 columns: what is about to be done, and what came out. Layer 4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fulltune.compare_records import VerdictKind
+from fulltune.report import proof_words, words
+from fulltune.report.proof_words import NOTHING, Writer
+from fulltune.trials import ArmRow, Comparison, Expectation
+
+_STYLES: dict[VerdictKind, str] = {
+    "FULL": "bold blue",
+    "PEFT": "bold green",
+    "EQUIVALENT": "bold green",
+    "UNDECIDED": "bold yellow",
+}
+_WIDEST_NAME = 14
+
+Marked = tuple[str, str, str]
+"""A label, its style, and a sentence."""
+
+
+def expectation(console: Console, expected: Expectation, metric: str, margin: float | None = None) -> None:
+    """Before it starts: what is compared, about how long, what it can find, what the budget took away.
+
+    Args:
+        console: Where to write.
+        expected: As the design was settled.
+        metric: That decides.
+        margin: That the recipe asks for; left out, it is not compared with what can be found.
+    """
+    seeds = words.counted(expected.num_seeds, "seed")
+    trials = expected.num_search_trials + expected.num_seeds * len(expected.arms)
+    search = f"{expected.num_search_trials} to find the rates, " if expected.num_search_trials else ""
+    marks: list[Marked] = [
+        ("methods", "dim", ", ".join(expected.arms)),
+        ("trials", "dim", f"{trials} at most: {search}{seeds} of each method; clear answers need fewer"),
+        ("takes", "dim", f"about {words.duration(expected.seconds)} at most"),
+        ("can find", "dim", _can_find(expected, metric, margin)),
+    ]
+    if expected.length_share < 1:
+        share = proof_words.fine_share(expected.length_share)
+        marks.append(("shorter runs", "yellow", f"{share} of the recipe's steps; the verdict is about such runs"))
+    marks += [("budget" if expected.from_budget else "note", "yellow", note) for note in expected.notes]
+    if margin is not None and expected.detectable is not None and expected.detectable > margin:
+        asked = Writer(metric, margin).amount(margin)
+        more = f"{asked}, less than it can find: it may end UNDECIDED; more test rows or seeds would help"
+        marks.append(("margin", "yellow", more))
+    console.print(Text("comparison", style="bold"))
+    console.print(_grid(marks))
+
+
+def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
+    name = words.metric_name(metric)
+    if expected.detectable is None:
+        return f"not known before the first runs: {name} is no share of rows"
+    found = Writer(metric, margin or 0.01).amount(expected.detectable)
+    return f"differences of {found} of {name} or more, in 8 of 10 comparisons"
+
+
+def verdict(console: Console, comparison: Comparison, files: Sequence[Path] = ()) -> None:
+    """What came out: the verdict, the field, what makes it less fair, where the card lies.
+
+    Args:
+        console: Where to write.
+        comparison: The record.
+        files: What was written.
+    """
+    for part in _parts(comparison):
+        console.print(part)
+    for path in files:
+        # A path broken into two lines cannot be copied.
+        console.print(Text(_plain(str(path))), soft_wrap=True)
+
+
+def _parts(comparison: Comparison) -> Iterator[Any]:
+    decision = comparison.decision
+    yield Text("\n" + _plain(proof_words.label(decision)), style=_STYLES[decision.verdict])
+    yield Text(_plain(decision.headline), style="bold")
+    yield Text(_plain(proof_words.terms(comparison)) + "\n", style="dim")
+    yield _quality(comparison)
+    yield Text()
+    yield _cost(comparison)
+    yield Text(_legend(comparison) + "\n", style="dim")
+    if found := list(_findings(comparison)):
+        yield _grid(found)
+        yield Text()
+    if claims := [(proof_words.held(one.holds), "cyan", f"“{one.claim}”: {one.here}") for one in comparison.claims]:
+        yield Text("what one often reads", style="bold")
+        yield _grid(claims)
+        yield Text()
+    took, fixed = proof_words.spent(comparison)
+    yield _grid([("took", "dim", took), ("fixed design", "dim", fixed)])
+
+
+def _findings(comparison: Comparison) -> Iterator[Marked]:
+    """What to know before believing it."""
+    for one in comparison.decision.would_decide:
+        yield "to decide it", "yellow", one
+    for mark in proof_words.marks(comparison):
+        kind, _, what = mark.partition(": ")
+        yield kind, "red" if kind == "Unfair" else "yellow", what
+    for note in comparison.decision.notes:
+        yield "note", "yellow", note
+    for row in comparison.rows:
+        if row.dropped:
+            yield "dropped", "dim", f"{row.arm} after {words.counted(len(row.seeds), 'seed')}: {row.dropped}"
+
+
+# ---- the field -------------------------------------------------------------------------------------------------
+
+
+def _quality(comparison: Comparison) -> Table:
+    write = Writer.of(comparison.decision)
+    level = f"{100 * comparison.decision.confidence:g}%"
+    table = _table("updated", f"{write.name} [{level}]", f"full better by{write.unit}", "seeds")
+    for row in comparison.rows:
+        found = next((one for one in comparison.decision.differences if one.arm == row.arm), None)
+        apart = "reference" if row.kind == "full" else NOTHING if found is None else write.adjusted(found)
+        share = row.num_trainable / row.num_parameters if row.num_parameters else 0.0
+        seeds = f"{len(row.seeds)}" if row.seeds else NOTHING
+        _add(table, row, comparison, proof_words.fine_share(share), write.estimate(row.metric), apart, seeds)
+    return table
+
+
+def _cost(comparison: Comparison) -> Table:
+    full = proof_words.full_of(comparison)
+
+    def ratio(row: ArmRow, field: str) -> str:
+        return (proof_words.to_full(getattr(row, field), getattr(full, field)) if full else "") or NOTHING
+
+    table = _table("gain", "time", "time×", "FLOP×", "memory×", "saved", "drift")
+    for row in comparison.rows:
+        _add(
+            table,
+            row,
+            comparison,
+            NOTHING if row.gain_share is None else proof_words.fine_share(row.gain_share),
+            words.duration(row.train_seconds) if row.train_seconds else NOTHING,
+            *(ratio(row, field) for field in ("train_seconds", "train_flops", "memory_growth_bytes")),
+            words.size(row.saved_bytes) if row.saved_bytes else NOTHING,
+            NOTHING if row.drift is None else words.number(row.drift.value),
+        )
+    return table
+
+
+def _legend(comparison: Comparison) -> str:
+    return (
+        "> the method to take. Difference: its interval holds for all methods together. Gain: of what full gains. "
+        f"×: of full's; memory: what training adds. Drift: {comparison.drift_unit}, on generic text."
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("method", no_wrap=True, max_width=_WIDEST_NAME + 2)
+    for name in columns:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, row: ArmRow, comparison: Comparison, *cells: str) -> None:
+    taken = row.arm == comparison.decision.recommended
+    name = _plain(row.arm)
+    name = name if len(name) <= _WIDEST_NAME else name[: _WIDEST_NAME - 1] + "…"
+    texts = (Text(f"{'>' if taken else ' '} {name}"), *map(Text, cells))
+    table.add_row(*texts, style="bold" if taken else None)
+
+
+def _grid(marks: Sequence[Marked]) -> Table:
+    """Sentences beside their labels, the lines of one under each other."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, style, sentence in marks:
+        table.add_row(Text(label, style=style), Text(_plain(sentence)))
+    return table
+
+
+def _plain(text: str) -> str:
+    """On one line, without anything that a terminal would obey."""
+    return " ".join(words.harmless(text).split())

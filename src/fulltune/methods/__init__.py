@@ -1,0 +1,138 @@
+"""How the parameters of a model are trained: all of them, or few on a frozen body. Layer 1.
+
+The model stays the plain Hugging Face class: LoRA and its relatives put modules into its layers, adapters and prompts
+work by hooks. What is trained is exactly what has `requires_grad`; only that is kept in checkpoints and, but for
+`full`, in the finished model's folder (`folder.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fulltune.errors import RecipeError
+from fulltune.recipe import Arm, Method, PromptMethod, Recipe, TaskName
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+    from transformers import PretrainedConfig
+
+
+BY_HOOKS = ("adapter", "prompt")
+"""Kinds of methods that work by hooks on the model's modules."""
+
+
+PROMPT_MODULE = "prompt_encoder"
+"""Name of the module with a model's virtual tokens."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A model with a method."""
+
+    model: Any
+    """Of its plain Hugging Face class; `requires_grad` says what is trained."""
+    method: Method
+    outer: Any = None
+    """PEFT's wrapper around the same modules, which knows PEFT's file format; None where none was made."""
+
+
+def apply(model: Any, method: Method, task: TaskName) -> Applied:
+    """Make the method's parameters trainable and all others not; a new head is trained by every method.
+
+    New parameters are drawn from torch's random state.
+
+    Raises:
+        RecipeError: When the method cannot work on this model.
+    """
+    from fulltune.methods import adapter, head, injected, prompt
+
+    if method.kind == "full":
+        model.requires_grad_(True)
+        for parameter in computed(model).values():
+            parameter.requires_grad_(False)
+        return Applied(model, method)
+    heads = head.names_of(model, task, method.arm)
+    model.requires_grad_(False)
+    outer = None
+    match method.kind:
+        case "lora" | "peft":
+            outer = injected.put_into(model, method, task, heads)
+        case "adapter":
+            adapter.put_into(model, method, heads)
+        case "prompt":
+            prompt.put_before(model, method, task)
+    if outer is None:  # PEFT trains a copy of the head
+        head.train(model, heads)
+    head.keep_statistics(model)
+    return Applied(model, method, outer)
+
+
+def computed(model: Any) -> dict[str, Parameter]:
+    """Tables of positions that a formula gives (Marian, Pegasus, RoFormer): no weights, and not always saved."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if "Sinusoidal" in type(module).__name__
+        for name, parameter in module.named_parameters()
+    }
+
+
+def trained(model: Any) -> dict[str, Parameter]:
+    """Name to each parameter that is trained."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def compared(recipe: Recipe) -> tuple[Arm, ...]:
+    """All methods that a recipe names."""
+    return recipe.methods or (recipe.method,)
+
+
+def virtual_tokens(recipe: Recipe) -> int:
+    """Tokens that the methods put before each text, at most: rows are that much shorter, for all methods alike."""
+    return max((one.num_virtual_tokens for one in compared(recipe) if isinstance(one, PromptMethod)), default=0)
+
+
+def virtual_tokens_of(model: Any) -> int:
+    """Tokens that stand before each of the model's texts."""
+    prompt = getattr(model, PROMPT_MODULE, None)
+    return 0 if prompt is None else len(prompt.weight)
+
+
+def check(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Refuse methods that cannot do the task with this kind of model, before anything is read.
+
+    Raises:
+        RecipeError: With all that was found.
+    """
+    found = [line for one in compared(recipe) for line in problems(recipe, config, one)]
+    if found:
+        raise RecipeError(found)
+
+
+def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]:
+    """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
+    from fulltune import zero
+    from fulltune.methods import injected
+    from fulltune.model import position_limit
+    from fulltune.tasks import task_named
+
+    found = []
+    if method.kind == "head" and not task_named(recipe.task).HEAD_IS_NEW:
+        found.append(f"{recipe.task} has no new head to train; take lora, adapter or full")
+    if method.kind == "prompt":
+        limit = position_limit(config)
+        if recipe.task == "image-classification":
+            found.append("an image has no tokens to put virtual ones before; take lora, adapter or head")
+        elif limit is not None and method.num_virtual_tokens > limit // 2:
+            found.append(
+                f"num_virtual_tokens: {method.num_virtual_tokens} are more than half of the {limit} tokens that the "
+                "model takes; take fewer"
+            )
+    if method.kind in BY_HOOKS and recipe.train.extra.get("torch_compile"):
+        found.append("torch.compile may leave out the hooks it works by; remove train.extra.torch_compile")
+    if method.kind == "peft":
+        found += injected.problems(method)
+    if method.kind not in ("full", "base") and zero.wanted(recipe):
+        found.append("DeepSpeed is here for full fine-tuning only; remove train.extra.deepspeed")
+    return [f"method {method.arm}: {line}" for line in found]

@@ -1,0 +1,223 @@
+"""The finished model's folder of a method that trains few parameters: only those, and how to put them back.
+
+LoRA, other methods of PEFT and prompts are written as PEFT writes them, so that `peft.PeftModel.from_pretrained(base,
+folder)` reads them; heads and adapters, which PEFT has no format for, under the model's own names.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from fulltune import model as models
+from fulltune.errors import SetupError
+from fulltune.methods import PROMPT_MODULE, Applied, apply, trained
+from fulltune.methods.injected import TASK_TYPES
+from fulltune.processors import load_processor
+from fulltune.recipe import Method, ModelBlock, TaskName
+from fulltune.tasks import Target, task_named
+
+NOTES = "fulltune.json"
+"""What a model folder says besides what transformers and PEFT keep: task, columns, method, pretrained model."""
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model."
+_PROMPT = f"{PROMPT_MODULE}.weight"
+
+
+def save(applied: Applied, folder: Path, task: TaskName, base: str) -> None:
+    """Write what was trained, with the model's own config.
+
+    Args:
+        applied: The model and its method.
+        folder: Made when it is missing.
+        task: What the model does.
+        base: Folder or Hub id of the pretrained model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = applied.model
+    if applied.outer is not None:
+        applied.outer.peft_config["default"].base_model_name_or_path = base
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it did not look for the vocabulary's size on the Hub
+            applied.outer.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form; ours is written with the report
+    else:
+        from safetensors.torch import save_file
+
+        tensors = {name: one.detach().cpu().contiguous() for name, one in trained(model).items()}
+        if applied.method.kind == "prompt":
+            config = _prompt_config(applied, task, base, list(tensors))
+            tensors = {_in_peft(name): one for name, one in tensors.items()}
+        else:
+            config = {"fulltune_method": applied.method.kind, "base_model_name_or_path": base}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _in_peft(name: str) -> str:
+    return "prompt_embeddings" if name == _PROMPT else f"{_PEFT_PREFIX}{name}"
+
+
+def _prompt_config(applied: Applied, task: TaskName, base: str, names: list[str]) -> dict[str, Any]:
+    """Fields of `peft.PromptTuningConfig`."""
+    text = applied.model.config.get_text_config()
+    size = trained(applied.model)[_PROMPT].shape
+    heads = {name.rpartition(".")[0] for name in names if name != _PROMPT}
+    modules = sorted({path.removeprefix(f"{applied.model.base_model_prefix}.").split(".")[0] for path in heads})
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": TASK_TYPES.get(task),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "num_virtual_tokens": size[0],
+        "token_dim": size[1],
+        "num_transformer_submodules": 1,  # an encoder-decoder has them before its encoder only
+        "num_attention_heads": getattr(text, "num_attention_heads", None),
+        "num_layers": getattr(text, "num_hidden_layers", None),
+        "prompt_tuning_init": "RANDOM",
+        "modules_to_save": modules or None,
+    }
+
+
+def is_partial(folder: Path) -> bool:
+    """Whether a model folder holds only what was trained."""
+    return (folder / CONFIG).exists()
+
+
+def notes_of(folder: Path) -> dict[str, Any]:
+    """What fulltune wrote about the model in this folder.
+
+    Raises:
+        SetupError: When the file is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+        return found
+    except ValueError:
+        raise SetupError(
+            f"{folder / NOTES}: is damaged (not valid JSON); train again, or copy the model again"
+        ) from None
+
+
+def target_of(notes: Mapping[str, Any]) -> Target:
+    """What the model's task learned."""
+    more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
+    return Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
+
+
+def load(folder: Path, block: ModelBlock | None = None) -> Applied:
+    """The pretrained model with what was trained, on the CPU.
+
+    Args:
+        folder: Written by `save`, with notes and tokenizer.
+        block: How the pretrained model is read; left out, as the notes say.
+
+    Raises:
+        SetupError: When the pretrained model is not there, or the tensors are not those of the method.
+    """
+    import torch
+
+    notes = notes_of(folder)
+    method: Method = TypeAdapter(Method).validate_python(notes["method"])
+    base = ModelBlock(**notes["base_model"]) if block is None else block
+    task, target = task_named(notes["task"]), target_of(notes)
+    tokenizer = load_processor(ModelBlock(name=str(folder.resolve())), notes["task"])
+    with torch.random.fork_rng():
+        model = models.load(base, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW)
+        applied = apply(model, method, notes["task"])
+    _put_back(applied, folder)
+    if model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.eval()
+    return applied
+
+
+def _put_back(applied: Applied, folder: Path) -> None:
+    """Strictly: a tensor too many or too few is another model's.
+
+    Raises:
+        SetupError: Naming one.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / WEIGHTS)
+    if applied.outer is not None:
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        expected = set(get_peft_model_state_dict(applied.outer, save_embedding_layers=False))
+        _refuse_others(expected, set(tensors), folder / WEIGHTS)
+        set_peft_model_state_dict(applied.outer, tensors)
+        return
+    names = trained(applied.model)
+    if applied.method.kind == "prompt":
+        tensors = {name: tensors[_in_peft(name)] for name in names if _in_peft(name) in tensors}
+    load_trained(applied.model, tensors, folder / WEIGHTS)
+
+
+def load_trained(model: Any, tensors: Mapping[str, Any], where: Path) -> None:
+    """Copy values into the parameters that are trained, whose names must be exactly these.
+
+    Raises:
+        SetupError: When they are not.
+    """
+    import torch
+
+    parameters = trained(model)
+    _refuse_others(set(parameters), set(tensors), where)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise SetupError(
+                    f"{where}: {name} has the shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
+                )
+            parameter.copy_(tensors[name])
+
+
+def _refuse_others(expected: set[str], found: set[str], where: Path) -> None:
+    wrong = sorted(expected ^ found)
+    if wrong:
+        raise SetupError(f"{where}: does not hold what was trained: {wrong[0]} ({len(wrong)} such tensors)")
+
+
+def merged(folder: Path) -> Any:
+    """The model with what was trained put into its own weights: one that needs neither fulltune nor PEFT.
+
+    Raises:
+        SetupError: When the method cannot be merged.
+    """
+    applied = load(folder)
+    kind = applied.method.kind
+    if kind == "head":
+        return applied.model
+    if applied.outer is None:
+        raise SetupError(f"{folder}: a method of kind {kind} adds to what the model computes and cannot be merged")
+    try:
+        return applied.outer.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise SetupError(f"{folder}: PEFT cannot merge it: {' '.join(str(error).split())[:200]}") from error
+
+
+def merge(folder: Path, output: Path) -> None:
+    """Write the merged model as a plain Hugging Face folder with its tokenizer and notes.
+
+    Raises:
+        SetupError: When it cannot be merged, or the folder is there already.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise SetupError(f"{output}: is not empty; name a new folder")
+    notes = notes_of(folder)
+    model = merged(folder)
+    model.save_pretrained(output)
+    load_processor(ModelBlock(name=str(folder.resolve())), notes["task"]).save_pretrained(output)
+    plain = {name: value for name, value in notes.items() if name not in ("method", "base_model")}
+    (output / NOTES).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,184 @@
+"""The trials of a comparison and what became of them: frozen records, one JSON file each. Layer 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from fulltune.compare_records import Decision, Finding, Look
+from fulltune.records import Estimate, Record, Scores
+
+
+class Trial(Record):
+    """One arm with a learning rate and a seed."""
+
+    name: str
+    """For example `lora-seed2`, in the rate search `lora-rate0.002-5%`."""
+    arm: str
+    learning_rate: float
+    seed: int
+    share: float = 1.0
+    """Share of a whole run's steps."""
+    searches: bool = False
+    """Of the rate search: scored once, at its end, and its model is not kept."""
+
+
+class TrialResult(Record):
+    """A finished trial; what is needed to compare it, without its model."""
+
+    trial: Trial
+    metric: float
+    """On the eval rows, of the weights that were kept."""
+    steps: int
+    best_step: int
+    train_seconds: float
+    """From the first import of its process to the saved model."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+    memory_growth_bytes: int
+    num_parameters: int
+    num_trainable: int
+    tokens: int
+    """Seen in training, padding included."""
+    train_flops: float
+    """Floating-point operations of all steps, forward and backward, traced; 0: not known."""
+    saved_bytes: int
+    """Of what was saved of the model: for PEFT methods the adapter alone. Without tokenizer and notes."""
+    device: str
+    precision: str
+    weights_dtype: str
+    bf16_rounding: str | None = None
+    seconds_per_row: float | None = None
+    """To answer a test row, in batches; None: not asked."""
+
+
+class Tried(Record):
+    """One rate of a search."""
+
+    learning_rate: float
+    share: float
+    metric: float
+
+
+class Search(Record):
+    """How an arm's learning rate was found."""
+
+    arm: str
+    tried: tuple[Tried, ...]
+    chosen: float
+    reason: str
+    on_edge: bool = False
+    """The best rate is the lowest or the highest of those tried: a better one may lie beyond."""
+
+
+class Opening(Record):
+    """Somebody looked at the sealed test rows."""
+
+    time: str
+    """ISO 8601 with time zone."""
+    by: str
+    """User and host."""
+    command: str
+    trials: tuple[str, ...]
+    """Whose scores were made."""
+
+
+class Expectation(Record):
+    """What a design costs and what it can decide; said before it starts."""
+
+    arms: tuple[str, ...]
+    num_seeds: int
+    num_search_trials: int
+    seconds: float
+    detectable: float | None
+    """Smallest difference of the metric that such a comparison usually finds; None: the metric is no share."""
+    notes: tuple[str, ...] = ()
+    length_share: float = 1.0
+    """Share of the recipe's steps that each run takes; below 1 only because a budget asked for it."""
+    search_share: float = 0.1
+    from_budget: bool = False
+
+
+class ArmRow(Record):
+    """One arm in the table; costs are means over its runs."""
+
+    arm: str
+    kind: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    num_parameters: int
+    """Of the pretrained model with the task's head."""
+    num_trainable: int
+    learning_rate: float | None = None
+    seeds: tuple[int, ...] = ()
+    metric: Estimate
+    """On the test rows, mean over the seeds; the interval covers rows and seeds."""
+    values: tuple[float, ...] = ()
+    """Of each seed."""
+    gain_share: float | None = None
+    """Of what full fine-tuning gains over the untouched model."""
+    train_seconds: float = 0.0
+    search_seconds: float = 0.0
+    """Of all trials of its rate search together."""
+    tokens_per_second: float = 0.0
+    train_flops: float = 0.0
+    """Of one whole run."""
+    peak_memory_bytes: int = 0
+    memory_growth_bytes: int = 0
+    saved_bytes: int = 0
+    drift: Estimate | None = None
+    """On generic text, mean over texts and seeds."""
+    seconds_per_row: float | None = None
+    """To answer a test row, in batches."""
+    dropped: str = ""
+    """Why it got fewer seeds than others."""
+
+
+class Claim(Record):
+    """A sentence that one often reads, and what it comes to here."""
+
+    claim: str
+    here: str
+    holds: bool | None
+    """None: these data do not tell."""
+
+
+class Comparison(Record):
+    """All of a comparison: the proof card is made from this alone."""
+
+    name: str
+    model: str
+    task: str
+    problem_type: str
+    train_rows: int
+    eval_rows: int
+    test_rows: int
+    metric: str
+    greater_is_better: bool
+    decision: Decision
+    rows: tuple[ArmRow, ...]
+    baselines: tuple[Scores, ...]
+    searches: tuple[Search, ...]
+    expectation: Expectation
+    looks: tuple[Look, ...]
+    findings: tuple[Finding, ...]
+    openings: tuple[Opening, ...]
+    claims: tuple[Claim, ...]
+    drift_unit: str
+    """`nats per token` or `1 - cosine`."""
+    drift_text: str
+    """Where the generic texts come from."""
+    num_trials: int
+    seconds: float
+    """Of everything, over all commands that worked on it."""
+    full_run_seconds: float
+    """Training of one whole full fine-tuning run, mean over seeds."""
+    fixed_design_seconds: float
+    """What the same search and the same number of seeds for every arm would have taken."""
+    cores: int
+    device: str
+    started: str
+    data_fingerprint: str
+    command: str
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,263 @@
+"""Records of comparisons that never took place: what the proof card and the terminal print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fulltune.compare.claims import claims
+from fulltune.compare_records import ArmScore, ArmStep, Decision, Difference, Finding, Look
+from fulltune.records import Estimate, Scores
+from fulltune.trials import ArmRow, Comparison, Expectation, Opening, Search, Tried
+
+HOSTILE = (
+    "\"</script><img src=x onerror=alert(1)>\" & 'l' | `x` $\\frac{1$ [red]😀 \x1b[31m\u202e שלום\nsecond **line**"
+)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm in a line; ratios are to full."""
+
+    name: str
+    kind: str
+    metric: float
+    half: float
+    trained: int
+    rate: float | None = None
+    seeds: int = 3
+    time: float = 1.0
+    memory: float = 1.0
+    saved: float = 1.0
+    drift: float | None = None
+    dropped: str = ""
+
+
+CLASSIFICATION = (
+    Arm("base", "base", 0.013, 0.004, 0, seeds=0),
+    Arm("head", "head", 0.8114, 0.012, 177_485, 3.2e-3, time=0.41, memory=0.3, saved=0.008, drift=0.0),
+    Arm("full", "full", 0.9249, 0.0085, 22_743_245, 2e-4, drift=0.0712),
+    Arm("lora", "lora", 0.9215, 0.0088, 973_133, 2e-3, time=0.86, memory=0.62, saved=0.043, drift=0.0489),
+    Arm("adapter", "adapter", 0.9227, 0.0086, 403_661, 2e-3, time=0.83, memory=0.57, saved=0.018, drift=0.0521),
+    Arm("prompt", "prompt", 0.7802, 0.03, 7_680, 3e-2, 2, 0.95, 0.71, 0.0004, 0.0102, "behind by 14.47 points"),
+)
+LANGUAGE = (
+    Arm("base", "base", 2.8713, 0.031, 0, seeds=0),
+    Arm("full", "full", 1.9034, 0.022, 134_515_008, 5e-5, drift=0.2214),
+    Arm("lora", "lora", 1.9462, 0.0225, 4_884_480, 5e-4, time=0.91, memory=0.55, saved=0.036, drift=0.0817),
+    Arm("lora-r64", "lora", 1.9158, 0.022, 19_537_920, 5e-4, time=0.99, memory=0.6, saved=0.145, drift=0.1102),
+)
+
+
+def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparison:
+    """A comparison of these arms; keywords replace fields of the record, `decision` those of its decision."""
+    loss = changes.pop("metric", "accuracy") == "loss"
+    metric, sign = ("loss", -1) if loss else ("accuracy", 1)
+    full = next(arm for arm in arms if arm.kind == "full")
+    base = next((arm for arm in arms if arm.kind == "base"), None)
+    rows = tuple(_row(arm, full, base, sign) for arm in arms)
+    differences = tuple(_difference(arm, full, sign) for arm in arms if arm.kind not in ("full", "base"))
+    differences = tuple(one for one in differences if one.decides) + tuple(
+        one for one in differences if not one.decides
+    )
+    decision = Decision(
+        verdict="EQUIVALENT",
+        recommended="lora",
+        metric=metric,
+        greater_is_better=not loss,
+        margin=0.01,
+        confidence=0.95,
+        alpha=0.05,
+        num_rows=3080,
+        num_clusters=3074,
+        num_draws=10_000,
+        scores=tuple(
+            ArmScore(arm=row.arm, kind=arm.kind, values=row.values, mean=row.metric.value, low=row.metric.low,
+                     high=row.metric.high, seed_sd=0.002)
+            for row, arm in zip(rows, arms, strict=True)
+        ),
+        differences=differences,
+        headline="Take lora: it differs from full by less than the margin and is cheaper.",
+        because=tuple(f"full minus {one.arm}: {one.estimate:+.4g}" for one in differences if one.decides),
+    ).model_copy(update=changes.pop("decision", {}))  # fmt: skip
+    values: dict[str, Any] = {
+        "name": "banking77-2026-11-24-1530",
+        "model": "sentence-transformers/all-MiniLM-L6-v2",
+        "task": "text-classification",
+        "problem_type": "single_label",
+        "train_rows": 9002,
+        "eval_rows": 1001,
+        "test_rows": 3080,
+        "metric": metric,
+        "greater_is_better": not loss,
+        "decision": decision,
+        "rows": rows,
+        "baselines": (_baseline(metric, not loss, 0.013), _baseline(metric, not loss, 0.62, "nearest centroid")),
+        "searches": tuple(_search(arm) for arm in arms if arm.rate),
+        "expectation": Expectation(arms=tuple(arm.name for arm in arms if arm.kind != "base"), num_seeds=5,
+                                   num_search_trials=25, seconds=4000.0, detectable=None if loss else 0.0097),
+        "looks": (_look(1, False), _look(2, False, dropped="prompt"), _look(3, True)),
+        "findings": (),
+        "openings": (_opening(),),
+        "claims": claims(rows, decision, 9002),
+        "drift_unit": "nats per token" if loss else "1 - cosine",
+        "drift_text": "docstrings of the Python standard library",
+        "num_trials": 39,
+        "seconds": 2712.0,
+        "full_run_seconds": 271.3,
+        "fixed_design_seconds": 5170.0,
+        "cores": 2,
+        "device": "cpu",
+        "started": "2026-11-24T15:30:12+01:00",
+        "data_fingerprint": "9f86d081884c7d659a2feaa0c55ad015",
+        "command": "fulltune compare examples/compare-banking77.yaml",
+        "versions": {"fulltune": "0.2.0", "python": "3.11.9", "torch": "2.9.1", "peft": "0.21.0"},
+    }  # fmt: skip
+    return Comparison(**(values | changes))
+
+
+def language(**changes: Any) -> Comparison:
+    """Of a language model: a loss, without bound and smaller is better."""
+    decision = {
+        "verdict": "FULL",
+        "recommended": "full",
+        "headline": "Updating every parameter is worth it here: full is better than every other method by the margin.",
+    }
+    found = {"model": "HuggingFaceTB/SmolLM2-135M", "task": "causal-lm", "problem_type": "chat", "name": "chat"}
+    return comparison(LANGUAGE, metric="loss", **({"decision": decision} | found | changes))
+
+
+def undecided(**changes: Any) -> Comparison:
+    decision = {
+        "verdict": "UNDECIDED",
+        "recommended": "",
+        "headline": "Undecided: these rows and seeds do not tell the methods apart.",
+        "would_decide": ("lora: 9,240 test rows or 12 seeds of each arm, were the difference what it seems",),
+        "notes": ("adapter: one seed; its spread between seeds is taken from the other methods",),
+    }
+    return comparison(**({"decision": decision} | changes))
+
+
+def hostile() -> Comparison:
+    """Text in every place where text can come from outside."""
+    arms = tuple(replace(arm, name=HOSTILE) if arm.name == "lora" else arm for arm in CLASSIFICATION)
+    return comparison(
+        arms,
+        decision={"recommended": HOSTILE, "verdict": "PEFT", "headline": HOSTILE, "because": (HOSTILE,),
+                  "notes": (HOSTILE,)},
+        name=HOSTILE,
+        model=HOSTILE,
+        command=HOSTILE,
+        findings=(finding("unfair", HOSTILE),),
+        openings=(_opening(HOSTILE), _opening()),
+        drift_text=HOSTILE,
+        device=HOSTILE,
+        notes=(HOSTILE,),
+        versions={HOSTILE: HOSTILE},
+        baselines=(_baseline("accuracy", True, 0.5, HOSTILE),),
+    )  # fmt: skip
+
+
+def finding(level: str = "unfair", where: str = "full") -> Finding:
+    return Finding.model_validate(
+        {
+            "rule": "edge-of-grid",
+            "level": level,
+            "where": where,
+            "what": "the best rate, 0.0002, is the highest that was tried: a better one may lie beyond",
+            "to_do": "add higher rates to its `learning_rates`",
+        }
+    )
+
+
+def openings(count: int) -> tuple[Opening, ...]:
+    return tuple(_opening() for _ in range(count))
+
+
+def _row(arm: Arm, full: Arm, base: Arm | None, sign: int) -> ArmRow:
+    trained = arm.kind != "base"
+    whole = 271.3 if sign > 0 else 1933.0
+    values = tuple(arm.metric + shift for shift in (-0.002, 0.001, 0.001, 0.0, 0.0)[: arm.seeds])
+    return ArmRow(
+        arm=arm.name,
+        kind=arm.kind,
+        num_parameters=full.trained,
+        num_trainable=arm.trained,
+        learning_rate=arm.rate,
+        seeds=tuple(range(42, 42 + arm.seeds)),
+        metric=Estimate(value=arm.metric, low=arm.metric - arm.half, high=arm.metric + arm.half),
+        values=values,
+        gain_share=None if base is None else (arm.metric - base.metric) / (full.metric - base.metric),
+        train_seconds=whole * arm.time if trained else 0.0,
+        search_seconds=whole * arm.time * 0.4 if trained else 0.0,
+        tokens_per_second=2133.0 / arm.time if trained else 0.0,
+        train_flops=3.1e13 * (0.68 if arm.kind not in ("full", "head") else arm.time) if trained else 0.0,
+        peak_memory_bytes=round(1480 * MIB * (0.5 + arm.memory / 2)) if trained else 0,
+        memory_growth_bytes=round(912 * MIB * arm.memory) if trained else 0,
+        saved_bytes=round(90.9e6 * arm.saved) if trained else 0,
+        drift=None if arm.drift is None else Estimate(value=arm.drift, low=arm.drift * 0.9, high=arm.drift * 1.1),
+        seconds_per_row=0.00124 if trained else None,
+        dropped=arm.dropped,
+    )
+
+
+def _difference(arm: Arm, full: Arm, sign: int) -> Difference:
+    apart = sign * (full.metric - arm.metric)
+    return Difference.model_validate(
+        {
+            "arm": arm.name,
+            "kind": arm.kind,
+            "decides": arm.kind not in ("base", "head"),
+            "cheaper": True,
+            "num_seeds": arm.seeds,
+            "estimate": apart,
+            "low": apart - 0.005,
+            "high": apart + 0.005,
+            "adjusted_low": apart - 0.0061,
+            "adjusted_high": apart + 0.0061,
+            "p_value": 0.2,
+            "adjusted_p": 0.2,
+            "equivalence_p": 0.01,
+            "adjusted_equivalence_p": 0.02,
+            "equivalent": abs(apart) < 0.004,
+            "not_worse": apart < 0.004,
+            "full_better": apart > 0.01,
+            "arm_better": False,
+            "standard_error": 0.0025,
+            "row_variance": 4e-6,
+            "seed_variance": 2e-6,
+            "seeds_known": True,
+            "detectable": 0.0102,
+        }
+    )
+
+
+def _search(arm: Arm) -> Search:
+    assert arm.rate is not None
+    first = [Tried(learning_rate=arm.rate * step, share=1 / 30, metric=arm.metric * 0.8) for step in (0.32, 1, 3.2)]
+    last = [Tried(learning_rate=arm.rate * step, share=0.1, metric=arm.metric * 0.9) for step in (1, 3.2)]
+    on_edge = arm.name == "head"
+    why = "best of 3 rates on the eval rows after 10% of the steps" + (
+        ", at the edge of those tried" if on_edge else ""
+    )
+    return Search(arm=arm.name, tried=(*first, *last), chosen=arm.rate, reason=why, on_edge=on_edge)
+
+
+def _look(seeds: int, enough: bool, dropped: str = "") -> Look:
+    steps = [ArmStep(arm="full", decision="enough" if enough else "more", reason="the answer is clear", chance=0.95)]
+    if dropped:
+        steps.append(ArmStep(arm=dropped, decision="drop", reason="behind by 14.47 points", chance=0.0))
+    reason = "every answer is clear" if enough else "lora and adapter are open"
+    return Look(num_seeds=seeds, max_seeds=5, spent=0.01, enough=enough, reason=reason, arms=tuple(steps))
+
+
+def _opening(by: str = "ada@lab") -> Opening:
+    return Opening(time="2026-11-24T16:12:03+01:00", by=by, command="fulltune compare", trials=("full-seed42",))
+
+
+def _baseline(metric: str, greater: bool, value: float, name: str = "majority class") -> Scores:
+    estimate = Estimate(value=value, low=value - 0.004, high=value + 0.004)
+    return Scores(name=name, kind="baseline", rows=3080, metrics={metric: estimate}, main_metric=metric,
+                  greater_is_better=greater, confidence=0.95)  # fmt: skip

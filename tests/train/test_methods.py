@@ -1,0 +1,410 @@
+"""Every method trains exactly what it says, on every kind of model, and what it saves can be loaded again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from fulltune import methods, predict
+from fulltune.errors import RecipeError, SetupError
+from fulltune.inference import model_batch
+from fulltune.methods import folder as folders
+from fulltune.pipeline import Reached
+from fulltune.recipe import LoraMethod
+from fulltune.tasks import task_named
+from fulltune.train.weights import InitialWeights
+from tests import tiny
+from tests.train import runs
+
+STEPS = {"max_steps": 4, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+HIDDEN, BETWEEN, LAYERS, LABELS = 32, 64, 2, 2
+KINDS = ("head", "lora", "adapter", "prompt", "peft")
+METHODS: dict[str, dict[str, Any]] = {kind: {"kind": kind, "learning_rate": 1e-2} for kind in KINDS} | {
+    "peft": {"kind": "peft", "type": "LOHA", "learning_rate": 1e-2, "config": {"r": 4, "target_modules": "all-linear"}}
+}
+
+
+def tag_rows(count: int = 40) -> list[dict[str, Any]]:
+    rows = []
+    for row in tiny.topic_rows(count):
+        words = row["text"].split()
+        rows.append({"tokens": words, "tags": ["O", "B-X", *["O"] * (len(words) - 2)]})
+    return rows
+
+
+def written_rows(count: int = 40) -> list[dict[str, Any]]:
+    return [{"source": row["prompt"], "target": row["completion"].strip()} for row in tiny.pair_rows(count)]
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    task: Any
+    rows: Any
+
+
+CASES = {
+    "classifier": Case("bert", "text-classification", tiny.topic_rows()),
+    "decoder": Case("llama", "causal-lm", tiny.pair_rows()),
+    "writer": Case("t5", "seq2seq", written_rows()),
+    "tagger": Case("bert", "token-classification", tag_rows()),
+}
+PAIRS = [(case, kind) for case in CASES for kind in KINDS if kind != "head" or case in ("classifier", "tagger")]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run, and the model as it was in memory at its end."""
+
+    folder: Path
+    reached: Reached
+    model: Any
+    before: Mapping[str, torch.Tensor]
+
+    @property
+    def model_folder(self) -> Path:
+        assert self.reached.plan is not None
+        return self.folder / "run" / self.reached.plan.model_folder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Done]:
+    """Trains a pair once."""
+    made: dict[tuple[str, str], Done] = {}
+
+    def get(name: str, kind: str) -> Done:
+        if (name, kind) not in made:
+            made[name, kind] = _trained(tmp_path_factory.mktemp(f"{name}-{kind}"), CASES[name], METHODS[kind])
+        return made[name, kind]
+
+    return get
+
+
+def _trained(folder: Path, case: Case, method: Mapping[str, Any]) -> Done:
+    model = tiny.save_model(folder / "model", case.model)
+    seen: dict[str, Any] = {}
+    kept = InitialWeights.__init__
+
+    def remember(self: InitialWeights, model: Any, path: Path | None) -> None:
+        kept(self, model, path)
+        state = {name: one.detach().clone() for name, one in model.named_parameters()}
+        seen.update(model=model, before=state, kept=set(load_file(path)) if path else set())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InitialWeights, "__init__", remember)
+        reached = runs.run(folder, model, case.rows, task=case.task, method=method, train=STEPS, until="evaluate")
+    assert seen["kept"] == set(methods.trained(seen["model"]))
+    return Done(folder, reached, seen["model"].eval(), seen["before"])
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_method_after_four_steps_moved_equals_requires_grad(done: Any, name: str, kind: str) -> None:
+    found = done(name, kind)
+    now = dict(found.model.named_parameters())
+    moved = {key for key, one in now.items() if not torch.equal(one.detach(), found.before[key])}
+    assert moved == set(methods.trained(found.model))
+    counted = found.reached.outcome.moved
+    assert counted.num_tensors_moved == counted.num_tensors_with_gradient == len(moved)
+    original = load_file(found.folder / "model" / "model.safetensors")
+    frozen = {plain_name(key): one.detach() for key, one in now.items() if key not in moved}
+    shared = frozen.keys() & original.keys()
+    assert len(shared) > 10
+    assert all(torch.equal(frozen[key], original[key]) for key in shared)
+
+
+def plain_name(name: str) -> str:
+    """As in the pretrained model's file: without PEFT's wrappers, and without the body's name."""
+    return name.replace(".base_layer", "").replace(".original_module", "").removeprefix("bert.")
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_saved_folder_holds_what_is_trained_and_nothing_else(done: Any, name: str, kind: str) -> None:
+    found = done(name, kind)
+    tensors = load_file(found.model_folder / "adapter_model.safetensors")
+    values = sum(one.numel() for one in tensors.values())
+    assert values == found.reached.plan.num_trainable_parameters == expected_values(name, kind)
+    assert len(tensors) == len(methods.trained(found.model))
+    assert not (found.model_folder / "model.safetensors").exists()
+
+
+def expected_values(name: str, kind: str) -> int:
+    """By arithmetic: a tiny BERT or Llama has two layers of width 32."""
+    head = {"classifier": LABELS * HIDDEN + LABELS + HIDDEN * HIDDEN + HIDDEN, "tagger": 3 * HIDDEN + 3}.get(name, 0)
+    square, wide = HIDDEN + HIDDEN, HIDDEN + BETWEEN
+    sides = {
+        "classifier": LAYERS * (4 * square + 2 * wide),
+        "tagger": LAYERS * (4 * square + 2 * wide),
+        "decoder": LAYERS * (2 * square + 2 * (HIDDEN + HIDDEN // 2) + 3 * wide),
+        "writer": LAYERS * (4 * square + 2 * wide) + LAYERS * (8 * square + 2 * wide),
+    }[name]
+    bottleneck = HIDDEN // 16
+    each = 2 * HIDDEN * bottleneck + bottleneck + HIDDEN
+    adapters = {"writer": 2 * LAYERS + 3 * LAYERS}.get(name, 2 * LAYERS) * each
+    norms = {"decoder": (2 * LAYERS + 1) * HIDDEN, "writer": (5 * LAYERS + 2) * HIDDEN}.get(
+        name, (2 * LAYERS + 1) * 2 * HIDDEN
+    )
+    # LoHa has two pairs of thin matrices beside each one.
+    return head + {"head": 0, "lora": 16 * sides, "adapter": adapters + norms, "prompt": 20 * HIDDEN}.get(
+        kind, 2 * 4 * sides
+    )
+
+
+def features(found: Done) -> list[dict[str, Any]]:
+    from fulltune.store import load_split
+
+    rows = load_split(found.folder / "run" / "data" / "eval")
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
+    return [dict(rows[order[0]]), dict(rows[order[-1]])]
+
+
+def logits(model: Any, found: Done, rows: list[dict[str, Any]]) -> torch.Tensor:
+    task = task_named(found.reached.summary.task)
+    batch = model_batch(found.model, task, rows, 0)
+    batch.pop("labels")
+    with torch.no_grad():
+        given: torch.Tensor = model(**batch).logits
+    return given
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_logits_padded_and_unpadded_agree(done: Any, name: str, kind: str) -> None:
+    found = done(name, kind)
+    short, long = features(found)
+    alone = logits(found.model, found, [short])[0]
+    beside = logits(found.model, found, [short, long])[0]
+    torch.testing.assert_close(beside[: len(alone)] if alone.dim() > 1 else beside, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_saved_folder_loaded_gives_the_same_logits(done: Any, name: str, kind: str) -> None:
+    found = done(name, kind)
+    expected = logits(found.model, found, features(found))
+    loaded = predict.load(found.folder / "run")
+    assert torch.equal(logits(loaded.model, found, features(found)), expected)
+    assert loaded.notes["method"]["kind"] == kind
+    assert found.reached.scores[-1].kind == "trained"
+
+
+@pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[1] in ("lora", "prompt", "peft")])
+def test_saved_folder_loaded_by_plain_peft_gives_the_same_logits(done: Any, name: str, kind: str) -> None:
+    found = done(name, kind)
+    config = transformers.AutoConfig.from_pretrained(found.model_folder)
+    loader = getattr(transformers, task_named(CASES[name].task).AUTO_CLASS)
+    base = loader.from_pretrained(found.folder / "model", config=config)
+    plain = peft.PeftModel.from_pretrained(base, found.model_folder).eval()
+    given = logits(plain, found, features(found)[:1])
+    expected = logits(found.model, found, features(found)[:1])
+    cut = 20 if kind == "prompt" and name in ("decoder", "tagger") else 0  # PEFT keeps the virtual positions
+    torch.testing.assert_close(given[:, cut:] if cut else given, expected, atol=1e-5, rtol=1e-4)
+    assert plain.peft_config["default"].base_model_name_or_path == str(found.folder / "model")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("classifier", "lora"), ("decoder", "lora"), ("tagger", "head")])
+def test_merged_model_is_plain_and_gives_the_same_logits(done: Any, name: str, kind: str, tmp_path: Path) -> None:
+    found = done(name, kind)
+    folders.merge(found.model_folder, tmp_path / "merged")
+    loader = getattr(transformers, task_named(CASES[name].task).AUTO_CLASS)
+    plain = loader.from_pretrained(tmp_path / "merged").eval()
+    expected = logits(found.model, found, features(found))
+    torch.testing.assert_close(logits(plain, found, features(found)), expected, atol=1e-5, rtol=1e-4)
+    row = predict.load(tmp_path / "merged")
+    assert row.notes["task"] == CASES[name].task
+    assert "method" not in row.notes
+
+
+def test_method_that_adds_to_the_model_cannot_be_merged(done: Any, tmp_path: Path) -> None:
+    found = done("classifier", "adapter")
+    with pytest.raises(SetupError) as caught:
+        folders.merge(found.model_folder, tmp_path / "merged")
+    assert str(caught.value).endswith("a method of kind adapter adds to what the model computes and cannot be merged")
+
+
+def test_tensors_of_another_method_are_refused(done: Any, tmp_path: Path) -> None:
+    shutil.copytree(done("tagger", "adapter").model_folder, tmp_path / "model")
+    other = done("tagger", "head").model_folder / "adapter_model.safetensors"
+    shutil.copy(other, tmp_path / "model" / "adapter_model.safetensors")
+    with pytest.raises(SetupError, match="does not hold what was trained"):
+        predict.load(tmp_path / "model")
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------------
+
+TEN = {"max_steps": 10, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_interrupted_and_continued_equals_an_unbroken_one(kind: str, tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    blocks: dict[str, Any] = {"method": METHODS[kind], "train": TEN}
+    whole = runs.run(tmp_path / "whole", model, tiny.topic_rows(), **blocks)
+    with pytest.raises(Exception, match="a fault"):
+        runs.run(
+            tmp_path / "broken",
+            model,
+            tiny.topic_rows(),
+            options={"listener": runs.at_step(5, runs.fail)},
+            **blocks,
+        )
+    checkpoint = next((tmp_path / "broken" / "run" / "checkpoints").glob("*/checkpoint-3"))
+    assert whole.plan is not None
+    held = load_file(checkpoint / "model.safetensors")
+    assert sum(one.numel() for one in held.values()) == whole.plan.num_trainable_parameters
+    runs.run(tmp_path / "broken", model, tiny.topic_rows(), **blocks)
+    one, other = (
+        load_file(tmp_path / side / "run" / whole.plan.model_folder / "adapter_model.safetensors")
+        for side in ("whole", "broken")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- levers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "head"])
+@pytest.mark.parametrize("name", ["classifier", "decoder"])
+def test_activations_recomputed_give_the_same_weights(kind: str, name: str, tmp_path: Path) -> None:
+    case, found = CASES[name], []
+    model = tiny.save_model(
+        tmp_path / "model", case.model, **({"hidden_dropout_prob": 0.0} if case.model == "bert" else {})
+    )
+    for recomputed in (False, True):
+        folder = tmp_path / str(recomputed)
+        train = {**STEPS, "activation_checkpointing": recomputed}
+        reached = runs.run(folder, model, case.rows, task=case.task, method=METHODS[kind], train=train)
+        assert reached.plan is not None
+        found.append(load_file(folder / "run" / reached.plan.model_folder / "adapter_model.safetensors"))
+    for key, one in found[0].items():
+        torch.testing.assert_close(found[1][key], one, atol=1e-5, rtol=1e-3)
+
+
+def test_prompt_takes_its_tokens_off_the_rows(done: Any) -> None:
+    summary = done("classifier", "prompt").reached.summary
+    assert summary.limit == tiny.POSITIONS - 20
+    assert summary.max_length <= summary.limit
+
+
+def test_prompt_generation_padded_on_the_left_equals_one_by_one(done: Any) -> None:
+    loaded = predict.load(done("decoder", "prompt").folder / "run")
+    rows = [{"prompt": "a town 3:"}, {"prompt": "the garden and the house by the lake 17:"}]
+    together = loaded.predict(rows, max_new_tokens=6)
+    assert together == [*loaded.predict(rows[:1], max_new_tokens=6), *loaded.predict(rows[1:], max_new_tokens=6)]
+
+
+def test_plan_of_few_trained_values_holds_no_gradients_of_frozen_ones(done: Any) -> None:
+    plan = done("decoder", "lora").reached.plan
+    trained, frozen = plan.num_trainable_parameters, plan.num_frozen_parameters
+    assert plan.state.weights == 4 * (trained + frozen)
+    assert plan.state.gradients == 4 * trained
+    assert plan.state.optimizer == 8 * trained
+    assert plan.disk.one_checkpoint == 12 * trained
+    assert not [setting for setting in plan.settings if setting.name == "memory"]  # it was traced
+
+
+# ---- names and refusals --------------------------------------------------------------------------------------------
+
+
+def test_run_of_a_named_method_lies_under_its_name(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    reached = runs.run(tmp_path, model, tiny.topic_rows(), method={"kind": "lora", "rank": 2}, train=STEPS)
+    assert reached.plan is not None
+    assert (reached.plan.method, reached.plan.trial) == ("lora-r2", "lora-r2-seed42")
+    assert (tmp_path / "run" / "plan" / "lora-r2.json").exists()
+    assert json.loads((tmp_path / "run" / "models" / "lora-r2" / "adapter_config.json").read_text())["r"] == 2
+    rate = next(one for one in reached.plan.settings if one.name == "method.learning_rate")
+    assert rate.value == 1e-3  # given by the usual recipe of the tests
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("decoder", {"kind": "head"}, "method head: causal-lm has no new head to train; take lora, adapter or full"),
+        (
+            "classifier",
+            {"kind": "prompt", "num_virtual_tokens": 100},
+            "method prompt-100: num_virtual_tokens: 100 are more than half of the 128 tokens that the model takes; "
+            "take fewer",
+        ),
+        (
+            "classifier",
+            {"kind": "peft", "type": "IA4"},
+            "method peft-ia4: type: PEFT has no 'IA4'; did you mean 'IA3'?",
+        ),
+        (
+            "classifier",
+            {"kind": "peft", "type": "prefix_tuning"},
+            "method peft-prefix_tuning: type: PREFIX_TUNING puts tokens before the text instead of modules into "
+            "layers; take 'kind: prompt'",
+        ),
+        (
+            "classifier",
+            {"kind": "peft", "type": "XLORA"},
+            "method peft-xlora: type: XLORA cannot be used here: it mixes adapters that are trained already; take "
+            "another one",
+        ),
+        (
+            "classifier",
+            {"kind": "peft", "type": "IA3", "config": {"target_module": ["x"]}},
+            "method peft-ia3: config.target_module: IA3 has no such field; did you mean 'target_modules'?",
+        ),
+        (
+            "classifier",
+            {"kind": "peft", "type": "IA3", "config": {"task_type": "SEQ_CLS"}},
+            "method peft-ia3: config.task_type: follows from the recipe; remove it",
+        ),
+    ],
+)
+def test_method_that_cannot_do_it_is_refused_before_the_data_are_read(
+    name: str, method: Mapping[str, Any], message: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    model = tiny.save_model(tmp_path / "model", case.model)
+    with pytest.raises(RecipeError) as caught:
+        runs.run(tmp_path, model, case.rows, task=case.task, method=method)
+    assert list(caught.value.problems) == [message]
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_prompt_before_an_image_is_refused(tmp_path: Path) -> None:
+    model = tiny.save_image_model(tmp_path / "model")
+    images = tiny.write_images(tmp_path / "images", 16)
+    recipe = tiny.write_recipe(
+        tmp_path / "recipe.yaml", model, images, task="image-classification", method={"kind": "prompt"}
+    )
+    from fulltune import api, pipeline
+
+    with pytest.raises(RecipeError) as caught:
+        pipeline.run(api.job(recipe, run_folder=tmp_path / "run"))
+    line = "method prompt: an image has no tokens to put virtual ones before; take lora, adapter or head"
+    assert list(caught.value.problems) == [line]
+
+
+def test_matrices_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    with pytest.raises(RecipeError, match="method lora-q_proj: PEFT cannot do it with BertForSequenceClassification"):
+        runs.run(tmp_path, model, tiny.topic_rows(), method={"kind": "lora", "target_modules": ["q_proj"]}, train=STEPS)
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
+def test_model_of_another_method_is_named(done: Any) -> None:
+    run = done("classifier", "lora").folder / "run"
+    assert predict.load(run, "lora").notes["method"]["kind"] == "lora"
+    with pytest.raises(SetupError) as caught:
+        predict.load(run, "prompt")
+    assert str(caught.value) == f"{run}: no finished model of method 'prompt'; here are: lora"
+
+
+def test_lora_scale_follows_the_rank() -> None:
+    assert LoraMethod(kind="lora", rank=8).arm == "lora-r8"
+    assert LoraMethod(kind="lora", rank=8, alpha=16).arm == "lora-r8"
+    assert LoraMethod(kind="lora", alpha=16, rslora=True).arm == "lora-a16-rs"

@@ -1,0 +1,53 @@
+"""Arms with planted rows, for the tests of statistics and verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fulltune.compare.draws import Drawn
+from fulltune.compare.items import Measure, measure_of
+from fulltune.compare.verdict import ArmItems
+from fulltune.compare_records import ArmKind
+from fulltune.tasks import Predictions, Target
+
+TARGET = Target("single_label", {}, ("no", "yes"))
+ACCURACY: Measure = measure_of("text-classification", TARGET, "accuracy")
+
+
+def kept(right: np.ndarray) -> Predictions:
+    """Predictions that are right in these rows: bool [rows]."""
+    return {"labels": np.ones(len(right), np.int64), "logits": np.stack([~right, right], axis=1).astype(float)}
+
+
+def arm(name: str, kind: ArmKind, right: np.ndarray, cost: float = 1.0) -> ArmItems:
+    """From bool [seeds, rows]."""
+    return ArmItems(name, kind, [kept(row) for row in right], cost, right)
+
+
+def drawn_right(
+    chance: np.random.Generator, rows: int, accuracies: Sequence[float], spread: float = 0.0, seeds: int = 3
+) -> list[np.ndarray]:
+    """For each accuracy an arm's right rows, [seeds, rows]; half of the rows are easy, and all arms find them right."""
+    easy = chance.random(rows) < 0.5
+    made = []
+    for accuracy in accuracies:
+        hard = 2 * (accuracy + chance.normal(0, spread, (seeds, 1))) - 1
+        made.append(easy | (chance.random((seeds, rows)) < hard))
+    return made
+
+
+def normal_drawn(chance: np.random.Generator, seeds: int, between: float, shared: float, noise: float) -> Drawn:
+    """Two equal arms: variance between seeds, of rows for the difference, and of rows for each run."""
+    count = 4000
+    point, drawn = [], []
+    for sign in (1, -1):
+        run_noise = chance.normal(0, math.sqrt(noise), (count, seeds))
+        of_rows = sign * chance.normal(0, math.sqrt(shared) / 2, (count, 1))
+        truth = chance.normal(0, math.sqrt(between), seeds)
+        seen = truth + chance.normal(0, math.sqrt(noise), seeds) + sign * chance.normal(0, math.sqrt(shared) / 2)
+        point.append(seen)
+        drawn.append(seen + run_noise + of_rows)
+    return Drawn(tuple(point), tuple(drawn), 10_000, 10_000)

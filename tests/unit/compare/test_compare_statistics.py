@@ -1,0 +1,215 @@
+"""Statistics of a comparison against SciPy, closed forms and simulations with fixed seeds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fulltune.compare import draws, statistics
+from fulltune.compare.draws import Drawn, draw
+from fulltune.compare.items import measure_of
+from fulltune.compare.statistics import difference, holm, holm_levels, mcnemar, seed_spreads
+from fulltune.tasks import Target
+from tests.unit.compare.arms import ACCURACY, drawn_right, kept, normal_drawn
+
+LOSS = measure_of("multiple-choice", Target("choice", {}), "loss")
+
+
+def losses(values: np.ndarray) -> dict[str, np.ndarray]:
+    return {"loss": values}
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_a_multinomial() -> None:
+    found = draws.weights(50, 4000, (0, 0))
+    assert (found.sum(axis=1) == 50).all()
+    assert found.mean() == 1
+    assert found.var(axis=0).mean() == pytest.approx(1 - 1 / 50, rel=0.02)
+
+
+def test_draw_clusters_move_together_and_widen_the_spread() -> None:
+    chance = np.random.default_rng(0)
+    values = np.repeat(chance.normal(size=100), 5)  # five equal rows a cluster
+    alone = draw(LOSS, [[losses(values)]], None, 4000)
+    together = draw(LOSS, [[losses(values)]], np.repeat(np.arange(100), 5), 4000)
+    assert (alone.num_clusters, together.num_clusters) == (500, 100)
+    assert alone.point[0] == pytest.approx(together.point[0])
+    ratio = together.draws[0].std() / alone.draws[0].std()
+    assert ratio == pytest.approx(math.sqrt(5), rel=0.05)
+    assert together.draws[0].std() == pytest.approx(values[::5].std() / 10, rel=0.05)
+
+
+def test_draw_clusters_may_have_any_numbers_and_any_order() -> None:
+    values = np.random.default_rng(0).normal(size=60)
+    numbers = np.random.default_rng(1).integers(0, 12, 60)
+    order = np.random.default_rng(2).permutation(60)
+    one = draw(LOSS, [[losses(values)]], numbers, 100)
+    two = draw(LOSS, [[losses(values[order])]], 7 * numbers[order] + 3, 100)
+    assert two.draws[0] == pytest.approx(one.draws[0])
+
+
+def test_draw_same_rows_for_every_trial() -> None:
+    values = np.random.default_rng(0).normal(size=300)
+    found = draw(LOSS, [[losses(values)], [losses(values + 1)]], None, 100)
+    assert found.draws[1] - found.draws[0] == pytest.approx(np.ones((100, 1)))
+
+
+def test_draw_metric_computed_anew_is_like_that_by_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws, "SAMPLES_ANEW", 150)
+    target = Target("regression", {})
+    chance = np.random.default_rng(0)
+    labels = chance.normal(size=300)
+    trial = {"labels": labels, "logits": (labels + chance.normal(size=300))[:, None]}
+    rmse = measure_of("text-classification", target, "rmse")
+    anew = measure_of("text-classification", target, "spearman")
+    clusters = chance.integers(0, 150, 300)
+    assert draw(anew, [[trial]], clusters, 5000).num_draws == 150
+    one = draw(rmse, [[trial]], clusters, 2000)
+    two = draw(replace(rmse, counts=None), [[trial]], clusters, 5000)
+    assert two.point[0] == pytest.approx(one.point[0])
+    assert two.draws[0].std() == pytest.approx(one.draws[0].std(), rel=0.2)
+
+
+def test_draw_trials_of_other_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"trials of \[3, 4\] rows"):
+        draw(LOSS, [[losses(np.ones(3))], [losses(np.ones(4))]], None)
+
+
+# ---- differences -----------------------------------------------------------------------------------------------
+
+
+def test_difference_of_one_certain_seed_is_the_paired_t_test() -> None:
+    chance = np.random.default_rng(0)
+    one, two = chance.normal(0.2, 1, 40), chance.normal(0, 1, 40)
+    drawn = draw(LOSS, [[losses(one)], [losses(two)]], None, 20_000)
+    found = difference(drawn, 0, 1, [statistics.NO_SPREAD] * 2, 1.0, None)
+    expected = stats.ttest_rel(one, two)
+    interval = expected.confidence_interval(0.95)
+    assert found.estimate == pytest.approx(float((one - two).mean()))
+    assert found.interval(0.05) == pytest.approx((interval.low, interval.high), abs=0.03)
+    assert found.p_value() == pytest.approx(float(expected.pvalue), abs=0.02)
+    assert found.equivalence_p(0.5) == pytest.approx(
+        max(
+            stats.ttest_1samp(one - two, -0.5, alternative="greater").pvalue,
+            stats.ttest_1samp(one - two, 0.5, alternative="less").pvalue,
+        ),
+        abs=0.02,
+    )
+
+
+def test_difference_where_only_seeds_matter_is_welchs_t_test() -> None:
+    chance = np.random.default_rng(3)
+    one, two = chance.normal(0.9, 0.01, 5), chance.normal(0.88, 0.004, 5)
+    # Rows that are all alike: nothing comes from them.
+    trials = [[losses(np.full(50, value)) for value in arm] for arm in (one, two)]
+    drawn = draw(LOSS, trials, None, 10_000)
+    found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
+    expected = stats.ttest_ind(one, two, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert found.interval(0.05) == pytest.approx((interval.low, interval.high), rel=0.05)
+    assert found.p_value() == pytest.approx(float(expected.pvalue), rel=0.2)
+    assert found.row_variance == pytest.approx(0, abs=1e-12)
+
+
+def test_seed_spread_of_equal_models_comes_from_the_rows_alone() -> None:
+    chance = np.random.default_rng(0)
+    right = drawn_right(chance, 2000, [0.9], seeds=8)[0]
+    drawn = draw(ACCURACY, [[kept(row) for row in right]], None, 3000)
+    (spread,) = seed_spreads(drawn, [False])
+    assert spread is not None
+    # Half of the rows are certain, the other half right with a chance of 0.8.
+    assert spread.by_rows == pytest.approx(0.5 * 0.8 * 0.2 / 2000, rel=0.1)
+    assert spread.degrees == 7
+
+
+def test_seed_spread_of_single_seed_is_borrowed_assumed_or_unknown() -> None:
+    chance = np.random.default_rng(0)
+    one, two = drawn_right(chance, 500, [0.9, 0.9], spread=0.02)
+    drawn = draw(ACCURACY, [[kept(row) for row in one], [kept(two[0])]], None, 500)
+    full, arm = seed_spreads(drawn, [False, False])
+    assert full is not None
+    assert arm is not None
+    assert arm.borrowed
+    assert (arm.variance, arm.degrees) == (full.variance, 2)
+    single = draw(ACCURACY, [[kept(one[0])], [kept(two[0])]], None, 500)
+    assert seed_spreads(single, [False, False]) == [None, None]
+    assert not difference(single, 0, 1, [None, None], 1.0, 1.0).seeds_known
+    assumed = seed_spreads(single, [False, True], assumed_sd=0.03)
+    assert assumed[0] is not None
+    assert assumed[0].variance == pytest.approx(0.0009)
+    assert assumed[1] is statistics.NO_SPREAD
+
+
+def test_difference_of_equal_predictions_is_not_certain_on_few_rows() -> None:
+    right = np.ones((1, 20), bool)
+    drawn = draw(ACCURACY, [[kept(right[0])], [kept(right[0])]], None, 1000)
+    low, high = difference(drawn, 0, 1, [statistics.NO_SPREAD] * 2, 1.0, 1.0).interval(0.05)
+    assert low == pytest.approx(-high, abs=1e-6)
+    assert 2 / 20 < high < 4 / 20  # the rule of three: 3 / rows
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize(("between", "shared"), [(0, 0), (1, 0), (1, 1), (10, 0), (10, 1)])
+def test_interval_of_equal_arms_leaves_out_zero_in_at_most_five_percent(
+    seeds: int, between: float, shared: float
+) -> None:
+    wrong, count = 0, 500
+    for number in range(count):
+        drawn = normal_drawn(np.random.default_rng([seeds, number]), seeds, between, shared, 1.0)
+        thinned = Drawn(drawn.point, tuple(one[:500] for one in drawn.draws), 10_000, 10_000)
+        found = difference(thinned, 0, 1, seed_spreads(thinned, [False, False]), 1.0, None)
+        wrong += found.p_value() < 0.05
+    # Three standard errors above 5 %.
+    assert wrong / count <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / count)
+
+
+def test_quantile_and_below_agree() -> None:
+    drawn = normal_drawn(np.random.default_rng(0), 3, 1.0, 1.0, 1.0)
+    found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
+    for share in (0.001, 0.025, 0.5, 0.9):
+        assert found.below(found.quantile(share)) == pytest.approx(share, abs=1e-5)
+    low, _ = found.interval(0.03)
+    assert found.p_value(low) == pytest.approx(0.03, abs=1e-4)
+
+
+# ---- several tests ---------------------------------------------------------------------------------------------
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+    assert holm_levels([0.01, 0.04, 0.03, 0.005], 0.06) == pytest.approx([0.02, 0.06, 0.03, 0.015])
+
+
+def test_mcnemar_is_scipys_binomial_test() -> None:
+    chance = np.random.default_rng(0)
+    for rows in (5, 40, 300):
+        full, arm = chance.random((2, 1, rows)) < 0.7
+        found = mcnemar(full, arm)
+        total = found.only_full + found.only_arm
+        assert found.p_value == pytest.approx(stats.binomtest(found.only_full, total, 0.5).pvalue)
+    assert mcnemar(full, full).p_value == 1.0
+
+
+def test_majority_of_seeds_decides_and_of_a_tie_the_first() -> None:
+    right = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)
+    assert statistics.majority(right).tolist() == [True, True, False, False]
+    assert statistics.majority(np.vstack([right, [[0, 0, 1, 0]]]).astype(bool)).tolist() == [True, False, True, False]
+
+
+def test_discordance_of_all_pairs_by_hand() -> None:
+    full, arm = np.array([[1, 1], [1, 0]], bool), np.array([[0, 1], [1, 1]], bool)
+    assert statistics.discordance(full, arm) == pytest.approx((0.5 + 0.5) / 2)
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 10), (7, 10), (93, 100)])
+def test_wilson_is_scipys(right: int, total: int) -> None:
+    expected = stats.binomtest(right, total).proportion_ci(0.95, method="wilson")
+    assert statistics.wilson(right, total, 0.95) == pytest.approx((expected.low, expected.high))

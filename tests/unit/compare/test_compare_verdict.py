@@ -1,0 +1,122 @@
+"""The four verdicts, from planted rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fulltune.compare.items import measure_of
+from fulltune.compare.verdict import ArmItems, decide
+from fulltune.compare_records import ArmKind, Decision
+from fulltune.tasks import Target
+from tests.unit.compare.arms import ACCURACY, arm, drawn_right
+
+ROWS = 4000
+KINDS: dict[str, tuple[ArmKind, float]] = {
+    "full": ("full", 100),
+    "lora": ("lora", 10),
+    "adapter": ("adapter", 5),
+    "prompt": ("prompt", 1),
+    "head": ("head", 0.5),
+}
+
+
+def decision(accuracies: dict[str, float], rows: int = ROWS, seeds: int = 3, margin: float = 0.01) -> Decision:
+    right = drawn_right(np.random.default_rng(0), rows, list(accuracies.values()), 0.001, seeds)
+    arms = [arm(name, KINDS[name][0], one, KINDS[name][1]) for name, one in zip(accuracies, right, strict=True)]
+    return decide(arms, ACCURACY, margin=margin, samples=1000)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "verdict", "recommended"),
+    [
+        ({"full": 0.93, "lora": 0.89}, "FULL", "full"),
+        ({"full": 0.93, "lora": 0.89, "prompt": 0.7}, "FULL", "full"),
+        ({"full": 0.89, "lora": 0.93}, "PEFT", "lora"),
+        ({"full": 0.89, "lora": 0.93, "adapter": 0.96, "prompt": 0.7}, "PEFT", "adapter"),
+        ({"full": 0.95, "lora": 0.9505}, "EQUIVALENT", "lora"),
+        ({"full": 0.95, "lora": 0.9505, "adapter": 0.9503, "prompt": 0.7}, "EQUIVALENT", "adapter"),
+        # One arm is beaten, the other is not: full is not worth it.
+        ({"full": 0.95, "lora": 0.85, "adapter": 0.9505}, "EQUIVALENT", "adapter"),
+        # PEFT goes before EQUIVALENT.
+        ({"full": 0.91, "lora": 0.95, "adapter": 0.9105}, "PEFT", "lora"),
+        # What only serves for orientation decides nothing.
+        ({"full": 0.93, "lora": 0.89, "head": 0.9305}, "FULL", "full"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_verdict_of_planted_accuracies(accuracies: dict[str, float], verdict: str, recommended: str) -> None:
+    found = decision(accuracies)
+    assert (found.verdict, found.recommended) == (verdict, recommended)
+    assert found.headline
+    assert len(found.because) == len([name for name in accuracies if name not in ("full", "head")])
+    assert found.would_decide == ()
+
+
+def test_verdict_few_rows_is_undecided_and_says_what_would_decide() -> None:
+    found = decision({"full": 0.93, "lora": 0.89}, rows=300)
+    assert (found.verdict, found.recommended) == ("UNDECIDED", "")
+    (one,) = found.differences
+    assert one.seeds_needed is not None
+    assert one.seeds_needed > 3
+    assert f"{one.seeds_needed} seeds of each arm" in found.would_decide[0]
+    assert one.detectable > 0.03
+
+
+def test_verdict_one_seed_is_never_decided() -> None:
+    found = decision({"full": 0.95, "lora": 0.75}, seeds=1)
+    assert found.verdict == "UNDECIDED"
+    assert not found.differences[0].seeds_known
+    assert "one seed" in found.because[0]
+    assert "more seed" in found.would_decide[0]
+
+
+def test_verdict_arm_that_may_be_better_is_recommended_though_undecided() -> None:
+    found = decision({"full": 0.93, "lora": 0.94}, rows=2500)
+    assert (found.verdict, found.recommended) == ("UNDECIDED", "lora")
+    assert found.differences[0].not_worse
+
+
+def test_verdict_arm_with_one_seed_borrows_the_spread_and_is_noted() -> None:
+    right = drawn_right(np.random.default_rng(0), ROWS, [0.93, 0.80, 0.89], 0.001)
+    arms = [arm("full", "full", right[0], 9.0), arm("prompt", "prompt", right[1][:1]), arm("lora", "lora", right[2])]
+    found = decide(arms, ACCURACY, margin=0.01, samples=1000)
+    assert found.verdict == "FULL"
+    assert any(note.startswith("prompt: one seed") for note in found.notes)
+    assert found.difference("prompt").num_seeds == 1
+
+
+def test_verdict_of_a_loss_is_oriented() -> None:
+    loss = measure_of("causal-lm", Target("text", {}), "loss")
+    chance = np.random.default_rng(0)
+    count = chance.integers(5, 50, 500).astype(float)
+    ease = chance.random(500)
+
+    def trials(level: float) -> list[dict[str, np.ndarray]]:
+        return [{"nll": count * (level + ease + chance.normal(0, 0.05, 500)), "tokens": count} for _ in range(3)]
+
+    arms = [
+        ArmItems("base", "base", trials(3.0)[:1], 0.0),
+        ArmItems("full", "full", trials(1.0), 9.0),
+        ArmItems("lora", "lora", trials(1.2), 1.0),
+    ]
+    found = decide(arms, loss, margin=0.02, samples=1000)
+    assert found.verdict == "FULL"
+    assert found.difference("lora").estimate == pytest.approx(0.2, abs=0.02)
+    assert found.difference("base").estimate == pytest.approx(2.0, abs=0.02)
+    assert not found.difference("base").decides
+    assert found.scores[0].seed_sd is None
+
+
+def test_verdict_is_the_same_from_its_json() -> None:
+    found = decision({"full": 0.93, "lora": 0.89, "prompt": 0.7})
+    assert Decision.model_validate_json(found.model_dump_json()) == found
+    assert found == decision({"full": 0.93, "lora": 0.89, "prompt": 0.7})
+
+
+def test_verdict_at_spent_alpha_is_stricter() -> None:
+    right = drawn_right(np.random.default_rng(0), 1000, [0.93, 0.90], 0.001)
+    arms = [arm("full", "full", right[0], 9.0), arm("lora", "lora", right[1])]
+    usual, strict = (decide(arms, ACCURACY, margin=0.01, alpha=alpha, samples=1000) for alpha in (0.05, 0.002))
+    assert strict.differences[0].adjusted_low < usual.differences[0].adjusted_low
+    assert strict.differences[0].low == usual.differences[0].low

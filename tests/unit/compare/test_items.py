@@ -1,0 +1,156 @@
+"""A metric made of sums over rows has the value that the task's own function gives, also on resampled rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune.compare.items import measure_of, right_rows
+from fulltune.errors import SetupError
+from fulltune.recipe import TaskName
+from fulltune.tasks import Target, task_named, token_classification
+from fulltune.tasks.token_classification import ragged
+
+ROWS = 200
+Kept = dict[str, np.ndarray]
+
+
+def single_label(chance: np.random.Generator) -> Kept:
+    labels = chance.integers(0, 5, ROWS)
+    logits = chance.normal(size=(ROWS, 6)).astype(np.float32) + 2 * np.eye(6, dtype=np.float32)[labels]
+    return {"logits": logits, "labels": labels, "loss": chance.random(ROWS, np.float32)}
+
+
+def multi_label(chance: np.random.Generator) -> Kept:
+    labels = (chance.random((ROWS, 4)) < (0.5, 0.2, 0.1, 0.0)).astype(np.float32)
+    logits = chance.normal(size=(ROWS, 4)).astype(np.float32) + 2 * labels - 1
+    return {"logits": logits, "labels": labels, "loss": chance.random(ROWS, np.float32)}
+
+
+def numbers(chance: np.random.Generator) -> Kept:
+    labels = chance.normal(1000, 1, ROWS).astype(np.float32)
+    logits = (labels + chance.normal(0, 0.5, ROWS))[:, None].astype(np.float32)
+    return {"logits": logits, "labels": labels, "loss": chance.random(ROWS, np.float32)}
+
+
+NAMES = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
+
+
+def entities(chance: np.random.Generator) -> Kept:
+    pytest.importorskip("seqeval")
+    true = ragged([chance.integers(0, 5, size) for size in chance.integers(1, 9, ROWS)])
+    predicted = ragged([np.where(chance.random(len(row)) < 0.7, row, chance.integers(0, 5, len(row))) for row in true])
+    seen = np.array([len(row) for row in true])
+    counted = token_classification.counts(true, predicted, Target("tags", {}, NAMES))
+    return {**counted, "nll": chance.random(ROWS) * seen, "seen": seen}
+
+
+def windows(chance: np.random.Generator) -> Kept:
+    first, true_first = chance.integers(1, 6, (2, ROWS))
+    none = chance.random(ROWS) < 0.2
+    return {
+        "first": first,
+        "last": first + chance.integers(0, 3, ROWS),
+        "chance": chance.random(ROWS),
+        "nowhere": chance.random(ROWS),
+        "true_first": np.where(none, 0, true_first),
+        "true_last": np.where(none, 0, true_first + chance.integers(0, 3, ROWS)),
+        "loss": chance.random(ROWS),
+    }
+
+
+def questions(chance: np.random.Generator) -> Kept:
+    return {"f1": chance.random(ROWS), "exact_match": chance.integers(0, 2, ROWS), "loss": chance.random(ROWS)}
+
+
+def tokens(chance: np.random.Generator) -> Kept:
+    count = chance.integers(0, 30, ROWS).astype(float)
+    return {"nll": chance.random(ROWS) * 3 * count, "tokens": count, "right": np.floor(chance.random(ROWS) * count)}
+
+
+def generated(chance: np.random.Generator) -> Kept:
+    return {name: chance.random(ROWS) for name in ("exact_match", "rougeL", "chrf")}
+
+
+CASES: list[tuple[TaskName, Target, Any, str]] = [
+    ("text-classification", Target("single_label", {}, tuple("abcdef")), single_label, "accuracy f1_macro mcc loss"),
+    ("image-classification", Target("single_label", {}, tuple("abcdef")), single_label, "accuracy f1_macro mcc loss"),
+    ("text-classification", Target("multi_label", {}, tuple("abcd")), multi_label, "accuracy f1_macro f1_micro loss"),
+    ("text-classification", Target("regression", {}), numbers, "r2 rmse spearman kendall loss"),
+    ("multiple-choice", Target("choice", {}, num_choices=6), single_label, "accuracy loss"),
+    ("token-classification", Target("tags", {}, NAMES), entities, "f1 precision recall f1_macro accuracy loss"),
+    ("question-answering", Target("span", {}), windows, "f1 exact_match loss"),
+    ("question-answering", Target("span", {}), questions, "f1 exact_match loss"),
+    ("causal-lm", Target("text", {}), tokens, "loss perplexity token_accuracy"),
+    ("causal-lm", Target("chat", {}), generated, "exact_match rougeL chrf"),
+    ("seq2seq", Target("source_target", {}), tokens, "loss perplexity token_accuracy"),
+]
+EACH = [(task, target, make, metric) for task, target, make, metrics in CASES for metric in metrics.split()]
+ANEW = {"spearman", "kendall"}
+
+
+@pytest.mark.parametrize(
+    ("task", "target", "make", "metric"),
+    EACH,
+    ids=[f"{task}-{make.__name__}-{metric}" for task, _, make, metric in EACH],
+)
+def test_measure_equals_the_tasks_own_metric(task: TaskName, target: Target, make: Any, metric: str) -> None:
+    measure = measure_of(task, target, metric)
+    assert (measure.counts is None) == (metric in ANEW)
+    for seed in range(3):
+        chance = np.random.default_rng(seed)
+        kept = make(chance)
+        # Of few rows some classes are missing.
+        drawn = chance.integers(0, ROWS, (40, 15, ROWS)[seed])
+        resample = {name: array[drawn] for name, array in kept.items()}
+        expected = task_named(task).metrics(resample, target)[metric]
+        assert measure.whole(resample) == expected
+        if measure.counts is not None and measure.value is not None:
+            by_sums = measure.value(measure.counts(kept)[drawn].sum(axis=0)) if metric != "r2" else expected
+            assert float(by_sums) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+            whole = measure.value(measure.counts(kept).sum(axis=0))
+            assert float(whole) == pytest.approx(task_named(task).metrics(kept, target)[metric], rel=1e-5, abs=1e-12)
+
+
+def test_measure_r2_of_resample_far_from_zero_keeps_its_digits() -> None:
+    target = Target("regression", {})
+    measure, kept = measure_of("text-classification", target, "r2"), numbers(np.random.default_rng(0))
+    drawn = np.random.default_rng(1).integers(0, ROWS, ROWS)
+    assert measure.counts is not None
+    assert measure.value is not None
+    expected = measure.whole({name: array[drawn].astype(np.float64) for name, array in kept.items()})
+    assert float(measure.value(measure.counts(kept)[drawn].sum(axis=0))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_measure_many_resamples_at_once_are_the_same() -> None:
+    target = Target("single_label", {}, tuple("abcdef"))
+    kept = single_label(np.random.default_rng(0))
+    for metric in ("accuracy", "f1_macro", "mcc"):
+        measure = measure_of("text-classification", target, metric)
+        assert measure.counts is not None
+        assert measure.value is not None
+        counts = measure.counts(kept)
+        sums = np.stack([[counts[:50].sum(axis=0), counts[50:].sum(axis=0)]])
+        assert measure.value(sums).shape == (1, 2)
+        assert measure.value(sums)[0, 1] == pytest.approx(measure.whole({k: v[50:] for k, v in kept.items()}))
+
+
+def test_measure_unknown_metric_names_those_there_are() -> None:
+    with pytest.raises(SetupError, match="has no metric 'bleu'; choose one of accuracy, loss"):
+        measure_of("multiple-choice", Target("choice", {}), "bleu")
+
+
+def test_right_rows_are_those_of_the_task() -> None:
+    kept = single_label(np.random.default_rng(0))
+    target = Target("single_label", {}, tuple("abcdef"))
+    right = right_rows("text-classification", target, kept)
+    assert right is not None
+    assert right.mean() == task_named("text-classification").metrics(kept, target)["accuracy"]
+    labels = multi_label(np.random.default_rng(0))
+    of_several = right_rows("text-classification", Target("multi_label", {}), labels)
+    assert of_several is not None
+    assert of_several.shape == (ROWS,)
+    assert right_rows("causal-lm", Target("text", {}), tokens(np.random.default_rng(0))) is None
+    assert right_rows("text-classification", Target("regression", {}), numbers(np.random.default_rng(0))) is None

@@ -1,0 +1,125 @@
+"""Each planted defect is found, and none in a clean design."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fulltune.compare.lint import lint
+from fulltune.compare_records import ArmDesign, ComparisonDesign
+
+CLEAN_FULL: dict[str, Any] = {
+    "name": "full",
+    "kind": "full",
+    "rates_searched": (1e-5, 3e-5, 1e-4),
+    "learning_rate": 3e-5,
+    "seeds": (1, 2, 3),
+    "train_tokens": 1_000_000,
+}
+CLEAN_LORA: dict[str, Any] = {
+    **CLEAN_FULL,
+    "name": "lora",
+    "kind": "lora",
+    "settings": {"rank": 16, "target_modules": "all-linear"},
+    "rates_searched": (1e-4, 3e-4, 1e-3),
+    "learning_rate": 3e-4,
+}
+
+
+def design(full: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **more: Any) -> ComparisonDesign:
+    return ComparisonDesign(
+        arms=(
+            ArmDesign(name="base", kind="base"),
+            ArmDesign(**{**CLEAN_FULL, "name": "head", "kind": "head"}),
+            ArmDesign(**{**CLEAN_FULL, **(full or {})}),
+            ArmDesign(**{**CLEAN_LORA, **(lora or {})}),
+        ),
+        test_openings=1,
+        **more,
+    )
+
+
+def test_lint_of_clean_design_is_silent() -> None:
+    assert lint(design()) == ()
+    assert lint(design(full={"weights_dtype": "bf16", "bf16_rounding": "stochastic"})) == ()
+    assert lint(design(lora={"seeds": (1,), "dropped": True})) == ()
+    assert lint(design(lora={"train_tokens": 990_000})) == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "where", "level", "planted"),
+    [
+        ("rate-not-searched", "lora", "unfair", {"lora": {"rates_searched": ()}}),
+        ("rate-not-searched", "lora", "unfair", {"lora": {"rates_searched": (3e-4,)}}),
+        ("edge-of-grid", "lora", "unfair", {"lora": {"learning_rate": 1e-3}}),
+        ("edge-of-grid", "full", "unfair", {"full": {"learning_rate": 1e-5}}),
+        ("low-peft-rates", "lora", "unfair", {"lora": {"rates_searched": (1e-5, 3e-5, 1e-4), "learning_rate": 3e-5}}),
+        ("few-seeds", "full", "unfair", {"full": {"seeds": (1,)}}),
+        ("few-seeds", "lora", "worth knowing", {"lora": {"seeds": (1, 2)}}),
+        ("eval-is-test", "rows", "unfair", {"eval_is_test": True}),
+        ("unequal-tokens", "full, lora", "unfair", {"lora": {"train_tokens": 700_000}}),
+        ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["q_proj", "v_proj"]}}}),
+        ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["attention.self.query"]}}}),
+        (
+            "attention-only-lora",
+            "lora",
+            "unfair",
+            {"lora": {"kind": "peft", "settings": {"type": "LOHA", "config": {"target_modules": ["query", "value"]}}}},
+        ),
+        ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16", "bf16_rounding": "nearest"}}),
+        ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16"}}),
+        ("quantised-source", "model", "unfair", {"weights_source": "4bit"}),
+        ("quantised-source", "model", "unfair", {"weights_source": "gguf"}),
+        ("unpaired-order", "seeds", "worth knowing", {"same_data_order": False}),
+    ],
+)
+def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: str, planted: dict[str, Any]) -> None:
+    (found,) = lint(design(**planted))
+    assert (found.rule, found.where, found.level) == (rule, where, level)
+    assert found.what
+    assert found.to_do
+
+
+def test_lint_test_rows_opened_again() -> None:
+    (found,) = lint(design().model_copy(update={"test_openings": 2}))
+    assert found.rule == "test-opened-again"
+
+
+def test_lint_one_rate_for_all_methods() -> None:
+    same = {"rates_searched": (1e-4,), "learning_rate": 1e-4}
+    arms = [ArmDesign(**{**one, **same}) for one in (CLEAN_FULL, CLEAN_LORA)]
+    rules = {finding.rule for finding in lint(ComparisonDesign(arms=tuple(arms)))}
+    assert {"one-rate-for-all", "rate-not-searched"} <= rules
+
+
+def test_lint_targets_beside_attention_are_fine() -> None:
+    for names in (["q_proj", "v_proj", "up_proj"], ["query", "dense"], ["fc1"]):
+        assert lint(design(lora={"settings": {"target_modules": names}})) == ()
+
+
+def test_lint_flags_hugging_faces_peft_benchmark() -> None:
+    """Full arm of its `method_comparison`: bf16 weights without a master copy, one rate, one seed; LoRA on q and v."""
+    found = lint(
+        ComparisonDesign(
+            arms=(
+                ArmDesign(name="full", kind="full", learning_rate=1e-5, seeds=(0,), weights_dtype="bf16"),
+                ArmDesign(
+                    name="lora",
+                    kind="lora",
+                    learning_rate=1e-4,
+                    seeds=(0,),
+                    settings={"rank": 32, "target_modules": ["q_proj", "v_proj"]},
+                ),
+            ),
+        )
+    )
+    assert {(finding.rule, finding.where) for finding in found} == {
+        ("bf16-full", "full"),
+        ("rate-not-searched", "full"),
+        ("rate-not-searched", "lora"),
+        ("few-seeds", "full"),
+        ("few-seeds", "lora"),
+        ("attention-only-lora", "lora"),
+    }
+    assert all(finding.level == "unfair" for finding in found)

@@ -1,0 +1,60 @@
+"""What a comparison can find and what would decide it, against closed forms and SciPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fulltune.compare.draws import draw
+from fulltune.compare.precision import Precision, needed, planned_detectable
+from fulltune.compare.statistics import SeedSpread, difference, seed_spreads
+from tests.unit.compare.arms import ACCURACY, drawn_right, kept, normal_drawn
+
+
+def test_detectable_with_certain_spread_is_the_closed_form() -> None:
+    precision = Precision(0.1 / 1000, ())
+    # 2.8 sqrt(discordance / rows): 2.8 points.
+    assert precision.detectable(0.0, 0.05) == pytest.approx(2.8016 * 0.01, rel=1e-3)
+    assert precision.detectable(0.05, 0.05) == pytest.approx(0.05 + 0.8416 * 0.01, rel=1e-3)
+
+
+def test_half_width_where_only_seeds_matter_is_students() -> None:
+    one = SeedSpread(4, 4.0, 0.0, 3)
+    expected = stats.t.ppf(0.975, 6) * math.sqrt(2.0)
+    assert Precision(0.0, (one, one)).half_width(0.05) == pytest.approx(expected, rel=0.01)
+    borrowed = SeedSpread(1, 4.0, 0.0, 3, borrowed=True)
+    expected = stats.t.ppf(0.975, 3) * math.sqrt(5.0)
+    assert Precision(0.0, (one, borrowed)).half_width(0.05) == pytest.approx(expected, rel=0.01)
+
+
+def test_precision_says_of_now_what_the_draws_say() -> None:
+    drawn = normal_drawn(np.random.default_rng(5), 3, 20.0, 1.0, 1.0)
+    found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, None)
+    low, high = found.interval(0.05)
+    assert Precision.of(found).half_width(0.05) == pytest.approx((high - low) / 2, rel=0.1)
+
+
+def test_detectable_gets_smaller_with_rows_and_seeds() -> None:
+    sizes = [planned_detectable(rows, seeds) for rows, seeds in ((500, 3), (2000, 3), (2000, 5))]
+    assert sizes == sorted(sizes, reverse=True)
+    assert planned_detectable(2000, 3, num_arms=4) > sizes[1]
+    assert planned_detectable(10**7, 30, seed_sd=0.0) == pytest.approx(0.01, abs=0.0005)
+
+
+def test_needed_rows_or_seeds_would_decide() -> None:
+    chance = np.random.default_rng(0)
+    full, arm = drawn_right(chance, 400, [0.93, 0.90], spread=0.015)
+    drawn = draw(ACCURACY, [[kept(row) for row in one] for one in (full, arm)], None, 2000)
+    found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, 1.0)
+    now = Precision.of(found)
+    assert now.half_width(0.05) > abs(found.estimate) > 0.02
+    wanted = needed(found, 400, 0.01, 0.05)
+    assert wanted.seeds is not None
+    assert wanted.seeds > 3
+    assert now.with_seeds([wanted.seeds] * 2).half_width(0.05) < found.estimate
+    assert now.with_seeds([wanted.seeds - 1] * 2).half_width(0.05) >= found.estimate
+    if wanted.rows is not None:
+        assert now.with_rows(wanted.rows / 400).half_width(0.05) < found.estimate

@@ -1,0 +1,304 @@
+"""The proof card: what it says, that foreign text stays text, and that its one JSON makes it again."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from fulltune import report
+from fulltune.errors import SetupError
+from fulltune.report import proof_words, scatter
+from fulltune.report.proof_content import drawings
+from fulltune.report.proof_words import Writer
+from fulltune.trials import Comparison
+from tests import comparisons
+from tests.unit.report.test_write import Page
+
+
+def cards(folder: Path, comparison: Comparison) -> tuple[str, str]:
+    """Write the card; return Markdown and HTML."""
+    comparison.save(folder / "compare" / "comparison.json")
+    report.write_proof(folder)
+    return (folder / "card.md").read_text(encoding="utf-8"), (folder / "card.html").read_text(encoding="utf-8")
+
+
+def cells(markdown: str, arm: str) -> list[list[str]]:
+    """The arm's lines of all tables."""
+    lines = [line for line in markdown.splitlines() if re.match(rf"\| (▸ )?{arm} ", line)]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------
+
+
+def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path) -> None:
+    markdown, html = cards(tmp_path, comparisons.comparison())
+    sentence = "Take lora: it differs from full by less than the margin and is cheaper."
+    terms = (
+        "Margin: differences below 1 point of accuracy do not matter. Certainty: 95% for the 3 methods together. "
+        "Measured on 3,080 test rows."
+    )
+    assert f"**EQUIVALENT: take lora.** {sentence}" in markdown
+    page = Page(html)
+    for text in ("EQUIVALENT: take lora", sentence, terms):
+        assert text in page.text
+        assert text in markdown
+    assert "Nothing was found that makes it unfair." in page.text
+    assert [tag["class"] for tag in page.with_tag("div") if "verdict" in str(tag.get("class"))] == [
+        "verdict equivalent"
+    ]
+
+
+def test_card_full_of_a_language_model_says_that_smaller_is_better(tmp_path: Path) -> None:
+    markdown, html = cards(tmp_path, comparisons.language())
+    assert "**FULL.** Updating every parameter is worth it here" in markdown
+    assert "below 0.01 of loss do not matter" in markdown
+    assert "Smaller loss is better." in markdown
+    assert cells(markdown, "lora")[0][2:4] == ["1.946 [1.924, 1.969]", "+0.043 [+0.037, +0.049]"]
+    assert "nats per token" in Page(html).text
+
+
+def test_card_peft_names_the_method(tmp_path: Path) -> None:
+    decision = {"verdict": "PEFT", "recommended": "adapter", "headline": "Take adapter: it is better than full."}
+    markdown, _ = cards(tmp_path, comparisons.comparison(decision=decision))
+    assert "**PEFT: adapter.** Take adapter: it is better than full." in markdown
+
+
+def test_card_undecided_says_what_would_decide(tmp_path: Path) -> None:
+    markdown, html = cards(tmp_path, comparisons.undecided())
+    for text in (markdown, Page(html).text):
+        assert "UNDECIDED" in text
+        assert "To decide it: lora: 9,240 test rows or 12 seeds of each arm, were the difference what it seems" in text
+        assert "▸ lora" not in text
+
+
+# ---- the field -------------------------------------------------------------------------------------------------
+
+
+def test_table_each_arm_has_quality_and_cost(tmp_path: Path) -> None:
+    markdown, _ = cards(tmp_path, comparisons.comparison())
+    quality, cost, _ = cells(markdown, "lora")
+    assert quality == [
+        *("▸ lora", "973 k (4.3%)", "92.2% [91.3, 93.0]", "+0.34 [-0.27, +0.95]"),
+        *("99.6%", "0.0489", "0.002", "3"),
+    ]
+    assert cost == [
+        *("▸ lora", "3 min 53 s · 0.86×", "2.48 k", "21.1 T · 0.68×", "1.17 GiB · 0.81×", "565 MiB · 0.62×"),
+        *("3.73 MiB · 0.043×", "1.24 ms"),
+    ]
+    assert cells(markdown, "base")[0][3:] == ["–", "0%", "–", "–", "–"]
+    assert cells(markdown, "full")[0][3:5] == ["reference", "100%"]
+
+
+def test_table_dropped_arm_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:
+    markdown, _ = cards(tmp_path, comparisons.comparison())
+    assert cells(markdown, "prompt")[0][-1] == "2, dropped"
+    assert "- prompt: no further seeds after 2: behind by 14.47 points" in markdown
+    assert cells(markdown, "head")[0][-2] == "0.0032*"
+    assert cells(markdown, "head")[2][3] == "0.0032*"
+
+
+def test_card_cost_says_what_stopping_early_saved(tmp_path: Path) -> None:
+    markdown, _ = cards(tmp_path, comparisons.comparison())
+    assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
+    assert (
+        "the same search with 5 seeds for every arm: 1 h 26 min of training, 19.1× one full run; stopping early saved "
+        "28 min 12 s of it (32.7%)"
+    ) in markdown
+
+
+@pytest.mark.parametrize(("holds", "word"), [(True, "Holds"), (False, "Does not hold"), (None, "Not decided")])
+def test_claim_is_one_sentence_with_its_verdict(tmp_path: Path, holds: bool | None, word: str) -> None:
+    made = comparisons.comparison()
+    claim = made.claims[0].model_copy(update={"claim": "a thing", "here": "it is so", "holds": holds})
+    markdown, html = cards(tmp_path, made.model_copy(update={"claims": (claim,)}))
+    assert f"- “a thing”: {word}: it is so" in markdown
+    assert f"“a thing” {word}: it is so" in Page(html).text
+
+
+# ---- marks -----------------------------------------------------------------------------------------------------
+
+
+def test_marks_stand_beside_the_verdict_and_say_what_to_do(tmp_path: Path) -> None:
+    found = (comparisons.finding("worth knowing", "lora"), comparisons.finding())
+    markdown, html = cards(tmp_path, comparisons.comparison(findings=found))
+    assert "**1 mark of unfairness and 1 thing worth knowing: see Fairness.**" in markdown
+    text = Page(html).text
+    assert text.index("Unfair: full: the best rate") < text.index("Worth knowing: lora: the best rate")
+    assert "To do: add higher rates to its `learning_rates`." in text
+
+
+def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
+    markdown, html = cards(tmp_path, comparisons.comparison(openings=comparisons.openings(2)))
+    assert "**The sealed test rows were opened 2 times. 1 mark of unfairness: see Fairness.**" in markdown
+    assert "test rows opened 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
+
+
+def test_marks_budget_and_few_rows_are_named() -> None:
+    made = comparisons.comparison()
+    expected = made.expectation.model_copy(update={"length_share": 0.4, "detectable": 0.0234})
+    assert proof_words.marks(made.model_copy(update={"expectation": expected})) == [
+        "Worth knowing: every run took 40% of the recipe's steps, to stay within the budget: the verdict is about such "
+        "runs.",
+        "Worth knowing: so many test rows and seeds usually find differences of 2.3 points or more; the margin is 1 "
+        "point.",
+    ]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def test_write_proof_from_its_json_alone_gives_the_same_card(tmp_path: Path) -> None:
+    first, again = tmp_path / "run", tmp_path / "again"
+    cards(first, comparisons.comparison())
+    again.mkdir()
+    (again / "proof.json").write_bytes((first / "proof.json").read_bytes())
+    files = report.write_proof(again / "proof.json")
+    assert {path.name for path in files} >= {"card.md", "card.html", "proof.json"}
+    for path in files:
+        assert path.parent == again
+        assert path.read_bytes() == (first / path.name).read_bytes()
+
+
+def test_write_proof_without_a_comparison_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="has no finished comparison"):
+        report.write_proof(tmp_path)
+
+
+def test_write_proof_draws_a_picture_that_markdown_shows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    markdown, _ = cards(tmp_path, comparisons.comparison())
+    assert (tmp_path / "card.png").read_bytes().startswith(b"\x89PNG")
+    assert "](card.png)" in markdown
+    assert "fulltune[plots]" not in markdown
+
+
+def test_write_proof_without_matplotlib_says_how_to_get_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "card.png").write_bytes(b"of an earlier comparison")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    markdown, html = cards(tmp_path, comparisons.comparison())
+    assert not (tmp_path / "card.png").exists()
+    assert "pip install 'fulltune[plots]'" in markdown
+    assert "card.png" not in markdown
+    assert "matplotlib" not in html
+
+
+@pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.hostile])
+def test_html_is_well_formed_loads_nothing_and_escapes(tmp_path: Path, made: type[Comparison]) -> None:
+    _, html = cards(tmp_path, made())
+    page = Page(html)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert not re.search("https?://|url\\(|@import|</script>", html)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", html)
+
+
+def test_markdown_hostile_text_keeps_lines_and_columns(tmp_path: Path) -> None:
+    markdown, _ = cards(tmp_path, comparisons.hostile())
+    outside_code = re.sub(r"(?ms)^```.*?^```$", "", markdown)
+    assert not re.search(r"(?<!\\)<[a-z/]", outside_code)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", markdown)
+    for block in re.findall(r"(?m)(?:^\|.*\n)+", outside_code):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+# ---- the plot --------------------------------------------------------------------------------------------------
+
+
+def test_plot_against_time_and_operations_where_they_are_known() -> None:
+    made = comparisons.comparison()
+    titles = [one.title for one in drawings(made)]
+    assert titles == ["Quality against training time", "Quality against operations (FLOP)"]
+    rows = tuple(row.model_copy(update={"train_flops": 0.0}) for row in made.rows)
+    assert [one.title for one in drawings(made.model_copy(update={"rows": rows}))] == titles[:1]
+
+
+def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool = False) -> scatter.Dot:
+    return scatter.Dot(name, cost, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", full, taken)
+
+
+def drawn(*dots: scatter.Dot) -> scatter.Drawing:
+    return scatter.scatter(
+        "title",
+        dots,
+        cost_name="training time",
+        value_name="accuracy",
+        value_tick=lambda value: f"{100 * value:g}%",
+        greater_is_better=True,
+        margin=0.01,
+    )
+
+
+def names(drawing: scatter.Drawing) -> list[scatter.Label]:
+    return [shape for shape in drawing.shapes if isinstance(shape, scatter.Label) and shape.style == "name"]
+
+
+def ends(label: scatter.Label) -> tuple[float, float]:
+    """Left and right end of a name in a usual font."""
+    width = 6.5 * len(label.text)
+    left = label.x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[label.anchor]
+    return left, left + width
+
+
+def test_plot_arms_far_below_are_pointed_at_with_their_value() -> None:
+    found = drawn(dot("base", 0, 0.01), dot("full", 1, 0.92, full=True), dot("lora", 0.8, 0.91, taken=True))
+    assert {label.text for label in names(found)} == {"base 1.0%", "full", "lora"}
+    shapes = [shape.shape for shape in found.shapes if isinstance(shape, scatter.Mark)]
+    assert sorted(shapes) == ["circle", "down", "square"]
+
+
+def test_plot_names_of_ten_equal_arms_lie_apart_and_inside() -> None:
+    arms = [dot(f"lora-r{2**power}", 0.9 + power / 100, 0.91 + power / 1000) for power in range(9)]
+    labels = names(drawn(dot("full", 1, 0.92, full=True), *arms))
+    assert len(labels) == 10
+    for number, one in enumerate(labels):
+        left, right = ends(one)
+        assert 0 <= left < right <= scatter.WIDTH
+        assert 0 <= one.y <= scatter.HEIGHT
+        for other in labels[number + 1 :]:
+            assert abs(one.y - other.y) >= 13 or right <= ends(other)[0] or ends(other)[1] <= left
+
+
+def test_plot_not_finite_arm_is_left_out() -> None:
+    found = drawn(dot("full", 1, 0.92, full=True), dot("lora", 0.9, float("nan")))
+    assert [label.text for label in names(found)] == ["full"]
+    assert "nan" not in scatter.svg(found)
+    assert "no finite value" in scatter.svg(drawn())
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.674, "0.67×"), (1.0, "1×"), (0.0065, "0.0065×"), (9.996, "10.0×"), (123.4, "123×"), (0, "0×")],
+)
+def test_ratio_keeps_what_matters(value: float, text: str) -> None:
+    assert proof_words.ratio(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "100%"), (0.452, "45.2%"), (0.0065, "0.65%"), (3.4e-5, "0.0034%"), (0, "0%")]
+)
+def test_fine_share_keeps_two_digits(value: float, text: str) -> None:
+    assert proof_words.fine_share(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(22_743_245, "22.7 M"), (6_700_000_000, "6.7 B"), (7680, "7.68 k"), (12, "12")]
+)
+def test_short_count_is_read_at_a_glance(value: int, text: str) -> None:
+    assert proof_words.short_count(value) == text
+
+
+def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:
+    assert Writer("accuracy", 0.01).difference(-0.00001) == "+0.00"
+    assert Writer("accuracy", 0.001).difference(0.00123) == "+0.12"
+    assert Writer("perplexity", 0.01).value(12.3456) == "12.35"
+    assert Writer("loss", 0.01).value(float("nan")) == "not finite"

@@ -1,0 +1,92 @@
+"""A comparison on the terminal: 80 columns, whole words, nothing that a terminal would obey."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from fulltune import display_compare
+from fulltune.trials import Comparison
+from tests import comparisons
+
+
+def shown(comparison: Comparison, *files: Path) -> str:
+    console = Console(width=80, highlight=False, file=io.StringIO())
+    display_compare.verdict(console, comparison, files)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def expected(comparison: Comparison, metric: str, margin: float | None = 0.01, **changes: object) -> str:
+    console = Console(width=80, highlight=False, file=io.StringIO())
+    display_compare.expectation(console, comparison.expectation.model_copy(update=changes), metric, margin)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+
+def test_verdict_classification_is_said_first_with_the_field_below() -> None:
+    text = shown(comparisons.comparison())
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert lines[1:3] == [
+        "EQUIVALENT: take lora",
+        "Take lora: it differs from full by less than the margin and is cheaper.",
+    ]
+    assert "> lora        4.3%  92.2% [91.3, 93.0]     +0.34 [-0.27, +0.95]      3" in lines
+    assert "> lora     99.6%  3 min 53 s  0.86×  0.68×    0.62×  3.73 MiB  0.0489" in lines
+    assert "dropped  prompt after 2 seeds: behind by 14.47 points" in lines
+    assert "does not hold  “LoRA costs a tenth of the compute”" in text
+    assert "took          45 min 12 s in all, 10.0× one full run (4 min 31 s)" in lines
+
+
+def test_verdict_language_model_writes_losses() -> None:
+    text = shown(comparisons.language())
+    assert "\nFULL\n" in text
+    assert "Smaller loss is better." in text
+    assert "1.916 [1.894, 1.938]  +0.012 [+0.006, +0.018]" in text
+
+
+def test_verdict_undecided_says_what_would_decide_and_what_is_unfair() -> None:
+    text = " ".join(shown(comparisons.undecided(openings=comparisons.openings(3))).split())
+    assert "UNDECIDED Undecided: these rows and seeds do not tell the methods apart." in text
+    assert "to decide it lora: 9,240 test rows or 12 seeds of each arm, were the difference what it seems" in text
+    assert "Unfair test rows: they were opened 3 times, so whoever looked could choose." in text
+    assert "> lora" not in text
+
+
+@pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.hostile])
+def test_verdict_fits_80_columns_and_cuts_no_cell(made: type[Comparison]) -> None:
+    text = shown(made())
+    assert max(cell_len(line) for line in text.splitlines()) <= 80
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
+    assert not re.search(r"[\d%\]]…", text)
+
+
+def test_verdict_long_path_stays_in_one_line() -> None:
+    path = Path("runs") / ("a" * 100) / "card.html"
+    assert str(path) in shown(comparisons.comparison(), path).splitlines()
+
+
+def test_expectation_says_cost_and_what_can_be_found() -> None:
+    text = expected(comparisons.comparison(), "accuracy")
+    assert "methods head, full, lora, adapter, prompt" in text
+    assert "50 at most: 25 to find the rates, 5 seeds of each method; clear answers need fewer" in text
+    assert "about 1 h 7 min at most" in text
+    assert "differences of 0.97 points of accuracy or more, in 8 of 10 comparisons" in text
+    assert "UNDECIDED" not in text
+
+
+def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_small() -> None:
+    note = "2 instead of 5 seeds at most, to stay within the budget"
+    text = expected(
+        comparisons.comparison(), "accuracy", detectable=0.0234, notes=(note,), from_budget=True, length_share=0.4
+    )
+    assert f"budget {note}" in text
+    assert "shorter runs 40% of the recipe's steps; the verdict is about such runs" in text
+    assert "margin 1 point, less than it can find: it may end UNDECIDED" in text
+
+
+def test_expectation_of_a_loss_says_that_it_is_not_known() -> None:
+    assert "not known before the first runs: loss is no share of rows" in expected(comparisons.language(), "loss")

@@ -1,0 +1,145 @@
+"""The methods of a recipe: short forms, names, and what is refused, each problem with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.recipe_file import check, load_recipe
+from fulltune.units import parse_seconds
+
+SMALL: dict[str, Any] = {"model": "some/model", "task": "causal-lm", "data": {"train": "a.jsonl"}}
+
+
+def made(**blocks: Any) -> Recipe:
+    return check({**SMALL, **blocks}, Path("recipe.yaml"))
+
+
+def problems(**blocks: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        made(**blocks)
+    return [problem.removeprefix("recipe.yaml  ") for problem in caught.value.problems]
+
+
+def test_method_left_out_is_full() -> None:
+    assert made().method.arm == "full"
+    assert made().methods == ()
+
+
+@pytest.mark.parametrize("kind", ["full", "head", "lora", "adapter", "prompt"])
+def test_method_as_a_text_is_its_kind(kind: str) -> None:
+    assert made(method=kind) == made(method={"kind": kind})
+    assert made(method=kind).method.arm == kind
+
+
+@pytest.mark.parametrize(
+    ("method", "arm"),
+    [
+        ({"kind": "lora", "rank": 64}, "lora-r64"),
+        ({"kind": "lora", "rank": 64, "alpha": 32, "rslora": True}, "lora-r64-a32-rs"),
+        ({"kind": "lora", "target_modules": ["q_proj", "self_attn.v_proj"]}, "lora-q_proj-self_attn_v_proj"),
+        ({"kind": "lora", "rank": 64, "name": "wide"}, "wide"),
+        ({"kind": "lora", "learning_rate": 1e-3}, "lora"),
+        ({"kind": "adapter", "reduction_factor": 4, "non_linearity": "relu"}, "adapter-f4-relu"),
+        ({"kind": "prompt", "num_virtual_tokens": 8, "init": "random"}, "prompt-8-random"),
+        ({"kind": "peft", "type": "IA3"}, "peft-ia3"),
+        ({"kind": "full", "layerwise_lr_decay": 0.9}, "full"),
+    ],
+)
+def test_arm_is_named_by_what_differs(method: dict[str, Any], arm: str) -> None:
+    assert made(method=method).method.arm == arm
+
+
+def test_methods_mixed_forms_are_read_and_written_back() -> None:
+    recipe = made(methods=["base", "full", {"kind": "lora", "rank": 8}, "prompt"])
+    assert [one.arm for one in recipe.methods] == ["base", "full", "lora-r8", "prompt"]
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_rank_on_the_command_line_keeps_a_short_method(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: some/model\ntask: causal-lm\ndata: {train: a}\nmethod: lora\n")
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["method.rank=4"])
+    assert recipe.method.arm == "lora-r4"
+
+
+KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ({"method": "loar"}, [f"method.kind: expected {KINDS}, found 'loar'; did you mean 'lora'?"]),
+        ({"method": "base"}, [f"method.kind: expected {KINDS}, found 'base'"]),
+        ({"method": {"rank": 8}}, ["method.kind: missing; expected one of full, head, lora, adapter, prompt, peft"]),
+        (
+            {"method": {"kind": "lora", "rnak": 8, "dropout": 1}},
+            [
+                "method.dropout: expected less than 1, found 1",
+                "method.rnak: unknown setting; did you mean 'rank'?",
+            ],
+        ),
+        (
+            {"method": {"kind": "prompt", "rank": 8}},
+            [
+                "method.rank: unknown setting; known here: init, kind, learning_rate, learning_rates, name, "
+                "num_virtual_tokens"
+            ],
+        ),
+        ({"rank": 8}, ["rank: unknown setting; did you mean 'method.rank'?"]),
+        (
+            {"method": {"kind": "peft"}},
+            ["method.type: missing; expected: Its name in PEFT, such as `IA3`, `LOHA`, `OFT` or `VERA`"],
+        ),
+        (
+            {"method": {"kind": "lora", "target_modules": []}},
+            ["method.target_modules: names no matrix; write all-linear, or names such as [q_proj, v_proj]"],
+        ),
+        (
+            {"method": {"kind": "lora", "learning_rate": 0.1, "learning_rates": [0.1, 0.1, 2]}},
+            [
+                "method.learning_rate and learning_rates are both given; remove one",
+                "method.learning_rates: expected numbers above 0 and below 1",
+                "method.learning_rates: names a rate twice",
+            ],
+        ),
+        ({"methods": "lora"}, ["methods: expected a list, found 'lora'; write [lora]"]),
+        (
+            {"methods": ["lora", {"kind": "lora", "learning_rate": 1e-3}, "full", "full"]},
+            [
+                "methods: two are called 'full'; give one of them another 'name'",
+                "methods: two are called 'lora'; give one of them another 'name'",
+            ],
+        ),
+        (
+            {"methods": ["full", "bse", {"kind": "adapter", "reduction_faktor": 4}]},
+            [
+                f"methods.1.kind: expected {KINDS}, 'base', found 'bse'; did you mean 'base'?",
+                "methods.2.reduction_faktor: unknown setting; did you mean 'reduction_factor'?",
+            ],
+        ),
+        (
+            {"compare": {"budget": "30 parsecs"}},
+            ["compare.budget: '30 parsecs': expected a time such as 30m, 2h or 90s"],
+        ),
+        ({"compare": {"margin": 0}}, ["compare.margin: expected greater than 0, found 0"]),
+    ],
+)
+def test_problems_are_named_all_at_once(blocks: dict[str, Any], expected: list[str]) -> None:
+    assert problems(**blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30m", 1800), ("2h", 7200), ("90s", 90), ("1h30m", 5400), ("1.5 h", 5400), ("10 min", 600)]
+)
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "0m", "half an hour"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_seconds(text)
