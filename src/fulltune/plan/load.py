@@ -142,6 +142,7 @@ def _need(task: Task, start: memory.Levers, levers: memory.Levers, device: str) 
     cast = levers.weights_dtype == "fp32" and levers.precision != "fp32"
     buckets = state.gradients if levers.num_processes > 1 else 0
     held = memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * kinds["activations"])
+    held += round(memory.STATE_SHARE * (state.weights + state.optimizer))
     beyond = memory.CUDA_CONTEXT_BYTES if device == "cuda" else held
     kinds["buffers"] = beyond + buckets + (2 * parameters if cast else 0)
     # Loading and going on from a checkpoint follow from the state alone.

@@ -44,12 +44,12 @@ class Levers:
 
 # ---- beyond live tensors: fitted on the calibration cells of bench/memory_prediction.py ----------------------------
 
-FIRST_CALLS_BYTES = 95 * 2**20
+FIRST_CALLS_BYTES = 50 * 2**20
 """Code and tables that the first step loads: the model's module, kernels, the row files."""
 HELD_SHARE = 0.24
 """Of the small blocks: gaps between living ones that the C library can neither give back nor use."""
-SCORING_BYTES = 24 * 2**20
-"""Code that the first evaluation loads."""
+STATE_SHARE = 0.08
+"""The same of weights and optimizer state: their blocks come while activations and gradients lie between them."""
 SMALL_BYTES = 32 * 2**20
 """Smaller blocks lie on the C library's heap, which does not shrink; larger ones are given back when they are freed."""
 
@@ -72,7 +72,10 @@ def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> M
     moments = _moments(shapes, footprint, levers, state, device)
     kinds = max(moments, key=lambda one: sum(one.values())).copy()
     beyond, heap = _beyond_tensors(moments, shapes, footprint, levers, device)
-    kinds["buffers"] += beyond
+    on_cpu = device == "cpu"
+    kept = state.weights + state.optimizer
+    around = round(STATE_SHARE * kept) if on_cpu else 0
+    kinds["buffers"] += beyond + around
     if levers.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
         kinds["buffers"] += state.gradients
     rows = levers.eval_batch_size * footprint.sequences_per_row
@@ -83,15 +86,13 @@ def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> M
     passing = max(scored, key=lambda one: sum(one.values()))
     base = CUDA_CONTEXT_BYTES if device == "cuda" else FIRST_CALLS_BYTES
     # Weights of another type than the file's are made beside it; for a GPU both are in the host's memory.
-    on_cpu = device == "cpu"
     read = 4 * shapes.num_parameters if levers.weights_dtype == "bf16" and on_cpu else 0
-    kept = state.weights + state.optimizer
     phases: dict[Phase, int] = {
         "loading": state.weights + read + base,
         "step": sum(kinds.values()),
-        "evaluation": kept + sum(passing.values()) + base,
+        "evaluation": kept + sum(passing.values()) + base + around,
         # Tensors are written from where they lie (safetensors 0.8, torch.save); one is compared with what it was.
-        "saving": kept + base + heap + (4 * footprint.largest_tensor + SCORING_BYTES if on_cpu else 0),
+        "saving": kept + base + around + heap + (4 * footprint.largest_tensor if on_cpu else 0),
         # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.
         "resuming": state.weights + max(state.weights + read if on_cpu else 0, state.optimizer) + base,
     }

@@ -150,23 +150,27 @@ def test_phases() -> None:
     assert (found.peak_phase, found.largest) == ("step", "buffers")
 
 
+AROUND = round(memory.STATE_SHARE * 12_000_000)
+"""Gaps beside weights and moments."""
+
+
 def test_on_a_cpu_what_the_heap_kept_is_there_when_saving() -> None:
     found = need(SHAPES, FOOTPRINT, LEVERS, "cpu").phases
     # 13.6 MB of small blocks; one tensor of 200,000 values is compared with what it was.
-    assert found["saving"] == 12_000_000 + memory.FIRST_CALLS_BYTES + 13_600_000 + 800_000 + memory.SCORING_BYTES
+    assert found["saving"] == 12_000_000 + memory.FIRST_CALLS_BYTES + AROUND + 13_600_000 + 800_000
 
 
 def test_on_a_cpu_freed_blocks_stay() -> None:
     found = need(SHAPES, FOOTPRINT, LEVERS, "cpu")
     # 4.0 MB of activations and 9.6 MB of logits, all in small blocks.
-    assert found.kinds["buffers"] == memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * 13_600_000)
+    assert found.kinds["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.HELD_SHARE * 13_600_000)
     assert found.phases["step"] == sum(found.kinds.values())
 
 
 def test_on_a_cpu_large_logits_come_on_top_of_what_small_blocks_left() -> None:
     # 6,400 tokens: 51 MB of logits are a large block, 64 MB of activations are taken to be small ones.
     found = need(SHAPES, FOOTPRINT, replace(LEVERS, micro_batch_size=64), "cpu").kinds
-    assert found["buffers"] == memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * 64_000_000)
+    assert found["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.HELD_SHARE * 64_000_000)
 
 
 def test_with_a_large_gradient_the_heap_is_reused() -> None:
