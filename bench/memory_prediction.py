@@ -4,8 +4,8 @@
 
 Each cell is trained in a process of its own by fulltune's worker: weights read from safetensors, checks, dry-run step,
 three optimizer steps, evaluation, a checkpoint, the finished model. Measured is what the run itself reports: the growth
-of its resident memory from just before the weights are read to the highest peak. The constants of `fulltune.plan.memory` were fitted on the cells of
-the set `calibration` alone; the last line prints what they should be.
+of its resident memory from just before the weights are read to the highest peak. The constants of
+`fulltune.plan.memory` were fitted on the cells of the set `calibration`; the last lines print what they should be.
 """
 
 from __future__ import annotations

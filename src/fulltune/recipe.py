@@ -131,8 +131,8 @@ class DataBlock(Block):
     split_seed: int = Field(default=42, ge=0)
     """Seed of that split; independent of `train.seed`, so that trials with other seeds see the same rows."""
     near_duplicates: float = Field(default=1.0, gt=0, le=1)
-    """Rows whose texts have so much of their 5-grams of characters in common (Jaccard) stay on one side of the split; 0.8
-    finds texts that differ in a word or two. 1: only equal texts."""
+    """Rows whose texts have so much of their 5-grams of characters in common (Jaccard) stay on one side of the split;
+    0.8 finds texts that differ in a word or two. 1: only equal texts."""
     max_rows: int | None = Field(default=None, ge=10)
     """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
 

@@ -1,0 +1,103 @@
+"""The line of a comparison: data once, a rate search for each arm, seeds until the answer is clear, one look at the
+test rows, the verdict. Layer 3, like `pipeline`, whose stages it uses.
+
+    data → rates (halving, on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → proof card
+
+Everything is kept in files as it comes, so that the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fulltune import model, pipeline, plan, report, run_folder
+from fulltune.compare import design
+from fulltune.compare.lint import lint
+from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
+from fulltune.comparing.line import Line, settings_of
+from fulltune.comparing.rates import expect, search
+from fulltune.comparing.seeds import run_seeds
+from fulltune.comparing.verdict import judge
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.tasks import task_named
+from fulltune.trials import Comparison
+from fulltune.units import parse_seconds
+
+
+def recipe_for(recipe: Recipe) -> Recipe:
+    """The recipe as a comparison uses it: with `full` among its arms, and near-duplicates on one side of the split.
+
+    Raises:
+        RecipeError: When there is nothing to compare.
+    """
+    arms = recipe.methods
+    if not any(one.kind not in ("full", "base") for one in arms):
+        raise RecipeError(
+            "methods: names nothing to compare full fine-tuning with; add for example 'methods: [base, full, lora, "
+            "adapter, prompt]'"
+        )
+    if sum(one.kind == "full" for one in arms) != 1:
+        raise RecipeError("methods: a comparison has 'full' exactly once: it is what the others are compared with")
+    if "near_duplicates" in recipe.data.model_fields_set or recipe.task == "image-classification":
+        return recipe
+    block = recipe.data.model_copy(update={"near_duplicates": recipe.compare.near_duplicates})
+    return recipe.model_copy(update={"data": block})
+
+
+def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
+    """What would make the comparison that a recipe asks for unfair; nothing is trained, no rows are read."""
+    block, source = recipe.model, model.locate(recipe.model, weights=False)
+    shapes = model.shapes(block, task_named(recipe.task).AUTO_CLASS, {}, weights=False)
+    planned = recipe.compare.seeds or design.num_seeds(None, design.FEW_TRAIN_ROWS)[0]
+    arms = []
+    for method in recipe.methods:
+        if method.kind == "base":
+            continue
+        usual, _ = plan.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
+        rates = design.grid(usual, method.learning_rates, method.learning_rate)
+        arms.append(
+            ArmDesign(
+                name=method.arm,
+                kind=method.kind,
+                settings=settings_of(method),
+                rates_searched=rates if len(rates) > 1 else (),
+                learning_rate=rates[0] if len(rates) == 1 else None,
+                seeds=tuple(range(recipe.train.seed, recipe.train.seed + planned)),
+                weights_dtype=recipe.model.weights_dtype,
+                bf16_rounding=recipe.train.bf16_rounding,
+            )
+        )
+    return lint(ComparisonDesign(arms=tuple(arms), weights_source="gguf" if source.gguf_file else "plain"))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison gave."""
+
+    comparison: Comparison
+    folder: Path
+    cards: tuple[Path, ...]
+
+
+def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
+    """Compare the recipe's methods, or go on with it.
+
+    Args:
+        job: The recipe, as `recipe_for` gives it, in its run folder.
+        command: What was typed, for the record.
+        budget: Most time to take, such as `30m`; None: the recipe's, else without limit.
+
+    Raises:
+        FulltuneError: One of its kinds; the same command goes on.
+    """
+    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+        summary = pipeline.prepare(job)
+        text = budget or job.recipe.compare.budget
+        line = Line(job, summary, command, parse_seconds(text) if text else None)
+        expectation = expect(line)
+        searches = {one.arm: search(line, one, expectation) for one in line.trained_arms}
+        results, looks = run_seeds(line, searches, expectation)
+        comparison = judge(line, expectation, searches, results, looks)
+        return Compared(comparison, job.folder, report.write_proof(job.folder))

@@ -1,0 +1,168 @@
+"""What the parts of a comparison share: recipe, rows, sizes and plans of each arm, files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fulltune import footprint, hardware, methods, model, pipeline, plan, processors
+from fulltune.compare import items
+from fulltune.evaluate import drift
+from fulltune.generic_text import generic_texts
+from fulltune.recipe import Recipe
+from fulltune.records import DataSummary, Plan
+from fulltune.tasks import Target, task_named
+from fulltune.trials import Trial
+
+FOLDER = "compare"
+SEALED, OPEN = "predictions/sealed", "predictions/eval"
+OPENINGS = f"{FOLDER}/test-openings.jsonl"
+CLOCK = f"{FOLDER}/clock.jsonl"
+RECORD = f"{FOLDER}/comparison.json"
+BASE = "base"
+START_SECONDS = 10.0
+"""Of a trial beside its steps: imports, checks, the dry run, scoring eval and test rows. Roughly."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What all trials of an arm share."""
+
+    arm: Any
+    shapes: model.Shapes
+    traced: footprint.Footprint
+    plan: Plan
+    """Of a whole run at the arm's usual rate."""
+
+
+@dataclass
+class Line:
+    """A comparison on its way."""
+
+    job: pipeline.Run
+    summary: DataSummary
+    command: str
+    budget_seconds: float | None = None
+    _rooms: dict[str, Room] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.job.recipe
+
+    @cached_property
+    def machine(self) -> hardware.Machine:
+        return hardware.here()
+
+    @cached_property
+    def texts(self) -> tuple[list[str], str]:
+        return generic_texts(self.recipe.compare.generic_text)
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """Of a generic text, for all arms alike."""
+        limit = self.room(self.full.arm).shapes.position_limit or drift.MOST_TOKENS
+        return min(drift.MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
+
+    @cached_property
+    def measure(self) -> items.Measure:
+        return items.measure_of(self.recipe.task, Target.of(self.summary), self.room(self.full.arm).plan.metric)
+
+    @property
+    def full(self) -> Any:
+        return next(one for one in self.recipe.methods if one.kind == "full")
+
+    @property
+    def trained_arms(self) -> list[Any]:
+        """Full first: the others are compared with it."""
+        return [self.full, *(one for one in self.recipe.methods if one.kind not in ("full", "base"))]
+
+    @property
+    def spent_seconds(self) -> float:
+        return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
+
+    @property
+    def seconds_left(self) -> float:
+        return math.inf if self.budget_seconds is None else self.budget_seconds - self.spent_seconds
+
+    def say(self, text: str) -> None:
+        self.job.listener({"kind": "comparison", "text": text})
+
+    @contextlib.contextmanager
+    def clocked(self, what: str) -> Iterator[None]:
+        """Write down how long something took, over all commands that worked on this comparison."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            append_line(self.folder / CLOCK, {"what": what, "seconds": round(time.monotonic() - began, 3)})
+
+    def room(self, arm: str) -> Room:
+        """Sizes, memory and plan of an arm; traced once."""
+        if arm not in self._rooms:
+            method = next(one for one in self.recipe.methods if one.arm == arm)
+            recipe = self.recipe.model_copy(update={"method": method, "methods": ()})
+            source = model.locate(recipe.model)
+            tokenizer = processors.load_processor(recipe.model, recipe.task, source)
+            target = Target.of(self.summary)
+            changes = task_named(recipe.task).config_changes(target, tokenizer)
+            shapes = pipeline.shapes_of(recipe, changes)
+            traced = pipeline.trace(recipe, target, self.summary.packed, shapes, self.machine, source, changes)
+            found = Room(method, shapes, traced, self._fit(recipe, shapes, traced))
+            self._rooms[arm] = found
+        return self._rooms[arm]
+
+    def _fit(self, recipe: Recipe, shapes: model.Shapes, traced: footprint.Footprint) -> Plan:
+        free = hardware.disk_free_bytes(self.folder)
+        made = plan.fit(recipe, shapes, traced, self.summary, self.machine, free)
+        return plan.with_time(made, recipe, shapes, traced, self.summary, self.machine)
+
+    def trial_recipe(self, trial: Trial) -> Recipe:
+        """One run of one arm: the recipe with its rate, its seed and, in a search, fewer steps."""
+        room = self.room(trial.arm)
+        method = room.arm.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
+        changes: dict[str, Any] = {"seed": trial.seed}
+        steps = max(2, round(trial.share * room.plan.total_steps))
+        if trial.share < 1:
+            changes |= {"max_steps": steps, "num_train_epochs": None}
+            if self.recipe.train.warmup_steps is not None:
+                ratio = self.recipe.train.warmup_steps / max(1, room.plan.total_steps)
+                changes |= {"warmup_steps": None, "warmup_ratio": ratio}
+        if trial.searches:
+            changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
+            changes["save_steps"] = None
+        block = self.recipe.train.model_copy(update=changes)
+        return self.recipe.model_copy(update={"method": method, "methods": (), "train": block})
+
+    def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
+        room = self.room(trial.arm)
+        made = self._fit(recipe, room.shapes, room.traced)
+        return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """A method's own settings."""
+    found: dict[str, Any] = method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"})
+    return found
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

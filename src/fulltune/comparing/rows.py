@@ -1,0 +1,146 @@
+"""The arms as rows of the table, and as the design that the lint looks at."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fulltune.compare import design
+from fulltune.compare_records import ArmDesign, ComparisonDesign, Decision, Look
+from fulltune.comparing.line import BASE, FOLDER, Line, settings_of
+from fulltune.comparing.seeds import Results
+from fulltune.evaluate import drift, outputs
+from fulltune.records import Estimate, Scores
+from fulltune.trials import ArmRow, Opening, Search, TrialResult
+
+
+def rows_of(
+    line: Line,
+    searches: Mapping[str, Search],
+    results: Results,
+    looks: Sequence[Look],
+    decision: Decision,
+    base: Scores | None,
+) -> tuple[ArmRow, ...]:
+    scores = {one.arm: one for one in decision.scores}
+    dropped = {step.arm: step.reason for seen in looks for step in seen.arms if step.decision == "drop"}
+    base_value = _base_value(line, scores.get(BASE), base)
+    full_value = scores[line.full.arm].mean
+    made = line.room(line.full.arm).plan
+    rows = []
+    if any(one.kind == "base" for one in line.recipe.methods) and base_value is not None:
+        of_base = scores.get(BASE)
+        estimate = (
+            Estimate(value=of_base.mean, low=of_base.low, high=of_base.high)
+            if of_base
+            else base.metrics[line.measure.name]  # type: ignore[union-attr]  # `base_value` came from it
+        )
+        rows.append(
+            ArmRow(
+                arm=BASE,
+                kind="base",
+                num_parameters=made.num_parameters,
+                num_trainable=0,
+                metric=estimate,
+                values=(estimate.value,),
+                gain_share=0.0,
+            )
+        )
+    for arm, found in results.items():
+        if not found:
+            continue
+        score, method = scores[arm], line.room(arm).arm
+        gain = None
+        if base_value is not None and full_value != base_value:
+            gain = (score.mean - base_value) / (full_value - base_value)
+        mean = statistics.mean
+        rows.append(
+            ArmRow(
+                arm=arm,
+                kind=method.kind,
+                settings=settings_of(method),
+                num_parameters=made.num_parameters,
+                num_trainable=found[0].num_trainable,
+                learning_rate=searches[arm].chosen,
+                seeds=tuple(one.trial.seed for one in found),
+                metric=Estimate(value=score.mean, low=score.low, high=score.high),
+                values=score.values,
+                gain_share=gain,
+                train_seconds=round(mean(one.train_seconds for one in found), 2),
+                search_seconds=round(_search_seconds(line, searches[arm]), 2),
+                tokens_per_second=round(mean(one.tokens_per_second for one in found), 1),
+                train_flops=mean(one.train_flops for one in found),
+                peak_memory_bytes=max(one.peak_memory_bytes for one in found),
+                memory_growth_bytes=max(one.memory_growth_bytes for one in found),
+                saved_bytes=found[0].saved_bytes,
+                drift=_drift(line, found),
+                seconds_per_row=mean(one.seconds_per_row or 0.0 for one in found),
+                dropped=dropped.get(arm, ""),
+            )
+        )
+    return tuple(rows)
+
+
+def _base_value(line: Line, of_rows: Any, base: Scores | None) -> float | None:
+    """The metric without training."""
+    if of_rows is not None:
+        return float(of_rows.mean)
+    return base.metrics[line.measure.name].value if base and line.measure.name in base.metrics else None
+
+
+def _search_seconds(line: Line, search: Search) -> float:
+    spent = 0.0
+    for one in search.tried:
+        trial = design.search_trial(search.arm, one.learning_rate, one.share, line.recipe.train.seed)
+        path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
+        spent += TrialResult.load(path).train_seconds if path.exists() else 0.0
+    return spent
+
+
+def _drift(line: Line, found: Sequence[TrialResult]) -> Estimate | None:
+    """Mean drift on generic text, with a bootstrap interval over the texts."""
+    folder = line.folder / "predictions" / "generic"
+    if not (folder / f"{BASE}.npz").exists():
+        return None
+    before = outputs.load(folder / f"{BASE}.npz")["generic"]
+    moved = [drift.drift(before, outputs.load(folder / f"{one.trial.name}.npz")["generic"]) for one in found]
+    of_text = np.mean(moved, axis=0)
+    drawn = np.random.default_rng(0).integers(0, len(of_text), (2000, len(of_text)))
+    means = of_text[drawn].mean(axis=1)
+    tail = (1 - line.recipe.evaluate.confidence) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return Estimate(value=float(of_text.mean()), low=float(low), high=float(high))
+
+
+def design_of(
+    line: Line, searches: Mapping[str, Search], results: Results, looks: Sequence[Look], openings: Sequence[Opening]
+) -> ComparisonDesign:
+    """What the lint looks at."""
+    dropped = {step.arm for seen in looks for step in seen.arms if step.decision == "drop"}
+    arms = []
+    for arm, found in results.items():
+        method, made = line.room(arm).arm, line.room(arm).plan
+        arms.append(
+            ArmDesign(
+                name=arm,
+                kind=method.kind,
+                settings=settings_of(method),
+                rates_searched=tuple(sorted({one.learning_rate for one in searches[arm].tried})),
+                learning_rate=searches[arm].chosen,
+                seeds=tuple(one.trial.seed for one in found),
+                weights_dtype=made.weights_dtype,
+                bf16_rounding=made.bf16_rounding,
+                train_tokens=found[0].tokens if found else None,
+                dropped=arm in dropped,
+            )
+        )
+    return ComparisonDesign(
+        arms=tuple(arms),
+        weights_source="gguf" if line.recipe.model.name.endswith(".gguf") else "plain",
+        eval_is_test=False,  # the recipe refuses the same file, the split keeps them apart
+        test_openings=len({one.trials for one in openings}),  # the same trials again show nothing new
+        same_data_order=True,  # the sampler's order depends on seed and epoch alone
+    )

@@ -1,0 +1,91 @@
+"""Whole runs, seed by seed, until the eval rows say that the answer is clear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fulltune.compare import design, items
+from fulltune.compare.sequential import look
+from fulltune.compare.verdict import ArmItems
+from fulltune.compare_records import Look
+from fulltune.comparing.line import FOLDER, OPEN, Line
+from fulltune.comparing.trials import final, keep_best_model
+from fulltune.evaluate import outputs
+from fulltune.store import clusters_of
+from fulltune.tasks import Target
+from fulltune.trials import Expectation, Search, TrialResult
+
+Results = dict[str, list[TrialResult]]
+
+
+def run_seeds(line: Line, searches: Mapping[str, Search], expectation: Expectation) -> tuple[Results, list[Look]]:
+    """Whole runs, seed by seed, until the eval rows say that the answer is clear, or the time is up."""
+    results: Results = {arm: [] for arm in searches}
+    looks: list[Look] = []
+    active = list(searches)
+    for number in range(expectation.num_seeds):
+        seed = line.recipe.train.seed + number
+        for arm in list(active):
+            trial = design.final_trial(arm, searches[arm].chosen, seed, expectation.length_share)
+            if _time_is_up(line, arm, results):
+                line.say("the budget is used up: the verdict is made from what there is")
+                return results, looks
+            line.say(f"{arm}: seed {number + 1} of at most {expectation.num_seeds}")
+            results[arm].append(final(line, trial))
+            keep_best_model(line, results[arm])
+        seen = _look(line, results, active, expectation)
+        looks.append(seen)
+        seen.save(line.folder / FOLDER / "looks" / f"{number + 1}.json")
+        line.say(f"after {number + 1} seed{'s' if number else ''}: {seen.reason}")
+        for step in seen.arms:
+            if step.decision == "drop":
+                line.say(f"{step.arm}: no further seeds: {step.reason}")
+        active = [arm for arm in active if seen.step(arm).decision == "more"]
+        if seen.enough:
+            break
+    return results, looks
+
+
+def _time_is_up(line: Line, arm: str, results: Results) -> bool:
+    """Whether the next run would go beyond the budget; each arm gets one run all the same."""
+    if not results[arm]:
+        return False
+    spent = [one.train_seconds for one in results[arm]]
+    path = line.folder / FOLDER / "trials" / f"{arm}-seed{results[arm][-1].trial.seed + 1}.json"
+    return not path.exists() and line.seconds_left < sum(spent) / len(spent)
+
+
+def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> list[ArmItems]:
+    """What the trials of these arms gave for the rows of a split."""
+    found = []
+    target = Target.of(line.summary)
+    for arm in arms:
+        kept = [outputs.load(line.folder / place / f"{one.trial.name}.npz") for one in results[arm]]
+        rights = [items.right_rows(line.recipe.task, target, one) for one in kept]
+        known = [one for one in rights if one is not None]
+        method = line.room(arm).arm
+        found.append(
+            ArmItems(
+                name=arm,
+                kind=method.kind,
+                trials=kept,
+                cost=float(line.room(arm).plan.num_trainable_parameters),
+                right=np.stack(known) if len(known) == len(kept) else None,
+            )
+        )
+    return found
+
+
+def _look(line: Line, results: Results, active: Sequence[str], expectation: Expectation) -> Look:
+    """Ask the eval rows whether the answer is clear."""
+    return look(
+        arm_items(line, results, OPEN, active),
+        line.measure,
+        margin=line.recipe.compare.margin,
+        max_seeds=expectation.num_seeds,
+        alpha=1 - line.recipe.evaluate.confidence,
+        clusters=clusters_of(line.folder / "data" / "eval"),
+        test_rows=line.summary.splits["test"].rows,
+    )

@@ -1,0 +1,103 @@
+"""One trial of a comparison, through the train stage; what it gives for each row is kept."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fulltune import evaluate, pipeline
+from fulltune.comparing.line import FOLDER, OPEN, SEALED, Line
+from fulltune.evaluate import outputs
+from fulltune.records import Outcome, Plan
+from fulltune.train import Hooks, train
+from fulltune.trials import Trial, TrialResult
+
+
+def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
+    """Train one trial through the train stage, under its guards."""
+    recipe = line.trial_recipe(trial)
+    made = line.trial_plan(trial, recipe)
+    made.save(line.folder / made.file)
+    with line.clocked(trial.name):
+        outcome = train(recipe, made, line.folder, Hooks(), _without_tables(line.job.listener))
+    made = Plan.load(line.folder / made.file)  # changed when memory ran out
+    model_folder = line.folder / str(outcome.model_folder)
+    room = line.room(trial.arm)
+    tokens = _tokens_seen(line, trial, outcome)
+    return (
+        made,
+        outcome,
+        TrialResult(
+            trial=trial,
+            metric=math.nan if outcome.best_metric is None else outcome.best_metric,
+            steps=outcome.steps,
+            best_step=outcome.best_step or outcome.steps,
+            train_seconds=outcome.train_seconds,
+            tokens_per_second=outcome.tokens_per_second,
+            peak_memory_bytes=outcome.peak_memory_bytes,
+            memory_growth_bytes=outcome.memory_growth_bytes,
+            num_parameters=made.num_parameters,
+            num_trainable=made.num_trainable_parameters,
+            tokens=tokens,
+            train_flops=room.traced.train_flops_per_token * tokens,
+            saved_bytes=_weights_bytes(model_folder),
+            device=made.device,
+            precision=made.precision,
+            weights_dtype=made.weights_dtype,
+            bf16_rounding=made.bf16_rounding,
+        ),
+    )
+
+
+def _tokens_seen(line: Line, trial: Trial, outcome: Outcome) -> int:
+    """Of all steps, padding left out: each step takes a global batch of rows of the mean length."""
+    split = line.summary.splits["train"]
+    batch = line.room(trial.arm).plan.global_batch_size
+    return round(outcome.steps * min(batch, split.rows) * split.tokens / max(1, split.rows))
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _without_tables(listener: pipeline.Listener) -> pipeline.Listener:
+    """Of a trial only what moves: the tables of all trials would hide the comparison."""
+    shown = ("train", "warning", "resume", "attempt")
+    return lambda event: listener(event) if event.get("kind") in shown else None
+
+
+def final(line: Line, trial: Trial) -> TrialResult:
+    """A whole run of an arm; what it gives for eval and test rows is kept, the test rows' part sealed."""
+    path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
+    if not path.exists():
+        made, outcome, result = trained(line, trial)
+        with line.clocked(f"{trial.name}: rows"):
+            bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder)
+            found = outputs.outputs(bench, line.folder / str(outcome.model_folder), line.texts[0], line.most_tokens)
+            keep(line, trial.name, found)
+        result = result.model_copy(update={"seconds_per_row": found.seconds_per_row})
+        result.save(path)
+    return TrialResult.load(path)
+
+
+def keep(line: Line, name: str, found: outputs.Outputs) -> None:
+    for split, place in (("eval", OPEN), ("test", SEALED)):
+        if split in found.kept:
+            outputs.save(line.folder / place / f"{name}.npz", found.kept[split])
+    if found.generic is not None:
+        outputs.save(line.folder / "predictions" / "generic" / f"{name}.npz", {"generic": found.generic})
+
+
+def keep_best_model(line: Line, results: Sequence[TrialResult]) -> None:
+    """Of an arm's seeds the model with the best eval metric becomes `models/<arm>`; the others are deleted."""
+    greater = line.measure.greater_is_better
+    best = max(results, key=lambda one: (one.metric if greater else -one.metric, -one.trial.seed))
+    models, arm = line.folder / "models", best.trial.arm
+    mine = models / best.trial.name
+    if mine.exists():
+        shutil.rmtree(models / arm, ignore_errors=True)
+        mine.rename(models / arm)
+    for one in results:
+        shutil.rmtree(models / one.trial.name, ignore_errors=True)

@@ -1,0 +1,147 @@
+"""The test rows are opened, once: the verdict, and the record that the proof card is made from."""
+
+from __future__ import annotations
+
+import getpass
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from fulltune import evaluate, run_folder
+from fulltune.compare.claims import claims
+from fulltune.compare.lint import lint
+from fulltune.compare.verdict import ArmItems, decide
+from fulltune.compare_records import Decision, Look
+from fulltune.comparing.line import BASE, OPENINGS, RECORD, SEALED, Line, append_line, lines_of
+from fulltune.comparing.rows import design_of, rows_of
+from fulltune.comparing.seeds import Results, arm_items
+from fulltune.comparing.trials import keep
+from fulltune.evaluate import drift, outputs
+from fulltune.records import Scores
+from fulltune.store import clusters_of
+from fulltune.trials import Comparison, Expectation, Opening, Search
+
+
+def judge(
+    line: Line,
+    expectation: Expectation,
+    searches: Mapping[str, Search],
+    results: Results,
+    looks: Sequence[Look],
+) -> Comparison:
+    """Open the test rows, once, and say what they say."""
+    path = line.folder / RECORD
+    if path.exists():
+        return Comparison.load(path)
+    line.say("opening the test rows")
+    arms = [arm for arm in results if results[arm]]
+    with line.clocked("verdict"):
+        base, baselines = untouched(line)
+        openings = open_test_rows(line, [one.trial.name for arm in arms for one in results[arm]])
+        compared = arm_items(line, results, SEALED, arms)
+        if (line.folder / SEALED / f"{BASE}.npz").exists():
+            kept = outputs.load(line.folder / SEALED / f"{BASE}.npz")
+            compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
+        confidence = line.recipe.evaluate.confidence
+        decision = decide(
+            compared,
+            line.measure,
+            margin=line.recipe.compare.margin,
+            clusters=clusters_of(line.folder / "data" / "test"),
+            confidence=confidence,
+            alpha=looks[-1].spent if looks else 1 - confidence,
+        )
+    found = comparison_of(line, expectation, searches, results, looks, decision, base, baselines, openings)
+    found.save(path)
+    return found
+
+
+def untouched(line: Line) -> tuple[Scores | None, tuple[Scores, ...]]:
+    """What costs no training: the arm `base` (the untouched language model, else the most frequent answer), and all
+    baselines. A language model's rows are kept, so that it is compared like the others."""
+    plan_of_full = line.room(line.full.arm).plan
+    writes = line.recipe.task in ("causal-lm", "seq2seq")
+    path = line.folder / SEALED / f"{BASE}.npz"
+    generic_path = line.folder / "predictions" / "generic" / f"{BASE}.npz"
+    if not (path.exists() if writes else generic_path.exists()):
+        bench = evaluate.bench_of(line.recipe, plan_of_full, line.summary, line.folder)
+        splits = ("eval", "test") if writes else ()
+        keep(line, BASE, outputs.outputs(bench, None, line.texts[0], line.most_tokens, splits))
+    baselines = tuple(evaluate.baselines(line.recipe, plan_of_full, line.summary, line.folder))
+    return (baselines[0] if baselines else None), baselines
+
+
+def open_test_rows(line: Line, trials: Sequence[str]) -> tuple[Opening, ...]:
+    """Note who looks at the sealed rows; the noted openings, this one included."""
+    opening = Opening(
+        time=datetime.now().astimezone().isoformat(timespec="seconds"),
+        by=f"{getpass.getuser()}@{platform.node()}",
+        command=line.command,
+        trials=tuple(trials),
+    )
+    append_line(line.folder / OPENINGS, opening.model_dump(mode="json"))
+    return tuple(Opening.model_validate(entry) for entry in lines_of(line.folder / OPENINGS))
+
+
+def comparison_of(
+    line: Line,
+    expectation: Expectation,
+    searches: Mapping[str, Search],
+    results: Results,
+    looks: Sequence[Look],
+    decision: Decision,
+    base: Scores | None,
+    baselines: tuple[Scores, ...],
+    openings: tuple[Opening, ...],
+) -> Comparison:
+    summary = line.summary
+    rows = rows_of(line, searches, results, looks, decision, base)
+    finals = [one for arm in results for one in results[arm]]
+    full = [one.train_seconds for one in results[line.full.arm]]
+    environment = run_folder.environment(line.machine)
+    made = line.room(line.full.arm).plan
+    asked = _asked(line)
+    fixed = sum(
+        statistics.mean(one.train_seconds for one in results[arm]) * expectation.num_seeds
+        for arm in results
+        if results[arm]
+    ) + sum(row.search_seconds for row in rows)
+    return Comparison(
+        name=line.folder.name,
+        model=line.recipe.model.name,
+        task=line.recipe.task,
+        problem_type=summary.problem_type,
+        train_rows=summary.splits["train"].rows,
+        eval_rows=summary.splits["eval"].rows,
+        test_rows=summary.splits["test"].rows,
+        metric=line.measure.name,
+        greater_is_better=line.measure.greater_is_better,
+        decision=decision,
+        rows=rows,
+        baselines=baselines,
+        searches=tuple(searches.values()),
+        expectation=expectation,
+        looks=tuple(looks),
+        findings=lint(design_of(line, searches, results, looks, openings)),
+        openings=openings,
+        claims=claims(rows, decision, summary.splits["train"].rows),
+        drift_unit="nats per token" if summary.problem_type in drift.WRITERS else "1 - cosine",
+        drift_text=line.texts[1],
+        num_trials=len(finals) + sum(len(one.tried) for one in searches.values()),
+        seconds=round(line.spent_seconds, 1),
+        full_run_seconds=round(statistics.mean(full), 1),
+        fixed_design_seconds=round(fixed, 1),
+        cores=line.machine.num_cores,
+        device=made.device,
+        started=environment.started,
+        data_fingerprint=summary.fingerprint,
+        command=line.command,
+        versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
+        notes=tuple(asked),
+    )
+
+
+def _asked(line: Line) -> list[str]:
+    """What the data stage found that a reader of the verdict should know."""
+    return [note for note in line.summary.notes if "also stand in" in note or "repeat" in note]
