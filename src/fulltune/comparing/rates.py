@@ -56,7 +56,7 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
     shares = (design.first_share(expectation.search_share), expectation.search_share)
     tried: list[Tried] = []
 
-    def run_one(rate: float, share: float, rung: int) -> float:
+    def run_one(rate: float, share: float) -> float:
         share_here = share * expectation.length_share
         seed = line.recipe.train.seed
         trial = design.search_trial(method.arm, rate, share_here, seed)
@@ -65,13 +65,13 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
         tried.append(Tried(learning_rate=rate, share=share_here, metric=metric))
         return metric
 
-    first = {rate: run_one(rate, shares[0], 1) for rate in rates}
+    first = {rate: run_one(rate, shares[0]) for rate in rates}
     extensions = 0
     while (further := design.beyond(first, greater, extensions, may_extend)) is not None and further not in first:
-        first[further] = run_one(further, shares[0], 1)
+        first[further] = run_one(further, shares[0])
         extensions += 1
     for rate in design.survivors(first, greater):
-        run_one(rate, shares[1], 2)
+        run_one(rate, shares[1])
     found = design.finished(method.arm, tried, greater, may_extend)
     found.save(path)
     return found

@@ -1,0 +1,205 @@
+"""A whole comparison with tiny models: one line from data to the card, its files, going on, and its rate search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from fulltune import comparing, pipeline, predict
+from fulltune.comparing import rates, trials
+from fulltune.errors import GuardStop, InterruptedRun, RecipeError
+from fulltune.recipe_file import load_recipe
+from fulltune.run_folder import find_or_make
+from fulltune.trials import Comparison, Trial, TrialResult
+from tests import tiny
+from tests.train.runs import in_this_process
+
+METHODS = ["base", {"kind": "full", "learning_rate": 3e-3}, {"kind": "lora", "learning_rate": 1e-2}]
+
+
+def job(
+    folder: Path, methods: list[Any], listener: Callable[[Mapping[str, Any]], None] = lambda event: None, **blocks: Any
+) -> pipeline.Run:
+    """A comparison of these methods in `folder/run`."""
+    if not (folder / "model").exists():
+        tiny.save_model(folder / "model", "bert")
+        tiny.write_jsonl(folder / "rows.jsonl", tiny.topic_rows(120))
+    path = tiny.write_recipe(
+        folder / "recipe.yaml",
+        folder / "model",
+        folder / "rows.jsonl",
+        methods=methods,
+        train={"num_train_epochs": 2},
+        compare={"seeds": 2, "margin": 0.05, **blocks.pop("compare", {})},
+        **blocks,
+    )
+    recipe = comparing.recipe_for(load_recipe(path))
+    found, _ = find_or_make(recipe, path.read_text(encoding="utf-8"), "run", folder / "run", False)
+    return pipeline.Run(recipe, found, listener=listener)
+
+
+def compare(job: pipeline.Run) -> comparing.Compared:
+    with in_this_process():
+        return comparing.run(job, "fulltune compare recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    """A comparison that was interrupted after its first trial, and finished by the same call."""
+    folder = tmp_path_factory.mktemp("compare")
+    seen: list[str] = []
+
+    def interrupt(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "comparison":
+            seen.append(event["text"])
+            if event["text"].startswith("lora: seed 1"):
+                raise InterruptedRun("interrupted by the test")
+
+    with pytest.raises(InterruptedRun):
+        compare(job(folder, METHODS, interrupt))
+    assert [path.name for path in (folder / "run" / "attempts").iterdir()] == ["full-seed42-01"]
+    return folder / "run", compare(job(folder, METHODS)).comparison
+
+
+def test_interrupted_comparison_goes_on_and_trains_nothing_twice(finished: tuple[Path, Comparison]) -> None:
+    folder, _ = finished
+    names = sorted(path.name for path in (folder / "attempts").iterdir())
+    assert names == ["full-seed42-01", "full-seed43-01", "lora-seed42-01", "lora-seed43-01"]
+
+
+def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]) -> None:
+    folder, first = finished
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("it trains again")
+
+    with mock.patch.object(trials, "train", fail):
+        assert compare(job(folder.parent, METHODS)).comparison == first
+
+
+def test_record_has_each_arm_with_what_it_cost(finished: tuple[Path, Comparison]) -> None:
+    folder, found = finished
+    rows = {row.arm: row for row in found.rows}
+    assert list(rows) == ["base", "full", "lora"]
+    assert rows["full"].seeds == rows["lora"].seeds == (42, 43)
+    assert rows["full"].num_trainable == rows["full"].num_parameters
+    saved = (folder / "models" / "lora" / "adapter_model.safetensors").stat().st_size
+    assert rows["lora"].saved_bytes == saved
+    assert 0 < rows["lora"].num_trainable < rows["full"].num_trainable
+    assert rows["lora"].train_flops > 0
+    assert rows["full"].drift is not None
+    assert found.decision.verdict in ("FULL", "PEFT", "EQUIVALENT", "UNDECIDED")
+    assert {one.rule for one in found.findings} >= {"rate-not-searched", "few-seeds"}
+    assert json.loads((folder / "proof.json").read_text(encoding="utf-8"))["decision"]["verdict"] in (
+        folder / "card.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_test_rows_are_opened_once_and_by_somebody(finished: tuple[Path, Comparison]) -> None:
+    folder, found = finished
+    (opening,) = found.openings
+    assert opening.trials == ("full-seed42", "full-seed43", "lora-seed42", "lora-seed43")
+    assert "@" in opening.by
+    assert opening.command == "fulltune compare recipe.yaml"
+    sealed = sorted(path.stem for path in (folder / "predictions" / "sealed").iterdir())
+    assert sealed == ["full-seed42", "full-seed43", "lora-seed42", "lora-seed43"]
+
+
+def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Comparison]) -> None:
+    """Predicting the test rows with `models/lora` gives the accuracy of one of its seeds."""
+    folder, found = finished
+    rows = [json.loads(line) for line in (folder.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = {row["text"]: row["label"] for row in rows}
+    from fulltune.store import load_texts
+
+    test = load_texts(folder / "data" / "test")
+    answers = predict.load(folder, "lora").predict([{"text": row["text"], "label": ""} for row in test])
+    right = np.mean([answer["label"] == texts[row["text"]] for answer, row in zip(answers, test, strict=True)])
+    lora = next(row for row in found.rows if row.arm == "lora")
+    assert any(abs(value - right) < 1e-9 for value in lora.values)
+
+
+def test_models_of_other_seeds_are_deleted(finished: tuple[Path, Comparison]) -> None:
+    folder, _ = finished
+    assert sorted(path.name for path in (folder / "models").iterdir()) == ["full", "lora"]
+
+
+# ---- the rate search -------------------------------------------------------------------------------------------
+
+
+def result_of(trial: Trial, metric: float) -> tuple[Any, Any, TrialResult]:
+    values = dict.fromkeys(("steps", "best_step", "peak_memory_bytes", "memory_growth_bytes", "tokens"), 1)
+    values |= dict.fromkeys(("num_parameters", "num_trainable", "saved_bytes"), 1)
+    more = {"train_seconds": 1.0, "tokens_per_second": 1.0, "train_flops": 1.0}
+    kind = {"device": "cpu", "precision": "fp32", "weights_dtype": "fp32"}
+    found = TrialResult(trial=trial, metric=metric, **values, **more, **kind)
+    return None, mock.Mock(model_folder="models/none"), found
+
+
+def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial], Any]:
+    """The trials of a search for LoRA's rate whose metric is this function, and its result."""
+    one = job(folder, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    asked: list[Trial] = []
+
+    def trained(_: Any, trial: Trial) -> tuple[Any, Any, TrialResult]:
+        asked.append(trial)
+        value = metric(trial)
+        if np.isnan(value):
+            raise GuardStop("the loss is not finite")
+        return result_of(trial, value)
+
+    with mock.patch.object(rates, "trained", trained):
+        found = rates.search(line, line.trained_arms[1], rates.expect(line))
+    return asked, found
+
+
+def test_search_best_in_the_middle_is_halved(tmp_path: Path) -> None:
+    asked, found = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 2e-3)))
+    assert [(one.learning_rate, round(one.share, 2)) for one in asked] == [
+        (6.3e-4, 0.05),
+        (2e-3, 0.05),
+        (6.3e-3, 0.05),
+        (2e-3, 0.15),
+        (6.3e-3, 0.15),
+    ]
+    assert (found.chosen, found.on_edge) == (2e-3, False)
+    assert all(one.searches for one in asked)
+
+
+def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path: Path) -> None:
+    asked, found = searched(
+        tmp_path, lambda trial: float("nan") if trial.learning_rate > 0.015 else trial.learning_rate
+    )
+    assert [one.learning_rate for one in asked if round(one.share, 2) == 0.05] == [6.3e-4, 2e-3, 6.3e-3, 0.02]
+    assert (found.chosen, found.on_edge) == (6.3e-3, False)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("methods", "problem"),
+    [
+        ([], "methods: names nothing to compare full fine-tuning with"),
+        (["base", "full"], "methods: names nothing to compare full fine-tuning with"),
+        (["base", "lora"], "methods: a comparison has 'full' exactly once"),
+    ],
+)
+def test_recipe_without_a_comparison_is_refused(tmp_path: Path, methods: list[Any], problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        job(tmp_path, methods)
+
+
+def test_lint_before_training_names_a_single_rate(tmp_path: Path) -> None:
+    recipe = job(tmp_path, METHODS).recipe
+    found = comparing.lint_recipe(recipe)
+    assert {(one.rule, one.where) for one in found} >= {("rate-not-searched", "full"), ("rate-not-searched", "lora")}
+    clean = job(tmp_path / "clean", ["base", "full", "lora"], compare={"seeds": 3})
+    assert comparing.lint_recipe(clean.recipe) == ()
