@@ -101,7 +101,7 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "looks": (_look(1, False), _look(2, False, dropped="prompt"), _look(3, True)),
         "findings": (),
         "openings": (_opening(),),
-        "claims": claims(rows, decision, 9002),
+        "claims": claims(rows, decision, 9002, None if decision.metric == "loss" else 1.0),
         "drift_unit": "nats per token" if loss else "1 - cosine",
         "drift_text": "docstrings of the Python standard library",
         "num_trials": 39,

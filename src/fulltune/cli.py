@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fulltune import cli_plan
-from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
+from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe_file import load_recipe
 
 if TYPE_CHECKING:
@@ -338,12 +338,18 @@ def _go(
     until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
 ) -> tuple[Path, Reached]:
     """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
-    recipe, found = _open(target, overrides, folder, fresh)
+    recipe, found = _open(target, overrides, folder, fresh, trains=until not in ("data", "plan"))
     return found, _reach(recipe, found, until, details)
 
 
-def _open(target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
-    """The recipe and its run folder."""
+def _open(
+    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, trains: bool = False
+) -> tuple[Recipe, Path]:
+    """The recipe and its run folder.
+
+    Raises:
+        RecipeError: When one method is to be trained and the recipe names several.
+    """
     from fulltune import run_folder
 
     if target.is_dir():
@@ -353,6 +359,11 @@ def _open(target: Path, overrides: list[str] | None, folder: Path | None, fresh:
         run_folder.refuse_with_functions(target, recipe)
     else:
         recipe = load_recipe(target, overrides or [])
+        if recipe.methods and trains:
+            raise RecipeError(
+                f"{target}: methods: names what to compare; run 'fulltune compare {target}', or remove 'methods' and "
+                "give one 'method'"
+            )
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
         found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
     err.print(f"[dim]{'continuing' if resumed else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)

@@ -16,8 +16,8 @@ from tests.train import runs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
-ONE_PROCESS = [path for path in RECIPES if path.stem not in ("zero3-offload", "plan-7b")]
-"""The others have tests of their own: one needs DeepSpeed, one has no weights (test_plan.py)."""
+ONE_PROCESS = [path for path in RECIPES if path.stem not in ("zero3-offload", "plan-7b", "compare-banking77")]
+"""The others have tests of their own: one needs DeepSpeed, one has no weights (test_plan.py), one compares."""
 OWN_ROWS = {
     "chat": ("chat", 40, ()),
     "regression": ("regression", 60, ()),
@@ -140,6 +140,47 @@ def test_example_runs_end_to_end(path: Path, tmp_path: Path, models: dict[str, P
     scores = [Scores.load(file) for file in (tmp_path / "run" / "scores").glob("*.json")]
     assert {score.kind for score in scores} >= {"trained"}
     assert len(scores) > 1
+
+
+def test_example_of_a_comparison_ends_with_verdict_and_card(tmp_path: Path, models: dict[str, Path]) -> None:
+    """One seed of each method at a given rate: the search has tests of its own."""
+    _stand_ins(tmp_path / "bench")
+    kinds = [{"kind": kind, "learning_rate": 1e-3} for kind in ("full", "lora", "adapter", "prompt")]
+    settings = {
+        "model": models["text-classification"],
+        "methods": json.dumps(["base", *kinds]),
+        "compare.seeds": 1,
+        "train.num_train_epochs": "null",
+        "train.max_steps": 2,
+        "train.device": "cpu",
+        "train.precision": "fp32",
+    }
+    options = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    path = EXAMPLES / "compare-banking77.yaml"
+    with runs.in_this_process():
+        result = fulltune("compare", path, "--run-folder", tmp_path / "run", *options)
+    assert result.code == 0, result.err
+    assert "UNDECIDED" in result.out
+    assert all((tmp_path / "run" / name).exists() for name in ("card.md", "card.html", "proof.json"))
+    assert sorted(folder.name for folder in (tmp_path / "run" / "models").iterdir()) == [
+        *("adapter", "full", "lora", "prompt")
+    ]
+
+
+def test_example_of_a_comparison_is_fair_by_its_lint() -> None:
+    result = fulltune("compare", EXAMPLES / "compare-banking77.yaml", "--lint")
+    assert (result.code, result.out.strip()) == (0, "nothing found that would make this comparison unfair")
+
+
+def test_comparison_recipe_is_not_run_as_one_method(tmp_path: Path) -> None:
+    path = EXAMPLES / "compare-banking77.yaml"
+    result = fulltune("run", path, "--run-folder", tmp_path / "run")
+    assert result.code == 2
+    assert result.problems == [
+        f"{path}: methods: names what to compare; run 'fulltune compare {path}', or remove 'methods' and give one "
+        "'method'"
+    ]
+    assert not (tmp_path / "run").exists()
 
 
 def test_classic_script_imports_only_two_names_of_ours() -> None:

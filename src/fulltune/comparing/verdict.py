@@ -125,7 +125,7 @@ def comparison_of(
         looks=tuple(looks),
         findings=lint(design_of(line, searches, results, looks, openings)),
         openings=openings,
-        claims=claims(rows, decision, summary.splits["train"].rows),
+        claims=claims(rows, decision, summary.splits["train"].rows, line.measure.span),
         drift_unit="nats per token" if summary.problem_type in drift.WRITERS else "1 - cosine",
         drift_text=line.texts[1],
         num_trials=len(finals) + sum(len(one.tried) for one in searches.values()),
