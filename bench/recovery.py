@@ -224,7 +224,7 @@ def eight_bit(seeds: int, folder: Path, held: int) -> bool:
         first = outcomes(here / "unlimited")[-1]
         plan = Request.load(next((here / "unlimited").glob("attempts/*/request.json"))).plan
         # A third of what 8-bit states save.
-        limit = held + first.memory_growth_bytes - int(plan.num_parameters * 6 * 2 / 3)
+        limit = held + first.memory_growth_bytes - plan.num_parameters * 6 // 3
         with limited(limit):
             pipeline.run(job(here, "limited", recipe), "train")
         for name, found in losses.items():
