@@ -110,7 +110,8 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     summary, task = reached.summary, task_named(job.recipe.task)
     target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
     torch.manual_seed(42)
-    untrained, tokenizer = attempt.load_for_training(job.recipe, task, target)
+    applied, tokenizer = attempt.load_for_training(job.recipe, task, target)
+    untrained = applied.model
     split = load_split(tmp_path / "run" / "data" / "train")
     first = GlobalBatchSampler(split["length"], 8, 8, 42, True).global_batches()[0]
     batch = task.collate([split[i] for i in first], tokenizer.pad_token_id)

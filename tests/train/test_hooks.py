@@ -255,7 +255,7 @@ def test_head_is_the_same_for_the_same_seed_and_another_for_another(tiny_encoder
 
     def head(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return load_for_training(recipe, text_classification, target)[0].classifier.weight.detach()
+        return load_for_training(recipe, text_classification, target)[0].model.classifier.weight.detach()
 
     assert torch.equal(head(1), head(1))
     assert not torch.equal(head(1), head(2))
