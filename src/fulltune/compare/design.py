@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fulltune.compare.precision import planned_detectable
 from fulltune.trials import Expectation, Search, Trial, Tried
 
 STEP = math.sqrt(10)
@@ -138,9 +139,6 @@ def without_search(arm: str, rate: float) -> Search:
 
 # ---- what it costs ---------------------------------------------------------------------------------------------
 
-USUAL_DISCORDANCE = 0.10
-"""Share of rows that one of two good methods has right and the other wrong: 5 to 10 % is common."""
-USUAL_SEED_SD = 0.005
 LEAST_SEEDS = 2
 SHORTEST = 0.1
 """Of a run: shorter ones say little about the whole."""
@@ -177,21 +175,13 @@ def seconds(costs: Mapping[str, Cost], seeds: int, search_share: float, start_se
     )
 
 
-def detectable(test_rows: int, seeds: int) -> float:
-    """Difference of shares that is found in 80 of 100 comparisons, with usual noise of rows and seeds.
-
-    2.8 standard errors (1.96 + 0.84) of a paired difference; Miller 2024, arXiv 2411.00640.
-    """
-    return 2.8 * math.sqrt(USUAL_DISCORDANCE / max(1, test_rows) + 2 * USUAL_SEED_SD**2 / max(1, seeds))
-
-
 def expected(
     costs: Mapping[str, Cost],
     seeds: int,
     search_share: float,
     start_seconds: float,
     test_rows: int,
-    metric_is_share: bool,
+    margin: float | None,
     budget_seconds: float | None = None,
 ) -> Expectation:
     """The design, made to fit a budget: first fewer seeds, then a shorter search, then shorter runs.
@@ -202,7 +192,7 @@ def expected(
         search_share: Share of a run's steps in the last round of a search.
         start_seconds: Of each process, beside its steps.
         test_rows: Rows that the verdict is made on.
-        metric_is_share: Differences of the metric are points out of 100.
+        margin: Differences of the metric that do not matter; None: it is no share, so that nothing usual is known.
         budget_seconds: Most time that it may take.
     """
     length, notes = 1.0, []
@@ -230,7 +220,9 @@ def expected(
         num_seeds=seeds,
         num_search_trials=sum(search_runs(one.num_rates) for one in costs.values()),
         seconds=round(takes(), 1),
-        detectable=detectable(test_rows, seeds) if metric_is_share else None,
+        detectable=None
+        if margin is None
+        else planned_detectable(test_rows, seeds, margin=margin, num_arms=max(1, len(costs) - 1)),
         notes=tuple(notes),
         length_share=length,
         search_share=search_share,

@@ -23,11 +23,11 @@ def expect(line: Line) -> Expectation:
         costs = {one.arm: design.Cost(_run_seconds(line, one.arm), len(_grid(line, one))) for one in line.trained_arms}
         seeds, _ = design.num_seeds(block.seeds, line.summary.splits["train"].rows)
         rows = line.summary.splits["test"].rows
-        is_share = line.measure.span == 1.0
-        found = design.expected(costs, seeds, block.search_share, START_SECONDS, rows, is_share, line.budget_seconds)
+        margin = block.margin if line.measure.span == 1.0 else None
+        found = design.expected(costs, seeds, block.search_share, START_SECONDS, rows, margin, line.budget_seconds)
         found.save(path)
-    margin = line.recipe.compare.margin
-    line.job.listener({"kind": "expectation", "expectation": found, "metric": line.measure.name, "margin": margin})
+    event = {"kind": "expectation", "expectation": found, "metric": line.measure.name}
+    line.job.listener(event | {"margin": line.recipe.compare.margin})
     return found
 
 

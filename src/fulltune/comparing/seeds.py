@@ -35,7 +35,7 @@ def run_seeds(line: Line, searches: Mapping[str, Search], expectation: Expectati
             line.say(f"{arm}: seed {number + 1} of at most {expectation.num_seeds}")
             results[arm].append(final(line, trial))
             keep_best_model(line, results[arm])
-        seen = _look(line, results, active, expectation)
+        seen = _look(line, results, expectation)
         looks.append(seen)
         seen.save(line.folder / FOLDER / "looks" / f"{number + 1}.json")
         line.say(f"after {number + 1} seed{'s' if number else ''}: {seen.reason}")
@@ -78,10 +78,10 @@ def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> 
     return found
 
 
-def _look(line: Line, results: Results, active: Sequence[str], expectation: Expectation) -> Look:
-    """Ask the eval rows whether the answer is clear."""
+def _look(line: Line, results: Results, expectation: Expectation) -> Look:
+    """Ask the eval rows whether the answer is clear; methods given up before count among those that are compared."""
     return look(
-        arm_items(line, results, OPEN, active),
+        arm_items(line, results, OPEN, list(results)),
         line.measure,
         margin=line.recipe.compare.margin,
         max_seeds=expectation.num_seeds,

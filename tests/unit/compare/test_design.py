@@ -7,6 +7,7 @@ import math
 import pytest
 
 from fulltune.compare import design
+from fulltune.compare.precision import planned_detectable
 from fulltune.trials import Tried
 
 
@@ -69,28 +70,28 @@ COSTS = {"full": design.Cost(100, 3), "lora": design.Cost(80, 3)}
 
 
 def test_expected_without_budget_is_the_whole_design() -> None:
-    found = design.expected(COSTS, 3, 0.15, 10, 3080, True)
+    found = design.expected(COSTS, 3, 0.15, 10, 3080, 0.01)
     search = 3 * 0.05 + 2 * 0.15
     assert found.seconds == pytest.approx(180 * (3 + search) + 2 * 10 * (3 + 5))
     assert (found.num_seeds, found.num_search_trials, found.length_share, found.notes) == (3, 10, 1.0, ())
-    assert found.detectable == pytest.approx(2.8 * math.sqrt(0.1 / 3080 + 2 * 0.005**2 / 3))
+    assert found.detectable == planned_detectable(3080, 3, margin=0.01, num_arms=1)
 
 
 @pytest.mark.parametrize(
     ("budget", "seeds", "share", "length"), [(800, 3, 0.15, 1.0), (600, 2, 0.15, 1.0), (560, 2, 0.075, 1.0)]
 )
 def test_expected_budget_takes_seeds_then_search(budget: float, seeds: int, share: float, length: float) -> None:
-    found = design.expected(COSTS, 3, 0.15, 10, 1000, True, budget)
+    found = design.expected(COSTS, 3, 0.15, 10, 1000, 0.01, budget)
     assert found.seconds <= budget
     assert (found.num_seeds, found.search_share, found.length_share) == (seeds, share, length)
 
 
 def test_expected_small_budget_shortens_the_runs_and_says_so() -> None:
-    found = design.expected(COSTS, 3, 0.15, 10, 1000, False, 300)
+    found = design.expected(COSTS, 3, 0.15, 10, 1000, None, 300)
     assert found.seconds == pytest.approx(300, rel=0.01)
     assert found.length_share < 1
     assert "the verdict is about such runs" in found.notes[-1]
     assert found.detectable is None
-    tiny = design.expected(COSTS, 3, 0.15, 10, 1000, False, 10)
+    tiny = design.expected(COSTS, 3, 0.15, 10, 1000, None, 10)
     assert tiny.length_share == design.SHORTEST
     assert "stops when the time is up" in tiny.notes[-1]
