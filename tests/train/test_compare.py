@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from fulltune import comparing, pipeline, predict
-from fulltune.comparing import rates, trials
+from fulltune.comparing import rates, seeds, trials
 from fulltune.errors import GuardStop, InterruptedRun, RecipeError
 from fulltune.recipe_file import load_recipe
 from fulltune.run_folder import find_or_make
-from fulltune.trials import Comparison, Trial, TrialResult
+from fulltune.trials import Comparison, Search, Trial, TrialResult, Tried
 from tests import tiny
 from tests.train.runs import in_this_process
 
@@ -175,10 +175,32 @@ def test_search_best_in_the_middle_is_halved(tmp_path: Path) -> None:
 
 def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path: Path) -> None:
     asked, found = searched(
-        tmp_path, lambda trial: float("nan") if trial.learning_rate > 0.015 else trial.learning_rate
+        tmp_path, lambda trial: float("nan") if trial.learning_rate > 0.015 else 100 * trial.learning_rate
     )
     assert [one.learning_rate for one in asked if round(one.share, 2) == 0.05] == [6.3e-4, 2e-3, 6.3e-3, 0.02]
     assert (found.chosen, found.on_edge) == (6.3e-3, False)
+
+
+def test_rate_that_comes_apart_in_a_whole_run_is_replaced_by_the_next_lower_one(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    found = Search(
+        arm="lora",
+        tried=tuple(Tried(learning_rate=rate, share=0.15, metric=0.9) for rate in (1e-3, 1e-2)),
+        chosen=1e-2,
+        reason="made up",
+    )
+    searches = {"lora": found}
+
+    def final(_: Any, trial: Trial) -> TrialResult:
+        return result_of(trial, 0.1 if trial.learning_rate == 1e-2 else 0.95)[2]
+
+    with mock.patch.object(seeds, "final", final):
+        result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
+    assert (result.metric, result.trial.learning_rate) == (0.95, 1e-3)
+    assert searches["lora"].chosen == 1e-3
+    assert "ended below its short trial" in searches["lora"].reason
+    assert Search.load(line.folder / "compare" / "searches" / "lora.json") == searches["lora"]
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
         extensions += 1
     for rate in design.survivors(first, greater):
         run_one(rate, shares[1])
-    found = design.finished(method.arm, tried, greater, may_extend)
+    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
+    found = design.finished(method.arm, tried, greater, may_extend, rows, is_share)
     found.save(path)
     return found
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,13 +16,16 @@ from fulltune.comparing.trials import final, keep_best_model
 from fulltune.evaluate import outputs
 from fulltune.store import clusters_of
 from fulltune.tasks import Target
-from fulltune.trials import Expectation, Search, TrialResult
+from fulltune.trials import Expectation, Search, Trial, TrialResult
 
 Results = dict[str, list[TrialResult]]
 
 
-def run_seeds(line: Line, searches: Mapping[str, Search], expectation: Expectation) -> tuple[Results, list[Look]]:
-    """Whole runs, seed by seed, until the eval rows say that the answer is clear, or the time is up."""
+def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation) -> tuple[Results, list[Look]]:
+    """Whole runs, seed by seed, until the eval rows say that the answer is clear, or the time is up.
+
+    `searches` changes where a whole run showed that the rate found is too high.
+    """
     results: Results = {arm: [] for arm in searches}
     looks: list[Look] = []
     active = list(searches)
@@ -33,7 +37,7 @@ def run_seeds(line: Line, searches: Mapping[str, Search], expectation: Expectati
                 line.say("the budget is used up: the verdict is made from what there is")
                 return results, looks
             line.say(f"{arm}: seed {number + 1} of at most {expectation.num_seeds}")
-            results[arm].append(final(line, trial))
+            results[arm].append(_first(line, searches, trial) if number == 0 else final(line, trial))
             keep_best_model(line, results[arm])
         seen = _look(line, results, expectation)
         looks.append(seen)
@@ -46,6 +50,23 @@ def run_seeds(line: Line, searches: Mapping[str, Search], expectation: Expectati
         if seen.enough:
             break
     return results, looks
+
+
+def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult:
+    """The first whole run of an arm, at a rate that holds for a whole run."""
+    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
+    greater, arm = line.measure.greater_is_better, trial.arm
+    while True:
+        result = final(line, trial)
+        lower = design.slower(searches[arm], result.metric, greater, rows, is_share)
+        if lower is None:
+            return result
+        reason = f"{trial.learning_rate:g} was best in the search, but a whole run with it ended below its short trial"
+        line.say(f"{arm}: {reason}; taking {lower:g}")
+        shutil.rmtree(line.folder / "models" / trial.name, ignore_errors=True)
+        searches[arm] = searches[arm].model_copy(update={"chosen": lower, "reason": reason})
+        searches[arm].save(line.folder / FOLDER / "searches" / f"{arm}.json")
+        trial = trial.model_copy(update={"learning_rate": lower})
 
 
 def _time_is_up(line: Line, arm: str, results: Results) -> bool:

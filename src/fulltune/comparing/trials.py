@@ -71,15 +71,16 @@ def _without_tables(listener: pipeline.Listener) -> pipeline.Listener:
 def final(line: Line, trial: Trial) -> TrialResult:
     """A whole run of an arm; what it gives for eval and test rows is kept, the test rows' part sealed."""
     path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
-    if not path.exists():
-        made, outcome, result = trained(line, trial)
-        with line.clocked(f"{trial.name}: rows"):
-            bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder)
-            found = outputs.outputs(bench, line.folder / str(outcome.model_folder), line.texts[0], line.most_tokens)
-            keep(line, trial.name, found)
-        result = result.model_copy(update={"seconds_per_row": found.seconds_per_row})
-        result.save(path)
-    return TrialResult.load(path)
+    if path.exists() and (found := TrialResult.load(path)).trial == trial:
+        return found
+    made, outcome, result = trained(line, trial)
+    with line.clocked(f"{trial.name}: rows"):
+        bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder)
+        given = outputs.outputs(bench, line.folder / str(outcome.model_folder), line.texts[0], line.most_tokens)
+        keep(line, trial.name, given)
+    result = result.model_copy(update={"seconds_per_row": given.seconds_per_row})
+    result.save(path)
+    return result
 
 
 def keep(line: Line, name: str, found: outputs.Outputs) -> None:

@@ -59,11 +59,34 @@ def test_finished_takes_the_best_of_the_longest_round() -> None:
         Tried(learning_rate=1e-4, share=0.15, metric=0.91),
         Tried(learning_rate=3e-4, share=0.15, metric=0.93),
     ]
-    found = design.finished("lora", tried, True, True)
+    found = design.finished("lora", tried, True, True, 1000, True)
     assert (found.chosen, found.on_edge) == (3e-4, False)
     assert found.reason == "best of 3 rates on the eval rows after 15% of the steps"
-    edge = design.finished("lora", tried[:3], True, True)
+    edge = design.finished("lora", tried[:3], True, True, 1000, True)
     assert (edge.chosen, edge.on_edge) == (1e-4, True)
+
+
+def test_finished_takes_the_lower_of_rates_that_are_as_good() -> None:
+    """The eval rows of Banking77 and LoRA's rates as they were measured."""
+    tried = [Tried(learning_rate=rate, share=0.15, metric=value) for rate, value in ((6.3e-3, 0.7527), (2e-3, 0.7498))]
+    found = design.finished("lora", tried, True, True, 1003, True)
+    assert found.chosen == 2e-3
+    assert found.reason.startswith("lowest of the best ones of 2 rates")
+    apart = [tried[0], tried[1].model_copy(update={"metric": 0.70})]
+    assert design.finished("lora", apart, True, True, 1003, True).chosen == 6.3e-3
+    losses = [Tried(learning_rate=rate, share=0.15, metric=value) for rate, value in ((1e-3, 2.0), (1e-4, 2.01))]
+    assert design.finished("lora", losses, False, True, 1003, False).chosen == 1e-4
+
+
+def test_slower_is_asked_for_when_a_whole_run_ends_below_its_short_trial() -> None:
+    tried = [Tried(learning_rate=rate, share=0.15, metric=0.75) for rate in (6.3e-3, 2e-3)]
+    search = design.finished("lora", tried, True, True, 1003, True).model_copy(update={"chosen": 6.3e-3})
+    assert design.slower(search, 0.02, True, 1003, True) == 2e-3
+    assert design.slower(search, 0.745, True, 1003, True) is None
+    assert design.slower(search, 0.91, True, 1003, True) is None
+    assert design.slower(search, math.nan, True, 1003, True) == 2e-3
+    assert design.slower(search.model_copy(update={"chosen": 2e-3}), 0.02, True, 1003, True) is None
+    assert design.slower(design.without_search("lora", 1e-3), 0.02, True, 1003, True) is None
 
 
 COSTS = {"full": design.Cost(100, 3), "lora": design.Cost(80, 3)}
