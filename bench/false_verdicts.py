@@ -30,7 +30,7 @@ from fulltune.compare import draws
 from fulltune.compare.items import Measure, measure_of
 from fulltune.compare.sequential import look, spent
 from fulltune.compare.verdict import ArmItems, decide
-from fulltune.compare_records import Decision, Difference
+from fulltune.compare_records import ArmKind, Decision, Difference
 from fulltune.tasks import Target
 
 ACCURACY, DISCORDANCE = 0.9, 0.1
@@ -111,9 +111,9 @@ def recorded(folder: Path) -> tuple[Source, int, int]:
 
 
 def items(arms: Arms) -> list[ArmItems]:
-    names = (("full", "full", 2.0), ("lora", "lora", 1.0))
+    names: tuple[tuple[str, ArmKind, float], ...] = (("full", "full", 2.0), ("lora", "lora", 1.0))
     return [
-        ArmItems(name, kind, [{"labels": np.ones(len(row), np.int64), "logits": _logits(row)} for row in right], cost)  # type: ignore[arg-type]
+        ArmItems(name, kind, [{"labels": np.ones(len(row), np.int64), "logits": _logits(row)} for row in right], cost)
         for (name, kind, cost), right in zip(names, arms, strict=True)
     ]
 

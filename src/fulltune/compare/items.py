@@ -83,8 +83,7 @@ def right_rows(task_name: TaskName, target: Target, kept: Predictions) -> np.nda
     """Whether each row is wholly right: bool [rows]; None where rows of the task are not simply right or wrong."""
     match task_name:
         case "text-classification" | "image-classification" if target.problem_type != "regression":
-            same = predict_labels(kept["logits"], target) == kept["labels"]
-            return same.all(axis=-1) if same.ndim > 1 else np.asarray(same)
+            return _right_classes(target, kept)
         case "multiple-choice":
             return np.asarray(kept["logits"].argmax(axis=-1) == kept["labels"])
         case "token-classification":
@@ -94,6 +93,11 @@ def right_rows(task_name: TaskName, target: Target, kept: Predictions) -> np.nda
             return question_answering.row_scores(kept)["exact_match"] == 1
         case _:
             return kept["exact_match"] == 1 if "exact_match" in kept else None
+
+
+def _right_classes(target: Target, kept: Predictions) -> np.ndarray:
+    same = predict_labels(kept["logits"], target) == kept["labels"]
+    return np.asarray(same.all(axis=-1) if same.ndim > 1 else same)
 
 
 # ---- ratios ----------------------------------------------------------------------------------------------------
@@ -147,7 +151,7 @@ def _classes(target: Target, metric: str) -> tuple[Count, Value] | None:
         case _, "mcc":
             return lambda kept: _flat(_matches(kept, target)), _mcc
         case _, "accuracy":
-            return _mean_of(lambda kept: right_rows("text-classification", target, kept).astype(float))  # type: ignore[union-attr]
+            return _mean_of(lambda kept: _right_classes(target, kept).astype(float))
     return None
 
 

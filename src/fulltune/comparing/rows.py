@@ -32,12 +32,11 @@ def rows_of(
     made = line.room(line.full.arm).plan
     rows = []
     if any(one.kind == "base" for one in line.recipe.methods) and base_value is not None:
-        of_base = scores.get(BASE)
-        estimate = (
-            Estimate(value=of_base.mean, low=of_base.low, high=of_base.high)
-            if of_base
-            else base.metrics[line.measure.name]  # type: ignore[union-attr]  # `base_value` came from it
-        )
+        if (of_base := scores.get(BASE)) is not None:
+            estimate = Estimate(value=of_base.mean, low=of_base.low, high=of_base.high)
+        else:
+            assert base is not None, "`base_value` came from it"
+            estimate = base.metrics[line.measure.name]
         rows.append(
             ArmRow(
                 arm=BASE,

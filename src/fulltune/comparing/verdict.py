@@ -37,8 +37,8 @@ def judge(
     line.say("opening the test rows")
     arms = [arm for arm in results if results[arm]]
     with line.clocked("verdict"):
-        base, baselines = untouched(line)
         openings = open_test_rows(line, [one.trial.name for arm in arms for one in results[arm]])
+        base, baselines = untouched(line)
         compared = arm_items(line, results, SEALED, arms)
         if (line.folder / SEALED / f"{BASE}.npz").exists():
             kept = outputs.load(line.folder / SEALED / f"{BASE}.npz")

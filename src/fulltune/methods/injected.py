@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from fulltune.errors import RecipeError
+from fulltune.out_of_memory import is_out_of_memory
 from fulltune.recipe import LoraMethod, PeftMethod, TaskName
 
 _FROM_VALUES = "what it trains follows from the weights' values, which the plan does not read"
@@ -81,6 +82,7 @@ def put_into(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads:
             targets = method.target_modules
             config: Any = LoraConfig(
                 r=method.rank,
+                # PEFT says `int`, and only divides it by the rank.
                 lora_alpha=2 * method.rank if method.alpha is None else method.alpha,  # type: ignore[arg-type]
                 lora_dropout=method.dropout,
                 use_rslora=method.rslora,
@@ -94,5 +96,7 @@ def put_into(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads:
             warnings.simplefilter("ignore")  # about transposed matrices and the like, which it sets right itself
             return get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):  # a RuntimeError as well, and no fault of the recipe
+            raise
         text = " ".join(str(error).split())[:300]
         raise RecipeError(f"method {method.arm}: PEFT cannot do it with {type(model).__name__}: {text}") from error
