@@ -32,7 +32,7 @@ class Arm:
     memory: float = 1.0
     saved: float = 1.0
     drift: float | None = None
-    dropped: str = ""
+    waited: bool = False
 
 
 CLASSIFICATION = (
@@ -41,7 +41,7 @@ CLASSIFICATION = (
     Arm("full", "full", 0.9249, 0.0085, 22_743_245, 2e-4, drift=0.0712),
     Arm("lora", "lora", 0.9215, 0.0088, 973_133, 2e-3, time=0.86, memory=0.62, saved=0.043, drift=0.0489),
     Arm("adapter", "adapter", 0.9227, 0.0086, 403_661, 2e-3, time=0.83, memory=0.57, saved=0.018, drift=0.0521),
-    Arm("prompt", "prompt", 0.7802, 0.03, 7_680, 3e-2, 2, 0.95, 0.71, 0.0004, 0.0102, "behind by 14.47 points"),
+    Arm("prompt", "prompt", 0.7802, 0.03, 7_680, 3e-2, 2, 0.95, 0.71, 0.0004, 0.0102, True),
 )
 LANGUAGE = (
     Arm("base", "base", 2.8713, 0.031, 0, seeds=0),
@@ -98,7 +98,7 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "searches": tuple(_search(arm) for arm in arms if arm.rate),
         "expectation": Expectation(arms=tuple(arm.name for arm in arms if arm.kind != "base"), num_seeds=5,
                                    num_search_trials=25, seconds=4000.0, detectable=None if loss else 0.0097),
-        "looks": (_look(1, False), _look(2, False, dropped="prompt"), _look(3, True)),
+        "looks": (_look(1, False), _look(2, False), _look(3, True)),
         "findings": (),
         "openings": (_opening(),),
         "claims": claims(rows, decision, 9002, None if decision.metric == "loss" else 1.0),
@@ -199,7 +199,7 @@ def _row(arm: Arm, full: Arm, base: Arm | None, sign: int) -> ArmRow:
         saved_bytes=round(90.9e6 * arm.saved) if trained else 0,
         drift=None if arm.drift is None else Estimate(value=arm.drift, low=arm.drift * 0.9, high=arm.drift * 1.1),
         seconds_per_row=0.00124 if trained else None,
-        dropped=arm.dropped,
+        waited=arm.waited,
     )
 
 
@@ -245,10 +245,11 @@ def _search(arm: Arm) -> Search:
     return Search(arm=arm.name, tried=(*first, *last), chosen=arm.rate, reason=why, on_edge=on_edge)
 
 
-def _look(seeds: int, enough: bool, dropped: str = "") -> Look:
-    steps = [ArmStep(arm="full", decision="enough" if enough else "more", reason="the answer is clear", chance=0.95)]
-    if dropped:
-        steps.append(ArmStep(arm=dropped, decision="drop", reason="behind by 14.47 points", chance=0.0))
+def _look(seeds: int, enough: bool) -> Look:
+    asked = seeds if enough else seeds + 1
+    steps = [ArmStep(arm="full", decision="enough" if enough else "more", seeds=asked, chance=0.95)]
+    if not enough:
+        steps.append(ArmStep(arm="prompt", decision="wait", seeds=1, chance=0.0))
     reason = "every answer is clear" if enough else "lora and adapter are open"
     return Look(num_seeds=seeds, max_seeds=5, spent=0.01, enough=enough, reason=reason, arms=tuple(steps))
 

@@ -34,8 +34,8 @@ class ArmDesign(Record):
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     train_tokens: int | None = None
     """That one trial of this arm sees; None: not known yet."""
-    dropped: bool = False
-    """Given up by the sequential rule, which explains fewer seeds."""
+    waited: bool = False
+    """The verdict did not hinge on it, which explains fewer seeds."""
 
 
 class ComparisonDesign(Record):
@@ -190,8 +190,10 @@ class ArmStep(Record):
     """What happens to an arm after a look at the development rows."""
 
     arm: str
-    decision: Literal["drop", "enough", "more"]
-    reason: str
+    decision: Literal["more", "wait", "enough"]
+    """`wait`: others go on, and the verdict does not hinge on this one for now."""
+    seeds: int
+    """That it is to have before the next look."""
     chance: float | None = None
     """Of a clear answer on the test rows were it stopped now; None: not known."""
 

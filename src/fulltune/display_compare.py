@@ -109,9 +109,8 @@ def _findings(comparison: Comparison) -> Iterator[Marked]:
         yield kind, "red" if kind == "Unfair" else "yellow", what
     for note in comparison.decision.notes:
         yield "note", "yellow", note
-    for row in comparison.rows:
-        if row.dropped:
-            yield "dropped", "dim", f"{row.arm} after {words.counted(len(row.seeds), 'seed')}: {row.dropped}"
+    if waited := proof_words.waited(comparison):
+        yield "note", "dim", waited
 
 
 # ---- the field -------------------------------------------------------------------------------------------------

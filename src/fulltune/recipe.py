@@ -455,6 +455,8 @@ class CompareBlock(Block):
     """Differences of the metric below this one do not matter to you."""
     seeds: int | None = Field(default=None, ge=1)
     """Seeds of each method at most; fewer where the answer is clear. Left out: 3, below 10,000 train rows 5."""
+    sequential: bool = True
+    """After each seed, ask the eval rows which methods need another one. False: all seeds for every method."""
     search_share: float = Field(default=0.15, gt=0, le=1)
     """Share of a run's steps for the best two rates of the rate search; before them each rate gets a third of it."""
     budget: str | None = None

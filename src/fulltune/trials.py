@@ -130,8 +130,8 @@ class ArmRow(Record):
     """On generic text, mean over texts and seeds."""
     seconds_per_row: float | None = None
     """To answer a test row, in batches."""
-    dropped: str = ""
-    """Why it got fewer seeds than others."""
+    waited: bool = False
+    """It has fewer seeds than others because the verdict did not hinge on it."""
 
 
 class Claim(Record):

@@ -181,7 +181,12 @@ def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path
     assert (found.chosen, found.on_edge) == (6.3e-3, False)
 
 
-def test_rate_that_comes_apart_in_a_whole_run_is_replaced_by_the_next_lower_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("guarded", "reason"), [(False, "ended below its short trial"), (True, "was stopped by a guard")]
+)
+def test_rate_that_comes_apart_in_a_whole_run_is_replaced_by_the_next_lower_one(
+    guarded: bool, reason: str, tmp_path: Path
+) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
     line = comparing.Line(one, pipeline.prepare(one), "test")
     found = Search(
@@ -193,13 +198,15 @@ def test_rate_that_comes_apart_in_a_whole_run_is_replaced_by_the_next_lower_one(
     searches = {"lora": found}
 
     def final(_: Any, trial: Trial) -> TrialResult:
+        if guarded and trial.learning_rate == 1e-2:
+            raise GuardStop("the loss came apart")
         return result_of(trial, 0.1 if trial.learning_rate == 1e-2 else 0.95)[2]
 
     with mock.patch.object(seeds, "final", final):
         result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
     assert (result.metric, result.trial.learning_rate) == (0.95, 1e-3)
     assert searches["lora"].chosen == 1e-3
-    assert "ended below its short trial" in searches["lora"].reason
+    assert reason in searches["lora"].reason
     assert Search.load(line.folder / "compare" / "searches" / "lora.json") == searches["lora"]
 
 

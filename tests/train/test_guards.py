@@ -17,7 +17,7 @@ from fulltune import pipeline
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
 from fulltune.records import DataSummary, Moved, Outcome, SplitSummary
 from fulltune.train import Hooks, attempts, checkpoints, distributed, worker
-from fulltune.train.guards import Reading, not_finite, nothing_learned, stopped_improving
+from fulltune.train.guards import Reading, came_apart, not_finite, nothing_learned, stopped_improving
 from fulltune.train.request import Request
 from fulltune.train.sampler import GlobalBatchSampler
 from tests import tiny
@@ -53,6 +53,29 @@ def test_not_finite_stops_unless_the_loss_scale_is_to_blame(
 
     assert verdict.action == action
     assert ("step 7" in verdict.reason) == (action == "stop")
+
+
+@pytest.mark.parametrize(
+    ("losses", "action"),
+    [
+        ([4.0] * 10 + [1.5] * 20 + [4.5] * 20, "stop"),
+        ([4.0] * 10 + [1.5] * 20 + [4.5] * 10, "go on"),  # too short to tell
+        ([4.0] * 10 + [1.5] * 20 + [9.0] * 8 + [1.5] * 12, "go on"),  # a spike that passed
+        ([4.0] * 10 + [1.5] * 20 + [3.9] * 20, "go on"),  # still better than at the beginning
+        ([2.0] * 10 + [1.6] * 20 + [2.5] * 20, "go on"),  # it had not fallen much
+        ([4.0] * 60, "go on"),
+        ([4.0] * 10 + [1.5] * 20, "go on"),
+    ],
+)
+def test_came_apart_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float], action: str) -> None:
+    verdict = came_apart(losses, 6.3e-3)
+
+    assert verdict.action == action
+    if action == "stop":
+        assert verdict.reason == (
+            "the loss came apart: it had fallen from 4 to 1.5, and the median of the last 20 logged ones is 4.5. "
+            "Usual cause: a learning rate that is too high (here 0.0063); take a third of it"
+        )
 
 
 @pytest.mark.parametrize(
@@ -302,6 +325,24 @@ def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_repo
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "at step 4" in report
     assert not (tmp_path / "run" / "models").exists()
+
+
+def test_loss_that_came_apart_stops_the_run(tiny_encoder: Path, tmp_path: Path) -> None:
+    step = [0]
+
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+        return loss * (1.0 if step[0] < 10 else 0.3 if step[0] < 20 else 3.0)
+
+    def listener(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "train":
+            step[0] = event["step"]
+
+    options = {"compute_loss": compute_loss, "listener": listener}
+    train = {"max_steps": 80, "logging_steps": 1}
+    with pytest.raises(GuardStop, match="the loss came apart: it had fallen from"):
+        runs.run(tmp_path, tiny_encoder, ROWS, train=train, options=options)
+    assert 36 <= step[0] <= 44
 
 
 def test_loss_that_is_not_finite_in_the_dry_run_stops_before_step_1(tiny_encoder: Path, tmp_path: Path) -> None:

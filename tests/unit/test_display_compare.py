@@ -36,7 +36,7 @@ def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     ]
     assert "> lora        4.3%  92.2% [91.3, 93.0]     +0.34 [-0.27, +0.95]      3" in lines
     assert "> lora     99.6%  3 min 53 s  0.86×  0.68×    0.62×  3.73 MiB  0.0489" in lines
-    assert "dropped  prompt after 2 seeds: behind by 14.47 points" in lines
+    assert "note  fewer seeds of prompt: the verdict did not hinge on them" in lines
     assert "does not hold  “LoRA costs a tenth of the compute”" in text
     assert "took          45 min 12 s in all, 10.0× one full run (4 min 31 s)" in lines
 

@@ -163,13 +163,17 @@ def slower(search: Search, metric: float, greater_is_better: bool, eval_rows: in
         eval_rows: How many there are.
         is_share: The metric is a share.
     """
-    of_chosen = [one for one in search.tried if one.learning_rate == search.chosen]
-    lower = [one.learning_rate for one in search.tried if one.learning_rate < search.chosen]
-    if not of_chosen or not lower:
+    of_chosen, lower = [one for one in search.tried if one.learning_rate == search.chosen], next_lower(search)
+    if not of_chosen or lower is None:
         return None
     reached = max(of_chosen, key=lambda one: one.share).metric
     behind = _oriented(reached, greater_is_better) - _oriented(metric, greater_is_better)
-    return max(lower) if behind > tolerance(reached, eval_rows, is_share) else None
+    return lower if behind > tolerance(reached, eval_rows, is_share) else None
+
+
+def next_lower(search: Search) -> float | None:
+    """The highest rate below the chosen one that was tried."""
+    return max((one.learning_rate for one in search.tried if one.learning_rate < search.chosen), default=None)
 
 
 def without_search(arm: str, rate: float) -> Search:

@@ -123,7 +123,7 @@ def _same(one: float, other: float) -> bool:
 def _few_seeds(design: ComparisonDesign) -> Iterator[Finding]:
     for arm in _trained(design):
         count = len(set(arm.seeds))
-        if count >= FEWEST_SEEDS or arm.dropped:
+        if count >= FEWEST_SEEDS or arm.waited:
             continue
         alone = count <= 1
         yield Finding(

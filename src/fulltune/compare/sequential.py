@@ -1,16 +1,23 @@
-"""After each seed: which arms are hopeless, and is the answer clear? A pure function of the development rows.
+"""After each seed: which methods need another one, and is the answer clear? A pure function of the development rows.
+
+All methods get one seed. Then the verdict hinges on full fine-tuning and on the best of the others, the *leader*: if it
+wins or is equal, that is the answer whatever the rest does. So only these two go on (a design that picks the winner,
+Thall, Simon and Ellenberg 1988), and the rest waits; when full beats the leader clearly, those that one seed does not
+clearly beat as well catch up, because FULL says that it beats all.
 
 Looking several times gives several chances to be wrong, also because the sealed rows are scored with the same trained
 models as the development rows. So each look may spend a part of alpha, and the parts sum up to alpha: whatever makes
 one stop, the chance of a wrong verdict on the sealed rows stays below their sum (Bonferroni over looks), if the last
 test is made at the part of the look after which it was stopped. Late looks get most (a power family of Hwang, Shih and
-DeCani's kind), because an answer after few seeds is rarely needed unless it is very clear.
+DeCani's kind), because an answer after few seeds is rarely needed unless it is very clear. Picking the leader costs
+nothing extra: the final test counts all methods (Holm).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
@@ -18,7 +25,7 @@ import numpy as np
 
 from fulltune.compare.draws import draw
 from fulltune.compare.items import Measure
-from fulltune.compare.precision import Precision, clear
+from fulltune.compare.precision import Precision
 from fulltune.compare.statistics import Uncertain, difference, seed_spreads
 from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import ArmStep, Look
@@ -31,16 +38,25 @@ _SURE = 0.95
 _HOPELESS = 0.2
 """Chance of a clear answer with all seeds below which more seeds are a waste. (Of equal arms it is about a tenth, that
 of the development rows and of the test rows both being unlucky.)"""
-_UNKNOWN_SEED_SD_IN_MARGINS = 3.0
-"""Before a second seed nothing is known of the spread between seeds; measured ones reach 2.6 points, so that three
-margins of a point are a wide guess. Only an arm that is far behind all the same is given up after one seed."""
+_CATCHING_UP = 0.25
+"""Part of a look's alpha that is kept for the look after others have caught up, where there are several rivals."""
 
 
-def spent(num_seeds: int, max_seeds: int, alpha: float) -> float:
-    """Part of alpha that the look after so many seeds may spend; over 1 to `max_seeds` they sum up to alpha."""
+def spent(num_seeds: int, max_seeds: int, alpha: float, num_rivals: int = 1, *, caught_up: bool = False) -> float:
+    """Part of alpha that the look after so many seeds may spend; over 1 to `max_seeds` they sum up to alpha.
+
+    Args:
+        num_seeds: Of full fine-tuning and the leader.
+        max_seeds: Planned.
+        alpha: Of the whole comparison.
+        num_rivals: Methods that full is compared with; of several some may catch up, and are looked at again.
+        caught_up: This is that second look.
+    """
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     share = (num_seeds / max_seeds) ** _LATE - ((num_seeds - 1) / max_seeds) ** _LATE
+    if num_rivals > 1:
+        share *= _CATCHING_UP if caught_up else 1 - _CATCHING_UP
     return alpha * share
 
 
@@ -58,8 +74,8 @@ def look(
     """Decide about each arm after another seed.
 
     Args:
-        arms: What each arm's trials kept of the development rows. Exactly one is `full`, whose number of trials is
-            that of the look; arms with fewer were given up before.
+        arms: What each arm's trials kept of the development rows. Exactly one is `full`; it and the leader have the
+            most trials.
         measure: The metric.
         margin: See the recipe.
         max_seeds: Planned for each arm.
@@ -71,69 +87,117 @@ def look(
     (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
     counts = [len(arm.trials) for arm in arms]
     now = counts[full]
-    level = spent(now, max_seeds, alpha)
     drawn = draw(measure, [arm.trials for arm in arms], clusters, samples)
-    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms], _UNKNOWN_SEED_SD_IN_MARGINS * margin)
-    rows_factor = (test_rows or drawn.num_rows) / drawn.num_rows
-
-    def minus(one: int, other: int) -> Uncertain:
-        return difference(drawn, one, other, spreads, measure.sign, measure.span)
-
+    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
     rivals = [place for place, arm in enumerate(arms) if arm.decides]
-    given_up = {place for place in rivals if counts[place] < now}
-    share, last = (part / max(1, len(rivals)) for part in (level, spent(max_seeds, max_seeds, alpha)))
-    best = max(range(len(arms)), key=lambda place: measure.sign * float(drawn.point[place].mean()))
-    dropped: dict[int, float] = {}
-    chances, possible = {}, {}
+    abreast = [place for place in rivals if counts[place] == now]
+    level = spent(now, max_seeds, alpha, len(rivals), caught_up=now > 1 and len(abreast) > 1)
+    parts = [part / max(1, len(rivals)) for part in (level, spent(max_seeds, max_seeds, alpha, len(rivals)))]
+    rows_factor = (test_rows or drawn.num_rows) / drawn.num_rows
+    outlooks = {}
     for place in rivals:
-        gap = minus(full, place)
-        kept = counts[place] if place in given_up else max_seeds
-        chances[place] = 0.0 if now == 1 else _chance(gap, margin, share, rows_factor, (now, counts[place]))
-        possible[place] = _chance(gap, margin, last, rows_factor, (max_seeds, kept))
-        alone = _chance(gap, margin, last, rows_factor, (max_seeds, counts[place]))
-        # It would have to be better than it looks by more than its share of alpha allows, and the seeds that it has
-        # must do for the last test.
-        behind = minus(best, place) if place != best else None
-        if behind is not None and behind.below(margin) <= share and alone >= _SURE:
-            dropped[place] = behind.estimate
-    enough, reason = _enough(arms, rivals, chances, possible, now, max_seeds)
+        gap = difference(drawn, full, place, spreads, measure.sign, measure.span)
+
+        def chances(level: float, of_full: int, of_rival: int, gap: Uncertain = gap) -> Chances:
+            # One seed each tells nothing about the spread between seeds.
+            return _chances(gap, margin, level, rows_factor, (of_full, of_rival)) if now > 1 else NOTHING_KNOWN
+
+        outlooks[place] = Outlook(
+            name=arms[place].name,
+            score=measure.sign * float(drawn.point[place].mean()),
+            cost=arms[place].cost,
+            abreast=place in abreast,
+            now=chances(parts[0], now, counts[place]),
+            with_all=chances(parts[1], max_seeds, max_seeds if place in abreast else counts[place]).clear,
+        )
+    asked, reason = _asked(arms[full].name, list(outlooks.values()), now, max_seeds)
     steps = []
     for place, arm in enumerate(arms):
-        decision: Literal["drop", "enough", "more"] = "enough" if enough else "more"
-        why = reason
-        if not enough and place in given_up:
-            decision, why = "drop", "given up before"
-        elif not enough and place in dropped:
-            decision = "drop"
-            why = f"{dropped[place]:.4g} behind {arms[best].name} on the development rows: no seed makes up for it"
-        steps.append(ArmStep(arm=arm.name, decision=decision, reason=why, chance=chances.get(place)))
-    return Look(num_seeds=now, max_seeds=max_seeds, spent=level, enough=enough, reason=reason, arms=tuple(steps))
+        found = outlooks.get(place)
+        wanted = asked.get(arm.name, counts[place])
+        decision: Literal["more", "wait", "enough"] = "wait" if asked else "enough"
+        steps.append(
+            ArmStep(
+                arm=arm.name,
+                decision="more" if wanted > counts[place] else decision,
+                seeds=wanted,
+                chance=found.now.clear if found is not None and now > 1 else None,
+            )
+        )
+    return Look(num_seeds=now, max_seeds=max_seeds, spent=level, enough=not asked, reason=reason, arms=tuple(steps))
 
 
-def _enough(
-    arms: Sequence[ArmItems],
-    rivals: Sequence[int],
-    chances: dict[int, float],
-    possible: dict[int, float],
-    num_seeds: int,
-    max_seeds: int,
-) -> tuple[bool, str]:
-    if num_seeds >= max_seeds:
-        return True, "all seeds that were planned"
-    if num_seeds == 1:
-        return False, "one seed tells nothing about the spread between seeds"
-    # FULL takes all arms, PEFT and EQUIVALENT take one; to be sure, each must have a clear answer.
-    if all(chances[place] >= _SURE for place in rivals):
-        return True, "clear: the test rows would very likely say the same"
+@dataclass(frozen=True)
+class Chances:
+    """Of each clear answer about full fine-tuning and one rival on the sealed rows."""
+
+    full: float
+    equal: float
+    rival: float
+
+    @property
+    def clear(self) -> float:
+        return self.full + self.equal + self.rival
+
+    @property
+    def full_wins(self) -> bool:
+        """The answer is clear, and it is most likely that full is better."""
+        return self.clear >= _SURE and self.full >= max(self.equal, self.rival)
+
+    @property
+    def full_does_not_win(self) -> bool:
+        return self.clear >= _SURE and not self.full_wins
+
+
+NOTHING_KNOWN = Chances(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is expected of one rival."""
+
+    name: str
+    score: float
+    """On the development rows; higher is better."""
+    cost: float
+    abreast: bool
+    """It has as many seeds as full: the leader, and whoever caught up."""
+    now: Chances
+    """Were it stopped now."""
+    with_all: float
+    """Chance of a clear answer with all seeds that were planned."""
+
+
+def _asked(full: str, rivals: Sequence[Outlook], now: int, max_seeds: int) -> tuple[dict[str, int], str]:
+    """How many seeds which methods are to have before the next look, none when it is enough; and why."""
+    if now >= max_seeds == 1:
+        return {}, "all seeds that were planned"
+    if now == 1:
+        leader = max(rivals, key=lambda one: (one.score, -one.cost)).name
+        return {full: 2, leader: 2}, f"{leader} leads the others; one seed tells nothing about the spread between seeds"
+    abreast = [one for one in rivals if one.abreast]
+    if any(one.now.full_does_not_win for one in abreast):
+        return {}, "clear: the test rows would very likely say the same"
+    if all(one.now.full_wins for one in abreast):
+        late = [one.name for one in rivals if not one.abreast and not one.now.full_wins]
+        if not late:
+            return {}, "clear: the test rows would very likely say the same"
+        if len(abreast) == 1:
+            return dict.fromkeys(
+                late, now
+            ), f"full beats the leader; whether it beats {', '.join(late)} as well is open"
+    if now >= max_seeds:
+        return {}, "all seeds that were planned"
     # Two seeds say too little about their spread to give up because of it.
-    if num_seeds > 2 and all(max(possible[place], chances[place]) < _HOPELESS for place in rivals):
-        return True, "more seeds would hardly decide: the rows are too few for these differences"
-    open_ones = [arms[place].name for place in rivals if chances[place] < _SURE]
-    return False, f"not clear yet: {', '.join(open_ones)}"
+    if now > 2 and all(max(one.with_all, one.now.clear) < _HOPELESS for one in abreast):
+        return {}, "more seeds would hardly decide: the rows are too few for these differences"
+    names = [one.name for one in abreast if one.now.clear < _SURE]
+    more = {one.name: now + 1 for one in abreast}
+    return {full: now + 1, **more}, f"not clear yet: {', '.join(names)}"
 
 
-def _chance(gap: Uncertain, margin: float, level: float, rows_factor: float, seeds: tuple[int, int]) -> float:
-    """Chance that the sealed rows give a clear answer with so many seeds of full and the arm, from what is seen now.
+def _chances(gap: Uncertain, margin: float, level: float, rows_factor: float, seeds: tuple[int, int]) -> Chances:
+    """Chances that the sealed rows give a clear answer with so many seeds of full and the arm, from what is seen now.
 
     The trained models are the same, so what differs on the sealed rows is the rows' part; with further seeds the
     seeds' part as well.
@@ -142,19 +206,23 @@ def _chance(gap: Uncertain, margin: float, level: float, rows_factor: float, see
     then = now.with_seeds(seeds).with_rows(rows_factor)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(now.row_variance + then.row_variance + max(0.0, now.seed_variance - then.seed_variance))
-    chances = [
-        _chance_at(gap.estimate, scatter, then.half_width(level, seen), then.half_width(2 * level, seen), margin)
+    found = [
+        _chances_at(gap.estimate, scatter, then.half_width(level, seen), then.half_width(2 * level, seen), margin)
         for seen in then.luck(same_seeds=same_seeds)
     ]
-    return sum(chances) / len(chances)
+    count = len(found)
+    return Chances(*(sum(one[place] for one in found) / count for place in range(3)))
 
 
-def _chance_at(estimate: float, scatter: float, half: float, half_one_sided: float, margin: float) -> float:
-    """The same with the interval's half width known."""
-    if scatter == 0:
-        return float(clear(estimate, half, half_one_sided, margin))
-    normal = NormalDist(estimate, scatter)
+def _chances_at(
+    estimate: float, scatter: float, half: float, half_one_sided: float, margin: float
+) -> tuple[float, float, float]:
+    """The same with the interval's half width known: full better, equal, rival better."""
     needed, room = max(margin, half), margin - half_one_sided
-    differs = (1 - normal.cdf(needed)) + normal.cdf(-needed)
+    if scatter == 0:
+        differs = abs(estimate) >= margin and abs(estimate) > half
+        within = not differs and abs(estimate) < room
+        return float(differs and estimate > 0), float(within), float(differs and estimate < 0)
+    normal = NormalDist(estimate, scatter)
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0
-    return min(1.0, differs + equal)
+    return 1 - normal.cdf(needed), min(equal, 1.0), normal.cdf(-needed)

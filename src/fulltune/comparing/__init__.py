@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fulltune import model, pipeline, plan, report, run_folder
+from fulltune import model, pipeline, plan, report, run_folder, train
 from fulltune.compare import design
 from fulltune.compare.lint import lint
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
@@ -92,10 +92,10 @@ def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
     Raises:
         FulltuneError: One of its kinds; the same command goes on.
     """
-    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+    with run_folder.writing(job.folder), run_folder.locked(job.folder), train.nursery() as start:
         summary = pipeline.prepare(job)
         text = budget or job.recipe.compare.budget
-        line = Line(job, summary, command, parse_seconds(text) if text else None)
+        line = Line(job, summary, command, parse_seconds(text) if text else None, start)
         expectation = expect(line)
         searches = {one.arm: search(line, one, expectation) for one in line.trained_arms}
         results, looks = run_seeds(line, searches, expectation)

@@ -19,6 +19,7 @@ from fulltune.generic_text import generic_texts
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan
 from fulltune.tasks import Target, task_named
+from fulltune.train import Starter, in_new_process
 from fulltune.trials import Trial
 
 FOLDER = "compare"
@@ -50,6 +51,10 @@ class Line:
     summary: DataSummary
     command: str
     budget_seconds: float | None = None
+    start: Starter = in_new_process
+    """How a trial's process is started."""
+    passed: set[str] = field(default_factory=set)
+    """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
     _rooms: dict[str, Room] = field(default_factory=dict)
 
     @property

@@ -26,7 +26,7 @@ def rows_of(
     base: Scores | None,
 ) -> tuple[ArmRow, ...]:
     scores = {one.arm: one for one in decision.scores}
-    dropped = {step.arm: step.reason for seen in looks for step in seen.arms if step.decision == "drop"}
+    waited = waiting(looks)
     base_value = _base_value(line, scores.get(BASE), base)
     full_value = scores[line.full.arm].mean
     made = line.room(line.full.arm).plan
@@ -77,10 +77,15 @@ def rows_of(
                 saved_bytes=found[0].saved_bytes,
                 drift=_drift(line, found),
                 seconds_per_row=mean(one.seconds_per_row or 0.0 for one in found),
-                dropped=dropped.get(arm, ""),
+                waited=arm in waited,
             )
         )
     return tuple(rows)
+
+
+def waiting(looks: Sequence[Look]) -> set[str]:
+    """Methods that have fewer seeds because the verdict did not hinge on them."""
+    return {step.arm for step in looks[-1].arms if step.seeds < looks[-1].num_seeds} if looks else set()
 
 
 def _base_value(line: Line, of_rows: Any, base: Scores | None) -> float | None:
@@ -118,7 +123,7 @@ def design_of(
     line: Line, searches: Mapping[str, Search], results: Results, looks: Sequence[Look], openings: Sequence[Opening]
 ) -> ComparisonDesign:
     """What the lint looks at."""
-    dropped = {step.arm for seen in looks for step in seen.arms if step.decision == "drop"}
+    waited = waiting(looks)
     arms = []
     for arm, found in results.items():
         method, made = line.room(arm).arm, line.room(arm).plan
@@ -133,7 +138,7 @@ def design_of(
                 weights_dtype=made.weights_dtype,
                 bf16_rounding=made.bf16_rounding,
                 train_tokens=found[0].tokens if found else None,
-                dropped=arm in dropped,
+                waited=arm in waited,
             )
         )
     return ComparisonDesign(

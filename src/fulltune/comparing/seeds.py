@@ -13,6 +13,7 @@ from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import Look
 from fulltune.comparing.line import FOLDER, OPEN, Line
 from fulltune.comparing.trials import final, keep_best_model
+from fulltune.errors import GuardStop
 from fulltune.evaluate import outputs
 from fulltune.store import clusters_of
 from fulltune.tasks import Target
@@ -28,27 +29,28 @@ def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation)
     """
     results: Results = {arm: [] for arm in searches}
     looks: list[Look] = []
-    active = list(searches)
-    for number in range(expectation.num_seeds):
-        seed = line.recipe.train.seed + number
-        for arm in list(active):
-            trial = design.final_trial(arm, searches[arm].chosen, seed, expectation.length_share)
-            if _time_is_up(line, arm, results):
-                line.say("the budget is used up: the verdict is made from what there is")
-                return results, looks
-            line.say(f"{arm}: seed {number + 1} of at most {expectation.num_seeds}")
-            results[arm].append(_first(line, searches, trial) if number == 0 else final(line, trial))
-            keep_best_model(line, results[arm])
+    all_at_once = not line.recipe.compare.sequential
+    asked = dict.fromkeys(searches, expectation.num_seeds if all_at_once else 1)
+    while asked:
+        for number in range(max(asked.values())):
+            for arm in [arm for arm in asked if len(results[arm]) == number < asked[arm]]:
+                if _time_is_up(line, arm, results):
+                    line.say("the budget is used up: the verdict is made from what there is")
+                    return results, looks
+                trial = design.final_trial(
+                    arm, searches[arm].chosen, line.recipe.train.seed + number, expectation.length_share
+                )
+                line.say(f"{arm}: seed {number + 1} of at most {expectation.num_seeds}")
+                results[arm].append(_first(line, searches, trial) if number == 0 else final(line, trial))
+                keep_best_model(line, results[arm])
+        if all_at_once:
+            break
         seen = _look(line, results, expectation)
         looks.append(seen)
-        seen.save(line.folder / FOLDER / "looks" / f"{number + 1}.json")
-        line.say(f"after {number + 1} seed{'s' if number else ''}: {seen.reason}")
-        for step in seen.arms:
-            if step.decision == "drop":
-                line.say(f"{step.arm}: no further seeds: {step.reason}")
-        active = [arm for arm in active if seen.step(arm).decision == "more"]
-        if seen.enough:
-            break
+        seen.save(line.folder / FOLDER / "looks" / f"{len(looks)}.json")
+        count = seen.num_seeds
+        line.say(f"after {count} seed{'s' if count > 1 else ''}: {seen.reason}")
+        asked = {step.arm: step.seeds for step in seen.arms if step.decision == "more"}
     return results, looks
 
 
@@ -57,13 +59,22 @@ def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult
     rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
     greater, arm = line.measure.greater_is_better, trial.arm
     while True:
-        result = final(line, trial)
-        lower = design.slower(searches[arm], result.metric, greater, rows, is_share)
-        if lower is None:
-            return result
-        reason = f"{trial.learning_rate:g} was best in the search, but a whole run with it ended below its short trial"
+        try:
+            result = final(line, trial)
+        except GuardStop as stop:
+            lower = design.next_lower(searches[arm])
+            if lower is None:
+                raise
+            line.say(f"{trial.name}: {stop.problems[0]}")
+            reason = f"{trial.learning_rate:g} was best in the search, but a whole run with it was stopped by a guard"
+        else:
+            lower = design.slower(searches[arm], result.metric, greater, rows, is_share)
+            if lower is None:
+                return result
+            reason = f"{trial.learning_rate:g} was best in the search, but a whole run ended below its short trial"
         line.say(f"{arm}: {reason}; taking {lower:g}")
-        shutil.rmtree(line.folder / "models" / trial.name, ignore_errors=True)
+        for folder in ("models", "checkpoints"):
+            shutil.rmtree(line.folder / folder / trial.name, ignore_errors=True)
         searches[arm] = searches[arm].model_copy(update={"chosen": lower, "reason": reason})
         searches[arm].save(line.folder / FOLDER / "searches" / f"{arm}.json")
         trial = trial.model_copy(update={"learning_rate": lower})
@@ -100,7 +111,7 @@ def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> 
 
 
 def _look(line: Line, results: Results, expectation: Expectation) -> Look:
-    """Ask the eval rows whether the answer is clear; methods given up before count among those that are compared."""
+    """Ask the eval rows whether the answer is clear."""
     return look(
         arm_items(line, results, OPEN, list(results)),
         line.measure,

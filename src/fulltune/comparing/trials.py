@@ -21,7 +21,9 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
     made = line.trial_plan(trial, recipe)
     made.save(line.folder / made.file)
     with line.clocked(trial.name):
-        outcome = train(recipe, made, line.folder, Hooks(), _without_tables(line.job.listener))
+        listener, dry_run = _without_tables(line.job.listener), trial.arm not in line.passed
+        outcome = train(recipe, made, line.folder, Hooks(), listener, start=line.start, dry_run=dry_run)
+    line.passed.add(trial.arm)
     made = Plan.load(line.folder / made.file)  # changed when memory ran out
     model_folder = line.folder / str(outcome.model_folder)
     room = line.room(trial.arm)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from fulltune.recipe import Method
 
 Chosen = tuple[float, str]
+ADAPTER_TIMES = 20.0
+"""1e-3 where full takes 5e-5 (Houlsby et al. 2019: up to 3e-3); MiniLM-L6, 2e-4, was best at 1e-2 (docs/log.md)."""
 LORA_TIMES = 10.0
 """Its best rate over full fine-tuning's, on average (Schulman et al. 2025)."""
 WRITING_TASKS = ("causal-lm", "seq2seq")
@@ -39,7 +41,7 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> C
         case "head":
             return 1e-3, "usual for a head alone"
         case "adapter":
-            return 1e-3, "usual for adapters (Houlsby et al. 2019: 3e-5 to 3e-3)"
+            return ADAPTER_TIMES * full, f"{ADAPTER_TIMES:g} times full fine-tuning's, {full:g}: {why}"
         case "prompt":
             return 3e-2, "virtual tokens are few and need long steps (Lester et al. 2021: 0.3 with Adafactor)"
         case "peft":

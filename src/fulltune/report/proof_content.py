@@ -113,11 +113,8 @@ def difference_of(row: ArmRow, comparison: Comparison) -> Difference | None:
 
 def _field(comparison: Comparison) -> Section:
     blocks: list[Block] = [_quality(comparison), _cost(comparison)]
-    stopped = [
-        f"{row.arm}: no further seeds after {len(row.seeds)}: {row.dropped}" for row in comparison.rows if row.dropped
-    ]
-    if stopped:
-        blocks.append(Bullets(tuple(stopped)))
+    if waited := proof_words.waited(comparison):
+        blocks.append(Bullets((waited,)))
     return Section("field", "The field", tuple(blocks))
 
 
@@ -375,8 +372,6 @@ def _looks(comparison: Comparison) -> list[str]:
     said = []
     for look in comparison.looks:
         said.append(f"{words.counted(look.num_seeds, 'seed')} of at most {look.max_seeds}: {look.reason}")
-        ended = [step for step in look.arms if step.decision != "more"]
-        said += [f"{step.arm}: {'dropped' if step.decision == 'drop' else 'enough'}: {step.reason}" for step in ended]
     return said
 
 

@@ -170,7 +170,13 @@ def spent(comparison: Comparison) -> tuple[str, str]:
 def seeds_of(row: ArmRow) -> str:
     if not row.seeds:
         return NOTHING
-    return f"{len(row.seeds)}, dropped" if row.dropped else str(len(row.seeds))
+    return str(len(row.seeds))
+
+
+def waited(comparison: Comparison) -> str:
+    """Which methods got fewer seeds, and why; empty when none did."""
+    names = [row.arm for row in comparison.rows if row.waited]
+    return f"fewer seeds of {', '.join(names)}: the verdict did not hinge on them" if names else ""
 
 
 def full_of(comparison: Comparison) -> ArmRow | None:

@@ -2,5 +2,6 @@
 
 from fulltune.train.attempts import Listener, train
 from fulltune.train.hooks import Hooks
+from fulltune.train.starting import Starter, in_new_process, nursery
 
-__all__ = ["Hooks", "Listener", "train"]
+__all__ = ["Hooks", "Listener", "Starter", "in_new_process", "nursery", "train"]

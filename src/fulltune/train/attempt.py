@@ -22,7 +22,7 @@ from fulltune.store import load_split
 from fulltune.tasks import LossSettings, Target, Task, task_named
 from fulltune.train import checkpoints, distributed, dropout, extensions, weights
 from fulltune.train.arguments import training_arguments
-from fulltune.train.callbacks import AtBegin, Phases, Recorder, Schedule, Seals, StopWhenAsked
+from fulltune.train.callbacks import AtBegin, Phases, Recorder, Schedule, Seals, StaysTogether, StopWhenAsked
 from fulltune.train.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.dry_run import dry_run
 from fulltune.train.guards import nothing_learned, stopped_improving
@@ -194,6 +194,7 @@ def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
         trained_only=recipe.method.kind != "full",
         callbacks=[
             attempt.recorder,
+            StaysTogether(),
             Schedule(
                 plan.metric,
                 plan.greater_is_better,
@@ -262,7 +263,7 @@ def _check(attempt: Attempt, rows: Any, eval_rows: Any) -> None:
         pieces_asked=attempt.recipe.train.chunked_loss is True,
     )
     passed = all(check.passed for check in attempt.checks)
-    if attempt.sharing is None and passed:
+    if attempt.sharing is None and passed and attempt.request.dry_run:
         _dry_run(attempt, rows, eval_rows)
     if attempt.sharing is None or not passed:
         refuse_failed(attempt.checks, attempt.recorder)

@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, Interrupt
 from fulltune.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.recipe import Recipe
 from fulltune.records import Outcome, OutcomeStatus, Plan
-from fulltune.train import checkpoints, distributed
+from fulltune.train import checkpoints, distributed, starting
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal, phase_of
 from fulltune.train.ladder import Need
@@ -31,7 +30,16 @@ Listener = Callable[[Event], None]
 _POLL_SECONDS = 0.1
 
 
-def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: Listener, need: Need = unknown) -> Outcome:
+def train(
+    recipe: Recipe,
+    plan: Plan,
+    folder: Path,
+    hooks: Hooks,
+    listener: Listener,
+    need: Need = unknown,
+    start: starting.Starter = starting.in_new_process,
+    dry_run: bool = True,
+) -> Outcome:
     """Train one trial, in as many attempts as `next_attempt` allows.
 
     A changed plan takes the place of the old one in the run folder, so that a later command does not start with what
@@ -44,6 +52,8 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
         hooks: The user's functions; `compute_loss` and `class_weights` make it train in this process.
         listener: Called with each line of `metrics.jsonl` as it appears, and with `{"kind": "attempt", ...}`.
         need: The memory of a changed plan, by the plan stage's arithmetic.
+        start: How a worker is started.
+        dry_run: False when a trial with the same shapes has passed it: the first attempt leaves it out.
 
     Returns:
         The outcome of the last attempt, with status `done`.
@@ -62,7 +72,8 @@ def train(recipe: Recipe, plan: Plan, folder: Path, hooks: Hooks, listener: List
     tried: list[str] = []
     change = Change(plan, resume=True)
     while True:
-        outcome = _attempt(recipe, change, folder, len(done) + len(history) + 1, hooks, listener)
+        number = len(done) + len(history) + 1
+        outcome = _attempt(recipe, change, folder, number, hooks, listener, start, dry_run or bool(history))
         history.append(outcome)
         if outcome.status == "done":
             _tidy(folder, plan.trial)
@@ -100,7 +111,16 @@ def _tidy(folder: Path, trial: str) -> None:
         (attempt / "initial.safetensors").unlink(missing_ok=True)
 
 
-def _attempt(recipe: Recipe, change: Change, folder: Path, number: int, hooks: Hooks, listener: Listener) -> Outcome:
+def _attempt(
+    recipe: Recipe,
+    change: Change,
+    folder: Path,
+    number: int,
+    hooks: Hooks,
+    listener: Listener,
+    start: starting.Starter,
+    dry_run: bool,
+) -> Outcome:
     request = Request(
         run_folder=str(folder),
         recipe=recipe,
@@ -108,6 +128,7 @@ def _attempt(recipe: Recipe, change: Change, folder: Path, number: int, hooks: H
         attempt=number,
         checkpoint=None,
         parent_pid=None if hooks.needs_this_process else os.getpid(),
+        dry_run=dry_run,
     )
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     request.folder.mkdir(parents=True)
@@ -125,27 +146,18 @@ def _attempt(recipe: Recipe, change: Change, folder: Path, number: int, hooks: H
         from fulltune.train import worker
 
         return worker.run(request, hooks, listener)
-    return _in_child(request, listener)
+    return _in_child(request, listener, start)
 
 
-def _in_child(request: Request, listener: Listener) -> Outcome:
+def _in_child(request: Request, listener: Listener, start: starting.Starter = starting.in_new_process) -> Outcome:
     """Run the worker, pass its lines on, read its outcome."""
-    command = distributed.command(request, request.folder / "request.json")
     log = request.folder / "log.txt"
     kills = kernel_kills()
-    with log.open("w", encoding="utf-8") as out:
-        child = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env=distributed.environment(request),
-        )
-        with _forwarding_signals(child) as asked:
-            for event in _follow(request.folder / "metrics.jsonl", child):
-                listener(event)
-        code = child.wait()
+    child = start(request, log)
+    with _forwarding_signals(child) as asked:
+        for event in _follow(request.folder / "metrics.jsonl", child):
+            listener(event)
+    code = child.wait()
     path = request.folder / "outcome.json"
     # `outcome-rankN.json` says why another process than the first one failed.
     found = [Outcome.load(file) for file in (path, *sorted(request.folder.glob("outcome-rank*.json"))) if file.exists()]
@@ -188,7 +200,7 @@ def _last_words(tail: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _forwarding_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def _forwarding_signals(child: distributed.Child) -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM ask the worker to save and stop; the third one ends it at once. Yields the signals seen."""
     asked: list[int] = []
 
@@ -212,7 +224,7 @@ def _forwarding_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             os.killpg(child.pid, signal.SIGTERM)
 
 
-def _follow(path: Path, child: subprocess.Popen[bytes]) -> Iterator[Event]:
+def _follow(path: Path, child: distributed.Child) -> Iterator[Event]:
     """Lines of a growing file, until the child has ended and everything is read."""
     position = 0
     while True:

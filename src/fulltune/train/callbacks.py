@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from fulltune.errors import GuardStop
 from fulltune.records import Phase
 from fulltune.train import checkpoints
-from fulltune.train.guards import stopped_improving
+from fulltune.train.guards import came_apart, stopped_improving
 
 Event = dict[str, Any]
 
@@ -111,6 +112,17 @@ class Schedule(TrainerCallback):
         if stopped_improving(values, self.greater_is_better, self.patience, self.threshold):
             self.on_stop(f"no better {self.metric.removeprefix('eval_')} in {self.patience} evaluations")
             control.should_training_stop = True
+
+
+class StaysTogether(TrainerCallback):
+    """Stops a run whose loss has come apart."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # From the history, as above.
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        verdict = came_apart(losses, args.learning_rate)
+        if verdict.action == "stop":
+            raise GuardStop(verdict.reason)
 
 
 class Seals(TrainerCallback):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +21,17 @@ ALLOCATOR = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.mmap
 """How the C library keeps freed memory on a CPU: small pieces join their neighbours at once, so a large block finds
 room where the last one was. Activation checkpointing of a 58 M Llama peaked at 1.63 GB instead of 2.13, as fast; see
 docs/memory.md. Other C libraries do not read it."""
+
+
+class Child(Protocol):
+    """A started worker."""
+
+    pid: int
+    args: Any
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
 
 
 def command(request: Request, file: Path) -> list[str]:
@@ -50,7 +60,7 @@ def environment(request: Request) -> dict[str, str]:
     return variables
 
 
-def ask_to_stop(child: subprocess.Popen[bytes]) -> None:
+def ask_to_stop(child: Child) -> None:
     """SIGTERM to the workers. torchrun itself would give them 30 seconds to save, and then kill them."""
     workers = _workers(child)
     if not workers:
@@ -61,7 +71,7 @@ def ask_to_stop(child: subprocess.Popen[bytes]) -> None:
             os.kill(worker, signal.SIGTERM)
 
 
-def end(child: subprocess.Popen[bytes]) -> None:
+def end(child: Child) -> None:
     """SIGKILL to all that the child started: torchrun's workers are not in its process group."""
     import psutil
 
@@ -75,7 +85,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def _workers(child: subprocess.Popen[bytes]) -> list[int]:
+def _workers(child: Child) -> list[int]:
     """Process ids of torchrun's workers; none before it has started them, or when the child is the worker itself."""
     import psutil
 

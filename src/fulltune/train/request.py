@@ -22,6 +22,9 @@ class Request(Record):
     probe: bool = False
     """Stop after the dry-run step and write only the outcome: no weights, no checkpoint, no model."""
 
+    dry_run: bool = True
+    """False: an attempt with the same shapes has passed it."""
+
     @property
     def recipe_as_planned(self) -> Recipe:
         """The recipe with the attention implementation that was found to be the fastest."""

@@ -154,9 +154,9 @@ def _peak_memory_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def main() -> int:
+def main(file: str) -> int:
     """Entry of the child process."""
-    request = Request.load(Path(sys.argv[1]))
+    request = Request.load(Path(file))
     if request.parent_pid is not None:
         _end_with_parent(request.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -165,4 +165,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1]))

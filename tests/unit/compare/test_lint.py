@@ -43,7 +43,7 @@ def design(full: dict[str, Any] | None = None, lora: dict[str, Any] | None = Non
 def test_lint_of_clean_design_is_silent() -> None:
     assert lint(design()) == ()
     assert lint(design(full={"weights_dtype": "bf16", "bf16_rounding": "stochastic"})) == ()
-    assert lint(design(lora={"seeds": (1,), "dropped": True})) == ()
+    assert lint(design(lora={"seeds": (1,), "waited": True})) == ()
     assert lint(design(lora={"train_tokens": 990_000})) == ()
 
 

@@ -1,4 +1,4 @@
-"""After each seed: drop, enough or more."""
+"""After each seed: who goes on, who waits, and is it enough?"""
 
 from __future__ import annotations
 
@@ -30,18 +30,52 @@ def test_spent_parts_sum_up_to_alpha_and_grow(most: int) -> None:
         spent(most + 1, most, 0.05)
 
 
-def test_look_one_seed_drops_only_what_is_hopeless() -> None:
-    found = looked([0.93, 0.90, 0.55], [1, 1, 1])
-    assert [step.decision for step in found.arms] == ["more", "more", "drop"]
+def test_spent_second_look_after_catching_up_is_paid_for() -> None:
+    parts = [spent(number, 3, 0.05, 2, caught_up=again) for number in (1, 2, 3) for again in (False, True)]
+    assert sum(parts) == pytest.approx(0.05)
+
+
+def decisions(found: Look) -> dict[str, tuple[str, int]]:
+    return {step.arm: (step.decision, step.seeds) for step in found.arms}
+
+
+def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
+    found = looked([0.93, 0.85, 0.91], [1, 1, 1])
+    assert decisions(found) == {"full": ("more", 2), "lora": ("wait", 1), "prompt": ("more", 2)}
     assert not found.enough
-    # Eight points behind could be the luck of one seed.
-    assert looked([0.93, 0.85], [1, 1]).step("lora").decision == "more"
+    assert found.reason == "prompt leads the others; one seed tells nothing about the spread between seeds"
 
 
-def test_look_dropped_arm_stays_dropped_and_full_goes_on() -> None:
-    found = looked([0.93, 0.92, 0.55], [2, 2, 1])
-    assert found.step("prompt").decision == "drop"
-    assert found.step("full").decision == "more"
+def test_look_one_rival_always_leads() -> None:
+    assert decisions(looked([0.93, 0.55], [1, 1])) == {"full": ("more", 2), "lora": ("more", 2)}
+
+
+def test_look_one_seed_planned_is_enough() -> None:
+    assert looked([0.93, 0.85], [1, 1], most=1).enough
+
+
+def test_look_unclear_leader_goes_on_while_the_rest_waits() -> None:
+    found = looked([0.93, 0.915, 0.55], [2, 2, 1], spread=0.005)
+    assert decisions(found) == {"full": ("more", 3), "lora": ("more", 3), "prompt": ("wait", 1)}
+
+
+def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
+    found = looked([0.95, 0.9501, 0.9], [4, 4, 1], rows=20_000)
+    assert found.enough
+    assert found.step("prompt").decision == "enough"
+
+
+def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
+    found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002)
+    assert decisions(found) == {"full": ("wait", 3), "lora": ("wait", 3), "prompt": ("more", 3)}
+    assert found.reason == "full beats the leader; whether it beats prompt as well is open"
+    again = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002)
+    assert again.enough
+    assert again.spent == spent(3, 5, 0.05, 2, caught_up=True)
+
+
+def test_look_full_that_beats_all_is_enough_though_some_waited() -> None:
+    assert looked([0.95, 0.85, 0.4], [4, 4, 1]).enough
 
 
 def test_look_clear_difference_is_enough() -> None:
@@ -69,7 +103,3 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
     found = look([arm("full", "full", full), arm("lora", "lora", lora)], ACCURACY, margin=0.01, max_seeds=5)
     assert found.enough
     assert "more seeds would hardly decide" in found.reason
-
-
-def test_look_full_is_never_dropped() -> None:
-    assert looked([0.55, 0.93], [1, 1]).step("full").decision == "more"

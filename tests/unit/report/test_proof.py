@@ -93,10 +93,10 @@ def test_table_each_arm_has_quality_and_cost(tmp_path: Path) -> None:
     assert cells(markdown, "full")[0][3:5] == ["reference", "100%"]
 
 
-def test_table_dropped_arm_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:
+def test_table_arm_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
-    assert cells(markdown, "prompt")[0][-1] == "2, dropped"
-    assert "- prompt: no further seeds after 2: behind by 14.47 points" in markdown
+    assert cells(markdown, "prompt")[0][-1] == "2"
+    assert "- fewer seeds of prompt: the verdict did not hinge on them" in markdown
     assert cells(markdown, "head")[0][-2] == "0.0032*"
     assert cells(markdown, "head")[2][3] == "0.0032*"
 

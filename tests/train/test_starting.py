@@ -1,0 +1,100 @@
+"""Workers that are forked from a process with the libraries loaded: same results, and faults of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fulltune.errors import GuardStop, InterruptedRun
+from fulltune.records import Outcome, Plan
+from fulltune.train import Hooks, Starter, in_new_process, nursery, train
+from fulltune.train.request import Request
+from tests import tiny
+from tests.train import runs
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+TRAIN = {"max_steps": 4, "logging_steps": 1, "load_best_model_at_end": False}
+LONG = {**TRAIN, "max_steps": 2000}
+Listener = Callable[[Mapping[str, Any]], None]
+
+
+def silent(event: Mapping[str, Any]) -> None:
+    """Listen to nothing."""
+
+
+def trained(
+    folder: Path, model: Path, start: Starter, listener: Listener = silent, train_block: Mapping[str, Any] = TRAIN
+) -> Outcome:
+    """Such a run, its worker started by `start`."""
+    folder.mkdir(exist_ok=True)
+    job = runs.job(folder, model, tiny.topic_rows(60), train=train_block)
+    reached = runs.run(folder, model, tiny.topic_rows(60), train=train_block, until="plan")
+    assert isinstance(reached.plan, Plan)
+    return train(job.recipe, reached.plan, folder / "run", Hooks(), listener, start=start)
+
+
+def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path, tmp_path: Path) -> None:
+    trained(tmp_path / "new", tiny_encoder, in_new_process)
+    with nursery() as start:
+        for name in ("one", "two"):
+            assert trained(tmp_path / name, tiny_encoder, start).status == "done"
+
+    wanted = runs.final_weights(tmp_path / "new")
+    for name in ("one", "two"):
+        found = runs.final_weights(tmp_path / name)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    log = (tmp_path / "two" / "run" / "attempts" / "full-seed42-01" / "log.txt").read_text(encoding="utf-8")
+    assert "new weights, drawn at random" in log
+
+
+def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_encoder: Path, tmp_path: Path) -> None:
+    with nursery() as start:
+        stop = runs.at_step(1, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(InterruptedRun, match="stopped on request after step"):
+            trained(tmp_path / "run", tiny_encoder, start, stop, LONG)
+        seen: list[str] = []
+
+        def stop_again(event: Mapping[str, Any]) -> None:
+            if event["kind"] == "train" and "train" not in seen:
+                signal.raise_signal(signal.SIGINT)
+            seen.append(event["kind"])
+
+        with pytest.raises(InterruptedRun, match="stopped on request after step"):
+            trained(tmp_path / "run", tiny_encoder, start, stop_again, LONG)
+        assert seen[0] == "resume"
+
+
+def test_forked_worker_that_is_killed_is_told_from_the_nursery_that_is(tiny_encoder: Path, tmp_path: Path) -> None:
+    children = []
+    with nursery() as start:
+
+        def noted(request: Request, log: Path) -> Any:
+            children.append(start(request, log))
+            return children[-1]
+
+        def kill_worker() -> None:
+            os.kill(children[-1].pid, signal.SIGKILL)
+
+        def kill_nursery() -> None:
+            parent = int(Path(f"/proc/{children[-1].pid}/stat").read_text(encoding="utf-8").split()[3])
+            assert parent != os.getpid()
+            os.kill(parent, signal.SIGKILL)
+
+        for name, kill in (("worker", kill_worker), ("nursery", kill_nursery)):
+            killed: list[int] = []
+
+            def kill_each(event: Mapping[str, Any], kill: Any = kill, killed: list[int] = killed) -> None:
+                if event["kind"] == "train" and children[-1].pid not in killed:
+                    kill()
+                    killed.append(children[-1].pid)
+
+            with pytest.raises(GuardStop, match="the training process was killed"):
+                trained(tmp_path / name, tiny_encoder, noted, kill_each, LONG)
+            assert len(killed) > 1  # after a kill it tries again
