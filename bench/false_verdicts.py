@@ -1,6 +1,6 @@
 """How often a comparison's verdict is wrong: the same method against itself, and planted differences.
 
-    python bench/false_verdicts.py [--comparisons 200] [--quick]           # noise from a model of rows and seeds
+    python bench/false_verdicts.py [--comparisons 200]           # noise from a model of rows and seeds
     python bench/false_verdicts.py --predictions FOLDER [--margin 0.01]    # noise of real trials of one method
 
 A/A: two arms that are the same method with other seeds; FULL or PEFT is wrong, at most 5 % may be. Planted: one arm is
@@ -8,10 +8,13 @@ worse by twice the difference that 80 of 100 of these comparisons would have cal
 verdict that names the better one, at least 90 % must be. Each also with the sequential rule, which looks at development
 rows of its own after each seed.
 
+With `--rivals 3` full has three rivals: equal ones in A/A; planted, full is better than all or one is better than full.
+
 The model: rows differ in difficulty (right with a chance drawn from a beta distribution: 90 % right on average, two
-seeds disagree on 10 %), seeds differ by a normal number in the share of right rows. FOLDER holds one npz file for each
-seed, with `right` [rows] of 0 and 1 (further files of the same method; at least 4); a comparison draws disjoint seeds
-for the two arms, and rows with replacement.
+seeds disagree on 10 %), seeds differ by a normal number in the share of right rows. FOLDER is what
+`bench/same_method.py` leaves: a folder for each draw of train rows, in it one npz file for each seed, with `right` of
+the test rows and `right_eval` of the eval rows; a comparison takes one draw, disjoint seeds for the two arms, and rows
+with replacement.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +31,16 @@ import numpy as np
 
 from fulltune.compare import draws
 from fulltune.compare.items import Measure, measure_of
-from fulltune.compare.sequential import look, spent
+from fulltune.compare.sequential import look
 from fulltune.compare.verdict import ArmItems, decide
 from fulltune.compare_records import ArmKind, Decision, Difference
 from fulltune.tasks import Target
 
 ACCURACY, DISCORDANCE = 0.9, 0.1
 SAMPLES = 1000
-Arms = tuple[np.ndarray, np.ndarray]
-"""Right rows of two arms: [seeds, rows] each."""
-Source = Callable[[np.random.Generator, int, float, float], tuple[Arms, Arms]]
+Arms = tuple[np.ndarray, ...]
+"""Right rows of each arm, full first: [seeds, rows] each."""
+Source = Callable[[np.random.Generator, int, Sequence[float]], tuple[Arms, Arms]]
 """From a generator, seeds, and how much worse each arm is made, to development and test rows."""
 
 
@@ -72,49 +75,55 @@ def shifted(chance: np.random.Generator, right: np.ndarray, shift: float) -> np.
 
 
 def modelled(rows: int, seed_sd: float) -> Source:
-    def source(chance: np.random.Generator, seeds: int, worse_one: float, worse_two: float) -> tuple[Arms, Arms]:
+    def source(chance: np.random.Generator, seeds: int, worse: Sequence[float]) -> tuple[Arms, Arms]:
         # A seed makes a model better or worse on development and test rows alike.
-        effects = chance.normal(0, seed_sd, (2, seeds)) - np.array([[worse_one], [worse_two]])
+        effects = chance.normal(0, seed_sd, (len(worse), seeds)) - np.array(worse)[:, None]
         made = []
         for _ in ("development", "test"):
             easy = difficulty(chance, rows)
-            one, two = (
-                np.stack([shifted(chance, chance.random(rows) < easy, float(effect)) for effect in arm])
-                for arm in effects
+            made.append(
+                tuple(
+                    np.stack([shifted(chance, chance.random(rows) < easy, float(effect)) for effect in arm])
+                    for arm in effects
+                )
             )
-            made.append((one, two))
         return made[0], made[1]
 
     return source
 
 
 def recorded(folder: Path) -> tuple[Source, int, int]:
-    """Real trials of one method; also the number of rows and of seeds."""
-    trials = np.stack([np.load(path)["right"].astype(bool) for path in sorted(folder.glob("*.npz"))])
-    half = trials.shape[1] // 2
+    """Real trials of one method; also the number of test rows and of seeds."""
+    pools = []
+    for draw in sorted(path for path in folder.iterdir() if any(path.glob("seed-*.npz"))):
+        files = [np.load(path) for path in sorted(draw.glob("seed-*.npz"))]
+        pools.append([np.stack([one[name].astype(bool) for one in files]) for name in ("right_eval", "right")])
+    fewest = min(len(dev) for dev, _ in pools)
 
-    def source(chance: np.random.Generator, seeds: int, worse_one: float, worse_two: float) -> tuple[Arms, Arms]:
-        order = chance.permutation(len(trials))
-        arms = trials[order[:seeds]], trials[order[seeds : 2 * seeds]]
-        rows = chance.permutation(trials.shape[1])
+    def source(chance: np.random.Generator, seeds: int, worse: Sequence[float]) -> tuple[Arms, Arms]:
+        pool = pools[chance.integers(len(pools))]
+        order = chance.permutation(fewest)
         made = []
-        for part in (rows[:half], rows[half:]):
-            drawn = chance.choice(part, len(part))
-            one, two = (
-                np.stack([shifted(chance, right, -worse) if worse else right for right in arm[:, drawn]])
-                for arm, worse in zip(arms, (worse_one, worse_two), strict=True)
+        for trials in pool:
+            rows = chance.integers(0, trials.shape[1], trials.shape[1])
+            arms = [trials[order[place * seeds : (place + 1) * seeds]][:, rows] for place in range(len(worse))]
+            made.append(
+                tuple(
+                    np.stack([shifted(chance, right, -less) if less else right for right in arm])
+                    for arm, less in zip(arms, worse, strict=True)
+                )
             )
-            made.append((one, two))
         return made[0], made[1]
 
-    return source, half, len(trials)
+    return source, pools[0][1].shape[1], fewest
 
 
-def items(arms: Arms) -> list[ArmItems]:
-    names: tuple[tuple[str, ArmKind, float], ...] = (("full", "full", 2.0), ("lora", "lora", 1.0))
+def items(arms: Sequence[np.ndarray]) -> list[ArmItems]:
+    names = ["full", *(f"rival{number}" for number in range(1, len(arms)))]
+    kinds: list[ArmKind] = ["full", *(["lora"] * (len(arms) - 1))]
     return [
         ArmItems(name, kind, [{"labels": np.ones(len(row), np.int64), "logits": _logits(row)} for row in right], cost)
-        for (name, kind, cost), right in zip(names, arms, strict=True)
+        for name, kind, right, cost in zip(names, kinds, arms, [2.0, *([1.0] * (len(arms) - 1))], strict=True)
     ]
 
 
@@ -122,26 +131,35 @@ def _logits(right: np.ndarray) -> np.ndarray:
     return np.stack([~right, right], axis=1).astype(float)
 
 
-def compare_once(arms: Arms, measure: Measure, margin: float, alpha: float) -> Decision:
+def compare_once(arms: Sequence[np.ndarray], measure: Measure, margin: float, alpha: float) -> Decision:
     return decide(items(arms), measure, margin=margin, alpha=alpha, samples=SAMPLES)
 
 
 def sequentially(dev: Arms, test: Arms, measure: Measure, margin: float, most: int) -> tuple[Decision, float]:
     """The decision, and how many seeds it took of each arm on average."""
-    full = lora = 1
+    counts, before, rows = [1] * len(dev), 0, test[0].shape[1]
     while True:
-        seen = (dev[0][:full], dev[1][:lora])
-        step = look(items(seen), measure, margin=margin, max_seeds=most, samples=SAMPLES, test_rows=test[0].shape[1])
+        seen = items([arm[:count] for arm, count in zip(dev, counts, strict=True)])
+        again = before == counts[0]
+        step = look(seen, measure, margin=margin, max_seeds=most, again=again, samples=SAMPLES, test_rows=rows)
         if step.enough:
             break
-        lora += step.step("lora").decision == "more"
-        full += 1
-    final = (test[0][:full], test[1][:lora])
-    return compare_once(final, measure, margin, spent(full, most, 0.05)), (full + lora) / 2
+        before = counts[0]
+        counts = [one.seeds for one in step.arms]
+    final = [arm[:count] for arm, count in zip(test, counts, strict=True)]
+    return compare_once(final, measure, margin, step.spent), float(np.mean(counts))
 
 
 def cell(
-    source: Source, seeds: int, margin: float, comparisons: int, effect: float, *, sequential: bool, start: int
+    source: Source,
+    seeds: int,
+    margin: float,
+    comparisons: int,
+    effect: float,
+    *,
+    sequential: bool,
+    start: int,
+    rivals: int = 1,
 ) -> Rates:
     """One cell: so many comparisons, the better arm changing sides."""
     measure = measure_of("text-classification", Target("single_label", {}, ("no", "yes")), "accuracy")
@@ -149,7 +167,9 @@ def cell(
     for number in range(comparisons):
         chance = np.random.default_rng([start, number])
         full_better = number % 2 == 0
-        dev, test = source(chance, seeds, 0.0 if full_better else effect, effect if full_better else 0.0)
+        # Full better than all, or the first rival better than full and the others.
+        worse = [0.0, *([effect] * rivals)] if full_better else [effect, 0.0, *([effect] * (rivals - 1))]
+        dev, test = source(chance, seeds, worse)
         if sequential:
             decision, count = sequentially(dev, test, measure, margin, seeds)
         else:
@@ -168,17 +188,18 @@ def size_called(differences: list[Difference], margin: float) -> float:
 
 
 def rows_of_table(
-    cells: Iterator[tuple[str, Source, int]], margin: float, comparisons: int
+    cells: Iterator[tuple[str, Source, int]], margin: float, comparisons: int, rivals: int
 ) -> Iterator[tuple[str, float]]:
     for number, (name, source, seeds) in enumerate(cells):
         began = time.monotonic()
-        same = cell(source, seeds, margin, comparisons, 0.0, sequential=False, start=number)
+        count = functools.partial(cell, source, seeds, margin, comparisons, rivals=rivals)
+        same = count(0.0, sequential=False, start=number)
         detectable = size_called([decision.differences[0] for decision in same.decisions], margin)
         said = float(np.median([decision.differences[0].detectable for decision in same.decisions]))
         equal = np.mean([decision.verdict == "EQUIVALENT" for decision in same.decisions])
-        planted = cell(source, seeds, margin, comparisons, 2 * detectable, sequential=False, start=1000 + number)
-        looked = cell(source, seeds, margin, comparisons, 0.0, sequential=True, start=2000 + number)
-        found = cell(source, seeds, margin, comparisons, 2 * detectable, sequential=True, start=3000 + number)
+        planted = count(2 * detectable, sequential=False, start=1000 + number)
+        looked = count(0.0, sequential=True, start=2000 + number)
+        found = count(2 * detectable, sequential=True, start=3000 + number)
         yield (
             f"| {name} | {same.wrong:.1%} | {equal:.0%} | {100 * detectable:.1f} ({100 * said:.1f}) "
             f"| {planted.right:.1%} | {looked.wrong:.1%} ({looked.seeds:.1f}) | {found.right:.1%} ({found.seeds:.1f}) "
@@ -195,13 +216,14 @@ def main() -> None:
     parser.add_argument("--seed-sds", type=float, nargs="+", default=[0.0, 0.005, 0.013, 0.026])
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 3000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 5])
+    parser.add_argument("--rivals", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.predictions:
         source, rows, trials = recorded(arguments.predictions)
         cells = (
             (f"{arguments.predictions.name} | {rows} | {seeds}", source, seeds)
             for seeds in arguments.seeds
-            if 2 * seeds <= trials
+            if (arguments.rivals + 1) * seeds <= trials
         )
     else:
         cells = (
@@ -214,7 +236,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|"
     )
     worst = 0.0
-    for line, wrong in rows_of_table(cells, arguments.margin, arguments.comparisons):
+    for line, wrong in rows_of_table(cells, arguments.margin, arguments.comparisons, arguments.rivals):
         print(line, flush=True)
         worst = max(worst, wrong)
     print(f"\n{arguments.comparisons} comparisons a cell; most wrong verdicts in a cell: {worst:.1%}")

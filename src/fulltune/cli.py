@@ -209,7 +209,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    target: Target,
+    targets: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="A recipe; several: tasks on one base.")],
     set_: Overrides = None,
     run_folder: RunFolder = None,
     fresh: Fresh = False,
@@ -223,9 +223,12 @@ def compare(
     from fulltune import cli_compare
 
     if lint:
-        cli_compare.lint(out, target, set_ or [], as_json)
+        cli_compare.lint(out, targets, set_ or [], as_json)
         return
-    cli_compare.compare(out, err, target, set_ or [], run_folder, fresh, budget, as_json)
+    if len(targets) > 1:
+        cli_compare.compare_many(out, err, targets, set_ or [], run_folder, fresh, budget, as_json)
+        return
+    cli_compare.compare(out, err, targets[0], set_ or [], run_folder, fresh, budget, as_json)
 
 
 @app.command()
@@ -248,14 +251,27 @@ def predict(
     file: Annotated[Path | None, typer.Option("--file", "-f", help="csv, jsonl, parquet ... or .txt by lines.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
     method: MethodName = None,
+    with_: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="RUN", help="Another model on the same base, which is loaded once. Repeatable."),
+    ] = None,
+    by: Annotated[str | None, typer.Option("--by", help="Column of --file that names each row's model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer with a finished model: texts, stdin or a file."""
+    """Answer with a finished model: texts, stdin or a file; with LoRA and its like, several over one base."""
     from fulltune import cli_predict
     from fulltune import predict as predicting
 
     if text and file is not None:
         raise SetupError("predict: texts and --file are both given; keep one")
+    if with_:
+        runs = [run_folder, *with_]
+        for name, answer in cli_predict.side_by_side(runs, method, list(text or []), file, by, max_new_tokens):
+            said = {"model": name, **answer}
+            typer.echo(json.dumps(said, ensure_ascii=False) if as_json else f"{name}: {cli_predict.in_words(answer)}")
+        return
+    if by is not None:
+        raise SetupError("--by tells models apart: name the others with --with")
     predictor = predicting.load(run_folder, method)
     if file is not None and file.suffix != ".txt":
         rows = cli_predict.rows_of(file, predictor.notes["columns"].get("image"))

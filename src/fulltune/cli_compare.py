@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
-from fulltune.recipe import Recipe
+from fulltune.recipe import Arm, Recipe
 from fulltune.recipe_file import load_recipe
 from fulltune.units import parse_seconds
 
@@ -40,6 +43,96 @@ def compare(
     display_compare.verdict(out, found.comparison)
     for path in found.cards:
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
+
+
+def compare_many(
+    out: Console,
+    err: Console,
+    targets: list[Path],
+    overrides: list[str],
+    folder: Path | None,
+    fresh: bool,
+    budget: str | None,
+    as_json: bool,
+) -> None:
+    """Compare on several tasks with one base, or go on with it, and put the comparisons together."""
+    from fulltune import comparing, display_compare, report
+    from fulltune.run_folder import writing
+
+    if fresh:
+        raise SetupError("--fresh: with several recipes name a new --run-folder instead")
+    recipes = _of_one_base(targets, overrides)
+    each = None if _checked(budget) is None else f"{max(1, round(parse_seconds(str(budget)) / len(targets)))}s"
+    parent = folder or _folder_of_all(recipes)
+    found = {}
+    for name, target in zip(recipes, targets, strict=True):
+        err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
+        found[name] = _run(err, target, overrides, parent / name, False, each)
+        if not as_json:
+            display_compare.verdict(out, found[name].comparison)
+    together = comparing.together(found)
+    with writing(parent):
+        files = report.write_tasks(parent, together)
+    if as_json:
+        typer.echo(together.model_dump_json(indent=2))
+        return
+    display_compare.many_tasks(out, together)
+    for path in files:
+        out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
+
+
+def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
+    """The recipes by name, with methods in common, and all on one pretrained model.
+
+    Raises:
+        RecipeError: With everything that keeps them from being put together.
+    """
+    from fulltune.comparing import recipe_for
+
+    recipes: dict[str, Recipe] = {}
+    problems = []
+    for target in targets:
+        if target.is_dir():
+            problems.append(f"{target}: is a folder; several tasks are compared from their recipes")
+            continue
+        recipe = recipe_for(load_recipe(target, overrides))
+        name = recipe.name or target.stem
+        if name in recipes:
+            problems.append(f"{target}: is called '{name}' like another one; give it another 'name'")
+        recipes[name] = recipe
+    for what, found in (
+        ("model", {recipe.model.model_dump_json() for recipe in recipes.values()}),
+        ("evaluate.confidence", {str(recipe.evaluate.confidence) for recipe in recipes.values()}),
+    ):
+        if len(found) > 1:
+            problems.append(f"{what}: several tasks share one base and one report, and these have {len(found)} of it")
+    arms = [{one.arm: one for one in recipe.methods if one.kind not in ("base", "full")} for recipe in recipes.values()]
+    common = set.intersection(*map(set, arms)) if arms else set()
+    if arms and not common:
+        problems.append("methods: no method but 'full' is compared in all of these recipes")
+    for name in sorted(common):
+        if len({_apart_from_rates(one[name]) for one in arms}) > 1:
+            problems.append(
+                f"methods: '{name}' has other settings in one recipe than in another; give it another 'name'"
+            )
+    if problems:
+        raise RecipeError(problems)
+    return recipes
+
+
+def _apart_from_rates(method: Arm) -> str:
+    return method.model_dump_json(exclude={"learning_rate", "learning_rates"})
+
+
+_LONGEST_NAME = 100
+
+
+def _folder_of_all(recipes: Mapping[str, Recipe]) -> Path:
+    """Where the comparisons lie: the same for the same names, so that the same command goes on."""
+    name = "+".join(recipes)
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path(next(iter(recipes.values())).output) / name
 
 
 def _checked(budget: str | None) -> str | None:
@@ -93,15 +186,20 @@ def _open(err: Console, target: Path, overrides: list[str], folder: Path | None,
     return recipe, found
 
 
-def lint(out: Console, target: Path, overrides: list[str], as_json: bool) -> None:
-    """Say what would make the comparison unfair."""
+def lint(out: Console, targets: list[Path], overrides: list[str], as_json: bool) -> None:
+    """Say what would make the comparisons unfair."""
     from fulltune import comparing
 
-    findings = comparing.lint_recipe(comparing.recipe_for(load_recipe(target, overrides)))
+    found = [
+        (target, comparing.lint_recipe(comparing.recipe_for(load_recipe(target, overrides)))) for target in targets
+    ]
     if as_json:
-        typer.echo(json.dumps([one.model_dump(mode="json") for one in findings], ensure_ascii=False, indent=2))
+        lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target, several in found for one in several]
+        typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
         return
-    for one in findings:
-        out.print(f"{one.level}: {one.where}: {one.what}; {one.to_do}", soft_wrap=True, markup=False)
-    if not findings:
-        out.print("nothing found that would make this comparison unfair")
+    for target, several in found:
+        where = f"{target}: " if len(targets) > 1 else ""
+        for one in several:
+            out.print(f"{where}{one.level}: {one.where}: {one.what}; {one.to_do}", soft_wrap=True, markup=False)
+        if not several:
+            out.print(f"{where}nothing found that would make this comparison unfair", soft_wrap=True, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,72 @@ def rows_of(file: Path, image: str | None) -> list[dict[str, Any]]:
     if problems:
         raise DataError(problems)
     return rows
+
+
+def side_by_side(
+    runs: list[Path],
+    method: str | None,
+    texts: list[str],
+    file: Path | None,
+    by: str | None,
+    max_new_tokens: int,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Answers of several models over one base, with the model's name: all of each row, or the one that the row names.
+
+    Args:
+        runs: Run folders, or model folders.
+        method: Which of the runs' models.
+        texts: Given on the command line.
+        file: Else of rows or lines.
+        by: Column of the file that names the model of each row, as its folder is called.
+        max_new_tokens: Longest answer of a language model.
+
+    Raises:
+        SetupError: When the models do not go together.
+        DataError: When a row names none of them.
+    """
+    from fulltune import predict
+
+    names = [run.resolve().name for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SetupError(f"--with: two folders are called '{twice[0]}', and answers are told apart by that name")
+    is_table = file is not None and file.suffix != ".txt"
+    if by is not None and not is_table:
+        raise SetupError("--by names a column: give rows with --file")
+    given = texts or ([] if is_table else lines(file))
+    found = predict.load_side_by_side(dict(zip(names, runs, strict=True)), method)
+    answers: dict[int, dict[str, dict[str, Any]]] = {}
+    for name, predictor in found.items():
+        if file is not None and is_table:
+            rows = rows_of(file, predictor.notes["columns"].get("image"))
+            _check_names(rows, by, names, file)
+        else:
+            rows = predict.rows_from_texts(given, predictor.notes)
+        mine = [number for number, row in enumerate(rows) if by is None or row[by] == name]
+        asked = [rows[number] for number in mine]
+        if is_table:
+            predict.check_columns(asked, predictor.notes, str(file))
+        for number, answer in zip(mine, predictor.predict(asked, max_new_tokens), strict=True):
+            answers.setdefault(number, {})[name] = answer
+    for number in sorted(answers):
+        yield from answers[number].items()
+
+
+def _check_names(rows: list[dict[str, Any]], by: str | None, names: list[str], file: Path) -> None:
+    """Refuse rows that name none of the models.
+
+    Raises:
+        DataError: With the first one.
+    """
+    if by is None:
+        return
+    unknown = [(number, row.get(by)) for number, row in enumerate(rows, start=1) if row.get(by) not in names]
+    if unknown:
+        number, name = unknown[0]
+        raise DataError(
+            f"{file}: row {number}: {by} is {name!r}, expected one of {', '.join(names)} ({len(unknown)} such rows)"
+        )
 
 
 def lines(file: Path | None) -> list[str]:

@@ -204,11 +204,8 @@ class Look(Record):
     num_seeds: int
     max_seeds: int
     spent: float
-    """Share of alpha that this look may spend; the test on the sealed rows uses that of the last look."""
+    """Part of alpha that this look may spend: at it the sealed rows are tested, when it is the one that ends it."""
     enough: bool
     """No more seeds for any arm."""
     reason: str
     arms: tuple[ArmStep, ...]
-
-    def step(self, arm: str) -> ArmStep:
-        return next(step for step in self.arms if step.arm == arm)

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fulltune.compare_records import VerdictKind
+from fulltune.report import many_tasks as many
 from fulltune.report import proof_words, words
 from fulltune.report.proof_words import NOTHING, Writer
-from fulltune.trials import ArmRow, Comparison, Expectation
+from fulltune.trials import ArmRow, Comparison, Expectation, ManyTasks
 
 _STYLES: dict[VerdictKind, str] = {
     "FULL": "bold blue",
@@ -42,7 +43,7 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
     marks: list[Marked] = [
         ("methods", "dim", ", ".join(expected.arms)),
         ("trials", "dim", f"{trials} at most: {search}{seeds} of each method; clear answers need fewer"),
-        ("takes", "dim", f"about {words.duration(expected.seconds)} at most"),
+        ("takes", "dim", _takes(expected)),
         ("can find", "dim", _can_find(expected, metric, margin)),
     ]
     if expected.length_share < 1:
@@ -55,6 +56,11 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
         marks.append(("margin", "yellow", more))
     console.print(Text("comparison", style="bold"))
     console.print(_grid(marks))
+
+
+def _takes(expected: Expectation) -> str:
+    usual, most = words.duration(expected.seconds), words.duration(expected.most_seconds)
+    return f"about {usual} at most" if usual == most else f"about {usual}, {most} if every method needs all seeds"
 
 
 def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
@@ -78,6 +84,24 @@ def verdict(console: Console, comparison: Comparison, files: Sequence[Path] = ()
     for path in files:
         # A path broken into two lines cannot be copied.
         console.print(Text(_plain(str(path))), soft_wrap=True)
+
+
+def many_tasks(console: Console, found: ManyTasks) -> None:
+    """Several tasks on one base: what a full model for each costs against parts side by side."""
+    console.print(Text(f"\n{words.counted(len(found.tasks), 'task')} on one base", style="bold"))
+    for header, rows in (
+        (many.TASK_HEADER, many.task_rows(found)),
+        (many.WAY_HEADER, many.way_rows(found)),
+    ):
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        for place, name in enumerate(header):
+            table.add_column(Text(name), justify="right" if place and header is many.WAY_HEADER else "left")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        console.print()
+    for sentence in many.sentences(found):
+        console.print(Text(_plain(sentence)))
 
 
 def _parts(comparison: Comparison) -> Iterator[Any]:

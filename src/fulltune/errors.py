@@ -53,6 +53,10 @@ class GuardStop(FulltuneError):
     exit_code = 5
 
 
+class Diverged(GuardStop):
+    """The loss or a gradient is not finite, or the loss is back where it began; most often the rate is too high."""
+
+
 class InterruptedRun(FulltuneError):
     """The user or the system interrupted the run; the same command continues it."""
 

@@ -216,11 +216,46 @@ def load(run: Path, method: str | None = None) -> Predictor:
     Raises:
         SetupError: When there is no such model.
     """
-    folder = folder_of(run, method)
+    return _loaded(folder_of(run, method), None)
+
+
+def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> dict[str, Predictor]:
+    """Load what LoRA, adapters, prompts or heads trained for several tasks over one base, which is in memory once.
+
+    While one is loaded, a second copy of the base is in memory for a moment.
+
+    Args:
+        runs: Run folders, or model folders that fulltune wrote, by the names that they get.
+        method: Which of the runs' models; left out, the first one of each.
+
+    Raises:
+        SetupError: When one is a whole model, or they are not of the same base.
+    """
+    found = {name: folder_of(run, method) for name, run in runs.items()}
+    whole = [name for name, folder in found.items() if not folders.is_partial(folder)]
+    if whole:
+        raise SetupError(
+            f"{whole[0]}: is a whole model ({found[whole[0]]}), which shares nothing with others; name another --method"
+        )
+    bases = {name: folders.notes_of(folder)["base_model"] for name, folder in found.items()}
+    if any(base != next(iter(bases.values())) for base in bases.values()):
+        said = ", ".join(f"{name} on {_said(base)}" for name, base in bases.items())
+        raise SetupError(f"these models are not of one base: {said}")
+    shared: dict[str, Any] = {}
+    return {name: _loaded(folder, shared) for name, folder in found.items()}
+
+
+def _said(base: Mapping[str, Any]) -> str:
+    """A base with what may tell it from another one of the same name."""
+    more = [f"{name} {base[name]}" for name in ("revision", "weights_dtype") if base.get(name)]
+    return f"{base['name']} ({', '.join(more)})" if more else str(base["name"])
+
+
+def _loaded(folder: Path, shared: dict[str, Any] | None) -> Predictor:
     notes = folders.notes_of(folder)
     block = ModelBlock(name=str(folder.resolve()))
     if folders.is_partial(folder):
-        model = folders.load(folder).model
+        model = folders.load(folder, shared=shared).model
     else:
         model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
     return Predictor(model.eval(), load_processor(block, notes["task"]), notes)

@@ -390,6 +390,7 @@ OutcomeStatus = Literal[
     "done",
     "interrupted",
     "stopped_by_guard",
+    "diverged",
     "out_of_memory",
     "does_not_fit",
     "disk_full",

@@ -40,7 +40,7 @@ class TrialResult(Record):
     num_parameters: int
     num_trainable: int
     tokens: int
-    """Seen in training, padding included."""
+    """Of the texts, seen in training; without padding and virtual tokens."""
     train_flops: float
     """Floating-point operations of all steps, forward and backward, traced; 0: not known."""
     saved_bytes: int
@@ -68,6 +68,8 @@ class Search(Record):
     tried: tuple[Tried, ...]
     chosen: float
     reason: str
+    check_seconds: float = 0.0
+    """Of a whole run that only served to choose between two rates."""
     on_edge: bool = False
     """The best rate is the lowest or the highest of those tried: a better one may lie beyond."""
 
@@ -91,6 +93,9 @@ class Expectation(Record):
     num_seeds: int
     num_search_trials: int
     seconds: float
+    """Where only full and the leader get all seeds."""
+    most_seconds: float
+    """Where all methods do."""
     detectable: float | None
     """Smallest difference of the metric that such a comparison usually finds; None: the metric is no share."""
     notes: tuple[str, ...] = ()
@@ -182,3 +187,49 @@ class Comparison(Record):
     command: str
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+
+
+# ---- several tasks on one base ---------------------------------------------------------------------------------
+
+
+class TaskPart(Record):
+    """One task's comparison, in short."""
+
+    name: str
+    """Of its recipe."""
+    folder: str
+    """Of its comparison."""
+    metric: str
+    greater_is_better: bool
+    train_rows: int
+    verdict: str
+    recommended: str
+
+
+class Way(Record):
+    """One method for all tasks: a whole model for each, or one base with what the method trained for each."""
+
+    arm: str
+    kind: str
+    stored_bytes: int
+    """Weights of all tasks together, on disk and, with all of them loaded, in memory; with parts the base once."""
+    bytes_per_task: int
+    """That one more task adds, on average."""
+    train_seconds: float
+    """One run for each task."""
+    scores: tuple[Estimate, ...]
+    """On each task's test rows."""
+    behind: Estimate | None = None
+    """Full fine-tuning minus this method, mean over the tasks, with an interval that holds for all methods together;
+    None: of full itself, or metrics that are no shares."""
+
+
+class ManyTasks(Record):
+    """What one full model for each task costs against parts side by side on one base."""
+
+    model: str
+    base_bytes: int
+    confidence: float
+    tasks: tuple[TaskPart, ...]
+    ways: tuple[Way, ...]
+    """Full first; only methods that all tasks compared."""

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from fulltune import comparing, pipeline, predict
+from fulltune.compare import design
 from fulltune.comparing import rates, seeds, trials
-from fulltune.errors import GuardStop, InterruptedRun, RecipeError
+from fulltune.errors import Diverged, GuardStop, InterruptedRun, RecipeError
 from fulltune.recipe_file import load_recipe
 from fulltune.run_folder import find_or_make
 from fulltune.trials import Comparison, Search, Trial, TrialResult, Tried
@@ -152,7 +153,7 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
         asked.append(trial)
         value = metric(trial)
         if np.isnan(value):
-            raise GuardStop("the loss is not finite")
+            raise Diverged("the loss is not finite")
         return result_of(trial, value)
 
     with mock.patch.object(rates, "trained", trained):
@@ -163,11 +164,11 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
 def test_search_best_in_the_middle_is_halved(tmp_path: Path) -> None:
     asked, found = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 2e-3)))
     assert [(one.learning_rate, round(one.share, 2)) for one in asked] == [
-        (6.3e-4, 0.05),
-        (2e-3, 0.05),
-        (6.3e-3, 0.05),
-        (2e-3, 0.15),
-        (6.3e-3, 0.15),
+        (6.3e-4, 0.04),
+        (2e-3, 0.04),
+        (6.3e-3, 0.04),
+        (2e-3, 0.12),
+        (6.3e-3, 0.12),
     ]
     assert (found.chosen, found.on_edge) == (2e-3, False)
     assert all(one.searches for one in asked)
@@ -177,37 +178,92 @@ def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path
     asked, found = searched(
         tmp_path, lambda trial: float("nan") if trial.learning_rate > 0.015 else 100 * trial.learning_rate
     )
-    assert [one.learning_rate for one in asked if round(one.share, 2) == 0.05] == [6.3e-4, 2e-3, 6.3e-3, 0.02]
+    assert [one.learning_rate for one in asked if round(one.share, 2) == 0.04] == [6.3e-4, 2e-3, 6.3e-3, 0.02]
     assert (found.chosen, found.on_edge) == (6.3e-3, False)
 
 
-@pytest.mark.parametrize(
-    ("guarded", "reason"), [(False, "ended below its short trial"), (True, "was stopped by a guard")]
-)
-def test_rate_that_comes_apart_in_a_whole_run_is_replaced_by_the_next_lower_one(
-    guarded: bool, reason: str, tmp_path: Path
-) -> None:
+def made_up(line: comparing.Line, chosen: float = 1e-2) -> dict[str, Search]:
+    tried = tuple(Tried(learning_rate=rate, share=0.15, metric=0.9) for rate in (1e-3, 1e-2))
+    return {"lora": Search(arm="lora", tried=tried, chosen=chosen, reason="made up")}
+
+
+def test_rate_whose_whole_run_ends_below_its_short_trial_is_replaced_by_the_next_lower_one(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
     line = comparing.Line(one, pipeline.prepare(one), "test")
-    found = Search(
-        arm="lora",
-        tried=tuple(Tried(learning_rate=rate, share=0.15, metric=0.9) for rate in (1e-3, 1e-2)),
-        chosen=1e-2,
-        reason="made up",
-    )
-    searches = {"lora": found}
+    searches = made_up(line)
 
     def final(_: Any, trial: Trial) -> TrialResult:
-        if guarded and trial.learning_rate == 1e-2:
-            raise GuardStop("the loss came apart")
         return result_of(trial, 0.1 if trial.learning_rate == 1e-2 else 0.95)[2]
 
     with mock.patch.object(seeds, "final", final):
         result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
     assert (result.metric, result.trial.learning_rate) == (0.95, 1e-3)
     assert searches["lora"].chosen == 1e-3
-    assert reason in searches["lora"].reason
+    assert searches["lora"].reason == "a whole run with 0.01 ended below its short trial"
     assert Search.load(line.folder / "compare" / "searches" / "lora.json") == searches["lora"]
+
+
+@pytest.mark.parametrize("diverges", [42, 43])
+def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    expectation = rates.expect(line)
+    searches = {"full": design.without_search("full", 3e-3)} | made_up(line)
+    asked: list[tuple[str, float]] = []
+
+    def final(_: Any, trial: Trial) -> TrialResult:
+        asked.append((trial.name, trial.learning_rate))
+        if (trial.learning_rate, trial.seed) == (1e-2, diverges):
+            raise Diverged("the loss came apart")
+        return result_of(trial, 0.95)[2]
+
+    with mock.patch.object(seeds, "final", final), mock.patch.object(seeds, "_checked", lambda *given: given[2]):
+        results, _ = seeds.run_seeds(line, searches, expectation)
+    assert [(one.trial.seed, one.trial.learning_rate) for one in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
+    assert searches["lora"].reason == f"0.01 diverged in a whole run (seed {diverges})"
+    assert len([name for name, _ in asked if name.startswith("full")]) == 2
+
+
+def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS)
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    searches = {arm: design.without_search(arm, 1e-2) for arm in ("full", "lora")}
+    with (
+        mock.patch.object(seeds, "final", mock.Mock(side_effect=Diverged("the loss came apart"))),
+        pytest.raises(Diverged, match="the loss came apart"),
+    ):
+        seeds.run_seeds(line, searches, rates.expect(line))
+
+
+def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    with (
+        mock.patch.object(rates, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
+        pytest.raises(GuardStop, match="the process crashed"),
+    ):
+        rates.search(line, line.trained_arms[1], rates.expect(line))
+
+
+@pytest.mark.parametrize(("lower_metric", "rate"), [(0.95, 1e-3), (0.3, 1e-2)])
+def test_higher_rate_of_the_search_is_checked_by_a_whole_run_at_the_lower_one(
+    lower_metric: float, rate: float, tmp_path: Path
+) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-3, 0.5), (1e-2, 0.8)))
+    searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-2, reason="best of 2 rates", on_edge=True)}
+    asked: list[str] = []
+
+    def final(_: Any, trial: Trial) -> TrialResult:
+        asked.append(trial.name)
+        return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else lower_metric)[2]
+
+    with mock.patch.object(seeds, "final", final):
+        result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
+    assert asked == ["lora-seed42", "lora-seed42-rate0.001"]
+    assert (result.trial.learning_rate, searches["lora"].chosen) == (rate, rate)
+    assert searches["lora"].check_seconds > 0
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------
@@ -218,6 +274,7 @@ def test_rate_that_comes_apart_in_a_whole_run_is_replaced_by_the_next_lower_one(
     [
         ([], "methods: names nothing to compare full fine-tuning with"),
         (["base", "full"], "methods: names nothing to compare full fine-tuning with"),
+        (["base", "full", "head"], "methods: names nothing to compare full fine-tuning with"),
         (["base", "lora"], "methods: a comparison has 'full' exactly once"),
     ],
 )

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from fulltune import pipeline
-from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
+from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
 from fulltune.records import DataSummary, Moved, Outcome, SplitSummary
-from fulltune.train import Hooks, attempts, checkpoints, distributed, worker
-from fulltune.train.guards import Reading, came_apart, not_finite, nothing_learned, stopped_improving
+from fulltune.train import Hooks, attempts, callbacks, checkpoints, distributed, worker
+from fulltune.train.guards import Reading, Verdict, came_apart, not_finite, nothing_learned, stopped_improving
 from fulltune.train.request import Request
 from fulltune.train.sampler import GlobalBatchSampler
 from tests import tiny
@@ -64,6 +64,8 @@ def test_not_finite_stops_unless_the_loss_scale_is_to_blame(
         ([4.0] * 10 + [1.5] * 20 + [3.9] * 20, "go on"),  # still better than at the beginning
         ([2.0] * 10 + [1.6] * 20 + [2.5] * 20, "go on"),  # it had not fallen much
         ([4.0] * 60, "go on"),
+        ([0.0] * 60, "go on"),  # learned by heart
+        ([-1.0] * 60, "go on"),  # a loss of another kind
         ([4.0] * 10 + [1.5] * 20, "go on"),
     ],
 )
@@ -327,22 +329,20 @@ def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_repo
     assert not (tmp_path / "run" / "models").exists()
 
 
-def test_loss_that_came_apart_stops_the_run(tiny_encoder: Path, tmp_path: Path) -> None:
-    step = [0]
+def test_loss_that_came_apart_stops_the_run_as_diverged(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
 
-    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-        return loss * (1.0 if step[0] < 10 else 0.3 if step[0] < 20 else 3.0)
+    def at_the_fifth(losses: list[float], learning_rate: float) -> Verdict:
+        seen.append(len(losses))
+        return Verdict("stop", f"came apart at {learning_rate:g}") if len(losses) == 5 else Verdict("go on")
 
-    def listener(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "train":
-            step[0] = event["step"]
-
-    options = {"compute_loss": compute_loss, "listener": listener}
-    train = {"max_steps": 80, "logging_steps": 1}
-    with pytest.raises(GuardStop, match="the loss came apart: it had fallen from"):
-        runs.run(tmp_path, tiny_encoder, ROWS, train=train, options=options)
-    assert 36 <= step[0] <= 44
+    monkeypatch.setattr(callbacks, "came_apart", at_the_fifth)
+    with pytest.raises(Diverged, match=r"came apart at 0\.001"):
+        runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 8, "logging_steps": 1})
+    assert seen == [1, 2, 3, 4, 5]
+    assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "diverged"
 
 
 def test_loss_that_is_not_finite_in_the_dry_run_stops_before_step_1(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_en
         assert seen[0] == "resume"
 
 
-def test_forked_worker_that_is_killed_is_told_from_the_nursery_that_is(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_forked_worker_that_is_killed_alone_or_with_the_nursery_counts_as_killed(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
     children = []
     with nursery() as start:
 
@@ -98,3 +101,42 @@ def test_forked_worker_that_is_killed_is_told_from_the_nursery_that_is(tiny_enco
             with pytest.raises(GuardStop, match="the training process was killed"):
                 trained(tmp_path / name, tiny_encoder, noted, kill_each, LONG)
             assert len(killed) > 1  # after a kill it tries again
+
+
+def test_worker_that_ends_at_once_is_not_waited_for_and_says_why(tiny_encoder: Path, tmp_path: Path) -> None:
+    request = planned(tmp_path / "run", tiny_encoder)
+    (request.folder / "request.json").write_text("no request", encoding="utf-8")
+    with nursery() as start:
+        child = start(request, request.folder / "log.txt")
+        assert child.wait() == 1
+        assert child.poll() == 1
+        again = start(request, request.folder / "log.txt")  # the pipe is in order
+        assert (again.wait(), again.pid != child.pid) == (1, True)
+    assert "request.json: damaged" in (request.folder / "log.txt").read_text(encoding="utf-8")
+
+
+def test_leaving_while_a_worker_trains_ends_it(tiny_encoder: Path, tmp_path: Path) -> None:
+    request = planned(tmp_path / "run", tiny_encoder)
+    with nursery() as start:
+        child = start(request, request.folder / "log.txt")
+        assert child.poll() is None
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child.pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child.pid}").exists()
+
+
+def planned(folder: Path, model: Path) -> Request:
+    """An attempt of a long run that was not started."""
+    folder.mkdir()
+    reached = runs.run(folder, model, tiny.topic_rows(60), train=LONG, until="plan")
+    job = runs.job(folder, model, tiny.topic_rows(60), train=LONG)
+    assert reached.plan is not None
+    request = Request(
+        run_folder=str(folder / "run"), recipe=job.recipe, plan=reached.plan, attempt=1, checkpoint=None,
+        parent_pid=os.getpid(),
+    )  # fmt: skip
+    request.checkpoints.mkdir(parents=True)
+    request.folder.mkdir(parents=True)
+    request.save(request.folder / "request.json")
+    return request

@@ -45,6 +45,11 @@ class Measure:
         return 1.0 if self.greater_is_better else -1.0
 
 
+def span_of(metric: str) -> float | None:
+    """How much a metric can differ at most; 1 for shares of rows; None: without bound."""
+    return _SPANS.get(metric, 1.0)
+
+
 def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
     """How a metric of a task is resampled.
 
@@ -61,7 +66,7 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
         whole=lambda kept: task.metrics(kept, target)[metric],
         counts=sums[0] if sums else None,
         value=sums[1] if sums else None,
-        span=_SPANS.get(metric, 1.0),
+        span=span_of(metric),
     )
 
 

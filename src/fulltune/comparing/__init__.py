@@ -8,12 +8,15 @@ Everything is kept in files as it comes, so that the same command goes on where 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune import model, pipeline, plan, report, run_folder, train
-from fulltune.compare import design
+from fulltune.compare import design, items
 from fulltune.compare.lint import lint
+from fulltune.compare.many_tasks import many_tasks
+from fulltune.compare.verdict import FOR_ORIENTATION
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
 from fulltune.comparing.line import Line, settings_of
 from fulltune.comparing.rates import expect, search
@@ -22,7 +25,7 @@ from fulltune.comparing.verdict import judge
 from fulltune.errors import RecipeError
 from fulltune.recipe import Recipe
 from fulltune.tasks import task_named
-from fulltune.trials import Comparison
+from fulltune.trials import Comparison, ManyTasks
 from fulltune.units import parse_seconds
 
 
@@ -33,7 +36,7 @@ def recipe_for(recipe: Recipe) -> Recipe:
         RecipeError: When there is nothing to compare.
     """
     arms = recipe.methods
-    if not any(one.kind not in ("full", "base") for one in arms):
+    if not any(one.kind not in ("full", *FOR_ORIENTATION) for one in arms):
         raise RecipeError(
             "methods: names nothing to compare full fine-tuning with; add for example 'methods: [base, full, lora, "
             "adapter, prompt]'"
@@ -79,6 +82,13 @@ class Compared:
     comparison: Comparison
     folder: Path
     cards: tuple[Path, ...]
+
+
+def together(found: Mapping[str, Compared]) -> ManyTasks:
+    """Comparisons on one base, by the name of their task, as one record."""
+    shares = all(items.span_of(one.comparison.metric) == 1.0 for one in found.values())
+    folders = {name: one.folder.name for name, one in found.items()}
+    return many_tasks({name: one.comparison for name, one in found.items()}, folders, shares)
 
 
 def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:

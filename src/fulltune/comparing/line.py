@@ -28,8 +28,8 @@ OPENINGS = f"{FOLDER}/test-openings.jsonl"
 CLOCK = f"{FOLDER}/clock.jsonl"
 RECORD = f"{FOLDER}/comparison.json"
 BASE = "base"
-START_SECONDS = 10.0
-"""Of a trial beside its steps: imports, checks, the dry run, scoring eval and test rows. Roughly."""
+START_SECONDS = 6.0
+"""Of a trial beside its steps: loading, checks, scoring eval and test rows. Roughly, on a CPU, where it is forked."""
 
 
 @dataclass(frozen=True)

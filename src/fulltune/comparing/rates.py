@@ -9,7 +9,7 @@ from typing import Any
 from fulltune.compare import design
 from fulltune.comparing.line import FOLDER, START_SECONDS, Line
 from fulltune.comparing.trials import trained
-from fulltune.errors import GuardStop
+from fulltune.errors import Diverged
 from fulltune.trials import Expectation, Search, Trial, TrialResult, Tried
 
 
@@ -24,7 +24,9 @@ def expect(line: Line) -> Expectation:
         seeds, _ = design.num_seeds(block.seeds, line.summary.splits["train"].rows)
         rows = line.summary.splits["test"].rows
         margin = block.margin if line.measure.span == 1.0 else None
-        found = design.expected(costs, seeds, block.search_share, START_SECONDS, rows, margin, line.budget_seconds)
+        found = design.expected(
+            costs, seeds, block.search_share, START_SECONDS, rows, margin, line.budget_seconds, block.sequential
+        )
         found.save(path)
     event = {"kind": "expectation", "expectation": found, "metric": line.measure.name}
     line.job.listener(event | {"margin": line.recipe.compare.margin})
@@ -67,12 +69,15 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
 
     first = {rate: run_one(rate, shares[0]) for rate in rates}
     extensions = 0
-    while (further := design.beyond(first, greater, extensions, may_extend)) is not None and further not in first:
+    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
+    while True:
+        further = design.beyond(first, greater, extensions, may_extend, rows, is_share)
+        if further is None or further in first:
+            break
         first[further] = run_one(further, shares[0])
         extensions += 1
     for rate in design.survivors(first, greater):
         run_one(rate, shares[1])
-    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
     found = design.finished(method.arm, tried, greater, may_extend, rows, is_share)
     found.save(path)
     return found
@@ -85,7 +90,7 @@ def _tried(line: Line, trial: Trial) -> float:
         return TrialResult.load(path).metric
     try:
         _, outcome, result = trained(line, trial)
-    except GuardStop as stop:
+    except Diverged as stop:
         line.say(f"{trial.name}: {stop.problems[0]}")
         result = _failed(line, trial)
     else:

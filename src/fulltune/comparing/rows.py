@@ -96,7 +96,7 @@ def _base_value(line: Line, of_rows: Any, base: Scores | None) -> float | None:
 
 
 def _search_seconds(line: Line, search: Search) -> float:
-    spent = 0.0
+    spent = search.check_seconds
     for one in search.tried:
         trial = design.search_trial(search.arm, one.learning_rate, one.share, line.recipe.train.seed)
         path = line.folder / FOLDER / "trials" / f"{trial.name}.json"

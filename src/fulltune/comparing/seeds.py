@@ -12,8 +12,8 @@ from fulltune.compare.sequential import look
 from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import Look
 from fulltune.comparing.line import FOLDER, OPEN, Line
-from fulltune.comparing.trials import final, keep_best_model
-from fulltune.errors import GuardStop
+from fulltune.comparing.trials import final, is_done, keep_best_model
+from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.store import clusters_of
 from fulltune.tasks import Target
@@ -32,20 +32,26 @@ def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation)
     all_at_once = not line.recipe.compare.sequential
     asked = dict.fromkeys(searches, expectation.num_seeds if all_at_once else 1)
     while asked:
-        for number in range(max(asked.values())):
-            for arm in [arm for arm in asked if len(results[arm]) == number < asked[arm]]:
-                if _time_is_up(line, arm, results):
-                    line.say("the budget is used up: the verdict is made from what there is")
-                    return results, looks
-                trial = design.final_trial(
-                    arm, searches[arm].chosen, line.recipe.train.seed + number, expectation.length_share
-                )
-                line.say(f"{arm}: seed {number + 1} of at most {expectation.num_seeds}")
-                results[arm].append(_first(line, searches, trial) if number == 0 else final(line, trial))
-                keep_best_model(line, results[arm])
+        while (arm := _fewest(results, asked)) is not None:
+            if _time_is_up(line, arm, results):
+                line.say("the budget is used up: the verdict is made from what there is")
+                return results, looks
+            number = len(results[arm])
+            trial = design.final_trial(
+                arm, searches[arm].chosen, line.recipe.train.seed + number, expectation.length_share
+            )
+            line.say(f"{arm}: seed {number + 1} of at most {expectation.num_seeds}")
+            try:
+                results[arm].append(final(line, trial) if number else _first(line, searches, trial))
+            except Diverged as stop:
+                # A rate at which one seed diverges is too high for the method: all its seeds get a lower one.
+                _take_lower(line, searches, trial, stop)
+                results[arm] = []
+                continue
+            keep_best_model(line, results[arm])
         if all_at_once:
             break
-        seen = _look(line, results, expectation)
+        seen = _look(line, results, expectation, looks)
         looks.append(seen)
         seen.save(line.folder / FOLDER / "looks" / f"{len(looks)}.json")
         count = seen.num_seeds
@@ -54,30 +60,79 @@ def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation)
     return results, looks
 
 
+def _fewest(results: Results, asked: dict[str, int]) -> str | None:
+    """The arm whose turn it is: of those that lack seeds the one with the fewest; None when all have theirs."""
+    lacking = [arm for arm, count in asked.items() if len(results[arm]) < count]
+    return min(lacking, key=lambda arm: len(results[arm]), default=None)
+
+
+def _take_lower(line: Line, searches: dict[str, Search], trial: Trial, stop: Diverged) -> None:
+    """Choose a lower rate after a run diverged.
+
+    Raises:
+        Diverged: Nothing lower is left to try, or the rate was given.
+    """
+    search = searches[trial.arm]
+    lower = design.after_divergence(search)
+    if lower is None:
+        raise stop
+    line.say(f"{trial.name}: {stop.problems[0]}")
+    reason = f"{search.chosen:g} diverged in a whole run (seed {trial.seed})"
+    _replace(line, searches, trial, lower, reason)
+
+
+def _replace(line: Line, searches: dict[str, Search], trial: Trial, lower: float, reason: str) -> None:
+    line.say(f"{trial.arm}: {reason}; taking {lower:g}")
+    for folder in ("models", "checkpoints"):
+        shutil.rmtree(line.folder / folder / trial.name, ignore_errors=True)
+    searches[trial.arm] = design.replaced(searches[trial.arm], lower, reason)
+    searches[trial.arm].save(line.folder / FOLDER / "searches" / f"{trial.arm}.json")
+
+
 def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult:
-    """The first whole run of an arm, at a rate that holds for a whole run."""
+    """The first whole run of an arm, at a rate that holds for a whole run.
+
+    Raises:
+        Diverged: It did; the caller takes a lower rate.
+    """
     rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
-    greater, arm = line.measure.greater_is_better, trial.arm
     while True:
-        try:
-            result = final(line, trial)
-        except GuardStop as stop:
-            lower = design.next_lower(searches[arm])
-            if lower is None:
-                raise
-            line.say(f"{trial.name}: {stop.problems[0]}")
-            reason = f"{trial.learning_rate:g} was best in the search, but a whole run with it was stopped by a guard"
-        else:
-            lower = design.slower(searches[arm], result.metric, greater, rows, is_share)
-            if lower is None:
-                return result
-            reason = f"{trial.learning_rate:g} was best in the search, but a whole run ended below its short trial"
-        line.say(f"{arm}: {reason}; taking {lower:g}")
-        for folder in ("models", "checkpoints"):
-            shutil.rmtree(line.folder / folder / trial.name, ignore_errors=True)
-        searches[arm] = searches[arm].model_copy(update={"chosen": lower, "reason": reason})
-        searches[arm].save(line.folder / FOLDER / "searches" / f"{arm}.json")
+        result = final(line, trial)
+        search = searches[trial.arm]
+        lower = design.slower(search, result.metric, line.measure.greater_is_better, rows, is_share)
+        if lower is None:
+            return _checked(line, searches, result)
+        _replace(line, searches, trial, lower, f"a whole run with {search.chosen:g} ended below its short trial")
         trial = trial.model_copy(update={"learning_rate": lower})
+
+
+def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> TrialResult:
+    """The same, or a whole run at the next lower rate where that is as good.
+
+    `searches` changes in memory only: when the comparison goes on later, the same is found again from both runs.
+    """
+    arm, trial = result.trial.arm, result.trial
+    lower = design.to_check(searches[arm])
+    if lower is None:
+        return result
+    check = design.final_trial(arm, lower, trial.seed, trial.share, check=True)
+    if not is_done(line, check) and line.seconds_left < result.train_seconds:
+        line.say(f"{arm}: no time to try {lower:g} in a whole run as well")
+        return result
+    line.say(f"{arm}: a whole run with {lower:g} as well, because short trials flatter high rates")
+    try:
+        other = final(line, check)
+    except Diverged as stop:
+        line.say(f"{check.name}: {stop.problems[0]}")
+        return result
+    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
+    metrics = (result.metric, other.metric)
+    found = design.checked(searches[arm], lower, metrics, line.measure.greater_is_better, rows, is_share)
+    taken, left = (other, result) if found.chosen == lower else (result, other)
+    searches[arm] = found.model_copy(update={"check_seconds": left.train_seconds})
+    shutil.rmtree(line.folder / "models" / left.trial.name, ignore_errors=True)
+    line.say(f"{arm}: taking {found.chosen:g}")
+    return taken
 
 
 def _time_is_up(line: Line, arm: str, results: Results) -> bool:
@@ -110,13 +165,15 @@ def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> 
     return found
 
 
-def _look(line: Line, results: Results, expectation: Expectation) -> Look:
+def _look(line: Line, results: Results, expectation: Expectation, looks: list[Look]) -> Look:
     """Ask the eval rows whether the answer is clear."""
+    full = len(results[line.full.arm])
     return look(
         arm_items(line, results, OPEN, list(results)),
         line.measure,
         margin=line.recipe.compare.margin,
         max_seeds=expectation.num_seeds,
+        again=bool(looks) and looks[-1].num_seeds == full,
         alpha=1 - line.recipe.evaluate.confidence,
         clusters=clusters_of(line.folder / "data" / "eval"),
         test_rows=line.summary.splits["test"].rows,

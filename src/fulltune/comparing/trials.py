@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fulltune import evaluate, pipeline
 from fulltune.comparing.line import FOLDER, OPEN, SEALED, Line
@@ -23,11 +24,12 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
     with line.clocked(trial.name):
         listener, dry_run = _without_tables(line.job.listener), trial.arm not in line.passed
         outcome = train(recipe, made, line.folder, Hooks(), listener, start=line.start, dry_run=dry_run)
-    line.passed.add(trial.arm)
-    made = Plan.load(line.folder / made.file)  # changed when memory ran out
+    planned, made = made, Plan.load(line.folder / made.file)  # changed when memory ran out
+    if made == planned:
+        line.passed.add(trial.arm)
     model_folder = line.folder / str(outcome.model_folder)
     room = line.room(trial.arm)
-    tokens = _tokens_seen(line, trial, outcome)
+    rows, tokens = _seen(line, trial, outcome)
     return (
         made,
         outcome,
@@ -43,7 +45,8 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
             num_parameters=made.num_parameters,
             num_trainable=made.num_trainable_parameters,
             tokens=tokens,
-            train_flops=room.traced.train_flops_per_token * tokens,
+            # A prompt's virtual tokens stand before each text, and cost as much as others.
+            train_flops=room.traced.train_flops_per_token * (tokens + rows * _virtual_tokens(room.arm)),
             saved_bytes=_weights_bytes(model_folder),
             device=made.device,
             precision=made.precision,
@@ -53,11 +56,15 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
     )
 
 
-def _tokens_seen(line: Line, trial: Trial, outcome: Outcome) -> int:
-    """Of all steps, padding left out: each step takes a global batch of rows of the mean length."""
+def _seen(line: Line, trial: Trial, outcome: Outcome) -> tuple[int, int]:
+    """Rows and tokens of all steps, padding left out: each takes a global batch of rows of the mean length."""
     split = line.summary.splits["train"]
-    batch = line.room(trial.arm).plan.global_batch_size
-    return round(outcome.steps * min(batch, split.rows) * split.tokens / max(1, split.rows))
+    rows = outcome.steps * min(line.room(trial.arm).plan.global_batch_size, split.rows)
+    return rows, round(rows * split.tokens / max(1, split.rows))
+
+
+def _virtual_tokens(method: Any) -> int:
+    return method.num_virtual_tokens if method.kind == "prompt" else 0
 
 
 def _weights_bytes(folder: Path) -> int:
@@ -70,11 +77,17 @@ def _without_tables(listener: pipeline.Listener) -> pipeline.Listener:
     return lambda event: listener(event) if event.get("kind") in shown else None
 
 
+def is_done(line: Line, trial: Trial) -> bool:
+    """Whether this trial, with this rate, has a result."""
+    path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
+    return path.exists() and TrialResult.load(path).trial == trial
+
+
 def final(line: Line, trial: Trial) -> TrialResult:
     """A whole run of an arm; what it gives for eval and test rows is kept, the test rows' part sealed."""
     path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
-    if path.exists() and (found := TrialResult.load(path)).trial == trial:
-        return found
+    if is_done(line, trial):
+        return TrialResult.load(path)
     made, outcome, result = trained(line, trial)
     with line.clocked(f"{trial.name}: rows"):
         bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder)

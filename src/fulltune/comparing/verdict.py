@@ -11,6 +11,7 @@ from datetime import datetime
 from fulltune import evaluate, run_folder
 from fulltune.compare.claims import claims
 from fulltune.compare.lint import lint
+from fulltune.compare.sequential import left
 from fulltune.compare.verdict import ArmItems, decide
 from fulltune.compare_records import Decision, Look
 from fulltune.comparing.line import BASE, OPENINGS, RECORD, SEALED, Line, append_line, lines_of
@@ -50,7 +51,7 @@ def judge(
             margin=line.recipe.compare.margin,
             clusters=clusters_of(line.folder / "data" / "test"),
             confidence=confidence,
-            alpha=looks[-1].spent if looks else 1 - confidence,
+            alpha=left(looks, 1 - confidence),
         )
     found = comparison_of(line, expectation, searches, results, looks, decision, base, baselines, openings)
     found.save(path)
@@ -128,7 +129,7 @@ def comparison_of(
         claims=claims(rows, decision, summary.splits["train"].rows, line.measure.span),
         drift_unit="nats per token" if summary.problem_type in drift.WRITERS else "1 - cosine",
         drift_text=line.texts[1],
-        num_trials=len(finals) + sum(len(one.tried) for one in searches.values()),
+        num_trials=len(finals) + sum(len(one.tried) + (one.check_seconds > 0) for one in searches.values()),
         seconds=round(line.spent_seconds, 1),
         full_run_seconds=round(statistics.mean(full), 1),
         fixed_design_seconds=round(fixed, 1),

@@ -7,6 +7,7 @@ work by hooks. What is trained is exactly what has `requires_grad`; only that is
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,19 @@ def apply(model: Any, method: Method, task: TaskName) -> Applied:
         head.train(model, heads)
     head.keep_statistics(model)
     return Applied(model, method, outer)
+
+
+def without_casts(applied: Applied, autocast: bool) -> AbstractContextManager[None]:
+    """Under autocast, keep LoRA's layers from making a float32 copy of their input that autocast turns back at once.
+
+    The numbers are the same: bf16 to float32 and back loses nothing.
+    """
+    if applied.method.kind != "lora" or not autocast:
+        return nullcontext()
+    from peft.helpers import disable_input_dtype_casting
+
+    found: AbstractContextManager[None] = disable_input_dtype_casting(applied.outer)
+    return found
 
 
 def computed(model: Any) -> dict[str, Parameter]:

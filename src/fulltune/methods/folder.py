@@ -113,12 +113,13 @@ def target_of(notes: Mapping[str, Any]) -> Target:
     return Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 
-def load(folder: Path, block: ModelBlock | None = None) -> Applied:
+def load(folder: Path, block: ModelBlock | None = None, shared: dict[str, Any] | None = None) -> Applied:
     """The pretrained model with what was trained, on the CPU.
 
     Args:
         folder: Written by `save`, with notes and tokenizer.
         block: How the pretrained model is read; left out, as the notes say.
+        shared: Tensors of models that were loaded before, by name: equal ones are kept in memory once. Filled.
 
     Raises:
         SetupError: When the pretrained model is not there, or the tensors are not those of the method.
@@ -134,12 +135,26 @@ def load(folder: Path, block: ModelBlock | None = None) -> Applied:
         model = models.load(base, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW)
         applied = apply(model, method, notes["task"])
     _put_back(applied, folder)
+    if shared is not None:
+        _share(model, shared)
     if model.can_generate():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     return applied
+
+
+def _share(model: Any, shared: dict[str, Any]) -> None:
+    """Let equal frozen parameters of several models be the same memory: nothing writes to them."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        kept = shared.setdefault(name.replace(".base_layer.", "."), parameter.data)  # PEFT's layers wrap the model's
+        if kept is not parameter.data and kept.dtype == parameter.dtype and torch.equal(kept, parameter.data):
+            parameter.data = kept
 
 
 def _put_back(applied: Applied, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fulltune import zero
+from fulltune import methods, zero
 from fulltune.errors import RecipeError
 from fulltune.footprint import Footprint
 from fulltune.model import Shapes
@@ -88,7 +88,10 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
         need=lambda levers: _need(task, start, levers, device),
         passing=lambda levers: _passing(task, start, levers),
         work=time.work_of(
-            summary, task.footprint(recipe.model.weights_dtype), planned is None or planned.group_by_length
+            summary,
+            task.footprint(recipe.model.weights_dtype),
+            planned is None or planned.group_by_length,
+            methods.virtual_tokens(recipe),
         ),
         available_bytes=_available_bytes(recipe, fleet),
         given=given,

@@ -59,13 +59,14 @@ class Work:
         return (4 if recomputed else 3) * self.forward_flops(rows)
 
 
-def work_of(summary: DataSummary, footprint: Footprint, grouped: bool) -> Work:
+def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: int = 0) -> Work:
     """The work per row of prepared data.
 
     Args:
         summary: The data stage's summary.
         footprint: Has the model's operations per token.
         grouped: Rows of similar length share a batch.
+        virtual: Tokens that a prompt puts before each text.
     """
     if summary.task == "image-classification":  # the footprint counts an image, not its patches
         return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0)
@@ -76,7 +77,7 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool) -> Work:
     # Without grouping, a batch is about as long as a long row of it.
     padded = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
     return Work(
-        tokens_per_row=max(1.0, min(padded, longest * max(1, footprint.sequences_per_row))),
+        tokens_per_row=max(1.0, min(padded, longest * max(1, footprint.sequences_per_row))) + virtual,
         longest=longest,
         flops_per_token=footprint.flops_per_token,
         attention_flops_per_pair=footprint.attention_flops_per_pair,

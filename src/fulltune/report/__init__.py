@@ -13,11 +13,12 @@ from fulltune.report.card import card
 from fulltune.report.content import build
 from fulltune.report.files import replace
 from fulltune.report.html import page
+from fulltune.report.many_tasks import write_tasks
 from fulltune.report.markdown import markdown
 from fulltune.report.proof import write_proof
 from fulltune.report.read import read_run
 
-__all__ = ["write", "write_model_card", "write_proof"]
+__all__ = ["write", "write_model_card", "write_proof", "write_tasks"]
 
 
 def write(folder: Path) -> Path:

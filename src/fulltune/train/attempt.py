@@ -90,13 +90,18 @@ def train(
     sharing = zero.zero_of(request.recipe)
     attempt = Attempt(request, hooks, journal, recorder, stop, seen, task_named(request.recipe.task), summary, sharing)
     rows, eval_rows = _make_trainer(attempt)
-    _check(attempt, rows, eval_rows)
-    if request.probe:
-        return _probed(attempt)
+    with methods.without_casts(attempt.applied, autocast=request.plan.precision != "fp32"):
+        _check(attempt, rows, eval_rows)
+        return _probed(attempt) if request.probe else _trained(attempt)
+
+
+def _trained(attempt: Attempt) -> Outcome:
+    """Train after the checks, keep the best weights, save."""
+    request, recorder, journal, sharing = attempt.request, attempt.recorder, attempt.journal, attempt.sharing
     initial = None
     journal.at("saving")
-    if is_main or sharing is not None:
-        initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if is_main else None)
+    if attempt.is_main or sharing is not None:
+        initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if attempt.is_main else None)
     state, optimizer = _fit(attempt)
     journal.at("saving")
     if initial is None:  # the first process saves and reports
@@ -111,10 +116,10 @@ def train(
     best, best_metric = _keep_best(attempt, state)
     recorder.phase("saving the model")
     whole_state = weights.whole_state(attempt.trainer)
-    if not is_main:
+    if not attempt.is_main:
         return _nothing_to_report(attempt)
-    weights.save_model(attempt.applied, attempt.trainer.processing_class, request, summary, whole_state)
-    seen.disk(request.checkpoints, request.initial_weights, request.model_folder)
+    weights.save_model(attempt.applied, attempt.trainer.processing_class, request, attempt.summary, whole_state)
+    attempt.seen.disk(request.checkpoints, request.initial_weights, request.model_folder)
     return Outcome(
         status="done",
         reason="early stopping" if state.global_step < attempt.plan.total_steps else "all steps done",
@@ -194,7 +199,8 @@ def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
         trained_only=recipe.method.kind != "full",
         callbacks=[
             attempt.recorder,
-            StaysTogether(),
+            # A loss of the user's own may rise for good reasons.
+            *([StaysTogether()] if attempt.hooks.compute_loss is None else []),
             Schedule(
                 plan.metric,
                 plan.greater_is_better,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
+from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
 from fulltune.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.recipe import Recipe
 from fulltune.records import Outcome, OutcomeStatus, Plan
@@ -221,7 +221,8 @@ def _forwarding_signals(child: distributed.Child) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if child.poll() is None:
-            os.killpg(child.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                os.killpg(child.pid, signal.SIGTERM)
 
 
 def _follow(path: Path, child: distributed.Child) -> Iterator[Event]:
@@ -263,6 +264,8 @@ def _error(recipe: Recipe, plan: Plan, outcome: Outcome, tried: Sequence[str], f
             return DoesNotFitError(
                 f"{folder}: the disk is full: {outcome.reason}; free some space, then run the same command again"
             )
+        case "diverged":
+            return Diverged(outcome.reason)
         case "stopped_by_guard":
             return GuardStop(outcome.reason)
         case "does_not_fit":

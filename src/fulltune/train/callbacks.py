@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from fulltune.errors import GuardStop
+from fulltune.errors import Diverged
 from fulltune.records import Phase
 from fulltune.train import checkpoints
 from fulltune.train.guards import came_apart, stopped_improving
@@ -122,7 +122,7 @@ class StaysTogether(TrainerCallback):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         verdict = came_apart(losses, args.learning_rate)
         if verdict.action == "stop":
-            raise GuardStop(verdict.reason)
+            raise Diverged(verdict.reason)
 
 
 class Seals(TrainerCallback):

@@ -91,12 +91,11 @@ def came_apart(losses: Sequence[float], learning_rate: float) -> Verdict:
         losses: All that were logged, oldest first.
         learning_rate: At its highest, for the message.
     """
-    if len(losses) < 4 * WINDOW:
+    first, now = statistics.fmean(losses[:WINDOW] or [0.0]), statistics.median(losses[-2 * WINDOW :] or [0.0])
+    if len(losses) < 4 * WINDOW or first <= 0 or now < first:
         return GO_ON
-    first = sum(losses[:WINDOW]) / WINDOW
-    lowest = min(sum(losses[place : place + WINDOW]) / WINDOW for place in range(len(losses) - WINDOW + 1))
-    now = statistics.median(losses[-2 * WINDOW :])
-    if lowest > _FELL * first or now < first:
+    lowest = min(statistics.fmean(losses[place : place + WINDOW]) for place in range(len(losses) - WINDOW + 1))
+    if lowest > _FELL * first:
         return GO_ON
     return Verdict(
         "stop",

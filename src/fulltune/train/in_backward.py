@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fulltune.errors import GuardStop, SetupError
+from fulltune.errors import Diverged, SetupError
 from fulltune.train.guards import gradient_not_finite
 
 
@@ -58,7 +58,7 @@ class InBackward(torch.optim.Optimizer):
         # NaN goes through both; the two numbers cost no copy of the gradient, as isfinite would.
         least, most = gradient.aminmax()
         if not bool((least.isfinite() & most.isfinite()).item()):
-            raise GuardStop(gradient_not_finite(self._step(), name, len(self.updated), len(self._hooks)).reason)
+            raise Diverged(gradient_not_finite(self._step(), name, len(self.updated), len(self._hooks)).reason)
         groups = self.behind.param_groups
         self.behind.param_groups = [{**groups[index], "params": [parameter]}]
         try:

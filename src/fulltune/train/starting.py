@@ -3,8 +3,8 @@
 A comparison trains dozens of short trials, and each would spend seven seconds on imports. A `Nursery` imports once and
 forks for each attempt; every attempt is still a process of its own, so that its memory and its faults stay its own.
 
-    parent ──line: request, log──▶ nursery ──fork──▶ worker (own session, own log)
-    parent ◀──line: pid, exit code── nursery
+    parent ──{"request": ..., "log": ...}──▶ nursery ──fork──▶ worker (own session, own log)
+    parent ◀── "pid 123" (the worker, once it can be signalled), "end 0" (the nursery, its exit code)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Protocol
@@ -73,17 +74,19 @@ def nursery() -> Iterator[Starter]:
 
 
 class Nursery:
-    """The parent's side of the process that forks."""
+    """The parent's side of the process that forks; one worker at a time."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from fulltune.train import starting; starting.serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # what libraries say while they are imported; workers have logs
             start_new_session=True,  # Ctrl-C is the parent's to pass on
             env=environment,
-            text=True,
+            bufsize=0,  # what is read is one line: the next one must be seen by `select`
         )
+        self._busy = False
 
     @property
     def is_gone(self) -> bool:
@@ -93,15 +96,30 @@ class Nursery:
         to, back = self._process.stdin, self._process.stdout
         assert to is not None, "a pipe"
         assert back is not None, "a pipe"
-        to.write(json.dumps({"request": str(request.folder / "request.json"), "log": str(log)}) + "\n")
-        to.flush()
-        line = back.readline()
-        if not line:  # it died while importing: the plain way says why in the log
+        assert not self._busy, "one worker at a time"
+        log.touch()  # a folder that cannot be written to is the parent's to report
+        self._busy = True
+        try:
+            to.write(json.dumps({"request": str(request.folder / "request.json"), "log": str(log)}).encode() + b"\n")
+            kind, _, number = back.readline().decode().partition(" ")
+        except BrokenPipeError:
+            kind, number = "", ""
+        if not kind:  # it died while importing: the plain way says why in the log
+            self._busy = False
             return in_new_process(request, log)
-        return Forked(int(line), back)
+        worker = Forked(self, back, int(number) if kind == "pid" else 0)
+        if kind == "end":  # before it could say its name
+            worker.ended(int(number))
+        return worker
+
+    def worker_ended(self) -> None:
+        self._busy = False
 
     def close(self) -> None:
+        """End it; with a worker that nobody waited for, that one as well."""
         assert self._process.stdin is not None
+        if self._busy:
+            self._process.kill()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
@@ -112,10 +130,15 @@ class Forked:
 
     args: Sequence[str] = ()
 
-    def __init__(self, pid: int, back: IO[str]) -> None:
+    def __init__(self, nursery: Nursery, back: IO[bytes], pid: int) -> None:
         self.pid = pid
+        self._nursery = nursery
         self._back = back
         self._code: int | None = None
+
+    def ended(self, code: int) -> None:
+        self._code = code
+        self._nursery.worker_ended()
 
     def poll(self) -> int | None:
         return self._read(wait=False)
@@ -127,8 +150,8 @@ class Forked:
 
     def _read(self, *, wait: bool) -> int | None:
         if self._code is None and (wait or select.select([self._back], [], [], 0)[0]):
-            # Without an answer the nursery itself was killed, and its workers with it.
-            self._code = int(self._back.readline() or -signal.SIGKILL)
+            # Without an answer the nursery itself was killed, and its worker with it.
+            self.ended(int(self._back.readline().decode().partition(" ")[2] or -signal.SIGKILL))
         return self._code
 
 
@@ -136,40 +159,47 @@ def serve() -> None:
     """The nursery: import, then fork for each line of stdin until it is closed."""
     import importlib
 
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
     for name in PRELOADED:
         importlib.import_module(name)
+    nursery = os.getpid()
     for line in sys.stdin:
-        asked = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            _be_worker(asked)
-        print(pid, flush=True)
+            _be_worker(json.loads(line), nursery, answers)
         _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        os.write(answers, f"end {os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _be_worker(asked: dict[str, str]) -> None:
+def _be_worker(asked: dict[str, str], nursery: int, answers: int) -> None:
     """The forked process: what `python -m fulltune.train.worker` would be."""
-    from fulltune.train import worker
-
-    os.setsid()
-    _end_with_the_one_that_forked()
-    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(source, target)
     code = 1
     try:
+        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        os.setsid()
+        _end_with(nursery)
+        os.write(answers, f"pid {os.getpid()}\n".encode())
+        os.close(answers)
+        from fulltune.train import worker
+
         code = worker.main(asked["request"])
+    except BaseException:
+        traceback.print_exc()  # the parent looks in the log for words about memory
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _end_with_the_one_that_forked() -> None:
+def _end_with(parent: int) -> None:
     """Be killed when the nursery is: nobody would read how this process ends. Linux only, like the nursery."""
     import ctypes
 
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed just before
+        os._exit(1)

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
-from fulltune.errors import GuardStop
+from fulltune.errors import Diverged
 from fulltune.records import Plan
 from fulltune.selective_head import SelectiveHead
 from fulltune.tasks.causal_lm import IGNORED
@@ -98,7 +98,7 @@ class FiniteGuard:
     def _judge(self, reading: Reading) -> None:
         verdict = not_finite(reading)
         if verdict.action == "stop":
-            raise GuardStop(verdict.reason)
+            raise Diverged(verdict.reason)
 
 
 class FullTrainer(FiniteGuard, Trainer):
@@ -227,7 +227,7 @@ class FullTrainer(FiniteGuard, Trainer):
         """The run's optimizer for one step that changes no weight: rate and decay are 0, everything else is as planned.
 
         Enter it before the forward pass, because with `optimizer_in_backward` the updates happen in `loss.backward()`,
-        which then leaves no gradient and raises `GuardStop` at one that is not finite: judge the loss before.
+        which then leaves no gradient and raises `Diverged` at one that is not finite: judge the loss before.
 
             with trainer.rehearsal() as optimizer:
                 loss = ...

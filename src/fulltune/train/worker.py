@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
+from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
 from fulltune.out_of_memory import is_out_of_memory
 from fulltune.records import Outcome, OutcomeStatus
 from fulltune.train import checkpoints, memory_limit
@@ -92,6 +92,8 @@ def _classify(error: BaseException) -> tuple[OutcomeStatus, str]:
     """What an exception means for the next attempt."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
+    if isinstance(error, Diverged):
+        return "diverged", text
     if isinstance(error, GuardStop):
         return "stopped_by_guard", text
     if isinstance(error, (KeyboardInterrupt, InterruptedRun)):

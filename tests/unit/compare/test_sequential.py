@@ -5,12 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.compare.sequential import look, spent
+from fulltune.compare.sequential import left, look, spent
 from fulltune.compare_records import Look
 from tests.unit.compare.arms import ACCURACY, arm, drawn_right
 
 
-def looked(accuracies: list[float], seeds: list[int], rows: int = 4000, spread: float = 0.001, most: int = 5) -> Look:
+def looked(
+    accuracies: list[float],
+    seeds: list[int],
+    rows: int = 4000,
+    spread: float = 0.001,
+    most: int = 5,
+    again: bool = False,
+) -> Look:
     """`full`, `lora` and `prompt` after so many seeds each."""
     right = drawn_right(np.random.default_rng(1), rows, accuracies, spread, max(seeds))
     kinds = (("full", "full"), ("lora", "lora"), ("prompt", "prompt"))
@@ -18,7 +25,7 @@ def looked(accuracies: list[float], seeds: list[int], rows: int = 4000, spread: 
         arm(name, kind, one[:count])  # type: ignore[arg-type]
         for (name, kind), one, count in zip(kinds, right, seeds, strict=False)
     ]
-    return look(arms, ACCURACY, margin=0.01, max_seeds=most, samples=1000)
+    return look(arms, ACCURACY, margin=0.01, max_seeds=most, again=again, samples=1000)
 
 
 @pytest.mark.parametrize("most", [2, 3, 5])
@@ -31,8 +38,10 @@ def test_spent_parts_sum_up_to_alpha_and_grow(most: int) -> None:
 
 
 def test_spent_second_look_after_catching_up_is_paid_for() -> None:
-    parts = [spent(number, 3, 0.05, 2, caught_up=again) for number in (1, 2, 3) for again in (False, True)]
-    assert sum(parts) == pytest.approx(0.05)
+    firsts, seconds = (
+        [spent(number, 3, 0.05, waiting=not again, again=again) for number in (1, 2, 3)] for again in (False, True)
+    )
+    assert sum(firsts) + sum(seconds) == pytest.approx(0.05)
 
 
 def decisions(found: Look) -> dict[str, tuple[str, int]]:
@@ -62,16 +71,24 @@ def test_look_unclear_leader_goes_on_while_the_rest_waits() -> None:
 def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
     found = looked([0.95, 0.9501, 0.9], [4, 4, 1], rows=20_000)
     assert found.enough
-    assert found.step("prompt").decision == "enough"
+    assert decisions(found)["prompt"] == ("enough", 1)
 
 
 def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
     found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002)
     assert decisions(found) == {"full": ("wait", 3), "lora": ("wait", 3), "prompt": ("more", 3)}
     assert found.reason == "full beats the leader; whether it beats prompt as well is open"
-    again = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002)
-    assert again.enough
-    assert again.spent == spent(3, 5, 0.05, 2, caught_up=True)
+    assert found.spent == spent(3, 5, 0.05, waiting=True)
+    second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, again=True)
+    assert second.enough
+    assert second.spent == spent(3, 5, 0.05, again=True)
+
+
+def test_look_one_that_did_not_catch_up_clearly_goes_on_with_the_others() -> None:
+    # `prompt` was beaten clearly before, and is not at the smaller part of alpha of the second look.
+    found = looked([0.95, 0.85, 0.938], [3, 3, 1], spread=0.002, again=True)
+    assert decisions(found) == {"full": ("more", 4), "lora": ("more", 4), "prompt": ("more", 4)}
+    assert found.reason == "not clear yet: prompt"
 
 
 def test_look_full_that_beats_all_is_enough_though_some_waited() -> None:
@@ -103,3 +120,11 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
     found = look([arm("full", "full", full), arm("lora", "lora", lora)], ACCURACY, margin=0.01, max_seeds=5)
     assert found.enough
     assert "more seeds would hardly decide" in found.reason
+
+
+def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() -> None:
+    one, two = looked([0.93, 0.915], [1, 1], most=3), looked([0.93, 0.915], [2, 2], spread=0.005, most=3)
+    assert not two.enough
+    assert left([one, two], 0.05) == pytest.approx(spent(3, 3, 0.05))
+    assert left([one, two.model_copy(update={"enough": True})], 0.05) == two.spent
+    assert left([], 0.05) == 0.05

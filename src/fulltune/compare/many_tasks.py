@@ -1,0 +1,88 @@
+"""Several comparisons on one base, put together: what one full model for each task costs against parts side by side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from fulltune.records import Estimate
+from fulltune.trials import ArmRow, Comparison, ManyTasks, TaskPart, Way
+
+
+def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str], shares: bool) -> ManyTasks:
+    """Put finished comparisons together.
+
+    Args:
+        comparisons: By the name of the task, all with the same pretrained model and confidence.
+        folders: Where each lies.
+        shares: All metrics are shares of rows, so that differences can be averaged.
+
+    Raises:
+        ValueError: When no method but `full` was compared in all of them.
+    """
+    rows = [{row.arm: row for row in one.rows} for one in comparisons.values()]
+    full = next(row.arm for row in rows[0].values() if row.kind == "full")
+    arms = [name for name, row in rows[0].items() if row.kind not in ("base", "full") and all(name in r for r in rows)]
+    if not arms:
+        raise ValueError("no method but full was compared in all tasks")
+    first = next(iter(comparisons.values()))
+    level = (1 - first.decision.confidence) / len(arms)  # together for all methods (Bonferroni)
+    # A full model's file is the base with a small head.
+    base = min(one[full].saved_bytes for one in rows)
+    return ManyTasks(
+        model=first.model,
+        base_bytes=base,
+        confidence=first.decision.confidence,
+        tasks=tuple(
+            TaskPart(
+                name=name,
+                folder=folders[name],
+                metric=one.metric,
+                greater_is_better=one.greater_is_better,
+                train_rows=one.train_rows,
+                verdict=one.decision.verdict,
+                recommended=one.decision.recommended,
+            )
+            for name, one in comparisons.items()
+        ),
+        ways=(
+            _way(full, [one[full] for one in rows], 0, None),
+            *(
+                _way(name, [one[name] for one in rows], base, _behind(name, list(comparisons.values()), shares, level))
+                for name in arms
+            ),
+        ),
+    )
+
+
+def _way(name: str, rows: Sequence[ArmRow], base: int, behind: Estimate | None) -> Way:
+    stored = sum(row.saved_bytes for row in rows)
+    return Way(
+        arm=name,
+        kind=rows[0].kind,
+        stored_bytes=base + stored,
+        bytes_per_task=round(stored / len(rows)),
+        train_seconds=round(sum(row.train_seconds for row in rows), 1),
+        scores=tuple(row.metric for row in rows),
+        behind=behind,
+    )
+
+
+def _behind(arm: str, comparisons: Sequence[Comparison], shares: bool, level: float) -> Estimate | None:
+    """Mean over the tasks; their rows and seeds are independent, so the squares of the errors add up.
+
+    What seeds add to the error is known from few of them: Student's t, with the degrees of freedom that Welch and
+    Satterthwaite give a sum of variances.
+    """
+    from scipy.stats import t
+
+    found = [one.decision.difference(arm) for one in comparisons]
+    if not shares or not all(one.seeds_known for one in found):
+        return None
+    mean = statistics.mean(one.estimate for one in found)
+    variance = sum(one.standard_error**2 for one in found)
+    from_seeds = sum(one.seed_variance**2 / max(1, one.num_seeds - 1) for one in found)
+    degrees = variance**2 / from_seeds if from_seeds else math.inf
+    half = float(t.ppf(1 - level / 2, degrees)) * math.sqrt(variance) / len(found)
+    return Estimate(value=mean, low=mean - half, high=mean + half)

@@ -1,0 +1,60 @@
+"""What `fulltune compare` says to input that it cannot use, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune import comparing
+from fulltune.recipe_file import load_recipe
+from fulltune.run_folder import find_or_make
+from tests import tiny
+from tests.contract.command import fulltune
+
+
+def recipe(folder: Path, methods: list[Any], rows: list[dict[str, Any]] | None = None, **blocks: Any) -> Path:
+    if not (folder / "model").exists():
+        tiny.save_model(folder / "model", "bert")
+    data = tiny.write_jsonl(folder / "rows.jsonl", rows or tiny.topic_rows(40))
+    return tiny.write_recipe(folder / "recipe.yaml", folder / "model", data, methods=methods, **blocks)
+
+
+@pytest.mark.parametrize(
+    ("methods", "code", "problem"),
+    [
+        (["full", "lara"], 2, "found 'lara'; did you mean 'lora'?"),
+        (["full", {"kind": "peft", "type": "IA4"}], 2, "PEFT has no 'IA4'; did you mean 'IA3'?"),
+        (["full", {"kind": "prompt", "num_virtual_tokens": 100}], 2, "100 are more than half of the 128 tokens"),
+        (["full", "lora", "lora"], 2, "methods: two are called 'lora'; give one of them another 'name'"),
+    ],
+)
+def test_method_that_cannot_be_is_refused_before_any_training(
+    methods: list[Any], code: int, problem: str, tmp_path: Path
+) -> None:
+    said = fulltune("compare", recipe(tmp_path, methods), "--run-folder", tmp_path / "run")
+    assert said.code == code
+    assert problem in said.err
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
+def test_fewer_rows_than_classes_are_refused(tmp_path: Path) -> None:
+    rows = [{"text": f"text number {number}", "label": f"class {number}"} for number in range(60)]
+    said = fulltune("compare", recipe(tmp_path, ["full", "lora"], rows), "--run-folder", tmp_path / "run")
+    assert said.code == 4
+    assert "60 different labels in 60 rows" in said.err
+
+
+def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
+    path = recipe(tmp_path, ["full", "lora"])
+    one = comparing.recipe_for(load_recipe(path))
+    find_or_make(one, path.read_text(encoding="utf-8"), "run", tmp_path / "run", False)
+    said = fulltune("compare", path, "--set", "compare.margin=0.02", "--run-folder", tmp_path / "run")
+    assert said.code == 2
+    assert "another recipe" in said.err
+
+
+def test_budget_that_is_no_time_is_refused(tmp_path: Path) -> None:
+    said = fulltune("compare", recipe(tmp_path, ["full", "lora"]), "--budget", "soon")
+    assert (said.code, "--budget: 'soon': expected a time such as 30m, 2h or 90s" in said.err) == (2, True)

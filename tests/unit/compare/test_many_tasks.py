@@ -1,0 +1,72 @@
+"""Several comparisons on one base, put together."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from scipy.stats import t
+
+from fulltune import display_compare, report
+from fulltune.compare.many_tasks import many_tasks
+from fulltune.trials import ManyTasks
+from tests import comparisons
+
+
+def together(shares: bool = True) -> ManyTasks:
+    one = comparisons.comparison()
+    found = {"intents": one, "topics": one}
+    return many_tasks(found, {"intents": "intents", "topics": "topics"}, shares)
+
+
+def test_full_is_stored_once_a_task_and_parts_beside_one_base() -> None:
+    found, rows = together(), {row.arm: row for row in comparisons.comparison().rows}
+    ways = {way.arm: way for way in found.ways}
+    assert list(ways) == ["full", "head", "lora", "adapter", "prompt"]
+    assert found.base_bytes == rows["full"].saved_bytes
+    assert ways["full"].stored_bytes == 2 * rows["full"].saved_bytes
+    assert ways["lora"].stored_bytes == rows["full"].saved_bytes + 2 * rows["lora"].saved_bytes
+    assert ways["lora"].bytes_per_task == rows["lora"].saved_bytes
+    assert ways["lora"].train_seconds == pytest.approx(2 * rows["lora"].train_seconds, abs=0.1)
+
+
+def test_difference_is_the_mean_with_the_error_of_independent_tasks() -> None:
+    one = comparisons.comparison().decision.difference("lora")
+    behind = next(way for way in together().ways if way.arm == "lora").behind
+    assert behind is not None
+    assert behind.value == pytest.approx(one.estimate)
+    half = behind.high - behind.value
+    assert half >= 2.4977 * one.standard_error / math.sqrt(2) - 1e-9  # a normal number's, of four methods together
+    variance = 2 * one.standard_error**2
+    degrees = variance**2 / (2 * one.seed_variance**2 / (one.num_seeds - 1))
+    assert half == pytest.approx(t.ppf(1 - 0.05 / 8, degrees) * math.sqrt(variance) / 2)
+
+
+def test_metrics_that_are_no_shares_are_not_averaged() -> None:
+    assert all(way.behind is None for way in together(shares=False).ways)
+
+
+def test_no_method_in_common_is_refused() -> None:
+    one = comparisons.comparison()
+    other = one.model_copy(update={"rows": tuple(row for row in one.rows if row.kind in ("base", "full"))})
+    with pytest.raises(ValueError, match="no method but full was compared in all tasks"):
+        many_tasks({"a": one, "b": other}, {"a": "a", "b": "b"}, shares=True)
+
+
+def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
+    page, record = report.write_tasks(tmp_path, together())
+    assert ManyTasks.load(record) == together()
+    text = page.read_text(encoding="utf-8")
+    said = (
+        "A full model for each of 2 tasks: 173 MiB of weights, on disk and, with all of them loaded, in memory. One "
+        "base (86.7 MiB) with adapter for each: 89.8 MiB, 0.52×; each further task adds 1.56 MiB instead of 86.7 MiB."
+    )
+    assert said in text
+    assert "lora: full minus it +0.34 [" in text
+    console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w", encoding="utf-8"))
+    display_compare.many_tasks(console, together())
+    shown = console.export_text()
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert said in " ".join(shown.split())
