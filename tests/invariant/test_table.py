@@ -37,10 +37,10 @@ CELLS: dict[str, dict[str, Any]] = {
 """Rows per pass x passes, and how."""
 
 
-def trained(folder: Path, family: str, train: dict[str, Any]) -> Path:
+def trained(folder: Path, family: str, train: dict[str, Any], method: str = "full") -> Path:
     """A run of this family in `folder`: in this process, or through the command line when there are two."""
     kind, changes, rows, given = CASES[FAMILIES[family]]
-    blocks = {"method": {"learning_rate": 3e-3}, **given}
+    blocks = {"method": {"kind": method, "learning_rate": 3e-3 if method == "full" else 3e-2}, **given}
     model = tiny.save_model(folder / "model", kind, **changes)
     train = {**TRAIN, **train}
     if train.get("num_processes", 1) == 1:
@@ -86,6 +86,18 @@ def test_losses_over_50_steps_are_those_of_whole_global_batches(
     left = sorted(path.name for path in (folder / "run").glob("attempts/*/*"))
     assert left == ["journal.jsonl", *(["log.txt"] if "num_processes" in CELLS[cell] else []), *_ALWAYS]
     assert list((folder / "run" / "checkpoints").glob("*/*")) == []
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_losses_of_methods_over_two_processes_are_those_of_one(method: str, tmp_path: Path) -> None:
+    if num_cores() < 2:
+        pytest.skip("needs a CPU core per process")
+    found = []
+    for name, train in (("one", WHOLE), ("two", CELLS["2 processes, 2 x 2 each"])):
+        (tmp_path / name).mkdir()
+        found.append(losses(trained(tmp_path / name, "encoder, classes", {**train, "max_steps": 20}, method)))
+    assert len(set(found[0])) == 20
+    assert found[1] == [pytest.approx(loss, abs=MOST) for loss in found[0]]
 
 
 _ALWAYS = ["metrics.jsonl", "outcome.json", "phase", "request.json"]

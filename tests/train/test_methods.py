@@ -408,3 +408,29 @@ def test_lora_scale_follows_the_rank() -> None:
     assert LoraMethod(kind="lora", rank=8).arm == "lora-r8"
     assert LoraMethod(kind="lora", rank=8, alpha=16).arm == "lora-r8"
     assert LoraMethod(kind="lora", alpha=16, rslora=True).arm == "lora-a16-rs"
+
+
+def test_lora_without_float32_copies_gives_the_same_numbers_under_autocast(tiny_encoder: Path) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_encoder)
+    applied = methods.apply(model, LoraMethod(kind="lora", rank=4), "text-classification")
+    model.eval()
+    with torch.no_grad():
+        for name, parameter in methods.trained(model).items():
+            if "lora_B" in name:
+                parameter.normal_()
+    ids = torch.arange(24).reshape(2, 12) % 20 + 5
+    found = []
+    for autocast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), methods.without_casts(applied, autocast):
+            logits = model(input_ids=ids).logits
+        logits.float().sum().backward()
+        gradients = [
+            parameter.grad.clone() for parameter in methods.trained(model).values() if parameter.grad is not None
+        ]
+        found.append((logits, gradients))
+    (one, with_copies), (two, without) = found
+    assert torch.equal(one, two)
+    assert len(without) > 10
+    assert all(torch.equal(a, b) for a, b in zip(with_copies, without, strict=True))
+    assert all(module.cast_input_dtype_enabled for module in model.modules() if hasattr(module, "lora_A"))
