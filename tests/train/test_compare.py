@@ -13,6 +13,7 @@ import pytest
 
 from fulltune import comparing, pipeline, predict
 from fulltune.compare import design
+from fulltune.compare_records import ArmStep, Look
 from fulltune.comparing import rates, seeds, trials
 from fulltune.errors import Diverged, GuardStop, InterruptedRun, RecipeError
 from fulltune.recipe_file import load_recipe
@@ -261,9 +262,48 @@ def test_higher_rate_of_the_search_is_checked_by_a_whole_run_at_the_lower_one(
 
     with mock.patch.object(seeds, "final", final):
         result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
+        assert (asked, searches["lora"].check_seconds) == (["lora-seed42"], 0.0)
+        results = [result]
+        seeds._check(line, searches, results)
     assert asked == ["lora-seed42", "lora-seed42-rate0.001"]
-    assert (result.trial.learning_rate, searches["lora"].chosen) == (rate, rate)
+    assert (results[0].trial.learning_rate, searches["lora"].chosen) == (rate, rate)
     assert searches["lora"].check_seconds > 0
+
+
+@pytest.mark.parametrize(("num_seeds", "checked"), [(1, {"full", "lora", "adapter"}), (2, {"full", "lora"})])
+def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str], tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora", "adapter"], compare={"seeds": num_seeds})
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-3, 0.5), (1e-2, 0.8)))
+    arms = ("full", "lora", "adapter")
+    searches = {arm: Search(arm=arm, tried=tried, chosen=1e-2, reason="", on_edge=True) for arm in arms}
+    asked: list[str] = []
+
+    def final(_: Any, trial: Trial) -> TrialResult:
+        asked.append(trial.name)
+        return result_of(trial, 0.9)[2]
+
+    def leader_goes_on(*given: Any) -> Look:
+        counts = {arm: len(found) for arm, found in given[1].items()}
+        more = {} if counts["full"] == num_seeds else {"full": 2, "lora": 2}
+        return Look(
+            num_seeds=counts["full"],
+            max_seeds=num_seeds,
+            spent=0.01,
+            enough=not more,
+            reason="made up",
+            arms=tuple(
+                ArmStep(arm=arm, decision="more" if arm in more else "wait", seeds=more.get(arm, count))
+                for arm, count in counts.items()
+            ),
+        )
+
+    with mock.patch.object(seeds, "final", final), mock.patch.object(seeds, "_look", leader_goes_on):
+        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+    assert {name.split("-")[0] for name in asked if name.endswith("rate0.001")} == checked
+    assert {arm: found[0].trial.learning_rate for arm, found in results.items()} == {
+        arm: 1e-3 if arm in checked else 1e-2 for arm in searches
+    }
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_repo
     assert checkpoints.step_of(sound) == 2
     assert passed_over == []
     assert all(bool(value.isfinite().all()) for value in load_file(sound / "model.safetensors").values())
-    assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "stopped_by_guard"
+    assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "diverged"
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "at step 4" in report
     assert not (tmp_path / "run" / "models").exists()

@@ -37,6 +37,8 @@ def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation)
                 line.say("the budget is used up: the verdict is made from what there is")
                 return results, looks
             number = len(results[arm])
+            if number == 1:  # it goes on: now its rate matters
+                _check(line, searches, results[arm])
             trial = design.final_trial(
                 arm, searches[arm].chosen, line.recipe.train.seed + number, expectation.length_share
             )
@@ -49,6 +51,8 @@ def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation)
                 results[arm] = []
                 continue
             keep_best_model(line, results[arm])
+            if expectation.num_seeds == 1:
+                _check(line, searches, results[arm])
         if all_at_once:
             break
         seen = _look(line, results, expectation, looks)
@@ -101,9 +105,15 @@ def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult
         search = searches[trial.arm]
         lower = design.slower(search, result.metric, line.measure.greater_is_better, rows, is_share)
         if lower is None:
-            return _checked(line, searches, result)
+            return result
         _replace(line, searches, trial, lower, f"a whole run with {search.chosen:g} ended below its short trial")
         trial = trial.model_copy(update={"learning_rate": lower})
+
+
+def _check(line: Line, searches: dict[str, Search], results: list[TrialResult]) -> None:
+    """Put a whole run at the next lower rate in the place of an arm's first one, where that is as good."""
+    results[0] = _checked(line, searches, results[0])
+    keep_best_model(line, results)
 
 
 def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> TrialResult:
