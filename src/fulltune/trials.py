@@ -101,7 +101,7 @@ class Expectation(Record):
     notes: tuple[str, ...] = ()
     length_share: float = 1.0
     """Share of the recipe's steps that each run takes; below 1 only because a budget asked for it."""
-    search_share: float = 0.1
+    search_share: float = 0.06
     from_budget: bool = False
 
 

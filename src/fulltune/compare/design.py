@@ -1,8 +1,9 @@
 """Which trials a comparison consists of: rates to try, seeds to run, and what fits into a budget. Pure functions.
 
-The rate search of an arm is a successive halving (Jamieson and Talwalkar 2016): all rates of a logarithmic grid for a
-small share of the steps, with a whole schedule of its own; the best two for three times as many. When the best one
-lies at an edge of the grid, the next rate beyond is tried as well.
+The rate search of an arm is a successive halving (Jamieson and Talwalkar 2016) in two rounds: all rates of a
+logarithmic grid for a small share of the steps, with a whole schedule of its own; then whole runs of the best two,
+where the arm goes on to a second seed. When the best one lies at an edge of the grid, the next rate beyond is tried as
+well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from fulltune.trials import Expectation, Search, Trial, Tried
 STEP = math.sqrt(10)
 """Between two rates of a grid."""
 MOST_EXTENSIONS = 2
-SURVIVORS = 2
+LEAST_STEPS = 10
+"""Of a short trial: with fewer all rates look alike."""
 FEW_TRAIN_ROWS = 10_000
 """Below it five seeds: with few rows the seeds differ more (Bouthillier et al. 2021; Mosbach et al. 2020)."""
 
@@ -52,9 +54,9 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 
-def first_share(search_share: float) -> float:
-    """Of the steps, for each rate of the grid; the best ones get `search_share`."""
-    return search_share / 3
+def share_of_steps(search_share: float, total_steps: int) -> float:
+    """What a short trial takes of a run's steps: as asked for, but at least `LEAST_STEPS`."""
+    return min(1.0, max(search_share, LEAST_STEPS / max(1, total_steps)))
 
 
 def best_of(tried: Mapping[float, float], greater_is_better: bool) -> float:
@@ -76,24 +78,22 @@ def _oriented(value: float, greater_is_better: bool) -> float:
 def beyond(
     tried: Mapping[float, float],
     greater_is_better: bool,
-    extensions: int,
     may_extend: bool,
     eval_rows: int,
     is_share: bool,
 ) -> float | None:
-    """The next rate to try because the best one lies at an edge; None when it does not, or enough were tried.
+    """The next rate to try because the best one lies at an edge; None when it does not.
 
     A rate at the edge that is only as good as its neighbour, by a standard error, says nothing of what lies beyond.
 
     Args:
         tried: Rate to metric.
         greater_is_better: Of the metric.
-        extensions: How often the grid was extended already.
         may_extend: False for a grid that the user gave.
         eval_rows: How many there are.
         is_share: The metric is a share.
     """
-    if not may_extend or extensions >= MOST_EXTENSIONS or len(tried) < 2:
+    if not may_extend or len(tried) < 2:
         return None
     rates = sorted(tried)
     values = [_oriented(tried[rate], greater_is_better) for rate in rates]
@@ -106,16 +106,6 @@ def beyond(
     if values[0] == best and values[1] < best - near:
         return rounded(rates[0] / STEP)
     return None
-
-
-def survivors(tried: Mapping[float, float], greater_is_better: bool) -> tuple[float, ...]:
-    """The rates that go on."""
-    left = dict(tried)
-    found: list[float] = []
-    while left and len(found) < SURVIVORS:
-        found.append(best_of(left, greater_is_better))
-        del left[found[-1]]
-    return tuple(found)
 
 
 def search_trial(arm: str, rate: float, share: float, seed: int) -> Trial:
@@ -139,27 +129,14 @@ def tolerance(metric: float, eval_rows: int, is_share: bool) -> float:
     return math.sqrt(max(0.0, metric * (1 - metric)) / max(1, eval_rows)) if is_share else 0.01 * abs(metric)
 
 
-def finished(
-    arm: str, tried: Sequence[Tried], greater_is_better: bool, may_extend: bool, eval_rows: int, is_share: bool
-) -> Search:
-    """The search's result: of the last round the best rate, or a lower one that is as good by its standard error.
-
-    Short trials flatter high rates: MiniLM-L6 with LoRA at 6.3e-3 was as good as at 2e-3 after 15 % of the steps, and
-    came apart in the whole run (docs/log.md).
-    """
+def finished(arm: str, tried: Sequence[Tried], greater_is_better: bool, may_extend: bool) -> Search:
+    """The search's result: the best rate."""
     if not tried:
         raise ValueError(f"{arm}: no rate was tried")
-    longest = max(one.share for one in tried)
-    last = {one.learning_rate: one.metric for one in tried if one.share == longest}
-    best = best_of(last, greater_is_better)
-    near = tolerance(last[best], eval_rows, is_share)
-    found = _oriented(last[best], greater_is_better)
-    chosen = min(rate for rate in last if rate == best or found - _oriented(last[rate], greater_is_better) <= near)
-    chosen = min(chosen, best)
-    rates = {one.learning_rate for one in tried}
-    on_edge = len(rates) > 1 and chosen in (min(rates), max(rates))
-    what = "best" if chosen == best else "lowest of the best ones"
-    how = f"{what} of {len(rates)} rates on the eval rows after {longest:.0%} of the steps"
+    found = {one.learning_rate: one.metric for one in tried}
+    chosen = best_of(found, greater_is_better)
+    on_edge = len(found) > 1 and chosen in (min(found), max(found))
+    how = f"best of {len(found)} rates on the eval rows after {tried[0].share:.0%} of the steps"
     if on_edge:
         how += ", at the edge of those tried" + ("" if may_extend else " (the recipe's)")
     return Search(arm=arm, tried=tuple(tried), chosen=chosen, reason=how, on_edge=on_edge)
@@ -177,10 +154,10 @@ def slower(search: Search, metric: float, greater_is_better: bool, eval_rows: in
         eval_rows: How many there are.
         is_share: The metric is a share.
     """
-    of_chosen, lower = [one for one in search.tried if one.learning_rate == search.chosen], next_lower(search)
-    if not of_chosen or lower is None:
+    tried, lower = {one.learning_rate: one.metric for one in search.tried}, next_lower(search)
+    reached = tried.get(search.chosen)
+    if reached is None or lower is None:
         return None
-    reached = max(of_chosen, key=lambda one: one.share).metric
     behind = _oriented(reached, greater_is_better) - _oriented(metric, greater_is_better)
     return lower if behind > tolerance(reached, eval_rows, is_share) else None
 
@@ -209,37 +186,36 @@ def replaced(search: Search, chosen: float, reason: str) -> Search:
     return search.model_copy(update={"chosen": chosen, "reason": reason, "on_edge": on_edge})
 
 
-def to_check(search: Search) -> float | None:
-    """The lower rate of the last round, when the higher one was chosen: short trials flatter high rates.
+def to_check(search: Search, greater_is_better: bool, eval_rows: int, is_share: bool) -> float | None:
+    """The second best rate of the search, which gets a whole run too; None: it would hardly be the better one.
 
-    MiniLM-L6 on Banking77: 76.6 % against 61.3 % after 15 % of the steps, and after all of them the lower rate was
-    better (docs/log.md).
+    Short trials flatter high rates: MiniLM-L6 on Banking77 reached 76.6 % with the higher and 61.3 % with the lower
+    rate after 15 % of the steps, and after all of them the lower one was better. And where steps are few they hardly
+    tell rates apart: 19.4 and 18.5 % after 19 of 160 steps (docs/log.md). So only a lower rate that is ahead by a
+    standard error needs no such check, and one that already replaced the best.
     """
-    longest = max((one.share for one in search.tried), default=0.0)
-    last = [one.learning_rate for one in search.tried if one.share == longest]
-    lower = [rate for rate in last if rate < search.chosen]
-    return max(lower) if lower and search.chosen == max(last) else None
+    all_tried = {one.learning_rate: one.metric for one in search.tried}
+    tried = {rate: metric for rate, metric in all_tried.items() if not math.isnan(metric)}
+    if len(tried) < 2 or search.chosen != best_of(all_tried, greater_is_better):
+        return None
+    best = tried.pop(search.chosen)
+    second = best_of(tried, greater_is_better)
+    ahead = _oriented(best, greater_is_better) - _oriented(tried[second], greater_is_better)
+    return None if second > search.chosen and ahead > tolerance(best, eval_rows, is_share) else second
 
 
-def checked(
-    search: Search, lower: float, metrics: tuple[float, float], greater_is_better: bool, eval_rows: int, is_share: bool
-) -> Search:
-    """The search's result after whole runs with both rates: the lower one, unless the higher one is better.
+def checked(search: Search, other: float, metrics: tuple[float, float], greater_is_better: bool) -> Search:
+    """The search's result after whole runs with both rates: the better one, the lower one if they are equal.
 
     Args:
-        search: Which chose the higher rate.
-        lower: The other one.
-        metrics: Of whole runs with the chosen and with the lower rate, on the eval rows.
+        search: Which chose one of them.
+        other: The other one.
+        metrics: Of whole runs with the chosen and with the other rate, on the eval rows.
         greater_is_better: Of the metric.
-        eval_rows: How many there are.
-        is_share: The metric is a share.
     """
-    higher, other = (_oriented(one, greater_is_better) for one in metrics)
-    keeps = higher - other > tolerance(metrics[0], eval_rows, is_share)
-    chosen = search.chosen if keeps else lower
-    reason = f"{search.reason}; of whole runs with it and with {lower:g} the better one on the eval rows"
-    if not keeps:
-        reason = f"in a whole run as good as or better than {search.chosen:g}, which was best in the search"
+    found = dict(zip((search.chosen, other), (_oriented(one, greater_is_better) for one in metrics), strict=True))
+    chosen = max(sorted(found), key=found.__getitem__)
+    reason = f"of whole runs with {min(found):g} and {max(found):g} the better one on the eval rows"
     return replaced(search, chosen, reason)
 
 
@@ -266,14 +242,7 @@ class Cost:
 
 def search_runs(num_rates: int) -> int:
     """Trials of one arm's search, without extensions."""
-    return 0 if num_rates < 2 else num_rates + min(SURVIVORS, num_rates)
-
-
-def search_cost(num_rates: int, search_share: float) -> float:
-    """The same in whole runs."""
-    if num_rates < 2:
-        return 0.0
-    return num_rates * first_share(search_share) + min(SURVIVORS, num_rates) * search_share
+    return 0 if num_rates < 2 else num_rates
 
 
 def seconds(costs: Mapping[str, Cost], runs: Mapping[str, int], share: float, start: float, length: float) -> float:
@@ -282,24 +251,26 @@ def seconds(costs: Mapping[str, Cost], runs: Mapping[str, int], share: float, st
     Args:
         costs: Of each arm.
         runs: Number of whole runs.
-        share: Of a run's steps, in the last round of a search.
+        share: Of a run's steps, in a search.
         start: Seconds of each process beside its steps.
         length: Share of the recipe's steps that a whole run takes.
     """
     return sum(
-        length * one.run_seconds * (runs[arm] + search_cost(one.num_rates, share))
+        length * one.run_seconds * (runs[arm] + share * search_runs(one.num_rates))
         + start * (runs[arm] + search_runs(one.num_rates))
         for arm, one in costs.items()
     )
 
 
 def runs_of(costs: Mapping[str, Cost], seeds: int, sequential: bool) -> dict[str, int]:
-    """Whole runs of each arm: all seeds, or where the rest waits those of full, which is first, and one other arm."""
-    if not sequential:
-        return dict.fromkeys(costs, seeds)
+    """Whole runs of each arm: all seeds, or where the rest waits those of full, which is first, and one other arm.
+
+    Where those had rates to choose from, most often the second best gets a whole run as well: see `to_check`.
+    """
     full, *rivals = costs
     leader = max(rivals, key=lambda arm: costs[arm].run_seconds, default=full)  # which it will be is not known
-    return {arm: seeds if arm in (full, leader) else 1 for arm in costs}
+    going_on = (full, leader) if sequential and seeds > 1 else tuple(costs)
+    return {arm: seeds + (one.num_rates > 1) if arm in going_on else 1 for arm, one in costs.items()}
 
 
 def expected(
@@ -317,7 +288,7 @@ def expected(
     Args:
         costs: Of each trained arm, full first.
         seeds: Runs of each arm at most.
-        search_share: Share of a run's steps in the last round of a search.
+        search_share: Share of a run's steps in a search.
         start_seconds: Of each process, beside its steps.
         test_rows: Rows that the verdict is made on.
         margin: Differences of the metric that do not matter; None: it is no share, so that nothing usual is known.
@@ -327,11 +298,7 @@ def expected(
     length, notes = 1.0, []
 
     def takes(length: float, waiting: bool = sequential) -> float:
-        runs = runs_of(costs, seeds, waiting)
-        full = next(iter(costs))
-        if costs[full].num_rates > 1:
-            runs[full] += 1  # most often its second best rate gets a whole run as well: see `to_check`
-        return seconds(costs, runs, search_share, start_seconds, length)
+        return seconds(costs, runs_of(costs, seeds, waiting), search_share, start_seconds, length)
 
     wanted = seeds
     if budget_seconds is not None:

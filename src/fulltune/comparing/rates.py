@@ -24,9 +24,8 @@ def expect(line: Line) -> Expectation:
         seeds, _ = design.num_seeds(block.seeds, line.summary.splits["train"].rows)
         rows = line.summary.splits["test"].rows
         margin = block.margin if line.measure.span == 1.0 else None
-        found = design.expected(
-            costs, seeds, block.search_share, START_SECONDS, rows, margin, line.budget_seconds, block.sequential
-        )
+        share = design.share_of_steps(block.search_share, line.room(line.full.arm).plan.total_steps)
+        found = design.expected(costs, seeds, share, START_SECONDS, rows, margin, line.budget_seconds, block.sequential)
         found.save(path)
     event = {"kind": "expectation", "expectation": found, "metric": line.measure.name}
     line.job.listener(event | {"margin": line.recipe.compare.margin})
@@ -55,30 +54,24 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
         return found
     greater = line.measure.greater_is_better
     may_extend = method.learning_rates is None
-    shares = (design.first_share(expectation.search_share), expectation.search_share)
-    tried: list[Tried] = []
+    share = expectation.search_share * expectation.length_share
+    tried: dict[float, Tried] = {}
 
-    def run_one(rate: float, share: float) -> float:
-        share_here = share * expectation.length_share
-        seed = line.recipe.train.seed
-        trial = design.search_trial(method.arm, rate, share_here, seed)
-        line.say(f"{method.arm}: trying the rate {rate:g} for {share_here:.1%} of the steps")
-        metric = _tried(line, trial)
-        tried.append(Tried(learning_rate=rate, share=share_here, metric=metric))
-        return metric
+    def run_one(rate: float) -> None:
+        trial = design.search_trial(method.arm, rate, share, line.recipe.train.seed)
+        line.say(f"{method.arm}: trying the rate {rate:g} for {share:.1%} of the steps")
+        tried[rate] = Tried(learning_rate=rate, share=share, metric=_tried(line, trial))
 
-    first = {rate: run_one(rate, shares[0]) for rate in rates}
-    extensions = 0
+    for rate in rates:
+        run_one(rate)
     rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
-    while True:
-        further = design.beyond(first, greater, extensions, may_extend, rows, is_share)
-        if further is None or further in first:
+    for _ in range(design.MOST_EXTENSIONS):
+        metrics = {rate: one.metric for rate, one in tried.items()}
+        further = design.beyond(metrics, greater, may_extend, rows, is_share)
+        if further is None or further in tried:
             break
-        first[further] = run_one(further, shares[0])
-        extensions += 1
-    for rate in design.survivors(first, greater):
-        run_one(rate, shares[1])
-    found = design.finished(method.arm, tried, greater, may_extend, rows, is_share)
+        run_one(further)
+    found = design.finished(method.arm, list(tried.values()), greater, may_extend)
     found.save(path)
     return found
 

@@ -111,34 +111,33 @@ def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult
 
 
 def _check(line: Line, searches: dict[str, Search], results: list[TrialResult]) -> None:
-    """Put a whole run at the next lower rate in the place of an arm's first one, where that is as good."""
+    """Put a whole run at the second best rate in the place of an arm's first one, where that is better."""
     results[0] = _checked(line, searches, results[0])
     keep_best_model(line, results)
 
 
 def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> TrialResult:
-    """The same, or a whole run at the next lower rate where that is as good.
+    """The same, or a whole run at the second best rate where that is better.
 
     `searches` changes in memory only: when the comparison goes on later, the same is found again from both runs.
     """
     arm, trial = result.trial.arm, result.trial
-    lower = design.to_check(searches[arm])
-    if lower is None:
+    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
+    rate = design.to_check(searches[arm], line.measure.greater_is_better, rows, is_share)
+    if rate is None:
         return result
-    check = design.final_trial(arm, lower, trial.seed, trial.share, check=True)
+    check = design.final_trial(arm, rate, trial.seed, trial.share, check=True)
     if not is_done(line, check) and line.seconds_left < result.train_seconds:
-        line.say(f"{arm}: no time to try {lower:g} in a whole run as well")
+        line.say(f"{arm}: no time to try {rate:g} in a whole run as well")
         return result
-    line.say(f"{arm}: a whole run with {lower:g} as well, because short trials flatter high rates")
+    line.say(f"{arm}: a whole run with {rate:g} as well, because short trials alone do not tell the better rate")
     try:
         other = final(line, check)
     except Diverged as stop:
         line.say(f"{check.name}: {stop.problems[0]}")
         return result
-    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
-    metrics = (result.metric, other.metric)
-    found = design.checked(searches[arm], lower, metrics, line.measure.greater_is_better, rows, is_share)
-    taken, left = (other, result) if found.chosen == lower else (result, other)
+    found = design.checked(searches[arm], rate, (result.metric, other.metric), line.measure.greater_is_better)
+    taken, left = (other, result) if found.chosen == rate else (result, other)
     searches[arm] = found.model_copy(update={"check_seconds": left.train_seconds})
     shutil.rmtree(line.folder / "models" / left.trial.name, ignore_errors=True)
     line.say(f"{arm}: taking {found.chosen:g}")

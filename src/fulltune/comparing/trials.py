@@ -21,10 +21,11 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
     recipe = line.trial_recipe(trial)
     made = line.trial_plan(trial, recipe)
     made.save(line.folder / made.file)
+    planned = Plan.load(line.folder / made.file)
     with line.clocked(trial.name):
         listener, dry_run = _without_tables(line.job.listener), trial.arm not in line.passed
         outcome = train(recipe, made, line.folder, Hooks(), listener, start=line.start, dry_run=dry_run)
-    planned, made = made, Plan.load(line.folder / made.file)  # changed when memory ran out
+    made = Plan.load(line.folder / made.file)  # changed when memory ran out
     if made == planned:
         line.passed.add(trial.arm)
     model_folder = line.folder / str(outcome.model_folder)

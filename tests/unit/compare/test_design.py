@@ -23,7 +23,7 @@ def test_grid_is_logarithmic_around_the_usual_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tried", "greater", "following"),
+    ("metrics", "greater", "following"),
     [
         ({1e-4: 0.5, 3e-4: 0.7, 1e-3: 0.6}, True, None),
         ({1e-4: 0.5, 3e-4: 0.6, 1e-3: 0.7}, True, 0.0032),
@@ -36,11 +36,10 @@ def test_grid_is_logarithmic_around_the_usual_rate() -> None:
     ],
 )
 def test_beyond_best_at_the_edge_extends_the_grid(
-    tried: dict[float, float], greater: bool, following: float | None
+    metrics: dict[float, float], greater: bool, following: float | None
 ) -> None:
-    assert design.beyond(tried, greater, 0, True, 1000, True) == following
-    assert design.beyond(tried, greater, design.MOST_EXTENSIONS, True, 1000, True) is None
-    assert design.beyond(tried, greater, 0, False, 1000, True) is None
+    assert design.beyond(metrics, greater, True, 1000, True) == following
+    assert design.beyond(metrics, greater, False, 1000, True) is None
 
 
 def test_best_of_equal_rates_is_the_middle_one() -> None:
@@ -48,40 +47,28 @@ def test_best_of_equal_rates_is_the_middle_one() -> None:
     assert design.best_of({1e-4: math.nan, 3e-4: 0.1}, True) == 3e-4
 
 
-def test_survivors_are_the_best_two() -> None:
-    assert design.survivors({1e-4: 2.0, 3e-4: 1.0, 1e-3: 3.0}, False) == (3e-4, 1e-4)
+@pytest.mark.parametrize(("steps", "share"), [(1000, 0.06), (100, 0.1), (20, 0.5), (4, 1.0)])
+def test_short_trials_have_ten_steps_at_least(steps: int, share: float) -> None:
+    assert design.share_of_steps(0.06, steps) == pytest.approx(share)
 
 
-def test_finished_takes_the_best_of_the_longest_round() -> None:
-    tried = [
-        Tried(learning_rate=1e-4, share=0.05, metric=0.9),
-        Tried(learning_rate=3e-4, share=0.05, metric=0.8),
-        Tried(learning_rate=1e-3, share=0.05, metric=0.7),
-        Tried(learning_rate=1e-4, share=0.15, metric=0.91),
-        Tried(learning_rate=3e-4, share=0.15, metric=0.93),
+def tried(**metrics: float) -> list[Tried]:
+    """Rates of one search, as in `r2e_4=0.7`."""
+    return [
+        Tried(learning_rate=float(name[1:].replace("_", "-")), share=0.06, metric=metrics[name]) for name in metrics
     ]
-    found = design.finished("lora", tried, True, True, 1000, True)
+
+
+def test_finished_takes_the_best_rate() -> None:
+    found = design.finished("lora", tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), True, True)
     assert (found.chosen, found.on_edge) == (3e-4, False)
-    assert found.reason == "best of 3 rates on the eval rows after 15% of the steps"
-    edge = design.finished("lora", tried[:3], True, True, 1000, True)
+    assert found.reason == "best of 3 rates on the eval rows after 6% of the steps"
+    edge = design.finished("lora", tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), False, True)
     assert (edge.chosen, edge.on_edge) == (1e-4, True)
 
 
-def test_finished_takes_the_lower_of_rates_that_are_as_good() -> None:
-    """The eval rows of Banking77 and LoRA's rates as they were measured."""
-    tried = [Tried(learning_rate=rate, share=0.15, metric=value) for rate, value in ((6.3e-3, 0.7527), (2e-3, 0.7498))]
-    found = design.finished("lora", tried, True, True, 1003, True)
-    assert found.chosen == 2e-3
-    assert found.reason.startswith("lowest of the best ones of 2 rates")
-    apart = [tried[0], tried[1].model_copy(update={"metric": 0.70})]
-    assert design.finished("lora", apart, True, True, 1003, True).chosen == 6.3e-3
-    losses = [Tried(learning_rate=rate, share=0.15, metric=value) for rate, value in ((1e-3, 2.0), (1e-4, 2.01))]
-    assert design.finished("lora", losses, False, True, 1003, False).chosen == 1e-4
-
-
 def test_slower_is_asked_for_when_a_whole_run_ends_below_its_short_trial() -> None:
-    tried = [Tried(learning_rate=rate, share=0.15, metric=0.75) for rate in (6.3e-3, 2e-3)]
-    search = design.finished("lora", tried, True, True, 1003, True).model_copy(update={"chosen": 6.3e-3})
+    search = design.finished("lora", tried(r2e_3=0.74, r6e_3=0.75), True, True)
     assert design.slower(search, 0.02, True, 1003, True) == 2e-3
     assert design.slower(search, 0.745, True, 1003, True) is None
     assert design.slower(search, 0.91, True, 1003, True) is None
@@ -94,46 +81,43 @@ COSTS = {"full": design.Cost(100, 3), "lora": design.Cost(80, 3)}
 
 
 def test_expected_without_budget_is_the_whole_design() -> None:
-    found = design.expected(COSTS, 3, 0.15, 10, 3080, 0.01)
-    search = 3 * 0.05 + 2 * 0.15
-    assert found.seconds == pytest.approx(180 * (3 + search) + 100 + 2 * 10 * (3 + 5) + 10)
-    assert (found.num_seeds, found.num_search_trials, found.length_share, found.notes) == (3, 10, 1.0, ())
+    found = design.expected(COSTS, 3, 0.1, 10, 3080, 0.01)
+    assert found.seconds == pytest.approx(180 * (4 + 3 * 0.1) + 2 * 10 * (4 + 3))
+    assert (found.num_seeds, found.num_search_trials, found.length_share, found.notes) == (3, 6, 1.0, ())
     assert found.detectable == planned_detectable(3080, 3, margin=0.01, num_arms=1)
 
 
-def test_expected_methods_that_wait_get_one_seed() -> None:
-    costs = {**COSTS, "prompt": design.Cost(120, 1)}
-    found = design.expected(costs, 3, 0.15, 10, 3080, 0.01)
-    search = 3 * 0.05 + 2 * 0.15
-    # Which one leads is not known: the dearest is reckoned with.
-    assert found.seconds == pytest.approx(100 * (4 + search) + 80 * (1 + search) + 120 * 3 + 10 * (4 + 1 + 3 + 10))
-    assert found.most_seconds == pytest.approx(180 * (3 + search) + 100 + 120 * 3 + 10 * (10 + 10))
-    assert design.expected(costs, 3, 0.15, 10, 3080, 0.01, sequential=False).seconds == found.most_seconds
+def test_expected_methods_that_wait_get_one_run() -> None:
+    costs = {"full": design.Cost(100, 3), "prompt": design.Cost(120, 1), "lora": design.Cost(80, 3)}
+    found = design.expected(costs, 3, 0.1, 10, 3080, 0.01)
+    # Which one leads is not known: the dearest is reckoned with. It has but one rate here.
+    assert found.seconds == pytest.approx(100 * (4 + 0.3) + 120 * 3 + 80 * (1 + 0.3) + 10 * (4 + 3 + 1 + 6))
+    assert found.most_seconds == pytest.approx(180 * (4 + 0.3) + 120 * 3 + 10 * (4 + 3 + 4 + 6))
+    assert design.expected(costs, 3, 0.1, 10, 3080, 0.01, sequential=False).seconds == found.most_seconds
 
 
 @pytest.mark.parametrize(
-    ("budget", "seeds", "share", "length"), [(910, 3, 0.15, 1.0), (710, 2, 0.15, 1.0), (670, 2, 0.075, 1.0)]
+    ("budget", "seeds", "share", "length"), [(970, 3, 0.1, 1.0), (760, 2, 0.1, 1.0), (690, 2, 0.05, 1.0)]
 )
 def test_expected_budget_takes_seeds_then_search(budget: float, seeds: int, share: float, length: float) -> None:
-    found = design.expected(COSTS, 3, 0.15, 10, 1000, 0.01, budget)
+    found = design.expected(COSTS, 3, 0.1, 10, 1000, 0.01, budget)
     assert found.seconds <= budget
     assert (found.num_seeds, found.search_share, found.length_share) == (seeds, share, length)
 
 
 def test_expected_small_budget_shortens_the_runs_and_says_so() -> None:
-    found = design.expected(COSTS, 3, 0.15, 10, 1000, None, 300)
+    found = design.expected(COSTS, 3, 0.1, 10, 1000, None, 300)
     assert found.seconds == pytest.approx(300, rel=0.01)
     assert found.length_share < 1
     assert "the verdict is about such runs" in found.notes[-1]
     assert found.detectable is None
-    tiny = design.expected(COSTS, 3, 0.15, 10, 1000, None, 10)
+    tiny = design.expected(COSTS, 3, 0.1, 10, 1000, None, 10)
     assert tiny.length_share == design.SHORTEST
     assert "stops when the time is up" in tiny.notes[-1]
 
 
 def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
-    tried = tuple(Tried(learning_rate=rate, share=0.12, metric=0.9) for rate in (1e-3, 1e-2))
-    found = Search(arm="lora", tried=tried, chosen=1e-2, reason="made up")
+    found = Search(arm="lora", tried=tuple(tried(r1e_3=0.9, r1e_2=0.9)), chosen=1e-2, reason="made up")
     taken = []
     while (lower := design.after_divergence(found)) is not None:
         found = design.replaced(found, lower, "it diverged")
@@ -144,39 +128,38 @@ def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given
 
 
 @pytest.mark.parametrize(
-    ("last", "chosen", "lower"),
+    ("metrics", "second"),
     [
-        ({6.3e-4: 0.77, 2e-4: 0.61}, 6.3e-4, 2e-4),
-        ({6.3e-4: 0.61, 2e-4: 0.77}, 2e-4, None),  # the lower one was chosen
-        ({6.3e-4: 0.77}, 6.3e-4, None),
+        ({"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}, 2e-4),  # short trials flatter high rates
+        ({"r6e_5": 0.03, "r2e_4": 0.194, "r6e_4": 0.185}, 6e-4),  # as good, with few steps
+        ({"r6e_5": 0.3, "r2e_4": 0.766, "r6e_4": 0.613}, None),
+        ({"r6e_5": 0.3, "r2e_4": 0.3, "r6e_4": math.nan}, 6e-5),
+        ({"r2e_4": 0.3, "r6e_4": math.nan}, None),
     ],
 )
-def test_to_check_is_the_lower_rate_of_the_last_round(
-    last: dict[float, float], chosen: float, lower: float | None
+def test_to_check_is_the_second_best_rate_unless_it_is_higher_and_behind(
+    metrics: dict[str, float], second: float | None
 ) -> None:
-    tried = [Tried(learning_rate=6.3e-5, share=0.04, metric=0.3)]
-    tried += [Tried(learning_rate=rate, share=0.12, metric=metric) for rate, metric in last.items()]
-    found = Search(arm="full", tried=tuple(tried), chosen=chosen, reason="made up")
-    assert design.to_check(found) == lower
-    assert design.to_check(design.without_search("full", 1e-3)) is None
+    found = design.finished("full", tried(**metrics), True, True)
+    assert design.to_check(found, True, 1003, True) == second
+    assert design.to_check(design.replaced(found, 2e-5, "it diverged"), True, 1003, True) is None
+    assert design.to_check(design.without_search("full", 1e-3), True, 1003, True) is None
 
 
 @pytest.mark.parametrize(
     ("metrics", "greater", "chosen"),
     [
         ((0.919, 0.925), True, 2e-4),
-        ((0.919, 0.915), True, 2e-4),  # as good by a standard error
-        ((0.95, 0.90), True, 6.3e-4),
+        ((0.919, 0.919), True, 2e-4),
+        ((0.925, 0.919), True, 6e-4),
         ((2.0, 1.9), False, 2e-4),
-        ((1.8, 1.9), False, 6.3e-4),
-        ((0.95, math.nan), True, 6.3e-4),
+        ((1.8, 1.9), False, 6e-4),
+        ((0.95, math.nan), True, 6e-4),
     ],
 )
-def test_checked_takes_the_lower_rate_unless_the_higher_is_better(
-    metrics: tuple[float, float], greater: bool, chosen: float
-) -> None:
-    tried = tuple(Tried(learning_rate=rate, share=0.12, metric=0.7) for rate in (6.3e-5, 2e-4, 6.3e-4))
-    search = Search(arm="full", tried=tried, chosen=6.3e-4, reason="best of 3 rates", on_edge=True)
-    found = design.checked(search, 2e-4, metrics, greater, 1003, greater)
+def test_checked_takes_the_better_whole_run(metrics: tuple[float, float], greater: bool, chosen: float) -> None:
+    search = design.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), True, True)
+    found = design.checked(search, 2e-4, metrics, greater)
     assert found.chosen == chosen
-    assert found.on_edge == (chosen == 6.3e-4)
+    assert found.on_edge == (chosen == 6e-4)
+    assert found.reason == "of whole runs with 0.0002 and 0.0006 the better one on the eval rows"
