@@ -5,7 +5,7 @@
 
 Each point is `fulltune compare` of full and LoRA (rank 16, all linear layers), each with a rate search of its own, with
 3 seeds (2 where so is said) and no early end. Smaller sets are parts of the larger ones; eval and test rows are the
-same for all sizes. A finished point is not done again.
+same for all sizes. A finished point is not done again, and `plot` keeps those of docs/evidence.json that FOLDER lacks.
 """
 
 from __future__ import annotations
@@ -174,15 +174,16 @@ def points(parent: Path) -> Iterator[dict[str, Any]]:
         for size in one.sizes:
             path = parent / f"{name}-{size or 'all'}" / "run" / "proof.json"
             if path.exists():
-                yield _point(name, json.loads(path.read_text(encoding="utf-8")))
+                yield _point(name, size, json.loads(path.read_text(encoding="utf-8")))
 
 
-def _point(name: str, proof: dict[str, Any]) -> dict[str, Any]:
+def _point(name: str, size: int, proof: dict[str, Any]) -> dict[str, Any]:
     (found,) = (one for one in proof["decision"]["differences"] if one["arm"] == "lora")
     rows = {row["arm"]: row for row in proof["rows"]}
     full, lora = rows["full"], rows["lora"]
     return {
         "set": name,
+        "size": size,
         "rows": proof["train_rows"],
         "metric": proof["metric"],
         "verdict": proof["decision"]["verdict"],
@@ -259,6 +260,10 @@ def main() -> None:
                 if given.rows is None or size in given.rows:
                     run(name, size, given.folder)
     found = list(points(given.folder))
+    if given.what == "plot" and (DOCS / "evidence.json").exists():
+        known = json.loads((DOCS / "evidence.json").read_text(encoding="utf-8"))
+        both = {(one["set"], one["size"]): one for one in (*known, *found)}
+        found = sorted(both.values(), key=lambda one: (list(SETS).index(one["set"]), one["rows"]))
     print(table(found))
     if given.what == "plot":
         (DOCS / "evidence.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
