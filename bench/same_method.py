@@ -3,10 +3,11 @@
     FULLTUNE_BENCH_DATA=... python bench/same_method.py FOLDER [--draws 20] [--seeds 6] [--rows 500] [--only 0 2 4]
     python bench/false_verdicts.py --predictions FOLDER --seeds 3      # then: 200 simulated from their noise
 
-Each draw takes other train rows; half of its seeds are one arm, half the other. Eval rows (1,000 others of the train
-file) are what the sequential rule looks at, test rows (3,080) decide: as in `fulltune compare`, with rates and epochs
-fixed. FULL and PEFT are wrong. `FOLDER/draw-NN/seed-S.npz` keeps which rows were right; what is there is not trained
-again.
+Each draw takes other train rows; half of its seeds, chosen at random, are one arm, half the other: a seed gives the new
+head the same start in each draw, so that fixed halves would make one comparison of twenty. Eval rows (1,000 others of
+the train file) are what the sequential rule looks at, test rows (3,080) decide: as in `fulltune compare`, with rates
+and epochs fixed. FULL and PEFT are wrong. `FOLDER/draw-NN/seed-S.npz` keeps which rows were right; what is there is not
+trained again.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def main() -> None:
     measure = items.measure_of("text-classification", Target("single_label", {}, ("no", "yes")), "accuracy")
     half, verdicts = given.seeds // 2, []
     for draw in range(given.draws):
-        files = [np.load(given.folder / f"draw-{draw:02d}" / f"seed-{seed}.npz") for seed in range(1, given.seeds + 1)]
+        order = np.random.default_rng(draw).permutation(given.seeds) + 1
+        files = [np.load(given.folder / f"draw-{draw:02d}" / f"seed-{seed}.npz") for seed in order]
         dev, test = (
             (np.stack([one[name] for one in files[:half]]), np.stack([one[name] for one in files[half : 2 * half]]))
             for name in ("right_eval", "right")

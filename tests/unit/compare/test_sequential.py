@@ -33,6 +33,7 @@ def test_spent_parts_sum_up_to_alpha_and_grow(most: int) -> None:
     parts = [spent(number, most, 0.05) for number in range(1, most + 1)]
     assert sum(parts) == pytest.approx(0.05)
     assert parts == sorted(parts)
+    assert parts[0] == 0.0  # nothing is decided after one seed
     with pytest.raises(ValueError, match="look"):
         spent(most + 1, most, 0.05)
 
@@ -75,13 +76,13 @@ def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
 
 
 def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
-    found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002)
+    found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
     assert decisions(found) == {"full": ("wait", 3), "lora": ("wait", 3), "prompt": ("more", 3)}
     assert found.reason == "full beats the leader; whether it beats prompt as well is open"
-    assert found.spent == spent(3, 5, 0.05, waiting=True)
-    second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, again=True)
+    assert found.spent == spent(3, 3, 0.05, waiting=True)
+    second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, most=3, again=True)
     assert second.enough
-    assert second.spent == spent(3, 5, 0.05, again=True)
+    assert second.spent == spent(3, 3, 0.05, again=True)
 
 
 def test_look_one_that_did_not_catch_up_clearly_goes_on_with_the_others() -> None:
