@@ -237,13 +237,11 @@ def _difference(arm: Arm, full: Arm, sign: int) -> Difference:
 
 def _search(arm: Arm) -> Search:
     assert arm.rate is not None
-    first = [Tried(learning_rate=arm.rate * step, share=1 / 30, metric=arm.metric * 0.8) for step in (0.32, 1, 3.2)]
-    last = [Tried(learning_rate=arm.rate * step, share=0.1, metric=arm.metric * 0.9) for step in (1, 3.2)]
+    tried = [Tried(learning_rate=arm.rate * step, share=0.06, metric=arm.metric * 0.8) for step in (0.32, 1, 3.2)]
+    whole = [Tried(learning_rate=arm.rate * step, share=1.0, metric=arm.metric * 0.9) for step in (1, 3.2)]
     on_edge = arm.name == "head"
-    why = "best of 3 rates on the eval rows after 10% of the steps" + (
-        ", at the edge of those tried" if on_edge else ""
-    )
-    return Search(arm=arm.name, tried=(*first, *last), chosen=arm.rate, reason=why, on_edge=on_edge)
+    why = "best of 3 rates on the eval rows after 6% of the steps" + (", at the edge of those tried" if on_edge else "")
+    return Search(arm=arm.name, tried=tuple(tried), whole=tuple(whole), chosen=arm.rate, reason=why, on_edge=on_edge)
 
 
 def _look(seeds: int, enough: bool) -> Look:

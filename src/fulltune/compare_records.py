@@ -28,6 +28,8 @@ class ArmDesign(Record):
     """Learning rates that were tried on the development rows; empty: none was."""
     learning_rate: float | None = None
     """The one that was taken; None: not chosen yet, or nothing is trained."""
+    on_edge: bool | None = None
+    """A better one may lie beyond those tried; None: to be judged from the rates alone."""
     seeds: tuple[int, ...] = ()
     weights_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """In which the trained weights are kept."""

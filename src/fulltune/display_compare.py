@@ -38,11 +38,14 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
         margin: That the recipe asks for; left out, it is not compared with what can be found.
     """
     seeds = words.counted(expected.num_seeds, "seed")
-    trials = expected.num_search_trials + expected.num_seeds * len(expected.arms)
-    search = f"{expected.num_search_trials} to find the rates, " if expected.num_search_trials else ""
+    search = ""
+    if expected.num_search_trials:
+        search = (
+            f"{expected.num_search_trials} short ones to find the rates, more where the best lies at an edge; then "
+        )
     marks: list[Marked] = [
         ("methods", "dim", ", ".join(expected.arms)),
-        ("trials", "dim", f"{trials} at most: {search}{seeds} of each method; clear answers need fewer"),
+        ("trials", "dim", f"{search}{seeds} of each method at most; clear answers need fewer"),
         ("takes", "dim", _takes(expected)),
         ("can find", "dim", _can_find(expected, metric, margin)),
     ]
@@ -60,15 +63,17 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
 
 def _takes(expected: Expectation) -> str:
     usual, most = words.duration(expected.seconds), words.duration(expected.most_seconds)
-    return f"about {usual} at most" if usual == most else f"about {usual}, {most} if every method needs all seeds"
+    return f"about {usual}" if usual == most else f"about {usual}, {most} if every method needs all seeds"
 
 
 def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
     name = words.metric_name(metric)
+    if expected.num_seeds < 2:
+        return "nothing: one seed tells nothing about the spread between seeds"
     if expected.detectable is None:
         return f"not known before the first runs: {name} is no share of rows"
     found = Writer(metric, margin or 0.01).amount(expected.detectable)
-    return f"differences of {found} of {name} or more, in 8 of 10 comparisons"
+    return f"differences of {found} of {name} or more, in 8 of 10 comparisons, where seeds differ by half a point"
 
 
 def verdict(console: Console, comparison: Comparison, files: Sequence[Path] = ()) -> None:
@@ -175,8 +180,9 @@ def _cost(comparison: Comparison) -> Table:
 
 
 def _legend(comparison: Comparison) -> str:
+    taken = "> the method to take. " if comparison.decision.recommended else ""
     return (
-        "> the method to take. Difference: its interval holds for all methods together. Gain: of what full gains. "
+        f"{taken}Difference: its interval holds for all methods together. Gain: of what full gains. "
         f"×: of full's; memory: what training adds. Drift: {comparison.drift_unit}, on generic text."
     )
 

@@ -68,10 +68,12 @@ class Search(Record):
     tried: tuple[Tried, ...]
     chosen: float
     reason: str
+    whole: tuple[Tried, ...] = ()
+    """Whole runs that chose between two rates; empty: there were none."""
     check_seconds: float = 0.0
-    """Of a whole run that only served to choose between two rates."""
+    """Of the one of them that came to nothing else."""
     on_edge: bool = False
-    """The best rate is the lowest or the highest of those tried: a better one may lie beyond."""
+    """The best rate is the lowest or the highest of those tried, and clearly ahead: a better one may lie beyond."""
 
 
 class Opening(Record):

@@ -27,7 +27,8 @@ def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int, metric_s
     rivals = [one for one in decision.differences if one.decides]
     said: list[Claim | None] = [_best(rivals, train_rows)]
     if lora is not None:
-        said += [_gain(lora), _compute(full, lora), _saved(full, lora)]
+        base = next((row for row in rows if row.kind == "base"), None)
+        said += [_gain(base, full, lora, decision), _compute(full, lora), _saved(full, lora)]
         if full.drift is not None and lora.drift is not None:
             said.append(_forgets(full, lora))
     if prompt is not None:
@@ -46,21 +47,29 @@ def _best(rivals: Sequence[Difference], train_rows: int) -> Claim:
     better = [one.arm for one in rivals if one.full_better]
     worse = [one.arm for one in rivals if one.arm_better]
     holds = False if worse else True if len(better) == len(rivals) else None
-    verb = "beaten by" if worse else "better than"
-    here = (
-        f"with {train_rows:,} train rows full is {verb} {', '.join(worse or better) or 'none'} by the margin "
-        f"({len(rivals)} method{'s' if len(rivals) > 1 else ''} compared)"
-    )
+    if worse or better:
+        what = f"full is {'beaten by' if worse else 'better than'} {', '.join(worse or better)} by the margin"
+    else:
+        what = "neither full nor another method is known to be better by the margin"
+    compared = f"{len(rivals)} method{'s' if len(rivals) > 1 else ''} compared"
+    here = f"with {train_rows:,} train rows {what} ({compared})"
     return Claim(claim="full fine-tuning gives the best quality", here=here, holds=holds)
 
 
-def _gain(lora: ArmRow) -> Claim | None:
-    if lora.gain_share is None:
+def _gain(base: ArmRow | None, full: ArmRow, lora: ArmRow, decision: Decision) -> Claim | None:
+    if base is None or lora.gain_share is None:
         return None
+    sign = 1 if decision.greater_is_better else -1
+    gain = sign * (full.metric.value - base.metric.value)
+    if gain <= 0:
+        return None
+    apart = decision.difference(lora.arm)
+    low, high = 1 - apart.adjusted_high / gain, 1 - apart.adjusted_low / gain
     return Claim(
         claim="LoRA reaches 90 to 95 % of full's gain",
-        here=f"{lora.arm} reaches {lora.gain_share:.1%} of what full gains over the untouched model",
-        holds=lora.gain_share >= 0.9,
+        here=f"{lora.arm} reaches {lora.gain_share:.1%} of what full gains over the untouched model "
+        f"({low:.0%} to {high:.0%})",
+        holds=None if not apart.seeds_known else True if low >= 0.9 else False if high < 0.9 else None,
     )
 
 

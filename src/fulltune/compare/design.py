@@ -129,17 +129,30 @@ def tolerance(metric: float, eval_rows: int, is_share: bool) -> float:
     return math.sqrt(max(0.0, metric * (1 - metric)) / max(1, eval_rows)) if is_share else 0.01 * abs(metric)
 
 
-def finished(arm: str, tried: Sequence[Tried], greater_is_better: bool, may_extend: bool) -> Search:
+def finished(
+    arm: str, tried: Sequence[Tried], greater_is_better: bool, may_extend: bool, eval_rows: int, is_share: bool
+) -> Search:
     """The search's result: the best rate."""
     if not tried:
         raise ValueError(f"{arm}: no rate was tried")
     found = {one.learning_rate: one.metric for one in tried}
     chosen = best_of(found, greater_is_better)
-    on_edge = len(found) > 1 and chosen in (min(found), max(found))
+    on_edge = _is_on_edge(found, chosen, greater_is_better, eval_rows, is_share)
     how = f"best of {len(found)} rates on the eval rows after {tried[0].share:.0%} of the steps"
     if on_edge:
         how += ", at the edge of those tried" + ("" if may_extend else " (the recipe's)")
     return Search(arm=arm, tried=tuple(tried), chosen=chosen, reason=how, on_edge=on_edge)
+
+
+def _is_on_edge(
+    tried: Mapping[float, float], chosen: float, greater_is_better: bool, eval_rows: int, is_share: bool
+) -> bool:
+    """Whether a better rate may lie beyond: the chosen one is at an edge, and ahead by a standard error."""
+    if len(tried) < 2 or chosen not in (min(tried), max(tried)):
+        return False
+    others = [_oriented(metric, greater_is_better) for rate, metric in tried.items() if rate != chosen]
+    ahead = _oriented(tried[chosen], greater_is_better) - max(others)
+    return ahead > tolerance(tried[chosen], eval_rows, is_share)
 
 
 def slower(search: Search, metric: float, greater_is_better: bool, eval_rows: int, is_share: bool) -> float | None:
@@ -180,10 +193,9 @@ def after_divergence(search: Search) -> float | None:
 
 
 def replaced(search: Search, chosen: float, reason: str) -> Search:
-    """The search with another rate than it found."""
+    """The search with a lower rate than it found, because that one came apart."""
     rates = {one.learning_rate for one in search.tried}
-    on_edge = len(rates) > 1 and (chosen <= min(rates) or chosen >= max(rates))
-    return search.model_copy(update={"chosen": chosen, "reason": reason, "on_edge": on_edge})
+    return search.model_copy(update={"chosen": chosen, "reason": reason, "on_edge": chosen <= min(rates)})
 
 
 def to_check(search: Search, greater_is_better: bool, eval_rows: int, is_share: bool) -> float | None:
@@ -192,11 +204,11 @@ def to_check(search: Search, greater_is_better: bool, eval_rows: int, is_share: 
     Short trials flatter high rates: MiniLM-L6 on Banking77 reached 76.6 % with the higher and 61.3 % with the lower
     rate after 15 % of the steps, and after all of them the lower one was better. And where steps are few they hardly
     tell rates apart: 19.4 and 18.5 % after 19 of 160 steps (docs/log.md). So only a lower rate that is ahead by a
-    standard error needs no such check, and one that already replaced the best.
+    standard error needs no such check, one that already replaced the best, and trials that were whole runs.
     """
     all_tried = {one.learning_rate: one.metric for one in search.tried}
     tried = {rate: metric for rate, metric in all_tried.items() if not math.isnan(metric)}
-    if len(tried) < 2 or search.chosen != best_of(all_tried, greater_is_better):
+    if len(tried) < 2 or search.tried[0].share >= 1 or search.chosen != best_of(all_tried, greater_is_better):
         return None
     best = tried.pop(search.chosen)
     second = best_of(tried, greater_is_better)
@@ -204,19 +216,32 @@ def to_check(search: Search, greater_is_better: bool, eval_rows: int, is_share: 
     return None if second > search.chosen and ahead > tolerance(best, eval_rows, is_share) else second
 
 
-def checked(search: Search, other: float, metrics: tuple[float, float], greater_is_better: bool) -> Search:
-    """The search's result after whole runs with both rates: the better one, the lower one if they are equal.
+def checked(
+    search: Search, other: float, metrics: tuple[float, float], greater_is_better: bool, eval_rows: int, is_share: bool
+) -> Search:
+    """The search's result after whole runs with both rates: the better one; if they are equal, the one chosen before.
 
     Args:
         search: Which chose one of them.
         other: The other one.
         metrics: Of whole runs with the chosen and with the other rate, on the eval rows.
         greater_is_better: Of the metric.
+        eval_rows: How many there are.
+        is_share: The metric is a share.
     """
-    found = dict(zip((search.chosen, other), (_oriented(one, greater_is_better) for one in metrics), strict=True))
-    chosen = max(sorted(found), key=found.__getitem__)
-    reason = f"of whole runs with {min(found):g} and {max(found):g} the better one on the eval rows"
-    return replaced(search, chosen, reason)
+    found = dict(zip((search.chosen, other), metrics, strict=True))
+    mine, its = (_oriented(one, greater_is_better) for one in metrics)
+    chosen = other if its > mine else search.chosen
+    rates = {one.learning_rate for one in search.tried}
+    return search.model_copy(
+        update={
+            "chosen": chosen,
+            "whole": tuple(Tried(learning_rate=rate, share=1.0, metric=metric) for rate, metric in found.items()),
+            "reason": "the better of two whole runs" if mine != its else f"{search.reason}; two whole runs were equal",
+            "on_edge": chosen in (min(rates), max(rates))
+            and _is_on_edge(found, chosen, greater_is_better, eval_rows, is_share),
+        }
+    )
 
 
 def without_search(arm: str, rate: float) -> Search:
@@ -301,6 +326,8 @@ def expected(
         return seconds(costs, runs_of(costs, seeds, waiting), search_share, start_seconds, length)
 
     wanted = seeds
+    if seeds < LEAST_SEEDS:
+        notes.append("one seed tells nothing about the spread between seeds: it ends UNDECIDED; give two, better three")
     if budget_seconds is not None:
         while seeds > LEAST_SEEDS and takes(length) > budget_seconds:
             seeds -= 1
@@ -322,7 +349,7 @@ def expected(
         seconds=round(takes(length), 1),
         most_seconds=round(takes(length, waiting=False), 1),
         detectable=None
-        if margin is None
+        if margin is None or seeds < LEAST_SEEDS
         else planned_detectable(test_rows, seeds, margin=margin, num_arms=max(1, len(costs) - 1)),
         notes=tuple(notes),
         length_share=length,

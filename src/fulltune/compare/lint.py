@@ -86,7 +86,7 @@ def _rate_not_searched(design: ComparisonDesign) -> Iterator[Finding]:
 def _edge_of_grid(design: ComparisonDesign) -> Iterator[Finding]:
     for arm in _trained(design):
         tried = sorted(set(arm.rates_searched))
-        if len(tried) < 2 or arm.learning_rate is None:
+        if len(tried) < 2 or arm.learning_rate is None or arm.on_edge is False:
             continue
         edge = "lowest" if _same(arm.learning_rate, tried[0]) else "highest"
         if edge == "lowest" or _same(arm.learning_rate, tried[-1]):

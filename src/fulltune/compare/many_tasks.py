@@ -27,7 +27,6 @@ def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str]
     if not arms:
         raise ValueError("no method but full was compared in all tasks")
     first = next(iter(comparisons.values()))
-    level = (1 - first.decision.confidence) / len(arms)  # together for all methods (Bonferroni)
     # A full model's file is the base with a small head.
     base = min(one[full].saved_bytes for one in rows)
     return ManyTasks(
@@ -49,7 +48,7 @@ def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str]
         ways=(
             _way(full, [one[full] for one in rows], 0, None),
             *(
-                _way(name, [one[name] for one in rows], base, _behind(name, list(comparisons.values()), shares, level))
+                _way(name, [one[name] for one in rows], base, _behind(name, list(comparisons.values()), shares))
                 for name in arms
             ),
         ),
@@ -69,20 +68,15 @@ def _way(name: str, rows: Sequence[ArmRow], base: int, behind: Estimate | None) 
     )
 
 
-def _behind(arm: str, comparisons: Sequence[Comparison], shares: bool, level: float) -> Estimate | None:
-    """Mean over the tasks; their rows and seeds are independent, so the squares of the errors add up.
+def _behind(arm: str, comparisons: Sequence[Comparison], shares: bool) -> Estimate | None:
+    """Mean over the tasks; their rows and seeds are independent, so the squares of the half intervals add up.
 
-    What seeds add to the error is known from few of them: Student's t, with the degrees of freedom that Welch and
-    Satterthwaite give a sum of variances.
+    The tasks' own intervals are taken, which hold for all methods together and after all looks.
     """
-    from scipy.stats import t
-
     found = [one.decision.difference(arm) for one in comparisons]
     if not shares or not all(one.seeds_known for one in found):
         return None
     mean = statistics.mean(one.estimate for one in found)
-    variance = sum(one.standard_error**2 for one in found)
-    from_seeds = sum(one.seed_variance**2 / max(1, one.num_seeds - 1) for one in found)
-    degrees = variance**2 / from_seeds if from_seeds else math.inf
-    half = float(t.ppf(1 - level / 2, degrees)) * math.sqrt(variance) / len(found)
+    halves = (max(one.estimate - one.adjusted_low, one.adjusted_high - one.estimate) for one in found)
+    half = math.hypot(*halves) / len(found)
     return Estimate(value=mean, low=mean - half, high=mean + half)

@@ -199,7 +199,8 @@ def _asked(
         return {}, "all seeds that were planned"
     if now == 1:
         leader = max(rivals, key=lambda one: (one.score, -one.cost)).name
-        return {full: 2, leader: 2}, f"{leader} leads the others; one seed tells nothing about the spread between seeds"
+        best = f"of the methods beside {full} the best is {leader}; " if len(rivals) > 1 else ""
+        return {full: 2, leader: 2}, f"{best}one seed tells nothing about the spread between seeds"
     abreast = [one for one in rivals if one.abreast]
     if any(one.now.full_does_not_win for one in abreast):
         return {}, _CLEAR

@@ -80,7 +80,7 @@ def decide(
     deciding = [place for place in others if arms[place].decides]
     differences = []
     for group in (deciding, [place for place in others if place not in deciding]):
-        differences += _differences(arms, full, group, found, drawn, margin, confidence, alpha)
+        differences += _differences(arms, full, group, found, drawn, margin, confidence, alpha, measure.span)
     verdict, recommended = _verdict(differences, arms[full].name, arms)
     return Decision(
         verdict=verdict,
@@ -111,6 +111,7 @@ def _differences(
     margin: float,
     confidence: float,
     alpha: float,
+    span: float | None,
 ) -> list[Difference]:
     """Of arms that share the chance of a wrong answer."""
     p_values = [found[place].p_value() for place in group]
@@ -119,8 +120,8 @@ def _differences(
     made = []
     for number, (place, level) in enumerate(zip(group, holm_levels(p_values, alpha), strict=True)):
         arm, uncertain = arms[place], found[place]
-        low, high = uncertain.interval(1 - confidence)
-        adjusted_low, adjusted_high = uncertain.interval(level)
+        low, high = _within(uncertain.interval(1 - confidence), -1.0, span)
+        adjusted_low, adjusted_high = _within(uncertain.interval(level), -1.0, span)
         known = uncertain.seeds_known
         certain = known and adjusted[number] <= alpha
         is_equivalent = known and equivalent[number] <= alpha
@@ -169,7 +170,7 @@ def _score(
     confidence: float,
 ) -> ArmScore:
     mean, spread = mean_of_arm(drawn, place, spreads, measure.span), spreads[place]
-    low, high = mean.interval(1 - confidence)
+    low, high = _within(mean.interval(1 - confidence), 0.0, measure.span)
     several = spread is not None and len(arm.trials) > 1
     return ArmScore(
         arm=arm.name,
@@ -180,6 +181,12 @@ def _score(
         high=high,
         seed_sd=float(np.sqrt(spread.beyond_rows)) if spread is not None and several else None,
     )
+
+
+def _within(interval: tuple[float, float], lowest: float, span: float | None) -> tuple[float, float]:
+    """No share of rows is below 0 or above 1, no difference of shares beyond 1, whatever few seeds allow."""
+    low, high = interval
+    return (max(lowest, low), min(1.0, high)) if span == 1.0 else interval
 
 
 # ---- the rule --------------------------------------------------------------------------------------------------
@@ -252,8 +259,10 @@ def _would_decide(differences: Sequence[Difference]) -> list[str]:
             ways.append(f"{one.rows_needed:,} test rows")
         if one.seeds_needed is not None:
             ways.append(f"{one.seeds_needed} seeds of each arm")
-        neither = "neither 100 times the rows nor 30 seeds alone: the difference is close to the margin"
-        said.append(f"{one.arm}: {' or '.join(ways) or neither}, were the difference what it seems")
+        if ways:
+            said.append(f"{one.arm}: {' or '.join(ways)}, were the difference what it seems")
+        else:
+            said.append(f"{one.arm}: neither 100 times the rows nor 30 seeds alone, were the difference what it seems")
     return said
 
 
@@ -263,7 +272,8 @@ def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended:
         if one.decides:
             continue
         if one.arm_better or one.equivalent or one.estimate <= 0:
-            said.append(f"{one.arm}, which decides nothing, is not worse than full: is there anything to learn here?")
+            how = "is not worse than full" if one.not_worse else "scores no less than full"
+            said.append(f"{one.arm}, which decides nothing, {how}: is there anything to learn here?")
     fewer = [one.arm for one in differences if one.decides and one.num_seeds == 1 and one.seeds_known]
     if fewer:
         said.append(f"{', '.join(fewer)}: one seed; its spread between seeds is taken from the other methods")

@@ -8,6 +8,7 @@ Everything is kept in files as it comes, so that the same command goes on where 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,13 @@ from fulltune import model, pipeline, plan, report, run_folder, train
 from fulltune.compare import design, items
 from fulltune.compare.lint import lint
 from fulltune.compare.many_tasks import many_tasks
-from fulltune.compare.verdict import FOR_ORIENTATION
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
 from fulltune.comparing.line import Line, settings_of
 from fulltune.comparing.rates import expect, search
 from fulltune.comparing.seeds import run_seeds
 from fulltune.comparing.verdict import judge
 from fulltune.errors import RecipeError
+from fulltune.generic_text import generic_texts
 from fulltune.recipe import Recipe
 from fulltune.tasks import task_named
 from fulltune.trials import Comparison, ManyTasks
@@ -30,19 +31,15 @@ from fulltune.units import parse_seconds
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
-    """The recipe as a comparison uses it: with `full` among its arms, and near-duplicates on one side of the split.
+    """The recipe as a comparison uses it: with near-duplicates on one side of the split.
 
     Raises:
         RecipeError: When there is nothing to compare.
     """
-    arms = recipe.methods
-    if not any(one.kind not in ("full", *FOR_ORIENTATION) for one in arms):
+    if not recipe.methods:
         raise RecipeError(
-            "methods: names nothing to compare full fine-tuning with; add for example 'methods: [base, full, lora, "
-            "adapter, prompt]'"
+            "methods: names nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
         )
-    if sum(one.kind == "full" for one in arms) != 1:
-        raise RecipeError("methods: a comparison has 'full' exactly once: it is what the others are compared with")
     if "near_duplicates" in recipe.data.model_fields_set or recipe.task == "image-classification":
         return recipe
     block = recipe.data.model_copy(update={"near_duplicates": recipe.compare.near_duplicates})
@@ -102,10 +99,13 @@ def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
     Raises:
         FulltuneError: One of its kinds; the same command goes on.
     """
+    began = time.monotonic()
     with run_folder.writing(job.folder), run_folder.locked(job.folder), train.nursery() as start:
+        if job.recipe.compare.generic_text is not None:
+            generic_texts(job.recipe.compare.generic_text)  # refused before hours of training, not after
         summary = pipeline.prepare(job)
         text = budget or job.recipe.compare.budget
-        line = Line(job, summary, command, parse_seconds(text) if text else None, start)
+        line = Line(job, summary, command, parse_seconds(text) if text else None, start, began)
         expectation = expect(line)
         searches = {one.arm: search(line, one, expectation) for one in line.trained_arms}
         results, looks = run_seeds(line, searches, expectation)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class Line:
     budget_seconds: float | None = None
     start: Starter = in_new_process
     """How a trial's process is started."""
+    began: float = field(default_factory=time.monotonic)
+    """Since when time is not yet written down."""
     passed: set[str] = field(default_factory=set)
     """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
     _rooms: dict[str, Room] = field(default_factory=dict)
@@ -97,6 +100,13 @@ class Line:
         return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
 
     @property
+    def started(self) -> str:
+        """When the first of these commands began; ISO 8601 with time zone."""
+        first = lines_of(self.folder / CLOCK)[0]
+        began = datetime.fromisoformat(first["ended"]) - timedelta(seconds=first["seconds"])
+        return began.isoformat(timespec="seconds")
+
+    @property
     def seconds_left(self) -> float:
         return math.inf if self.budget_seconds is None else self.budget_seconds - self.spent_seconds
 
@@ -105,12 +115,16 @@ class Line:
 
     @contextlib.contextmanager
     def clocked(self, what: str) -> Iterator[None]:
-        """Write down how long something took, over all commands that worked on this comparison."""
-        began = time.monotonic()
+        """Write down how long something took, with what came before it, over all commands that worked on this.
+
+        Of a command that was killed what it spent on its last part is missing.
+        """
         try:
             yield
         finally:
-            append_line(self.folder / CLOCK, {"what": what, "seconds": round(time.monotonic() - began, 3)})
+            seconds, self.began = time.monotonic() - self.began, time.monotonic()
+            ended = datetime.now().astimezone().isoformat(timespec="seconds")
+            append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3), "ended": ended})
 
     def room(self, arm: str) -> Room:
         """Sizes, memory and plan of an arm; traced once."""

@@ -54,7 +54,9 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
         return found
     greater = line.measure.greater_is_better
     may_extend = method.learning_rates is None
-    share = expectation.search_share * expectation.length_share
+    total_steps = line.room(method.arm).plan.total_steps
+    wanted = design.share_of_steps(expectation.search_share * expectation.length_share, total_steps)
+    share = min(wanted, expectation.length_share)
     tried: dict[float, Tried] = {}
 
     def run_one(rate: float) -> None:
@@ -71,7 +73,7 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
         if further is None or further in tried:
             break
         run_one(further)
-    found = design.finished(method.arm, list(tried.values()), greater, may_extend)
+    found = design.finished(method.arm, list(tried.values()), greater, may_extend, rows, is_share)
     found.save(path)
     return found
 

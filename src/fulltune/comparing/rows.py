@@ -134,6 +134,7 @@ def design_of(
                 settings=settings_of(method),
                 rates_searched=tuple(sorted({one.learning_rate for one in searches[arm].tried})),
                 learning_rate=searches[arm].chosen,
+                on_edge=searches[arm].on_edge,
                 seeds=tuple(one.trial.seed for one in found),
                 weights_dtype=made.weights_dtype,
                 bf16_rounding=made.bf16_rounding,

@@ -136,7 +136,8 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> Tr
     except Diverged as stop:
         line.say(f"{check.name}: {stop.problems[0]}")
         return result
-    found = design.checked(searches[arm], rate, (result.metric, other.metric), line.measure.greater_is_better)
+    metrics, greater = (result.metric, other.metric), line.measure.greater_is_better
+    found = design.checked(searches[arm], rate, metrics, greater, rows, is_share)
     taken, left = (other, result) if found.chosen == rate else (result, other)
     searches[arm] = found.model_copy(update={"check_seconds": left.train_seconds})
     shutil.rmtree(line.folder / "models" / left.trial.name, ignore_errors=True)

@@ -135,7 +135,7 @@ def comparison_of(
         fixed_design_seconds=round(fixed, 1),
         cores=line.machine.num_cores,
         device=made.device,
-        started=environment.started,
+        started=line.started,
         data_fingerprint=summary.fingerprint,
         command=line.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
@@ -145,4 +145,5 @@ def comparison_of(
 
 def _asked(line: Line) -> list[str]:
     """What the data stage found that a reader of the verdict should know."""
-    return [note for note in line.summary.notes if "also stand in" in note or "repeat" in note]
+    left_out = [f"rows left out: {count:,}, {reason}" for reason, count in line.summary.dropped.items()]
+    return left_out + [note for note in line.summary.notes if "also stand in" in note or "repeat" in note]

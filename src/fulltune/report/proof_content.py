@@ -24,7 +24,7 @@ from fulltune.report.blocks import (
 from fulltune.report.content import Report
 from fulltune.report.proof_words import NOTHING, Writer
 from fulltune.report.verdict import Ruling
-from fulltune.trials import ArmRow, Comparison, Search
+from fulltune.trials import ArmRow, Comparison, Search, Tried
 
 POINTER = "▸ "
 """Before the name of the arm to take."""
@@ -328,34 +328,36 @@ def _could_find(comparison: Comparison, write: Writer) -> str:
         parts.append(f"expected before the start: {write.amount(comparison.expectation.detectable)}")
     known = [one for one in comparison.decision.differences if one.decides and one.seeds_known]
     if known:
-        found = ", ".join(f"{write.amount(one.detectable)} ({one.arm})" for one in known)
+        found = ", ".join(f"{_detectable(one, write)} ({one.arm})" for one in known)
         parts.append(f"in the end: {found}; true differences of that size are called in 8 of 10 comparisons")
     return "; ".join(parts)
+
+
+def _detectable(one: Difference, write: Writer) -> str:
+    return "no difference at all" if write.in_points and one.detectable >= 1 else write.amount(one.detectable)
 
 
 def _searches(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
     rows = []
     for one in comparison.searches:
-        longest = max((tried.share for tried in one.tried), default=0.0)
-        first = sorted((tried.learning_rate, tried.metric) for tried in one.tried if tried.share < longest)
-        last = sorted((tried.learning_rate, tried.metric) for tried in one.tried if tried.share == longest)
         rows.append(
             (
                 Cell(one.arm, foreign=True),
-                _tried(first, write) or NOTHING,
-                _tried(last, write) or NOTHING,
+                _tried(one.tried, write) or NOTHING,
+                _tried(one.whole, write) or NOTHING,
                 f"{words.number(one.chosen)}{'*' if one.on_edge else ''}",
                 one.reason,
             )
         )
-    header = ("method", "short runs", "longer runs", "chosen", "why")
-    caption = f"Learning rates with their {write.name} on the eval rows. *: at the edge of those tried"
+    header = ("method", "short runs", "whole runs", "chosen", "why")
+    caption = f"Learning rates with their {write.name} on the eval rows. *: a better one may lie beyond those tried"
     return Table(caption, header, tuple(rows), frozenset({3}))
 
 
-def _tried(tried: Sequence[tuple[float, float]], write: Writer) -> str:
-    return " · ".join(f"{words.number(rate)}: {write.value(metric)}" for rate, metric in tried)
+def _tried(tried: Sequence[Tried], write: Writer) -> str:
+    by_rate = sorted(tried, key=lambda one: one.learning_rate)
+    return " · ".join(f"{words.number(one.learning_rate)}: {write.value(one.metric)}" for one in by_rate)
 
 
 def _baselines(comparison: Comparison) -> Table:

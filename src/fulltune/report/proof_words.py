@@ -121,6 +121,8 @@ def marks(comparison: Comparison) -> list[str]:
             f"Worth knowing: every run took {fine_share(expected.length_share)} of the recipe's steps, to stay within "
             "the budget: the verdict is about such runs."
         )
+    if (untrained := best_untrained(comparison)) is not None:
+        said.append(f"Worth knowing: {untrained}")
     if expected.detectable is not None and expected.detectable > decision.margin:
         write = Writer.of(decision)
         said.append(
@@ -128,6 +130,21 @@ def marks(comparison: Comparison) -> list[str]:
             f"{write.amount(expected.detectable)} or more; the margin is {write.amount(decision.margin)}."
         )
     return said
+
+
+def best_untrained(comparison: Comparison) -> str | None:
+    """What costs no training of the model, where no method that was trained scores more."""
+    known = [one for one in comparison.baselines if comparison.metric in one.metrics]
+    trained = [row.metric.value for row in comparison.rows if row.seeds]
+    if not known or not trained:
+        return None
+    sign = 1 if comparison.greater_is_better else -1
+    best = max(known, key=lambda one: sign * one.metrics[comparison.metric].value)
+    value = best.metrics[comparison.metric].value
+    if sign * value < max(sign * one for one in trained):
+        return None
+    write = Writer.of(comparison.decision)
+    return f"{best.name}, which trains nothing of the model, has {write.value(value)}: no method here does better."
 
 
 def warning(comparison: Comparison) -> str:
@@ -175,8 +192,12 @@ def seeds_of(row: ArmRow) -> str:
 
 def waited(comparison: Comparison) -> str:
     """Which methods got fewer seeds, and why; empty when none did."""
-    names = [row.arm for row in comparison.rows if row.waited]
-    return f"fewer seeds of {', '.join(names)}: the verdict did not hinge on them" if names else ""
+    names = ", ".join(row.arm for row in comparison.rows if row.waited)
+    if not names:
+        return ""
+    if comparison.decision.verdict == "UNDECIDED":
+        return f"fewer seeds of {names}: it stayed open whether full or the best of the others is better"
+    return f"fewer seeds of {names}: the verdict did not hinge on them"
 
 
 def full_of(comparison: Comparison) -> ArmRow | None:

@@ -60,15 +60,18 @@ def tried(**metrics: float) -> list[Tried]:
 
 
 def test_finished_takes_the_best_rate() -> None:
-    found = design.finished("lora", tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), True, True)
+    found = design.finished("lora", tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), True, True, 1000, True)
     assert (found.chosen, found.on_edge) == (3e-4, False)
     assert found.reason == "best of 3 rates on the eval rows after 6% of the steps"
-    edge = design.finished("lora", tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), False, True)
+    edge = design.finished("lora", tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), False, True, 1000, False)
     assert (edge.chosen, edge.on_edge) == (1e-4, True)
+    assert edge.reason.endswith("of the steps, at the edge of those tried")
+    near = design.finished("lora", tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), False, True, 1000, False)
+    assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
 
 
 def test_slower_is_asked_for_when_a_whole_run_ends_below_its_short_trial() -> None:
-    search = design.finished("lora", tried(r2e_3=0.74, r6e_3=0.75), True, True)
+    search = design.finished("lora", tried(r2e_3=0.74, r6e_3=0.75), True, True, 1003, True)
     assert design.slower(search, 0.02, True, 1003, True) == 2e-3
     assert design.slower(search, 0.745, True, 1003, True) is None
     assert design.slower(search, 0.91, True, 1003, True) is None
@@ -140,26 +143,35 @@ def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given
 def test_to_check_is_the_second_best_rate_unless_it_is_higher_and_behind(
     metrics: dict[str, float], second: float | None
 ) -> None:
-    found = design.finished("full", tried(**metrics), True, True)
+    found = design.finished("full", tried(**metrics), True, True, 1003, True)
     assert design.to_check(found, True, 1003, True) == second
     assert design.to_check(design.replaced(found, 2e-5, "it diverged"), True, 1003, True) is None
     assert design.to_check(design.without_search("full", 1e-3), True, 1003, True) is None
 
 
+def test_to_check_nothing_where_trials_were_whole_runs() -> None:
+    whole = [one.model_copy(update={"share": 1.0}) for one in tried(r2e_4=0.3, r6e_4=0.7)]
+    assert design.to_check(design.finished("full", whole, True, True, 1003, True), True, 1003, True) is None
+
+
 @pytest.mark.parametrize(
-    ("metrics", "greater", "chosen"),
+    ("metrics", "greater", "chosen", "on_edge"),
     [
-        ((0.919, 0.925), True, 2e-4),
-        ((0.919, 0.919), True, 2e-4),
-        ((0.925, 0.919), True, 6e-4),
-        ((2.0, 1.9), False, 2e-4),
-        ((1.8, 1.9), False, 6e-4),
-        ((0.95, math.nan), True, 6e-4),
+        ((0.919, 0.925), True, 2e-4, False),
+        ((0.919, 0.919), True, 6e-4, False),  # equal: as the short trials said
+        ((0.925, 0.919), True, 6e-4, False),  # ahead by less than a standard error
+        ((0.925, 0.87), True, 6e-4, True),
+        ((2.0, 1.9), False, 2e-4, False),
+        ((1.8, 1.9), False, 6e-4, True),
+        ((0.95, math.nan), True, 6e-4, True),
     ],
 )
-def test_checked_takes_the_better_whole_run(metrics: tuple[float, float], greater: bool, chosen: float) -> None:
-    search = design.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), True, True)
-    found = design.checked(search, 2e-4, metrics, greater)
-    assert found.chosen == chosen
-    assert found.on_edge == (chosen == 6e-4)
-    assert found.reason == "of whole runs with 0.0002 and 0.0006 the better one on the eval rows"
+def test_checked_takes_the_better_whole_run(
+    metrics: tuple[float, float], greater: bool, chosen: float, on_edge: bool
+) -> None:
+    search = design.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), True, True, 1003, True)
+    found = design.checked(search, 2e-4, metrics, greater, 1003, greater)
+    assert (found.chosen, found.on_edge) == (chosen, on_edge)
+    assert [one.learning_rate for one in found.whole] == [6e-4, 2e-4]
+    equal = metrics[0] == metrics[1]
+    assert found.reason == (f"{search.reason}; two whole runs were equal" if equal else "the better of two whole runs")

@@ -53,7 +53,10 @@ def test_look_one_seed_full_and_the_leader_go_on_and_the_rest_waits() -> None:
     found = looked([0.93, 0.85, 0.91], [1, 1, 1])
     assert decisions(found) == {"full": ("more", 2), "lora": ("wait", 1), "prompt": ("more", 2)}
     assert not found.enough
-    assert found.reason == "prompt leads the others; one seed tells nothing about the spread between seeds"
+    assert (
+        found.reason
+        == "of the methods beside full the best is prompt; one seed tells nothing about the spread between seeds"
+    )
 
 
 def test_look_one_rival_always_leads() -> None:
