@@ -28,8 +28,14 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(sum(len(part) * abs(confidence[part].mean() - right[part].mean()) for part in parts) / len(labels))
 
 
+ALL_RIGHT = "every eval row is answered rightly, so that nothing tells how sure to be: the temperature stays 1"
+
+
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The number that logits are divided by to make the labels most likely; between 0.05 and 20."""
+    """The number that logits are divided by to make the labels most likely; between 0.05 and 20.
+
+    Some row must be answered wrongly: else the smallest temperature is always the most likely one.
+    """
 
     def loss(log_temperature: float) -> float:
         scaled = log_softmax(logits / np.exp(log_temperature), axis=-1)
@@ -42,9 +48,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 def calibrate(
     eval_logits: np.ndarray, eval_labels: np.ndarray, test_logits: np.ndarray, test_labels: np.ndarray
 ) -> Calibration:
-    """Fit on the eval rows, measure on the test rows."""
-    temperature = fit_temperature(eval_logits, eval_labels)
+    """Fit on the eval rows, where they allow it, and measure on the test rows."""
+    all_right = bool((eval_logits.argmax(axis=-1) == eval_labels).all())
+    temperature = 1.0 if all_right else fit_temperature(eval_logits, eval_labels)
     return Calibration(
+        note=ALL_RIGHT if all_right else "",
         temperature=temperature,
         expected_calibration_error=expected_calibration_error(test_logits, test_labels),
         expected_calibration_error_scaled=expected_calibration_error(test_logits / temperature, test_labels),

@@ -507,6 +507,8 @@ class Calibration(Record):
     expected_calibration_error: float
     expected_calibration_error_scaled: float
     """After dividing the logits by the temperature."""
+    note: str = ""
+    """Why the temperature was not fitted and is 1; empty: it was."""
 
 
 class Confusion(Record):

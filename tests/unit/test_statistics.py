@@ -48,6 +48,17 @@ def test_temperature_of_scaled_logits_is_recovered(temperature: float) -> None:
         assert found.expected_calibration_error > 2 * found.expected_calibration_error_scaled
 
 
+def test_temperature_is_not_fitted_where_every_eval_row_is_right() -> None:
+    logits = np.tile([1.4, 0.12], (31, 1))
+    labels = np.zeros(31, int)
+    found = calibrate(logits, labels, logits, labels)
+    assert found.temperature == 1.0
+    assert found.expected_calibration_error == found.expected_calibration_error_scaled
+    assert found.note.startswith("every eval row is answered rightly")
+    labels[0] = 1
+    assert calibrate(logits, labels, logits, labels).note == ""
+
+
 def test_calibration_error_of_sure_and_wrong_is_one() -> None:
     logits = np.tile([50.0, 0.0], (30, 1))
     assert expected_calibration_error(logits, np.ones(30, int)) == pytest.approx(1.0)

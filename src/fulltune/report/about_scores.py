@@ -197,7 +197,11 @@ def calibration(view: RunView) -> Section | None:
     """How far the probabilities can be believed."""
     blocks: list[Block] = []
     for row in view.trained:
-        if row.calibration:
+        if row.calibration and row.calibration.note:
+            error = words.number(row.calibration.expected_calibration_error)
+            facts = Facts((("temperature", "1, not fitted"), ("expected calibration error", error)))
+            blocks += _fold(row, view, (facts, Paragraph(calibration_in_words(row.calibration))))
+        elif row.calibration:
             facts = Facts(
                 (
                     ("temperature, fitted on the eval rows", words.number(row.calibration.temperature)),
@@ -213,7 +217,9 @@ def calibration(view: RunView) -> Section | None:
 
 
 def calibration_in_words(found: Calibration) -> str:
-    """One line: what the temperature says, and whether it helped on the test rows."""
+    """One line: what the temperature says, and whether it helped on the test rows; or why it was not fitted."""
+    if found.note:
+        return f"{found.note[0].upper()}{found.note[1:]}."
     if found.temperature > 1.02:
         sure = "The model is surer than it is right (temperature above 1)"
     elif found.temperature < 0.98:

@@ -140,7 +140,11 @@ def _metrics(view: RunView, scores: Scores | None) -> list[str]:
         table(("metric", "value", level), rows, frozenset({1, 2})),
         escaped(judge([scores, *untrained]).sentence),
     ]
-    if scores.calibration:
+    if scores.calibration and scores.calibration.note:
+        found = scores.calibration
+        error = words.number(found.expected_calibration_error)
+        parts.append(f"Calibration: {calibration_in_words(found)} Expected calibration error: {error}.")
+    elif scores.calibration:
         found = scores.calibration
         parts.append(
             f"Calibration: divide the logits by {words.number(found.temperature)} (fitted on the eval rows). "

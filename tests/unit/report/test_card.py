@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from fulltune import report
-from fulltune.records import Plan, Setting
+from fulltune.calibration import ALL_RIGHT
+from fulltune.records import Calibration, Plan, Scores, Setting
 
 
 def written(folder: Path) -> tuple[dict[str, Any], str]:
@@ -30,6 +31,22 @@ def test_card_classification_has_front_matter_numbers_and_no_machine_path(classi
         assert part in body
     assert "/srv" not in body
     assert str(classification.parent) not in body
+
+
+def test_temperature_that_was_not_fitted_is_said(classification: Path) -> None:
+    path = classification / "scores" / "full-seed42.json"
+    scores = Scores.load(path)
+    found = Calibration(
+        temperature=1.0, expected_calibration_error=0.2, expected_calibration_error_scaled=0.2, note=ALL_RIGHT
+    )
+    scores.model_copy(update={"calibration": found}).save(path)
+    _, body = written(classification)
+    assert "divide the logits" not in body
+    assert "Calibration: Every eval row is answered rightly" in body
+    report.write(classification)
+    page = (classification / "report.md").read_text(encoding="utf-8")
+    assert "1, not fitted" in page
+    assert "Every eval row is answered rightly, so that nothing tells how sure to be: the temperature stays 1." in page
 
 
 def test_card_causal_lm_from_the_hub_names_its_base_model(causal_lm: Path) -> None:
