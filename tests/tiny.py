@@ -365,6 +365,8 @@ def write_recipe(path: Path, model: Path | str, rows: Path | str, /, **blocks: A
         "train": {"device": "cpu", "precision": "fp32", "global_batch_size": 8},
         "evaluate": {"bootstrap_samples": 100, "generate_rows": 0},
     }
+    if blocks.get("methods"):
+        del values["method"]  # a recipe has one or the other
     for name, value in blocks.items():
         values[name] = {**values[name], **value} if isinstance(values.get(name), dict) else value
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,8 @@ RunFolder = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
 MethodName = Annotated[
-    str | None, typer.Option("--method", help="Which of the run's models, by its method; left out, the first one.")
+    str | None,
+    typer.Option("--method", help="Which of the run's models; left out, what a comparison's verdict recommends."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 
@@ -156,7 +157,7 @@ def plan(
         survey, planned = cli_plan.without_data(target, set_ or [], options)
     else:
         checked = cli_plan.check(options)
-        recipe, folder = _open(target, set_, run_folder, fresh)
+        recipe, folder = _open(target, set_, run_folder, fresh, "plan")
         planned = None
         try:
             planned = _reach(recipe, folder, "data" if checked.fleet else "plan", details=False, measure=measure).plan
@@ -235,13 +236,19 @@ def compare(
 def report(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
 ) -> None:
-    """Write report.md and report.html anew, from the run's files alone."""
+    """Write report.md and report.html anew, of a comparison its card; from the run's files alone."""
     from fulltune import pipeline
+    from fulltune.report import write_proof
     from fulltune.run_folder import locked, recipe_of, writing
 
-    job = pipeline.Run(recipe_of(run_folder), run_folder)
+    recipe = recipe_of(run_folder)
     with writing(run_folder), locked(run_folder):
-        out.print(escape(str(pipeline.write_report(job))), soft_wrap=True)
+        if recipe.methods:
+            written = write_proof(run_folder)
+        else:
+            written = (pipeline.write_report(pipeline.Run(recipe, run_folder)),)
+    for path in written:
+        out.print(escape(str(path)), soft_wrap=True)
 
 
 @app.command()
@@ -266,13 +273,15 @@ def predict(
         raise SetupError("predict: texts and --file are both given; keep one")
     if with_:
         runs = [run_folder, *with_]
+        for run in runs:
+            _chosen(run, method)
         for name, answer in cli_predict.side_by_side(runs, method, list(text or []), file, by, max_new_tokens):
             said = {"model": name, **answer}
             typer.echo(json.dumps(said, ensure_ascii=False) if as_json else f"{name}: {cli_predict.in_words(answer)}")
         return
     if by is not None:
         raise SetupError("--by tells models apart: name the others with --with")
-    predictor = predicting.load(run_folder, method)
+    predictor = predicting.load(_chosen(run_folder, method))
     if file is not None and file.suffix != ".txt":
         rows = cli_predict.rows_of(file, predictor.notes["columns"].get("image"))
         predicting.check_columns(rows, predictor.notes, str(file))
@@ -290,13 +299,13 @@ def merge(
     method: MethodName = None,
 ) -> None:
     """Put what LoRA or a head trained into the pretrained model's own weights, as a plain Hugging Face folder."""
-    from fulltune import predict as predicting
+    from fulltune import cli_predict
     from fulltune.methods import folder
     from fulltune.run_folder import hide_progress_bars, writing
 
-    found = predicting.folder_of(run_folder, method)
-    if not folder.is_partial(found):
-        raise SetupError(f"{found}: is a whole model already")
+    found = _chosen(run_folder, method)
+    if not folder.can_be_merged(found):
+        raise SetupError(cli_predict.no_merge(run_folder, found))
     hide_progress_bars()
     with writing(output):
         folder.merge(found, output)
@@ -354,17 +363,18 @@ def _go(
     until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
 ) -> tuple[Path, Reached]:
     """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
-    recipe, found = _open(target, overrides, folder, fresh, trains=until not in ("data", "plan"))
+    recipe, found = _open(target, overrides, folder, fresh, until)
     return found, _reach(recipe, found, until, details)
 
 
 def _open(
-    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, trains: bool = False
+    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
 ) -> tuple[Recipe, Path]:
     """The recipe and its run folder.
 
     Raises:
         RecipeError: When one method is to be trained and the recipe names several.
+        SetupError: When more than looking at the rows is asked of a comparison's folder.
     """
     from fulltune import run_folder
 
@@ -372,10 +382,12 @@ def _open(
         if overrides or folder or fresh:
             raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
         recipe, found, resumed = run_folder.recipe_of(target), target, True
+        if until != "data":
+            run_folder.refuse_comparison(target)
         run_folder.refuse_with_functions(target, recipe)
     else:
         recipe = load_recipe(target, overrides or [])
-        if recipe.methods and trains:
+        if recipe.methods and until not in ("data", "plan"):
             raise RecipeError(
                 f"{target}: methods: names what to compare; run 'fulltune compare {target}', or remove 'methods' and "
                 "give one 'method'"
@@ -399,6 +411,17 @@ def _reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: b
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None
+
+
+def _chosen(run: Path, method: str | None) -> Path:
+    """The folder of a run's model; which one a comparison's verdict chose is said on stderr."""
+    from fulltune import predict as predicting
+
+    chosen = predicting.choose(run, method)
+    if chosen.reason:
+        said = f"{run}: taking '{chosen.folder.name}': {chosen.reason} (another one: --method)"
+        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
+    return chosen.folder
 
 
 def _print_json(value: Any) -> None:

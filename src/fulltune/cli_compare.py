@@ -6,7 +6,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,7 @@ def compare(
         typer.echo(found.comparison.model_dump_json(indent=2))
         return
     display_compare.verdict(out, found.comparison)
-    for path in found.cards:
-        out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
+    _paths(out, found.cards)
 
 
 def compare_many(
@@ -61,6 +60,7 @@ def compare_many(
 
     if fresh:
         raise SetupError("--fresh: with several recipes name a new --run-folder instead")
+    _refuse_run(folder)
     recipes = _of_one_base(targets, overrides)
     each = None if _checked(budget) is None else f"{max(1, round(parse_seconds(str(budget)) / len(targets)))}s"
     parent = folder or _folder_of_all(recipes)
@@ -69,7 +69,9 @@ def compare_many(
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
         found[name] = _run(err, target, overrides, parent / name, False, each)
         if not as_json:
+            out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
             display_compare.verdict(out, found[name].comparison)
+            _paths(out, found[name].cards)
     together = comparing.together(found)
     with writing(parent):
         files = report.write_tasks(parent, together)
@@ -77,8 +79,28 @@ def compare_many(
         typer.echo(together.model_dump_json(indent=2))
         return
     display_compare.many_tasks(out, together)
+    _paths(out, files)
+
+
+def _paths(out: Console, files: Sequence[Path]) -> None:
     for path in files:
         out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
+
+
+def _refuse_run(folder: Path | None) -> None:
+    """Several comparisons lie in a folder that is none of them.
+
+    Raises:
+        SetupError: When it is the folder of one.
+    """
+    from fulltune import run_folder
+
+    if folder is not None and (folder / run_folder.IDENTITY).exists():
+        what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
+        raise SetupError(
+            f"{folder}: is the folder of {what}, and several recipes get a folder each inside the named one; name "
+            "another folder, or leave --run-folder out"
+        )
 
 
 def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
@@ -87,25 +109,26 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
     Raises:
         RecipeError: With everything that keeps them from being put together.
     """
-    from fulltune.comparing import recipe_for
-
     recipes: dict[str, Recipe] = {}
     problems = []
     for target in targets:
         if target.is_dir():
             problems.append(f"{target}: is a folder; several tasks are compared from their recipes")
             continue
-        recipe = recipe_for(load_recipe(target, overrides))
+        recipe = _recipe_of(target, overrides)
         name = recipe.name or target.stem
         if name in recipes:
             problems.append(f"{target}: is called '{name}' like another one; give it another 'name'")
         recipes[name] = recipe
-    for what, found in (
-        ("model", {recipe.model.model_dump_json() for recipe in recipes.values()}),
-        ("evaluate.confidence", {str(recipe.evaluate.confidence) for recipe in recipes.values()}),
+    for what, given in (
+        ("model", {name: recipe.model.in_words() for name, recipe in recipes.items()}),
+        ("evaluate.confidence", {name: str(recipe.evaluate.confidence) for name, recipe in recipes.items()}),
     ):
-        if len(found) > 1:
-            problems.append(f"{what}: several tasks share one base and one report, and these have {len(found)} of it")
+        if len(set(given.values())) > 1:
+            said = ", ".join(f"{value} in {name}" for name, value in given.items())
+            problems.append(
+                f"{what}: several tasks share one base and one report; give all the same one (here: {said})"
+            )
     arms = [{one.arm: one for one in recipe.methods if one.kind not in ("base", "full")} for recipe in recipes.values()]
     common = set.intersection(*map(set, arms)) if arms else set()
     if arms and not common:
@@ -118,6 +141,21 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
     if problems:
         raise RecipeError(problems)
     return recipes
+
+
+def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
+    """A comparison's recipe from its file.
+
+    Raises:
+        RecipeError: With the file, when it compares nothing.
+    """
+    from fulltune.comparing import recipe_for
+
+    recipe = load_recipe(target, overrides)
+    try:
+        return recipe_for(recipe)
+    except RecipeError as error:
+        raise RecipeError([f"{target}: {problem}" for problem in error.problems]) from None
 
 
 def _apart_from_rates(method: Arm) -> str:
@@ -171,14 +209,18 @@ def _run(
 def _open(err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
     """The comparison's recipe and its folder."""
     from fulltune import run_folder
-    from fulltune.comparing import recipe_for
 
     if target.is_dir():
         if overrides or folder or fresh:
             raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
         recipe, found, resumed = run_folder.recipe_of(target), target, True
+        if not recipe.methods:
+            raise SetupError(
+                f"{target}: is the folder of a single run, which compares nothing; give a recipe with 'methods', or "
+                f"go on with the run: fulltune run {target}"
+            )
     else:
-        recipe = recipe_for(load_recipe(target, overrides))
+        recipe = _recipe_of(target, overrides)
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
         name = recipe.name or target.stem
         found, resumed = run_folder.find_or_make(recipe, text, name, folder, fresh)
@@ -190,9 +232,7 @@ def lint(out: Console, targets: list[Path], overrides: list[str], as_json: bool)
     """Say what would make the comparisons unfair."""
     from fulltune import comparing
 
-    found = [
-        (target, comparing.lint_recipe(comparing.recipe_for(load_recipe(target, overrides)))) for target in targets
-    ]
+    found = [(target, comparing.lint_recipe(_recipe_of(target, overrides))) for target in targets]
     if as_json:
         lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target, several in found for one in several]
         typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))

@@ -50,7 +50,10 @@ def side_by_side(
     names = [run.resolve().name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise SetupError(f"--with: two folders are called '{twice[0]}', and answers are told apart by that name")
+        same = " and ".join(str(run) for run, name in zip(runs, names, strict=True) if name == twice[0])
+        raise SetupError(
+            f"--with: two folders are called '{twice[0]}' ({same}), and answers are told apart by that name; rename one"
+        )
     is_table = file is not None and file.suffix != ".txt"
     if by is not None and not is_table:
         raise SetupError("--by names a column: give rows with --file")
@@ -87,6 +90,22 @@ def _check_names(rows: list[dict[str, Any]], by: str | None, names: list[str], f
         raise DataError(
             f"{file}: row {number}: {by} is {name!r}, expected one of {', '.join(names)} ({len(unknown)} such rows)"
         )
+
+
+def no_merge(run: Path, found: Path) -> str:
+    """Why a model cannot be merged, and which ones of its run can."""
+    from fulltune import predict
+    from fulltune.methods import folder
+
+    why = "is a whole model already"
+    if folder.is_partial(found):
+        kind = folder.notes_of(found)["method"]["kind"]
+        why = f"a method of kind {kind} adds to what the model computes and cannot be merged"
+    models = predict.models_of(run)
+    can = [name for name, one in models.items() if folder.can_be_merged(one)]
+    if can:
+        return f"{found}: {why}; what can be merged here, with --method: {', '.join(can)}"
+    return f"{found}: {why}" + (f"; {run} has no other model that can be" if models else "")
 
 
 def lines(file: Path | None) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fulltune import data, evaluate, footprint, hardware, methods, model, packing, plan, processors, report, run_folder
-from fulltune.errors import DoesNotFitError, GuardStop, SetupError
+from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.recipe import Method, Recipe, TaskName, with_attention
 from fulltune.records import DataSummary, MemoryNeed, Outcome, Plan, Scores
 from fulltune.tasks import Target, Task, task_named
@@ -71,6 +71,11 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     Raises:
         FulltuneError: One of its kinds, each with its exit code.
     """
+    if job.recipe.methods and until not in ("data", "plan"):
+        raise RecipeError(
+            "methods: names what to compare, and a run trains one method; use 'fulltune compare', or give one 'method' "
+            "in place of 'methods'"
+        )
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         summary = prepare(job)
         if until == "data":

@@ -16,6 +16,7 @@ from fulltune.inference import generate, run_rows
 from fulltune.methods import folder as folders
 from fulltune.processors import load_processor, opened
 from fulltune.recipe import ModelBlock
+from fulltune.run_folder import comparison_of
 from fulltune.tasks import Example, Target, causal_lm, seq2seq, tags, task_named
 
 _log = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ def load(run: Path, method: str | None = None) -> Predictor:
 
     Args:
         run: The folder.
-        method: Which of a run's models; left out, the first one.
+        method: Which of a run's models; left out, the only one, or what a comparison's verdict recommends.
 
     Raises:
         SetupError: When there is no such model.
@@ -226,7 +227,7 @@ def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> di
 
     Args:
         runs: Run folders, or model folders that fulltune wrote, by the names that they get.
-        method: Which of the runs' models; left out, the first one of each.
+        method: Which of the runs' models; left out, the only one of each, or what its verdict recommends.
 
     Raises:
         SetupError: When one is a whole model, or they are not of the same base.
@@ -239,16 +240,10 @@ def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> di
         )
     bases = {name: folders.notes_of(folder)["base_model"] for name, folder in found.items()}
     if any(base != next(iter(bases.values())) for base in bases.values()):
-        said = ", ".join(f"{name} on {_said(base)}" for name, base in bases.items())
+        said = ", ".join(f"{name} on {ModelBlock(**base).in_words()}" for name, base in bases.items())
         raise SetupError(f"these models are not of one base: {said}")
     shared: dict[str, Any] = {}
     return {name: _loaded(folder, shared) for name, folder in found.items()}
-
-
-def _said(base: Mapping[str, Any]) -> str:
-    """A base with what may tell it from another one of the same name."""
-    more = [f"{name} {base[name]}" for name in ("revision", "weights_dtype") if base.get(name)]
-    return f"{base['name']} ({', '.join(more)})" if more else str(base["name"])
 
 
 def _loaded(folder: Path, shared: dict[str, Any] | None) -> Predictor:
@@ -261,24 +256,54 @@ def _loaded(folder: Path, shared: dict[str, Any] | None) -> Predictor:
     return Predictor(model.eval(), load_processor(block, notes["task"]), notes)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The folder of one model."""
+
+    folder: Path
+    reason: str = ""
+    """Why this one of several; empty: it was named, or is the only one."""
+
+
 def folder_of(run: Path, method: str | None = None) -> Path:
-    """The folder of a run's model.
+    """The folder of a run's model, as `choose` chooses it."""
+    return choose(run, method).folder
+
+
+def choose(run: Path, method: str | None = None) -> Chosen:
+    """The model that is named, the only one, or the one that a comparison's verdict recommends.
 
     Raises:
-        SetupError: When there is no such model.
+        SetupError: When there is no such model, or several and no verdict that recommends one.
     """
+    there = models_of(run)
+    names = ", ".join(there)
     if method is not None:
-        found = run / "models" / method
-        if not (found / NOTES).exists():
-            there = sorted(path.parent.name for path in run.glob(f"models/*/{NOTES}"))
-            known = f"; here are: {', '.join(there)}" if there else ""
+        if method not in there:
+            known = f"; here are: {names}" if there else ""
             raise SetupError(f"{run}: no finished model of method '{method}'{known}")
-        return found
-    candidates = [run, *sorted((run / "models").glob("*"))] if run.is_dir() else [run]
-    folder = next((folder for folder in candidates if (folder / NOTES).exists()), None)
-    if folder is None:
+        return Chosen(there[method])
+    if (run / NOTES).exists():
+        return Chosen(run)
+    if not there:
         raise SetupError(f"{run}: no finished model here; expected a run folder with models/full, or a model folder")
-    return folder
+    if len(there) == 1:
+        return Chosen(next(iter(there.values())))
+    found = comparison_of(run)
+    if found is None or found.decision.verdict == "UNDECIDED":
+        why = "there is no verdict yet" if found is None else "the verdict is UNDECIDED"
+        raise SetupError(f"{run}: has several models and {why}; name one with --method: {names}")
+    taken, reason = found.decision.recommended, f"the verdict is {found.decision.verdict}"
+    if taken not in there:
+        raise SetupError(
+            f"{run}: {reason} and recommends '{taken}', which is not here; name one with --method: {names}"
+        )
+    return Chosen(there[taken], reason)
+
+
+def models_of(run: Path) -> dict[str, Path]:
+    """Folders of a run's finished models, by method."""
+    return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{NOTES}"))}
 
 
 def rows_from_texts(texts: Sequence[str], notes: Mapping[str, Any]) -> list[dict[str, Any]]:

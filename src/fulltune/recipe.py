@@ -27,6 +27,8 @@ TaskName = Literal[
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
 TextRows = Literal["auto", "line", "paragraph", "section"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a run or a method may be called: it becomes the name of a folder."""
 
 
 class Block(BaseModel):
@@ -54,6 +56,11 @@ class ModelBlock(Block):
     allow_pickled_weights: bool = False
     """Reads `pytorch_model.bin`. PyTorch's restricted loader is used, yet pickle has a history of holes: prefer
     safetensors."""
+
+    def in_words(self) -> str:
+        """Its name, with every setting that tells it apart from the same model as it usually is."""
+        more = [f"{name} {value}" for name, value in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
+        return f"{self.name} ({', '.join(more)})" if more else self.name
 
 
 class DataBlock(Block):
@@ -156,7 +163,7 @@ class DataBlock(Block):
 class _Named(Block):
     """What every method has."""
 
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(default=None, pattern=NAME)
     """Name of the model's folder and of the method in tables. Left out: the kind and what differs from its usual
     settings, such as `lora-r64`."""
 
@@ -307,6 +314,8 @@ Arm = Annotated[
     Field(discriminator="kind"),
 ]
 """What a comparison compares."""
+RIVALS = ("lora", "adapter", "prompt", "peft")
+"""Kinds that full fine-tuning is compared with; `base` and `head` are shown for orientation and decide nothing."""
 
 
 class TrainBlock(Block):
@@ -496,7 +505,7 @@ class Recipe(Block):
     compare: CompareBlock = CompareBlock()
     output: str = "runs"
     """Folder in which each run gets a folder of its own; relative to the recipe's folder."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(default=None, pattern=NAME)
     """Beginning of the run folder's name; left out, the recipe file's name."""
 
     @model_validator(mode="before")
@@ -515,10 +524,25 @@ class Recipe(Block):
         return expanded
 
     @model_validator(mode="after")
-    def _methods_must_differ(self) -> Recipe:
-        names = [one.arm for one in self.methods]
+    def _methods_must_make_a_comparison(self) -> Recipe:
+        if not self.methods:
+            return self
+        problems = []
+        kinds = [one.kind for one in self.methods]
+        if (count := kinds.count("full")) != 1:
+            to_do = "keep one of them" if count else "add it"
+            problems.append(
+                f"methods: a comparison has 'full' exactly once, because the others are compared with it; found "
+                f"{count}: {to_do}"
+            )
+        if not set(kinds) & set(RIVALS):
+            problems.append(
+                f"methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
+                f"orientation); add one of {', '.join(RIVALS)}"
+            )
+        names = [one.arm for one in self.methods if one.kind != "full" or count == 1]
         twice = sorted({name for name in names if names.count(name) > 1})
-        problems = [f"methods: two are called '{name}'; give one of them another 'name'" for name in twice]
+        problems += [f"methods: two are called '{name}'; give one of them another 'name'" for name in twice]
         if problems:
             raise ValueError("\n".join(problems))
         return self

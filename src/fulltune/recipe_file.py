@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe, resolve_paths
+from fulltune.recipe import NAME, Recipe, resolve_paths
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Lines = Mapping[tuple[str | int, ...], int]
@@ -82,11 +82,24 @@ _ELSEWHERE: Mapping[Any, str] = {
 
 def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
     """Turn plain values into a recipe, or raise a `RecipeError` that names every problem."""
+    problems = [*_one_method_or_several(values, path, lines or {})]
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [text for item in error.errors() for text in _describe(item, path, lines or {}, values)]
+        problems += [text for item in error.errors() for text in _describe(item, path, lines or {}, values)]
         raise RecipeError(problems) from None
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _one_method_or_several(values: dict[str, Any], path: Path, lines: Lines) -> Iterable[str]:
+    """Both given: only what the user wrote tells, because a checked recipe always has a `method`."""
+    if "method" in values and values.get("methods"):
+        yield (
+            f"{_where(path, lines, ('method',))}  method and methods are both given: 'fulltune compare' reads "
+            "'methods', the other commands 'method'; remove one"
+        )
 
 
 def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> Iterable[str]:
@@ -127,6 +140,11 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
             # In a union the other branch reports it already.
             if not str(item["loc"][-1]).startswith("tuple["):
                 yield f"{where}  {name}: expected a list, found {given!r}; write [{given}]"
+        case "string_pattern_mismatch" if item["ctx"]["pattern"] == NAME:
+            allowed = "letters, digits, '.', '_' and '-', with a letter or a digit first"
+            yield f"{where}  {name}: expected {allowed}, found {given!r}"
+        case "too_short" | "string_too_short":
+            yield f"{where}  {name}: is empty; {_meaning(at, values)}"
         case "model_type" | "dict_type":
             yield f"{where}  {name}: expected settings (a block), found {_kind(given)}"
         case _:

@@ -19,12 +19,15 @@ from fulltune.errors import DoesNotFitError, SetupError
 from fulltune.hardware import Machine
 from fulltune.recipe import Recipe
 from fulltune.records import Environment
+from fulltune.trials import Comparison
 
 IDENTITY = "recipe.json"
 """The checked recipe with its fingerprint: what a folder belongs to."""
 REPORT = "report.html"
 CARD = "card.html"
 """The last file that a comparison writes."""
+COMPARISONS = ("compare/comparison.json", "proof.json")
+"""The record of a finished comparison: where it is written first, and beside the card."""
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
@@ -123,6 +126,35 @@ def recipe_of(folder: Path) -> Recipe:
         raise SetupError(
             f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
         ) from None
+
+
+def is_comparison(folder: Path) -> bool:
+    """True for the folder of a comparison, finished or not: its recipe names several methods."""
+    return (folder / IDENTITY).exists() and bool(recipe_of(folder).methods)
+
+
+def comparison_of(folder: Path) -> Comparison | None:
+    """What a finished comparison found; None: there is none in this folder.
+
+    Raises:
+        SetupError: When its record is damaged or of another version.
+    """
+    record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
+    return None if record is None else Comparison.load(record)
+
+
+def refuse_comparison(folder: Path) -> None:
+    """A comparison's trials, models and sealed test rows are not to be touched by the commands of a single run.
+
+    Raises:
+        SetupError: When the folder is a comparison's.
+    """
+    if is_comparison(folder):
+        raise SetupError(
+            f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' goes on with "
+            f"it, 'fulltune report {folder}' writes its card again, 'fulltune predict {folder} --method METHOD' uses "
+            "its models"
+        )
 
 
 def refuse_with_functions(folder: Path, recipe: Recipe) -> None:

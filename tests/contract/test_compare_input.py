@@ -39,6 +39,16 @@ def test_method_that_cannot_be_is_refused_before_any_training(
     assert not (tmp_path / "run" / "attempts").exists()
 
 
+@pytest.mark.parametrize("command", [["compare"], ["compare", "--lint"]])
+def test_recipe_without_methods_is_named(command: list[str], tmp_path: Path) -> None:
+    path = recipe(tmp_path, [])
+    said = fulltune(*command, path)
+    assert said.code == 2
+    assert said.problems == [
+        f"{path}: methods: names nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
+    ]
+
+
 def test_fewer_rows_than_classes_are_refused(tmp_path: Path) -> None:
     rows = [{"text": f"text number {number}", "label": f"class {number}"} for number in range(60)]
     said = fulltune("compare", recipe(tmp_path, ["full", "lora"], rows), "--run-folder", tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fulltune.recipe_file import load_recipe
 from fulltune.run_folder import find_or_make
 from fulltune.trials import Comparison, Search, Trial, TrialResult, Tried
 from tests import tiny
+from tests.contract.command import fulltune
 from tests.train.runs import in_this_process
 
 METHODS = ["base", {"kind": "full", "learning_rate": 3e-3}, {"kind": "lora", "learning_rate": 1e-2}]
@@ -136,6 +138,20 @@ def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Com
     right = np.mean([answer["label"] == texts[row["text"]] for answer, row in zip(answers, test, strict=True)])
     lora = next(row for row in found.rows if row.arm == "lora")
     assert any(abs(value - right) < 1e-9 for value in lora.values)
+
+
+@pytest.mark.parametrize(("verdict", "arm"), [("FULL", "full"), ("EQUIVALENT", "lora")])
+def test_prediction_is_that_of_the_recommended_method_and_says_so(
+    verdict: str, arm: str, finished: tuple[Path, Comparison], tmp_path: Path
+) -> None:
+    folder, found = tmp_path / "run", finished[1]
+    shutil.copytree(finished[0], folder)
+    decision = found.decision.model_copy(update={"verdict": verdict, "recommended": arm})
+    found.model_copy(update={"decision": decision}).save(folder / "compare" / "comparison.json")
+    said, named = (fulltune("predict", folder, "the sun", "--json", *more) for more in ([], ["--method", arm]))
+    assert (said.code, said.out) == (0, named.out)
+    assert said.problems == [f"{folder}: taking '{arm}': the verdict is {verdict} (another one: --method)"]
+    assert named.problems == []
 
 
 def test_models_of_other_seeds_are_deleted(finished: tuple[Path, Comparison]) -> None:
@@ -318,7 +334,7 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
 @pytest.mark.parametrize(
     ("methods", "problem"),
     [
-        ([], "methods: names nothing to compare full fine-tuning with"),
+        ([], "methods: names nothing to compare"),
         (["base", "full"], "methods: names nothing to compare full fine-tuning with"),
         (["base", "full", "head"], "methods: names nothing to compare full fine-tuning with"),
         (["base", "lora"], "methods: a comparison has 'full' exactly once"),

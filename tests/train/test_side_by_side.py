@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def test_whole_models_and_other_bases_are_refused(trained: dict[str, Path], tmp_
     runs.run(other, tmp_path / "model", rows_of("intents"), train=STEPS, method={"kind": "head"})
     with pytest.raises(SetupError, match="these models are not of one base: intents on "):
         predict.load_side_by_side({**trained, "other": other / "run"})
+    same = tmp_path / "same"
+    shutil.copytree(trained["intents"], same)
+    notes = json.loads((same / "models" / "lora" / "fulltune.json").read_text(encoding="utf-8"))
+    notes["base_model"]["dropout"] = 0.5
+    (same / "models" / "lora" / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
+    with pytest.raises(SetupError, match=r"same on .*\(dropout 0\.5\)"):
+        predict.load_side_by_side({**trained, "same": same})
 
 
 def ask(*words: Any) -> Result:
@@ -107,13 +115,13 @@ def test_command_answers_with_all_or_with_the_one_that_a_row_names(trained: dict
     [
         (["a text", "--by", "model"], "--by tells models apart: name the others with --with"),
         (["a text", "--with", "{topics}", "--by", "model"], "--by names a column: give rows with --file"),
-        (["a text", "--with", "{intents}"], "--with: two folders are called 'run-intents'"),
+        (["a text", "--with", "{intents}"], "--with: two folders are called 'run-intents' ({intents} and {intents})"),
     ],
 )
 def test_command_that_cannot_be_meant_is_refused(words: list[str], message: str, trained: dict[str, Path]) -> None:
     said = ask(trained["intents"], *(word.format(**trained) for word in words))
     assert said.code == SetupError.exit_code
-    assert message in said.err
+    assert message.format(**trained) in said.err
 
 
 def test_row_that_names_no_model_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -147,6 +155,11 @@ def test_several_recipes_end_with_what_parts_side_by_side_cost(tmp_path: Path) -
         said = compare(*paths, "--run-folder", tmp_path / "both")
     assert said.code == 0, said.err
     assert "2 tasks on one base" in said.out
+    shown = said.out.splitlines()
+    for task in ("intents", "topics"):
+        card = f"card.html    {tmp_path / 'both' / task / 'card.html'}"
+        assert shown.index(task) < shown.index(card)
+    assert shown.index("topics") > shown.index(f"card.html    {tmp_path / 'both' / 'intents' / 'card.html'}")
     found = ManyTasks.load(tmp_path / "both" / "tasks.json")
     assert [task.name for task in found.tasks] == ["intents", "topics"]
     assert [way.arm for way in found.ways] == ["full", "lora"]
@@ -167,5 +180,8 @@ def test_recipes_that_do_not_go_together_are_refused_at_once(tmp_path: Path) -> 
     two.write_text(text.replace("lora", "adapter"), encoding="utf-8")
     said = compare(one, two, one)
     assert "is called 'intents' like another one" in said.err
-    assert "model: several tasks share one base and one report, and these have 2 of it" in said.err
+    assert (
+        "model: several tasks share one base and one report; give all the same one (here: "
+        f"{tmp_path / 'model'} in intents, {tmp_path / 'other'} in topics)"
+    ) in said.err
     assert "methods: no method but 'full' is compared in all of these recipes" in said.err

@@ -96,7 +96,8 @@ def test_override_of_the_model_keeps_its_name(tmp_path: Path) -> None:
         ),
         (
             "name: a/b",
-            "recipe.yaml:5  name: expected string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', found 'a/b'",
+            "recipe.yaml:5  name: expected letters, digits, '.', '_' and '-', with a letter or a digit first, found "
+            "'a/b'",
         ),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from fulltune.compare.verdict import FOR_ORIENTATION
+from fulltune.compare_records import ArmKind
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
+from fulltune.recipe import RIVALS, Recipe
 from fulltune.recipe_file import check, load_recipe
 from fulltune.units import parse_seconds
 
@@ -58,6 +60,33 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
     recipe = made(methods=["base", "full", {"kind": "lora", "rank": 8}, "prompt"])
     assert [one.arm for one in recipe.methods] == ["base", "full", "lora-r8", "prompt"]
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("methods: [full, full, lora]", "4  methods: a comparison has 'full' exactly once"),
+        ("methods: [full, head]", "4  methods: names nothing to compare"),
+        ("methods: [full, lora]\nmethod: lora", "5  method and methods are both given"),
+    ],
+)
+def test_problem_of_methods_names_the_line(text: str, place: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: some/model\ntask: causal-lm\ndata: {{train: a}}\n{text}\n")
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml:{place}"):
+        load_recipe(path)
+
+
+def test_method_on_the_command_line_beside_methods_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: some/model\ntask: causal-lm\ndata: {train: a}\nmethods: [full, lora]\n")
+    with pytest.raises(RecipeError, match="method and methods are both given"):
+        load_recipe(path, ["method.rank=8"])
+    assert load_recipe(path, ["methods=[]", "method=lora"]).method.arm == "lora"
+
+
+def test_kinds_that_do_not_count_are_those_of_the_verdict() -> None:
+    assert set(get_args(ArmKind)) - {"full", *RIVALS} == set(FOR_ORIENTATION)
 
 
 def test_rank_on_the_command_line_keeps_a_short_method(tmp_path: Path) -> None:
@@ -110,9 +139,47 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         (
             {"methods": ["lora", {"kind": "lora", "learning_rate": 1e-3}, "full", "full"]},
             [
-                "methods: two are called 'full'; give one of them another 'name'",
+                "methods: a comparison has 'full' exactly once, because the others are compared with it; found 2: keep "
+                "one of them",
                 "methods: two are called 'lora'; give one of them another 'name'",
             ],
+        ),
+        (
+            {"methods": ["full", {"kind": "full", "name": "slow", "layerwise_lr_decay": 0.9}, "lora"]},
+            [
+                "methods: a comparison has 'full' exactly once, because the others are compared with it; found 2: keep "
+                "one of them"
+            ],
+        ),
+        (
+            {"methods": ["base", "lora"]},
+            ["methods: a comparison has 'full' exactly once, because the others are compared with it; found 0: add it"],
+        ),
+        (
+            {"methods": ["base", "full", "head"]},
+            [
+                "methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
+                "orientation); add one of lora, adapter, prompt, peft"
+            ],
+        ),
+        (
+            {"methods": ["full", "lora"], "method": "lora"},
+            [
+                "method and methods are both given: 'fulltune compare' reads 'methods', the other commands 'method'; "
+                "remove one"
+            ],
+        ),
+        (
+            {"methods": ["full", {"kind": "lora", "name": "../up"}], "name": "a run"},
+            [
+                "methods.1.name: expected letters, digits, '.', '_' and '-', with a letter or a digit first, found "
+                "'../up'",
+                "name: expected letters, digits, '.', '_' and '-', with a letter or a digit first, found 'a run'",
+            ],
+        ),
+        (
+            {"methods": ["full", {"kind": "lora", "learning_rates": []}]},
+            ["methods.1.learning_rates: is empty; expected: Grid of a comparison's rate search"],
         ),
         (
             {"methods": ["full", "bse", {"kind": "adapter", "reduction_faktor": 4}]},

@@ -92,6 +92,11 @@ def is_partial(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
+def can_be_merged(folder: Path) -> bool:
+    """Whether what was trained can go into the pretrained model's own weights, as far as its kind tells."""
+    return is_partial(folder) and notes_of(folder)["method"]["kind"] not in ("adapter", "prompt")
+
+
 def notes_of(folder: Path) -> dict[str, Any]:
     """What fulltune wrote about the model in this folder.
 

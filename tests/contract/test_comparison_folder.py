@@ -1,0 +1,190 @@
+"""The folder of a comparison: commands of a single run leave it alone, its card can be written again, and of its models
+the verdict takes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune import comparing, pipeline, predict
+from fulltune.errors import RecipeError, SetupError
+from fulltune.recipe_file import load_recipe
+from fulltune.run_folder import find_or_make
+from fulltune.trials import Comparison
+from tests import comparisons, tiny
+from tests.contract.command import fulltune
+
+KINDS = {"full": None, "lora": "lora", "adapter": "adapter"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:
+    rows = tiny.write_csv(tmp_path / "train.csv", tiny.topic_rows(40))
+    return tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, rows, methods=["base", *KINDS])
+
+
+@pytest.fixture
+def unfinished(recipe: Path) -> Path:
+    """A comparison that was begun: its methods have a model each, and there is no verdict."""
+    checked = comparing.recipe_for(load_recipe(recipe))
+    folder = recipe.parent / "run"
+    find_or_make(checked, recipe.read_text(encoding="utf-8"), "run", folder, False)
+    for name, kind in KINDS.items():
+        model = folder / "models" / name
+        model.mkdir(parents=True)
+        (model / "fulltune.json").write_text(json.dumps({"method": {"kind": kind}}), encoding="utf-8")
+        if kind is not None:
+            (model / "adapter_config.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+def decided(folder: Path, verdict: str, recommended: str) -> Path:
+    """The same with a verdict."""
+    found = comparisons.comparison(decision={"verdict": verdict, "recommended": recommended})
+    found.save(folder / "compare" / "comparison.json")
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("verb", ["run", "train", "evaluate", "plan"])
+@pytest.mark.parametrize("verdict", [None, "FULL"])
+def test_command_of_a_single_run_refuses_it_and_touches_nothing(
+    verb: str, verdict: str | None, unfinished: Path
+) -> None:
+    folder = unfinished if verdict is None else decided(unfinished, verdict, "full")
+    before = content(folder)
+    said = fulltune(verb, folder)
+    assert said.code == 2
+    assert said.problems == [
+        f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' goes on with it, "
+        f"'fulltune report {folder}' writes its card again, 'fulltune predict {folder} --method METHOD' uses its models"
+    ]
+    assert content(folder) == before
+
+
+def test_its_rows_can_be_looked_at(unfinished: Path) -> None:
+    said = fulltune("data", unfinished)
+    assert said.code == 0, said.err
+    assert "single label, 2 labels" in said.out
+
+
+def test_python_refuses_to_train_one_method_of_several(unfinished: Path, recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="methods: names what to compare, and a run trains one method"):
+        pipeline.run(pipeline.Run(load_recipe(recipe), unfinished))
+    assert not (unfinished / "data").exists()
+
+
+def test_report_writes_the_card_again(unfinished: Path) -> None:
+    folder = decided(unfinished, "EQUIVALENT", "lora")
+    said = fulltune("report", folder)
+    assert said.code == 0, said.err
+    written = [Path(line).name for line in said.out.splitlines()]
+    assert set(written) - {"card.png"} == {"card.md", "card.html", "proof.json"}
+    assert all((folder / name).exists() for name in written)
+    assert Comparison.load(folder / "proof.json").decision.recommended == "lora"
+    assert not (folder / "report.md").exists()
+
+
+def test_report_of_an_unfinished_one_is_an_error(unfinished: Path) -> None:
+    said = fulltune("report", unfinished)
+    assert said.code == 2
+    assert said.problems == [
+        f"{unfinished}: has no finished comparison (compare/comparison.json is missing); first let 'fulltune compare "
+        "RECIPE' end"
+    ]
+    assert not (unfinished / "report.md").exists()
+
+
+def test_compare_refuses_the_folder_of_a_single_run(tmp_path: Path, tiny_encoder: Path) -> None:
+    rows = tiny.write_csv(tmp_path / "train.csv", tiny.topic_rows(40))
+    single = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, rows)
+    assert fulltune("data", single, "--run-folder", tmp_path / "run").code == 0
+    said = fulltune("compare", tmp_path / "run")
+    assert said.code == 2
+    assert "is the folder of a single run, which compares nothing" in said.err
+
+
+def test_several_recipes_in_it_are_refused(unfinished: Path, recipe: Path) -> None:
+    other = recipe.with_name("other.yaml")
+    other.write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
+    before = content(unfinished)
+    said = fulltune("compare", recipe, other, "--run-folder", unfinished)
+    assert said.code == 2
+    assert said.problems == [
+        f"{unfinished}: is the folder of another comparison, and several recipes get a folder each inside the named "
+        "one; name another folder, or leave --run-folder out"
+    ]
+    assert content(unfinished) == before
+
+
+# ---- which model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("verdict", "recommended"), [("FULL", "full"), ("PEFT", "lora"), ("EQUIVALENT", "adapter")])
+def test_model_is_the_one_that_the_verdict_recommends(verdict: str, recommended: str, unfinished: Path) -> None:
+    chosen = predict.choose(decided(unfinished, verdict, recommended))
+    assert chosen == predict.Chosen(unfinished / "models" / recommended, f"the verdict is {verdict}")
+    assert predict.choose(unfinished, "lora") == predict.Chosen(unfinished / "models" / "lora")
+
+
+def test_record_beside_the_card_is_enough(unfinished: Path) -> None:
+    comparisons.comparison(decision={"verdict": "PEFT", "recommended": "lora"}).save(unfinished / "proof.json")
+    assert predict.folder_of(unfinished).name == "lora"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "recommended", "problem"),
+    [
+        (None, "", "has several models and there is no verdict yet; name one with --method: adapter, full, lora"),
+        ("UNDECIDED", "lora", "has several models and the verdict is UNDECIDED; name one with --method: adapter, full"),
+        ("PEFT", "prompt", "the verdict is PEFT and recommends 'prompt', which is not here; name one with --method: a"),
+    ],
+)
+def test_model_without_a_recommendation_must_be_named(
+    verdict: str | None, recommended: str, problem: str, unfinished: Path
+) -> None:
+    if verdict is not None:
+        decided(unfinished, verdict, recommended)
+    with pytest.raises(SetupError) as caught:
+        predict.folder_of(unfinished)
+    assert str(caught.value).startswith(f"{unfinished}: {problem}")
+
+
+def test_only_model_is_taken_without_a_verdict(unfinished: Path) -> None:
+    for name in ("full", "adapter"):
+        (unfinished / "models" / name / "fulltune.json").unlink()
+    assert predict.choose(unfinished) == predict.Chosen(unfinished / "models" / "lora")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "models/full: is a whole model already; what can be merged here, with --method: lora"),
+        (
+            ["--method", "adapter"],
+            "models/adapter: a method of kind adapter adds to what the model computes and cannot be merged; what can "
+            "be merged here, with --method: lora",
+        ),
+    ],
+)
+def test_merge_of_what_cannot_be_merged_names_what_can(
+    arguments: list[Any], problem: str, unfinished: Path, tmp_path: Path
+) -> None:
+    said = fulltune("merge", decided(unfinished, "FULL", "full"), "-o", tmp_path / "merged", *arguments)
+    assert said.code == 2
+    taken = [] if arguments else [f"{unfinished}: taking 'full': the verdict is FULL (another one: --method)"]
+    assert said.problems == [*taken, f"{unfinished}/{problem}"]
+
+
+def test_merge_where_nothing_can_be_merged_says_so(unfinished: Path, tmp_path: Path) -> None:
+    (unfinished / "models" / "lora" / "fulltune.json").unlink()
+    said = fulltune("merge", unfinished, "-o", tmp_path / "merged", "--method", "full")
+    assert said.problems == [
+        f"{unfinished}/models/full: is a whole model already; {unfinished} has no other model that can be"
+    ]
