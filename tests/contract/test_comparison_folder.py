@@ -4,6 +4,7 @@ the verdict takes one."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,11 @@ def test_report_writes_the_card_again(unfinished: Path) -> None:
     assert all((folder / name).exists() for name in written)
     assert Comparison.load(folder / "proof.json").decision.recommended == "lora"
     assert not (folder / "report.md").exists()
+    # What docs/run-folder.md says may be deleted.
+    shutil.rmtree(folder / "compare")
+    (folder / "card.md").unlink()
+    assert fulltune("report", folder).code == 0
+    assert (folder / "card.md").exists()
 
 
 def test_report_of_an_unfinished_one_is_an_error(unfinished: Path) -> None:

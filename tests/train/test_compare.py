@@ -154,6 +154,16 @@ def test_prediction_is_that_of_the_recommended_method_and_says_so(
     assert named.problems == []
 
 
+def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Comparison]) -> None:
+    folder, _ = finished
+    text = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    section = text.partition("## The folder of a comparison")[2].partition("\n## ")[0]
+    there = [path for path in folder.iterdir() if path.name not in (".lock", "recipe.yaml", "recipe.json")]
+    there += [*(folder / "compare").iterdir(), *(folder / "predictions").iterdir()]
+    names = [str(path.relative_to(folder)) for path in there]
+    assert not [name for name in names if f"`{name}`" not in section and f"`{name}/" not in section]
+
+
 def test_models_of_other_seeds_are_deleted(finished: tuple[Path, Comparison]) -> None:
     folder, _ = finished
     assert sorted(path.name for path in (folder / "models").iterdir()) == ["full", "lora"]
