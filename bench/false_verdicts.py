@@ -31,7 +31,7 @@ import numpy as np
 
 from fulltune.compare import draws
 from fulltune.compare.items import Measure, measure_of
-from fulltune.compare.sequential import look
+from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems, decide
 from fulltune.compare_records import ArmKind, Decision, Difference
 from fulltune.tasks import Target
@@ -121,10 +121,12 @@ def recorded(folder: Path) -> tuple[Source, int, int]:
 def items(arms: Sequence[np.ndarray]) -> list[ArmItems]:
     names = ["full", *(f"rival{number}" for number in range(1, len(arms)))]
     kinds: list[ArmKind] = ["full", *(["lora"] * (len(arms) - 1))]
-    return [
-        ArmItems(name, kind, [{"labels": np.ones(len(row), np.int64), "logits": _logits(row)} for row in right], cost)
-        for name, kind, right, cost in zip(names, kinds, arms, [2.0, *([1.0] * (len(arms) - 1))], strict=True)
-    ]
+    made = []
+    for name, kind, right, cost in zip(names, kinds, arms, [2.0, *([1.0] * (len(arms) - 1))], strict=True):
+        kept = [{"labels": np.ones(len(row), np.int64), "logits": _logits(row)} for row in right]
+        share = WAITING_SHARE if len(right) < len(arms[0]) else 1.0
+        made.append(ArmItems(name, kind, kept, cost, alpha_share=share))
+    return made
 
 
 def _logits(right: np.ndarray) -> np.ndarray:

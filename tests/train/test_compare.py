@@ -313,7 +313,7 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
 
     def final(_: Any, trial: Trial) -> TrialResult:
         asked.append(trial.name)
-        return result_of(trial, 0.9)[2]
+        return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else 0.95)[2]
 
     def leader_goes_on(*given: Any) -> Look:
         counts = {arm: len(found) for arm, found in given[1].items()}

@@ -37,15 +37,18 @@ _LATE = 4.0
 """Power of the spending function: how much is kept for the last look."""
 _SURE = 0.95
 """Chance of a clear answer on the sealed rows at which it is stopped."""
+_LIKELY = 0.5
+"""Chance that full is clearly better than the leader at which, after the last seeds, the others catch up."""
 _CLEAR = "clear: the test rows would very likely say the same"
 _HOPELESS = 0.2
 """Chance of a clear answer with all seeds below which more seeds are a waste. (Of equal arms it is about a tenth, that
 of the development rows and of the test rows both being unlucky.)"""
-_CATCHING_UP = 0.25
-"""Part of a look's alpha that is kept for a second look after others have caught up."""
+WAITING_SHARE = 0.25
+"""Part of a look's alpha at which methods that have fewer seeds are tested. The rest is kept for a second look, after
+they have caught up; full fine-tuning and the leader have the same seeds in both, and so the same test."""
 
 
-def spent(num_seeds: int, max_seeds: int, alpha: float, *, waiting: bool = False, again: bool = False) -> float:
+def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
     """Part of alpha that the look after so many seeds may spend; over 1 to `max_seeds` they sum up to alpha.
 
     With a power of 3 and a part for the first look, too, 78.5 % of planted differences were found with the predictions
@@ -55,19 +58,14 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, waiting: bool = False
         num_seeds: Of full fine-tuning and the leader.
         max_seeds: Planned.
         alpha: Of the whole comparison.
-        waiting: Other methods have fewer seeds: they may catch up, and then a second look needs a part.
-        again: This is that second look.
+        again: It is a second look, because others have caught up.
     """
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
     this = num_seeds - (max_seeds > 1)
     share = (this / looks) ** _LATE - (max(0, this - 1) / looks) ** _LATE
-    if again:
-        share *= _CATCHING_UP
-    elif waiting:
-        share *= 1 - _CATCHING_UP
-    return alpha * share
+    return alpha * share * (1 - WAITING_SHARE if again else 1)
 
 
 def left(looks: Sequence[Look], alpha: float) -> float:
@@ -113,13 +111,13 @@ def look(
     spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
     rivals = [place for place, arm in enumerate(arms) if arm.decides]
     abreast = [place for place in rivals if counts[place] == now]
-    waiting = len(abreast) < len(rivals)
-    level = spent(now, max_seeds, alpha, waiting=waiting, again=again)
-    parts = [part / len(rivals) for part in (level, spent(max_seeds, max_seeds, alpha, waiting=waiting))]
+    level = spent(now, max_seeds, alpha, again=again)
+    parts = [part / len(rivals) for part in (level, spent(max_seeds, max_seeds, alpha))]
     rows_factor = (test_rows or drawn.num_rows) / drawn.num_rows
     outlooks = {}
     for place in rivals:
         gap = difference(drawn, full, place, spreads, measure.sign, measure.span)
+        share = 1.0 if place in abreast else WAITING_SHARE
 
         def chances(level: float, of_full: int, of_rival: int, gap: Uncertain = gap) -> Chances:
             # One seed each tells nothing about the spread between seeds.
@@ -130,8 +128,8 @@ def look(
             score=measure.sign * float(drawn.point[place].mean()),
             cost=arms[place].cost,
             abreast=place in abreast,
-            now=chances(parts[0], now, counts[place]),
-            with_all=chances(parts[1], max_seeds, max_seeds if place in abreast else counts[place]).clear,
+            now=chances(share * parts[0], now, counts[place]),
+            with_all=chances(share * parts[1], max_seeds, max_seeds if place in abreast else counts[place]).clear,
         )
     asked, reason = _asked(arms[full].name, list(outlooks.values()), now, max_seeds, again=again)
     steps = []
@@ -210,6 +208,9 @@ def _asked(
         return {}, _CLEAR
     if beaten and not again:
         return dict.fromkeys(late, now), f"{full} beats the leader; whether it beats {', '.join(late)} as well is open"
+    if now >= max_seeds and not again and late and all(one.now.full >= _LIKELY for one in abreast):
+        # Nothing else is left to do, and without it the answer could not be FULL.
+        return dict.fromkeys(late, now), f"{full} seems to beat the leader; whether it beats {', '.join(late)} is open"
     if now >= max_seeds:
         return {}, "all seeds that were planned"
     # Two seeds say too little about their spread to give up because of it.

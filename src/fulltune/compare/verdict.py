@@ -40,6 +40,8 @@ class ArmItems:
     """To tell cheaper arms from dearer ones: stored bytes, time or money, of all arms the same."""
     right: np.ndarray | None = None
     """Whether each seed has each row right: bool [seeds, rows]; None: rows are not simply right or wrong."""
+    alpha_share: float = 1.0
+    """Part of alpha at which this arm is tested; below 1 where it waited and has another chance."""
 
     @property
     def decides(self) -> bool:
@@ -120,11 +122,12 @@ def _differences(
     made = []
     for number, (place, level) in enumerate(zip(group, holm_levels(p_values, alpha), strict=True)):
         arm, uncertain = arms[place], found[place]
+        level *= arm.alpha_share
         low, high = _within(uncertain.interval(1 - confidence), -1.0, span)
         adjusted_low, adjusted_high = _within(uncertain.interval(level), -1.0, span)
         known = uncertain.seeds_known
-        certain = known and adjusted[number] <= alpha
-        is_equivalent = known and equivalent[number] <= alpha
+        certain = known and adjusted[number] <= alpha * arm.alpha_share
+        is_equivalent = known and equivalent[number] <= alpha * arm.alpha_share
         decided = needed(uncertain, drawn.num_rows, margin, level) if known else Needed(None, None)
         rights = (arms[full].right, arm.right)
         made.append(

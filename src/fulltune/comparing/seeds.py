@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fulltune.compare import design, items
-from fulltune.compare.sequential import look
+from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import Look
 from fulltune.comparing.line import FOLDER, OPEN, Line
@@ -170,6 +170,7 @@ def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> 
                 trials=kept,
                 cost=float(line.room(arm).plan.num_trainable_parameters),
                 right=np.stack(known) if len(known) == len(kept) else None,
+                alpha_share=WAITING_SHARE if len(kept) < len(results[line.full.arm]) else 1.0,
             )
         )
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.compare.sequential import left, look, spent
+from fulltune.compare.sequential import WAITING_SHARE, left, look, spent
 from fulltune.compare_records import Look
 from tests.unit.compare.arms import ACCURACY, arm, drawn_right
 
@@ -38,11 +38,10 @@ def test_spent_parts_sum_up_to_alpha_and_grow(most: int) -> None:
         spent(most + 1, most, 0.05)
 
 
-def test_spent_second_look_after_catching_up_is_paid_for() -> None:
-    firsts, seconds = (
-        [spent(number, 3, 0.05, waiting=not again, again=again) for number in (1, 2, 3)] for again in (False, True)
-    )
-    assert sum(firsts) + sum(seconds) == pytest.approx(0.05)
+def test_spent_second_look_after_catching_up_is_paid_for_by_those_that_waited() -> None:
+    firsts, seconds = ([spent(number, 3, 0.05, again=again) for number in (1, 2, 3)] for again in (False, True))
+    assert sum(WAITING_SHARE * one for one in firsts) + sum(seconds) == pytest.approx(0.05)
+    assert all(second <= first for first, second in zip(firsts, seconds, strict=True))  # of the leader: the same test
 
 
 def decisions(found: Look) -> dict[str, tuple[str, int]]:
@@ -82,10 +81,18 @@ def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
     found = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
     assert decisions(found) == {"full": ("wait", 3), "lora": ("wait", 3), "prompt": ("more", 3)}
     assert found.reason == "full beats the leader; whether it beats prompt as well is open"
-    assert found.spent == spent(3, 3, 0.05, waiting=True)
+    assert found.spent == spent(3, 3, 0.05)
     second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, most=3, again=True)
     assert second.enough
     assert second.spent == spent(3, 3, 0.05, again=True)
+
+
+def test_look_after_the_last_seeds_the_others_catch_up_where_full_is_likely_to_be_better() -> None:
+    found = looked([0.95, 0.935, 0.938], [3, 3, 1], spread=0.004, most=3)
+    assert decisions(found) == {"full": ("wait", 3), "lora": ("wait", 3), "prompt": ("more", 3)}
+    assert found.reason == "full seems to beat the leader; whether it beats prompt is open"
+    assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).enough
+    assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).enough
 
 
 def test_look_one_that_did_not_catch_up_clearly_goes_on_with_the_others() -> None:
