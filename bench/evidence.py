@@ -251,6 +251,10 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         panel.axhspan(-scale * SETS[name].margin, scale * SETS[name].margin, color="#dddddd", alpha=0.6, linewidth=0)
         panel.errorbar([one["rows"] for one in mine], middle, [low, high], marker="o", capsize=4, color="#1f4e9c")
         panel.set_xscale("log")
+        sizes = [one["rows"] for one in mine]
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.minorticks_off()
+        panel.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
         panel.set_title(SETS[name].title.replace(", ", ",\n", 1), fontsize=8)
         panel.set_xlabel("train rows")
         panel.set_ylabel("full better by, " + ("nats" if scale == 1 else "points"))
