@@ -72,10 +72,16 @@ def test_verdict_long_path_stays_in_one_line() -> None:
 def test_expectation_says_cost_and_what_can_be_found() -> None:
     text = expected(comparisons.comparison(), "accuracy")
     assert "methods head, full, lora, adapter, prompt" in text
-    assert "50 at most: 25 to find the rates, 5 seeds of each method; clear answers need fewer" in text
+    said = "25 short ones to find the rates, more where the best lies at an edge; then 5 seeds of each method at most"
+    assert f"trials {said}; clear answers need fewer" in text
     assert "about 1 h 7 min, 1 h 40 min if every method needs all" in text
     assert "differences of 0.97 points of accuracy or more, in 8 of 10 comparisons" in text
     assert "UNDECIDED" not in text
+
+
+def test_expectation_of_one_seed_says_that_it_decides_nothing() -> None:
+    text = expected(comparisons.comparison(), "accuracy", num_seeds=1, detectable=None)
+    assert "can find nothing: one seed tells nothing about the spread between seeds" in text
 
 
 def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_small() -> None:
