@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ from fulltune import comparing, pipeline, predict
 from fulltune.compare import design
 from fulltune.compare_records import ArmStep, Look
 from fulltune.comparing import rates, seeds, trials
-from fulltune.errors import Diverged, GuardStop, InterruptedRun, RecipeError
+from fulltune.errors import DataError, Diverged, GuardStop, InterruptedRun, RecipeError
 from fulltune.recipe_file import load_recipe
 from fulltune.run_folder import find_or_make
 from fulltune.trials import Comparison, Search, Trial, TrialResult, Tried
@@ -338,6 +339,15 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
     }
 
 
+def test_time_is_counted_whole_and_from_the_first_command_on(finished: tuple[Path, Comparison]) -> None:
+    folder, found = finished
+    entries = [json.loads(line) for line in (folder / "compare" / "clock.jsonl").read_text().splitlines()]
+    assert found.seconds == pytest.approx(sum(entry["seconds"] for entry in entries), abs=0.1)
+    last = datetime.fromisoformat(entries[-1]["ended"])
+    wall = (last - datetime.fromisoformat(found.started)).total_seconds()
+    assert found.seconds == pytest.approx(wall, abs=4)  # both commands, and what lay between their trials
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------
 
 
@@ -361,3 +371,10 @@ def test_lint_before_training_names_a_single_rate(tmp_path: Path) -> None:
     assert {(one.rule, one.where) for one in found} >= {("rate-not-searched", "full"), ("rate-not-searched", "lora")}
     clean = job(tmp_path / "clean", ["base", "full", "lora"], compare={"seeds": 3})
     assert comparing.lint_recipe(clean.recipe) == ()
+
+
+def test_generic_text_that_is_missing_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS, compare={"generic_text": "nowhere.txt"})
+    with pytest.raises(DataError, match=r"compare\.generic_text: .*nowhere\.txt: cannot be read"):
+        compare(one)
+    assert not (one.folder / "attempts").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -120,3 +122,24 @@ def test_verdict_at_spent_alpha_is_stricter() -> None:
     usual, strict = (decide(arms, ACCURACY, margin=0.01, alpha=alpha, samples=1000) for alpha in (0.05, 0.002))
     assert strict.differences[0].adjusted_low < usual.differences[0].adjusted_low
     assert strict.differences[0].low == usual.differences[0].low
+
+
+def test_intervals_of_shares_stay_within_what_shares_can_be() -> None:
+    """Two seeds that differ much allow anything; nothing is right more than always."""
+    right = drawn_right(np.random.default_rng(3), 60, [0.9, 0.6], 0.2, 2)
+    found = decide([arm("full", "full", right[0], 2), arm("lora", "lora", right[1], 1)], ACCURACY, margin=0.01)
+    for score in found.scores:
+        assert 0 <= score.low <= score.mean <= score.high <= 1
+    (apart,) = found.differences
+    assert -1 <= apart.adjusted_low <= apart.low <= apart.high <= apart.adjusted_high <= 1
+    assert found.scores[0].high == 1
+
+
+def test_arm_that_waited_is_tested_at_its_part_of_alpha() -> None:
+    right = drawn_right(np.random.default_rng(0), ROWS, [0.93, 0.90], 0.004, 3)
+    full, lora = arm("full", "full", right[0], 2), arm("lora", "lora", right[1], 1)
+    whole = decide([full, lora], ACCURACY, margin=0.01, samples=1000)
+    part = decide([full, replace(lora, alpha_share=0.25)], ACCURACY, margin=0.01, samples=1000)
+    quarter = decide([full, lora], ACCURACY, margin=0.01, alpha=0.0125, samples=1000)
+    assert part.differences[0].adjusted_low < whole.differences[0].adjusted_low
+    assert part.differences[0].adjusted_low == pytest.approx(quarter.differences[0].adjusted_low)

@@ -81,6 +81,10 @@ def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: s
     assert found.to_do
 
 
+def test_lint_edge_that_is_no_better_than_its_neighbour_is_fine() -> None:
+    assert lint(design(lora={"learning_rate": 1e-3, "on_edge": False})) == ()
+
+
 def test_lint_test_rows_opened_again() -> None:
     (found,) = lint(design().model_copy(update={"test_openings": 2}))
     assert found.rule == "test-opened-again"

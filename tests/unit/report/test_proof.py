@@ -148,6 +148,18 @@ def test_marks_budget_and_few_rows_are_named() -> None:
     ]
 
 
+def test_marks_name_what_trains_nothing_where_no_method_does_better() -> None:
+    made = comparisons.comparison()
+    assert proof_words.best_untrained(made) is None
+    strong = made.baselines[1].model_copy(
+        update={"metrics": {"accuracy": made.baselines[1].metrics["accuracy"].model_copy(update={"value": 0.955})}}
+    )
+    marks = proof_words.marks(made.model_copy(update={"baselines": (made.baselines[0], strong)}))
+    assert marks == [
+        "Worth knowing: nearest centroid, which trains nothing of the model, has 95.5%: no method here does better."
+    ]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
