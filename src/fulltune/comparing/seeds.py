@@ -123,7 +123,7 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> Tr
     """
     arm, trial = result.trial.arm, result.trial
     rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
-    rate = design.to_check(searches[arm], line.measure.greater_is_better, rows, is_share)
+    rate = design.to_check(searches[arm], line.measure.greater_is_better)
     if rate is None:
         return result
     check = design.final_trial(arm, rate, trial.seed, trial.share, check=True)
