@@ -315,7 +315,8 @@ Arm = Annotated[
 ]
 """What a comparison compares."""
 RIVALS = ("lora", "adapter", "prompt", "peft")
-"""Kinds that full fine-tuning is compared with; `base` and `head` are shown for orientation and decide nothing."""
+"""Kinds that full fine-tuning is compared with. `base` and `head` decide nothing: nobody doubts that training more than
+a head helps, but how much is worth seeing."""
 
 
 class TrainBlock(Block):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from fulltune.compare.verdict import FOR_ORIENTATION
-from fulltune.compare_records import ArmKind
 from fulltune.errors import RecipeError
-from fulltune.recipe import RIVALS, Recipe
+from fulltune.recipe import Recipe
 from fulltune.recipe_file import check, load_recipe
 from fulltune.units import parse_seconds
 
@@ -83,10 +81,6 @@ def test_method_on_the_command_line_beside_methods_is_refused(tmp_path: Path) ->
     with pytest.raises(RecipeError, match="method and methods are both given"):
         load_recipe(path, ["method.rank=8"])
     assert load_recipe(path, ["methods=[]", "method=lora"]).method.arm == "lora"
-
-
-def test_kinds_that_do_not_count_are_those_of_the_verdict() -> None:
-    assert set(get_args(ArmKind)) - {"full", *RIVALS} == set(FOR_ORIENTATION)
 
 
 def test_rank_on_the_command_line_keeps_a_short_method(tmp_path: Path) -> None:

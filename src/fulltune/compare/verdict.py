@@ -22,10 +22,8 @@ from fulltune.compare.statistics import (
     seed_spreads,
 )
 from fulltune.compare_records import ArmKind, ArmScore, Decision, Difference, VerdictKind
+from fulltune.recipe import RIVALS
 from fulltune.tasks import Predictions
-
-FOR_ORIENTATION: tuple[ArmKind, ...] = ("base", "head")
-"""Arms that decide nothing: nobody doubts that training more than a head helps, but how much is worth seeing."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class ArmItems:
 
     @property
     def decides(self) -> bool:
-        return self.kind not in (*FOR_ORIENTATION, "full")
+        return self.kind in RIVALS
 
 
 def decide(
