@@ -69,9 +69,9 @@ class Search(Record):
     chosen: float
     reason: str
     whole: tuple[Tried, ...] = ()
-    """Whole runs that chose between two rates; empty: there were none."""
+    """Whole runs with different rates, of which the best was chosen; empty: there were none."""
     check_seconds: float = 0.0
-    """Of the one of them that came to nothing else."""
+    """Of those of them that came to nothing else."""
     on_edge: bool = False
     """The best rate is the lowest or the highest of those tried, and clearly ahead: a better one may lie beyond."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fulltune import comparing, pipeline, predict
-from fulltune.compare import design
+from fulltune.compare import rate_search
 from fulltune.compare_records import ArmStep, Look
 from fulltune.comparing import rates, seeds, trials
 from fulltune.errors import DataError, Diverged, GuardStop, InterruptedRun, RecipeError
@@ -242,7 +242,7 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
     line = comparing.Line(one, pipeline.prepare(one), "test")
     expectation = rates.expect(line)
-    searches = {"full": design.without_search("full", 3e-3)} | made_up(line)
+    searches = {"full": rate_search.without_search("full", 3e-3)} | made_up(line)
     asked: list[tuple[str, float]] = []
 
     def final(_: Any, trial: Trial) -> TrialResult:
@@ -261,7 +261,7 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     line = comparing.Line(one, pipeline.prepare(one), "test")
-    searches = {arm: design.without_search(arm, 1e-2) for arm in ("full", "lora")}
+    searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora")}
     with (
         mock.patch.object(seeds, "final", mock.Mock(side_effect=Diverged("the loss came apart"))),
         pytest.raises(Diverged, match="the loss came apart"),
@@ -279,7 +279,7 @@ def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
         rates.search(line, line.trained_arms[1], rates.expect(line))
 
 
-@pytest.mark.parametrize(("lower_metric", "rate"), [(0.95, 1e-3), (0.3, 1e-2)])
+@pytest.mark.parametrize(("lower_metric", "rate"), [(0.91, 1e-3), (0.89, 1e-2)])  # neither clearly better
 def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
     lower_metric: float, rate: float, tmp_path: Path
 ) -> None:
@@ -303,6 +303,39 @@ def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
     assert searches["lora"].check_seconds > 0
 
 
+def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-4, 0.3), (3e-4, 0.2), (1e-3, 0.2)))
+    metrics = {1e-4: 0.05, 3e-4: 0.5, 1e-3: 0.99}
+    begun: list[str] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        begun.append(trial.name)
+        if trial.learning_rate not in metrics:
+            raise Diverged("the loss came apart")
+        return result_of(trial, metrics[trial.learning_rate])
+
+    rows = mock.Mock(outputs=lambda *given: mock.Mock(seconds_per_row=0.1))
+    found = []
+    with (
+        mock.patch.object(trials, "trained", trained),
+        mock.patch.object(trials, "keep"),
+        mock.patch.object(trials.evaluate, "bench_of"),
+        mock.patch.object(trials, "outputs", rows),
+    ):
+        for _ in range(2):  # the second time as when it goes on later
+            searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-4, reason="best of 3 rates")}
+            first = trials.final(line, Trial(name="lora-seed42", arm="lora", learning_rate=1e-4, seed=42))
+            found.append(seeds._checked(line, searches, first))
+    assert begun == ["lora-seed42", "lora-seed42-rate0.0003", "lora-seed42-rate0.001", "lora-seed42-rate0.0032"]
+    assert [one.trial.learning_rate for one in found] == [1e-3, 1e-3]
+    search = searches["lora"]
+    assert [one.learning_rate for one in search.whole] == [1e-4, 3e-4, 1e-3, 3.2e-3]
+    assert (search.chosen, search.on_edge, search.reason) == (1e-3, False, "the best of 4 whole runs")
+    assert search.check_seconds > 2 * found[0].train_seconds  # that of the one that diverged as well
+
+
 @pytest.mark.parametrize(("num_seeds", "checked"), [(1, {"full", "lora", "adapter"}), (2, {"full", "lora"})])
 def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str], tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora", "adapter"], compare={"seeds": num_seeds})
@@ -314,7 +347,7 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
 
     def final(_: Any, trial: Trial) -> TrialResult:
         asked.append(trial.name)
-        return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else 0.95)[2]
+        return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else 0.91)[2]
 
     def leader_goes_on(*given: Any) -> Look:
         counts = {arm: len(found) for arm, found in given[1].items()}

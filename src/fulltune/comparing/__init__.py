@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune import model, pipeline, plan, report, run_folder, train
-from fulltune.compare import design, items
+from fulltune.compare import design, items, rate_search
 from fulltune.compare.lint import lint
 from fulltune.compare.many_tasks import many_tasks
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
@@ -56,7 +56,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
         if method.kind == "base":
             continue
         usual, _ = plan.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
-        rates = design.grid(usual, method.learning_rates, method.learning_rate)
+        rates = rate_search.grid(usual, method.learning_rates, method.learning_rate)
         arms.append(
             ArmDesign(
                 name=method.arm,

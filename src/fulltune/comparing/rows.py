@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.compare import design
+from fulltune.compare import rate_search
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Decision, Look
 from fulltune.comparing.line import BASE, FOLDER, Line, settings_of
 from fulltune.comparing.seeds import Results
@@ -98,7 +98,7 @@ def _base_value(line: Line, of_rows: Any, base: Scores | None) -> float | None:
 def _search_seconds(line: Line, search: Search) -> float:
     spent = search.check_seconds
     for one in search.tried:
-        trial = design.search_trial(search.arm, one.learning_rate, one.share, line.recipe.train.seed)
+        trial = rate_search.search_trial(search.arm, one.learning_rate, one.share, line.recipe.train.seed)
         path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
         spent += TrialResult.load(path).train_seconds if path.exists() else 0.0
     return spent

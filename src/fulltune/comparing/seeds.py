@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fulltune.compare import design, items
+from fulltune.compare import design, items, rate_search
 from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import Look
 from fulltune.comparing.line import FOLDER, OPEN, Line
-from fulltune.comparing.trials import final, is_done, keep_best_model
+from fulltune.comparing.rates import scale_of
+from fulltune.comparing.trials import failed, final, is_done, keep_best_model
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.store import clusters_of
@@ -77,7 +79,7 @@ def _take_lower(line: Line, searches: dict[str, Search], trial: Trial, stop: Div
         Diverged: Nothing lower is left to try, or the rate was given.
     """
     search = searches[trial.arm]
-    lower = design.after_divergence(search)
+    lower = rate_search.after_divergence(search)
     if lower is None:
         raise stop
     line.say(f"{trial.name}: {stop.problems[0]}")
@@ -89,7 +91,7 @@ def _replace(line: Line, searches: dict[str, Search], trial: Trial, lower: float
     line.say(f"{trial.arm}: {reason}; taking {lower:g}")
     for folder in ("models", "checkpoints"):
         shutil.rmtree(line.folder / folder / trial.name, ignore_errors=True)
-    searches[trial.arm] = design.replaced(searches[trial.arm], lower, reason)
+    searches[trial.arm] = rate_search.replaced(searches[trial.arm], lower, reason)
     searches[trial.arm].save(line.folder / FOLDER / "searches" / f"{trial.arm}.json")
 
 
@@ -99,11 +101,10 @@ def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult
     Raises:
         Diverged: It did; the caller takes a lower rate.
     """
-    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
     while True:
         result = final(line, trial)
         search = searches[trial.arm]
-        lower = design.slower(search, result.metric, line.measure.greater_is_better, rows, is_share)
+        lower = rate_search.slower(search, result.metric, scale_of(line))
         if lower is None:
             return result
         _replace(line, searches, trial, lower, f"a whole run with {search.chosen:g} ended below its short trial")
@@ -111,38 +112,49 @@ def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult
 
 
 def _check(line: Line, searches: dict[str, Search], results: list[TrialResult]) -> None:
-    """Put a whole run at the second best rate in the place of an arm's first one, where that is better."""
+    """Put the best of whole runs at other rates in the place of an arm's first one, where it is better."""
     results[0] = _checked(line, searches, results[0])
     keep_best_model(line, results)
 
 
 def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> TrialResult:
-    """The same, or a whole run at the second best rate where that is better.
+    """The same, or a whole run at another rate where that is better.
 
-    `searches` changes in memory only: when the comparison goes on later, the same is found again from both runs.
+    `searches` changes in memory only: when the comparison goes on later, the same is found again from all of them.
     """
-    arm, trial = result.trial.arm, result.trial
-    rows, is_share = line.summary.splits["eval"].rows, line.measure.span == 1.0
-    rate = design.to_check(searches[arm], line.measure.greater_is_better)
-    if rate is None:
+    arm, trial, search = result.trial.arm, result.trial, searches[result.trial.arm]
+    may_extend, scale = line.room(arm).arm.learning_rates is None, scale_of(line)
+    runs = {search.chosen: result}
+    while (rate := rate_search.next_whole(search, _metrics(runs), scale, may_extend)) is not None:
+        check = design.final_trial(arm, rate, trial.seed, trial.share, check=True)
+        if not is_done(line, check) and line.seconds_left < result.train_seconds:
+            line.say(f"{arm}: no time to try {rate:g} in a whole run as well")
+            break
+        line.say(f"{arm}: a whole run with {rate:g} as well, because short trials alone do not tell the better rate")
+        runs[rate] = _or_failed(line, check)
+    if len(runs) == 1:
         return result
-    check = design.final_trial(arm, rate, trial.seed, trial.share, check=True)
-    if not is_done(line, check) and line.seconds_left < result.train_seconds:
-        line.say(f"{arm}: no time to try {rate:g} in a whole run as well")
-        return result
-    line.say(f"{arm}: a whole run with {rate:g} as well, because short trials alone do not tell the better rate")
-    try:
-        other = final(line, check)
-    except Diverged as stop:
-        line.say(f"{check.name}: {stop.problems[0]}")
-        return result
-    metrics, greater = (result.metric, other.metric), line.measure.greater_is_better
-    found = design.checked(searches[arm], rate, metrics, greater, rows, is_share)
-    taken, left = (other, result) if found.chosen == rate else (result, other)
-    searches[arm] = found.model_copy(update={"check_seconds": left.train_seconds})
-    shutil.rmtree(line.folder / "models" / left.trial.name, ignore_errors=True)
+    searches[arm] = found = rate_search.after_whole(search, _metrics(runs), scale)
+    taken = runs.pop(found.chosen)
+    searches[arm] = found.model_copy(update={"check_seconds": sum(one.train_seconds for one in runs.values())})
+    for left in runs.values():
+        shutil.rmtree(line.folder / "models" / left.trial.name, ignore_errors=True)
     line.say(f"{arm}: taking {found.chosen:g}")
     return taken
+
+
+def _metrics(runs: Mapping[float, TrialResult]) -> dict[float, float]:
+    return {rate: one.metric for rate, one in runs.items()}
+
+
+def _or_failed(line: Line, trial: Trial) -> TrialResult:
+    """A whole run, or the result of one that diverged, which is kept as well."""
+    began = time.monotonic()
+    try:
+        return final(line, trial)
+    except Diverged as stop:
+        line.say(f"{trial.name}: {stop.problems[0]}")
+        return failed(line, trial, time.monotonic() - began)
 
 
 def _time_is_up(line: Line, arm: str, results: Results) -> bool:

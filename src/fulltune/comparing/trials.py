@@ -57,6 +57,31 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
     )
 
 
+def failed(line: Line, trial: Trial, seconds: float) -> TrialResult:
+    """The result of a trial that diverged after so long, kept: NaN."""
+    made = line.room(trial.arm).plan
+    result = TrialResult(
+        trial=trial,
+        metric=math.nan,
+        steps=0,
+        best_step=0,
+        train_seconds=seconds,
+        tokens_per_second=0.0,
+        peak_memory_bytes=0,
+        memory_growth_bytes=0,
+        num_parameters=made.num_parameters,
+        num_trainable=made.num_trainable_parameters,
+        tokens=0,
+        train_flops=0.0,
+        saved_bytes=0,
+        device=made.device,
+        precision=made.precision,
+        weights_dtype=made.weights_dtype,
+    )
+    result.save(line.folder / FOLDER / "trials" / f"{trial.name}.json")
+    return result
+
+
 def _seen(line: Line, trial: Trial, outcome: Outcome) -> tuple[int, int]:
     """Rows and tokens of all steps, padding left out: each takes a global batch of rows of the mean length."""
     split = line.summary.splits["train"]

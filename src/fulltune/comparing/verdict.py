@@ -129,7 +129,7 @@ def comparison_of(
         claims=claims(rows, decision, summary.splits["train"].rows, line.measure.span),
         drift_unit="nats per token" if summary.problem_type in drift.WRITERS else "1 - cosine",
         drift_text=line.texts[1],
-        num_trials=len(finals) + sum(len(one.tried) + (one.check_seconds > 0) for one in searches.values()),
+        num_trials=len(finals) + sum(len(one.tried) + max(0, len(one.whole) - 1) for one in searches.values()),
         seconds=round(line.spent_seconds, 1),
         full_run_seconds=round(statistics.mean(full), 1),
         fixed_design_seconds=round(fixed, 1),

@@ -1,0 +1,171 @@
+"""The search for a rate: tables of numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fulltune.compare import rate_search
+from fulltune.compare.rate_search import Scale
+from fulltune.trials import Search, Tried
+
+SHARE = Scale(greater_is_better=True, eval_rows=1003, is_share=True)
+LOSS = Scale(greater_is_better=False, eval_rows=1003, is_share=False)
+
+
+def test_grid_is_logarithmic_around_the_usual_rate() -> None:
+    assert rate_search.grid(2e-4, None, None) == (6.3e-05, 0.0002, 0.00063)
+    assert rate_search.grid(2e-4, (1e-3, 1e-4), None) == (1e-4, 1e-3)
+    assert rate_search.grid(2e-4, None, 5e-5) == (5e-5,)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "greater", "following"),
+    [
+        ({1e-4: 0.5, 3e-4: 0.7, 1e-3: 0.6}, True, None),
+        ({1e-4: 0.5, 3e-4: 0.6, 1e-3: 0.7}, True, 0.0032),
+        ({1e-4: 0.7, 3e-4: 0.6, 1e-3: 0.5}, True, 3.2e-05),
+        ({1e-4: 0.7, 3e-4: 0.6, 1e-3: 0.5}, False, 0.0032),
+        ({1e-4: 0.7, 3e-4: 0.7, 1e-3: 0.5}, True, None),  # as good as its neighbour
+        ({1e-4: 0.5, 3e-4: 0.69, 1e-3: 0.7}, True, None),  # by a standard error, which is 0.014 here
+        ({1e-4: 0.3, 3e-4: math.nan, 1e-3: math.nan}, True, 3.2e-05),
+        ({1e-4: math.nan, 3e-4: math.nan}, True, 3.2e-05),
+    ],
+)
+def test_beyond_best_at_the_edge_extends_the_grid(
+    metrics: dict[float, float], greater: bool, following: float | None
+) -> None:
+    assert rate_search.beyond(metrics, Scale(greater, 1000, True), may_extend=True) == following
+    assert rate_search.beyond(metrics, Scale(greater, 1000, True), may_extend=False) is None
+
+
+def test_best_of_equal_rates_is_the_middle_one() -> None:
+    assert rate_search.best_of({1e-4: 0.5, 3e-4: 0.5, 1e-3: 0.5}, SHARE) == 3e-4
+    assert rate_search.best_of({1e-4: math.nan, 3e-4: 0.1}, SHARE) == 3e-4
+
+
+@pytest.mark.parametrize(("steps", "share"), [(1000, 0.06), (100, 0.1), (20, 0.5), (4, 1.0)])
+def test_short_trials_have_ten_steps_at_least(steps: int, share: float) -> None:
+    assert rate_search.share_of_steps(0.06, steps) == pytest.approx(share)
+
+
+def tried(**metrics: float) -> list[Tried]:
+    """Rates of one search, as in `r2e_4=0.7`."""
+    return [
+        Tried(learning_rate=float(name[1:].replace("_", "-")), share=0.06, metric=metrics[name]) for name in metrics
+    ]
+
+
+def test_finished_takes_the_best_rate() -> None:
+    found = rate_search.finished("lora", tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), SHARE, True)
+    assert (found.chosen, found.on_edge) == (3e-4, False)
+    assert found.reason == "best of 3 rates on the eval rows after 6% of the steps"
+    edge = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), LOSS, True)
+    assert (edge.chosen, edge.on_edge) == (1e-4, True)
+    assert edge.reason.endswith("of the steps, at the edge of those tried")
+    near = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, True)
+    assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
+
+
+def test_slower_is_asked_for_when_a_whole_run_ends_below_its_short_trial() -> None:
+    search = rate_search.finished("lora", tried(r2e_3=0.74, r6e_3=0.75), SHARE, True)
+    assert rate_search.slower(search, 0.02, SHARE) == 2e-3
+    assert rate_search.slower(search, 0.745, SHARE) is None
+    assert rate_search.slower(search, 0.91, SHARE) is None
+    assert rate_search.slower(search, math.nan, SHARE) == 2e-3
+    assert rate_search.slower(search.model_copy(update={"chosen": 2e-3}), 0.02, SHARE) is None
+    assert rate_search.slower(rate_search.without_search("lora", 1e-3), 0.02, SHARE) is None
+
+
+def test_after_divergence_a_lower_rate_is_taken_tried_or_not_unless_it_was_given() -> None:
+    found = Search(arm="lora", tried=tuple(tried(r1e_3=0.9, r1e_2=0.9)), chosen=1e-2, reason="made up")
+    taken = []
+    while (lower := rate_search.after_divergence(found)) is not None:
+        found = rate_search.replaced(found, lower, "it diverged")
+        taken.append(lower)
+    assert taken == [1e-3, 3.2e-4, 1e-4]
+    assert found.on_edge
+    assert rate_search.after_divergence(rate_search.without_search("lora", 1e-2)) is None
+
+
+FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
+"""Short trials flatter high rates."""
+
+
+@pytest.mark.parametrize(
+    ("short", "second"),
+    [
+        (FULL, 2e-4),
+        ({"r6e_5": 0.03, "r2e_4": 0.194, "r6e_4": 0.185}, 6e-4),  # as good, with few steps
+        ({"r6e_5": 0.3, "r2e_4": 0.766, "r6e_4": 0.613}, 6e-4),  # it may only have been slower to begin
+        ({"r6e_5": 0.3, "r2e_4": 0.3, "r6e_4": math.nan}, 6e-5),
+        ({"r2e_4": 0.3, "r6e_4": math.nan}, None),
+    ],
+)
+def test_next_whole_is_first_the_second_best_rate(short: dict[str, float], second: float | None) -> None:
+    found = rate_search.finished("full", tried(**short), SHARE, True)
+    assert rate_search.next_whole(found, {found.chosen: 0.9}, SHARE, True) == second
+    lower = rate_search.replaced(found, 2e-5, "it diverged")
+    assert rate_search.next_whole(lower, {2e-5: 0.9}, SHARE, True) is None
+    given = rate_search.without_search("full", 1e-3)
+    assert rate_search.next_whole(given, {1e-3: 0.9}, SHARE, True) is None
+
+
+def test_next_whole_none_where_trials_were_whole_runs() -> None:
+    whole = [one.model_copy(update={"share": 1.0}) for one in tried(r2e_4=0.3, r6e_4=0.7)]
+    found = rate_search.finished("full", whole, SHARE, True)
+    assert rate_search.next_whole(found, {6e-4: 0.7}, SHARE, True) is None
+
+
+AT_CHANCE = {"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}
+"""The higher rates have not left the share of the most frequent class: 1,000 docstrings after 15 steps."""
+
+
+@pytest.mark.parametrize(
+    ("short", "whole", "following"),
+    [
+        (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40}, 6e-4),
+        (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40, 6e-4: 0.45}, 1.9e-3),  # beyond the grid
+        (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40, 6e-4: 0.39}, None),  # the best one has neighbours on both sides
+        (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40, 6e-4: math.nan}, None),
+        (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40, 6e-4: 0.45, 1.9e-3: 0.5}, None),  # enough
+        (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.34}, None),  # ahead by less than two standard errors
+        (AT_CHANCE, {6e-5: 0.32, 2e-4: math.nan}, None),  # says nothing of what lies below
+        (FULL, {6e-4: 0.80, 2e-4: 0.90}, 6e-5),  # downward however bad its short trial was
+        (FULL, {6e-4: 0.80, 2e-4: 0.90, 6e-5: 0.95}, 1.9e-5),
+        (FULL, {6e-4: 0.90, 2e-4: 0.80}, 1.9e-3),
+        (FULL | {"r2e_3": 0.5}, {6e-4: 0.90, 2e-4: 0.80}, None),  # worse even in its short trial
+        (FULL | {"r2e_3": 0.76}, {6e-4: 0.90, 2e-4: 0.80}, 2e-3),
+    ],
+)
+def test_next_whole_goes_on_while_it_gets_clearly_better(
+    short: dict[str, float], whole: dict[float, float], following: float | None
+) -> None:
+    found = rate_search.finished("full", tried(**short), SHARE, True)
+    assert rate_search.next_whole(found, whole, SHARE, may_extend=True) == following
+    inside = following if following in {one.learning_rate for one in found.tried} else None
+    assert rate_search.next_whole(found, whole, SHARE, may_extend=False) == inside
+
+
+@pytest.mark.parametrize(
+    ("metrics", "scale", "chosen", "on_edge"),
+    [
+        ((0.919, 0.925), SHARE, 2e-4, False),
+        ((0.919, 0.919), SHARE, 6e-4, False),  # equal: as the short trials said
+        ((0.925, 0.912), SHARE, 6e-4, False),  # ahead by less than two standard errors
+        ((0.925, 0.87), SHARE, 6e-4, True),
+        ((2.0, 1.9), LOSS, 2e-4, False),
+        ((1.8, 1.9), LOSS, 6e-4, True),
+        ((0.95, math.nan), SHARE, 6e-4, False),
+    ],
+)
+def test_after_whole_the_better_run_counts(
+    metrics: tuple[float, float], scale: Scale, chosen: float, on_edge: bool
+) -> None:
+    search = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE, True)
+    found = rate_search.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
+    assert (found.chosen, found.on_edge) == (chosen, on_edge)
+    assert [one.learning_rate for one in found.whole] == [6e-4, 2e-4]
+    equal = metrics[0] == metrics[1]
+    assert found.reason == (f"{search.reason}; 2 whole runs were equal" if equal else "the best of 2 whole runs")
