@@ -174,7 +174,7 @@ def finding(level: str = "unfair", where: str = "full") -> Finding:
 
 
 def openings(count: int) -> tuple[Opening, ...]:
-    return tuple(_opening() for _ in range(count))
+    return tuple(_opening(seeds=number + 1) for number in range(count))
 
 
 def _row(arm: Arm, full: Arm, base: Arm | None, sign: int) -> ArmRow:
@@ -253,8 +253,9 @@ def _look(seeds: int, enough: bool) -> Look:
     return Look(num_seeds=seeds, max_seeds=5, spent=0.01, enough=enough, reason=reason, arms=tuple(steps))
 
 
-def _opening(by: str = "ada@lab") -> Opening:
-    return Opening(time="2026-11-24T16:12:03+01:00", by=by, command="fulltune compare", trials=("full-seed42",))
+def _opening(by: str = "ada@lab", seeds: int = 1) -> Opening:
+    trials = tuple(f"full-seed{42 + number}" for number in range(seeds))
+    return Opening(time="2026-11-24T16:12:03+01:00", by=by, command="fulltune compare", trials=trials)
 
 
 def _baseline(metric: str, greater: bool, value: float, name: str = "majority class") -> Scores:

@@ -26,6 +26,8 @@ class ArmDesign(Record):
     """The method's own settings, such as `target_modules` and `rank`."""
     rates_searched: tuple[float, ...] = ()
     """Learning rates that were tried on the development rows; empty: none was."""
+    whole_runs: int = 0
+    """That chose between rates; 0: short trials alone did."""
     learning_rate: float | None = None
     """The one that was taken; None: not chosen yet, or nothing is trained."""
     on_edge: bool | None = None
@@ -46,6 +48,8 @@ class ComparisonDesign(Record):
     arms: tuple[ArmDesign, ...]
     weights_source: Literal["plain", "gguf", "4bit", "8bit"] = "plain"
     """What the pretrained weights were read from: quantised ones have lost what full fine-tuning starts from."""
+    full_wins: bool = False
+    """The verdict is FULL, which says that full fine-tuning beats every other method."""
     eval_is_test: bool = False
     """The rows that choose rates and checkpoints are those that are reported."""
     test_openings: int = 0
@@ -61,6 +65,7 @@ class Finding(Record):
         "one-rate-for-all",
         "rate-not-searched",
         "edge-of-grid",
+        "unequal-search",
         "few-seeds",
         "eval-is-test",
         "unequal-tokens",

@@ -469,7 +469,7 @@ class CompareBlock(Block):
     """After each seed, ask the eval rows which methods need another one. False: all seeds for every method."""
     search_share: float = Field(default=0.06, gt=0, le=1)
     """Share of a run's steps that each rate gets in the rate search, at least 10 steps; methods that go on to a second
-    seed get whole runs with the best two."""
+    seed get whole runs with the best two, and with more while that helps."""
     budget: str | None = None
     """Most time that the comparison may take, such as `30m` or `2h`; it says what certainty that buys."""
     generic_text: str | None = None

@@ -14,7 +14,7 @@ class Trial(Record):
     """One arm with a learning rate and a seed."""
 
     name: str
-    """For example `lora-seed2`, in the rate search `lora-rate0.002-5%`."""
+    """For example `lora-seed2`, in the rate search `lora-rate0.002-6.0pct`."""
     arm: str
     learning_rate: float
     seed: int
@@ -70,8 +70,12 @@ class Search(Record):
     reason: str
     whole: tuple[Tried, ...] = ()
     """Whole runs with different rates, of which the best was chosen; empty: there were none."""
-    check_seconds: float = 0.0
-    """Of those of them that came to nothing else."""
+    came_apart: bool = False
+    """A higher rate was chosen first, and did not hold for a whole run."""
+    other_runs: int = 0
+    """Whole runs, of these and of rates that came apart, that came to nothing else."""
+    other_seconds: float = 0.0
+    """Of those."""
     on_edge: bool = False
     """The best rate is the lowest or the highest of those tried, and clearly ahead: a better one may lie beyond."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,19 @@ def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path
     assert (found.chosen, found.on_edge) == (6.3e-3, False)
 
 
+@contextlib.contextmanager
+def whole_runs_given(trained: Callable[[comparing.Line, Trial], Any]) -> Iterator[None]:
+    """Whole runs give what this says, and are kept as those that were trained."""
+    rows = mock.Mock(outputs=lambda *given: mock.Mock(seconds_per_row=0.1))
+    with (
+        mock.patch.object(trials, "trained", trained),
+        mock.patch.object(trials, "keep"),
+        mock.patch.object(trials.evaluate, "bench_of"),
+        mock.patch.object(trials, "outputs", rows),
+    ):
+        yield
+
+
 def made_up(line: comparing.Line, chosen: float = 1e-2) -> dict[str, Search]:
     tried = tuple(Tried(learning_rate=rate, share=0.15, metric=0.9) for rate in (1e-3, 1e-2))
     return {"lora": Search(arm="lora", tried=tried, chosen=chosen, reason="made up")}
@@ -258,6 +272,89 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
     assert len([name for name, _ in asked if name.startswith("full")]) == 2
 
 
+def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
+    searches = {"full": rate_search.without_search("full", 3e-3)}
+    searches["lora"] = Search(arm="lora", tried=tried, chosen=1e-3, reason="made up")
+    begun: list[str] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        begun.append(trial.name)
+        if (trial.learning_rate, trial.seed) == (1e-2, 43):
+            raise Diverged("the loss came apart")
+        return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
+
+    with whole_runs_given(trained):
+        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+    mine = [name for name in begun if name.startswith("lora")]
+    # Its first seed is trained again: the model was deleted when the higher rate was better.
+    assert mine == ["lora-seed42", "lora-rate0.01-seed42", "lora-seed43", "lora-seed42", "lora-seed43"]
+    assert [(run.trial.seed, run.trial.learning_rate) for run in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
+    search = searches["lora"]
+    assert (search.reason, search.other_runs) == ("0.01 diverged in a whole run (seed 43)", 3)
+    assert search.other_seconds == pytest.approx(2.0, abs=0.2)
+
+
+def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
+    line = comparing.Line(one, pipeline.prepare(one), "test", budget_seconds=100)
+    arms = ("full", "lora")
+    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
+    expectation = rates.expect(line)
+    begun: list[str] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        begun.append(trial.name)
+        if trial.name == "full-rate0.01-seed42":  # the last for which there is time
+            comparing.line.append_line(line.folder / comparing.line.CLOCK, {"what": "", "seconds": 99.5, "ended": ""})
+        return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
+
+    for _ in range(2):  # the second time as when it goes on later
+        searches = {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in arms}
+        with whole_runs_given(trained):
+            results, _ = seeds.run_seeds(line, searches, expectation)
+        assert begun == ["full-seed42", "lora-seed42", "full-rate0.01-seed42"]
+        assert {arm: [run.trial.learning_rate for run in found] for arm, found in results.items()} == {
+            "full": [1e-2],
+            "lora": [1e-3],
+        }
+
+
+def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora", "adapter"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
+    searches = {"full": rate_search.without_search("full", 3e-3)}
+    searches |= {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in ("lora", "adapter")}
+    counts: list[dict[str, int]] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        metric = {"full": 0.95, "lora": 0.8, "adapter": 0.7}[trial.arm]
+        return result_of(trial, metric + (0.2 if (trial.arm, trial.learning_rate) == ("adapter", 1e-2) else 0.0))
+
+    def look(_: Any, results: Any, __: Any, *, again: bool) -> Look:
+        counts.append({arm: len(found) for arm, found in results.items()} | {"again": again})
+        wanted = {"full": 2, "lora": 2} if len(counts) == 1 else {"adapter": 2} if again else {}
+        steps = tuple(
+            ArmStep(arm=arm, decision="more" if wanted.get(arm, 0) > len(found) else "wait", seeds=wanted.get(arm, 1))
+            for arm, found in results.items()
+        )
+        enough = not any(step.decision == "more" for step in steps)
+        count = len(results["full"])
+        return Look(num_seeds=count, max_seeds=2, spent=0.01, enough=enough, reason="made up", arms=steps)
+
+    with whole_runs_given(trained), mock.patch.object(seeds, "_look", look):
+        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+    assert counts == [
+        {"full": 1, "lora": 1, "adapter": 1, "again": False},
+        {"full": 2, "lora": 2, "adapter": 1, "again": False},
+        {"full": 2, "lora": 2, "adapter": 2, "again": True},  # better than the leader, by whole runs
+    ]
+    assert [run.trial.learning_rate for run in results["adapter"]] == [1e-2, 1e-2]
+
+
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     line = comparing.Line(one, pipeline.prepare(one), "test")
@@ -295,12 +392,12 @@ def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
 
     with mock.patch.object(seeds, "final", final):
         result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
-        assert (asked, searches["lora"].check_seconds) == (["lora-seed42"], 0.0)
+        assert (asked, searches["lora"].other_runs) == (["lora-seed42"], 0)
         results = [result]
         seeds._check(line, searches, results)
-    assert asked == ["lora-seed42", "lora-seed42-rate0.001"]
+    assert asked == ["lora-seed42", "lora-rate0.001-seed42"]
     assert (results[0].trial.learning_rate, searches["lora"].chosen) == (rate, rate)
-    assert searches["lora"].check_seconds > 0
+    assert (searches["lora"].other_runs, searches["lora"].other_seconds) == (1, 1.0)
 
 
 def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
@@ -316,24 +413,18 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
             raise Diverged("the loss came apart")
         return result_of(trial, metrics[trial.learning_rate])
 
-    rows = mock.Mock(outputs=lambda *given: mock.Mock(seconds_per_row=0.1))
     found = []
-    with (
-        mock.patch.object(trials, "trained", trained),
-        mock.patch.object(trials, "keep"),
-        mock.patch.object(trials.evaluate, "bench_of"),
-        mock.patch.object(trials, "outputs", rows),
-    ):
+    with whole_runs_given(trained):
         for _ in range(2):  # the second time as when it goes on later
             searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-4, reason="best of 3 rates")}
             first = trials.final(line, Trial(name="lora-seed42", arm="lora", learning_rate=1e-4, seed=42))
             found.append(seeds._checked(line, searches, first))
-    assert begun == ["lora-seed42", "lora-seed42-rate0.0003", "lora-seed42-rate0.001", "lora-seed42-rate0.0032"]
+    assert begun == ["lora-seed42", "lora-rate0.0003-seed42", "lora-rate0.001-seed42", "lora-rate0.0032-seed42"]
     assert [one.trial.learning_rate for one in found] == [1e-3, 1e-3]
     search = searches["lora"]
     assert [one.learning_rate for one in search.whole] == [1e-4, 3e-4, 1e-3, 3.2e-3]
     assert (search.chosen, search.on_edge, search.reason) == (1e-3, False, "the best of 4 whole runs")
-    assert search.check_seconds > 2 * found[0].train_seconds  # that of the one that diverged as well
+    assert search.other_seconds > 2 * found[0].train_seconds  # that of the one that diverged as well
 
 
 @pytest.mark.parametrize(("num_seeds", "checked"), [(1, {"full", "lora", "adapter"}), (2, {"full", "lora"})])
@@ -349,7 +440,7 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
         asked.append(trial.name)
         return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else 0.91)[2]
 
-    def leader_goes_on(*given: Any) -> Look:
+    def leader_goes_on(*given: Any, again: bool) -> Look:
         counts = {arm: len(found) for arm, found in given[1].items()}
         more = {} if counts["full"] == num_seeds else {"full": 2, "lora": 2}
         return Look(
@@ -366,7 +457,7 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
 
     with mock.patch.object(seeds, "final", final), mock.patch.object(seeds, "_look", leader_goes_on):
         results, _ = seeds.run_seeds(line, searches, rates.expect(line))
-    assert {name.split("-")[0] for name in asked if name.endswith("rate0.001")} == checked
+    assert {name.split("-")[0] for name in asked if "rate0.001" in name} == checked
     assert {arm: found[0].trial.learning_rate for arm, found in results.items()} == {
         arm: 1e-3 if arm in checked else 1e-2 for arm in searches
     }

@@ -29,7 +29,7 @@ def final_trial(arm: str, rate: float, seed: int, share: float = 1.0, *, check: 
 
     With `check` it is one with another rate than the search chose.
     """
-    name = f"{arm}-seed{seed}-rate{rate:g}" if check else f"{arm}-seed{seed}"
+    name = f"{arm}-rate{rate:g}-seed{seed}" if check else f"{arm}-seed{seed}"
     return Trial(name=name, arm=arm, learning_rate=rate, seed=seed, share=share)
 
 
@@ -68,7 +68,7 @@ def seconds(costs: Mapping[str, Cost], runs: Mapping[str, int], share: float, st
 def runs_of(costs: Mapping[str, Cost], seeds: int, sequential: bool) -> dict[str, int]:
     """Whole runs of each arm: all seeds, or where the rest waits those of full, which is first, and one other arm.
 
-    Where those had rates to choose from, most often the second best gets a whole run as well: see `to_check`.
+    Where those had rates to choose from the second best gets a whole run as well; that a third one does is rare.
     """
     full, *rivals = costs
     leader = max(rivals, key=lambda arm: costs[arm].run_seconds, default=full)  # which it will be is not known
@@ -85,6 +85,7 @@ def expected(
     margin: float | None,
     budget_seconds: float | None = None,
     sequential: bool = True,
+    least_search_share: float = 0.0,
 ) -> Expectation:
     """The design, made to fit a budget: first fewer seeds, then a shorter search, then shorter runs.
 
@@ -97,6 +98,7 @@ def expected(
         margin: Differences of the metric that do not matter; None: it is no share, so that nothing usual is known.
         budget_seconds: Most time that it may take.
         sequential: Methods wait as long as the verdict does not hinge on them.
+        least_search_share: With shorter trials all rates look alike.
     """
     length, notes = 1.0, []
 
@@ -111,9 +113,9 @@ def expected(
             seeds -= 1
         if seeds < wanted:
             notes.append(f"{seeds} instead of {wanted} seeds at most, to stay within the budget")
-        if takes(length) > budget_seconds:
-            search_share /= 2
-            notes.append(f"half the rate search ({search_share:.0%} of the steps), to stay within the budget")
+        if takes(length) > budget_seconds and search_share > least_search_share:
+            search_share = max(search_share / 2, least_search_share)
+            notes.append(f"a shorter rate search ({search_share:.0%} of the steps), to stay within the budget")
         if takes(length) > budget_seconds:
             starts = takes(0.0)
             length = max(SHORTEST, (budget_seconds - starts) / max(1e-9, takes(1.0) - starts))

@@ -99,10 +99,26 @@ def _edge_of_grid(design: ComparisonDesign) -> Iterator[Finding]:
             )
 
 
+def _unequal_search(design: ComparisonDesign) -> Iterator[Finding]:
+    if not design.full_wins or not any(arm.whole_runs for arm in _full(design)):
+        return
+    for arm in _peft(design):
+        if arm.rates_searched and not arm.whole_runs:
+            yield Finding(
+                rule="unequal-search",
+                level="unfair",
+                where=arm.name,
+                what=f"short trials alone chose its rate, {arm.learning_rate:g}, while whole runs chose that of full "
+                "fine-tuning: it may lose because of its rate",
+                to_do="give more time, or give both the rates to try as `learning_rates` with `search_share: 1`",
+            )
+
+
 def _low_peft_rates(design: ComparisonDesign) -> Iterator[Finding]:
     highest = max((max(arm.rates_searched, default=0.0) for arm in _full(design)), default=0.0)
     for arm in _peft(design):
-        if highest and arm.rates_searched and max(arm.rates_searched) <= highest * (1 + 1e-6):
+        inside = arm.on_edge is False  # whether higher ones are better is known
+        if highest and arm.rates_searched and not inside and max(arm.rates_searched) <= highest * (1 + 1e-6):
             yield Finding(
                 rule="low-peft-rates",
                 level="unfair",
@@ -240,6 +256,7 @@ _RULES: tuple[Callable[[ComparisonDesign], Iterator[Finding]], ...] = (
     _one_rate_for_all,
     _rate_not_searched,
     _edge_of_grid,
+    _unequal_search,
     _low_peft_rates,
     _few_seeds,
     _eval_is_test,

@@ -45,7 +45,9 @@ class Scale:
             return 0.0
         if not self.is_share:
             return 0.01 * abs(metric)
-        return math.sqrt(max(0.0, metric * (1 - metric)) / max(1, self.eval_rows))
+        # A success and a failure are added (Laplace): where all rows are right, one row more says little as well.
+        share = (metric * self.eval_rows + 1) / (self.eval_rows + 2)
+        return math.sqrt(max(0.0, share * (1 - share)) / (self.eval_rows + 2))
 
 
 def grid(usual: float, given: Sequence[float] | None, fixed: float | None) -> tuple[float, ...]:
@@ -81,14 +83,20 @@ def search_trial(arm: str, rate: float, share: float, seed: int) -> Trial:
 # ---- short trials ----------------------------------------------------------------------------------------------
 
 
-def best_of(tried: Mapping[float, float], scale: Scale) -> float:
-    """The rate with the best metric; of equal ones the one nearest to the middle. NaN is worse than anything."""
-    middle = statistics.mean(math.log(rate) for rate in tried)
+def best_of(tried: Mapping[float, float], scale: Scale, near: float | None = None) -> float:
+    """The rate with the best metric. NaN is worse than anything.
+
+    Args:
+        tried: Rate to metric.
+        scale: How it is measured.
+        near: Of equal ones the nearest to this rate is taken, of equally near ones the lower; left out, to the middle.
+    """
+    middle = statistics.mean(math.log(rate) for rate in tried) if near is None else math.log(near)
 
     def key(rate: float) -> tuple[float, float]:
-        return scale.oriented(tried[rate]), -abs(math.log(rate) - middle)
+        return scale.oriented(tried[rate]), -round(abs(math.log(rate) - middle), 1)  # rates are rounded, too
 
-    return max(tried, key=key)
+    return max(sorted(tried), key=key)
 
 
 def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
@@ -118,8 +126,6 @@ def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> floa
 
 def finished(arm: str, tried: Sequence[Tried], scale: Scale, may_extend: bool) -> Search:
     """The result of the short trials: the best rate."""
-    if not tried:
-        raise ValueError(f"{arm}: no rate was tried")
     found = {one.learning_rate: one.metric for one in tried}
     chosen = best_of(found, scale)
     on_edge = chosen in (min(found), max(found)) and _ahead(found, chosen, scale) > scale.tolerance(found[chosen])
@@ -130,9 +136,8 @@ def finished(arm: str, tried: Sequence[Tried], scale: Scale, may_extend: bool) -
 
 
 def _ahead(found: Mapping[float, float], chosen: float, scale: Scale) -> float:
-    """What the chosen rate has more than the best of the others; 0 where there are none."""
-    others = [scale.oriented(metric) for rate, metric in found.items() if rate != chosen]
-    return scale.oriented(found[chosen]) - max(others) if others else 0.0
+    """What the chosen rate has more than the best of the others."""
+    return scale.oriented(found[chosen]) - max(scale.oriented(found[rate]) for rate in found if rate != chosen)
 
 
 def without_search(arm: str, rate: float) -> Search:
@@ -145,12 +150,13 @@ def without_search(arm: str, rate: float) -> Search:
 def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
     """The rate that gets the next whole run; None: no more.
 
-    First the second best of the short trials. They flatter high rates: MiniLM-L6 on Banking77 reached 76.6 % with the
-    higher and 61.3 % with the lower rate after 15 % of the steps, and after all of them the lower one was better. And
-    where steps are few they hardly tell rates apart: 19.4 and 18.5 % after 19 of 160 steps (docs/log.md). From then on
-    the next rate on the side of the better one, while it is clearly better than its neighbour; not a higher one
-    that was worse even in its short trial. None where the rate was replaced because it came apart, and where the
-    short trials were whole runs.
+    First the second best of the short trials, of equal ones the nearest. Short trials flatter high rates: MiniLM-L6 on
+    Banking77 reached 76.6 % with the higher and 61.3 % with the lower rate after 15 % of the steps, and after all of
+    them the lower one was better. And where steps are few they hardly tell rates apart: 19.4 and 18.5 % after 19 of 160
+    steps (docs/log.md). From then on the next rate on the side of the better one, while it is clearly better than its
+    neighbour, but first one that lies between the two; and not a higher one that was worse even in its short trial.
+    Where the search's rate came apart and was replaced, only lower ones; none where it was whole runs that chose the
+    rate that came apart.
 
     Args:
         search: What the short trials gave.
@@ -159,17 +165,17 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
         may_extend: False for a grid that the user gave.
     """
     short = {one.learning_rate: one.metric for one in search.tried}
-    if len(short) < 2 or search.tried[0].share >= 1 or search.chosen != best_of(short, scale):
+    if len(short) < 2 or search.whole or len(whole) >= 2 + MOST_EXTENSIONS:
         return None
-    if len(whole) < 2:
+    if len(whole) < 2 and not search.came_apart:
         left = {rate: metric for rate, metric in short.items() if rate not in whole and not math.isnan(metric)}
-        return best_of(left, scale) if left else None
-    if len(whole) >= 2 + MOST_EXTENSIONS:
-        return None
+        return best_of(left, scale, near=search.chosen) if left else None
     best = max(whole, key=lambda rate: scale.oriented(whole[rate]))
-    side = _open_side(best, whole, scale)
-    if side == 0:
+    side = -1 if len(whole) < 2 else _open_side(best, whole, scale)
+    if side == 0 or (side > 0 and search.came_apart):
         return None
+    if (between := _between(best, whole, short)) is not None:
+        return between
     outer = sorted((rate for rate in short if (rate - best) * side > 0), key=lambda rate: abs(rate - best))
     if not outer:
         return rounded(best * STEP**side) if may_extend else None
@@ -178,33 +184,42 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
     return None if math.isnan(its) or (side > 0 and worse) else outer[0]
 
 
+def _between(best: float, whole: Mapping[float, float], short: Mapping[float, float]) -> float | None:
+    """The rate next to the best one that was tried, but had no whole run although the next but one had."""
+    nearest = min((rate for rate in whole if rate != best), key=lambda rate: abs(math.log(rate / best)), default=best)
+    low, high = sorted((best, nearest))
+    inside = [rate for rate, metric in short.items() if low < rate < high and not math.isnan(metric)]
+    return min(inside, key=lambda rate: abs(math.log(rate / best)), default=None)
+
+
 def _open_side(best: float, whole: Mapping[float, float], scale: Scale) -> int:
     """Where a still better rate may lie: 1 above, -1 below the best one, 0 nowhere.
 
     It does where the neighbour on the other side is clearly worse, and there is none on this side.
     """
     lower, higher = [rate for rate in whole if rate < best], [rate for rate in whole if rate > best]
-    if (lower and higher) or len(whole) < 2:
+    if bool(lower) == bool(higher):
         return 0
     neighbour = max(lower) if lower else min(higher)
     ahead = scale.oriented(whole[best]) - scale.oriented(whole[neighbour])
     clear = CLEARLY * scale.tolerance(whole[best])
-    return 0 if math.isinf(ahead) or ahead <= clear else (1 if lower else -1)
+    return (1 if lower else -1) if math.isfinite(ahead) and ahead > clear else 0
 
 
-def after_whole(search: Search, whole: Mapping[float, float], scale: Scale) -> Search:
+def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, share: float) -> Search:
     """The search's result after whole runs: the best rate; of equal ones the one that had its run first.
 
     Args:
         search: What the short trials gave.
         whole: As for `next_whole`, two rates or more.
         scale: How they are measured.
+        share: Of the recipe's steps that they took.
     """
     chosen = max(whole, key=lambda rate: scale.oriented(whole[rate]))
     equal = len({scale.oriented(metric) for metric in whole.values()}) == 1
     rates = {one.learning_rate for one in search.tried} | set(whole)
     on_edge = chosen in (min(rates), max(rates)) and _open_side(chosen, whole, scale) != 0
-    runs = tuple(Tried(learning_rate=rate, share=1.0, metric=metric) for rate, metric in whole.items())
+    runs = tuple(Tried(learning_rate=rate, share=share, metric=metric) for rate, metric in whole.items())
     reason = f"{search.reason}; {len(whole)} whole runs were equal" if equal else f"the best of {len(whole)} whole runs"
     return search.model_copy(update={"chosen": chosen, "whole": runs, "reason": reason, "on_edge": on_edge})
 
@@ -227,7 +242,7 @@ def slower(search: Search, metric: float, scale: Scale) -> float | None:
     if reached is None or lower is None:
         return None
     behind = scale.oriented(reached) - scale.oriented(metric)
-    return lower if behind > scale.tolerance(reached) else None
+    return lower if behind > CLEARLY * scale.tolerance(reached) else None
 
 
 def next_lower(search: Search) -> float | None:
@@ -247,7 +262,21 @@ def after_divergence(search: Search) -> float | None:
     return next_lower(search) or (lower if lower > 0.9 * lowest / STEP**MOST_EXTENSIONS else None)
 
 
-def replaced(search: Search, chosen: float, reason: str) -> Search:
-    """The search with a lower rate than it found, because that one came apart."""
+def replaced(search: Search, chosen: float, reason: str, dropped_seconds: Sequence[float] = ()) -> Search:
+    """The search with a lower rate than it found, because that one came apart.
+
+    Args:
+        search: As it was.
+        chosen: The lower rate.
+        reason: What happened.
+        dropped_seconds: Of each whole run that came to nothing.
+    """
     rates = {one.learning_rate for one in search.tried}
-    return search.model_copy(update={"chosen": chosen, "reason": reason, "on_edge": chosen <= min(rates)})
+    changes = {"chosen": chosen, "reason": reason, "on_edge": chosen <= min(rates), "came_apart": True}
+    return with_dropped(search.model_copy(update=changes), dropped_seconds)
+
+
+def with_dropped(search: Search, seconds: Sequence[float]) -> Search:
+    """The same with whole runs counted that came to nothing else."""
+    counts = {"other_runs": search.other_runs + len(seconds), "other_seconds": search.other_seconds + sum(seconds)}
+    return search.model_copy(update=counts)

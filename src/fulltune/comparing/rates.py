@@ -24,8 +24,11 @@ def expect(line: Line) -> Expectation:
         seeds, _ = design.num_seeds(block.seeds, line.summary.splits["train"].rows)
         rows = line.summary.splits["test"].rows
         margin = block.margin if line.measure.span == 1.0 else None
-        share = rate_search.share_of_steps(block.search_share, line.room(line.full.arm).plan.total_steps)
-        found = design.expected(costs, seeds, share, START_SECONDS, rows, margin, line.budget_seconds, block.sequential)
+        steps = line.room(line.full.arm).plan.total_steps
+        share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
+        found = design.expected(
+            costs, seeds, share, START_SECONDS, rows, margin, line.budget_seconds, block.sequential, least
+        )
         found.save(path)
     event = {"kind": "expectation", "expectation": found, "metric": line.measure.name}
     line.job.listener(event | {"margin": line.recipe.compare.margin})
@@ -69,7 +72,7 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
     for _ in range(rate_search.MOST_EXTENSIONS):
         metrics = {rate: one.metric for rate, one in tried.items()}
         further = rate_search.beyond(metrics, scale, may_extend)
-        if further is None or further in tried:
+        if further is None:
             break
         run_one(further)
     found = rate_search.finished(method.arm, list(tried.values()), scale, may_extend)

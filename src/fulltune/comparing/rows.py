@@ -96,7 +96,7 @@ def _base_value(line: Line, of_rows: Any, base: Scores | None) -> float | None:
 
 
 def _search_seconds(line: Line, search: Search) -> float:
-    spent = search.check_seconds
+    spent = search.other_seconds
     for one in search.tried:
         trial = rate_search.search_trial(search.arm, one.learning_rate, one.share, line.recipe.train.seed)
         path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
@@ -119,8 +119,20 @@ def _drift(line: Line, found: Sequence[TrialResult]) -> Estimate | None:
     return Estimate(value=float(of_text.mean()), low=float(low), high=float(high))
 
 
+def _rates_searched(search: Search) -> tuple[float, ...]:
+    """With those beyond the grid that a whole run led to."""
+    tried = {one.learning_rate for one in (*search.tried, *search.whole)}
+    return tuple(sorted(tried | {search.chosen})) if search.tried else ()
+
+
 def design_of(
-    line: Line, searches: Mapping[str, Search], results: Results, looks: Sequence[Look], openings: Sequence[Opening]
+    line: Line,
+    searches: Mapping[str, Search],
+    results: Results,
+    looks: Sequence[Look],
+    openings: Sequence[Opening],
+    *,
+    full_wins: bool,
 ) -> ComparisonDesign:
     """What the lint looks at."""
     waited = waiting(looks)
@@ -132,7 +144,8 @@ def design_of(
                 name=arm,
                 kind=method.kind,
                 settings=settings_of(method),
-                rates_searched=tuple(sorted({one.learning_rate for one in searches[arm].tried})),
+                rates_searched=_rates_searched(searches[arm]),
+                whole_runs=len(searches[arm].whole),
                 learning_rate=searches[arm].chosen,
                 on_edge=searches[arm].on_edge,
                 seeds=tuple(one.trial.seed for one in found),
@@ -144,6 +157,7 @@ def design_of(
         )
     return ComparisonDesign(
         arms=tuple(arms),
+        full_wins=full_wins,
         weights_source="gguf" if line.recipe.model.name.endswith(".gguf") else "plain",
         eval_is_test=False,  # the recipe refuses the same file, the split keeps them apart
         test_openings=len({one.trials for one in openings}),  # the same trials again show nothing new

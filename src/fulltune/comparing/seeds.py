@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +15,7 @@ from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import Look
 from fulltune.comparing.line import FOLDER, OPEN, Line
 from fulltune.comparing.rates import scale_of
-from fulltune.comparing.trials import failed, final, is_done, keep_best_model
+from fulltune.comparing.trials import clear, failed, final, is_done, keep_best_model
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.store import clusters_of
@@ -27,52 +28,100 @@ Results = dict[str, list[TrialResult]]
 def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation) -> tuple[Results, list[Look]]:
     """Whole runs, seed by seed, until the eval rows say that the answer is clear, or the time is up.
 
-    `searches` changes where a whole run showed that the rate found is too high.
+    `searches` changes where whole runs showed that another rate is better.
     """
     results: Results = {arm: [] for arm in searches}
     looks: list[Look] = []
     all_at_once = not line.recipe.compare.sequential
     asked = dict.fromkeys(searches, expectation.num_seeds if all_at_once else 1)
     while asked:
-        while (arm := _fewest(results, asked)) is not None:
-            if _time_is_up(line, arm, results):
-                line.say("the budget is used up: the verdict is made from what there is")
-                return results, looks
-            number = len(results[arm])
-            if number == 1:  # it goes on: now its rate matters
-                _check(line, searches, results[arm])
-            trial = design.final_trial(
-                arm, searches[arm].chosen, line.recipe.train.seed + number, expectation.length_share
-            )
-            line.say(f"{arm}: seed {number + 1} of at most {expectation.num_seeds}")
-            try:
-                results[arm].append(final(line, trial) if number else _first(line, searches, trial))
-            except Diverged as stop:
-                # A rate at which one seed diverges is too high for the method: all its seeds get a lower one.
-                _take_lower(line, searches, trial, stop)
-                results[arm] = []
-                continue
-            keep_best_model(line, results[arm])
-            if expectation.num_seeds == 1:
-                _check(line, searches, results[arm])
+        if not _train(line, searches, results, asked, expectation):
+            line.say("the budget is used up: the verdict is made from what there is")
+            return results, looks
         if all_at_once:
             break
-        seen = _look(line, results, expectation, looks)
-        looks.append(seen)
-        seen.save(line.folder / FOLDER / "looks" / f"{len(looks)}.json")
-        count = seen.num_seeds
-        line.say(f"after {count} seed{'s' if count > 1 else ''}: {seen.reason}")
-        asked = {step.arm: step.seeds for step in seen.arms if step.decision == "more"}
+        asked = _next(line, results, expectation, looks)
+        if not asked and looks[-1].num_seeds > 1:
+            asked = _before_full(line, searches, results, looks)
     return results, looks
 
 
-def _fewest(results: Results, asked: dict[str, int]) -> str | None:
+def _train(
+    line: Line, searches: dict[str, Search], results: Results, asked: Mapping[str, int], expectation: Expectation
+) -> bool:
+    """Whole runs until each arm has the seeds asked for; False when the time is up first."""
+    while (arm := _fewest(results, asked)) is not None:
+        found = results[arm]
+        if len(found) == 1:  # it goes on: now its rate matters
+            _check(line, searches, found)
+        seed = line.recipe.train.seed + len(found)
+        trial = design.final_trial(arm, searches[arm].chosen, seed, expectation.length_share)
+        if found and not is_done(line, trial) and line.seconds_left < statistics.mean(_seconds(found)):
+            for other in asked:
+                if len(results[other]) == 1:  # whole runs at other rates that were made before it was stopped count
+                    _check(line, searches, results[other])
+            return False
+        line.say(f"{arm}: seed {len(found) + 1} of at most {expectation.num_seeds}")
+        began = time.monotonic()
+        try:
+            found.append(final(line, trial) if found else _first(line, searches, trial))
+        except Diverged as stop:
+            # A rate at which one seed diverges is too high for the method: all its seeds get a lower one.
+            spent = [*_seconds(found), time.monotonic() - began]
+            _take_lower(line, searches, trial, stop, spent)
+            found.clear()
+            continue
+        keep_best_model(line, found)
+        if expectation.num_seeds == 1:
+            _check(line, searches, found)
+    return True
+
+
+def _seconds(found: Sequence[TrialResult]) -> list[float]:
+    return [one.train_seconds for one in found]
+
+
+def _next(line: Line, results: Results, expectation: Expectation, looks: list[Look]) -> dict[str, int]:
+    """Look at the eval rows: how many seeds which methods are to have before the next look; none when it is enough."""
+    seen = _look(line, results, expectation, again=_again(looks, results[line.full.arm]))
+    looks.append(seen)
+    seen.save(line.folder / FOLDER / "looks" / f"{len(looks)}.json")
+    count = seen.num_seeds
+    line.say(f"after {count} seed{'s' if count > 1 else ''}: {seen.reason}")
+    return {step.arm: step.seeds for step in seen.arms if step.decision == "more"}
+
+
+def _again(looks: Sequence[Look], full: Sequence[TrialResult]) -> bool:
+    """With so many seeds of full it was looked before."""
+    return bool(looks) and looks[-1].num_seeds == len(full)
+
+
+def _before_full(line: Line, searches: dict[str, Search], results: Results, looks: Sequence[Look]) -> dict[str, int]:
+    """FULL says that full beats all: before it may come to that, the rates of all are chosen as full's was.
+
+    Methods that waited get whole runs at other rates; one that is better by that than the leader is to catch up.
+    """
+    scale, full = scale_of(line), results[line.full.arm]
+    means = {
+        arm: statistics.mean(scale.oriented(one.metric) for one in found)
+        for arm, found in results.items()
+        if len(found) == len(full)
+    }
+    mine, leader = means.pop(line.full.arm), max(means.values())
+    if mine - leader < line.recipe.compare.margin:
+        return {}
+    changed = [arm for arm, found in results.items() if len(found) == 1 and _check(line, searches, found)]
+    better = [arm for arm in changed if scale.oriented(results[arm][0].metric) > leader]
+    return {} if _again(looks[:-1], full) else dict.fromkeys(better, len(full))
+
+
+def _fewest(results: Results, asked: Mapping[str, int]) -> str | None:
     """The arm whose turn it is: of those that lack seeds the one with the fewest; None when all have theirs."""
     lacking = [arm for arm, count in asked.items() if len(results[arm]) < count]
     return min(lacking, key=lambda arm: len(results[arm]), default=None)
 
 
-def _take_lower(line: Line, searches: dict[str, Search], trial: Trial, stop: Diverged) -> None:
+def _take_lower(line: Line, searches: dict[str, Search], trial: Trial, stop: Diverged, spent: Sequence[float]) -> None:
     """Choose a lower rate after a run diverged.
 
     Raises:
@@ -84,14 +133,19 @@ def _take_lower(line: Line, searches: dict[str, Search], trial: Trial, stop: Div
         raise stop
     line.say(f"{trial.name}: {stop.problems[0]}")
     reason = f"{search.chosen:g} diverged in a whole run (seed {trial.seed})"
-    _replace(line, searches, trial, lower, reason)
+    _replace(line, searches, trial, lower, reason, spent)
+    # The lower rate may have had its run, but its model was deleted when a higher one was better.
+    shutil.rmtree(line.folder / "models" / trial.arm, ignore_errors=True)
+    first = design.final_trial(trial.arm, lower, line.recipe.train.seed)
+    (line.folder / FOLDER / "trials" / f"{first.name}.json").unlink(missing_ok=True)
 
 
-def _replace(line: Line, searches: dict[str, Search], trial: Trial, lower: float, reason: str) -> None:
+def _replace(
+    line: Line, searches: dict[str, Search], trial: Trial, lower: float, reason: str, spent: Sequence[float]
+) -> None:
     line.say(f"{trial.arm}: {reason}; taking {lower:g}")
-    for folder in ("models", "checkpoints"):
-        shutil.rmtree(line.folder / folder / trial.name, ignore_errors=True)
-    searches[trial.arm] = rate_search.replaced(searches[trial.arm], lower, reason)
+    clear(line, trial)
+    searches[trial.arm] = rate_search.replaced(searches[trial.arm], lower, reason, spent)
     searches[trial.arm].save(line.folder / FOLDER / "searches" / f"{trial.arm}.json")
 
 
@@ -107,14 +161,17 @@ def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult
         lower = rate_search.slower(search, result.metric, scale_of(line))
         if lower is None:
             return result
-        _replace(line, searches, trial, lower, f"a whole run with {search.chosen:g} ended below its short trial")
+        reason = f"a whole run with {search.chosen:g} ended below its short trial"
+        _replace(line, searches, trial, lower, reason, _seconds([result]))
         trial = trial.model_copy(update={"learning_rate": lower})
 
 
-def _check(line: Line, searches: dict[str, Search], results: list[TrialResult]) -> None:
-    """Put the best of whole runs at other rates in the place of an arm's first one, where it is better."""
-    results[0] = _checked(line, searches, results[0])
+def _check(line: Line, searches: dict[str, Search], results: list[TrialResult]) -> bool:
+    """Put the best of whole runs at other rates in the place of an arm's first one; whether it was another one."""
+    before = results[0]
+    results[0] = _checked(line, searches, before)
     keep_best_model(line, results)
+    return results[0] is not before
 
 
 def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> TrialResult:
@@ -123,6 +180,8 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> Tr
     `searches` changes in memory only: when the comparison goes on later, the same is found again from all of them.
     """
     arm, trial, search = result.trial.arm, result.trial, searches[result.trial.arm]
+    if any(one.share >= trial.share for one in search.tried):
+        return result  # the short trials were whole runs
     may_extend, scale = line.room(arm).arm.learning_rates is None, scale_of(line)
     runs = {search.chosen: result}
     while (rate := rate_search.next_whole(search, _metrics(runs), scale, may_extend)) is not None:
@@ -134,9 +193,9 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> Tr
         runs[rate] = _or_failed(line, check)
     if len(runs) == 1:
         return result
-    searches[arm] = found = rate_search.after_whole(search, _metrics(runs), scale)
+    found = rate_search.after_whole(search, _metrics(runs), scale, trial.share)
     taken = runs.pop(found.chosen)
-    searches[arm] = found.model_copy(update={"check_seconds": sum(one.train_seconds for one in runs.values())})
+    searches[arm] = rate_search.with_dropped(found, _seconds(list(runs.values())))
     for left in runs.values():
         shutil.rmtree(line.folder / "models" / left.trial.name, ignore_errors=True)
     line.say(f"{arm}: taking {found.chosen:g}")
@@ -155,15 +214,6 @@ def _or_failed(line: Line, trial: Trial) -> TrialResult:
     except Diverged as stop:
         line.say(f"{trial.name}: {stop.problems[0]}")
         return failed(line, trial, time.monotonic() - began)
-
-
-def _time_is_up(line: Line, arm: str, results: Results) -> bool:
-    """Whether the next run would go beyond the budget; each arm gets one run all the same."""
-    if not results[arm]:
-        return False
-    spent = [one.train_seconds for one in results[arm]]
-    path = line.folder / FOLDER / "trials" / f"{arm}-seed{results[arm][-1].trial.seed + 1}.json"
-    return not path.exists() and line.seconds_left < sum(spent) / len(spent)
 
 
 def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> list[ArmItems]:
@@ -188,15 +238,14 @@ def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> 
     return found
 
 
-def _look(line: Line, results: Results, expectation: Expectation, looks: list[Look]) -> Look:
+def _look(line: Line, results: Results, expectation: Expectation, *, again: bool) -> Look:
     """Ask the eval rows whether the answer is clear."""
-    full = len(results[line.full.arm])
     return look(
         arm_items(line, results, OPEN, list(results)),
         line.measure,
         margin=line.recipe.compare.margin,
         max_seeds=expectation.num_seeds,
-        again=bool(looks) and looks[-1].num_seeds == full,
+        again=again,
         alpha=1 - line.recipe.evaluate.confidence,
         clusters=clusters_of(line.folder / "data" / "eval"),
         test_rows=line.summary.splits["test"].rows,

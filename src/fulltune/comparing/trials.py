@@ -79,7 +79,16 @@ def failed(line: Line, trial: Trial, seconds: float) -> TrialResult:
         weights_dtype=made.weights_dtype,
     )
     result.save(line.folder / FOLDER / "trials" / f"{trial.name}.json")
+    clear(line, trial)
     return result
+
+
+def clear(line: Line, trial: Trial) -> None:
+    """Delete weights of a trial that came to nothing."""
+    for folder in ("models", "checkpoints"):
+        shutil.rmtree(line.folder / folder / trial.name, ignore_errors=True)
+    for initial in (line.folder / "attempts").glob(f"{trial.name}-*/initial.safetensors"):
+        initial.unlink()
 
 
 def _seen(line: Line, trial: Trial, outcome: Outcome) -> tuple[int, int]:

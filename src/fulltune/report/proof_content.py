@@ -307,7 +307,7 @@ def _facts(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     if could := _could_find(comparison, write):
         facts.append(("could find", could))
     if expected.notes:
-        facts.append(("budget", "; ".join(expected.notes)))
+        facts.append(("budget" if expected.from_budget else "design", "; ".join(expected.notes)))
     facts.append(("drift", f"{comparison.drift_unit} against the untouched model, on {comparison.drift_text}"))
     facts.append(("started", comparison.started))
     return tuple(facts)

@@ -108,13 +108,6 @@ def marks(comparison: Comparison) -> list[str]:
         f"{'Unfair' if one.level == 'unfair' else 'Worth knowing'}: {one.where}: {one.what}. To do: {one.to_do}."
         for one in sorted(comparison.findings, key=lambda one: one.level != "unfair")
     ]
-    openings = len(comparison.openings)
-    if openings > 1 and not any(one.rule == "test-opened-again" for one in comparison.findings):
-        said.insert(
-            0,
-            f"Unfair: test rows: they were opened {openings} times, so whoever looked could choose. To do: draw new "
-            "test rows (another data.split_seed) for a clean answer.",
-        )
     expected, decision = comparison.expectation, comparison.decision
     if expected.length_share < 1:
         said.append(
@@ -156,7 +149,7 @@ def warning(comparison: Comparison) -> str:
         parts.append(f"{words.counted(unfair, 'mark')} of unfairness")
     if len(found) > unfair:
         parts.append(f"{words.counted(len(found) - unfair, 'thing')} worth knowing")
-    opened = len(comparison.openings)
+    opened = len({one.trials for one in comparison.openings})  # the same trials again show nothing new
     again = f"The sealed test rows were opened {opened} times. " if opened > 1 else ""
     return f"{again}{words.listed(parts).capitalize()}: see Fairness." if parts else ""
 

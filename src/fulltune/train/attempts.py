@@ -244,7 +244,7 @@ def _follow(path: Path, child: distributed.Child) -> Iterator[Event]:
 def _outcomes(folder: Path, trial: str) -> list[Outcome]:
     """Outcomes of the trial's earlier attempts; an attempt without one was killed together with its parent."""
     found = []
-    numbered = {int(path.name.rpartition("-")[2]): path for path in (folder / "attempts").glob(f"{trial}-*")}
+    numbered = {int(path.name.rpartition("-")[2]): path for path in (folder / "attempts").glob(f"{trial}-[0-9]*")}
     for number, attempt in sorted(numbered.items()):  # by number: 100 comes after 99
         path = attempt / "outcome.json"
         killed = Outcome(status="killed", reason="killed together with its parent", trial=trial, attempt=number)

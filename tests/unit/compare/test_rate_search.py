@@ -100,22 +100,32 @@ FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
         ({"r6e_5": 0.03, "r2e_4": 0.194, "r6e_4": 0.185}, 6e-4),  # as good, with few steps
         ({"r6e_5": 0.3, "r2e_4": 0.766, "r6e_4": 0.613}, 6e-4),  # it may only have been slower to begin
         ({"r6e_5": 0.3, "r2e_4": 0.3, "r6e_4": math.nan}, 6e-5),
+        ({"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}, 2e-4),  # of equal ones the nearest
         ({"r2e_4": 0.3, "r6e_4": math.nan}, None),
     ],
 )
 def test_next_whole_is_first_the_second_best_rate(short: dict[str, float], second: float | None) -> None:
     found = rate_search.finished("full", tried(**short), SHARE, True)
     assert rate_search.next_whole(found, {found.chosen: 0.9}, SHARE, True) == second
-    lower = rate_search.replaced(found, 2e-5, "it diverged")
-    assert rate_search.next_whole(lower, {2e-5: 0.9}, SHARE, True) is None
     given = rate_search.without_search("full", 1e-3)
     assert rate_search.next_whole(given, {1e-3: 0.9}, SHARE, True) is None
 
 
-def test_next_whole_none_where_trials_were_whole_runs() -> None:
-    whole = [one.model_copy(update={"share": 1.0}) for one in tried(r2e_4=0.3, r6e_4=0.7)]
-    found = rate_search.finished("full", whole, SHARE, True)
-    assert rate_search.next_whole(found, {6e-4: 0.7}, SHARE, True) is None
+def test_next_whole_only_lower_rates_where_the_search_s_came_apart() -> None:
+    found = rate_search.finished("full", tried(**FULL), SHARE, True)
+    lower = rate_search.replaced(found, 2e-4, "it diverged")
+    assert rate_search.next_whole(lower, {2e-4: 0.9}, SHARE, True) == 6e-5
+    assert rate_search.next_whole(lower, {2e-4: 0.9, 6e-5: 0.8}, SHARE, True) is None  # not the one that came apart
+    assert rate_search.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, True) == 1.9e-5
+    assert rate_search.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, may_extend=False) is None
+
+
+def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:
+    found = rate_search.finished("full", tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE, True)
+    climbed = rate_search.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE, 1.0)
+    back = rate_search.replaced(climbed, 2e-4, "it diverged", [10.0, 2.0])
+    assert rate_search.next_whole(back, {2e-4: 0.8}, SHARE, True) is None  # or it would choose 6e-4 for ever
+    assert (back.other_runs, back.other_seconds, back.came_apart) == (2, 12.0, True)
 
 
 AT_CHANCE = {"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}
@@ -126,6 +136,7 @@ AT_CHANCE = {"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}
     ("short", "whole", "following"),
     [
         (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40}, 6e-4),
+        (AT_CHANCE, {6e-5: 0.32, 6e-4: 0.40}, 2e-4),  # the one between them first
         (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40, 6e-4: 0.45}, 1.9e-3),  # beyond the grid
         (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40, 6e-4: 0.39}, None),  # the best one has neighbours on both sides
         (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40, 6e-4: math.nan}, None),
@@ -164,8 +175,17 @@ def test_after_whole_the_better_run_counts(
     metrics: tuple[float, float], scale: Scale, chosen: float, on_edge: bool
 ) -> None:
     search = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE, True)
-    found = rate_search.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
+    found = rate_search.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale, 0.5)
     assert (found.chosen, found.on_edge) == (chosen, on_edge)
-    assert [one.learning_rate for one in found.whole] == [6e-4, 2e-4]
+    assert [(one.learning_rate, one.share) for one in found.whole] == [(6e-4, 0.5), (2e-4, 0.5)]
     equal = metrics[0] == metrics[1]
     assert found.reason == (f"{search.reason}; 2 whole runs were equal" if equal else "the best of 2 whole runs")
+
+
+@pytest.mark.parametrize("rows", [50, 200, 3000])
+def test_tolerance_where_all_rows_are_right_is_more_than_one_row(rows: int) -> None:
+    scale = Scale(greater_is_better=True, eval_rows=rows, is_share=True)
+    assert 0.6 / rows < scale.tolerance(1.0) < 1.1 / rows
+    assert scale.tolerance(0.5) == pytest.approx(math.sqrt(0.25 / rows), rel=0.03)
+    found = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.8, r6e_4=0.9), scale, True)
+    assert rate_search.next_whole(found, {6e-4: 1.0, 2e-4: 1 - 1 / rows}, scale, True) is None

@@ -132,7 +132,9 @@ def test_marks_stand_beside_the_verdict_and_say_what_to_do(tmp_path: Path) -> No
 
 
 def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
-    markdown, html = cards(tmp_path, comparisons.comparison(openings=comparisons.openings(2)))
+    markdown, html = cards(
+        tmp_path, comparisons.comparison(findings=(comparisons.finding(),), openings=comparisons.openings(2))
+    )
     assert "**The sealed test rows were opened 2 times. 1 mark of unfairness: see Fairness.**" in markdown
     assert "test rows opened 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
 
