@@ -41,6 +41,16 @@ def test_expected_budget_takes_seeds_then_search(budget: float, seeds: int, shar
     assert (found.num_seeds, found.search_share, found.length_share) == (seeds, share, length)
 
 
+def test_expected_budget_leaves_the_search_its_least_length() -> None:
+    found = design.expected(COSTS, 3, 0.1, 10, 1000, 0.01, 690, least_search_share=0.08)
+    assert found.search_share == 0.08
+    assert any("a shorter rate search (8% of the steps)" in note for note in found.notes)
+    found = design.expected(COSTS, 3, 0.1, 10, 1000, 0.01, 690, least_search_share=0.1)
+    assert found.search_share == 0.1
+    assert not any("search" in note for note in found.notes)
+    assert found.length_share < 1
+
+
 def test_expected_small_budget_shortens_the_runs_and_says_so() -> None:
     found = design.expected(COSTS, 3, 0.1, 10, 1000, None, 300)
     assert found.seconds == pytest.approx(300, rel=0.01)

@@ -45,6 +45,8 @@ def test_lint_of_clean_design_is_silent() -> None:
     assert lint(design(full={"weights_dtype": "bf16", "bf16_rounding": "stochastic"})) == ()
     assert lint(design(lora={"seeds": (1,), "waited": True})) == ()
     assert lint(design(lora={"train_tokens": 990_000})) == ()
+    assert lint(design(full={"whole_runs": 2})) == ()  # methods that waited, where the verdict is not FULL
+    assert lint(design(full={"whole_runs": 2}, lora={"whole_runs": 2}, full_wins=True)) == ()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,7 @@ def test_lint_of_clean_design_is_silent() -> None:
         ("edge-of-grid", "lora", "unfair", {"lora": {"learning_rate": 1e-3}}),
         ("edge-of-grid", "full", "unfair", {"full": {"learning_rate": 1e-5}}),
         ("low-peft-rates", "lora", "unfair", {"lora": {"rates_searched": (1e-5, 3e-5, 1e-4), "learning_rate": 3e-5}}),
+        ("unequal-search", "lora", "unfair", {"full": {"whole_runs": 2}, "full_wins": True}),
         ("few-seeds", "full", "unfair", {"full": {"seeds": (1,)}}),
         ("few-seeds", "lora", "worth knowing", {"lora": {"seeds": (1, 2)}}),
         ("eval-is-test", "rows", "unfair", {"eval_is_test": True}),
@@ -79,6 +82,12 @@ def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: s
     assert (found.rule, found.where, found.level) == (rule, where, level)
     assert found.what
     assert found.to_do
+
+
+def test_lint_rates_of_full_that_whole_runs_led_up_to_do_not_make_those_of_lora_low() -> None:
+    climbed = {"rates_searched": (3e-5, 1e-4, 3e-4, 1e-3), "learning_rate": 3e-4, "on_edge": False}
+    assert lint(design(full=climbed, lora={"on_edge": False})) == ()
+    assert [one.rule for one in lint(design(full=climbed))] == ["low-peft-rates"]
 
 
 def test_lint_edge_that_is_no_better_than_its_neighbour_is_fine() -> None:
