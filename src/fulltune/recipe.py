@@ -472,6 +472,9 @@ class CompareBlock(Block):
     seed get whole runs with the best two, and with more while that helps."""
     budget: str | None = None
     """Most time that the comparison may take, such as `30m` or `2h`; it says what certainty that buys."""
+    side_by_side: int = Field(default=1, ge=1)
+    """Trials at a time on a CPU, each with its share of the cores: with small models and short texts that is faster
+    in all, and each one's time in the table is longer. On a GPU one at a time."""
     generic_text: str | None = None
     """A text file of what the model could do before, to see how far each method moves it away: one text a line, or
     paragraphs. Left out: docstrings of Python's standard library."""

@@ -51,6 +51,8 @@ class TrialResult(Record):
     bf16_rounding: str | None = None
     seconds_per_row: float | None = None
     """To answer a test row, in batches; None: not asked."""
+    problems: tuple[str, ...] = ()
+    """Why it diverged; its metric is NaN."""
 
 
 class Tried(Record):
@@ -187,6 +189,8 @@ class Comparison(Record):
     fixed_design_seconds: float
     """What the same search and the same number of seeds for every arm would have taken."""
     cores: int
+    side_by_side: int = 1
+    """Trials at a time, each with its share of the cores."""
     device: str
     started: str
     data_fingerprint: str

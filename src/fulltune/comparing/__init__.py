@@ -18,8 +18,9 @@ from fulltune.compare import design, items, rate_search
 from fulltune.compare.lint import lint
 from fulltune.compare.many_tasks import many_tasks
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
+from fulltune.comparing import beside
 from fulltune.comparing.line import Line, settings_of
-from fulltune.comparing.rates import expect, search
+from fulltune.comparing.rates import expect, grid_trials, search
 from fulltune.comparing.seeds import run_seeds
 from fulltune.comparing.verdict import judge
 from fulltune.errors import RecipeError
@@ -107,7 +108,10 @@ def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
         text = budget or job.recipe.compare.budget
         line = Line(job, summary, command, parse_seconds(text) if text else None, start, began)
         expectation = expect(line)
-        searches = {one.arm: search(line, one, expectation) for one in line.trained_arms}
-        results, looks = run_seeds(line, searches, expectation)
+        with beside.helpers(line):
+            grids = [trial for one in line.trained_arms for trial in grid_trials(line, one, expectation)]
+            beside.side_by_side(line, grids)
+            searches = {one.arm: search(line, one, expectation) for one in line.trained_arms}
+            results, looks = run_seeds(line, searches, expectation)
         comparison = judge(line, expectation, searches, results, looks)
         return Compared(comparison, job.folder, report.write_proof(job.folder))

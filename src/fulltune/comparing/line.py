@@ -58,6 +58,14 @@ class Line:
     """Since when time is not yet written down."""
     passed: set[str] = field(default_factory=set)
     """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
+    keeps_time: bool = True
+    """False in a process that works for another one's line."""
+    side_by_side: int = 1
+    """Trials at a time."""
+    helpers: list[Any] = field(default_factory=list)
+    """Processes that train side by side with this one; see `beside`."""
+    busy: list[Any] = field(default_factory=list)
+    """Those of them that were given trials."""
     _rooms: dict[str, Room] = field(default_factory=dict)
 
     @property
@@ -124,7 +132,8 @@ class Line:
         finally:
             seconds, self.began = time.monotonic() - self.began, time.monotonic()
             ended = datetime.now().astimezone().isoformat(timespec="seconds")
-            append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3), "ended": ended})
+            if self.keeps_time:
+                append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3), "ended": ended})
 
     def room(self, arm: str) -> Room:
         """Sizes, memory and plan of an arm; traced once."""

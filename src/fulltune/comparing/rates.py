@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from typing import Any
 
 from fulltune.compare import design, rate_search
 from fulltune.comparing.line import FOLDER, START_SECONDS, Line
-from fulltune.comparing.trials import failed, trained
-from fulltune.errors import Diverged
-from fulltune.trials import Expectation, Search, Trial, TrialResult, Tried
+from fulltune.comparing.trials import tried
+from fulltune.trials import Expectation, Search, Trial, Tried
 
 
 def expect(line: Line) -> Expectation:
@@ -45,37 +42,44 @@ def _grid(line: Line, method: Any) -> tuple[float, ...]:
     return rate_search.grid(usual, method.learning_rates, method.learning_rate)
 
 
+def grid_trials(line: Line, method: Any, expectation: Expectation) -> list[Trial]:
+    """The short trials that a search begins with; none where there is one rate."""
+    rates = _grid(line, method)
+    total_steps = line.room(method.arm).plan.total_steps
+    wanted = rate_search.share_of_steps(expectation.search_share * expectation.length_share, total_steps)
+    share = min(wanted, expectation.length_share)
+    seed = line.recipe.train.seed
+    return [rate_search.search_trial(method.arm, rate, share, seed) for rate in rates] if len(rates) > 1 else []
+
+
 def search(line: Line, method: Any, expectation: Expectation) -> Search:
     """Find an arm's learning rate on the eval rows."""
     path = line.folder / FOLDER / "searches" / f"{method.arm}.json"
     if path.exists():
         return Search.load(path)
-    rates = _grid(line, method)
-    if len(rates) == 1:
-        found = rate_search.without_search(method.arm, rates[0])
+    trials = grid_trials(line, method, expectation)
+    if not trials:
+        found = rate_search.without_search(method.arm, *_grid(line, method))
         found.save(path)
         return found
     may_extend = method.learning_rates is None
-    total_steps = line.room(method.arm).plan.total_steps
-    wanted = rate_search.share_of_steps(expectation.search_share * expectation.length_share, total_steps)
-    share = min(wanted, expectation.length_share)
-    tried: dict[float, Tried] = {}
+    found_at: dict[float, Tried] = {}
 
-    def run_one(rate: float) -> None:
-        trial = rate_search.search_trial(method.arm, rate, share, line.recipe.train.seed)
-        line.say(f"{method.arm}: trying the rate {rate:g} for {share:.1%} of the steps")
-        tried[rate] = Tried(learning_rate=rate, share=share, metric=_tried(line, trial))
+    def run_one(trial: Trial) -> None:
+        rate = trial.learning_rate
+        line.say(f"{method.arm}: trying the rate {rate:g} for {trial.share:.1%} of the steps")
+        found_at[rate] = Tried(learning_rate=rate, share=trial.share, metric=tried(line, trial))
 
-    for rate in rates:
-        run_one(rate)
+    for trial in trials:
+        run_one(trial)
     scale = scale_of(line)
     for _ in range(rate_search.MOST_EXTENSIONS):
-        metrics = {rate: one.metric for rate, one in tried.items()}
+        metrics = {rate: one.metric for rate, one in found_at.items()}
         further = rate_search.beyond(metrics, scale, may_extend)
         if further is None:
             break
-        run_one(further)
-    found = rate_search.finished(method.arm, list(tried.values()), scale, may_extend)
+        run_one(rate_search.search_trial(method.arm, further, trials[0].share, line.recipe.train.seed))
+    found = rate_search.finished(method.arm, list(found_at.values()), scale, may_extend)
     found.save(path)
     return found
 
@@ -84,19 +88,3 @@ def scale_of(line: Line) -> rate_search.Scale:
     """How the eval rows measure a trial."""
     measure = line.measure
     return rate_search.Scale(measure.greater_is_better, line.summary.splits["eval"].rows, measure.span == 1.0)
-
-
-def _tried(line: Line, trial: Trial) -> float:
-    """The eval metric of a short trial; NaN when it came to nothing. Its model is not kept."""
-    path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
-    if path.exists():
-        return TrialResult.load(path).metric
-    began = time.monotonic()
-    try:
-        _, outcome, result = trained(line, trial)
-    except Diverged as stop:
-        line.say(f"{trial.name}: {stop.problems[0]}")
-        return failed(line, trial, time.monotonic() - began).metric
-    shutil.rmtree(line.folder / str(outcome.model_folder), ignore_errors=True)
-    result.save(path)
-    return result.metric

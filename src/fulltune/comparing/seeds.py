@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,9 +12,10 @@ from fulltune.compare import design, items, rate_search
 from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import Look
+from fulltune.comparing.beside import side_by_side
 from fulltune.comparing.line import FOLDER, OPEN, Line
 from fulltune.comparing.rates import scale_of
-from fulltune.comparing.trials import clear, failed, final, is_done, keep_best_model
+from fulltune.comparing.trials import clear, final, is_done, keep_best_model, result_of
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.store import clusters_of
@@ -50,24 +50,27 @@ def _train(
     line: Line, searches: dict[str, Search], results: Results, asked: Mapping[str, int], expectation: Expectation
 ) -> bool:
     """Whole runs until each arm has the seeds asked for; False when the time is up first."""
-    while (arm := _fewest(results, asked)) is not None:
-        found = results[arm]
-        if len(found) == 1:  # it goes on: now its rate matters
-            _check(line, searches, found)
-        seed = line.recipe.train.seed + len(found)
-        trial = design.final_trial(arm, searches[arm].chosen, seed, expectation.length_share)
+
+    def next_of(arm: str) -> Trial:
+        seed = line.recipe.train.seed + len(results[arm])
+        return design.final_trial(arm, searches[arm].chosen, seed, expectation.length_share)
+
+    while arms := _fewest(results, asked):
+        if len(results[arms[0]]) == 1:  # they go on: now their rates matter
+            side_by_side(line, [one for arm in arms if (one := _next_check(line, searches[arm], results[arm][0]))])
+            for arm in arms:
+                _check(line, searches, results[arm])
+        side_by_side(line, [next_of(arm) for arm in arms])
+        arm = arms[0]
+        found, trial = results[arm], next_of(arm)
         if found and not is_done(line, trial) and line.seconds_left < statistics.mean(_seconds(found)):
-            for other in asked:
-                if len(results[other]) == 1:  # whole runs at other rates that were made before it was stopped count
-                    _check(line, searches, results[other])
             return False
         line.say(f"{arm}: seed {len(found) + 1} of at most {expectation.num_seeds}")
-        began = time.monotonic()
         try:
             found.append(final(line, trial) if found else _first(line, searches, trial))
         except Diverged as stop:
             # A rate at which one seed diverges is too high for the method: all its seeds get a lower one.
-            spent = [*_seconds(found), time.monotonic() - began]
+            spent = _seconds([*found, result_of(line, trial)])
             _take_lower(line, searches, trial, stop, spent)
             found.clear()
             continue
@@ -115,10 +118,10 @@ def _before_full(line: Line, searches: dict[str, Search], results: Results, look
     return {} if _again(looks[:-1], full) else dict.fromkeys(better, len(full))
 
 
-def _fewest(results: Results, asked: Mapping[str, int]) -> str | None:
-    """The arm whose turn it is: of those that lack seeds the one with the fewest; None when all have theirs."""
-    lacking = [arm for arm, count in asked.items() if len(results[arm]) < count]
-    return min(lacking, key=lambda arm: len(results[arm]), default=None)
+def _fewest(results: Results, asked: Mapping[str, int]) -> list[str]:
+    """The arms whose turn it is: of those that lack seeds the ones with the fewest."""
+    lacking = {arm: len(results[arm]) for arm, count in asked.items() if len(results[arm]) < count}
+    return [arm for arm, count in lacking.items() if count == min(lacking.values())]
 
 
 def _take_lower(line: Line, searches: dict[str, Search], trial: Trial, stop: Diverged, spent: Sequence[float]) -> None:
@@ -180,12 +183,9 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> Tr
     `searches` changes in memory only: when the comparison goes on later, the same is found again from all of them.
     """
     arm, trial, search = result.trial.arm, result.trial, searches[result.trial.arm]
-    if any(one.share >= trial.share for one in search.tried):
-        return result  # the short trials were whole runs
-    may_extend, scale = line.room(arm).arm.learning_rates is None, scale_of(line)
     runs = {search.chosen: result}
-    while (rate := rate_search.next_whole(search, _metrics(runs), scale, may_extend)) is not None:
-        check = design.final_trial(arm, rate, trial.seed, trial.share, check=True)
+    while (check := _next_check(line, search, *runs.values())) is not None:
+        rate = check.learning_rate
         if not is_done(line, check) and line.seconds_left < result.train_seconds:
             line.say(f"{arm}: no time to try {rate:g} in a whole run as well")
             break
@@ -193,7 +193,7 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> Tr
         runs[rate] = _or_failed(line, check)
     if len(runs) == 1:
         return result
-    found = rate_search.after_whole(search, _metrics(runs), scale, trial.share)
+    found = rate_search.after_whole(search, _metrics(runs), scale_of(line), trial.share)
     taken = runs.pop(found.chosen)
     searches[arm] = rate_search.with_dropped(found, _seconds(list(runs.values())))
     for left in runs.values():
@@ -202,18 +202,27 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> Tr
     return taken
 
 
+def _next_check(line: Line, search: Search, *runs: TrialResult) -> Trial | None:
+    """The whole run at another rate that comes after these; None: no more, or the short trials were whole runs."""
+    trial, may_extend = runs[0].trial, line.room(search.arm).arm.learning_rates is None
+    if any(one.share >= trial.share for one in search.tried):
+        return None
+    whole = {search.chosen: runs[0].metric} | {one.trial.learning_rate: one.metric for one in runs[1:]}
+    rate = rate_search.next_whole(search, whole, scale_of(line), may_extend)
+    return None if rate is None else design.final_trial(search.arm, rate, trial.seed, trial.share, check=True)
+
+
 def _metrics(runs: Mapping[float, TrialResult]) -> dict[float, float]:
     return {rate: one.metric for rate, one in runs.items()}
 
 
 def _or_failed(line: Line, trial: Trial) -> TrialResult:
     """A whole run, or the result of one that diverged, which is kept as well."""
-    began = time.monotonic()
     try:
         return final(line, trial)
     except Diverged as stop:
         line.say(f"{trial.name}: {stop.problems[0]}")
-        return failed(line, trial, time.monotonic() - began)
+        return result_of(line, trial)
 
 
 def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> list[ArmItems]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fulltune import evaluate, pipeline
 from fulltune.comparing.line import FOLDER, OPEN, SEALED, Line
+from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.records import Outcome, Plan
 from fulltune.train import Hooks, train
@@ -57,8 +60,8 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
     )
 
 
-def failed(line: Line, trial: Trial, seconds: float) -> TrialResult:
-    """The result of a trial that diverged after so long, kept: NaN."""
+def failed(line: Line, trial: Trial, seconds: float, problems: Sequence[str]) -> TrialResult:
+    """The result of a trial that diverged after so long, kept."""
     made = line.room(trial.arm).plan
     result = TrialResult(
         trial=trial,
@@ -77,6 +80,7 @@ def failed(line: Line, trial: Trial, seconds: float) -> TrialResult:
         device=made.device,
         precision=made.precision,
         weights_dtype=made.weights_dtype,
+        problems=tuple(problems),
     )
     result.save(line.folder / FOLDER / "trials" / f"{trial.name}.json")
     clear(line, trial)
@@ -112,6 +116,36 @@ def _without_tables(listener: pipeline.Listener) -> pipeline.Listener:
     return lambda event: listener(event) if event.get("kind") in shown else None
 
 
+def result_of(line: Line, trial: Trial) -> TrialResult:
+    """What was kept of a trial that was settled."""
+    return TrialResult.load(line.folder / FOLDER / "trials" / f"{trial.name}.json")
+
+
+def tried(line: Line, trial: Trial) -> float:
+    """The eval metric of a short trial; NaN when it came to nothing. Its model is not kept."""
+    path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
+    if path.exists():
+        return TrialResult.load(path).metric
+    began = time.monotonic()
+    try:
+        _, outcome, result = trained(line, trial)
+    except Diverged as stop:
+        line.say(f"{trial.name}: {stop.problems[0]}")
+        return failed(line, trial, time.monotonic() - began, stop.problems).metric
+    shutil.rmtree(line.folder / str(outcome.model_folder), ignore_errors=True)
+    result.save(path)
+    return result.metric
+
+
+def settle(line: Line, trial: Trial) -> None:
+    """Train it, so that the line finds its result; that it diverged is one."""
+    if trial.searches:
+        tried(line, trial)
+        return
+    with contextlib.suppress(Diverged):
+        final(line, trial)
+
+
 def is_done(line: Line, trial: Trial) -> bool:
     """Whether this trial, with this rate, has a result."""
     path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
@@ -119,11 +153,23 @@ def is_done(line: Line, trial: Trial) -> bool:
 
 
 def final(line: Line, trial: Trial) -> TrialResult:
-    """A whole run of an arm; what it gives for eval and test rows is kept, the test rows' part sealed."""
+    """A whole run of an arm; what it gives for eval and test rows is kept, the test rows' part sealed.
+
+    Raises:
+        Diverged: It did, now or when it was first asked for.
+    """
     path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
     if is_done(line, trial):
-        return TrialResult.load(path)
-    made, outcome, result = trained(line, trial)
+        known = TrialResult.load(path)
+        if known.problems:
+            raise Diverged(known.problems)
+        return known
+    began = time.monotonic()
+    try:
+        made, outcome, result = trained(line, trial)
+    except Diverged as stop:
+        failed(line, trial, time.monotonic() - began, stop.problems)
+        raise
     with line.clocked(f"{trial.name}: rows"):
         bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder)
         given = outputs.outputs(bench, line.folder / str(outcome.model_folder), line.texts[0], line.most_tokens)

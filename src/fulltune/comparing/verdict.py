@@ -134,6 +134,7 @@ def comparison_of(
         full_run_seconds=round(statistics.mean(full), 1),
         fixed_design_seconds=round(fixed, 1),
         cores=line.machine.num_cores,
+        side_by_side=line.side_by_side,
         device=made.device,
         started=line.started,
         data_fingerprint=summary.fingerprint,

@@ -294,6 +294,7 @@ def _facts(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     expected, write = comparison.expectation, Writer.of(comparison.decision)
     took, fixed = proof_words.spent(comparison)
     cores = words.counted(comparison.cores, "core")
+    beside = f", {comparison.side_by_side} trials side by side" if comparison.side_by_side > 1 else ""
     facts = [
         (
             "rows",
@@ -301,7 +302,7 @@ def _facts(comparison: Comparison) -> tuple[tuple[str, str], ...]:
             f"checkpoints, {words.count(comparison.test_rows)} to test; data {comparison.data_fingerprint[:12]}",
         ),
         ("test rows opened", _opened(comparison)),
-        ("took", f"{took}; {comparison.device}, {cores}"),
+        ("took", f"{took}; {comparison.device}, {cores}{beside}"),
         ("a fixed design", fixed),
     ]
     if could := _could_find(comparison, write):

@@ -181,7 +181,7 @@ def _be_worker(asked: dict[str, str], nursery: int, answers: int) -> None:
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         os.setsid()
-        _end_with(nursery)
+        end_with(nursery)
         os.write(answers, f"pid {os.getpid()}\n".encode())
         os.close(answers)
         from fulltune.train import worker
@@ -195,7 +195,7 @@ def _be_worker(asked: dict[str, str], nursery: int, answers: int) -> None:
         os._exit(code)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Be killed when the nursery is: nobody would read how this process ends. Linux only, like the nursery."""
     import ctypes
 
