@@ -41,7 +41,7 @@ def job(
         folder / "model",
         folder / "rows.jsonl",
         methods=methods,
-        train={"num_train_epochs": 2},
+        train=blocks.pop("train", {"num_train_epochs": 2}),
         compare={"seeds": 2, "margin": 0.05, **blocks.pop("compare", {})},
         **blocks,
     )

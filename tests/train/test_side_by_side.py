@@ -1,156 +1,187 @@
-"""Trials side by side: the same results as one after the other, and what happens when a helper fails."""
+"""Several tasks on one base: answers of several parts over one loaded base, and comparisons put together."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
+import torch
 
-from fulltune import comparing, pipeline
-from fulltune.comparing import beside
-from fulltune.errors import DoesNotFitError, GuardStop
-from fulltune.trials import Trial
-from tests.train.runs import in_this_process
-from tests.train.test_compare import METHODS, job
+from fulltune import predict
+from fulltune.errors import SetupError
+from fulltune.trials import ManyTasks
+from tests import tiny
+from tests.contract.command import Result, fulltune
+from tests.train import runs
 
-FULL = Trial(name="full-seed42", arm="full", learning_rate=3e-3, seed=42)
-LORA = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
-
-
-def line_of(folder: Path, said: list[str] | None = None, **compare: Any) -> comparing.Line:
-    def listen(event: Any) -> None:
-        if said is not None and event.get("kind") == "comparison":
-            said.append(event["text"])
-
-    one = job(folder, METHODS, listen, compare={"side_by_side": 2, **compare})
-    return comparing.Line(one, pipeline.prepare(one), "test")
+STEPS = {"max_steps": 6, "warmup_steps": 0}
+METHODS = {"intents": "lora", "topics": "adapter", "moods": "prompt"}
+TEXTS = ["the red apple", "a fast car on the road", "green trees"]
 
 
-def test_trials_side_by_side_give_what_they_give_one_after_the_other(tmp_path: Path) -> None:
+def rows_of(task: str) -> list[dict[str, Any]]:
+    """Each task has labels of its own."""
+    return [{"text": row["text"], "label": f"{task}-{row['label']}"} for row in tiny.topic_rows(40)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of three methods on one base, by the name of their task."""
+    folder = tmp_path_factory.mktemp("several")
+    tiny.save_model(folder / "model", "bert")
     found = {}
-    for count in (1, 2):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        one = job(folder, METHODS, compare={"side_by_side": count})
-        with in_this_process():
-            found[count] = comparing.run(one, "test").comparison
-    alone, beside_another = found[1], found[2]
-    assert (alone.side_by_side, beside_another.side_by_side) == (1, 2)
-    assert alone.decision.verdict == beside_another.decision.verdict
-    for mine, its in zip(alone.rows, beside_another.rows, strict=True):
-        assert (mine.arm, mine.seeds) == (its.arm, its.seeds)
-        assert its.values == pytest.approx(mine.values, abs=0.05)
-    parents = {
-        path.parent.name: json.loads(path.read_text())["parent_pid"]
-        for path in (tmp_path / "2" / "run" / "attempts").glob("*/request.json")
-    }
-    by_helper = {name for name, parent in parents.items() if parent != os.getpid()}
-    assert {name.rsplit("-", 1)[0] for name in by_helper} in (
-        {"lora-seed42", "lora-seed43"},
-        {"full-seed42", "full-seed43"},
+    for task, kind in METHODS.items():
+        (folder / task).mkdir()
+        method = {"kind": kind, "learning_rate": 3e-2}
+        runs.run(folder / task, folder / "model", rows_of(task), train=STEPS, method=method)
+        found[task] = (folder / task / "run").rename(folder / f"run-{task}")
+    return found
+
+
+def test_parts_over_one_base_answer_as_each_does_alone(trained: dict[str, Path]) -> None:
+    together = predict.load_side_by_side(trained)
+    for task, run in trained.items():
+        rows = predict.rows_from_texts(TEXTS, together[task].notes)
+        assert together[task].predict(rows) == predict.load(run).predict(rows)
+        assert together[task].predict(rows)[0]["label"].startswith(task)
+
+
+def test_base_is_in_memory_once_and_what_was_trained_is_not_shared(trained: dict[str, Path]) -> None:
+    models = {task: one.model for task, one in predict.load_side_by_side(trained).items()}
+    word = "bert.embeddings.word_embeddings.weight"
+    assert len({model.get_parameter(word).data_ptr() for model in models.values()}) == 1
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert (
+        models["intents"].get_parameter(f"{query}.base_layer.weight").data_ptr()
+        == models["topics"].get_parameter(f"{query}.weight").data_ptr()
     )
-    assert len(parents) == 4
-    card = (tmp_path / "2" / "run" / "card.md").read_text()
-    assert "2 trials side by side" in card
+    norm = "bert.encoder.layer.0.attention.output.LayerNorm.weight"  # adapters train it
+    frozen, moved = (models[task].get_parameter(norm) for task in ("intents", "topics"))
+    assert frozen.data_ptr() != moved.data_ptr()
+    assert not torch.equal(frozen, moved)
+    all_of = {p.data_ptr(): p.numel() for model in models.values() for p in model.parameters()}
+    alone = sum(p.numel() for p in models["intents"].parameters())
+    assert sum(all_of.values()) < 1.6 * alone
 
 
-@pytest.fixture
-def settled() -> Iterator[list[str]]:
-    """Names of the trials that the line itself trained."""
-    names: list[str] = []
-    with mock.patch.object(beside, "settle", lambda line, trial: names.append(trial.name)):
-        yield names
+def test_whole_models_and_other_bases_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", "bert")
+    runs.run(tmp_path, tmp_path / "model", rows_of("intents"), train=STEPS)
+    with pytest.raises(SetupError, match=r"whole: is a whole model .* shares nothing with others"):
+        predict.load_side_by_side({**trained, "whole": tmp_path / "run"})
+    other = tmp_path / "other"
+    other.mkdir()
+    runs.run(other, tmp_path / "model", rows_of("intents"), train=STEPS, method={"kind": "head"})
+    with pytest.raises(SetupError, match="these models are not of one base: intents on "):
+        predict.load_side_by_side({**trained, "other": other / "run"})
+    same = tmp_path / "same"
+    shutil.copytree(trained["intents"], same)
+    notes = json.loads((same / "models" / "lora" / "fulltune.json").read_text(encoding="utf-8"))
+    notes["base_model"]["dropout"] = 0.5
+    (same / "models" / "lora" / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
+    with pytest.raises(SetupError, match=r"same on .*\(dropout 0\.5\)"):
+        predict.load_side_by_side({**trained, "same": same})
 
 
-def with_helper(line: comparing.Line, says: str, trials: list[Trial]) -> None:
-    """A helper that prints this when it is given trials, and ends."""
-    command = f"import sys; sys.stdin.readline(); sys.stdout.write({says!r})"
-    with mock.patch.object(beside, "_COMMAND", command), beside.helpers(line):
-        beside.side_by_side(line, trials)
+def ask(*words: Any) -> Result:
+    return fulltune("predict", *words)
 
 
-def test_helper_that_ends_leaves_its_trials_to_the_line(tmp_path: Path, settled: list[str]) -> None:
-    said: list[str] = []
-    line = line_of(tmp_path, said)
-    with_helper(line, "", [FULL, LORA])
-    assert len(settled) == 1  # the other one has its turn later, as without helpers
-    assert line.helpers == []
-    assert said[-1] == "a process that trained beside ended (see compare/helper.txt); going on without it"
+def test_command_answers_with_all_or_with_the_one_that_a_row_names(trained: dict[str, Path], tmp_path: Path) -> None:
+    intents, topics, moods = trained.values()
+    several = (intents, "--with", topics, "--with", moods)
+    said = ask(*several[:1], *TEXTS[:2], *several[1:])
+    assert said.code == 0, said.err
+    names = [line.partition(":")[0] for line in said.out.splitlines()]
+    assert names == ["run-intents", "run-topics", "run-moods"] * 2
+
+    rows = [
+        {"text": text, "model": name}
+        for text, name in zip(TEXTS, ("run-moods", "run-intents", "run-moods"), strict=True)
+    ]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    said = ask(*several, "--file", file, "--by", "model", "--json")
+    assert said.code == 0, said.err
+    answers = [json.loads(line) for line in said.out.splitlines()]
+    assert [answer["model"] for answer in answers] == ["run-moods", "run-intents", "run-moods"]
+    assert answers[1]["label"].startswith("intents")
 
 
-def test_helper_s_problem_is_the_comparison_s(tmp_path: Path, settled: list[str]) -> None:
-    answer = json.dumps({"kind": "GuardStop", "problems": ["the process crashed"]}) + "\n"
-    with pytest.raises(GuardStop, match="the process crashed"):
-        with_helper(line_of(tmp_path), answer, [FULL, LORA])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a text", "--by", "model"], "--by tells models apart: name the others with --with"),
+        (["a text", "--with", "{topics}", "--by", "model"], "--by names a column: give rows with --file"),
+        (["a text", "--with", "{intents}"], "--with: two folders are called 'run-intents' ({intents} and {intents})"),
+    ],
+)
+def test_command_that_cannot_be_meant_is_refused(words: list[str], message: str, trained: dict[str, Path]) -> None:
+    said = ask(trained["intents"], *(word.format(**trained) for word in words))
+    assert said.code == SetupError.exit_code
+    assert message.format(**trained) in said.err
 
 
-def test_one_trial_or_little_time_is_the_line_s_alone(tmp_path: Path, settled: list[str]) -> None:
-    line = line_of(tmp_path)
-    with_helper(line, "", [FULL])
-    line.budget_seconds = 0.0
-    with_helper(line, "", [FULL, LORA])
-    assert settled == []
+def test_row_that_names_no_model_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": "one", "model": "run-intent"}])
+    said = ask(trained["intents"], "--with", trained["topics"], "--file", file, "--by", "model")
+    assert "row 1: model is 'run-intent', expected one of run-intents, run-topics (1 such rows)" in said.err
 
 
-def test_error_of_the_line_ends_the_helper(tmp_path: Path) -> None:
-    line = line_of(tmp_path)
-    command = "import time; time.sleep(600)"
-    started: list[subprocess.Popen[str]] = []
+# ---- comparisons of several tasks ------------------------------------------------------------------------------
 
-    def settle(line: comparing.Line, trial: Trial) -> None:
-        started.extend(line.helpers)
-        raise KeyboardInterrupt
-
-    with (
-        mock.patch.object(beside, "_COMMAND", command),
-        mock.patch.object(beside, "settle", settle),
-        pytest.raises(KeyboardInterrupt),
-        beside.helpers(line),
-    ):
-        beside.side_by_side(line, [FULL, LORA])
-    assert started[0].poll() is not None
+COMPARED = [{"kind": "full", "learning_rate": 3e-3}, {"kind": "lora", "learning_rate": 1e-2}]
 
 
-def test_cores_are_shared_out_and_given_back(tmp_path: Path, settled: list[str]) -> None:
-    import torch
-
-    before, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
-    line = line_of(tmp_path, side_by_side=64)
-    line.room("full")
-    line.room("lora")
-    with mock.patch.object(beside, "_COMMAND", "import sys; sys.stdin.read()"), beside.helpers(line):
-        assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
-        assert len(line.helpers) == 63
-    assert (os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()) == (before, threads)
+def recipes(folder: Path, **changes: Any) -> list[Path]:
+    tiny.save_model(folder / "model", "bert")
+    made = []
+    for task in ("intents", "topics"):
+        data = tiny.write_jsonl(folder / f"{task}.jsonl", rows_of(task))
+        blocks: dict[str, Any] = {"methods": COMPARED, "train": {"max_steps": 6}, "compare": {"seeds": 2}}
+        made.append(tiny.write_recipe(folder / f"{task}.yaml", folder / "model", data, **(blocks | changes)))
+    return made
 
 
-def test_what_cannot_run_side_by_side_is_refused_and_on_a_gpu_said(tmp_path: Path) -> None:
-    said: list[str] = []
-    line = line_of(tmp_path, said)
-    made, needs = line.room("full").plan, [line.room(arm).plan.memory for arm in ("full", "lora")]
-    most = max(need.peak for need in needs if need is not None)
-    line.machine = line.machine.model_copy(update={"memory_available_bytes": 2 * most - 1})
-    with (
-        pytest.raises(DoesNotFitError, match=r"compare.side_by_side: 2 trials of .* at once do not fit"),
-        beside.helpers(line),
-    ):
-        pass
-    on_gpu = mock.Mock(plan=made.model_copy(update={"device": "cuda"}))
-    with mock.patch.object(comparing.Line, "room", return_value=on_gpu), beside.helpers(line):
-        assert (line.helpers, line.side_by_side) == ([], 1)
-    assert said == ["compare.side_by_side is for CPUs: on cuda one trial at a time"]
+def compare(*words: Any) -> Result:
+    return fulltune("compare", *words)
 
 
-def test_longest_trials_are_shared_out_first(tmp_path: Path) -> None:
-    line = line_of(tmp_path)
-    seconds = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 1.0}
-    trials = [Trial(name=name, arm=name, learning_rate=1.0, seed=1) for name in seconds]
-    with mock.patch.object(beside, "_seconds", lambda line, trial: seconds[trial.name]):
-        parts = beside._shares(line, trials, 2)
-    assert [[one.name for one in part] for part in parts] == [["a", "d"], ["b", "c"]]
+def test_several_recipes_end_with_what_parts_side_by_side_cost(tmp_path: Path) -> None:
+    paths = recipes(tmp_path)
+    with runs.in_this_process():
+        said = compare(*paths, "--run-folder", tmp_path / "both")
+    assert said.code == 0, said.err
+    assert "2 tasks on one base" in said.out
+    shown = said.out.splitlines()
+    for task in ("intents", "topics"):
+        card = f"card.html    {tmp_path / 'both' / task / 'card.html'}"
+        assert shown.index(task) < shown.index(card)
+    assert shown.index("topics") > shown.index(f"card.html    {tmp_path / 'both' / 'intents' / 'card.html'}")
+    found = ManyTasks.load(tmp_path / "both" / "tasks.json")
+    assert [task.name for task in found.tasks] == ["intents", "topics"]
+    assert [way.arm for way in found.ways] == ["full", "lora"]
+    assert found.ways[1].stored_bytes < found.ways[0].stored_bytes
+    for task in ("intents", "topics"):
+        assert (tmp_path / "both" / task / "card.md").exists()
+    # The same command trains nothing again.
+    attempts = sorted((tmp_path / "both").glob("*/attempts/*"))
+    with runs.in_this_process():
+        assert compare(*paths, "--run-folder", tmp_path / "both", "--json").code == 0
+    assert sorted((tmp_path / "both").glob("*/attempts/*")) == attempts
+
+
+def test_recipes_that_do_not_go_together_are_refused_at_once(tmp_path: Path) -> None:
+    one, two = recipes(tmp_path)
+    tiny.save_model(tmp_path / "other", "bert")
+    text = two.read_text(encoding="utf-8").replace(str(tmp_path / "model"), str(tmp_path / "other"))
+    two.write_text(text.replace("lora", "adapter"), encoding="utf-8")
+    said = compare(one, two, one)
+    assert "is called 'intents' like another one" in said.err
+    assert (
+        "model: several tasks share one base and one report; give all the same one (here: "
+        f"{tmp_path / 'model'} in intents, {tmp_path / 'other'} in topics)"
+    ) in said.err
+    assert "methods: no method but 'full' is compared in all of these recipes" in said.err

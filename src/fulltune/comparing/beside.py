@@ -1,7 +1,7 @@
 """Trials side by side: further processes train their part of a batch; the line then finds the results in its files.
 
     line ──{"trials": [...]}──▶ helper: settles each as the line would, with the same plan
-    line ◀── {"problems": [], "kind": ""} when all are settled, or why it stopped
+    line ◀── {"problems": [], "kind": "", "said": [...]} when all are settled, or why it stopped
 
 Small models with short texts leave cores idle: two trials with one core each take less time than one after the other
 with two. What is decided stays with the line, in the order it always has.
@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,8 +23,9 @@ from typing import Any
 from fulltune import errors, hardware, pipeline, run_folder, train
 from fulltune.comparing.line import FOLDER, Line
 from fulltune.comparing.trials import is_done, settle
-from fulltune.errors import DoesNotFitError, FulltuneError
-from fulltune.records import Plan
+from fulltune.errors import FulltuneError, InterruptedRun
+from fulltune.plan.budget import LIBRARIES_BYTES
+from fulltune.records import DataSummary
 from fulltune.train.starting import end_with
 from fulltune.trials import Trial
 from fulltune.units import in_words
@@ -32,33 +35,51 @@ _COMMAND = "from fulltune.comparing import beside; beside.serve()"
 
 @contextlib.contextmanager
 def helpers(line: Line) -> Iterator[None]:
-    """The processes that `compare.side_by_side` asks for beside this one, each with its share of the cores.
+    """Let `side_by_side` start the processes that `compare.side_by_side` asks for, each with its share of the cores."""
+    count = _possible(line)
+    if count == 1:
+        yield
+        return
+    line.side_by_side = count
+    with _cores(max(1, hardware.num_cores() // count)), _terminated_in_order(), contextlib.ExitStack() as stack:
+        # Callbacks run last to first: all are asked to stop before one is waited for.
+        line.start_helpers = lambda: [_start(line, stack) for _ in range(count - 1)]
+        stack.callback(lambda: [helper.wait() for helper in line.helpers])
+        yield
 
-    Raises:
-        DoesNotFitError: Their memory does not suffice for so many at once.
-    """
+
+def _possible(line: Line) -> int:
+    """How many trials at a time; where it is fewer than asked for it says why."""
     count = line.recipe.compare.side_by_side
     plans = [line.room(one.arm).plan for one in line.trained_arms]
     if count > 1 and (devices := {one.device for one in plans}) != {"cpu"}:
         line.say(f"compare.side_by_side is for CPUs: on {', '.join(sorted(devices))} one trial at a time")
-        count = 1
-    if count == 1:
+        return 1
+    # A worker, and the process that gives it its trials and scores rows.
+    need = max(one.memory.peak if one.memory else 0 for one in plans) + 2 * LIBRARIES_BYTES
+    fit = max(1, line.machine.memory_available_bytes // need)
+    if fit < count:
+        free = in_words(line.machine.memory_available_bytes)
+        line.say(f"compare.side_by_side: {fit} at a time instead of {count}: each takes {in_words(need)} of {free}")
+    return min(count, fit)
+
+
+@contextlib.contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """SIGTERM ends this process by way of `helpers`, whose trials are saved, also while it only waits for them."""
+
+    def stop(number: int, frame: object) -> None:
+        raise InterruptedRun("interrupted; the same command continues it")
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: the caller keeps its own handler
         yield
         return
-    _check(line, count, plans)
-    line.side_by_side = count
-    with _cores(max(1, hardware.num_cores() // count)), contextlib.ExitStack() as stack:
-        line.helpers = [stack.enter_context(_helper(line)) for _ in range(count - 1)]
+    try:
         yield
-
-
-def _check(line: Line, count: int, plans: Sequence[Plan]) -> None:
-    needs = [one.memory.peak for one in plans if one.memory is not None]
-    if needs and count * max(needs) > line.machine.memory_available_bytes:
-        raise DoesNotFitError(
-            f"compare.side_by_side: {count} trials of {in_words(max(needs))} at once do not fit into the "
-            f"{in_words(line.machine.memory_available_bytes)} of free memory; give a smaller number"
-        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -81,13 +102,13 @@ def _cores(number: int) -> Iterator[None]:
             os.environ[name] = before
 
 
-@contextlib.contextmanager
-def _helper(line: Line) -> Iterator[subprocess.Popen[str]]:
+def _start(line: Line, stack: contextlib.ExitStack) -> subprocess.Popen[str]:
     log = line.folder / FOLDER / "helper.txt"
     log.parent.mkdir(exist_ok=True)
+    given = (str(line.folder), line.machine.model_dump_json(), str(os.getpid()))
     with log.open("a", encoding="utf-8") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, str(line.folder), line.machine.model_dump_json()],
+            [sys.executable, "-c", _COMMAND, *given],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=out,
@@ -95,15 +116,16 @@ def _helper(line: Line) -> Iterator[subprocess.Popen[str]]:
             start_new_session=True,  # Ctrl-C is the line's to pass on
             env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
-    try:
-        yield process
-    finally:
-        assert process.stdin is not None, "a pipe"
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        if process in line.busy:  # an error or Ctrl-C came first: what it trains is saved, to go on later
-            process.terminate()
-        process.wait()
+    stack.callback(_end, line, process)
+    return process
+
+
+def _end(line: Line, helper: subprocess.Popen[str]) -> None:
+    assert helper.stdin is not None, "a pipe"
+    with contextlib.suppress(BrokenPipeError):
+        helper.stdin.close()
+    if helper in line.busy:  # an error or Ctrl-C came first: what it trains is saved, to go on later
+        helper.terminate()
 
 
 def side_by_side(line: Line, trials: Sequence[Trial]) -> None:
@@ -115,9 +137,14 @@ def side_by_side(line: Line, trials: Sequence[Trial]) -> None:
         FulltuneError: One of its kinds, of a trial, but not that it diverged: that is its result.
     """
     todo = [one for one in trials if not is_done(line, one)]
-    if not line.helpers or len(todo) < 2 or line.seconds_left < max(_seconds(line, one) for one in todo):
+    if line.side_by_side == 1 or len(todo) < 2:
         return
-    parts = _shares(line, todo, 1 + len(line.helpers))
+    parts = _shares(line, todo, line.side_by_side)
+    # The plan's times are with all cores.
+    if line.seconds_left < line.side_by_side * max(sum(_seconds(line, one) for one in part) for part in parts):
+        return
+    if line.start_helpers is not None:
+        line.helpers, line.start_helpers = line.start_helpers(), None
     line.say(f"{len(todo)} trials, {len(parts)} side by side: {', '.join(one.name for one in todo)}")
     line.busy = [helper for helper, _ in zip(line.helpers, parts[1:], strict=False)]
     for helper, part in zip(line.busy, parts[1:], strict=True):
@@ -150,10 +177,14 @@ def _wait(line: Line, helper: subprocess.Popen[str]) -> None:
     answer = helper.stdout.readline()
     line.busy.remove(helper)
     if not answer:  # its trials are the line's
+        helper.wait()
         line.helpers.remove(helper)
+        line.side_by_side -= 1
         line.say(f"a process that trained beside ended (see {FOLDER}/helper.txt); going on without it")
         return
     found = json.loads(answer)
+    for text in found["said"]:
+        line.say(text)
     if found["problems"]:
         raise getattr(errors, found["kind"])(found["problems"])
 
@@ -163,23 +194,36 @@ def _wait(line: Line, helper: subprocess.Popen[str]) -> None:
 
 def serve() -> None:
     """Settle trials for the line, until it closes stdin."""
-    folder, machine = Path(sys.argv[1]), hardware.Machine.model_validate_json(sys.argv[2])
+    folder, machine, parent = Path(sys.argv[1]), hardware.Machine.model_validate_json(sys.argv[2]), int(sys.argv[3])
     if sys.platform == "linux":
-        end_with(os.getppid())
+        end_with(parent)
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     run_folder.hide_progress_bars()
-    job = pipeline.Run(run_folder.recipe_of(folder), folder)
+    said: list[str] = []
+    job = pipeline.Run(run_folder.recipe_of(folder), folder, listener=lambda event: said.extend(_told(event)))
+    summary = DataSummary.load(folder / "data" / "summary.json")
     with train.nursery() as start:
-        line = Line(job, pipeline.prepare(job), "", start=start, keeps_time=False)
+        line = Line(job, summary, "", start=start, keeps_time=False)
         line.machine = machine  # free memory, too: plans are to be the same in all processes
         for asked in sys.stdin:
-            os.write(answers, json.dumps(_settled(line, json.loads(asked))).encode() + b"\n")
+            answer = _settled(line, json.loads(asked)) | {"said": said}
+            os.write(answers, json.dumps(answer).encode() + b"\n")
+            said.clear()
+
+
+def _told(event: dict[str, Any]) -> list[str]:
+    """What the line's user should know of a helper's trial."""
+    return (
+        [str(event.get("text", event.get("reason")))] if event["kind"] in ("comparison", "warning", "attempt") else []
+    )
 
 
 def _settled(line: Line, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     try:
         for trial in trials:
+            if select.select([0], [], [], 0)[0]:  # closed: one batch at a time is given
+                raise InterruptedRun("interrupted; the same command continues it")
             settle(line, Trial.model_validate(trial))
     except FulltuneError as error:
         return {"kind": type(error).__name__, "problems": error.problems}

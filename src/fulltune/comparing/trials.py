@@ -125,7 +125,10 @@ def tried(line: Line, trial: Trial) -> float:
     """The eval metric of a short trial; NaN when it came to nothing. Its model is not kept."""
     path = line.folder / FOLDER / "trials" / f"{trial.name}.json"
     if path.exists():
-        return TrialResult.load(path).metric
+        known = TrialResult.load(path)
+        for problem in known.problems[:1]:
+            line.say(f"{trial.name}: {problem}")
+        return known.metric
     began = time.monotonic()
     try:
         _, outcome, result = trained(line, trial)

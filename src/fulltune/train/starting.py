@@ -78,7 +78,7 @@ class Nursery:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from fulltune.train import starting; starting.serve()"],
+            [sys.executable, "-c", "from fulltune.train import starting; starting.serve()", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what libraries say while they are imported; workers have logs
@@ -159,6 +159,7 @@ def serve() -> None:
     """The nursery: import, then fork for each line of stdin until it is closed."""
     import importlib
 
+    end_with(int(sys.argv[1]))
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     for name in PRELOADED:
@@ -196,10 +197,10 @@ def _be_worker(asked: dict[str, str], nursery: int, answers: int) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Be killed when the nursery is: nobody would read how this process ends. Linux only, like the nursery."""
+    """Be killed when the parent is: nobody would read how this process ends. Linux only, like the nursery."""
     import ctypes
 
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed just before
+    if os.getppid() != parent:  # it ended just before
         os._exit(1)

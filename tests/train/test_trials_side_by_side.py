@@ -1,0 +1,179 @@
+"""Trials side by side: the same results as one after the other, and what happens when a helper fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import pytest
+
+from fulltune import comparing, pipeline
+from fulltune.comparing import beside
+from fulltune.errors import GuardStop
+from fulltune.trials import Trial
+from tests.train.runs import in_this_process
+from tests.train.test_compare import METHODS, job
+
+FULL = Trial(name="full-seed42", arm="full", learning_rate=3e-3, seed=42)
+DONE = json.dumps({"kind": "", "problems": [], "said": []})
+ANSWERS = f"import sys; [print({DONE!r}, flush=True) for line in sys.stdin]"
+LORA = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
+
+
+def line_of(folder: Path, said: list[str] | None = None, **compare: Any) -> comparing.Line:
+    def listen(event: Any) -> None:
+        if said is not None and event.get("kind") == "comparison":
+            said.append(event["text"])
+
+    one = job(folder, METHODS, listen, compare={"side_by_side": 2, **compare})
+    return comparing.Line(one, pipeline.prepare(one), "test")
+
+
+def test_trials_side_by_side_give_what_they_give_one_after_the_other(tmp_path: Path) -> None:
+    found = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        one = job(folder, METHODS, compare={"side_by_side": count})
+        with in_this_process():
+            found[count] = comparing.run(one, "test").comparison
+    alone, beside_another = found[1], found[2]
+    assert (alone.side_by_side, beside_another.side_by_side) == (1, 2)
+    assert alone.decision.verdict == beside_another.decision.verdict
+    for mine, its in zip(alone.rows, beside_another.rows, strict=True):
+        assert (mine.arm, mine.seeds) == (its.arm, its.seeds)
+        assert its.values == pytest.approx(mine.values, abs=0.05)
+    parents = {
+        path.parent.name: json.loads(path.read_text())["parent_pid"]
+        for path in (tmp_path / "2" / "run" / "attempts").glob("*/request.json")
+    }
+    by_helper = {name for name, parent in parents.items() if parent != os.getpid()}
+    assert {name.rsplit("-", 1)[0] for name in by_helper} in (
+        {"lora-seed42", "lora-seed43"},
+        {"full-seed42", "full-seed43"},
+    )
+    assert len(parents) == 4
+    card = (tmp_path / "2" / "run" / "card.md").read_text()
+    assert "2 trials side by side" in card
+
+
+@pytest.fixture
+def settled() -> Iterator[list[str]]:
+    """Names of the trials that the line itself trained."""
+    names: list[str] = []
+    with mock.patch.object(beside, "settle", lambda line, trial: names.append(trial.name)):
+        yield names
+
+
+def with_helper(line: comparing.Line, says: str, trials: list[Trial]) -> None:
+    """A helper that prints this when it is given trials, and ends."""
+    command = f"import sys; sys.stdin.readline(); sys.stdout.write({says!r})"
+    with mock.patch.object(beside, "_COMMAND", command), beside.helpers(line):
+        beside.side_by_side(line, trials)
+
+
+def test_helper_that_ends_leaves_its_trials_to_the_line(tmp_path: Path, settled: list[str]) -> None:
+    said: list[str] = []
+    line = line_of(tmp_path, said)
+    with_helper(line, "", [FULL, LORA])
+    assert len(settled) == 1  # the other one has its turn later, as without helpers
+    assert line.helpers == []
+    assert said[-1] == "a process that trained beside ended (see compare/helper.txt); going on without it"
+
+
+def test_helper_s_problem_is_the_comparison_s(tmp_path: Path, settled: list[str]) -> None:
+    answer = json.dumps({"kind": "GuardStop", "problems": ["the process crashed"], "said": []}) + "\n"
+    with pytest.raises(GuardStop, match="the process crashed"):
+        with_helper(line_of(tmp_path), answer, [FULL, LORA])
+
+
+def test_one_trial_or_little_time_is_the_line_s_alone(tmp_path: Path, settled: list[str]) -> None:
+    line = line_of(tmp_path)
+    with_helper(line, "", [FULL])
+    line.budget_seconds = 0.0
+    with_helper(line, "", [FULL, LORA])
+    assert settled == []
+
+
+def test_error_of_the_line_ends_the_helper(tmp_path: Path) -> None:
+    line = line_of(tmp_path)
+    command = "import time; time.sleep(600)"
+    started: list[subprocess.Popen[str]] = []
+
+    def settle(line: comparing.Line, trial: Trial) -> None:
+        started.extend(line.helpers)
+        raise KeyboardInterrupt
+
+    with (
+        mock.patch.object(beside, "_COMMAND", command),
+        mock.patch.object(beside, "settle", settle),
+        pytest.raises(KeyboardInterrupt),
+        beside.helpers(line),
+    ):
+        beside.side_by_side(line, [FULL, LORA])
+    assert started[0].poll() is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process can ask to be ended with its parent on Linux alone")
+def test_killed_helper_takes_its_worker_with_it_before_the_line_goes_on(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS, compare={"side_by_side": 2}, train={"max_steps": 1_000_000, "num_train_epochs": None})
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    below: list[psutil.Process] = []
+
+    def settle(line: comparing.Line, trial: Trial) -> None:
+        (helper,) = line.helpers
+        while not list((line.folder / "attempts").glob("*/metrics.jsonl")):
+            time.sleep(0.1)
+            assert helper.poll() is None
+        below.extend(psutil.Process(helper.pid).children(recursive=True))
+        helper.kill()
+
+    with mock.patch.object(beside, "settle", settle), beside.helpers(line):
+        beside.side_by_side(line, [FULL, LORA])
+        assert len(below) == 2  # the nursery and the worker
+        assert not psutil.wait_procs(below, timeout=5)[1]
+
+
+def test_cores_are_shared_out_and_given_back(tmp_path: Path, settled: list[str]) -> None:
+    import torch
+
+    before, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+    line = line_of(tmp_path, side_by_side=3)
+    with mock.patch.object(beside, "_COMMAND", ANSWERS), beside.helpers(line):
+        assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
+        beside.side_by_side(line, [FULL, LORA])
+        assert len(line.helpers) == line.side_by_side - 1 == 2
+    assert (os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()) == (before, threads)
+
+
+def test_fewer_at_a_time_where_memory_or_the_device_say_so(tmp_path: Path) -> None:
+    said: list[str] = []
+    line = line_of(tmp_path, said, side_by_side=3)
+    made, needs = line.room("full").plan, [line.room(arm).plan.memory for arm in ("full", "lora")]
+    each = max(need.peak for need in needs if need is not None) + 2 * beside.LIBRARIES_BYTES
+    line.machine = line.machine.model_copy(update={"memory_available_bytes": 3 * each - 1})
+    with beside.helpers(line):
+        assert line.side_by_side == 2
+    assert said[0].startswith("compare.side_by_side: 2 at a time instead of 3: each takes 1.4 GiB of 4")
+    on_gpu = mock.Mock(plan=made.model_copy(update={"device": "cuda"}))
+    line.side_by_side = 1
+    with mock.patch.object(comparing.Line, "room", return_value=on_gpu), beside.helpers(line):
+        assert line.side_by_side == 1
+    assert said[1:] == ["compare.side_by_side is for CPUs: on cuda one trial at a time"]
+
+
+def test_longest_trials_are_shared_out_first(tmp_path: Path) -> None:
+    line = line_of(tmp_path)
+    seconds = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 1.0}
+    trials = [Trial(name=name, arm=name, learning_rate=1.0, seed=1) for name in seconds]
+    with mock.patch.object(beside, "_seconds", lambda line, trial: seconds[trial.name]):
+        parts = beside._shares(line, trials, 2)
+    assert [[one.name for one in part] for part in parts] == [["a", "d"], ["b", "c"]]
