@@ -94,7 +94,8 @@ def best_of(tried: Mapping[float, float], scale: Scale, near: float | None = Non
     middle = statistics.mean(math.log(rate) for rate in tried) if near is None else math.log(near)
 
     def key(rate: float) -> tuple[float, float]:
-        return scale.oriented(tried[rate]), -round(abs(math.log(rate) - middle), 1)  # rates are rounded, too
+        steps = abs(math.log(rate) - middle) / math.log(STEP)
+        return scale.oriented(tried[rate]), -round(steps, 1)  # rates are rounded, too
 
     return max(sorted(tried), key=key)
 
@@ -155,8 +156,8 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
     them the lower one was better. And where steps are few they hardly tell rates apart: 19.4 and 18.5 % after 19 of 160
     steps (docs/log.md). From then on the next rate on the side of the better one, while it is clearly better than its
     neighbour, but first one that lies between the two; and not a higher one that was worse even in its short trial.
-    Where the search's rate came apart and was replaced, only lower ones; none where it was whole runs that chose the
-    rate that came apart.
+    Where none learned anything after its short trial, the next lower one. Where the search's rate came apart and was
+    replaced, only lower ones; none where it was whole runs that chose the rate that came apart.
 
     Args:
         search: What the short trials gave.
@@ -171,7 +172,10 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
         left = {rate: metric for rate, metric in short.items() if rate not in whole and not math.isnan(metric)}
         return best_of(left, scale, near=search.chosen) if left else None
     best = max(whole, key=lambda rate: scale.oriented(whole[rate]))
-    side = -1 if len(whole) < 2 else _open_side(best, whole, scale)
+    learned = any(scale.oriented(whole[rate]) > scale.oriented(short.get(rate, math.nan)) for rate in whole)
+    if not learned and len(whole) > 1:
+        best = min(whole)
+    side = _open_side(best, whole, scale) if learned and len(whole) > 1 else -1
     if side == 0 or (side > 0 and search.came_apart):
         return None
     if (between := _between(best, whole, short)) is not None:

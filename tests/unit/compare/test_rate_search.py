@@ -101,6 +101,7 @@ FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
         ({"r6e_5": 0.3, "r2e_4": 0.766, "r6e_4": 0.613}, 6e-4),  # it may only have been slower to begin
         ({"r6e_5": 0.3, "r2e_4": 0.3, "r6e_4": math.nan}, 6e-5),
         ({"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}, 2e-4),  # of equal ones the nearest
+        ({"r6.3e_4": 0.0, "r2e_3": 0.0, "r6.3e_3": 0.0}, 6.3e-4),  # of equally near ones the lower
         ({"r2e_4": 0.3, "r6e_4": math.nan}, None),
     ],
 )
@@ -143,6 +144,10 @@ AT_CHANCE = {"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}
         (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.40, 6e-4: 0.45, 1.9e-3: 0.5}, None),  # enough
         (AT_CHANCE, {6e-5: 0.32, 2e-4: 0.34}, None),  # ahead by less than two standard errors
         (AT_CHANCE, {6e-5: 0.32, 2e-4: math.nan}, None),  # says nothing of what lies below
+        ({"r6e_4": 0.0, "r2e_3": 0.0, "r6e_3": 0.0}, {2e-3: 0.0, 6e-4: 0.0}, 1.9e-4),  # none learned anything
+        ({"r6e_4": 0.0, "r2e_3": 0.0, "r6e_3": 0.0}, {2e-3: 0.0, 6e-3: 0.0}, 6e-4),
+        ({"r6e_4": 0.0, "r2e_3": 0.0, "r6e_3": 0.0}, {2e-3: 0.0, 6e-4: 0.4}, 1.9e-4),
+        ({"r6e_4": 0.0, "r2e_3": 0.0, "r6e_3": 0.0}, {2e-3: 0.0, 6e-4: 0.4, 1.9e-4: 0.3}, None),
         (FULL, {6e-4: 0.80, 2e-4: 0.90}, 6e-5),  # downward however bad its short trial was
         (FULL, {6e-4: 0.80, 2e-4: 0.90, 6e-5: 0.95}, 1.9e-5),
         (FULL, {6e-4: 0.90, 2e-4: 0.80}, 1.9e-3),
