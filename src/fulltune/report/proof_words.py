@@ -165,7 +165,8 @@ def spent(comparison: Comparison) -> tuple[str, str]:
     took = f"{words.duration(comparison.seconds)} in all"
     fixed = f"{words.duration(comparison.fixed_design_seconds)} of training"
     if one > 0:
-        took += f", {ratio(comparison.seconds / one)} one full run ({words.duration(one)})"
+        beside = ", beside another one" if comparison.side_by_side > 1 else ""
+        took += f", {ratio(comparison.seconds / one)} one full run ({words.duration(one)}{beside})"
         fixed += f", {ratio(comparison.fixed_design_seconds / one)} one full run"
     trained = sum(row.train_seconds * len(row.seeds) + row.search_seconds for row in comparison.rows)
     saved = comparison.fixed_design_seconds - trained

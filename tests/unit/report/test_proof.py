@@ -104,6 +104,8 @@ def test_table_arm_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -
 def test_card_cost_says_what_stopping_early_saved(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
+    together, _ = cards(tmp_path, comparisons.comparison().model_copy(update={"side_by_side": 2}))
+    assert "one full run (4 min 31 s, beside another one); cpu, 2 cores, 2 trials side by side" in together
     assert (
         "the same search with 5 seeds for every arm: 1 h 26 min of training, 19.1× one full run; stopping early saved "
         "28 min 12 s of it (32.7%)"
