@@ -196,7 +196,7 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
             raise Diverged("the loss is not finite")
         return result_of(trial, value)
 
-    with mock.patch.object(rates, "trained", trained):
+    with mock.patch.object(trials, "trained", trained):
         found = rates.search(line, line.trained_arms[1], rates.expect(line))
     return asked, found
 
@@ -259,13 +259,13 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
     searches = {"full": rate_search.without_search("full", 3e-3)} | made_up(line)
     asked: list[tuple[str, float]] = []
 
-    def final(_: Any, trial: Trial) -> TrialResult:
+    def trained(_: Any, trial: Trial) -> Any:
         asked.append((trial.name, trial.learning_rate))
         if (trial.learning_rate, trial.seed) == (1e-2, diverges):
             raise Diverged("the loss came apart")
-        return result_of(trial, 0.95)[2]
+        return result_of(trial, 0.95)
 
-    with mock.patch.object(seeds, "final", final), mock.patch.object(seeds, "_checked", lambda *given: given[2]):
+    with whole_runs_given(trained), mock.patch.object(seeds, "_checked", lambda *given: given[2]):
         results, _ = seeds.run_seeds(line, searches, expectation)
     assert [(one.trial.seed, one.trial.learning_rate) for one in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
     assert searches["lora"].reason == f"0.01 diverged in a whole run (seed {diverges})"
@@ -360,7 +360,7 @@ def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None
     line = comparing.Line(one, pipeline.prepare(one), "test")
     searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora")}
     with (
-        mock.patch.object(seeds, "final", mock.Mock(side_effect=Diverged("the loss came apart"))),
+        mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss came apart"))),
         pytest.raises(Diverged, match="the loss came apart"),
     ):
         seeds.run_seeds(line, searches, rates.expect(line))
@@ -370,7 +370,7 @@ def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
     line = comparing.Line(one, pipeline.prepare(one), "test")
     with (
-        mock.patch.object(rates, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
+        mock.patch.object(trials, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
         pytest.raises(GuardStop, match="the process crashed"),
     ):
         rates.search(line, line.trained_arms[1], rates.expect(line))
