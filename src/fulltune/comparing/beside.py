@@ -1,6 +1,6 @@
 """Trials side by side: further processes train their part of a batch; the line then finds the results in its files.
 
-    line ──{"trials": [...]}──▶ helper: settles each as the line would, with the same plan
+    line ──[trial, ...]──▶ helper: settles each as the line would, with the same plan
     line ◀── {"problems": [], "kind": "", "said": [...]} when all are settled, or why it stopped
 
 Small models with short texts leave cores idle: two trials with one core each take less time than one after the other
@@ -214,9 +214,8 @@ def serve() -> None:
 
 def _told(event: dict[str, Any]) -> list[str]:
     """What the line's user should know of a helper's trial."""
-    return (
-        [str(event.get("text", event.get("reason")))] if event["kind"] in ("comparison", "warning", "attempt") else []
-    )
+    told = event["kind"] in ("comparison", "warning", "attempt")
+    return [str(event.get("text", event.get("reason")))] if told else []
 
 
 def _settled(line: Line, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _cut(size: int, prompt: Prompt) -> Any:
 def _embeddings(module: Any) -> Any:
     try:
         found = module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # transformers' answer for a model that reads no tokens
         return None
     return found if isinstance(found, nn.Embedding) else None
 
