@@ -20,7 +20,7 @@ from fulltune.comparing import beside
 from fulltune.errors import GuardStop
 from fulltune.trials import Trial
 from tests.train.runs import in_this_process
-from tests.train.test_compare import METHODS, job
+from tests.train.small_comparisons import METHODS, job
 
 FULL = Trial(name="full-seed42", arm="full", learning_rate=3e-3, seed=42)
 DONE = json.dumps({"kind": "", "problems": [], "said": []})
@@ -76,17 +76,26 @@ def settled() -> Iterator[list[str]]:
 def with_helper(line: comparing.Line, says: str, trials: list[Trial]) -> None:
     """A helper that prints this when it is given trials, and ends."""
     command = f"import sys; sys.stdin.readline(); sys.stdout.write({says!r})"
-    with mock.patch.object(beside, "_COMMAND", command), beside.helpers(line):
-        beside.side_by_side(line, trials)
+    with mock.patch.object(beside, "_COMMAND", command), beside.helpers(line) as together:
+        together(trials)
+
+
+def helpers_of(together: beside.Together) -> beside.Helpers:
+    found = together.__self__  # type: ignore[attr-defined]
+    assert isinstance(found, beside.Helpers)
+    return found
 
 
 def test_helper_that_ends_leaves_its_trials_to_the_line(tmp_path: Path, settled: list[str]) -> None:
     said: list[str] = []
     line = line_of(tmp_path, said)
-    with_helper(line, "", [FULL, LORA])
-    assert len(settled) == 1  # the other one has its turn later, as without helpers
-    assert line.helpers == []
-    assert said[-1] == "a process that trained beside ended (see compare/helper.txt); going on without it"
+    with mock.patch.object(beside, "_COMMAND", "import sys; sys.stdin.readline()"), beside.helpers(line) as together:
+        together([FULL, LORA])
+        assert said[-1] == "a process that trained beside ended (see compare/helper.txt); going on without it"
+        assert len(settled) == 1  # the other one has its turn later, as without helpers
+        together([FULL, LORA])
+        assert len(settled) == 1
+    assert line.side_by_side == 2  # which the card says: a part was trained so
 
 
 def test_helper_s_problem_is_the_comparison_s(tmp_path: Path, settled: list[str]) -> None:
@@ -109,16 +118,16 @@ def test_error_of_the_line_ends_the_helper(tmp_path: Path) -> None:
     started: list[subprocess.Popen[str]] = []
 
     def settle(line: comparing.Line, trial: Trial) -> None:
-        started.extend(line.helpers)
+        started.extend(helpers_of(together).processes)
         raise KeyboardInterrupt
 
     with (
         mock.patch.object(beside, "_COMMAND", command),
         mock.patch.object(beside, "settle", settle),
         pytest.raises(KeyboardInterrupt),
-        beside.helpers(line),
+        beside.helpers(line) as together,
     ):
-        beside.side_by_side(line, [FULL, LORA])
+        together([FULL, LORA])
     assert started[0].poll() is not None
 
 
@@ -129,15 +138,15 @@ def test_killed_helper_takes_its_worker_with_it_before_the_line_goes_on(tmp_path
     below: list[psutil.Process] = []
 
     def settle(line: comparing.Line, trial: Trial) -> None:
-        (helper,) = line.helpers
+        (helper,) = helpers_of(together).processes
         while not list((line.folder / "attempts").glob("*/metrics.jsonl")):
             time.sleep(0.1)
             assert helper.poll() is None
         below.extend(psutil.Process(helper.pid).children(recursive=True))
         helper.kill()
 
-    with mock.patch.object(beside, "settle", settle), beside.helpers(line):
-        beside.side_by_side(line, [FULL, LORA])
+    with mock.patch.object(beside, "settle", settle), beside.helpers(line) as together:
+        together([FULL, LORA])
         assert len(below) == 2  # the nursery and the worker
         assert not psutil.wait_procs(below, timeout=5)[1]
 
@@ -147,10 +156,10 @@ def test_cores_are_shared_out_and_given_back(tmp_path: Path, settled: list[str])
 
     before, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
     line = line_of(tmp_path, side_by_side=3)
-    with mock.patch.object(beside, "_COMMAND", ANSWERS), beside.helpers(line):
+    with mock.patch.object(beside, "_COMMAND", ANSWERS), beside.helpers(line) as together:
         assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
-        beside.side_by_side(line, [FULL, LORA])
-        assert len(line.helpers) == line.side_by_side - 1 == 2
+        together([FULL, LORA])
+        assert len(helpers_of(together).processes) == line.side_by_side - 1 == 2
     assert (os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()) == (before, threads)
 
 
@@ -164,9 +173,9 @@ def test_fewer_at_a_time_where_memory_or_the_device_say_so(tmp_path: Path) -> No
         assert line.side_by_side == 2
     assert said[0].startswith("compare.side_by_side: 2 at a time instead of 3: each takes 1.4 GiB of 4")
     on_gpu = mock.Mock(plan=made.model_copy(update={"device": "cuda"}))
-    line.side_by_side = 1
-    with mock.patch.object(comparing.Line, "room", return_value=on_gpu), beside.helpers(line):
+    with mock.patch.object(comparing.Line, "room", return_value=on_gpu), beside.helpers(line) as together:
         assert line.side_by_side == 1
+        together([FULL, LORA])  # nothing: no process is started
     assert said[1:] == ["compare.side_by_side is for CPUs: on cuda one trial at a time"]
 
 

@@ -108,10 +108,10 @@ def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
         text = budget or job.recipe.compare.budget
         line = Line(job, summary, command, parse_seconds(text) if text else None, start, began)
         expectation = expect(line)
-        with beside.helpers(line):
+        with beside.helpers(line) as together:
             grids = [trial for one in line.trained_arms for trial in grid_trials(line, one, expectation)]
-            beside.side_by_side(line, grids)
+            together(grids)
             searches = {one.arm: search(line, one, expectation) for one in line.trained_arms}
-            results, looks = run_seeds(line, searches, expectation)
+            results, looks = run_seeds(line, searches, expectation, together)
         comparison = judge(line, expectation, searches, results, looks)
         return Compared(comparison, job.folder, report.write_proof(job.folder))

@@ -16,7 +16,8 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,24 @@ from fulltune.units import in_words
 _COMMAND = "from fulltune.comparing import beside; beside.serve()"
 
 
+Together = Callable[[Sequence[Trial]], None]
+"""Settles trials, several at a time; or does nothing, so that the line trains each when its turn comes."""
+
+
+def alone(trials: Sequence[Trial]) -> None:
+    """Nothing at a time."""
+
+
 @contextlib.contextmanager
-def helpers(line: Line) -> Iterator[None]:
-    """Let `side_by_side` start the processes that `compare.side_by_side` asks for, each with its share of the cores."""
-    count = _possible(line)
-    if count == 1:
-        yield
+def helpers(line: Line) -> Iterator[Together]:
+    """What `compare.side_by_side` asks for: trials at a time, each with its share of the cores."""
+    line.side_by_side = _possible(line)
+    if line.side_by_side == 1:
+        yield alone
         return
-    line.side_by_side = count
-    with _cores(max(1, hardware.num_cores() // count)), _terminated_in_order(), contextlib.ExitStack() as stack:
-        # Callbacks run last to first: all are asked to stop before one is waited for.
-        line.start_helpers = lambda: [_start(line, stack) for _ in range(count - 1)]
-        stack.callback(lambda: [helper.wait() for helper in line.helpers])
-        yield
+    cores = max(1, hardware.num_cores() // line.side_by_side)
+    with _cores(cores), _terminated_in_order(), contextlib.ExitStack() as stack:
+        yield Helpers(line, stack).settle
 
 
 def _possible(line: Line) -> int:
@@ -102,12 +108,84 @@ def _cores(number: int) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _start(line: Line, stack: contextlib.ExitStack) -> subprocess.Popen[str]:
+@dataclass
+class Helpers:
+    """Processes that train beside the line."""
+
+    line: Line
+    stack: contextlib.ExitStack
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    busy: list[subprocess.Popen[str]] = field(default_factory=list)
+    """Those of them that were given trials."""
+    started: bool = False
+
+    def settle(self, trials: Sequence[Trial]) -> None:
+        """Settle these trials, those of them that are not; with one, or with little time left, nothing is done.
+
+        Raises:
+            FulltuneError: One of its kinds, of a trial, but not that it diverged: that is its result.
+        """
+        line, todo = self.line, [one for one in trials if not is_done(self.line, one)]
+        if len(todo) < 2:
+            return
+        if not self.started:  # not before: a comparison that is finished needs none
+            self._start()
+        parts = _shares(line, todo, 1 + len(self.processes))
+        # The plan's times are with all cores.
+        longest = max(sum(_seconds(line, one) for one in part) for part in parts)
+        if len(parts) == 1 or line.seconds_left < len(parts) * longest:
+            return
+        line.say(f"{len(todo)} trials, {len(parts)} side by side: {', '.join(one.name for one in todo)}")
+        self.busy = self.processes[: len(parts) - 1]
+        for helper, part in zip(self.busy, parts[1:], strict=True):
+            assert helper.stdin is not None, "a pipe"
+            with contextlib.suppress(BrokenPipeError):  # it is seen below that it ended
+                helper.stdin.write(json.dumps([one.model_dump(mode="json") for one in part]) + "\n")
+                helper.stdin.flush()
+        for trial in parts[0]:
+            settle(line, trial)
+        with line.clocked("side by side"):
+            while self.busy:
+                self._wait(self.busy[0])
+
+    def _start(self) -> None:
+        self.started = True
+        # Callbacks run last to first: all are asked to stop before one is waited for.
+        self.stack.callback(lambda: [helper.wait() for helper in self.processes])
+        for _ in range(self.line.side_by_side - 1):
+            helper = _process(self.line)
+            self.processes.append(helper)
+            self.stack.callback(self._end, helper)
+
+    def _end(self, helper: subprocess.Popen[str]) -> None:
+        assert helper.stdin is not None, "a pipe"
+        with contextlib.suppress(BrokenPipeError):
+            helper.stdin.close()
+        if helper in self.busy:  # an error or Ctrl-C came first: what it trains is saved, to go on later
+            helper.terminate()
+
+    def _wait(self, helper: subprocess.Popen[str]) -> None:
+        assert helper.stdout is not None, "a pipe"
+        answer = helper.stdout.readline()
+        self.busy.remove(helper)
+        if not answer:  # its trials are the line's
+            helper.wait()
+            self.processes.remove(helper)
+            self.line.say(f"a process that trained beside ended (see {FOLDER}/helper.txt); going on without it")
+            return
+        found = json.loads(answer)
+        for text in found["said"]:
+            self.line.say(text)
+        if found["problems"]:
+            raise getattr(errors, found["kind"])(found["problems"])
+
+
+def _process(line: Line) -> subprocess.Popen[str]:
     log = line.folder / FOLDER / "helper.txt"
     log.parent.mkdir(exist_ok=True)
     given = (str(line.folder), line.machine.model_dump_json(), str(os.getpid()))
     with log.open("a", encoding="utf-8") as out:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", _COMMAND, *given],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -116,47 +194,6 @@ def _start(line: Line, stack: contextlib.ExitStack) -> subprocess.Popen[str]:
             start_new_session=True,  # Ctrl-C is the line's to pass on
             env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
-    stack.callback(_end, line, process)
-    return process
-
-
-def _end(line: Line, helper: subprocess.Popen[str]) -> None:
-    assert helper.stdin is not None, "a pipe"
-    with contextlib.suppress(BrokenPipeError):
-        helper.stdin.close()
-    if helper in line.busy:  # an error or Ctrl-C came first: what it trains is saved, to go on later
-        helper.terminate()
-
-
-def side_by_side(line: Line, trials: Sequence[Trial]) -> None:
-    """Settle those of these trials that are not, several at a time where there are helpers.
-
-    Without helpers, with one trial, or with little time left nothing is done: the line trains each when its turn comes.
-
-    Raises:
-        FulltuneError: One of its kinds, of a trial, but not that it diverged: that is its result.
-    """
-    todo = [one for one in trials if not is_done(line, one)]
-    if line.side_by_side == 1 or len(todo) < 2:
-        return
-    parts = _shares(line, todo, line.side_by_side)
-    # The plan's times are with all cores.
-    if line.seconds_left < line.side_by_side * max(sum(_seconds(line, one) for one in part) for part in parts):
-        return
-    if line.start_helpers is not None:
-        line.helpers, line.start_helpers = line.start_helpers(), None
-    line.say(f"{len(todo)} trials, {len(parts)} side by side: {', '.join(one.name for one in todo)}")
-    line.busy = [helper for helper, _ in zip(line.helpers, parts[1:], strict=False)]
-    for helper, part in zip(line.busy, parts[1:], strict=True):
-        assert helper.stdin is not None, "a pipe"
-        with contextlib.suppress(BrokenPipeError):  # it is seen below that it ended
-            helper.stdin.write(json.dumps([one.model_dump(mode="json") for one in part]) + "\n")
-            helper.stdin.flush()
-    for trial in parts[0]:
-        settle(line, trial)
-    with line.clocked("side by side"):
-        while line.busy:
-            _wait(line, line.busy[0])
 
 
 def _shares(line: Line, trials: Sequence[Trial], most: int) -> list[list[Trial]]:
@@ -170,23 +207,6 @@ def _shares(line: Line, trials: Sequence[Trial], most: int) -> list[list[Trial]]
 def _seconds(line: Line, trial: Trial) -> float:
     need = line.room(trial.arm).plan.time
     return trial.share * (need.total_seconds if need else 1.0)
-
-
-def _wait(line: Line, helper: subprocess.Popen[str]) -> None:
-    assert helper.stdout is not None, "a pipe"
-    answer = helper.stdout.readline()
-    line.busy.remove(helper)
-    if not answer:  # its trials are the line's
-        helper.wait()
-        line.helpers.remove(helper)
-        line.side_by_side -= 1
-        line.say(f"a process that trained beside ended (see {FOLDER}/helper.txt); going on without it")
-        return
-    found = json.loads(answer)
-    for text in found["said"]:
-        line.say(text)
-    if found["problems"]:
-        raise getattr(errors, found["kind"])(found["problems"])
 
 
 # ---- the helper ------------------------------------------------------------------------------------------------

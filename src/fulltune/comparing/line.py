@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -62,12 +62,6 @@ class Line:
     """False in a process that works for another one's line."""
     side_by_side: int = 1
     """Trials at a time."""
-    start_helpers: Callable[[], list[Any]] | None = None
-    """Not started yet: a comparison that is finished needs none."""
-    helpers: list[Any] = field(default_factory=list)
-    """Processes that train side by side with this one; see `beside`."""
-    busy: list[Any] = field(default_factory=list)
-    """Those of them that were given trials."""
     _rooms: dict[str, Room] = field(default_factory=dict)
 
     @property

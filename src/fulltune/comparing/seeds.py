@@ -12,7 +12,7 @@ from fulltune.compare import design, items, rate_search
 from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import Look
-from fulltune.comparing.beside import side_by_side
+from fulltune.comparing import beside
 from fulltune.comparing.line import FOLDER, OPEN, Line
 from fulltune.comparing.rates import scale_of
 from fulltune.comparing.trials import clear, final, is_done, keep_best_model, result_of
@@ -25,17 +25,19 @@ from fulltune.trials import Expectation, Search, Trial, TrialResult
 Results = dict[str, list[TrialResult]]
 
 
-def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation) -> tuple[Results, list[Look]]:
+def run_seeds(
+    line: Line, searches: dict[str, Search], expectation: Expectation, together: beside.Together = beside.alone
+) -> tuple[Results, list[Look]]:
     """Whole runs, seed by seed, until the eval rows say that the answer is clear, or the time is up.
 
-    `searches` changes where whole runs showed that another rate is better.
+    `searches` changes where whole runs showed that another rate is better; `together` settles trials at a time.
     """
     results: Results = {arm: [] for arm in searches}
     looks: list[Look] = []
     all_at_once = not line.recipe.compare.sequential
     asked = dict.fromkeys(searches, expectation.num_seeds if all_at_once else 1)
     while asked:
-        if not _train(line, searches, results, asked, expectation):
+        if not _train(line, searches, results, asked, expectation, together):
             line.say("the budget is used up: the verdict is made from what there is")
             return results, looks
         if all_at_once:
@@ -47,7 +49,12 @@ def run_seeds(line: Line, searches: dict[str, Search], expectation: Expectation)
 
 
 def _train(
-    line: Line, searches: dict[str, Search], results: Results, asked: Mapping[str, int], expectation: Expectation
+    line: Line,
+    searches: dict[str, Search],
+    results: Results,
+    asked: Mapping[str, int],
+    expectation: Expectation,
+    together: beside.Together,
 ) -> bool:
     """Whole runs until each arm has the seeds asked for; False when the time is up first."""
 
@@ -57,10 +64,10 @@ def _train(
 
     while arms := _fewest(results, asked):
         if len(results[arms[0]]) == 1:  # they go on: now their rates matter
-            side_by_side(line, [one for arm in arms if (one := _next_check(line, searches[arm], results[arm][0]))])
+            together([one for arm in arms if (one := _next_check(line, searches[arm], results[arm][0]))])
             for arm in arms:
                 _check(line, searches, results[arm])
-        side_by_side(line, [next_of(arm) for arm in arms])
+        together([next_of(arm) for arm in arms])
         arm = arms[0]
         found, trial = results[arm], next_of(arm)
         if found and not is_done(line, trial) and line.seconds_left < statistics.mean(_seconds(found)):

@@ -1,0 +1,309 @@
+"""The rates of a comparison: short trials, whole runs, and rates at which they diverge, with results that are given."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from fulltune import comparing, pipeline
+from fulltune.compare import rate_search
+from fulltune.compare_records import ArmStep, Look
+from fulltune.comparing import rates, seeds, trials
+from fulltune.errors import Diverged, GuardStop
+from fulltune.trials import Search, Trial, TrialResult, Tried
+from tests.train.small_comparisons import METHODS, job
+
+
+def result_of(trial: Trial, metric: float) -> tuple[Any, Any, TrialResult]:
+    values = dict.fromkeys(("steps", "best_step", "peak_memory_bytes", "memory_growth_bytes", "tokens"), 1)
+    values |= dict.fromkeys(("num_parameters", "num_trainable", "saved_bytes"), 1)
+    more = {"train_seconds": 1.0, "tokens_per_second": 1.0, "train_flops": 1.0}
+    kind = {"device": "cpu", "precision": "fp32", "weights_dtype": "fp32"}
+    found = TrialResult(trial=trial, metric=metric, **values, **more, **kind)
+    return None, mock.Mock(model_folder="models/none"), found
+
+
+def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial], Any]:
+    """The trials of a search for LoRA's rate whose metric is this function, and its result."""
+    one = job(folder, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    asked: list[Trial] = []
+
+    def trained(_: Any, trial: Trial) -> tuple[Any, Any, TrialResult]:
+        asked.append(trial)
+        value = metric(trial)
+        if np.isnan(value):
+            raise Diverged("the loss is not finite")
+        return result_of(trial, value)
+
+    with mock.patch.object(trials, "trained", trained):
+        found = rates.search(line, line.trained_arms[1], rates.expect(line))
+    return asked, found
+
+
+def test_search_best_in_the_middle_ends_it(tmp_path: Path) -> None:
+    asked, found = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 2e-3)))
+    # 24 steps: ten of them is what a trial needs.
+    assert [(one.learning_rate, round(one.share, 2)) for one in asked] == [(6.3e-4, 0.42), (2e-3, 0.42), (6.3e-3, 0.42)]
+    assert (found.chosen, found.on_edge) == (2e-3, False)
+    assert all(one.searches for one in asked)
+
+
+def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path: Path) -> None:
+    asked, found = searched(
+        tmp_path, lambda trial: float("nan") if trial.learning_rate > 0.015 else 100 * trial.learning_rate
+    )
+    assert [one.learning_rate for one in asked] == [6.3e-4, 2e-3, 6.3e-3, 0.02]
+    assert (found.chosen, found.on_edge) == (6.3e-3, False)
+
+
+@contextlib.contextmanager
+def whole_runs_given(trained: Callable[[comparing.Line, Trial], Any]) -> Iterator[None]:
+    """Whole runs give what this says, and are kept as those that were trained."""
+    rows = mock.Mock(outputs=lambda *given: mock.Mock(seconds_per_row=0.1))
+    with (
+        mock.patch.object(trials, "trained", trained),
+        mock.patch.object(trials, "keep"),
+        mock.patch.object(trials.evaluate, "bench_of"),
+        mock.patch.object(trials, "outputs", rows),
+    ):
+        yield
+
+
+def made_up(line: comparing.Line, chosen: float = 1e-2) -> dict[str, Search]:
+    tried = tuple(Tried(learning_rate=rate, share=0.15, metric=0.9) for rate in (1e-3, 1e-2))
+    return {"lora": Search(arm="lora", tried=tried, chosen=chosen, reason="made up")}
+
+
+def test_rate_whose_whole_run_ends_below_its_short_trial_is_replaced_by_the_next_lower_one(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    searches = made_up(line)
+
+    def final(_: Any, trial: Trial) -> TrialResult:
+        return result_of(trial, 0.1 if trial.learning_rate == 1e-2 else 0.95)[2]
+
+    with mock.patch.object(seeds, "final", final):
+        result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
+    assert (result.metric, result.trial.learning_rate) == (0.95, 1e-3)
+    assert searches["lora"].chosen == 1e-3
+    assert searches["lora"].reason == "a whole run with 0.01 ended below its short trial"
+    assert Search.load(line.folder / "compare" / "searches" / "lora.json") == searches["lora"]
+
+
+@pytest.mark.parametrize("diverges", [42, 43])
+def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    expectation = rates.expect(line)
+    searches = {"full": rate_search.without_search("full", 3e-3)} | made_up(line)
+    asked: list[tuple[str, float]] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        asked.append((trial.name, trial.learning_rate))
+        if (trial.learning_rate, trial.seed) == (1e-2, diverges):
+            raise Diverged("the loss came apart")
+        return result_of(trial, 0.95)
+
+    with whole_runs_given(trained), mock.patch.object(seeds, "_checked", lambda *given: given[2]):
+        results, _ = seeds.run_seeds(line, searches, expectation)
+    assert [(one.trial.seed, one.trial.learning_rate) for one in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
+    assert searches["lora"].reason == f"0.01 diverged in a whole run (seed {diverges})"
+    assert len([name for name, _ in asked if name.startswith("full")]) == 2
+
+
+def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
+    searches = {"full": rate_search.without_search("full", 3e-3)}
+    searches["lora"] = Search(arm="lora", tried=tried, chosen=1e-3, reason="made up")
+    begun: list[str] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        begun.append(trial.name)
+        if (trial.learning_rate, trial.seed) == (1e-2, 43):
+            raise Diverged("the loss came apart")
+        return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
+
+    with whole_runs_given(trained):
+        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+    mine = [name for name in begun if name.startswith("lora")]
+    # Its first seed is trained again: the model was deleted when the higher rate was better.
+    assert mine == ["lora-seed42", "lora-rate0.01-seed42", "lora-seed43", "lora-seed42", "lora-seed43"]
+    assert [(run.trial.seed, run.trial.learning_rate) for run in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
+    search = searches["lora"]
+    assert (search.reason, search.other_runs) == ("0.01 diverged in a whole run (seed 43)", 3)
+    assert search.other_seconds == pytest.approx(2.0, abs=0.2)
+
+
+def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
+    line = comparing.Line(one, pipeline.prepare(one), "test", budget_seconds=100)
+    arms = ("full", "lora")
+    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
+    expectation = rates.expect(line)
+    begun: list[str] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        begun.append(trial.name)
+        if trial.name == "full-rate0.01-seed42":  # the last for which there is time
+            comparing.line.append_line(line.folder / comparing.line.CLOCK, {"what": "", "seconds": 99.5, "ended": ""})
+        return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
+
+    for _ in range(2):  # the second time as when it goes on later
+        searches = {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in arms}
+        with whole_runs_given(trained):
+            results, _ = seeds.run_seeds(line, searches, expectation)
+        assert begun == ["full-seed42", "lora-seed42", "full-rate0.01-seed42"]
+        assert {arm: [run.trial.learning_rate for run in found] for arm, found in results.items()} == {
+            "full": [1e-2],
+            "lora": [1e-3],
+        }
+
+
+def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora", "adapter"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
+    searches = {"full": rate_search.without_search("full", 3e-3)}
+    searches |= {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in ("lora", "adapter")}
+    counts: list[dict[str, int]] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        metric = {"full": 0.95, "lora": 0.8, "adapter": 0.7}[trial.arm]
+        return result_of(trial, metric + (0.2 if (trial.arm, trial.learning_rate) == ("adapter", 1e-2) else 0.0))
+
+    def look(_: Any, results: Any, __: Any, *, again: bool) -> Look:
+        counts.append({arm: len(found) for arm, found in results.items()} | {"again": again})
+        wanted = {"full": 2, "lora": 2} if len(counts) == 1 else {"adapter": 2} if again else {}
+        steps = tuple(
+            ArmStep(arm=arm, decision="more" if wanted.get(arm, 0) > len(found) else "wait", seeds=wanted.get(arm, 1))
+            for arm, found in results.items()
+        )
+        enough = not any(step.decision == "more" for step in steps)
+        count = len(results["full"])
+        return Look(num_seeds=count, max_seeds=2, spent=0.01, enough=enough, reason="made up", arms=steps)
+
+    with whole_runs_given(trained), mock.patch.object(seeds, "_look", look):
+        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+    assert counts == [
+        {"full": 1, "lora": 1, "adapter": 1, "again": False},
+        {"full": 2, "lora": 2, "adapter": 1, "again": False},
+        {"full": 2, "lora": 2, "adapter": 2, "again": True},  # better than the leader, by whole runs
+    ]
+    assert [run.trial.learning_rate for run in results["adapter"]] == [1e-2, 1e-2]
+
+
+def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS)
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora")}
+    with (
+        mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss came apart"))),
+        pytest.raises(Diverged, match="the loss came apart"),
+    ):
+        seeds.run_seeds(line, searches, rates.expect(line))
+
+
+def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    with (
+        mock.patch.object(trials, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
+        pytest.raises(GuardStop, match="the process crashed"),
+    ):
+        rates.search(line, line.trained_arms[1], rates.expect(line))
+
+
+@pytest.mark.parametrize(("lower_metric", "rate"), [(0.91, 1e-3), (0.89, 1e-2)])  # neither clearly better
+def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
+    lower_metric: float, rate: float, tmp_path: Path
+) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-3, 0.5), (1e-2, 0.8)))
+    searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-2, reason="best of 2 rates", on_edge=True)}
+    asked: list[str] = []
+
+    def final(_: Any, trial: Trial) -> TrialResult:
+        asked.append(trial.name)
+        return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else lower_metric)[2]
+
+    with mock.patch.object(seeds, "final", final):
+        result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
+        assert (asked, searches["lora"].other_runs) == (["lora-seed42"], 0)
+        results = [result]
+        seeds._check(line, searches, results)
+    assert asked == ["lora-seed42", "lora-rate0.001-seed42"]
+    assert (results[0].trial.learning_rate, searches["lora"].chosen) == (rate, rate)
+    assert (searches["lora"].other_runs, searches["lora"].other_seconds) == (1, 1.0)
+
+
+def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-4, 0.3), (3e-4, 0.2), (1e-3, 0.2)))
+    metrics = {1e-4: 0.05, 3e-4: 0.5, 1e-3: 0.99}
+    begun: list[str] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        begun.append(trial.name)
+        if trial.learning_rate not in metrics:
+            raise Diverged("the loss came apart")
+        return result_of(trial, metrics[trial.learning_rate])
+
+    found = []
+    with whole_runs_given(trained):
+        for _ in range(2):  # the second time as when it goes on later
+            searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-4, reason="best of 3 rates")}
+            first = trials.final(line, Trial(name="lora-seed42", arm="lora", learning_rate=1e-4, seed=42))
+            found.append(seeds._checked(line, searches, first))
+    assert begun == ["lora-seed42", "lora-rate0.0003-seed42", "lora-rate0.001-seed42", "lora-rate0.0032-seed42"]
+    assert [one.trial.learning_rate for one in found] == [1e-3, 1e-3]
+    search = searches["lora"]
+    assert [one.learning_rate for one in search.whole] == [1e-4, 3e-4, 1e-3, 3.2e-3]
+    assert (search.chosen, search.on_edge, search.reason) == (1e-3, False, "the best of 4 whole runs")
+    assert search.other_seconds > 2 * found[0].train_seconds  # that of the one that diverged as well
+
+
+@pytest.mark.parametrize(("num_seeds", "checked"), [(1, {"full", "lora", "adapter"}), (2, {"full", "lora"})])
+def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str], tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], "lora", "adapter"], compare={"seeds": num_seeds})
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-3, 0.5), (1e-2, 0.8)))
+    arms = ("full", "lora", "adapter")
+    searches = {arm: Search(arm=arm, tried=tried, chosen=1e-2, reason="", on_edge=True) for arm in arms}
+    asked: list[str] = []
+
+    def final(_: Any, trial: Trial) -> TrialResult:
+        asked.append(trial.name)
+        return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else 0.91)[2]
+
+    def leader_goes_on(*given: Any, again: bool) -> Look:
+        counts = {arm: len(found) for arm, found in given[1].items()}
+        more = {} if counts["full"] == num_seeds else {"full": 2, "lora": 2}
+        return Look(
+            num_seeds=counts["full"],
+            max_seeds=num_seeds,
+            spent=0.01,
+            enough=not more,
+            reason="made up",
+            arms=tuple(
+                ArmStep(arm=arm, decision="more" if arm in more else "wait", seeds=more.get(arm, count))
+                for arm, count in counts.items()
+            ),
+        )
+
+    with mock.patch.object(seeds, "final", final), mock.patch.object(seeds, "_look", leader_goes_on):
+        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+    assert {name.split("-")[0] for name in asked if "rate0.001" in name} == checked
+    assert {arm: found[0].trial.learning_rate for arm, found in results.items()} == {
+        arm: 1e-3 if arm in checked else 1e-2 for arm in searches
+    }
