@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from fulltune import methods, predict
@@ -20,7 +21,8 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.inference import model_batch
 from fulltune.methods import folder as folders
 from fulltune.pipeline import Reached
-from fulltune.recipe import LoraMethod
+from fulltune.plan import memory
+from fulltune.recipe import LoraMethod, Method
 from fulltune.tasks import task_named
 from fulltune.train.weights import InitialWeights
 from tests import tiny
@@ -309,6 +311,22 @@ def test_plan_of_few_trained_values_holds_no_gradients_of_frozen_ones(done: Any)
     assert plan.state.optimizer == 8 * trained
     assert plan.disk.one_checkpoint == 12 * trained
     assert not [setting for setting in plan.settings if setting.name == "memory"]  # it was traced
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter", "prompt", "peft"])
+def test_what_a_method_adds_to_bf16_weights_is_planned_as_float32_as_it_is(kind: str, tiny_decoder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.bfloat16)
+    before = model.num_parameters()
+    methods.apply(model, TypeAdapter(Method).validate_python(METHODS[kind]), "causal-lm")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trained = sum(parameter.numel() for parameter in trained)
+    levers = memory.Levers(1, 8, weights_dtype="bf16", num_held=model.num_parameters(), num_trained=num_trained)
+    planned = memory.state_of(before, levers)
+    in_place = sum(parameter.numel() for parameter in trained if parameter.dtype == torch.bfloat16)
+    assert (in_place > 0) == (kind == "adapter")  # the norms; counted as float32 as well
+    assert planned.weights == sum(parameter.nbytes for parameter in model.parameters()) + 2 * in_place
+    assert planned.gradients == sum(parameter.nbytes for parameter in trained) + 2 * in_place
+    assert planned.optimizer == 2 * planned.gradients
 
 
 # ---- names and refusals --------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def need(recipe: Recipe, num_parameters: int, levers: Levers) -> DiskNeed:
     """Checkpoints and models at their fullest: the kept checkpoints, the best one and the one being written; the
     finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained."""
     state = memory.state_of(num_parameters, levers)
-    weights = memory.num_trained(num_parameters, levers) * memory.BYTES[levers.weights_dtype]
+    weights = memory.num_trained(num_parameters, levers) * memory.BYTES[memory.trained_dtype(levers)]
     one = num_parameters * DEEPSPEED_BYTES if zero.wanted(recipe) else weights + state.optimizer
     return DiskNeed(
         one_checkpoint=one,

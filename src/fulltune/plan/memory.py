@@ -240,12 +240,20 @@ def num_trained(num_parameters: int, levers: Levers) -> int:
     return num_parameters if levers.num_trained is None else levers.num_trained
 
 
+def trained_dtype(levers: Levers) -> str:
+    """Type of the trained weights: what a method adds is float32 whatever the model's weights are.
+
+    A new head is of their type, as are the parts that a PEFT method trains in place; counted as float32 as well.
+    """
+    return levers.weights_dtype if levers.num_trained is None else "fp32"
+
+
 def state_of(num_parameters: int, levers: Levers) -> StateBytes:
     """What exists between steps of a model with so many parameters: gradients and optimizer state of trained ones."""
     held = num_parameters if levers.num_held is None else levers.num_held
     trained = num_trained(num_parameters, levers)
-    state = state_bytes(trained, levers.weights_dtype, levers.optim, levers.bf16_rounding)
-    return state.model_copy(update={"weights": held * BYTES[levers.weights_dtype]})
+    state = state_bytes(trained, trained_dtype(levers), levers.optim, levers.bf16_rounding)
+    return state.model_copy(update={"weights": state.weights + (held - trained) * BYTES[levers.weights_dtype]})
 
 
 def state_bytes(
