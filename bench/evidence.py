@@ -1,7 +1,7 @@
 """Full fine-tuning minus LoRA over the number of train rows, on real data: a comparison for each size, then the curve.
 
     FULLTUNE_BENCH_DATA=... python bench/evidence.py run FOLDER [--sets banking77 wnut17] [--rows 500 2000]
-    python bench/evidence.py plot FOLDER            # from what is there: docs/evidence.json, docs/evidence.png
+    python bench/evidence.py plot FOLDER            # from what is there: docs/evidence.json, .png, the table of .md
 
 Each point is `fulltune compare` of full and LoRA (rank 16, all linear layers), each with a rate search of its own, with
 3 seeds (2 where so is said) and no early end. Smaller sets are parts of the larger ones; eval and test rows are the
@@ -232,6 +232,13 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def with_table(page: str, found: list[dict[str, Any]]) -> str:
+    """The page with the table of these points in the place of the one that begins with the sets."""
+    before, rest = page.split("| set |", 1)
+    _, after = rest.split("\n\n", 1)
+    return f"{before}{table(found)}\n\n{after}"
+
+
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Full minus LoRA over train rows, one panel for each set."""
     import matplotlib
@@ -283,6 +290,8 @@ def main() -> None:
     if given.what == "plot":
         (DOCS / "evidence.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         plot(found, DOCS / "evidence.png")
+        page = DOCS / "evidence.md"
+        page.write_text(with_table(page.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import get_args
@@ -36,14 +38,27 @@ def fenced(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+def script(path: str) -> ModuleType:
+    """A script of the project, which is in no package."""
+    name = f"script_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    return script("docs/generate.py")
+
+
+def test_evidence_page_has_the_table_of_its_record() -> None:
+    evidence, page = script("bench/evidence.py"), (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    record = json.loads((ROOT / "docs" / "evidence.json").read_text(encoding="utf-8"))
+    assert page == evidence.with_table(page, record), "docs/evidence.md: run `python bench/evidence.py plot FOLDER`"
 
 
 def test_recipe_page_equals_the_generated_one(generate: ModuleType) -> None:
