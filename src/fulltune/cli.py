@@ -182,6 +182,7 @@ def train(
 ) -> None:
     """Train, and keep the best weights in the run's folder models."""
     from fulltune import display
+    from fulltune.train import run_seconds
 
     folder, reached = _go("train", target, set_, run_folder, fresh)
     outcome = reached.outcome
@@ -190,7 +191,8 @@ def train(
         _print_json(outcome.model_dump(mode="json"))
         return
     moved = f", {outcome.moved.share:.1%} of the values moved" if outcome.moved else ""
-    out.print(f"{outcome.steps} steps in {display.duration(outcome.train_seconds)}: {outcome.reason}{moved}")
+    took = display.duration(run_seconds(folder, outcome.trial))
+    out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{moved}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
 
 

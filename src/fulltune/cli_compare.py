@@ -138,6 +138,9 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
             problems.append(
                 f"methods: '{name}' has other settings in one recipe than in another; give it another 'name'"
             )
+    fulls = [next(one for one in recipe.methods if one.kind == "full") for recipe in recipes.values()]
+    if len({(one.arm, _apart_from_rates(one)) for one in fulls}) > 1:
+        problems.append("methods: 'full' has another name or other settings in one recipe than in another")
     if problems:
         raise RecipeError(problems)
     return recipes

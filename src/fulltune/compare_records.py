@@ -50,12 +50,10 @@ class ComparisonDesign(Record):
     """What the pretrained weights were read from: quantised ones have lost what full fine-tuning starts from."""
     full_wins: bool = False
     """The verdict is FULL, which says that full fine-tuning beats every other method."""
-    eval_is_test: bool = False
-    """The rows that choose rates and checkpoints are those that are reported."""
+    test_in_eval: float = 0.0
+    """Share of the reported rows that also choose rates and checkpoints."""
     test_openings: int = 0
     """How often the test rows were scored."""
-    same_data_order: bool = True
-    """Trials of the same seed see the same rows in the same order."""
 
 
 class Finding(Record):
@@ -74,7 +72,6 @@ class Finding(Record):
         "quantised-source",
         "low-peft-rates",
         "test-opened-again",
-        "unpaired-order",
     ]
     level: Literal["unfair", "worth knowing"]
     where: str

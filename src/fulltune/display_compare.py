@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -43,9 +42,10 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
         search = (
             f"{expected.num_search_trials} short ones to find the rates, more where the best lies at an edge; then "
         )
+    fewer = " at most; clear answers need fewer" if expected.sequential and expected.num_seeds > 1 else ""
     marks: list[Marked] = [
         ("methods", "dim", ", ".join(expected.arms)),
-        ("trials", "dim", f"{search}{seeds} of each method at most; clear answers need fewer"),
+        ("trials", "dim", f"{search}{seeds} of each method{fewer}"),
         ("takes", "dim", _takes(expected)),
         ("can find", "dim", _can_find(expected, metric, margin)),
     ]
@@ -76,19 +76,10 @@ def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
     return f"differences of {found} of {name} or more, in 8 of 10 comparisons, where seeds differ by half a point"
 
 
-def verdict(console: Console, comparison: Comparison, files: Sequence[Path] = ()) -> None:
-    """What came out: the verdict, the field, what makes it less fair, where the card lies.
-
-    Args:
-        console: Where to write.
-        comparison: The record.
-        files: What was written.
-    """
+def verdict(console: Console, comparison: Comparison) -> None:
+    """What came out: the verdict, the field, what makes it less fair."""
     for part in _parts(comparison):
         console.print(part)
-    for path in files:
-        # A path broken into two lines cannot be copied.
-        console.print(Text(_plain(str(path))), soft_wrap=True)
 
 
 def many_tasks(console: Console, found: ManyTasks) -> None:

@@ -143,6 +143,17 @@ def _check_whole(file: Path, name: str) -> None:
         ) from None
 
 
+def is_quantised(source: Source) -> bool:
+    """Whether the weights come from a GGUF file that holds rounded ones."""
+    if source.gguf_file is None:
+        return False
+    from gguf import GGMLQuantizationType as Kind
+    from gguf import GGUFReader
+
+    plain = (Kind.F32, Kind.F16, Kind.BF16)
+    return any(one.tensor_type not in plain for one in GGUFReader(Path(source.name_or_path) / source.gguf_file).tensors)
+
+
 def load_config(block: ModelBlock, source: Source) -> PretrainedConfig:
     """Read the model's config, or say why it cannot be read."""
     from transformers import AutoConfig

@@ -136,6 +136,8 @@ class DataSummary(Record):
     """Reason to number of rows left out; the rows are in `data/dropped.jsonl`."""
     notes: tuple[str, ...] = ()
     """What is worth knowing: duplicates found, labels seen in one split only ..."""
+    test_in_eval: float = 0.0
+    """Share of the test rows that also stand in eval."""
     previews: tuple[Preview, ...] = ()
     fingerprint: str
     """Hash of the files' content and of every setting that shapes the rows."""

@@ -33,7 +33,7 @@ class TrialResult(Record):
     steps: int
     best_step: int
     train_seconds: float
-    """From the first import of its process to the saved model."""
+    """From the first import of its process to the saved model, without the checks before step 1; see `run_seconds`."""
     tokens_per_second: float
     peak_memory_bytes: int
     memory_growth_bytes: int
@@ -53,6 +53,8 @@ class TrialResult(Record):
     """To answer a test row, in batches; None: not asked."""
     problems: tuple[str, ...] = ()
     """Why it diverged; its metric is NaN."""
+    side_by_side: int = 1
+    """To so many trials at a time the cores were shared out."""
 
 
 class Tried(Record):
@@ -111,6 +113,8 @@ class Expectation(Record):
     """Share of the recipe's steps that each run takes; below 1 only because a budget asked for it."""
     search_share: float = 0.06
     from_budget: bool = False
+    sequential: bool = True
+    """No more seeds than a clear answer needs."""
 
 
 class ArmRow(Record):
@@ -129,7 +133,7 @@ class ArmRow(Record):
     values: tuple[float, ...] = ()
     """Of each seed."""
     gain_share: float | None = None
-    """Of what full fine-tuning gains over the untouched model."""
+    """Of what full fine-tuning gains over the untouched model; None: not known, or it gains nothing."""
     train_seconds: float = 0.0
     search_seconds: float = 0.0
     """Of all trials of its rate search together."""
@@ -190,7 +194,9 @@ class Comparison(Record):
     """What the same search and the same number of seeds for every arm would have taken."""
     cores: int
     side_by_side: int = 1
-    """Trials at a time, each with its share of the cores."""
+    """Trials at a time, each with its share of the cores, at most."""
+    full_side_by_side: int = 1
+    """To so many the cores were shared out when full was trained."""
     device: str
     started: str
     data_fingerprint: str

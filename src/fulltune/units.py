@@ -1,4 +1,4 @@
-"""Bytes and times in words and back. Layer 0."""
+"""Bytes and times in words and back, and what metrics measure. Layer 0."""
 
 from __future__ import annotations
 
@@ -48,3 +48,11 @@ def parse_seconds(text: str) -> float:
     if not seconds:
         raise ValueError(f"{text.strip()}: expected more than nothing, such as 30m")
     return seconds
+
+
+_SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "recall"}
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of rows, words or tokens: shown in percent, its differences in points."""
+    return metric in _SHARES or metric.startswith("f1_")

@@ -16,6 +16,7 @@ import pytest
 from fulltune import comparing, pipeline, predict
 from fulltune.comparing import trials
 from fulltune.errors import DataError, InterruptedRun, RecipeError
+from fulltune.run_folder import recipe_of
 from fulltune.trials import Comparison
 from tests.contract.command import fulltune
 from tests.train.runs import in_this_process
@@ -70,6 +71,15 @@ def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]
 
     with mock.patch.object(trials, "train", fail):
         assert compare(job(folder.parent, METHODS)).comparison == first
+
+
+def test_finished_comparison_is_not_taken_up_by_a_larger_budget(finished: tuple[Path, Comparison]) -> None:
+    folder, found = finished
+    models = {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*.safetensors")}
+    again = pipeline.Run(recipe_of(folder), folder)
+    with mock.patch.object(comparing, "_compare", side_effect=AssertionError("it is finished")):
+        assert comparing.run(again, "fulltune compare", budget="9h").comparison == found
+    assert {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*.safetensors")} == models
 
 
 def test_record_has_each_arm_with_what_it_cost(finished: tuple[Path, Comparison]) -> None:

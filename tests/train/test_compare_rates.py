@@ -16,6 +16,7 @@ from fulltune.compare import rate_search
 from fulltune.compare_records import ArmStep, Look
 from fulltune.comparing import rates, seeds, trials
 from fulltune.errors import Diverged, GuardStop
+from fulltune.records import Outcome, Plan
 from fulltune.trials import Search, Trial, TrialResult, Tried
 from tests.train.small_comparisons import METHODS, job
 
@@ -169,15 +170,18 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
 
 
 def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_path: Path) -> None:
-    one = job(tmp_path, [METHODS[1], "lora", "adapter"])
+    one = job(tmp_path, [METHODS[1], "lora", "adapter", "head"])
     line = comparing.Line(one, pipeline.prepare(one), "test")
     tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
     searches = {"full": rate_search.without_search("full", 3e-3)}
-    searches |= {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in ("lora", "adapter")}
+    others = ("lora", "adapter", "head")
+    searches |= {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in others}
     counts: list[dict[str, int]] = []
+    begun: list[str] = []
 
     def trained(_: Any, trial: Trial) -> Any:
-        metric = {"full": 0.95, "lora": 0.8, "adapter": 0.7}[trial.arm]
+        begun.append(trial.name)
+        metric = {"full": 0.95, "lora": 0.8, "adapter": 0.7, "head": 0.6}[trial.arm]
         return result_of(trial, metric + (0.2 if (trial.arm, trial.learning_rate) == ("adapter", 1e-2) else 0.0))
 
     def look(_: Any, results: Any, __: Any, *, again: bool) -> Look:
@@ -194,11 +198,52 @@ def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_p
     with whole_runs_given(trained), mock.patch.object(seeds, "_look", look):
         results, _ = seeds.run_seeds(line, searches, rates.expect(line))
     assert counts == [
-        {"full": 1, "lora": 1, "adapter": 1, "again": False},
-        {"full": 2, "lora": 2, "adapter": 1, "again": False},
-        {"full": 2, "lora": 2, "adapter": 2, "again": True},  # better than the leader, by whole runs
+        {"full": 1, "lora": 1, "adapter": 1, "head": 1, "again": False},
+        {"full": 2, "lora": 2, "adapter": 1, "head": 1, "again": False},
+        {"full": 2, "lora": 2, "adapter": 2, "head": 1, "again": True},  # better than the leader, by whole runs
     ]
+    assert [name for name in begun if name.startswith("head")] == ["head-seed42"]  # it decides nothing
     assert [run.trial.learning_rate for run in results["adapter"]] == [1e-2, 1e-2]
+
+
+def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS)
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    results = {arm: [result_of(Trial(name=arm, arm=arm, learning_rate=1, seed=1), 0.9)[2]] for arm in ("full", "lora")}
+    results["full"] *= 3  # the time was up before lora had as many
+    with mock.patch.object(seeds, "outputs"), mock.patch.object(seeds.items, "right_rows", return_value=None):
+        shares = [
+            [one.alpha_share for one in seeds.arm_items(line, results, "eval", waited)] for waited in ((), ("lora",))
+        ]
+    assert shares == [[1.0, 1.0], [1.0, seeds.WAITING_SHARE]]
+
+
+def test_further_trials_begin_with_what_memory_left(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS)
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    trial = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
+    seen: list[tuple[int, int]] = []
+
+    def train(recipe: Any, planned: Plan, folder: Path, *_: Any, **__: Any) -> Outcome:
+        seen.append((planned.micro_batch_size, planned.gradient_accumulation_steps))
+        planned.model_copy(update={"micro_batch_size": 2, "gradient_accumulation_steps": 8}).save(folder / planned.file)
+        return Outcome(status="done", reason="", trial=planned.trial, attempt=2, model_folder="models/none")
+
+    for seed in (42, 43):
+        again = comparing.Line(one, line.summary, "test")  # also when it goes on later
+        with mock.patch.object(trials, "train", train), mock.patch.object(trials, "run_seconds", return_value=1.0):
+            trials.trained(again, trial.model_copy(update={"name": f"lora-seed{seed}", "seed": seed}))
+    assert seen[1] == (2, 8) != seen[0]
+    full = line.trial_plan(Trial(name="full-seed42", arm="full", learning_rate=1, seed=42), line.recipe)
+    assert (full.micro_batch_size, full.gradient_accumulation_steps) == seen[0]
+
+
+def test_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "clock.jsonl"
+    comparing.line.append_line(path, {"what": "a", "more": {"seconds": 1}})
+    path.write_bytes(path.read_bytes() + b'{"what": "b", "more": {"seconds": 1}')  # the disk was full
+    comparing.line.append_line(path, {"what": "c"})
+    assert [entry["what"] for entry in comparing.line.lines_of(path)] == ["a", "c"]
 
 
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:

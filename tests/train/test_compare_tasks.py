@@ -81,6 +81,9 @@ def test_comparison_of_each_task_ends_with_a_verdict(case: str, tmp_path: Path) 
     assert difference.estimate == pytest.approx(
         sign * (rows["full"].metric.value - rows[method].metric.value), abs=1e-9
     )
+    for one in (rows["full"].metric, rows[method].metric):
+        assert one.low <= one.value <= one.high
+    assert difference.adjusted_low <= difference.estimate <= difference.adjusted_high
     assert rows[method].num_trainable < rows["full"].num_trainable
     assert rows[method].saved_bytes < rows["full"].saved_bytes
     assert (rows["full"].drift is None) == (case == "images")

@@ -22,7 +22,7 @@ from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.records import Outcome
 from fulltune.store import load_split
 from fulltune.tasks import text_classification
-from fulltune.train import attempts, checkpoints, worker
+from fulltune.train import attempts, checkpoints, run_time, worker
 from fulltune.train.trainer import FullTrainer
 from tests import tiny
 from tests.train import runs
@@ -88,6 +88,31 @@ def test_resume_after_a_break_gives_the_unbroken_weights(
     steps = [event["step"] for event in runs.events(tmp_path, "train")]
     assert len(steps) < step + 3 * STEPS_PER_EPOCH  # the second attempt did not begin anew
     assert_same(runs.final_weights(tmp_path), unbroken)
+
+
+def test_time_of_a_resumed_run_is_that_of_an_unbroken_one(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRun):
+        go(tmp_path, tiny_encoder, listener=runs.at_step(10, ask_to_stop))
+    outcome = go(tmp_path, tiny_encoder)
+    first, second = (tmp_path / "run" / "attempts" / f"{outcome.trial}-{number:02d}" for number in (1, 2))
+
+    def lines(*events: dict[str, Any]) -> str:
+        return "".join(json.dumps(event) + "\n" for event in events)
+
+    def phase(name: str, seconds: float) -> dict[str, Any]:
+        return {"kind": "phase", "name": name, "seconds": seconds}
+
+    def trained(step: int, seconds: float) -> dict[str, Any]:
+        return {"kind": "train", "step": step, "seconds": seconds}
+
+    names = [event["name"] for event in runs.events(tmp_path, "phase")]
+    assert names[:3] == ["loading the model", run_time.CHECKS, run_time.TRAINING]
+    begins = phase(names[0], 0.0), phase(run_time.CHECKS, 5.0), phase(run_time.TRAINING, 25.0)
+    # Asked to stop in step 10 it saves step 11; step 12 stands for one that was done and not saved.
+    (first / "metrics.jsonl").write_text(lines(*begins, trained(10, 30.0), trained(11, 40.0), trained(12, 45.0)))
+    (second / "metrics.jsonl").write_text(lines(*begins, trained(21, 90.0)))
+    outcome.model_copy(update={"train_seconds": 100.0}).save(second / "outcome.json")
+    assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 5)
 
 
 @pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 2, 2 * STEPS_PER_EPOCH + 5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -15,9 +14,9 @@ from fulltune.trials import Comparison
 from tests import comparisons
 
 
-def shown(comparison: Comparison, *files: Path) -> str:
+def shown(comparison: Comparison) -> str:
     console = Console(width=80, highlight=False, file=io.StringIO())
-    display_compare.verdict(console, comparison, files)
+    display_compare.verdict(console, comparison)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -32,7 +31,7 @@ def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     lines = [line.rstrip() for line in text.splitlines()]
     assert lines[1:3] == [
         "EQUIVALENT: take lora",
-        "Take lora: it differs from full by less than the margin and is cheaper.",
+        "Take lora: as good as full within the margin, and it trains fewer weights.",
     ]
     assert "> lora        4.3%  92.2% [91.3, 93.0]     +0.34 [-0.27, +0.95]      3" in lines
     assert "> lora     99.6%  3 min 53 s  0.86×  0.68×    0.62×  3.73 MiB  0.0489" in lines
@@ -65,9 +64,16 @@ def test_verdict_fits_80_columns_and_cuts_no_cell(made: type[Comparison]) -> Non
     assert not re.search(r"[\d%\]]…", text)
 
 
-def test_verdict_long_path_stays_in_one_line() -> None:
-    path = Path("runs") / ("a" * 100) / "card.html"
-    assert str(path) in shown(comparisons.comparison(), path).splitlines()
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "5 seeds of each method at most; clear answers need fewer"),
+        ({"sequential": False}, "5 seeds of each method takes"),
+        ({"num_seeds": 1}, "1 seed of each method takes"),
+    ],
+)
+def test_expectation_promises_fewer_seeds_only_where_there_may_be(changes: dict[str, object], said: str) -> None:
+    assert said in expected(comparisons.comparison(), "accuracy", **changes)
 
 
 def test_expectation_says_cost_and_what_can_be_found() -> None:

@@ -12,14 +12,13 @@ TENTH = 0.15
 """Up to here one may say "a tenth"."""
 
 
-def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int, metric_span: float | None) -> tuple[Claim, ...]:
+def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int) -> tuple[Claim, ...]:
     """One sentence for each claim that these arms can tell something about.
 
     Args:
         rows: The arms of the comparison.
         decision: The verdict's differences.
         train_rows: How many rows were learned from.
-        metric_span: How much the metric can differ at most: 1 for shares, which are shown in points.
     """
     full = next(row for row in rows if row.kind == "full")
     lora = next((row for row in rows if row.kind == "lora"), None)
@@ -36,7 +35,7 @@ def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int, metric_s
         holds = True if weaker.full_better else False if weaker.not_worse else None
         share = "" if prompt.gain_share is None else f"; it reaches {prompt.gain_share:.0%} of full's gain"
         gap, low, high = (
-            shown(value, metric_span) for value in (weaker.estimate, weaker.adjusted_low, weaker.adjusted_high)
+            shown(value, decision.metric) for value in (weaker.estimate, weaker.adjusted_low, weaker.adjusted_high)
         )
         here = f"full minus {prompt.arm}: {gap} of {decision.metric} ({low} to {high}){share}"
         said.append(Claim(claim="prompt tuning is weaker", here=here, holds=holds))

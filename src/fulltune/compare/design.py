@@ -15,13 +15,11 @@ SHORTEST = 0.1
 """Of a run: shorter ones say little about the whole."""
 
 
-def num_seeds(given: int | None, train_rows: int) -> tuple[int, str]:
-    """How many seeds at most, and why; clear answers need fewer."""
+def num_seeds(given: int | None, train_rows: int) -> int:
+    """How many seeds at most; clear answers need fewer."""
     if given is not None:
-        return given, "from the recipe"
-    if train_rows < FEW_TRAIN_ROWS:
-        return 5, f"fewer than {FEW_TRAIN_ROWS:,} train rows"
-    return 3, f"{FEW_TRAIN_ROWS:,} train rows or more"
+        return given
+    return 5 if train_rows < FEW_TRAIN_ROWS else 3
 
 
 def final_trial(arm: str, rate: float, seed: int, share: float = 1.0, *, check: bool = False) -> Trial:
@@ -135,4 +133,5 @@ def expected(
         length_share=length,
         search_share=search_share,
         from_budget=budget_seconds is not None,
+        sequential=sequential,
     )

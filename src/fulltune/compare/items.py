@@ -22,7 +22,12 @@ Count = Callable[[Predictions], np.ndarray]
 Value = Callable[[np.ndarray], np.ndarray]
 """From sums [..., k] to the metric [...]."""
 _MEANS = ("exact_match", "rougeL", "chrf")
-_SPANS = {"loss": None, "perplexity": None, "rmse": None, "chrf": 100.0, "bleu": 100.0}
+_BOUNDS = {
+    **dict.fromkeys(("loss", "perplexity", "rmse", "r2")),
+    **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
+    **dict.fromkeys(("chrf", "bleu"), (0.0, 100.0)),
+}
+"""Of metrics that may leave 0 to 1; None: without a bound on one side."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,18 @@ class Measure:
     counts: Count | None
     """None: the metric is no function of sums, and has to be computed anew for each resample."""
     value: Value | None
-    span: float | None
-    """How much the metric can differ at most; None: without bound."""
+    bounds: tuple[float, float] | None
+    """Least and most; None: without."""
+
+    @property
+    def span(self) -> float | None:
+        """How much the metric can differ at most; None: without bound."""
+        return None if self.bounds is None else self.bounds[1] - self.bounds[0]
 
     @property
     def sign(self) -> float:
         """Turns a difference so that positive is better."""
         return 1.0 if self.greater_is_better else -1.0
-
-
-def span_of(metric: str) -> float | None:
-    """How much a metric can differ at most; 1 for shares of rows; None: without bound."""
-    return _SPANS.get(metric, 1.0)
 
 
 def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
@@ -66,7 +71,7 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
         whole=lambda kept: task.metrics(kept, target)[metric],
         counts=sums[0] if sums else None,
         value=sums[1] if sums else None,
-        span=span_of(metric),
+        bounds=_BOUNDS.get(metric, (0.0, 1.0)),
     )
 
 

@@ -194,15 +194,25 @@ class Needed:
     seeds: int | None
 
 
-def needed(uncertain: Uncertain, num_rows: int, margin: float, alpha: float) -> Needed:
-    """How many test rows, or how many seeds of both arms, would end the doubt."""
-    now = Precision.of(uncertain)
+def needed(
+    uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float | None = None
+) -> Needed:
+    """How many test rows, or how many seeds of both arms, would end the doubt; more than there are.
+
+    Args:
+        uncertain: The difference.
+        num_rows: There are.
+        margin: See the recipe.
+        alpha: At which a difference is tested.
+        equivalence_alpha: At which equivalence is tested; left out, the same.
+    """
+    now, equal = Precision.of(uncertain), alpha if equivalence_alpha is None else equivalence_alpha
 
     def decided(precision: Precision) -> bool:
-        return clear(uncertain.estimate, precision.half_width(alpha), precision.half_width(2 * alpha), margin)
+        return clear(uncertain.estimate, precision.half_width(alpha), precision.half_width(2 * equal), margin)
 
     # Both only make the interval narrower, so the first that decides is found by halving.
-    factors: list[float] = np.geomspace(1, _MOST_ROWS_FACTOR, 100).tolist()
+    factors: list[float] = np.geomspace(1, _MOST_ROWS_FACTOR, 100).tolist()[1:]
     place = bisect_left(factors, True, key=lambda factor: decided(now.with_rows(factor)))
     rows = math.ceil(num_rows * factors[place]) if place < len(factors) else None
     fewest = min((one.num_seeds for one in now.seeds if not one.is_none), default=1)

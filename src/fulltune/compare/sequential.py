@@ -71,11 +71,13 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
 def left(looks: Sequence[Look], alpha: float) -> float:
     """Part of alpha for the test on the sealed rows: that of the look that ended it.
 
-    Where time ran out instead, or nothing was looked at, all that the looks did not spend.
+    Where time ran out instead, or nothing was looked at, all that the looks did not spend; after the last look, which
+    let others catch up, what a second one would have spent.
     """
     if looks and looks[-1].enough:
         return looks[-1].spent
-    return alpha - sum(one.spent for one in looks)
+    unspent = alpha - sum(one.spent for one in looks)
+    return max(unspent, (1 - WAITING_SHARE) * looks[-1].spent) if looks else unspent
 
 
 def look(
@@ -215,7 +217,7 @@ def _asked(
         return {}, "all seeds that were planned"
     # Two seeds say too little about their spread to give up because of it.
     if now > 2 and not beaten and all(max(one.with_all, one.now.clear) < _HOPELESS for one in abreast):
-        return {}, "more seeds would hardly decide: the rows are too few for these differences"
+        return {}, "more seeds would hardly decide"
     open_ones = late if beaten else [one.name for one in abreast if one.now.clear < _SURE]
     more = dict.fromkeys([full, *(one.name for one in abreast), *(late if beaten else [])], now + 1)
     return more, f"not clear yet: {', '.join(open_ones)}"

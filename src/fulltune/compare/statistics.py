@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
@@ -62,13 +61,12 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 """Of an arm that is not trained."""
 
 
-def seed_spreads(drawn: Drawn, fixed: Sequence[bool], assumed_sd: float | None = None) -> list[SeedSpread | None]:
+def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]:
     """The spread of each arm; an arm with one seed is given the largest that was found among the others.
 
     Args:
         drawn: Metrics of all trials.
         fixed: Arms that are not trained, so that seeds change nothing.
-        assumed_sd: Standard deviation between seeds that is taken where no arm has two.
 
     Returns:
         None where nothing is known.
@@ -84,7 +82,7 @@ def seed_spreads(drawn: Drawn, fixed: Sequence[bool], assumed_sd: float | None =
         widest = max(known, key=lambda spread: spread.variance)
         stand_in: SeedSpread | None = SeedSpread(1, widest.variance, widest.by_rows, widest.degrees, borrowed=True)
     else:
-        stand_in = None if assumed_sd is None else SeedSpread(1, assumed_sd**2, 0.0, math.inf)
+        stand_in = None
     return [stand_in if spread is None else spread for spread in found]
 
 
@@ -280,14 +278,3 @@ def discordance(full: np.ndarray, arm: np.ndarray) -> float:
     """Share of rows that one run has right and the other wrong, over all pairs of runs of the two arms."""
     one, two = full.mean(axis=0), arm.mean(axis=0)
     return float((one * (1 - two) + two * (1 - one)).mean())
-
-
-def wilson(right: int, total: int, confidence: float) -> tuple[float, float]:
-    """Interval of a share (Wilson 1927), which holds for few rows as well."""
-    if not total:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, scale = right / total, 1 + z**2 / total
-    centre = (share + z**2 / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)

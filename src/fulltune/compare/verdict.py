@@ -24,6 +24,7 @@ from fulltune.compare.statistics import (
 from fulltune.compare_records import ArmKind, ArmScore, Decision, Difference, VerdictKind
 from fulltune.recipe import RIVALS
 from fulltune.tasks import Predictions
+from fulltune.units import is_share
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ArmItems:
     trials: Sequence[Predictions]
     """What `reduce` kept, seed by seed in the order of the seeds; arms may have unequal numbers of them."""
     cost: float
-    """To tell cheaper arms from dearer ones: stored bytes, time or money, of all arms the same."""
+    """To tell cheaper arms from dearer ones, of all arms the same: here the parameters that are trained."""
     right: np.ndarray | None = None
     """Whether each seed has each row right: bool [seeds, rows]; None: rows are not simply right or wrong."""
     alpha_share: float = 1.0
@@ -56,7 +57,6 @@ def decide(
     alpha: float | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
-    assumed_seed_sd: float | None = None,
 ) -> Decision:
     """Compare full fine-tuning with every other arm.
 
@@ -69,18 +69,17 @@ def decide(
         alpha: Chance of a wrong verdict; left out, 1 - confidence. After a sequential rule, what its last look spends.
         samples: Draws of the rows.
         seed: Of these draws.
-        assumed_seed_sd: See `seed_spreads`.
     """
     alpha = 1 - confidence if alpha is None else alpha
     (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
     drawn = draw(measure, [arm.trials for arm in arms], clusters, samples, seed)
-    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms], assumed_seed_sd)
+    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
     others = [place for place in range(len(arms)) if place != full]
     found = {place: difference(drawn, full, place, spreads, measure.sign, measure.span) for place in others}
     deciding = [place for place in others if arms[place].decides]
     differences = []
     for group in (deciding, [place for place in others if place not in deciding]):
-        differences += _differences(arms, full, group, found, drawn, margin, confidence, alpha, measure.span)
+        differences += _differences(arms, full, group, found, drawn, margin, confidence, alpha, measure)
     verdict, recommended = _verdict(differences, arms[full].name, arms)
     return Decision(
         verdict=verdict,
@@ -111,22 +110,23 @@ def _differences(
     margin: float,
     confidence: float,
     alpha: float,
-    span: float | None,
+    measure: Measure,
 ) -> list[Difference]:
     """Of arms that share the chance of a wrong answer."""
     p_values = [found[place].p_value() for place in group]
     equivalence = [found[place].equivalence_p(margin) for place in group]
     adjusted, equivalent = holm(p_values), holm(equivalence)
-    made = []
-    for number, (place, level) in enumerate(zip(group, holm_levels(p_values, alpha), strict=True)):
+    made, bounds = [], None if measure.span is None else (-measure.span, measure.span)
+    levels, equal_levels = holm_levels(p_values, alpha), holm_levels(equivalence, alpha)
+    for number, place in enumerate(group):
         arm, uncertain = arms[place], found[place]
-        level *= arm.alpha_share
-        low, high = _within(uncertain.interval(1 - confidence), -1.0, span)
-        adjusted_low, adjusted_high = _within(uncertain.interval(level), -1.0, span)
+        level, equal_level = levels[number] * arm.alpha_share, equal_levels[number] * arm.alpha_share
+        low, high = _within(uncertain.interval(1 - confidence), bounds)
+        adjusted_low, adjusted_high = _within(uncertain.interval(level), bounds)
         known = uncertain.seeds_known
         certain = known and adjusted[number] <= alpha * arm.alpha_share
         is_equivalent = known and equivalent[number] <= alpha * arm.alpha_share
-        decided = needed(uncertain, drawn.num_rows, margin, level) if known else Needed(None, None)
+        decided = needed(uncertain, drawn.num_rows, margin, level, equal_level) if known else Needed(None, None)
         rights = (arms[full].right, arm.right)
         made.append(
             Difference(
@@ -171,7 +171,7 @@ def _score(
     confidence: float,
 ) -> ArmScore:
     mean, spread = mean_of_arm(drawn, place, spreads, measure.span), spreads[place]
-    low, high = _within(mean.interval(1 - confidence), 0.0, measure.span)
+    low, high = _within(mean.interval(1 - confidence), measure.bounds)
     several = spread is not None and len(arm.trials) > 1
     return ArmScore(
         arm=arm.name,
@@ -184,10 +184,9 @@ def _score(
     )
 
 
-def _within(interval: tuple[float, float], lowest: float, span: float | None) -> tuple[float, float]:
+def _within(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
     """No share of rows is below 0 or above 1, no difference of shares beyond 1, whatever few seeds allow."""
-    low, high = interval
-    return (max(lowest, low), min(1.0, high)) if span == 1.0 else interval
+    return interval if bounds is None else (max(bounds[0], interval[0]), min(bounds[1], interval[1]))
 
 
 # ---- the rule --------------------------------------------------------------------------------------------------
@@ -214,26 +213,24 @@ def _headline(verdict: VerdictKind, recommended: str, full: str) -> str:
         case "PEFT":
             return f"Take {recommended}: it is better than {full} by the margin."
         case "EQUIVALENT":
-            return f"Take {recommended}: it differs from {full} by less than the margin and is cheaper."
+            return f"Take {recommended}: as good as {full} within the margin, and it trains fewer weights."
     if recommended:
-        return f"Undecided whether they are equal, but {recommended} does not lose the margin to {full} and is cheaper."
+        less = "does not lose the margin to"
+        return f"Undecided whether they are equal, but {recommended} {less} {full} and trains fewer weights."
     return "Undecided: these rows and seeds do not tell the methods apart."
 
 
 # ---- in words --------------------------------------------------------------------------------------------------
 
 
-def shown(value: float, measure_span: float | None) -> str:
+def shown(value: float, metric: str) -> str:
     """A difference with its sign: in points where the metric is a share, else as it is."""
-    return f"{100 * value:+.2f} points" if measure_span == 1.0 else f"{value:+.4g}"
+    return f"{100 * value:+.2f} points" if is_share(metric) else f"{value:+.4g}"
 
 
 def _because(one: Difference, measure: Measure) -> str:
-    span = measure.span
-    found = (
-        f"full minus {one.arm}: {shown(one.estimate, span)} of {measure.name} "
-        f"({shown(one.adjusted_low, span)} to {shown(one.adjusted_high, span)})"
-    )
+    gap, low, high = (shown(value, measure.name) for value in (one.estimate, one.adjusted_low, one.adjusted_high))
+    found = f"full minus {one.arm}: {gap} of {measure.name} ({low} to {high})"
     if not one.seeds_known:
         return f"{found}: one seed, so the spread between seeds is not known"
     if one.full_better:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune import model, pipeline, plan, report, run_folder, train
-from fulltune.compare import design, items, rate_search
+from fulltune.compare import design, rate_search
 from fulltune.compare.lint import lint
 from fulltune.compare.many_tasks import many_tasks
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
 from fulltune.comparing import beside
-from fulltune.comparing.line import Line, settings_of
+from fulltune.comparing.line import RECORD, Line, settings_of
 from fulltune.comparing.rates import expect, grid_trials, search
 from fulltune.comparing.seeds import run_seeds
 from fulltune.comparing.verdict import judge
@@ -28,7 +28,7 @@ from fulltune.generic_text import generic_texts
 from fulltune.recipe import Recipe
 from fulltune.tasks import task_named
 from fulltune.trials import Comparison, ManyTasks
-from fulltune.units import parse_seconds
+from fulltune.units import is_share, parse_seconds
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
@@ -51,7 +51,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     """What would make the comparison that a recipe asks for unfair; nothing is trained, no rows are read."""
     block, source = recipe.model, model.locate(recipe.model, weights=False)
     shapes = model.shapes(block, task_named(recipe.task).AUTO_CLASS, {}, weights=False)
-    planned = recipe.compare.seeds or design.num_seeds(None, design.FEW_TRAIN_ROWS)[0]
+    planned = recipe.compare.seeds or design.num_seeds(None, design.FEW_TRAIN_ROWS)
     arms = []
     for method in recipe.methods:
         if method.kind == "base":
@@ -70,7 +70,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
                 bf16_rounding=recipe.train.bf16_rounding,
             )
         )
-    return lint(ComparisonDesign(arms=tuple(arms), weights_source="gguf" if source.gguf_file else "plain"))
+    return lint(ComparisonDesign(arms=tuple(arms), weights_source="gguf" if model.is_quantised(source) else "plain"))
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Compared:
 
 def together(found: Mapping[str, Compared]) -> ManyTasks:
     """Comparisons on one base, by the name of their task, as one record."""
-    shares = all(items.span_of(one.comparison.metric) == 1.0 for one in found.values())
+    shares = all(is_share(one.comparison.metric) for one in found.values())
     folders = {name: one.folder.name for name, one in found.items()}
     return many_tasks({name: one.comparison for name, one in found.items()}, folders, shares)
 
@@ -101,7 +101,16 @@ def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
         FulltuneError: One of its kinds; the same command goes on.
     """
     began = time.monotonic()
-    with run_folder.writing(job.folder), run_folder.locked(job.folder), train.nursery() as start:
+    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+        known = job.folder / RECORD
+        if known.exists():  # whatever budget or version it was finished with: its models and its table belong together
+            return Compared(Comparison.load(known), job.folder, report.write_proof(job.folder))
+        comparison = _compare(job, command, budget, began)
+        return Compared(comparison, job.folder, report.write_proof(job.folder))
+
+
+def _compare(job: pipeline.Run, command: str, budget: str | None, began: float) -> Comparison:
+    with train.nursery() as start:
         if job.recipe.compare.generic_text is not None:
             generic_texts(job.recipe.compare.generic_text)  # refused before hours of training, not after
         summary = pipeline.prepare(job)
@@ -113,5 +122,4 @@ def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
             together(grids)
             searches = {one.arm: search(line, one, expectation) for one in line.trained_arms}
             results, looks = run_seeds(line, searches, expectation, together)
-        comparison = judge(line, expectation, searches, results, looks)
-        return Compared(comparison, job.folder, report.write_proof(job.folder))
+        return judge(line, expectation, searches, results, looks)

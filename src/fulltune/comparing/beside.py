@@ -1,6 +1,6 @@
 """Trials side by side: further processes train their part of a batch; the line then finds the results in its files.
 
-    line ──[trial, ...]──▶ helper: settles each as the line would, with the same plan
+    line ──{"trials": [...], "side_by_side": 2}──▶ helper: settles each as the line would, with the same plan
     line ◀── {"problems": [], "kind": "", "said": [...]} when all are settled, or why it stopped
 
 Small models with short texts leave cores idle: two trials with one core each take less time than one after the other
@@ -140,7 +140,8 @@ class Helpers:
         for helper, part in zip(self.busy, parts[1:], strict=True):
             assert helper.stdin is not None, "a pipe"
             with contextlib.suppress(BrokenPipeError):  # it is seen below that it ended
-                helper.stdin.write(json.dumps([one.model_dump(mode="json") for one in part]) + "\n")
+                asked = {"trials": [one.model_dump(mode="json") for one in part], "side_by_side": line.side_by_side}
+                helper.stdin.write(json.dumps(asked) + "\n")
                 helper.stdin.flush()
         for trial in parts[0]:
             settle(line, trial)
@@ -227,7 +228,9 @@ def serve() -> None:
         line = Line(job, summary, "", start=start, keeps_time=False)
         line.machine = machine  # free memory, too: plans are to be the same in all processes
         for asked in sys.stdin:
-            answer = _settled(line, json.loads(asked)) | {"said": said}
+            given = json.loads(asked)
+            line.side_by_side = given["side_by_side"]
+            answer = _settled(line, given["trials"]) | {"said": said}
             os.write(answers, json.dumps(answer).encode() + b"\n")
             said.clear()
 

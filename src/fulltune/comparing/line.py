@@ -20,7 +20,7 @@ from fulltune.generic_text import generic_texts
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan
 from fulltune.tasks import Target, task_named
-from fulltune.train import Starter, in_new_process
+from fulltune.train import CHANGED, Starter, in_new_process
 from fulltune.trials import Trial
 
 FOLDER = "compare"
@@ -61,7 +61,7 @@ class Line:
     keeps_time: bool = True
     """False in a process that works for another one's line."""
     side_by_side: int = 1
-    """Trials at a time."""
+    """Trials at a time; each has its share of the cores, also one that is trained alone."""
     _rooms: dict[str, Room] = field(default_factory=dict)
 
     @property
@@ -171,7 +171,17 @@ class Line:
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         room = self.room(trial.arm)
         made = self._fit(recipe, room.shapes, room.traced)
-        return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
+        smaller = self._smaller(trial.arm)
+        changes = {name: getattr(smaller, name) for name in CHANGED} if smaller is not None else {}
+        return made.model_copy(update={**changes, "trial": trial.name, "model_name": trial.name})
+
+    def keep_smaller(self, arm: str, made: Plan) -> None:
+        """Memory ran out, and this plan fits: the arm's further trials begin with what it changed."""
+        made.save(self.folder / FOLDER / "smaller" / f"{arm}.json")
+
+    def _smaller(self, arm: str) -> Plan | None:
+        path = self.folder / FOLDER / "smaller" / f"{arm}.json"
+        return Plan.load(path) if path.exists() else None
 
 
 def settings_of(method: Any) -> dict[str, Any]:
@@ -182,11 +192,23 @@ def settings_of(method: Any) -> dict[str, Any]:
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Where the disk was full the last line may have no end.
+    before = path.read_bytes() if path.exists() else b""
+    broken = bool(before) and not before.endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(("\n" if broken else "") + json.dumps(entry) + "\n")
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [found for line in path.read_text(encoding="utf-8").splitlines() if (found := _whole(line)) is not None]
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    """A line's entry; None for one that was cut off."""
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return found

@@ -8,6 +8,7 @@ from fulltune.compare import design, rate_search
 from fulltune.comparing.line import FOLDER, START_SECONDS, Line
 from fulltune.comparing.trials import tried
 from fulltune.trials import Expectation, Search, Trial, Tried
+from fulltune.units import is_share
 
 
 def expect(line: Line) -> Expectation:
@@ -18,9 +19,9 @@ def expect(line: Line) -> Expectation:
     else:
         block = line.recipe.compare
         costs = {one.arm: design.Cost(_run_seconds(line, one.arm), len(_grid(line, one))) for one in line.trained_arms}
-        seeds, _ = design.num_seeds(block.seeds, line.summary.splits["train"].rows)
+        seeds = design.num_seeds(block.seeds, line.summary.splits["train"].rows)
         rows = line.summary.splits["test"].rows
-        margin = block.margin if line.measure.span == 1.0 else None
+        margin = block.margin if is_share(line.measure.name) else None
         steps = line.room(line.full.arm).plan.total_steps
         share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
         found = design.expected(
@@ -87,4 +88,4 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
 def scale_of(line: Line) -> rate_search.Scale:
     """How the eval rows measure a trial."""
     measure = line.measure
-    return rate_search.Scale(measure.greater_is_better, line.summary.splits["eval"].rows, measure.span == 1.0)
+    return rate_search.Scale(measure.greater_is_better, line.summary.splits["eval"].rows, is_share(measure.name))

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from fulltune import model
 from fulltune.compare import rate_search
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Decision, Look
 from fulltune.comparing.line import BASE, FOLDER, Line, settings_of
-from fulltune.comparing.seeds import Results
+from fulltune.comparing.seeds import Results, waiting
 from fulltune.evaluate import drift, outputs
 from fulltune.records import Estimate, Scores
 from fulltune.trials import ArmRow, Opening, Search, TrialResult
@@ -49,11 +50,9 @@ def rows_of(
             )
         )
     for arm, found in results.items():
-        if not found:
-            continue
         score, method = scores[arm], line.room(arm).arm
         gain = None
-        if base_value is not None and full_value != base_value:
+        if base_value is not None and line.measure.sign * (full_value - base_value) > 0:
             gain = (score.mean - base_value) / (full_value - base_value)
         mean = statistics.mean
         rows.append(
@@ -81,11 +80,6 @@ def rows_of(
             )
         )
     return tuple(rows)
-
-
-def waiting(looks: Sequence[Look]) -> set[str]:
-    """Methods that have fewer seeds because the verdict did not hinge on them."""
-    return {step.arm for step in looks[-1].arms if step.seeds < looks[-1].num_seeds} if looks else set()
 
 
 def _base_value(line: Line, of_rows: Any, base: Scores | None) -> float | None:
@@ -151,15 +145,14 @@ def design_of(
                 seeds=tuple(one.trial.seed for one in found),
                 weights_dtype=made.weights_dtype,
                 bf16_rounding=made.bf16_rounding,
-                train_tokens=found[0].tokens if found else None,
+                train_tokens=found[0].tokens,
                 waited=arm in waited,
             )
         )
     return ComparisonDesign(
         arms=tuple(arms),
         full_wins=full_wins,
-        weights_source="gguf" if line.recipe.model.name.endswith(".gguf") else "plain",
-        eval_is_test=False,  # the recipe refuses the same file, the split keeps them apart
+        weights_source="gguf" if model.is_quantised(model.locate(line.recipe.model)) else "plain",
+        test_in_eval=line.summary.test_in_eval,
         test_openings=len({one.trials for one in openings}),  # the same trials again show nothing new
-        same_data_order=True,  # the sampler's order depends on seed and epoch alone
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from fulltune.comparing.rates import scale_of
 from fulltune.comparing.trials import clear, final, is_done, keep_best_model, result_of
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
+from fulltune.recipe import RIVALS
 from fulltune.store import clusters_of
 from fulltune.tasks import Target
 from fulltune.trials import Expectation, Search, Trial, TrialResult
@@ -112,15 +113,16 @@ def _before_full(line: Line, searches: dict[str, Search], results: Results, look
     Methods that waited get whole runs at other rates; one that is better by that than the leader is to catch up.
     """
     scale, full = scale_of(line), results[line.full.arm]
+    decisive = {arm: found for arm, found in results.items() if line.room(arm).arm.kind in ("full", *RIVALS)}
     means = {
         arm: statistics.mean(scale.oriented(one.metric) for one in found)
-        for arm, found in results.items()
+        for arm, found in decisive.items()
         if len(found) == len(full)
     }
     mine, leader = means.pop(line.full.arm), max(means.values())
     if mine - leader < line.recipe.compare.margin:
         return {}
-    changed = [arm for arm, found in results.items() if len(found) == 1 and _check(line, searches, found)]
+    changed = [arm for arm, found in decisive.items() if len(found) == 1 and _check(line, searches, found)]
     better = [arm for arm in changed if scale.oriented(results[arm][0].metric) > leader]
     return {} if _again(looks[:-1], full) else dict.fromkeys(better, len(full))
 
@@ -232,11 +234,16 @@ def _or_failed(line: Line, trial: Trial) -> TrialResult:
         return result_of(line, trial)
 
 
-def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> list[ArmItems]:
-    """What the trials of these arms gave for the rows of a split."""
+def waiting(looks: Sequence[Look]) -> set[str]:
+    """Methods that have fewer seeds because the verdict did not hinge on them."""
+    return {step.arm for step in looks[-1].arms if step.seeds < looks[-1].num_seeds} if looks else set()
+
+
+def arm_items(line: Line, results: Results, place: str, waited: Collection[str]) -> list[ArmItems]:
+    """What the trials of all arms gave for the rows of a split; those that waited are tested at a part of alpha."""
     found = []
     target = Target.of(line.summary)
-    for arm in arms:
+    for arm in results:
         kept = [outputs.load(line.folder / place / f"{one.trial.name}.npz") for one in results[arm]]
         rights = [items.right_rows(line.recipe.task, target, one) for one in kept]
         known = [one for one in rights if one is not None]
@@ -248,7 +255,7 @@ def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> 
                 trials=kept,
                 cost=float(line.room(arm).plan.num_trainable_parameters),
                 right=np.stack(known) if len(known) == len(kept) else None,
-                alpha_share=WAITING_SHARE if len(kept) < len(results[line.full.arm]) else 1.0,
+                alpha_share=WAITING_SHARE if arm in waited else 1.0,
             )
         )
     return found
@@ -256,8 +263,9 @@ def arm_items(line: Line, results: Results, place: str, arms: Sequence[str]) -> 
 
 def _look(line: Line, results: Results, expectation: Expectation, *, again: bool) -> Look:
     """Ask the eval rows whether the answer is clear."""
+    behind = [arm for arm, found in results.items() if len(found) < len(results[line.full.arm])]
     return look(
-        arm_items(line, results, OPEN, list(results)),
+        arm_items(line, results, OPEN, behind),
         line.measure,
         margin=line.recipe.compare.margin,
         max_seeds=expectation.num_seeds,

@@ -15,7 +15,7 @@ from fulltune.comparing.line import FOLDER, OPEN, SEALED, Line
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.records import Outcome, Plan
-from fulltune.train import Hooks, train
+from fulltune.train import Hooks, run_seconds, train
 from fulltune.trials import Trial, TrialResult
 
 
@@ -31,6 +31,8 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
     made = Plan.load(line.folder / made.file)  # changed when memory ran out
     if made == planned:
         line.passed.add(trial.arm)
+    else:
+        line.keep_smaller(trial.arm, made)
     model_folder = line.folder / str(outcome.model_folder)
     room = line.room(trial.arm)
     rows, tokens = _seen(line, trial, outcome)
@@ -42,7 +44,7 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
             metric=math.nan if outcome.best_metric is None else outcome.best_metric,
             steps=outcome.steps,
             best_step=outcome.best_step or outcome.steps,
-            train_seconds=outcome.train_seconds,
+            train_seconds=run_seconds(line.folder, trial.name),
             tokens_per_second=outcome.tokens_per_second,
             peak_memory_bytes=outcome.peak_memory_bytes,
             memory_growth_bytes=outcome.memory_growth_bytes,
@@ -56,6 +58,7 @@ def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
             precision=made.precision,
             weights_dtype=made.weights_dtype,
             bf16_rounding=made.bf16_rounding,
+            side_by_side=line.side_by_side,
         ),
     )
 

@@ -16,7 +16,7 @@ from fulltune.compare.verdict import ArmItems, decide
 from fulltune.compare_records import Decision, Look
 from fulltune.comparing.line import BASE, OPENINGS, RECORD, SEALED, Line, append_line, lines_of
 from fulltune.comparing.rows import design_of, rows_of
-from fulltune.comparing.seeds import Results, arm_items
+from fulltune.comparing.seeds import Results, arm_items, waiting
 from fulltune.comparing.trials import keep
 from fulltune.evaluate import drift, outputs
 from fulltune.records import Scores
@@ -32,15 +32,11 @@ def judge(
     looks: Sequence[Look],
 ) -> Comparison:
     """Open the test rows, once, and say what they say."""
-    path = line.folder / RECORD
-    if path.exists():
-        return Comparison.load(path)
     line.say("opening the test rows")
-    arms = [arm for arm in results if results[arm]]
     with line.clocked("verdict"):
-        openings = open_test_rows(line, [one.trial.name for arm in arms for one in results[arm]])
+        openings = open_test_rows(line, [one.trial.name for found in results.values() for one in found])
         base, baselines = untouched(line)
-        compared = arm_items(line, results, SEALED, arms)
+        compared = arm_items(line, results, SEALED, waiting(looks))
         if (line.folder / SEALED / f"{BASE}.npz").exists():
             kept = outputs.load(line.folder / SEALED / f"{BASE}.npz")
             compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
@@ -54,7 +50,7 @@ def judge(
             alpha=left(looks, 1 - confidence),
         )
     found = comparison_of(line, expectation, searches, results, looks, decision, base, baselines, openings)
-    found.save(path)
+    found.save(line.folder / RECORD)
     return found
 
 
@@ -104,9 +100,7 @@ def comparison_of(
     made = line.room(line.full.arm).plan
     asked = _asked(line)
     fixed = sum(
-        statistics.mean(one.train_seconds for one in results[arm]) * expectation.num_seeds
-        for arm in results
-        if results[arm]
+        statistics.mean(one.train_seconds for one in found) * expectation.num_seeds for found in results.values()
     ) + sum(row.search_seconds for row in rows)
     return Comparison(
         name=line.folder.name,
@@ -126,7 +120,7 @@ def comparison_of(
         looks=tuple(looks),
         findings=lint(design_of(line, searches, results, looks, openings, full_wins=decision.verdict == "FULL")),
         openings=openings,
-        claims=claims(rows, decision, summary.splits["train"].rows, line.measure.span),
+        claims=claims(rows, decision, summary.splits["train"].rows),
         drift_unit="nats per token" if summary.problem_type in drift.WRITERS else "1 - cosine",
         drift_text=line.texts[1],
         num_trials=len(finals) + sum(len(one.tried) + one.other_runs for one in searches.values()),
@@ -134,7 +128,8 @@ def comparison_of(
         full_run_seconds=round(statistics.mean(full), 1),
         fixed_design_seconds=round(fixed, 1),
         cores=line.machine.num_cores,
-        side_by_side=line.side_by_side,
+        side_by_side=max(one.side_by_side for one in finals),
+        full_side_by_side=max(one.side_by_side for one in results[line.full.arm]),
         device=made.device,
         started=line.started,
         data_fingerprint=summary.fingerprint,

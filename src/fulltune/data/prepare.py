@@ -27,7 +27,16 @@ from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
 from fulltune.data.read import Source, content_hash
-from fulltune.data.splits import SPLITS, assign, check_labels, label_counts, notes, refuse_unusable, unmeasured
+from fulltune.data.splits import (
+    SPLITS,
+    assign,
+    check_labels,
+    label_counts,
+    notes,
+    num_in_eval,
+    refuse_unusable,
+    unmeasured,
+)
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.processors import processor_identity
 from fulltune.recipe import Recipe
@@ -175,6 +184,7 @@ def _make(
         sources=sources,
         dropped=dict(sum((_left_out(whole) for whole in encoded.values()), Counter())),
         notes=tuple(remarks),
+        test_in_eval=num_in_eval(encoded, split_of) / max(1, int(split_of["test"].sum())),
         previews=_previews(task, target, tokenizer, folder / "train"),
         fingerprint=fingerprint,
     )

@@ -120,9 +120,15 @@ def notes(
             found.append(
                 f"{count} of {len(keys[name])} {name} rows {shared} train{nearly}: their scores flatter the model"
             )
-    if count := int(np.isin(keys["test"], keys["eval"]).sum()):
+    if count := num_in_eval(encoded, split_of):
         found.append(f"{count} of {len(keys['test'])} test rows {shared} eval{nearly}, which chooses the checkpoint")
     return found
+
+
+def num_in_eval(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]) -> int:
+    """Test rows that also stand in eval."""
+    test, chosen = (np.asarray(encoded.get(name, encoded["train"]).groups)[split_of[name]] for name in ("test", "eval"))
+    return int(np.isin(test, chosen).sum())
 
 
 def unmeasured(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]) -> list[str]:

@@ -9,6 +9,7 @@ from html import escape
 
 from fulltune.report import words
 from fulltune.report.history import Point, not_finite
+from fulltune.units import is_share
 
 WIDTH = 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 36
@@ -144,7 +145,7 @@ def nice_ticks(low: float, high: float, about: int, whole: bool = False) -> list
 def _ticks(metric: str, low: float, high: float) -> list[float]:
     """Nice ticks; a share never needs one below 0 or above 1."""
     ticks = nice_ticks(low, high, 4)
-    return [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9] if words.is_percent(metric) else ticks
+    return [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9] if is_share(metric) else ticks
 
 
 def _decades(low: float, high: float) -> list[float]:

@@ -9,6 +9,7 @@ from fulltune.compare_records import Decision, Difference
 from fulltune.records import Estimate
 from fulltune.report import words
 from fulltune.trials import ArmRow, Comparison
+from fulltune.units import is_share
 
 NOTHING = "–"
 """For what an arm does not have: a time of training of the untouched model."""
@@ -27,7 +28,7 @@ class Writer:
 
     @property
     def in_points(self) -> bool:
-        return words.is_percent(self.metric)
+        return is_share(self.metric)
 
     @property
     def name(self) -> str:
@@ -165,7 +166,8 @@ def spent(comparison: Comparison) -> tuple[str, str]:
     took = f"{words.duration(comparison.seconds)} in all"
     fixed = f"{words.duration(comparison.fixed_design_seconds)} of training"
     if one > 0:
-        beside = ", beside another one" if comparison.side_by_side > 1 else ""
+        parts = comparison.full_side_by_side
+        beside = f", with 1/{parts} of the cores" if parts > 1 else ""
         took += f", {ratio(comparison.seconds / one)} one full run ({words.duration(one)}{beside})"
         fixed += f", {ratio(comparison.fixed_design_seconds / one)} one full run"
     trained = sum(row.train_seconds * len(row.seeds) + row.search_seconds for row in comparison.rows)
@@ -186,12 +188,15 @@ def seeds_of(row: ArmRow) -> str:
 
 def waited(comparison: Comparison) -> str:
     """Which methods got fewer seeds, and why; empty when none did."""
-    names = ", ".join(row.arm for row in comparison.rows if row.waited)
+    decision = comparison.decision
+    names = ", ".join(row.arm for row in comparison.rows if row.waited and row.arm != decision.recommended)
     if not names:
         return ""
-    if comparison.decision.verdict == "UNDECIDED":
-        return f"fewer seeds of {names}: it stayed open whether full or the best of the others is better"
-    return f"fewer seeds of {names}: the verdict did not hinge on them"
+    why = {
+        "FULL": "they were enough to show that full is better",
+        "UNDECIDED": "they waited for a clear answer about full and the best of the others",
+    }
+    return f"fewer seeds of {names}: {why.get(decision.verdict, 'the verdict did not hinge on them')}"
 
 
 def full_of(comparison: Comparison) -> ArmRow | None:
@@ -219,8 +224,10 @@ def fine_share(value: float) -> str:
     """`100%`, `45.2%`, `0.65%`, `0.0034%`: small shares keep two digits."""
     if not math.isfinite(value):
         return NOTHING
-    if value <= 0:
+    if value == 0:
         return "0%"
+    if value < 0:
+        return f"-{fine_share(-value)}"
     return f"{100 * value:.1f}".removesuffix(".0") + "%" if value >= 0.1 else f"{100 * value:.2g}%"
 
 

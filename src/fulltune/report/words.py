@@ -10,19 +10,13 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from fulltune.records import Estimate
-
-_PERCENT_METRICS = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "recall"}
+from fulltune.units import is_share
 
 # Text from data may hold terminal escapes, NUL (invalid in HTML), halves of a character that UTF-8 cannot write, or
 # marks that reverse the text around it: show them by code instead of obeying them. Newline and tab stay.
 _UNSAFE = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff\\ufffe\\uffff]"
 )
-
-
-def is_percent(metric: str) -> bool:
-    """Whether the metric is a share of rows or tokens."""
-    return metric in _PERCENT_METRICS or metric.startswith("f1_")
 
 
 def number(value: float) -> str:
@@ -60,12 +54,12 @@ def share(value: float) -> str:
 
 def metric(name: str, value: float) -> str:
     """A metric's value: a percentage for accuracy-like ones, else three significant digits."""
-    return percent(value) if is_percent(name) else number(value)
+    return percent(value) if is_share(name) else number(value)
 
 
 def tick(name: str, value: float) -> str:
     """Like `metric`, without decimals that an axis does not need: `80%`."""
-    return f"{round(100 * value, 1):g}%" if is_percent(name) else number(value)
+    return f"{round(100 * value, 1):g}%" if is_share(name) else number(value)
 
 
 def metric_name(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from fulltune.train.attempts import Listener, train
 from fulltune.train.hooks import Hooks
+from fulltune.train.next_attempt import CHANGED
+from fulltune.train.run_time import run_seconds
 from fulltune.train.starting import Starter, in_new_process, nursery
 
-__all__ = ["Hooks", "Listener", "Starter", "in_new_process", "nursery", "train"]
+__all__ = ["CHANGED", "Hooks", "Listener", "Starter", "in_new_process", "nursery", "run_seconds", "train"]

@@ -30,6 +30,7 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loading import load_for_training
 from fulltune.train.request import Request
+from fulltune.train.run_time import CHECKS
 from fulltune.train.seen import Seen
 from fulltune.train.trainer import FullTrainer
 
@@ -255,7 +256,7 @@ def _reduced(attempt: Attempt, rows: Any) -> Any:
 def _check(attempt: Attempt, rows: Any, eval_rows: Any) -> None:
     """Run the checks before step 1 and the dry run, with DeepSpeed inside its engine; refuse when one failed."""
     trainer, plan, summary = attempt.trainer, attempt.plan, attempt.summary
-    attempt.recorder.phase("checking, with one dry-run step at the longest length")
+    attempt.recorder.phase(CHECKS)
     attempt.journal.at("step")
     attempt.checks = before_training(
         trainer,

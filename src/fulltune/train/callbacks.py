@@ -15,6 +15,7 @@ from fulltune.errors import Diverged
 from fulltune.records import Phase
 from fulltune.train import checkpoints
 from fulltune.train.guards import came_apart, stopped_improving
+from fulltune.train.run_time import TRAINING
 
 Event = dict[str, Any]
 
@@ -50,7 +51,7 @@ class Recorder(TrainerCallback):
         self.write({"kind": "phase", "name": name})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.phase("training")
+        self.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, self.tokens())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:

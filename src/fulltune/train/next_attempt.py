@@ -35,6 +35,15 @@ _MOST_LEVERS = 3
 _WORTH_NAMING = 2**20
 _TELLING = 64 * 2**20
 """Less growth is in the noise of the libraries, and says nothing about what would fit."""
+CHANGED = {
+    "micro_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "gradient accumulation",
+    "eval_batch_size": "evaluate.batch_size",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "chunked_loss": "train.chunked_loss",
+    "optim": "train.optim",
+}
+"""Fields of a plan that a remedy may change, with the settings' names."""
 _NO_SECOND = "functions of your own train in this process, which allows no second attempt"
 
 
@@ -116,17 +125,9 @@ def short_of(outcome: Outcome, plan: Plan) -> str:
 
 def _noted(before: Plan, after: Plan, rung: Rung, last: Outcome) -> tuple[Setting, ...]:
     """The settings with the new values, each with what was planned and why it changed."""
-    names = {
-        "micro_batch_size": "train.micro_batch_size",
-        "gradient_accumulation_steps": "gradient accumulation",
-        "eval_batch_size": "evaluate.batch_size",
-        "activation_checkpointing": "train.activation_checkpointing",
-        "chunked_loss": "train.chunked_loss",
-        "optim": "train.optim",
-    }
     present = {setting.name: setting for setting in before.settings}
     for field in rung.changes or ():
-        name, value = names[field], getattr(after, field)
+        name, value = CHANGED[field], getattr(after, field)
         old = present.get(name) or Setting(name=name, value=getattr(before, field), reason="default", chosen=True)
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
         why = f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"

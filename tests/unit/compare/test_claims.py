@@ -8,7 +8,7 @@ from tests import comparisons
 
 def test_claims_are_judged_from_the_rows() -> None:
     one = comparisons.comparison()
-    found = {claim.claim: claim for claim in claims(one.rows, one.decision, one.train_rows, 1.0)}
+    found = {claim.claim: claim for claim in claims(one.rows, one.decision, one.train_rows)}
     lora = next(row for row in one.rows if row.kind == "lora")
     full = next(row for row in one.rows if row.kind == "full")
     compute = found["LoRA costs a tenth of the compute"]
@@ -27,5 +27,5 @@ def test_claims_are_judged_from_the_rows() -> None:
 
 def test_best_quality_is_not_decided_by_an_undecided_comparison() -> None:
     one = comparisons.undecided()
-    best = claims(one.rows, one.decision, one.train_rows, 1.0)[0]
+    best = claims(one.rows, one.decision, one.train_rows)[0]
     assert best.holds is None

@@ -137,6 +137,24 @@ def test_measure_many_resamples_at_once_are_the_same() -> None:
         assert measure.value(sums)[0, 1] == pytest.approx(measure.whole({k: v[50:] for k, v in kept.items()}))
 
 
+@pytest.mark.parametrize(
+    ("task", "metric", "bounds", "span"),
+    [
+        ("text-classification", "accuracy", (0.0, 1.0), 1.0),
+        ("text-classification", "spearman", (-1.0, 1.0), 2.0),
+        ("text-classification", "mcc", (-1.0, 1.0), 2.0),
+        ("text-classification", "r2", None, None),
+        ("causal-lm", "loss", None, None),
+        ("seq2seq", "chrf", (0.0, 100.0), 100.0),
+    ],
+)
+def test_measure_knows_between_what_its_values_lie(
+    task: TaskName, metric: str, bounds: tuple[float, float] | None, span: float | None
+) -> None:
+    found = measure_of(task, Target(columns={}, problem_type="regression"), metric)
+    assert (found.bounds, found.span) == (bounds, span)
+
+
 def test_measure_unknown_metric_names_those_there_are() -> None:
     with pytest.raises(SetupError, match="has no metric 'bleu'; choose one of accuracy, loss"):
         measure_of("multiple-choice", Target("choice", {}), "bleu")

@@ -60,7 +60,7 @@ def test_lint_of_clean_design_is_silent() -> None:
         ("unequal-search", "lora", "unfair", {"full": {"whole_runs": 2}, "full_wins": True}),
         ("few-seeds", "full", "unfair", {"full": {"seeds": (1,)}}),
         ("few-seeds", "lora", "worth knowing", {"lora": {"seeds": (1, 2)}}),
-        ("eval-is-test", "rows", "unfair", {"eval_is_test": True}),
+        ("eval-is-test", "rows", "unfair", {"test_in_eval": 0.3}),
         ("unequal-tokens", "full, lora", "unfair", {"lora": {"train_tokens": 700_000}}),
         ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["q_proj", "v_proj"]}}}),
         ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["attention.self.query"]}}}),
@@ -74,7 +74,6 @@ def test_lint_of_clean_design_is_silent() -> None:
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16"}}),
         ("quantised-source", "model", "unfair", {"weights_source": "4bit"}),
         ("quantised-source", "model", "unfair", {"weights_source": "gguf"}),
-        ("unpaired-order", "seeds", "worth knowing", {"same_data_order": False}),
     ],
 )
 def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: str, planted: dict[str, Any]) -> None:

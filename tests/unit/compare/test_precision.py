@@ -56,5 +56,10 @@ def test_needed_rows_or_seeds_would_decide() -> None:
     assert wanted.seeds > 3
     assert now.with_seeds([wanted.seeds] * 2).half_width(0.05) < found.estimate
     assert now.with_seeds([wanted.seeds - 1] * 2).half_width(0.05) >= found.estimate
+    # Where equivalence alone is open, the level at which it is tested counts.
+    plain, strict = (needed(found, 400, 0.07, 0.05, level).seeds for level in (None, 0.001))
+    assert plain is not None
+    assert strict is None or strict > plain
+    assert needed(found, 400, 0.5, 0.05).rows == 420  # it is decided as it is: the next step up, never what there is
     if wanted.rows is not None:
         assert now.with_rows(wanted.rows / 400).half_width(0.05) < found.estimate

@@ -139,3 +139,9 @@ def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() ->
     assert left([one, two], 0.05) == pytest.approx(spent(3, 3, 0.05))
     assert left([one, two.model_copy(update={"enough": True})], 0.05) == two.spent
     assert left([], 0.05) == 0.05
+
+
+def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_that_of_the_second_look() -> None:
+    two, three = (looked([0.93, 0.915], [count] * 2, spread=0.005, most=3) for count in (2, 3))
+    asked = [two.model_copy(update={"enough": False}), three.model_copy(update={"enough": False})]
+    assert left(asked, 0.05) == pytest.approx(spent(3, 3, 0.05, again=True))

@@ -36,7 +36,7 @@ def cells(markdown: str, arm: str) -> list[list[str]]:
 
 def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.comparison())
-    sentence = "Take lora: it differs from full by less than the margin and is cheaper."
+    sentence = "Take lora: as good as full within the margin, and it trains fewer weights."
     terms = (
         "Margin: differences below 1 point of accuracy do not matter. Certainty: 95% for the 3 methods together. "
         "Measured on 3,080 test rows."
@@ -101,11 +101,33 @@ def test_table_arm_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -
     assert cells(markdown, "head")[2][3] == "0.0032*"
 
 
+@pytest.mark.parametrize(
+    ("verdict", "recommended", "waiting", "said"),
+    [
+        ("EQUIVALENT", "lora", ("prompt",), "fewer seeds of prompt: the verdict did not hinge on them"),
+        ("FULL", "full", ("prompt", "adapter"), "fewer seeds of adapter, prompt: they were enough to show that full"),
+        ("UNDECIDED", "", ("prompt",), "fewer seeds of prompt: they waited for a clear answer about full and the best"),
+        ("UNDECIDED", "prompt", ("prompt",), ""),
+        ("PEFT", "prompt", ("prompt", "adapter"), "fewer seeds of adapter: the verdict did not hinge on them"),
+    ],
+)
+def test_waiting_methods_are_named_with_what_is_true_of_the_verdict(
+    verdict: str, recommended: str, waiting: tuple[str, ...], said: str
+) -> None:
+    one = comparisons.comparison()
+    rows = tuple(row.model_copy(update={"waited": row.arm in waiting}) for row in one.rows)
+    decision = one.decision.model_copy(update={"verdict": verdict, "recommended": recommended})
+    found = proof_words.waited(one.model_copy(update={"rows": rows, "decision": decision}))
+    assert found.startswith(said) if said else found == ""
+
+
 def test_card_cost_says_what_stopping_early_saved(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert "- took: 45 min 12 s in all, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
-    together, _ = cards(tmp_path, comparisons.comparison().model_copy(update={"side_by_side": 2}))
-    assert "one full run (4 min 31 s, beside another one); cpu, 2 cores, 2 trials side by side" in together
+    together, _ = cards(
+        tmp_path, comparisons.comparison().model_copy(update={"side_by_side": 2, "full_side_by_side": 2})
+    )
+    assert "one full run (4 min 31 s, with 1/2 of the cores); cpu, 2 cores, 2 trials side by side" in together
     assert (
         "the same search with 5 seeds for every arm: 1 h 26 min of training, 19.1× one full run; stopping early saved "
         "28 min 12 s of it (32.7%)"
@@ -300,7 +322,8 @@ def test_ratio_keeps_what_matters(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(1.0, "100%"), (0.452, "45.2%"), (0.0065, "0.65%"), (3.4e-5, "0.0034%"), (0, "0%")]
+    ("value", "text"),
+    [(1.0, "100%"), (0.452, "45.2%"), (0.0065, "0.65%"), (3.4e-5, "0.0034%"), (0, "0%"), (-0.4, "-40%")],
 )
 def test_fine_share_keeps_two_digits(value: float, text: str) -> None:
     assert proof_words.fine_share(value) == text

@@ -221,6 +221,6 @@ def test_import_report_needs_no_heavy_package() -> None:
     imported = set(re.findall(r"(?m)^(?:from|import) (\w+)", source))
     assert not heavy & imported
     assert set(re.findall(r"(?m)^from fulltune\.(\w+)", source)) <= {
-        *("errors", "records", "compare_records", "trials"),
+        *("errors", "records", "compare_records", "trials", "units"),
         "report",
     }
