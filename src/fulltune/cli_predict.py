@@ -84,6 +84,8 @@ def _check_names(rows: list[dict[str, Any]], by: str | None, names: list[str], f
     """
     if by is None:
         return
+    if not any(by in row for row in rows):
+        raise DataError(f"{file}: has no column '{by}'; it has {', '.join(rows[0]) if rows else 'no rows'}")
     unknown = [(number, row.get(by)) for number, row in enumerate(rows, start=1) if row.get(by) not in names]
     if unknown:
         number, name = unknown[0]

@@ -49,10 +49,7 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
         ("takes", "dim", _takes(expected)),
         ("can find", "dim", _can_find(expected, metric, margin)),
     ]
-    if expected.length_share < 1:
-        share = proof_words.fine_share(expected.length_share)
-        marks.append(("shorter runs", "yellow", f"{share} of the recipe's steps; the verdict is about such runs"))
-    marks += [("budget" if expected.from_budget else "note", "yellow", note) for note in expected.notes]
+    marks += [("note" if expected.budget_seconds is None else "budget", "yellow", note) for note in expected.notes]
     if margin is not None and expected.detectable is not None and expected.detectable > margin:
         asked = Writer(metric, margin).amount(margin)
         more = f"{asked}, less than it can find: it may end UNDECIDED; more test rows or seeds would help"
@@ -72,7 +69,10 @@ def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
         return "nothing: one seed tells nothing about the spread between seeds"
     if expected.detectable is None:
         return f"not known before the first runs: {name} is no share of rows"
-    found = Writer(metric, margin or 0.01).amount(expected.detectable)
+    write = Writer(metric, margin or 0.01)
+    if write.in_points and expected.detectable >= 1:
+        return "nothing: so few test rows and seeds tell no difference from chance, however large"
+    found = write.amount(expected.detectable)
     return f"differences of {found} of {name} or more, in 8 of 10 comparisons, where seeds differ by half a point"
 
 

@@ -95,7 +95,10 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
     if folder.exists() and any(folder.iterdir()):
         raise SetupError(f"{folder}: is not empty and no run folder of fulltune; name another folder")
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:
+            raise SetupError(f"{folder}: cannot be made here; choose another place") from None
         values = {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")}
         part = folder / f"{IDENTITY}.part"
         part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

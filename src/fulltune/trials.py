@@ -112,7 +112,8 @@ class Expectation(Record):
     length_share: float = 1.0
     """Share of the recipe's steps that each run takes; below 1 only because a budget asked for it."""
     search_share: float = 0.06
-    from_budget: bool = False
+    budget_seconds: float | None = None
+    """That it was made for; None: no limit."""
     sequential: bool = True
     """No more seeds than a clear answer needs."""
 

@@ -18,6 +18,7 @@ from fulltune.comparing import rates, seeds, trials
 from fulltune.errors import Diverged, GuardStop
 from fulltune.records import Outcome, Plan
 from fulltune.trials import Search, Trial, TrialResult, Tried
+from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
 
@@ -236,6 +237,29 @@ def test_further_trials_begin_with_what_memory_left(tmp_path: Path) -> None:
     assert seen[1] == (2, 8) != seen[0]
     full = line.trial_plan(Trial(name="full-seed42", arm="full", learning_rate=1, seed=42), line.recipe)
     assert (full.micro_batch_size, full.gradient_accumulation_steps) == seen[0]
+
+
+def test_going_on_with_another_budget_keeps_the_design_and_says_so(tmp_path: Path) -> None:
+    said: list[str] = []
+    one = job(tmp_path, METHODS, lambda event: said.append(str(event.get("text"))))
+    first = rates.expect(comparing.Line(one, pipeline.prepare(one), "test", budget_seconds=60.0))
+    said.clear()
+    assert rates.expect(comparing.Line(one, pipeline.prepare(one), "test")) == first
+    assert "it goes on with the design that was made for a budget of 60 s; --fresh begins anew" in said
+
+
+def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS)
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with in_this_process():
+        with mock.patch.object(comparing.verdict, "untouched", stop), pytest.raises(KeyboardInterrupt):
+            comparing.run(one, "test", budget="1s")
+        found = comparing.run(one, "test").comparison
+    assert [len(row.seeds) for row in found.rows if row.kind != "base"] == [1, 1]
+    assert len({opening.trials for opening in found.openings}) == 1
 
 
 def test_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:

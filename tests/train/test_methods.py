@@ -329,6 +329,28 @@ def test_what_a_method_adds_to_bf16_weights_is_planned_as_float32_as_it_is(kind:
     assert planned.optimizer == 2 * planned.gradients
 
 
+@pytest.mark.parametrize("kind", ["lora", "adapter", "prompt", "peft"])
+@pytest.mark.parametrize("name", ["classifier", "decoder"])
+def test_method_trains_on_bf16_weights_and_leaves_them(name: str, kind: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    model = tiny.save_model(tmp_path / "model", case.model)
+    block = {"name": str(model), "weights_dtype": "bf16"}
+    reached = runs.run(
+        tmp_path,
+        model,
+        case.rows,
+        model=block,
+        task=case.task,
+        method=METHODS[kind],
+        train=STEPS | {"precision": "bf16"},
+    )
+    assert reached.outcome is not None
+    assert reached.outcome.moved is not None
+    assert reached.outcome.moved.share > 0.5
+    assert reached.plan is not None
+    assert (reached.plan.weights_dtype, reached.plan.num_frozen_parameters > 0) == ("bf16", True)
+
+
 # ---- names and refusals --------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,8 @@ def test_row_that_names_no_model_is_refused(trained: dict[str, Path], tmp_path: 
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": "one", "model": "run-intent"}])
     said = ask(trained["intents"], "--with", trained["topics"], "--file", file, "--by", "model")
     assert "row 1: model is 'run-intent', expected one of run-intents, run-topics (1 such rows)" in said.err
+    said = ask(trained["intents"], "--with", trained["topics"], "--file", file, "--by", "which")
+    assert f"{file}: has no column 'which'; it has text, model" in said.err
 
 
 # ---- comparisons of several tasks ------------------------------------------------------------------------------

@@ -93,12 +93,15 @@ def test_expectation_of_one_seed_says_that_it_decides_nothing() -> None:
 
 def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_small() -> None:
     note = "2 instead of 5 seeds at most, to stay within the budget"
-    text = expected(
-        comparisons.comparison(), "accuracy", detectable=0.0234, notes=(note,), from_budget=True, length_share=0.4
-    )
+    text = expected(comparisons.comparison(), "accuracy", detectable=0.0234, notes=(note,), budget_seconds=60.0)
     assert f"budget {note}" in text
-    assert "shorter runs 40% of the recipe's steps; the verdict is about such runs" in text
     assert "margin 1 point, less than it can find: it may end UNDECIDED" in text
+
+
+def test_expectation_of_very_few_rows_says_that_nothing_can_be_found() -> None:
+    assert "can find nothing: so few test rows and seeds" in expected(
+        comparisons.comparison(), "accuracy", detectable=1.5
+    )
 
 
 def test_expectation_of_a_loss_says_that_it_is_not_known() -> None:

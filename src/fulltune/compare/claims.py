@@ -97,8 +97,11 @@ def _forgets(full: ArmRow, lora: ArmRow) -> Claim:
     assert lora.drift is not None
     less = lora.drift.high < full.drift.low
     more = lora.drift.low > full.drift.high
+    # What learned nothing has nothing to forget for.
+    idle = [row.arm for row in (full, lora) if row.gain_share is None or row.gain_share <= 0]
+    here = f"drift on generic text {lora.drift.value:.3g} for {lora.arm}, {full.drift.value:.3g} for full"
     return Claim(
         claim="LoRA forgets less",
-        here=f"drift on generic text {lora.drift.value:.3g} for {lora.arm}, {full.drift.value:.3g} for full",
-        holds=True if less else False if more else None,
+        here=f"{here}, but {idle[0]} is not known to have learned anything" if idle else here,
+        holds=None if idle else True if less else False if more else None,
     )

@@ -119,7 +119,9 @@ def expected(
             length = max(SHORTEST, (budget_seconds - starts) / max(1e-9, takes(1.0) - starts))
             notes.append(f"runs of {length:.0%} of the recipe's steps: the verdict is about such runs")
         if takes(length) > budget_seconds:
-            notes.append("even that takes longer: it stops when the time is up and says what is known by then")
+            notes.append("even that takes longer: each method gets one run, then it says what is known by then")
+    if seeds == LEAST_SEEDS:
+        notes.insert(0, "two seeds say little about their spread: only large differences are found; better give three")
     return Expectation(
         arms=tuple(costs),
         num_seeds=seeds,
@@ -132,6 +134,6 @@ def expected(
         notes=tuple(notes),
         length_share=length,
         search_share=search_share,
-        from_budget=budget_seconds is not None,
+        budget_seconds=budget_seconds,
         sequential=sequential,
     )

@@ -274,7 +274,7 @@ def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended:
             said.append(f"{one.arm}, which decides nothing, {how}: is there anything to learn here?")
     fewer = [one.arm for one in differences if one.decides and one.num_seeds == 1 and one.seeds_known]
     if fewer:
-        said.append(f"{', '.join(fewer)}: one seed; its spread between seeds is taken from the other methods")
+        said.append(f"{', '.join(fewer)}: one seed; the spread between seeds is taken from the other methods")
     for one in differences:
         if one.decides and one.mcnemar is not None and one.full_better and one.mcnemar.p_value > 0.05:
             said.append(f"{one.arm}: McNemar's test on majority votes does not see the difference")

@@ -19,7 +19,7 @@ from fulltune.compare.lint import lint
 from fulltune.compare.many_tasks import many_tasks
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
 from fulltune.comparing import beside
-from fulltune.comparing.line import RECORD, Line, settings_of
+from fulltune.comparing.line import OPENINGS, RECORD, Line, settings_of
 from fulltune.comparing.rates import expect, grid_trials, search
 from fulltune.comparing.seeds import run_seeds
 from fulltune.comparing.verdict import judge
@@ -67,7 +67,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
                 learning_rate=rates[0] if len(rates) == 1 else None,
                 seeds=tuple(range(recipe.train.seed, recipe.train.seed + planned)),
                 weights_dtype=recipe.model.weights_dtype,
-                bf16_rounding=recipe.train.bf16_rounding,
+                bf16_rounding=recipe.train.bf16_rounding or "stochastic",
             )
         )
     return lint(ComparisonDesign(arms=tuple(arms), weights_source="gguf" if model.is_quantised(source) else "plain"))
@@ -117,6 +117,9 @@ def _compare(job: pipeline.Run, command: str, budget: str | None, began: float) 
         text = budget or job.recipe.compare.budget
         line = Line(job, summary, command, parse_seconds(text) if text else None, start, began)
         expectation = expect(line)
+        if (job.folder / OPENINGS).exists():
+            line.say("the test rows were opened: nothing more is trained")
+            line.budget_seconds = 0.0
         with beside.helpers(line) as together:
             grids = [trial for one in line.trained_arms for trial in grid_trials(line, one, expectation)]
             together(grids)

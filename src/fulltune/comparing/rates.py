@@ -16,6 +16,9 @@ def expect(line: Line) -> Expectation:
     path = line.folder / FOLDER / "expectation.json"
     if path.exists():
         found = Expectation.load(path)
+        if found.budget_seconds != line.budget_seconds:
+            made_for = "no budget" if found.budget_seconds is None else f"a budget of {found.budget_seconds:g} s"
+            line.say(f"it goes on with the design that was made for {made_for}; --fresh begins anew")
     else:
         block = line.recipe.compare
         costs = {one.arm: design.Cost(_run_seconds(line, one.arm), len(_grid(line, one))) for one in line.trained_arms}

@@ -6,6 +6,7 @@ Every error names the file and, where there is one, the line.
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import json
 import sys
@@ -141,7 +142,8 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         parent = path.parent
         near = [file.name for file in parent.iterdir() if file.suffix in READERS] if parent.is_dir() else []
-        hint = f" (in that folder: {', '.join(sorted(near)[:4])})" if near else ""
+        near = difflib.get_close_matches(path.name, near, cutoff=0.5) or sorted(near)[:4]
+        hint = f" (in that folder: {', '.join(near)})" if near else ""
         raise DataError(f"{path}: no such file{hint}")
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)

@@ -20,7 +20,7 @@ PAGE = "card.html"
 PICTURE = "card.png"
 _NO_PICTURE = (
     "There is no picture of the plot (card.html has it): matplotlib is not installed. Get it with pip install "
-    "'fulltune[plots]', then run the command below again: it writes only the card anew."
+    "'fulltune[plots]', then 'fulltune report RUN' with this run's folder: it writes only the card anew."
 )
 
 

@@ -137,10 +137,12 @@ def _quality(comparison: Comparison) -> Table:
             )
         )
     level = f"{100 * comparison.decision.confidence:g}%"
+    taken = f"{POINTER}the method to take. " if comparison.decision.recommended else ""
+    spread = "rows and seeds" if proof_words.seeds_known(comparison) else "rows alone, since there is one seed"
     caption = (
-        f"Quality on the sealed test rows. {POINTER}the method to take. {write.name}: mean over seeds, its {level} "
-        "interval over rows and seeds. The difference's interval holds for all deciding methods together; above 0 full "
-        f"is better. Drift: {comparison.drift_unit} on generic text. *: best rate at the edge of those tried"
+        f"Quality on the sealed test rows. {taken}{write.name}: mean over seeds, its {level} interval over {spread}. "
+        f"The difference's interval holds for all deciding methods together; above 0 full is better. Drift: "
+        f"{comparison.drift_unit} on generic text. *: best rate at the edge of those tried"
     )
     header = (
         "method",
@@ -257,8 +259,8 @@ def _plot(comparison: Comparison, picture: str, picture_note: str) -> Section | 
         f"methods far off. Marks that would hide each other stand side by side. Whiskers: {level} intervals."
     )
     figures = tuple(Figure(scatter.svg(one), one.title, one.words, file=picture) for one in found)
-    note = [Paragraph(picture_note)] if picture_note else []
-    return Section("plot", "Quality against cost", (Figures(figures), Paragraph(legend), *note))
+    shown: tuple[Block, ...] = (Figures(figures), Paragraph(legend))
+    return Section("plot", "Quality against cost", (Paragraph(picture_note),) if picture_note else shown)
 
 
 # ---- what else -------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def _how(comparison: Comparison) -> Section:
 
 
 def _facts(comparison: Comparison) -> tuple[tuple[str, str], ...]:
-    expected, write = comparison.expectation, Writer.of(comparison.decision)
+    expected = comparison.expectation
     took, fixed = proof_words.spent(comparison)
     cores = words.counted(comparison.cores, "core")
     beside = f", {comparison.side_by_side} trials side by side" if comparison.side_by_side > 1 else ""
@@ -305,10 +307,10 @@ def _facts(comparison: Comparison) -> tuple[tuple[str, str], ...]:
         ("took", f"{took}; {comparison.device}, {cores}{beside}"),
         ("a fixed design", fixed),
     ]
-    if could := _could_find(comparison, write):
+    if could := _could_find(comparison):
         facts.append(("could find", could))
     if expected.notes:
-        facts.append(("budget" if expected.from_budget else "design", "; ".join(expected.notes)))
+        facts.append(("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)))
     facts.append(("drift", f"{comparison.drift_unit} against the untouched model, on {comparison.drift_text}"))
     facts.append(("started", comparison.started))
     return tuple(facts)
@@ -322,20 +324,15 @@ def _opened(comparison: Comparison) -> str:
     return f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
 
 
-def _could_find(comparison: Comparison, write: Writer) -> str:
+def _could_find(comparison: Comparison) -> str:
     """The differences that this comparison would have called; 80 times out of 100."""
     parts = []
     if comparison.expectation.detectable is not None:
-        parts.append(f"expected before the start: {write.amount(comparison.expectation.detectable)}")
-    known = [one for one in comparison.decision.differences if one.decides and one.seeds_known]
-    if known:
-        found = ", ".join(f"{_detectable(one, write)} ({one.arm})" for one in known)
+        expected = Writer.of(comparison.decision).found_from(comparison.expectation.detectable)
+        parts.append(f"expected before the start, with all seeds: {expected}")
+    if found := proof_words.could_find(comparison):
         parts.append(f"in the end: {found}; true differences of that size are called in 8 of 10 comparisons")
     return "; ".join(parts)
-
-
-def _detectable(one: Difference, write: Writer) -> str:
-    return "no difference at all" if write.in_points and one.detectable >= 1 else write.amount(one.detectable)
 
 
 def _searches(comparison: Comparison) -> Table:
@@ -346,7 +343,7 @@ def _searches(comparison: Comparison) -> Table:
             (
                 Cell(one.arm, foreign=True),
                 _tried(one.tried, write) or NOTHING,
-                _tried(one.whole, write) or NOTHING,
+                _whole(one, write) or NOTHING,
                 f"{words.number(one.chosen)}{'*' if one.on_edge else ''}",
                 one.reason,
             )
@@ -354,6 +351,12 @@ def _searches(comparison: Comparison) -> Table:
     header = ("method", "short runs", "whole runs", "chosen", "why")
     caption = f"Learning rates with their {write.name} on the eval rows. *: a better one may lie beyond those tried"
     return Table(caption, header, tuple(rows), frozenset({3}))
+
+
+def _whole(search: Search, write: Writer) -> str:
+    """Whole runs at different rates, and how many came apart before."""
+    apart = search.other_runs - max(0, len(search.whole) - 1)
+    return " · ".join([_tried(search.whole, write)] * bool(search.whole) + [f"{apart} came apart"] * bool(apart))
 
 
 def _tried(tried: Sequence[Tried], write: Writer) -> str:

@@ -91,7 +91,9 @@ def train(
     sharing = zero.zero_of(request.recipe)
     attempt = Attempt(request, hooks, journal, recorder, stop, seen, task_named(request.recipe.task), summary, sharing)
     rows, eval_rows = _make_trainer(attempt)
-    with methods.without_casts(attempt.applied, autocast=request.plan.precision != "fp32"):
+    # bf16 weights compute in bf16 without autocast, and then LoRA's layers need their own casts.
+    autocast = request.plan.precision != "fp32" and request.plan.weights_dtype == "fp32"
+    with methods.without_casts(attempt.applied, autocast):
         _check(attempt, rows, eval_rows)
         return _probed(attempt) if request.probe else _trained(attempt)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fulltune.compare.claims import claims
+from fulltune.trials import Claim
 from tests import comparisons
 
 
@@ -23,6 +24,19 @@ def test_claims_are_judged_from_the_rows() -> None:
     weaker = found["prompt tuning is weaker"]
     assert "points of accuracy" in weaker.here
     assert weaker.holds is one.decision.difference("prompt").full_better
+
+
+def test_forgetting_less_is_no_merit_of_what_learned_nothing() -> None:
+    one = comparisons.comparison()
+    said = "LoRA forgets less"
+
+    def found(**gains: float | None) -> Claim:
+        rows = [row.model_copy(update={"gain_share": gains.get(row.arm, row.gain_share)}) for row in one.rows]
+        return next(claim for claim in claims(rows, one.decision, one.train_rows) if claim.claim == said)
+
+    assert found().holds is True
+    assert found(full=None).holds is None
+    assert found(lora=0.0).here.endswith("but lora is not known to have learned anything")
 
 
 def test_best_quality_is_not_decided_by_an_undecided_comparison() -> None:

@@ -59,4 +59,4 @@ def test_expected_small_budget_shortens_the_runs_and_says_so() -> None:
     assert found.detectable is None
     tiny = design.expected(COSTS, 3, 0.1, 10, 1000, None, 10)
     assert tiny.length_share == design.SHORTEST
-    assert "stops when the time is up" in tiny.notes[-1]
+    assert "each method gets one run, then it says what is known by then" in tiny.notes[-1]

@@ -146,6 +146,21 @@ def test_claim_is_one_sentence_with_its_verdict(tmp_path: Path, holds: bool | No
 # ---- marks -----------------------------------------------------------------------------------------------------
 
 
+def test_rates_that_came_apart_in_whole_runs_are_counted(tmp_path: Path) -> None:
+    one = comparisons.comparison()
+    searches = tuple(search.model_copy(update={"other_runs": 1, "whole": ()}) for search in one.searches)
+    markdown, _ = cards(tmp_path, one.model_copy(update={"searches": searches}))
+    assert "1 came apart" in markdown
+
+
+def test_stopping_because_the_time_was_up_is_no_saving() -> None:
+    one = comparisons.comparison()
+    looks = (*one.looks[:-1], one.looks[-1].model_copy(update={"enough": False}))
+    _, fixed = proof_words.spent(one.model_copy(update={"looks": looks}))
+    assert "; the time was up before " in fixed
+    assert "saved" not in fixed
+
+
 def test_marks_stand_beside_the_verdict_and_say_what_to_do(tmp_path: Path) -> None:
     found = (comparisons.finding("worth knowing", "lora"), comparisons.finding())
     markdown, html = cards(tmp_path, comparisons.comparison(findings=found))
@@ -164,14 +179,21 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
 
 
 def test_marks_budget_and_few_rows_are_named() -> None:
-    made = comparisons.comparison()
-    expected = made.expectation.model_copy(update={"length_share": 0.4, "detectable": 0.0234})
-    assert proof_words.marks(made.model_copy(update={"expectation": expected})) == [
+    made = comparisons.undecided()
+    expected = made.expectation.model_copy(update={"length_share": 0.4})
+    lora = made.decision.difference("lora").model_copy(update={"detectable": 0.031, "equivalent": False})
+    made = made.model_copy(update={"decision": made.decision.model_copy(update={"differences": (lora,)})})
+    found = proof_words.marks(made.model_copy(update={"expectation": expected}))
+    assert found == [
         "Worth knowing: every run took 40% of the recipe's steps, to stay within the budget: the verdict is about such "
         "runs.",
-        "Worth knowing: so many test rows and seeds usually find differences of 2.3 points or more; the margin is 1 "
-        "point.",
+        "Worth knowing: differences that so many test rows and seeds find in 8 of 10 cases: from "
+        "3.1 points on (lora); the margin is 1 point.",
     ]
+    blind = made.decision.model_copy(update={"differences": (lora.model_copy(update={"detectable": 1.7}),)})
+    found = proof_words.marks(made.model_copy(update={"decision": blind}))
+    assert "find in 8 of 10 cases: none, however large (lora); the margin" in found[0]
+    assert found[1].startswith("Worth knowing: lora: so few seeds say next to nothing about their spread")
 
 
 def test_marks_name_what_trains_nothing_where_no_method_does_better() -> None:
