@@ -48,6 +48,8 @@ class Set:
     full: str = "full"
     seeds: Callable[[int], int] = lambda rows: 3
     batch: int = 32
+    panel: str = ""
+    """The set in whose panel it is drawn; empty: its own."""
 
 
 def data() -> Path:
@@ -127,12 +129,13 @@ SETS = {
         lambda rows: 10 if rows == 500 else 5 if rows else 4,
     ),
     "banking77-layers": Set(
-        "Banking77, full with a layer-wise decay of the rate of 0.8, MiniLM-L6, accuracy",
+        "full with a layer-wise decay of the rate of 0.8",
         MINILM + CLASSES.format(label="category"),
         (500, 2000),
         banking77,
         lambda rows: 10 if rows == 500 else 5,
         full="{kind: full, layerwise_lr_decay: 0.8}",
+        panel="banking77",
     ),
     "wnut17": Set(
         "WNUT-17: new names in tweets, MiniLM-L6, F1 of entities",
@@ -150,7 +153,7 @@ SETS = {
         seeds=lambda rows: 3 if rows < 100_000 else 2,
     ),
     "gsm8k": Set(
-        "GSM8K: worked answers, SmolLM2-135M-Instruct, one short epoch, loss on the answers",
+        "GSM8K: worked answers, SmolLM2-135M-Instruct, one epoch, loss on the answers",
         SMOLLM
         + "task: causal-lm\ndata: {train: train.jsonl, eval: eval.jsonl, test: test.jsonl, prompt: question, "
         + "completion: answer, max_length: 512}\nevaluate: {metric: loss, generate_rows: 0}\n",
@@ -246,27 +249,44 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    names = [name for name in SETS if any(one["set"] == name for one in found)]
-    figure, panels = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), squeeze=False)
-    for panel, name in zip(panels[0], names, strict=True):
-        mine = [one for one in found if one["set"] == name]
-        scale = 1 if mine[0]["metric"] == "loss" else 100
-        middle = [scale * one["difference"][0] for one in mine]
-        low = [scale * (one["difference"][0] - one["difference"][1]) for one in mine]
-        high = [scale * (one["difference"][2] - one["difference"][0]) for one in mine]
+    there = [name for name in SETS if any(one["set"] == name for one in found)]
+    names = [name for name in there if not SETS[name].panel]
+    figure, panels = pyplot.subplots(2, (len(names) + 1) // 2, figsize=(9, 7), squeeze=False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        several = [name, *(other for other in there if SETS[other].panel == name)]
+        sizes = sorted({one["rows"] for one in found if one["set"] in several})
+        for other, style in zip(several, ("o-", "s--"), strict=False):
+            label = SETS[other].title if SETS[other].panel else "one rate for all layers"
+            _draw(panel, [one for one in found if one["set"] == other], style, label)
+        scale = _scale(found, name)
         panel.axhline(0, color="#888888", linewidth=0.8)
         panel.axhspan(-scale * SETS[name].margin, scale * SETS[name].margin, color="#dddddd", alpha=0.6, linewidth=0)
-        panel.errorbar([one["rows"] for one in mine], middle, [low, high], marker="o", capsize=4, color="#1f4e9c")
         panel.set_xscale("log")
-        sizes = [one["rows"] for one in mine]
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
         panel.minorticks_off()
         panel.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
-        panel.set_title(SETS[name].title.replace(", ", ",\n", 1), fontsize=8)
+        panel.set_title(SETS[name].title.replace(", ", ",\n", 1), fontsize=9)
         panel.set_xlabel("train rows")
         panel.set_ylabel("full better by, " + ("nats" if scale == 1 else "points"))
+        if len(several) > 1:
+            panel.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+
+
+def _scale(found: list[dict[str, Any]], name: str) -> int:
+    return 1 if any(one["set"] == name and one["metric"] == "loss" for one in found) else 100
+
+
+def _draw(panel: Any, points: list[dict[str, Any]], style: str, label: str) -> None:
+    scale = _scale(points, points[0]["set"])
+    middle, low, high = (
+        [scale * one["difference"][0] for one in points],
+        [scale * (one["difference"][0] - one["difference"][1]) for one in points],
+        [scale * (one["difference"][2] - one["difference"][0]) for one in points],
+    )
+    color = "#1f4e9c" if style[0] == "o" else "#c05a00"
+    panel.errorbar([one["rows"] for one in points], middle, [low, high], fmt=style, capsize=4, color=color, label=label)
 
 
 def main() -> None:

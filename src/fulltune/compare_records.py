@@ -54,6 +54,8 @@ class ComparisonDesign(Record):
     """Share of the reported rows that also choose rates and checkpoints."""
     test_openings: int = 0
     """How often the test rows were scored."""
+    opened_by_others: tuple[str, ...] = ()
+    """Other comparisons that opened the same test rows."""
 
 
 class Finding(Record):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from fulltune import comparing, pipeline, predict
-from fulltune.comparing import trials
+from fulltune.comparing import trials, verdict
 from fulltune.errors import DataError, InterruptedRun, RecipeError
+from fulltune.records import DataSummary
 from fulltune.run_folder import recipe_of
 from fulltune.trials import Comparison
 from tests.contract.command import fulltune
@@ -108,6 +109,21 @@ def test_test_rows_are_opened_once_and_by_somebody(finished: tuple[Path, Compari
     assert opening.command == "fulltune compare recipe.yaml"
     sealed = sorted(path.stem for path in (folder / "predictions" / "sealed").iterdir())
     assert sealed == ["full-seed42", "full-seed43", "lora-seed42", "lora-seed43"]
+
+
+def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tuple[Path, Comparison]) -> None:
+    folder, found = finished
+    assert not [one for one in found.findings if one.rule == "test-opened-again"]
+    one = pipeline.Run(recipe_of(folder), folder)
+    line = comparing.Line(one, DataSummary.load(folder / "data" / "summary.json"), "test")
+    other = folder.parent / "before"
+    shutil.copytree(folder, other)
+    try:
+        assert verdict.opened_by_others(line) == ["before"]
+        (other / "data" / "summary.json").write_text("{}", encoding="utf-8")
+        assert verdict.opened_by_others(line) == []
+    finally:
+        shutil.rmtree(other)
 
 
 def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Comparison]) -> None:

@@ -176,6 +176,18 @@ def _test_opened_again(design: ComparisonDesign) -> Iterator[Finding]:
         )
 
 
+def _test_opened_by_others(design: ComparisonDesign) -> Iterator[Finding]:
+    if design.opened_by_others:
+        yield Finding(
+            rule="test-opened-again",
+            level="worth knowing",
+            where="test rows",
+            what=f"other comparisons opened them before ({', '.join(design.opened_by_others)}): what those showed may "
+            "have shaped this one",
+            to_do="take fresh test rows where the recipe was changed because of what was seen",
+        )
+
+
 def _unequal_tokens(design: ComparisonDesign) -> Iterator[Finding]:
     known = {arm.name: arm.train_tokens for arm in _trained(design) if arm.train_tokens}
     ordered = sorted(known, key=lambda name: (known[name], name in [arm.name for arm in _full(design)]))
@@ -252,6 +264,7 @@ _RULES: tuple[Callable[[ComparisonDesign], Iterator[Finding]], ...] = (
     _few_seeds,
     _eval_is_test,
     _test_opened_again,
+    _test_opened_by_others,
     _unequal_tokens,
     _attention_only,
     _bf16_full,

@@ -171,9 +171,12 @@ class Line:
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         room = self.room(trial.arm)
         made = self._fit(recipe, room.shapes, room.traced)
-        smaller = self._smaller(trial.arm)
-        changes = {name: getattr(smaller, name) for name in CHANGED} if smaller is not None else {}
-        return made.model_copy(update={**changes, "trial": trial.name, "model_name": trial.name})
+        if (smaller := self._smaller(trial.arm)) is not None:
+            known = [one for one in smaller.settings if one.name in CHANGED.values()]
+            settings = {one.name: one for one in (*made.settings, *known)}
+            changes = {name: getattr(smaller, name) for name in (*CHANGED, "memory", "state")}
+            made = made.model_copy(update={**changes, "settings": tuple(settings.values())})
+        return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
 
     def keep_smaller(self, arm: str, made: Plan) -> None:
         """Memory ran out, and this plan fits: the arm's further trials begin with what it changed."""

@@ -125,6 +125,7 @@ def design_of(
     results: Results,
     looks: Sequence[Look],
     openings: Sequence[Opening],
+    others: Sequence[str],
     *,
     full_wins: bool,
 ) -> ComparisonDesign:
@@ -154,5 +155,6 @@ def design_of(
         full_wins=full_wins,
         weights_source="gguf" if model.is_quantised(model.locate(line.recipe.model)) else "plain",
         test_in_eval=line.summary.test_in_eval,
+        opened_by_others=tuple(others),
         test_openings=len({one.trials for one in openings}),  # the same trials again show nothing new
     )

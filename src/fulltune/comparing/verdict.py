@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import getpass
+import json
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 
 from fulltune import evaluate, run_folder
 from fulltune.compare.claims import claims
@@ -81,6 +83,25 @@ def open_test_rows(line: Line, trials: Sequence[str]) -> tuple[Opening, ...]:
     return tuple(Opening.model_validate(entry) for entry in lines_of(line.folder / OPENINGS))
 
 
+def opened_by_others(line: Line) -> list[str]:
+    """Names of other comparisons beside this one that opened the same test rows."""
+    found = set()
+    for parent in {line.folder.resolve().parent, Path(line.recipe.output).resolve()}:
+        for path in parent.glob(f"*/{OPENINGS}"):
+            folder = path.parent.parent
+            if folder != line.folder.resolve() and _data_fingerprint(folder) == line.summary.fingerprint:
+                found.add(folder.name)
+    return sorted(found)
+
+
+def _data_fingerprint(folder: Path) -> str:
+    """Of a run folder's rows; empty where it has none, or was written by a version that wrote them otherwise."""
+    try:
+        return str(json.loads((folder / "data" / "summary.json").read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def comparison_of(
     line: Line,
     expectation: Expectation,
@@ -102,6 +123,8 @@ def comparison_of(
     fixed = sum(
         statistics.mean(one.train_seconds for one in found) * expectation.num_seeds for found in results.values()
     ) + sum(row.search_seconds for row in rows)
+    full_wins, others = decision.verdict == "FULL", opened_by_others(line)
+    design = design_of(line, searches, results, looks, openings, others, full_wins=full_wins)
     return Comparison(
         name=line.folder.name,
         model=line.recipe.model.name,
@@ -118,7 +141,7 @@ def comparison_of(
         searches=tuple(searches.values()),
         expectation=expectation,
         looks=tuple(looks),
-        findings=lint(design_of(line, searches, results, looks, openings, full_wins=decision.verdict == "FULL")),
+        findings=lint(design),
         openings=openings,
         claims=claims(rows, decision, summary.splits["train"].rows),
         drift_unit="nats per token" if summary.problem_type in drift.WRITERS else "1 - cosine",

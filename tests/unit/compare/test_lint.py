@@ -73,6 +73,7 @@ def test_lint_of_clean_design_is_silent() -> None:
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16", "bf16_rounding": "nearest"}}),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16"}}),
         ("quantised-source", "model", "unfair", {"weights_source": "4bit"}),
+        ("test-opened-again", "test rows", "worth knowing", {"opened_by_others": ("banking77-1",)}),
         ("quantised-source", "model", "unfair", {"weights_source": "gguf"}),
     ],
 )
