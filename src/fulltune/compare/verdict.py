@@ -260,7 +260,7 @@ def _would_decide(differences: Sequence[Difference]) -> list[str]:
         if ways:
             said.append(f"{one.arm}: {' or '.join(ways)}, were the difference what it seems")
         else:
-            said.append(f"{one.arm}: neither 100 times the rows nor 30 seeds alone, were the difference what it seems")
+            said.append(f"{one.arm}: not even 100 times the test rows, or 30 seeds, were the difference what it seems")
     return said
 
 

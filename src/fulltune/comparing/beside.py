@@ -31,6 +31,7 @@ from fulltune.train.starting import end_with
 from fulltune.trials import Trial
 from fulltune.units import in_words
 
+_MOST_NAMED = 4
 _COMMAND = "from fulltune.comparing import beside; beside.serve()"
 
 
@@ -135,7 +136,8 @@ class Helpers:
         longest = max(sum(_seconds(line, one) for one in part) for part in parts)
         if len(parts) == 1 or line.seconds_left < len(parts) * longest:
             return
-        line.say(f"{len(todo)} trials, {len(parts)} side by side: {', '.join(one.name for one in todo)}")
+        named = [one.name for one in todo[:_MOST_NAMED]] + ["..."] * (len(todo) > _MOST_NAMED)
+        line.say(f"{len(todo)} trials, {len(parts)} side by side: {', '.join(named)}")
         self.busy = self.processes[: len(parts) - 1]
         for helper, part in zip(self.busy, parts[1:], strict=True):
             assert helper.stdin is not None, "a pipe"

@@ -129,10 +129,11 @@ def marks(comparison: Comparison) -> list[str]:
             "Worth knowing: differences that so many test rows and seeds find in 8 of 10 cases: "
             f"{_found_from(still_open, write)}; the margin is {write.amount(decision.margin)}."
         )
-    if blind := [one.arm for one in _known(comparison) if write.in_points and one.detectable >= 1]:
+    known = _known(comparison)
+    if blind := [one.arm for one in known if write.in_points and one.adjusted_high - one.adjusted_low >= 1]:
         said.append(
             f"Worth knowing: {', '.join(blind)}: so few seeds say next to nothing about their spread, so that the "
-            "interval covers nearly everything; more seeds would change that."
+            "difference's interval covers nearly everything; more seeds would change that."
         )
     return said
 

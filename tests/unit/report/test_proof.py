@@ -190,7 +190,11 @@ def test_marks_budget_and_few_rows_are_named() -> None:
         "Worth knowing: differences that so many test rows and seeds find in 8 of 10 cases: from "
         "3.1 points on (lora); the margin is 1 point.",
     ]
-    blind = made.decision.model_copy(update={"differences": (lora.model_copy(update={"detectable": 1.7}),)})
+    blind = made.decision.model_copy(
+        update={
+            "differences": (lora.model_copy(update={"detectable": 1.7, "adjusted_low": -0.4, "adjusted_high": 0.7}),)
+        }
+    )
     found = proof_words.marks(made.model_copy(update={"decision": blind}))
     assert "find in 8 of 10 cases: none, however large (lora); the margin" in found[0]
     assert found[1].startswith("Worth knowing: lora: so few seeds say next to nothing about their spread")
