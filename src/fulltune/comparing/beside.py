@@ -129,13 +129,13 @@ class Helpers:
         line, todo = self.line, [one for one in trials if not is_done(self.line, one)]
         if len(todo) < 2:
             return
-        if not self.started:  # not before: a comparison that is finished needs none
-            self._start()
-        parts = _shares(line, todo, 1 + len(self.processes))
+        parts = _shares(line, todo, 1 + len(self.processes) if self.started else line.side_by_side)
         # The plan's times are with all cores.
         longest = max(sum(_seconds(line, one) for one in part) for part in parts)
         if len(parts) == 1 or line.seconds_left < len(parts) * longest:
             return
+        if not self.started:  # not before: a comparison that is finished needs none
+            self._start()
         named = [one.name for one in todo[:_MOST_NAMED]] + ["..."] * (len(todo) > _MOST_NAMED)
         line.say(f"{len(todo)} trials, {len(parts)} side by side: {', '.join(named)}")
         self.busy = self.processes[: len(parts) - 1]
