@@ -65,7 +65,7 @@ def _gain(base: ArmRow | None, full: ArmRow, lora: ArmRow, decision: Decision) -
     apart = decision.difference(lora.arm)
     low, high = 1 - apart.adjusted_high / gain, 1 - apart.adjusted_low / gain
     return Claim(
-        claim="LoRA reaches 90 to 95 % of full's gain",
+        claim="LoRA reaches 90 to 95 % of full's gain, or more",
         here=f"{lora.arm} reaches {lora.gain_share:.1%} of what full gains over the untouched model "
         f"({low:.0%} to {high:.0%})",
         holds=None if not apart.seeds_known else True if low >= 0.9 else False if high < 0.9 else None,
