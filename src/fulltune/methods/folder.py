@@ -223,7 +223,7 @@ def merged(folder: Path) -> Any:
         raise SetupError(f"{folder}: a method of kind {kind} adds to what the model computes and cannot be merged")
     try:
         return applied.outer.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:
+    except (AttributeError, NotImplementedError, ValueError) as error:  # what PEFT's kinds say that cannot merge
         raise SetupError(f"{folder}: PEFT cannot merge it: {' '.join(str(error).split())[:200]}") from error
 
 

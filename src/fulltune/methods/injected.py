@@ -95,6 +95,7 @@ def put_into(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about transposed matrices and the like, which it sets right itself
             return get_peft_model(model, config)
+    # PEFT has no error of its own: a config or a model that it cannot take ends in any of these; all are passed on.
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
         if is_out_of_memory(error):  # a RuntimeError as well, and no fault of the recipe
             raise

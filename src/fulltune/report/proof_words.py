@@ -122,14 +122,13 @@ def marks(comparison: Comparison) -> list[str]:
         )
     if (untrained := best_untrained(comparison)) is not None:
         said.append(f"Worth knowing: {untrained}")
-    write = Writer.of(decision)
-    still_open = [one for one in _known(comparison) if not (one.full_better or one.arm_better or one.equivalent)]
+    write, known = Writer.of(decision), _known(comparison)
+    still_open = [one for one in known if not (one.full_better or one.arm_better or one.equivalent)]
     if any(one.detectable > decision.margin for one in still_open):
         said.append(
             "Worth knowing: differences that so many test rows and seeds find in 8 of 10 cases: "
             f"{_found_from(still_open, write)}; the margin is {write.amount(decision.margin)}."
         )
-    known = _known(comparison)
     if blind := [one.arm for one in known if write.in_points and one.adjusted_high - one.adjusted_low >= 1]:
         said.append(
             f"Worth knowing: {', '.join(blind)}: so few seeds say next to nothing about their spread, so that the "
