@@ -1,0 +1,47 @@
+"""Metrics from counts have scikit-learn's values, also where classes are missing or all rows are of one."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from fulltune.tasks.text_classification import label_metrics
+
+
+def target(problem_type: str) -> Any:
+    return SimpleNamespace(problem_type=problem_type)
+
+
+@pytest.mark.parametrize("classes", range(1, 7))
+def test_classes_have_the_values_of_scikit_learn(classes: int) -> None:
+    draw = np.random.default_rng(classes)
+    for rows in (1, 2, 5, 30, 200):
+        true = draw.integers(0, classes, rows)
+        predicted = np.where(draw.random(rows) < 0.5, true, draw.integers(0, classes, rows))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = {
+                "accuracy": reference.accuracy_score(true, predicted),
+                "f1_macro": reference.f1_score(true, predicted, average="macro", zero_division=0),
+                "mcc": reference.matthews_corrcoef(true, predicted),
+            }
+        assert label_metrics(true, predicted, target("single_label")) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("labels", range(2, 6))
+def test_several_labels_have_the_values_of_scikit_learn(labels: int) -> None:
+    draw = np.random.default_rng(labels)
+    for rows in (1, 2, 5, 30):
+        true = draw.integers(0, 2, (rows, labels))
+        predicted = np.where(draw.random((rows, labels)) < 0.6, true, draw.integers(0, 2, (rows, labels)))
+        expected = {
+            "accuracy": reference.accuracy_score(true, predicted),
+            "f1_micro": reference.f1_score(true, predicted, average="micro", zero_division=0),
+            "f1_macro": reference.f1_score(true, predicted, average="macro", zero_division=0),
+        }
+        assert label_metrics(true, predicted, target("multi_label")) == pytest.approx(expected)
