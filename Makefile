@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart chat-example test lint types docs clean
+.PHONY: quickstart chat-example test test-fast test-long lint types docs clean
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -27,8 +27,17 @@ quickstart: $(VENV)/quickstart
 chat-example: $(VENV)/chat
 	HF_HUB_OFFLINE=1 $(BIN)/fulltune quickstart --chat
 
+# Everything but what is long by nature: minutes on two slow cores.
 test: $(VENV)/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long"
+
+# For those who change a line: under a minute.
+test-fast: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long" tests/unit tests/contract
+
+# Real processes that are killed, limits of memory, large cases. CI runs it as well.
+test-long: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m long
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

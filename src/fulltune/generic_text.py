@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from fulltune.errors import DataError
@@ -44,13 +45,19 @@ def generic_texts(file: str | None = None, count: int = NUM_TEXTS) -> tuple[list
     return found, file
 
 
-def _chosen(texts: Iterator[str], count: int) -> list[str]:
+def _chosen(texts: Iterable[str], count: int) -> list[str]:
     """Different texts, in an order that says nothing about them."""
     different = {text for text in texts if text}
     return sorted(different, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
 
 
-def _documentation() -> Iterator[str]:
+@cache
+def _documentation() -> tuple[str, ...]:
+    """All paragraphs; reading them takes seconds."""
+    return tuple(_paragraphs())
+
+
+def _paragraphs() -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.glob("*.py")) + sorted(root.glob("*/*.py")):
         if any(part in _LEFT_OUT for part in file.relative_to(root).parts):

@@ -66,7 +66,9 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, folder
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "cell", [pytest.param(cell, marks=pytest.mark.long if "processes" in cell else ()) for cell in CELLS]
+)
 def test_losses_over_50_steps_are_those_of_whole_global_batches(
     whole: tuple[str, Path], cell: str, tmp_path: Path
 ) -> None:
@@ -88,6 +90,7 @@ def test_losses_over_50_steps_are_those_of_whole_global_batches(
     assert list((folder / "run" / "checkpoints").glob("*/*")) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_losses_of_methods_over_two_processes_are_those_of_one(method: str, tmp_path: Path) -> None:
     if num_cores() < 2:

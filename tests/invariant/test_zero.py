@@ -23,6 +23,7 @@ from tests.invariant.test_same_curve import NO_DROPOUT, losses
 from tests.train import runs
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process"),
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install 'fulltune[deepspeed]'"

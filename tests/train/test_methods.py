@@ -310,7 +310,12 @@ def test_plan_of_few_trained_values_holds_no_gradients_of_frozen_ones(done: Any)
     assert plan.state.gradients == 4 * trained
     assert plan.state.optimizer == 8 * trained
     assert plan.disk.one_checkpoint == 12 * trained
-    assert not [setting for setting in plan.settings if setting.name == "memory"]  # it was traced
+
+
+def test_model_with_lora_is_traced(tmp_path: Path, tiny_decoder: Path, really_traced: None) -> None:
+    reached = runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), until="plan", task="causal-lm", method=METHODS["lora"])
+    assert reached.plan is not None
+    assert not [setting for setting in reached.plan.settings if setting.name == "memory"]
 
 
 @pytest.mark.parametrize("kind", ["lora", "adapter", "prompt", "peft"])

@@ -348,6 +348,7 @@ def test_evaluation_that_does_not_fit_at_all_keeps_the_model(
 # ---- a real limit ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_real_limit_on_a_real_process_is_met_by_smaller_micro_batches(tmp_path: Path) -> None:
     """The plan is made to believe in 32 rows at once, whose attention scores alone take 0.7 GiB."""
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

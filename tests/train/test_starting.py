@@ -20,7 +20,10 @@ from fulltune.train.request import Request
 from tests import tiny
 from tests.train import runs
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked"),
+]
 TRAIN = {"max_steps": 4, "logging_steps": 1, "load_best_model_at_end": False}
 LONG = {**TRAIN, "max_steps": 2000}
 Listener = Callable[[Mapping[str, Any]], None]

@@ -37,6 +37,7 @@ def line_of(folder: Path, said: list[str] | None = None, **compare: Any) -> comp
     return comparing.Line(one, pipeline.prepare(one), "test")
 
 
+@pytest.mark.long
 def test_trials_side_by_side_give_what_they_give_one_after_the_other(tmp_path: Path) -> None:
     found = {}
     for count in (1, 2):
@@ -132,6 +133,7 @@ def test_error_of_the_line_ends_the_helper(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process can ask to be ended with its parent on Linux alone")
+@pytest.mark.long
 def test_killed_helper_takes_its_worker_with_it_before_the_line_goes_on(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS, compare={"side_by_side": 2}, train={"max_steps": 1_000_000, "num_train_epochs": None})
     line = comparing.Line(one, pipeline.prepare(one), "test")

@@ -15,7 +15,7 @@ import numpy as np
 from fulltune.errors import SetupError
 from fulltune.recipe import TaskName
 from fulltune.tasks import Predictions, Target, question_answering, task_named
-from fulltune.tasks.text_classification import predict_labels
+from fulltune.tasks.text_classification import NUMBER_METRICS, predict_labels
 
 Count = Callable[[Predictions], np.ndarray]
 """From what `reduce` kept to what each row contributes: float64 [rows, k]."""
@@ -68,11 +68,20 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
     return Measure(
         name=metric,
         greater_is_better=task.METRICS[metric],
-        whole=lambda kept: task.metrics(kept, target)[metric],
+        whole=_alone(task_name, target, metric),
         counts=sums[0] if sums else None,
         value=sums[1] if sums else None,
         bounds=_BOUNDS.get(metric, (0.0, 1.0)),
     )
+
+
+def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
+    """The metric by the task; of numbers without the others, since Kendall's takes long."""
+    if target.problem_type == "regression" and metric in NUMBER_METRICS:
+        return lambda kept: NUMBER_METRICS[metric](
+            kept["labels"].astype(np.float64), predict_labels(kept["logits"], target).astype(np.float64)
+        )
+    return lambda kept: task_named(task_name).metrics(kept, target)[metric]
 
 
 def _sums(task_name: TaskName, target: Target, metric: str) -> tuple[Count, Value] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -277,7 +277,8 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
     """
     match target.problem_type:
         case "regression":
-            return _number_metrics(true, predicted)
+            both = true.astype(np.float64), predicted.astype(np.float64)
+            return {name: metric(*both) for name, metric in NUMBER_METRICS.items()}
         case "multi_label":
             counts = np.stack([(true * predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0)])
             return {
@@ -312,23 +313,43 @@ def _matthews(right: np.ndarray, found: np.ndarray, expected: np.ndarray) -> flo
     return float((right.sum() * rows - (found * expected).sum()) / math.sqrt(scale)) if scale > 0 else 0.0
 
 
-def _number_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    from scipy import stats
-    from sklearn import metrics as scores
+def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
+    """As scikit-learn has it: where all targets are equal, 1 for the right answer and 0 for any other."""
+    if len(true) < 2:
+        return math.nan
+    error, spread = ((true - predicted) ** 2).sum(), ((true - true.mean()) ** 2).sum()
+    return float(1 - error / spread) if spread > 0 else float(error == 0)
+
+
+def _spearman(true: np.ndarray, predicted: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    ranks = rankdata(true), rankdata(predicted)
+    one, two = (rank - rank.mean() for rank in ranks)
+    scale = math.sqrt((one**2).sum() * (two**2).sum())
+    return float((one * two).sum() / scale) if scale > 0 else 0.0
+
+
+def _kendall(true: np.ndarray, predicted: np.ndarray) -> float:
+    from scipy.stats import kendalltau
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a constant prediction has a defined score of 0 here
-        return {
-            "r2": float(scores.r2_score(true, predicted)),
-            "spearman": _or_zero(stats.spearmanr(true, predicted).statistic),
-            "kendall": _or_zero(stats.kendalltau(true, predicted).statistic),
-            "rmse": float(scores.root_mean_squared_error(true, predicted)),
-        }
+        warnings.simplefilter("ignore")  # of a constant prediction
+        found = float(kendalltau(true, predicted).statistic)
+    return found if math.isfinite(found) else 0.0
 
 
-def _or_zero(value: float) -> float:
-    """A constant prediction has no rank correlation; it explains nothing, so it counts as 0."""
-    return float(value) if math.isfinite(value) else 0.0
+def _rmse(true: np.ndarray, predicted: np.ndarray) -> float:
+    return math.sqrt(((true - predicted) ** 2).mean())
+
+
+NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "r2": _r2,
+    "spearman": _spearman,
+    "kendall": _kendall,
+    "rmse": _rmse,
+}
+"""Of targets and predictions, float64 [rows]. A constant prediction has no rank correlation: it counts as 0."""
 
 
 def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:

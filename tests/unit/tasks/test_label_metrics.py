@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn import metrics as reference
 
 from fulltune.tasks.text_classification import label_metrics
@@ -45,3 +46,24 @@ def test_several_labels_have_the_values_of_scikit_learn(labels: int) -> None:
             "f1_macro": reference.f1_score(true, predicted, average="macro", zero_division=0),
         }
         assert label_metrics(true, predicted, target("multi_label")) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 10, 100])
+def test_numbers_have_the_values_of_scikit_learn_and_scipy(rows: int) -> None:
+    draw = np.random.default_rng(rows)
+    true, noise = draw.normal(size=rows).astype(np.float32), draw.normal(size=rows).astype(np.float32)
+    for predicted in (true, true + noise, noise):
+        expected = {
+            "r2": reference.r2_score(true, predicted),
+            "spearman": stats.spearmanr(true, predicted).statistic,
+            "kendall": stats.kendalltau(true, predicted).statistic,
+            "rmse": reference.root_mean_squared_error(true, predicted),
+        }
+        assert label_metrics(true, predicted, target("regression")) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_numbers_without_spread_explain_nothing() -> None:
+    same, other = np.ones(4), np.arange(4.0)
+    assert label_metrics(same, same, target("regression"))["r2"] == 1
+    assert label_metrics(same, other, target("regression"))["r2"] == 0
+    assert label_metrics(other, same, target("regression"))["spearman"] == 0

@@ -1,0 +1,228 @@
+"""Do the tests notice? One-line faults, drawn with a fixed seed and planted in the source one at a time.
+
+    python bench/planted_faults.py FOLDER --count 40            # draw, plant, run the tests near each of them
+    python bench/planted_faults.py FOLDER --count 40 --before REV   # and those of an older commit on the same faults
+
+A fault is a changed comparison, sign, `and`/`or`, `not`, truth value or small number. The tests that are run are those
+whose file names the module, unit tests first, until one fails. With `--before`, a fault is drawn only where the line
+is the same in both commits; what the old tests caught and the new ones do not is printed as LOST, and the exit code
+is 1.
+
+Equal programs are possible (a `<` for a `<=` that never meets equality): a fault that neither suite catches says
+little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SWAPS: dict[type[ast.AST], tuple[str, str]] = {
+    ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"),
+    ast.Gt: (">", ">="),
+    ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.In: (" in ", " not in "),
+    ast.Is: (" is ", " is not "),
+    ast.IsNot: (" is not ", " is "),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "/"),
+    ast.Div: ("/", "*"),
+    ast.And: (" and ", " or "),
+    ast.Or: (" or ", " and "),
+}
+NOT_OURS = (
+    "selfcheck",
+    "quickstart.py",
+    "samples.py",
+    "display",
+    "cli",
+    "report/words",
+    "report/curves",
+    "report/scatter",
+)
+"""Words, drawings and what the suite runs only in part."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line of `file` (from the repository's root) and what it becomes."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+
+
+def candidates(file: Path) -> Iterator[Fault]:
+    """All faults of one file, each on one line."""
+    text = file.read_text(encoding="utf-8")
+    lines, name = text.splitlines(), file.relative_to(ROOT).as_posix()
+    for node in ast.walk(ast.parse(text)):
+        for line, start, end, swap in _edits(node):
+            before = lines[line - 1]
+            part = before[start:end]
+            if swap[0] in part and part.count(swap[0]) == 1:
+                after = before[:start] + part.replace(*swap) + before[end:]
+                yield Fault(name, line, before, after)
+
+
+def _edits(node: ast.AST) -> Iterator[tuple[int, int, int, tuple[str, str]]]:
+    """Line, first and last column, and what is replaced by what between them."""
+    between: list[tuple[ast.expr, ast.AST, ast.expr]] = []
+    match node:
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            between.append((left, op, right))
+        case ast.BinOp(left=left, op=op, right=right):
+            between.append((left, op, right))
+        case ast.BoolOp(op=op, values=[left, right]):
+            between.append((left, op, right))
+        case ast.UnaryOp(op=ast.Not(), operand=operand) if node.lineno == operand.lineno:
+            yield node.lineno, node.col_offset, operand.col_offset, ("not ", "")
+        case ast.Constant(value=bool(value)) if node.lineno == node.end_lineno:
+            yield node.lineno, node.col_offset, node.end_col_offset or 0, (str(value), str(not value))
+        case ast.Constant(value=int(value)) if not isinstance(value, bool) and 0 <= value <= 20:
+            yield node.lineno, node.col_offset, node.end_col_offset or 0, (str(value), str(value + 1))
+    for left, op, right in between:
+        if type(op) in SWAPS and left.end_lineno == right.lineno:
+            yield right.lineno, left.end_col_offset or 0, right.col_offset, SWAPS[type(op)]
+
+
+def draw(count: int, seed: int, same_as: Path | None) -> list[Fault]:
+    """Faults in different files, as far as there are so many."""
+    files = sorted((ROOT / "src").rglob("*.py"))
+    files = [file for file in files if not any(word in file.as_posix() for word in NOT_OURS)]
+    chance = random.Random(seed)
+    chance.shuffle(files)
+    found: list[Fault] = []
+    while files and len(found) < count:
+        for file in list(files):
+            possible = [one for one in candidates(file) if one not in found and _is_in(same_as, one)]
+            if not possible:
+                files.remove(file)
+                continue
+            found.append(chance.choice(possible))
+            if len(found) == count:
+                break
+    return found
+
+
+def _is_in(tree: Path | None, fault: Fault) -> bool:
+    """The line stands once in that tree's file, too."""
+    if tree is None:
+        return True
+    file = tree / fault.file
+    return file.exists() and file.read_text(encoding="utf-8").splitlines().count(fault.before) == 1
+
+
+def tests_near(tree: Path, file: str) -> list[str]:
+    """Test files that name the module, those of `unit` first; when none does, the unit tests of its room."""
+    parts = Path(file).with_suffix("").parts[2:]  # of src/fulltune
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    room, name = ".".join(("fulltune", *parts[:-1])), parts[-1] if parts else "fulltune"
+    named = re.compile(
+        rf"from {room} import [^\n]*\b{name}\b|{re.escape(room)}\.{name}\b|from fulltune import [^\n]*\b{parts[0]}\b"
+    )
+    found = [path for path in (tree / "tests").rglob("test_*.py") if named.search(path.read_text(encoding="utf-8"))]
+    near = tree / "tests" / "unit" / Path(*parts[:-1])
+    found += [path for path in near.glob("test_*.py") if path not in found and (not found or path.stem[5:] == name)]
+    order = {"unit": 0, "contract": 1, "train": 2, "invariant": 3, "gpu": 4}
+    found.sort(key=lambda path: (order[path.relative_to(tree / "tests").parts[0]], path.as_posix()))
+    return [path.relative_to(tree).as_posix() for path in found]
+
+
+def failing(tree: Path, fault: Fault, tests: list[str], seconds: int) -> str:
+    """The first of the tests that fails with the fault; empty when none does."""
+    file = tree / fault.file
+    kept = file.read_text(encoding="utf-8")
+    file.write_text(
+        "\n".join(fault.after if line == fault.before else line for line in kept.split("\n")), encoding="utf-8"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-x",
+        "-q",
+        "--tb=no",
+        *tests,
+    ]
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "(did not end)"
+    finally:
+        file.write_text(kept, encoding="utf-8")
+    if done.returncode in (0, 5):
+        return ""
+    named = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+    return named[1] if named else "(collecting)"
+
+
+def tree_of(revision: str, folder: Path) -> Path:
+    """That commit in a folder of its own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    subprocess.run(["git", "checkout", "--quiet", revision], cwd=folder, check=True)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where copies and results are written")
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=13)
+    parser.add_argument("--before", default=None, help="a commit whose tests are compared with today's")
+    parser.add_argument("--seconds", type=int, default=300, help="for the tests near one fault")
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    new = tree_of("HEAD", asked.folder / "now")
+    old = tree_of(asked.before, asked.folder / "before") if asked.before else None
+    counts = {"caught": 0, "missed by both": 0, "missed": 0, "LOST": 0, "new only": 0}
+    for fault in draw(asked.count, asked.seed, old):
+        by_new, by_old = failing(new, fault, tests_near(new, fault.file), asked.seconds), ""
+        if old is not None:
+            same = by_new.split("::")[0] and (old / by_new.split("::")[0]).exists()
+            by_old = failing(old, fault, [by_new], asked.seconds) if same else ""
+            by_old = by_old or failing(old, fault, tests_near(old, fault.file), asked.seconds)
+        kind = _kind(bool(by_new), None if old is None else bool(by_old))
+        counts[kind] += 1
+        line = asdict(fault) | {"kind": kind, "by": by_new, "before_by": by_old}
+        with (asked.folder / "faults.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+        print(f"{kind:15} {fault.file}:{fault.line} {fault.after.strip()[:60]}  {by_new}", flush=True)
+    print(", ".join(f"{name} {number}" for name, number in counts.items() if number))
+    sys.exit(1 if counts["LOST"] else 0)
+
+
+def _kind(by_new: bool, by_old: bool | None) -> str:
+    if by_old is None:
+        return "caught" if by_new else "missed"
+    return {(True, True): "caught", (True, False): "new only", (False, True): "LOST"}.get(
+        (by_new, by_old), "missed by both"
+    )
+
+
+if __name__ == "__main__":
+    main()
