@@ -64,7 +64,7 @@ def start(folder: Path, recipe: Path) -> subprocess.Popen[str]:
 
 def finish(folder: Path, running: subprocess.Popen[str]) -> str:
     """Wait for the command; its output and the workers' logs."""
-    out, _ = running.communicate(timeout=240)
+    out, _ = running.communicate(timeout=600)
     return out + "".join(path.read_text(encoding="utf-8") for path in (folder / "run").glob("attempts/*/log.txt"))
 
 
@@ -79,7 +79,7 @@ def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_proc
     recipe = recipe_in(folder, model, OFFLOADED)
 
     running = start(folder, recipe)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and running.poll() is None and max(steps_of(folder), default=0) < 6:
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from fulltune import footprint
+from tests.train.runs import without_tracing
 
 _TRACED = footprint._traced
-
-TRACED = ("test_dry_run", "test_footprint", "test_recovery")
-"""Modules that are about what tracing finds."""
+ABOUT_TRACING = ("test_dry_run", "test_footprint", "test_recovery")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _planned_by_rule_of_thumb(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tracing a tiny model takes two to ten seconds, and each method of each task is another model."""
-    if request.module.__name__.endswith(TRACED):
+    if request.module.__name__.endswith(ABOUT_TRACING):
         yield
         return
-
-    def untraced(*given: Any, **named: Any) -> Any:
-        raise ValueError("left out by a test")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(footprint, "_traced", untraced)
-        patch.setattr(footprint, "_FOUND", {})
+    with without_tracing():
         yield
 
 

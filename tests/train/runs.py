@@ -11,7 +11,7 @@ from unittest import mock
 
 from safetensors.torch import load_file
 
-from fulltune import api, pipeline
+from fulltune import api, footprint, pipeline
 from fulltune.pipeline import Reached, Run
 from fulltune.records import Outcome
 from fulltune.train import Hooks, attempts, worker
@@ -32,6 +32,17 @@ def in_this_process(attempt: Callable[[Request, attempts.Listener], Outcome] | N
         return (attempt or call)(request, listener)
 
     with mock.patch.object(attempts, "_in_child", without_start):
+        yield
+
+
+@contextlib.contextmanager
+def without_tracing() -> Iterator[None]:
+    """Plan by the rule of thumb: tracing takes two to ten seconds for each tiny model, method and task."""
+
+    def untraced(*given: Any, **named: Any) -> Any:
+        raise ValueError("left out by a test")
+
+    with mock.patch.object(footprint, "_traced", untraced), mock.patch.object(footprint, "_FOUND", {}):
         yield
 
 

@@ -150,7 +150,7 @@ def test_killed_helper_takes_its_worker_with_it_before_the_line_goes_on(tmp_path
     with mock.patch.object(beside, "settle", settle), beside.helpers(line) as together:
         together([FULL, LORA])
         assert len(below) == 2  # the nursery and the worker
-        assert not psutil.wait_procs(below, timeout=5)[1]
+        assert not psutil.wait_procs(below, timeout=60)[1]
 
 
 def test_cores_are_shared_out_and_given_back(tmp_path: Path, settled: list[str]) -> None:
