@@ -198,31 +198,27 @@ def test_language_model_run_learns_to_answer_and_to_stop(form: str, tmp_path: Pa
 
 
 def test_command_line_run_then_predict_by_text_stdin_and_file(tiny_encoder: Path, tmp_path: Path) -> None:
-    """One run through the real command, in processes of its own."""
+    """The run through the real command, in processes of its own."""
     data = tiny.write_csv(tmp_path / "rows.csv", labelled(60, lambda word: "odd" if word in (0, 3) else "even"))
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train={"num_train_epochs": 1})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def call(*arguments: object, stdin: str = "") -> str:
-        command = [sys.executable, "-m", "fulltune.cli", *map(str, arguments)]
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout
-
-    printed = call("run", recipe, "--run-folder", tmp_path / "run")
-    assert "report.html" in printed
-    assert "accuracy" in printed
+    command = [sys.executable, "-m", "fulltune.cli", "run", str(recipe), "--run-folder", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "report.html" in done.stdout
+    assert "accuracy" in done.stdout
     assert (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "attempts" / "full-seed42-01" / "log.txt").exists()
 
     texts = ["town sun lake", "hill rain yard"]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    by_text = call("predict", tmp_path / "run", *texts, "--json")
-    assert [json.loads(line)["label"] in ("odd", "even") for line in by_text.splitlines()] == [True, True]
-    # In this process: the other two ways read the same rows, and each start costs seconds.
+    # In this process: each start costs seconds.
     from tests.contract.command import fulltune
 
+    by_text = fulltune("predict", tmp_path / "run", *texts, "--json").out
+    assert [json.loads(line)["label"] in ("odd", "even") for line in by_text.splitlines()] == [True, True]
     assert fulltune("predict", tmp_path / "run", "--json", stdin="\n".join(texts)).out == by_text
     assert fulltune("predict", tmp_path / "run", "--file", tmp_path / "texts.txt", "--json").out == by_text
     rows = tiny.write_csv(tmp_path / "texts.csv", [{"text": text} for text in texts])

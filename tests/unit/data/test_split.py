@@ -15,7 +15,7 @@ from fulltune.data.split import MOST_HELD_OUT_ROWS, draw, sample
 def split_off(groups: list[str], strata: list[str], fraction: float, seed: int) -> list[bool]:
     """By names instead of numbers."""
     drawn = np.array([draw(seed, group) for group in groups], np.uint64)
-    numbers = np.array([sorted(set(strata)).index(name) for name in strata], np.int64)
+    numbers = np.unique(strata, return_inverse=True)[1]
     return split.split_off(drawn, numbers, fraction).tolist()
 
 
