@@ -99,7 +99,8 @@ def run(
     from fulltune import display
     from fulltune.report import kinds
 
-    folder, reached = _go("report", target, set_, run_folder, fresh)
+    recipe, folder = _open(target, set_, run_folder, fresh, "report")
+    reached = _finished(recipe, folder) or _reach(recipe, folder, "report", details=True)
     if as_json:
         _print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
@@ -396,8 +397,19 @@ def _open(
             )
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
         found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
-    err.print(f"[dim]{'continuing' if resumed else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
+    goes_on = resumed and not run_folder.is_complete(found)
+    err.print(f"[dim]{'continuing' if goes_on else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
     return recipe, found
+
+
+def _finished(recipe: Recipe, folder: Path) -> Reached | None:
+    """The results of a run that has nothing left to do."""
+    from fulltune import pipeline, run_folder
+
+    reached = pipeline.finished(pipeline.Run(recipe, folder))
+    if reached is not None:
+        err.print(f"finished already, at {run_folder.finished_at(folder):%Y-%m-%d %H:%M}; its results:")
+    return reached
 
 
 def _reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False) -> Reached:

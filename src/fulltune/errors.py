@@ -54,7 +54,7 @@ class GuardStop(FulltuneError):
 
 
 class Diverged(GuardStop):
-    """The loss or a gradient is not finite, or the loss is back where it began; most often the rate is too high."""
+    """The loss or a gradient is not finite, or the loss is back where it began, or far above it: often by the rate."""
 
 
 class InterruptedRun(FulltuneError):

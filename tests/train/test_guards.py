@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,8 +17,17 @@ from safetensors.torch import load_file
 from fulltune import pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
 from fulltune.records import DataSummary, Moved, Outcome, SplitSummary
-from fulltune.train import Hooks, attempts, callbacks, checkpoints, distributed, worker
-from fulltune.train.guards import Reading, Verdict, came_apart, not_finite, nothing_learned, stopped_improving
+from fulltune.train import Hooks, attempt, attempts, callbacks, checkpoints, distributed, worker
+from fulltune.train.guards import (
+    Reading,
+    Verdict,
+    came_apart,
+    ended_high,
+    not_finite,
+    nothing_learned,
+    ran_away,
+    stopped_improving,
+)
 from fulltune.train.request import Request
 from fulltune.train.sampler import GlobalBatchSampler
 from tests import tiny
@@ -81,10 +91,302 @@ def test_came_apart_stops_a_loss_that_fell_and_is_back_for_good(losses: list[flo
 
 
 @pytest.mark.parametrize(
-    ("tensors", "values_moved", "said"),
-    [(0, 0, "no parameter received a gradient"), (3, 0, "no parameter moved"), (3, 1, "")],
+    ("losses", "untrained", "action"),
+    [
+        ([1.1, 1.1, 7.0] + [90.0, 40.0] * 10, None, "stop"),
+        ([1.1, 1.1] + [90.0, 40.0] * 9, None, "go on"),  # 20 readings: too few
+        ([1.1, 1.1] + [90.0] * 19, None, "go on"),  # one of the last 20 is still good
+        ([1.1] + [1.0] * 30 + [60.0] * 20, None, "stop"),  # later
+        ([1.1] * 30 + [60.0] * 15 + [0.9] * 5, None, "go on"),  # a spike that passed
+        ([1.1] * 30 + [60.0] * 19, None, "go on"),  # it may still pass
+        ([1.1] + [3.0] * 30, None, "go on"),  # bad, not far away
+        ([0.01] + [0.05] * 60, None, "go on"),  # trained already
+        ([0.01] + [0.9, 0.02] * 30, None, "go on"),
+        ([0.01] + [1.1] * 30, None, "stop"),  # trained already, and ruined
+        ([0.5] + [2.6] * 30, None, "stop"),
+        ([0.5] + [2.6] * 30, 2.4, "go on"),  # the first batch was easy by chance
+        ([10.8] + [30.0] * 30, None, "go on"),
+        ([-1.0] + [30.0] * 30, None, "go on"),  # a loss of another kind
+        ([0.0] + [30.0] * 30, None, "go on"),
+        ([], None, "go on"),
+    ],
 )
-def test_nothing_learned_stops_when_nothing_moved(tensors: int, values_moved: int, said: str) -> None:
+def test_ran_away_stops_a_loss_that_left_its_beginning_for_good(
+    losses: list[float], untrained: float | None, action: str
+) -> None:
+    assert ran_away(losses, 0.9, untrained).action == action
+
+
+CURVES: dict[float, tuple[list[float], list[float]]] = {
+    0.9: (
+        [
+            1.1,
+            1.1,
+            7.35,
+            88.9,
+            150.24,
+            144.02,
+            59.67,
+            89.84,
+            65.18,
+            274.61,
+            210.93,
+            268.13,
+            61.13,
+            114.25,
+            110.36,
+            129.57,
+            28.87,
+            135.26,
+            107.38,
+            87.51,
+            6.68,
+            60.29,
+            56.25,
+            31.67,
+            20.27,
+            65.66,
+            38.97,
+            52.21,
+            30.61,
+            30.42,
+        ],
+        [236.79, 75.23, 18.78],
+    ),
+    2e-05: (
+        [
+            1.1,
+            1.1,
+            1.09,
+            1.09,
+            1.08,
+            1.08,
+            1.07,
+            1.07,
+            1.05,
+            1.07,
+            1.05,
+            1.08,
+            1.02,
+            1.03,
+            1.02,
+            1,
+            0.99,
+            1.01,
+            1.01,
+            1.01,
+            1.02,
+            0.95,
+            0.97,
+            0.97,
+            0.99,
+            1.01,
+            0.95,
+            0.95,
+            0.97,
+            0.94,
+        ],
+        [1.05, 0.98, 0.95],
+    ),
+    0.001: (
+        [
+            1.1,
+            1.1,
+            1.04,
+            0.79,
+            0.42,
+            0.17,
+            0.06,
+            0.03,
+            0.02,
+            0.01,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0.17,
+            0,
+            0,
+            0,
+            0,
+        ],
+        [0, 0, 0],
+    ),
+    0.003: (
+        [
+            1.1,
+            1.1,
+            1.05,
+            0.76,
+            0.72,
+            1.46,
+            1.05,
+            0.07,
+            0.04,
+            0.88,
+            0.22,
+            1.18,
+            1.5,
+            2.34,
+            0.38,
+            0.01,
+            0.03,
+            0.39,
+            0.38,
+            0.53,
+            0.18,
+            0.07,
+            0.18,
+            0.02,
+            0.03,
+            0.03,
+            0.01,
+            0.01,
+            0.05,
+            0.01,
+        ],
+        [0.01, 0.03, 0.01],
+    ),
+    0.01: (
+        [
+            1.1,
+            1.1,
+            1.18,
+            1.56,
+            2.2,
+            1.38,
+            1.76,
+            1.75,
+            1.75,
+            2.45,
+            1.61,
+            2.22,
+            1.23,
+            1.87,
+            1.71,
+            1.94,
+            0.74,
+            2.47,
+            3.14,
+            2.97,
+            2.71,
+            1.17,
+            1.48,
+            1.15,
+            1.13,
+            1.05,
+            1.46,
+            1.6,
+            1.26,
+            1.94,
+        ],
+        [1.86, 2.18, 1.46],
+    ),
+    0.1: (
+        [
+            1.1,
+            1.1,
+            1.91,
+            20.96,
+            17.66,
+            10.36,
+            6.55,
+            6.53,
+            14.52,
+            17.03,
+            7.41,
+            1.55,
+            7.89,
+            18.89,
+            15.24,
+            15.62,
+            3.73,
+            9.56,
+            7.11,
+            5.79,
+            1.32,
+            4.91,
+            2.96,
+            2.44,
+            3.96,
+            3.15,
+            3.63,
+            2.1,
+            2.89,
+            1.24,
+        ],
+        [7.4, 1.87, 1.92],
+    ),
+}
+"""MiniLM-L6, 240 rows with 3 labels, 30 steps of 16: rate to the loss of each step and of three evaluations."""
+
+
+@pytest.mark.parametrize(
+    ("rate", "action"),
+    [(2e-5, "go on"), (1e-3, "go on"), (3e-3, "go on"), (0.01, "warn"), (0.1, "warn"), (0.9, "stop")],
+)
+@pytest.mark.parametrize("every", [1, 5])
+def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int) -> None:
+    losses, eval_losses = CURVES[rate]
+    logged = [losses[0]] + [sum(losses[at : at + every]) / every for at in range(0, len(losses), every)]
+
+    verdict = ended_high(logged if every > 1 else losses, eval_losses, rate, 1.12)
+
+    assert verdict.action == action
+    if action != "go on":
+        assert verdict.reason.endswith(
+            f"Usual cause: a learning rate that is too high (here {rate:g}); take a tenth of it"
+        )
+    if action == "go on":  # nor does it stop in the middle
+        assert all(ran_away(losses[:count], rate).action == "go on" for count in range(len(losses)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "eval_losses", "action"),
+    [
+        ([1.1, 60.0, 43.0, 13.0], [], "stop"),
+        ([1.1, 60.0, 43.0], [], "go on"),  # too few to tell
+        ([1.1, 60.0, 43.0, 13.0], [0.8, 20.0], "warn"),  # the first evaluation's weights may be kept
+        ([1.1, 0.4, 1.5, 1.6], [0.5], "go on"),
+        ([1.1, 1.4, 1.5, 1.6], [1.2], "warn"),
+        ([1.1, 1.1, 1.2, 1.2], [1.2], "go on"),  # it learned nothing, but did not get worse
+        ([0.01, 0.04, 0.05, 0.05], [0.3], "go on"),  # trained already
+        ([-1.0, 0.5, 0.5, 0.5], [], "go on"),
+        ([], [], "go on"),
+    ],
+)
+def test_ended_high_needs_a_loss_that_nothing_was_better_than(
+    losses: list[float], eval_losses: list[float], action: str
+) -> None:
+    assert ended_high(losses, eval_losses, 0.9).action == action
+
+
+@pytest.mark.parametrize(
+    ("tensors", "values_moved", "reached", "largest", "said"),
+    [
+        (0, 0, False, None, "no parameter received a gradient"),
+        (0, 0, True, 0.0, "every gradient was 0"),
+        (0, 0, True, None, "every gradient was 0"),
+        (3, 0, True, 0.0, "every gradient was 0"),  # an optimizer without second moments
+        (3, 0, True, None, "no parameter moved"),
+        (3, 0, True, 1.0, "no parameter moved"),
+        (3, 1, True, 1.0, ""),
+    ],
+)
+def test_nothing_learned_stops_when_nothing_moved(
+    tensors: int, values_moved: int, reached: bool, largest: float | None, said: str
+) -> None:
     moved = Moved(
         num_tensors_with_gradient=tensors,
         num_tensors_moved=min(tensors, values_moved),
@@ -92,7 +394,7 @@ def test_nothing_learned_stops_when_nothing_moved(tensors: int, values_moved: in
         num_values_moved=values_moved,
     )
 
-    verdict = nothing_learned(moved)
+    verdict = nothing_learned(moved, reached, largest)
 
     assert said in verdict.reason
     assert verdict.action == ("stop" if said else "go on")
@@ -343,6 +645,39 @@ def test_loss_that_came_apart_stops_the_run_as_diverged(
         runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 8, "logging_steps": 1})
     assert seen == [1, 2, 3, 4, 5]
     assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "diverged"
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_loss_that_ended_high_is_said_or_stops_the_run(
+    action: Literal["warn", "stop"], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, float | None]] = []
+
+    def high(losses: list[float], eval_losses: list[float], rate: float, untrained: float | None) -> Verdict:
+        seen.append((len(losses), len(eval_losses), untrained))
+        return Verdict(action, f"ended high at {rate:g}")
+
+    monkeypatch.setattr(attempt, "ended_high", high)
+    said: list[str] = []
+    train = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    options = {"listener": lambda event: said.append(event["text"]) if event["kind"] == "warning" else None}
+    with contextlib.nullcontext() if action == "warn" else pytest.raises(Diverged, match=r"ended high at 0\.001"):
+        runs.run(tmp_path, tiny_encoder, ROWS, train=train, options=options)
+    (found,) = seen
+    assert found[:2] == (4, 2)
+    assert found[2] is not None
+    assert found[2] > 0
+    assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == ("done" if action == "warn" else "diverged")
+    assert said == (["ended high at 0.001"] if action == "warn" else [])
+    assert '"ended high at 0.001"' in (tmp_path / ATTEMPT / "journal.jsonl").read_text(encoding="utf-8")
+
+
+def test_loss_of_zero_is_told_from_one_without_gradients(tiny_encoder: Path, tmp_path: Path) -> None:
+    def zero(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs.logits, labels) * 0.0
+
+    with pytest.raises(GuardStop, match="every gradient was 0, so no parameter moved"):
+        runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 1}, options={"compute_loss": zero})
 
 
 def test_loss_that_is_not_finite_in_the_dry_run_stops_before_step_1(tiny_encoder: Path, tmp_path: Path) -> None:

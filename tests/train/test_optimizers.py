@@ -481,9 +481,17 @@ def test_run_that_began_with_fp32_moments_goes_on_with_8_bits(tmp_path: Path) ->
     assert reached.outcome.moved is not None
     assert reached.outcome.moved.unmoved_tensors == ()
     changed, whole = runs.final_weights(tmp_path / "changed"), runs.final_weights(tmp_path / "whole")
+    compared = 0
     for name, before in untouched.items():
         name = f"bert.{name}" if f"bert.{name}" in whole else name
-        assert float((changed[name] - whole[name]).norm()) <= 0.1 * float((whole[name] - before).norm())
+        way = (whole[name] - before).norm()
+        # The gradient of a key's bias is 0 but for rounding: it hardly moves, and each CPU moves it elsewhere.
+        if float(way / before.numel() ** 0.5) < 1e-5:  # of a rate of 1e-3
+            assert name.endswith("key.bias"), name
+            continue
+        compared += 1
+        assert float((changed[name] - whole[name]).norm()) <= 0.1 * float(way), name
+    assert compared >= len(untouched) - 2
 
 
 def test_rate_per_layer_works_with_an_optimizer_of_our_own(tiny_encoder: Path, tmp_path: Path) -> None:

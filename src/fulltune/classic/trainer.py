@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,28 @@ import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 
-from fulltune.classic.arguments import notice
+from fulltune.classic.arguments import notice, signed
 from fulltune.classic.dry_run import copied, dry_run, same_randomness
-from fulltune.errors import GuardStop
+from fulltune.errors import Diverged, GuardStop
 from fulltune.records import Moved
-from fulltune.train.guards import nothing_learned
+from fulltune.train.callbacks import logged
+from fulltune.train.guards import came_apart, ended_high, nothing_learned, ran_away
 from fulltune.train.trainer import FiniteGuard
 from fulltune.train.weights import InitialWeights
 
 _log = logging.getLogger(__name__)
 
 
+_THEIRS = inspect.signature(transformers.Trainer.__init__)
+_TOKENIZER = inspect.Parameter("tokenizer", inspect.Parameter.KEYWORD_ONLY, default=None)
+_WITH_TOKENIZER = _THEIRS.replace(parameters=[*_THEIRS.parameters.values(), _TOKENIZER])
+
+
 class Trainer(FiniteGuard, transformers.Trainer):
     """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
 
-    A loss or gradient that is not finite stops the run before the update. One step at the longest length runs before
+    A loss or gradient that is not finite stops the run before the update, and so does, when it is logged, a loss that
+    left the place where it began, unless the script computes its own. One step at the longest length runs before
     training, without changing its result, unless `dry_run` is set to False. After training it is counted how many
     values moved: see `moved`.
 
@@ -49,9 +56,12 @@ class Trainer(FiniteGuard, transformers.Trainer):
 
     _initial: InitialWeights | None = None
     _first_step: int = 0
+    _rate_was_above_zero: bool = False
+    _untrained_loss: float | None = None
     _loss_scaling_known: bool = False
     _loss_is_mean: bool = False
 
+    @signed(_WITH_TOKENIZER)
     def __init__(self, *positional: Any, tokenizer: Any = None, **keywords: Any) -> None:
         if tokenizer is not None:
             if keywords.get("processing_class", tokenizer) is not tokenizer:
@@ -61,7 +71,7 @@ class Trainer(FiniteGuard, transformers.Trainer):
         super().__init__(*positional, **keywords)
         self._accept_old_overrides()
         _set_pad_token_id(self.model, self.processing_class)
-        self.add_callback(_BeforeFirstStep(self))
+        self.add_callback(_Guards(self))
 
     @property
     def tokenizer(self) -> Any:
@@ -77,18 +87,22 @@ class Trainer(FiniteGuard, transformers.Trainer):
         _set_pad_token_id(model, getattr(self, "processing_class", None))
         return model
 
+    @signed(inspect.signature(transformers.Trainer.train))
     def train(self, *positional: Any, **keywords: Any) -> Any:
-        """Train as transformers does, then count what moved.
+        """Train as transformers does, then judge where the loss ended and count what moved.
 
         Raises:
-            GuardStop: The loss or a gradient is not finite, or nothing moved.
+            GuardStop: The loss or a gradient is not finite, the loss left the place where it began, or nothing moved.
         """
         if "model_path" in keywords:
             keywords["resume_from_checkpoint"] = keywords.pop("model_path")
             notice("train(model_path=...) is now resume_from_checkpoint=...")
-        self.moved, self.tensors_with_gradient = None, frozenset()
+        self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
+        self.first_loss, self.last_losses, self._untrained_loss = None, (), None
+        self._rate_was_above_zero = False
         try:
             result = super().train(*positional, **keywords)
+            self._judge_end()
             self._count_moved()
         finally:
             if self._initial is not None:
@@ -168,7 +182,43 @@ class Trainer(FiniteGuard, transformers.Trainer):
             self._first_step = self.state.global_step
             self._keep_initial_weights()
         if self.dry_run:
-            dry_run(self)
+            loss = dry_run(self)
+            self._untrained_loss = loss if self._first_step == 0 else None
+
+    def before_update(self) -> None:
+        """Note whether this step has a learning rate at all."""
+        self._rate_was_above_zero |= any(group["lr"] > 0 for group in self.optimizer.param_groups)
+
+    def judge_logged(self) -> None:
+        """Stop when the logged loss has left the place where it began; a loss of the script's own may do so."""
+        if self._has_own_loss():
+            return
+        losses = logged(self.state, "loss")
+        if self._first_step == 0 and self.first_loss is not None:
+            losses.insert(0, self.first_loss)
+        for verdict in (
+            came_apart(losses, self.args.learning_rate),
+            ran_away(losses, self.args.learning_rate, self._untrained_loss),
+        ):
+            if verdict.action == "stop":
+                raise Diverged(verdict.reason)
+
+    def _judge_end(self) -> None:
+        """The same at the end, by the last steps: a script may log none of them."""
+        if self._has_own_loss() or self.first_loss is None:
+            return
+        losses: Sequence[float] = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
+        if self._first_step > 0:  # where it began is in the history alone
+            losses = logged(self.state, "loss")
+        rate, eval_losses = self.args.learning_rate, logged(self.state, "eval_loss")
+        verdict = ended_high(losses, eval_losses, rate, self._untrained_loss)
+        if verdict.action == "stop":
+            raise Diverged(verdict.reason)
+        if verdict.action == "warn":
+            notice(verdict.reason)
+
+    def _has_own_loss(self) -> bool:
+        return self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
 
     def _keep_initial_weights(self) -> None:
         if not self.is_world_process_zero():
@@ -194,7 +244,13 @@ class Trainer(FiniteGuard, transformers.Trainer):
         # A wrapper (DDP, torch.compile) puts its own prefix before the names.
         names = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in self.tensors_with_gradient}
         self.moved = self._initial.moved(_Trainable(self.model), self.optimizer, frozenset(names))
-        verdict = nothing_learned(self.moved)
+        if not self._rate_was_above_zero and self.args.learning_rate > 0:
+            _log.info("what moved is not judged: the schedule's learning rate was 0 in each step of this run")
+            return
+        verdict = nothing_learned(self.moved, bool(names), self.largest_grad_norm)
+        if verdict.action == "stop" and self._first_step > 0:
+            notice(f"since the checkpoint at step {self._first_step}: {verdict.reason}")
+            return
         if verdict.action == "stop":
             raise GuardStop(verdict.reason)
         share = f"{self.moved.share:.1%} of the {self.moved.num_values_with_gradient:,} values that got a gradient"
@@ -212,14 +268,21 @@ class Trainer(FiniteGuard, transformers.Trainer):
             )
 
 
-class _BeforeFirstStep(transformers.TrainerCallback):
-    """The event before step 1: the model is wrapped, a checkpoint loaded, the optimizer there."""
+class _Guards(transformers.TrainerCallback):
+    """Calls the guards at transformers' events."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        # Before step 1: the model is wrapped, a checkpoint loaded, the optimizer there.
         self._trainer.before_first_step()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trainer.before_update()
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        self._trainer.judge_logged()
 
 
 class _Trainable:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.integrations import TensorBoardCallback
 
 from fulltune import methods, zero
-from fulltune.errors import GuardStop, InterruptedRun
+from fulltune.errors import Diverged, GuardStop, InterruptedRun
 from fulltune.inference import Share, logits_of, model_batch, run_rows
 from fulltune.processors import opened
 from fulltune.recipe import Recipe
@@ -22,10 +23,10 @@ from fulltune.store import load_split
 from fulltune.tasks import LossSettings, Target, Task, task_named
 from fulltune.train import checkpoints, distributed, dropout, extensions, weights
 from fulltune.train.arguments import training_arguments
-from fulltune.train.callbacks import AtBegin, Phases, Recorder, Schedule, Seals, StaysTogether, StopWhenAsked
+from fulltune.train.callbacks import AtBegin, Phases, Recorder, Schedule, Seals, StaysTogether, StopWhenAsked, logged
 from fulltune.train.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.dry_run import dry_run
-from fulltune.train.guards import nothing_learned, stopped_improving
+from fulltune.train.guards import ended_high, nothing_learned, stopped_improving
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loading import load_for_training
@@ -106,14 +107,16 @@ def _trained(attempt: Attempt) -> Outcome:
     if attempt.is_main or sharing is not None:
         initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if attempt.is_main else None)
     state, optimizer = _fit(attempt)
+    _judge_end(attempt, state)
     journal.at("saving")
     if initial is None:  # the first process saves and reports
         return _nothing_to_report(attempt)
-    moved = initial.moved(attempt.trainer.model, optimizer, attempt.trainer.tensors_with_gradient)
+    trainer = attempt.trainer
+    moved = initial.moved(trainer.model, optimizer, trainer.tensors_with_gradient)
     if sharing is not None:
         moved = distributed.from_first(moved)
     assert moved is not None, "the first process compares"
-    verdict = nothing_learned(moved)
+    verdict = nothing_learned(moved, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
     if verdict.action == "stop":
         raise GuardStop(verdict.reason)
     best, best_metric = _keep_best(attempt, state)
@@ -203,7 +206,7 @@ def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
         callbacks=[
             attempt.recorder,
             # A loss of the user's own may rise for good reasons.
-            *([StaysTogether()] if attempt.hooks.compute_loss is None else []),
+            *([StaysTogether(lambda: attempt.seen.dry_run_loss)] if attempt.hooks.compute_loss is None else []),
             Schedule(
                 plan.metric,
                 plan.greater_is_better,
@@ -221,8 +224,16 @@ def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
         ],
     )
     attempt.trainer.remove_callback(transformers.PrinterCallback)
+    _keep_tensorboard(attempt)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows
+
+
+def _keep_tensorboard(attempt: Attempt) -> None:
+    """Have TensorBoard's files beside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR goes first."""
+    for callback in attempt.trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(attempt.request.tensorboard)
 
 
 def _score(attempt: Attempt, rows: Any) -> Mapping[str, float]:
@@ -336,6 +347,19 @@ def _fit(attempt: Attempt) -> tuple[Any, Any]:
     if attempt.stop.asked:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step}, which is saved")
     return trainer.state, trainer.optimizer
+
+
+def _judge_end(attempt: Attempt, state: Any) -> None:
+    """Stop, or say, when the loss ended above where it began; a loss of the user's own may do so for good reasons."""
+    if attempt.hooks.compute_loss is not None:
+        return
+    losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
+    verdict = ended_high(losses, eval_losses, attempt.plan.learning_rate, attempt.seen.dry_run_loss)
+    if verdict.action == "stop":
+        raise Diverged(verdict.reason)
+    if verdict.action == "warn":
+        attempt.journal.write("warning", verdict.reason)
+        attempt.recorder.write({"kind": "warning", "text": verdict.reason})
 
 
 def _keep_best(attempt: Attempt, state: Any) -> tuple[int | None, float | None]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop,
 from fulltune.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.recipe import Recipe
 from fulltune.records import Outcome, OutcomeStatus, Plan
+from fulltune.run_folder import lost_weights
 from fulltune.train import checkpoints, distributed, starting
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal, phase_of
@@ -64,7 +64,8 @@ def train(
         DoesNotFitError: Memory or disk ran out and no remedy is left.
     """
     done = _outcomes(folder, plan.trial)
-    if done and done[-1].status == "done" and done[-1].model_folder and (folder / done[-1].model_folder).exists():
+    model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
+    if model_folder is not None and lost_weights(folder / model_folder) is None:
         _tidy(folder, plan.trial)
         return done[-1]
     (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # of a model that is no longer there
@@ -104,9 +105,12 @@ def _attempt_folder(outcome: Outcome, folder: Path) -> Path:
 def _tidy(folder: Path, trial: str) -> None:
     """Delete what only serves to continue; with optimizer state each checkpoint is three times the model.
 
-    Only after the outcome was written: killed between the two, a run would have to train again.
+    Only after the outcome was written: killed between the two, a run would have to train again. What trackers wrote
+    beside the checkpoints stays.
     """
-    shutil.rmtree(folder / "checkpoints" / trial, ignore_errors=True)
+    checkpoints.drop_after(folder / "checkpoints" / trial, -1)
+    with contextlib.suppress(OSError):  # not empty, or gone
+        (folder / "checkpoints" / trial).rmdir()
     for attempt in (folder / "attempts").glob(f"{trial}-*"):
         (attempt / "initial.safetensors").unlink(missing_ok=True)
 
@@ -142,6 +146,7 @@ def _attempt(
     if request.checkpoint is None:
         checkpoints.drop_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")
+    listener({"kind": "phase", "name": "starting the training process"})
     if hooks.needs_this_process:
         from fulltune.train import worker
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from fulltune.errors import Diverged
 from fulltune.records import Phase
 from fulltune.train import checkpoints
-from fulltune.train.guards import came_apart, stopped_improving
+from fulltune.train.guards import came_apart, ran_away, stopped_improving
 from fulltune.train.run_time import TRAINING
 
 Event = dict[str, Any]
@@ -109,21 +109,33 @@ class Schedule(TrainerCallback):
         if self.patience is None:
             return
         # From the history, not from a counter: a resumed run has the history of the one before.
-        values = [entry[self.metric] for entry in state.log_history if self.metric in entry]
+        values = logged(state, self.metric)
         if stopped_improving(values, self.greater_is_better, self.patience, self.threshold):
             self.on_stop(f"no better {self.metric.removeprefix('eval_')} in {self.patience} evaluations")
             control.should_training_stop = True
 
 
+def logged(state: Any, name: str) -> list[float]:
+    """All values of one name in a Trainer's history, oldest first."""
+    return [entry[name] for entry in state.log_history if name in entry]
+
+
 class StaysTogether(TrainerCallback):
-    """Stops a run whose loss has come apart."""
+    """Stops a run whose loss has come apart or run away.
+
+    Args:
+        untrained: Gives the dry run's loss, when there is one.
+    """
+
+    def __init__(self, untrained: Callable[[], float | None]) -> None:
+        self.untrained = untrained
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # From the history, as above.
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        verdict = came_apart(losses, args.learning_rate)
-        if verdict.action == "stop":
-            raise Diverged(verdict.reason)
+        losses = logged(state, "loss")
+        for verdict in (came_apart(losses, args.learning_rate), ran_away(losses, args.learning_rate, self.untrained())):
+            if verdict.action == "stop":
+                raise Diverged(verdict.reason)
 
 
 class Seals(TrainerCallback):

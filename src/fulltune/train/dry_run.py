@@ -21,7 +21,7 @@ import torch
 
 from fulltune.inference import batches, by_length
 from fulltune.records import Check, Plan, TimeNeed
-from fulltune.train import distributed
+from fulltune.train import buffers, distributed
 from fulltune.train.forecast import (
     Rates,
     Schedule,
@@ -148,12 +148,11 @@ def _without_gradient(run: _Run) -> tuple[str, ...]:
 def _without_trace(trainer: Any, plan: Plan) -> Iterator[tuple[Any, Any]]:
     """The prepared model and the optimizer; afterwards everything is as before."""
     model, accelerator = trainer.model, trainer.accelerator
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     own = {name: model.__dict__[name] for name in _WRAPPED if name in model.__dict__}
     if plan.activation_checkpointing:  # the Trainer does it again when training begins
         model.activation_checkpointing_enable()
     devices = range(torch.cuda.device_count()) if plan.device == "cuda" else ()
-    with torch.random.fork_rng(devices=devices):
+    with buffers.put_back(model), torch.random.fork_rng(devices=devices):
         prepared = accelerator.prepare_model(model)
         try:
             with trainer.rehearsal() as optimizer:
@@ -165,9 +164,6 @@ def _without_trace(trainer: Any, plan: Plan) -> Iterator[tuple[Any, Any]]:
                 model.__dict__.pop(name, None)
             model.__dict__.update(own)
             accelerator.free_memory()
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
 
 
 def _timed_pass(run: _Run, positions: Positions, *, keep: bool = False) -> tuple[float, float]:

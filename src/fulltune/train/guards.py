@@ -26,7 +26,7 @@ class Reading:
 class Verdict:
     """What to do, and why."""
 
-    action: Literal["go on", "stop"]
+    action: Literal["go on", "warn", "stop"]
     reason: str = ""
 
 
@@ -65,15 +65,27 @@ def gradient_not_finite(step: int, tensor: str, num_updated: int, num_tensors: i
     )
 
 
-def nothing_learned(moved: Moved) -> Verdict:
-    """Stop when no parameter changed at all."""
-    if moved.num_tensors_with_gradient == 0:
+def nothing_learned(moved: Moved, reached: bool, largest_grad_norm: float | None) -> Verdict:
+    """Stop when no parameter changed at all.
+
+    Args:
+        moved: With AdamW counted only where a gradient was not 0.
+        reached: Some parameter had a gradient, be it of zeros.
+        largest_grad_norm: Of all steps; None where no norm was computed.
+    """
+    if moved.num_values_moved > 0:
+        return GO_ON
+    if not reached:
         return Verdict("stop", "no parameter received a gradient: does the loss depend on the model?")
-    if moved.num_values_moved == 0:
+    if moved.num_tensors_with_gradient == 0 or largest_grad_norm == 0:
         return Verdict(
-            "stop", "no parameter moved: the learning rate is too small for the weights' type, or the run too short"
+            "stop",
+            "every gradient was 0, so no parameter moved: the loss does not change with the model's outputs (a loss "
+            "that is multiplied by 0, or from which all rows or tokens are left out)",
         )
-    return GO_ON
+    return Verdict(
+        "stop", "no parameter moved: the learning rate is too small for the weights' type, or the run too short"
+    )
 
 
 WINDOW = 10
@@ -103,6 +115,85 @@ def came_apart(losses: Sequence[float], learning_rate: float) -> Verdict:
         f"{2 * WINDOW} logged ones is {now:.3g}. Usual cause: a learning rate that is too high (here "
         f"{learning_rate:g}); take a third of it",
     )
+
+
+_FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
+_ABOVE, _ABOVE_MORE = 1.25, 0.1
+_LEAST_READINGS = 4
+
+
+def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> Verdict:
+    """Stop when the loss has left the place where it began, upwards and far, and no reading comes near it any more.
+
+    Over the last `2 * WINDOW` readings: their median is above three times the beginning and at least 1 above it, and
+    not one is below one and a half times the beginning. So a spike that passes stops nothing, nor does a model that is
+    trained already, whose loss of 0.01 rises to 0.05 or, now and then, to more. The beginning is one reading and not a
+    mean, because the rate does its damage within the first steps.
+
+    Args:
+        losses: Oldest first; the first one is of step 1, before any update, or of the first steps.
+        learning_rate: At its highest, for the message.
+        untrained: Another loss before any update, that of the dry run; the larger one counts, because one batch may be
+            easy by chance.
+    """
+    if len(losses) <= 2 * WINDOW:
+        return GO_ON
+    begin, last = _beginning(losses, untrained), losses[-2 * WINDOW :]
+    return Verdict("stop", _far(begin, last, learning_rate)) if _is_far(begin, last) else GO_ON
+
+
+def ended_high(
+    losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
+) -> Verdict:
+    """Judge a run that is over by the later half of its readings, at most `2 * WINDOW`; from 4 readings on.
+
+    Stop when they are as far above the beginning as in `ran_away` and no evaluation's loss was below it: what would be
+    saved is worse than nothing. Warn when they are that far above it, but an evaluation was better, whose weights may
+    be kept; and when their median is above the beginning by a quarter and by 0.1, and no evaluation was better.
+
+    MiniLM-L6 with 3 labels ended at 2e-5 to 3e-3 below its beginning of 1.10; the medians were 1.5 at 0.01, 1.8 at
+    0.03, 3.0 at 0.1, 31 at 0.9, with an accuracy of chance (docs/log.md).
+
+    Args:
+        losses: As for `ran_away`.
+        eval_losses: Of each evaluation; empty where the task has none.
+        learning_rate: As for `ran_away`.
+        untrained: As for `ran_away`.
+    """
+    if len(losses) < _LEAST_READINGS:
+        return GO_ON
+    begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, len(losses) // 2) :]
+    was_better = any(loss < begin for loss in eval_losses)
+    if _is_far(begin, last):
+        return Verdict("warn" if was_better else "stop", _far(begin, last, learning_rate))
+    now = statistics.median(last)
+    if was_better or begin <= 0 or now <= max(_ABOVE * begin, begin + _ABOVE_MORE):
+        return GO_ON
+    return Verdict(
+        "warn",
+        f"the loss ended higher than it began: {begin:.3g} before the first update, {now:.3g} as the median of the "
+        f"last {len(last)} readings. {_cause(learning_rate)}",
+    )
+
+
+def _beginning(losses: Sequence[float], untrained: float | None) -> float:
+    return losses[0] if untrained is None else max(losses[0], untrained)
+
+
+def _is_far(begin: float, last: Sequence[float]) -> bool:
+    is_above = statistics.median(last) > max(_FAR * begin, begin + _FAR_MORE)
+    return begin > 0 and is_above and min(last) > _NONE_NEAR * begin
+
+
+def _far(begin: float, last: Sequence[float], learning_rate: float) -> str:
+    return (
+        f"the loss ran away: it began at {begin:.3g}, and the last {len(last)} readings lie between {min(last):.3g} "
+        f"and {max(last):.3g}. {_cause(learning_rate)}"
+    )
+
+
+def _cause(learning_rate: float) -> str:
+    return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); take a tenth of it"
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:

@@ -49,5 +49,10 @@ class Request(Record):
         return Path(self.run_folder) / "checkpoints" / self.plan.trial
 
     @property
+    def tensorboard(self) -> Path:
+        """Of this trial, in all its attempts; `tensorboard --logdir RUN/tensorboard` shows all trials."""
+        return Path(self.run_folder) / "tensorboard" / self.plan.trial
+
+    @property
     def model_folder(self) -> Path:
         return Path(self.run_folder) / self.plan.model_folder

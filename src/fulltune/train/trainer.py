@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from fulltune.records import Plan
 from fulltune.selective_head import SelectiveHead
 from fulltune.tasks.causal_lm import IGNORED
 from fulltune.train import checkpoints, optimizers
-from fulltune.train.guards import Reading, not_finite
+from fulltune.train.guards import WINDOW, Reading, not_finite
 from fulltune.train.in_backward import InBackward
 from fulltune.train.sampler import GlobalBatchSampler
 
@@ -44,6 +45,11 @@ class FiniteGuard:
     """The optimizer, when it updates in the backward pass."""
     tokens_seen: torch.Tensor | int = 0
     tensors_with_gradient: frozenset[str] = frozenset()
+    largest_grad_norm: float | None = None
+    first_loss: float | None = None
+    """Of the first step here, before its update."""
+    last_losses: tuple[float, ...] = ()
+    """Of the last `2 * WINDOW` steps."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if "attention_mask" in inputs:
@@ -60,7 +66,11 @@ class FiniteGuard:
             losses, self._losses = self._losses, 0.0
             if self.accelerator.num_processes > 1:
                 losses = self.accelerator.reduce(losses, reduction="sum")
-            self._judge(Reading(self.state.global_step + 1, float(losses), None))
+            reading = Reading(self.state.global_step + 1, float(losses), None)
+            self._judge(reading)
+            if self.first_loss is None:
+                self.first_loss = reading.loss
+            self.last_losses = (*self.last_losses, reading.loss)[-2 * WINDOW :]
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
@@ -91,8 +101,10 @@ class FiniteGuard:
                 for name, parameter in self.model.named_parameters()
                 if parameter.grad is not None
             )
-        step = self.state.global_step + 1
-        self._judge(Reading(step, 0.0, None if norm is None else float(norm), scaled))
+        reading = Reading(self.state.global_step + 1, 0.0, None if norm is None else float(norm), scaled)
+        self._judge(reading)
+        if reading.grad_norm is not None and math.isfinite(reading.grad_norm):
+            self.largest_grad_norm = max(self.largest_grad_norm or 0.0, reading.grad_norm)
         return norm
 
     def _judge(self, reading: Reading) -> None:

@@ -71,9 +71,9 @@ def test_reduce_of_tokens_gives_sums_per_row() -> None:
     assert kept["tokens"].tolist() == [2, 4]
     for row in range(2):
         alone = causal_lm.loss(logits[row : row + 1], labels[row : row + 1], CHAT, LossSettings())
-        assert kept["nll"][row] == pytest.approx(float(alone), rel=1e-6)
+        assert kept["nll"][row] == pytest.approx(float(alone), rel=1e-5)
     values = causal_lm.metrics(kept, CHAT)
-    assert values["loss"] == pytest.approx(kept["nll"].sum() / 6)
+    assert values["loss"] == pytest.approx(kept["nll"].sum() / 6, rel=1e-5)
     assert values["perplexity"] == pytest.approx(np.exp(values["loss"]))
 
 
