@@ -474,19 +474,61 @@ def test_dry_run_puts_back_buffers_that_grow_or_are_replaced(tokenizer: Any, tmp
     assert (model.seen.shape, model.calls.item(), model.inside.item()) == ((6,), 3, 3)
 
 
-@pytest.mark.parametrize("own_loss", [False, True])
-def test_rate_that_drives_the_loss_away_stops_unless_the_loss_is_the_script_s(
-    own_loss: bool, tokenizer: Any, tmp_path: Path
+class _Rises(torch.nn.Module):
+    """Its loss is larger by a factor from step 3 on; the dry run is the first call."""
+
+    def __init__(self, model: Any, factor: float) -> None:
+        super().__init__()
+        self.model, self.factor, self.calls = model, factor, 0
+
+    def forward(self, **inputs: Any) -> Any:
+        self.calls += 1
+        found = self.model(**inputs)
+        return {"loss": found.loss * (self.factor if self.calls > 3 else 1.0), "logits": found.logits}
+
+
+class _OwnLoss(Trainer):
+    def compute_loss(self, *given: Any, **keywords: Any) -> Any:
+        return super().compute_loss(*given, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "logging", "said", "steps"),
+    [
+        (Trainer, 50.0, "no", "the loss ran away: it began at 0", 24),
+        (Trainer, 50.0, "steps", "the loss ran away: it began at 0", 22),
+        (Trainer, 1.6, "no", "the loss ended higher than it began: 0", 24),
+        (Trainer, 1.0, "steps", "", 24),
+        (_OwnLoss, 50.0, "steps", "", 24),
+    ],
+)
+def test_loss_that_leaves_its_beginning_stops_or_is_said_unless_it_is_the_script_s(
+    kind: Any,
+    factor: float,
+    logging: str,
+    said: str,
+    steps: int,
+    tokenizer: Any,
+    tmp_path: Path,
+    caught: list[warnings.WarningMessage],
 ) -> None:
-    args = TrainingArguments(str(tmp_path), max_steps=24, learning_rate=0.9, per_device_train_batch_size=8, **QUIET)
-    trainer = (_Keywords if own_loss else Trainer)(
-        model=tiny_model(tokenizer), args=args, train_dataset=rows(tokenizer, 64), processing_class=tokenizer
+    options = {**QUIET, "logging_strategy": logging, "logging_steps": 1, "remove_unused_columns": False}
+    args = TrainingArguments(str(tmp_path), max_steps=24, per_device_train_batch_size=8, **options)
+    data = rows(tokenizer, 64).remove_columns("text").rename_column("label", "labels")
+    model = _Rises(tiny_model(tokenizer, pad_token_id=tokenizer.pad_token_id), factor)
+    trainer = kind(
+        model=model, args=args, train_dataset=data, data_collator=transformers.DataCollatorWithPadding(tokenizer)
     )
-    if own_loss:
+    told: list[str] = []
+    try:
         trainer.train()
-        return
-    with pytest.raises(Diverged, match=r"the loss ran away: it began at 0\.\d+, .* \(here 0\.9\); take a tenth of it"):
-        trainer.train()
+    except Diverged as stop:
+        told = [*stop.problems]
+    told += notices(caught)
+    assert trainer.state.global_step == steps
+    assert len(told) == bool(said), told
+    assert all(text.startswith(said) for text in told)
+    assert all(text.endswith("that is too high (here 5e-05); take a tenth of it") for text in told)
 
 
 class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
