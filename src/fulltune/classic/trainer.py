@@ -187,6 +187,7 @@ class Trainer(FiniteGuard, transformers.Trainer):
 
     def before_update(self) -> None:
         """Note whether this step has a learning rate at all."""
+        assert self.optimizer is not None, "it is about to be asked for its step"
         self._rate_was_above_zero |= any(group["lr"] > 0 for group in self.optimizer.param_groups)
 
     def judge_logged(self) -> None:

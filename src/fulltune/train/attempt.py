@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods, zero
 from fulltune.errors import Diverged, GuardStop, InterruptedRun

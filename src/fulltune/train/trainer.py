@@ -68,9 +68,9 @@ class FiniteGuard:
                 losses = self.accelerator.reduce(losses, reduction="sum")
             reading = Reading(self.state.global_step + 1, float(losses), None)
             self._judge(reading)
-            if self.first_loss is None:
-                self.first_loss = reading.loss
-            self.last_losses = (*self.last_losses, reading.loss)[-2 * WINDOW :]
+            seen = reading.loss / self.accelerator.num_processes  # as it is logged
+            self.first_loss = seen if self.first_loss is None else self.first_loss
+            self.last_losses = (*self.last_losses, seen)[-2 * WINDOW :]
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
