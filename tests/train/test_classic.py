@@ -497,7 +497,7 @@ class _OwnLoss(Trainer):
     [
         (Trainer, 50.0, "no", "the loss ran away: it began at 0", 24),
         (Trainer, 50.0, "steps", "the loss ran away: it began at 0", 22),
-        (Trainer, 1.6, "no", "the loss ended higher than it began: 0", 24),
+        (Trainer, 2.7, "no", "the loss ended higher than it began: 0", 24),
         (Trainer, 1.0, "steps", "", 24),
         (_OwnLoss, 50.0, "steps", "", 24),
     ],

@@ -360,6 +360,8 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
         ([1.1, 60.0, 43.0, 13.0], [0.8, 20.0], "warn"),  # the first evaluation's weights may be kept
         ([1.1, 0.4, 1.5, 1.6], [0.5], "go on"),
         ([1.1, 1.4, 1.5, 1.6], [1.2], "warn"),
+        ([1.1, 1.4, 1.5, 1.6], [], "go on"),  # the first batch may have been easy
+        ([1.1, 2.4, 2.5, 2.6], [], "warn"),
         ([1.1, 1.1, 1.2, 1.2], [1.2], "go on"),  # it learned nothing, but did not get worse
         ([0.01, 0.04, 0.05, 0.05], [0.3], "go on"),  # trained already
         ([-1.0, 0.5, 0.5, 0.5], [], "go on"),

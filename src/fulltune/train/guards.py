@@ -118,7 +118,7 @@ def came_apart(losses: Sequence[float], learning_rate: float) -> Verdict:
 
 
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
-_ABOVE, _ABOVE_MORE = 1.25, 0.1
+_ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
 _LEAST_READINGS = 4
 
 
@@ -149,14 +149,15 @@ def ended_high(
 
     Stop when they are as far above the beginning as in `ran_away` and no evaluation's loss was below it: what would be
     saved is worse than nothing. Warn when they are that far above it, but an evaluation was better, whose weights may
-    be kept; and when their median is above the beginning by a quarter and by 0.1, and no evaluation was better.
+    be kept; and when their median is above the beginning by a quarter and by 0.1, and no evaluation was better. Where
+    nothing was evaluated it takes twice the beginning, which one easy batch does not make.
 
     MiniLM-L6 with 3 labels ended at 2e-5 to 3e-3 below its beginning of 1.10; the medians were 1.5 at 0.01, 1.8 at
     0.03, 3.0 at 0.1, 31 at 0.9, with an accuracy of chance (docs/log.md).
 
     Args:
         losses: As for `ran_away`.
-        eval_losses: Of each evaluation; empty where the task has none.
+        eval_losses: Of each evaluation; empty where there was none.
         learning_rate: As for `ran_away`.
         untrained: As for `ran_away`.
     """
@@ -167,7 +168,8 @@ def ended_high(
     if _is_far(begin, last):
         return Verdict("warn" if was_better else "stop", _far(begin, last, learning_rate))
     now = statistics.median(last)
-    if was_better or begin <= 0 or now <= max(_ABOVE * begin, begin + _ABOVE_MORE):
+    times = _ABOVE if eval_losses else _ABOVE_UNEVALUATED
+    if was_better or begin <= 0 or now <= max(times * begin, begin + _ABOVE_MORE):
         return GO_ON
     return Verdict(
         "warn",
