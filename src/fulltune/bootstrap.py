@@ -1,33 +1,63 @@
-"""Bootstrap intervals of metrics over rows. Layer 1: numpy only."""
+"""Metrics on resamples of the rows, and their intervals. Layer 1: numpy only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fulltune.records import Estimate
 
 
-def intervals(
+@dataclass(frozen=True)
+class Resampled:
+    """A metric on all rows, and on resamples of them."""
+
+    value: float
+    draws: np.ndarray
+    """float64 [samples]. The same seed and number of rows draw the same rows, whoever is scored on them."""
+    num_rows: int
+
+    def estimate(self, confidence: float) -> Estimate:
+        """The value with its percentile interval.
+
+        Args:
+            confidence: Level, for example 0.95.
+        """
+        tail = (1 - confidence) / 2
+        low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
+        return Estimate(value=self.value, low=low, high=high)
+
+    def save(self, path: Path) -> None:
+        part = path.with_name(path.name + ".part.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields: dict[str, Any] = vars(self)
+        np.savez(part, **fields)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Resampled:
+        with np.load(path, allow_pickle=False) as file:
+            return cls(float(file["value"]), file["draws"], int(file["num_rows"]))
+
+
+def resample(
     kept: Mapping[str, np.ndarray],
     metrics: Callable[[Mapping[str, np.ndarray]], Mapping[str, float]],
     *,
     samples: int,
-    confidence: float,
     seed: int = 0,
-) -> dict[str, Estimate]:
-    """Percentile intervals: the rows are drawn anew with replacement and every metric is computed again.
+) -> dict[str, Resampled]:
+    """Draw the rows anew with replacement and compute every metric again.
 
     Args:
         kept: Name to array whose first axis is the row.
         metrics: From such arrays to numbers.
         samples: Number of resamples.
-        confidence: Level, for example 0.95.
-        seed: The same seed draws the same rows for every model, so that intervals are comparable.
-
-    Returns:
-        For each metric its value on all rows and its interval.
+        seed: The same seed draws the same rows for every model, so that their draws can be subtracted.
     """
     value = dict(metrics(kept))
     count = len(next(iter(kept.values())))
@@ -35,15 +65,7 @@ def intervals(
     drawn: dict[str, list[float]] = {name: [] for name in value}
     for _ in range(samples):
         chosen = draw.integers(0, count, count)
-        resample = metrics({name: array[chosen] for name, array in kept.items()})
+        found = metrics({name: array[chosen] for name, array in kept.items()})
         for name in value:
-            drawn[name].append(resample[name])
-    tail = (1 - confidence) / 2
-    return {
-        name: Estimate(
-            value=value[name],
-            low=float(np.nanquantile(drawn[name], tail)),
-            high=float(np.nanquantile(drawn[name], 1 - tail)),
-        )
-        for name in value
-    }
+            drawn[name].append(found[name])
+    return {name: Resampled(value[name], np.array(drawn[name], np.float64), count) for name in value}

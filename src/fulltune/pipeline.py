@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from fulltune import data, evaluate, footprint, hardware, methods, model, packing, plan, processors, report, run_folder
+from fulltune.compare.items import measure_of
+from fulltune.compare.paired import paired
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.recipe import Method, Recipe, TaskName, with_attention
 from fulltune.records import DataSummary, MemoryNeed, Outcome, Plan, Scores
@@ -344,7 +346,9 @@ def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
     """The trained model on the test rows."""
     job.phase("scoring the trained model")
-    return evaluate.score(job.recipe, trial, summary, outcome, job.folder, job.hooks.metrics)
+    scores = evaluate.score(job.recipe, trial, summary, outcome, job.folder, job.hooks.metrics)
+    span = measure_of(job.recipe.task, Target.of(summary), trial.metric).span
+    return evaluate.with_differences(job.folder, scores, partial(paired, span=span, confidence=scores.confidence))
 
 
 def write_report(job: Run) -> Path:

@@ -540,6 +540,9 @@ class Scores(Record):
     main_metric: str
     greater_is_better: bool
     confidence: float
+    differences: dict[str, Estimate] = {}
+    """Of a trained model: its main metric minus that of the row with this name, on the same test rows, with the
+    interval of the difference itself."""
     seconds: float = 0.0
     calibration: Calibration | None = None
     confusion: Confusion | None = None

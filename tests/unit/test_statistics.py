@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.bootstrap import intervals
+from fulltune.bootstrap import resample
 from fulltune.calibration import calibrate, expected_calibration_error, fit_temperature
 
 
@@ -18,21 +18,22 @@ def test_interval_of_a_share_covers_it_about_as_often_as_it_says() -> None:
     covered = 0
     for number in range(200):
         kept = {"right": (draw.random(200) < 0.8).astype(float)}
-        found = intervals(kept, mean, samples=200, confidence=0.9, seed=number)["mean"]
+        found = resample(kept, mean, samples=200, seed=number)["mean"].estimate(0.9)
         covered += found.low <= 0.8 <= found.high
     assert 0.83 <= covered / 200 <= 0.96
 
 
 def test_interval_is_about_as_wide_as_the_formula() -> None:
     kept = {"right": np.repeat([1.0, 0.0], [700, 300])}
-    found = intervals(kept, mean, samples=2000, confidence=0.95)["mean"]
+    found = resample(kept, mean, samples=2000)["mean"].estimate(0.95)
     assert found.value == 0.7
     assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 1000), rel=0.1)
 
 
 def test_interval_same_seed_draws_the_same_rows() -> None:
     kept = {"right": np.arange(50.0)}
-    assert intervals(kept, mean, samples=100, confidence=0.9) == intervals(kept, mean, samples=100, confidence=0.9)
+    one, two = (resample(kept, mean, samples=100)["mean"].draws for _ in range(2))
+    assert (one == two).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])

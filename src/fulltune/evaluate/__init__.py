@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from fulltune.bootstrap import Resampled
 from fulltune.errors import SetupError
-from fulltune.evaluate.bench import Bench, UserMetrics
+from fulltune.evaluate.bench import Bench, Scored, UserMetrics
 from fulltune.out_of_memory import does_not_fit, is_out_of_memory
 from fulltune.recipe import Recipe, TaskName, with_attention
-from fulltune.records import DataSummary, Outcome, Plan, Scores
+from fulltune.records import DataSummary, Estimate, Outcome, Plan, Scores
 from fulltune.tasks import Target, causal_lm, task_named, token_classification
 
 
@@ -65,6 +66,36 @@ def score(
     return scores
 
 
+def with_differences(
+    folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
+) -> Scores:
+    """Put a trained model's difference to each row that needs no training into its scores, here and on the disk.
+
+    Args:
+        folder: The run folder.
+        scores: Of the trained model, as `score` gave them.
+        difference: Of two models on the same rows; None where there is none.
+    """
+    found = {}
+    path = folder / "scores" / f"{scores.name}.json"
+    mine = _resampled(path)
+    for other_path in sorted(path.parent.glob("*.json")) if mine else ():
+        other = Scores.load(other_path)
+        theirs = _resampled(other_path) if other.kind != "trained" else None
+        if mine and theirs and (ahead := difference(mine, theirs)) is not None:
+            found[other.name] = ahead
+    if found != scores.differences:
+        scores = scores.model_copy(update={"differences": found})
+        scores.save(path)
+    return scores
+
+
+def _resampled(path: Path) -> Resampled | None:
+    """The main metric on resamples, beside its scores; scores of an older version have none."""
+    beside = path.with_suffix(".npz")
+    return Resampled.load(beside) if beside.exists() else None
+
+
 def _scorer(task: TaskName) -> ModuleType:
     """The module whose `baselines` and `trained` score a task."""
     match task:
@@ -86,12 +117,12 @@ def _scorer(task: TaskName) -> ModuleType:
             return language
 
 
-def _kept(path: Path, make: Callable[[], Scores]) -> Scores:
+def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
     try:
-        scores = make()
+        made = make()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -100,7 +131,11 @@ def _kept(path: Path, make: Callable[[], Scores]) -> Scores:
             error,
             "no smaller batch is left; what was trained is kept: free some memory, then run the same command again",
         ) from None
-    scores = scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+    beside = path.with_suffix(".npz")
+    beside.unlink(missing_ok=True)
+    if made.main is not None:
+        made.main.save(beside)
+    scores = made.scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     scores.save(path)
     return scores
 

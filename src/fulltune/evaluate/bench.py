@@ -10,14 +10,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from fulltune import model as models
-from fulltune.bootstrap import intervals
+from fulltune.bootstrap import Resampled, resample
 from fulltune.errors import SetupError
 from fulltune.inference import by_length, model_batch, run_rows
 from fulltune.methods import folder
 from fulltune.out_of_memory import with_smaller_batches
 from fulltune.processors import load_processor
 from fulltune.recipe import ModelBlock, Recipe
-from fulltune.records import Estimate, Plan, Scores
+from fulltune.records import Plan, Scores
 from fulltune.selective_head import SelectiveHead, verified
 from fulltune.store import load_split, load_texts
 from fulltune.tasks import Predictions, Target, Task
@@ -25,6 +25,15 @@ from fulltune.tasks import Predictions, Target, Task
 T = TypeVar("T")
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores, and what their differences to others are made of."""
+
+    scores: Scores
+    main: Resampled | None
+    """The main metric; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,12 @@ class Bench:
 
     def estimates(
         self, kept: Mapping[str, np.ndarray], metrics: Callable[[Any], Mapping[str, float]]
-    ) -> dict[str, Estimate]:
-        """Metrics with their intervals; the first axis of each array in `kept` is the row."""
-        settings = self.recipe.evaluate
-        return intervals(kept, metrics, samples=settings.bootstrap_samples, confidence=settings.confidence)
+    ) -> dict[str, Resampled]:
+        """Metrics on all rows and on resamples; the first axis of each array in `kept` is the row."""
+        return resample(kept, metrics, samples=self.recipe.evaluate.bootstrap_samples)
 
-    def user_estimates(self, predictions: Any, references: Any) -> dict[str, Estimate]:
-        """Intervals of the user's own metrics; lists reach the user's function as lists, arrays as arrays."""
+    def user_estimates(self, predictions: Any, references: Any) -> dict[str, Resampled]:
+        """Resamples of the user's own metrics; lists reach the user's function as lists, arrays as arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -78,16 +86,26 @@ class Bench:
 
         return self.estimates(kept, metrics)
 
-    def scores(self, name: str, kind: Literal["baseline", "untouched", "trained"], rows: int, **fields: Any) -> Scores:
-        return Scores(
+    def scores(
+        self,
+        name: str,
+        kind: Literal["baseline", "untouched", "trained"],
+        rows: int,
+        metrics: Mapping[str, Resampled],
+        **fields: Any,
+    ) -> Scored:
+        confidence = self.recipe.evaluate.confidence
+        scores = Scores(
             name=name,
             kind=kind,
             rows=rows,
+            metrics={metric: found.estimate(confidence) for metric, found in metrics.items()},
             main_metric=self.plan.metric,
             greater_is_better=self.plan.greater_is_better,
-            confidence=self.recipe.evaluate.confidence,
+            confidence=confidence,
             **fields,
         )
+        return Scored(scores, metrics.get(self.plan.metric))
 
     def run(self, model: Any, pad_token_id: int, rows: Any) -> Predictions:
         """What the task keeps of each row's logits."""

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from fulltune.calibration import calibrate
-from fulltune.evaluate.bench import WORST, Bench
+from fulltune.evaluate.bench import WORST, Bench, Scored
 from fulltune.inference import Share, embeddings
 from fulltune.processors import opened
-from fulltune.records import Confusion, Scores
+from fulltune.records import Confusion
 from fulltune.tasks import Predictions, image_classification, multiple_choice, text_classification
 
 MOST_EMBEDDED = 10_000
 """Train rows behind the baseline of frozen embeddings; more would change its scores little and cost minutes."""
 
 
-def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
+def baselines(bench: Bench) -> dict[str, Callable[[], Scored]]:
     """File name to what makes it: the majority class, and the simplest classifier on frozen embeddings.
 
     Choices have no classes: what costs nothing there is the usual position of the right one, and the longest choice.
@@ -29,7 +29,7 @@ def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
     return {"baseline-majority": lambda: _majority(bench), "baseline-frozen": lambda: _frozen(bench)}
 
 
-def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
+def trained(bench: Bench, model: Any, tokenizer: Any) -> Scored:
     """The trained model; the temperature of its probabilities is fitted on the eval rows."""
 
     def run(split: str) -> Predictions:
@@ -69,7 +69,7 @@ def _labels(rows: Any) -> np.ndarray:
     return np.array(rows["labels"])
 
 
-def _label_scores(bench: Bench, name: str, predicted: np.ndarray) -> Scores:
+def _label_scores(bench: Bench, name: str, predicted: np.ndarray) -> Scored:
     """Scores of a baseline that gives labels without probabilities."""
     true = _labels(bench.rows("test"))
     kept = {"true": true, "predicted": predicted}
@@ -82,7 +82,7 @@ def _label_scores(bench: Bench, name: str, predicted: np.ndarray) -> Scores:
     return bench.scores(name, "baseline", len(true), metrics=metrics, confusion=_confusion(bench, true, predicted))
 
 
-def _majority(bench: Bench) -> Scores:
+def _majority(bench: Bench) -> Scored:
     """The most frequent class of train (each label's majority; the mean; the position) for every row."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
 
@@ -96,13 +96,13 @@ def _majority(bench: Bench) -> Scores:
     )
 
 
-def _longest(bench: Bench) -> Scores:
+def _longest(bench: Bench) -> Scored:
     """The choice with the most characters: people who write a right answer are often more careful with it."""
     texts = [multiple_choice.choice_texts(row, bench.target) for row in bench.texts]
     return _label_scores(bench, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 
 
-def _frozen(bench: Bench) -> Scores:
+def _frozen(bench: Bench) -> Scored:
     """The pretrained model left as it is: mean-pooled embeddings and the simplest classifier on them."""
     from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.multiclass import OneVsRestClassifier

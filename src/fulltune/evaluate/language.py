@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from fulltune.evaluate.bench import Bench
+from fulltune.bootstrap import Resampled
+from fulltune.evaluate.bench import Bench, Scored
 from fulltune.inference import generate
-from fulltune.records import Answer, Estimate, Scores
+from fulltune.records import Answer
 from fulltune.tasks import PLACE, causal_lm, seq2seq
 
 
-def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
+def baselines(bench: Bench) -> dict[str, Callable[[], Scored]]:
     """File name to what makes it: the model before training; where there is a source, also its copy."""
     made = {"before-training": lambda: _scores(bench, *bench.load_pretrained(), "before training", "untouched")}
     if bench.target.problem_type == "source_target" and bench.recipe.evaluate.generate_rows:
@@ -19,11 +20,11 @@ def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
     return made
 
 
-def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
+def trained(bench: Bench, model: Any, tokenizer: Any) -> Scored:
     return _scores(bench, model, tokenizer, bench.plan.trial, "trained")
 
 
-def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["untouched", "trained"]) -> Scores:
+def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["untouched", "trained"]) -> Scored:
     test = bench.rows("test")
     kept = bench.run(model, tokenizer.pad_token_id, test)
     estimates = bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target))
@@ -53,7 +54,7 @@ def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["
     return bench.scores(name, kind, len(next(iter(kept.values()))), metrics=estimates, answers=answers)
 
 
-def _copy(bench: Bench) -> Scores:
+def _copy(bench: Bench) -> Scored:
     """The source itself as the answer: what a summary, a correction or a paraphrase has to beat."""
     rows = _asked(bench)
     sources, expected = _words(bench, rows)
@@ -82,7 +83,7 @@ def _words(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
     return [task.prompt_text(row, bench.target) for row in rows], [task.answer_text(row, bench.target) for row in rows]
 
 
-def _compared(bench: Bench, answers: Sequence[str], expected: Sequence[str]) -> dict[str, Estimate]:
+def _compared(bench: Bench, answers: Sequence[str], expected: Sequence[str]) -> dict[str, Resampled]:
     """The metrics of answers, whoever gave them."""
     task = seq2seq if bench.target.problem_type == "source_target" else causal_lm
     kept = task.score_answers(answers, expected)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.evaluate.bench import WORST, Bench
-from fulltune.records import Estimate, Scores
+from fulltune.bootstrap import Resampled
+from fulltune.evaluate.bench import WORST, Bench, Scored
 from fulltune.tasks import PLACE, question_answering
 
 _NONE = "(no answer)"
@@ -20,7 +20,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
+def baselines(bench: Bench) -> dict[str, Callable[[], Scored]]:
     """File name to what makes it: the sentence that shares most words with the question; where some test question has
     no answer, also never answering."""
     made = {"baseline-sentence": lambda: _baseline(bench, "sentence nearest to the question", nearest_sentence)}
@@ -29,7 +29,7 @@ def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
     return made
 
 
-def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
+def trained(bench: Bench, model: Any, tokenizer: Any) -> Scored:
     """The trained model; the windows of a long context give one answer."""
     windows, texts = bench.rows("test"), bench.texts
     kept = bench.run(model, tokenizer.pad_token_id, windows)
@@ -65,7 +65,7 @@ def _accepted(bench: Bench, questions: Mapping[str, Mapping[str, Any]]) -> list[
     return [[text for text, _ in question_answering.answers_of(row, bench.target)] for row in questions.values()]
 
 
-def _estimates(bench: Bench, scores: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+def _estimates(bench: Bench, scores: Mapping[str, np.ndarray]) -> dict[str, Resampled]:
     return bench.estimates(scores, lambda rows: bench.task.metrics(rows, bench.target))
 
 
@@ -76,7 +76,7 @@ def _mean_of_windows(values: np.ndarray, places: Sequence[str], questions: Seque
     return np.bincount(of, values) / np.bincount(of)
 
 
-def _baseline(bench: Bench, name: str, answer: Callable[[str, str], str]) -> Scores:
+def _baseline(bench: Bench, name: str, answer: Callable[[str, str], str]) -> Scored:
     questions = _questions(bench)
     predicted = [
         answer(question_answering.question_of(row, bench.target), question_answering.context_of(row, bench.target))

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 
 from fulltune import store
-from fulltune.evaluate.bench import WORST, Bench
+from fulltune.evaluate.bench import WORST, Bench, Scored
 from fulltune.inference import autocast, batches, by_length
-from fulltune.records import Scores
 from fulltune.tasks import tags, token_classification
 
 _log = logging.getLogger(__name__)
 
 
-def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
+def baselines(bench: Bench) -> dict[str, Callable[[], Scored]]:
     """File name to what makes it: no entity at all, a lexicon, and the simplest tagger on frozen embeddings."""
     return {
         "baseline-no-entity": lambda: _no_entity(bench),
@@ -28,7 +27,7 @@ def baselines(bench: Bench) -> dict[str, Callable[[], Scores]]:
     }
 
 
-def trained(bench: Bench, model: Any, tokenizer: Any) -> Scores:
+def trained(bench: Bench, model: Any, tokenizer: Any) -> Scored:
     """The trained model; words that it never saw (cut off, or without a token) count as `O`."""
     rows = bench.rows("test")
     seen = bench.run(model, tokenizer.pad_token_id, rows)
@@ -64,19 +63,19 @@ def _estimates(bench: Bench, kept: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return bench.estimates(sums, lambda rows: bench.task.metrics(rows, bench.target))
 
 
-def _tagged(bench: Bench, name: str, predicted: Sequence[np.ndarray]) -> Scores:
+def _tagged(bench: Bench, name: str, predicted: Sequence[np.ndarray]) -> Scored:
     """Scores of a baseline that gives tags without probabilities."""
     gold = [np.asarray(row) for row in bench.rows("test")[token_classification.TAGS]]
     kept = token_classification.counts(gold, predicted, bench.target)
     return bench.scores(name, "baseline", len(gold), metrics=_estimates(bench, kept))
 
 
-def _no_entity(bench: Bench) -> Scores:
+def _no_entity(bench: Bench) -> Scored:
     rows = bench.rows("test")[token_classification.TAGS]
     return _tagged(bench, "every word O", [np.zeros(len(row), np.int64) for row in rows])
 
 
-def _lexicon(bench: Bench) -> Scores:
+def _lexicon(bench: Bench) -> Scored:
     """For each word the tag it has most often in train; `O` for words that train does not have."""
     ids = {label: position for position, label in enumerate(bench.target.labels)}
     seen: defaultdict[str, Counter[int]] = defaultdict(Counter)
@@ -94,13 +93,13 @@ def _train_rows(bench: Bench) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, batch.column(store.WORDS).to_pylist())
 
 
-def _frozen(bench: Bench) -> Scores:
+def _frozen(bench: Bench) -> Scored:
     """The pretrained model left as it is: each word's mean hidden state, and the tag whose mean is nearest."""
     model, tokenizer = bench.load_pretrained()
     return bench.in_batches(lambda batch_size: _nearest(bench, model, tokenizer.pad_token_id, batch_size))
 
 
-def _nearest(bench: Bench, model: Any, pad_token_id: int, batch_size: int) -> Scores:
+def _nearest(bench: Bench, model: Any, pad_token_id: int, batch_size: int) -> Scored:
     num_labels = len(bench.target.labels)
     sums, seen = np.zeros((num_labels, 1)), np.zeros(num_labels)
     train, test = bench.rows("train"), bench.rows("test")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from fulltune.bootstrap import intervals
+from fulltune.bootstrap import resample
 from fulltune.errors import DataError, SetupError
 from fulltune.init import infer
 from fulltune.recipe import DataBlock
@@ -348,7 +348,7 @@ def test_metrics_of_a_resample_are_those_of_its_sentences() -> None:
     found = task.metrics({name: values[drawn] for name, values in kept.items()}, TARGET)
     assert found["f1"] == pytest.approx(f1_score([gold[i] for i in drawn], [predicted[i] for i in drawn]))
     sums = {name: kept[name] for name in ("entities", "words", "right", "nll", "seen")}
-    estimate = intervals(sums, lambda rows: task.metrics(rows, TARGET), samples=200, confidence=0.95)["f1"]
+    estimate = resample(sums, lambda rows: task.metrics(rows, TARGET), samples=200)["f1"].estimate(0.95)
     assert estimate.low < estimate.value < estimate.high
 
 
