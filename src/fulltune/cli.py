@@ -96,7 +96,7 @@ def run(
     target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
     """Do the whole line: data, plan, train, evaluate, report. The same command continues an unfinished run."""
-    from fulltune import display
+    from fulltune import display, report
     from fulltune.report import kinds
 
     recipe, folder = _open(target, set_, run_folder, fresh, "report")
@@ -107,8 +107,13 @@ def run(
     out.print(display.scores_table(reached.scores))
     for line in display.answers(reached.scores):
         out.print(line)
+    verdict, steps = report.conclude(folder)
+    for line in display.conclusion(verdict, steps):
+        out.print(line)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
-    out.print(f"try it:  fulltune predict {escape(str(folder))} {kinds.question(reached.summary)}", soft_wrap=True)
+    if verdict.kind != "worse":
+        asked = kinds.question(reached.summary)
+        out.print(f"try it:  fulltune predict {escape(str(folder))} {asked}", soft_wrap=True)
 
 
 @app.command()
@@ -202,13 +207,15 @@ def evaluate(
     target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
     """Score the baselines and the trained model on the test rows."""
-    from fulltune import display
+    from fulltune import display, report
 
-    _, reached = _go("evaluate", target, set_, run_folder, fresh)
+    folder, reached = _go("evaluate", target, set_, run_folder, fresh)
     if as_json:
         _print_json([entry.model_dump(mode="json") for entry in reached.scores])
-    else:
-        out.print(display.scores_table(reached.scores))
+        return
+    out.print(display.scores_table(reached.scores))
+    for line in display.conclusion(*report.conclude(folder)):
+        out.print(line)
 
 
 @app.command()

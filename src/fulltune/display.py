@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from fulltune.records import DataSummary, Estimate, Plan, Scores
 from fulltune.report import kinds
+from fulltune.report.verdict import Verdict
 
 if TYPE_CHECKING:
     from fulltune.selfcheck import Page
@@ -236,6 +238,20 @@ def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:
             when = "before" if entry.kind == "untouched" else "after"
             lines.append(Text(f"  {when:<9}{' '.join(entry.answers[position].predicted.split())[:300]}"))
         lines.append(Text(f"  {'expected':<9}{' '.join(first.expected.split())[:300]}", style="dim"))
+    return lines
+
+
+def conclusion(verdict: Verdict, steps: Sequence[str]) -> list[Text | Padding]:
+    """The verdict in words, and what to change where training was not worth it."""
+    styles = {"better": "bold green", "worse": "bold red"}
+    lines: list[Text | Padding] = [
+        Text.assemble((f"{verdict.label}.", styles.get(verdict.kind, "bold yellow")), f" {verdict.brief}")
+    ]
+    if verdict.note:
+        lines.append(Text(verdict.note))
+    if steps:
+        lines.append(Text("What to do next, the same recipe with one change at a time:"))
+        lines += [Padding(Text(f"- {step}"), (0, 0, 0, 2)) for step in steps]
     return lines
 
 

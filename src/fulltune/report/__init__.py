@@ -11,14 +11,16 @@ from pathlib import Path
 
 from fulltune.report.card import card
 from fulltune.report.content import build
+from fulltune.report.content import conclude as _conclude
 from fulltune.report.files import replace
 from fulltune.report.html import page
 from fulltune.report.many_tasks import write_tasks
 from fulltune.report.markdown import markdown
 from fulltune.report.proof import write_proof
 from fulltune.report.read import read_run
+from fulltune.report.verdict import Verdict
 
-__all__ = ["write", "write_model_card", "write_proof", "write_tasks"]
+__all__ = ["conclude", "write", "write_model_card", "write_proof", "write_tasks"]
 
 
 def write(folder: Path) -> Path:
@@ -44,6 +46,15 @@ def write(folder: Path) -> Path:
     target = folder / "report.html"
     replace(target, page(report))
     return target
+
+
+def conclude(folder: Path) -> tuple[Verdict, tuple[str, ...]]:
+    """The report's verdict on a run, and what to change where training was not worth it.
+
+    Args:
+        folder: The run folder.
+    """
+    return _conclude(read_run(Path(folder)))
 
 
 def write_model_card(folder: Path, model_folder: Path) -> None:

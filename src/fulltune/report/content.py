@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from fulltune.records import DataSummary, Plan
 from fulltune.report import about_data, about_resources, about_scores, about_training, kinds, words
-from fulltune.report.blocks import Block, Bullets, Code, Paragraph, Section
+from fulltune.report.blocks import Block, Bullets, Code, Folded, Paragraph, Section
+from fulltune.report.next_steps import next_steps, seen_in
 from fulltune.report.read import RunView
 from fulltune.report.verdict import Ruling, Verdict, headline_row, judge
 
@@ -26,6 +27,7 @@ class Report:
 
 def build(view: RunView) -> Report:
     """Turn what is known about a run into what is said about it."""
+    verdict, steps = conclude(view)
     sections = (
         _missing(view),
         about_scores.results(view),
@@ -39,16 +41,23 @@ def build(view: RunView) -> Report:
         about_resources.resources(view),
         about_training.settings(view),
         about_training.environment(view),
-        _next(view),
+        _next(view, verdict, steps),
     )
-    why = next((part.why for part in view.missing if part.what.startswith("the test scores of")), "")
     return Report(
         title=view.name,
         subtitle=f"{words.file_name(view.model)} · {view.task}",
-        verdict=judge(view.scores, why),
+        verdict=verdict,
         key_figures=_key_figures(view),
         sections=tuple(section for section in sections if section is not None),
     )
+
+
+def conclude(view: RunView) -> tuple[Verdict, tuple[str, ...]]:
+    """Was it worth it, and what to change where it was not."""
+    why = next((part.why for part in view.missing if part.what.startswith("the test scores of")), "")
+    verdict = judge(view.scores, why)
+    seen = seen_in(view, verdict)
+    return verdict, next_steps(seen) if seen else ()
 
 
 def main_trial(view: RunView) -> str | None:
@@ -90,7 +99,17 @@ def _missing(view: RunView) -> Section | None:
     return Section("missing", "What is missing", (lead, Bullets(tuple(items))))
 
 
-def _next(view: RunView) -> Section:
+def _next(view: RunView, verdict: Verdict, steps: tuple[str, ...]) -> Section:
+    blocks: list[Block] = []
+    if steps:
+        blocks += [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)]
+    use = _use(view)
+    worse = verdict.kind == "worse" and main_trial(view) is not None
+    blocks += [Folded("how to use this model all the same", use)] if worse else use
+    return Section("next", "What to do next", tuple(blocks))
+
+
+def _use(view: RunView) -> tuple[Block, ...]:
     trial = main_trial(view)
     folder = view.model_folder_of(trial) if trial else None
     outcome = view.outcome_of(trial) if trial else None
@@ -108,7 +127,7 @@ def _next(view: RunView) -> Section:
         if kind not in _OURS:
             code = loading_code(f"{view.name}/{folder}", view.task, view.summary)
             blocks.append(Code(around_base(code, view.model) if kind != "full" else code, "python"))
-    return Section("next", "What to do next", tuple(blocks))
+    return tuple(blocks)
 
 
 def _how_to_go_on(status: str | None) -> str:

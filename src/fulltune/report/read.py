@@ -123,8 +123,8 @@ def read_run(folder: Path) -> RunView:
     torn: list[Path] = []
     environment = _record(Environment, folder / "environment.json", folder, broken)
     summary = _record(DataSummary, folder / "data" / "summary.json", folder, broken)
-    plans = _records(Plan, folder / "plan", folder, broken)
-    scores = _records(Scores, folder / "scores", folder, broken)
+    plans = _records(Plan, sorted(filter(_may_be_a_plan, (folder / "plan").glob("*.json"))), folder, broken)
+    scores = _records(Scores, sorted((folder / "scores").glob("*.json")), folder, broken)
     attempts = tuple(_attempts(folder, broken, torn))
     recipe_text = _text(folder / "recipe.yaml")
     settings = {setting.name: setting.value for plan in plans for setting in plan.settings}
@@ -160,7 +160,7 @@ def _what_is_missing(view: RunView) -> Iterator[Missing]:
     if not view.plans:
         yield Missing("the plan with its settings", "the run ended before it was planned.")
     if not view.attempts:
-        yield Missing("learning curves and training facts", "training never started: there is no attempt.")
+        yield Missing("learning curves and training facts", "there is no attempt in the run's folder.")
     for trial in view.trials:
         attempts = view.attempts_of(trial)
         if attempts and attempts[-1].outcome is None:
@@ -184,7 +184,7 @@ def _what_is_missing(view: RunView) -> Iterator[Missing]:
 def _why_unscored(view: RunView, trial: str) -> str:
     attempts = view.attempts_of(trial)
     if not attempts:
-        return "its training never started."
+        return "no attempt to train it is in the run's folder."
     outcome = attempts[-1].outcome
     if outcome is None:
         return "training has no recorded end, so there was nothing to score."
@@ -203,9 +203,18 @@ def _record(kind: type[_AnyRecord], path: Path, folder: Path, broken: list[Missi
         return None
 
 
-def _records(kind: type[_AnyRecord], parent: Path, folder: Path, broken: list[Missing]) -> list[_AnyRecord]:
-    found = (_record(kind, path, folder, broken) for path in sorted(parent.glob("*.json")))
+def _records(kind: type[_AnyRecord], paths: list[Path], folder: Path, broken: list[Missing]) -> list[_AnyRecord]:
+    found = (_record(kind, path, folder, broken) for path in paths)
     return [record for record in found if record is not None]
+
+
+def _may_be_a_plan(path: Path) -> bool:
+    """Whether a file of the folder `plan` is a trial's plan, or too damaged to tell; others lie there as well."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(found, dict) and {"trial", "settings"} <= found.keys()
 
 
 def _attempts(folder: Path, broken: list[Missing], torn: list[Path]) -> Iterator[Attempt]:

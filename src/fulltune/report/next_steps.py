@@ -1,0 +1,185 @@
+"""What to try next, from what a run shows of itself: a pure function of the verdict, the curves and the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fulltune.records import Confusion, Plan, Scores
+from fulltune.report import words
+from fulltune.report.history import Point
+from fulltune.report.read import RunView
+from fulltune.report.verdict import Kind, Verdict, headline_row
+
+_FEW_STEPS = 100
+"""A pretrained model with a new head has hardly begun by then."""
+_STILL_FALLING = 0.05
+"""Share of the train loss by which the last quarter lies below the one before."""
+_ONE_CLASS = 0.98
+"""Share of the test rows that get the same label from a model that tells nothing apart."""
+_GREW = 1.2
+"""The last quarter's loss over the first logged ones: a rate that is too high."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a finished run shows of itself."""
+
+    verdict: Kind
+    learning_rate: float
+    epochs: float
+    steps: int
+    total_steps: int
+    by_steps: bool = False
+    """The recipe gives the length of the run in steps."""
+    method_given: bool = True
+    """The recipe has a block `method`: a setting of it can be changed alone."""
+    train_rows: int = 0
+    max_rows: int | None = None
+    """The recipe takes no more rows than that."""
+    loss: tuple[Point, ...] = ()
+    """Of the train rows, as logged."""
+    metric: tuple[Point, ...] = ()
+    """The one that chooses the weights, on the eval rows."""
+    metric_name: str = "accuracy"
+    greater_is_better: bool = True
+    one_answer: str = ""
+    """What the model says to (nearly) every test row; empty: it tells them apart."""
+
+
+def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
+    """What a run's files show of the trial that the headline is about; None: it was not scored or has no plan."""
+    row = headline_row(view.scores)
+    plan = view.plan_of(row.name) if row else None
+    outcome = view.outcome_of(row.name) if row else None
+    if row is None or plan is None or outcome is None:
+        return None
+    given = {setting.name: setting.value for setting in plan.settings if not setting.chosen}
+    history = view.history_of(row.name)
+    train = view.summary.splits.get("train") if view.summary else None
+    return Seen(
+        verdict=verdict.kind,
+        learning_rate=plan.learning_rate,
+        epochs=plan.num_train_epochs,
+        steps=outcome.steps,
+        total_steps=plan.total_steps,
+        by_steps="train.max_steps" in given,
+        method_given=any(name.startswith("method.") for name in given),
+        train_rows=train.rows if train else 0,
+        max_rows=given.get("data.max_rows"),
+        loss=history.train.get("loss", ()),
+        metric=history.evaluation.get(plan.metric, ()),
+        metric_name=plan.metric,
+        greater_is_better=plan.greater_is_better,
+        one_answer=_one_answer(row),
+    )
+
+
+def _one_answer(row: Scores) -> str:
+    """The label that a classifier gives to nearly all rows although there are others; a tagger that finds nothing."""
+    if row.confusion is not None:
+        return _one_label(row.confusion)
+    entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
+    return "O" if entities and not any(entities) else ""
+
+
+def _one_label(confusion: Confusion) -> str:
+    given = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
+    expected = [sum(counts) for counts in confusion.counts]
+    share, label = max(zip(given, confusion.labels, strict=True), default=(0, ""))
+    several = max(expected, default=0) < _ONE_CLASS * sum(expected)
+    return label if several and share >= _ONE_CLASS * max(1, sum(given)) else ""
+
+
+def next_steps(seen: Seen) -> tuple[str, ...]:
+    """What to change, each with what speaks for it and the setting; empty where the model is better as it is.
+
+    Changes are named alone: made together, nobody knows which one helped.
+    """
+    if seen.verdict not in ("worse", "unresolved"):
+        return ()
+    found = []
+    if grew := _loss_grew(seen.loss):
+        found.append(f"{grew}: the learning rate is too high. Take a third: {_rate(seen, 1 / 3)}")
+    elif longer := _reasons_to_go_on(seen):
+        found.append(f"{words.listed(longer)}. Train for longer: {_longer(seen)}")
+    elif passed := _best_long_ago(seen):
+        found.append(f"{passed}. Take a lower rate: {_rate(seen, 1 / 3)}")
+    if seen.one_answer:
+        what = f"Nearly every test row gets the same answer, '{words.clipped(seen.one_answer, 40)}'"
+        if not found:
+            found.append(f"{what}. Take a lower rate, {_rate(seen, 1 / 3)}, or a higher one, {_rate(seen, 3)}")
+        else:
+            found[0] = f"{what}. {found[0]}"
+    if seen.max_rows is not None:
+        found.append(f"Only {words.count(seen.train_rows)} rows are trained on. Take more: leave data.max_rows out")
+    if not found:
+        found.append(
+            f"The curves show no reason. Try other learning rates, {_rate(seen, 1 / 3)} or {_rate(seen, 3)}; "
+            f"more train rows than these {words.count(seen.train_rows)} help most"
+        )
+    if seen.verdict == "unresolved":
+        found.append("More test rows narrow the interval: four times as many halve it")
+    return tuple(f"{one}." for one in found)
+
+
+def _reasons_to_go_on(seen: Seen) -> list[str]:
+    reasons = []
+    before, last = _last_quarters(seen.loss)
+    if before > 0 and last < (1 - _STILL_FALLING) * before:
+        first = seen.loss[0][1]
+        reasons.append(f"the train loss was still falling at the end ({words.number(first)} to {words.number(last)})")
+    if len(seen.metric) > 1 and _best_step(seen) == seen.metric[-1][0] and seen.metric[0][1] != seen.metric[-1][1]:
+        way = "rising" if seen.greater_is_better else "falling"
+        reasons.append(f"{words.metric_name(seen.metric_name)} on the eval rows was still {way} at the last evaluation")
+    if seen.steps < _FEW_STEPS and seen.steps >= seen.total_steps:
+        reasons.append(f"{words.counted(seen.steps, 'step')} are few" if seen.steps > 1 else "one step is little")
+    if reasons:
+        reasons[0] = reasons[0][0].upper() + reasons[0][1:]
+    return reasons
+
+
+def _loss_grew(loss: Sequence[Point]) -> str:
+    """That the train loss ended far above where it began; empty where it did not."""
+    first = [value for _, value in loss[: max(1, len(loss) // 10)]]
+    _, last = _last_quarters(loss)
+    if len(loss) < 4 or not math.isfinite(last):
+        return ""
+    began = sum(first) / len(first)
+    return f"The train loss rose from {words.number(began)} to {words.number(last)}" if last > _GREW * began > 0 else ""
+
+
+def _last_quarters(loss: Sequence[Point]) -> tuple[float, float]:
+    """The mean of the last quarter but one, and of the last one; NaN where too little was logged."""
+    values = [value for _, value in loss]
+    size = len(values) // 4
+    if not size:
+        return math.nan, math.nan
+    return sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
+
+
+def _best_step(seen: Seen) -> int:
+    """The first of the best."""
+    sign = 1 if seen.greater_is_better else -1
+    finite = [point for point in seen.metric if math.isfinite(point[1])]
+    return max(finite, key=lambda point: sign * point[1], default=(0, 0.0))[0]
+
+
+def _best_long_ago(seen: Seen) -> str:
+    """That the eval rows were answered best in the run's first half, and worse ever since."""
+    if len(seen.metric) < 3 or 2 * _best_step(seen) > seen.metric[-1][0]:
+        return ""
+    name, step = words.metric_name(seen.metric_name), words.count(_best_step(seen))
+    return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {step} and then fell back"
+
+
+def _longer(seen: Seen) -> str:
+    if seen.by_steps:
+        return f"--set train.max_steps={2 * seen.total_steps}"
+    return f"--set train.num_train_epochs={2 * seen.epochs:g}"
+
+
+def _rate(seen: Seen, factor: float) -> str:
+    kind = "" if seen.method_given else "--set method.kind=full "
+    return f"{kind}--set method.learning_rate={float(f'{factor * seen.learning_rate:.2g}'):g}"
