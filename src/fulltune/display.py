@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -241,17 +240,20 @@ def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:
     return lines
 
 
-def conclusion(verdict: Verdict, steps: Sequence[str]) -> list[Text | Padding]:
+def conclusion(verdict: Verdict, steps: Sequence[str]) -> list[Text | Table]:
     """The verdict in words, and what to change where training was not worth it."""
     styles = {"better": "bold green", "worse": "bold red"}
-    lines: list[Text | Padding] = [
+    lines: list[Text | Table] = [
         Text.assemble((f"{verdict.label}.", styles.get(verdict.kind, "bold yellow")), f" {verdict.brief}")
     ]
     if verdict.note:
         lines.append(Text(verdict.note))
     if steps:
         lines.append(Text("What to do next, the same recipe with one change at a time:"))
-        lines += [Padding(Text(f"- {step}"), (0, 0, 0, 2)) for step in steps]
+        table = Table.grid(padding=(0, 1))
+        for step in steps:
+            table.add_row("  -", Text(step))
+        lines.append(table)
     return lines
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from safetensors.torch import load_file
 
 from fulltune import api, footprint, pipeline
 from fulltune.pipeline import Reached, Run
 from fulltune.records import Outcome
+from fulltune.report.read import read_run
+from fulltune.report.verdict import judge
 from fulltune.train import Hooks, attempts, worker
 from fulltune.train.request import Request
 from tests import tiny
@@ -89,6 +93,20 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     for path in sorted((folder / "run").glob("attempts/*/metrics.jsonl")):
         lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def assert_report_is_whole(reached: Reached) -> None:
+    """A good run's report lacks nothing, and its trained model has a difference to each row that needs no training."""
+    assert read_run(reached.folder).missing == ()
+    assert "What is missing" not in (reached.folder / "report.md").read_text(encoding="utf-8")
+    *others, trained = reached.scores
+    metric = trained.main_metric
+    expected = {row.name: row.metrics[metric].value for row in others if metric in row.metrics}
+    assert set(trained.differences) == {name for name, value in expected.items() if math.isfinite(value)}
+    for name, found in trained.differences.items():
+        assert found.value == pytest.approx(trained.metrics[metric].value - expected[name])
+        assert found.low <= found.value <= found.high
+    assert judge(reached.scores).kind in ("better", "worse", "unresolved")
 
 
 def at_step(step: int, action: Callable[[], None]) -> Callable[[Mapping[str, Any]], None]:

@@ -49,7 +49,7 @@ def assert_files_are_whole(reached: Reached) -> Path:
     written = {path.name for path in folder.iterdir()}
     assert written >= {"config.json", "model.safetensors", "tokenizer.json", "fulltune.json", "README.md"}
     assert "<html" in (reached.folder / "report.html").read_text(encoding="utf-8").lower()
-    assert (reached.folder / "report.md").exists()
+    runs.assert_report_is_whole(reached)
     assert not (reached.folder / "checkpoints" / "full-seed42").exists()
     assert not list(reached.folder.rglob("*.part"))
     return folder
@@ -209,6 +209,8 @@ def test_command_line_run_then_predict_by_text_stdin_and_file(tiny_encoder: Path
     assert "Traceback" not in done.stderr
     assert "report.html" in done.stdout
     assert "accuracy" in done.stdout
+    verdicts = ("than without training. On the same", "Difference not resolved. On the same")
+    assert any(said in done.stdout for said in verdicts)
     assert (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "attempts" / "full-seed42-01" / "log.txt").exists()
 

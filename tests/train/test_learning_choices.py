@@ -52,6 +52,7 @@ def test_multiple_choice_run_beats_the_baselines(kind: str, form: str, tmp_path:
         train=TRAIN,
     )
 
+    runs.assert_report_is_whole(reached)
     position, longest, trained = reached.scores
     assert (position.name, longest.name) == ("most frequent position", "longest choice")
     assert trained.metrics["accuracy"].value > 0.9

@@ -42,6 +42,7 @@ def test_run_learns_to_write_and_to_stop(kind: str, tmp_path: Path) -> None:
         evaluate={"bootstrap_samples": 100, "generate_rows": 16, "max_new_tokens": 20},
     )
 
+    runs.assert_report_is_whole(reached)
     assert reached.summary.columns == {"source": "document", "target": "summary"}
     assert reached.plan is not None
     assert reached.plan.metric == "loss"

@@ -55,6 +55,7 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
         train={"num_train_epochs": 12, "eval_strategy": "steps", "eval_steps": 80},
     )
 
+    runs.assert_report_is_whole(reached)
     assert reached.plan is not None
     assert reached.plan.metric == "f1"
     sentence, none, trained = reached.scores

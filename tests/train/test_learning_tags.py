@@ -52,6 +52,7 @@ def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(
         train={"num_train_epochs": 14, "eval_strategy": "steps", "eval_steps": 60},
     )
 
+    runs.assert_report_is_whole(reached)
     assert reached.summary.labels == ("O", "B-LOC", "B-PER", "I-LOC", "I-PER")
     assert reached.plan is not None
     assert reached.plan.metric == "f1"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fulltune.records import Outcome, Plan
+from fulltune.records import MemoryNeed, Outcome, Plan
 from fulltune.report import words
 from fulltune.report.blocks import Block, Folded, Paragraph, Row, Section, Table, unless_empty
 from fulltune.report.read import Attempt, RunView
 
 _HEADER = ("what", "planned", "after the dry-run step", "actual", "error of the plan", "error of the dry run")
 _MEMORY = "memory of the training process, beyond the libraries"
+_TIME = "time of the training steps, with evaluations and checkpoints"
 
 
 def resources(view: RunView) -> Section | None:
@@ -37,7 +38,18 @@ def _kinds(plan: Plan) -> list[Block]:
         (row,),
         numeric=frozenset(range(len(row))),
     )
-    return [table]
+    return [table, Paragraph(_where(need))]
+
+
+def _where(need: MemoryNeed) -> str:
+    """That the figures are of one moment, and which one; a kind that is 0 then can be large at another."""
+    if not need.kinds.get("gradients"):
+        moment = "in the forward pass or at its end, before the first gradient is made"
+    elif not need.kinds.get("activations"):
+        moment = "in the optimizer's update, when the activations are gone"
+    else:
+        moment = "in the backward pass"
+    return f"What is held at the moment when a step needs most, not the most of each kind: {moment}."
 
 
 def _comparison(plan: Plan, attempt: Attempt) -> list[Block]:
@@ -53,7 +65,7 @@ def _comparison(plan: Plan, attempt: Attempt) -> list[Block]:
     if outcome.forecast or time:
         planned_seconds = time.total_seconds if time else 0.0
         forecast = outcome.forecast.total_seconds if outcome.forecast else 0.0
-        rows.append(_row("time of training", planned_seconds, forecast, _trained_seconds(attempt), words.duration))
+        rows.append(_row(_TIME, planned_seconds, forecast, _trained_seconds(attempt), words.duration))
     if plan.disk or outcome.disk_bytes:
         rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, words.size))
     if not rows:
@@ -74,7 +86,7 @@ def _row(what: str, planned: float, tried: float, actual: float, shown: Callable
         return shown(value) if value else "-"
 
     def error(value: float) -> str:
-        return f"{value / actual - 1:+.0%}" if value and actual else "-"
+        return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"
 
     return (what, cell(planned), cell(tried), cell(actual), error(planned), error(tried))
 

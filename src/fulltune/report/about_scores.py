@@ -43,13 +43,12 @@ def results(view: RunView) -> Section | None:
         return None
     leading = headline_row(view.scores) or view.scores[-1]
     metrics = list(dict.fromkeys(name for row in (leading, *view.scores) for name in _main_first(row)))
-    header = ("model", *(words.metric_name(name) for name in metrics), "test rows", "time", "kind")
+    header = ("model", *(words.metric_name(name) for name in metrics), "test rows", "kind")
     rows = tuple(
         (
             row.name,
             *(words.estimate(name, row.metrics[name]) if name in row.metrics else "-" for name in metrics),
             words.count(row.rows),
-            words.duration(row.seconds),
             _KIND_IN_WORDS[row.kind],
         )
         for row in view.scores
@@ -221,11 +220,11 @@ def calibration_in_words(found: Calibration) -> str:
     if found.note:
         return f"{found.note[0].upper()}{found.note[1:]}."
     if found.temperature > 1.02:
-        sure = "The model is surer than it is right (temperature above 1)"
+        sure = "The model is overconfident: it is right less often than its probabilities say (temperature above 1)"
     elif found.temperature < 0.98:
-        sure = "The model is less sure than it is right (temperature below 1)"
+        sure = "The model is underconfident: it is right more often than its probabilities say (temperature below 1)"
     else:
-        sure = "The model is about as sure as it is right (temperature near 1)"
+        sure = "The model is right about as often as its probabilities say (temperature near 1)"
     before, after = found.expected_calibration_error, found.expected_calibration_error_scaled
     effect = "brings its probabilities closer to" if after < before else "does not bring its probabilities closer to"
     return f"{sure}; dividing the logits by the temperature {effect} how often it is right on the test rows."

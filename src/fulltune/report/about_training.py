@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fulltune.records import Moved, Outcome, Plan
 from fulltune.report import words
 from fulltune.report.blocks import (
@@ -24,6 +26,7 @@ from fulltune.report.read import RunView
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 _JOURNAL_OPEN = 10
+_MOST_EVALUATIONS = 20
 
 
 def curves(view: RunView) -> Section | None:
@@ -40,18 +43,47 @@ def curves(view: RunView) -> Section | None:
             drawn.append(
                 Paragraph(f"One curve over {len(restarts) + 1} attempts; tick on the axis: continued, at step {at}.")
             )
+        drawn += _other_metrics(view, trial)
         first = not blocks
         blocks += drawn if first else [Folded(f"the same for {trial}", tuple(drawn))]
     return unless_empty("Learning curves", blocks)
 
 
+def _other_metrics(view: RunView, trial: str) -> list[Block]:
+    """Every metric of the eval rows as numbers: most of them follow the one that is drawn."""
+    plan, series = view.plan_of(trial), view.history_of(trial).evaluation
+    if plan is None or set(series) <= {plan.metric, "loss"}:
+        return []
+    names = sorted(series, key=lambda name: name != plan.metric)
+    by_step: dict[int, dict[str, float]] = {}
+    for name, points in series.items():
+        for step, value in points:
+            by_step.setdefault(step, {})[name] = value
+    steps = sorted(by_step)
+    every = math.ceil(len(steps) / _MOST_EVALUATIONS)
+    shown = sorted({*steps[::every], steps[-1]})
+    rows: list[Row] = [
+        (
+            words.count(step),
+            *(words.metric(name, by_step[step][name]) if name in by_step[step] else "-" for name in names),
+        )
+        for step in shown
+    ]
+    header = ("step", *(words.metric_name(name) for name in names))
+    which = "each evaluation" if every == 1 else f"every {words.ordinal(every)} evaluation and the last one"
+    table = Table(f"On the eval rows, {which}", header, tuple(rows), frozenset(range(1, len(header))))
+    return [Folded("all metrics on the eval rows", (table,))]
+
+
 def _curves_of(view: RunView, trial: str) -> tuple[Figure, ...]:
-    history, outcome = view.history_of(trial), view.outcome_of(trial)
+    history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
     kept = outcome.best_step if outcome else None
+    drawn_ones = (plan.metric, "loss") if plan else tuple(history.evaluation)
     drawn = [(name, _TRAIN_TITLES[name], points, None) for name, points in history.train.items()]
     scored = [
         (name, f"{words.metric_name(name)} on the eval rows", points, kept)
         for name, points in history.evaluation.items()
+        if name in drawn_ones
     ]
     return tuple(
         Figure(learning_curve(title, points, name, step, history.restarts), title, curve_in_words(points, name, step))
@@ -76,7 +108,7 @@ def training(view: RunView) -> Section | None:
 
 
 def _attempts(view: RunView) -> Table:
-    header = ("attempt", "status", "steps", "training time", "tokens/s", "peak memory", "why it ended")
+    header = ("attempt", "status", "steps", "time of the process", "tokens/s", "peak memory", "why it ended")
     rows: list[Row] = []
     for attempt in view.attempts:
         outcome = attempt.outcome

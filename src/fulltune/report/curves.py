@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,8 @@ _CURVE_HEIGHT = 220
 _MOST_POINTS = 300
 _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
+_NAME_LETTERS, _NAME_HEIGHT = 56, 15
+"""Of a line of a name in the interval plot."""
 
 
 @dataclass(frozen=True)
@@ -96,29 +99,34 @@ def interval_plot(title: str, bars: Sequence[Bar], metric: str) -> str:
         bars: Rows from top to bottom; a row that is not finite is named without a mark.
         metric: The metric's name; decides how the axis is written.
     """
-    row_height, side = 46, 20
-    bottom = 8 + row_height * len(bars)
+    side, room = 20, 64  # the value stands right of its mark, where no mark can be
+    names = [textwrap.wrap(bar.name, _NAME_LETTERS) or [""] for bar in bars]
+    tops = [8.0]
+    for lines in names:
+        tops.append(tops[-1] + _NAME_HEIGHT * len(lines) + 31)
+    bottom = tops[-1]
     finite = [value for bar in bars for value in (bar.value, bar.low, bar.high) if math.isfinite(value)]
     ticks = _ticks(metric, min(finite, default=0.0), max(finite, default=1.0))
-    across = _scale(min([*finite, ticks[0]]), max([*finite, ticks[-1]]), side, WIDTH - side)
+    across = _scale(min([*finite, ticks[0]]), max([*finite, ticks[-1]]), side, WIDTH - room)
     parts = []
     for tick in ticks:
         x = across(tick)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{bottom}"/>')
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{bottom:.0f}"/>')
         parts.append(_text(x, bottom + 16, words.tick(metric, tick), "middle"))
-    for index, bar in enumerate(bars):
-        y = 8 + row_height * index
-        parts.append(_text(2, y + 12, bar.name if len(bar.name) <= 34 else bar.name[:33] + "…", "start", "name"))
-        parts.append(_text(WIDTH - 2, y + 12, bar.text, "end", "name"))
+    for bar, lines, y in zip(bars, names, tops, strict=False):
+        for line in lines:
+            y += _NAME_HEIGHT
+            parts.append(_text(2, y - 3, line, "start", "name"))
+        parts.append(_text(WIDTH - 2, y + 14, bar.text, "end", "name"))
         if not all(math.isfinite(value) for value in (bar.value, bar.low, bar.high)):
             continue
-        left, middle, right, y = across(bar.low), across(bar.value), across(bar.high), y + 25
+        left, middle, right, y = across(bar.low), across(bar.value), across(bar.high), y + 10
         parts.append(
             f'<g class="{escape(bar.kind)}"><path class="whisker" d="M{left:.1f} {y - 7}v14m0 -7H{right:.1f}m0 -7v14"/>'
         )
         parts.append(_mark(bar.kind, middle, y) + "</g>")
     described = "; ".join(f"{bar.name}: {bar.text}" for bar in bars) + "."
-    return _svg(title, described, bottom + 24, "".join(parts))
+    return _svg(title, described, round(bottom) + 24, "".join(parts))
 
 
 def nice_ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:

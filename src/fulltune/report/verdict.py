@@ -136,7 +136,7 @@ def _kind(ahead: Estimate, greater_is_better: bool) -> Kind:
 def _ending(kind: Kind, bar: Scores) -> str:
     match kind:
         case "unresolved":
-            return ": these rows do not tell which is better"
+            return "; these rows do not tell which is better"
         case "worse":
             return ", and training made it worse" if bar.kind == "untouched" else ", and the baseline needs no training"
         case _:

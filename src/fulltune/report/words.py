@@ -33,6 +33,12 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def ordinal(value: int) -> str:
+    """`2nd`, `3rd`, `11th`."""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th") if value % 100 // 10 != 1 else "th"
+    return f"{count(value)}{ending}"
+
+
 def counted(value: int, noun: str) -> str:
     """A count with its noun: `1 row`, `1,200 rows`."""
     return f"{count(value)} {noun}" + ("" if value == 1 else "s")

@@ -110,11 +110,12 @@ def _truncation(summary: DataSummary) -> Check:
 
 
 def _dropout(model: Any) -> Check:
-    from fulltune.train.dropout import SixteenBitDropout, threshold
+    from fulltune.train.dropout import STEPS, SixteenBitDropout, threshold
 
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
-    shares = sorted({f"{module.p:g} as {threshold(module.p)}/65536" for module in modules})
-    result = f"{len(modules)} modules draw 16 bits a value ({', '.join(shares)})" if modules else "torch's own, or none"
+    shares = sorted({f"{module.p:g} becomes {threshold(module.p) / STEPS:.6g}" for module in modules})
+    made = f"{len(modules)} modules, with random numbers of 16 bits for speed"
+    result = f"{made} ({', '.join(shares)})" if modules else "torch's own, or none"
     return Check(name="dropout", result=result, passed=True)
 
 

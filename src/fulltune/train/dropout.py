@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 _VALUES_PER_DRAW = 4
-_STEPS = 65536
+STEPS = 65536
 _LOWEST = -(2**63)
 
 
@@ -26,13 +26,13 @@ class SixteenBitDropout(nn.Dropout):
         draws = torch.empty(-(-input.numel() // _VALUES_PER_DRAW), dtype=torch.int64).random_(_LOWEST, None)
         values = draws.view(torch.int16)[: input.numel()].view(input.shape)
         # int16 begins at -32768.
-        kept = (values >= dropped - _STEPS // 2).to(input.dtype)
-        return input * kept.mul_(_STEPS / (_STEPS - dropped))
+        kept = (values >= dropped - STEPS // 2).to(input.dtype)
+        return input * kept.mul_(STEPS / (STEPS - dropped))
 
 
 def threshold(p: float) -> int:
     """Of the 65536 values of 16 bits, how many drop; probabilities next to 0 and 1 stay between them."""
-    return min(max(round(p * _STEPS), 1), _STEPS - 1)
+    return min(max(round(p * STEPS), 1), STEPS - 1)
 
 
 def install(model: nn.Module) -> int:

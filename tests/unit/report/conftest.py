@@ -19,6 +19,7 @@ from fulltune.records import (
     DataSummary,
     Environment,
     Estimate,
+    Measurements,
     MemoryNeed,
     Moved,
     Outcome,
@@ -171,6 +172,13 @@ def save_scores(folder: Path, *rows: Scores) -> None:
         row.save(folder / "scores" / f"{row.name.replace(' ', '-')}.json")
 
 
+def save_what_lies_beside_plans(folder: Path) -> None:
+    """Records of other kinds, as `plan` and `plan --measure` leave them, and one that does not exist yet."""
+    Measurements(available_bytes=2**30, rows=()).save(folder / "measured.json")
+    for name in ("footprint", "shapes", "survey", "of a later version"):
+        (folder / f"{name}.json").write_text(json.dumps({"num_parameters": 1, "name": name}), encoding="utf-8")
+
+
 def _summary_of_labels() -> DataSummary:
     def split(rows: int) -> SplitSummary:
         counts = {label: rows * (5 - position) // 15 for position, label in enumerate(LABELS)}
@@ -200,6 +208,7 @@ def _classification(folder: Path) -> Path:
         folder / "data" / "dropped.jsonl", [*dropped, {"split": "train", "row": 9, "check": "x", "reason": HOSTILE}]
     )
     plan().save(folder / "plan" / "full.json")
+    save_what_lies_beside_plans(folder / "plan")
     attempt = folder / "attempts" / "full-seed42-01"
     outcome().save(attempt / "outcome.json")
     write_lines(attempt / "metrics.jsonl", curve_lines(10, 300))
@@ -224,6 +233,7 @@ def _classification(folder: Path) -> Path:
             "trained",
             0.921,
             0.016,
+            differences={"nearest centroid (frozen)": Estimate(value=0.109, low=0.081, high=0.137)},
             calibration=Calibration(
                 temperature=1.31, expected_calibration_error=0.0412, expected_calibration_error_scaled=0.0123
             ),
@@ -273,7 +283,11 @@ def _causal_lm(folder: Path) -> Path:
     save_scores(
         folder,
         scores("before training", "untouched", 2.31, 0.05, "loss", False, answers=said("untouched says")),
-        scores("full-seed42", "trained", 1.21, 0.04, "loss", False, answers=tuple(reversed(said("trained says")))),
+        scores(
+            *("full-seed42", "trained", 1.21, 0.04, "loss", False),
+            answers=tuple(reversed(said("trained says"))),
+            differences={"before training": Estimate(value=-1.1, low=-1.16, high=-1.04)},
+        ),
     )
     return folder
 

@@ -59,6 +59,23 @@ def test_curve_wide_range_uses_a_log_scale_but_not_for_the_learning_rate() -> No
     assert "log scale" not in learning_curve("learning rate", points, "learning_rate")
 
 
+def test_interval_plot_shows_names_whole_and_values_beside_the_marks() -> None:
+    names = ["nearest centroid (frozen embeddings of 10,000 train rows)", "a " + "very long name of a method " * 4, "x"]
+    drawing = ElementTree.fromstring(
+        interval_plot("accuracy", [Bar(name, "trained", 1.0, 0.98, 1.0, "100.0%") for name in names], "accuracy")
+    )
+    texts = [element for element in drawing.iter("text") if element.get("class") == "name"]
+    assert " ".join(text.text or "" for text in texts if text.text != "100.0%") == " ".join(map(str.strip, names))
+    values = [text for text in texts if text.text == "100.0%"]
+    marks = [float(re.search(r"M([\d.]+)", str(mark.get("d")))[1]) for mark in drawing.iter("path")]  # type: ignore[index]
+    assert len(values) == len(names)
+    # Seven letters of 7 units to the left of where they end: right of all marks.
+    assert all(float(str(value.get("x"))) - 7 * len("100.0%") > max(marks) for value in values)
+    heights = [float(str(text.get("y"))) for text in texts]
+    assert heights == sorted(heights)
+    assert len(set(heights)) == len(heights)
+
+
 def test_drawings_hostile_names_stay_text() -> None:
     name = '</title><script>alert(1)</script>"&'
     bars = [Bar(name, "trained", 0.9, 0.8, 1.0, "90.0%"), Bar("b", "baseline", math.nan, 0, 1, "not finite")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,7 +89,23 @@ def test_missing_only_a_recipe_names_every_part(tmp_path: Path) -> None:
 
 
 def test_missing_complete_run_is_empty(classification: Path) -> None:
-    assert read_run(classification).missing == ()
+    """Records of other kinds lie beside the plan: they are neither plans nor damaged."""
+    view = read_run(classification)
+    assert view.missing == ()
+    assert [plan.trial for plan in view.plans] == ["full-seed42"]
+
+
+@pytest.mark.parametrize("text", ['{"trial": "full-seed42", "settings"', '{"trial": "full-seed42", "settings": []}'])
+def test_plan_that_is_torn_or_of_another_version_is_named(classification: Path, text: str) -> None:
+    (classification / "plan" / "full.json").write_text(text, encoding="utf-8")
+    assert "plan/full.json" in [part.what for part in read_run(classification).missing]
+
+
+def test_missing_attempts_are_said_without_a_guess_at_the_reason(classification: Path) -> None:
+    shutil.rmtree(classification / "attempts")
+    said = " ".join(part.why for part in read_run(classification).missing)
+    assert "there is no attempt in the run's folder" in said
+    assert "never started" not in said
 
 
 def test_record_that_cannot_be_read_is_reported_not_raised(classification: Path) -> None:

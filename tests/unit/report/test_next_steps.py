@@ -1,0 +1,87 @@
+"""What to try next: each proposal follows from what the run shows, and names a setting that exists."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fulltune.records import Confusion, Estimate
+from fulltune.report.content import conclude
+from fulltune.report.next_steps import Seen, next_steps
+from fulltune.report.read import read_run
+
+FLAT = tuple((step, 1.0) for step in range(10, 410, 10))
+FALLING = tuple((step, 4.0 * 0.97 ** (step / 10)) for step in range(10, 410, 10))
+GROWING = tuple((step, 1.0 + step / 10) for step in range(10, 410, 10))
+RISING = ((200, 0.3), (400, 0.5))
+PASSED = ((100, 0.5), (200, 0.4), (300, 0.4), (400, 0.3))
+STILL = ((200, 0.5), (400, 0.5))
+
+WORSE = Seen("worse", 3e-4, 2.0, 400, 400, train_rows=3000, loss=FLAT, metric=STILL)
+LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.0001"
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "unwanted"),
+    [
+        ({"loss": FALLING}, ["still falling at the end (3.88 to", LONGER], ["learning_rate", "few"]),
+        ({"metric": RISING}, ["Accuracy on the eval rows was still rising", LONGER], ["learning_rate"]),
+        ({"metric_name": "loss", "greater_is_better": False, "metric": RISING}, [], ["still"]),
+        ({"loss": FALLING, "metric": RISING}, ["at the end", "and accuracy on the eval rows"], []),
+        ({"loss": FALLING, "by_steps": True}, ["--set train.max_steps=800"], ["num_train_epochs"]),
+        ({"steps": 12, "total_steps": 12}, ["12 steps are few", LONGER], []),
+        ({"steps": 12, "total_steps": 400}, [], ["are few"]),  # stopped early: a longer run would stop there too
+        ({"loss": GROWING}, ["rose from", "too high", LOWER], [LONGER]),
+        ({"loss": GROWING, "metric": RISING}, [LOWER], [LONGER]),
+        ({"metric": PASSED}, ["was best at step 100 and then fell back", LOWER], [LONGER]),
+        ({"one_answer": "O"}, ["the same answer, 'O'", LOWER, "learning_rate=0.0009"], [LONGER]),
+        ({"one_answer": "O", "loss": FALLING}, ["the same answer, 'O'", LONGER], [LOWER]),
+        ({"max_rows": 200}, ["leave data.max_rows out"], []),
+        ({}, ["The curves show no reason", LOWER, "learning_rate=0.0009", "3,000"], [LONGER]),
+        ({"method_given": False}, ["--set method.kind=full --set method.learning_rate=0.0001"], []),
+        ({"verdict": "unresolved"}, ["More test rows"], []),
+        ({"loss": ((10, float("nan")), (20, float("nan"))) * 3}, ["The curves show no reason"], ["nan", "not finite"]),
+        ({"loss": (), "metric": ()}, ["The curves show no reason"], []),
+    ],
+)
+def test_proposals_follow_from_what_was_seen(changes: dict[str, object], wanted: list[str], unwanted: list[str]) -> None:
+    said = "\n".join(next_steps(replace(WORSE, **changes)))  # type: ignore[arg-type]
+    assert said
+    for part in wanted:
+        assert part in said
+    for part in unwanted:
+        assert part not in said
+
+
+@pytest.mark.parametrize("verdict", ["better", "alone", "none", "unpaired"])
+def test_nothing_is_proposed_where_nothing_is_known_to_be_wrong(verdict: str) -> None:
+    assert next_steps(replace(WORSE, verdict=verdict, loss=FALLING)) == ()  # type: ignore[arg-type]
+
+
+def test_run_that_made_it_worse_is_told_from_its_files(classification: Path, kit: SimpleNamespace) -> None:
+    labels = ("a", "b")
+    kit.save_scores(
+        classification,
+        kit.scores(
+            "full-seed42",
+            "trained",
+            0.6,
+            confusion=Confusion(labels=labels, counts=((0, 40), (0, 60))),
+            differences={"nearest centroid (frozen)": Estimate(value=-0.212, low=-0.25, high=-0.17)},
+        ),
+    )
+    verdict, steps = conclude(read_run(classification))
+    assert verdict.label == "Worse than without training"
+    assert "'b'" in steps[0]
+    assert "--set" in steps[0]
+
+
+def test_labels_that_are_really_all_the_same_are_no_fault(classification: Path, kit: SimpleNamespace) -> None:
+    found = Estimate(value=-0.2, low=-0.3, high=-0.1)
+    confusion = Confusion(labels=("a", "b"), counts=((0, 0), (0, 60)))
+    row = kit.scores("full-seed42", "trained", 0.6, confusion=confusion, differences={"nearest centroid (frozen)": found})
+    kit.save_scores(classification, row)
+    assert "same answer" not in " ".join(conclude(read_run(classification))[1])

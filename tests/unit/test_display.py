@@ -1,0 +1,44 @@
+"""The end of a run on the terminal: whether it was worth it, and what to change, in 80 columns."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from fulltune import display
+from fulltune.report.verdict import Kind, Verdict
+
+BRIEF = "On the same 200 test rows, the accuracy of full-seed42 is 13.0 points lower than that of majority class."
+STEPS = (
+    "The train loss was still falling at the end (5.01 to 3.6). Train for longer: --set train.num_train_epochs=4.",
+    "Only 179 rows are trained on. Take more: leave data.max_rows out.",
+)
+
+
+def shown(kind: Kind, steps: tuple[str, ...] = ()) -> list[str]:
+    console = Console(width=80, highlight=False, file=io.StringIO())
+    for line in display.conclusion(Verdict(kind, "the long one", BRIEF, note="This is the first of 2."), steps):
+        console.print(line)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["better", "worse", "unresolved", "unpaired", "alone", "none"])
+def test_verdict_is_said_first_with_its_sentence(kind: Kind) -> None:
+    text = " ".join(shown(kind))
+    assert text.startswith(f"{Verdict(kind, '', '').label}. {BRIEF}")
+    assert "first of 2" in text
+    assert "What to do next" not in text
+
+
+def test_proposals_stand_below_it_with_hanging_lines_in_80_columns() -> None:
+    lines = shown("worse", STEPS)
+    assert lines[0].startswith("Worse than without training.")
+    first = lines.index("What to do next, the same recipe with one change at a time:") + 1
+    assert lines[first].startswith("  - The train loss")
+    assert lines[first + 1].startswith("    ")
+    assert lines[first + 2] == "  - Only 179 rows are trained on. Take more: leave data.max_rows out."
+    assert all(cell_len(line) <= 80 for line in lines)
+    assert any("--set train.num_train_epochs=4." in line for line in lines)
