@@ -75,7 +75,9 @@ def _key_figures(view: RunView) -> tuple[tuple[str, str], ...]:
         last = outcomes[-1]
         figures.append(("training", last.status.replace("_", " ")))
         figures.append(("steps", words.count(attempts[-1].steps)))
-        figures.append(("time of the training process", words.duration(sum(outcome.train_seconds for outcome in outcomes))))
+        figures.append(
+            ("time of the training process", words.duration(sum(outcome.train_seconds for outcome in outcomes)))
+        )
         if last.moved:
             figures.append(("values moved", words.share(last.moved.share)))
     if view.summary and "train" in view.summary.splits:

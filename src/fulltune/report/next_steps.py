@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records import Confusion, Plan, Scores
+from fulltune.records import Confusion, Scores
 from fulltune.report import words
 from fulltune.report.history import Point
 from fulltune.report.read import RunView

@@ -117,7 +117,12 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Verdict:
     than = "as" if ahead.value == 0 else "than"
     brief = f"On the same {words.counted(row.rows, 'test row')}, {compared} {than} that of {which}; {bounds}"
     ending = _ending(kind, bar)
-    return Verdict(kind, f"{claim}. On the same rows, {compared} ({bounds}){ending}.", f"{brief}{ending if kind == 'unresolved' else ''}.", note)
+    return Verdict(
+        kind,
+        f"{claim}. On the same rows, {compared} ({bounds}){ending}.",
+        f"{brief}{ending if kind == 'unresolved' else ''}.",
+        note,
+    )
 
 
 _UNPAIRED = (

@@ -47,7 +47,9 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
         ({"loss": (), "metric": ()}, ["The curves show no reason"], []),
     ],
 )
-def test_proposals_follow_from_what_was_seen(changes: dict[str, object], wanted: list[str], unwanted: list[str]) -> None:
+def test_proposals_follow_from_what_was_seen(
+    changes: dict[str, object], wanted: list[str], unwanted: list[str]
+) -> None:
     said = "\n".join(next_steps(replace(WORSE, **changes)))  # type: ignore[arg-type]
     assert said
     for part in wanted:
@@ -82,6 +84,8 @@ def test_run_that_made_it_worse_is_told_from_its_files(classification: Path, kit
 def test_labels_that_are_really_all_the_same_are_no_fault(classification: Path, kit: SimpleNamespace) -> None:
     found = Estimate(value=-0.2, low=-0.3, high=-0.1)
     confusion = Confusion(labels=("a", "b"), counts=((0, 0), (0, 60)))
-    row = kit.scores("full-seed42", "trained", 0.6, confusion=confusion, differences={"nearest centroid (frozen)": found})
+    row = kit.scores(
+        "full-seed42", "trained", 0.6, confusion=confusion, differences={"nearest centroid (frozen)": found}
+    )
     kit.save_scores(classification, row)
     assert "same answer" not in " ".join(conclude(read_run(classification))[1])

@@ -9,7 +9,6 @@ import pytest
 from fulltune.records import Estimate, Scores
 from fulltune.report.verdict import judge
 
-
 BASELINE = "nearest centroid"
 
 
@@ -56,8 +55,8 @@ def test_verdict_interval_of_the_difference_on_the_same_rows_decides(
     ("trained", "bar", "bounds", "metric", "said"),
     [
         (0.635, 0.765, (-0.195, -0.065), "accuracy", "is 13.0 points lower (95% interval: 6.5 to 19.5 points lower)"),
-        (0.78, 0.75, (-0.008, 0.069), "accuracy", "3.0 points higher (95% interval: from 0.8 points lower to 6.9 points"),
-        (0.81, 0.81, (-0.01, 0.01), "accuracy", "the accuracy of full-seed42 is the same (95% interval: from 1.0 point"),
+        (0.78, 0.75, (-0.008, 0.069), "accuracy", "3.0 points higher (95% interval: from 0.8 points lower to 6.9"),
+        (0.81, 0.81, (-0.01, 0.01), "accuracy", "of full-seed42 is the same (95% interval: from 1.0 point"),
         (1.2, 2.3, (-1.2, -1.05), "loss", "the loss of full-seed42 is 1.1 lower (95% interval: 1.05 to 1.2 lower)"),
         (2.3, 1.2, (1.05, 1.2), "loss", "1.1 higher (95% interval: 1.05 to 1.2 higher), and the baseline needs no"),
     ],
