@@ -108,8 +108,8 @@ def run(
     for line in display.answers(reached.scores):
         out.print(line)
     verdict, steps = report.conclude(folder)
-    for line in display.conclusion(verdict, steps):
-        out.print(line)
+    for part in display.conclusion(verdict, steps):
+        out.print(part)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     if verdict.kind != "worse":
         asked = kinds.question(reached.summary)
@@ -214,8 +214,8 @@ def evaluate(
         _print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
     out.print(display.scores_table(reached.scores))
-    for line in display.conclusion(*report.conclude(folder)):
-        out.print(line)
+    for part in display.conclusion(*report.conclude(folder)):
+        out.print(part)
 
 
 @app.command()

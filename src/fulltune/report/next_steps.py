@@ -44,8 +44,8 @@ class Seen:
     """The one that chooses the weights, on the eval rows."""
     metric_name: str = "accuracy"
     greater_is_better: bool = True
-    one_answer: str = ""
-    """What the model says to (nearly) every test row; empty: it tells them apart."""
+    blind: str = ""
+    """That the model tells nothing apart, in words; empty: it does."""
 
 
 def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
@@ -72,16 +72,16 @@ def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
         metric=history.evaluation.get(plan.metric, ()),
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
-        one_answer=_one_answer(row),
+        blind=_blind(row),
     )
 
 
-def _one_answer(row: Scores) -> str:
-    """The label that a classifier gives to nearly all rows although there are others; a tagger that finds nothing."""
-    if row.confusion is not None:
-        return _one_label(row.confusion)
+def _blind(row: Scores) -> str:
+    """A classifier that gives one label to nearly all rows although there are others; a tagger that finds nothing."""
+    if row.confusion is not None and (label := _one_label(row.confusion)):
+        return f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'"
     entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
-    return "O" if entities and not any(entities) else ""
+    return "Not one entity of the test rows is found" if entities and not any(entities) else ""
 
 
 def _one_label(confusion: Confusion) -> str:
@@ -102,22 +102,20 @@ def next_steps(seen: Seen) -> tuple[str, ...]:
     found = []
     if grew := _loss_grew(seen.loss):
         found.append(f"{grew}: the learning rate is too high. Take a third: {_rate(seen, 1 / 3)}")
-    elif longer := _reasons_to_go_on(seen):
-        found.append(f"{words.listed(longer)}. Train for longer: {_longer(seen)}")
     elif passed := _best_long_ago(seen):
         found.append(f"{passed}. Take a lower rate: {_rate(seen, 1 / 3)}")
-    if seen.one_answer:
-        what = f"Nearly every test row gets the same answer, '{words.clipped(seen.one_answer, 40)}'"
-        if not found:
-            found.append(f"{what}. Take a lower rate, {_rate(seen, 1 / 3)}, or a higher one, {_rate(seen, 3)}")
-        else:
-            found[0] = f"{what}. {found[0]}"
+    elif longer := _reasons_to_go_on(seen):
+        found.append(f"{words.listed(longer)}. Train for longer: {_longer(seen)}")
+    if seen.blind and found:
+        found[0] = f"{seen.blind}. {found[0]}"
+    elif seen.blind:
+        found.append(f"{seen.blind}. Take a lower rate, {_rate(seen, 1 / 3)}, or a higher one, {_rate(seen, 3)}")
     if seen.max_rows is not None:
         found.append(f"Only {words.count(seen.train_rows)} rows are trained on. Take more: leave data.max_rows out")
     if not found:
         found.append(
-            f"The curves show no reason. Try other learning rates, {_rate(seen, 1 / 3)} or {_rate(seen, 3)}; "
-            f"more train rows than these {words.count(seen.train_rows)} help most"
+            f"The curves show no reason. Try other rates, {_rate(seen, 1 / 3)} or {_rate(seen, 3)}, or more train rows "
+            f"than these {words.count(seen.train_rows)}"
         )
     if seen.verdict == "unresolved":
         found.append("More test rows narrow the interval: four times as many halve it")
@@ -125,15 +123,18 @@ def next_steps(seen: Seen) -> tuple[str, ...]:
 
 
 def _reasons_to_go_on(seen: Seen) -> list[str]:
+    """What speaks for a longer run; one that was stopped early would be stopped there again."""
+    if seen.steps < seen.total_steps:
+        return []
     reasons = []
     before, last = _last_quarters(seen.loss)
     if before > 0 and last < (1 - _STILL_FALLING) * before:
         first = seen.loss[0][1]
         reasons.append(f"the train loss was still falling at the end ({words.number(first)} to {words.number(last)})")
-    if len(seen.metric) > 1 and _best_step(seen) == seen.metric[-1][0] and seen.metric[0][1] != seen.metric[-1][1]:
+    if len(seen.metric) > 1 and _best(seen)[0] == seen.metric[-1][0]:
         way = "rising" if seen.greater_is_better else "falling"
         reasons.append(f"{words.metric_name(seen.metric_name)} on the eval rows was still {way} at the last evaluation")
-    if seen.steps < _FEW_STEPS and seen.steps >= seen.total_steps:
+    if seen.steps < _FEW_STEPS:
         reasons.append(f"{words.counted(seen.steps, 'step')} are few" if seen.steps > 1 else "one step is little")
     if reasons:
         reasons[0] = reasons[0][0].upper() + reasons[0][1:]
@@ -159,19 +160,20 @@ def _last_quarters(loss: Sequence[Point]) -> tuple[float, float]:
     return sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
 
 
-def _best_step(seen: Seen) -> int:
-    """The first of the best."""
+def _best(seen: Seen) -> Point:
+    """The first of the best evaluations."""
     sign = 1 if seen.greater_is_better else -1
     finite = [point for point in seen.metric if math.isfinite(point[1])]
-    return max(finite, key=lambda point: sign * point[1], default=(0, 0.0))[0]
+    return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
 
 
 def _best_long_ago(seen: Seen) -> str:
-    """That the eval rows were answered best in the run's first half, and worse ever since."""
-    if len(seen.metric) < 3 or 2 * _best_step(seen) > seen.metric[-1][0]:
+    """That the eval rows were answered best in the run's first half, and worse at its end."""
+    step, value = _best(seen)
+    if len(seen.metric) < 3 or 2 * step > seen.metric[-1][0] or seen.metric[-1][1] == value:
         return ""
-    name, step = words.metric_name(seen.metric_name), words.count(_best_step(seen))
-    return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {step} and then fell back"
+    name = words.metric_name(seen.metric_name)
+    return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {words.count(step)} and worse at the end"
 
 
 def _longer(seen: Seen) -> str:

@@ -36,9 +36,12 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
         ({"steps": 12, "total_steps": 400}, [], ["are few"]),  # stopped early: a longer run would stop there too
         ({"loss": GROWING}, ["rose from", "too high", LOWER], [LONGER]),
         ({"loss": GROWING, "metric": RISING}, [LOWER], [LONGER]),
-        ({"metric": PASSED}, ["was best at step 100 and then fell back", LOWER], [LONGER]),
-        ({"one_answer": "O"}, ["the same answer, 'O'", LOWER, "learning_rate=0.0009"], [LONGER]),
-        ({"one_answer": "O", "loss": FALLING}, ["the same answer, 'O'", LONGER], [LOWER]),
+        ({"metric": PASSED}, ["was best at step 100 and worse at the end", LOWER], [LONGER]),
+        ({"metric": PASSED, "loss": FALLING}, ["was best at step 100", LOWER], [LONGER]),  # overfitting
+        ({"metric": tuple((step, 0.5) for step in (100, 200, 300))}, ["The curves show no reason"], ["at the end"]),
+        ({"loss": FALLING, "metric": RISING, "steps": 300}, ["The curves show no reason"], [LONGER]),
+        ({"blind": "All is b"}, ["All is b. Take a lower", LOWER, "learning_rate=0.0009"], [LONGER]),
+        ({"blind": "All is b", "loss": FALLING}, ["All is b. The train loss", LONGER], [LOWER]),
         ({"max_rows": 200}, ["leave data.max_rows out"], []),
         ({}, ["The curves show no reason", LOWER, "learning_rate=0.0009", "3,000"], [LONGER]),
         ({"method_given": False}, ["--set method.kind=full --set method.learning_rate=0.0001"], []),
@@ -81,6 +84,15 @@ def test_run_that_made_it_worse_is_told_from_its_files(classification: Path, kit
     assert "--set" in steps[0]
 
 
+def test_tagger_that_finds_nothing_is_told(classification: Path, kit: SimpleNamespace) -> None:
+    found = {"nearest centroid (frozen)": Estimate(value=-0.8, low=-0.9, high=-0.7)}
+    row = kit.scores("full-seed42", "trained", 0.0, differences=found)
+    nothing = Estimate(value=0.0, low=0.0, high=0.0)
+    metrics = {**row.metrics, "precision": nothing, "recall": nothing}
+    kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
+    assert conclude(read_run(classification))[1][0].startswith("Not one entity of the test rows is found.")
+
+
 def test_labels_that_are_really_all_the_same_are_no_fault(classification: Path, kit: SimpleNamespace) -> None:
     found = Estimate(value=-0.2, low=-0.3, high=-0.1)
     confusion = Confusion(labels=("a", "b"), counts=((0, 0), (0, 60)))
@@ -88,4 +100,4 @@ def test_labels_that_are_really_all_the_same_are_no_fault(classification: Path, 
         "full-seed42", "trained", 0.6, confusion=confusion, differences={"nearest centroid (frozen)": found}
     )
     kit.save_scores(classification, row)
-    assert "same answer" not in " ".join(conclude(read_run(classification))[1])
+    assert "same label" not in " ".join(conclude(read_run(classification))[1])
