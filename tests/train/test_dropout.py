@@ -96,4 +96,5 @@ def test_training_says_so(tmp_path: Path) -> None:
 
     assert outcome is not None
     found = next(check.result for check in outcome.checks if check.name == "dropout")
-    assert "16 bits" in found
+    assert "16 bits for speed" in found
+    assert "0.1 becomes 0.100006" in found

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
+from fulltune.records import Calibration
 from fulltune.report import words
+from fulltune.report.about_scores import calibration_in_words
 
 
 @pytest.mark.parametrize(
@@ -63,3 +65,23 @@ def test_harmless_control_and_direction_marks_are_shown_by_code() -> None:
 )  # fmt: skip
 def test_file_name_local_places_lose_their_folders(place: str, text: str) -> None:
     assert words.file_name(place) == text
+
+
+@pytest.mark.parametrize(
+    ("temperature", "said"),
+    [
+        (1.5, "is overconfident: it is right less often than its probabilities say"),
+        (0.5, "is underconfident: it is right more often than its probabilities say"),
+        (1.0, "is right about as often as its probabilities say"),
+    ],
+)
+def test_calibration_is_said_in_the_field_s_words(temperature: float, said: str) -> None:
+    found = Calibration(temperature=temperature, expected_calibration_error=0.2, expected_calibration_error_scaled=0.1)
+    assert said in calibration_in_words(found)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (22, "22nd")]
+)
+def test_ordinal_has_its_ending(number: int, text: str) -> None:
+    assert words.ordinal(number) == text
