@@ -13,6 +13,7 @@ from rich.text import Text
 from fulltune.display import duration, size
 from fulltune.plan.ledger import FROM_RECIPE
 from fulltune.records import MemoryKind, Plan, Setting, Survey, TimeNeed
+from fulltune.report import words
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 MARKS = {"take": "[green]take[/green]", "try": "[yellow]try[/yellow]", "leave": "[dim]leave[/dim]"}
@@ -101,7 +102,8 @@ def _memory(survey: Survey, plan: Plan) -> Group:
     if placed and placed.host_bytes:
         table.add_row("host", *[""] * len(KINDS), gib(placed.host_bytes), gib(survey.host_free_bytes))
     disk = [] if plan.disk is None else [_disk_line(survey, plan)]
-    return Group(_head(f"memory of a step, micro batch {plan.micro_batch_size}"), table, *disk, "")
+    at = [f"[dim]{words.AT_THE_PEAK}: {words.moment(kinds)}[/dim]"] if kinds else []
+    return Group(_head(f"memory of a step, micro batch {plan.micro_batch_size}"), table, *at, *disk, "")
 
 
 def _disk_line(survey: Survey, plan: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fulltune.records import MemoryNeed, Outcome, Plan
+from fulltune.records import Outcome, Plan
 from fulltune.report import words
 from fulltune.report.blocks import Block, Folded, Paragraph, Row, Section, Table, unless_empty
 from fulltune.report.read import Attempt, RunView
@@ -38,18 +38,7 @@ def _kinds(plan: Plan) -> list[Block]:
         (row,),
         numeric=frozenset(range(len(row))),
     )
-    return [table, Paragraph(_where(need))]
-
-
-def _where(need: MemoryNeed) -> str:
-    """That the figures are of one moment, and which one; a kind that is 0 then can be large at another."""
-    if not need.kinds.get("gradients"):
-        moment = "in the forward pass or at its end, before the first gradient is made"
-    elif not need.kinds.get("activations"):
-        moment = "in the optimizer's update, when the activations are gone"
-    else:
-        moment = "in the backward pass"
-    return f"What is held at the moment when a step needs most, not the most of each kind: {moment}."
+    return [table, Paragraph(f"{words.AT_THE_PEAK}: {words.moment(need.kinds)}.")]
 
 
 def _comparison(plan: Plan, attempt: Attempt) -> list[Block]:

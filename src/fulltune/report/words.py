@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PureWindowsPath
 from typing import Any
 
-from fulltune.records import Estimate
+from fulltune.records import Estimate, MemoryKind
 from fulltune.units import is_share
 
 # Text from data may hold terminal escapes, NUL (invalid in HTML), halves of a character that UTF-8 cannot write, or
@@ -91,6 +91,17 @@ def size(num_bytes: int) -> str:
         if num_bytes < 1024 * bytes_in_unit:
             return f"{number(num_bytes / bytes_in_unit)} {unit}"
     return f"{number(num_bytes / 2**30)} GiB"
+
+
+AT_THE_PEAK = "Each kind at the moment when a step needs most"
+"""What stands before `moment`: a kind that is 0 there can be large at another moment."""
+
+
+def moment(kinds: Mapping[MemoryKind, int]) -> str:
+    """Where in a step the most memory is held, told by what is held there."""
+    if not kinds.get("gradients"):
+        return "before the first gradient is made"
+    return "in the backward pass" if kinds.get("activations") else "in the optimizer's update"
 
 
 def duration(seconds: float) -> str:
