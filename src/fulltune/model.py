@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fulltune import checkpoint_head
+from fulltune.checkpoint_head import Head
 from fulltune.errors import SetupError
 from fulltune.recipe import ModelBlock
 from fulltune.records import Record
@@ -62,6 +64,8 @@ class Shapes(Record):
     """Parameters with what the method adds; None: it adds none and trains all."""
     num_trained: int | None = None
     """Those of them that the method trains; None: all."""
+    head_is_kept: bool = False
+    """The checkpoint brings a head for this task's labels, as far as its config tells."""
     plain_logits: bool = True
     """By its config, nothing scales or caps logits after the head; the check before step 1 tries it."""
 
@@ -188,6 +192,7 @@ def load(
     source: Source | None = None,
     head_is_new: bool,
     before_weights: Callable[[], None] = lambda: None,
+    on_head: Callable[[Head], None] = lambda head: None,
 ) -> PreTrainedModel:
     """Load the weights into a model with the task's head.
 
@@ -196,8 +201,10 @@ def load(
         auto_class: Name of a class in transformers, for example `AutoModelForSequenceClassification`.
         config_changes: Values set on the config, for example `id2label`.
         source: Where the files are, when that is known already.
-        head_is_new: The task's head may be missing in the checkpoint and is then drawn at random.
+        head_is_new: The task's head may be missing in the checkpoint and is then drawn at random; one that is there is
+            kept where its labels have the same names.
         before_weights: Called when the libraries and the config are loaded: what memory is taken later is the model's.
+        on_head: Told what became of the head, where it may be new.
 
     Returns:
         The model on CPU, in `weights_dtype`, in training mode off.
@@ -224,7 +231,10 @@ def load(
         model, info = reading(
             block, "model", lambda: loader.from_pretrained(source.name_or_path, output_loading_info=True, **keywords)
         )
-    _check_loaded(model, info, block, head_is_new)
+    missing = _check_loaded(model, info, block, head_is_new)
+    if head_is_new:
+        head = checkpoint_head.settled(load_config(block, source), type(model).__name__, config_changes)
+        on_head(checkpoint_head.put_in_order(model, missing, head))
     _forget_gguf(model)
     return model
 
@@ -256,7 +266,7 @@ def shapes(
     import transformers
 
     source = locate(block, weights)
-    config = load_config(block, source)
+    config, brought = load_config(block, source), load_config(block, source)
     for key, value in config_changes.items():
         setattr(config, key, value)
     if hasattr(config, "quantization_config"):
@@ -283,6 +293,7 @@ def shapes(
         num_held=held,
         num_trained=trained,
         can_recompute=bool(model.supports_gradient_checkpointing),
+        head_is_kept=checkpoint_head.settled(brought, type(model).__name__, config_changes).order is not None,
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
     )
 
@@ -330,8 +341,11 @@ def _torch_dtype(name: str) -> str:
     return {"fp32": "float32", "bf16": "bfloat16"}[name]
 
 
-def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> None:
-    """Refuse a model whose body was not in the checkpoint: it would silently train from random weights."""
+def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelBlock, head_is_new: bool) -> set[str]:
+    """Refuse a model whose body was not in the checkpoint: it would silently train from random weights.
+
+    Returns the names of the parameters that were drawn at random.
+    """
     prefix = model.base_model_prefix
     missing = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}
@@ -343,6 +357,7 @@ def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], block: ModelB
         )
     if missing:
         _log.info("new weights, drawn at random: %s", ", ".join(sorted(missing)))
+    return missing
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -68,7 +68,8 @@ class DataBlock(Block):
 
     train: str | tuple[str, ...]
     """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow, CoNLL, txt; for images a folder with one
-    folder per class. `${NAME}` is taken from the environment; a relative path starts at the recipe's folder."""
+    folder per class. A folder with files named `dev`, `valid` or `test` is refused: name the files. `${NAME}` is taken
+    from the environment; a relative path starts at the recipe's folder."""
     eval: str | None = None
     """Rows for choosing: best checkpoint, early stopping, calibration. Left out, they are split off train."""
     test: str | None = None
@@ -210,14 +211,14 @@ class FullMethod(_Trained):
 
 
 class HeadMethod(_Trained):
-    """Train the task's new head on a frozen body."""
+    """Train the task's head on a frozen body."""
 
     kind: Literal["head"]
-    """head: the task's new head is trained, and nothing below it."""
+    """head: the task's head is trained, and nothing below it."""
 
 
 class LoraMethod(_Trained):
-    """Train low-rank updates of frozen matrices (Hu et al. 2021), and the task's new head."""
+    """Train low-rank updates of frozen matrices (Hu et al. 2021), and the task's head."""
 
     kind: Literal["lora"]
     """lora: two thin matrices beside each chosen one."""
@@ -251,7 +252,7 @@ class LoraMethod(_Trained):
 
 
 class AdapterMethod(_Trained):
-    """Train small bottlenecks inside a frozen body (Houlsby et al. 2019), its layer norms and the task's new head."""
+    """Train small bottlenecks inside a frozen body (Houlsby et al. 2019), its layer norms and the task's head."""
 
     kind: Literal["adapter"]
     """adapter: a bottleneck after attention and one after the feed-forward part of each layer."""
@@ -268,7 +269,7 @@ class AdapterMethod(_Trained):
 
 
 class PromptMethod(_Trained):
-    """Train virtual tokens before each text (Lester et al. 2021), and the task's new head."""
+    """Train virtual tokens before each text (Lester et al. 2021), and the task's head."""
 
     kind: Literal["prompt"]
     """prompt: vectors in front of the text's own, which are taken off `data.max_length`."""
@@ -285,7 +286,7 @@ class PromptMethod(_Trained):
 
 
 class PeftMethod(_Trained):
-    """Train whatever another method of PEFT puts into the model's layers, and the task's new head."""
+    """Train whatever another method of PEFT puts into the model's layers, and the task's head."""
 
     kind: Literal["peft"]
     """peft: any method of the library PEFT that changes layers."""
@@ -367,7 +368,7 @@ class TrainBlock(Block):
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the other classes or tokens."""
     seed: int = Field(default=42, ge=0)
-    """Seed of the new head's weights, of dropout and of the order of the rows."""
+    """Seed of a new head's weights, of dropout and of the order of the rows."""
     precision: Precision = "auto"
     """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None

@@ -19,6 +19,7 @@ WORLD = {
     *(
         "hardware",
         "model",
+        "checkpoint_head",
         "inference",
         "store",
         "bootstrap",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from fulltune.data.by_name import refuse_held_out
 from fulltune.data.read import PlacedRow, Source, locate
 from fulltune.data.split import sample
 from fulltune.errors import DataError
@@ -37,6 +38,8 @@ def find_sources(recipe: Recipe) -> dict[Split, Source]:
     problems: list[str] = []
     for name, files in paths.items():
         try:
+            if name == "train":
+                refuse_held_out(files)
             found = locate(files, recipe.data.text_rows)
             sources[name] = replace(
                 found, image_paths=recipe.task == "image-classification", image_column=recipe.data.image

@@ -94,7 +94,7 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto") -> Source:
     problems: list[str] = []
     for path in paths:
         try:
-            files += _files(Path(path))
+            files += files_of(Path(path))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -138,7 +138,12 @@ def content_hash(sources: Mapping[SplitName, Source]) -> str:
     return digest.hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """A data file itself, or the data files in a folder, sorted.
+
+    Raises:
+        DataError: When there is none, or it is empty or of an unknown kind.
+    """
     if not path.exists():
         parent = path.parent
         near = [file.name for file in parent.iterdir() if file.suffix in READERS] if parent.is_dir() else []

@@ -136,7 +136,7 @@ class Bench:
         return verified(model, self.task, batch)[0]
 
     def load_pretrained(self) -> tuple[Any, Any]:
-        """The model before training, on the plan's device, and its tokenizer; a new head is drawn at random."""
+        """The model before training, on the plan's device, and its tokenizer; a head that it lacks is drawn."""
         block = self.recipe.model
         tokenizer = load_processor(block, self.recipe.task, chat_template=self.recipe.data.chat_template)
         changes = self.task.config_changes(self.target, tokenizer)

@@ -39,7 +39,7 @@ def outputs(
 
     Args:
         bench: The rows and how they are run.
-        model_folder: A finished model; None: the pretrained model, with a new head where the task has one.
+        model_folder: A finished model; None: the pretrained model, with the head that training begins with.
         texts: Generic texts.
         most_tokens: Where these are cut.
         splits: Whose rows to run.

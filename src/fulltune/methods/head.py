@@ -1,4 +1,4 @@
-"""The task's new head: which modules it is made of, and training them on a frozen body."""
+"""The task's head: which modules it is made of, and training them on a frozen body."""
 
 from __future__ import annotations
 

@@ -59,11 +59,11 @@ def num_train_epochs(task: str, num_rows: int) -> Chosen:
     return 3.0, "10,000 rows or more"
 
 
-def warmup_ratio(task: str) -> Chosen:
+def warmup_ratio(task: str, head_is_kept: bool) -> Chosen:
     """Share of the steps with a rising rate."""
     if task in WRITING_TASKS:
         return 0.03, "usual for language models"
-    return 0.1, "a fresh head needs a gentle start"
+    return 0.1, "usual for this kind of task" if head_is_kept else "a new head needs a gentle start"
 
 
 MOST_LENGTH_EXPLAINED = 0.25

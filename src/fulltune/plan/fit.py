@@ -57,7 +57,7 @@ def fit(
     rows = summary.splits["train"].rows
     steps_per_epoch = math.ceil(rows / global_batch)
     epochs, total_steps = settle.duration(recipe, rows, steps_per_epoch, ledger)
-    warmup = settle.warmup(recipe, total_steps, ledger)
+    warmup = settle.warmup(recipe, shapes, total_steps, ledger)
     pieces = levers.chunked_loss(recipe, shapes, own_loss)
     start = levers.before_choosing(recipe, shapes, summary, precision, optim, rounding, pieces)
     eval_steps = min(total_steps, train.eval_steps or steps_per_epoch)

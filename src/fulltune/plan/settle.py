@@ -8,6 +8,7 @@ from typing import Any
 from fulltune.errors import RecipeError
 from fulltune.footprint import Footprint
 from fulltune.hardware import Machine
+from fulltune.model import Shapes
 from fulltune.plan import defaults, memory
 from fulltune.plan.ledger import FROM_RECIPE, Ledger
 from fulltune.recipe import Recipe
@@ -147,7 +148,7 @@ def duration(recipe: Recipe, rows: int, steps_per_epoch: int, ledger: Ledger) ->
     return epochs, math.ceil(epochs * steps_per_epoch)
 
 
-def warmup(recipe: Recipe, total_steps: int, ledger: Ledger) -> int:
+def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, ledger: Ledger) -> int:
     train = recipe.train
     if train.warmup_steps is not None and train.warmup_steps >= total_steps:
         raise RecipeError(
@@ -155,7 +156,7 @@ def warmup(recipe: Recipe, total_steps: int, ledger: Ledger) -> int:
         )
     if train.warmup_steps is not None:
         return int(ledger.settle("train.warmup_steps", train.warmup_steps))
-    ratio, why = defaults.warmup_ratio(recipe.task)
+    ratio, why = defaults.warmup_ratio(recipe.task, shapes.head_is_kept)
     ratio = ledger.settle("train.warmup_ratio", train.warmup_ratio, ratio, why)
     # Rounded down: a warm-up over the whole of a very short run would never leave rate 0.
     return int(ratio * total_steps)

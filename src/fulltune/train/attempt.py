@@ -14,6 +14,7 @@ import transformers
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods, zero
+from fulltune.checkpoint_head import Head
 from fulltune.errors import Diverged, GuardStop, InterruptedRun
 from fulltune.inference import Share, logits_of, model_batch, run_rows
 from fulltune.processors import opened
@@ -54,6 +55,8 @@ class Attempt:
     """What DeepSpeed shares out; None without it."""
     trainer: FullTrainer = field(init=False)
     applied: methods.Applied = field(init=False)
+    head: Head | None = None
+    """What became of the head, for tasks that may need a new one."""
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -172,7 +175,7 @@ def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
     transformers.set_seed(plan.seed)
     target = Target.of(attempt.summary)
     begin = partial(attempt.seen.measure, plan.device, target.problem_type)
-    attempt.applied, tokenizer = load_for_training(recipe, task, target, begin)
+    attempt.applied, tokenizer = load_for_training(recipe, task, target, begin, partial(setattr, attempt, "head"))
     model = attempt.applied.model
     if plan.device == "cpu":
         dropout.install(model)
@@ -281,6 +284,7 @@ def _check(attempt: Attempt, rows: Any, eval_rows: Any) -> None:
         plan,
         own_loss=attempt.hooks.compute_loss is not None,
         pieces_asked=attempt.recipe.train.chunked_loss is True,
+        head=attempt.head,
     )
     passed = all(check.passed for check in attempt.checks)
     if attempt.sharing is None and passed and attempt.request.dry_run:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fulltune import methods, selective_head
+from fulltune.checkpoint_head import Head
 from fulltune.errors import GuardStop
 from fulltune.inference import by_length
 from fulltune.packing import leak
@@ -35,14 +36,18 @@ def before_training(
     *,
     own_loss: bool = False,
     pieces_asked: bool = False,
+    head: Head | None = None,
 ) -> list[Check]:
     """Run all checks but the dry run; the caller refuses to train when one did not pass.
 
     With `own_loss`, a function of the user's, the model gives all its logits. With `pieces_asked` the recipe itself
-    wants the loss in pieces, and a model that does not allow it is not trained.
+    wants the loss in pieces, and a model that does not allow it is not trained. `head` is what became of the task's
+    head, for tasks that may need a new one.
     """
     model = trainer.model
     checks = [_parameters(model, plan), _world_size(trainer, plan), _truncation(summary), _dropout(model)]
+    if head is not None:
+        checks.append(Check(name="head", result=head.in_words, passed=True))
     if summary.task in WRITING_TASKS:
         checks.append(_trained_tokens(rows))
     if summary.problem_type in ("prompt_completion", "chat", "source_target"):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fulltune import methods, zero
+from fulltune.checkpoint_head import Head
 from fulltune.model import load
 from fulltune.processors import load_processor
 from fulltune.tasks import Target, Task
@@ -13,7 +14,11 @@ from fulltune.train import weights
 
 
 def load_for_training(
-    recipe: Any, task: Task, target: Target, before_weights: Callable[[], None] = lambda: None
+    recipe: Any,
+    task: Task,
+    target: Target,
+    before_weights: Callable[[], None] = lambda: None,
+    on_head: Callable[[Head], None] = lambda head: None,
 ) -> tuple[methods.Applied, Any]:
     """The pretrained model with the task's head and the recipe's method, and the tokenizer."""
     tokenizer = load_processor(recipe.model, recipe.task, chat_template=recipe.data.chat_template)
@@ -23,6 +28,7 @@ def load_for_training(
         task.config_changes(target, tokenizer),
         head_is_new=task.HEAD_IS_NEW,
         before_weights=before_weights,
+        on_head=on_head,
     )
     if zero.wanted(recipe):
         weights.forget_unused_conversions(model)

@@ -1,0 +1,142 @@
+"""What becomes of a head that a checkpoint brings: kept by the names of its labels, or drawn anew. Layer 1.
+
+Weights are loaded by name and shape, which says nothing about what a row of a head means: a classifier with as many
+labels as the task would be kept by position, with its classes mixed up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fulltune.errors import SetupError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_GENERIC = re.compile(r"LABEL_\d+")
+"""transformers' names for labels that nobody named."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What happens to the rows of a checkpoint's head."""
+
+    order: tuple[int, ...] | None
+    """For each label of the task its row in the checkpoint's head; empty: the head has no rows for labels, and is kept
+    as it is. None: a new one is drawn."""
+    why: str
+
+    @property
+    def in_words(self) -> str:
+        return f"new, drawn at random: {self.why}" if self.order is None else f"kept from the checkpoint{self.why}"
+
+
+_MISSING = Head(None, "the checkpoint has none for this task")
+
+
+def settled(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> Head:
+    """What the configs say; whether the checkpoint's weights hold a head is known when they are loaded.
+
+    Args:
+        brought: The checkpoint's config, as it came.
+        model_class: The class that is loaded, such as `BertForSequenceClassification`.
+        changes: What the task sets on the config; its `id2label` names the labels.
+    """
+    if "id2label" not in changes:
+        return Head((), "")
+    if brought.architectures and model_class not in brought.architectures:
+        return _MISSING
+    return by_name(tuple(brought.id2label.values()), tuple(changes["id2label"].values()))
+
+
+def by_name(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Head:
+    """Rows of a head for labels `theirs`, in the order of `ours`."""
+    if len(theirs) == len(ours) == 1:
+        return Head((0,), "")  # a number has one row, whatever it is called
+    if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
+        order = tuple(theirs.index(name) for name in ours)
+        same = f": its {len(ours)} labels are the same"
+        return Head(order, same if theirs == ours else f"{same}, put into this order by their names")
+    if all(_GENERIC.fullmatch(name) for name in theirs):
+        return Head(None, f"the checkpoint's {len(theirs)} labels have no names ({_some(theirs)})")
+    return Head(None, f"the checkpoint's {len(theirs)} labels are not these ({_some(theirs)})")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head) -> Head:
+    """Give a loaded model the head that was settled on; returns what it has got.
+
+    Args:
+        model: With the checkpoint's values wherever names and shapes fit.
+        missing: Parameters that the checkpoint did not have, or had in another shape: those are drawn already.
+        head: What the configs say.
+
+    Raises:
+        SetupError: When the class does not show which values belong to the labels.
+    """
+    import torch
+
+    above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
+    if above:
+        return head if head.order is None else _MISSING
+    if head.order is not None and head.order == tuple(range(len(head.order))):
+        return head
+    rows = _rows_of_labels(model)
+    if not rows:
+        raise SetupError(
+            f"model: {model.name_or_path}: {type(model).__name__} does not show which values of its head belong to "
+            "which label; take a checkpoint without a head"
+        )
+    parameters = {name: model.get_parameter(name) for name in rows}
+    with torch.no_grad(), _put_together(list(parameters.values())):
+        if head.order is None:
+            _draw(model, parameters)
+        else:
+            for name, axis in rows.items():
+                values = parameters[name]
+                values.copy_(values.index_select(axis, torch.tensor(head.order, device=values.device)))
+    return head
+
+
+def _rows_of_labels(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters that have a row for each label, and the axis of the rows: those that one label more makes larger."""
+    import torch
+
+    larger = copy.deepcopy(model.config)
+    larger.num_labels = model.config.num_labels + 1
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        one, other = (type(model)(config) for config in (copy.deepcopy(model.config), larger))
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+    return {
+        name: next(
+            axis for axis, (few, more) in enumerate(zip(parameter.shape, shapes[name], strict=True)) if few != more
+        )
+        for name, parameter in one.named_parameters()
+        if parameter.shape != shapes[name]
+    }
+
+
+def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """New values, as transformers draws those that a checkpoint lacks."""
+    for parameter in parameters.values():
+        parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers 5 leaves others alone
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
+        model._init_weights(model.get_submodule(owner))
+
+
+def _put_together(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Whole tensors where DeepSpeed's stage 3 has shared them out; the first process changes them for all."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

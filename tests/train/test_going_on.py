@@ -1,0 +1,60 @@
+"""Training that begins with a model which was fine-tuned before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests import tiny
+from tests.train import runs
+
+
+def _checks(folder: Path) -> dict[str, str]:
+    return {check["name"]: check["result"] for check in runs.events(folder, "checks")[0]["checks"]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, float]:
+    """The folder of a classifier that was trained here, and its accuracy on the eval rows."""
+    folder = tmp_path_factory.mktemp("first")
+    reached = runs.run(folder, tiny_encoder, tiny.topic_rows(), train={"num_train_epochs": 12})
+    assert _checks(folder)["head"] == "new, drawn at random: the checkpoint has none for this task"
+    assert reached.outcome is not None
+    assert reached.outcome.model_folder is not None
+    assert reached.outcome.best_metric is not None
+    return reached.folder / reached.outcome.model_folder, reached.outcome.best_metric
+
+
+_AS_IT_IS = {"method": {"kind": "full", "learning_rate": 1e-9}, "train": {"max_steps": 1, "warmup_steps": 0}}
+
+
+def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned(
+    tmp_path: Path, trained: tuple[Path, float]
+) -> None:
+    model, accuracy = trained
+    assert accuracy > 0.9
+    turned = tmp_path / "turned"
+    before = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+    before.classifier.weight.data = before.classifier.weight.data.flip(0)
+    before.classifier.bias.data = before.classifier.bias.data.flip(0)
+    before.config.id2label, before.config.label2id = {0: "weather", 1: "food"}, {"weather": 0, "food": 1}
+    before.save_pretrained(turned)
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(turned)
+    reached = runs.run(tmp_path, turned, tiny.topic_rows(), **_AS_IT_IS)
+    assert reached.outcome is not None
+    assert reached.outcome.best_metric == accuracy
+    expected = "kept from the checkpoint: its 2 labels are the same, put into this order by their names"
+    assert _checks(tmp_path)["head"] == expected
+    config = json.loads((reached.folder / "models/full/config.json").read_text(encoding="utf-8"))
+    assert config["id2label"] == {"0": "food", "1": "weather"}
+
+
+def test_checkpoint_with_other_labels_begins_with_a_new_head(tmp_path: Path, trained: tuple[Path, float]) -> None:
+    names = {"weather": "a_sky", "food": "b_meal"}
+    rows = [{**row, "label": names[row["label"]]} for row in tiny.topic_rows()]
+    runs.run(tmp_path, trained[0], rows, **_AS_IT_IS)
+    expected = "new, drawn at random: the checkpoint's 2 labels are not these (food, weather)"
+    assert _checks(tmp_path)["head"] == expected

@@ -1,0 +1,123 @@
+"""Files that are named train, dev or test: what `init` makes of them, and what a recipe must not train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fulltune.data.by_name import split_of
+from fulltune.data.given import find_sources
+from fulltune.errors import DataError
+from fulltune.init import Files, files_of, write_recipe
+from fulltune.recipe import Recipe
+from fulltune.recipe_file import load_recipe
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.tsv", "train"),
+        ("sst2_Train.csv", "train"),
+        ("train-00000-of-00001.parquet", "train"),
+        ("dev.tsv", "eval"),
+        ("my.validation.jsonl", "eval"),
+        ("VALID.json", "eval"),
+        ("val-0.csv", "eval"),
+        ("test.tsv", "test"),
+        ("train_test.csv", "test"),
+        ("contest.csv", None),
+        ("devices.csv", None),
+        ("reviews.csv", None),
+    ],
+)
+def test_split_is_a_whole_word_of_the_name(name: str, split: str | None) -> None:
+    assert split_of(Path(name)) == split
+
+
+def _folder(folder: Path, *names: str) -> Path:
+    for place, name in enumerate(names):
+        rows = [{**row, "text": f"{row['text']} of {place}"} for row in tiny.topic_rows(20)]
+        tiny.write_csv(folder / name, rows)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        (("train.csv", "dev.csv", "test.csv"), "", (["train.csv"], "dev.csv", "test.csv")),
+        (("Train.csv", "TEST.csv"), "", (["Train.csv"], None, "TEST.csv")),
+        (("a.csv", "b.csv", "test.csv"), "", (["a.csv", "b.csv"], None, "test.csv")),
+        (("train-0.csv", "train-1.csv"), "", (["train-0.csv", "train-1.csv"], None, None)),
+        (("a.csv", "b.csv"), "", ([""], None, None)),
+        (("train.csv", "dev.csv", "test.csv"), "train.csv", (["train.csv"], "dev.csv", "test.csv")),
+        (("my_train.csv", "my_valid.csv", "other_test.csv"), "my_train.csv", (["my_train.csv"], "my_valid.csv", None)),
+        (("reviews.csv", "test.csv"), "reviews.csv", (["reviews.csv"], None, None)),
+    ],
+)
+def test_files_of_a_folder_and_beside_a_file_are_found_by_name(
+    tmp_path: Path, names: tuple[str, ...], given: str, expected: tuple[list[str], str | None, str | None]
+) -> None:
+    train, *held_out = expected
+    found = files_of(_folder(tmp_path, *names) / given)
+    dev, test = (tmp_path / name if name else None for name in held_out)
+    assert found == Files(tuple(tmp_path / name for name in train), dev, test)
+
+
+def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
+    found = files_of(_folder(tmp_path, "train.csv", "labels.csv"))
+    assert found == Files(
+        (tmp_path / "train.csv",), left_out=("labels.csv: its name says nothing of train, eval or test",)
+    )
+
+
+def test_two_files_for_the_same_held_out_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dev.csv, val.csv are all named as eval rows, expected one file; put them"):
+        files_of(_folder(tmp_path, "train.csv", "dev.csv", "val.csv"))
+
+
+def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) -> None:
+    _folder(tmp_path, "train.csv", "dev.csv")
+    tiny.write_csv(tmp_path / "test.csv", [{"index": "0", "text": "soup"}])
+    recipe = tmp_path / "new" / "recipe.yaml"
+    found, files = write_recipe(tmp_path, recipe, None, False)
+    assert (found.where, found.num_rows) == ("train.csv", 20)
+    assert files.left_out == ("test.csv: has no column 'label', which train has",)
+    data = load_recipe(recipe).data
+    assert (data.train, data.eval, data.test) == ((str(tmp_path / "train.csv"),), str(tmp_path / "dev.csv"), None)
+    assert "# not used: test.csv: has no column 'label', which train has" in recipe.read_text()
+
+
+def test_several_train_files_become_a_list(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    write_recipe(_folder(tmp_path, "train-0.csv", "train-1.csv"), recipe, None, False)
+    assert load_recipe(recipe).train_files() == tuple(str(tmp_path / f"train-{number}.csv") for number in (0, 1))
+
+
+def test_init_writes_no_number_that_the_plan_chooses(tmp_path: Path) -> None:
+    write_recipe(_folder(tmp_path, "rows.csv") / "rows.csv", recipe := tmp_path / "recipe.yaml", None, False)
+    for name in ("learning_rate", "num_train_epochs", "global_batch_size"):
+        assert f"{name}:" not in recipe.read_text()
+
+
+def test_folder_with_test_rows_is_not_trained_on(tmp_path: Path) -> None:
+    _folder(tmp_path, "train.csv", "dev.csv", "test.csv")
+    with pytest.raises(DataError) as refusal:
+        find_sources(_recipe(tmp_path))
+    assert refusal.value.problems == (
+        f"{tmp_path}: is given for training and holds dev.csv, test.csv, named as rows that are not trained on; write "
+        f"data.train: {tmp_path}/train.csv, data.eval: {tmp_path}/dev.csv, data.test: {tmp_path}/test.csv",
+    )
+
+
+def test_folder_of_shards_and_a_file_that_the_recipe_names_are_trained_on(tmp_path: Path) -> None:
+    _folder(tmp_path / "shards", "train-0.csv", "train-1.csv", "more.csv")
+    _folder(tmp_path, "test.csv")
+    found = find_sources(_recipe(tmp_path / "shards", tmp_path / "test.csv"))
+    assert [file.name for file in found["train"].files] == ["more.csv", "train-0.csv", "train-1.csv", "test.csv"]
+
+
+def _recipe(*train: Path) -> Recipe:
+    data = {"train": [str(path) for path in train]}
+    return Recipe.model_validate({"model": "m", "task": "text-classification", "data": data})

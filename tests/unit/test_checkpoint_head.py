@@ -1,0 +1,153 @@
+"""A checkpoint that brings a head: its rows follow the labels' names, or a new head is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fulltune import model as models
+from fulltune.checkpoint_head import Head, by_name, settled
+from fulltune.plan import defaults
+from fulltune.recipe import ModelBlock
+from fulltune.tasks import Target, task_named
+from tests import tiny
+
+LABELS = ("bad", "fine", "good")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "order", "why"),
+    [
+        (LABELS, LABELS, (0, 1, 2), ": its 3 labels are the same"),
+        (LABELS, ("good", "bad", "fine"), (2, 0, 1), ": its 3 labels are the same, put into this order by their names"),
+        (LABELS, ("bad", "good"), None, "the checkpoint's 3 labels are not these (bad, fine, good)"),
+        (("a", "b", "c", "d"), LABELS, None, "the checkpoint's 4 labels are not these (a, b, c ...)"),
+        (("LABEL_0", "LABEL_1"), ("0", "1"), None, "the checkpoint's 2 labels have no names (LABEL_0, LABEL_1)"),
+        (("LABEL_0", "LABEL_1"), ("LABEL_1", "LABEL_0"), (1, 0), None),
+        (("bad", "bad"), ("bad", "good"), None, "the checkpoint's 2 labels are not these (bad, bad)"),
+        (("LABEL_0",), ("value",), (0,), ""),
+    ],
+)
+def test_rows_of_a_head_follow_the_names(
+    theirs: tuple[str, ...], ours: tuple[str, ...], order: tuple[int, ...] | None, why: str | None
+) -> None:
+    found = by_name(theirs, ours)
+    assert found.order == order
+    assert why is None or found.why == why
+
+
+def test_head_of_another_class_is_not_taken() -> None:
+    config = transformers.BertConfig(
+        architectures=["BertForTokenClassification"], id2label=dict(enumerate(LABELS)), label2id={}
+    )
+    changes = {"id2label": dict(enumerate(LABELS))}
+    assert settled(config, "BertForTokenClassification", changes).order == (0, 1, 2)
+    assert settled(config, "BertForSequenceClassification", changes).order is None
+    assert settled(config, "BertForMultipleChoice", {}) == Head((), "")  # has no rows for labels
+
+
+def _checkpoint(folder: Path, kind: str, task: str, labels: tuple[str, ...]) -> Any:
+    """Save a tiny model with a head for these labels; returns it."""
+    tokenizer = tiny.usual_tokenizer(kind)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    model = getattr(transformers, task_named(task).AUTO_CLASS).from_config(tiny.config(kind, tokenizer, **names))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)  # biases, too, tell their rows apart
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def _loaded(folder: Path, task: str, labels: tuple[str, ...], seed: int = 0) -> tuple[Any, Head]:
+    heads: list[Head] = []
+    module, target = task_named(task), Target("single_label", {}, labels)
+    changes = module.config_changes(target, tiny.encoder_tokenizer())
+    torch.manual_seed(seed)
+    block = ModelBlock(name=str(folder))
+    model = models.load(block, module.AUTO_CLASS, changes, head_is_new=True, on_head=heads.append)
+    return model, heads[0]
+
+
+def _answers(model: Any) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 15)[None]).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("bert", "text-classification"),
+        ("roberta", "text-classification"),
+        ("llama", "text-classification"),
+        ("distilbert", "token-classification"),
+    ],
+)
+def test_head_with_the_same_labels_in_another_order_gives_the_same_answers(
+    tmp_path: Path, kind: str, task: str
+) -> None:
+    before = _answers(_checkpoint(tmp_path, kind, task, LABELS))
+    model, head = _loaded(tmp_path, task, ("good", "bad", "fine"))
+    assert head.in_words == "kept from the checkpoint: its 3 labels are the same, put into this order by their names"
+    assert torch.allclose(_answers(model), before[..., [2, 0, 1]], atol=1e-6)
+    assert model.config.id2label == {0: "good", 1: "bad", 2: "fine"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_head_with_other_labels_is_drawn_anew(tmp_path: Path, kind: str) -> None:
+    saved = _checkpoint(tmp_path, kind, "text-classification", LABELS)
+    model, head = _loaded(tmp_path, "text-classification", ("a", "b", "c"))
+    assert head.in_words == "new, drawn at random: the checkpoint's 3 labels are not these (bad, fine, good)"
+    theirs, ours = saved.state_dict(), model.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    rows = "classifier" if kind == "bert" else "classifier.out_proj"
+    assert changed == {f"{rows}.weight", f"{rows}.bias"}
+    weight, bias = ours[f"{rows}.weight"], ours[f"{rows}.bias"]
+    assert not bias.any()
+    assert 0.01 < float(weight.std()) < 0.04, "as transformers draws a head that a checkpoint lacks: 0.02"
+    again, _ = _loaded(tmp_path, "text-classification", ("a", "b", "c"))
+    other, _ = _loaded(tmp_path, "text-classification", ("a", "b", "c"), seed=1)
+    assert torch.equal(again.state_dict()[f"{rows}.weight"], weight)
+    assert not torch.equal(other.state_dict()[f"{rows}.weight"], weight)
+
+
+def test_image_head_follows_the_names(tmp_path: Path) -> None:
+    tiny.save_image_model(tmp_path)
+    names = {"id2label": {0: "same", 1: "different"}, "label2id": {"same": 0, "different": 1}}
+    saved = transformers.AutoModelForImageClassification.from_pretrained(tmp_path, **names)
+    saved.save_pretrained(tmp_path)
+    module = task_named("image-classification")
+    changes = module.config_changes(Target("single_label", {}, ("different", "same")), None)
+    model = models.load(ModelBlock(name=str(tmp_path)), module.AUTO_CLASS, changes, head_is_new=True)
+    assert torch.equal(model.classifier.weight, saved.classifier.weight[[1, 0]])
+
+
+def test_checkpoint_without_a_head_says_so(tiny_encoder: Path) -> None:
+    _, head = _loaded(tiny_encoder, "text-classification", ("LABEL_0", "LABEL_1"))
+    assert head.in_words == "new, drawn at random: the checkpoint has none for this task"
+
+
+def test_finished_model_is_loaded_as_it_is(tmp_path: Path) -> None:
+    before = _answers(_checkpoint(tmp_path, "bert", "text-classification", LABELS))
+    block = ModelBlock(name=str(tmp_path))
+    model = models.load(block, "AutoModelForSequenceClassification", {}, head_is_new=False)
+    assert torch.allclose(_answers(model), before, atol=1e-6)
+
+
+def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_encoder: Path) -> None:
+    _checkpoint(tmp_path, "bert", "text-classification", LABELS)
+    module = task_named("text-classification")
+    changes = module.config_changes(Target("single_label", {}, LABELS[::-1]), tiny.encoder_tokenizer())
+    kept, new = (
+        models.shapes(ModelBlock(name=str(folder)), module.AUTO_CLASS, changes).head_is_kept
+        for folder in (tmp_path, tiny_encoder)
+    )
+    assert kept
+    assert not new
+    assert "new head" in defaults.warmup_ratio("text-classification", new)[1]
+    assert "new head" not in defaults.warmup_ratio("text-classification", kept)[1]
