@@ -137,7 +137,7 @@ class DataSummary(Record):
     notes: tuple[str, ...] = ()
     """What is worth knowing: duplicates found, labels seen in one split only ..."""
     test_in_eval: float = 0.0
-    """Share of the test rows that also stand in eval."""
+    """Share of the test rows whose text, or prompt, also stands in eval."""
     previews: tuple[Preview, ...] = ()
     fingerprint: str
     """Hash of the files' content and of every setting that shapes the rows."""

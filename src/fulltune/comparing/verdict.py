@@ -165,4 +165,4 @@ def comparison_of(
 def _asked(line: Line) -> list[str]:
     """What the data stage found that a reader of the verdict should know."""
     left_out = [f"rows left out: {count:,}, {reason}" for reason, count in line.summary.dropped.items()]
-    return left_out + [note for note in line.summary.notes if "also stand in" in note or "repeat" in note]
+    return left_out + [note for note in line.summary.notes if "also stand" in note or "repeat" in note]

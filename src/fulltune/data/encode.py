@@ -6,7 +6,7 @@ import os
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from fulltune.hardware import num_cores
 from fulltune.recipe import TaskName
 from fulltune.store import RowWriter, record_batch, words
 from fulltune.tasks import LENGTH, Example, Target, task_named
+from fulltune.tasks.columns import as_text, normalised
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,6 +69,8 @@ class Chunk:
     longest: int
     groups: np.ndarray
     """`draw` of each row's group key: uint64."""
+    wholes: np.ndarray
+    """The same of all that a row gives to learn, its answer or label included: uint64."""
     signatures: np.ndarray
     """Of each row's group key, uint16 [rows, hashes]; without rows where near-duplicates are not looked for."""
     labels: list[list[str]]
@@ -120,6 +123,9 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         truncated=np.array([example.truncated for _, example in kept], bool),
         longest=max((_longest(example) for _, example in kept), default=0),
         groups=np.array([draw(job.split_seed, key) for key in keys], np.uint64),
+        wholes=np.array(
+            [draw(job.split_seed, _whole(job, key, row)) for key, (_, row) in zip(keys, rows, strict=True)], np.uint64
+        ),
         signatures=signatures(keys if job.signs else []),
         labels=[task.row_labels(row, job.target) for _, row in rows],
         unusable=unusable,
@@ -127,6 +133,12 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         lost_parts=lost_parts,
         num_too_long=too_long,
     )
+
+
+def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
+    """What tells a row apart from others with the same group key; of an image the key says everything."""
+    cells = [row.get(column) for role, column in job.target.columns.items() if role != "image"]
+    return "\0".join([key, *(normalised(as_text(cell)) for cell in cells)])
 
 
 _UNKNOWN_LABEL: list[Example] = []
@@ -183,6 +195,7 @@ class Encoded:
     trained_tokens: Any = field(default_factory=lambda: array("i"))
     truncated: Any = field(default_factory=lambda: array("b"))
     groups: Any = field(default_factory=lambda: array("Q"))
+    wholes: Any = field(default_factory=lambda: array("Q"))
     signatures: Any = field(default_factory=lambda: array("H"))
     label_numbers: Any = field(default_factory=lambda: array("i"))
     """Numbers of all rows' labels in `names`, one row after another."""
@@ -217,6 +230,7 @@ class Encoded:
         self.trained_tokens.frombytes(chunk.trained_tokens.tobytes())
         self.truncated.frombytes(chunk.truncated.astype(np.int8).tobytes())
         self.groups.frombytes(chunk.groups.tobytes())
+        self.wholes.frombytes(chunk.wholes.tobytes())
         self.signatures.frombytes(chunk.signatures.tobytes())
         for labels in chunk.labels:
             self.label_numbers.extend(self.names.setdefault(name, len(self.names)) for name in labels)

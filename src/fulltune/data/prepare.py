@@ -145,7 +145,7 @@ def _make(
     refuse_unusable(recipe, encoded, rows_of)
     join_near(list(encoded.values()), recipe.data.near_duplicates)
     split_of, sources = assign(recipe, encoded, rows_of)
-    remarks += notes(encoded, split_of, recipe.task, recipe.data.near_duplicates < 1)
+    remarks += notes(encoded, split_of, target, recipe.data.near_duplicates < 1)
     if target.labels:
         check_labels(encoded, split_of, rows_of)
         remarks += unmeasured(encoded, split_of)

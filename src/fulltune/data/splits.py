@@ -12,8 +12,9 @@ from fulltune.data.encode import Encoded
 from fulltune.data.given import Given
 from fulltune.data.split import split_off
 from fulltune.errors import DataError
-from fulltune.recipe import Recipe, TaskName
+from fulltune.recipe import Recipe
 from fulltune.records import SplitName as Split
+from fulltune.tasks import Target
 
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
 HELD_OUT: tuple[Split, ...] = ("eval", "test")
@@ -99,34 +100,68 @@ def _strata(whole: Encoded) -> np.ndarray:
 
 
 def notes(
-    encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray], task: TaskName, near: bool = False
+    encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray], target: Target, near: bool = False
 ) -> list[str]:
-    """Few rows to choose by, and rows that stand, or nearly stand, in two splits."""
+    """Few rows to choose by, and rows that stand, or share what is asked with others, twice in train or in two splits.
+
+    Args:
+        encoded: Each source.
+        split_of: Which rows of its source each split has.
+        target: Says what rows of one group share.
+        near: Texts that are nearly equal belong to one group.
+    """
     keys = {name: np.asarray(encoded.get(name, encoded["train"]).groups)[split_of[name]] for name in SPLITS}
     found = []
     nearly = " (equal, or nearly so)" if near else ""
+    shared = next((word for role, word in _SHARED.items() if role in target.columns), "text")
     if (count := len(keys["eval"])) < FEW_EVAL_ROWS:
         found.append(
             f"only {count} eval rows: which checkpoint is best is close to chance; more rows would tell better"
         )
-    # Questions about the same passage belong together, but do not repeat each other.
-    of_passages = task == "question-answering"
-    repeated = len(keys["train"]) - len(np.unique(keys["train"]))
-    if repeated and not of_passages:
-        found.append(f"{repeated} of {len(keys['train'])} train rows repeat another train row{nearly}")
-    shared = "have a passage that also stands in" if of_passages else "also stand in"
+    wholes = np.asarray(encoded["train"].wholes)[split_of["train"]]
+    num_train = len(wholes)
+    if repeated := num_train - len(np.unique(wholes)):
+        found.append(f"{repeated:,} of {num_train:,} train rows repeat another train row, answer or label included")
+    # Questions about the same passage belong together; that is how such rows are, and nothing to note.
+    if shared != "passage" and (count := _with_others(keys["train"], wholes)):
+        kept = "" if {"eval", "test"} <= set(encoded) else "; kept on one side of the split"
+        found.append(f"{count:,} of {num_train:,} train rows share their {shared} with another one{nearly}{kept}")
     for name in HELD_OUT:
         if count := int(np.isin(keys[name], keys["train"]).sum()):
             found.append(
-                f"{count} of {len(keys[name])} {name} rows {shared} train{nearly}: their scores flatter the model"
+                f"{count:,} of {len(keys[name]):,} {name} rows have a {shared} that also stands in train{nearly}: "
+                "their scores flatter the model"
             )
     if count := num_in_eval(encoded, split_of):
-        found.append(f"{count} of {len(keys['test'])} test rows {shared} eval{nearly}, which chooses the checkpoint")
+        found.append(
+            f"{count:,} of {len(keys['test']):,} test rows have a {shared} that also stands in eval{nearly}, which "
+            "chooses the checkpoint"
+        )
     return found
 
 
+_SHARED = {
+    "context": "passage",
+    "prompt": "prompt",
+    "messages": "question",
+    "source": "source text",
+    "choices": "question",
+    "choice0": "question",
+    "tokens": "sentence",
+    "image": "image",
+}
+"""Role of a column to what rows of one group have in common; without any of them it is the text."""
+
+
+def _with_others(groups: np.ndarray, wholes: np.ndarray) -> int:
+    """Rows in whose group stands another row that is not the same as a whole."""
+    different = np.unique(np.stack([groups, wholes]), axis=1)[0]
+    names, counts = np.unique(different, return_counts=True)
+    return int(np.isin(groups, names[counts > 1]).sum())
+
+
 def num_in_eval(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]) -> int:
-    """Test rows that also stand in eval."""
+    """Test rows whose text, or prompt, also stands in eval."""
     test, chosen = (np.asarray(encoded.get(name, encoded["train"]).groups)[split_of[name]] for name in ("test", "eval"))
     return int(np.isin(test, chosen).sum())
 

@@ -34,6 +34,37 @@ def test_prepare_duplicates_stay_on_one_side(tmp_path: Path, encoder_tokenizer: 
     assert {name: split.rows for name, split in summary.splits.items()} == {"train": 96, "eval": 12, "test": 12}
 
 
+def _about_train(summary: DataSummary) -> list[str]:
+    return [note for note in summary.notes if "train rows" in note]
+
+
+def test_rows_with_the_same_prompt_and_other_answers_are_no_repeats(tmp_path: Path, decoder_tokenizer: Any) -> None:
+    rows = [
+        {"prompt": f"name[{number}]", "completion": f" {number} is {word}"}
+        for number in range(20)
+        for word in ("good", "fine", "nice")
+    ]
+    summary = prepare(tmp_path, rows, decoder_tokenizer, "causal-lm")
+    count = summary.splits["train"].rows
+    expected = f"{count} of {count} train rows share their prompt with another one; kept on one side of the split"
+    assert _about_train(summary) == [expected]
+
+
+def test_equal_rows_are_repeats_and_the_same_text_with_another_label_is_shared(
+    tmp_path: Path, encoder_tokenizer: Any
+) -> None:
+    rows = tiny.topic_rows(40)
+    test, dev = (tiny.write_csv(tmp_path / f"{name}.csv", tiny.topic_rows(50)[40:]) for name in ("test", "dev"))
+    rows += [{**rows[0], "text": rows[0]["text"].upper()}, rows[1], rows[1], {**rows[2], "label": "food"}]
+    held_out = {"test": str(test), "eval": str(dev)}
+    summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification", **held_out)
+    assert _about_train(summary) == [
+        "3 of 44 train rows repeat another train row, answer or label included",
+        "2 of 44 train rows share their text with another one",
+    ]
+    assert "10 of 10 test rows have a text that also stands in eval, which chooses the checkpoint" in summary.notes
+
+
 @pytest.mark.parametrize("pad", [None, "<|im_end|>", "<|pad|>"], ids=["no pad", "pad is end", "own pad"])
 @pytest.mark.parametrize("rows", [tiny.pair_rows(), tiny.chat_rows()], ids=["pairs", "chat"])
 def test_prepare_every_row_trains_its_end_token(tmp_path: Path, rows: list[dict[str, Any]], pad: str | None) -> None:
