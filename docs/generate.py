@@ -15,9 +15,9 @@ from pydantic_core import PydanticUndefined
 
 from fulltune.plan import defaults
 from fulltune.recipe import BaseMethod, Block, Recipe, TaskName
+from fulltune.recipe_rules import PINNED
 from fulltune.tasks import choices, task_named, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
-from fulltune.train.arguments import PINNED
 
 PAGE = Path(__file__).parent / "recipe.md"
 WIDTH = 118

@@ -29,7 +29,7 @@ class Resampled:
         """
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
-        return Estimate(value=self.value, low=low, high=high)
+        return Estimate(value=self.value, low=low, high=high, rows=self.num_rows)
 
     def save(self, path: Path) -> None:
         part = path.with_name(path.name + ".part.npz")

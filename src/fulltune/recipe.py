@@ -455,7 +455,8 @@ class EvaluateBlock(Block):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Level of the intervals."""
     generate_rows: int = Field(default=100, ge=0)
-    """Test rows for which answers are generated and compared (causal-lm, seq2seq); 0: none."""
+    """Test rows for which answers are generated and compared (causal-lm, seq2seq), drawn at random with
+    `data.split_seed` among those with different prompts; 0: none."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest generated answer, in tokens."""
 

@@ -5,6 +5,7 @@ Layer 0: no torch, no transformers; a recipe error answers in well under half a 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fulltune import recipe_rules
 from fulltune.errors import RecipeError
 from fulltune.recipe import NAME, Recipe, resolve_paths
 
@@ -87,10 +89,36 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems += [text for item in error.errors() for text in _describe(item, path, lines or {}, values)]
-        raise RecipeError(problems) from None
+        rest = _without([item["loc"] for item in error.errors()], values)
+        found = recipe_rules.of_settings(rest) if rest is not None else []
+        raise RecipeError([*problems, *_placed(found, path, lines or {})]) from None
+    problems += _placed([*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe)], path, lines or {})
     if problems:
         raise RecipeError(problems)
     return recipe
+
+
+def _without(places: Iterable[tuple[Any, ...]], values: dict[str, Any]) -> Recipe | None:
+    """What is left of a recipe without the settings at these places; None when that is no recipe."""
+    kept = copy.deepcopy(values)
+    for at in map(_without_kinds, places):
+        place: Any = kept
+        for depth, part in enumerate(at):
+            if not isinstance(place, dict) or part not in place:
+                break
+            if depth == len(at) - 1 or not isinstance(place[part], dict):
+                del place[part]
+                break
+            place = place[part]
+    try:
+        return Recipe.model_validate(kept)
+    except ValidationError:
+        return None
+
+
+def _placed(problems: Iterable[str], path: Path, lines: Lines) -> list[str]:
+    """Problems that begin with the name of their setting, with its file and line."""
+    return [f"{_where(path, lines, tuple(text.partition(':')[0].split('.')))}  {text}" for text in problems]
 
 
 def _one_method_or_several(values: dict[str, Any], path: Path, lines: Lines) -> Iterable[str]:

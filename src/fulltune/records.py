@@ -500,6 +500,9 @@ class Estimate(Record):
     value: float
     low: float
     high: float
+    rows: int | None = None
+    """Test rows that it is of: fewer than all where answers were generated for some. None: not written down (records of
+    earlier versions), or no metric of rows."""
 
 
 class Calibration(Record):
@@ -549,7 +552,9 @@ class Scores(Record):
     worst: tuple[Answer, ...] = ()
     """The rows with the highest loss among the wrong ones, highest first."""
     answers: tuple[Answer, ...] = ()
-    """For text generation: the first test rows and what was generated."""
+    """For text generation: test rows, drawn at random among those with different prompts, and what was generated."""
+    left_out: str = ""
+    """Metrics that could not be computed here, and what they need."""
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------

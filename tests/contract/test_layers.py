@@ -14,7 +14,7 @@ import fulltune
 
 SOURCE = Path(fulltune.__file__).parent
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "scipy", "sklearn", "safetensors", "pyarrow"}
-VOCABULARY = {"errors", "recipe", "recipe_file", "records", "compare_records", "trials", "units"}
+VOCABULARY = {"errors", "recipe", "recipe_file", "recipe_rules", "records", "compare_records", "trials", "units"}
 WORLD = {
     *(
         "hardware",

@@ -17,8 +17,8 @@ from fulltune.chunked_loss import Pieces
 from fulltune.errors import FulltuneError, RecipeError
 from fulltune.inference import run_rows
 from fulltune.recipe import Recipe
+from fulltune.recipe_rules import check
 from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq
-from fulltune.tasks.settings import check_settings
 from fulltune.train.hooks import Hooks
 from tests import tiny
 from tests.train import runs
@@ -402,7 +402,7 @@ def recipe(task: str = "causal-lm", **train: Any) -> Recipe:
 def test_where_it_cannot_work_it_is_refused() -> None:
     def problem(given: Recipe) -> str:
         with pytest.raises(RecipeError) as caught:
-            check_settings(given)
+            check(given)
         (only,) = caught.value.problems
         return only
 
@@ -416,9 +416,9 @@ def test_where_it_cannot_work_it_is_refused() -> None:
         "train.chunked_loss: does not go with train.extra.torch_compile, which leaves out the hooks that it needs; "
         "remove it"
     )
-    check_settings(recipe())
-    check_settings(recipe("seq2seq"))
-    check_settings(recipe("text-classification", chunked_loss=False))
+    check(recipe())
+    check(recipe("seq2seq"))
+    check(recipe("text-classification", chunked_loss=False))
 
 
 def test_with_a_loss_of_the_users_own_it_is_refused() -> None:

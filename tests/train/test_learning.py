@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -145,6 +147,16 @@ def letter_rows(count: int) -> list[dict[str, str]]:
     ]
 
 
+def said_by_the_card(folder: Path) -> str:
+    """What the card's own code prints for a question."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    assert '"..."' in code
+    with contextlib.chdir(folder.parent), contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code.replace('"..."', '"7 d:"').replace("max_new_tokens=128", "max_new_tokens=8"), {})
+    return printed.getvalue()
+
+
 def chat(row: dict[str, str]) -> dict[str, Any]:
     return {
         "messages": [
@@ -191,6 +203,9 @@ def test_language_model_run_learns_to_answer_and_to_stop(form: str, tmp_path: Pa
         text = reader.apply_chat_template(question["messages"], tokenize=False, add_generation_prompt=True)
     else:
         text = "7 d:\n"
+    user = [{"role": "user", "content": "7 d:"}]
+    assert reader.apply_chat_template(user, tokenize=False, add_generation_prompt=True) == text
+    assert said_by_the_card(folder) == "dd\n"
     batch = reader(text, return_tensors="pt", add_special_tokens=form == "pairs")
     batch.pop("token_type_ids", None)
     made = plain.generate(**batch, max_new_tokens=20, do_sample=False)

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from fulltune import evaluate
 from fulltune.errors import RecipeError
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary
-from fulltune.tasks import causal_lm
 from fulltune.train.hooks import Hooks
 
 SCRIPT = """
@@ -88,16 +86,3 @@ def test_metrics_of_raw_text_are_refused(kind: Any, refused: bool) -> None:
             Hooks(metrics=max).check_data(summary)
     else:
         Hooks(metrics=max).check_data(summary)
-
-
-@pytest.mark.parametrize(
-    ("data", "needed"),
-    [({"train": "a.txt"}, False), ({"train": "a.csv", "text": "body"}, False), ({"train": "a.jsonl"}, True)],
-)
-def test_package_for_answers_is_asked_for_only_where_there_may_be_answers(
-    data: dict[str, Any], needed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(causal_lm, "score_answers", lambda *answers: asked.append(answers))
-    evaluate.check_extras(recipe(task="causal-lm", data=data))
-    assert bool(asked) == needed

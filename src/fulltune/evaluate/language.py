@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from fulltune.bootstrap import Resampled
 from fulltune.evaluate.bench import Bench, Scored
 from fulltune.inference import generate
 from fulltune.records import Answer
-from fulltune.tasks import PLACE, causal_lm, seq2seq
+from fulltune.tasks import causal_lm, seq2seq
 
 
 def baselines(bench: Bench) -> dict[str, Callable[[], Scored]]:
@@ -29,10 +30,11 @@ def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["
     kept = bench.run(model, tokenizer.pad_token_id, test)
     estimates = bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target))
     answers: tuple[Answer, ...] = ()
-    rows = _asked(bench)
-    if rows:
+    drawn = _drawn(bench)
+    if drawn:
+        rows = list(drawn.values())
         if bench.target.problem_type == "source_target":  # one example a row: cut as it is in training
-            prompts = [list(map(int, test[position]["input_ids"])) for position in range(len(rows))]
+            prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
         else:
             prompts = [causal_lm.generation_ids(row, bench.target, tokenizer) for row in rows]
         made = bench.in_batches(
@@ -51,30 +53,46 @@ def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["
             Answer(text=text, expected=want, predicted=got)
             for text, want, got in zip(asked, expected, made, strict=True)
         )
-    return bench.scores(name, kind, len(next(iter(kept.values()))), metrics=estimates, answers=answers)
+    left_out = _left_out(bench) if drawn else ""
+    count = len(next(iter(kept.values())))
+    return bench.scores(name, kind, count, metrics=estimates, answers=answers, left_out=left_out)
 
 
 def _copy(bench: Bench) -> Scored:
     """The source itself as the answer: what a summary, a correction or a paraphrase has to beat."""
-    rows = _asked(bench)
+    rows = list(_drawn(bench).values())
     sources, expected = _words(bench, rows)
     return bench.scores(
         "copy of the source", "baseline", len(rows), metrics=_compared(bench, [s.strip() for s in sources], expected)
     )
 
 
-def _asked(bench: Bench) -> list[dict[str, Any]]:
-    """The test rows for which answers are generated."""
+def _drawn(bench: Bench) -> dict[int, dict[str, Any]]:
+    """Position and row of the test rows for which answers are generated, in the order of the file.
+
+    Files are often sorted, and a prompt may stand there several times with other answers: the rows are drawn at random
+    among different prompts. The draw depends on `data.split_seed` and the prompts alone.
+    """
     wanted = bench.recipe.evaluate.generate_rows
-    match bench.target.problem_type:
-        case "text":
-            return []
-        case "source_target":
-            return bench.texts[:wanted] if wanted else []
-        case _:
-            # A conversation can be several examples, and one without a question has nothing to answer.
-            conversations = {row[PLACE]: row for row in bench.texts}.values() if wanted else ()
-            return [row for row in conversations if causal_lm.prompt_text(row, bench.target).strip()][:wanted]
+    if bench.target.problem_type == "text" or not wanted:
+        return {}
+    task = seq2seq if bench.target.problem_type == "source_target" else causal_lm
+    rows = bench.texts
+    first: dict[str, int] = {}
+    for position, row in enumerate(rows):
+        # A conversation can be several examples, and one without a question has nothing to answer.
+        if task.prompt_text(row, bench.target).strip():
+            first.setdefault(task.group_key(row, bench.target), position)
+    seed = bench.recipe.data.split_seed
+    order = sorted(first, key=lambda prompt: hashlib.sha256(f"{seed}\0{prompt}".encode()).digest())
+    return {position: rows[position] for position in sorted(first[prompt] for prompt in order[:wanted])}
+
+
+def _left_out(bench: Bench) -> str:
+    """The metrics of answers for which a package is missing here."""
+    names = ("rougeL", "chrf", "bleu") if bench.target.problem_type == "source_target" else ("rougeL", "chrf")
+    missing = [name for name in names if not causal_lm.can_score(name)]
+    return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else ""
 
 
 def _words(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:

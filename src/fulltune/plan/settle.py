@@ -12,6 +12,7 @@ from fulltune.model import Shapes
 from fulltune.plan import defaults, memory
 from fulltune.plan.ledger import FROM_RECIPE, Ledger
 from fulltune.recipe import Recipe
+from fulltune.recipe_rules import wrong_metric
 from fulltune.records import DataSummary, Setting
 from fulltune.tasks import task_named
 
@@ -114,10 +115,7 @@ def metric(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> str:
     possible = task_named(recipe.task).CHOOSING[summary.problem_type]
     wanted = recipe.evaluate.metric
     if wanted is not None and wanted not in possible:
-        raise RecipeError(
-            f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {summary.problem_type.replace('_', ' ')}; "
-            f"expected one of {', '.join(possible)}"
-        )
+        raise RecipeError(wrong_metric(wanted, summary.problem_type, possible))
     return str(
         ledger.settle("evaluate.metric", wanted, possible[0], f"usual for {summary.problem_type.replace('_', ' ')}")
     )

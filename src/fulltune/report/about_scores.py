@@ -27,7 +27,7 @@ from fulltune.report.read import RunView
 from fulltune.report.verdict import headline_row
 
 _KIND_IN_WORDS = {"baseline": "baseline", "untouched": "before training", "trained": "trained"}
-_OF_ANSWERS = ("exact_match", "rougeL", "chrf", "bleu")
+OF_ANSWERS = ("exact_match", "rougeL", "chrf", "bleu")
 _LARGEST_HEAT_TABLE = 20
 _CONFUSED_PAIRS = 20
 _ANSWERS_OPEN = 5
@@ -57,7 +57,10 @@ def results(view: RunView) -> Section | None:
     caption = f"Each metric on the test rows, with its {level} bootstrap interval in brackets"
     blocks: list[Block] = [Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))]
     if answered := [row for row in view.scores if row.answers and len(row.answers) < row.rows]:
-        blocks.append(Paragraph(_of_answers(answered[-1])))
+        blocks.append(Paragraph(about_answers(answered[-1])))
+    blocks += [
+        Paragraph(f"{reason[:1].upper()}{reason[1:]}.") for reason in {row.left_out: 0 for row in view.scores} if reason
+    ]
     main = leading.main_metric
     title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
     bars = [
@@ -71,9 +74,11 @@ def results(view: RunView) -> Section | None:
     return Section("results", "Results on the test rows", tuple(blocks))
 
 
-def _of_answers(row: Scores) -> str:
-    names = [words.metric_name(name) for name in row.metrics if name in _OF_ANSWERS]
-    return f"Answers were generated for the first {len(row.answers)} test rows; on these: {words.listed(names)}."
+def about_answers(row: Scores) -> str:
+    names = [words.metric_name(name) for name in row.metrics if name in OF_ANSWERS]
+    drawn = words.counted(len(row.answers), "test row")
+    distinct = " with different prompts" if len(row.answers) > 1 else ""
+    return f"Answers were generated for {drawn}{distinct}, drawn at random; on these: {words.listed(names)}."
 
 
 def answers(view: RunView) -> Section | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fulltune.records import Plan, Scores
 from fulltune.report import kinds, words
-from fulltune.report.about_scores import calibration_in_words
-from fulltune.report.content import HOW_TO_LOAD, around_base, loading_code, main_trial, method_kind
+from fulltune.report.about_scores import OF_ANSWERS, about_answers, calibration_in_words
+from fulltune.report.content import HOW_TO_ASK, HOW_TO_LOAD, around_base, loading_code, main_trial, method_kind
 from fulltune.report.markdown import escaped, fenced, table
 from fulltune.report.read import RunView
 from fulltune.report.verdict import judge
@@ -61,12 +61,14 @@ def _how_much(plan: Plan | None) -> str:
 
 
 def _loading(view: RunView, plan: Plan | None, model_folder: Path) -> list[str]:
+    asked = HOW_TO_ASK.get(view.summary.problem_type) if view.summary else None
+    first = [asked] if asked else []
     kind, code = method_kind(plan), loading_code(model_folder.name, view.task, view.summary)
     if kind == "full":
-        return [fenced(code, "python")]
+        return [*first, fenced(code, "python")]
     if kind in ("head", "adapter"):
-        return [HOW_TO_LOAD[kind]]
-    return [HOW_TO_LOAD["peft"], fenced(around_base(code, view.model), "python")]
+        return [*first, HOW_TO_LOAD[kind]]
+    return [*first, HOW_TO_LOAD["peft"], fenced(around_base(code, view.model), "python")]
 
 
 def base_model(view: RunView) -> str | None:
@@ -129,7 +131,12 @@ def _metrics(view: RunView, scores: Scores | None) -> list[str]:
     if scores is None:
         return ["## Metrics", "This model was not scored on test rows."]
     rows = [
-        (words.metric_name(name), words.metric(name, found.value), words.interval(name, found))
+        (
+            words.metric_name(name),
+            words.metric(name, found.value),
+            words.interval(name, found),
+            words.count(found.rows or (len(scores.answers) if name in OF_ANSWERS else scores.rows)),
+        )
         for name, found in scores.metrics.items()
     ]
     level = f"{100 * scores.confidence:g}% interval"
@@ -137,7 +144,8 @@ def _metrics(view: RunView, scores: Scores | None) -> list[str]:
     parts = [
         "## Metrics",
         f"On {words.counted(scores.rows, 'test row')}, which were never used for choosing:",
-        table(("metric", "value", level), rows, frozenset({1, 2})),
+        table(("metric", "value", level, "test rows"), rows, frozenset({1, 2, 3})),
+        *((about_answers(scores),) if 0 < len(scores.answers) < scores.rows else ()),
         escaped(judge([scores, *untrained]).sentence),
     ]
     if scores.calibration and scores.calibration.note:

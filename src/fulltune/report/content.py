@@ -208,6 +208,41 @@ def loading_code(folder: str, task: str, summary: DataSummary | None) -> str:
     if task == "image-classification":
         more = 'classify = pipeline("image-classification", model=model, image_processor=processor)\n'
         imports += ", pipeline"
+    if task == "causal-lm" and summary:
+        more = _asking(summary)
     if task == "seq2seq" and summary and summary.joint:
         more = f"# As in training, {json.dumps(summary.joint, ensure_ascii=False)} belongs before each text.\n"
     return f"from transformers import {imports}\n\n{loading}{more}"
+
+
+def _asking(summary: DataSummary) -> str:
+    """Python that asks a language model in the form in which it was trained."""
+    special = ""
+    if summary.problem_type == "chat":
+        prompt = (
+            'messages = [{"role": "user", "content": "..."}]\n'
+            "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
+        )
+        special = ", add_special_tokens=False"
+    elif summary.problem_type == "text":
+        prompt = 'prompt = "..."  # the model goes on from here\n'
+    else:
+        added = f" + {json.dumps(summary.joint)}" if summary.joint else ""
+        prompt = f'prompt = "..."{added}  # as in training\n'
+    return (
+        f"\n{prompt}"
+        f'ids = tokenizer(prompt, return_tensors="pt"{special}).input_ids\n'
+        "made = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=128, do_sample=False)\n"
+        "print(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))\n"
+    )
+
+
+HOW_TO_ASK = {
+    "prompt_completion": (
+        "The model was trained on prompts and answers, without the chat template of the pretrained model. A prompt "
+        "must look as below; if this folder has a chat template, it writes a user's message in just that form."
+    ),
+    "chat": "The model was trained on conversations, in the form of the chat template in this folder.",
+    "text": "The model was trained on raw text, without a chat template: it goes on from the beginning of a text.",
+}
+"""Problem type to how a language model is asked."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune import recipe_rules
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
@@ -32,7 +35,7 @@ METRICS = {
     "rougeL": True,
     "chrf": True,
 }
-CHOOSING = dict.fromkeys(("text", "prompt_completion", "chat"), ("loss", "perplexity", "token_accuracy"))
+CHOOSING = recipe_rules.CHOOSING["causal-lm"]
 IGNORED = -100
 
 # ---- columns ---------------------------------------------------------------------------------------------------
@@ -200,6 +203,35 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
+def template_as_trained(target: Target, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template that asks as the model was trained, for what reads messages (pipelines, servers).
+
+    Prompts were trained as they stand, without the template that the tokenizer came with, which would ask in a form
+    that the model has not seen. None: raw text has no questions, or the tokenizer reads opening tokens that a template
+    writes otherwise than its own.
+    """
+    if target.problem_type == "text":
+        return None
+    opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
+    said = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
+    found = (
+        ("{{ bos_token }}" if opening else "")
+        + "{% for message in messages %}"
+        + said
+        + f"{{{{ {json.dumps(target.joint)} }}}}"
+        + "{% endif %}{% endfor %}"
+    )
+    for text in _PROBES:
+        asked = text + target.joint
+        rendered = tokenizer(f"{opening}{asked}", add_special_tokens=False, verbose=False)["input_ids"]
+        if list(rendered) != prompt_ids(asked, tokenizer):
+            return None
+    return found
+
+
+_PROBES = ("What is 6 x 7?", "Two lines\nof a prompt:", "name[Zizzi], food[French]")
+
+
 def generation_ids(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens after which the model shall answer, or go on."""
     if target.problem_type in ("prompt_completion", "text"):
@@ -339,24 +371,26 @@ def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -
     return ()
 
 
-def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Exact match, ROUGE-L (0 to 1) and chrF (0 to 100) of each generated answer.
+_PACKAGES = {"rougeL": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}
 
-    Raises:
-        SetupError: When sacrebleu or rouge-score are not installed.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics.chrf import CHRF
-    except ImportError as error:
-        raise SetupError(
-            f"scoring generated answers needs the package '{error.name}'; pip install 'fulltune[text-metrics]', "
-            "or set evaluate.generate_rows: 0"
-        ) from None
-    rouge, chrf = RougeScorer(["rougeL"]), CHRF()
+
+def can_score(metric: str) -> bool:
+    """Whether the package that a metric of answers needs is installed."""
+    return metric not in _PACKAGES or importlib.util.find_spec(_PACKAGES[metric]) is not None
+
+
+def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
+    """Exact match of each generated answer; with their packages also ROUGE-L (0 to 1) and chrF (0 to 100)."""
     pairs = list(zip(answers, expected, strict=True))
-    return {
-        "exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs]),
-        "rougeL": np.array([rouge.score(two, one)["rougeL"].fmeasure for one, two in pairs]),
-        "chrf": np.array([chrf.sentence_score(one, [two]).score for one, two in pairs]),
-    }
+    kept = {"exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs])}
+    if can_score("rougeL"):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        rouge = RougeScorer(["rougeL"])
+        kept["rougeL"] = np.array([rouge.score(two, one)["rougeL"].fmeasure for one, two in pairs])
+    if can_score("chrf"):
+        from sacrebleu.metrics.chrf import CHRF
+
+        chrf = CHRF()
+        kept["chrf"] = np.array([chrf.sentence_score(one, [two]).score for one, two in pairs])
+    return kept

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune import recipe_rules
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import DataBlock
 from fulltune.records import Preview, Segment
@@ -34,7 +35,7 @@ HEAD_IS_NEW = True
 LENGTH_CAP = 2**20
 """Images are never cut."""
 METRICS = {"accuracy": True, "f1_macro": True, "mcc": True, "loss": False}
-CHOOSING = {"single_label": ("accuracy", "f1_macro", "mcc", "loss")}
+CHOOSING = recipe_rules.CHOOSING["image-classification"]
 UNDECODABLE = "undecodable image"
 """The data stage lists rows that were refused for this, and leaves them out only when the recipe says so."""
 

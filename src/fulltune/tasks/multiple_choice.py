@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune import recipe_rules
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
@@ -29,7 +30,7 @@ AUTO_CLASS = "AutoModelForMultipleChoice"
 HEAD_IS_NEW = True
 LENGTH_CAP = 512
 METRICS = {"accuracy": True, "loss": False}
-CHOOSING = {"choice": ("accuracy", "loss")}
+CHOOSING = recipe_rules.CHOOSING["multiple-choice"]
 CHOICE_LENGTHS = "choice_lengths"
 """Feature with the tokens of each choice [choices]: `input_ids` holds them one after another."""
 

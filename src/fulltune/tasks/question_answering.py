@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune import recipe_rules
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
@@ -28,7 +29,7 @@ AUTO_CLASS = "AutoModelForQuestionAnswering"
 HEAD_IS_NEW = True
 LENGTH_CAP = 384
 METRICS = {"f1": True, "exact_match": True, "loss": False}
-CHOOSING = {"span": ("f1", "exact_match", "loss")}
+CHOOSING = recipe_rules.CHOOSING["question-answering"]
 MOST_ANSWER_TOKENS = 30
 """Longest answer that is looked for; longer ones can be trained."""
 STARTS, ENDS = "starts", "ends"

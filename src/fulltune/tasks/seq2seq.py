@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune import recipe_rules
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, causal_lm
@@ -30,7 +31,7 @@ METRICS = {
     "chrf": True,
     "bleu": True,
 }
-CHOOSING = {"source_target": ("loss", "perplexity", "token_accuracy")}
+CHOOSING = recipe_rules.CHOOSING["seq2seq"]
 _LANGUAGE_CODES = {"m2m_100", "mbart", "nllb-moe", "plbart", "seamless_m4t", "seamless_m4t_v2"}
 """Models that write the language of a code which the tokenizer is told and generation must be forced to begin with."""
 
@@ -240,13 +241,11 @@ def metrics(kept: Predictions, target: Target) -> dict[str, float]:
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """What `causal_lm.score_answers` gives, and the counts that BLEU is made of [rows, 10]: matching n-grams and
-    n-grams of each order, then the lengths of answer and target.
-
-    Raises:
-        SetupError: When sacrebleu or rouge-score are not installed.
-    """
+    """What `causal_lm.score_answers` gives, and with sacrebleu the counts that BLEU is made of [rows, 10]: matching
+    n-grams and n-grams of each order, then the lengths of answer and target."""
     scores = causal_lm.score_answers(answers, expected)
+    if not causal_lm.can_score("bleu"):
+        return scores
     from sacrebleu.metrics.bleu import BLEU
 
     bleu = BLEU(effective_order=True)  # the counts do not depend on it; without it each short row would be warned of

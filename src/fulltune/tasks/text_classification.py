@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune import recipe_rules
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
@@ -35,11 +36,7 @@ METRICS = {
     "rmse": False,
     "loss": False,
 }
-CHOOSING = {
-    "single_label": ("accuracy", "f1_macro", "mcc", "loss"),
-    "multi_label": ("f1_micro", "f1_macro", "accuracy", "loss"),
-    "regression": ("spearman", "kendall", "r2", "rmse", "loss"),
-}
+CHOOSING = recipe_rules.CHOOSING["text-classification"]
 
 # ---- columns and labels ----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune import recipe_rules
 from fulltune.errors import SetupError
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
@@ -23,7 +24,7 @@ AUTO_CLASS = "AutoModelForTokenClassification"
 HEAD_IS_NEW = True
 LENGTH_CAP = 512
 METRICS = {"f1": True, "precision": True, "recall": True, "f1_macro": True, "accuracy": True, "loss": False}
-CHOOSING = {"tags": ("f1", "precision", "recall", "accuracy", "loss")}
+CHOOSING = recipe_rules.CHOOSING["token-classification"]
 IGNORED = -100
 TAGS, WORD_IDS = "tags", "word_ids"
 """Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""

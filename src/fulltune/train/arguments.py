@@ -2,68 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib.util
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fulltune import zero
+from fulltune import recipe_rules, zero
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe import Recipe
+from fulltune.recipe_rules import NO_PACKAGES, OWN_OPTIMIZERS
 from fulltune.records import Plan
-
-PINNED = {
-    "output_dir": "the run folder",
-    "learning_rate": "method.learning_rate",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "per_device_eval_batch_size": "evaluate.batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "eval_strategy": "train.eval_strategy",
-    "save_strategy": "train.eval_strategy and train.save_steps",
-    "metric_for_best_model": "evaluate.metric",
-    "greater_is_better": "evaluate.metric",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "train_sampling_strategy": "train.group_by_length",
-    "use_cpu": "train.device",
-    "logging_nan_inf_filter": "always off: it would log a loss of 0 while the weights are NaN",
-    "auto_find_batch_size": "always off: it restarts on trained weights and changes the global batch",
-    "remove_unused_columns": "always off: the collator chooses the columns",
-    "resume_from_checkpoint": "the same command continues a run",
-    "push_to_hub": "never during training",
-    "average_tokens_across_devices": "always on: the loss counts the items of all processes",
-    "save_only_model": "always off: without optimizer state a run could not continue",
-    "ignore_data_skip": "always off: a continued run would see other rows",
-    "restore_callback_states_from_checkpoint": "always off: early stopping reads the history",
-    "data_seed": "train.seed",
-    "dataloader_drop_last": "always off: every row is seen once per epoch",
-    "bf16_full_eval": "train.precision",
-    "fp16_full_eval": "train.precision",
-    "eval_accumulation_steps": "not needed: logits are reduced batch by batch",
-    "batch_eval_metrics": "not needed: logits are reduced batch by batch",
-    "logging_strategy": "train.logging_steps",
-    "logging_first_step": "always on",
-    "disable_tqdm": "always on: fulltune has its own display",
-    "dataloader_pin_memory": "on with a GPU",
-    "ddp_backend": "gloo on CPU, else transformers' choice",
-    "fsdp": "not supported yet",
-}
-"""Fields that `train.extra` may not set, and what sets them."""
-
-
-OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
-"""fulltune's own; transformers knows the first name too, as another one of `adamw_bnb_8bit`."""
-
-PER_TENSOR = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
-"""Optimizers that update a tensor from its own gradient and state alone: they can do it in the backward pass."""
 
 
 def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
-    """Refuse what only the worker would find out: fields of `train.extra` that do not exist, that we pin or that have
-    a setting of their own; unknown optimizers and trackers; settings of DeepSpeed that cannot be used.
+    """Refuse what cannot be trained, before any row is read: what the recipe alone shows, settings of DeepSpeed that
+    cannot be used, packages that are missing.
 
     Args:
         recipe: The recipe.
@@ -73,13 +25,7 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
         RecipeError: Naming each such setting.
         SetupError: When a package is missing.
     """
-    problems = [
-        *_unknown_fields(recipe),
-        *_unknown_optimizer(recipe),
-        *_bf16_updates(recipe),
-        *_in_backward(recipe),
-        *_unknown_trackers(recipe),
-    ]
+    problems = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe)]
     if zero.wanted(recipe):
         try:
             zero.settings(recipe)
@@ -92,120 +38,6 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
         raise SetupError(missing)
 
 
-def _unknown_fields(recipe: Recipe) -> list[str]:
-    if not recipe.train.extra:
-        return []
-    from transformers import TrainingArguments
-
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    own = set(type(recipe.train).model_fields)
-    problems = []
-    for name in recipe.train.extra:
-        if name in PINNED:
-            problems.append(f"train.extra.{name}: cannot be set here; see {PINNED[name]}")
-        elif name in own:
-            problems.append(f"train.extra.{name}: is a setting of its own; write it as train.{name}")
-        elif name not in known:
-            hint = _did_you_mean(name, known)
-            problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{hint}")
-    if not recipe.train.extra.get("dataloader_num_workers"):
-        problems += [
-            f"train.extra.{name}: has no effect without train.extra.dataloader_num_workers above 0"
-            for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
-            if recipe.train.extra.get(name)
-        ]
-    return problems
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
-def _unknown_optimizer(recipe: Recipe) -> list[str]:
-    optim = recipe.train.optim
-    if optim is None or optim in OWN_OPTIMIZERS:
-        return []
-    from transformers.training_args import OptimizerNames
-
-    known = sorted(name.value for name in OptimizerNames)
-    if optim in known:
-        return []
-    hint = _did_you_mean(optim, known) or f"; it knows {', '.join(known)}"
-    return [f"train.optim: transformers knows no optimizer '{optim}'{hint}"]
-
-
-def _bf16_updates(recipe: Recipe) -> list[str]:
-    """Settings that have no effect, updates that would vanish, and our optimizers under DeepSpeed."""
-    train, problems = recipe.train, []
-    own = train.optim is None or train.optim in OWN_OPTIMIZERS
-    if recipe.model.weights_dtype == "fp32" and train.bf16_rounding is not None:
-        problems.append(
-            f"train.bf16_rounding: '{train.bf16_rounding}' has no effect, because the weights are fp32; remove it, or "
-            "set model.weights_dtype: bf16"
-        )
-    if recipe.model.weights_dtype == "bf16" and not own and train.bf16_rounding != "nearest":
-        problems.append(
-            f"train.optim: '{train.optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than "
-            "half of their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, "
-            "or weights_dtype: fp32, or bf16_rounding: nearest to have it so"
-        )
-    if own and train.extra.get("optim_args"):
-        named = f"'{train.optim}' takes none" if train.optim else "train.optim is left out"
-        problems.append(f"train.extra.optim_args: has no effect, because {named}; remove it")
-    if train.optim in OWN_OPTIMIZERS and zero.wanted(recipe):
-        problems.append(
-            f"train.optim: '{train.optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an "
-            "optimizer's state itself; remove optim, or train.extra.deepspeed"
-        )
-    return problems
-
-
-def _in_backward(recipe: Recipe) -> list[str]:
-    """What `train.optimizer_in_backward` cannot go with; the plan adds accumulation, which it decides."""
-    train, name = recipe.train, "train.optimizer_in_backward"
-    if not train.optimizer_in_backward:
-        return []
-    problems = []
-    if train.max_grad_norm:
-        problems.append(
-            f"{name}: needs train.max_grad_norm: 0, found {train.max_grad_norm:g}; the norm is of all gradients, and "
-            "they are never there together"
-        )
-    if train.num_processes > 1:
-        problems.append(
-            f"{name}: needs train.num_processes: 1, found {train.num_processes}; tensors would be updated before the "
-            "processes' gradients are put together"
-        )
-    if zero.wanted(recipe):
-        problems.append(f"{name}: cannot go with {zero.NAME}, which updates by itself; remove one of them")
-    if train.precision == "fp16":
-        problems.append(
-            f"{name}: cannot go with train.precision: fp16, whose gradients are scaled until all are there; set bf16 "
-            "or fp32"
-        )
-    if train.optim is not None and train.optim not in PER_TENSOR:
-        problems.append(
-            f"{name}: needs an optimizer that treats each tensor by itself ({', '.join(PER_TENSOR)}), found "
-            f"'{train.optim}'"
-        )
-    return problems
-
-
-def _unknown_trackers(recipe: Recipe) -> list[str]:
-    if not recipe.train.report_to:
-        return []
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    known = sorted(INTEGRATION_TO_CALLBACK)
-    return [
-        f"train.report_to: transformers knows no tracker '{name}'"
-        + (_did_you_mean(name, known) or f"; it knows {', '.join(known)}")
-        for name in recipe.train.report_to
-        if name not in (*known, *_NOT_PACKAGES)
-    ]
-
-
 def _missing_packages(recipe: Recipe) -> list[str]:
     """Packages that the settings need and that are not installed, each with the command that installs it."""
     problems = []
@@ -216,7 +48,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
         problems += [
             f"train.report_to: '{name}' needs a package that is missing; pip install {_PACKAGES.get(name, name)}"
             for name in recipe.train.report_to
-            if name not in (*present, *_NOT_PACKAGES)
+            if name not in (*present, *NO_PACKAGES)
         ]
     package, install = _package_of(recipe.train.optim or "")
     if package and importlib.util.find_spec(package) is None:
@@ -250,8 +82,6 @@ _BEGINNINGS = (
 )
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
 """Trackers whose package has another name."""
-_NOT_PACKAGES = ("all", "none", "flyte")
-"""Words of transformers, and the tracker that it cannot look for."""
 
 
 def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:

@@ -6,6 +6,7 @@ With DeepSpeed every process has to call these functions, because putting a tens
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from fulltune import methods
 from fulltune.methods.folder import save
 from fulltune.model import locate
 from fulltune.records import DataSummary, Moved
+from fulltune.tasks import Target, causal_lm
 from fulltune.train import checkpoints
 from fulltune.train.optimizers import AdamW
 from fulltune.train.request import Request
@@ -215,6 +217,9 @@ def save_model(
         save(applied, part, recipe.task, locate(recipe.model).name_or_path)
     if state is not None:
         _note_type(part / "config.json", state)
+    if summary.problem_type in ("prompt_completion", "text"):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = causal_lm.template_as_trained(Target.of(summary), tokenizer)
     tokenizer.save_pretrained(part)
     notes = {
         "task": summary.task,

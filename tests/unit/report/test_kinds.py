@@ -92,7 +92,7 @@ def test_results_of_a_baseline_without_the_main_metric_still_begin_with_it(
 def test_results_say_for_how_many_rows_answers_were_generated(causal_lm: Path) -> None:
     report.write(causal_lm)
     markdown = (causal_lm / "report.md").read_text(encoding="utf-8")
-    assert "Answers were generated for the first 8 test rows" in markdown
+    assert "Answers were generated for 8 test rows with different prompts, drawn at random" in markdown
 
 
 @pytest.mark.parametrize(

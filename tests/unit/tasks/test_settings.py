@@ -8,8 +8,9 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import DataBlock, Recipe
+from fulltune.recipe_rules import READ_BY, check
 from fulltune.records import DataSummary
-from fulltune.tasks.settings import _READ_BY, check_settings, check_settings_for
+from fulltune.tasks.settings import check_settings_for
 
 
 def recipe(task: str, train: dict[str, Any] | None = None, **data: Any) -> Recipe:
@@ -19,7 +20,7 @@ def recipe(task: str, train: dict[str, Any] | None = None, **data: Any) -> Recip
 
 def test_settings_of_another_task_are_all_named() -> None:
     with pytest.raises(RecipeError) as caught:
-        check_settings(recipe("text-classification", text="a", tokens="b", stride=0, source_prefix="sum: "))
+        check(recipe("text-classification", text="a", tokens="b", stride=0, source_prefix="sum: "))
     assert sorted(caught.value.problems) == [
         "data.source_prefix: has no effect for text-classification; remove it",
         "data.stride: has no effect for text-classification; remove it",
@@ -38,20 +39,20 @@ def test_settings_of_another_task_are_all_named() -> None:
     ],
 )
 def test_settings_of_the_task_and_defaults_pass(task: str, data: dict[str, Any]) -> None:
-    check_settings(recipe(task, **data))
+    check(recipe(task, **data))
 
 
 def test_every_column_belongs_to_some_task() -> None:
     columns = {name for name, field in DataBlock.model_fields.items() if (field.description or "").startswith("Column")}
-    assert columns <= set(_READ_BY) <= set(DataBlock.model_fields)
+    assert columns <= set(READ_BY) <= set(DataBlock.model_fields)
 
 
 def test_smoothing_of_a_number_is_refused_when_it_is_known() -> None:
     smooth = {"label_smoothing_factor": 0.1}
     with pytest.raises(RecipeError, match="label_smoothing_factor: has no effect for regression"):
-        check_settings(recipe("text-classification", smooth, problem_type="regression"))
+        check(recipe("text-classification", smooth, problem_type="regression"))
     unknown = recipe("text-classification", smooth)
-    check_settings(unknown)
+    check(unknown)
     found: dict[str, Any] = {
         **{"task": "text-classification", "columns": {}, "max_length": 8, "max_length_reason": ""},
         **{"splits": {}, "sources": {}, "fingerprint": ""},

@@ -1,0 +1,35 @@
+"""The chat template of a saved model asks as the model was trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fulltune.tasks import Target, causal_lm
+from tests import tiny
+
+
+@pytest.mark.parametrize("joint", ["\n", "", " => "])
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_template_renders_a_message_as_the_prompt_that_was_trained(joint: str, bos: str | None) -> None:
+    tokenizer = tiny.decoder_tokenizer(eos="<|endoftext|>", bos=bos)
+    target = Target("prompt_completion", {"prompt": "p", "completion": "c"}, joint=joint)
+    row = {"p": "What is {{ 6 }} x 7?\n", "c": "42"}
+    ((example,),) = causal_lm.encode([row], target, tokenizer, 128)
+    ids, labels = example.features["input_ids"], example.features["labels"]
+    asked = [token for token, label in zip(ids, labels, strict=True) if label == -100]
+    tokenizer.chat_template = causal_lm.template_as_trained(target, tokenizer)
+
+    def rendered(*messages: dict[str, str], **options: Any) -> list[int]:
+        return list(tokenizer.apply_chat_template(list(messages), return_dict=False, **options))
+
+    user, assistant = {"role": "user", "content": row["p"]}, {"role": "assistant", "content": row["c"]}
+    assert rendered(user, add_generation_prompt=True) == asked
+    assert rendered(user, assistant) == list(ids)
+
+
+def test_raw_text_and_a_tokenizer_that_opens_otherwise_get_no_template(encoder_tokenizer: Any) -> None:
+    assert causal_lm.template_as_trained(Target("text", {"text": "text"}), tiny.decoder_tokenizer()) is None
+    pairs = Target("prompt_completion", {"prompt": "p", "completion": "c"})
+    assert causal_lm.template_as_trained(pairs, encoder_tokenizer) is None  # opens with [CLS], which is no bos token

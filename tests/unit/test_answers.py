@@ -1,0 +1,79 @@
+"""Generated answers: for which rows, what is computed of them without extra packages, how many rows a metric is of."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune.bootstrap import resample
+from fulltune.display import _cell
+from fulltune.evaluate.language import _drawn, _left_out
+from fulltune.records import Estimate
+from fulltune.report import words
+from fulltune.tasks import Target, causal_lm, seq2seq
+
+PAIRS = Target("prompt_completion", {"prompt": "mr", "completion": "ref"})
+
+
+def bench(rows: list[dict[str, Any]], wanted: int, seed: int = 42, target: Target = PAIRS) -> Any:
+    recipe = SimpleNamespace(evaluate=SimpleNamespace(generate_rows=wanted), data=SimpleNamespace(split_seed=seed))
+    return SimpleNamespace(recipe=recipe, target=target, texts=rows)
+
+
+SORTED = [{"mr": f"name[{place // 3:03}]", "ref": f"answer {place}"} for place in range(300)]
+"""Three rows after another have the same prompt, as in E2E."""
+
+
+def test_answers_are_drawn_among_different_prompts() -> None:
+    drawn = _drawn(bench(SORTED, 20))
+    prompts = [row["mr"] for row in drawn.values()]
+    assert len(set(prompts)) == 20
+    assert list(drawn) == sorted(drawn)
+    assert max(drawn) > 150, "not the first rows of a sorted file"
+    assert all(SORTED[place] is row for place, row in drawn.items())
+
+
+def test_draw_depends_on_the_seed_and_the_prompts_alone() -> None:
+    drawn = [row["mr"] for row in _drawn(bench(SORTED, 20)).values()]
+    assert [row["mr"] for row in _drawn(bench(SORTED, 20)).values()] == drawn
+    assert [row["mr"] for row in _drawn(bench(SORTED, 20, seed=1)).values()] != drawn
+    more = {row["mr"] for row in _drawn(bench(SORTED, 25)).values()}
+    assert set(drawn) < more
+    others = {row["mr"] for row in _drawn(bench(SORTED[::-1], 20)).values()}
+    assert others == set(drawn)
+
+
+def test_all_prompts_where_there_are_fewer_and_none_where_none_is_asked() -> None:
+    assert len(_drawn(bench(SORTED, 1000))) == 100
+    assert _drawn(bench(SORTED, 0)) == {}
+    assert _drawn(bench([{"text": "raw"}], 5, target=Target("text", {"text": "text"}))) == {}
+
+
+def test_conversation_of_several_examples_is_asked_once() -> None:
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    silent = {"messages": [{"role": "assistant", "content": "nobody asked"}]}
+    assert list(_drawn(bench([silent, row, row], 5, target=Target("chat", {"messages": "messages"})))) == [1]
+
+
+def test_without_the_packages_their_metrics_are_left_out_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal_lm, "can_score", lambda metric: metric == "exact_match")
+    target = Target("source_target", {"source": "s", "target": "t"})
+    assert set(causal_lm.score_answers(["a"], ["A "])) == {"exact_match"}
+    kept = seq2seq.score_answers(["a"], ["A "])
+    assert seq2seq.metrics(kept, target) == {"exact_match": 1.0}
+    assert _left_out(bench([], 1, target=target)) == (
+        "not computed: rougeL, chrf, bleu; pip install 'fulltune[text-metrics]'"
+    )
+    assert _left_out(bench([], 1)) == "not computed: rougeL, chrf; pip install 'fulltune[text-metrics]'"
+
+
+def test_metric_of_one_row_has_no_interval() -> None:
+    drawn = resample({"x": np.array([0.5])}, lambda rows: {"rougeL": rows["x"].mean()}, samples=5)
+    found = drawn["rougeL"].estimate(0.9)
+    assert found.rows == 1
+    assert words.estimate("rougeL", found) == "0.5 [one row]"
+    assert "one row" in _cell("rougeL", found)
+    assert words.interval("rougeL", Estimate(value=0.5, low=0.4, high=0.6, rows=2)) == "[0.4, 0.6]"

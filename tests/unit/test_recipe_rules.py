@@ -1,0 +1,105 @@
+"""What a recipe alone shows to be impossible is refused at once, with the rest, without the heavy libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fulltune import recipe_rules
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe
+from fulltune.recipe_file import load_recipe
+from fulltune.tasks import task_named
+
+WRONG = """\
+model: m
+task: causal-lm
+data: {train: x.csv, tokens: a, max_token: 5}
+train:
+  optim: adamw_torch_fuse
+  report_to: [tensorbord]
+  num_train_epochs: three
+  extra: {learning_rat: 1, torch_compile: "yes", bf16: true, neftune_noise_alpha: 1e-5}
+evaluate: {metric: rougeL}
+"""
+
+
+def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(WRONG, encoding="utf-8")
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(path)
+    assert sorted(refusal.value.problems) == [
+        f"{path}:3  data.max_token: unknown setting; did you mean 'max_length'?",
+        f"{path}:3  data.tokens: has no effect for causal-lm; remove it",
+        f"{path}:5  train.optim: transformers knows no optimizer 'adamw_torch_fuse'; did you mean 'adamw_torch_fused'?",
+        f"{path}:6  train.report_to: transformers knows no tracker 'tensorbord'; did you mean 'tensorboard'?",
+        f"{path}:7  train.num_train_epochs: expected number, found 'three'",
+        f"{path}:8  train.extra.bf16: cannot be set here; see train.precision",
+        f"{path}:8  train.extra.learning_rat: transformers.TrainingArguments has no such field; did you mean "
+        "'learning_rate'?",
+        f"{path}:8  train.extra.neftune_noise_alpha: expected a number, found '1e-5'; write 1.0e-05",
+        f"{path}:8  train.extra.torch_compile: expected true or false, found 'yes'",
+        f"{path}:9  evaluate.metric: 'rougeL' cannot choose a checkpoint for causal-lm; expected one of loss, "
+        "perplexity, token_accuracy",
+    ]
+
+
+def test_pairs_that_do_not_go_together_are_named_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\ntask: seq2seq\ndata: {train: x.csv}\ntrain:\n  optimizer_in_backward: true\n")
+    with pytest.raises(RecipeError, match=rf"{path}:5  train.optimizer_in_backward: needs train.max_grad_norm: 0"):
+        load_recipe(path)
+
+
+def test_wrong_recipe_is_refused_without_the_heavy_libraries(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(WRONG, encoding="utf-8")
+    heavy = "sorted({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    code = f"""
+import sys
+from fulltune.errors import RecipeError
+from fulltune.recipe_file import load_recipe
+try:
+    load_recipe({str(path)!r})
+except RecipeError as error:
+    print(len(error.problems), {heavy})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "10 []\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "metric", "problem"),
+    [
+        ("text-classification", {}, "f1_micro", None),
+        ("text-classification", {"problem_type": "regression"}, "spearman", None),
+        ("text-classification", {"problem_type": "regression"}, "accuracy", "for regression; expected one of spearman"),
+        ("text-classification", {}, "f1", "for text-classification; expected one of accuracy, f1_macro, mcc, loss, "),
+        ("token-classification", {}, "f1", None),
+    ],
+)
+def test_metric_must_be_one_of_the_tasks(task: str, data: dict[str, str], metric: str, problem: str | None) -> None:
+    values = {"model": "m", "task": task, "data": {"train": "t.csv", **data}, "evaluate": {"metric": metric}}
+    found = recipe_rules.of_settings(Recipe.model_validate(values))
+    assert (problem is None and not found) or (problem is not None and problem in found[0])
+
+
+def test_metrics_that_choose_are_metrics_of_their_task() -> None:
+    for name, kinds in recipe_rules.CHOOSING.items():
+        assert {metric for metrics in kinds.values() for metric in metrics} <= set(task_named(name).METRICS)
+
+
+def test_names_of_transformers_are_those_that_it_has() -> None:
+    from transformers import TrainingArguments
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.training_args import OptimizerNames
+
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    assert set(recipe_rules.training_arguments()) == fields
+    assert recipe_rules.optimizers() == sorted(name.value for name in OptimizerNames)
+    assert recipe_rules.trackers() == sorted(INTEGRATION_TO_CALLBACK)
