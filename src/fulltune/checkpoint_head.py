@@ -52,7 +52,7 @@ def settled(brought: PretrainedConfig, model_class: str, changes: Mapping[str, A
         return Head((), "")
     if brought.architectures and model_class not in brought.architectures:
         return _MISSING
-    return by_name(tuple(brought.id2label.values()), tuple(changes["id2label"].values()))
+    return by_name(tuple((brought.id2label or {}).values()), tuple(changes["id2label"].values()))
 
 
 def by_name(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Head:
@@ -111,8 +111,8 @@ def _rows_of_labels(model: PreTrainedModel) -> dict[str, int]:
     """Parameters that have a row for each label, and the axis of the rows: those that one label more makes larger."""
     import torch
 
-    larger = copy.deepcopy(model.config)
-    larger.num_labels = model.config.num_labels + 1
+    larger: Any = copy.deepcopy(model.config)
+    larger.num_labels += 1
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         one, other = (type(model)(config) for config in (copy.deepcopy(model.config), larger))
     shapes = {name: parameter.shape for name, parameter in other.named_parameters()}

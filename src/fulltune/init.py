@@ -149,7 +149,7 @@ def files_of(path: Path) -> Files:
     return Files(tuple(train), **held_out, left_out=tuple(spare))
 
 
-def _one_each(found: Mapping[Split, Sequence[Path]]) -> dict[str, Path]:
+def _one_each(found: Mapping[Split, Sequence[Path]]) -> dict[str, Any]:
     for split, files in found.items():
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
@@ -170,7 +170,8 @@ def with_columns(files: Files, target: Target) -> Files:
         missing = [column for column in target.columns.values() if column not in columns]
         if missing:
             note = f"{file.name}: has no column '{missing[0]}', which train has"
-            files = replace(files, **{split: None}, left_out=(*files.left_out, note))
+            changed: dict[str, Any] = {split: None, "left_out": (*files.left_out, note)}
+            files = replace(files, **changed)
     return files
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fulltune import evaluate
 from fulltune.bootstrap import resample
 from fulltune.display import _cell
 from fulltune.evaluate.language import _drawn, _left_out
+from fulltune.recipe import Recipe
 from fulltune.records import Estimate
 from fulltune.report import words
 from fulltune.tasks import Target, causal_lm, seq2seq
@@ -68,6 +71,17 @@ def test_without_the_packages_their_metrics_are_left_out_with_one_line(monkeypat
         "not computed: rougeL, chrf, bleu; pip install 'fulltune[text-metrics]'"
     )
     assert _left_out(bench([], 1)) == "not computed: rougeL, chrf; pip install 'fulltune[text-metrics]'"
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq"])
+def test_missing_scorers_of_answers_stop_no_plan_and_no_run(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorers = ("rouge_score", "sacrebleu")
+    for name in list(sys.modules):
+        if name.partition(".")[0] in scorers:
+            monkeypatch.delitem(sys.modules, name)
+    for name in scorers:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    evaluate.check_extras(Recipe.model_validate({"model": "m", "task": task, "data": {"train": "t.jsonl"}}))
 
 
 def test_metric_of_one_row_has_no_interval() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 
 from fulltune import report
 from fulltune.calibration import ALL_RIGHT
-from fulltune.records import Calibration, Plan, Scores, Setting
+from fulltune.records import Calibration, DataSummary, Estimate, Plan, Scores, Setting
 
 
 def written(folder: Path) -> tuple[dict[str, Any], str]:
@@ -54,6 +55,45 @@ def test_card_causal_lm_from_the_hub_names_its_base_model(causal_lm: Path) -> No
     assert front["base_model"] == "org/small-lm"
     assert front["pipeline_tag"] == "text-generation"
     assert "AutoModelForCausalLM" in body
+
+
+def test_card_says_of_how_many_rows_each_metric_is(causal_lm: Path) -> None:
+    path = causal_lm / "scores" / "full-seed42.json"
+    scores = Scores.load(path)
+    rouge = Estimate(value=0.46, low=0.4, high=0.52, rows=len(scores.answers))
+    metrics = {**scores.metrics, "rougeL": rouge}
+    left_out = "not computed: chrf; pip install 'fulltune[text-metrics]'"
+    scores.model_copy(update={"metrics": metrics, "left_out": left_out}).save(path)
+    _, body = written(causal_lm)
+    few, all_rows = len(scores.answers), scores.rows
+    assert few < all_rows
+    cells = next(line for line in body.splitlines() if "[0.4, 0.52]" in line).split("|")
+    assert (cells[1].strip(), cells[4].strip()) == ("rougeL", str(few))
+    drawn = f"Answers were generated for {few} test rows with different prompts, drawn at random; on these: "
+    assert drawn in body
+    report.write(causal_lm)
+    page = (causal_lm / "report.html").read_text(encoding="utf-8")
+    assert drawn in page
+    assert f"N{left_out[1:]}." in html.unescape(page)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "joint", "expected"),
+    [
+        ("prompt_completion", "\n", ('prompt = "..." + "\\n"  # as in training', "without the chat template")),
+        ("prompt_completion", "", ('prompt = "..."  # as in training', "without the chat template")),
+        ("chat", "", ("apply_chat_template(messages, add_generation_prompt=True", "add_special_tokens=False")),
+        ("text", "", ('prompt = "..."  # the model goes on from here', "trained on raw text")),
+    ],
+)
+def test_card_of_a_language_model_says_how_to_ask(
+    causal_lm: Path, problem_type: str, joint: str, expected: tuple[str, str]
+) -> None:
+    path = causal_lm / "data" / "summary.json"
+    summary = DataSummary.load(path)
+    summary.model_copy(update={"problem_type": problem_type, "joint": joint}).save(path)
+    _, body = written(causal_lm)
+    assert all(part in body for part in expected)
 
 
 @pytest.mark.parametrize(
