@@ -4,7 +4,7 @@
     python bench/planted_faults.py FOLDER --count 40 --before REV   # and those of an older commit on the same faults
 
 A fault is a changed comparison, sign, `and`/`or`, `not`, truth value or small number. The tests that are run are those
-whose file names the module, unit tests first, until one fails. With `--before`, a fault is drawn only where the line
+of `make test` whose file names the module, unit tests first, until one fails. With `--before`, a fault is drawn only where the line
 is the same in both commits; what the old tests caught and the new ones do not is printed as LOST, and the exit code
 is 1.
 
@@ -153,19 +153,8 @@ def failing(tree: Path, fault: Fault, tests: list[str], seconds: int) -> str:
         "\n".join(fault.after if line == fault.before else line for line in kept.split("\n")), encoding="utf-8"
     )
     environment = os.environ | {"PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-x",
-        "-q",
-        "--tb=no",
-        *tests,
-    ]
+    options = "-m pytest -p no:xdist -p no:cacheprovider -x -q --tb=no".split()
+    command = [sys.executable, *options, "-m", "not long", *tests]
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False
