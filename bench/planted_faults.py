@@ -4,9 +4,9 @@
     python bench/planted_faults.py FOLDER --count 40 --before REV   # and those of an older commit on the same faults
 
 A fault is a changed comparison, sign, `and`/`or`, `not`, truth value or small number. The tests that are run are those
-of `make test` whose file names the module, unit tests first, until one fails. With `--before`, a fault is drawn only where the line
-is the same in both commits; what the old tests caught and the new ones do not is printed as LOST, and the exit code
-is 1.
+of `make test` whose file names the module, unit tests first, until one fails. With `--before`, a fault is drawn only
+where the line is the same in both commits; what the old tests caught and the new ones do not is printed as LOST, and
+the exit code is 1.
 
 Equal programs are possible (a `<` for a `<=` that never meets equality): a fault that neither suite catches says
 little.
@@ -153,7 +153,7 @@ def failing(tree: Path, fault: Fault, tests: list[str], seconds: int) -> str:
         "\n".join(fault.after if line == fault.before else line for line in kept.split("\n")), encoding="utf-8"
     )
     environment = os.environ | {"PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    options = "-m pytest -p no:xdist -p no:cacheprovider -x -q --tb=no".split()
+    options = ["-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", "-q", "--tb=no"]
     command = [sys.executable, *options, "-m", "not long", *tests]
     try:
         done = subprocess.run(
