@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,16 @@ from fulltune.records import Check, Plan, TimeNeed
 from fulltune.train import buffers, distributed
 from fulltune.train.forecast import (
     Rates,
+    Readings,
     Schedule,
     Shape,
     Speed,
-    Timed,
     count,
     extra_seconds,
     forecast,
+    is_cold,
+    needs_another_shape,
+    new_shape_seconds,
     num_evaluations,
     num_saves,
     quadratic_share,
@@ -252,64 +254,80 @@ def _forecast(
     quadratic = _quadratic(run.trainer.model)
     schedule, parts = _schedule(run, first_step)
     first, again = seconds[0], _agreed(run.trainer, seconds[1])
-    long = Timed(_shape(run.lengths, longest).work(quadratic), again)
+    longest_shape = _shape(run.lengths, longest)
+    long = Readings(longest_shape.work(quadratic), (first, again))
     rough = again / long.work * schedule.work(quadratic) + step_seconds * schedule.steps
     budget = _agreed(run.trainer, extra_seconds(rough))
-    typical, excess = _typical(run, parts, long, schedule, quadratic, budget) if parts else (None, 0.0)
+    typical = _typical(run, parts, long, schedule, quadratic, budget)
+    train = speed(long.warm, typical[0].warm if typical else None)
+    # With torch.compile the second shape makes it give up fixed shapes, and that is all.
     compiled = run.trainer.args.torch_compile
     rates = Rates(
-        train=speed(long, typical),
-        evaluation=_eval_speed(run, quadratic, budget),
+        train=train,
+        evaluation=_eval_speed(run, train, quadratic, budget),
         step_seconds=step_seconds + LOOP_SECONDS,
-        # The second shape makes torch.compile give up fixed shapes, and that is all.
-        new_shape_seconds=0.0 if compiled else excess,
+        new_shape_seconds=0.0 if compiled else new_shape_seconds(one.first_time_seconds for one in typical),
         save_seconds=save_seconds(run.trainer, run.optimizer, folder) if folder else 0.0,
-        start_seconds=max(0.0, first - again) + excess if compiled else 0.0,
+        start_seconds=sum(one.first_time_seconds for one in (long, *typical)) if compiled else 0.0,
     )
     return forecast(schedule, rates, quadratic)
 
 
 def _typical(
-    run: _Run, parts: Sequence[Positions], long: Timed, schedule: Schedule, quadratic: float, budget: float
-) -> tuple[Timed | None, float]:
-    """A micro batch of the mean work, and what its first pass cost more; None when it would take too long.
+    run: _Run, parts: Sequence[Positions], long: Readings, schedule: Schedule, quadratic: float, budget: float
+) -> tuple[Readings, ...]:
+    """A micro batch of the mean work, and a second one where the first pass of the first one took suspiciously long;
+    none when that would take too long.
 
     The longest pass alone says too little: its blocks go back to the system after each use and come anew, which makes
     its tokens up to twice as slow as those of shorter passes. So two typical passes may take as long as a longest one.
     """
+    if not parts:
+        return ()
+    shapes = {_shape(run.lengths, part): part for part in parts}
     mean = schedule.work(quadratic) / sum(schedule.train.values())
-
-    def distance(part: Positions) -> float:
-        return abs(_shape(run.lengths, part).work(quadratic) - mean)
-
-    part = min(parts, key=distance)
-    work = _shape(run.lengths, part).work(quadratic)
-    if 2 * long.seconds * work / long.work > max(budget, long.seconds):
-        return None, 0.0
+    nearest = sorted(shapes, key=lambda shape: abs(shape.work(quadratic) - mean))
+    work = nearest[0].work(quadratic)
+    if 2 * long.warm.seconds * work / long.work > max(budget, long.warm.seconds):
+        return ()
     keep = run.plan.gradient_accumulation_steps > 1
-    times = _repeated(run, lambda: _timed_pass(run, part, keep=keep)[1], budget)
-    return Timed(work, statistics.median(times[1:])), max(0.0, times[0] - statistics.median(times[1:]))
+
+    def read(shape: Shape) -> Readings:
+        part = shapes[shape]
+        times = _repeated(run, lambda: _timed_pass(run, part, keep=keep)[1], budget)
+        return Readings(shape.work(quadratic), tuple(times))
+
+    found = read(nearest[0])
+    excess = _agreed(run.trainer, found.first_time_seconds)
+    rough = _agreed(run.trainer, found.warm.seconds / work * schedule.work(quadratic))
+    if len(nearest) > 1 and needs_another_shape(excess, schedule, rough):
+        return found, read(nearest[1])
+    return (found,)
 
 
-def _eval_speed(run: _Run, quadratic: float, budget: float) -> Speed:
-    """The longest eval batch must be tried; one from the middle says how long the others take."""
+def _eval_speed(run: _Run, train: Speed, quadratic: float, budget: float) -> Speed:
+    """The longest eval batch must be tried; one from the middle says how long the others take. What a pass costs is
+    judged by training's, because the first evaluation is cold."""
     run.optimizer.zero_grad()
     chosen = list(batches([int(i) for i in np.argsort(-run.eval_lengths, kind="stable")], run.plan.eval_batch_size))
 
-    def timed(positions: Positions) -> Timed:
+    def seconds(positions: Positions) -> float:
         began = _now(run)
         run.evaluate(positions)
-        seconds = _agreed(run.trainer, _now(run) - began)
-        return Timed(_shape(run.eval_lengths, positions).work(quadratic), seconds)
+        return _agreed(run.trainer, _now(run) - began)
 
-    longest, middle = timed(chosen[0]), chosen[len(chosen) // 2]
-    if longest.seconds <= budget / 3:  # again, without what is loaded and made the first time
-        longest = timed(chosen[0])
-    work = _shape(run.eval_lengths, middle).work(quadratic)
-    if 2 * longest.seconds * work / longest.work > budget:
-        return speed(longest, None)
-    times = _repeated(run, lambda: timed(middle).seconds, budget)
-    return speed(longest, Timed(work, statistics.median(times[1:])))
+    longest, middle = chosen[0], chosen[len(chosen) // 2]
+    work, usual = (_shape(run.eval_lengths, one).work(quadratic) for one in (longest, middle))
+    times = [seconds(longest)]
+    both = _agreed(run.trainer, train.seconds(work))
+    # Of forward and backward together the forward pass is a third.
+    forward = min(times[0], both / 3)
+    if forward <= budget / 3 or is_cold(times[0], both):
+        times.append(seconds(longest))
+    long = Readings(work, tuple(times)).warm
+    if 2 * long.seconds * usual / work > budget:
+        return speed(long, None)
+    return speed(long, Readings(usual, tuple(_repeated(run, lambda: seconds(middle), budget))).warm)
 
 
 def _repeated(run: _Run, measure: Callable[[], float], budget: float) -> list[float]:

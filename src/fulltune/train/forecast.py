@@ -2,10 +2,15 @@
 
 The order of the rows is known before the first step, and with it how much each forward pass is padded. The seconds of
 a pass are `fixed + per_work * work`, a line through two measured passes: the longest one and one of the mean work.
+
+A process's first passes are cold: libraries are read from the disk and set up, kernels are made, memory comes page by
+page. Right after an installation that takes seconds, once. So what is multiplied by the number of passes is always read
+from a batch that has run before.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -35,6 +40,24 @@ class Timed:
 
     work: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Every pass of one batch, in order."""
+
+    work: float
+    seconds: tuple[float, ...]
+
+    @property
+    def warm(self) -> Timed:
+        """As it will be again and again: without the first pass, where there are others."""
+        return Timed(self.work, statistics.median(self.seconds[1:] or self.seconds))
+
+    @property
+    def first_time_seconds(self) -> float:
+        """What the first pass cost more."""
+        return max(0.0, self.seconds[0] - self.warm.seconds)
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,17 @@ def speed(longest: Timed, typical: Timed | None) -> Speed:
     return Speed(fixed, slope) if slope > 0 and fixed >= 0 else through_origin
 
 
+def is_cold(first_seconds: float, forward_and_backward_seconds: float) -> bool:
+    """Whether the first evaluation of a batch says nothing: a forward pass alone never takes longer than both."""
+    return first_seconds > forward_and_backward_seconds
+
+
+def new_shape_seconds(first_times: Iterable[float]) -> float:
+    """What the first pass of each shape costs more, from what it cost with some: the least, because a process's first
+    passes also pay for what is done once."""
+    return min(first_times, default=0.0)
+
+
 def count(shapes: Iterable[Shape], factor: float = 1.0) -> dict[Shape, float]:
     """How often each shape comes, times the factor."""
     counted: dict[Shape, float] = {}
@@ -145,6 +179,15 @@ def forecast(schedule: Schedule, rates: Rates, quadratic: float) -> TimeNeed:
         tokens_per_second=round(tokens / train, 1) if train else 0.0,
         source="dry-run step",
     )
+
+
+WORTH_A_LOOK = 0.02
+"""Share of the training from which on a reading is taken a second time."""
+
+
+def needs_another_shape(first_time_seconds: float, schedule: Schedule, rough_total: float) -> bool:
+    """Whether what one shape cost more the first time, times the number of shapes, would weigh in the forecast."""
+    return first_time_seconds * len(schedule.train) > WORTH_A_LOOK * rough_total
 
 
 def extra_seconds(rough_total: float) -> float:
