@@ -54,12 +54,14 @@ def foreseen(machine: Machine, first_seconds: float = 9.0) -> TimeNeed:
         lengths=LENGTHS,
         eval_lengths=LENGTHS[::20],
     )
-    with (
-        mock.patch.object(dry_run_module, "_now", lambda run: machine.now),
-        mock.patch.object(
-            dry_run_module, "_timed_pass", lambda run, positions, keep=False: (1.0, machine.take("train", TRAIN))
-        ),
-    ):
+
+    def timed_pass(run: Any, positions: Any, keep: bool = False) -> tuple[float, float]:
+        return 1.0, machine.take("train", TRAIN)
+
+    def now(run: Any) -> float:
+        return machine.now
+
+    with mock.patch.object(dry_run_module, "_now", now), mock.patch.object(dry_run_module, "_timed_pass", timed_pass):
         return dry_run_module._forecast(run, batches[-1], (first_seconds, TRAIN), 0.1, 0, None)
 
 
