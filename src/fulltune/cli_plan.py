@@ -190,7 +190,7 @@ def _command(target: Path, overrides: list[str], settings: dict[str, Any]) -> st
     """A run of what was planned, with another seed: the user's overrides, and what the plan has beyond the recipe."""
     import shlex
 
-    from fulltune.plan.placement import in_yaml
+    from fulltune.plan.ways_out import in_yaml
 
     kept = (one for one in overrides if not one.startswith("train.seed="))
     given = (*kept, *(f"{name}={in_yaml(value)}" for name, value in settings.items()), "train.seed=1")

@@ -272,6 +272,8 @@ class Plan(Record):
     torch_compile: bool = False
     """Chosen by measurement; False: as the recipe says."""
     memory_limit_bytes: int | None = None
+    available_bytes: int | None = None
+    """What one process could take when the plan was made; None: a plan of an earlier version."""
     memory: MemoryNeed | None = None
     disk: DiskNeed | None = None
     time: TimeNeed | None = None
@@ -329,6 +331,10 @@ class WayOut(Record):
     """With it alone the run fits."""
     costs: str
     """What is lost by it."""
+    settings: dict[str, Any] = {}
+    """What to change in the recipe for it, by dotted names."""
+    hardware: str = ""
+    """What to give to `--for`."""
 
 
 class Alternative(Record):

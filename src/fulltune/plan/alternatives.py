@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from fulltune.plan import cards, placement, sharded, ways_out
+from fulltune.plan import levers as choosing
+from fulltune.plan.budget import Room
 from fulltune.plan.cards import Fleet
 from fulltune.plan.load import Task, load_of
-from fulltune.plan.memory import Levers
+from fulltune.plan.memory import Levers, state_of
 from fulltune.recipe import Recipe
 from fulltune.records import Alternative, MemoryNeed, Placement, Plan, WayOut
 from fulltune.units import in_words
@@ -32,39 +34,40 @@ def automatic(one: Placement) -> bool:
 def that_fit(recipe: Recipe, fleet: Fleet, load: placement.Load, placements: Sequence[Placement]) -> tuple[WayOut, ...]:
     """Ways out of too little memory: other settings, other placements, more devices."""
     devices = recipe.train.num_processes
-    micro = load.micro_batch_size or 1
-    kept = recipe.train.optim or load.levers.bf16_rounding == "nearest" or load.shared is not None
-    least = replace(
-        load.levers,
-        micro_batch_size=micro,
-        accumulation=max(1, load.global_batch_size // devices // micro),
-        activation_checkpointing=load.checkpointing[-1],
-        optim=load.levers.optim if kept else "adamw_8bit",
-        chunked_loss=load.levers.chunked_loss and load.shared is None,
-    )
     need = _need(load, devices)
-    ways = ways_out.of_memory(recipe, least, load.available_bytes, need, placements)
-    now = need(least).peak
-    if host := _larger_host(load, fleet, devices):
-        larger = WayOut(
-            change=f"a host with {in_words(host.host_bytes)} free, {host.name}",
-            frees_bytes=max(0, now - host.device_bytes),
-            where="device",
-            enough=True,
-            costs="more memory of the host",
-        )
-        ways = (larger, *ways)
-    more = enough_devices(load, fleet)
-    if more is None:
-        return ways[: ways_out.MOST]
-    extra = WayOut(
-        change=f"{more[0]}x {fleet.card.name if fleet.card else ''}, {more[1].name}",
-        frees_bytes=max(0, now - more[1].device_bytes),
+    share = max(1, load.global_batch_size // devices)
+    room = Room(load.available_bytes, "", need, lambda levers: state_of(load.shapes.num_parameters, levers))
+    least = choosing.smallest(recipe, load.levers, share, room)
+    ways = ways_out.of_memory(recipe, least.levers, load.available_bytes, need, placements)
+    found = [_on(fleet, one, least.memory.peak, words) for fleet, one, words in _other_hardware(load, fleet, devices)]
+    return (*found, *ways)[: ways_out.MOST]
+
+
+def _other_hardware(
+    load: placement.Load, fleet: Fleet, devices: int
+) -> Iterator[tuple[Fleet, Placement, tuple[str, str]]]:
+    """More devices, and a larger host, on which something fits; each with its name and what it costs."""
+    if more := enough_devices(load, fleet):
+        other, one = more
+        assert other.card is not None
+        yield other, one, (f"{other.num_devices}x {other.card.name}, {one.name}", "more devices")
+    if larger := _larger_host(load, fleet, devices):
+        other, one = larger
+        free = in_words(other.machine.memory_available_bytes)
+        yield other, one, (f"a host with {free} free, {one.name}", "more memory of the host")
+
+
+def _on(fleet: Fleet, one: Placement, now: int, words: tuple[str, str]) -> WayOut:
+    """That placement on that hardware."""
+    change, costs = words
+    return WayOut(
+        change=change,
+        frees_bytes=max(0, now - one.device_bytes),
         where="device",
         enough=True,
-        costs="more devices",
+        costs=costs,
+        hardware=cards.asked(fleet),
     )
-    return (extra, *ways)[: ways_out.MOST]
 
 
 def _need(load: placement.Load, devices: int) -> Callable[[Levers], MemoryNeed]:
@@ -80,26 +83,29 @@ def _need(load: placement.Load, devices: int) -> Callable[[Levers], MemoryNeed]:
     return need
 
 
-def enough_devices(load: placement.Load, fleet: Fleet) -> tuple[int, Placement] | None:
+def enough_devices(load: placement.Load, fleet: Fleet) -> tuple[Fleet, Placement] | None:
     """The fewest devices of the same kind, a power of two, on which a placement fits that fulltune can run."""
     if fleet.card is None or fleet.here:
         return None
     for count in (2, 4, MOST_DEVICES):
         if count <= fleet.num_devices or load.global_batch_size % count:
             continue
-        if fitting := _fitting(load, cards.with_count(fleet, count), count):
-            return count, fitting[0]
+        more = cards.with_count(fleet, count)
+        if fitting := _fitting(load, more, count):
+            return more, fitting[0]
     return None
 
 
-def _larger_host(load: placement.Load, fleet: Fleet, count: int) -> Placement | None:
-    """The best placement that only the host is too small for."""
+def _larger_host(load: placement.Load, fleet: Fleet, count: int) -> tuple[Fleet, Placement] | None:
+    """The smallest host for the best placement that only the host is too small for."""
     if fleet.card is None:
         return None
-    larger = cards.with_host(fleet, 2**50)
     now = {one.name for one in placement.table(load, fleet, count) if one.fits}
-    fitting = [one for one in _fitting(load, larger, count) if one.name not in now and one.host_bytes]
-    return fitting[0] if fitting else None
+    fitting = _fitting(load, cards.with_host(fleet, 2**50), count)
+    best = next((one for one in fitting if one.name not in now and one.host_bytes), None)
+    if best is None:
+        return None
+    return cards.with_host(fleet, cards.least_host(best.host_bytes)), best
 
 
 def _fitting(load: placement.Load, fleet: Fleet, count: int) -> list[Placement]:
@@ -122,10 +128,10 @@ def instead(
         gain = (faster[0].tokens_per_second or 0.0) / speed
         words = f"{faster[0].name} ({faster[0].how})"
         yield Alternative(kind="faster", change=words, effect=f"{gain:.2f} times as fast")
-    host = _larger_host(load, fleet, plan.num_processes)
+    larger, host = _larger_host(load, fleet, plan.num_processes) or (fleet, None)
     if host is not None and (host.tokens_per_second or 0.0) > 1.03 * speed:
         gain = (host.tokens_per_second or 0.0) / speed
-        words = f"a host with {in_words(host.host_bytes)} free, {host.name}"
+        words = f"a host with {in_words(larger.machine.memory_available_bytes)} free, {host.name}"
         yield Alternative(kind="faster", change=words, effect=f"{gain:.2f} times as fast")
     if fleet.card is None and not fleet.machine.gpus:
         yield from _with_a_card(task, plan)

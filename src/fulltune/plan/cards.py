@@ -9,6 +9,7 @@ checked (ECC) has 15/16 of it to give.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from typing import Literal
 
@@ -133,6 +134,8 @@ class Fleet(Record):
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
     """What was not said and is a usual value."""
+    host_is_given: bool = False
+    """Its memory was said; it stays the same with more cards."""
     here: bool = False
 
     @property
@@ -261,8 +264,7 @@ def _fleet(card: Card | None, count: int, host: int | None, disk: int | None, co
         cpu="not here",
         num_cores=cores,
         memory_bytes=host,
-        # The system and other programs take some.
-        memory_available_bytes=host - max(2 * GB, host // 20) if host > 4 * GB else host // 2,
+        memory_available_bytes=_left_by_others(host),
         cpu_bf16_speedup=1.0,
         gpus=(_gpu(card),) * count if card else (),
         cpu_flops=0.0 if card else float(cores * CPU_FLOPS_PER_CORE),
@@ -274,20 +276,39 @@ def _fleet(card: Card | None, count: int, host: int | None, disk: int | None, co
         disk_bytes=disk,
         host_memory_gb_per_second=card.host_memory_gb_per_second if card else 60.0,
         assumed=tuple(assumed),
+        host_is_given=not any("host memory" in one for one in assumed),
     )
 
 
 def with_count(fleet: Fleet, count: int) -> Fleet:
-    """The same cards, more or fewer of them, in a host of usual or given size for each card."""
+    """The same cards, more or fewer of them: in the host that was given, else in one of usual size for so many."""
     assert fleet.card is not None
-    share = fleet.machine.memory_bytes // fleet.num_devices
-    return _fleet(fleet.card, count, share * count, fleet.disk_bytes, None)
+    host = fleet.machine.memory_bytes if fleet.host_is_given else None
+    return _fleet(fleet.card, count, host, fleet.disk_bytes, None)
 
 
 def with_host(fleet: Fleet, host_bytes: int) -> Fleet:
-    """The same with other memory of the host, all of it free."""
-    update = {"memory_bytes": host_bytes, "memory_available_bytes": host_bytes}
-    return fleet.model_copy(update={"machine": fleet.machine.model_copy(update=update)})
+    """The same in a host with other memory."""
+    assert fleet.card is not None
+    return _fleet(fleet.card, fleet.num_devices, host_bytes, fleet.disk_bytes, None)
+
+
+def least_host(needed_bytes: int) -> int:
+    """Memory of a host, in whole GB, that leaves so much beside the system and other programs."""
+    sizes = itertools.count(max(5 * GB, needed_bytes // GB * GB), GB)
+    return next(size for size in sizes if _left_by_others(size) >= needed_bytes)
+
+
+def _left_by_others(host_bytes: int) -> int:
+    return host_bytes - max(2 * GB, host_bytes // 20) if host_bytes > 4 * GB else host_bytes // 2
+
+
+def asked(fleet: Fleet) -> str:
+    """What `--for` has to say for it."""
+    assert fleet.card is not None
+    disk = f", {fleet.disk_bytes / GB:.6g}GB disk" if fleet.disk_bytes else ""
+    host = f", {fleet.machine.memory_bytes / GB:.6g}GB host" if fleet.host_is_given else ""
+    return f"{fleet.num_devices}x {fleet.card.name}{host}{disk}"
 
 
 def _gpu(card: Card) -> Gpu:

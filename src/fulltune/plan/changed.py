@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fulltune.plan import disk, memory
+from fulltune.plan import disk, memory, time
 from fulltune.plan.memory import Levers
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan
@@ -40,5 +40,5 @@ def levers_of(recipe: Recipe, plan: Plan, summary: DataSummary) -> Levers:
         num_processes=plan.num_processes,
         num_held=plan.num_trainable_parameters + plan.num_frozen_parameters if plan.num_frozen_parameters else None,
         num_trained=plan.num_trainable_parameters if plan.num_frozen_parameters else None,
-        num_saves=disk.num_saves(plan.total_steps, plan.eval_steps, plan.save_steps),
+        num_saves=time.occasions(plan.total_steps, plan.eval_steps, plan.save_steps),
     )

@@ -15,23 +15,22 @@ from fulltune.units import in_words
 DEEPSPEED_BYTES = 20
 """A parameter in DeepSpeed's checkpoints: weights and moments (12), its copy of the model (4), the Trainer's (4)."""
 
-
-def num_saves(total_steps: int, eval_steps: int, save_steps: int) -> int:
-    """Checkpoints that a run writes, at most: with each evaluation and every `save_steps`."""
-    more = total_steps // save_steps if save_steps and save_steps != eval_steps else 0
-    return max(1, total_steps // max(1, eval_steps) + more)
+SMALL_FILES_BYTES = 16 * 2**20
+"""In each checkpoint and in the model's folder beside the tensors: a tokenizer of 1 MB (30,000 words) to 17 MB (128,000
+words), config, random state, log."""
 
 
 def need(recipe: Recipe, num_parameters: int, levers: Levers) -> DiskNeed:
     """Checkpoints and models at their fullest: the kept checkpoints, the best one and the one being written; the
-    finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained."""
+    finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained. A
+    run that is stopped in between writes one checkpoint more."""
     state = memory.state_of(num_parameters, levers)
     weights = memory.num_trained(num_parameters, levers) * memory.BYTES[memory.trained_dtype(levers)]
     one = num_parameters * DEEPSPEED_BYTES if zero.wanted(recipe) else weights + state.optimizer
     return DiskNeed(
-        one_checkpoint=one,
+        one_checkpoint=one + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, levers.num_saves or 10**9),
-        model=2 * weights,
+        model=2 * weights + SMALL_FILES_BYTES,
         offloaded=sharded.disk_bytes(zero.zero_of(recipe), num_parameters),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from fulltune import zero
@@ -55,18 +54,16 @@ def fit(
     rate = ledger.settle("method.learning_rate", recipe.method.learning_rate, rate, why)
     global_batch = settle.global_batch(recipe, summary, ledger)
     rows = summary.splits["train"].rows
-    steps_per_epoch = math.ceil(rows / global_batch)
-    epochs, total_steps = settle.duration(recipe, rows, steps_per_epoch, ledger)
-    warmup = settle.warmup(recipe, shapes, total_steps, ledger)
+    steps = settle.steps(recipe, rows, global_batch, ledger)
+    warmup = settle.warmup(recipe, shapes, steps.total, ledger)
     pieces = levers.chunked_loss(recipe, shapes, own_loss)
     start = levers.before_choosing(recipe, shapes, summary, precision, optim, rounding, pieces)
-    eval_steps = min(total_steps, train.eval_steps or steps_per_epoch)
-    save_steps = train.save_steps or eval_steps
-    start = replace(start, num_saves=disk.num_saves(total_steps, eval_steps, save_steps))
+    start = replace(start, num_saves=steps.num_saves)
     per_process = max(1, global_batch // train.num_processes)
     room = budget.of(recipe, shapes, footprint, machine, device).for_rows(rows)
     chosen = levers.choose(recipe, start, per_process, room)
-    levers.settle(recipe, chosen, per_process, room, optim, ledger)
+    whole = levers.needs_whole_logits(recipe, shapes, own_loss)
+    levers.settle(recipe, chosen, per_process, room, optim, whole, ledger)
     used = chosen.levers
     problems = zero.disagreements(recipe, used.micro_batch_size, used.accumulation, train.num_processes, precision)
     problems += settle.in_backward_problems(recipe, used.micro_batch_size, used.accumulation, precision)
@@ -74,9 +71,9 @@ def fit(
         raise RecipeError(problems)
     on_disk = disk.need(recipe, shapes.num_parameters, used)
     disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, disk_free_bytes)
-    ledger.settle("train.eval_steps", train.eval_steps, eval_steps, "once per epoch")
+    ledger.settle("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     ledger.settle("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
-    logging_steps = max(1, total_steps // 200)
+    logging_steps = max(1, steps.total // 200)
     logging_steps = ledger.settle("train.logging_steps", train.logging_steps, logging_steps, "about 200 log lines")
     grouped, why = defaults.group_by_length(summary.length_explained)
     grouped = ledger.settle("train.group_by_length", train.group_by_length, grouped, why)
@@ -89,8 +86,8 @@ def fit(
         seed=train.seed,
         learning_rate=rate,
         layerwise_lr_decay=recipe.method.layerwise_lr_decay if recipe.method.kind == "full" else 1.0,
-        num_train_epochs=epochs,
-        total_steps=total_steps,
+        num_train_epochs=steps.epochs,
+        total_steps=steps.total,
         warmup_steps=warmup,
         lr_scheduler_type=train.lr_scheduler_type,
         global_batch_size=global_batch,
@@ -105,8 +102,8 @@ def fit(
         can_recompute=shapes.can_recompute,
         plain_logits=shapes.plain_logits,
         group_by_length=grouped,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
+        eval_steps=steps.between_evaluations,
+        save_steps=steps.between_saves,
         logging_steps=logging_steps,
         metric=metric,
         greater_is_better=task_named(recipe.task).METRICS[metric],
@@ -119,6 +116,7 @@ def fit(
         optimizer_in_backward=used.optimizer_in_backward,
         chunked_loss=used.chunked_loss,
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
+        available_bytes=room.available_bytes,
         memory=chosen.memory,
         disk=on_disk,
         settings=tuple(ledger.settings),

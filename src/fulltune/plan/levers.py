@@ -25,9 +25,6 @@ _DOING = {
     "saving": "saving",
     "resuming": "going on from a checkpoint",
 }
-WHOLE_LOGITS = (
-    "the logits are needed as a whole (DeepSpeed, torch.compile, an own loss, or what the model does to them)"
-)
 TOKEN_LOGITS = ("causal-lm", "seq2seq")
 
 
@@ -58,8 +55,18 @@ def chunked_loss(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -> bool
     """On for language models, unless the recipe says otherwise or something needs whole logits."""
     if recipe.train.chunked_loss is not None:
         return recipe.train.chunked_loss
-    whole = own_loss or zero.wanted(recipe) or recipe.train.extra.get("torch_compile") or not shapes.plain_logits
-    return recipe.task in TOKEN_LOGITS and not whole
+    return recipe.task in TOKEN_LOGITS and not needs_whole_logits(recipe, shapes, own_loss)
+
+
+def needs_whole_logits(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -> str:
+    """What keeps a loss from being computed in pieces; empty: nothing does."""
+    if own_loss:
+        return "your own loss (compute_loss) needs the logits as a whole"
+    if zero.wanted(recipe):
+        return "DeepSpeed shares out the head, which a loss in pieces needs whole"
+    if recipe.train.extra.get("torch_compile"):
+        return "torch.compile leaves out the hooks that a loss in pieces needs"
+    return "" if shapes.plain_logits else f"{shapes.model_type} scales or caps its logits after the head"
 
 
 def before_choosing(
@@ -110,11 +117,15 @@ def choose(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> 
                 found = _with_eval_batch(recipe, levers, share * room.available_bytes, room)
                 if found.memory.peak <= share * room.available_bytes:
                     return found
-    raise _does_not_fit(recipe, _smallest(recipe, start, rows_per_process, room), room)
+    raise _does_not_fit(recipe, smallest(recipe, start, rows_per_process, room), room)
 
 
-def _smallest(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
-    """The settings that need least: what to say when nothing fits."""
+def smallest(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
+    """The settings that need least: what to say when nothing fits.
+
+    With accumulation the gradients of earlier passes stay beside the next pass and its copy of the weights in 16 bits,
+    so the smallest micro batch does not always need least.
+    """
     found = [
         _with_eval_batch(recipe, levers, 0, room)
         for optim in _optimizers(recipe, start)
@@ -150,12 +161,14 @@ def _with_eval_batch(recipe: Recipe, levers: Levers, most_bytes: float, room: Ro
     while True:
         tried = replace(levers, eval_batch_size=size)
         memory = room.need(tried)
-        if memory.phases["evaluation"] <= max(most_bytes, memory.phases["step"]) or size == 1 or given:
+        if memory.phases.get("evaluation", 0) <= max(most_bytes, memory.phases["step"]) or size == 1 or given:
             return Chosen(tried, memory)
         size //= 2
 
 
-def settle(recipe: Recipe, chosen: Chosen, rows_per_process: int, room: Room, plain: str, ledger: Ledger) -> None:
+def settle(
+    recipe: Recipe, chosen: Chosen, rows_per_process: int, room: Room, plain: str, whole: str, ledger: Ledger
+) -> None:
     """Write down what was chosen, and why.
 
     Args:
@@ -164,6 +177,7 @@ def settle(recipe: Recipe, chosen: Chosen, rows_per_process: int, room: Room, pl
         rows_per_process: Share of the global batch of one process.
         room: What one process may take.
         plain: The optimizer that would have been taken where everything fits.
+        whole: Why the loss needs whole logits.
         ledger: Where it is written.
     """
     train, levers, memory = recipe.train, chosen.levers, chosen.memory
@@ -180,7 +194,7 @@ def settle(recipe: Recipe, chosen: Chosen, rows_per_process: int, room: Room, pl
     )
     if recipe.task in TOKEN_LOGITS:
         pieces = "logits of all tokens never exist at once"
-        pieces = pieces if levers.chunked_loss else WHOLE_LOGITS
+        pieces = pieces if levers.chunked_loss else whole
         ledger.settle("train.chunked_loss", train.chunked_loss, levers.chunked_loss, pieces)
     if levers.optim != plain:
         ledger.replace("train.optim", levers.optim, f"the state of {plain} does not fit into {room.where}")
@@ -188,10 +202,23 @@ def settle(recipe: Recipe, chosen: Chosen, rows_per_process: int, room: Room, pl
     ledger.settle("evaluate.batch_size", recipe.evaluate.batch_size, levers.eval_batch_size, why)
 
 
+def _micro_batch_words(least: Chosen, room: Room) -> str:
+    """The micro batch; where a smaller one would need more, also why."""
+    levers = least.levers
+    words = f"micro batch {levers.micro_batch_size}"
+    rows = levers.micro_batch_size * levers.accumulation
+    one = room.need(replace(levers, micro_batch_size=1, accumulation=rows)).peak
+    if levers.micro_batch_size == 1 or one <= least.memory.peak:
+        return words
+    return (
+        f"{words} (a smaller one needs more, {in_words(one)} with 1: gradients of earlier passes stay beside the next)"
+    )
+
+
 def _does_not_fit(recipe: Recipe, least: Chosen, room: Room) -> DoesNotFitError:
     """What is short, and what would help."""
     levers, need = least.levers, least.memory
-    least_words = [f"micro batch {levers.micro_batch_size}", levers.optim]
+    least_words = [_micro_batch_words(least, room), levers.optim]
     least_words += ["activation checkpointing"] if levers.activation_checkpointing else []
     kinds = ", ".join(f"{name} {in_words(size)}" for name, size in need.kinds.items() if size)
     parts = f" ({kinds})" if need.peak_phase == "step" else ""

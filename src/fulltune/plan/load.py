@@ -76,12 +76,14 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
         "model.weights_dtype": recipe.model.weights_dtype,
     }
     shared = zero.zero_of(recipe)
+    global_batch = settle.global_batch(recipe, summary, ledger)
+    start = replace(start, num_saves=settle.steps(recipe, summary.splits["train"].rows, global_batch, ledger).num_saves)
     on_disk = disk.need(recipe, shapes.num_parameters, start)
     # A way that offloads to disk has DeepSpeed's checkpoints.
     checkpoints = on_disk.num_checkpoints * disk.DEEPSPEED_BYTES * shapes.num_parameters + 8 * shapes.num_parameters
     return placement.Load(
         shapes=shapes,
-        global_batch_size=settle.global_batch(recipe, summary, ledger),
+        global_batch_size=global_batch,
         levers=start,
         checkpointing=(False, True) if train.activation_checkpointing is None else (train.activation_checkpointing,),
         micro_batch_size=train.micro_batch_size,

@@ -45,6 +45,7 @@ from fulltune.plan import sharded, time
 from fulltune.plan.cards import Fleet
 from fulltune.plan.levers import COMFORTABLE
 from fulltune.plan.memory import Levers
+from fulltune.plan.ways_out import in_yaml
 from fulltune.records import MemoryKind, MemoryNeed, Placement
 
 LINK_SHARE = 0.8
@@ -142,7 +143,7 @@ def _ways(load: Load, fleet: Fleet, num_devices: int) -> Iterator[_Way]:
             narrow["train.precision"] = "bf16"
         yield _Way(f"{each}, bf16 weights", narrow, weights_dtype="bf16", optim=optim)
         yield _Way(f"{each}, bf16 + 8-bit", narrow | small, weights_dtype="bf16", optim="adamw_8bit")
-    if gpus:
+    if gpus and load.levers.num_trained is None:  # DeepSpeed is there for full fine-tuning only
         yield from _shared_ways(load, plain, many)
 
 
@@ -258,13 +259,6 @@ def _how(way: _Way, changes: Mapping[str, Any]) -> str:
     if not way.runs:
         return NOT_BUILT
     return ", ".join(f"{name}: {in_yaml(value)}" for name, value in changes.items()) or "as the recipe is"
-
-
-def in_yaml(value: Any) -> str:
-    """As a recipe or `--set` has it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------

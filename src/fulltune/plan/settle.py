@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.footprint import Footprint
 from fulltune.hardware import Machine
 from fulltune.model import Shapes
-from fulltune.plan import defaults, memory
+from fulltune.plan import defaults, memory, time
 from fulltune.plan.ledger import FROM_RECIPE, Ledger
 from fulltune.recipe import Recipe
 from fulltune.recipe_rules import wrong_metric
@@ -136,7 +137,30 @@ def global_batch(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> int:
     )
 
 
-def duration(recipe: Recipe, rows: int, steps_per_epoch: int, ledger: Ledger) -> tuple[float, int]:
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of a run, and between what comes now and then."""
+
+    epochs: float
+    total: int
+    between_evaluations: int
+    between_saves: int
+
+    @property
+    def num_saves(self) -> int:
+        """Checkpoints that are written: at each evaluation, every so many steps, and at the end."""
+        return time.occasions(self.total, self.between_evaluations, self.between_saves)
+
+
+def steps(recipe: Recipe, rows: int, global_batch: int, ledger: Ledger) -> Steps:
+    """How long the training is, and when it evaluates and saves."""
+    per_epoch = math.ceil(rows / global_batch)
+    epochs, total = _duration(recipe, rows, per_epoch, ledger)
+    between = min(total, recipe.train.eval_steps or per_epoch)
+    return Steps(epochs, total, between, recipe.train.save_steps or between)
+
+
+def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, ledger: Ledger) -> tuple[float, int]:
     train = recipe.train
     if train.max_steps is not None:
         ledger.settle("train.max_steps", train.max_steps)

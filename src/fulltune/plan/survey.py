@@ -62,7 +62,14 @@ def survey(task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None
     placements = _as_planned(load, fleet, planned, placements, name)
     planned = _with_time(planned, task.summary, load, fleet, placements, name)
     others = tuple(alternatives.instead(task, load, fleet, placements, name, planned))
-    update = {"fits": True, "placement": name, "settings": settings, "time": planned.time, "alternatives": others}
+    update = {
+        "fits": True,
+        "device_free_bytes": planned.available_bytes or load.available_bytes,
+        "placement": name,
+        "settings": settings,
+        "time": planned.time,
+        "alternatives": others,
+    }
     if wishes.price and planned.time:
         update["price"] = wishes.price.of(_working(task.recipe, fleet), planned.time.total_seconds)
     return _found(task, fleet, wishes, load, placements, fits=True).model_copy(update=update), planned
@@ -183,11 +190,31 @@ def _ways_out(
     """What is short, with the ways out: of the disk, when a larger one would do, else of memory."""
     made = _plan(task, fleet.model_copy(update={"disk_bytes": None}), placements)
     if isinstance(made, DoesNotFitError) or fleet.disk_bytes is None:
-        return problem, alternatives.that_fit(task.recipe, fleet, load, placements)
+        ways = alternatives.that_fit(task.recipe, fleet, load, placements)
+        tried = (_tried(task, fleet, way) for way in ways)
+        return problem, tuple(sorted(tried, key=lambda way: not way.enough))
     recipe, plan = with_settings(task.recipe, made.settings), made.plan
     levers = levers_of(recipe, plan, task.summary)
     words = disk.short_by(recipe, disk.need(recipe, plan.num_parameters, levers), fleet.disk_bytes)
     return words, disk.ways(recipe, plan.num_parameters, levers, fleet.disk_bytes)
+
+
+def _tried(task: Task, fleet: Fleet, way: WayOut) -> WayOut:
+    """The way out as the plan finds it when it is followed: memory is not all that can be short."""
+    if not way.enough or not (way.hardware or way.settings) or "data.max_length" in way.settings:
+        return way
+    there = cards.parse(way.hardware) if way.hardware else fleet
+    recipe = with_settings(task.recipe, way.settings)
+    if way.hardware and (task.spread or "num_processes" not in recipe.train.model_fields_set):
+        train = recipe.train.model_copy(update={"num_processes": there.num_devices})
+        recipe = recipe.model_copy(update={"train": train})
+    other = replace(task, recipe=recipe)
+    placements = placement.table(load_of(other, there, None), there, recipe.train.num_processes)
+    if not isinstance(_plan(other, there, placements), DoesNotFitError):
+        return way
+    made = _plan(other, there.model_copy(update={"disk_bytes": None}), placements)
+    short = made.problems[0] if isinstance(made, DoesNotFitError) else "the disk is too small as well"
+    return way.model_copy(update={"enough": False, "costs": f"{way.costs}; {short}"})
 
 
 def _fitted(task: Task, recipe: Recipe, fleet: Fleet) -> Plan:
@@ -227,7 +254,7 @@ def _own(recipe: Recipe, plan: Plan, placements: Sequence[Placement]) -> str:
 def _as_planned(
     load: placement.Load, fleet: Fleet, plan: Plan, placements: Sequence[Placement], name: str
 ) -> tuple[Placement, ...]:
-    """The table with the plan's own micro batch and checkpointing in its row."""
+    """The table with the plan's own micro batch, checkpointing and memory in its row."""
     exact = replace(
         load,
         micro_batch_size=plan.micro_batch_size,
@@ -235,7 +262,14 @@ def _as_planned(
         levers=replace(load.levers, eval_batch_size=plan.eval_batch_size, chunked_loss=plan.chunked_loss),
     )
     own = {one.name: one for one in placement.table(exact, fleet, plan.num_processes)}
-    return tuple(own[one.name] if one.name == name else one for one in placements)
+    return tuple(_with_memory(own[one.name], plan) if one.name == name else one for one in placements)
+
+
+def _with_memory(one: Placement, plan: Plan) -> Placement:
+    """The table knows other types of weights than the recipe's by a rougher sum than the plan."""
+    if plan.memory is None:
+        return one
+    return one.model_copy(update={"kinds": plan.memory.kinds, "device_bytes": plan.memory.peak})
 
 
 def _with_time(

@@ -108,9 +108,9 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
         forward_flops: Operations a second of all devices together.
     """
     tokens = round(plan.total_steps * plan.global_batch_size * work.tokens_per_row)
-    evaluations = _times(plan.total_steps, plan.eval_steps)
+    evaluations = occasions(plan.total_steps, plan.eval_steps)
     rows = summary.splits["eval"].rows if "eval" in summary.splits else 0
-    saves = _times(plan.total_steps, plan.eval_steps, plan.save_steps)
+    saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
     one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
     return TimeNeed(
         train_seconds=plan.total_steps * seconds_per_step,
@@ -122,8 +122,8 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
     )
 
 
-def _times(total_steps: int, *intervals: int) -> int:
-    """How often something comes that comes at each interval and after the last step."""
+def occasions(total_steps: int, *intervals: int) -> int:
+    """How often something comes that comes at each interval and after the last step: an evaluation, a checkpoint."""
     return len({step for every in intervals if every for step in range(every, total_steps + 1, every)} | {total_steps})
 
 

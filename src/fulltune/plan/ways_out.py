@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fulltune import zero
 from fulltune.plan.memory import Levers
@@ -24,6 +26,8 @@ class _Change:
     words: str
     costs: str
     levers: Levers
+    settings: dict[str, Any]
+    """What the recipe has to say for it."""
     harmless: bool = False
     """The result stays what it is."""
 
@@ -52,7 +56,12 @@ def of_memory(
     for change in _changes(recipe, levers):
         peak = need(change.levers).peak
         way = WayOut(
-            change=change.words, frees_bytes=now - peak, where="device", enough=peak <= budget_bytes, costs=change.costs
+            change=change.words,
+            frees_bytes=now - peak,
+            where="device",
+            enough=peak <= budget_bytes,
+            costs=change.costs,
+            settings=change.settings,
         )
         found.append(way)
     others = [one for one in placements if _is_another(one)]
@@ -78,13 +87,16 @@ def _is_another(placement: Placement) -> bool:
 def _as_way_out(placement: Placement, now: int) -> WayOut:
     host = f", {in_words(placement.host_bytes)} on the host" if placement.host_bytes else ""
     needs = f", {placement.needs}" if placement.needs else ""
+    if placement.disk_bytes:
+        host += f", {in_words(placement.disk_bytes)} on disk"
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     return WayOut(
-        change=f"{placement.name} ({placement.how}{needs})",
+        change=f"{placement.name}{needs}",
         frees_bytes=now - placement.device_bytes,
         where="device",
         enough=True,
         costs=speed or "other numbers in the last digits",
+        settings=placement.settings,
     )
 
 
@@ -92,27 +104,36 @@ def _changes(recipe: Recipe, now: Levers) -> Iterator[_Change]:
     """What the recipe or the plan could have otherwise, the least harmful first."""
     if now.micro_batch_size > 1:
         lower = replace(now, micro_batch_size=1, accumulation=now.accumulation * now.micro_batch_size)
-        yield _Change("train.micro_batch_size: 1", "nothing but some speed", lower, harmless=True)
+        named = {"train.micro_batch_size": 1}
+        yield _Change("train.micro_batch_size: 1", "nothing but some speed", lower, named, harmless=True)
     if not now.chunked_loss and recipe.train.chunked_loss is False and not zero.wanted(recipe):
         chunked = replace(now, chunked_loss=True)
-        yield _Change("train.chunked_loss: true", "nothing but some speed", chunked, harmless=True)
+        named = {"train.chunked_loss": True}
+        yield _Change("train.chunked_loss: true", "nothing but some speed", chunked, named, harmless=True)
     if not now.activation_checkpointing and now.can_recompute:
         recomputed = replace(now, activation_checkpointing=True)
-        yield _Change("train.activation_checkpointing: true", "about a third more time", recomputed, harmless=True)
-    small = replace(now, optim="adamw_8bit")
+        named = {"train.activation_checkpointing": True}
+        words = "train.activation_checkpointing: true"
+        yield _Change(words, "about a third more time", recomputed, named, harmless=True)
+    small, eighth = replace(now, optim="adamw_8bit"), {"train.optim": "adamw_8bit"}
     # DeepSpeed keeps weights in fp32 and cannot take our optimizers.
     free = not zero.wanted(recipe)
     if free and now.optim != small.optim:
-        yield _Change("train.optim: adamw_8bit", "moments of 8 bits", small)
+        yield _Change("train.optim: adamw_8bit", "moments of 8 bits", small, eighth)
     if free and now.weights_dtype == "fp32" and now.precision != "fp16":
         narrow = replace(now, weights_dtype="bf16", precision="bf16", optim="adamw_bf16", bf16_rounding="stochastic")
-        yield _Change("model.weights_dtype: bf16", "weights of 16 bits, rounded at random", narrow)
+        sixteen = {"model.weights_dtype": "bf16"}
+        # Those that the recipe names would contradict it.
+        sixteen |= {"train.optim": "adamw_bf16"} if recipe.train.optim is not None else {}
+        sixteen |= {"train.precision": "bf16"} if recipe.train.precision == "fp32" else {}
+        yield _Change("model.weights_dtype: bf16", "weights of 16 bits, rounded at random", narrow, sixteen)
         both = replace(narrow, optim="adamw_8bit")
         words = "model.weights_dtype: bf16 with train.optim: adamw_8bit"
-        yield _Change(words, "weights of 16 bits, moments of 8", both)
+        yield _Change(words, "weights of 16 bits, moments of 8", both, sixteen | eighth)
     if now.longest_tokens >= 2 * SHORTEST:
         half = now.longest_tokens // 2
-        yield _Change(f"{_LENGTH}{half}", "longer rows are cut", replace(now, longest_tokens=half))
+        shorter = replace(now, longest_tokens=half)
+        yield _Change(f"{_LENGTH}{half}", "longer rows are cut", shorter, {"data.max_length": half})
 
 
 def _together(
@@ -121,8 +142,10 @@ def _together(
     """Several changes at once, as few as are enough; none when all of them are not."""
     words: list[str] = []
     costs: list[str] = []
+    named: dict[str, Any] = {}
     while change := next(_changes(recipe, levers), None):
         levers = change.levers
+        named |= change.settings
         if words and words[-1].startswith(_LENGTH) and change.words.startswith(_LENGTH):  # shorter still
             words[-1] = change.words
         else:
@@ -130,10 +153,15 @@ def _together(
             costs.append(change.costs)
         freed = now - need(levers).peak
         if freed >= now - budget_bytes:
-            change_all = " with ".join(words)
-            return [
-                WayOut(change=change_all, frees_bytes=freed, where="device", enough=True, costs="; ".join(costs)),
-            ]
+            way = WayOut(
+                change=" with ".join(words),
+                frees_bytes=freed,
+                where="device",
+                enough=True,
+                costs="; ".join(costs),
+                settings=named,
+            )
+            return [way]
     return []
 
 
@@ -162,24 +190,44 @@ def of_disk(need: DiskNeed, free_bytes: int, kept: int, output: str, freed_by_8b
         freed_by_8bit: What 8-bit moments would free; 0 where they cannot be.
     """
     missing = need.total - free_bytes
-    ways = []
+    ways: list[tuple[str, int, str, dict[str, Any]]] = []
     # One that is kept, the best one, and the one being written; a short run writes no more anyway.
     freed = max(0, need.num_checkpoints - 3) * need.one_checkpoint if kept > 1 else 0
     if freed:
-        ways.append(("train.save_total_limit: 1", freed, "fewer checkpoints to go back to"))
+        ways.append(
+            ("train.save_total_limit: 1", freed, "fewer checkpoints to go back to", {"train.save_total_limit": 1})
+        )
     if freed_by_8bit > 0:
-        ways.append(("train.optim: adamw_8bit", freed_by_8bit, "moments of 8 bits"))
-    ways.append((f"free {in_words(missing)} under {output}, or choose another output", missing, "nothing"))
+        ways.append(("train.optim: adamw_8bit", freed_by_8bit, "moments of 8 bits", {"train.optim": "adamw_8bit"}))
+    ways.append((f"free {in_words(missing)} under {output}, or choose another output", missing, "nothing", {}))
     found = [
-        WayOut(change=words, frees_bytes=freed, where="disk", enough=freed >= missing, costs=costs)
-        for words, freed, costs in ways
+        WayOut(change=words, frees_bytes=freed, where="disk", enough=freed >= missing, costs=costs, settings=settings)
+        for words, freed, costs, settings in ways
     ]
     return tuple(sorted(found, key=lambda way: not way.enough))[:MOST]
 
 
 def in_lines(ways: Sequence[WayOut]) -> list[str]:
     """One line for each, for the message of an error."""
-    return [
-        f"{'enough' if way.enough else 'helps'}: {way.change}: frees {in_words(way.frees_bytes)} ({way.costs})"
-        for way in ways
-    ]
+    lines = []
+    for way in ways:
+        named = way.hardware or any(name not in way.change for name in way.settings)
+        flags = f"; {as_flags(way)}" if named else ""
+        start = "enough" if way.enough else "helps"
+        lines.append(f"{start}: {way.change}: frees {in_words(way.frees_bytes)} ({way.costs}){flags}")
+    return lines
+
+
+def as_flags(way: WayOut) -> str:
+    """What to add to the command, as a shell takes it; empty for what no setting does."""
+    words = ["--for", way.hardware] if way.hardware else []
+    for name, value in way.settings.items():
+        words += ["--set", f"{name}={in_yaml(value)}"]
+    return shlex.join(words)
+
+
+def in_yaml(value: Any) -> str:
+    """As a recipe or `--set` has it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

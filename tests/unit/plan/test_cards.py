@@ -126,9 +126,21 @@ def test_hardware_that_cannot_be_read_is_refused_with_all_problems(text: str, pr
     assert raised.value.problems == problems
 
 
-def test_more_of_the_same_cards_have_more_host_memory() -> None:
+def test_more_of_the_same_cards_are_in_the_host_that_was_given_or_in_a_usual_one() -> None:
     fleet = cards.with_count(cards.parse("2x L4, 100GB host, 1TB disk"), 4)
-    assert (fleet.num_devices, fleet.machine.memory_bytes, fleet.disk_bytes) == (4, 200 * GB, 1000 * GB)
+    assert (fleet.num_devices, fleet.machine.memory_bytes, fleet.disk_bytes) == (4, 100 * GB, 1000 * GB)
+    assert cards.asked(fleet) == "4x L4, 100GB host, 1000GB disk"
+    fleet = cards.with_count(cards.parse("2x L4"), 4)
+    assert fleet.machine.memory_bytes == 4 * 48 * GB
+    assert cards.asked(fleet) == "4x L4"
+
+
+@pytest.mark.parametrize("needed", [GB, 30 * GB, 100 * GB, 131_941_395_333])
+def test_least_host_leaves_what_is_needed(needed: int) -> None:
+    size = cards.least_host(needed)
+    free = cards.parse(f"1x L4, {size // GB}GB host").machine.memory_available_bytes
+    assert needed <= free
+    assert size <= 5 * GB or cards.parse(f"1x L4, {size // GB - 1}GB host").machine.memory_available_bytes < needed
 
 
 def test_this_machine_is_a_fleet() -> None:

@@ -256,7 +256,7 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
             },
             "what is offloaded needs 2.2 GiB, but 0.9 GiB of the host's memory",
         ),
-        (DoesNotFitError, {"disk": GB}, r"need 5.7 GiB on disk \(4 x 1.2 GiB and 0.8 GiB\), but 0.9 GiB are free"),
+        (DoesNotFitError, {"disk": GB}, r"need 5.8 GiB on disk \(4 x 1.2 GiB and 0.8 GiB\), but 0.9 GiB are free"),
     ],
 )
 def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[str, Any], words: str) -> None:

@@ -94,11 +94,39 @@ def test_nothing_fits_and_the_ways_out_say_what_would() -> None:
     found, plan = planned("1x T4, 16GB host, 50GB disk")
     assert plan is None
     assert (found.fits, found.placement, found.price, found.time) == (False, "", None, None)
-    assert [way.enough for way in found.ways_out] == [True, True, False]
-    assert found.ways_out[0].change.startswith("a host with ")
+    # A larger host alone does not make the disk larger.
+    assert [way.change.split()[1] for way in found.ways_out if way.enough] == ["model"]
+    assert any(way.change.startswith("a host with ") and "disk" in way.costs for way in found.ways_out)
     found, _ = planned("1x RTX 4090, 64GB host")
-    assert found.ways_out[0].change.startswith("4x RTX 4090, ")
+    assert found.ways_out[0].change.startswith("8x RTX 4090, ")
     assert {one.method: one.verdict for one in found.advice}["full fine-tuning"] == "leave"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "train"),
+    [
+        ("1x RTX 4090, 64GB host", {}),
+        ("1x RTX 4090", {}),
+        ("4x RTX 4090, 64GB host", {}),
+        ("2x RTX 3090, 62GiB host, 2TB disk", {}),
+        ("1x T4, 16GB host", {}),
+        ("1x T4, 16GB host, 50GB disk", {}),
+        ("1x A100-40GB, 64GB host", {"micro_batch_size": 8}),
+        ("1x A100-40GB, 64GB host", {"optim": "adamw_torch"}),
+        ("8x L4, 64GB host", {"extra": ZERO2}),
+    ],
+)
+def test_every_way_out_that_is_followed_gives_what_it_promised(hardware: str, train: dict[str, Any]) -> None:
+    task = sizes.llama(train={"global_batch_size": 64, **train})
+    found, plan = planned(hardware, task)
+    assert plan is None
+    followed = [way for way in found.ways_out if way.enough and (way.settings or way.hardware)]
+    for way in followed:
+        recipe = with_settings(task.recipe, way.settings)
+        _, plan = planned(way.hardware or hardware, replace(task, recipe=recipe))
+        assert plan is not None, way
+    if "disk" not in hardware:
+        assert followed
 
 
 def test_disk_too_small_has_ways_out_of_its_own() -> None:
@@ -190,7 +218,8 @@ def test_placement_that_the_recipe_lacks_is_a_way_out_here() -> None:
     assert plan is None
     assert not found.fits
     assert found.placement == ""
-    assert found.ways_out[0].change.startswith("ZeRO-2, optimizer on host (train.extra.deepspeed: ")
+    assert found.ways_out[0].change == "ZeRO-2, optimizer on host"
+    assert list(found.ways_out[0].settings) == ["train.extra.deepspeed"]
     assert found.ways_out[0].enough
 
 

@@ -117,7 +117,8 @@ def test_other_placements_that_fit_are_ways_out() -> None:
     found = ways_out.of_memory(task.recipe, least, load.available_bytes, load.need, table)
     assert found[0].enough
     assert "on host" in found[0].change
-    assert "train.extra.deepspeed: {zero_optimization:" in found[0].change
+    assert list(found[0].settings) == ["train.extra.deepspeed"]
+    assert "--set 'train.extra.deepspeed={zero_optimization:" in ways_out.in_lines(found)[0]
     assert len(found) <= ways_out.MOST
 
 
