@@ -353,7 +353,7 @@ def selfcheck(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check what this machine decides (precision, kernels, resume ...) on every device; about a minute, offline."""
+    """Check what this machine decides (precision, kernels, resume ...) on every device; offline, 1.5 minutes on 2 cores."""
     from fulltune import display
     from fulltune import selfcheck as checking
     from fulltune.run_folder import writing
@@ -368,8 +368,9 @@ def selfcheck(
         _print_json(page.model_dump(mode="json"))
     else:
         out.print(display.selfcheck_table(page))
+        out.print(page.verdict)
         share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
-        out.print(f"{page.verdict}; {escape(share)}", soft_wrap=True)
+        out.print(escape(share), soft_wrap=True)
     if page.failed:
         raise SetupError([f"selfcheck: {finding.device}: {finding.ran}: {finding.result}" for finding in page.failed])
 

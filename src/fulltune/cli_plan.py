@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def without_data(target: Path, overrides: list[str], options: Options) -> tuple[
         raise RecipeError(problems)
     summary = _imagined(recipe, checked.rows, checked.tokens)
     survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), weights=False)
-    return survey.model_copy(update={"command": _command(target, overrides, survey.settings)}), plan
+    return _settled(survey, target, overrides, recipe).model_copy(update={"rows_prepared": False}), plan
 
 
 def is_prepared(folder: Path) -> bool:
@@ -167,7 +168,7 @@ def with_data(
     survey, planned = _survey(recipe, summary, checked, plan, folder)
     if target.is_dir():
         target, overrides = _recipe_of(target, recipe)
-    survey = survey.model_copy(update={"command": _command(target, overrides, survey.settings)})
+    survey = _settled(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
 
@@ -186,15 +187,31 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
     return file, [*overrides, *moved]
 
 
-def _command(target: Path, overrides: list[str], settings: dict[str, Any]) -> str:
-    """A run of what was planned, with another seed: the user's overrides, and what the plan has beyond the recipe."""
-    import shlex
-
+def _settled(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
+    """With the commands that settle the advice: the user's overrides, and what the plan has beyond the recipe."""
     from fulltune.plan.ways_out import in_yaml
 
-    kept = (one for one in overrides if not one.startswith("train.seed="))
-    given = (*kept, *(f"{name}={in_yaml(value)}" for name, value in settings.items()), "train.seed=1")
-    return shlex.join(["fulltune", "run", str(target), *(word for one in given for word in ("--set", one))])
+    planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
+    kept = [one for one in overrides if not one.startswith("train.seed=")]
+    run = _command("run", target, [*kept, *planned, "train.seed=1"])
+    kept = [one for one in overrides if not one.startswith("method")]
+    compare = _command("compare", target, [*kept, *planned, f"methods={_methods(recipe)}"])
+    # DeepSpeed is there for full fine-tuning only; a recipe's own block would contradict the list.
+    apart = any("deepspeed" in one for one in (*overrides, *planned)) or "deepspeed" in recipe.train.extra
+    has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    possible = not apart and not has_block and not recipe.methods
+    return survey.model_copy(update={"command": run, "comparison": compare if possible else ""})
+
+
+def _methods(recipe: Recipe) -> str:
+    """Full fine-tuning against the recipe's own method, or LoRA."""
+    return f"[full, {recipe.method.kind if recipe.method.kind in ('adapter', 'prompt') else 'lora'}]"
+
+
+def _command(verb: str, target: Path, given: list[str]) -> str:
+    import shlex
+
+    return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
 
 
 def _survey(

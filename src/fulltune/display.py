@@ -157,7 +157,13 @@ class Display:
 
     def _forecast(self, event: Event) -> None:
         memory = f", about {size(event['peak_memory_bytes'])} of memory" if event["peak_memory_bytes"] else ""
-        self.print(f"training will take about {duration(event['total_seconds'])}{memory} (from the dry run)")
+        self.print(
+            f"training, with its evaluations and checkpoints, will take about "
+            f"{duration(event['total_seconds'])}{memory} (from the dry run)"
+        )
+        if scoring := [part["seconds"] for part in event.get("around", ())]:
+            each = duration(sum(scoring))
+            self.print(f"[dim]then scoring each model on the test rows about {each}, without generated answers[/dim]")
 
 
 def data_table(summary: DataSummary) -> Table:

@@ -12,8 +12,11 @@ from rich.text import Text
 
 from fulltune.display import duration, size
 from fulltune.plan.ledger import FROM_RECIPE
-from fulltune.records import MemoryKind, Plan, Setting, Survey, TimeNeed
+from fulltune.plan.levers import DOING
+from fulltune.plan.ways_out import as_flags
+from fulltune.records import MemoryKind, MemoryNeed, Plan, Setting, Survey, TimeNeed, TimePart
 from fulltune.report import words
+from fulltune.report.words import counted
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 MARKS = {"take": "[green]take[/green]", "try": "[yellow]try[/yellow]", "leave": "[dim]leave[/dim]"}
@@ -22,7 +25,12 @@ MARKS = {"take": "[green]take[/green]", "try": "[yellow]try[/yellow]", "leave": 
 def show(console: Console, survey: Survey, plan: Plan | None) -> None:
     """Everything, top down: what was found, what it needs, how long it takes, what was chosen, what else there is."""
     for part in _parts(survey, plan):
-        console.print(part)
+        # A command is for copying: the terminal may break its line, nothing else.
+        console.print(part, soft_wrap=isinstance(part, Command))
+
+
+class Command(Text):
+    """A line that is copied."""
 
 
 def _parts(survey: Survey, plan: Plan | None) -> Iterator[Any]:
@@ -34,10 +42,11 @@ def _parts(survey: Survey, plan: Plan | None) -> Iterator[Any]:
         yield _time(survey, plan)
         yield _settings(plan.settings)
     if survey.ways_out:
-        yield _ways_out(survey)
+        yield from _ways_out(survey)
     if survey.alternatives:
         yield _alternatives(survey)
     yield _advice(survey)
+    yield from _settle(survey)
 
 
 def count(number: float) -> str:
@@ -89,7 +98,7 @@ def _found(survey: Survey) -> Group:
 
 def _memory(survey: Survey, plan: Plan) -> Group:
     placed = next((one for one in survey.placements if one.name == survey.placement), None)
-    kinds = placed.kinds if placed else plan.memory.kinds if plan.memory else {}
+    kinds = plan.memory.kinds if plan.memory else placed.kinds if placed else {}
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("GiB")
     for kind in KINDS:
@@ -101,9 +110,20 @@ def _memory(survey: Survey, plan: Plan) -> Group:
     table.add_row(each, *(gib(kinds.get(kind, 0)) for kind in KINDS), gib(total), gib(survey.device_free_bytes))
     if placed and placed.host_bytes:
         table.add_row("host", *[""] * len(KINDS), gib(placed.host_bytes), gib(survey.host_free_bytes))
-    disk = [] if plan.disk is None else [_disk_line(survey, plan)]
-    at = [f"[dim]{words.AT_THE_PEAK}: {words.moment(kinds)}[/dim]"] if kinds else []
-    return Group(_head(f"memory of a step, micro batch {plan.micro_batch_size}"), table, *at, *disk, "")
+    on_device = placed is None or not placed.host_bytes
+    lines = [] if plan.memory is None else _peak_lines(plan.memory, on_device)
+    lines += [] if plan.disk is None else [_disk_line(survey, plan)]
+    return Group(_head(f"memory of a step, micro batch {plan.micro_batch_size}"), table, *lines, "")
+
+
+def _peak_lines(need: MemoryNeed, on_device: bool) -> list[Any]:
+    """What a reader of the row would wonder about."""
+    lines = []
+    if on_device:
+        lines.append(Text(f"{words.AT_THE_PEAK}: {words.moment(need.kinds)}", style="dim"))
+    if need.peak_phase != "step":
+        lines.append(Text(f"more than a step needs: {DOING[need.peak_phase]}, {size(need.peak)}", style="dim"))
+    return lines
 
 
 def _disk_line(survey: Survey, plan: Plan) -> str:
@@ -112,7 +132,7 @@ def _disk_line(survey: Survey, plan: Plan) -> str:
     free = "free: not said" if survey.disk_free_bytes is None else f"{size(survey.disk_free_bytes)} free"
     offloaded = f" + offloaded {size(disk.offloaded)}" if disk.offloaded else ""
     return (
-        f"[dim]disk:[/dim] {disk.num_checkpoints} checkpoints x {size(disk.one_checkpoint)} + models "
+        f"[dim]disk:[/dim] {counted(disk.num_checkpoints, 'checkpoint')} x {size(disk.one_checkpoint)} + models "
         f"{size(disk.model)}{offloaded} = {size(disk.total)}; {free}"
     )
 
@@ -148,6 +168,8 @@ def _placements(survey: Survey) -> Group:
             style="bold" if chosen else None if one.fits and one.runs else "dim",
         )
     legend = "GiB on each device, on the host, on disk; batch: rows a pass on each device"
+    if survey.no_sharing:
+        legend += f"; {survey.no_sharing}"
     if any(one.activation_checkpointing and one.fits for one in survey.placements):
         legend += ", * activations recomputed"
     return Group(_head("placements"), table, Text(legend, style="dim"), "")
@@ -158,25 +180,35 @@ def _time(survey: Survey, plan: Plan) -> Group:
     title = _head("time")
     if need is None:
         return Group(title, "the speed of this hardware is not known; the dry-run step before step 1 measures it", "")
+    epochs = "epoch" if plan.num_train_epochs == 1 else "epochs"
     rows = [
         (
             "steps",
             f"{plan.total_steps:,} of {plan.global_batch_size} rows ({plan.micro_batch_size} x "
-            f"{plan.gradient_accumulation_steps} x {plan.num_processes}), {plan.num_train_epochs:g} epochs, "
+            f"{plan.gradient_accumulation_steps} x {plan.num_processes}), {plan.num_train_epochs:g} {epochs}, "
             f"{count(need.tokens)} tokens",
         ),
         ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: can be off by half)"),
-        ("together", f"{for_long(need.total_seconds)}: {_parts_of(need)}"),
+        ("training", f"{for_long(need.total_seconds)}: {_parts_of(need)}"),
     ]
+    around = [_around(one) for one in need.around]
+    if around:
+        left_out = "" if survey.rows_prepared else "; not in this sum: reading and tokenising the rows"
+        rows.append(("besides", ", ".join(around)))
+        rows.append(("together", f"{for_long(need.whole_seconds)} for the whole command{left_out}"))
     if survey.price is not None:
-        hours = survey.num_devices * need.total_seconds / 3600
+        hours = survey.num_devices * need.whole_seconds / 3600
         rows.append(("price", f"{survey.price:,.2f} {survey.currency}".rstrip() + f" for {hours:,.1f} device hours"))
     return Group(title, _facts(rows), "")
 
 
+def _around(part: TimePart) -> str:
+    return f"{part.name} {for_long(part.seconds)}" + (f" ({part.basis})" if part.basis != "arithmetic" else "")
+
+
 def _parts_of(need: TimeNeed) -> str:
     return (
-        f"training {for_long(need.train_seconds)}, evaluation {for_long(need.eval_seconds)}, checkpoints "
+        f"steps {for_long(need.train_seconds)}, evaluations {for_long(need.eval_seconds)}, checkpoints "
         f"{for_long(need.save_seconds)}"
     )
 
@@ -219,16 +251,22 @@ def _value(value: Any) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _ways_out(survey: Survey) -> Group:
+def _ways_out(survey: Survey) -> Iterator[Any]:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("ways out", overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.add_column("ways out", overflow="fold", ratio=1)
     table.add_column("frees GiB", justify="right", no_wrap=True)
     table.add_column("enough", no_wrap=True)
-    table.add_column("costs", overflow="fold")
-    for way in survey.ways_out:
+    table.add_column("costs", overflow="fold", ratio=1)
+    for number, way in enumerate(survey.ways_out, 1):
         enough = "[green]yes[/green]" if way.enough else "no"
-        table.add_row(escape(way.change), gib(way.frees_bytes), enough, escape(way.costs))
-    return Group(table, "")
+        table.add_row(str(number), escape(way.change), gib(way.frees_bytes), enough, escape(way.costs))
+    yield table
+    flags = [(number, as_flags(way)) for number, way in enumerate(survey.ways_out, 1)]
+    if any(words for _, words in flags):
+        yield Text("to see the plan of one, add to the command (--for in place of the one given):", style="dim")
+    yield from (Command(f"{number}  {words}") for number, words in flags if words)
+    yield ""
 
 
 def _alternatives(survey: Survey) -> Group:
@@ -245,6 +283,19 @@ def _advice(survey: Survey) -> Group:
         text = Text(f"{one.rule}. ")
         text.append(one.evidence, style="dim")
         table.add_row(MARKS[one.verdict], one.method, text)
-    settle = f"{survey.command}, and with other seeds" if survey.fits else "first take one of the ways out"
-    measure = Text(f"to settle it: {settle}; a run of LoRA beside it is planned, not built", style="dim")
-    return Group(_head("method: where to start, not a law"), table, measure)
+    return Group(_head("method: where to start, not a law"), table)
+
+
+def _settle(survey: Survey) -> Iterator[Any]:
+    """What decides on one's own rows."""
+    if not survey.fits:
+        yield Text("to settle it, first take one of the ways out", style="dim")
+        return
+    yield Text("to settle it on your own rows: a fair comparison, each method at its best rate", style="dim")
+    if survey.comparison:
+        yield Command(survey.comparison)
+    else:
+        words = "'methods: [full, lora]' in place of 'method' in the recipe, without DeepSpeed; then fulltune compare"
+        yield Text(words, style="dim")
+    yield Text("or this run once more with other seeds", style="dim")
+    yield Command(survey.command)

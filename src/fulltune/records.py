@@ -202,6 +202,14 @@ class DiskNeed(Record):
         return self.one_checkpoint * self.num_checkpoints + self.model + self.offloaded
 
 
+class TimePart(Record):
+    """A part of the command that is not training."""
+
+    name: str
+    seconds: float
+    basis: Literal["arithmetic", "rule of thumb", "measured"]
+
+
 class TimeNeed(Record):
     """How long a run takes: by arithmetic before it starts, by measurement after its dry-run step."""
 
@@ -214,10 +222,18 @@ class TimeNeed(Record):
     """While training, over all processes."""
     source: str
     """`arithmetic`, or `dry-run step`."""
+    around: tuple[TimePart, ...] = ()
+    """What the command does before and after."""
 
     @property
     def total_seconds(self) -> float:
+        """The training, from its first step to its last, with evaluations and checkpoints."""
         return self.train_seconds + self.eval_seconds + self.save_seconds
+
+    @property
+    def whole_seconds(self) -> float:
+        """The same with what is around it, as far as it is known."""
+        return self.total_seconds + sum(part.seconds for part in self.around)
 
 
 class Plan(Record):
@@ -375,6 +391,8 @@ class Survey(Record):
     settings: dict[str, Any] = {}
     """What the plan has and the recipe has not, by dotted names."""
     placements: tuple[Placement, ...]
+    no_sharing: str = ""
+    """Why nothing is shared out or offloaded among them."""
     disk_free_bytes: int | None = None
     host_free_bytes: int
     device_free_bytes: int
@@ -387,7 +405,11 @@ class Survey(Record):
     alternatives: tuple[Alternative, ...] = ()
     advice: tuple[Advice, ...] = ()
     command: str = ""
-    """What settles the advice by measurement."""
+    """Runs what was planned with another seed."""
+    comparison: str = ""
+    """What settles the advice by measurement; empty where the plan cannot be compared."""
+    rows_prepared: bool = True
+    """The rows have been read; else they were imagined."""
     notes: tuple[str, ...] = ()
     """What is short, when nothing fits."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fulltune import zero
@@ -58,11 +58,9 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
         levers = replace(levers, precision=footprint.traced(levers.precision))
         if shared is None:
             return memory.need(shapes, footprint, levers, device)
-        found = memory.need(shapes, footprint, replace(levers, num_processes=1), device)
         if device == "cuda":
-            return _on_devices(
-                found, shared, shapes, state(levers), processes, sharded.passing(footprint, levers.precision, levers)
-            )
+            return _on_devices(shared, shapes, footprint, levers, processes)
+        found = memory.need(shapes, footprint, replace(levers, num_processes=1), device)
         return _shared_out(found, shared, state(levers), processes, device)
 
     if device == "cuda":
@@ -95,19 +93,13 @@ def _refuse_offload(shared: zero.Zero, shapes: Shapes, processes: int, machine: 
         )
 
 
-def _on_devices(
-    need: MemoryNeed,
-    shared: zero.Zero,
-    shapes: Shapes,
-    state: StateBytes,
-    processes: int,
-    passing: Mapping[MemoryKind, int],
-) -> MemoryNeed:
-    """The same with DeepSpeed on GPUs, whose weights are bf16 there: see `placement`."""
+def _on_devices(shared: zero.Zero, shapes: Shapes, footprint: Footprint, levers: Levers, processes: int) -> MemoryNeed:
+    """With DeepSpeed on GPUs, whose weights are bf16 there, so that nothing holds a copy of them: see `placement`."""
+    passing = sharded.passing(footprint, levers.precision, levers)
     kinds = sharded.kinds(shared, sharded.DEEPSPEED, shapes, processes, passing)
-    evaluation = need.phases["evaluation"] - state.weights - state.optimizer
     kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
-    phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + max(0, evaluation)}
+    scoring = sum(sharded.scoring(footprint, levers.precision, levers).values())
+    phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + scoring}
     host = sharded.host_bytes(shared, shapes.num_parameters, processes) // processes
     return MemoryNeed(kinds=kinds, phases=phases, host=host)
 

@@ -18,7 +18,7 @@ from fulltune.units import in_words
 
 COMFORTABLE = 0.9
 """Share of the memory that is used while there is a choice: the rest is for what the arithmetic does not know."""
-_DOING = {
+DOING = {
     "loading": "loading the model",
     "step": "a step",
     "evaluation": "an evaluation",
@@ -225,7 +225,7 @@ def _does_not_fit(recipe: Recipe, least: Chosen, room: Room) -> DoesNotFitError:
     ways = ways_out.of_memory(recipe, levers, room.available_bytes, room.need)
     return DoesNotFitError(
         [
-            f"{recipe.model.name}: {_DOING[need.peak_phase]} needs {in_words(need.peak)}{parts} even with "
+            f"{recipe.model.name}: {DOING[need.peak_phase]} needs {in_words(need.peak)}{parts} even with "
             f"{', '.join(least_words)}, but there are {room.where}",
             *ways_out.in_lines(ways),
         ]

@@ -59,7 +59,7 @@ def precision(recipe: Recipe, machine: Machine, device: str, ledger: Ledger) -> 
         )
     if device == "cpu":
         ratio = machine.cpu_bf16_speedup
-        reason = f"bf16 is {ratio:.1f} times as fast as fp32 here (measured)"
+        reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
         chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
         reason += "; weights stay fp32" if chosen == "bf16" else f"; it needs {LEAST_BF16_SPEEDUP} to be taken"
     else:

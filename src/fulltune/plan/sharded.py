@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fulltune import zero
-from fulltune.footprint import Footprint
+from fulltune.footprint import Footprint, Moment
 from fulltune.model import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import Levers
@@ -82,10 +82,20 @@ def passing(footprint: Footprint, precision: str, levers: Levers) -> dict[Memory
         precision: A traced one.
         levers: The micro batch and its treatment.
     """
-    rows = levers.micro_batch_size * footprint.sequences_per_row
+    moments = footprint.variant(precision, levers.activation_checkpointing).first
+    return _highest(moments, footprint, levers.micro_batch_size, levers)
+
+
+def scoring(footprint: Footprint, precision: str, levers: Levers) -> dict[MemoryKind, int]:
+    """The same of an eval batch, forward alone."""
+    return _highest(footprint.evaluation[precision], footprint, levers.eval_batch_size, levers)
+
+
+def _highest(moments: Sequence[Moment], footprint: Footprint, batch_size: int, levers: Levers) -> dict[MemoryKind, int]:
+    rows = batch_size * footprint.sequences_per_row
     part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * levers.longest_tokens)) if levers.chunked_loss else 1.0
     held: list[dict[MemoryKind, int]] = []
-    for moment in footprint.variant(precision, levers.activation_checkpointing).first:
+    for moment in moments:
         found = moment.bytes(rows, levers.longest_tokens, levers.trained_share)
         held.append({"activations": found.get("activations", 0), "logits": round(part * found.get("logits", 0))})
     return max(held, key=lambda one: sum(one.values()))

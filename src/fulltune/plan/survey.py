@@ -11,7 +11,7 @@ from fulltune.errors import DoesNotFitError
 from fulltune.footprint import Footprint
 from fulltune.hardware import Machine
 from fulltune.model import Shapes
-from fulltune.plan import advise, alternatives, cards, disk, placement, settle, time
+from fulltune.plan import advise, alternatives, cards, disk, placement, settle, time, whole
 from fulltune.plan.cards import Fleet
 from fulltune.plan.changed import levers_of
 from fulltune.plan.fit import fit
@@ -21,6 +21,7 @@ from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Placement, Plan, Setting, Survey, WayOut
 
 UNKNOWN_DISK_BYTES = 2**62
+NO_SHARING = "sharing out and offloading are for full fine-tuning only"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def survey(task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None
         settings = {"train.num_processes": planned.num_processes, **settings}
     name = name or _own(task.recipe, planned, placements)
     placements = _as_planned(load, fleet, planned, placements, name)
-    planned = _with_time(planned, task.summary, load, fleet, placements, name)
+    planned = _with_time(planned, task.recipe, task.summary, load, fleet, placements, name)
     others = tuple(alternatives.instead(task, load, fleet, placements, name, planned))
     update = {
         "fits": True,
@@ -71,7 +72,7 @@ def survey(task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None
         "alternatives": others,
     }
     if wishes.price and planned.time:
-        update["price"] = wishes.price.of(_working(task.recipe, fleet), planned.time.total_seconds)
+        update["price"] = wishes.price.of(_working(task.recipe, fleet), planned.time.whole_seconds)
     return _found(task, fleet, wishes, load, placements, fits=True).model_copy(update=update), planned
 
 
@@ -112,6 +113,7 @@ def _found(
         max_length=task.summary.max_length,
         fits=fits,
         placements=placements,
+        no_sharing="" if shapes.num_trained is None or not fleet.machine.gpus else NO_SHARING,
         disk_free_bytes=fleet.disk_bytes,
         host_free_bytes=fleet.machine.memory_available_bytes,
         device_free_bytes=load.available_bytes,
@@ -213,7 +215,7 @@ def _tried(task: Task, fleet: Fleet, way: WayOut) -> WayOut:
     if not isinstance(_plan(other, there, placements), DoesNotFitError):
         return way
     made = _plan(other, there.model_copy(update={"disk_bytes": None}), placements)
-    short = made.problems[0] if isinstance(made, DoesNotFitError) else "the disk is too small as well"
+    short = "other things are short as well" if isinstance(made, DoesNotFitError) else "the disk is too small as well"
     return way.model_copy(update={"enough": False, "costs": f"{way.costs}; {short}"})
 
 
@@ -273,7 +275,13 @@ def _with_memory(one: Placement, plan: Plan) -> Placement:
 
 
 def _with_time(
-    plan: Plan, summary: DataSummary, load: placement.Load, fleet: Fleet, placements: Sequence[Placement], name: str
+    plan: Plan,
+    recipe: Recipe,
+    summary: DataSummary,
+    load: placement.Load,
+    fleet: Fleet,
+    placements: Sequence[Placement],
+    name: str,
 ) -> Plan:
     """The plan with its time at the speed of its placement, or of the plain one for an optimizer of another kind."""
     like = next((one for one in placements if one.name == name), placements[0])
@@ -282,7 +290,11 @@ def _with_time(
         return plan
     seconds = plan.global_batch_size * load.work.tokens_per_row / speed
     together = rate * (plan.num_processes if fleet.machine.gpus else 1)
-    return plan.model_copy(update={"time": time.foresee(plan, summary, load.work, seconds, together)})
+    plan = plan.model_copy(update={"time": time.foresee(plan, summary, load.work, seconds, together)})
+    assert plan.time is not None
+    memory = fleet.card.memory_gb_per_second if fleet.card else fleet.host_memory_gb_per_second
+    around = whole.around(recipe, plan, summary, load.work, whole.Rates(rate, memory * 1e9))
+    return plan.model_copy(update={"time": plan.time.model_copy(update={"around": around})})
 
 
 def with_time(
@@ -294,4 +306,4 @@ def with_time(
     load = load_of(task, fleet, plan)
     placements = placement.table(load, fleet, plan.num_processes)
     name = _own(recipe, plan, placements)
-    return _with_time(plan, summary, load, fleet, _as_planned(load, fleet, plan, placements, name), name)
+    return _with_time(plan, recipe, summary, load, fleet, _as_planned(load, fleet, plan, placements, name), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fulltune.records import Outcome, Plan
@@ -21,7 +21,7 @@ def resources(view: RunView) -> Section | None:
     for plan in view.plans:
         attempts = view.attempts_of(plan.trial)
         last = attempts[-1] if attempts else None
-        shown = [*_kinds(plan), *(_comparison(plan, last) if last and last.outcome else [])]
+        shown = [*_kinds(plan), *(_comparison(plan, last, _around(view, plan, last)) if last and last.outcome else [])]
         first = not blocks
         blocks += shown if first else [Folded(f"the same for {plan.trial}", tuple(shown))]
     return unless_empty("Plan and actual", blocks)
@@ -41,7 +41,7 @@ def _kinds(plan: Plan) -> list[Block]:
     return [table, Paragraph(f"{words.AT_THE_PEAK}: {words.moment(need.kinds)}.")]
 
 
-def _comparison(plan: Plan, attempt: Attempt) -> list[Block]:
+def _comparison(plan: Plan, attempt: Attempt, around: Mapping[str, float]) -> list[Block]:
     """The last attempt against the plan; a plan is made for a whole run, so a resumed one has no planned time."""
     outcome = attempt.outcome
     assert outcome is not None
@@ -55,6 +55,8 @@ def _comparison(plan: Plan, attempt: Attempt) -> list[Block]:
         planned_seconds = time.total_seconds if time else 0.0
         forecast = outcome.forecast.total_seconds if outcome.forecast else 0.0
         rows.append(_row(_TIME, planned_seconds, forecast, _trained_seconds(attempt), words.duration))
+    if time is not None:
+        rows += [_row(part.name, part.seconds, 0, around.get(part.name, 0.0), words.duration) for part in time.around]
     if plan.disk or outcome.disk_bytes:
         rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, words.size))
     if not rows:
@@ -78,6 +80,19 @@ def _row(what: str, planned: float, tried: float, actual: float, shown: Callable
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"
 
     return (what, cell(planned), cell(tried), cell(actual), error(planned), error(tried))
+
+
+def _around(view: RunView, plan: Plan, attempt: Attempt) -> dict[str, float]:
+    """Seconds of the command's other parts, by the names that the plan has for them."""
+    scored = {row.name: row.seconds for row in view.scores}
+    at = {line["name"]: float(line["seconds"]) for line in attempt.lines if line.get("kind") == "phase"}
+    began = next((seconds for name, seconds in at.items() if name.startswith("checking")), None)
+    checked = at["training"] - began if began is not None and "training" in at else 0.0
+    return {
+        "checks and dry run": checked,
+        "scoring the baselines": sum(row.seconds for row in view.scores if row.kind != "trained"),
+        "scoring the trained model": scored.get(plan.trial, 0.0),
+    }
 
 
 def _trained_seconds(attempt: Attempt) -> float:

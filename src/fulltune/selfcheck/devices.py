@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fulltune import hardware
+from fulltune.report.words import counted
 from fulltune.run_folder import PACKAGES
 
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
@@ -68,7 +69,7 @@ def environment() -> dict[str, str]:
         "fulltune": importlib.metadata.version("fulltune"),
         "python": f"{platform.python_version()} on {system} {platform.machine()}",
         "packages": ", ".join(installed),
-        "cpu": f"{machine.cpu}, {machine.num_cores} cores, {torch.get_num_threads()} threads, "
+        "cpu": f"{machine.cpu}, {counted(machine.num_cores, 'core')}, {counted(torch.get_num_threads(), 'thread')}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "memory": f"{machine.memory_bytes / 2**30:.1f} GiB, {machine.memory_available_bytes / 2**30:.1f} GiB free",
     }

@@ -30,10 +30,10 @@ def product(device: Device, precision: str) -> Result:
 def speed(device: Device) -> Result:
     """The measurement that `precision: auto` decides by on a CPU."""
     if device.type != "cpu":
-        return Result(True, f"bf16 {hardware.measure_bf16_speedup(device.type):.1f} times as fast as fp32")
+        return Result(True, f"bf16 about {hardware.measure_bf16_speedup(device.type):.1f} times as fast as fp32")
     ratio = hardware.bf16_speedup()
     chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
-    return Result(True, f"bf16 {ratio:.1f} times as fast as fp32: precision auto is {chosen}")
+    return Result(True, f"bf16 about {ratio:.1f} times as fast as fp32: precision auto is {chosen}")
 
 
 def steps(device: Device, precision: str, count: int = 20) -> Result:

@@ -19,7 +19,7 @@ from fulltune.errors import Diverged, GuardStop, InterruptedRun
 from fulltune.inference import Share, logits_of, model_batch, run_rows
 from fulltune.processors import opened
 from fulltune.recipe import Recipe
-from fulltune.records import Check, DataSummary, Outcome, Plan
+from fulltune.records import Check, DataSummary, Outcome, Plan, TimeNeed
 from fulltune.store import load_split
 from fulltune.tasks import LossSettings, Target, Task, task_named
 from fulltune.train import checkpoints, distributed, dropout, extensions, weights
@@ -27,6 +27,7 @@ from fulltune.train.arguments import training_arguments
 from fulltune.train.callbacks import AtBegin, Phases, Recorder, Schedule, Seals, StaysTogether, StopWhenAsked, logged
 from fulltune.train.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.dry_run import dry_run
+from fulltune.train.forecast import num_evaluations, scoring
 from fulltune.train.guards import ended_high, nothing_learned, stopped_improving
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
@@ -326,13 +327,25 @@ def _dry_run(attempt: Attempt, rows: Any, eval_rows: Any) -> None:
                 passed=not unreached,
             )
         )
-    seen.dry_run_loss, seen.forecast = found.loss, found.forecast
+    seen.dry_run_loss, seen.forecast = found.loss, _with_scoring(attempt, found.forecast)
     if seen.meter is not None:
         seen.dry_run_growth_bytes = seen.meter.growth_bytes()
-    if found.forecast is not None:
+    if seen.forecast is not None:
         peak = {"peak_memory_bytes": seen.dry_run_growth_bytes}
-        total = {"total_seconds": found.forecast.total_seconds}
-        attempt.recorder.write({"kind": "forecast", **found.forecast.model_dump(), **total, **peak})
+        total = {"total_seconds": seen.forecast.total_seconds}
+        attempt.recorder.write({"kind": "forecast", **seen.forecast.model_dump(), **total, **peak})
+
+
+def _with_scoring(attempt: Attempt, need: TimeNeed | None) -> TimeNeed | None:
+    """The forecast with what comes after the training and runs at the speed of its evaluations."""
+    if need is None:
+        return None
+    plan, splits = attempt.plan, attempt.summary.splits
+    checkpoint = attempt.request.checkpoint
+    done = 0 if checkpoint is None else checkpoints.step_of(Path(checkpoint))
+    times = num_evaluations(done, plan.total_steps, plan.eval_steps)
+    part = scoring(need, times, splits["eval"].tokens, splits["test"].tokens)
+    return need if part is None else need.model_copy(update={"around": (part,)})
 
 
 def _fit(attempt: Attempt) -> tuple[Any, Any]:

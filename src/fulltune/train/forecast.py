@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fulltune.records import TimeNeed
+from fulltune.records import TimeNeed, TimePart
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,14 @@ WORTH_A_LOOK = 0.02
 def needs_another_shape(first_time_seconds: float, schedule: Schedule, rough_total: float) -> bool:
     """Whether what one shape cost more the first time, times the number of shapes, would weigh in the forecast."""
     return first_time_seconds * len(schedule.train) > WORTH_A_LOOK * rough_total
+
+
+def scoring(need: TimeNeed, evaluations: int, eval_tokens: int, test_tokens: int) -> TimePart | None:
+    """One model on the test rows, at the speed of an evaluation; None where no evaluation was forecast."""
+    if not evaluations or not eval_tokens:
+        return None
+    seconds = need.eval_seconds / evaluations * test_tokens / eval_tokens
+    return TimePart(name="scoring one model on the test rows", seconds=round(seconds, 3), basis="measured")
 
 
 def extra_seconds(rough_total: float) -> float:

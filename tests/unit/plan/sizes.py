@@ -35,16 +35,15 @@ BERT = Shapes(
 
 def footprint(shapes: Shapes) -> Footprint:
     """Two bytes for each of 34 values a token, layer and hidden unit; 2 values when they are recomputed."""
-    none = (0.0,) * 6
 
-    def moment(place: str, values: int, gradients: float) -> Moment:
+    def moment(place: str, values: int, gradients: float, copy: float = 0.0) -> Moment:
         token = 2.0 * values * shapes.hidden_size * shapes.num_layers
         logits = 10.0 * shapes.vocab_size if shapes.is_decoder else 0.0
         coefficients: Any = {
             "gradients": (gradients, 0.0, 0.0, 0.0, 0.0, 0.0),
             "activations": (0.0, 0.0, token, 0.0, 0.0, 0.0),
             "logits": (0.0, 0.0, logits, 0.0, 0.0, 0.0),
-            "buffers": none,
+            "buffers": (copy, 0.0, 0.0, 0.0, 0.0, 0.0),
         }
         return Moment(place=place, coefficients=coefficients)
 
@@ -58,7 +57,11 @@ def footprint(shapes: Shapes) -> Footprint:
         factored_values=1000,
         sequences_per_row=1,
         variants=tuple(variant(precision, again) for precision in precisions for again in (False, True)),
-        evaluation={precision: (moment("layer", 1, 0.0),) for precision in precisions},
+        # Autocast keeps a copy of the weights in 16 bits.
+        evaluation={
+            precision: (moment("layer", 1, 0.0, 0.0 if precision == "fp32" else 2.0 * shapes.num_parameters),)
+            for precision in precisions
+        },
         flops_per_token=2.0 * (shapes.num_parameters - shapes.vocab_size * shapes.hidden_size),
         attention_flops_per_pair=4.0 * shapes.num_layers * shapes.hidden_size,
     )

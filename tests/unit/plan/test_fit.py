@@ -206,8 +206,8 @@ def test_precision_follows_the_machine(
 @pytest.mark.parametrize(
     ("ratio", "reason"),
     [
-        (3.14, "bf16 is 3.1 times as fast as fp32 here (measured); weights stay fp32"),
-        (0.1, "bf16 is 0.1 times as fast as fp32 here (measured); it needs 1.2 to be taken"),
+        (3.14, "bf16 is about 3.1 times as fast as fp32 here (measured); weights stay fp32"),
+        (0.1, "bf16 is about 0.1 times as fast as fp32 here (measured); it needs 1.2 to be taken"),
     ],
 )
 def test_precision_on_a_cpu_says_what_was_measured(ratio: float, reason: str) -> None:

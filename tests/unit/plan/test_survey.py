@@ -85,7 +85,7 @@ def test_time_and_price_follow_from_the_row() -> None:
     assert plan.time.tokens_per_second == pytest.approx(chosen.tokens_per_second)
     assert plan.time.tokens == pytest.approx(plan.total_steps * 64 * 512, rel=1e-6)
     assert plan.time.train_seconds == pytest.approx(plan.time.tokens / plan.time.tokens_per_second)
-    assert found.price == pytest.approx(2.0 * 8 * plan.time.total_seconds / 3600)
+    assert found.price == pytest.approx(2.0 * 8 * plan.time.whole_seconds / 3600)
     assert found.currency == "USD"
     assert found.time == plan.time
 
@@ -180,12 +180,12 @@ def test_only_devices_that_work_are_paid() -> None:
     found, plan = planned("8x A100-80GB", sizes.bert(train={"num_processes": 2}), wishes)
     assert plan is not None
     assert plan.time is not None
-    assert found.price == pytest.approx(2.0 * 2 * plan.time.total_seconds / 3600)
+    assert found.price == pytest.approx(2.0 * 2 * plan.time.whole_seconds / 3600)
     found, plan = planned("cpu, 8 cores", sizes.bert(train={"num_processes": 2}), wishes)
     assert plan is not None
     assert plan.time is not None
     assert found.num_devices == 1
-    assert found.price == pytest.approx(2.0 * plan.time.total_seconds / 3600)
+    assert found.price == pytest.approx(2.0 * plan.time.whole_seconds / 3600)
 
 
 def test_no_more_than_eight_devices_are_proposed() -> None:
