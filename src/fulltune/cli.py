@@ -353,7 +353,7 @@ def selfcheck(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check what this machine decides (precision, kernels, resume ...) on every device; offline, 1.5 minutes on 2 cores."""
+    """Check what this machine decides (precision, kernels, resume ...); offline, about 1.5 minutes on 2 cores."""
     from fulltune import display
     from fulltune import selfcheck as checking
     from fulltune.run_folder import writing

@@ -98,6 +98,19 @@ def test_7b_example_leaves_nothing_behind() -> None:
     assert sorted(EXAMPLES.parent.glob("runs/*")) == before
 
 
+def test_plan_ends_with_commands_that_can_be_copied() -> None:
+    result = seven_b("--for", "1x H200", "--set", "model.weights_dtype=bf16", "--json")
+    assert result.code == 0, result.err
+    survey = json.loads(result.out)["survey"]
+    words = shlex.split(survey["comparison"])
+    assert words[:3] == ["fulltune", "compare", str(SEVEN_B)]
+    assert [one.kind for one in load_recipe(SEVEN_B, words[4::2]).methods] == ["full", "lora"]
+    page = shown(result)
+    assert survey["comparison"] in page.splitlines()
+    assert survey["command"] in page.splitlines()
+    assert "not built" not in page.replace("not built yet", "")
+
+
 def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     result = seven_b("--for", "1x T4, 16GB host, 50GB disk")
     assert result.code == 3

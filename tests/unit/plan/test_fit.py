@@ -12,9 +12,13 @@ from fulltune.footprint import Footprint, Moment, Variant
 from fulltune.hardware import Gpu, Machine
 from fulltune.model import Shapes
 from fulltune.plan import defaults, fit
-from fulltune.plan.budget import LIBRARIES_BYTES
+from fulltune.plan import levers as choosing
+from fulltune.plan.budget import LIBRARIES_BYTES, Room
+from fulltune.plan.memory import Levers
 from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, Plan, SplitSummary
+from fulltune.records import DataSummary, MemoryNeed, Plan, SplitSummary, StateBytes
+from tests import plans
+from tests.unit.plan import sizes
 from tests.unit.plan.sizes import BERT
 
 GB = 10**9
@@ -262,6 +266,46 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
 def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(error, match=words):
         planned(**changes)
+
+
+def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
+    # All gradients of earlier passes beside the next pass's copy of the weights in 16 bits: accumulating needs more.
+    need: Any = {1: 12 * GB, 2: 11 * GB, 4: 10 * GB}
+
+    def of(levers: Levers) -> MemoryNeed:
+        size = need[levers.micro_batch_size]
+        return MemoryNeed(kinds={"weights": size}, phases={"step": size})
+
+    state = StateBytes(weights=1, gradients=1, optimizer=1)
+    room = Room(8 * GB, "7.5 GiB of memory", of, lambda levers: state)
+    start = Levers(micro_batch_size=1, longest_tokens=64, can_recompute=False, num_processes=1)
+    recipe = plans.recipe(train={"optim": "adafactor", "activation_checkpointing": False})
+    with pytest.raises(DoesNotFitError) as raised:
+        choosing.choose(recipe, start, 4, room)
+    assert "needs 9.3 GiB" in raised.value.problems[0]
+    assert (
+        "even with micro batch 4 (a smaller one needs more, 11.2 GiB with 1: gradients of earlier passes"
+        in (raised.value.problems[0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "own_loss", "plain", "reason"),
+    [
+        ({"extra": {"deepspeed": ZERO3}}, False, True, "DeepSpeed "),
+        ({"extra": {"torch_compile": True}}, False, True, "torch.compile "),
+        ({}, True, True, "your own loss"),
+        ({}, False, False, "scales or caps its logits"),
+        ({}, False, True, ""),
+    ],
+)
+def test_one_reason_keeps_the_logits_whole(train: dict[str, Any], own_loss: bool, plain: bool, reason: str) -> None:
+    recipe = plans.recipe("causal-lm", train=train)
+    shapes = sizes.LLAMA.model_copy(update={"plain_logits": plain})
+    found = choosing.needs_whole_logits(recipe, shapes, own_loss)
+    assert reason in found
+    assert bool(found) == bool(reason)
+    assert choosing.chunked_loss(recipe, shapes, own_loss) == (not reason)
 
 
 def test_weights_and_state_that_are_shared_out_count_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,6 +113,21 @@ def test_cpu_has_nothing_to_offload_to() -> None:
         "one device, bf16 weights",
         "one device, bf16 + 8-bit",
     }
+
+
+@pytest.mark.parametrize("hardware", ["1x RTX 4090", "8x A100-80GB"])
+def test_methods_that_train_little_have_only_placements_that_they_can_have(hardware: str) -> None:
+    trained, added = 20_000_000, 20_000_000
+    task = sizes.llama()
+    shapes = task.shapes.model_copy(update={"num_held": P + added, "num_trained": trained})
+    rows = table(hardware, replace(task, shapes=shapes))
+
+    # DeepSpeed and FSDP are there for full fine-tuning alone.
+    assert all(("copies" in name or "one device" in name) and one.runs for name, one in rows.items())
+    assert all((one.host_bytes, one.disk_bytes) == (0, 0) for one in rows.values())
+    plain = rows[next(iter(rows))]
+    assert plain.kinds["optimizer"] == 8 * trained
+    assert plain.kinds["weights"] == 4 * (P + added)
 
 
 def test_what_is_not_built_is_said() -> None:

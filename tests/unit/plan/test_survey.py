@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from fulltune.errors import RecipeError
+from fulltune.footprint import Moment
 from fulltune.plan import cards, load, time
 from fulltune.plan.survey import Wishes, survey, with_settings
 from fulltune.recipe import Recipe
 from fulltune.records import Plan, Survey
+from fulltune.units import in_words
 from tests.unit.plan import sizes
 
 ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
@@ -127,6 +129,66 @@ def test_every_way_out_that_is_followed_gives_what_it_promised(hardware: str, tr
         assert plan is not None, way
     if "disk" not in hardware:
         assert followed
+
+
+def test_row_of_other_weights_and_the_reason_have_one_number() -> None:
+    # bf16 weights are traced for the plan; the table's rows rest on the recipe's own type.
+    task = sizes.llama(train={"global_batch_size": 64, "optim": "adamw_bf16"})
+    heavier = sizes.footprint(sizes.LLAMA)
+    variants = tuple(
+        one.model_copy(update={"first": tuple(_with_buffers(moment, 2**30) for moment in one.first)})
+        for one in heavier.variants
+    )
+    heavier = heavier.model_copy(update={"variants": variants})
+    traced = replace(task, footprint=lambda dtype: heavier if dtype == "bf16" else sizes.footprint(sizes.LLAMA))
+    fleet = cards.parse("1x H100-80GB, 16GB host")
+    narrow = with_settings(traced.recipe, {"model.weights_dtype": "bf16", "train.optim": "adamw_8bit"})
+    for recipe in (narrow, sizes.llama().recipe):
+        found, plan = survey(replace(traced, recipe=recipe), fleet, Wishes())
+        assert plan is not None
+        assert plan.memory is not None
+        row = next(one for one in found.placements if one.name == found.placement)
+        assert row.device_bytes == plan.memory.peak
+        assert row.kinds == plan.memory.kinds
+        reason = next(one.reason for one in plan.settings if one.name == "train.micro_batch_size")
+        assert in_words(sum(row.kinds.values())) in reason
+
+
+def _with_buffers(moment: Moment, more: int) -> Moment:
+    buffers = (moment.coefficients["buffers"][0] + more, *moment.coefficients["buffers"][1:])
+    return moment.model_copy(update={"coefficients": {**moment.coefficients, "buffers": buffers}})
+
+
+def test_room_of_the_plan_is_the_one_that_is_shown() -> None:
+    task, fleet = sizes.bert(), cards.parse("1x L4").model_copy(update={"here": True})
+    _, plan = survey(task, fleet, Wishes())
+    assert plan is not None
+    # A moment later other programs have taken some.
+    gpu = fleet.machine.gpus[0].model_copy(update={"free_bytes": 10 * sizes.GIB})
+    later = fleet.model_copy(update={"machine": fleet.machine.model_copy(update={"gpus": (gpu,)})})
+    found, _ = survey(task, later, Wishes(), plan)
+    assert found.device_free_bytes == plan.available_bytes
+
+
+def test_whole_command_is_foreseen_part_by_part() -> None:
+    task = sizes.llama(evaluate={"generate_rows": 20})
+    found, plan = planned("8x A100-80GB", task, Wishes(price=time.Price(1.0)))
+    assert plan is not None
+    assert plan.time is not None
+    parts = {part.name: part for part in plan.time.around}
+    assert list(parts) == ["starting", "checks and dry run", "scoring the baselines", "scoring the trained model"]
+    assert all(part.seconds > 0 for part in parts.values())
+    assert parts["starting"].basis == "rule of thumb"
+    assert plan.time.whole_seconds == pytest.approx(
+        plan.time.total_seconds + sum(part.seconds for part in parts.values())
+    )
+    assert found.price == pytest.approx(8 * plan.time.whole_seconds / 3600)
+    _, silent = planned("8x A100-80GB", sizes.llama(evaluate={"generate_rows": 0, "baselines": False}))
+    assert silent is not None
+    assert silent.time is not None
+    fewer = {part.name: part.seconds for part in silent.time.around}
+    assert "scoring the baselines" not in fewer
+    assert fewer["scoring the trained model"] < parts["scoring the trained model"].seconds
 
 
 def test_disk_too_small_has_ways_out_of_its_own() -> None:

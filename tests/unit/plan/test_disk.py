@@ -1,0 +1,73 @@
+"""Checkpoints that exist at once: what is planned against what the training's own callback leaves on the disk."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fulltune.plan import changed
+from fulltune.train.callbacks import Seals
+from tests import plans
+from tests.unit.plan import sizes
+
+
+def saves(total: int, between_evaluations: int, between_saves: int) -> list[int]:
+    """Steps after which the Trainer saves: at each evaluation, every so many steps, and after the last one."""
+    steps = range(1, total + 1)
+    return [step for step in steps if not step % between_evaluations or not step % between_saves or step == total]
+
+
+def most_at_once(folder: Path, steps: list[int], limit: int, best: int) -> int:
+    """Sealed checkpoints at the fullest, when the best is that of one step."""
+    counts: list[int] = []
+    seals = Seals(folder, limit, lambda: counts.append(len(list(folder.glob("checkpoint-*")))))
+    for step in steps:
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").write_bytes(b"x")
+        state = SimpleNamespace(
+            is_world_process_zero=True, global_step=step, best_global_step=best if step >= best else steps[0]
+        )
+        seals.on_save(SimpleNamespace(world_size=1), state, None)
+    return max(counts)
+
+
+@pytest.mark.parametrize(
+    ("total", "between_evaluations", "between_saves", "limit", "expected"),
+    [
+        (15, 12, 12, 2, 2),  # an epoch and a quarter: 12 and 15
+        (10, 10, 10, 2, 1),
+        (5, 100, 100, 2, 1),
+        (5, 4, 2, 2, 3),  # 2, 4 and 5
+        (30, 10, 10, 2, 3),
+        (31, 10, 10, 2, 4),  # the best of step 10, the two before, and the one being written
+        (31, 10, 10, 1, 3),
+        (100, 10, 10, 2, 4),
+        (100, 10, 10, 5, 7),
+        (100, 100, 30, 1, 3),
+    ],
+)
+def test_planned_checkpoints_are_those_at_the_fullest_moment(
+    tmp_path: Path, total: int, between_evaluations: int, between_saves: int, limit: int, expected: int
+) -> None:
+    plan = plans.plan(total_steps=total, eval_steps=between_evaluations, save_steps=between_saves)
+    recipe = plans.recipe(train={"save_total_limit": limit})
+
+    planned = changed.on_disk(recipe, plan, sizes.summary("text-classification", 100, 16), 2**60).disk
+
+    steps = saves(total, between_evaluations, between_saves)
+    found = [most_at_once(tmp_path / str(n), steps, limit, best) for n, best in enumerate(steps)]
+    assert planned is not None
+    assert (planned.num_checkpoints, max(found)) == (expected, expected)
+
+
+def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
+    from fulltune.plan import settle
+    from fulltune.plan.ledger import Ledger
+
+    for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
+        recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
+        assert settle.steps(recipe, rows, 8, Ledger()).num_saves == expected
