@@ -189,18 +189,22 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
 
 def _settled(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
     """With the commands that settle the advice: the user's overrides, and what the plan has beyond the recipe."""
+    from fulltune import zero
     from fulltune.plan.ways_out import in_yaml
 
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     kept = [one for one in overrides if not one.startswith("train.seed=")]
     run = _command("run", target, [*kept, *planned, "train.seed=1"])
-    kept = [one for one in overrides if not one.startswith("method")]
-    compare = _command("compare", target, [*kept, *planned, f"methods={_methods(recipe)}"])
-    # DeepSpeed is there for full fine-tuning only; a recipe's own block would contradict the list.
-    apart = any("deepspeed" in one for one in (*overrides, *planned)) or "deepspeed" in recipe.train.extra
+    kept = overrides if recipe.methods else [one for one in overrides if not one.startswith("method")]
+    # A recipe that names one method cannot be given several beside it.
     has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
-    possible = not apart and not has_block and not recipe.methods
-    return survey.model_copy(update={"command": run, "comparison": compare if possible else ""})
+    listed = [] if recipe.methods or has_block else [f"methods={_methods(recipe)}"]
+    found = {"command": run, "comparison": _command("compare", target, [*kept, *planned, *listed])}
+    if has_block:
+        found["comparison_first"] = f"methods: {_methods(recipe)}"
+    if zero.wanted(recipe) or any("deepspeed" in name for name in survey.settings):  # for full fine-tuning only
+        found["comparison"] = ""
+    return survey.model_copy(update=found)
 
 
 def _methods(recipe: Recipe) -> str:

@@ -291,11 +291,12 @@ def _settle(survey: Survey) -> Iterator[Any]:
     if not survey.fits:
         yield Text("to settle it, first take one of the ways out", style="dim")
         return
-    yield Text("to settle it on your own rows: a fair comparison, each method at its best rate", style="dim")
     if survey.comparison:
+        yield Text("to settle it on your rows: a fair comparison, each method at its best rate", style="dim")
+        if survey.comparison_first:
+            yield Text(f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)", style="dim")
         yield Command(survey.comparison)
     else:
-        words = "'methods: [full, lora]' in place of 'method' in the recipe, without DeepSpeed; then fulltune compare"
-        yield Text(words, style="dim")
-    yield Text("or this run once more with other seeds", style="dim")
+        yield Text("to settle it: fulltune compare, on a placement without DeepSpeed", style="dim")
+    yield Text("this run, with another seed", style="dim")
     yield Command(survey.command)

@@ -407,7 +407,9 @@ class Survey(Record):
     command: str = ""
     """Runs what was planned with another seed."""
     comparison: str = ""
-    """What settles the advice by measurement; empty where the plan cannot be compared."""
+    """What settles the advice by measurement; empty where the plan's placement is for one method alone."""
+    comparison_first: str = ""
+    """What to change in the recipe before that; empty: nothing."""
     rows_prepared: bool = True
     """The rows have been read; else they were imagined."""
     notes: tuple[str, ...] = ()
