@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from fulltune import display_plan, pipeline, plan
+from fulltune import cli_plan, display_plan, pipeline, plan
 from fulltune.plan import cards
 from fulltune.recipe_file import load_recipe
 from fulltune.records import Plan, Survey
@@ -322,3 +322,28 @@ def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
     assert result.problems == [
         f"model: {EXAMPLES / 'llama-2-7b'}: config.json is there but no weights (*.safetensors)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "comparison", "first"),
+    [
+        ("", {}, "fulltune compare r.yaml --set 'methods=[full, lora]'", ""),
+        ("method: full\n", {}, "fulltune compare r.yaml", "methods: [full, lora]"),
+        ("method: {kind: adapter}\n", {}, "fulltune compare r.yaml", "methods: [full, adapter]"),
+        ("methods: [full, adapter]\n", {}, "fulltune compare r.yaml", ""),
+        ("", {"train.extra.deepspeed": {"zero_optimization": {"stage": 2}}}, "", ""),
+    ],
+)
+def test_plan_says_how_to_compare_what_it_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, settings: dict[str, Any], comparison: str, first: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(f"model: m\ntask: causal-lm\ndata: {{train: a.txt}}\n{lines}", encoding="utf-8")
+    survey = Survey(
+        hardware="x", num_devices=1, num_parameters=1, model_type="x", train_rows=1, eval_rows=1, length_percentiles={},
+        max_length=1, fits=True, placements=(), host_free_bytes=1, device_free_bytes=1, settings=settings,
+    )  # fmt: skip
+
+    found = cli_plan._settled(survey, Path("r.yaml"), [], load_recipe(Path("r.yaml")))
+
+    assert (found.comparison, found.comparison_first) == (comparison, first)

@@ -15,6 +15,7 @@ import torch
 
 from fulltune import api, pipeline
 from fulltune.errors import DoesNotFitError
+from fulltune.plan import disk
 from fulltune.records import Check, Outcome, Plan
 from fulltune.train import attempt as attempt_module
 from fulltune.train import dry_run as dry_run_module
@@ -262,9 +263,15 @@ def test_forecast_and_memory_are_in_the_outcome_and_among_the_events(tiny_encode
     # The initial weights, and at least one checkpoint with two moments: four times the model.
     weights = sum(value.nbytes for value in runs.final_weights(tmp_path).values())
     assert outcome.disk_bytes >= 4 * weights
+    # After steps 2, 4 and 5 there are as many as were planned, and nothing that was not.
+    assert reached.plan is not None
+    assert reached.plan.disk is not None
+    tensors = reached.plan.disk.one_checkpoint - disk.SMALL_FILES_BYTES
+    assert reached.plan.disk.num_checkpoints * tensors + weights <= outcome.disk_bytes <= reached.plan.disk.total
     (event,) = runs.events(tmp_path, "forecast")
     assert event["total_seconds"] == pytest.approx(outcome.forecast.total_seconds)
     assert event["peak_memory_bytes"] == outcome.dry_run_growth_bytes
+    assert [part["basis"] for part in event["around"]] == ["measured"]  # scoring the test rows, which comes after it
     # No trace of the file that was written to see how long saving takes.
     assert not list((tmp_path / "run").rglob("write-trial"))
 
