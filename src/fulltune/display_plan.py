@@ -46,7 +46,7 @@ def _parts(survey: Survey, plan: Plan | None) -> Iterator[Any]:
     if survey.alternatives:
         yield _alternatives(survey)
     yield _advice(survey)
-    yield from _settle(survey)
+    yield from _settle(survey, plan)
 
 
 def count(number: float) -> str:
@@ -168,10 +168,10 @@ def _placements(survey: Survey) -> Group:
             style="bold" if chosen else None if one.fits and one.runs else "dim",
         )
     legend = "GiB on each device, on the host, on disk; batch: rows a pass on each device"
-    if survey.no_sharing:
-        legend += f"; {survey.no_sharing}"
     if any(one.activation_checkpointing and one.fits for one in survey.placements):
         legend += ", * activations recomputed"
+    if survey.no_sharing:
+        legend += f"; {survey.no_sharing}"
     return Group(_head("placements"), table, Text(legend, style="dim"), "")
 
 
@@ -286,15 +286,17 @@ def _advice(survey: Survey) -> Group:
     return Group(_head("method: where to start, not a law"), table)
 
 
-def _settle(survey: Survey) -> Iterator[Any]:
+def _settle(survey: Survey, plan: Plan | None) -> Iterator[Any]:
     """What decides on one's own rows."""
-    if not survey.fits:
+    if plan is None:
         yield Text("to settle it, first take one of the ways out", style="dim")
         return
     if survey.comparison:
         yield Text("to settle it on your rows: a fair comparison, each method at its best rate", style="dim")
         if survey.comparison_first:
             yield Text(f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)", style="dim")
+        if plan.method != "full":
+            yield Text("(full fine-tuning must fit as well: see its own plan, --set method=full)", style="dim")
         yield Command(survey.comparison)
     else:
         yield Text("to settle it: fulltune compare, on a placement without DeepSpeed", style="dim")
