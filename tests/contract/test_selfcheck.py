@@ -18,7 +18,7 @@ import transformers
 from fulltune import cli, selfcheck
 from fulltune.records import StateBytes
 from fulltune.selfcheck import attention, precision, processes, tiny, training
-from fulltune.selfcheck.devices import Check, Device, NotHere, Result
+from fulltune.selfcheck.devices import Check, Device, NotHere, Result, environment
 from fulltune.selfcheck.page import without_names
 from tests.contract.command import fulltune
 
@@ -58,10 +58,12 @@ def test_command_on_the_cpu_passes_and_writes_the_page(tmp_path: Path, monkeypat
     assert all(check.ran in page for check in checks)
     assert page.count("| pass |") + page.count("| not here |") == len(checks)
     assert "same weights, bit by bit" in page
+    # A command or a path on a line of its own: nothing breaks inside it at 80 columns.
+    assert result.out.splitlines()[-1] == f"share {tmp_path / 'page.md'}"
     assert re.search(r"precision auto is (bf16|fp32)", page)
     assert not names_in(page)
     assert max(map(len, result.out.splitlines()[:-1])) <= 80  # the last line holds the user's own path
-    assert re.match(r"\d+ passed, 0 failed, \d+ not here; \d+ seconds; share ", result.out.splitlines()[-1])
+    assert re.fullmatch(r"\d+ passed, 0 failed, \d+ not here; \d+ seconds", result.out.splitlines()[-2])
 
 
 @pytest.mark.parametrize("broken", ["result", "error"])
@@ -217,3 +219,8 @@ def test_device_without_the_means_is_not_here() -> None:
     ):
         with pytest.raises(NotHere, match=words):
             check(device)
+
+
+def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert ", 1 thread, " in environment()["cpu"]
