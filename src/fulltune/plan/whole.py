@@ -17,6 +17,9 @@ START_SECONDS = 20.0
 """Two processes that import torch and transformers: 12 to 25 s on two cores."""
 LOADS, LOAD_BYTES_PER_SECOND = 3, 10**9
 """The model is read for the training, for the baselines and to score what was trained."""
+FIXED_SECONDS = 6.0
+"""Of the checks and of each scoring, whatever the rows: further imports, the model put in place, intervals of the
+metrics; 6 to 12 s on two busy cores (docs/log.md)."""
 MOST_EMBEDDED = 10_000
 """Train rows behind a classifier's baseline of frozen embeddings, at most."""
 LONGEST_PASSES, EXTRA_SHARE, LEAST_EXTRA, MOST_EXTRA = 2, 0.05, 0.5, 20.0
@@ -43,14 +46,14 @@ def around(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, rates: 
     start = START_SECONDS + LOADS * plan.state.weights / LOAD_BYTES_PER_SECOND
     found = [
         TimePart(name=STARTING, seconds=start, basis="rule of thumb"),
-        TimePart(name=DRY_RUN, seconds=_dry_run_seconds(plan, work, rates), basis="arithmetic"),
+        TimePart(name=DRY_RUN, seconds=FIXED_SECONDS + _dry_run_seconds(plan, work, rates), basis="arithmetic"),
     ]
     answers = _answer_seconds(recipe, plan, summary, work, rates)
     if recipe.evaluate.baselines:
         rows = sum(_baseline_rows(summary))
-        seconds = work.forward_flops(rows) / rates.flops + answers
+        seconds = FIXED_SECONDS + work.forward_flops(rows) / rates.flops + answers
         found.append(TimePart(name=BASELINES, seconds=seconds, basis="arithmetic"))
-    seconds = work.forward_flops(sum(_scored_rows(summary))) / rates.flops + answers
+    seconds = FIXED_SECONDS + work.forward_flops(sum(_scored_rows(summary))) / rates.flops + answers
     found.append(TimePart(name=TRAINED, seconds=seconds, basis="arithmetic"))
     return tuple(found)
 
