@@ -19,6 +19,7 @@ from fulltune.report import words
 from fulltune.report.words import counted
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+WIDTH = 80
 MARKS = {"take": "[green]take[/green]", "try": "[yellow]try[/yellow]", "leave": "[dim]leave[/dim]"}
 
 
@@ -30,7 +31,11 @@ def show(console: Console, survey: Survey, plan: Plan | None) -> None:
 
 
 class Command(Text):
-    """A line that is copied."""
+    """What is copied: on several lines where it is long, as a shell takes them."""
+
+    def __init__(self, words: str) -> None:
+        short = len(words) <= WIDTH
+        super().__init__(words if short else words.replace(" --set ", " \\\n  --set "))
 
 
 def _parts(survey: Survey, plan: Plan | None) -> Iterator[Any]:

@@ -66,7 +66,8 @@ def test_7b_is_planned_from_its_config_alone() -> None:
     assert result.code == 0, result.err
     assert result.err == ""
     page = shown(result)
-    assert all(len(line) <= 80 for line in page.splitlines())
+    # One setting of a command may be longer: nothing breaks inside it.
+    assert all(len(line) <= 80 or "--set" in line or str(SEVEN_B) in line for line in page.splitlines())
     order = [
         "found",
         "6,738,415,616 parameters",
@@ -107,8 +108,9 @@ def test_plan_ends_with_commands_that_can_be_copied() -> None:
     assert words[:3] == ["fulltune", "compare", str(SEVEN_B)]
     assert [one.kind for one in load_recipe(SEVEN_B, words[4::2]).methods] == ["full", "lora"]
     page = shown(result)
-    assert survey["comparison"] in page.splitlines()
-    assert survey["command"] in page.splitlines()
+    lines = page.replace(" \\\n  ", " ").splitlines()
+    assert survey["comparison"] in lines
+    assert survey["command"] in lines
     assert "not built" not in page.replace("not built yet", "")
 
 
