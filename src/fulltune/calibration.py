@@ -45,12 +45,18 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
+def temperature_of(eval_logits: np.ndarray, eval_labels: np.ndarray) -> float:
+    """The temperature that eval rows give; 1 where every one is answered rightly."""
+    all_right = bool((eval_logits.argmax(axis=-1) == eval_labels).all())
+    return 1.0 if all_right else fit_temperature(eval_logits, eval_labels)
+
+
 def calibrate(
     eval_logits: np.ndarray, eval_labels: np.ndarray, test_logits: np.ndarray, test_labels: np.ndarray
 ) -> Calibration:
     """Fit on the eval rows, where they allow it, and measure on the test rows."""
     all_right = bool((eval_logits.argmax(axis=-1) == eval_labels).all())
-    temperature = 1.0 if all_right else fit_temperature(eval_logits, eval_labels)
+    temperature = temperature_of(eval_logits, eval_labels)
     return Calibration(
         note=ALL_RIGHT if all_right else "",
         temperature=temperature,

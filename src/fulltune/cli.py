@@ -231,15 +231,16 @@ def compare(
     fresh: Fresh = False,
     as_json: Json = False,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="Most time to take: 30m, 2h; says what that buys.", metavar="TIME")
+        str | None,
+        typer.Option("--budget", help="Most time in all: 30m, 2h; with more of it later it goes on.", metavar="TIME"),
     ] = None,
-    lint: Annotated[bool, typer.Option("--lint", help="Only say what would make the comparison unfair.")] = False,
+    lint: Annotated[bool, typer.Option("--lint", help="Only say what would make it unfair: then exit code 2.")] = False,
 ) -> None:
     """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a proof card."""
     from fulltune import cli_compare
 
     if lint:
-        cli_compare.lint(out, targets, set_ or [], as_json)
+        cli_compare.lint(out, err, targets, set_ or [], budget, as_json)
         return
     if len(targets) > 1:
         cli_compare.compare_many(out, err, targets, set_ or [], run_folder, fresh, budget, as_json)
@@ -316,6 +317,7 @@ def merge(
     """Put what LoRA or a head trained into the pretrained model's own weights, as a plain Hugging Face folder."""
     from fulltune import cli_predict
     from fulltune.methods import folder
+    from fulltune.report import write_merged_card
     from fulltune.run_folder import hide_progress_bars, writing
 
     found = _chosen(run_folder, method)
@@ -324,6 +326,7 @@ def merge(
     hide_progress_bars()
     with writing(output):
         folder.merge(found, output)
+        write_merged_card(found, output, folder.notes_of(found)["task"])
     out.print(f"model: {escape(str(output))}", soft_wrap=True)
 
 

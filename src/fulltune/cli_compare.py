@@ -20,6 +20,7 @@ from fulltune.recipe_file import load_recipe
 from fulltune.units import parse_seconds
 
 if TYPE_CHECKING:
+    from fulltune.compare_records import Finding
     from fulltune.comparing import Compared
 
 
@@ -62,7 +63,7 @@ def compare_many(
         raise SetupError("--fresh: with several recipes name a new --run-folder instead")
     _refuse_run(folder)
     recipes = _of_one_base(targets, overrides)
-    each = None if _checked(budget) is None else f"{max(1, round(parse_seconds(str(budget)) / len(targets)))}s"
+    each = _share_of(_checked(budget), len(targets))
     parent = folder or _folder_of_all(recipes)
     found = {}
     for name, target in zip(recipes, targets, strict=True):
@@ -190,6 +191,11 @@ def _checked(budget: str | None) -> str | None:
     return budget
 
 
+def _share_of(budget: str | None, count: int) -> str | None:
+    """Each comparison's part of the time."""
+    return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
+
+
 def _run(
     err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool, budget: str | None
 ) -> Compared:
@@ -231,17 +237,38 @@ def _open(err: Console, target: Path, overrides: list[str], folder: Path | None,
     return recipe, found
 
 
-def lint(out: Console, targets: list[Path], overrides: list[str], as_json: bool) -> None:
-    """Say what would make the comparisons unfair."""
-    from fulltune import comparing
+UNFAIR = 2
+"""Exit code of a lint that found something unfair: the recipe, or its budget, is to be changed."""
 
-    found = [(target, comparing.lint_recipe(_recipe_of(target, overrides))) for target in targets]
+
+def lint(
+    out: Console, err: Console, targets: list[Path], overrides: list[str], budget: str | None, as_json: bool
+) -> None:
+    """Say what would make the comparisons unfair.
+
+    Raises:
+        typer.Exit: With `UNFAIR`, when something does.
+    """
+    from fulltune import comparing
+    from fulltune.run_folder import hide_progress_bars
+
+    hide_progress_bars()
+    each = _share_of(_checked(budget), len(targets))
+    if budget is not None:
+        err.print(f"[dim]reading the rows and measuring ten steps, to know what fits into {budget}[/dim]")
+    found = [(target, comparing.lint_recipe(_recipe_of(target, overrides), each)) for target in targets]
     if as_json:
         lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target, several in found for one in several]
         typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
-        return
+    else:
+        _print_findings(out, found)
+    if any(one.level == "unfair" for _, several in found for one in several):
+        raise typer.Exit(UNFAIR)
+
+
+def _print_findings(out: Console, found: Sequence[tuple[Path, Sequence[Finding]]]) -> None:
     for target, several in found:
-        where = f"{target}: " if len(targets) > 1 else ""
+        where = f"{target}: " if len(found) > 1 else ""
         for one in several:
             out.print(f"{where}{one.level}: {one.where}: {one.what}; {one.to_do}", soft_wrap=True, markup=False)
         if not several:

@@ -40,6 +40,10 @@ class ArmDesign(Record):
     """That one trial of this arm sees; None: not known yet."""
     waited: bool = False
     """The verdict did not hinge on it, which explains fewer seeds."""
+    time_was_up: bool = False
+    """There was no time for more seeds."""
+    no_time_to_search: bool = False
+    """There was no time to search its rate."""
 
 
 class ComparisonDesign(Record):
@@ -54,8 +58,12 @@ class ComparisonDesign(Record):
     """Share of the reported rows that also choose rates and checkpoints."""
     test_openings: int = 0
     """How often the test rows were scored."""
+    for_more_time: bool = False
+    """Again only because the time was up before, each verdict at a part of the chance of a wrong answer."""
     opened_by_others: tuple[str, ...] = ()
     """Other comparisons that opened the same test rows."""
+    left_out: tuple[str, ...] = ()
+    """Methods of the recipe for which there was no time."""
 
 
 class Finding(Record):
@@ -74,6 +82,7 @@ class Finding(Record):
         "quantised-source",
         "low-peft-rates",
         "test-opened-again",
+        "left-out",
     ]
     level: Literal["unfair", "worth knowing"]
     where: str

@@ -14,6 +14,7 @@ from fulltune.report import many_tasks as many
 from fulltune.report import proof_words, words
 from fulltune.report.proof_words import NOTHING, Writer
 from fulltune.trials import ArmRow, Comparison, Expectation, ManyTasks
+from fulltune.units import is_share
 
 _STYLES: dict[VerdictKind, str] = {
     "FULL": "bold blue",
@@ -42,10 +43,14 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
         search = (
             f"{expected.num_search_trials} short ones to find the rates, more where the best lies at an edge; then "
         )
-    fewer = " at most; clear answers need fewer" if expected.sequential and expected.num_seeds > 1 else ""
+    whose = "of each method"
+    if expected.sequential and expected.num_seeds > 1:
+        whose = "of each method at most; clear answers need fewer"
+        if expected.budget_seconds is not None:
+            whose = f"of full and of the best of the others{', one of the rest' * (len(expected.arms) > 2)}"
     marks: list[Marked] = [
         ("methods", "dim", ", ".join(expected.arms)),
-        ("trials", "dim", f"{search}{seeds} of each method{fewer}"),
+        ("trials", "dim", f"{search}{seeds} {whose}"),
         ("takes", "dim", _takes(expected)),
         ("can find", "dim", _can_find(expected, metric, margin)),
     ]
@@ -60,6 +65,9 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
 
 def _takes(expected: Expectation) -> str:
     usual, most = words.duration(expected.seconds), words.duration(expected.most_seconds)
+    if expected.budget_seconds is not None:
+        rest = "the rest is kept for what the forecast errs by"
+        return f"about {usual} of the {words.duration(expected.budget_seconds)} given; {rest}"
     return f"about {usual}" if usual == most else f"about {usual}, {most} if every method needs all seeds"
 
 
@@ -68,12 +76,15 @@ def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
     if expected.num_seeds < 2:
         return "nothing: one seed tells nothing about the spread between seeds"
     if expected.detectable is None:
-        return f"not known before the first runs: {name} is no share of rows"
+        why = "" if is_share(metric) else f": {name} is no share of rows"
+        return f"not known before seeds have been run{why}"
     write = Writer(metric, margin or 0.01)
     if write.in_points and expected.detectable >= 1:
         return "nothing: so few test rows and seeds tell no difference from chance, however large"
-    found = write.amount(expected.detectable)
-    return f"differences of {found} of {name} or more, in 8 of 10 comparisons, where seeds differ by half a point"
+    found = f"differences of {write.amount(expected.detectable)} of {name} or more where seeds differ by half a point"
+    if expected.detectable_apart is not None:
+        found += f", of {write.amount(expected.detectable_apart)} where they differ by two"
+    return f"{found}; each in 8 of 10 comparisons"
 
 
 def verdict(console: Console, comparison: Comparison) -> None:
@@ -103,7 +114,7 @@ def many_tasks(console: Console, found: ManyTasks) -> None:
 def _parts(comparison: Comparison) -> Iterator[Any]:
     decision = comparison.decision
     yield Text("\n" + _plain(proof_words.label(decision)), style=_STYLES[decision.verdict])
-    yield Text(_plain(decision.headline), style="bold")
+    yield Text(_plain(proof_words.headline(comparison)), style="bold")
     yield Text(_plain(proof_words.terms(comparison)) + "\n", style="dim")
     yield _quality(comparison)
     yield Text()
@@ -117,13 +128,13 @@ def _parts(comparison: Comparison) -> Iterator[Any]:
         yield _grid(claims)
         yield Text()
     took, fixed = proof_words.spent(comparison)
-    yield _grid([("took", "dim", took), ("fixed design", "dim", fixed)])
+    yield _grid([("took", "dim", took), ("all seeds", "dim", fixed)])
 
 
 def _findings(comparison: Comparison) -> Iterator[Marked]:
     """What to know before believing it."""
-    for one in comparison.decision.would_decide:
-        yield "to decide it", "yellow", one
+    for one in proof_words.to_do(comparison):
+        yield "what to do", "yellow", one
     for mark in proof_words.marks(comparison):
         kind, _, what = mark.partition(": ")
         yield kind, "red" if kind == "Unfair" else "yellow", what

@@ -474,7 +474,8 @@ class CompareBlock(Block):
     """Share of a run's steps that each rate gets in the rate search, at least 10 steps; methods that go on to a second
     seed get whole runs with the best two, and with more while that helps."""
     budget: str | None = None
-    """Most time that the comparison may take, such as `30m` or `2h`; it says what certainty that buys."""
+    """Most time that all commands on the comparison may take together, such as `30m` or `2h`. It says beforehand what
+    fits; with more time later (`--budget`) an undecided comparison goes on."""
     side_by_side: int = Field(default=1, ge=1)
     """Trials at a time on a CPU, each with its share of the cores: with small models and short texts that is faster
     in all, and each one's time in the table is longer. On a GPU one at a time."""
@@ -557,6 +558,7 @@ class Recipe(Block):
     def fingerprint(self) -> str:
         """Hash of all settings that shape a run: two recipes with the same one continue each other's run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
+        settings["compare"]["budget"] = None  # more time goes on with the same comparison
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def train_files(self) -> tuple[str, ...]:

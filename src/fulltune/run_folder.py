@@ -72,9 +72,10 @@ def find_or_make(
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the report was written with the trained model's scores in it, or a comparison's card."""
+    """True when the report was written with the trained model's scores in it, or the card of a comparison, unless its
+    time was up."""
     if (folder / CARD).exists():
-        return True
+        return not _can_go_on(folder)
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
     report = folder / REPORT
     return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)
@@ -94,6 +95,15 @@ def lost_weights(model_folder: Path) -> Path | None:
     is_adapter = (model_folder / "adapter_config.json").exists()
     found = model_folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
     return None if found.is_file() else found
+
+
+def _can_go_on(folder: Path) -> bool:
+    """A comparison that ended undecided because its time was up, which more time continues."""
+    try:
+        found = comparison_of(folder)
+    except SetupError:  # of another version: its card stays as it is
+        return False
+    return found is not None and found.can_go_on
 
 
 def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:

@@ -82,6 +82,8 @@ class Search(Record):
     """Of those."""
     on_edge: bool = False
     """The best rate is the lowest or the highest of those tried, and clearly ahead: a better one may lie beyond."""
+    time_was_up: bool = False
+    """There was no time to search, so that it is the usual rate, or to search further; with more time it is done."""
 
 
 class Opening(Record):
@@ -94,6 +96,8 @@ class Opening(Record):
     command: str
     trials: tuple[str, ...]
     """Whose scores were made."""
+    alpha: float | None = None
+    """Chance of a wrong answer that the verdict made then may have; a later one has what is left. None: all of it."""
 
 
 class Expectation(Record):
@@ -101,19 +105,28 @@ class Expectation(Record):
 
     arms: tuple[str, ...]
     num_seeds: int
+    """Of full and the best of the others, at most; with a budget those that fit into it."""
     num_search_trials: int
     seconds: float
-    """Where only full and the leader get all seeds."""
+    """Where only full and the leader get all seeds; with what was spent before."""
     most_seconds: float
     """Where all methods do."""
     detectable: float | None
-    """Smallest difference of the metric that such a comparison usually finds; None: the metric is no share."""
+    """Smallest difference of the metric that such a comparison usually finds where seeds differ by half a point; None:
+    not known before seeds have been run, because there are two or the metric is no share."""
+    detectable_apart: float | None = None
+    """The same where seeds differ by two points."""
     notes: tuple[str, ...] = ()
     length_share: float = 1.0
-    """Share of the recipe's steps that each run takes; below 1 only because a budget asked for it."""
+    """Share of the recipe's steps that each run takes; below 1 only in records of older versions."""
     search_share: float = 0.06
+    """Of a run's steps in a search; 0: no search, each method is trained at its usual rate."""
     budget_seconds: float | None = None
     """That it was made for; None: no limit."""
+    recipe_seeds: int | None = None
+    """Seeds at most without a budget; None: `num_seeds`."""
+    left_out: tuple[str, ...] = ()
+    """Methods of the recipe for which the budget is too small."""
     sequential: bool = True
     """No more seeds than a clear answer needs."""
 
@@ -194,6 +207,10 @@ class Comparison(Record):
     fixed_design_seconds: float
     """What the same search and the same number of seeds for every arm would have taken."""
     cores: int
+    time_was_up: bool = False
+    """Because of its budget there are fewer seeds or methods than the recipe allows."""
+    left_out: tuple[str, ...] = ()
+    """Methods of the recipe for which there was no time."""
     side_by_side: int = 1
     """Trials at a time, each with its share of the cores, at most."""
     full_side_by_side: int = 1
@@ -204,6 +221,11 @@ class Comparison(Record):
     command: str
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+
+    @property
+    def can_go_on(self) -> bool:
+        """More time would add something, and a part of the chance of a wrong answer was kept for the next verdict."""
+        return self.time_was_up and self.decision.verdict == "UNDECIDED"
 
 
 # ---- several tasks on one base ---------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from fulltune import comparing
+from fulltune.compare.design import Cost, Fixed
+from fulltune.comparing import rates, timing
 from fulltune.recipe_file import load_recipe
 from fulltune.run_folder import find_or_make
 from tests import tiny
@@ -68,3 +71,33 @@ def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
 def test_budget_that_is_no_time_is_refused(tmp_path: Path) -> None:
     said = fulltune("compare", recipe(tmp_path, ["full", "lora"]), "--budget", "soon")
     assert (said.code, "--budget: 'soon': expected a time such as 30m, 2h or 90s" in said.err) == (2, True)
+
+
+# ---- lint ------------------------------------------------------------------------------------------------------
+
+
+def test_lint_that_finds_something_unfair_ends_with_code_2_and_a_clean_one_with_0(tmp_path: Path) -> None:
+    fixed = fulltune("compare", recipe(tmp_path, [{"kind": "full", "learning_rate": 1e-3}, "lora"]), "--lint")
+    assert fixed.code == 2
+    assert "unfair: full: its learning rate was not searched" in fixed.out
+    clean = fulltune("compare", recipe(tmp_path, ["full", "lora"]), "--lint")
+    assert (clean.code, clean.out) == (0, "nothing found that would make this comparison unfair\n")
+
+
+def test_lint_with_a_budget_says_what_its_design_will_be_marked_for(tmp_path: Path) -> None:
+    path = recipe(tmp_path, ["full", "lora", "adapter", "head"])
+    costs = {arm: Cost(100, 3, arm != "head") for arm in ("full", "lora", "adapter", "head")}
+    with (
+        mock.patch.object(rates, "_measure"),
+        mock.patch.object(timing, "costs_of", return_value=costs),
+        mock.patch.object(timing, "fixed_of", return_value=Fixed(0)),
+    ):
+        rich, poor, too_poor = (fulltune("compare", path, "--lint", "--budget", time) for time in ("9h", "12m", "2m"))
+    assert rich.out == "nothing found that would make this comparison unfair\n"
+    assert poor.code == 0, poor.out
+    assert "worth knowing: full: 2 seeds: the budget ends before the next one" in poor.out
+    assert "worth knowing: adapter, head: not trained: the budget leaves no time for it" in poor.out
+    assert "nothing found" not in poor.out
+    assert too_poor.code == 2
+    assert "--budget 2m is too short for a verdict: 2 runs each of full and lora" in " ".join(too_poor.err.split())
+    assert not [path for path in tmp_path.rglob("*") if path.name == "expectation.json"]

@@ -129,6 +129,45 @@ def test_several_recipes_in_it_are_refused(unfinished: Path, recipe: Path) -> No
     assert content(unfinished) == before
 
 
+# ---- more time ---------------------------------------------------------------------------------------------------
+
+
+def test_recipe_again_goes_on_in_the_folder_whose_time_was_up_but_not_in_one_with_a_verdict(
+    unfinished: Path, recipe: Path
+) -> None:
+    (unfinished / "card.html").write_text("", encoding="utf-8")
+    checked = comparing.recipe_for(load_recipe(recipe))
+    checked = checked.model_copy(update={"output": str(unfinished.parent)})
+    block = checked.compare.model_copy(update={"budget": "12m"})  # more time in the recipe is the same comparison
+    checked = checked.model_copy(update={"compare": block})
+    for verdict, goes_on in (("UNDECIDED", True), ("FULL", False)):
+        found = comparisons.comparison(decision={"verdict": verdict}, time_was_up=True)
+        found.save(unfinished / "compare" / "comparison.json")
+        assert find_or_make(checked, "", "again", None, False)[1] is goes_on
+
+
+@pytest.mark.parametrize(
+    ("verdict", "time_was_up", "budget", "said"),
+    [
+        ("FULL", True, "9h", "finished: the verdict is FULL; more time does not change it"),
+        ("UNDECIDED", False, "9h", "finished: it ended undecided, but not because its time was up"),
+        ("UNDECIDED", True, "6m", "finished: its 6m are used up; to go on give more time in all, such as --budget 12m"),
+        ("UNDECIDED", True, None, "finished: its 6m are used up; to go on give more time in all, such as --budget 12m"),
+    ],
+)
+def test_budget_that_changes_nothing_is_not_ignored_in_silence(
+    verdict: str, time_was_up: bool, budget: str | None, said: str, unfinished: Path
+) -> None:
+    made = comparisons.comparison(decision={"verdict": verdict}, time_was_up=time_was_up)
+    expected = made.expectation.model_copy(update={"budget_seconds": 360.0})
+    made.model_copy(update={"expectation": expected}).save(unfinished / "compare" / "comparison.json")
+    expected.save(unfinished / "compare" / "expectation.json")
+    found = fulltune("compare", unfinished, *(["--budget", budget] if budget else []))
+    assert found.code == 0, found.err
+    assert said in " ".join(found.err.split())
+    assert made.decision.headline in " ".join(found.out.split())
+
+
 # ---- which model -----------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,37 +14,78 @@ import numpy as np
 import pytest
 
 from fulltune import comparing, pipeline, predict
-from fulltune.comparing import trials, verdict
+from fulltune.comparing import timing, trials, verdict
 from fulltune.errors import DataError, InterruptedRun, RecipeError
 from fulltune.records import DataSummary
 from fulltune.run_folder import recipe_of
-from fulltune.trials import Comparison
+from fulltune.trials import Comparison, Trial
 from tests.contract.command import fulltune
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
 
-def compare(job: pipeline.Run) -> comparing.Compared:
+def compare(job: pipeline.Run, budget: str | None = None) -> comparing.Compared:
     with in_this_process():
-        return comparing.run(job, "fulltune compare recipe.yaml")
+        return comparing.run(job, "fulltune compare recipe.yaml", budget)
+
+
+def no_time_for_the_last(line: comparing.Line, trials: Sequence[Trial], keep: float = 0.0) -> bool:
+    """As `has_time` where the time is up before the second seed of LoRA."""
+    return all(one.name != "lora-seed43" for one in trials)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
-    """A comparison that was interrupted after its first trial, and finished by the same call."""
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    """A comparison that was interrupted before its last trial, and whose time was then up."""
     folder = tmp_path_factory.mktemp("compare")
     seen: list[str] = []
 
     def interrupt(event: Mapping[str, Any]) -> None:
         if event["kind"] == "comparison":
             seen.append(event["text"])
-            if event["text"].startswith("lora: seed 1"):
+            if event["text"].startswith("lora: seed 2"):
                 raise InterruptedRun("interrupted by the test")
 
     with pytest.raises(InterruptedRun):
         compare(job(folder, METHODS, interrupt))
-    assert [path.name for path in (folder / "run" / "attempts").iterdir()] == ["full-seed42-01"]
-    return folder / "run", compare(job(folder, METHODS)).comparison
+    names = sorted(path.name for path in (folder / "run" / "attempts").iterdir())
+    assert names == ["full-seed42-01", "full-seed43-01", "lora-seed42-01"]
+    with mock.patch.object(timing, "has_time", no_time_for_the_last):
+        return folder / "run", compare(job(folder, METHODS), "1h").comparison
+
+
+@pytest.fixture(scope="module")
+def finished(ended: tuple[Path, Comparison]) -> tuple[Path, Comparison]:
+    """The same after more time was given."""
+    folder = ended[0]
+    return folder, compare(job(folder.parent, METHODS), "2h").comparison
+
+
+def test_comparison_whose_time_was_up_says_so_and_blames_no_method(ended: tuple[Path, Comparison]) -> None:
+    _, found = ended
+    assert (found.decision.verdict, found.time_was_up, found.can_go_on) == ("UNDECIDED", True, True)
+    assert {row.arm: len(row.seeds) for row in found.rows} == {"base": 0, "full": 2, "lora": 1}
+    few = {one.where: one for one in found.findings if one.rule == "few-seeds"}
+    assert {one.level for one in few.values()} == {"worth knowing"}
+    assert few["lora"].what == "one seed: the budget ends before its second"
+    assert few["full"].what.startswith("2 seeds: the budget ends before the next one")
+
+
+def test_more_time_goes_on_from_the_trials_and_all_verdicts_together_keep_alpha(
+    ended: tuple[Path, Comparison], finished: tuple[Path, Comparison]
+) -> None:
+    _, found = finished
+    assert (found.time_was_up, found.expectation.budget_seconds) == (False, 7200.0)
+    first, second = found.openings
+    assert (first.trials, second.trials) == (
+        ("full-seed42", "full-seed43", "lora-seed42"),
+        ("full-seed42", "full-seed43", "lora-seed42", "lora-seed43"),
+    )
+    assert first.alpha == pytest.approx(0.025)
+    assert second.alpha == found.decision.alpha == pytest.approx(0.025)
+    assert found.seconds > ended[1].seconds
+    (again,) = [one for one in found.findings if one.rule == "test-opened-again"]
+    assert again.level == "worth knowing"
 
 
 def test_interrupted_comparison_goes_on_and_trains_nothing_twice(finished: tuple[Path, Comparison]) -> None:
@@ -57,10 +98,10 @@ def test_only_the_first_trial_of_a_method_in_a_command_has_a_dry_run(finished: t
     folder, _ = finished
     requests = {path.parent.name: json.loads(path.read_text()) for path in (folder / "attempts").glob("*/request.json")}
     assert {name: request["dry_run"] for name, request in requests.items()} == {
-        "full-seed42-01": True,  # of the interrupted command
-        "full-seed43-01": True,
+        "full-seed42-01": True,
+        "full-seed43-01": False,
         "lora-seed42-01": True,
-        "lora-seed43-01": False,
+        "lora-seed43-01": True,  # of the command that went on
     }
 
 
@@ -72,6 +113,21 @@ def test_finished_comparison_is_not_done_again(finished: tuple[Path, Comparison]
 
     with mock.patch.object(trials, "train", fail):
         assert compare(job(folder.parent, METHODS)).comparison == first
+
+
+def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple[Path, Comparison]) -> None:
+    folder, found = finished
+    for row in found.rows[1:]:
+        model = folder / "models" / row.arm
+        assert json.loads((model / "fulltune.json").read_text(encoding="utf-8"))["temperature"] > 0
+        text = (model / "README.md").read_text(encoding="utf-8")
+        assert text.startswith("---\nlibrary_name: transformers")
+        shown = {f"| accuracy | {100 * value:.1f}% |" for value in row.values}
+        assert any(one in text for one in shown), text
+    assert fulltune("merge", folder, "--method", "lora", "-o", folder.parent / "merged").code == 0
+    text = (folder.parent / "merged" / "README.md").read_text(encoding="utf-8")
+    assert 'from_pretrained("merged")' in text
+    assert "PeftModel" not in text
 
 
 def test_finished_comparison_is_not_taken_up_by_a_larger_budget(finished: tuple[Path, Comparison]) -> None:
@@ -101,10 +157,12 @@ def test_record_has_each_arm_with_what_it_cost(finished: tuple[Path, Comparison]
     ).read_text(encoding="utf-8")
 
 
-def test_test_rows_are_opened_once_and_by_somebody(finished: tuple[Path, Comparison]) -> None:
-    folder, found = finished
+def test_test_rows_are_opened_once_and_by_somebody(
+    ended: tuple[Path, Comparison], finished: tuple[Path, Comparison]
+) -> None:
+    folder, found = ended
     (opening,) = found.openings
-    assert opening.trials == ("full-seed42", "full-seed43", "lora-seed42", "lora-seed43")
+    assert opening.trials == ("full-seed42", "full-seed43", "lora-seed42")
     assert "@" in opening.by
     assert opening.command == "fulltune compare recipe.yaml"
     sealed = sorted(path.stem for path in (folder / "predictions" / "sealed").iterdir())
@@ -113,7 +171,7 @@ def test_test_rows_are_opened_once_and_by_somebody(finished: tuple[Path, Compari
 
 def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tuple[Path, Comparison]) -> None:
     folder, found = finished
-    assert not [one for one in found.findings if one.rule == "test-opened-again"]
+    assert not [one for one in found.findings if one.where == "test rows" and one.level == "unfair"]
     one = pipeline.Run(recipe_of(folder), folder)
     line = comparing.Line(one, DataSummary.load(folder / "data" / "summary.json"), "test")
     other = folder.parent / "before"
@@ -175,7 +233,7 @@ def test_time_is_counted_whole_and_from_the_first_command_on(finished: tuple[Pat
     assert found.seconds == pytest.approx(sum(entry["seconds"] for entry in entries), abs=0.1)
     last = datetime.fromisoformat(entries[-1]["ended"])
     wall = (last - datetime.fromisoformat(found.started)).total_seconds()
-    # Both commands, and what lay between their trials; a slow machine takes longer for what is not counted.
+    # All commands, and what lay between their trials; a slow machine takes longer for what is not counted.
     assert 0.6 * wall <= found.seconds <= wall + 2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +14,7 @@ import pytest
 from fulltune import comparing, pipeline
 from fulltune.compare import rate_search
 from fulltune.compare_records import ArmStep, Look
-from fulltune.comparing import rates, seeds, trials
+from fulltune.comparing import rates, seeds, timing, trials
 from fulltune.errors import Diverged, GuardStop
 from fulltune.records import Outcome, Plan
 from fulltune.trials import Search, Trial, TrialResult, Tried
@@ -68,11 +68,12 @@ def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path
 @contextlib.contextmanager
 def whole_runs_given(trained: Callable[[comparing.Line, Trial], Any]) -> Iterator[None]:
     """Whole runs give what this says, and are kept as those that were trained."""
-    rows = mock.Mock(outputs=lambda *given: mock.Mock(seconds_per_row=0.1))
+    rows = mock.Mock(outputs=lambda *given: mock.MagicMock(seconds_per_row=0.1))
     with (
         mock.patch.object(trials, "trained", trained),
         mock.patch.object(trials, "keep"),
         mock.patch.object(trials.evaluate, "bench_of"),
+        mock.patch.object(trials.evaluate, "keep_temperature"),
         mock.patch.object(trials, "outputs", rows),
     ):
         yield
@@ -114,7 +115,7 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
         return result_of(trial, 0.95)
 
     with whole_runs_given(trained), mock.patch.object(seeds, "_checked", lambda *given: given[2]):
-        results, _ = seeds.run_seeds(line, searches, expectation)
+        results = seeds.run_seeds(line, searches, expectation).results
     assert [(one.trial.seed, one.trial.learning_rate) for one in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
     assert searches["lora"].reason == f"0.01 diverged in a whole run (seed {diverges})"
     assert len([name for name, _ in asked if name.startswith("full")]) == 2
@@ -135,7 +136,7 @@ def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(
         return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
 
     with whole_runs_given(trained):
-        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+        results = seeds.run_seeds(line, searches, rates.expect(line)).results
     mine = [name for name in begun if name.startswith("lora")]
     # Its first seed is trained again: the model was deleted when the higher rate was better.
     assert mine == ["lora-seed42", "lora-rate0.01-seed42", "lora-seed43", "lora-seed42", "lora-seed43"]
@@ -145,9 +146,18 @@ def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(
     assert 2.0 <= search.other_seconds < 3.0  # two runs of a second, and the time of the one that diverged
 
 
+def time_for(*names: str) -> Any:
+    """As `has_time` where there is time for these trials, and for those that are done."""
+
+    def has_time(line: comparing.Line, asked: Sequence[Trial], keep: float = 0.0) -> bool:
+        return all(one.name in names or trials.is_done(line, one) for one in asked)
+
+    return mock.patch.object(timing, "has_time", has_time)
+
+
 def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
-    line = comparing.Line(one, pipeline.prepare(one), "test", budget_seconds=100)
+    line = comparing.Line(one, pipeline.prepare(one), "test")
     arms = ("full", "lora")
     tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
     expectation = rates.expect(line)
@@ -155,19 +165,75 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
 
     def trained(_: Any, trial: Trial) -> Any:
         begun.append(trial.name)
-        if trial.name == "full-rate0.01-seed42":  # the last for which there is time
-            comparing.line.append_line(line.folder / comparing.line.CLOCK, {"what": "", "seconds": 99.5, "ended": ""})
         return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
 
     for _ in range(2):  # the second time as when it goes on later
         searches = {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in arms}
-        with whole_runs_given(trained):
-            results, _ = seeds.run_seeds(line, searches, expectation)
+        with whole_runs_given(trained), time_for("full-rate0.01-seed42"):
+            ran = seeds.run_seeds(line, searches, expectation)
         assert begun == ["full-seed42", "lora-seed42", "full-rate0.01-seed42"]
-        assert {arm: [run.trial.learning_rate for run in found] for arm, found in results.items()} == {
+        assert ran.time_was_up
+        assert {arm: [run.trial.learning_rate for run in found] for arm, found in ran.results.items()} == {
             "full": [1e-2],
             "lora": [1e-3],
         }
+
+
+def test_time_that_is_short_goes_to_the_second_seeds_and_not_to_third_methods(tmp_path: Path) -> None:
+    one = job(tmp_path, [METHODS[1], METHODS[2], "adapter", "head"], compare={"sequential": False})
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora", "adapter", "head")}
+    begun: list[str] = []
+
+    def trained(_: Any, trial: Trial) -> Any:
+        begun.append(trial.name)
+        return result_of(trial, 0.9)
+
+    with whole_runs_given(trained), time_for("full-seed43", "lora-seed43"):
+        ran = seeds.run_seeds(line, searches, rates.expect(line))
+    assert begun == ["full-seed42", "lora-seed42", "full-seed43", "lora-seed43"]
+    assert list(ran.results) == list(searches) == ["full", "lora"]
+    assert not ran.time_was_up  # all seeds of the recipe were run
+
+
+def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are_searched_later(tmp_path: Path) -> None:
+    one = job(tmp_path, ["full", "lora", "adapter"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    expectation = rates.expect(line)
+    with time_for():
+        found = comparing._searches(line, expectation, lambda trials: None)
+    assert {arm: (search.tried, search.time_was_up) for arm, search in found.items()} == {
+        "full": ((), True),
+        "lora": ((), True),
+    }
+    assert found["full"].chosen == line.room("full").plan.learning_rate
+    with mock.patch.object(
+        rates, "tried", lambda _, trial: 0.9 if trial.learning_rate == found["full"].chosen else 0.5
+    ):
+        later = comparing._searches(line, expectation, lambda trials: None)
+    assert {arm: (len(search.tried), search.time_was_up) for arm, search in later.items()} == dict.fromkeys(
+        ("full", "lora", "adapter"), (3, False)
+    )
+
+
+def test_time_left_is_reckoned_with_what_trials_took_and_with_what_matters_more(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS)
+    line = comparing.Line(one, pipeline.prepare(one), "test", budget_seconds=1000)
+    trial = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
+    line.note_time("preparation")
+    assert timing.has_time(line, [trial])
+    assert not timing.has_time(line, [trial], keep=990)
+    # A trial of full that took 100 times as long as planned, all of it before its first step.
+    first = trial.model_copy(update={"name": "full-seed42", "arm": "full"})
+    result_of(first, 0.9)[2].model_copy(update={"tokens_per_second": 1e9}).save(
+        line.folder / "compare" / "trials" / "full-seed42.json"
+    )
+    planned = timing.START_SECONDS + timing.CHECKS_SECONDS + timing.SCORING_SECONDS + timing._LIBRARIES_SECONDS
+    entry = {"what": "full-seed42", "seconds": 50 * planned, "ended": ""}
+    comparing.line.append_line(line.folder / comparing.line.CLOCK, entry)
+    assert timing.pace(line).rest == pytest.approx(50, rel=0.01)
+    assert not timing.has_time(line, [trial])
+    assert timing.to_come(line, {"full": 1, "lora": 0}, 2) > timing.to_come(line, {"full": 1, "lora": 1}, 2) > 0
 
 
 def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_path: Path) -> None:
@@ -197,7 +263,7 @@ def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_p
         return Look(num_seeds=count, max_seeds=2, spent=0.01, enough=enough, reason="made up", arms=steps)
 
     with whole_runs_given(trained), mock.patch.object(seeds, "_look", look):
-        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+        results = seeds.run_seeds(line, searches, rates.expect(line)).results
     assert counts == [
         {"full": 1, "lora": 1, "adapter": 1, "head": 1, "again": False},
         {"full": 2, "lora": 2, "adapter": 1, "head": 1, "again": False},
@@ -309,7 +375,7 @@ def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
         result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
         assert (asked, searches["lora"].other_runs) == (["lora-seed42"], 0)
         results = [result]
-        seeds._check(line, searches, results)
+        seeds._check(line, searches, results, 0.0)
     assert asked == ["lora-seed42", "lora-rate0.001-seed42"]
     assert (results[0].trial.learning_rate, searches["lora"].chosen) == (rate, rate)
     assert (searches["lora"].other_runs, searches["lora"].other_seconds) == (1, 1.0)
@@ -333,7 +399,7 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
         for _ in range(2):  # the second time as when it goes on later
             searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-4, reason="best of 3 rates")}
             first = trials.final(line, Trial(name="lora-seed42", arm="lora", learning_rate=1e-4, seed=42))
-            found.append(seeds._checked(line, searches, first))
+            found.append(seeds._checked(line, searches, first, 0.0))
     assert begun == ["lora-seed42", "lora-rate0.0003-seed42", "lora-rate0.001-seed42", "lora-rate0.0032-seed42"]
     assert [one.trial.learning_rate for one in found] == [1e-3, 1e-3]
     search = searches["lora"]
@@ -371,7 +437,7 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
         )
 
     with mock.patch.object(seeds, "final", final), mock.patch.object(seeds, "_look", leader_goes_on):
-        results, _ = seeds.run_seeds(line, searches, rates.expect(line))
+        results = seeds.run_seeds(line, searches, rates.expect(line)).results
     assert {name.split("-")[0] for name in asked if "rate0.001" in name} == checked
     assert {arm: found[0].trial.learning_rate for arm, found in results.items()} == {
         arm: 1e-3 if arm in checked else 1e-2 for arm in searches

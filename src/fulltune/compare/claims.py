@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fulltune.compare.verdict import shown
 from fulltune.compare_records import Decision, Difference
 from fulltune.trials import ArmRow, Claim
+from fulltune.units import in_words
 
 TENTH = 0.15
 """Up to here one may say "a tenth"."""
@@ -87,7 +88,7 @@ def _saved(full: ArmRow, lora: ArmRow) -> Claim:
     share = lora.saved_bytes / max(1, full.saved_bytes)
     return Claim(
         claim="a LoRA checkpoint is a small fraction of a full one",
-        here=f"{lora.arm}: {lora.saved_bytes / 1e6:,.1f} MB, {share:.1%} of full's",
+        here=f"{lora.arm}: {in_words(lora.saved_bytes)}, {share:.1%} of full's {in_words(full.saved_bytes)}",
         holds=share <= TENTH,
     )
 

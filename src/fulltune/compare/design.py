@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from fulltune.compare.precision import planned_detectable
+from fulltune.compare.sequential import TIME_UP_SHARE, spent
+from fulltune.errors import RecipeError
 from fulltune.trials import Expectation, Trial
 
 FEW_TRAIN_ROWS = 10_000
 """Below it five seeds: with few rows the seeds differ more (Bouthillier et al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
-SHORTEST = 0.1
-"""Of a run: shorter ones say little about the whole."""
+"""With one nothing is known of the spread between seeds, and there is no interval."""
+GOOD_SEEDS = 3
+"""Two say little about their spread, so a budget gives up breadth before the third one."""
+RESERVE = 0.2
+"""Part of the time left that is not planned for: forecasts err."""
+SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
+"""Standard deviations between seeds for which it is said what can be found: which one it is, only seeds tell."""
 
 
 def num_seeds(given: int | None, train_rows: int) -> int:
@@ -22,13 +30,13 @@ def num_seeds(given: int | None, train_rows: int) -> int:
     return 5 if train_rows < FEW_TRAIN_ROWS else 3
 
 
-def final_trial(arm: str, rate: float, seed: int, share: float = 1.0, *, check: bool = False) -> Trial:
-    """A whole run; shorter (`share` below 1) only where a budget asked for it, and then for every arm.
-
-    With `check` it is one with another rate than the search chose.
-    """
+def final_trial(arm: str, rate: float, seed: int, *, check: bool = False) -> Trial:
+    """A whole run; with `check` one with another rate than the search chose."""
     name = f"{arm}-rate{rate:g}-seed{seed}" if check else f"{arm}-seed{seed}"
-    return Trial(name=name, arm=arm, learning_rate=rate, seed=seed, share=share)
+    return Trial(name=name, arm=arm, learning_rate=rate, seed=seed)
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,48 @@ class Cost:
     """Of one arm."""
 
     run_seconds: float
-    """One whole run."""
+    """The steps of one whole run."""
     num_rates: int
     """In its grid; 1: no search."""
+    decides: bool = True
+    """False: it is shown for orientation, and gets one run."""
+    scoring_seconds: float = 0.0
+    """Eval, test and generic rows, after each whole run."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Seconds that do not depend on the steps."""
+
+    start: float
+    """Of each trial's process: loading and saving."""
+    checks: float = 0.0
+    """Before step 1 of an arm's first trial."""
+    verdict: float = 0.0
+    """Baselines, resampling, card."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is there already, when a comparison goes on."""
+
+    runs: Mapping[str, int] = field(default_factory=dict)
+    """Whole runs of each arm."""
+    searched: Collection[str] = ()
+    """Arms whose rate is known."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is trained."""
+
+    arms: tuple[str, ...]
+    seeds: int
+    """Of full and the leader."""
+    search_share: float
+    """Of a run's steps; 0: no search."""
+    second_rates: bool = True
+    """Those that go on get a whole run at their second best rate as well."""
 
 
 def search_runs(num_rates: int) -> int:
@@ -46,94 +93,178 @@ def search_runs(num_rates: int) -> int:
     return 0 if num_rates < 2 else num_rates
 
 
-def seconds(costs: Mapping[str, Cost], runs: Mapping[str, int], share: float, start: float, length: float) -> float:
-    """Of so many whole runs of each arm, after the rate searches.
-
-    Args:
-        costs: Of each arm.
-        runs: Number of whole runs.
-        share: Of a run's steps, in a search.
-        start: Seconds of each process beside its steps.
-        length: Share of the recipe's steps that a whole run takes.
-    """
-    return sum(
-        length * one.run_seconds * (runs[arm] + share * search_runs(one.num_rates))
-        + start * (runs[arm] + search_runs(one.num_rates))
-        for arm, one in costs.items()
-    )
-
-
-def runs_of(costs: Mapping[str, Cost], seeds: int, sequential: bool) -> dict[str, int]:
+def runs_of(costs: Mapping[str, Cost], choice: Choice, sequential: bool) -> dict[str, int]:
     """Whole runs of each arm: all seeds, or where the rest waits those of full, which is first, and one other arm.
 
     Where those had rates to choose from the second best gets a whole run as well; that a third one does is rare.
     """
-    full, *rivals = costs
+    full, *rivals = (arm for arm in choice.arms if costs[arm].decides)
     leader = max(rivals, key=lambda arm: costs[arm].run_seconds, default=full)  # which it will be is not known
-    going_on = (full, leader) if sequential and seeds > 1 else tuple(costs)
-    return {arm: seeds + (one.num_rates > 1) if arm in going_on else 1 for arm, one in costs.items()}
+    going_on = (full, leader) if sequential and choice.seeds > 1 else choice.arms
+
+    def runs(arm: str) -> int:
+        return choice.seeds + (choice.second_rates and costs[arm].num_rates > 1) if arm in going_on else 1
+
+    return {arm: runs(arm) for arm in choice.arms}
+
+
+def seconds(
+    costs: Mapping[str, Cost], choice: Choice, fixed: Fixed, sequential: bool = True, done: Done | None = None
+) -> float:
+    """What is still to be done of a design takes so long.
+
+    Args:
+        costs: Of each arm.
+        choice: What is trained.
+        fixed: What comes on top of the steps.
+        sequential: Methods wait as long as the verdict does not hinge on them.
+        done: What is there.
+    """
+    done, total = done or Done(), fixed.verdict
+    for arm, runs in runs_of(costs, choice, sequential).items():
+        cost, had = costs[arm], done.runs.get(arm, 0)
+        short = 0 if arm in done.searched or not choice.search_share else search_runs(cost.num_rates)
+        whole = max(0, runs - had)
+        total += whole * (fixed.start + cost.run_seconds + cost.scoring_seconds)
+        total += short * (fixed.start + choice.search_share * cost.run_seconds)
+        total += fixed.checks if whole + short else 0.0
+    return total
+
+
+# ---- what fits -------------------------------------------------------------------------------------------------
+
+
+def choices(costs: Mapping[str, Cost], seeds: int, search_share: float, least_search_share: float) -> Iterator[Choice]:
+    """Designs in the order of preference, none with more seeds than the one before it.
+
+    A budget takes first the seeds beyond three, then breadth: whole runs at second rates, half of the search, methods
+    that decide nothing, other rivals, the last listed first. Then the third seed, and at last the rate search.
+    """
+    everyone, deciding = tuple(costs), tuple(arm for arm, cost in costs.items() if cost.decides)
+    good, fewest = min(seeds, GOOD_SEEDS), min(seeds, LEAST_SEEDS)
+    for count in range(seeds, good - 1, -1):
+        yield Choice(everyone, count, search_share)
+    shorter = max(search_share / 2, least_search_share)
+    for count in range(good, fewest - 1, -1):
+        yield Choice(everyone, count, search_share, second_rates=False)
+        for arms in (everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))):
+            yield Choice(arms, count, shorter, second_rates=False)
+    yield Choice(deciding[:2], fewest, 0.0, second_rates=False)
 
 
 def expected(
     costs: Mapping[str, Cost],
     seeds: int,
     search_share: float,
-    start_seconds: float,
+    fixed: Fixed,
     test_rows: int,
     margin: float | None,
     budget_seconds: float | None = None,
+    *,
     sequential: bool = True,
     least_search_share: float = 0.0,
+    alpha: float = 0.05,
+    spent_seconds: float = 0.0,
+    done: Done | None = None,
 ) -> Expectation:
-    """The design, made to fit a budget: first fewer seeds, then a shorter search, then shorter runs.
+    """The design, made to fit a budget with a reserve for what the forecast errs by.
 
     Args:
         costs: Of each trained arm, full first.
         seeds: Runs of each arm at most.
         search_share: Share of a run's steps in a search.
-        start_seconds: Of each process, beside its steps.
+        fixed: What comes on top of the steps.
         test_rows: Rows that the verdict is made on.
         margin: Differences of the metric that do not matter; None: it is no share, so that nothing usual is known.
-        budget_seconds: Most time that it may take.
+        budget_seconds: Most time that it may take in all.
         sequential: Methods wait as long as the verdict does not hinge on them.
         least_search_share: With shorter trials all rates look alike.
+        alpha: Chance of a wrong verdict.
+        spent_seconds: Of the budget, so far.
+        done: What is there.
+
+    Raises:
+        RecipeError: When not even two seeds of full and of one other method fit, with the budget that they need.
     """
-    length, notes = 1.0, []
+    ordered = list(choices(costs, seeds, search_share, least_search_share))
+    if budget_seconds is None:
+        chosen = ordered[0]
+    else:
+        planned = (1 - RESERVE) * (budget_seconds - spent_seconds)
+        fitting = (one for one in ordered if seconds(costs, one, fixed, sequential, done) <= planned)
+        found = next(fitting, None)
+        if found is None:
+            need = seconds(costs, ordered[-1], fixed, sequential, done)
+            raise RecipeError(_too_short(ordered[-1], budget_seconds, spent_seconds, need))
+        chosen = found
+    takes = spent_seconds + seconds(costs, chosen, fixed, sequential, done)
+    most = takes if budget_seconds is not None else spent_seconds + seconds(costs, chosen, fixed, False, done)
+    limited = chosen.seeds < seeds
 
-    def takes(length: float, waiting: bool = sequential) -> float:
-        return seconds(costs, runs_of(costs, seeds, waiting), search_share, start_seconds, length)
+    def detectable(seed_sd: float) -> float | None:
+        if margin is None or chosen.seeds < GOOD_SEEDS:
+            return None
+        level = TIME_UP_SHARE * alpha if limited else spent(seeds, seeds, alpha) if sequential else alpha
+        rivals = sum(costs[arm].decides for arm in chosen.arms) - 1
+        return planned_detectable(
+            test_rows, chosen.seeds, seed_sd=seed_sd, margin=margin, alpha=level, num_arms=max(1, rivals)
+        )
 
-    wanted = seeds
-    if seeds < LEAST_SEEDS:
-        notes.append("one seed tells nothing about the spread between seeds: it ends UNDECIDED; give two, better three")
-    if budget_seconds is not None:
-        while seeds > LEAST_SEEDS and takes(length) > budget_seconds:
-            seeds -= 1
-        if seeds < wanted:
-            notes.append(f"{seeds} instead of {wanted} seeds at most, to stay within the budget")
-        if takes(length) > budget_seconds and search_share > least_search_share:
-            search_share = max(search_share / 2, least_search_share)
-            notes.append(f"a shorter rate search ({search_share:.0%} of the steps), to stay within the budget")
-        if takes(length) > budget_seconds:
-            starts = takes(0.0)
-            length = max(SHORTEST, (budget_seconds - starts) / max(1e-9, takes(1.0) - starts))
-            notes.append(f"runs of {length:.0%} of the recipe's steps: the verdict is about such runs")
-        if takes(length) > budget_seconds:
-            notes.append("even that takes longer: each method gets one run, then it says what is known by then")
-    if seeds == LEAST_SEEDS:
-        notes.insert(0, "two seeds say little about their spread: only large differences are found; better give three")
     return Expectation(
-        arms=tuple(costs),
-        num_seeds=seeds,
-        num_search_trials=sum(search_runs(one.num_rates) for one in costs.values()),
-        seconds=round(takes(length), 1),
-        most_seconds=round(takes(length, waiting=False), 1),
-        detectable=None
-        if margin is None or seeds < LEAST_SEEDS
-        else planned_detectable(test_rows, seeds, margin=margin, num_arms=max(1, len(costs) - 1)),
-        notes=tuple(notes),
-        length_share=length,
-        search_share=search_share,
+        arms=chosen.arms,
+        num_seeds=chosen.seeds,
+        num_search_trials=sum(search_runs(costs[arm].num_rates) for arm in chosen.arms if chosen.search_share),
+        seconds=round(takes, 1),
+        most_seconds=round(most, 1),
+        detectable=detectable(SEEDS_ALIKE),
+        detectable_apart=detectable(SEEDS_APART),
+        notes=tuple(_notes(costs, chosen, ordered[0])),
+        search_share=chosen.search_share,
         budget_seconds=budget_seconds,
         sequential=sequential,
+        recipe_seeds=seeds,
+        left_out=tuple(arm for arm in costs if arm not in chosen.arms),
     )
+
+
+def _notes(costs: Mapping[str, Cost], chosen: Choice, wanted: Choice) -> Iterator[str]:
+    """What the budget took, and what few seeds mean."""
+    if chosen.seeds < wanted.seeds:
+        yield f"{chosen.seeds} of the recipe's {wanted.seeds} seeds are planned; where time is left, more are run"
+    searched = any(costs[arm].num_rates > 1 for arm in chosen.arms)
+    if searched and not chosen.search_share:
+        yield "no rate search: each method is trained at its usual rate, which the card will mark as unfair"
+    elif searched and chosen.second_rates < wanted.second_rates:
+        yield "each method's rate comes from its short runs alone, without whole runs at a second rate"
+    if 0 < chosen.search_share < wanted.search_share:
+        yield f"a shorter rate search ({chosen.search_share:.0%} of the steps)"
+    if left_out := [arm for arm in wanted.arms if arm not in chosen.arms]:
+        yield f"not trained: {', '.join(left_out)}"
+    if chosen.seeds == 1:
+        yield "one seed tells nothing about the spread between seeds: it ends UNDECIDED; give two, better three"
+    elif chosen.seeds == LEAST_SEEDS:
+        yield "two seeds say little about how much seeds differ: only large differences are found; three are better"
+
+
+def _too_short(least: Choice, budget: float, spent_seconds: float, need: float) -> str:
+    enough = round_up(spent_seconds + need / (1 - RESERVE))
+    each = "one run" if least.seeds == 1 else f"{least.seeds} runs"
+    before = f", {in_time(spent_seconds)} of which are spent," if spent_seconds > 1 else ""
+    return (
+        f"--budget {in_time(budget)}{before} is too short for a verdict: {each} each of {' and '.join(least.arms)}, "
+        f"without a rate search, are forecast to take {in_time(need)}; give --budget {in_time(enough)} or more, or "
+        "make runs shorter (train.num_train_epochs, fewer rows)"
+    )
+
+
+def round_up(time: float) -> float:
+    """To a time that one would type: 10 s, half minutes from two minutes on, 5 minutes from an hour on."""
+    step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
+    return float(math.ceil(time / step) * step)
+
+
+def in_time(time: float) -> str:
+    """As `parse_seconds` reads it: `1h30m`, `6m`, `2m30s`."""
+    hours, rest = divmod(round(time), 3600)
+    minutes, left = divmod(rest, 60)
+    return "".join(f"{number}{unit}" for number, unit in ((hours, "h"), (minutes, "m"), (left, "s")) if number) or "0s"

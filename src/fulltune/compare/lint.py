@@ -12,6 +12,7 @@ FEWEST_SEEDS = 3
 FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
 """Share of test rows that may stand in eval as well."""
+_MORE_TIME = "give a larger --budget, with which an undecided comparison goes on"
 _MOST_TOKENS_APART = 0.02
 """Arms may differ by so much of their tokens: a prompt's virtual tokens are taken off the rows' length."""
 _ATTENTION = frozenset(
@@ -67,7 +68,16 @@ def _rate_not_searched(design: ComparisonDesign) -> Iterator[Finding]:
     for arm in _trained(design):
         tried = len(set(arm.rates_searched))
         # Fewer are tried where trials failed or the recipe says so; a sole rate was never compared with another.
-        if tried < 2:
+        if tried < 2 and arm.no_time_to_search:
+            yield Finding(
+                rule="rate-not-searched",
+                level="unfair",
+                where=arm.name,
+                what="the budget leaves no time to search its learning rate, so it is trained at the usual one: what "
+                "looks like a weak method may be a wrong rate",
+                to_do=_MORE_TIME,
+            )
+        elif tried < 2:
             yield Finding(
                 rule="rate-not-searched",
                 level="unfair",
@@ -97,7 +107,9 @@ def _edge_of_grid(design: ComparisonDesign) -> Iterator[Finding]:
                 level="unfair",
                 where=arm.name,
                 what=f"the best rate, {arm.learning_rate:g}, is the {edge} that was tried: a better one may lie beyond",
-                to_do=f"add {'lower' if edge == 'lowest' else 'higher'} rates to its `learning_rates`",
+                to_do=_MORE_TIME
+                if arm.no_time_to_search
+                else f"add {'lower' if edge == 'lowest' else 'higher'} rates to its `learning_rates`",
             )
 
 
@@ -143,6 +155,18 @@ def _few_seeds(design: ComparisonDesign) -> Iterator[Finding]:
         count = len(set(arm.seeds))
         if count >= FEWEST_SEEDS or arm.waited:
             continue
+        if arm.time_was_up:
+            yield Finding(
+                rule="few-seeds",
+                level="worth knowing",
+                where=arm.name,
+                what="one seed: the budget ends before its second"
+                if count <= 1
+                else f"{count} seeds: the budget ends "
+                "before the next one, and so few tell little about how much seeds differ",
+                to_do=_MORE_TIME,
+            )
+            continue
         alone = count <= 1
         yield Finding(
             rule="few-seeds",
@@ -166,7 +190,16 @@ def _eval_is_test(design: ComparisonDesign) -> Iterator[Finding]:
 
 
 def _test_opened_again(design: ComparisonDesign) -> Iterator[Finding]:
-    if design.test_openings > 1:
+    if design.test_openings > 1 and design.for_more_time:
+        yield Finding(
+            rule="test-opened-again",
+            level="worth knowing",
+            where="test rows",
+            what=f"opened {design.test_openings} times, because the time was up before and more was given; each "
+            "verdict may be wrong in a part of the cases only, so that together they keep the certainty",
+            to_do="nothing, as long as the recipe was not changed because of the earlier card",
+        )
+    elif design.test_openings > 1:
         yield Finding(
             rule="test-opened-again",
             level="unfair",
@@ -185,6 +218,17 @@ def _test_opened_by_others(design: ComparisonDesign) -> Iterator[Finding]:
             what=f"other comparisons opened them before ({', '.join(design.opened_by_others)}): what those showed may "
             "have shaped this one",
             to_do="take fresh test rows where the recipe was changed because of what was seen",
+        )
+
+
+def _left_out(design: ComparisonDesign) -> Iterator[Finding]:
+    if design.left_out:
+        yield Finding(
+            rule="left-out",
+            level="worth knowing",
+            where=", ".join(design.left_out),
+            what="not trained: the budget leaves no time for it",
+            to_do=_MORE_TIME,
         )
 
 
@@ -265,6 +309,7 @@ _RULES: tuple[Callable[[ComparisonDesign], Iterator[Finding]], ...] = (
     _eval_is_test,
     _test_opened_again,
     _test_opened_by_others,
+    _left_out,
     _unequal_tokens,
     _attention_only,
     _bf16_full,

@@ -20,8 +20,8 @@ from fulltune.compare.statistics import SeedSpread, Uncertain, degrees_of_mean, 
 POWER = 0.8
 _POWER_QUANTILE = NormalDist().inv_cdf(POWER)
 _BISECTIONS = 60
-_MOST_ROWS_FACTOR = 100
-_MOST_SEEDS = 30
+MOST_ROWS_FACTOR = 100
+MOST_SEEDS = 30
 
 
 @dataclass(frozen=True)
@@ -212,11 +212,11 @@ def needed(
         return clear(uncertain.estimate, precision.half_width(alpha), precision.half_width(2 * equal), margin)
 
     # Both only make the interval narrower, so the first that decides is found by halving.
-    factors: list[float] = np.geomspace(1, _MOST_ROWS_FACTOR, 100).tolist()[1:]
+    factors: list[float] = np.geomspace(1, MOST_ROWS_FACTOR, 100).tolist()[1:]
     place = bisect_left(factors, True, key=lambda factor: decided(now.with_rows(factor)))
     rows = math.ceil(num_rows * factors[place]) if place < len(factors) else None
     fewest = min((one.num_seeds for one in now.seeds if not one.is_none), default=1)
-    counts = range(fewest + 1, _MOST_SEEDS + 1)
+    counts = range(fewest + 1, MOST_SEEDS + 1)
     place = bisect_left(counts, True, key=lambda count: decided(now.with_seeds([count] * len(now.seeds))))
     return Needed(rows, counts[place] if place < len(counts) else None)
 

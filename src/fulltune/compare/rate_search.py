@@ -89,15 +89,16 @@ def best_of(tried: Mapping[float, float], scale: Scale, near: float | None = Non
     Args:
         tried: Rate to metric.
         scale: How it is measured.
-        near: Of equal ones the nearest to this rate is taken, of equally near ones the lower; left out, to the middle.
+        near: Of equal ones the nearest to this rate is taken, of equally near ones the lower. Left out: the lowest, but
+            where all are equal, so that the trials tell nothing, the one in the middle.
     """
+    best = max(scale.oriented(metric) for metric in tried.values())
+    equal = sorted(rate for rate in tried if scale.oriented(tried[rate]) == best)
+    if near is None and len(equal) < len(tried):
+        return equal[0]
     middle = statistics.mean(math.log(rate) for rate in tried) if near is None else math.log(near)
-
-    def key(rate: float) -> tuple[float, float]:
-        steps = abs(math.log(rate) - middle) / math.log(STEP)
-        return scale.oriented(tried[rate]), -round(steps, 1)  # rates are rounded, too
-
-    return max(sorted(tried), key=key)
+    # Rates are rounded, too.
+    return min(equal, key=lambda rate: round(abs(math.log(rate) - middle) / math.log(STEP), 1))
 
 
 def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
@@ -143,6 +144,10 @@ def _ahead(found: Mapping[float, float], chosen: float, scale: Scale) -> float:
 
 def without_search(arm: str, rate: float) -> Search:
     return Search(arm=arm, tried=(), chosen=rate, reason="from the recipe: the only rate, not searched")
+
+
+def without_time(arm: str, rate: float) -> Search:
+    return Search(arm=arm, tried=(), chosen=rate, reason="the usual rate: no time for a search", time_was_up=True)
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ def _open_side(best: float, whole: Mapping[float, float], scale: Scale) -> int:
 
 
 def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, share: float) -> Search:
-    """The search's result after whole runs: the best rate; of equal ones the one that had its run first.
+    """The search's result after whole runs: the best rate; of equal ones the lowest, which is the safer one.
 
     Args:
         search: What the short trials gave.
@@ -219,12 +224,15 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, shar
         scale: How they are measured.
         share: Of the recipe's steps that they took.
     """
-    chosen = max(whole, key=lambda rate: scale.oriented(whole[rate]))
-    equal = len({scale.oriented(metric) for metric in whole.values()}) == 1
+    best = max(scale.oriented(metric) for metric in whole.values())
+    equal = [rate for rate in whole if scale.oriented(whole[rate]) == best]
+    chosen = min(equal)
     rates = {one.learning_rate for one in search.tried} | set(whole)
     on_edge = chosen in (min(rates), max(rates)) and _open_side(chosen, whole, scale) != 0
     runs = tuple(Tried(learning_rate=rate, share=share, metric=metric) for rate, metric in whole.items())
-    reason = f"{search.reason}; {len(whole)} whole runs were equal" if equal else f"the best of {len(whole)} whole runs"
+    reason = f"the best of {len(whole)} whole runs"
+    if len(equal) > 1:
+        reason = f"the lower of {len(equal)} rates that were equal in whole runs"
     return search.model_copy(update={"chosen": chosen, "whole": runs, "reason": reason, "on_edge": on_edge})
 
 

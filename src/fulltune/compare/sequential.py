@@ -68,16 +68,22 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
     return alpha * share * (1 - WAITING_SHARE if again else 1)
 
 
-def left(looks: Sequence[Look], alpha: float) -> float:
+TIME_UP_SHARE = 0.5
+"""Part of the unspent alpha at which the sealed rows are tested when the time is up. The rest is kept for the verdict
+after more time: so the sealed rows may be opened again and again, and all verdicts together keep alpha (Bonferroni)."""
+
+
+def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> float:
     """Part of alpha for the test on the sealed rows: that of the look that ended it.
 
-    Where time ran out instead, or nothing was looked at, all that the looks did not spend; after the last look, which
-    let others catch up, what a second one would have spent.
+    Where nothing was looked at all of it; where the time was up instead, a part of what the looks did not spend; after
+    the last look, which let others catch up, of what a second one would have spent.
     """
     if looks and looks[-1].enough:
         return looks[-1].spent
     unspent = alpha - sum(one.spent for one in looks)
-    return max(unspent, (1 - WAITING_SHARE) * looks[-1].spent) if looks else unspent
+    found = max(unspent, (1 - WAITING_SHARE) * looks[-1].spent) if looks else unspent
+    return TIME_UP_SHARE * found if time_was_up else found
 
 
 def look(

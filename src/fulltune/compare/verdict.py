@@ -9,7 +9,7 @@ import numpy as np
 
 from fulltune.compare.draws import SAMPLES, Drawn, draw
 from fulltune.compare.items import Measure
-from fulltune.compare.precision import Needed, Precision, needed
+from fulltune.compare.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Needed, Precision, needed
 from fulltune.compare.statistics import (
     SeedSpread,
     Uncertain,
@@ -25,6 +25,9 @@ from fulltune.compare_records import ArmKind, ArmScore, Decision, Difference, Ve
 from fulltune.recipe import RIVALS
 from fulltune.tasks import Predictions
 from fulltune.units import is_share
+
+_FEW_SEEDS = 3
+"""From fewer the spread between seeds is hardly known."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,8 @@ def _headline(verdict: VerdictKind, recommended: str, full: str) -> str:
             return f"Take {recommended}: as good as {full} within the margin, and it trains fewer weights."
     if recommended:
         less = "does not lose the margin to"
-        return f"Undecided whether they are equal, but {recommended} {less} {full} and trains fewer weights."
-    return "Undecided: these rows and seeds do not tell the methods apart."
+        return f"Whether they are equal is open, but {recommended} {less} {full} and trains fewer weights."
+    return "These rows and seeds do not tell the methods apart."
 
 
 # ---- in words --------------------------------------------------------------------------------------------------
@@ -250,17 +253,31 @@ def _would_decide(differences: Sequence[Difference]) -> list[str]:
         if not one.decides or one.full_better or one.arm_better or one.equivalent:
             continue
         if not one.seeds_known:
-            said.append(f"{one.arm}: at least one more seed of some arm, better two of each")
+            said.append(
+                f"{one.arm}: train at least two, better three seeds of full and of {one.arm}; one seed of each does "
+                "not tell how much seeds differ"
+            )
             continue
         ways = []
         if one.rows_needed is not None:
             ways.append(f"{one.rows_needed:,} test rows")
         if one.seeds_needed is not None:
-            ways.append(f"{one.seeds_needed} seeds of each arm")
+            ways.append(f"{one.seeds_needed} seeds of each method")
         if ways:
-            said.append(f"{one.arm}: {' or '.join(ways)}, were the difference what it seems")
+            said.append(
+                f"{one.arm}: take {' or '.join(ways)}; that is enough if the difference is as large as it looks now"
+            )
+        elif one.num_seeds < _FEW_SEEDS:
+            said.append(
+                f"{one.arm}: train three or more seeds of full and of {one.arm}; from fewer it cannot be told how many "
+                "rows or seeds would be enough"
+            )
         else:
-            said.append(f"{one.arm}: not even 100 times the test rows, or 30 seeds, were the difference what it seems")
+            said.append(
+                f"{one.arm}: neither {MOST_ROWS_FACTOR} times the test rows nor {MOST_SEEDS} seeds of each method "
+                "would be enough alone, if the difference is what it looks like now; it takes more of both, or a "
+                "larger compare.margin: the smallest difference that matters to you"
+            )
     return said
 
 

@@ -29,8 +29,6 @@ OPENINGS = f"{FOLDER}/test-openings.jsonl"
 CLOCK = f"{FOLDER}/clock.jsonl"
 RECORD = f"{FOLDER}/comparison.json"
 BASE = "base"
-START_SECONDS = 6.0
-"""Of a trial beside its steps: loading, checks, scoring eval and test rows. Roughly, on a CPU, where it is forked."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,8 @@ class Line:
     """False in a process that works for another one's line."""
     side_by_side: int = 1
     """Trials at a time; each has its share of the cores, also one that is trained alone."""
+    alpha_spent: float = 0.0
+    """By verdicts that were made before more time was given."""
     _rooms: dict[str, Room] = field(default_factory=dict)
 
     @property
@@ -114,6 +114,11 @@ class Line:
     def seconds_left(self) -> float:
         return math.inf if self.budget_seconds is None else self.budget_seconds - self.spent_seconds
 
+    @property
+    def alpha(self) -> float:
+        """Chance of a wrong verdict that is left."""
+        return 1 - self.recipe.evaluate.confidence - self.alpha_spent
+
     def say(self, text: str) -> None:
         self.job.listener({"kind": "comparison", "text": text})
 
@@ -126,10 +131,21 @@ class Line:
         try:
             yield
         finally:
-            seconds, self.began = time.monotonic() - self.began, time.monotonic()
-            ended = datetime.now().astimezone().isoformat(timespec="seconds")
-            if self.keeps_time:
-                append_line(self.folder / CLOCK, {"what": what, "seconds": round(seconds, 3), "ended": ended})
+            self.note_time(what)
+
+    def note_time(self, what: str) -> None:
+        """Write down the time since it was last written down."""
+        self.write_time(what, *self.time_passed())
+
+    def time_passed(self) -> tuple[float, datetime]:
+        """Seconds since time was last written down, which are not to be counted twice, and when that was."""
+        seconds, self.began = time.monotonic() - self.began, time.monotonic()
+        return seconds, datetime.now().astimezone()
+
+    def write_time(self, what: str, seconds: float, ended: datetime) -> None:
+        if self.keeps_time:
+            entry = {"what": what, "seconds": round(seconds, 3), "ended": ended.isoformat(timespec="seconds")}
+            append_line(self.folder / CLOCK, entry)
 
     def room(self, arm: str) -> Room:
         """Sizes, memory and plan of an arm; traced once."""

@@ -2,70 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fulltune.compare import design, rate_search
-from fulltune.comparing.line import FOLDER, START_SECONDS, Line
+from fulltune.comparing import timing
+from fulltune.comparing.line import FOLDER, Line
 from fulltune.comparing.trials import tried
-from fulltune.trials import Expectation, Search, Trial, Tried
+from fulltune.trials import Expectation, Search, Trial, TrialResult, Tried
 from fulltune.units import is_share
+
+EXPECTATION = f"{FOLDER}/expectation.json"
 
 
 def expect(line: Line) -> Expectation:
-    """The design and what it costs; settled once, so that going on later changes nothing."""
-    path = line.folder / FOLDER / "expectation.json"
-    if path.exists():
-        found = Expectation.load(path)
-        if found.budget_seconds != line.budget_seconds:
-            made_for = "no budget" if found.budget_seconds is None else f"a budget of {found.budget_seconds:g} s"
-            line.say(f"it goes on with the design that was made for {made_for}; --fresh begins anew")
-    else:
-        block = line.recipe.compare
-        costs = {one.arm: design.Cost(_run_seconds(line, one.arm), len(_grid(line, one))) for one in line.trained_arms}
-        seeds = design.num_seeds(block.seeds, line.summary.splits["train"].rows)
-        rows = line.summary.splits["test"].rows
-        margin = block.margin if is_share(line.measure.name) else None
-        steps = line.room(line.full.arm).plan.total_steps
-        share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
-        found = design.expected(
-            costs, seeds, share, START_SECONDS, rows, margin, line.budget_seconds, block.sequential, least
-        )
+    """The design and what it costs; settled once for a budget, so that going on later changes nothing."""
+    path = line.folder / EXPECTATION
+    found = Expectation.load(path) if path.exists() else None
+    if found is None or found.budget_seconds != line.budget_seconds or found.length_share < 1:
+        found = _settled(line)
         found.save(path)
     event = {"kind": "expectation", "expectation": found, "metric": line.measure.name}
     line.job.listener(event | {"margin": line.recipe.compare.margin})
     return found
 
 
-def _run_seconds(line: Line, arm: str) -> float:
-    time_need = line.room(arm).plan.time
-    return time_need.total_seconds if time_need else 0.0
+def _settled(line: Line) -> Expectation:
+    """The design for this budget, less what is there."""
+    block = line.recipe.compare
+    steps = line.room(line.full.arm).plan.total_steps
+    share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
+    prepared, ended = line.time_passed()
+    if line.budget_seconds is not None:
+        _measure(line, least)
+    costs = timing.costs_of(line)
+    found = design.expected(
+        costs,
+        design.num_seeds(block.seeds, line.summary.splits["train"].rows),
+        share,
+        timing.fixed_of(line),
+        line.summary.splits["test"].rows,
+        block.margin if is_share(line.measure.name) else None,
+        line.budget_seconds,
+        sequential=block.sequential,
+        least_search_share=least,
+        alpha=line.alpha,
+        spent_seconds=line.spent_seconds + prepared,
+        done=_done(line, costs),
+    )
+    line.write_time("preparation", prepared, ended)  # not of a command whose budget was refused
+    return found
 
 
-def _grid(line: Line, method: Any) -> tuple[float, ...]:
-    usual = line.room(method.arm).plan.learning_rate
-    return rate_search.grid(usual, method.learning_rates, method.learning_rate)
+def _measure(line: Line, share: float) -> None:
+    """Before a budget is planned for: a short trial of full, where there is none, because arithmetic alone errs too
+    much; most often the search begins with the same one."""
+    if any((line.folder / FOLDER / "trials").glob("*.json")):
+        return
+    rates = timing.grid(line, line.full)
+    trial = rate_search.search_trial(line.full.arm, rates[len(rates) // 2], share, line.recipe.train.seed)
+    line.say(f"measuring how fast it is here, before the budget is planned: {trial.share:.0%} of a run of {trial.arm}")
+    tried(line, trial)
+
+
+def _done(line: Line, costs: Mapping[str, design.Cost]) -> design.Done:
+    """What an earlier command left."""
+    kept = [TrialResult.load(path).trial for path in (line.folder / FOLDER / "trials").glob("*.json")]
+    searches = [path for arm in costs if (path := _path(line, arm)).exists()]
+    return design.Done(
+        runs={arm: sum(one.arm == arm and not one.searches for one in kept) for arm in costs},
+        searched=[path.stem for path in searches if not Search.load(path).time_was_up],
+    )
+
+
+def _path(line: Line, arm: str) -> Any:
+    return line.folder / FOLDER / "searches" / f"{arm}.json"
 
 
 def grid_trials(line: Line, method: Any, expectation: Expectation) -> list[Trial]:
-    """The short trials that a search begins with; none where there is one rate."""
-    rates = _grid(line, method)
+    """The short trials that a search begins with; none where there is one rate, or no time for a search."""
+    rates = timing.grid(line, method)
     total_steps = line.room(method.arm).plan.total_steps
-    wanted = rate_search.share_of_steps(expectation.search_share * expectation.length_share, total_steps)
-    share = min(wanted, expectation.length_share)
-    seed = line.recipe.train.seed
-    return [rate_search.search_trial(method.arm, rate, share, seed) for rate in rates] if len(rates) > 1 else []
+    if len(rates) < 2 or not expectation.search_share:
+        return []
+    share = rate_search.share_of_steps(expectation.search_share, total_steps)
+    return [rate_search.search_trial(method.arm, rate, share, line.recipe.train.seed) for rate in rates]
 
 
-def search(line: Line, method: Any, expectation: Expectation) -> Search:
-    """Find an arm's learning rate on the eval rows."""
-    path = line.folder / FOLDER / "searches" / f"{method.arm}.json"
-    if path.exists():
-        return Search.load(path)
+def search(line: Line, method: Any, expectation: Expectation, keep: float = 0.0) -> Search | None:
+    """Find an arm's learning rate on the eval rows.
+
+    Args:
+        line: The comparison.
+        method: Whose rate.
+        expectation: How long short trials are.
+        keep: Seconds that seeds need, which matter more than a search.
+
+    Returns:
+        None where there is no time for the search.
+    """
+    path = _path(line, method.arm)
+    if path.exists() and not (found := Search.load(path)).time_was_up:
+        return found
     trials = grid_trials(line, method, expectation)
-    if not trials:
-        found = rate_search.without_search(method.arm, *_grid(line, method))
+    rates = timing.grid(line, method)
+    if len(rates) == 1:
+        found = rate_search.without_search(method.arm, *rates)
         found.save(path)
         return found
+    if not trials or not timing.has_time(line, trials, keep):
+        return None
     may_extend = method.learning_rates is None
     found_at: dict[float, Tried] = {}
 
@@ -76,15 +122,29 @@ def search(line: Line, method: Any, expectation: Expectation) -> Search:
 
     for trial in trials:
         run_one(trial)
-    scale = scale_of(line)
+    scale, time_was_up = scale_of(line), False
     for _ in range(rate_search.MOST_EXTENSIONS):
         metrics = {rate: one.metric for rate, one in found_at.items()}
         further = rate_search.beyond(metrics, scale, may_extend)
         if further is None:
             break
-        run_one(rate_search.search_trial(method.arm, further, trials[0].share, line.recipe.train.seed))
+        trial = rate_search.search_trial(method.arm, further, trials[0].share, line.recipe.train.seed)
+        time_was_up = not timing.has_time(line, [trial], keep)
+        if time_was_up:
+            line.say(f"{method.arm}: no time to try {further:g} as well")
+            break
+        run_one(trial)
     found = rate_search.finished(method.arm, list(found_at.values()), scale, may_extend)
+    found = found.model_copy(update={"time_was_up": time_was_up})
     found.save(path)
+    return found
+
+
+def usual(line: Line, method: Any) -> Search:
+    """The usual rate, where there is no time to search; given rates: the one in their middle."""
+    rates = timing.grid(line, method)
+    found = rate_search.without_time(method.arm, rates[len(rates) // 2])
+    found.save(_path(line, method.arm))
     return found
 
 

@@ -12,7 +12,7 @@ from fulltune import model
 from fulltune.compare import rate_search
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Decision, Look
 from fulltune.comparing.line import BASE, FOLDER, Line, settings_of
-from fulltune.comparing.seeds import Results, waiting
+from fulltune.comparing.seeds import Ran, Results, waiting
 from fulltune.evaluate import drift, outputs
 from fulltune.records import Estimate, Scores
 from fulltune.trials import ArmRow, Opening, Search, TrialResult
@@ -122,17 +122,16 @@ def _rates_searched(search: Search) -> tuple[float, ...]:
 def design_of(
     line: Line,
     searches: Mapping[str, Search],
-    results: Results,
-    looks: Sequence[Look],
+    ran: Ran,
     openings: Sequence[Opening],
     others: Sequence[str],
     *,
     full_wins: bool,
 ) -> ComparisonDesign:
     """What the lint looks at."""
-    waited = waiting(looks)
+    waited = waiting(ran.looks)
     arms = []
-    for arm, found in results.items():
+    for arm, found in ran.results.items():
         method, made = line.room(arm).arm, line.room(arm).plan
         arms.append(
             ArmDesign(
@@ -148,6 +147,8 @@ def design_of(
                 bf16_rounding=made.bf16_rounding,
                 train_tokens=found[0].tokens,
                 waited=arm in waited,
+                time_was_up=ran.time_was_up,
+                no_time_to_search=searches[arm].time_was_up,
             )
         )
     return ComparisonDesign(
@@ -156,5 +157,7 @@ def design_of(
         weights_source="gguf" if model.is_quantised(model.locate(line.recipe.model)) else "plain",
         test_in_eval=line.summary.test_in_eval,
         opened_by_others=tuple(others),
-        test_openings=len({one.trials for one in openings}),  # the same trials again show nothing new
+        left_out=tuple(one.arm for one in line.trained_arms if one.arm not in ran.results),
+        test_openings=len({(one.trials, one.alpha) for one in openings}),  # the same trials again show nothing new
+        for_more_time=all(one.alpha is not None for one in openings),
     )

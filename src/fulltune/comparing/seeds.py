@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from fulltune.compare import design, items, rate_search
 from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems
 from fulltune.compare_records import Look
-from fulltune.comparing import beside
+from fulltune.comparing import beside, timing
 from fulltune.comparing.line import FOLDER, OPEN, Line
 from fulltune.comparing.rates import scale_of
 from fulltune.comparing.trials import clear, final, is_done, keep_best_model, result_of
@@ -26,27 +27,44 @@ from fulltune.trials import Expectation, Search, Trial, TrialResult
 Results = dict[str, list[TrialResult]]
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What whole runs gave."""
+
+    results: Results
+    looks: list[Look]
+    time_was_up: bool
+    """It ended because of the budget: more time would add something."""
+
+
 def run_seeds(
     line: Line, searches: dict[str, Search], expectation: Expectation, together: beside.Together = beside.alone
-) -> tuple[Results, list[Look]]:
+) -> Ran:
     """Whole runs, seed by seed, until the eval rows say that the answer is clear, or the time is up.
 
-    `searches` changes where whole runs showed that another rate is better; `together` settles trials at a time.
+    `searches` changes where whole runs showed that another rate is better; an arm for which there is no time leaves it.
+    `together` settles trials at a time.
     """
     results: Results = {arm: [] for arm in searches}
     looks: list[Look] = []
+    most = most_seeds(expectation)
     all_at_once = not line.recipe.compare.sequential
-    asked = dict.fromkeys(searches, expectation.num_seeds if all_at_once else 1)
+    asked = dict.fromkeys(searches, most if all_at_once else 1)
     while asked:
         if not _train(line, searches, results, asked, expectation, together):
             line.say("the budget is used up: the verdict is made from what there is")
-            return results, looks
+            return Ran(results, looks, True)
         if all_at_once:
             break
-        asked = _next(line, results, expectation, looks)
+        asked = {arm: count for arm, count in _next(line, results, expectation, looks).items() if arm in results}
         if not asked and looks[-1].num_seeds > 1:
             asked = _before_full(line, searches, results, looks)
-    return results, looks
+    return Ran(results, looks, False)
+
+
+def most_seeds(expectation: Expectation) -> int:
+    """Of each arm; the budget's are a forecast, and where time is left more are run."""
+    return expectation.recipe_seeds or expectation.num_seeds
 
 
 def _train(
@@ -60,20 +78,31 @@ def _train(
     """Whole runs until each arm has the seeds asked for; False when the time is up first."""
 
     def next_of(arm: str) -> Trial:
-        seed = line.recipe.train.seed + len(results[arm])
-        return design.final_trial(arm, searches[arm].chosen, seed, expectation.length_share)
+        return design.final_trial(arm, searches[arm].chosen, line.recipe.train.seed + len(results[arm]))
+
+    def keep() -> float:
+        """Seconds of what matters more than another rate: the seeds that were planned."""
+        return timing.to_come(line, _counts(results), expectation.num_seeds)
 
     while arms := _fewest(results, asked):
+        if not results[arms[0]] and (late := _no_time(line, results, next_of)):
+            line.say(f"{late}: there is no time for it")
+            del results[late], searches[late]
+            continue
         if len(results[arms[0]]) == 1:  # they go on: now their rates matter
-            together([one for arm in arms if (one := _next_check(line, searches[arm], results[arm][0]))])
+            checks = [one for arm in arms if (one := _next_check(line, searches[arm], results[arm][0]))]
+            if timing.has_time(line, checks, keep()):
+                together(checks)
             for arm in arms:
-                _check(line, searches, results[arm])
-        together([next_of(arm) for arm in arms])
-        arm = arms[0]
-        found, trial = results[arm], next_of(arm)
-        if found and not is_done(line, trial) and line.seconds_left < statistics.mean(_seconds(found)):
+                _check(line, searches, results[arm], keep())
+        trials = [next_of(arm) for arm in arms]
+        begins = bool(results[arms[0]]) and not is_done(line, trials[0])
+        if begins and not timing.has_time(line, trials):
             return False
-        line.say(f"{arm}: seed {len(found) + 1} of at most {expectation.num_seeds}")
+        together(trials)
+        arm, trial = arms[0], trials[0]
+        found = results[arm]
+        line.say(f"{arm}: seed {len(found) + 1} of at most {most_seeds(expectation)}")
         try:
             found.append(final(line, trial) if found else _first(line, searches, trial))
         except Diverged as stop:
@@ -83,9 +112,25 @@ def _train(
             found.clear()
             continue
         keep_best_model(line, found)
-        if expectation.num_seeds == 1:
-            _check(line, searches, found)
+        if most_seeds(expectation) == 1:
+            _check(line, searches, found, keep())
     return True
+
+
+def _counts(results: Results) -> dict[str, int]:
+    return {arm: len(found) for arm, found in results.items()}
+
+
+def _no_time(line: Line, results: Results, next_of: Callable[[str], Trial]) -> str | None:
+    """A method that has no run yet and for which there is no time beside two seeds of full and of one rival.
+
+    Full and the first rival of the recipe always get a run: without them there is nothing to compare.
+    """
+    pair = (line.full.arm, next(arm for arm in results if line.room(arm).arm.kind in RIVALS))
+    seeds = min(design.LEAST_SEEDS, line.recipe.compare.seeds or design.LEAST_SEEDS)
+    keep = timing.to_come(line, _counts(results), seeds)
+    others = (arm for arm, found in results.items() if not found and arm not in pair)
+    return next((arm for arm in others if not timing.has_time(line, [next_of(arm)], keep)), None)
 
 
 def _seconds(found: Sequence[TrialResult]) -> list[float]:
@@ -122,14 +167,14 @@ def _before_full(line: Line, searches: dict[str, Search], results: Results, look
     mine, leader = means.pop(line.full.arm), max(means.values())
     if mine - leader < line.recipe.compare.margin:
         return {}
-    changed = [arm for arm, found in decisive.items() if len(found) == 1 and _check(line, searches, found)]
+    changed = [arm for arm, found in decisive.items() if len(found) == 1 and _check(line, searches, found, 0.0)]
     better = [arm for arm in changed if scale.oriented(results[arm][0].metric) > leader]
     return {} if _again(looks[:-1], full) else dict.fromkeys(better, len(full))
 
 
 def _fewest(results: Results, asked: Mapping[str, int]) -> list[str]:
     """The arms whose turn it is: of those that lack seeds the ones with the fewest."""
-    lacking = {arm: len(results[arm]) for arm, count in asked.items() if len(results[arm]) < count}
+    lacking = {arm: len(found) for arm, found in results.items() if len(found) < asked.get(arm, 0)}
     return [arm for arm, count in lacking.items() if count == min(lacking.values())]
 
 
@@ -178,16 +223,16 @@ def _first(line: Line, searches: dict[str, Search], trial: Trial) -> TrialResult
         trial = trial.model_copy(update={"learning_rate": lower})
 
 
-def _check(line: Line, searches: dict[str, Search], results: list[TrialResult]) -> bool:
+def _check(line: Line, searches: dict[str, Search], results: list[TrialResult], keep: float) -> bool:
     """Put the best of whole runs at other rates in the place of an arm's first one; whether it was another one."""
     before = results[0]
-    results[0] = _checked(line, searches, before)
+    results[0] = _checked(line, searches, before, keep)
     keep_best_model(line, results)
     return results[0] is not before
 
 
-def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> TrialResult:
-    """The same, or a whole run at another rate where that is better.
+def _checked(line: Line, searches: dict[str, Search], result: TrialResult, keep: float) -> TrialResult:
+    """The same, or a whole run at another rate where that is better, and there is time beside what is to be kept.
 
     `searches` changes in memory only: when the comparison goes on later, the same is found again from all of them.
     """
@@ -195,7 +240,7 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult) -> Tr
     runs = {search.chosen: result}
     while (check := _next_check(line, search, *runs.values())) is not None:
         rate = check.learning_rate
-        if not is_done(line, check) and line.seconds_left < result.train_seconds:
+        if not timing.has_time(line, [check], keep):
             line.say(f"{arm}: no time to try {rate:g} in a whole run as well")
             break
         line.say(f"{arm}: a whole run with {rate:g} as well, because short trials alone do not tell the better rate")
@@ -218,7 +263,7 @@ def _next_check(line: Line, search: Search, *runs: TrialResult) -> Trial | None:
         return None
     whole = {search.chosen: runs[0].metric} | {one.trial.learning_rate: one.metric for one in runs[1:]}
     rate = rate_search.next_whole(search, whole, scale_of(line), may_extend)
-    return None if rate is None else design.final_trial(search.arm, rate, trial.seed, trial.share, check=True)
+    return None if rate is None else design.final_trial(search.arm, rate, trial.seed, check=True)
 
 
 def _metrics(runs: Mapping[float, TrialResult]) -> dict[float, float]:
@@ -268,9 +313,9 @@ def _look(line: Line, results: Results, expectation: Expectation, *, again: bool
         arm_items(line, results, OPEN, behind),
         line.measure,
         margin=line.recipe.compare.margin,
-        max_seeds=expectation.num_seeds,
+        max_seeds=most_seeds(expectation),
         again=again,
-        alpha=1 - line.recipe.evaluate.confidence,
+        alpha=line.alpha,
         clusters=clusters_of(line.folder / "data" / "eval"),
         test_rows=line.summary.splits["test"].rows,
     )

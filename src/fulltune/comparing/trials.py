@@ -180,6 +180,7 @@ def final(line: Line, trial: Trial) -> TrialResult:
         bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder)
         given = outputs.outputs(bench, line.folder / str(outcome.model_folder), line.texts[0], line.most_tokens)
         keep(line, trial.name, given)
+        evaluate.keep_temperature(bench, line.folder / str(outcome.model_folder), given.kept["eval"])
     result = result.model_copy(update={"seconds_per_row": given.seconds_per_row})
     result.save(path)
     return result
@@ -193,10 +194,15 @@ def keep(line: Line, name: str, found: outputs.Outputs) -> None:
         outputs.save(line.folder / "predictions" / "generic" / f"{name}.npz", {"generic": found.generic})
 
 
+def best_seed(line: Line, results: Sequence[TrialResult]) -> TrialResult:
+    """Of an arm's seeds the one with the best eval metric, whose model is kept."""
+    greater = line.measure.greater_is_better
+    return max(results, key=lambda one: (one.metric if greater else -one.metric, -one.trial.seed))
+
+
 def keep_best_model(line: Line, results: Sequence[TrialResult]) -> None:
     """Of an arm's seeds the model with the best eval metric becomes `models/<arm>`; the others are deleted."""
-    greater = line.measure.greater_is_better
-    best = max(results, key=lambda one: (one.metric if greater else -one.metric, -one.trial.seed))
+    best = best_seed(line, results)
     models, arm = line.folder / "models", best.trial.arm
     mine = models / best.trial.name
     if mine.exists():

@@ -10,50 +10,76 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from fulltune import evaluate, run_folder
+import numpy as np
+
+from fulltune import evaluate, report, run_folder
+from fulltune.calibration import calibrate
 from fulltune.compare.claims import claims
+from fulltune.compare.draws import draw
 from fulltune.compare.lint import lint
 from fulltune.compare.sequential import left
 from fulltune.compare.verdict import ArmItems, decide
-from fulltune.compare_records import Decision, Look
-from fulltune.comparing.line import BASE, OPENINGS, RECORD, SEALED, Line, append_line, lines_of
+from fulltune.compare_records import Decision
+from fulltune.comparing.line import BASE, OPEN, OPENINGS, RECORD, SEALED, Line, append_line, lines_of
 from fulltune.comparing.rows import design_of, rows_of
-from fulltune.comparing.seeds import Results, arm_items, waiting
-from fulltune.comparing.trials import keep
+from fulltune.comparing.seeds import Ran, Results, arm_items, most_seeds, waiting
+from fulltune.comparing.trials import best_seed, keep
 from fulltune.evaluate import drift, outputs
-from fulltune.records import Scores
+from fulltune.records import Estimate, Scores
 from fulltune.store import clusters_of
 from fulltune.trials import Comparison, Expectation, Opening, Search
 
 
-def judge(
-    line: Line,
-    expectation: Expectation,
-    searches: Mapping[str, Search],
-    results: Results,
-    looks: Sequence[Look],
-) -> Comparison:
+def judge(line: Line, expectation: Expectation, searches: Mapping[str, Search], ran: Ran) -> Comparison:
     """Open the test rows, once, and say what they say."""
     line.say("opening the test rows")
+    results, looks = ran.results, ran.looks
+    alpha = left(looks, line.alpha, time_was_up=ran.time_was_up)
     with line.clocked("verdict"):
-        openings = open_test_rows(line, [one.trial.name for found in results.values() for one in found])
+        openings = open_test_rows(line, [one.trial.name for found in results.values() for one in found], alpha)
         base, baselines = untouched(line)
         compared = arm_items(line, results, SEALED, waiting(looks))
         if (line.folder / SEALED / f"{BASE}.npz").exists():
             kept = outputs.load(line.folder / SEALED / f"{BASE}.npz")
             compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
-        confidence = line.recipe.evaluate.confidence
         decision = decide(
             compared,
             line.measure,
             margin=line.recipe.compare.margin,
             clusters=clusters_of(line.folder / "data" / "test"),
-            confidence=confidence,
-            alpha=left(looks, 1 - confidence),
+            confidence=line.recipe.evaluate.confidence,
+            alpha=alpha,
         )
-    found = comparison_of(line, expectation, searches, results, looks, decision, base, baselines, openings)
+    found = comparison_of(line, expectation, searches, ran, decision, base, baselines, openings)
+    write_model_cards(line, results)
     found.save(line.folder / RECORD)
     return found
+
+
+def write_model_cards(line: Line, results: Results) -> None:
+    """A README.md beside each method's weights, with the kept seed's score on the test rows."""
+    for arm, found in results.items():
+        kept = best_seed(line, found)
+        chosen, test = (outputs.load(line.folder / place / f"{kept.trial.name}.npz") for place in (OPEN, SEALED))
+        drawn = draw(line.measure, [[test]], clusters_of(line.folder / "data" / "test"))
+        calibrated = line.summary.problem_type in evaluate.CALIBRATED
+        confidence = line.recipe.evaluate.confidence
+        low, high = np.quantile(drawn.draws[0][:, 0], ((1 - confidence) / 2, (1 + confidence) / 2))
+        scores = Scores(
+            name=kept.trial.name,
+            kind="trained",
+            rows=drawn.num_rows,
+            metrics={
+                line.measure.name: Estimate(value=float(drawn.point[0][0]), low=float(low), high=float(high)),
+            },
+            main_metric=line.measure.name,
+            greater_is_better=line.measure.greater_is_better,
+            confidence=confidence,
+            calibration=calibrate(chosen["logits"], chosen["labels"], test["logits"], test["labels"])
+            if calibrated
+            else None,
+        )
+        report.write_card_of_trial(line.folder, line.folder / "models" / arm, scores)
 
 
 def untouched(line: Line) -> tuple[Scores | None, tuple[Scores, ...]]:
@@ -71,13 +97,14 @@ def untouched(line: Line) -> tuple[Scores | None, tuple[Scores, ...]]:
     return (baselines[0] if baselines else None), baselines
 
 
-def open_test_rows(line: Line, trials: Sequence[str]) -> tuple[Opening, ...]:
+def open_test_rows(line: Line, trials: Sequence[str], alpha: float) -> tuple[Opening, ...]:
     """Note who looks at the sealed rows; the noted openings, this one included."""
     opening = Opening(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
         command=line.command,
         trials=tuple(trials),
+        alpha=alpha,
     )
     append_line(line.folder / OPENINGS, opening.model_dump(mode="json"))
     return tuple(Opening.model_validate(entry) for entry in lines_of(line.folder / OPENINGS))
@@ -106,25 +133,25 @@ def comparison_of(
     line: Line,
     expectation: Expectation,
     searches: Mapping[str, Search],
-    results: Results,
-    looks: Sequence[Look],
+    ran: Ran,
     decision: Decision,
     base: Scores | None,
     baselines: tuple[Scores, ...],
     openings: tuple[Opening, ...],
 ) -> Comparison:
-    summary = line.summary
+    summary, results, looks = line.summary, ran.results, ran.looks
     rows = rows_of(line, searches, results, looks, decision, base)
     finals = [one for arm in results for one in results[arm]]
     full = [one.train_seconds for one in results[line.full.arm]]
     environment = run_folder.environment(line.machine)
     made = line.room(line.full.arm).plan
     asked = _asked(line)
+    left_out = tuple(one.arm for one in line.trained_arms if one.arm not in results)
     fixed = sum(
-        statistics.mean(one.train_seconds for one in found) * expectation.num_seeds for found in results.values()
+        statistics.mean(one.train_seconds for one in found) * most_seeds(expectation) for found in results.values()
     ) + sum(row.search_seconds for row in rows)
     full_wins, others = decision.verdict == "FULL", opened_by_others(line)
-    design = design_of(line, searches, results, looks, openings, others, full_wins=full_wins)
+    design = design_of(line, searches, ran, openings, others, full_wins=full_wins)
     return Comparison(
         name=line.folder.name,
         model=line.recipe.model.name,
@@ -151,6 +178,8 @@ def comparison_of(
         full_run_seconds=round(statistics.mean(full), 1),
         fixed_design_seconds=round(fixed, 1),
         cores=line.machine.num_cores,
+        time_was_up=ran.time_was_up or bool(left_out),
+        left_out=left_out,
         side_by_side=max(one.side_by_side for one in finals),
         full_side_by_side=max(one.side_by_side for one in results[line.full.arm]),
         device=made.device,

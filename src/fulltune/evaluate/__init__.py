@@ -12,12 +12,16 @@ from pathlib import Path
 from types import ModuleType
 
 from fulltune.bootstrap import Resampled
+from fulltune.calibration import temperature_of
 from fulltune.errors import SetupError
 from fulltune.evaluate.bench import Bench, Scored, UserMetrics
 from fulltune.out_of_memory import does_not_fit, is_out_of_memory
 from fulltune.recipe import Recipe, TaskName, with_attention
 from fulltune.records import DataSummary, Estimate, Outcome, Plan, Scores
-from fulltune.tasks import Target, task_named, token_classification
+from fulltune.tasks import Predictions, Target, task_named, token_classification
+
+CALIBRATED = ("single_label", "choice")
+"""Kinds of problems whose probabilities get a temperature."""
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -55,12 +59,7 @@ def score(
         path.unlink(missing_ok=True)  # the scores that are there may lack these metrics
     scores = _kept(path, lambda: _scorer(recipe.task).trained(bench, *bench.load_trained(model_folder)))
     if scores.calibration is not None:
-        notes_path = model_folder / "fulltune.json"
-        notes = json.loads(notes_path.read_text(encoding="utf-8"))
-        notes["temperature"] = scores.calibration.temperature
-        part = notes_path.with_name(notes_path.name + ".part")
-        part.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-        part.replace(notes_path)
+        _note_temperature(model_folder, scores.calibration.temperature)
     return scores
 
 
@@ -92,6 +91,21 @@ def _resampled(path: Path) -> Resampled | None:
     """The main metric on resamples, beside its scores; scores of an older version have none."""
     beside = path.with_suffix(".npz")
     return Resampled.load(beside) if beside.exists() else None
+
+
+def keep_temperature(bench: Bench, model_folder: Path, eval_rows: Predictions) -> None:
+    """Write the temperature that the eval rows give into a classifier's folder; other models have none."""
+    if bench.target.problem_type in CALIBRATED:
+        _note_temperature(model_folder, temperature_of(eval_rows["logits"], eval_rows["labels"]))
+
+
+def _note_temperature(model_folder: Path, temperature: float) -> None:
+    notes_path = model_folder / "fulltune.json"
+    notes = json.loads(notes_path.read_text(encoding="utf-8"))
+    notes["temperature"] = temperature
+    part = notes_path.with_name(notes_path.name + ".part")
+    part.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+    part.replace(notes_path)
 
 
 def _scorer(task: TaskName) -> ModuleType:

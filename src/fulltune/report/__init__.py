@@ -7,8 +7,10 @@ matplotlib, where it is installed.
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_fields
 from pathlib import Path
 
+from fulltune.records import Scores
 from fulltune.report.card import card
 from fulltune.report.content import build
 from fulltune.report.content import conclude as _conclude
@@ -16,11 +18,20 @@ from fulltune.report.files import replace
 from fulltune.report.html import page
 from fulltune.report.many_tasks import write_tasks
 from fulltune.report.markdown import markdown
+from fulltune.report.merged import merged_card
 from fulltune.report.proof import write_proof
 from fulltune.report.read import read_run
 from fulltune.report.verdict import Verdict
 
-__all__ = ["conclude", "write", "write_model_card", "write_proof", "write_tasks"]
+__all__ = [
+    "conclude",
+    "write",
+    "write_card_of_trial",
+    "write_merged_card",
+    "write_model_card",
+    "write_proof",
+    "write_tasks",
+]
 
 
 def write(folder: Path) -> Path:
@@ -55,6 +66,32 @@ def conclude(folder: Path) -> tuple[Verdict, tuple[str, ...]]:
         folder: The run folder.
     """
     return _conclude(read_run(Path(folder)))
+
+
+def write_card_of_trial(folder: Path, model_folder: Path, scores: Scores) -> None:
+    """Write `README.md` beside the weights of one of a comparison's methods, whose scores lie in no file of their own.
+
+    Args:
+        folder: The comparison's folder.
+        model_folder: The model's.
+        scores: Of the trial whose model it is.
+    """
+    view = read_run(Path(folder))
+    view = replace_fields(view, scores=(*(row for row in view.scores if row.kind != "trained"), scores))
+    replace(Path(model_folder) / "README.md", card(view, Path(model_folder)))
+
+
+def write_merged_card(source: Path, model_folder: Path, task: str) -> None:
+    """Write `README.md` into the folder of a merged model, from that of the model it was made of.
+
+    Args:
+        source: The folder with what was trained.
+        model_folder: The merged model's.
+        task: What the model does.
+    """
+    path = Path(source) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    replace(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))
 
 
 def write_model_card(folder: Path, model_folder: Path) -> None:

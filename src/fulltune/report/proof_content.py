@@ -72,7 +72,7 @@ def _ruling(comparison: Comparison) -> Ruling:
     return Ruling(
         kind=_KINDS[decision.verdict],
         label=proof_words.label(decision),
-        sentence=decision.headline,
+        sentence=proof_words.headline(comparison),
         note=proof_words.terms(comparison),
         warning=proof_words.warning(comparison),
     )
@@ -95,7 +95,8 @@ def _key_figures(comparison: Comparison) -> tuple[tuple[str, str], ...]:
 
 def _why(comparison: Comparison) -> Section | None:
     decision = comparison.decision
-    items = (*decision.because, *(f"To decide it: {one}" for one in decision.would_decide), *decision.notes)
+    to_do = (f"What to do: {one}" for one in proof_words.to_do(comparison))
+    items = (*decision.because, *to_do, *decision.notes)
     return unless_empty("Why", [Bullets(items)] if items else [])
 
 
@@ -305,10 +306,12 @@ def _facts(comparison: Comparison) -> tuple[tuple[str, str], ...]:
         ),
         ("test rows opened", _opened(comparison)),
         ("took", f"{took}; {comparison.device}, {cores}{beside}"),
-        ("a fixed design", fixed),
+        ("all seeds", fixed),
     ]
     if could := _could_find(comparison):
         facts.append(("could find", could))
+    if differed := _seeds_differed(comparison):
+        facts.append(("seeds differed", differed))
     if expected.notes:
         facts.append(("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)))
     facts.append(("drift", f"{comparison.drift_unit} against the untouched model, on {comparison.drift_text}"))
@@ -327,12 +330,24 @@ def _opened(comparison: Comparison) -> str:
 def _could_find(comparison: Comparison) -> str:
     """The differences that this comparison would have called; 80 times out of 100."""
     parts = []
-    if comparison.expectation.detectable is not None:
-        expected = Writer.of(comparison.decision).found_from(comparison.expectation.detectable)
-        parts.append(f"expected before the start, with all seeds: {expected}")
+    expected, write = comparison.expectation, Writer.of(comparison.decision)
+    if expected.detectable is not None:
+        seeds = words.counted(expected.num_seeds, "seed")
+        apart = "" if expected.detectable_apart is None else ", where seeds differ by half a point"
+        parts.append(f"expected before the start, with {seeds}: {write.found_from(expected.detectable)}{apart}")
+    if expected.detectable_apart is not None:
+        parts[-1] += f", {write.found_from(expected.detectable_apart)} where by two"
     if found := proof_words.could_find(comparison):
         parts.append(f"in the end: {found}; true differences of that size are called in 8 of 10 comparisons")
     return "; ".join(parts)
+
+
+def _seeds_differed(comparison: Comparison) -> str:
+    """The spread between seeds, beyond what few rows make of it."""
+    write = Writer.of(comparison.decision)
+    known = [one for one in comparison.decision.scores if one.seed_sd is not None]
+    parts = [f"{one.arm} by {write.amount(one.seed_sd)}" for one in known if one.seed_sd is not None]
+    return f"{', '.join(parts)} (standard deviation)" if parts else ""
 
 
 def _searches(comparison: Comparison) -> Table:

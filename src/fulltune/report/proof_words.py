@@ -95,6 +95,23 @@ def label(decision: Decision) -> str:
             return verdict
 
 
+def headline(comparison: Comparison) -> str:
+    """The verdict in a sentence; before it, what trains nothing and comes near, because then little was gained."""
+    near = near_without_training(comparison)
+    return f"{near} {comparison.decision.headline}" if near else comparison.decision.headline
+
+
+def to_do(comparison: Comparison) -> tuple[str, ...]:
+    """What would settle what is open."""
+    decision = comparison.decision
+    if not comparison.can_go_on:
+        return decision.would_decide
+    had = comparison.expectation.budget_seconds
+    given = f" (it had {words.duration(had)})" if had else ""
+    more = f"give more time{given}: the same command with a larger --budget goes on from these trials"
+    return (more, *decision.would_decide)
+
+
 def terms(comparison: Comparison) -> str:
     """On what terms the verdict holds: margin, certainty, rows."""
     decision, write = comparison.decision, Writer.of(comparison.decision)
@@ -120,8 +137,6 @@ def marks(comparison: Comparison) -> list[str]:
             f"Worth knowing: every run took {fine_share(expected.length_share)} of the recipe's steps, to stay within "
             "the budget: the verdict is about such runs."
         )
-    if (untrained := best_untrained(comparison)) is not None:
-        said.append(f"Worth knowing: {untrained}")
     write, known = Writer.of(decision), _known(comparison)
     still_open = [one for one in known if not (one.full_better or one.arm_better or one.equivalent)]
     if any(one.detectable > decision.margin for one in still_open):
@@ -155,19 +170,28 @@ def seeds_known(comparison: Comparison) -> bool:
     return any(one.seeds_known for one in comparison.decision.differences if one.decides)
 
 
-def best_untrained(comparison: Comparison) -> str | None:
-    """What costs no training of the model, where no method that was trained scores more."""
+def near_without_training(comparison: Comparison) -> str:
+    """The strongest baseline, where the method to take, else the best one, is not above it by more than its interval.
+
+    It says what both have and claims nothing of their difference, which is not known row by row.
+    """
     known = [one for one in comparison.baselines if comparison.metric in one.metrics]
-    trained = [row.metric.value for row in comparison.rows if row.seeds]
+    trained = [row for row in comparison.rows if row.seeds]
     if not known or not trained:
-        return None
+        return ""
     sign = 1 if comparison.greater_is_better else -1
     best = max(known, key=lambda one: sign * one.metrics[comparison.metric].value)
-    value = best.metrics[comparison.metric].value
-    if sign * value < max(sign * one for one in trained):
-        return None
-    write = Writer.of(comparison.decision)
-    return f"{best.name}, which trains nothing of the model, has {write.value(value)}: no method here does better."
+    top = max(trained, key=lambda row: sign * row.metric.value)
+    row = next((one for one in trained if one.arm == comparison.decision.recommended), top)
+    value, write = best.metrics[comparison.metric].value, Writer.of(comparison.decision)
+    if sign * value >= sign * top.metric.value:
+        return f"No method here does better than {best.name}, which trains nothing and has {write.value(value)}."
+    if sign * value < min(sign * row.metric.low, sign * row.metric.high):
+        return ""
+    return (
+        f"{best.name}, which trains nothing, has {write.value(value)} on the same test rows, within the interval of "
+        f"{row.arm}, {write.estimate(row.metric)}."
+    )
 
 
 def warning(comparison: Comparison) -> str:
@@ -179,7 +203,7 @@ def warning(comparison: Comparison) -> str:
         parts.append(f"{words.counted(unfair, 'mark')} of unfairness")
     if len(found) > unfair:
         parts.append(f"{words.counted(len(found) - unfair, 'thing')} worth knowing")
-    opened = len({one.trials for one in comparison.openings})  # the same trials again show nothing new
+    opened = len({(one.trials, one.alpha) for one in comparison.openings})  # the same trials again show nothing new
     again = f"The sealed test rows were opened {opened} times. " if opened > 1 else ""
     return f"{again}{words.listed(parts).capitalize()}: see Fairness." if parts else ""
 
@@ -201,18 +225,21 @@ def spent(comparison: Comparison) -> tuple[str, str]:
         fixed += f", {ratio(comparison.fixed_design_seconds / one)} one full run"
     trained = sum(row.train_seconds * len(row.seeds) + row.search_seconds for row in comparison.rows)
     saved = comparison.fixed_design_seconds - trained
-    seeds = words.counted(comparison.expectation.num_seeds, "seed")
-    said = f"the same search with {seeds} for every arm: {fixed}"
+    expected = comparison.expectation
+    seeds = words.counted(expected.recipe_seeds or expected.num_seeds, "seed")
+    said = f"{seeds} of every method, each with its rate search, take {fixed}"
     if saved > 0.005 * comparison.fixed_design_seconds > 0:
         share = words.percent(saved / comparison.fixed_design_seconds)
         if _time_was_up(comparison):
-            return took, f"{said}; the time was up before {words.duration(saved)} of it ({share})"
+            return took, f"{said}; the budget ended before {words.duration(saved)} of it ({share})"
         return took, f"{said}; stopping early saved {words.duration(saved)} of it ({share})"
     return took, f"{said}; stopping early saved nothing"
 
 
 def _time_was_up(comparison: Comparison) -> bool:
-    """It ended though the last look asked for more, or without looks before all seeds."""
+    """It ended because of the budget; in older records: though the last look asked for more, or before all seeds."""
+    if comparison.time_was_up:
+        return True
     if comparison.looks:
         return not comparison.looks[-1].enough
     return any(0 < len(row.seeds) < comparison.expectation.num_seeds for row in comparison.rows)

@@ -61,7 +61,7 @@ def test_verdict_few_rows_is_undecided_and_says_what_would_decide() -> None:
     (one,) = found.differences
     assert one.seeds_needed is not None
     assert one.seeds_needed > 3
-    assert f"{one.seeds_needed} seeds of each arm" in found.would_decide[0]
+    assert f"{one.seeds_needed} seeds of each method" in found.would_decide[0]
     assert one.detectable > 0.03
 
 
@@ -70,7 +70,7 @@ def test_verdict_one_seed_is_never_decided() -> None:
     assert found.verdict == "UNDECIDED"
     assert not found.differences[0].seeds_known
     assert "one seed" in found.because[0]
-    assert "more seed" in found.would_decide[0]
+    assert "train at least two, better three seeds of full and of lora" in found.would_decide[0]
 
 
 def test_verdict_arm_that_may_be_better_is_recommended_though_undecided() -> None:

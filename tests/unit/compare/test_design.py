@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from fulltune.compare import design
+from fulltune.compare.design import Choice, Cost, Done, Fixed
 from fulltune.compare.precision import planned_detectable
+from fulltune.compare.sequential import TIME_UP_SHARE, spent
+from fulltune.errors import RecipeError
+from fulltune.trials import Expectation
+from fulltune.units import parse_seconds
 
 
 @pytest.mark.parametrize(("given", "rows", "seeds"), [(None, 9_999, 5), (None, 10_000, 3), (2, 50, 2)])
@@ -13,50 +20,114 @@ def test_num_seeds_few_rows_need_more(given: int | None, rows: int, seeds: int) 
     assert design.num_seeds(given, rows) == seeds
 
 
-COSTS = {"full": design.Cost(100, 3), "lora": design.Cost(80, 3)}
+COSTS = {"full": Cost(100, 3), "lora": Cost(80, 3)}
+FIELD = {
+    "full": Cost(100, 3, True, 8),
+    "lora": Cost(90, 3, True, 8),
+    "adapter": Cost(80, 3, True, 8),
+    "head": Cost(30, 3, False, 8),
+}
+FIXED = Fixed(start=10)
+MANY = (60, *range(400, 4000, 60))
 
 
 def test_expected_without_budget_is_the_whole_design() -> None:
-    found = design.expected(COSTS, 3, 0.1, 10, 3080, 0.01)
+    found = design.expected(COSTS, 3, 0.1, FIXED, 3080, 0.01)
     assert found.seconds == pytest.approx(180 * (4 + 3 * 0.1) + 2 * 10 * (4 + 3))
-    assert (found.num_seeds, found.num_search_trials, found.length_share, found.notes) == (3, 6, 1.0, ())
-    assert found.detectable == planned_detectable(3080, 3, margin=0.01, num_arms=1)
+    assert (found.num_seeds, found.recipe_seeds, found.num_search_trials, found.notes) == (3, 3, 6, ())
+    assert found.detectable == planned_detectable(3080, 3, margin=0.01, alpha=spent(3, 3, 0.05))
+    assert found.detectable_apart is not None
+    assert found.detectable_apart > found.detectable
 
 
 def test_expected_methods_that_wait_get_one_run() -> None:
-    costs = {"full": design.Cost(100, 3), "prompt": design.Cost(120, 1), "lora": design.Cost(80, 3)}
-    found = design.expected(costs, 3, 0.1, 10, 3080, 0.01)
+    costs = {"full": Cost(100, 3), "prompt": Cost(120, 1), "lora": Cost(80, 3)}
+    found = design.expected(costs, 3, 0.1, FIXED, 3080, 0.01)
     # Which one leads is not known: the dearest is reckoned with. It has but one rate here.
     assert found.seconds == pytest.approx(100 * (4 + 0.3) + 120 * 3 + 80 * (1 + 0.3) + 10 * (4 + 3 + 1 + 6))
     assert found.most_seconds == pytest.approx(180 * (4 + 0.3) + 120 * 3 + 10 * (4 + 3 + 4 + 6))
-    assert design.expected(costs, 3, 0.1, 10, 3080, 0.01, sequential=False).seconds == found.most_seconds
+    assert design.expected(costs, 3, 0.1, FIXED, 3080, 0.01, sequential=False).seconds == found.most_seconds
+
+
+def test_expected_head_never_leads() -> None:
+    costs = {"full": Cost(100, 1), "lora": Cost(10, 1), "head": Cost(500, 1, decides=False)}
+    assert design.runs_of(costs, Choice(("full", "lora", "head"), 3, 0.1), True) == {"full": 3, "lora": 3, "head": 1}
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------
+
+
+def fitted(budget: float, costs: dict[str, Cost] = FIELD, seeds: int = 5, **more: object) -> Expectation | None:
+    """None where it is refused as too short."""
+    try:
+        return design.expected(costs, seeds, 0.1, Fixed(10, 5, 30), 300, 0.01, budget, **more)  # type: ignore[arg-type]
+    except RecipeError:
+        return None
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("costs", [COSTS, FIELD])
+def test_budget_more_of_it_never_gives_fewer_seeds_or_methods_and_the_forecast_keeps_it(
+    costs: dict[str, Cost], sequential: bool
+) -> None:
+    found = [(budget, fitted(budget, costs, sequential=sequential)) for budget in MANY]
+    known = [(budget, one) for budget, one in found if one is not None]
+    assert found[0][1] is None
+    assert known[-1][1].num_seeds == (5 if sequential else known[-1][1].num_seeds)
+    for budget, one in known:
+        assert one.most_seconds == one.seconds <= (1 - design.RESERVE) * budget
+        assert 2 <= one.num_seeds <= 5
+        assert {"full", "lora"} <= set(one.arms)
+        assert set(one.arms) | set(one.left_out) == set(costs)
+    assert all(before.num_seeds <= after.num_seeds for (_, before), (_, after) in pairwise(known))
+
+
+def test_budget_gives_up_breadth_before_the_third_and_the_search_after_it() -> None:
+    known = [one for budget in MANY if (one := fitted(budget)) is not None]
+    assert {one.num_seeds for one in known if one.left_out} == {2, 3}
+    assert {one.num_seeds for one in known if not one.search_share} == {2}
+    assert all(one.arms == ("full", "lora") for one in known if not one.search_share)
+    assert all("at a second rate" in " ".join(one.notes) for one in known if one.left_out and one.search_share)
+
+
+def test_budget_that_is_too_short_is_refused_with_one_that_is_enough() -> None:
+    with pytest.raises(RecipeError) as caught:
+        design.expected(COSTS, 3, 0.1, FIXED, 300, 0.01, 120)
+    (said,) = caught.value.problems
+    assert said.startswith("--budget 2m is too short for a verdict: 2 runs each of full and lora")
+    enough = said.partition("give --budget ")[2].split()[0]
+    assert design.expected(COSTS, 3, 0.1, FIXED, 300, 0.01, parse_seconds(enough)).num_seeds == 2
+
+
+def test_budget_leaves_the_search_its_least_length() -> None:
+    shares = {one.search_share for budget in MANY if (one := fitted(budget, least_search_share=0.08))}
+    assert shares == {0.0, 0.08, 0.1}
+
+
+@pytest.mark.parametrize("margin", [0.01, None])
+def test_detectable_of_two_seeds_is_not_promised(margin: float | None) -> None:
+    found = design.expected(COSTS, 5, 0.1, FIXED, 300, margin, 700)
+    assert (found.num_seeds, found.detectable, found.detectable_apart) == (2, None, None)
+
+
+def test_detectable_of_a_budget_that_will_end_is_that_of_the_part_of_alpha_it_may_spend() -> None:
+    found = design.expected(COSTS, 5, 0.1, FIXED, 300, 0.01, 1000)
+    assert found.num_seeds == 3
+    assert found.detectable == planned_detectable(300, 3, margin=0.01, alpha=TIME_UP_SHARE * 0.05)
+
+
+def test_going_on_counts_what_is_there_and_what_was_spent() -> None:
+    fresh = design.expected(COSTS, 3, 0.1, FIXED, 300, 0.01, 3000)
+    done = Done({"full": 3, "lora": 2}, ("full", "lora"))
+    going_on = design.expected(COSTS, 3, 0.1, FIXED, 300, 0.01, 3000, spent_seconds=600, done=done)
+    assert going_on.seconds == pytest.approx(600 + 110 + 2 * 90)  # one run of full and two of lora, checks among them
+    assert going_on.num_seeds == fresh.num_seeds
+    # What is there need not fit again: one run of lora is missing.
+    assert design.expected(COSTS, 2, 0.0, FIXED, 300, 0.01, 720, spent_seconds=600, done=done).num_seeds == 2
 
 
 @pytest.mark.parametrize(
-    ("budget", "seeds", "share", "length"), [(970, 3, 0.1, 1.0), (760, 2, 0.1, 1.0), (690, 2, 0.05, 1.0)]
+    ("time", "said", "up"), [(45, "45s", "50s"), (61, "1m1s", "1m10s"), (431, "7m11s", "7m30s"), (3601, "1h1s", "1h5m")]
 )
-def test_expected_budget_takes_seeds_then_search(budget: float, seeds: int, share: float, length: float) -> None:
-    found = design.expected(COSTS, 3, 0.1, 10, 1000, 0.01, budget)
-    assert found.seconds <= budget
-    assert (found.num_seeds, found.search_share, found.length_share) == (seeds, share, length)
-
-
-def test_expected_budget_leaves_the_search_its_least_length() -> None:
-    found = design.expected(COSTS, 3, 0.1, 10, 1000, 0.01, 690, least_search_share=0.08)
-    assert found.search_share == 0.08
-    assert any("a shorter rate search (8% of the steps)" in note for note in found.notes)
-    found = design.expected(COSTS, 3, 0.1, 10, 1000, 0.01, 690, least_search_share=0.1)
-    assert found.search_share == 0.1
-    assert not any("search" in note for note in found.notes)
-    assert found.length_share < 1
-
-
-def test_expected_small_budget_shortens_the_runs_and_says_so() -> None:
-    found = design.expected(COSTS, 3, 0.1, 10, 1000, None, 300)
-    assert found.seconds == pytest.approx(300, rel=0.01)
-    assert found.length_share < 1
-    assert "the verdict is about such runs" in found.notes[-1]
-    assert found.detectable is None
-    tiny = design.expected(COSTS, 3, 0.1, 10, 1000, None, 10)
-    assert tiny.length_share == design.SHORTEST
-    assert "each method gets one run, then it says what is known by then" in tiny.notes[-1]
+def test_times_are_written_as_they_are_typed(time: float, said: str, up: str) -> None:
+    assert (design.in_time(time), design.in_time(design.round_up(time))) == (said, up)

@@ -50,6 +50,33 @@ def test_lint_of_clean_design_is_silent() -> None:
 
 
 @pytest.mark.parametrize(
+    ("planted", "rule", "level", "said"),
+    [
+        ({"lora": {"seeds": (1,), "time_was_up": True}}, "few-seeds", "worth knowing", "one seed: the budget ends"),
+        ({"lora": {"seeds": (1, 2), "time_was_up": True}}, "few-seeds", "worth knowing", "2 seeds: the budget ends"),
+        (
+            {"lora": {"rates_searched": (), "no_time_to_search": True}},
+            "rate-not-searched",
+            "unfair",
+            "the budget leaves no time to search",
+        ),
+        ({"left_out": ("prompt",)}, "left-out", "worth knowing", "the budget leaves no time for it"),
+    ],
+)
+def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str, level: str, said: str) -> None:
+    (found,) = lint(design(**planted))
+    assert (found.rule, found.level) == (rule, level)
+    assert found.what.startswith(said) or said in found.what
+    assert "--budget" in found.to_do
+
+
+def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
+    for paid, level in ((True, "worth knowing"), (False, "unfair")):
+        made = design().model_copy(update={"test_openings": 2, "for_more_time": paid})
+        assert [(one.rule, one.level) for one in lint(made)] == [("test-opened-again", level)]
+
+
+@pytest.mark.parametrize(
     ("rule", "where", "level", "planted"),
     [
         ("rate-not-searched", "lora", "unfair", {"lora": {"rates_searched": ()}}),

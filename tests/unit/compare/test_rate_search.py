@@ -40,7 +40,10 @@ def test_beyond_best_at_the_edge_extends_the_grid(
     assert rate_search.beyond(metrics, Scale(greater, 1000, True), may_extend=False) is None
 
 
-def test_best_of_equal_rates_is_the_middle_one() -> None:
+def test_best_of_equal_rates_is_the_lowest_but_where_all_are_equal_the_middle_one() -> None:
+    assert rate_search.best_of({1e-4: 0.5, 3e-4: 0.9, 1e-3: 0.9}, SHARE) == 3e-4
+    assert rate_search.best_of({1e-4: 0.9, 3e-4: 0.9, 1e-3: 0.5}, SHARE) == 1e-4
+    assert rate_search.best_of({1e-4: 2.0, 3e-4: 2.0, 1e-3: 2.5}, LOSS) == 1e-4
     assert rate_search.best_of({1e-4: 0.5, 3e-4: 0.5, 1e-3: 0.5}, SHARE) == 3e-4
     assert rate_search.best_of({1e-4: math.nan, 3e-4: 0.1}, SHARE) == 3e-4
 
@@ -99,7 +102,7 @@ FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
         (FULL, 2e-4),
         ({"r6e_5": 0.03, "r2e_4": 0.194, "r6e_4": 0.185}, 6e-4),  # as good, with few steps
         ({"r6e_5": 0.3, "r2e_4": 0.766, "r6e_4": 0.613}, 6e-4),  # it may only have been slower to begin
-        ({"r6e_5": 0.3, "r2e_4": 0.3, "r6e_4": math.nan}, 6e-5),
+        ({"r6e_5": 0.3, "r2e_4": 0.3, "r6e_4": math.nan}, 2e-4),  # of equal ones the lower was taken first
         ({"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}, 2e-4),  # of equal ones the nearest
         ({"r6.3e_4": 0.0, "r2e_3": 0.0, "r6.3e_3": 0.0}, 6.3e-4),  # of equally near ones the lower
         ({"r2e_4": 0.3, "r6e_4": math.nan}, None),
@@ -168,7 +171,7 @@ def test_next_whole_goes_on_while_it_gets_clearly_better(
     ("metrics", "scale", "chosen", "on_edge"),
     [
         ((0.919, 0.925), SHARE, 2e-4, False),
-        ((0.919, 0.919), SHARE, 6e-4, False),  # equal: as the short trials said
+        ((0.919, 0.919), SHARE, 2e-4, False),  # equal: the lower one
         ((0.925, 0.912), SHARE, 6e-4, False),  # ahead by less than two standard errors
         ((0.925, 0.87), SHARE, 6e-4, True),
         ((2.0, 1.9), LOSS, 2e-4, False),
@@ -183,8 +186,8 @@ def test_after_whole_the_better_run_counts(
     found = rate_search.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale, 0.5)
     assert (found.chosen, found.on_edge) == (chosen, on_edge)
     assert [(one.learning_rate, one.share) for one in found.whole] == [(6e-4, 0.5), (2e-4, 0.5)]
-    equal = metrics[0] == metrics[1]
-    assert found.reason == (f"{search.reason}; 2 whole runs were equal" if equal else "the best of 2 whole runs")
+    equal = "the lower of 2 rates that were equal in whole runs"
+    assert found.reason == (equal if metrics[0] == metrics[1] else "the best of 2 whole runs")
 
 
 @pytest.mark.parametrize("rows", [50, 200, 3000])

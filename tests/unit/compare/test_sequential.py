@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.compare.sequential import WAITING_SHARE, left, look, spent
+from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, left, look, spent
 from fulltune.compare_records import Look
 from tests.unit.compare.arms import ACCURACY, arm, drawn_right
 
@@ -139,6 +139,29 @@ def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() ->
     assert left([one, two], 0.05) == pytest.approx(spent(3, 3, 0.05))
     assert left([one, two.model_copy(update={"enough": True})], 0.05) == two.spent
     assert left([], 0.05) == 0.05
+    assert left([], 0.05, time_was_up=True) == TIME_UP_SHARE * 0.05
+    assert left([one, two.model_copy(update={"enough": True})], 0.05, time_was_up=True) == two.spent
+
+
+def test_verdicts_when_the_time_was_up_and_after_more_time_keep_alpha_together() -> None:
+    """Three times the time was up, each time after a look more; then all seeds were run."""
+    total, looked = 0.0, looks_of(5)
+    for count in (1, 2, 3):
+        seen = looks_of(5, 0.05 - total)[:count]
+        total += left(seen, 0.05 - total, time_was_up=True)
+    last = looks_of(5, 0.05 - total)
+    ended = [*last[:-1], last[-1].model_copy(update={"enough": True})]
+    assert total + left(ended, 0.05 - total) < 0.05
+    assert left(ended, 0.05 - total) > 0
+    assert sum(one.spent for one in looked) == pytest.approx(0.05)
+
+
+def looks_of(most: int, alpha: float = 0.05) -> list[Look]:
+    """After each seed; none was enough."""
+    return [
+        Look(num_seeds=one, max_seeds=most, spent=spent(one, most, alpha), enough=False, reason="", arms=())
+        for one in range(1, most + 1)
+    ]
 
 
 def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_that_of_the_second_look() -> None:

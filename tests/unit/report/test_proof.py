@@ -71,7 +71,7 @@ def test_card_undecided_says_what_would_decide(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.undecided())
     for text in (markdown, Page(html).text):
         assert "UNDECIDED" in text
-        assert "To decide it: lora: 9,240 test rows or 12 seeds of each arm, were the difference what it seems" in text
+        assert "What to do: lora: take 9,240 test rows or 12 seeds of each method; that is enough if" in text
         assert "▸ lora" not in text
 
 
@@ -129,8 +129,8 @@ def test_card_cost_says_what_stopping_early_saved(tmp_path: Path) -> None:
     )
     assert "one full run (4 min 31 s, with 1/2 of the cores); cpu, 2 cores, 2 trials side by side" in together
     assert (
-        "the same search with 5 seeds for every arm: 1 h 26 min of training, 19.1× one full run; stopping early saved "
-        "28 min 12 s of it (32.7%)"
+        "5 seeds of every method, each with its rate search, take 1 h 26 min of training, 19.1× one full run; stopping "
+        "early saved 28 min 12 s of it (32.7%)"
     ) in markdown
 
 
@@ -157,8 +157,9 @@ def test_stopping_because_the_time_was_up_is_no_saving() -> None:
     one = comparisons.comparison()
     looks = (*one.looks[:-1], one.looks[-1].model_copy(update={"enough": False}))
     _, fixed = proof_words.spent(one.model_copy(update={"looks": looks}))
-    assert "; the time was up before " in fixed
+    assert "; the budget ended before " in fixed
     assert "saved" not in fixed
+    assert proof_words.spent(one.model_copy(update={"time_was_up": True}))[1] == fixed
 
 
 def test_marks_stand_beside_the_verdict_and_say_what_to_do(tmp_path: Path) -> None:
@@ -200,16 +201,33 @@ def test_marks_budget_and_few_rows_are_named() -> None:
     assert found[1].startswith("Worth knowing: lora: so few seeds say next to nothing about their spread")
 
 
-def test_marks_name_what_trains_nothing_where_no_method_does_better() -> None:
+@pytest.mark.parametrize(
+    ("value", "lead"),
+    [
+        (0.62, ""),
+        (
+            0.9155,
+            "nearest centroid, which trains nothing, has 91.5% on the same test rows, within the interval of lora",
+        ),
+        (0.955, "No method here does better than nearest centroid, which trains nothing and has 95.5%."),
+    ],
+)
+def test_headline_leads_with_what_trains_nothing_where_it_comes_near(tmp_path: Path, value: float, lead: str) -> None:
     made = comparisons.comparison()
-    assert proof_words.best_untrained(made) is None
     strong = made.baselines[1].model_copy(
-        update={"metrics": {"accuracy": made.baselines[1].metrics["accuracy"].model_copy(update={"value": 0.955})}}
+        update={"metrics": {"accuracy": made.baselines[1].metrics["accuracy"].model_copy(update={"value": value})}}
     )
-    marks = proof_words.marks(made.model_copy(update={"baselines": (made.baselines[0], strong)}))
-    assert marks == [
-        "Worth knowing: nearest centroid, which trains nothing of the model, has 95.5%: no method here does better."
-    ]
+    markdown, _ = cards(tmp_path, made.model_copy(update={"baselines": (made.baselines[0], strong)}))
+    verdict = markdown[markdown.index("**EQUIVALENT: take lora.**") :]
+    assert verdict.startswith(f"**EQUIVALENT: take lora.** {lead or 'Take lora'}")
+
+
+def test_card_of_a_budget_that_ended_says_how_to_go_on_and_blames_the_budget(tmp_path: Path) -> None:
+    made = comparisons.undecided(time_was_up=True)
+    expected = made.expectation.model_copy(update={"budget_seconds": 360.0, "recipe_seeds": 5, "num_seeds": 2})
+    markdown, html = cards(tmp_path, made.model_copy(update={"expectation": expected}))
+    for text in (markdown, Page(html).text):
+        assert "What to do: give more time (it had 6 min 0 s): the same command with a larger --budget goes on" in text
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
