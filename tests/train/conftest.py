@@ -10,7 +10,7 @@ from fulltune import footprint
 from tests.train.runs import without_tracing
 
 _TRACED = footprint._traced
-ABOUT_TRACING = ("test_dry_run", "test_footprint", "test_recovery")
+ABOUT_TRACING = ("test_compare", "test_dry_run", "test_footprint", "test_recovery")
 
 
 @pytest.fixture(scope="module", autouse=True)
