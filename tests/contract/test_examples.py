@@ -159,7 +159,7 @@ def test_example_of_a_comparison_ends_with_verdict_and_card(tmp_path: Path, mode
     }
     options = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     path = EXAMPLES / "compare-banking77.yaml"
-    with runs.in_this_process():
+    with runs.in_this_process(), runs.without_tracing():
         result = fulltune("compare", path, "--run-folder", tmp_path / "run", *options)
     assert result.code == 0, result.err
     assert "UNDECIDED" in result.out

@@ -24,7 +24,7 @@ from fulltune.classic import FulltuneNotice, Trainer, TrainingArguments
 from fulltune.classic import arguments as classic_arguments
 from fulltune.classic import dry_run as classic_dry_run
 from fulltune.classic.arguments import OLD_NAMES
-from fulltune.errors import Diverged, GuardStop
+from fulltune.errors import GuardStop
 
 SIGNAL = ("good", "bad")
 FILLER = [f"w{number}" for number in range(20)]
@@ -493,24 +493,17 @@ class _OwnLoss(Trainer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "factor", "logging", "said", "steps"),
+    ("kind", "factor", "logging", "said"),
     [
-        (Trainer, 50.0, "no", "the loss ran away: it began at 0", 24),
-        (Trainer, 50.0, "steps", "the loss ran away: it began at 0", 22),
-        (Trainer, 2.7, "no", "the loss ended higher than it began: 0", 24),
-        (Trainer, 1.0, "steps", "", 24),
-        (_OwnLoss, 50.0, "steps", "", 24),
+        (Trainer, 50.0, "no", "the loss ran away: it began at 0"),
+        (Trainer, 50.0, "steps", "the loss ran away: it began at 0"),
+        (Trainer, 2.7, "no", "the loss ended higher than it began: 0"),
+        (Trainer, 1.0, "steps", ""),
+        (_OwnLoss, 50.0, "steps", ""),
     ],
 )
-def test_loss_that_leaves_its_beginning_stops_or_is_said_unless_it_is_the_script_s(
-    kind: Any,
-    factor: float,
-    logging: str,
-    said: str,
-    steps: int,
-    tokenizer: Any,
-    tmp_path: Path,
-    caught: list[warnings.WarningMessage],
+def test_loss_that_leaves_its_beginning_is_said_once_unless_it_is_the_script_s(
+    kind: Any, factor: float, logging: str, said: str, tokenizer: Any, tmp_path: Path, caught: list[Any]
 ) -> None:
     options = {**QUIET, "logging_strategy": logging, "logging_steps": 1, "remove_unused_columns": False}
     args = TrainingArguments(str(tmp_path), max_steps=24, per_device_train_batch_size=8, **options)
@@ -519,13 +512,9 @@ def test_loss_that_leaves_its_beginning_stops_or_is_said_unless_it_is_the_script
     trainer = kind(
         model=model, args=args, train_dataset=data, data_collator=transformers.DataCollatorWithPadding(tokenizer)
     )
-    told: list[str] = []
-    try:
-        trainer.train()
-    except Diverged as stop:
-        told = [*stop.problems]
-    told += notices(caught)
-    assert trainer.state.global_step == steps
+    trainer.train()
+    told = notices(caught)
+    assert trainer.state.global_step == 24  # a model of a script may compute a loss that rises for good reasons
     assert len(told) == bool(said), told
     assert all(text.startswith(said) for text in told)
     assert all(text.endswith("that is too high (here 5e-05); take a tenth of it") for text in told)

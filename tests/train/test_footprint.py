@@ -213,6 +213,7 @@ def copies_of(config: Any, task: str, **options: Any) -> tuple[footprint.Footpri
     return found, [max(call.args[1].values(), default=0) for call in run.call_args_list]
 
 
+@pytest.mark.long
 def test_each_kind_of_layers_is_grown() -> None:
     kinds = ["sliding_attention"] * 2 + ["full_attention"]
     config = transformers.Gemma3TextConfig(

@@ -355,7 +355,9 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
 @pytest.mark.parametrize(
     ("losses", "eval_losses", "action"),
     [
-        ([1.1, 60.0, 43.0, 13.0], [], "stop"),
+        ([1.1, 60.0, 43.0, 13.0], [], "warn"),  # few batches, and nothing was evaluated
+        ([1.1, 60.0, 43.0, 13.0], [20.0], "stop"),
+        ([1.1, *[60.0] * 20], [], "stop"),
         ([1.1, 60.0, 43.0], [], "go on"),  # too few to tell
         ([1.1, 60.0, 43.0, 13.0], [0.8, 20.0], "warn"),  # the first evaluation's weights may be kept
         ([1.1, 0.4, 1.5, 1.6], [0.5], "go on"),

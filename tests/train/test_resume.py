@@ -346,6 +346,7 @@ def test_best_checkpoint_that_was_damaged_is_not_taken_and_the_run_says_so(
     assert warnings[0].startswith("the best weights (step 3) are lost")
 
 
+@pytest.mark.long
 def test_killed_processes_same_command_ends_with_the_unbroken_weights(
     unbroken: dict[str, torch.Tensor], tiny_encoder: Path, tmp_path: Path
 ) -> None:

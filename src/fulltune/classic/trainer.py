@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from fulltune.classic.arguments import notice, signed
 from fulltune.classic.dry_run import copied, dry_run, same_randomness
-from fulltune.errors import Diverged, GuardStop
+from fulltune.errors import GuardStop
 from fulltune.records import Moved
 from fulltune.train.callbacks import logged
 from fulltune.train.guards import came_apart, ended_high, nothing_learned, ran_away
@@ -37,8 +37,8 @@ _WITH_TOKENIZER = _THEIRS.replace(parameters=[*_THEIRS.parameters.values(), _TOK
 class Trainer(FiniteGuard, transformers.Trainer):
     """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
 
-    A loss or gradient that is not finite stops the run before the update, and so does, when it is logged, a loss that
-    left the place where it began, unless the script computes its own. One step at the longest length runs before
+    A loss or gradient that is not finite stops the run before the update. A loss that left the place where it began
+    gives a `FulltuneNotice`, unless the script computes its own. One step at the longest length runs before
     training, without changing its result, unless `dry_run` is set to False. After training it is counted how many
     values moved: see `moved`.
 
@@ -57,6 +57,7 @@ class Trainer(FiniteGuard, transformers.Trainer):
     _initial: InitialWeights | None = None
     _first_step: int = 0
     _rate_was_above_zero: bool = False
+    _rise_was_said: bool = False
     _untrained_loss: float | None = None
     _loss_scaling_known: bool = False
     _loss_is_mean: bool = False
@@ -92,14 +93,14 @@ class Trainer(FiniteGuard, transformers.Trainer):
         """Train as transformers does, then judge where the loss ended and count what moved.
 
         Raises:
-            GuardStop: The loss or a gradient is not finite, the loss left the place where it began, or nothing moved.
+            GuardStop: The loss or a gradient is not finite, or nothing moved.
         """
         if "model_path" in keywords:
             keywords["resume_from_checkpoint"] = keywords.pop("model_path")
             notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
         self.first_loss, self.last_losses, self._untrained_loss = None, (), None
-        self._rate_was_above_zero = False
+        self._rate_was_above_zero, self._rise_was_said = False, False
         try:
             result = super().train(*positional, **keywords)
             self._judge_end()
@@ -191,8 +192,12 @@ class Trainer(FiniteGuard, transformers.Trainer):
         self._rate_was_above_zero |= any(group["lr"] > 0 for group in self.optimizer.param_groups)
 
     def judge_logged(self) -> None:
-        """Stop when the logged loss has left the place where it began; a loss of the script's own may do so."""
-        if self._has_own_loss():
+        """Say, once, that the logged loss has left the place where it began.
+
+        A script's model may compute a loss that rises for good reasons (a term that is weighted up, a curriculum), so
+        that it is not stopped, unlike `fulltune run`.
+        """
+        if self._has_own_loss() or self._rise_was_said:
             return
         losses = logged(self.state, "loss")
         if self._first_step == 0 and self.first_loss is not None:
@@ -202,20 +207,20 @@ class Trainer(FiniteGuard, transformers.Trainer):
             ran_away(losses, self.args.learning_rate, self._untrained_loss),
         ):
             if verdict.action == "stop":
-                raise Diverged(verdict.reason)
+                self._rise_was_said = True
+                notice(verdict.reason)
+                return
 
     def _judge_end(self) -> None:
         """The same at the end, by the last steps: a script may log none of them."""
-        if self._has_own_loss() or self.first_loss is None:
+        if self._has_own_loss() or self._rise_was_said or self.first_loss is None:
             return
         losses: Sequence[float] = (self.first_loss, *self.last_losses[-(self.state.global_step - 1) :])
         if self._first_step > 0:  # where it began is in the history alone
             losses = logged(self.state, "loss")
         rate, eval_losses = self.args.learning_rate, logged(self.state, "eval_loss")
         verdict = ended_high(losses, eval_losses, rate, self._untrained_loss)
-        if verdict.action == "stop":
-            raise Diverged(verdict.reason)
-        if verdict.action == "warn":
+        if verdict.action != "go on":
             notice(verdict.reason)
 
     def _has_own_loss(self) -> bool:

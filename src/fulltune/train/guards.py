@@ -147,10 +147,11 @@ def ended_high(
 ) -> Verdict:
     """Judge a run that is over by the later half of its readings, at most `2 * WINDOW`; from 4 readings on.
 
-    Stop when they are as far above the beginning as in `ran_away` and no evaluation's loss was below it: what would be
-    saved is worse than nothing. Warn when they are that far above it, but an evaluation was better, whose weights may
-    be kept; and when their median is above the beginning by a quarter and by 0.1, and no evaluation was better. Where
-    nothing was evaluated it takes twice the beginning, which one easy batch does not make.
+    Stop when they are as far above the beginning as in `ran_away`, no evaluation's loss was below it, and it is no
+    chance of a few batches: from `2 * WINDOW` readings on, or where every evaluation is far above it as well. What
+    would be saved is worse than nothing. Warn when they are that far above it otherwise; and when their median is above
+    the beginning by a quarter and by 0.1, and no evaluation was better. Where nothing was evaluated it takes twice the
+    beginning. Where losses of batches differ by factors, a beginning that is low by chance can give a false warning.
 
     MiniLM-L6 with 3 labels ended at 2e-5 to 3e-3 below its beginning of 1.10; the medians were 1.5 at 0.01, 1.8 at
     0.03, 3.6 at 0.1, 52 at 0.9, with an accuracy of chance (docs/log.md).
@@ -166,7 +167,8 @@ def ended_high(
     begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, len(losses) // 2) :]
     was_better = any(loss < begin for loss in eval_losses)
     if _is_far(begin, last):
-        return Verdict("warn" if was_better else "stop", _far(begin, last, learning_rate))
+        is_sure = len(losses) >= 2 * WINDOW or (bool(eval_losses) and min(eval_losses) > _NONE_NEAR * begin)
+        return Verdict("stop" if is_sure and not was_better else "warn", _far(begin, last, learning_rate))
     now = statistics.median(last)
     times = _ABOVE if eval_losses else _ABOVE_UNEVALUATED
     if was_better or begin <= 0 or now <= max(times * begin, begin + _ABOVE_MORE):
