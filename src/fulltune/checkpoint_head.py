@@ -38,6 +38,7 @@ class Head:
 
 
 _MISSING = Head(None, "the checkpoint has none for this task")
+_AS_IT_IS = Head((), "")
 
 
 def settled(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> Head:
@@ -48,11 +49,16 @@ def settled(brought: PretrainedConfig, model_class: str, changes: Mapping[str, A
         model_class: The class that is loaded, such as `BertForSequenceClassification`.
         changes: What the task sets on the config; its `id2label` names the labels.
     """
-    if "id2label" not in changes:
-        return Head((), "")
     if brought.architectures and model_class not in brought.architectures:
         return _MISSING
-    return by_name(tuple((brought.id2label or {}).values()), tuple(changes["id2label"].values()))
+    if "id2label" not in changes:
+        return _AS_IT_IS
+    return by_name(_by_row(brought.id2label or {}), _by_row(changes["id2label"]))
+
+
+def _by_row(id2label: Mapping[int, str]) -> tuple[str, ...]:
+    """Names in the order of the head's rows: a config's file may hold them in another one (0, 1, 10, 11, 2)."""
+    return tuple(name for _, name in sorted(id2label.items()))
 
 
 def by_name(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Head:
@@ -72,13 +78,14 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head) -> Head:
+def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has_labels: bool) -> Head:
     """Give a loaded model the head that was settled on; returns what it has got.
 
     Args:
         model: With the checkpoint's values wherever names and shapes fit.
         missing: Parameters that the checkpoint did not have, or had in another shape: those are drawn already.
         head: What the configs say.
+        has_labels: The task's head has rows for labels; any other is taken as it is, whatever the configs say.
 
     Raises:
         SetupError: When the class does not show which values belong to the labels.
@@ -88,6 +95,8 @@ def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head) -> 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
     if above:
         return head if head.order is None else _MISSING
+    if not has_labels:
+        return _AS_IT_IS
     if head.order is not None and head.order == tuple(range(len(head.order))):
         return head
     rows = _rows_of_labels(model)

@@ -143,7 +143,7 @@ def files_of(path: Path) -> Files:
     train = found.get("train", unnamed)
     if not train:
         raise DataError(f"{path}: no file to train on; found {', '.join(file.name for file in held_out.values())}")
-    if not held_out and train is unnamed:
+    if not held_out and unnamed:
         return Files((path,))
     spare = [f"{file.name}: its name says nothing of train, eval or test" for file in unnamed if train is not unnamed]
     return Files(tuple(train), **held_out, left_out=tuple(spare))

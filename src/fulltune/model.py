@@ -5,6 +5,7 @@ Layer 1. Weights come from safetensors or GGUF; pickled weights and remote code 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -239,7 +240,7 @@ def load(
     missing = _check_loaded(model, info, block, head_is_new)
     if head_is_new:
         head = checkpoint_head.settled(load_config(block, source), type(model).__name__, config_changes)
-        on_head(checkpoint_head.put_in_order(model, missing, head))
+        on_head(checkpoint_head.put_in_order(model, missing, head, "id2label" in config_changes))
     _forget_gguf(model)
     return model
 
@@ -271,7 +272,8 @@ def shapes(
     import transformers
 
     source = locate(block, weights)
-    config, brought = load_config(block, source), load_config(block, source)
+    config = load_config(block, source)
+    brought = copy.deepcopy(config)
     for key, value in config_changes.items():
         setattr(config, key, value)
     if hasattr(config, "quantization_config"):

@@ -183,13 +183,13 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
     return problems
 
 
-_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text", "None": "nothing"}
+_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
 
 
 def _expected(annotation: str) -> str | None:
     """The values of a field in words; None where its type is none of the plain ones."""
     names = [name.strip() for name in annotation.split("|")]
-    return " or ".join(_TYPES[name] for name in names if name != "None") if set(names) <= set(_TYPES) else None
+    return " or ".join(_TYPES[name] for name in names if name != "None") if set(names) <= {*_TYPES, "None"} else None
 
 
 def _as_number(value: Any) -> str:
@@ -201,12 +201,34 @@ def _as_number(value: Any) -> str:
 
 
 def _is_a(value: Any, annotation: str) -> bool:
-    names = {name.strip() for name in annotation.split("|")}
+    names = _names(annotation)
+    if value is None:
+        return True
     if isinstance(value, bool):
         return "bool" in names
-    if isinstance(value, int):
-        return bool(names & {"int", "float"})
-    return type(value).__name__.replace("NoneType", "None") in names
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return bool(names & {"int", "float", "str"})
+    return type(value).__name__ in names or (isinstance(value, float) and "str" in names)
+
+
+def _names(annotation: str) -> set[str]:
+    return {name.strip() for name in annotation.split("|")}
+
+
+def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`train.extra` as transformers takes it: `1800.0` as a whole number, `2024` as a text, where such is expected;
+    null leaves a field as it is, where it cannot be empty."""
+    known, values = training_arguments(), dict[str, Any]()
+    for name, value in extra.items():
+        names = _names(known[name])
+        if value is None and names <= {"bool", "int", "float", "str"}:
+            continue
+        if isinstance(value, float) and value.is_integer() and "int" in names:
+            value = int(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and names <= {"str", "None"}:
+            value = str(value)
+        values[name] = value
+    return values
 
 
 def _without_workers(recipe: Recipe) -> list[str]:

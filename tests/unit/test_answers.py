@@ -12,6 +12,7 @@ import pytest
 from fulltune import evaluate
 from fulltune.bootstrap import resample
 from fulltune.display import _cell
+from fulltune.errors import SetupError
 from fulltune.evaluate.language import _drawn, _left_out
 from fulltune.recipe import Recipe
 from fulltune.records import Estimate
@@ -73,15 +74,23 @@ def test_without_the_packages_their_metrics_are_left_out_with_one_line(monkeypat
     assert _left_out(bench([], 1)) == "not computed: rougeL, chrf; pip install 'fulltune[text-metrics]'"
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "seq2seq"])
-def test_missing_scorers_of_answers_stop_no_plan_and_no_run(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorers = ("rouge_score", "sacrebleu")
+def test_missing_packages_stop_a_run_only_where_its_metric_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = ("rouge_score", "sacrebleu", "seqeval")
     for name in list(sys.modules):
-        if name.partition(".")[0] in scorers:
+        if name.partition(".")[0] in packages:
             monkeypatch.delitem(sys.modules, name)
-    for name in scorers:
+    for name in packages:
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
-    evaluate.check_extras(Recipe.model_validate({"model": "m", "task": task, "data": {"train": "t.jsonl"}}))
+    stopped = {}
+    for task in ("token-classification", "causal-lm", "seq2seq"):
+        try:
+            evaluate.check_extras(Recipe.model_validate({"model": "m", "task": task, "data": {"train": "t.jsonl"}}))
+        except SetupError as error:
+            stopped[task] = str(error)
+    assert list(stopped) == ["token-classification"]
+    assert "seqeval" in stopped["token-classification"]
+    for scorer in (causal_lm, seq2seq):
+        assert set(scorer.score_answers(["a"], ["A "])) == {"exact_match"}
 
 
 def test_metric_of_one_row_has_no_interval() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def test_head_of_another_class_is_not_taken() -> None:
     changes = {"id2label": dict(enumerate(LABELS))}
     assert settled(config, "BertForTokenClassification", changes).order == (0, 1, 2)
     assert settled(config, "BertForSequenceClassification", changes).order is None
-    assert settled(config, "BertForMultipleChoice", {}) == Head((), "")  # has no rows for labels
+    assert settled(config, "BertForTokenClassification", {}) == Head((), "")  # has no rows for labels
+    assert settled(config, "BertForMultipleChoice", {}).order is None
 
 
 def _checkpoint(folder: Path, kind: str, task: str, labels: tuple[str, ...]) -> Any:
@@ -96,6 +98,26 @@ def test_head_with_the_same_labels_in_another_order_gives_the_same_answers(
     assert head.in_words == "kept from the checkpoint: its 3 labels are the same, put into this order by their names"
     assert torch.allclose(_answers(model), before[..., [2, 0, 1]], atol=1e-6)
     assert model.config.id2label == {0: "good", 1: "bad", 2: "fine"}
+
+
+def test_rows_of_a_head_are_the_numbers_in_the_config_not_their_order_in_the_file(tmp_path: Path) -> None:
+    labels = tuple(f"label {place}" for place in "abcdefghijkl")
+    before = _answers(_checkpoint(tmp_path, "bert", "text-classification", labels))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {key: config["id2label"][key] for key in sorted(config["id2label"])}  # 0, 1, 10, 11, 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, head = _loaded(tmp_path, "text-classification", labels)
+    assert head.in_words == "kept from the checkpoint: its 12 labels are the same"
+    assert torch.allclose(_answers(model), before, atol=1e-6)
+
+
+def test_head_without_labels_is_expected_of_its_own_class_only_and_taken_where_it_is(tmp_path: Path) -> None:
+    block = ModelBlock(name=str(tmp_path))
+    _checkpoint(tmp_path, "bert", "text-classification", ("one",))
+    assert not models.shapes(block, "AutoModelForQuestionAnswering", {}).head_is_kept
+    heads: list[Head] = []
+    models.load(block, "AutoModelForMultipleChoice", {}, head_is_new=True, on_head=heads.append)
+    assert heads == [Head((), "")], "one row that rates texts, as a choice is rated"
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

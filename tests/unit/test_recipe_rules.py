@@ -103,3 +103,14 @@ def test_names_of_transformers_are_those_that_it_has() -> None:
     assert set(recipe_rules.training_arguments()) == fields
     assert recipe_rules.optimizers() == sorted(name.value for name in OptimizerNames)
     assert recipe_rules.trackers() == sorted(INTEGRATION_TO_CALLBACK)
+
+
+def test_extra_values_that_transformers_takes_are_let_through_as_it_takes_them() -> None:
+    extra = {"run_name": 2024, "ddp_timeout": 1800.0, "dataloader_num_workers": None, "hub_model_id": None}
+    values = {"model": "m", "task": "causal-lm", "data": {"train": "t.csv"}, "train": {"extra": extra}}
+    assert recipe_rules.of_settings(Recipe.model_validate(values)) == []
+    taken = recipe_rules.as_arguments(extra)
+    assert taken == {"run_name": "2024", "ddp_timeout": 1800, "hub_model_id": None}
+    assert type(taken["ddp_timeout"]) is int
+    values["train"] = {"extra": {"ddp_timeout": 1800.5, "run_name": True}}
+    assert len(recipe_rules.of_settings(Recipe.model_validate(values))) == 2

@@ -265,7 +265,8 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
     """The metrics that need only labels, so that baselines without probabilities have them too.
 
     A bootstrap computes them a thousand times: those of classes come from counts, with scikit-learn's values at a
-    hundredth of its time. A class that nothing was found of and nothing expected of is left out of the macro mean.
+    hundredth of its time. A class that nothing was found of and nothing expected of is left out of the macro mean of
+    single labels, and counts as 0 in that of several labels, as in scikit-learn.
 
     Args:
         true: Class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows].

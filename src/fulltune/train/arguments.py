@@ -9,7 +9,7 @@ from typing import Any
 from fulltune import recipe_rules, zero
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe import Recipe
-from fulltune.recipe_rules import NO_PACKAGES, OWN_OPTIMIZERS
+from fulltune.recipe_rules import NO_PACKAGES, OWN_OPTIMIZERS, as_arguments
 from fulltune.records import Plan
 
 
@@ -131,7 +131,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
-    extra = dict(train.extra)
+    extra = as_arguments(train.extra)
     if plan.torch_compile:
         extra["torch_compile"] = True
     if zero.wanted(recipe):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.data.by_name import split_of
+from fulltune.data.by_name import by_split
 from fulltune.data.given import find_sources
 from fulltune.errors import DataError
 from fulltune.init import Files, files_of, write_recipe
@@ -27,13 +27,32 @@ from tests import tiny
         ("val-0.csv", "eval"),
         ("test.tsv", "test"),
         ("train_test.csv", "test"),
+        ("testset.csv", "test"),
+        ("devset.csv", "eval"),
+        ("trainset.csv", "train"),
+        ("testset_w_refs.csv", "test"),
+        ("validate.csv", "eval"),
+        ("heldout.csv", "test"),
+        ("held-out.jsonl", "test"),
+        ("data-test-00000-of-00003.parquet", "test"),
+        ("test-00000-of-00001-b42a775f407cee45.parquet", "test"),
+        ("sst2.dev.tsv", "eval"),
+        ("dev_matched.tsv", "eval"),
+        ("test_data.csv", "test"),
+        ("my_evaluation_data_v2.csv", "eval"),
+        ("training-set.csv", "train"),
+        ("evaluation.csv", "eval"),
+        ("test-driven-development.jsonl", None),
+        ("model_evaluation.jsonl", None),
+        ("training_manual.jsonl", None),
+        ("testing_guide.jsonl", None),
         ("contest.csv", None),
         ("devices.csv", None),
         ("reviews.csv", None),
     ],
 )
-def test_split_is_a_whole_word_of_the_name(name: str, split: str | None) -> None:
-    assert split_of(Path(name)) == split
+def test_split_is_a_word_of_the_name_but_not_of_a_title(name: str, split: str | None) -> None:
+    assert Path(name) in by_split([Path("train.csv"), Path(name)])[split]
 
 
 def _folder(folder: Path, *names: str) -> Path:
@@ -51,6 +70,13 @@ def _folder(folder: Path, *names: str) -> Path:
         (("a.csv", "b.csv", "test.csv"), "", (["a.csv", "b.csv"], None, "test.csv")),
         (("train-0.csv", "train-1.csv"), "", (["train-0.csv", "train-1.csv"], None, None)),
         (("a.csv", "b.csv"), "", ([""], None, None)),
+        (("trainset.csv", "devset.csv", "testset.csv"), "", (["trainset.csv"], "devset.csv", "testset.csv")),
+        (("moby_dick.csv", "training_manual.csv", "essays.csv"), "", ([""], None, None)),
+        (("moby_dick.csv", "steam_train.csv", "essays.csv"), "", ([""], None, None)),
+        (("moby_dick.csv", "crash_test.csv", "test_pilots.csv"), "", ([""], None, None)),
+        (("reviews.csv", "reviews_test.csv"), "", (["reviews.csv"], None, "reviews_test.csv")),
+        (("my_training.csv", "my_test.csv"), "", (["my_training.csv"], None, "my_test.csv")),
+        (("trainset.csv", "testset.csv"), "trainset.csv", (["trainset.csv"], None, "testset.csv")),
         (("train.csv", "dev.csv", "test.csv"), "train.csv", (["train.csv"], "dev.csv", "test.csv")),
         (("my_train.csv", "my_valid.csv", "other_test.csv"), "my_train.csv", (["my_train.csv"], "my_valid.csv", None)),
         (("reviews.csv", "test.csv"), "reviews.csv", (["reviews.csv"], None, None)),
@@ -66,10 +92,9 @@ def test_files_of_a_folder_and_beside_a_file_are_found_by_name(
 
 
 def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
-    found = files_of(_folder(tmp_path, "train.csv", "labels.csv"))
-    assert found == Files(
-        (tmp_path / "train.csv",), left_out=("labels.csv: its name says nothing of train, eval or test",)
-    )
+    found = files_of(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
+    left_out = ("labels.csv: its name says nothing of train, eval or test",)
+    assert found == Files((tmp_path / "train.csv",), test=tmp_path / "test.csv", left_out=left_out)
 
 
 def test_two_files_for_the_same_held_out_rows_are_refused(tmp_path: Path) -> None:
@@ -109,6 +134,22 @@ def test_folder_with_test_rows_is_not_trained_on(tmp_path: Path) -> None:
         f"{tmp_path}: is given for training and holds dev.csv, test.csv, named as rows that are not trained on; write "
         f"data.train: {tmp_path}/train.csv, data.eval: {tmp_path}/dev.csv, data.test: {tmp_path}/test.csv",
     )
+
+
+def test_several_held_out_files_are_to_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    _folder(tmp_path, "train.csv", "test-0.csv", "test-1.csv")
+    with pytest.raises(DataError) as refusal:
+        find_sources(_recipe(tmp_path))
+    assert str(refusal.value).endswith(
+        f"write data.train: {tmp_path}/train.csv, data.test: a folder of their own, with test-0.csv, test-1.csv moved "
+        "into it"
+    )
+
+
+def test_corpus_with_words_of_splits_in_its_titles_is_trained_on(tmp_path: Path) -> None:
+    names = ["moby_dick.csv", "model_evaluation.csv", "test-driven-development.csv"]
+    _folder(tmp_path, *names)
+    assert [file.name for file in find_sources(_recipe(tmp_path))["train"].files] == names
 
 
 def test_folder_of_shards_and_a_file_that_the_recipe_names_are_trained_on(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import DataBlock, Recipe
-from fulltune.recipe_rules import READ_BY, check
+from fulltune.recipe_rules import READ_BY, check, of_pairs, of_settings
 from fulltune.records import DataSummary
 from fulltune.tasks.settings import check_settings_for
 
@@ -39,7 +39,8 @@ def test_settings_of_another_task_are_all_named() -> None:
     ],
 )
 def test_settings_of_the_task_and_defaults_pass(task: str, data: dict[str, Any]) -> None:
-    check(recipe(task, **data))
+    given = recipe(task, **data)
+    assert [*of_settings(given), *of_pairs(given)] == []
 
 
 def test_every_column_belongs_to_some_task() -> None:
