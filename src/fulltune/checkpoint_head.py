@@ -56,9 +56,9 @@ def settled(brought: PretrainedConfig, model_class: str, changes: Mapping[str, A
     return by_name(_by_row(brought.id2label or {}), _by_row(changes["id2label"]))
 
 
-def _by_row(id2label: Mapping[int, str]) -> tuple[str, ...]:
+def _by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
     """Names in the order of the head's rows: a config's file may hold them in another one (0, 1, 10, 11, 2)."""
-    return tuple(name for _, name in sorted(id2label.items()))
+    return tuple(id2label[row] for row in sorted(id2label, key=int))
 
 
 def by_name(theirs: tuple[str, ...], ours: tuple[str, ...]) -> Head:

@@ -161,6 +161,16 @@ def test_finished_model_is_loaded_as_it_is(tmp_path: Path) -> None:
     assert torch.allclose(_answers(model), before, atol=1e-6)
 
 
+def test_shapes_read_the_config_once_and_see_it_as_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _checkpoint(tmp_path, "bert", "text-classification", LABELS)
+    read, reads = models.load_config, list[str]()
+    monkeypatch.setattr(models, "load_config", lambda *given: reads.append("config") or read(*given))
+    changes = {"id2label": {0: "a", 1: "b", 2: "c"}}
+    found = models.shapes(ModelBlock(name=str(tmp_path)), "AutoModelForSequenceClassification", changes)
+    assert reads == ["config"]
+    assert not found.head_is_kept
+
+
 def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_encoder: Path) -> None:
     _checkpoint(tmp_path, "bert", "text-classification", LABELS)
     module = task_named("text-classification")
