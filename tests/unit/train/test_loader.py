@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import Recipe
-from fulltune.train.arguments import check_extra
+from fulltune.train.arguments import check_extra, training_arguments
 from fulltune.train.trainer import FullTrainer
+from tests.plans import plan
 
 
 def test_settings_of_the_loader_are_passed_on() -> None:
@@ -40,3 +42,11 @@ def test_settings_that_need_workers_are_refused_without() -> None:
         check_extra(recipe(dataloader_persistent_workers=True, dataloader_prefetch_factor=4))
     assert len(caught.value.problems) == 2
     assert all("dataloader_num_workers above 0" in problem for problem in caught.value.problems)
+
+
+def test_extra_values_reach_transformers_as_it_takes_them(tmp_path: Path) -> None:
+    extra = {"dataloader_num_workers": None, "ddp_timeout": 1800.0, "run_name": 2024}
+    data, train = {"train": "t.csv"}, {"extra": extra}
+    recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": data, "train": train})
+    made = training_arguments(recipe, plan(precision="fp32", device="cpu"), tmp_path)
+    assert (made.dataloader_num_workers, made.ddp_timeout, made.run_name) == (0, 1800, "2024")
