@@ -1,4 +1,4 @@
-"""Metrics on resamples of the rows, and their intervals. Layer 1: numpy only."""
+"""Metrics on resamples of the rows' clusters, and their intervals. Layer 1: numpy only."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ class Resampled:
 
     value: float
     draws: np.ndarray
-    """float64 [samples]. The same seed and number of rows draw the same rows, whoever is scored on them."""
+    """float64 [samples]. The same seed and the same clusters draw the same rows, whoever is scored on them."""
     num_rows: int
+    num_clusters: int
+    """What was drawn: rows that depend on each other come together."""
 
     def estimate(self, confidence: float) -> Estimate:
         """The value with its percentile interval.
@@ -29,7 +31,7 @@ class Resampled:
         """
         tail = (1 - confidence) / 2
         low, high = (float(np.nanquantile(self.draws, share)) for share in (tail, 1 - tail))
-        return Estimate(value=self.value, low=low, high=high, rows=self.num_rows)
+        return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 
     def save(self, path: Path) -> None:
         part = path.with_name(path.name + ".part.npz")
@@ -41,7 +43,10 @@ class Resampled:
     @classmethod
     def load(cls, path: Path) -> Resampled:
         with np.load(path, allow_pickle=False) as file:
-            return cls(float(file["value"]), file["draws"], int(file["num_rows"]))
+            num_rows = int(file["num_rows"])
+            # Earlier versions drew rows one by one.
+            num_clusters = int(file["num_clusters"]) if "num_clusters" in file else num_rows
+            return cls(float(file["value"]), file["draws"], num_rows, num_clusters)
 
 
 def resample(
@@ -49,23 +54,39 @@ def resample(
     metrics: Callable[[Mapping[str, np.ndarray]], Mapping[str, float]],
     *,
     samples: int,
+    clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Draw the rows anew with replacement and compute every metric again.
+    """Draw clusters of rows anew with replacement and compute every metric again.
+
+    Rows of one cluster (the same prompt, passage or nearly the same text) are right or wrong together: drawn one by one
+    they would look like more evidence than they are.
 
     Args:
         kept: Name to array whose first axis is the row.
         metrics: From such arrays to numbers.
         samples: Number of resamples.
+        clusters: Number of the cluster that each row belongs to; None: each row is one.
         seed: The same seed draws the same rows for every model, so that their draws can be subtracted.
+
+    Raises:
+        ValueError: When there are more or fewer rows than cluster numbers.
     """
     value = dict(metrics(kept))
-    count = len(next(iter(kept.values())))
+    num_rows = len(next(iter(kept.values())))
+    if clusters is not None and len(clusters) != num_rows:
+        raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
+    rows = np.arange(num_rows)
+    of_row = rows if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    num_clusters = int(of_row.max(initial=-1)) + 1
     draw = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {name: [] for name in value}
     for _ in range(samples):
-        chosen = draw.integers(0, count, count)
+        times = np.bincount(draw.integers(0, num_clusters, num_clusters), minlength=num_clusters)
+        chosen = np.repeat(rows, times[of_row])
         found = metrics({name: array[chosen] for name, array in kept.items()})
         for name in value:
             drawn[name].append(found[name])
-    return {name: Resampled(value[name], np.array(drawn[name], np.float64), count) for name in value}
+    return {
+        name: Resampled(value[name], np.array(drawn[name], np.float64), num_rows, num_clusters) for name in value
+    }

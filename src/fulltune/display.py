@@ -289,8 +289,8 @@ def selfcheck_table(page: Page) -> Group:
 def _cell(name: str, estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
-    if estimate.rows == 1:
-        return f"{number(name, estimate.value)} [dim]\\[one row][/dim]"
+    if estimate.lone:
+        return f"{number(name, estimate.value)} [dim]\\[{estimate.lone}][/dim]"
     low, high = (number(name, bound).removesuffix(" %") for bound in (estimate.low, estimate.high))
     return f"{number(name, estimate.value)} [dim]\\[{low}, {high}][/dim]"
 

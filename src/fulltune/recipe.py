@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fulltune.units import parse_bytes, parse_seconds
 
@@ -29,6 +29,8 @@ Interval = Literal["epoch", "steps"]
 TextRows = Literal["auto", "line", "paragraph", "section"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What a run or a method may be called: it becomes the name of a folder."""
+TAKEN = ("footprint", "measured", "shapes", "survey")
+"""What a method must not be called: its plan would lie where the run folder's `plan` has another file."""
 
 
 class Block(BaseModel):
@@ -167,6 +169,13 @@ class _Named(Block):
     name: str | None = Field(default=None, pattern=NAME)
     """Name of the model's folder and of the method in tables. Left out: the kind and what differs from its usual
     settings, such as `lora-r64`."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str | None) -> str | None:
+        if name is not None and name.lower() in TAKEN:  # some file systems tell no capitals
+            raise ValueError(f"'{name}' is the name of another file of the run folder; take another name")
+        return name
 
     def differences(self) -> tuple[str, ...]:
         """What tells this method apart from one of the same kind with its usual settings."""

@@ -202,10 +202,18 @@ class DiskNeed(Record):
         return self.one_checkpoint * self.num_checkpoints + self.model + self.offloaded
 
 
+STARTING, DRY_RUN = "starting", "checks and dry run"
+BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
+MOST_EMBEDDED = 10_000
+"""Train rows behind a classifier's baseline of frozen embeddings, at most; more would change its scores little and cost
+minutes."""
+
+
 class TimePart(Record):
     """A part of the command that is not training."""
 
     name: str
+    """`STARTING`, `DRY_RUN`, `BASELINES` or `TRAINED`."""
     seconds: float
     basis: Literal["arithmetic", "rule of thumb", "measured"]
 
@@ -533,6 +541,16 @@ class Estimate(Record):
     rows: int | None = None
     """Test rows that it is of: fewer than all where answers were generated for some. None: not written down (records of
     earlier versions), or no metric of rows."""
+    clusters: int | None = None
+    """Groups of dependent rows (one prompt, one passage, nearly the same text) that the interval rests on; None: as
+    `rows`."""
+
+    @property
+    def lone(self) -> str:
+        """Why it has no interval: it is of one row, or of rows that all depend on each other; empty: it has one."""
+        if self.rows == 1:
+            return "one row"
+        return "one group of rows" if self.clusters == 1 else ""
 
 
 class Calibration(Record):

@@ -9,9 +9,14 @@ from fulltune.compare.draws import Drawn
 from fulltune.compare.statistics import NO_SPREAD, difference
 from fulltune.records import Estimate
 
+_LEAST_CLUSTERS = 2
+"""One tells nothing of others: all its resamples are the same."""
+
 
 def paired(one: Resampled, other: Resampled, span: float | None, confidence: float) -> Estimate | None:
     """The first minus the second, with the interval of their difference; it covers the rows, not another seed.
+
+    Rows that depend on each other were drawn together, so the evidence is as much as there are clusters.
 
     Args:
         one: A metric of one model.
@@ -20,9 +25,10 @@ def paired(one: Resampled, other: Resampled, span: float | None, confidence: flo
         confidence: Level of the interval.
 
     Returns:
-        None when they are not of the same rows, or have no finite value in common.
+        None when they are not of the same rows, of fewer than two clusters, or have no finite value in common.
     """
-    if one.num_rows != other.num_rows or one.draws.shape != other.draws.shape:
+    sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (one, other)]
+    if sizes[0] != sizes[1] or one.num_clusters < _LEAST_CLUSTERS:
         return None
     finite = np.isfinite(one.draws) & np.isfinite(other.draws)
     if not finite.any() or not np.isfinite([one.value, other.value]).all():
@@ -31,7 +37,7 @@ def paired(one: Resampled, other: Resampled, span: float | None, confidence: flo
     drawn = Drawn(
         point=tuple(np.array([model.value]) for model in both),
         draws=tuple(model.draws[finite, None] for model in both),
-        num_clusters=one.num_rows,
+        num_clusters=one.num_clusters,
         num_rows=one.num_rows,
     )
     found = difference(drawn, 0, 1, [NO_SPREAD, NO_SPREAD], 1.0, span)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from fulltune.processors import load_processor
 from fulltune.recipe import ModelBlock, Recipe
 from fulltune.records import Plan, Scores
 from fulltune.selective_head import SelectiveHead, verified
-from fulltune.store import load_split, load_texts
+from fulltune.store import CLUSTERS, clusters_of, load_split, load_texts
 from fulltune.tasks import Predictions, Target, Task
 
 T = TypeVar("T")
@@ -56,13 +56,33 @@ class Bench:
         """The test rows in the user's own columns, and `place`."""
         return load_texts(self.data / "test")
 
-    def estimates(
-        self, kept: Mapping[str, np.ndarray], metrics: Callable[[Any], Mapping[str, float]]
-    ) -> dict[str, Resampled]:
-        """Metrics on all rows and on resamples; the first axis of each array in `kept` is the row."""
-        return resample(kept, metrics, samples=self.recipe.evaluate.bootstrap_samples)
+    def clusters(self, positions: Sequence[int] | None) -> np.ndarray | None:
+        """The cluster of each test row, or of those at `positions`; None: data of an earlier version has none."""
+        folder = self.data / "test"
+        if not (folder / CLUSTERS).exists():
+            return None
+        found = clusters_of(folder)
+        return found if positions is None else found[np.asarray(positions, np.int64)]
 
-    def user_estimates(self, predictions: Any, references: Any) -> dict[str, Resampled]:
+    def estimates(
+        self,
+        kept: Mapping[str, np.ndarray],
+        metrics: Callable[[Any], Mapping[str, float]],
+        positions: Sequence[int] | None = None,
+    ) -> dict[str, Resampled]:
+        """Metrics on all rows and on resamples of their clusters.
+
+        Args:
+            kept: Name to array whose first axis is the row.
+            metrics: From such arrays to numbers.
+            positions: Which test rows these are; None: all of them.
+        """
+        samples = self.recipe.evaluate.bootstrap_samples
+        return resample(kept, metrics, samples=samples, clusters=self.clusters(positions))
+
+    def user_estimates(
+        self, predictions: Any, references: Any, positions: Sequence[int] | None = None
+    ) -> dict[str, Resampled]:
         """Resamples of the user's own metrics; lists reach the user's function as lists, arrays as arrays."""
         if self.user_metrics is None:
             return {}
@@ -84,7 +104,7 @@ class Bench:
                     "it repaired"
                 ) from error
 
-        return self.estimates(kept, metrics)
+        return self.estimates(kept, metrics, positions)
 
     def scores(
         self,

@@ -12,11 +12,8 @@ from fulltune.calibration import calibrate
 from fulltune.evaluate.bench import WORST, Bench, Scored
 from fulltune.inference import Share, embeddings
 from fulltune.processors import opened
-from fulltune.records import Confusion
+from fulltune.records import MOST_EMBEDDED, Confusion
 from fulltune.tasks import Predictions, image_classification, multiple_choice, text_classification
-
-MOST_EMBEDDED = 10_000
-"""Train rows behind the baseline of frozen embeddings; more would change its scores little and cost minutes."""
 
 
 def baselines(bench: Bench) -> dict[str, Callable[[], Scored]]:

@@ -48,7 +48,8 @@ def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["
             )
         )
         asked, expected = _words(bench, rows)
-        estimates |= _compared(bench, made, expected) | bench.user_estimates(made, expected)
+        positions = list(drawn)
+        estimates |= _compared(bench, made, expected, positions) | bench.user_estimates(made, expected, positions)
         answers = tuple(
             Answer(text=text, expected=want, predicted=got)
             for text, want, got in zip(asked, expected, made, strict=True)
@@ -60,11 +61,10 @@ def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["
 
 def _copy(bench: Bench) -> Scored:
     """The source itself as the answer: what a summary, a correction or a paraphrase has to beat."""
-    rows = list(_drawn(bench).values())
-    sources, expected = _words(bench, rows)
-    return bench.scores(
-        "copy of the source", "baseline", len(rows), metrics=_compared(bench, [s.strip() for s in sources], expected)
-    )
+    drawn = _drawn(bench)
+    sources, expected = _words(bench, list(drawn.values()))
+    metrics = _compared(bench, [source.strip() for source in sources], expected, list(drawn))
+    return bench.scores("copy of the source", "baseline", len(drawn), metrics=metrics)
 
 
 def _drawn(bench: Bench) -> dict[int, dict[str, Any]]:
@@ -101,8 +101,10 @@ def _words(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
     return [task.prompt_text(row, bench.target) for row in rows], [task.answer_text(row, bench.target) for row in rows]
 
 
-def _compared(bench: Bench, answers: Sequence[str], expected: Sequence[str]) -> dict[str, Resampled]:
-    """The metrics of answers, whoever gave them."""
+def _compared(
+    bench: Bench, answers: Sequence[str], expected: Sequence[str], positions: Sequence[int]
+) -> dict[str, Resampled]:
+    """The metrics of answers to the test rows at these positions, whoever gave them."""
     task = seq2seq if bench.target.problem_type == "source_target" else causal_lm
     kept = task.score_answers(answers, expected)
-    return bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target))
+    return bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target), positions)

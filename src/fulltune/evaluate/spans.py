@@ -50,7 +50,7 @@ def trained(bench: Bench, model: Any, tokenizer: Any) -> Scored:
         bench.plan.trial,
         "trained",
         len(questions),
-        metrics=_estimates(bench, scores) | bench.user_estimates(predicted, accepted),
+        metrics=_estimates(bench, scores) | bench.user_estimates(predicted, accepted, _first_windows(bench)),
         worst=tuple(bench.task.worst(shown, asked, bench.target, WORST)),
     )
 
@@ -66,7 +66,15 @@ def _accepted(bench: Bench, questions: Mapping[str, Mapping[str, Any]]) -> list[
 
 
 def _estimates(bench: Bench, scores: Mapping[str, np.ndarray]) -> dict[str, Resampled]:
-    return bench.estimates(scores, lambda rows: bench.task.metrics(rows, bench.target))
+    return bench.estimates(scores, lambda rows: bench.task.metrics(rows, bench.target), _first_windows(bench))
+
+
+def _first_windows(bench: Bench) -> list[int]:
+    """Position of each question's first window: all windows of a question are in the same cluster."""
+    first: dict[str, int] = {}
+    for position, row in enumerate(bench.texts):
+        first.setdefault(row[PLACE], position)
+    return list(first.values())
 
 
 def _mean_of_windows(values: np.ndarray, places: Sequence[str], questions: Sequence[str]) -> np.ndarray:

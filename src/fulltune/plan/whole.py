@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from fulltune.plan.time import Work
 from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, Plan, TimePart
+from fulltune.records import (
+    BASELINES,
+    DRY_RUN,
+    MOST_EMBEDDED,
+    STARTING,
+    TRAINED,
+    DataSummary,
+    Plan,
+    TimePart,
+)
 
 START_SECONDS = 20.0
 """Two processes that import torch and transformers: 12 to 25 s on two cores."""
@@ -20,15 +29,11 @@ LOADS, LOAD_BYTES_PER_SECOND = 3, 10**9
 FIXED_SECONDS = 6.0
 """Of the checks and of each scoring, whatever the rows: further imports, the model put in place, intervals of the
 metrics; 6 to 12 s on two busy cores (docs/log.md)."""
-MOST_EMBEDDED = 10_000
-"""Train rows behind a classifier's baseline of frozen embeddings, at most."""
 LONGEST_PASSES, EXTRA_SHARE, LEAST_EXTRA, MOST_EXTRA = 2, 0.05, 0.5, 20.0
 """Of a dry run: passes of the longest micro batch; further timed passes as a share of the training, within bounds."""
 WRITES = ("prompt_completion", "chat", "source_target")
 EMBEDS = ("single_label", "multi_label", "regression", "tags")
 """Problems whose baseline is the untouched model's embeddings; choices and spans have baselines without a model."""
-STARTING, DRY_RUN = "starting", "checks and dry run"
-BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fulltune.records import Outcome, Plan
+from fulltune.records import BASELINES, DRY_RUN, TRAINED, Outcome, Plan
 from fulltune.report import words
 from fulltune.report.blocks import Block, Folded, Paragraph, Row, Section, Table, unless_empty
 from fulltune.report.read import Attempt, RunView
@@ -89,9 +89,9 @@ def _around(view: RunView, plan: Plan, attempt: Attempt) -> dict[str, float]:
     began = next((seconds for name, seconds in at.items() if name.startswith("checking")), None)
     checked = at["training"] - began if began is not None and "training" in at else 0.0
     return {
-        "checks and dry run": checked,
-        "scoring the baselines": sum(row.seconds for row in view.scores if row.kind != "trained"),
-        "scoring the trained model": scored.get(plan.trial, 0.0),
+        DRY_RUN: checked,
+        BASELINES: sum(row.seconds for row in view.scores if row.kind != "trained"),
+        TRAINED: scored.get(plan.trial, 0.0),
     }
 
 

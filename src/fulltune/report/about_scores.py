@@ -56,6 +56,8 @@ def results(view: RunView) -> Section | None:
     level = " and ".join(sorted({f"{100 * row.confidence:g}%" for row in view.scores}))
     caption = f"Each metric on the test rows, with its {level} bootstrap interval in brackets"
     blocks: list[Block] = [Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))]
+    if grouped := _groups(view.scores):
+        blocks.append(Paragraph(grouped))
     if answered := [row for row in view.scores if row.answers and len(row.answers) < row.rows]:
         blocks.append(Paragraph(about_answers(answered[-1])))
     blocks += [
@@ -72,6 +74,19 @@ def results(view: RunView) -> Section | None:
         legend = f"Mark and {level} interval; circle: baseline, square: before training, diamond: trained."
         blocks.append(Figures((Figure(interval_plot(title, bars, main), title, legend),), drawn_only=True))
     return Section("results", "Results on the test rows", tuple(blocks))
+
+
+def _groups(scores: Sequence[Scores]) -> str:
+    """What the intervals rest on, where rows depend on each other; empty where they do not."""
+    found = {(one.rows, one.clusters) for row in scores for one in row.metrics.values() if one.rows and one.clusters}
+    num_rows, num_groups = max(found, default=(0, 0))
+    if num_rows == num_groups:
+        return ""
+    return (
+        f"The {words.counted(num_rows, 'test row')} are {words.counted(num_groups, 'group')}: rows of one group share a "
+        "prompt, a passage or nearly the same text. Intervals are drawn over groups, because rows that depend on each "
+        "other are not independent evidence."
+    )
 
 
 def about_answers(row: Scores) -> str:

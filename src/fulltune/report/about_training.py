@@ -199,8 +199,15 @@ def _journal(view: RunView) -> list[Block]:
     )
     if not rows:
         return []
+    warnings = {  # in full: the advice stands at the end of them, and a cell is cut
+        f"Warning of {attempt.name}: {line.get('detail', '')}": None
+        for attempt in view.attempts
+        for line in attempt.journal
+        if line.get("event") == "warning"
+    }
+    shown: list[Block] = [Bullets(tuple(warnings))] if warnings else []
     table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
-    return [table] if len(rows) <= _JOURNAL_OPEN else [Folded(f"journal of {len(rows)} events", (table,))]
+    return [*shown, table if len(rows) <= _JOURNAL_OPEN else Folded(f"journal of {len(rows)} events", (table,))]
 
 
 def settings(view: RunView) -> Section | None:

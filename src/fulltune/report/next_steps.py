@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ _STILL_FALLING = 0.05
 """Share of the train loss by which the last quarter lies below the one before."""
 _ONE_CLASS = 0.98
 """Share of the test rows that get the same label from a model that tells nothing apart."""
-_GREW = 1.2
-"""The last quarter's loss over the first logged ones: a rate that is too high."""
+_GREW, _LEAST_READINGS = 1.2, 4
+"""The last quarter's median loss over the first one's, each of so many readings: single batches differ by a third."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ def next_steps(seen: Seen) -> tuple[str, ...]:
     if seen.verdict not in ("worse", "unresolved"):
         return ()
     found = []
-    if grew := _loss_grew(seen.loss):
-        found.append(f"{grew}: the learning rate is too high. Take a third: {_rate(seen, 1 / 3)}")
-    elif passed := _best_long_ago(seen):
+    grew, is_sure = _loss_grew(seen.loss)
+    passed = _best_long_ago(seen)
+    if grew:
+        found.append(f"{grew}. A likely cause: the learning rate is too high. Take a third: {_rate(seen, 1 / 3)}")
+    elif passed:
         found.append(f"{passed}. Take a lower rate: {_rate(seen, 1 / 3)}")
-    elif longer := _reasons_to_go_on(seen):
+    if not (is_sure or passed) and (longer := _reasons_to_go_on(seen)):
         found.append(f"{words.listed(longer)}. Train for longer: {_longer(seen)}")
     if seen.blind and found:
         found[0] = f"{seen.blind}. {found[0]}"
@@ -141,14 +144,18 @@ def _reasons_to_go_on(seen: Seen) -> list[str]:
     return reasons
 
 
-def _loss_grew(loss: Sequence[Point]) -> str:
-    """That the train loss ended far above where it began; empty where it did not."""
-    first = [value for _, value in loss[: max(1, len(loss) // 10)]]
-    _, last = _last_quarters(loss)
-    if len(loss) < 4 or not math.isfinite(last):
-        return ""
-    began = sum(first) / len(first)
-    return f"The train loss rose from {words.number(began)} to {words.number(last)}" if last > _GREW * began > 0 else ""
+def _loss_grew(loss: Sequence[Point]) -> tuple[str, bool]:
+    """That the train loss ended far above where it began, empty where it did not; and whether no reading of the first
+    quarter reaches the last one's median, so that it is not the batches' noise."""
+    values = [value for _, value in loss]
+    size = len(values) // 4
+    if size < _LEAST_READINGS or not all(map(math.isfinite, values)):
+        return "", False
+    began, ended = statistics.median(values[:size]), statistics.median(values[-size:])
+    if not ended > _GREW * began > 0:
+        return "", False
+    said = f"The train loss rose from {words.number(began)} to {words.number(ended)}"
+    return f"{said} (medians of the first and last quarter)", max(values[:size]) < ended
 
 
 def _last_quarters(loss: Sequence[Point]) -> tuple[float, float]:

@@ -109,7 +109,7 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Verdict:
     claim = f"{claim}, against {words.estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _finite(ahead):
-        said = _UNPAIRED if bar.rows == row.rows else _OTHER_ROWS
+        said = _LONE.format(mine.lone) if mine.lone else _UNPAIRED if bar.rows == row.rows else _OTHER_ROWS
         return Verdict("unpaired", f"{claim}. {said}", said, note)
     kind = _kind(ahead, row.greater_is_better)
     bounds = f"{100 * row.confidence:g}% interval: {_bounds(name, ahead)}"
@@ -129,6 +129,7 @@ _UNPAIRED = (
     "Their difference on the same rows was not measured; runs of older versions lack it. To have it, delete the run's "
     "folder 'scores', then give the run's folder to 'fulltune run'."
 )
+_LONE = "The test rows are {}: more of them, on other texts, are needed to tell a difference from chance."
 _OTHER_ROWS = "They were not scored on the same rows, so that their difference is not known."
 
 

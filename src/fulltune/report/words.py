@@ -74,9 +74,9 @@ def metric_name(name: str) -> str:
 
 
 def interval(name: str, estimate: Estimate) -> str:
-    """`[90.4%, 93.6%]`; of a single row there is none."""
-    if estimate.rows == 1:
-        return "[one row]"
+    """`[90.4%, 93.6%]`; of a single row, or group of rows, there is none."""
+    if estimate.lone:
+        return f"[{estimate.lone}]"
     return f"[{metric(name, estimate.low)}, {metric(name, estimate.high)}]"
 
 

@@ -13,6 +13,11 @@ def accuracy(right: np.ndarray) -> Resampled:
     return resample({"right": right.astype(float)}, lambda rows: {"a": float(rows["right"].mean())}, samples=1000)["a"]
 
 
+def grouped(right: np.ndarray, clusters: np.ndarray, samples: int = 200) -> Resampled:
+    kept = {"right": right.astype(float)}
+    return resample(kept, lambda rows: {"a": float(rows["right"].mean())}, samples=samples, clusters=clusters)["a"]
+
+
 def rows(both: int, first: int, second: int, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Whether each of two models has a row right, from how many rows both, only one or no model has right."""
     counts = (both, first, second, neither)
@@ -55,5 +60,42 @@ def test_difference_of_a_metric_without_bound_keeps_its_sign_and_size() -> None:
 def test_rows_that_are_not_the_same_have_no_difference() -> None:
     some, others = np.ones(30, bool), np.ones(31, bool)
     assert paired(accuracy(some), accuracy(others), 1.0, 0.95) is None
-    never = Resampled(float("nan"), np.full(1000, np.nan), 30)
+    never = Resampled(float("nan"), np.full(1000, np.nan), 30, 30)
     assert paired(accuracy(some), never, 1.0, 0.95) is None
+
+
+def test_equal_models_on_rows_that_depend_on_each_other_are_seldom_told_apart() -> None:
+    draw = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(40), 10)
+    wrong = 0
+    for _ in range(200):
+        one, other = (grouped((draw.random(40) < 0.7)[prompts], prompts) for _ in range(2))
+        found = paired(one, other, 1.0, 0.95)
+        assert found is not None
+        wrong += found.low > 0 or found.high < 0
+    assert wrong <= 20
+
+
+def test_clusters_of_one_row_are_the_rows() -> None:
+    first, second = rows(120, 7, 33, 40)
+    alone = np.random.default_rng(0).permutation(len(first))
+    of_rows = paired(accuracy(first), accuracy(second), 1.0, 0.95)
+    of_clusters = paired(grouped(first, alone, 1000), grouped(second, alone, 1000), 1.0, 0.95)
+    assert of_rows is not None
+    assert of_clusters is not None
+    assert [of_clusters.low, of_clusters.high] == pytest.approx([of_rows.low, of_rows.high], abs=0.02)
+
+
+@pytest.mark.parametrize("span", [1.0, None])
+def test_one_row_or_one_cluster_tells_nothing(span: float | None) -> None:
+    one, other = np.array([0.9]), np.array([0.8])
+    whole = [resample({"x": x}, lambda rows: {"a": float(rows["x"].mean())}, samples=100)["a"] for x in (one, other)]
+    assert paired(whole[0], whole[1], span, 0.95) is None
+    passage = np.zeros(30, int)
+    assert paired(grouped(np.ones(30), passage), grouped(np.zeros(30), passage), span, 0.95) is None
+
+
+def test_models_whose_rows_were_drawn_differently_have_no_difference() -> None:
+    right = np.arange(40) % 2
+    by_clusters, by_rows = (grouped(right, numbers) for numbers in (np.arange(40) // 2, np.arange(40)))
+    assert paired(by_clusters, by_rows, 1.0, 0.95) is None

@@ -1,0 +1,91 @@
+"""Scores of a run rest on the clusters of its test rows: those of labels, of some rows' answers and of questions."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune import evaluate
+from fulltune.bootstrap import Resampled, resample
+from fulltune.compare.paired import paired
+from fulltune.evaluate import classifiers, language, spans
+from fulltune.evaluate.bench import Bench
+from fulltune.records import Scores
+from fulltune.store import RowWriter, record_batch, save_clusters, words
+from fulltune.tasks import PLACE, Target, task_named
+
+RECIPE: Any = SimpleNamespace(evaluate=SimpleNamespace(bootstrap_samples=100, confidence=0.95))
+PLAN: Any = SimpleNamespace(metric="accuracy", greater_is_better=True, trial="full-seed42")
+LABELS = Target("single_label", {"text": "text", "label": "label"}, ("a", "b"))
+TEST = [place // 10 % 2 for place in range(120)]
+"""Labels of 12 texts with 10 rows each."""
+
+
+def bench(folder: Path, clusters: Any = None, target: Target = LABELS, task: str = "text-classification") -> Bench:
+    texts = [words(f"t.csv:{place // 2}", {"text": "x", "question": "?"}) for place in range(len(TEST))]
+    for split, labels in (("train", [1, 1, 0]), ("test", TEST)):
+        with RowWriter(folder / split) as writer:
+            writer.write(record_batch([{"labels": label} for label in labels], texts[: len(labels)]))
+    if clusters is not None:
+        save_clusters(folder / "test", np.asarray(clusters))
+    return Bench(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]
+
+
+TENS = [place // 10 for place in range(120)]
+
+
+def test_scores_rest_on_clusters_and_those_of_older_data_on_rows(tmp_path: Path) -> None:
+    grouped, alone = (
+        classifiers._majority(bench(tmp_path / str(number), clusters)) for number, clusters in enumerate((TENS, None))
+    )
+    one, other = grouped.scores.metrics["accuracy"], alone.scores.metrics["accuracy"]
+    assert (one.rows, one.clusters) == (120, 12)
+    assert (other.rows, other.clusters) == (120, 120)
+    assert one.high - one.low > 2 * (other.high - other.low)
+
+
+def test_difference_in_a_run_rests_on_clusters(tmp_path: Path) -> None:
+    """One model has eight of twelve texts right and the other four, ten rows each."""
+    of = np.array(TENS)
+    run = bench(tmp_path / "data", TENS)
+    for name, kind, right in (("before-training", "untouched", of < 4), ("full-seed42", "trained", of < 8)):
+        kept = {"right": right.astype(float)}
+        found = run.estimates(kept, lambda rows: {"accuracy": float(rows["right"].mean())})
+        scored = run.scores(name, kind, 120, found)  # type: ignore[arg-type]
+        evaluate._kept(tmp_path / "scores" / f"{name}.json", lambda scored=scored: scored)
+    mine = Scores.load(tmp_path / "scores" / "full-seed42.json")
+    ahead = evaluate.with_differences(tmp_path, mine, partial(paired, span=1.0, confidence=0.95))
+    found = ahead.differences["before-training"]
+    assert found.low < 0 < found.value < found.high
+
+
+def test_answers_to_some_rows_rest_on_the_clusters_of_these(tmp_path: Path) -> None:
+    target = Target("prompt_completion", {"prompt": "p", "completion": "c"})
+    run = bench(tmp_path, TENS, target, "causal-lm")
+    found = language._compared(run, ["a", "b", "a"], ["a", "a", "a"], [3, 7, 100])["exact_match"]
+    assert (found.num_rows, found.num_clusters) == (3, 2)
+
+
+def test_questions_rest_on_the_clusters_of_their_windows(tmp_path: Path) -> None:
+    run = bench(tmp_path, TENS, Target("spans", {}), "question-answering")
+    questions = {row[PLACE] for row in run.texts}
+    scores = {name: np.linspace(0, 1, len(questions)) for name in ("f1", "exact_match")}
+    found = spans._estimates(run, scores)["f1"]
+    assert (found.num_rows, found.num_clusters) == (60, 12)
+
+
+def test_more_cluster_numbers_than_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 rows with the clusters of 2"):
+        resample({"x": np.ones(3)}, lambda rows: {"a": 1.0}, samples=2, clusters=np.array([0, 1]))
+
+
+def test_draws_of_an_older_version_are_of_rows(tmp_path: Path) -> None:
+    np.savez(tmp_path / "full.npz", value=0.5, draws=np.array([0.4, 0.6]), num_rows=30)
+    assert Resampled.load(tmp_path / "full.npz").num_clusters == 30
+    Resampled(0.5, np.array([0.4]), 30, 7).save(tmp_path / "new.npz")
+    assert Resampled.load(tmp_path / "new.npz").num_clusters == 7
