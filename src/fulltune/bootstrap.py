@@ -59,7 +59,7 @@ def resample(
 ) -> dict[str, Resampled]:
     """Draw clusters of rows anew with replacement and compute every metric again.
 
-    Rows of one cluster (the same prompt, passage or nearly the same text) are right or wrong together: drawn one by one
+    Rows of one cluster (the same text, prompt or passage, or nearly so) are right or wrong together: drawn one by one
     they would look like more evidence than they are.
 
     Args:
@@ -87,6 +87,4 @@ def resample(
         found = metrics({name: array[chosen] for name, array in kept.items()})
         for name in value:
             drawn[name].append(found[name])
-    return {
-        name: Resampled(value[name], np.array(drawn[name], np.float64), num_rows, num_clusters) for name in value
-    }
+    return {name: Resampled(value[name], np.array(drawn[name], np.float64), num_rows, num_clusters) for name in value}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fulltune.units import parse_bytes, parse_seconds
 
@@ -170,12 +170,11 @@ class _Named(Block):
     """Name of the model's folder and of the method in tables. Left out: the kind and what differs from its usual
     settings, such as `lora-r64`."""
 
-    @field_validator("name")
-    @classmethod
-    def _name_is_free(cls, name: str | None) -> str | None:
-        if name is not None and name.lower() in TAKEN:  # some file systems tell no capitals
-            raise ValueError(f"'{name}' is the name of another file of the run folder; take another name")
-        return name
+    @model_validator(mode="after")
+    def _name_must_be_free(self) -> Self:
+        if self.name is not None and self.name.lower() in TAKEN:  # some file systems do not tell capitals
+            raise ValueError(f"name: '{self.name}' is the name of another file of the run folder; take another name")
+        return self
 
     def differences(self) -> tuple[str, ...]:
         """What tells this method apart from one of the same kind with its usual settings."""
@@ -460,7 +459,8 @@ class EvaluateBlock(Block):
     baselines: bool = True
     """Also score what costs no training: the majority class and frozen embeddings, or the untouched language model."""
     bootstrap_samples: int = Field(default=1000, ge=100)
-    """Resamples of the test rows behind each interval."""
+    """Resamples of the test rows behind each interval; rows with the same text, prompt or passage, or nearly so,
+    are drawn together."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Level of the intervals."""
     generate_rows: int = Field(default=100, ge=0)

@@ -542,7 +542,7 @@ class Estimate(Record):
     """Test rows that it is of: fewer than all where answers were generated for some. None: not written down (records of
     earlier versions), or no metric of rows."""
     clusters: int | None = None
-    """Groups of dependent rows (one prompt, one passage, nearly the same text) that the interval rests on; None: as
+    """Groups of dependent rows (the same text, prompt or passage, or nearly so) that the interval rests on; None: as
     `rows`."""
 
     @property

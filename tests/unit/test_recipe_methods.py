@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from fulltune import cli_plan, pipeline
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
+from fulltune.recipe import TAKEN, Recipe
 from fulltune.recipe_file import check, load_recipe
 from fulltune.units import parse_seconds
 
@@ -204,3 +205,14 @@ def test_times_are_read(text: str, seconds: float) -> None:
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_seconds(text)
+
+
+@pytest.mark.parametrize("name", ["footprint", "Shapes", "measured", "survey"])
+def test_method_named_like_a_file_beside_its_plan_is_refused(name: str) -> None:
+    said = f"name: '{name}' is the name of another file of the run folder; take another name"
+    assert problems(method={"kind": "lora", "name": name}) == [f"method.{said}"]
+    assert problems(methods=["full", {"kind": "lora", "name": name}]) == [f"methods.1.{said}"]
+
+
+def test_names_of_all_files_beside_plans_are_taken() -> None:
+    assert {Path(file).stem for file in (pipeline.FOOTPRINT, pipeline.SHAPES, cli_plan.SURVEY)} < set(TAKEN)

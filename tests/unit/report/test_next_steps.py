@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fulltune.records import Confusion, Estimate
@@ -16,6 +17,8 @@ from fulltune.report.read import read_run
 FLAT = tuple((step, 1.0) for step in range(10, 410, 10))
 FALLING = tuple((step, 4.0 * 0.97 ** (step / 10)) for step in range(10, 410, 10))
 GROWING = tuple((step, 1.0 + step / 10) for step in range(10, 410, 10))
+UNSURE = tuple((10 * place, 1.0 + place / 40 + (place % 3 == 0)) for place in range(1, 41))
+"""Growing, but a third of the first readings lie where the last ones do."""
 RISING = ((200, 0.3), (400, 0.5))
 PASSED = ((100, 0.5), (200, 0.4), (300, 0.4), (400, 0.3))
 STILL = ((200, 0.5), (400, 0.5))
@@ -34,7 +37,9 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
         ({"loss": FALLING, "by_steps": True}, ["--set train.max_steps=800"], ["num_train_epochs"]),
         ({"steps": 12, "total_steps": 12}, ["12 steps are few", LONGER], []),
         ({"steps": 12, "total_steps": 400}, [], ["are few"]),  # stopped early: a longer run would stop there too
-        ({"loss": GROWING}, ["rose from", "too high", LOWER], [LONGER]),
+        ({"loss": GROWING}, ["rose from", "A likely cause: the learning rate is too high", LOWER], [LONGER]),
+        ({"loss": GROWING[:15]}, ["The curves show no reason"], ["too high"]),  # three readings a quarter
+        ({"loss": UNSURE, "metric": RISING}, ["A likely cause", LOWER, "still rising", LONGER], []),
         ({"loss": GROWING, "metric": RISING}, [LOWER], [LONGER]),
         ({"metric": PASSED}, ["was best at step 100 and worse at the end", LOWER], [LONGER]),
         ({"metric": PASSED, "loss": FALLING}, ["was best at step 100", LOWER], [LONGER]),  # overfitting
@@ -101,3 +106,16 @@ def test_labels_that_are_really_all_the_same_are_no_fault(classification: Path, 
     )
     kit.save_scores(classification, row)
     assert "same label" not in " ".join(conclude(read_run(classification))[1])
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.3])
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_of_the_batches_on_a_falling_curve_is_no_sign_of_a_high_rate(noise: float, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    falling = np.geomspace(1.0, 0.6, 24) * draw.normal(1.0, noise, 24)
+    falling[0] = 0.5  # an easy first batch
+    loss = tuple((10 * place, float(value)) for place, value in enumerate(falling, start=1))
+    said = " ".join(next_steps(replace(WORSE, steps=80, total_steps=80, loss=loss)))
+    assert "rose" not in said
+    assert "80 steps are few" in said
+    assert LONGER in said

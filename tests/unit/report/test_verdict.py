@@ -138,3 +138,14 @@ def test_sentence_loss_says_its_direction_and_who_lost(kit: SimpleNamespace) -> 
     assert "loss 2.3 [2.23, 2.37] (smaller is better) on" in untouched.sentence
     assert untouched.sentence.endswith(", and training made it worse.")
     assert judge(pair(kit, 2.3, 1.2, (1.0, 1.2), "loss")).sentence.endswith(", and the baseline needs no training.")
+
+
+def test_verdict_on_one_group_of_rows_says_what_is_missing(kit: SimpleNamespace) -> None:
+    lone = Estimate(value=0.9, low=0.9, high=0.9, rows=30, clusters=1)
+    rows = [kit.scores("majority class", "baseline", 0.3), kit.scores("full-seed42", "trained", 0.9)]
+    rows = [row.model_copy(update={"metrics": {"accuracy": lone}}) for row in rows]
+    verdict = judge(rows)
+    assert verdict.kind == "unpaired"
+    assert "[one group of rows]" in verdict.sentence
+    assert "older versions" not in verdict.sentence
+    assert "more of them" in verdict.brief

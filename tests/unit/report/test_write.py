@@ -259,3 +259,26 @@ def test_import_report_needs_no_heavy_package() -> None:
         *("errors", "records", "compare_records", "trials", "units"),
         "report",
     }
+
+
+def test_warning_is_written_in_full_because_its_advice_stands_at_the_end(
+    classification: Path, kit: SimpleNamespace
+) -> None:
+    advice = "Usual cause: a learning rate that is too high (here 0.01); take a tenth of it"
+    detail = f"the loss ended higher than it began: 1.1 before the first update, 1.5 as the median of it. {advice}"
+    journal = classification / "attempts" / "full-seed42-01" / "journal.jsonl"
+    kit.write_lines(journal, [{"time": "t", "event": "warning", "detail": detail}] * 2)
+    markdown, html = both(classification)
+    assert advice in markdown
+    assert advice in html
+    assert markdown.count("take a tenth of it") == 1, "said once, however often it was journalled"
+
+
+def test_report_says_that_intervals_rest_on_groups_where_rows_depend_on_each_other(
+    classification: Path, kit: SimpleNamespace
+) -> None:
+    assert "Intervals are drawn over groups" not in both(classification)[0]
+    row = kit.scores("full-seed42", "trained", 0.9)
+    metrics = {name: one.model_copy(update={"rows": 400, "clusters": 40}) for name, one in row.metrics.items()}
+    kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
+    assert "The 400 test rows are 40 groups" in both(classification)[0]
