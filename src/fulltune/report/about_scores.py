@@ -83,8 +83,8 @@ def _groups(scores: Sequence[Scores]) -> str:
     if num_rows == num_groups:
         return ""
     return (
-        f"The {words.counted(num_rows, 'test row')} are {words.counted(num_groups, 'group')}: rows of one have the same "
-        "text, prompt or passage, or nearly so. Intervals are drawn over groups: rows that depend on each other "
+        f"The {words.counted(num_rows, 'test row')} are {words.counted(num_groups, 'group')}: rows of one have the "
+        "same text, prompt or passage, or nearly so. Intervals are drawn over groups: rows that depend on each other "
         "are not independent evidence."
     )
 
