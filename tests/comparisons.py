@@ -260,7 +260,7 @@ def _look(seeds: int, enough: bool) -> Look:
 def _opening(by: str = "ada@lab", seeds: int = 1) -> Opening:
     trials = tuple(f"full-seed{42 + number}" for number in range(seeds))
     return Opening(time="2026-11-24T16:12:03+01:00", by=by, command="fulltune compare", trials=trials,
-                   alpha=0.025)  # fmt: skip
+                   alpha=0.025, left=0.025)  # fmt: skip
 
 
 def _baseline(metric: str, greater: bool, value: float, name: str = "majority class") -> Scores:

@@ -97,7 +97,9 @@ class Opening(Record):
     trials: tuple[str, ...]
     """Whose scores were made."""
     alpha: float | None = None
-    """Chance of a wrong answer that the verdict made then may have; a later one has what is left. None: all of it."""
+    """Chance of a wrong answer that the verdict made then may have; None: all of it."""
+    left: float | None = None
+    """Of that chance, for everything after this verdict; None: not known, written by an older version."""
 
 
 class Expectation(Record):
@@ -225,7 +227,8 @@ class Comparison(Record):
     @property
     def can_go_on(self) -> bool:
         """More time would add something, and a part of the chance of a wrong answer was kept for the next verdict."""
-        return self.time_was_up and self.decision.verdict == "UNDECIDED"
+        kept = bool(self.openings and self.openings[-1].left)
+        return self.time_was_up and self.decision.verdict == "UNDECIDED" and kept
 
 
 # ---- several tasks on one base ---------------------------------------------------------------------------------

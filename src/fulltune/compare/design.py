@@ -70,9 +70,9 @@ class Done:
     """What is there already, when a comparison goes on."""
 
     runs: Mapping[str, int] = field(default_factory=dict)
-    """Whole runs of each arm."""
+    """Whole runs of each arm, at the rate that it has now."""
     searched: Collection[str] = ()
-    """Arms whose rate is known."""
+    """Arms whose rate is settled: others are searched, where there is time for it."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ def seconds(
     """
     done, total = done or Done(), fixed.verdict
     for arm, runs in runs_of(costs, choice, sequential).items():
-        cost, had = costs[arm], done.runs.get(arm, 0)
+        cost = costs[arm]
         short = 0 if arm in done.searched or not choice.search_share else search_runs(cost.num_rates)
+        had = 0 if short else done.runs.get(arm, 0)  # a search may choose another rate, for which all are made again
         whole = max(0, runs - had)
         total += whole * (fixed.start + cost.run_seconds + cost.scoring_seconds)
         total += short * (fixed.start + choice.search_share * cost.run_seconds)
@@ -204,7 +205,8 @@ def expected(
     def detectable(seed_sd: float) -> float | None:
         if margin is None or chosen.seeds < GOOD_SEEDS:
             return None
-        level = TIME_UP_SHARE * alpha if limited else spent(seeds, seeds, alpha) if sequential else alpha
+        level = alpha if limited or not sequential else spent(seeds, seeds, alpha)
+        level *= TIME_UP_SHARE if limited or len(chosen.arms) < len(costs) else 1
         rivals = sum(costs[arm].decides for arm in chosen.arms) - 1
         return planned_detectable(
             test_rows, chosen.seeds, seed_sd=seed_sd, margin=margin, alpha=level, num_arms=max(1, rivals)

@@ -69,21 +69,49 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
 
 
 TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha at which the sealed rows are tested when the time is up. The rest is kept for the verdict
-after more time: so the sealed rows may be opened again and again, and all verdicts together keep alpha (Bonferroni)."""
+"""Part of the unspent alpha at which the sealed rows are tested when the time is up. The rest is kept for the looks and
+the verdict after more time: the sealed rows may be opened again and again, and all together keep alpha (Bonferroni)."""
 
 
-def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> float:
-    """Part of alpha for the test on the sealed rows: that of the look that ended it.
+@dataclass(frozen=True)
+class Left:
+    """What is left of alpha at the end."""
 
-    Where nothing was looked at all of it; where the time was up instead, a part of what the looks did not spend; after
-    the last look, which let others catch up, of what a second one would have spent.
+    now: float
+    """At which the sealed rows are tested."""
+    later: float
+    """For all verdicts after this one, looks included; 0: there can be none."""
+
+
+def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> Left:
+    """What the test on the sealed rows may spend, and what remains after it.
+
+    The look that ended it says what may be spent; where nothing was looked at, all of it. Where the time was up, or
+    was too short for some methods, a part of what the looks before did not spend, so that something remains. What
+    those looks may have spent is gone, whatever came of them.
+
+    Args:
+        looks: Of this command.
+        alpha: Of this command: of the whole comparison, or what an earlier verdict left.
+        time_was_up: More time would add something.
     """
+    of_seeds: dict[int, float] = {}
+    for one in looks:
+        of_seeds.setdefault(one.num_seeds, one.spent)  # a second look after the same seeds takes no more than the first
+    unspent = alpha - sum(of_seeds.values())
+    unspent = unspent if unspent > 1e-9 * alpha else 0.0  # the parts of all looks are alpha, but for rounding
     if looks and looks[-1].enough:
-        return looks[-1].spent
-    unspent = alpha - sum(one.spent for one in looks)
-    found = max(unspent, (1 - WAITING_SHARE) * looks[-1].spent) if looks else unspent
-    return TIME_UP_SHARE * found if time_was_up else found
+        level = looks[-1].spent
+        again = len(looks) > 1 and looks[-2].num_seeds == looks[-1].num_seeds
+        if again or not time_was_up:
+            return Left(level, unspent)
+        free = unspent + level
+        now = min(level, TIME_UP_SHARE * free)
+        return Left(now, free - now)
+    if not unspent:  # the time was up while others caught up after the last seeds
+        return Left((1 - WAITING_SHARE) * looks[-1].spent, 0.0)
+    now = TIME_UP_SHARE * unspent if time_was_up else unspent
+    return Left(now, unspent - now)
 
 
 def look(

@@ -172,7 +172,7 @@ def _compare(
             generic_texts(job.recipe.compare.generic_text)  # refused before hours of training, not after
         summary = pipeline.prepare(job)
         before = known.openings if known else ()
-        line = Line(job, summary, command, budget_seconds, start, began, alpha_spent=more_time.spent(before))
+        line = Line(job, summary, command, budget_seconds, start, began, alpha_left=before[-1].left if before else None)
         expectation = expect(line)
         if len(lines_of(job.folder / OPENINGS)) > len(before):
             line.say("the test rows were opened: nothing more is trained")

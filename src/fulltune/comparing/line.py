@@ -60,8 +60,8 @@ class Line:
     """False in a process that works for another one's line."""
     side_by_side: int = 1
     """Trials at a time; each has its share of the cores, also one that is trained alone."""
-    alpha_spent: float = 0.0
-    """By verdicts that were made before more time was given."""
+    alpha_left: float | None = None
+    """By the verdict that was made before more time was given; None: there was none."""
     _rooms: dict[str, Room] = field(default_factory=dict)
 
     @property
@@ -117,7 +117,7 @@ class Line:
     @property
     def alpha(self) -> float:
         """Chance of a wrong verdict that is left."""
-        return 1 - self.recipe.evaluate.confidence - self.alpha_spent
+        return 1 - self.recipe.evaluate.confidence if self.alpha_left is None else self.alpha_left
 
     def say(self, text: str) -> None:
         self.job.listener({"kind": "comparison", "text": text})

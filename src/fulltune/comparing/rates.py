@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fulltune.compare import design, rate_search
@@ -68,11 +68,22 @@ def _measure(line: Line, share: float) -> None:
 def _done(line: Line, costs: Mapping[str, design.Cost]) -> design.Done:
     """What an earlier command left."""
     kept = [TrialResult.load(path).trial for path in (line.folder / FOLDER / "trials").glob("*.json")]
-    searches = [path for arm in costs if (path := _path(line, arm)).exists()]
+    searches = {arm: Search.load(path) for arm in costs if (path := _path(line, arm)).exists()}
     return design.Done(
-        runs={arm: sum(one.arm == arm and not one.searches for one in kept) for arm in costs},
-        searched=[path.stem for path in searches if not Search.load(path).time_was_up],
+        runs={arm: _usable(found, kept) for arm, found in searches.items()},
+        searched=[arm for arm, found in searches.items() if not found.time_was_up],
     )
+
+
+def _usable(search: Search, kept: Sequence[Trial]) -> int:
+    """Whole runs of an arm that are not made again: at the rate that its search chose, and at those checked beside it.
+
+    An earlier search may have chosen another one.
+    """
+    runs = [one for one in kept if one.arm == search.arm and not one.searches]
+    beside = (one for one in runs if one == design.final_trial(one.arm, one.learning_rate, one.seed, check=True))
+    rates = {search.chosen, *(one.learning_rate for one in beside)}
+    return sum(one.learning_rate in rates for one in runs)
 
 
 def _path(line: Line, arm: str) -> Any:

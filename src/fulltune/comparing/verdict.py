@@ -17,7 +17,7 @@ from fulltune.calibration import calibrate
 from fulltune.compare.claims import claims
 from fulltune.compare.draws import draw
 from fulltune.compare.lint import lint
-from fulltune.compare.sequential import left
+from fulltune.compare.sequential import Left, left
 from fulltune.compare.verdict import ArmItems, decide
 from fulltune.compare_records import Decision
 from fulltune.comparing.line import BASE, OPEN, OPENINGS, RECORD, SEALED, Line, append_line, lines_of
@@ -34,7 +34,8 @@ def judge(line: Line, expectation: Expectation, searches: Mapping[str, Search], 
     """Open the test rows, once, and say what they say."""
     line.say("opening the test rows")
     results, looks = ran.results, ran.looks
-    alpha = left(looks, line.alpha, time_was_up=ran.time_was_up)
+    left_out = tuple(one.arm for one in line.trained_arms if one.arm not in results)
+    alpha = left(looks, line.alpha, time_was_up=ran.time_was_up or bool(left_out))
     with line.clocked("verdict"):
         openings = open_test_rows(line, [one.trial.name for found in results.values() for one in found], alpha)
         base, baselines = untouched(line)
@@ -48,17 +49,20 @@ def judge(line: Line, expectation: Expectation, searches: Mapping[str, Search], 
             margin=line.recipe.compare.margin,
             clusters=clusters_of(line.folder / "data" / "test"),
             confidence=line.recipe.evaluate.confidence,
-            alpha=alpha,
+            alpha=alpha.now,
         )
-    found = comparison_of(line, expectation, searches, ran, decision, base, baselines, openings)
+    found = comparison_of(line, expectation, searches, ran, left_out, decision, base, baselines, openings)
+    found.save(line.folder / RECORD)  # the test rows are opened: before anything else can go wrong
     write_model_cards(line, results)
-    found.save(line.folder / RECORD)
     return found
 
 
 def write_model_cards(line: Line, results: Results) -> None:
     """A README.md beside each method's weights, with the kept seed's score on the test rows."""
     for arm, found in results.items():
+        if not (line.folder / "models" / arm).is_dir():
+            line.say(f"{arm}: its model is no longer in models/{arm}, so it gets no model card")
+            continue
         kept = best_seed(line, found)
         chosen, test = (outputs.load(line.folder / place / f"{kept.trial.name}.npz") for place in (OPEN, SEALED))
         drawn = draw(line.measure, [[test]], clusters_of(line.folder / "data" / "test"))
@@ -97,14 +101,15 @@ def untouched(line: Line) -> tuple[Scores | None, tuple[Scores, ...]]:
     return (baselines[0] if baselines else None), baselines
 
 
-def open_test_rows(line: Line, trials: Sequence[str], alpha: float) -> tuple[Opening, ...]:
+def open_test_rows(line: Line, trials: Sequence[str], alpha: Left) -> tuple[Opening, ...]:
     """Note who looks at the sealed rows; the noted openings, this one included."""
     opening = Opening(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
         command=line.command,
         trials=tuple(trials),
-        alpha=alpha,
+        alpha=alpha.now,
+        left=alpha.later,
     )
     append_line(line.folder / OPENINGS, opening.model_dump(mode="json"))
     return tuple(Opening.model_validate(entry) for entry in lines_of(line.folder / OPENINGS))
@@ -134,6 +139,7 @@ def comparison_of(
     expectation: Expectation,
     searches: Mapping[str, Search],
     ran: Ran,
+    left_out: tuple[str, ...],
     decision: Decision,
     base: Scores | None,
     baselines: tuple[Scores, ...],
@@ -146,7 +152,6 @@ def comparison_of(
     environment = run_folder.environment(line.machine)
     made = line.room(line.full.arm).plan
     asked = _asked(line)
-    left_out = tuple(one.arm for one in line.trained_arms if one.arm not in results)
     fixed = sum(
         statistics.mean(one.train_seconds for one in found) * most_seeds(expectation) for found in results.values()
     ) + sum(row.search_seconds for row in rows)

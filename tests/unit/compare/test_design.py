@@ -126,6 +126,21 @@ def test_going_on_counts_what_is_there_and_what_was_spent() -> None:
     assert design.expected(COSTS, 2, 0.0, FIXED, 300, 0.01, 720, spent_seconds=600, done=done).num_seeds == 2
 
 
+def test_going_on_reckons_with_another_rate_where_a_search_is_made_again() -> None:
+    """Two runs of each at the usual rate: they count only in a design that searches no rates."""
+    at_usual = Done({"full": 2, "lora": 2})
+    searches, usual = Choice(("full", "lora"), 2, 0.1, False), Choice(("full", "lora"), 2, 0.0, False)
+    assert design.seconds(COSTS, searches, FIXED, done=at_usual) == design.seconds(COSTS, searches, FIXED)
+    assert design.seconds(COSTS, usual, FIXED, done=at_usual) == FIXED.verdict
+
+
+def test_detectable_where_methods_are_left_out_is_that_of_the_part_of_alpha_it_may_spend() -> None:
+    found = next(one for budget in MANY if (one := fitted(budget, seeds=3)) and one.left_out and one.num_seeds == 3)
+    rivals = len([arm for arm in found.arms if FIELD[arm].decides]) - 1
+    level = TIME_UP_SHARE * spent(3, 3, 0.05)
+    assert found.detectable == planned_detectable(300, 3, margin=0.01, alpha=level, num_arms=rivals)
+
+
 @pytest.mark.parametrize(
     ("time", "said", "up"), [(45, "45s", "50s"), (61, "1m1s", "1m10s"), (431, "7m11s", "7m30s"), (3601, "1h1s", "1h5m")]
 )

@@ -1,17 +1,42 @@
-"""What verdicts before more time was given have taken of the chance of a wrong answer."""
+"""When a comparison whose time was up goes on, and what it says where it does not."""
 
 from __future__ import annotations
 
 import pytest
 
-from fulltune.comparing.more_time import spent
+from fulltune.comparing.more_time import refused
+from fulltune.report import proof_words
+from fulltune.trials import Comparison
 from tests import comparisons
 
 
-def test_spent_counts_each_verdict_once_also_of_trials_with_the_same_names() -> None:
-    (first,) = comparisons.openings(1)  # at 0.025
-    second = first.model_copy(update={"alpha": 0.0125, "time": "later"})  # other rates, the same names
-    again = second.model_copy(update={"time": "later still"})  # the same verdict, which was interrupted
-    assert spent([]) == 0.0
-    assert spent([first]) == pytest.approx(0.025)
-    assert spent([first, second]) == spent([first, second, again]) == pytest.approx(0.0375)
+def ended(left: float | None, budget_seconds: float = 360.0) -> Comparison:
+    """Undecided because the time was up, with so much left of the chance of a wrong answer."""
+    made = comparisons.undecided(time_was_up=True)
+    openings = tuple(one.model_copy(update={"left": left}) for one in comparisons.openings(2))
+    expected = made.expectation.model_copy(update={"budget_seconds": budget_seconds})
+    return made.model_copy(update={"openings": openings, "expectation": expected})
+
+
+@pytest.mark.parametrize(
+    ("left", "budget", "said"),
+    [
+        (0.01, 720.0, None),
+        (0.01, None, None),
+        (0.01, 360.0, "its 6m are used up; to go on, give more time in all, such as --budget 12m"),
+        (0.0, 720.0, "finished: its time was up after the last seeds, whose verdict took all that was left"),
+        (None, 720.0, "finished by an older version of fulltune"),
+    ],
+)
+def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_left(
+    left: float | None, budget: float | None, said: str | None
+) -> None:
+    found = refused(ended(left), budget)
+    assert found is None if said is None else (found or "").startswith(said)
+
+
+@pytest.mark.parametrize(("left", "promised"), [(0.01, True), (0.0, False), (None, False)])
+def test_card_promises_more_time_only_where_it_would_go_on(left: float | None, promised: bool) -> None:
+    made = ended(left)
+    assert made.can_go_on is promised
+    assert any("larger --budget" in one for one in proof_words.to_do(made)) is promised

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, left, look, spent
+from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, Left, left, look, spent
 from fulltune.compare_records import Look
 from tests.unit.compare.arms import ACCURACY, arm, drawn_right
+
+MOST = range(2, 11)
 
 
 def looked(
@@ -136,35 +138,67 @@ def test_look_too_few_rows_stops_because_seeds_would_not_help() -> None:
 def test_left_is_the_part_of_the_look_that_ended_it_else_what_was_not_spent() -> None:
     one, two = looked([0.93, 0.915], [1, 1], most=3), looked([0.93, 0.915], [2, 2], spread=0.005, most=3)
     assert not two.enough
-    assert left([one, two], 0.05) == pytest.approx(spent(3, 3, 0.05))
-    assert left([one, two.model_copy(update={"enough": True})], 0.05) == two.spent
-    assert left([], 0.05) == 0.05
-    assert left([], 0.05, time_was_up=True) == TIME_UP_SHARE * 0.05
-    assert left([one, two.model_copy(update={"enough": True})], 0.05, time_was_up=True) == two.spent
+    assert left([one, two], 0.05).now == pytest.approx(spent(3, 3, 0.05))
+    assert left([one, two.model_copy(update={"enough": True})], 0.05).now == two.spent
+    assert left([], 0.05) == Left(0.05, 0.0)
+    assert left([], 0.05, time_was_up=True) == Left(TIME_UP_SHARE * 0.05, (1 - TIME_UP_SHARE) * 0.05)
 
 
-def test_verdicts_when_the_time_was_up_and_after_more_time_keep_alpha_together() -> None:
-    """Three times the time was up, each time after a look more; then all seeds were run."""
-    total, looked = 0.0, looks_of(5)
-    for count in (1, 2, 3):
-        seen = looks_of(5, 0.05 - total)[:count]
-        total += left(seen, 0.05 - total, time_was_up=True)
-    last = looks_of(5, 0.05 - total)
-    ended = [*last[:-1], last[-1].model_copy(update={"enough": True})]
-    assert total + left(ended, 0.05 - total) < 0.05
-    assert left(ended, 0.05 - total) > 0
-    assert sum(one.spent for one in looked) == pytest.approx(0.05)
+@pytest.mark.parametrize("most", [1, *MOST])
+def test_left_something_where_all_seeds_were_run_but_a_method_was_left_out(most: int) -> None:
+    found = left(looks_of(most, ends=True), 0.05, time_was_up=True)
+    assert found.now == pytest.approx(TIME_UP_SHARE * spent(most, most, 0.05))
+    assert found.later == pytest.approx(found.now)
 
 
-def looks_of(most: int, alpha: float = 0.05) -> list[Look]:
-    """After each seed; none was enough."""
+def test_left_look_that_ended_it_early_takes_its_whole_part_because_later_ones_have_the_most() -> None:
+    found = left(looks_of(2, 3, ends=True), 0.05, time_was_up=True)
+    assert found.now == spent(2, 3, 0.05)
+    assert found.later == pytest.approx(spent(3, 3, 0.05))
+
+
+@pytest.mark.parametrize("most", MOST)
+@pytest.mark.parametrize("enough", [False, True])
+def test_looks_and_verdicts_of_all_commands_keep_alpha_together(most: int, enough: bool) -> None:
+    """The time was up after each number of seeds in turn (or a method was left out); then all seeds were run."""
+    taken, alpha = 0.0, 0.05
+    for count in range(2 if enough else 1, most):  # nothing is enough after one seed
+        looks = looks_of(count, most, alpha, ends=enough)
+        found = left(looks, alpha, time_was_up=True)
+        assert 0 < found.later < alpha
+        taken += passed(looks) + found.now
+        alpha = found.later
+    looks = looks_of(most, most, alpha, ends=True)
+    found = left(looks, alpha)
+    assert found.now > 0
+    assert taken + passed(looks) + found.now == pytest.approx(0.05)
+
+
+def passed(looks: list[Look]) -> float:
+    """What could have been tested after these looks, had they ended it; the one that did has its verdict."""
+    return sum(one.spent for one in looks if not one.enough)
+
+
+def looks_of(count: int, most: int = 0, alpha: float = 0.05, *, ends: bool = False) -> list[Look]:
+    """After each seed; none was enough, or only the last."""
+    most = most or count
     return [
-        Look(num_seeds=one, max_seeds=most, spent=spent(one, most, alpha), enough=False, reason="", arms=())
-        for one in range(1, most + 1)
+        Look(num_seeds=n, max_seeds=most, spent=spent(n, most, alpha), enough=ends and n == count, reason="", arms=())
+        for n in range(1, count + 1)
     ]
 
 
 def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_that_of_the_second_look() -> None:
     two, three = (looked([0.93, 0.915], [count] * 2, spread=0.005, most=3) for count in (2, 3))
     asked = [two.model_copy(update={"enough": False}), three.model_copy(update={"enough": False})]
-    assert left(asked, 0.05) == pytest.approx(spent(3, 3, 0.05, again=True))
+    for found in (left(asked, 0.05), left(asked, 0.05, time_was_up=True)):
+        assert found.now == pytest.approx(spent(3, 3, 0.05, again=True))
+        assert found.later == 0.0  # full and the leader could have been tested at all that was left
+
+
+def test_left_second_look_takes_no_more_than_the_first_after_the_same_seeds() -> None:
+    one, two = looks_of(2, 3)
+    again = two.model_copy(update={"spent": spent(2, 3, 0.05, again=True), "enough": True})
+    found = left([one, two, again], 0.05, time_was_up=True)
+    assert found.now == again.spent
+    assert found.later == pytest.approx(spent(3, 3, 0.05))

@@ -1,0 +1,99 @@
+"""The verdict and what surrounds it, with results that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from fulltune.comparing import rates, verdict
+from fulltune.comparing.line import RECORD
+from fulltune.comparing.seeds import Ran
+from fulltune.trials import Search, Trial, TrialResult
+from tests import comparisons
+from tests.unit.compare.test_sequential import looks_of
+
+
+def trial(name: str, rate: float, **more: Any) -> Trial:
+    return Trial(name=name, arm=name.partition("-")[0], learning_rate=rate, seed=42, **more)
+
+
+def result(one: Trial) -> TrialResult:
+    values = dict.fromkeys(("steps", "best_step", "peak_memory_bytes", "memory_growth_bytes", "tokens"), 1)
+    values |= dict.fromkeys(("num_parameters", "num_trainable", "saved_bytes"), 1)
+    more = {"train_seconds": 1.0, "tokens_per_second": 1.0, "train_flops": 1.0, "metric": 0.9}
+    return TrialResult(trial=one, **values, **more, device="cpu", precision="fp32", weights_dtype="fp32")
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Any:
+    said: list[str] = []
+    return mock.MagicMock(
+        folder=tmp_path,
+        alpha=0.05,
+        trained_arms=[SimpleNamespace(arm=arm) for arm in ("full", "lora", "adapter")],
+        said=said,
+        say=said.append,
+        command="fulltune compare",
+    )
+
+
+@pytest.fixture(autouse=True)
+def given() -> Iterator[dict[str, Any]]:
+    """What is asked of the verdict's parts."""
+    made = {
+        "untouched": mock.Mock(return_value=(None, ())),
+        "arm_items": mock.Mock(return_value=[]),
+        "decide": mock.Mock(),
+        "clusters_of": mock.Mock(),
+        "comparison_of": mock.Mock(return_value=comparisons.undecided()),
+    }
+    with mock.patch.multiple(verdict, **made):
+        yield made
+
+
+RESULTS = {arm: [result(trial(f"{arm}-seed42", 1e-3))] for arm in ("full", "lora")}
+
+
+def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:
+    """All seeds were run, so that the last look would take all."""
+    verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, looks_of(3, ends=True), False))
+    (opening,) = given["comparison_of"].call_args.args[-1]
+    assert given["decide"].call_args.kwargs["alpha"] == opening.alpha > 0
+    assert opening.left == pytest.approx(opening.alpha)
+    line.trained_arms.pop()
+    verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, looks_of(3, ends=True), False))
+    assert given["decide"].call_args.kwargs["alpha"] == looks_of(3)[-1].spent
+
+
+def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: Any) -> None:
+    found = verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))  # there is no models/full, no models/lora
+    assert type(found).load(line.folder / RECORD) == found
+    assert line.said[1:] == [
+        f"{arm}: its model is no longer in models/{arm}, so it gets no model card" for arm in RESULTS
+    ]
+    with mock.patch.object(verdict, "write_model_cards", side_effect=OSError("the disk is full")):
+        (line.folder / RECORD).unlink()
+        with pytest.raises(OSError, match="the disk is full"):
+            verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))
+    assert (line.folder / RECORD).exists()
+
+
+@pytest.mark.parametrize(("chosen", "runs"), [(1e-3, 2), (1e-2, 1), (3e-3, 1), (1e-4, 1)])
+def test_whole_runs_at_a_rate_that_was_chosen_before_are_forecast_again(chosen: float, runs: int, line: Any) -> None:
+    kept = [
+        trial("lora-seed42", 1e-3),
+        trial("lora-rate0.003-seed42", 3e-3),
+        trial("lora-rate0.01-6.0pct", 1e-2, searches=True),
+        trial("full-seed42", 1e-3),
+    ]
+    for one in kept:
+        result(one).save(line.folder / "compare" / "trials" / f"{one.name}.json")
+    search = Search(arm="lora", tried=(), chosen=chosen, reason="")
+    search.save(line.folder / "compare" / "searches" / "lora.json")
+    found = rates._done(line, {"full": mock.Mock(), "lora": mock.Mock()})
+    assert (found.runs, list(found.searched)) == ({"lora": runs}, ["lora"])
