@@ -173,7 +173,8 @@ def seeds_known(comparison: Comparison) -> bool:
 def near_without_training(comparison: Comparison) -> str:
     """The strongest baseline, where the method to take, else the best one, is not above it by more than its interval.
 
-    It says what both have and claims nothing of their difference, which is not known row by row.
+    It says what both have and claims nothing of their difference, whose interval over seeds and clusters of rows is not
+    known: a baseline is kept with resamples of single rows only.
     """
     known = [one for one in comparison.baselines if comparison.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
