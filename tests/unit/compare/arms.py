@@ -1,4 +1,4 @@
-"""Arms with planted rows, for the tests of statistics and verdicts."""
+"""Arms with planted rows, and looks at them, for the tests of statistics and verdicts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 
 from fulltune.compare.draws import Drawn
 from fulltune.compare.items import Measure, measure_of
+from fulltune.compare.sequential import spent
 from fulltune.compare.verdict import ArmItems
-from fulltune.compare_records import ArmKind
+from fulltune.compare_records import ArmKind, Look
 from fulltune.tasks import Predictions, Target
 
 TARGET = Target("single_label", {}, ("no", "yes"))
@@ -51,3 +52,12 @@ def normal_drawn(chance: np.random.Generator, seeds: int, between: float, shared
         point.append(seen)
         drawn.append(seen + run_noise + of_rows)
     return Drawn(tuple(point), tuple(drawn), 10_000, 10_000)
+
+
+def looks_of(count: int, most: int = 0, alpha: float = 0.05, *, ends: bool = False) -> list[Look]:
+    """After each seed; none was enough, or only the last."""
+    most = most or count
+    return [
+        Look(num_seeds=n, max_seeds=most, spent=spent(n, most, alpha), enough=ends and n == count, reason="", arms=())
+        for n in range(1, count + 1)
+    ]

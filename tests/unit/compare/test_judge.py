@@ -15,7 +15,7 @@ from fulltune.comparing.line import RECORD
 from fulltune.comparing.seeds import Ran
 from fulltune.trials import Search, Trial, TrialResult
 from tests import comparisons
-from tests.unit.compare.test_sequential import looks_of
+from tests.unit.compare.arms import looks_of
 
 
 def trial(name: str, rate: float, **more: Any) -> Trial:

@@ -7,7 +7,7 @@ import pytest
 
 from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, Left, left, look, spent
 from fulltune.compare_records import Look
-from tests.unit.compare.arms import ACCURACY, arm, drawn_right
+from tests.unit.compare.arms import ACCURACY, arm, drawn_right, looks_of
 
 MOST = range(2, 11)
 
@@ -177,15 +177,6 @@ def test_looks_and_verdicts_of_all_commands_keep_alpha_together(most: int, enoug
 def passed(looks: list[Look]) -> float:
     """What could have been tested after these looks, had they ended it; the one that did has its verdict."""
     return sum(one.spent for one in looks if not one.enough)
-
-
-def looks_of(count: int, most: int = 0, alpha: float = 0.05, *, ends: bool = False) -> list[Look]:
-    """After each seed; none was enough, or only the last."""
-    most = most or count
-    return [
-        Look(num_seeds=n, max_seeds=most, spent=spent(n, most, alpha), enough=ends and n == count, reason="", arms=())
-        for n in range(1, count + 1)
-    ]
 
 
 def test_left_where_time_is_up_while_others_catch_up_after_the_last_seeds_is_that_of_the_second_look() -> None:
