@@ -192,6 +192,7 @@ def test_check_notices_its_fault(
     assert words in text
 
 
+@pytest.mark.long
 def test_two_processes_add_up_whatever_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('not the library')")
     monkeypatch.chdir(tmp_path)

@@ -68,7 +68,10 @@ def compared(folder: Path, case: str) -> Comparison:
         return comparing.run(pipeline.Run(recipe, found), "fulltune compare recipe.yaml").comparison
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = ("a number", "a writer", "choices")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES])
 def test_comparison_of_each_task_ends_with_a_verdict(case: str, tmp_path: Path) -> None:
     found = compared(tmp_path, case)
     method, metric = CASES[case][3:]

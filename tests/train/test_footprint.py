@@ -91,7 +91,7 @@ def test_every_task_is_traced(task: str) -> None:
     ("kind", "task", "recomputed"),
     [
         ("llama", "causal-lm", True),
-        ("bert", "text-classification", False),
+        pytest.param("bert", "text-classification", False, marks=pytest.mark.long),
         pytest.param("llama", "causal-lm", False, marks=pytest.mark.long),
         pytest.param("bert", "text-classification", True, marks=pytest.mark.long),
         pytest.param("t5", "seq2seq", False, marks=pytest.mark.long),
@@ -227,6 +227,7 @@ def test_each_kind_of_layers_is_grown() -> None:
         assert found == pytest.approx(true, rel=1e-3)
 
 
+@pytest.mark.long
 def test_t5_is_traced_from_copies() -> None:
     _, copies = copies_of(config_of("t5", "seq2seq", num_layers=6), "seq2seq", checkpointing=(False,))
     assert copies == [2, 3] * 2

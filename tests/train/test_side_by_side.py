@@ -151,6 +151,7 @@ def compare(*words: Any) -> Result:
     return fulltune("compare", *words)
 
 
+@pytest.mark.long
 def test_several_recipes_end_with_what_parts_side_by_side_cost(tmp_path: Path) -> None:
     paths = recipes(tmp_path)
     with runs.in_this_process():
