@@ -58,6 +58,9 @@ NOT_OURS = (
 """Words, drawings and what the suite runs only in part."""
 
 
+NOT_KNOWN = "did not end"
+
+
 @dataclass(frozen=True)
 class Fault:
     """A line of `file` (from the repository's root) and what it becomes."""
@@ -162,7 +165,7 @@ def failing(tree: Path, fault: Fault, tests: list[str], seconds: int) -> str:
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        return "(did not end)"
+        return NOT_KNOWN
     finally:
         file.write_text(kept, encoding="utf-8")
     if done.returncode in (0, 4, 5):  # passed, or there is no such test
@@ -190,14 +193,15 @@ def main() -> None:
     asked.folder.mkdir(parents=True, exist_ok=True)
     new = tree_of("HEAD", asked.folder / "now")
     old = tree_of(asked.before, asked.folder / "before") if asked.before else None
-    counts = {"caught": 0, "missed by both": 0, "missed": 0, "LOST": 0, "new only": 0}
+    counts = {NOT_KNOWN: 0, "caught": 0, "missed by both": 0, "missed": 0, "LOST": 0, "new only": 0}
     for fault in draw(asked.count, asked.seed, old):
         by_new, by_old = failing(new, fault, tests_near(new, fault.file), asked.seconds), ""
         if old is not None:
             same = by_new.split("::")[0] and (old / by_new.split("::")[0]).exists()
             by_old = failing(old, fault, [by_new], asked.seconds) if same else ""
             by_old = by_old or failing(old, fault, tests_near(old, fault.file), asked.seconds)
-        kind = _kind(bool(by_new), None if old is None else bool(by_old))
+        not_known = NOT_KNOWN in (by_new, by_old)
+        kind = NOT_KNOWN if not_known else _kind(bool(by_new), None if old is None else bool(by_old))
         counts[kind] += 1
         line = asdict(fault) | {"kind": kind, "by": by_new, "before_by": by_old}
         with (asked.folder / "faults.jsonl").open("a", encoding="utf-8") as out:
