@@ -19,6 +19,8 @@ GOOD_SEEDS = 3
 """Two say little about their spread, so a budget gives up breadth before the third one."""
 RESERVE = 0.2
 """Part of the time left that is not planned for: forecasts err."""
+FORECAST_AGAIN = 1.15
+"""A budget that is named leaves room for a next forecast that is longer: a machine is not always as quick."""
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
 """Standard deviations between seeds for which it is said what can be found: which one it is, only seeds tell."""
 
@@ -249,7 +251,7 @@ def _notes(costs: Mapping[str, Cost], chosen: Choice, wanted: Choice) -> Iterato
 
 
 def _too_short(least: Choice, budget: float, spent_seconds: float, need: float) -> str:
-    enough = round_up(spent_seconds + need / (1 - RESERVE))
+    enough = round_up(spent_seconds + FORECAST_AGAIN * need / (1 - RESERVE))
     each = "one run" if least.seeds == 1 else f"{least.seeds} runs"
     before = f", {in_time(spent_seconds)} of which are spent," if spent_seconds > 1 else ""
     return (
