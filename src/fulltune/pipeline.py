@@ -333,7 +333,9 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
     if not job.recipe.evaluate.baselines:
         return []
     job.phase("scoring the baselines")
-    return evaluate.baselines(job.recipe, trial, summary, job.folder)
+    path = job.folder / "plan" / SHAPES
+    head_is_kept = path.exists() and model.Shapes.load(path).head_is_kept
+    return evaluate.baselines(job.recipe, trial, summary, job.folder, head_is_kept)
 
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:

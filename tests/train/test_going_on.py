@@ -58,3 +58,12 @@ def test_checkpoint_with_other_labels_begins_with_a_new_head(tmp_path: Path, tra
     runs.run(tmp_path, trained[0], rows, **_AS_IT_IS)
     expected = "new, drawn at random: the checkpoint's 2 labels are not these (food, weather)"
     assert _checks(tmp_path)["head"] == expected
+
+
+def test_checkpoint_that_can_do_the_task_is_a_row_to_beat(tmp_path: Path, trained: tuple[Path, float]) -> None:
+    reached = runs.run(tmp_path, trained[0], tiny.topic_rows(), until="report", **_AS_IT_IS)
+    before = next(row for row in reached.scores if row.kind == "untouched")
+    after = reached.scores[-1]
+    assert before.metrics["accuracy"].value == after.metrics["accuracy"].value  # a step of 1e-9
+    assert after.differences[before.name].value == 0
+    assert "before training" in (reached.folder / "report.md").read_text(encoding="utf-8")

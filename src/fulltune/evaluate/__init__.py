@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,8 @@ from fulltune.recipe import Recipe, TaskName, with_attention
 from fulltune.records import DataSummary, Estimate, Outcome, Plan, Scores
 from fulltune.tasks import Predictions, Target, task_named, token_classification
 
+UNTOUCHED = "before-training"
+"""Where the scores of the model before training lie."""
 CALIBRATED = ("single_label", "choice")
 """Kinds of problems whose probabilities get a temperature."""
 
@@ -36,14 +39,32 @@ def check_extras(recipe: Recipe) -> None:
         token_classification.seqeval_entities(["O"])
 
 
-def baselines(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path) -> list[Scores]:
+def baselines(
+    recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, head_is_kept: bool = False
+) -> list[Scores]:
     """Score what costs no training, for example the majority class or the untouched language model.
 
     Results are kept in `scores/`; those that are there are not made again.
+
+    Args:
+        recipe: The checked recipe.
+        plan: The trial's numbers.
+        summary: Of the prepared data.
+        folder: The run folder.
+        head_is_kept: The checkpoint can do the task already, so that it is scored as it came.
     """
     bench = _bench(recipe, plan, summary, folder, None)
-    made = _scorer(recipe.task).baselines(bench)
+    scorer = _scorer(recipe.task)
+    made = scorer.baselines(bench)
+    if head_is_kept:
+        made.setdefault(UNTOUCHED, lambda: _untouched(bench, scorer))
     return [_kept(folder / "scores" / f"{name}.json", make) for name, make in made.items()]
+
+
+def _untouched(bench: Bench, scorer: ModuleType) -> Scored:
+    """The model before training, by what scores the trained one."""
+    found = scorer.trained(bench, *bench.load_pretrained())
+    return replace(found, scores=found.scores.model_copy(update={"name": "before training", "kind": "untouched"}))
 
 
 def score(
