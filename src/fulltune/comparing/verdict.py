@@ -35,7 +35,7 @@ def judge(line: Line, expectation: Expectation, searches: Mapping[str, Search], 
     line.say("opening the test rows")
     results, looks = ran.results, ran.looks
     left_out = tuple(one.arm for one in line.trained_arms if one.arm not in results)
-    alpha = left(looks, line.alpha, time_was_up=ran.time_was_up or bool(left_out))
+    alpha = left(looks, line.alpha, time_was_up=_more_time_would_add(ran, left_out, searches))
     with line.clocked("verdict"):
         openings = open_test_rows(line, [one.trial.name for found in results.values() for one in found], alpha)
         base, baselines = untouched(line)
@@ -183,7 +183,7 @@ def comparison_of(
         full_run_seconds=round(statistics.mean(full), 1),
         fixed_design_seconds=round(fixed, 1),
         cores=line.machine.num_cores,
-        time_was_up=ran.time_was_up or bool(left_out),
+        time_was_up=_more_time_would_add(ran, left_out, searches),
         left_out=left_out,
         side_by_side=max(one.side_by_side for one in finals),
         full_side_by_side=max(one.side_by_side for one in results[line.full.arm]),
@@ -194,6 +194,11 @@ def comparison_of(
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
         notes=tuple(asked),
     )
+
+
+def _more_time_would_add(ran: Ran, left_out: Sequence[str], searches: Mapping[str, Search]) -> bool:
+    """Seeds, methods or searches of rates are missing for lack of time."""
+    return ran.time_was_up or bool(left_out) or any(one.time_was_up for one in searches.values())
 
 
 def _asked(line: Line) -> list[str]:

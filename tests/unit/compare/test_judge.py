@@ -70,6 +70,19 @@ def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any
     assert given["decide"].call_args.kwargs["alpha"] == looks_of(3)[-1].spent
 
 
+def test_rate_that_was_not_searched_for_lack_of_time_leaves_a_part_of_alpha_too(
+    line: Any, given: dict[str, Any]
+) -> None:
+    """The card says that a larger budget would search it, so there must be something left to test with."""
+    line.trained_arms.pop()
+    unsearched = Search(arm="lora", tried=(), chosen=1e-3, reason="the usual rate", time_was_up=True)
+    verdict.judge(line, mock.Mock(), {"lora": unsearched}, Ran(RESULTS, looks_of(3, ends=True), False))
+    (opening,) = given["comparison_of"].call_args.args[-1]
+    assert opening.left == pytest.approx(opening.alpha)
+    assert verdict._more_time_would_add(Ran(RESULTS, [], False), (), {"lora": unsearched})
+    assert not verdict._more_time_would_add(Ran(RESULTS, [], False), (), {})
+
+
 def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: Any) -> None:
     found = verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))  # there is no models/full, no models/lora
     assert type(found).load(line.folder / RECORD) == found
