@@ -297,11 +297,16 @@ def _settle(survey: Survey, plan: Plan | None) -> Iterator[Any]:
         yield Text("to settle it, first take one of the ways out", style="dim")
         return
     if survey.comparison:
-        yield Text("to settle it on your rows: a fair comparison, each method at its best rate", style="dim")
+        if plan.method == "full":
+            words = "to settle it on your rows: a fair comparison, each method at its best rate"
+        else:
+            words = (
+                "to settle it on your rows, if full fine-tuning fits here too (see its plan: --set method=full): "
+                "a fair comparison, each method at its best rate"
+            )
+        yield Text(words, style="dim")
         if survey.comparison_first:
             yield Text(f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)", style="dim")
-        if plan.method != "full":
-            yield Text("(full fine-tuning must fit as well: see its own plan, --set method=full)", style="dim")
         yield Command(survey.comparison)
     else:
         yield Text("to settle it: fulltune compare, on a placement without DeepSpeed", style="dim")

@@ -369,9 +369,9 @@ def _searches(comparison: Comparison) -> Table:
 
 
 def _whole(search: Search, write: Writer) -> str:
-    """Whole runs at different rates, and how many came apart before."""
+    """Whole runs at different rates, and how many were given up before (diverged, or below their short run)."""
     apart = search.other_runs - max(0, len(search.whole) - 1)
-    return " · ".join([_tried(search.whole, write)] * bool(search.whole) + [f"{apart} came apart"] * bool(apart))
+    return " · ".join([_tried(search.whole, write)] * bool(search.whole) + [f"{apart} given up"] * bool(apart))
 
 
 def _tried(tried: Sequence[Tried], write: Writer) -> str:

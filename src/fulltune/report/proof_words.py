@@ -228,7 +228,8 @@ def spent(comparison: Comparison) -> tuple[str, str]:
     saved = comparison.fixed_design_seconds - trained
     expected = comparison.expectation
     seeds = words.counted(expected.recipe_seeds or expected.num_seeds, "seed")
-    said = f"{seeds} of every method, each with its rate search, take {fixed}"
+    searched = ", rate searches included," if any(row.search_seconds for row in comparison.rows) else ""
+    said = f"{seeds} of every method{searched} take {fixed}"
     if saved > 0.005 * comparison.fixed_design_seconds > 0:
         share = words.percent(saved / comparison.fixed_design_seconds)
         if _time_was_up(comparison):

@@ -129,7 +129,7 @@ def test_card_cost_says_what_stopping_early_saved(tmp_path: Path) -> None:
     )
     assert "one full run (4 min 31 s, with 1/2 of the cores); cpu, 2 cores, 2 trials side by side" in together
     assert (
-        "5 seeds of every method, each with its rate search, take 1 h 26 min of training, 19.1× one full run; stopping "
+        "5 seeds of every method, rate searches included, take 1 h 26 min of training, 19.1× one full run; stopping "
         "early saved 28 min 12 s of it (32.7%)"
     ) in markdown
 
@@ -150,7 +150,7 @@ def test_rates_that_came_apart_in_whole_runs_are_counted(tmp_path: Path) -> None
     one = comparisons.comparison()
     searches = tuple(search.model_copy(update={"other_runs": 1, "whole": ()}) for search in one.searches)
     markdown, _ = cards(tmp_path, one.model_copy(update={"searches": searches}))
-    assert "1 came apart" in markdown
+    assert "1 given up" in markdown
 
 
 def test_stopping_because_the_time_was_up_is_no_saving() -> None:
