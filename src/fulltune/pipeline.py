@@ -197,9 +197,9 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         traced = trace(job.recipe, target, summary.packed, shapes, machine, source, changes)
         traced.save(job.folder / "plan" / FOOTPRINT)
         shapes.save(job.folder / "plan" / SHAPES)
-        free, own_loss = hardware.disk_free_bytes(job.folder), job.hooks.compute_loss is not None
-        trial = plan.fit(job.recipe, shapes, traced, summary, machine, free, own_loss)
-        trial = plan.with_time(trial, job.recipe, shapes, traced, summary, machine)
+        fleet, own_loss = plan.here(machine, hardware.disk_free_bytes(job.folder)), job.hooks.compute_loss is not None
+        trial = plan.fit(job.recipe, shapes, traced, summary, fleet, own_loss)
+        trial = plan.with_time(trial, job.recipe, shapes, traced, summary, fleet)
         run_folder.environment(machine).save(job.folder / "environment.json")
         _save_plan(job, trial)
     job.listener({"kind": "plan", "plan": trial})

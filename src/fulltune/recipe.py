@@ -380,8 +380,9 @@ class TrainBlock(Block):
     precision: Precision = "auto"
     """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: about a third more time, far less memory. Left out: on where the run
-    would not fit without, be it by the plan or because memory ran out. false keeps it off."""
+    """Recompute activations in the backward pass: about a third more operations, far less memory. Left out: on
+    where the run would not fit without, be it by the plan or because memory ran out, or where the larger micro batch
+    that it makes room for is faster. false keeps it off."""
     chunked_loss: bool | None = None
     """Compute a language model's logits and loss in pieces, so that they never exist as a whole. Left out: on where the
     model's head allows it, which is checked before step 1. false keeps it off."""

@@ -163,9 +163,9 @@ class Line:
         return self._rooms[arm]
 
     def _fit(self, recipe: Recipe, shapes: model.Shapes, traced: footprint.Footprint) -> Plan:
-        free = hardware.disk_free_bytes(self.folder)
-        made = plan.fit(recipe, shapes, traced, self.summary, self.machine, free)
-        return plan.with_time(made, recipe, shapes, traced, self.summary, self.machine)
+        fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder))
+        made = plan.fit(recipe, shapes, traced, self.summary, fleet)
+        return plan.with_time(made, recipe, shapes, traced, self.summary, fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
         """One run of one arm: the recipe with its rate, its seed and, in a search, fewer steps."""

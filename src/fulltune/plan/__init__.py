@@ -2,10 +2,21 @@
 
 from fulltune.plan.budget import Room
 from fulltune.plan.budget import of as room
+from fulltune.plan.cards import here
 from fulltune.plan.changed import levers_of, on_disk
 from fulltune.plan.defaults import learning_rate_of
 from fulltune.plan.fit import fit
 from fulltune.plan.settle import device_and_precision
 from fulltune.plan.survey import with_time
 
-__all__ = ["Room", "device_and_precision", "fit", "learning_rate_of", "levers_of", "on_disk", "room", "with_time"]
+__all__ = [
+    "Room",
+    "device_and_precision",
+    "fit",
+    "here",
+    "learning_rate_of",
+    "levers_of",
+    "on_disk",
+    "room",
+    "with_time",
+]

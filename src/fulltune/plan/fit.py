@@ -7,10 +7,11 @@ from dataclasses import replace
 from fulltune import zero
 from fulltune.errors import RecipeError
 from fulltune.footprint import Footprint
-from fulltune.hardware import Machine
 from fulltune.model import Shapes
-from fulltune.plan import budget, defaults, disk, levers, memory, settle
+from fulltune.plan import budget, defaults, disk, levers, memory, placement, settle
+from fulltune.plan.cards import Fleet
 from fulltune.plan.ledger import Ledger
+from fulltune.plan.load import Task, load_of
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Plan
 from fulltune.tasks import task_named
@@ -22,8 +23,7 @@ def fit(
     shapes: Shapes,
     footprint: Footprint,
     summary: DataSummary,
-    machine: Machine,
-    disk_free_bytes: int,
+    fleet: Fleet,
     own_loss: bool = False,
 ) -> Plan:
     """Decide every number of the trial.
@@ -33,8 +33,7 @@ def fit(
         shapes: The model's sizes.
         footprint: The model's memory, traced.
         summary: The data stage's summary.
-        machine: What is here, or what is planned for.
-        disk_free_bytes: Free bytes where the run folder lies.
+        fleet: What is here, or what is planned for.
         own_loss: The user gave `compute_loss`, which needs whole logits.
 
     Returns:
@@ -44,7 +43,7 @@ def fit(
         RecipeError: When settings contradict each other or the machine.
         DoesNotFitError: When memory or disk are too small, with ways out.
     """
-    recipe = levers.possible(recipe, shapes)
+    recipe, machine = levers.possible(recipe, shapes), fleet.machine
     train, ledger = recipe.train, Ledger()
     device = settle.device(recipe, machine, ledger)
     precision = settle.precision(recipe, machine, device, ledger)
@@ -61,7 +60,8 @@ def fit(
     start = replace(start, num_saves=steps.num_saves)
     per_process = max(1, global_batch // train.num_processes)
     room = budget.of(recipe, shapes, footprint, machine, device).for_rows(rows)
-    chosen = levers.choose(recipe, start, per_process, room)
+    speed = placement.own_speed(load_of(Task(recipe, shapes, lambda dtype: footprint, summary), fleet, None), fleet)
+    chosen = levers.choose(recipe, start, per_process, room, speed)
     whole = levers.needs_whole_logits(recipe, shapes, own_loss)
     levers.settle(recipe, chosen, per_process, room, optim, whole, ledger)
     used = chosen.levers
@@ -70,7 +70,8 @@ def fit(
     if problems:
         raise RecipeError(problems)
     on_disk = disk.need(recipe, shapes.num_parameters, used)
-    disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, disk_free_bytes)
+    if fleet.disk_bytes is not None:
+        disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, fleet.disk_bytes)
     ledger.settle("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     ledger.settle("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     logging_steps = max(1, steps.total // 200)

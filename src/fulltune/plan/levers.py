@@ -1,9 +1,10 @@
-"""Choose what costs memory: the fastest settings that fit, and of those the ones that leave the result as it is."""
+"""Choose what costs memory: of the settings that fit, those that leave the result as it is, and the fastest of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from fulltune import zero
 from fulltune.errors import DoesNotFitError, RecipeError
@@ -18,6 +19,8 @@ from fulltune.units import in_words
 
 COMFORTABLE = 0.9
 """Share of the memory that is used while there is a choice: the rest is for what the arithmetic does not know."""
+SAME_SPEED = 0.03
+"""Less than this is no difference."""
 DOING = {
     "loading": "loading the model",
     "step": "a step",
@@ -26,6 +29,7 @@ DOING = {
     "resuming": "going on from a checkpoint",
 }
 TOKEN_LOGITS = ("causal-lm", "seq2seq")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Chosen:
 
     levers: Levers
     memory: MemoryNeed
+    why_recomputed: str = ""
+    """Why activations are recomputed, or are not."""
 
 
 def possible(recipe: Recipe, shapes: Shapes) -> Recipe:
@@ -96,28 +102,59 @@ def before_choosing(
     )
 
 
-def choose(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
-    """The first settings that fit, in this order.
+def choose(
+    recipe: Recipe, start: Levers, rows_per_process: int, room: Room, speed: Callable[[Levers], float | None]
+) -> Chosen:
+    """The fastest settings that fit; 8-bit moments, which are other arithmetic, only where nothing fits without them.
 
-    Smaller micro batches come before recomputing activations, which costs a third more time, and both before 8-bit
-    moments, which are other arithmetic. What the recipe gives stays.
+    Of settings that are as fast, those that recompute nothing come first, and larger micro batches before smaller ones.
+    What the recipe gives stays.
 
     Args:
         recipe: What is given is not changed.
         start: Everything else about the levers.
         rows_per_process: Share of the global batch of one process; micro batches divide it.
         room: What one process may take, and what settings need of it.
+        speed: Tokens a second of settings; None where the hardware's speed is not known.
 
     Raises:
         DoesNotFitError: When nothing fits, with the nearest ways out.
     """
     for optim in _optimizers(recipe, start):
         for share in (COMFORTABLE, 1.0):
-            for levers in _candidates(recipe, replace(start, optim=optim), rows_per_process):
-                found = _with_eval_batch(recipe, levers, share * room.available_bytes, room)
-                if found.memory.peak <= share * room.available_bytes:
-                    return found
+            most = share * room.available_bytes
+            tried = [
+                _with_eval_batch(recipe, levers, most, room)
+                for levers in _candidates(recipe, replace(start, optim=optim), rows_per_process)
+            ]
+            if fitting := [one for one in tried if one.memory.peak <= most]:
+                speeds = [speed(one.levers) for one in fitting]
+                found = fastest(fitting, speeds)
+                return replace(found, why_recomputed=_why_recomputed(found, fitting, speeds))
     raise _does_not_fit(recipe, smallest(recipe, start, rows_per_process, room), room)
+
+
+def fastest(options: Sequence[T], speeds: Sequence[float | None]) -> T:
+    """The first that is as fast as the fastest one; the first of all where no speed is known."""
+    least = max(speed or 0.0 for speed in speeds) / (1 + SAME_SPEED)
+    return next(one for one, speed in zip(options, speeds, strict=True) if (speed or 0.0) >= least)
+
+
+def _why_recomputed(chosen: Chosen, fitting: Sequence[Chosen], speeds: Sequence[float | None]) -> str:
+    """Why activations are recomputed, or not; with what the other choice would have given."""
+    recomputed = chosen.levers.activation_checkpointing
+    others = [
+        (speed, one.levers.micro_batch_size)
+        for one, speed in zip(fitting, speeds, strict=True)
+        if one.levers.activation_checkpointing != recomputed and speed
+    ]
+    own = dict(zip(map(id, fitting), speeds, strict=True))[id(chosen)]
+    if not recomputed:
+        return "not needed: it fits without"
+    if not others or not own:
+        return "without, not even one row fits"
+    speed, micro = max(others)
+    return f"{own / speed:.2f} times as fast as without, where {micro} at a time fit"
 
 
 def smallest(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
@@ -188,9 +225,11 @@ def settle(
         why = f"the largest part of the global batch that fits: a step needs {peak}"
     ledger.settle("train.micro_batch_size", train.micro_batch_size, levers.micro_batch_size, why)
     ledger.settle("gradient accumulation", None, levers.accumulation, "global batch / (micro batch x processes)")
-    recomputing = "without, not even one row fits" if levers.activation_checkpointing else "not needed: it fits without"
     ledger.settle(
-        "train.activation_checkpointing", train.activation_checkpointing, levers.activation_checkpointing, recomputing
+        "train.activation_checkpointing",
+        train.activation_checkpointing,
+        levers.activation_checkpointing,
+        chosen.why_recomputed,
     )
     if recipe.task in TOKEN_LOGITS:
         pieces = "logits of all tokens never exist at once"

@@ -94,6 +94,7 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
             task.footprint(recipe.model.weights_dtype),
             planned is None or planned.group_by_length,
             methods.virtual_tokens(recipe),
+            time.backward_of(recipe.method.kind, shapes),
         ),
         available_bytes=_available_bytes(recipe, fleet),
         given=given,

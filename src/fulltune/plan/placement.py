@@ -43,7 +43,7 @@ from fulltune import zero
 from fulltune.model import Shapes
 from fulltune.plan import sharded, time
 from fulltune.plan.cards import Fleet
-from fulltune.plan.levers import COMFORTABLE
+from fulltune.plan.levers import COMFORTABLE, fastest
 from fulltune.plan.memory import Levers
 from fulltune.plan.ways_out import in_yaml
 from fulltune.records import MemoryKind, MemoryNeed, Placement
@@ -88,6 +88,11 @@ class Load:
     """Of bf16 weights: the recipe's, or what a plan takes."""
     checkpoints_bytes: int = 0
     """Of the run on disk, beside what DeepSpeed offloads there."""
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that have gradients: only they are sent to other devices and updated."""
+        return self.shapes.num_parameters if self.shapes.num_trained is None else self.shapes.num_trained
 
 
 @dataclass(frozen=True)
@@ -188,10 +193,7 @@ def _best(load: Load, fleet: Fleet, num_devices: int, way: _Way) -> Placement:
     comfortable = [one for one in fitting if one.device_bytes <= COMFORTABLE * load.available_bytes]
     if not fitting:
         return min(tried, key=lambda one: one.device_bytes)
-    return max(
-        comfortable or fitting,
-        key=lambda one: (one.tokens_per_second or 0.0, not one.activation_checkpointing, one.micro_batch_size),
-    )
+    return fastest(comfortable or fitting, [one.tokens_per_second for one in comfortable or fitting])
 
 
 def _micro_batches(load: Load, num_devices: int, way: _Way) -> list[int]:
@@ -200,7 +202,7 @@ def _micro_batches(load: Load, num_devices: int, way: _Way) -> list[int]:
         return [load.micro_batch_size]
     if _in_backward(load, num_devices, way):  # it cannot accumulate
         return [share]
-    return [size for size in range(1, share + 1) if share % size == 0]
+    return [size for size in range(share, 0, -1) if share % size == 0]
 
 
 def _in_backward(load: Load, num_devices: int, way: _Way) -> bool:
@@ -225,7 +227,7 @@ def _placed(load: Load, fleet: Fleet, num_devices: int, way: _Way, micro: int, c
     kinds, host, disk = _bytes(load, num_devices, way, levers)
     device = sum(kinds.values())
     short = _short(load, fleet, device, host, disk)
-    speed, bound_by = _speed(load, fleet, way, levers)
+    speed, bound_by = _speed(load, fleet, way.shared, levers)
     changes = _changes(load, way)
     return Placement(
         name=way.name,
@@ -291,9 +293,14 @@ def _short(load: Load, fleet: Fleet, device: int, host: int, disk: int) -> str:
 # ---- speed -----------------------------------------------------------------------------------------------------
 
 
-def _speed(load: Load, fleet: Fleet, way: _Way, levers: Levers) -> tuple[float | None, str]:
+def own_speed(load: Load, fleet: Fleet) -> Callable[[Levers], float | None]:
+    """Tokens a second over all devices of the recipe's own placement; None where the hardware's speed is not known."""
+    return lambda levers: _speed(load, fleet, load.shared, levers)[0]
+
+
+def _speed(load: Load, fleet: Fleet, shared: zero.Zero | None, levers: Levers) -> tuple[float | None, str]:
     """Tokens a second over all devices, and what holds it back."""
-    seconds = _step_seconds(load, fleet, way, levers)
+    seconds = _step_seconds(load, fleet, shared, levers)
     if not seconds:
         return None, ""
     overlapped = max(seconds[name] for name in ("computing", "host link", "other devices"))
@@ -301,7 +308,7 @@ def _speed(load: Load, fleet: Fleet, way: _Way, levers: Levers) -> tuple[float |
     return load.global_batch_size * load.work.tokens_per_row / total, max(seconds, key=lambda name: seconds[name])
 
 
-def _step_seconds(load: Load, fleet: Fleet, way: _Way, levers: Levers) -> dict[str, float]:
+def _step_seconds(load: Load, fleet: Fleet, shared: zero.Zero | None, levers: Levers) -> dict[str, float]:
     """Seconds of each part of a step; empty when the hardware's speed is not known."""
     rate = time.device_flops(fleet, levers.precision, load.shapes.hidden_size)
     if rate is None:
@@ -313,15 +320,15 @@ def _step_seconds(load: Load, fleet: Fleet, way: _Way, levers: Levers) -> dict[s
     computing = load.work.step_flops(load.global_batch_size, levers.activation_checkpointing) / together
     launching = LAUNCH_SECONDS * load.shapes.num_layers * levers.accumulation if fleet.machine.gpus else 0.0
     parts["computing"] = max(computing, launching) + LOOP_SECONDS
-    parts["optimizer"] = _optimizer_seconds(load, fleet, devices, way)
-    card, shared = fleet.card, way.shared
+    parts["optimizer"] = _optimizer_seconds(load, fleet, devices, shared)
+    card = fleet.card
     if card is None:
         return parts
-    parameters, accumulation = load.shapes.num_parameters, levers.accumulation
+    parameters, accumulation = load.num_trained, levers.accumulation
     moved = parameters * (devices - 1) / devices
     peers, link = (rate * 1e9 * LINK_SHARE for rate in (card.peer_gb_per_second, card.link_gb_per_second))
     if shared is None or shared.stage == 2:
-        width = 4 if shared is None and way.weights_dtype == "fp32" else 2
+        width = 4 if shared is None and levers.weights_dtype == "fp32" else 2
         parts["other devices"] = 2 * width * moved / peers
     else:
         parts["other devices"] = (2 * 2 + 2) * moved * accumulation / peers
@@ -333,11 +340,11 @@ def _step_seconds(load: Load, fleet: Fleet, way: _Way, levers: Levers) -> dict[s
     return parts
 
 
-def _optimizer_seconds(load: Load, fleet: Fleet, devices: int, way: _Way) -> float:
-    parameters, host = load.shapes.num_parameters, fleet.host_memory_gb_per_second * 1e9
+def _optimizer_seconds(load: Load, fleet: Fleet, devices: int, shared: zero.Zero | None) -> float:
+    parameters, host = load.num_trained, fleet.host_memory_gb_per_second * 1e9
     if fleet.card is None:
         return time.UPDATE_BYTES * parameters / host
-    if way.shared is not None and way.shared.offload_optimizer:
+    if shared is not None and shared.offload_optimizer:
         return HOST_UPDATE_BYTES * parameters / (host * HOST_SHARE)
-    held = parameters / devices if way.shared is not None else parameters
+    held = parameters / devices if shared is not None else parameters
     return time.UPDATE_BYTES * held / (fleet.card.memory_gb_per_second * 1e9)

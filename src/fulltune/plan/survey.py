@@ -9,7 +9,6 @@ from typing import Any
 from fulltune import zero
 from fulltune.errors import DoesNotFitError
 from fulltune.footprint import Footprint
-from fulltune.hardware import Machine
 from fulltune.model import Shapes
 from fulltune.plan import advise, alternatives, cards, disk, placement, settle, time, whole
 from fulltune.plan.cards import Fleet
@@ -20,7 +19,6 @@ from fulltune.plan.load import Task, load_of
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary, Placement, Plan, Setting, Survey, WayOut
 
-UNKNOWN_DISK_BYTES = 2**62
 NO_SHARING = "sharing out and offloading are for full fine-tuning only"
 
 
@@ -220,9 +218,8 @@ def _tried(task: Task, fleet: Fleet, way: WayOut) -> WayOut:
 
 
 def _fitted(task: Task, recipe: Recipe, fleet: Fleet) -> Plan:
-    free = fleet.disk_bytes if fleet.disk_bytes is not None else UNKNOWN_DISK_BYTES
     footprint = task.footprint(recipe.model.weights_dtype)
-    plan = fit(recipe, task.shapes, footprint, task.summary, fleet.machine, free)
+    plan = fit(recipe, task.shapes, footprint, task.summary, fleet)
     return _explained(plan, {"train.num_processes"}, "one for each device") if task.spread else plan
 
 
@@ -298,10 +295,9 @@ def _with_time(
 
 
 def with_time(
-    plan: Plan, recipe: Recipe, shapes: Shapes, footprint: Footprint, summary: DataSummary, machine: Machine
+    plan: Plan, recipe: Recipe, shapes: Shapes, footprint: Footprint, summary: DataSummary, fleet: Fleet
 ) -> Plan:
     """A plan for this machine with its time; without, where the speed of the hardware is not known."""
-    fleet = cards.here(machine, UNKNOWN_DISK_BYTES)
     task = Task(recipe, shapes, lambda weights_dtype: footprint, summary)
     load = load_of(task, fleet, plan)
     placements = placement.table(load, fleet, plan.num_processes)

@@ -2,8 +2,9 @@
 
 A step's work is counted in operations: 2 for each weight of a matrix and token in the forward pass, twice that in the
 backward pass, and once more the forward pass with recomputed activations: 6 and 8 x parameters x tokens (Kaplan et al.
-2020, arXiv 2001.08361, section 2.1), with attention on top. A device does a share of what its matrix products alone
-would allow:
+2020, arXiv 2001.08361, section 2.1), with attention on top. Half of the backward pass is for the gradients of weights,
+which frozen ones do without: LoRA takes 0.7 of full fine-tuning's operations (0.70 and 0.71 measured, docs/log.md), and
+a head alone no backward pass through the model. A device does a share of what its matrix products alone would allow:
 
 - CPU, 0.57 of the measured rate in bf16: from our runs on two cores that do 640 GFLOP/s (docs/log.md: MiniLM-L6 on
   Banking77 at 280 examples/s is 0.58 of it, SmolLM2-135M on GSM8K at 394 tokens/s 0.57). 0.75 in fp32, where products
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
 from fulltune.footprint import Footprint
+from fulltune.model import Shapes
 from fulltune.plan.cards import Fleet
 from fulltune.records import DataSummary, Plan, TimeNeed
 
@@ -48,6 +50,8 @@ class Work:
     flops_per_token: float
     """Forward pass, in matrices of weights."""
     attention_flops_per_pair: float
+    backward: float = 2.0
+    """Of a backward pass, in forward passes."""
 
     def forward_flops(self, rows: float) -> float:
         """Of so many rows in one forward pass."""
@@ -56,10 +60,18 @@ class Work:
 
     def step_flops(self, rows: float, recomputed: bool) -> float:
         """Of so many rows forward and backward."""
-        return (4 if recomputed else 3) * self.forward_flops(rows)
+        return (1 + self.backward + recomputed) * self.forward_flops(rows)
 
 
-def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: int = 0) -> Work:
+def backward_of(method: str, shapes: Shapes) -> float:
+    """Of a method's backward pass, in forward passes: 1 for the gradients of what flows, 1 for those of all weights."""
+    if shapes.num_trained is None:
+        return 2.0
+    share = shapes.num_trained / (shapes.num_held or shapes.num_parameters)
+    return 2 * share if method == "head" else 1 + share
+
+
+def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: int = 0, backward: float = 2.0) -> Work:
     """The work per row of prepared data.
 
     Args:
@@ -67,9 +79,10 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
         footprint: Has the model's operations per token.
         grouped: Rows of similar length share a batch.
         virtual: Tokens that a prompt puts before each text.
+        backward: See `backward_of`.
     """
     if summary.task == "image-classification":  # the footprint counts an image, not its patches
-        return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0)
+        return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0, backward)
     split = summary.splits["train"]
     mean = split.tokens / max(1, split.rows)
     longest = summary.max_length
@@ -81,6 +94,7 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
         longest=longest,
         flops_per_token=footprint.flops_per_token,
         attention_flops_per_pair=footprint.attention_flops_per_pair,
+        backward=backward,
     )
 
 

@@ -11,7 +11,7 @@ from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint import Footprint, Moment, Variant
 from fulltune.hardware import Gpu, Machine
 from fulltune.model import Shapes
-from fulltune.plan import defaults, fit
+from fulltune.plan import cards, defaults, fit
 from fulltune.plan import levers as choosing
 from fulltune.plan.budget import LIBRARIES_BYTES, Room
 from fulltune.plan.memory import Levers
@@ -90,7 +90,7 @@ def planned(
     **blocks: Any,
 ) -> Plan:
     values = {"model": "m", "task": "text-classification", "data": {"train": "a"}, **blocks}
-    return fit(Recipe.model_validate(values), shapes, footprint(), summary(rows, kind), machine, disk)
+    return fit(Recipe.model_validate(values), shapes, footprint(), summary(rows, kind), cards.here(machine, disk))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
     start = Levers(micro_batch_size=1, longest_tokens=64, can_recompute=False, num_processes=1)
     recipe = plans.recipe(train={"optim": "adafactor", "activation_checkpointing": False})
     with pytest.raises(DoesNotFitError) as raised:
-        choosing.choose(recipe, start, 4, room)
+        choosing.choose(recipe, start, 4, room, lambda levers: None)
     assert "needs 9.3 GiB" in raised.value.problems[0]
     assert (
         "even with micro batch 4 (a smaller one needs more, 11.2 GiB with 1: gradients of earlier passes"

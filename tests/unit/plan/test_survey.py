@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from fulltune.errors import RecipeError
 from fulltune.footprint import Moment
 from fulltune.plan import cards, load, time
+from fulltune.plan.alternatives import automatic
 from fulltune.plan.survey import Wishes, survey, with_settings
 from fulltune.recipe import Recipe
 from fulltune.records import Plan, Survey
@@ -129,6 +131,41 @@ def test_every_way_out_that_is_followed_gives_what_it_promised(hardware: str, tr
         assert plan is not None, way
     if "disk" not in hardware:
         assert followed
+
+
+@pytest.mark.parametrize("hardware", ["1x RTX 4090, 139GB host", "2x A100-40GB, 256GB host", "8x A100-80GB", "1x L40S"])
+def test_every_placement_that_is_followed_is_as_fast_as_its_row_says(hardware: str) -> None:
+    task = sizes.llama(train={"global_batch_size": 64})
+    table = planned(hardware, task)[0].placements
+    followed = [one for one in table if automatic(one)]
+    assert followed
+    for row in followed:
+        _, plan = planned(hardware, replace(task, recipe=with_settings(task.recipe, row.settings)))
+        assert plan is not None, row.name
+        assert plan.time is not None
+        assert plan.time.tokens_per_second == pytest.approx(row.tokens_per_second, rel=0.03), row.name
+
+
+def test_recomputing_that_is_faster_is_chosen_with_its_reason() -> None:
+    # One row fits without; with, each pass of many rows shares the way to the host.
+    _, plan = planned("1x RTX 4090, 139GB host", sizes.llama(train={"global_batch_size": 64}))
+    assert plan is not None
+    assert plan.activation_checkpointing
+    assert plan.micro_batch_size > 1
+    reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
+    assert re.fullmatch(r"1\.\d\d times as fast as without, where \d+ at a time fit", reason)
+
+
+def test_lora_is_planned_faster_than_full_fine_tuning_where_both_fit() -> None:
+    task = sizes.llama(method="lora")
+    held = sizes.LLAMA.num_parameters + 40_000_000
+    adapted = sizes.LLAMA.model_copy(update={"num_trained": 40_000_000, "num_held": held})
+    full, lora = (planned("8x A100-80GB", one)[1] for one in (sizes.llama(), replace(task, shapes=adapted)))
+    assert full is not None
+    assert lora is not None
+    assert full.time is not None
+    assert lora.time is not None
+    assert lora.time.train_seconds < 0.8 * full.time.train_seconds
 
 
 def test_row_of_other_weights_and_the_reason_have_one_number() -> None:
