@@ -137,8 +137,9 @@ def tests_near(tree: Path, file: str) -> list[str]:
     parts = Path(file).with_suffix("").parts[2:]  # of src/fulltune
     parts = parts[:-1] if parts[-1] == "__init__" else parts
     room, name = ".".join(("fulltune", *parts[:-1])), parts[-1] if parts else "fulltune"
+    top = parts[0] if parts else name
     named = re.compile(
-        rf"from {room} import [^\n]*\b{name}\b|{re.escape(room)}\.{name}\b|from fulltune import [^\n]*\b{(parts or (name,))[0]}\b"
+        rf"from {room} import [^\n]*\b{name}\b|{re.escape(room)}\.{name}\b|from fulltune import [^\n]*\b{top}\b"
     )
     found = [path for path in (tree / "tests").rglob("test_*.py") if named.search(path.read_text(encoding="utf-8"))]
     near = tree / "tests" / "unit" / Path(*parts[:-1])
