@@ -255,12 +255,10 @@ def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
 _Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def _public_objects(
-    body: Iterable[ast.stmt], prefix: str = ""
-) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+def _public_objects(body: Iterable[ast.stmt], prefix: str = "") -> Iterator[tuple[str, _Documented]]:
     """Yield (dotted name, node) of public functions, classes and methods; what functions define inside is private."""
     for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        if isinstance(node, _Documented):
             if not node.name.startswith("_"):
                 yield prefix + node.name, node
                 if isinstance(node, ast.ClassDef):
