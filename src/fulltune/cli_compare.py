@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shlex
@@ -232,9 +233,28 @@ def _open(err: Console, target: Path, overrides: list[str], folder: Path | None,
         recipe = _recipe_of(target, overrides)
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
         name = recipe.name or target.stem
+        left = "" if folder or fresh else _left_behind(recipe, name)
         found, resumed = run_folder.find_or_make(recipe, text, name, folder, fresh)
+        if left and not resumed:
+            err.print(left, soft_wrap=True, markup=False, style="yellow")
     err.print(f"[dim]{'continuing' if resumed else 'run folder'} {found}[/dim]", soft_wrap=True)
     return recipe, found
+
+
+def _left_behind(recipe: Recipe, name: str) -> str:
+    """That the newest comparison of this name that could be gone on with has other settings; empty: there is none."""
+    from fulltune import run_folder
+    from fulltune.comparing.more_time import differences
+
+    names = f"{glob.escape(name)}-[0-9][0-9][0-9][0-9]-*"
+    for other in reversed(run_folder.unfinished(Path(recipe.output), None, names)):
+        try:
+            before = run_folder.recipe_of(other)
+        except SetupError:  # of another version, which this one cannot go on with
+            continue
+        if before.methods and (what := differences(before, recipe)):
+            return f"beginning anew: {other} is unfinished, but has other settings ({what})"
+    return ""
 
 
 UNFAIR = 2
@@ -256,7 +276,10 @@ def lint(
     each = _share_of(_checked(budget), len(targets))
     if budget is not None:
         err.print(f"[dim]reading the rows and measuring ten steps, to know what fits into {budget}[/dim]")
-    found = [(target, comparing.lint_recipe(_recipe_of(target, overrides), each)) for target in targets]
+    recipes = [(target, _recipe_of(target, overrides)) for target in targets]
+    if not (budget or all(recipe.compare.budget for _, recipe in recipes)):
+        err.print("[dim]from the recipe alone; with --budget the rows are read as well[/dim]")
+    found = [(target, comparing.lint_recipe(recipe, each)) for target, recipe in recipes]
     if as_json:
         lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target, several in found for one in several]
         typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))

@@ -64,6 +64,14 @@ class ComparisonDesign(Record):
     """Other comparisons that opened the same test rows."""
     left_out: tuple[str, ...] = ()
     """Methods of the recipe for which there was no time."""
+    margin: float = 0.0
+    """Differences of the metric that do not matter."""
+    eval_rows: int = 0
+    """That choose between rates."""
+    rates_told: float | None = None
+    """By how much more of the metric a rate is taken in place of the usual one; None: not known, or it is no share."""
+    test_in_train: str = ""
+    """What the data stage says of test rows that stand in train as well."""
 
 
 class Finding(Record):
@@ -83,6 +91,8 @@ class Finding(Record):
         "low-peft-rates",
         "test-opened-again",
         "left-out",
+        "few-eval-rows",
+        "test-in-train",
     ]
     level: Literal["unfair", "worth knowing"]
     where: str

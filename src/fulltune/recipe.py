@@ -567,9 +567,13 @@ class Recipe(Block):
 
     def fingerprint(self) -> str:
         """Hash of all settings that shape a run: two recipes with the same one continue each other's run."""
+        return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def shaping(self) -> dict[str, Any]:
+        """All settings that shape a run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         settings["compare"]["budget"] = None  # more time goes on with the same comparison
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return settings
 
     def train_files(self) -> tuple[str, ...]:
         return (self.data.train,) if isinstance(self.data.train, str) else self.data.train

@@ -54,14 +54,8 @@ def find_or_make(
     if given is not None:
         return given, _adopt(given, recipe, recipe_text, fingerprint)
     output = Path(recipe.output)
-    if not fresh:
-        unfinished = [
-            path.parent
-            for path in output.glob(f"*/{IDENTITY}")
-            if _fingerprint(path) == fingerprint and not is_complete(path.parent)
-        ]
-        if unfinished:
-            return max(unfinished, key=lambda path: (path / IDENTITY).stat().st_mtime), True
+    if not fresh and (found := unfinished(output, fingerprint)):
+        return found[-1], True
     stem = f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
     folder = output / stem
     number = 2
@@ -69,6 +63,20 @@ def find_or_make(
         folder = output / f"{stem}-{number}"
         number += 1
     return folder, _adopt(folder, recipe, recipe_text, fingerprint)
+
+
+def unfinished(output: Path, fingerprint: str | None, names: str = "*") -> list[Path]:
+    """Folders of runs that can be gone on with, the newest last.
+
+    Args:
+        output: Where they lie.
+        fingerprint: Of their settings; None: whatever these are.
+        names: Pattern of the folders' names.
+    """
+    known = ((path, _fingerprint(path)) for path in output.glob(f"{names}/{IDENTITY}"))
+    found = [path for path, its in known if its is not None and fingerprint in (its, None)]
+    found.sort(key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in found if not is_complete(path.parent)]
 
 
 def is_complete(folder: Path) -> bool:

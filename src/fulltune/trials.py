@@ -74,6 +74,9 @@ class Search(Record):
     reason: str
     whole: tuple[Tried, ...] = ()
     """Whole runs with different rates, of which the best was chosen; empty: there were none."""
+    usual: float | None = None
+    """Kept where the eval rows do not tell: the method's default, of given rates the nearest to it; None: there was one
+    rate, or an older version chose the best however little it was ahead."""
     came_apart: bool = False
     """A higher rate was chosen first, and did not hold for a whole run."""
     other_runs: int = 0
@@ -134,7 +137,7 @@ class Expectation(Record):
 
 
 class ArmRow(Record):
-    """One arm in the table; costs are means over its runs."""
+    """One arm in the table; costs are medians over its runs (older versions: means), of memory the most."""
 
     arm: str
     kind: str

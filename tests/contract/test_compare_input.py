@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from rich.console import Console
 
-from fulltune import comparing
+from fulltune import cli_compare, comparing, pipeline
 from fulltune.compare.design import Cost, Fixed
 from fulltune.comparing import rates, timing
 from fulltune.recipe_file import load_recipe
@@ -93,7 +95,8 @@ def test_lint_with_a_budget_says_what_its_design_will_be_marked_for(tmp_path: Pa
         mock.patch.object(timing, "fixed_of", return_value=Fixed(0)),
     ):
         rich, poor, too_poor = (fulltune("compare", path, "--lint", "--budget", time) for time in ("9h", "12m", "2m"))
-    assert rich.out == "nothing found that would make this comparison unfair\n"
+    assert [line.partition(":")[0] for line in rich.out.splitlines()] == ["worth knowing"]
+    assert "worth knowing: eval rows: 4 rows choose the learning rates, too few to tell rates apart" in rich.out
     assert poor.code == 0, poor.out
     assert "worth knowing: full: 2 seeds: the budget ends before the next one" in poor.out
     assert "worth knowing: adapter, head: not trained: the budget leaves no time for it" in poor.out
@@ -101,3 +104,44 @@ def test_lint_with_a_budget_says_what_its_design_will_be_marked_for(tmp_path: Pa
     assert too_poor.code == 2
     assert "--budget 2m is too short for a verdict: 2 runs each of full and lora" in " ".join(too_poor.err.split())
     assert not [path for path in tmp_path.rglob("*") if path.name == "expectation.json"]
+
+
+def test_lint_with_a_budget_says_that_test_rows_stand_in_train_and_were_opened_by_another_comparison(
+    tmp_path: Path,
+) -> None:
+    path = recipe(tmp_path, ["full", "lora"])
+    known = tiny.write_jsonl(tmp_path / "known.jsonl", tiny.topic_rows(10))
+    other = comparing.recipe_for(load_recipe(path, [f"data.test={known}", "compare.margin=0.02"]))
+    folder, _ = find_or_make(other, "", "recipe", None, False)
+    pipeline.prepare(pipeline.Run(other, folder))
+    (folder / "compare").mkdir()
+    (folder / "compare" / "test-openings.jsonl").write_text("{}\n", encoding="utf-8")
+    recipes = [other, other.model_copy(update={"compare": other.compare.model_copy(update={"margin": 0.01})})]
+    with mock.patch.object(rates, "_measure"):
+        goes_on, begins = (comparing.lint_recipe(one, "9h") for one in recipes)
+    assert "test-opened-again" not in [one.rule for one in goes_on]  # that is the one that it would go on with
+    said = {one.rule: (one.level, one.what) for one in begins}
+    assert said["test-opened-again"][0] == said["test-in-train"][0] == "worth knowing"
+    assert f"other comparisons opened them before ({folder.name})" in said["test-opened-again"][1]
+    assert "test rows have a text that also stands in train" in said["test-in-train"][1]
+
+
+def test_comparison_that_could_go_on_with_other_settings_is_named(tmp_path: Path) -> None:
+    path, console = recipe(tmp_path, ["full", "lora"]), Console(width=200, file=io.StringIO())
+
+    def said(*overrides: str, fresh: bool = False) -> tuple[Path, str]:
+        console.file = io.StringIO()
+        _, folder = cli_compare._open(console, path, list(overrides), None, fresh)
+        return folder, console.file.getvalue()
+
+    first, told = said()
+    assert "beginning anew" not in told
+    other, told = said("compare.margin=0.02", "train.seed=7")
+    assert other != first
+    assert told.splitlines()[0] == (
+        f"beginning anew: {first} is unfinished, but has other settings (train.seed: 42 there, 7 here, "
+        "compare.margin: 0.01 there, 0.02 here)"
+    )
+    assert said()[0] == first
+    assert "beginning anew" not in said()[1] + said("compare.budget=1h")[1] + said("compare.seeds=2", fresh=True)[1]
+    assert "other settings (methods, compare.seeds: 2 there, not set here)" in said("methods=[full, adapter]")[1]

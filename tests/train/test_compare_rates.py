@@ -14,7 +14,7 @@ import pytest
 from fulltune import comparing, pipeline
 from fulltune.compare import rate_search
 from fulltune.compare_records import ArmStep, Look
-from fulltune.comparing import rates, seeds, timing, trials
+from fulltune.comparing import rates, rows, seeds, timing, trials
 from fulltune.errors import Diverged, GuardStop
 from fulltune.records import Outcome, Plan
 from fulltune.trials import Search, Trial, TrialResult, Tried
@@ -63,6 +63,26 @@ def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path
     )
     assert [one.learning_rate for one in asked] == [6.3e-4, 2e-3, 6.3e-3, 0.02]
     assert (found.chosen, found.on_edge) == (6.3e-3, False)
+
+
+def test_rate_of_a_search_gives_way_to_the_usual_one_where_whole_runs_do_not_tell_them_apart(tmp_path: Path) -> None:
+    # The usual rate is the third best of the short trials, and has a whole run before the second best.
+    short = {6.3e-4: 0.1, 2e-3: 0.3, 6.3e-3: 0.95, 0.02: 0.8}
+    _, found = searched(tmp_path, lambda trial: short[trial.learning_rate])
+    assert found.chosen == 6.3e-3
+    one = job(tmp_path, [METHODS[1], "lora"])
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    searches, asked = {"lora": found}, []
+
+    def final(_: Any, trial: Trial) -> TrialResult:
+        asked.append(trial.learning_rate)
+        return result_of(trial, 0.9 if trial.learning_rate == 6.3e-3 else 0.88)[2]
+
+    with mock.patch.object(seeds, "final", final):
+        first = final(line, Trial(name="lora-seed42", arm="lora", learning_rate=6.3e-3, seed=42))
+        result = seeds._checked(line, searches, first, 0.0)
+    assert asked == [6.3e-3, 2e-3]
+    assert result.trial.learning_rate == searches["lora"].chosen == 2e-3
 
 
 @contextlib.contextmanager
@@ -271,6 +291,24 @@ def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_p
     ]
     assert [name for name in begun if name.startswith("head")] == ["head-seed42"]  # it decides nothing
     assert [run.trial.learning_rate for run in results["adapter"]] == [1e-2, 1e-2]
+
+
+def test_what_runs_cost_is_that_of_the_middle_one_and_not_of_a_cold_first_one(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS)
+    line = comparing.Line(one, pipeline.prepare(one), "test")
+    results = {
+        arm: [
+            result_of(Trial(name=f"{arm}-seed{seed}", arm=arm, learning_rate=1, seed=seed), 0.9)[2].model_copy(
+                update={"train_seconds": seconds}
+            )
+            for seed, seconds in ((1, 90.0), (2, 30.0), (3, 31.0))
+        ]
+        for arm in ("full", "lora")
+    }
+    searches = {arm: rate_search.without_search(arm, 1.0) for arm in results}
+    scores = [mock.Mock(arm=arm, mean=0.9, low=0.8, high=1.0, values=(0.9,) * 3) for arm in results]
+    found = rows.rows_of(line, searches, results, (), mock.Mock(scores=scores), None)
+    assert [one.train_seconds for one in found] == [31.0, 31.0]
 
 
 def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def expected(
 def _notes(costs: Mapping[str, Cost], chosen: Choice, wanted: Choice) -> Iterator[str]:
     """What the budget took, and what few seeds mean."""
     if chosen.seeds < wanted.seeds:
-        yield f"{chosen.seeds} of the recipe's {wanted.seeds} seeds are planned; where time is left, more are run"
+        yield f"{chosen.seeds} seeds are planned instead of up to {wanted.seeds}; where time is left, more are run"
     searched = any(costs[arm].num_rates > 1 for arm in chosen.arms)
     if searched and not chosen.search_share:
         yield "no rate search: each method is trained at its usual rate, which the card will mark as unfair"

@@ -143,6 +143,20 @@ def _low_peft_rates(design: ComparisonDesign) -> Iterator[Finding]:
             )
 
 
+def _few_eval_rows(design: ComparisonDesign) -> Iterator[Finding]:
+    searched = any(len(set(arm.rates_searched)) > 1 for arm in _trained(design))
+    if searched and design.rates_told is not None and design.rates_told > design.margin:
+        yield Finding(
+            rule="few-eval-rows",
+            level="worth knowing",
+            where="eval rows",
+            what=f"{design.eval_rows:,} rows choose the learning rates, too few to tell rates apart that differ by "
+            f"less than about {100 * design.rates_told:.2g} points; only a rate ahead by more replaces the usual one, "
+            "so there may be a better rate for any method",
+            to_do="give more rows for choosing: `data.eval`, or a larger `data.eval_fraction`",
+        )
+
+
 def _same(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=1e-6)
 
@@ -186,6 +200,17 @@ def _eval_is_test(design: ComparisonDesign) -> Iterator[Finding]:
             what=f"{design.test_in_eval:.0%} of the rows that are reported also chose learning rates and checkpoints: "
             "the method that was tried most often looks best",
             to_do="give rows for `data.eval` that `data.test` does not have",
+        )
+
+
+def _test_in_train(design: ComparisonDesign) -> Iterator[Finding]:
+    if design.test_in_train:
+        yield Finding(
+            rule="test-in-train",
+            level="worth knowing",
+            where="test rows",
+            what=f"{design.test_in_train}, most of all that of a method that learns rows by heart",
+            to_do="take these rows out of train or out of test",
         )
 
 
@@ -305,8 +330,10 @@ _RULES: tuple[Callable[[ComparisonDesign], Iterator[Finding]], ...] = (
     _edge_of_grid,
     _unequal_search,
     _low_peft_rates,
+    _few_eval_rows,
     _few_seeds,
     _eval_is_test,
+    _test_in_train,
     _test_opened_again,
     _test_opened_by_others,
     _left_out,

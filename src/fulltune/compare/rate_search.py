@@ -2,14 +2,16 @@
 
 It is a successive halving (Jamieson and Talwalkar 2016) in two rounds. First all rates of a logarithmic grid, for a
 small share of the steps with a whole schedule of its own; when the best one lies at an edge of the grid, the next rate
-beyond as well. Then, where the arm goes on to a second seed, whole runs: of the best two, and on in the direction of
-the better one for as long as that is clearly better.
+beyond as well. Then, where the arm goes on to a second seed, whole runs: of the best two, the usual one among them, and
+on in the direction of the better one for as long as that is clearly better.
+
+Which rate is best is asked of few rows, and the winner among several is ahead by luck, too. So the usual rate is kept
+unless another one is ahead of it by more than a standard error (Breiman et al. 1984), by the same rule for all methods.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +72,16 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 
+def usual_of(rates: Sequence[float], usual: float) -> float:
+    """The rate to keep where trials do not tell: the usual one, of given rates the nearest to it."""
+    return _nearest(rates, rounded(usual))
+
+
+def _nearest(rates: Sequence[float], near: float) -> float:
+    """Of equally near ones the lower; rates are rounded, too."""
+    return min(sorted(rates), key=lambda rate: round(abs(math.log(rate / near)) / math.log(STEP), 1))
+
+
 def share_of_steps(search_share: float, total_steps: int) -> float:
     """What a short trial takes of a run's steps: as asked for, but at least `LEAST_STEPS`."""
     return min(1.0, max(search_share, LEAST_STEPS / max(1, total_steps)))
@@ -89,16 +101,36 @@ def best_of(tried: Mapping[float, float], scale: Scale, near: float | None = Non
     Args:
         tried: Rate to metric.
         scale: How it is measured.
-        near: Of equal ones the nearest to this rate is taken, of equally near ones the lower. Left out: the lowest, but
-            where all are equal, so that the trials tell nothing, the one in the middle.
+        near: Of equal ones the nearest to this rate is taken, of equally near ones the lower. Left out: the lowest.
     """
     best = max(scale.oriented(metric) for metric in tried.values())
-    equal = sorted(rate for rate in tried if scale.oriented(tried[rate]) == best)
-    if near is None and len(equal) < len(tried):
-        return equal[0]
-    middle = statistics.mean(math.log(rate) for rate in tried) if near is None else math.log(near)
-    # Rates are rounded, too.
-    return min(equal, key=lambda rate: round(abs(math.log(rate) - middle) / math.log(STEP), 1))
+    equal = [rate for rate in tried if scale.oriented(tried[rate]) == best]
+    return min(equal) if near is None else _nearest(equal, near)
+
+
+def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> float:
+    """The usual rate, unless the best one is ahead by more than a standard error; where it was not tried the best.
+
+    Args:
+        tried: Rate to metric, all on the same eval rows after as many steps.
+        scale: How it is measured.
+        usual: As `Search.usual`.
+    """
+    best = best_of(tried, scale)
+    if usual is None or usual not in tried:
+        return best
+    ahead = scale.oriented(tried[best]) - scale.oriented(tried[usual])
+    return best if ahead > scale.tolerance(tried[best]) else usual
+
+
+def _why(tried: Mapping[float, float], chosen: float, scale: Scale, what: str) -> str:
+    """In words; `what` are the trials: `whole runs`."""
+    best = best_of(tried, scale)
+    if chosen != best:
+        others = "the other was not" if len(tried) == 2 else f"none of the {len(tried) - 1} others was"
+        return f"the usual rate: {others} ahead by more than the eval rows can tell, in {what}"
+    equal = sum(scale.oriented(metric) == scale.oriented(tried[best]) for metric in tried.values())
+    return f"the lower of {equal} rates that were equal in {what}" if equal > 1 else f"the best of {len(tried)} {what}"
 
 
 def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
@@ -126,15 +158,15 @@ def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> floa
     return None
 
 
-def finished(arm: str, tried: Sequence[Tried], scale: Scale, may_extend: bool) -> Search:
-    """The result of the short trials: the best rate."""
+def finished(arm: str, tried: Sequence[Tried], scale: Scale, may_extend: bool, usual: float) -> Search:
+    """The result of the short trials: the best rate, where it is clearly better than the usual one."""
     found = {one.learning_rate: one.metric for one in tried}
-    chosen = best_of(found, scale)
+    chosen = choice(found, scale, usual)
     on_edge = chosen in (min(found), max(found)) and _ahead(found, chosen, scale) > scale.tolerance(found[chosen])
-    how = f"best of {len(found)} rates on the eval rows after {tried[0].share:.0%} of the steps"
+    how = _why(found, chosen, scale, f"short runs of {tried[0].share:.0%} of the steps")
     if on_edge:
         how += ", at the edge of those tried" + ("" if may_extend else " (the recipe's)")
-    return Search(arm=arm, tried=tuple(tried), chosen=chosen, reason=how, on_edge=on_edge)
+    return Search(arm=arm, tried=tuple(tried), chosen=chosen, reason=how, on_edge=on_edge, usual=usual)
 
 
 def _ahead(found: Mapping[float, float], chosen: float, scale: Scale) -> float:
@@ -156,7 +188,8 @@ def without_time(arm: str, rate: float) -> Search:
 def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
     """The rate that gets the next whole run; None: no more.
 
-    First the second best of the short trials, of equal ones the nearest. Short trials flatter high rates: MiniLM-L6 on
+    First the usual rate, which another one has to beat in whole runs, too; where the search chose that one, the second
+    best of the short trials, of equal ones the nearest. Short trials flatter high rates: MiniLM-L6 on
     Banking77 reached 76.6 % with the higher and 61.3 % with the lower rate after 15 % of the steps, and after all of
     them the lower one was better. And where steps are few they hardly tell rates apart: 19.4 and 18.5 % after 19 of 160
     steps (docs/log.md). From then on the next rate on the side of the better one, while it is clearly better than its
@@ -173,8 +206,11 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
     short = {one.learning_rate: one.metric for one in search.tried}
     if len(short) < 2 or search.whole or len(whole) >= 2 + MOST_EXTENSIONS:
         return None
+    left = {rate: metric for rate, metric in short.items() if rate not in whole and not math.isnan(metric)}
+    usual = search.usual
+    if usual is not None and usual in left and not (search.came_apart and usual > search.chosen):
+        return usual
     if len(whole) < 2 and not search.came_apart:
-        left = {rate: metric for rate, metric in short.items() if rate not in whole and not math.isnan(metric)}
         return best_of(left, scale, near=search.chosen) if left else None
     best = max(whole, key=lambda rate: scale.oriented(whole[rate]))
     learned = any(scale.oriented(whole[rate]) > scale.oriented(short.get(rate, math.nan)) for rate in whole)
@@ -216,7 +252,9 @@ def _open_side(best: float, whole: Mapping[float, float], scale: Scale) -> int:
 
 
 def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, share: float) -> Search:
-    """The search's result after whole runs: the best rate; of equal ones the lowest, which is the safer one.
+    """The search's result after whole runs: the best rate, where it is clearly better than the usual one.
+
+    Of equal ones the lowest, which is the safer one.
 
     Args:
         search: What the short trials gave.
@@ -224,16 +262,12 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, shar
         scale: How they are measured.
         share: Of the recipe's steps that they took.
     """
-    best = max(scale.oriented(metric) for metric in whole.values())
-    equal = [rate for rate in whole if scale.oriented(whole[rate]) == best]
-    chosen = min(equal)
+    chosen = choice(whole, scale, search.usual)
     rates = {one.learning_rate for one in search.tried} | set(whole)
     on_edge = chosen in (min(rates), max(rates)) and _open_side(chosen, whole, scale) != 0
     runs = tuple(Tried(learning_rate=rate, share=share, metric=metric) for rate, metric in whole.items())
-    reason = f"the best of {len(whole)} whole runs"
-    if len(equal) > 1:
-        reason = f"the lower of {len(equal)} rates that were equal in whole runs"
-    return search.model_copy(update={"chosen": chosen, "whole": runs, "reason": reason, "on_edge": on_edge})
+    changes = {"chosen": chosen, "whole": runs, "reason": _why(whole, chosen, scale, "whole runs"), "on_edge": on_edge}
+    return search.model_copy(update=changes)
 
 
 # ---- rates that come apart -------------------------------------------------------------------------------------

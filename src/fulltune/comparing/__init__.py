@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fulltune import model, pipeline, plan, report, run_folder, train
 from fulltune.compare import design, rate_search
@@ -22,8 +23,9 @@ from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
 from fulltune.comparing import beside, more_time, timing
 from fulltune.comparing.line import OPENINGS, RECORD, Line, lines_of, settings_of
 from fulltune.comparing.rates import EXPECTATION, expect, grid_trials, search, usual
+from fulltune.comparing.rows import design_of_rows
 from fulltune.comparing.seeds import most_seeds, run_seeds
-from fulltune.comparing.verdict import judge
+from fulltune.comparing.verdict import judge, opened_by_others
 from fulltune.errors import RecipeError
 from fulltune.generic_text import generic_texts
 from fulltune.recipe import RIVALS, Recipe
@@ -62,7 +64,10 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
     block, source = recipe.model, model.locate(recipe.model, weights=False)
     shapes = model.shapes(block, task_named(recipe.task).AUTO_CLASS, {}, weights=False)
     text = budget or recipe.compare.budget
-    fits = _foreseen(recipe, parse_seconds(text)) if text else None
+    fits: Expectation | None = None
+    of_rows: dict[str, Any] = {}
+    if text:
+        fits, of_rows = _foreseen(recipe, parse_seconds(text))
     planned = recipe.compare.seeds or design.num_seeds(None, design.FEW_TRAIN_ROWS)
     left_out = fits.left_out if fits else ()
     rivals = [one.arm for one in recipe.methods if one.kind in RIVALS and one.arm not in left_out]
@@ -94,19 +99,22 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
             arms=tuple(arms),
             left_out=left_out,
             weights_source="gguf" if model.is_quantised(source) else "plain",
+            **of_rows,
         )
     )
 
 
-def _foreseen(recipe: Recipe, budget_seconds: float) -> Expectation:
-    """What fits into a budget; the prepared rows stay in the cache, for the comparison itself."""
+def _foreseen(recipe: Recipe, budget_seconds: float) -> tuple[Expectation, dict[str, Any]]:
+    """What fits into a budget, and what the lint looks at in the rows, which stay in the cache for the comparison."""
     began, output = time.monotonic(), Path(recipe.output)
     with run_folder.writing(output):
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".lint-", dir=output) as folder:
             job = pipeline.Run(recipe, Path(folder))
             with train.nursery() as start:
-                return expect(Line(job, pipeline.prepare(job), "", budget_seconds, start, began))
+                line = Line(job, pipeline.prepare(job), "", budget_seconds, start, began)
+                goes_on = run_folder.unfinished(output, recipe.fingerprint())[-1:]
+                return expect(line), design_of_rows(line) | {"opened_by_others": opened_by_others(line, goes_on)}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from fulltune.compare.design import in_time, round_up
+from fulltune.recipe import Recipe
 from fulltune.trials import Comparison
+
+_MOST_DIFFERENCES = 3
 
 
 def refused(known: Comparison, budget_seconds: float | None) -> str | None:
@@ -38,3 +44,23 @@ def refused(known: Comparison, budget_seconds: float | None) -> str | None:
             f"{in_time(round_up(2 * had))}; --fresh begins another comparison"
         )
     return None
+
+
+def differences(before: Recipe, now: Recipe) -> str:
+    """The settings in which a recipe differs from that of a comparison that is there, a few with both values."""
+    found = list(_differences(before.shaping(), now.shaping()))
+    more = f" and {len(found) - _MOST_DIFFERENCES} more" if len(found) > _MOST_DIFFERENCES else ""
+    return ", ".join(found[:_MOST_DIFFERENCES]) + more
+
+
+def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before | now:
+            yield from _differences(before.get(name), now.get(name), f"{where}.{name}" if where else name)
+    elif before != now:
+        plain = not isinstance(before, dict | list) and not isinstance(now, dict | list)
+        yield f"{where}: {_in_words(before)} there, {_in_words(now)} here" if plain else where
+
+
+def _in_words(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -59,8 +59,7 @@ def _measure(line: Line, share: float) -> None:
     much; most often the search begins with the same one."""
     if any((line.folder / FOLDER / "trials").glob("*.json")):
         return
-    rates = timing.grid(line, line.full)
-    trial = rate_search.search_trial(line.full.arm, rates[len(rates) // 2], share, line.recipe.train.seed)
+    trial = rate_search.search_trial(line.full.arm, timing.usual(line, line.full), share, line.recipe.train.seed)
     line.say(f"measuring how fast it is here, before the budget is planned: {trial.share:.0%} of a run of {trial.arm}")
     tried(line, trial)
 
@@ -145,16 +144,15 @@ def search(line: Line, method: Any, expectation: Expectation, keep: float = 0.0)
             line.say(f"{method.arm}: no time to try {further:g} as well")
             break
         run_one(trial)
-    found = rate_search.finished(method.arm, list(found_at.values()), scale, may_extend)
+    found = rate_search.finished(method.arm, list(found_at.values()), scale, may_extend, timing.usual(line, method))
     found = found.model_copy(update={"time_was_up": time_was_up})
     found.save(path)
     return found
 
 
 def usual(line: Line, method: Any) -> Search:
-    """The usual rate, where there is no time to search; given rates: the one in their middle."""
-    rates = timing.grid(line, method)
-    found = rate_search.without_time(method.arm, rates[len(rates) // 2])
+    """The usual rate, where there is no time to search."""
+    found = rate_search.without_time(method.arm, timing.usual(line, method))
     found.save(_path(line, method.arm))
     return found
 

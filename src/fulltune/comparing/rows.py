@@ -12,6 +12,7 @@ from fulltune import model
 from fulltune.compare import rate_search
 from fulltune.compare_records import ArmDesign, ComparisonDesign, Decision, Look
 from fulltune.comparing.line import BASE, FOLDER, Line, settings_of
+from fulltune.comparing.rates import scale_of
 from fulltune.comparing.seeds import Ran, Results, waiting
 from fulltune.evaluate import drift, outputs
 from fulltune.records import Estimate, Scores
@@ -54,7 +55,6 @@ def rows_of(
         gain = None
         if base_value is not None and line.measure.sign * (full_value - base_value) > 0:
             gain = (score.mean - base_value) / (full_value - base_value)
-        mean = statistics.mean
         rows.append(
             ArmRow(
                 arm=arm,
@@ -67,19 +67,25 @@ def rows_of(
                 metric=Estimate(value=score.mean, low=score.low, high=score.high),
                 values=score.values,
                 gain_share=gain,
-                train_seconds=round(mean(one.train_seconds for one in found), 2),
+                train_seconds=round(middle(one.train_seconds for one in found), 2),
                 search_seconds=round(_search_seconds(line, searches[arm]), 2),
-                tokens_per_second=round(mean(one.tokens_per_second for one in found), 1),
-                train_flops=mean(one.train_flops for one in found),
+                tokens_per_second=round(middle(one.tokens_per_second for one in found), 1),
+                train_flops=middle(one.train_flops for one in found),
                 peak_memory_bytes=max(one.peak_memory_bytes for one in found),
                 memory_growth_bytes=max(one.memory_growth_bytes for one in found),
                 saved_bytes=found[0].saved_bytes,
                 drift=_drift(line, found),
-                seconds_per_row=mean(one.seconds_per_row or 0.0 for one in found),
+                seconds_per_row=middle(one.seconds_per_row or 0.0 for one in found),
                 waited=arm in waited,
             )
         )
     return tuple(rows)
+
+
+USUAL_SHARE = 0.9
+"""Of eval rows that are right, before anything was trained."""
+middle = statistics.median
+"""Of what runs cost: the first one of a command finds files and libraries cold, and is no cost of the method."""
 
 
 def _base_value(line: Line, of_rows: Any, base: Scores | None) -> float | None:
@@ -111,6 +117,24 @@ def _drift(line: Line, found: Sequence[TrialResult]) -> Estimate | None:
     tail = (1 - line.recipe.evaluate.confidence) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
     return Estimate(value=float(of_text.mean()), low=float(low), high=float(high))
+
+
+def design_of_rows(line: Line, metrics: Sequence[float] = (USUAL_SHARE,)) -> dict[str, Any]:
+    """Fields of the design that the rows settle, before or after something was trained.
+
+    Args:
+        line: The comparison.
+        metrics: Of each method's first whole run, on the eval rows; left out, as often is.
+    """
+    scale = scale_of(line)
+    known = (one for one in line.summary.notes if " test rows have " in one and "stands in train" in one)
+    return {
+        "margin": line.recipe.compare.margin,
+        "eval_rows": scale.eval_rows,
+        "rates_told": max(map(scale.tolerance, metrics)) if scale.is_share else None,
+        "test_in_eval": line.summary.test_in_eval,
+        "test_in_train": next(known, ""),
+    }
 
 
 def _rates_searched(search: Search) -> tuple[float, ...]:
@@ -155,7 +179,7 @@ def design_of(
         arms=tuple(arms),
         full_wins=full_wins,
         weights_source="gguf" if model.is_quantised(model.locate(line.recipe.model)) else "plain",
-        test_in_eval=line.summary.test_in_eval,
+        **design_of_rows(line, [found[0].metric for found in ran.results.values()]),
         opened_by_others=tuple(others),
         left_out=tuple(one.arm for one in line.trained_arms if one.arm not in ran.results),
         test_openings=len({(one.trials, one.alpha) for one in openings}),  # the same trials again show nothing new

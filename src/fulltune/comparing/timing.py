@@ -66,6 +66,11 @@ def grid(line: Line, method: Any) -> tuple[float, ...]:
     return rate_search.grid(usual, method.learning_rates, method.learning_rate)
 
 
+def usual(line: Line, method: Any) -> float:
+    """The rate of that grid to keep where trials do not tell, and to take where there is no time for them."""
+    return rate_search.usual_of(grid(line, method), line.room(method.arm).plan.learning_rate)
+
+
 def fixed_of(line: Line) -> design.Fixed:
     """What comes on top of the steps; baselines embed the train rows, too."""
     known, arm = pace(line), line.full.arm

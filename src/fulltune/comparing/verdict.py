@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import platform
-import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +20,7 @@ from fulltune.compare.sequential import Left, left
 from fulltune.compare.verdict import ArmItems, decide
 from fulltune.compare_records import Decision
 from fulltune.comparing.line import BASE, OPEN, OPENINGS, RECORD, SEALED, Line, append_line, lines_of
-from fulltune.comparing.rows import design_of, rows_of
+from fulltune.comparing.rows import design_of, middle, rows_of
 from fulltune.comparing.seeds import Ran, Results, arm_items, most_seeds, waiting
 from fulltune.comparing.trials import best_seed, keep
 from fulltune.evaluate import drift, outputs
@@ -115,13 +114,18 @@ def open_test_rows(line: Line, trials: Sequence[str], alpha: Left) -> tuple[Open
     return tuple(Opening.model_validate(entry) for entry in lines_of(line.folder / OPENINGS))
 
 
-def opened_by_others(line: Line) -> list[str]:
-    """Names of other comparisons beside this one that opened the same test rows."""
-    found = set()
+def opened_by_others(line: Line, own: Sequence[Path] = ()) -> list[str]:
+    """Names of other comparisons beside this one that opened the same test rows.
+
+    Args:
+        line: The comparison.
+        own: Folders that are no other one's.
+    """
+    found, mine = set(), {path.resolve() for path in (line.folder, *own)}
     for parent in {line.folder.resolve().parent, Path(line.recipe.output).resolve()}:
         for path in parent.glob(f"*/{OPENINGS}"):
             folder = path.parent.parent
-            if folder != line.folder.resolve() and _data_fingerprint(folder) == line.summary.fingerprint:
+            if folder not in mine and _data_fingerprint(folder) == line.summary.fingerprint:
                 found.add(folder.name)
     return sorted(found)
 
@@ -153,7 +157,7 @@ def comparison_of(
     made = line.room(line.full.arm).plan
     asked = _asked(line)
     fixed = sum(
-        statistics.mean(one.train_seconds for one in found) * most_seeds(expectation) for found in results.values()
+        middle(one.train_seconds for one in found) * most_seeds(expectation) for found in results.values()
     ) + sum(row.search_seconds for row in rows)
     full_wins, others = decision.verdict == "FULL", opened_by_others(line)
     design = design_of(line, searches, ran, openings, others, full_wins=full_wins)
@@ -180,7 +184,7 @@ def comparison_of(
         drift_text=line.texts[1],
         num_trials=len(finals) + sum(len(one.tried) + one.other_runs for one in searches.values()),
         seconds=round(line.spent_seconds, 1),
-        full_run_seconds=round(statistics.mean(full), 1),
+        full_run_seconds=round(middle(full), 1),
         fixed_design_seconds=round(fixed, 1),
         cores=line.machine.num_cores,
         time_was_up=_more_time_would_add(ran, left_out, searches),

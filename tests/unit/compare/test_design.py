@@ -88,6 +88,10 @@ def test_budget_gives_up_breadth_before_the_third_and_the_search_after_it() -> N
     assert {one.num_seeds for one in known if one.left_out} == {2, 3}
     assert {one.num_seeds for one in known if not one.search_share} == {2}
     assert all(one.arms == ("full", "lora") for one in known if not one.search_share)
+    # Five is nothing that a recipe says.
+    assert {one.notes[0] for one in known if one.num_seeds == 2} == {
+        "2 seeds are planned instead of up to 5; where time is left, more are run"
+    }
     assert all("at a second rate" in " ".join(one.notes) for one in known if one.left_out and one.search_share)
 
 

@@ -88,6 +88,8 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
         ("few-seeds", "full", "unfair", {"full": {"seeds": (1,)}}),
         ("few-seeds", "lora", "worth knowing", {"lora": {"seeds": (1, 2)}}),
         ("eval-is-test", "rows", "unfair", {"test_in_eval": 0.3}),
+        ("few-eval-rows", "eval rows", "worth knowing", {"eval_rows": 28, "rates_told": 0.065, "margin": 0.01}),
+        ("test-in-train", "test rows", "worth knowing", {"test_in_train": "3 of 28 test rows have a text ..."}),
         ("unequal-tokens", "full, lora", "unfair", {"lora": {"train_tokens": 700_000}}),
         ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["q_proj", "v_proj"]}}}),
         ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["attention.self.query"]}}}),
@@ -109,6 +111,20 @@ def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: s
     assert (found.rule, found.where, found.level) == (rule, where, level)
     assert found.what
     assert found.to_do
+
+
+def test_lint_few_eval_rows_says_how_many_and_what_they_tell_and_blames_no_method() -> None:
+    (found,) = lint(design(eval_rows=28, rates_told=0.0651, margin=0.01))
+    assert (
+        "28 rows choose the learning rates, too few to tell rates apart that differ by less than about 6.5 points"
+        in (found.what)
+    )
+    assert lint(design(eval_rows=2000, rates_told=0.0067, margin=0.01)) == ()
+    assert lint(design(eval_rows=28, rates_told=None, margin=0.01)) == ()  # the metric is no share
+    fixed = {"rates_searched": (1e-4,)}
+    made = design(eval_rows=28, rates_told=0.065, margin=0.01)
+    arms = tuple(one.model_copy(update=fixed) for one in made.arms)
+    assert "few-eval-rows" not in [one.rule for one in lint(made.model_copy(update={"arms": arms}))]  # none chosen
 
 
 def test_lint_rates_of_full_that_whole_runs_led_up_to_do_not_make_those_of_lora_low() -> None:

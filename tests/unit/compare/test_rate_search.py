@@ -40,12 +40,54 @@ def test_beyond_best_at_the_edge_extends_the_grid(
     assert rate_search.beyond(metrics, Scale(greater, 1000, True), may_extend=False) is None
 
 
-def test_best_of_equal_rates_is_the_lowest_but_where_all_are_equal_the_middle_one() -> None:
+def test_best_of_equal_rates_is_the_lowest() -> None:
     assert rate_search.best_of({1e-4: 0.5, 3e-4: 0.9, 1e-3: 0.9}, SHARE) == 3e-4
     assert rate_search.best_of({1e-4: 0.9, 3e-4: 0.9, 1e-3: 0.5}, SHARE) == 1e-4
     assert rate_search.best_of({1e-4: 2.0, 3e-4: 2.0, 1e-3: 2.5}, LOSS) == 1e-4
-    assert rate_search.best_of({1e-4: 0.5, 3e-4: 0.5, 1e-3: 0.5}, SHARE) == 3e-4
     assert rate_search.best_of({1e-4: math.nan, 3e-4: 0.1}, SHARE) == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("rates", "usual", "kept"),
+    [
+        ((6.3e-05, 0.0002, 0.00063), 2e-4, 2e-4),
+        ((6.3e-05, 0.0002, 0.00063), 2.04e-4, 2e-4),  # rates of a grid are rounded
+        ((1e-4, 1e-3), 2e-4, 1e-4),
+        ((1e-3, 1e-2), 3.16e-3, 1e-3),  # equally near: the lower
+    ],
+)
+def test_usual_rate_is_the_default_or_the_nearest_of_given_ones(
+    rates: tuple[float, ...], usual: float, kept: float
+) -> None:
+    assert rate_search.usual_of(rates, usual) == kept
+
+
+FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)
+"""A standard error at 86 % is 1.9 rows."""
+
+
+@pytest.mark.parametrize(
+    ("metrics", "scale", "taken"),
+    [
+        ((24 / 28, 25 / 28, 20 / 28), FEW, 3e-4),
+        ((25 / 28, 24 / 28, 20 / 28), FEW, 3e-4),  # one row more is luck, on either side
+        ((20 / 28, 24 / 28, 25 / 28), FEW, 3e-4),
+        ((28 / 28, 24 / 28, 20 / 28), FEW, 1e-4),
+        ((20 / 28, 24 / 28, 27 / 28), FEW, 1e-3),
+        ((0.857, 0.857, 0.893), SHARE, 1e-3),  # the same difference on a thousand rows is none
+        ((0.9, 0.9, 0.5), SHARE, 3e-4),
+        ((0.5, 0.5, 0.5), SHARE, 3e-4),
+        ((math.nan, math.nan, math.nan), SHARE, 3e-4),
+        ((0.1, math.nan, math.nan), SHARE, 1e-4),
+        ((2.0, 2.01, 2.5), LOSS, 3e-4),
+        ((1.9, 2.01, 2.5), LOSS, 1e-4),
+    ],
+)
+def test_usual_rate_is_kept_unless_another_is_ahead_by_a_standard_error(
+    metrics: tuple[float, float, float], scale: Scale, taken: float
+) -> None:
+    tried = dict(zip((1e-4, 3e-4, 1e-3), metrics, strict=True))
+    assert rate_search.choice(tried, scale, 3e-4) == taken
 
 
 @pytest.mark.parametrize(("steps", "share"), [(1000, 0.06), (100, 0.1), (20, 0.5), (4, 1.0)])
@@ -61,18 +103,24 @@ def tried(**metrics: float) -> list[Tried]:
 
 
 def test_finished_takes_the_best_rate() -> None:
-    found = rate_search.finished("lora", tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), SHARE, True)
-    assert (found.chosen, found.on_edge) == (3e-4, False)
-    assert found.reason == "best of 3 rates on the eval rows after 6% of the steps"
-    edge = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), LOSS, True)
+    found = rate_search.finished("lora", tried(r1e_4=0.91, r3e_4=0.93, r1e_3=0.7), SHARE, True, 3e-4)
+    assert (found.chosen, found.on_edge, found.usual) == (3e-4, False, 3e-4)
+    assert found.reason == "the best of 3 short runs of 6% of the steps"
+    edge = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.1, r1e_3=math.nan), LOSS, True, 3e-4)
     assert (edge.chosen, edge.on_edge) == (1e-4, True)
     assert edge.reason.endswith("of the steps, at the edge of those tried")
-    near = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, True)
+    near = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, True, 1e-4)
     assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
+    kept = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, True, 3e-4)
+    assert (kept.chosen, kept.on_edge) == (3e-4, False)
+    assert kept.reason == (
+        "the usual rate: none of the 2 others was ahead by more than the eval rows can tell, in short runs of 6% of "
+        "the steps"
+    )
 
 
 def test_slower_is_asked_for_when_a_whole_run_ends_below_its_short_trial() -> None:
-    search = rate_search.finished("lora", tried(r2e_3=0.74, r6e_3=0.75), SHARE, True)
+    search = rate_search.finished("lora", tried(r2e_3=0.74, r6e_3=0.75), SHARE, True, 6e-3)
     assert rate_search.slower(search, 0.02, SHARE) == 2e-3
     assert rate_search.slower(search, 0.745, SHARE) is None
     assert rate_search.slower(search, 0.91, SHARE) is None
@@ -101,22 +149,25 @@ FULL = {"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.766}
     [
         (FULL, 2e-4),
         ({"r6e_5": 0.03, "r2e_4": 0.194, "r6e_4": 0.185}, 6e-4),  # as good, with few steps
+        ({"r6e_5": 0.7, "r2e_4": 0.613, "r6e_4": 0.766}, 2e-4),  # the usual one, though it was the worst
+        ({"r6e_5": 0.3, "r2e_4": 0.613, "r6e_4": 0.7, "r1.9e_3": 0.766}, 2e-4),
+        ({"r6e_5": 0.3, "r2e_4": math.nan, "r6e_4": math.nan}, None),
         ({"r6e_5": 0.3, "r2e_4": 0.766, "r6e_4": 0.613}, 6e-4),  # it may only have been slower to begin
-        ({"r6e_5": 0.3, "r2e_4": 0.3, "r6e_4": math.nan}, 2e-4),  # of equal ones the lower was taken first
+        ({"r6e_5": 0.3, "r2e_4": 0.3, "r6e_4": math.nan}, 6e-5),  # of equal ones the usual was taken first
         ({"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}, 2e-4),  # of equal ones the nearest
-        ({"r6.3e_4": 0.0, "r2e_3": 0.0, "r6.3e_3": 0.0}, 6.3e-4),  # of equally near ones the lower
+        ({"r2e_4": 0.0, "r6.3e_5": 0.0, "r6.3e_4": 0.0}, 6.3e-5),  # of equally near ones the lower
         ({"r2e_4": 0.3, "r6e_4": math.nan}, None),
     ],
 )
-def test_next_whole_is_first_the_second_best_rate(short: dict[str, float], second: float | None) -> None:
-    found = rate_search.finished("full", tried(**short), SHARE, True)
+def test_next_whole_is_first_the_usual_rate_else_the_second_best(short: dict[str, float], second: float | None) -> None:
+    found = rate_search.finished("full", tried(**short), SHARE, True, 2e-4)
     assert rate_search.next_whole(found, {found.chosen: 0.9}, SHARE, True) == second
     given = rate_search.without_search("full", 1e-3)
     assert rate_search.next_whole(given, {1e-3: 0.9}, SHARE, True) is None
 
 
 def test_next_whole_only_lower_rates_where_the_search_s_came_apart() -> None:
-    found = rate_search.finished("full", tried(**FULL), SHARE, True)
+    found = rate_search.finished("full", tried(**FULL), SHARE, True, 2e-4)
     lower = rate_search.replaced(found, 2e-4, "it diverged")
     assert rate_search.next_whole(lower, {2e-4: 0.9}, SHARE, True) == 6e-5
     assert rate_search.next_whole(lower, {2e-4: 0.9, 6e-5: 0.8}, SHARE, True) is None  # not the one that came apart
@@ -125,7 +176,7 @@ def test_next_whole_only_lower_rates_where_the_search_s_came_apart() -> None:
 
 
 def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:
-    found = rate_search.finished("full", tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE, True)
+    found = rate_search.finished("full", tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE, True, 2e-4)
     climbed = rate_search.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE, 1.0)
     back = rate_search.replaced(climbed, 2e-4, "it diverged", [10.0, 2.0])
     assert rate_search.next_whole(back, {2e-4: 0.8}, SHARE, True) is None  # or it would choose 6e-4 for ever
@@ -161,7 +212,7 @@ AT_CHANCE = {"r6e_5": 0.218, "r2e_4": 0.201, "r6e_4": 0.201}
 def test_next_whole_goes_on_while_it_gets_clearly_better(
     short: dict[str, float], whole: dict[float, float], following: float | None
 ) -> None:
-    found = rate_search.finished("full", tried(**short), SHARE, True)
+    found = rate_search.finished("full", tried(**short), SHARE, True, 2e-4)
     assert rate_search.next_whole(found, whole, SHARE, may_extend=True) == following
     inside = following if following in {one.learning_rate for one in found.tried} else None
     assert rate_search.next_whole(found, whole, SHARE, may_extend=False) == inside
@@ -172,6 +223,7 @@ def test_next_whole_goes_on_while_it_gets_clearly_better(
     [
         ((0.919, 0.925), SHARE, 2e-4, False),
         ((0.919, 0.919), SHARE, 2e-4, False),  # equal: the lower one
+        ((0.925, 0.919), SHARE, 2e-4, False),  # the usual one, which the other is not ahead of by a standard error
         ((0.925, 0.912), SHARE, 6e-4, False),  # ahead by less than two standard errors
         ((0.925, 0.87), SHARE, 6e-4, True),
         ((2.0, 1.9), LOSS, 2e-4, False),
@@ -182,12 +234,15 @@ def test_next_whole_goes_on_while_it_gets_clearly_better(
 def test_after_whole_the_better_run_counts(
     metrics: tuple[float, float], scale: Scale, chosen: float, on_edge: bool
 ) -> None:
-    search = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE, True)
+    search = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE, True, 2e-4)
     found = rate_search.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale, 0.5)
     assert (found.chosen, found.on_edge) == (chosen, on_edge)
     assert [(one.learning_rate, one.share) for one in found.whole] == [(6e-4, 0.5), (2e-4, 0.5)]
-    equal = "the lower of 2 rates that were equal in whole runs"
-    assert found.reason == (equal if metrics[0] == metrics[1] else "the best of 2 whole runs")
+    said = {
+        (0.919, 0.919): "the lower of 2 rates that were equal in whole runs",
+        (0.925, 0.919): "the usual rate: the other was not ahead by more than the eval rows can tell, in whole runs",
+    }
+    assert found.reason == said.get(metrics, "the best of 2 whole runs")
 
 
 @pytest.mark.parametrize("rows", [50, 200, 3000])
@@ -195,5 +250,5 @@ def test_tolerance_where_all_rows_are_right_is_more_than_one_row(rows: int) -> N
     scale = Scale(greater_is_better=True, eval_rows=rows, is_share=True)
     assert 0.6 / rows < scale.tolerance(1.0) < 1.1 / rows
     assert scale.tolerance(0.5) == pytest.approx(math.sqrt(0.25 / rows), rel=0.03)
-    found = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.8, r6e_4=0.9), scale, True)
+    found = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.8, r6e_4=0.9), scale, True, 2e-4)
     assert rate_search.next_whole(found, {6e-4: 1.0, 2e-4: 1 - 1 / rows}, scale, True) is None
