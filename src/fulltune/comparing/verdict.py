@@ -155,7 +155,6 @@ def comparison_of(
     full = [one.train_seconds for one in results[line.full.arm]]
     environment = run_folder.environment(line.machine)
     made = line.room(line.full.arm).plan
-    asked = _asked(line)
     fixed = sum(
         middle(one.train_seconds for one in found) * most_seeds(expectation) for found in results.values()
     ) + sum(row.search_seconds for row in rows)
@@ -196,7 +195,7 @@ def comparison_of(
         data_fingerprint=summary.fingerprint,
         command=line.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
-        notes=tuple(asked),
+        notes=tuple(_asked(line, design.test_in_train)),
     )
 
 
@@ -205,7 +204,8 @@ def _more_time_would_add(ran: Ran, left_out: Sequence[str], searches: Mapping[st
     return ran.time_was_up or bool(left_out) or any(one.time_was_up for one in searches.values())
 
 
-def _asked(line: Line) -> list[str]:
-    """What the data stage found that a reader of the verdict should know."""
+def _asked(line: Line, said: str) -> list[str]:
+    """What the data stage found that a reader of the verdict should know, less what the lint has said."""
     left_out = [f"rows left out: {count:,}, {reason}" for reason, count in line.summary.dropped.items()]
-    return left_out + [note for note in line.summary.notes if "also stand" in note or "repeat" in note]
+    found = [note for note in line.summary.notes if "also stand" in note or "repeat" in note]
+    return left_out + [note for note in found if note != said]
