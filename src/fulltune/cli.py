@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,8 +105,9 @@ def run(
     from fulltune import display, report
     from fulltune.report import kinds
 
+    began = time.time()
     recipe, folder = _open(target, set_, run_folder, fresh, "report")
-    reached = _finished(recipe, folder) or _reach(recipe, folder, "report", details=True)
+    reached = _finished(recipe, folder) or _reach(recipe, folder, "report", details=True, began=began)
     if as_json:
         _print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
@@ -428,16 +430,20 @@ def _finished(recipe: Recipe, folder: Path) -> Reached | None:
     return reached
 
 
-def _reach(recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False) -> Reached:
+def _reach(
+    recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, began: float | None = None
+) -> Reached:
+    """Run the pipeline; `began` is when the command did, before it imported anything: None for now."""
     from fulltune import run_folder
 
+    began = began or time.time()
     run_folder.hide_progress_bars()
     try:
         from fulltune import pipeline
         from fulltune.display import Display
 
         with Display(err, details) as display:
-            return pipeline.run(pipeline.Run(recipe, folder, listener=display), until, measure)
+            return pipeline.run(pipeline.Run(recipe, folder, listener=display, began=began), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None

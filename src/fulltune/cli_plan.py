@@ -202,7 +202,8 @@ def _settled(survey: Survey, target: Path, overrides: list[str], recipe: Recipe)
     found = {"command": run, "comparison": _command("compare", target, [*kept, *planned, *listed])}
     if has_block:
         found["comparison_first"] = f"methods: {_methods(recipe)}"
-    if zero.wanted(recipe) or any("deepspeed" in name for name in survey.settings):  # for full fine-tuning only
+    # DeepSpeed is for full fine-tuning only, and without that there is nothing to compare with.
+    if not survey.full_fits or zero.wanted(recipe) or any("deepspeed" in name for name in survey.settings):
         found["comparison"] = ""
     return survey.model_copy(update=found)
 
@@ -235,7 +236,26 @@ def _survey(
     of_the_model = _kept(spread, place) if fleet.here and plan is not None else None
     of_the_model = of_the_model or _model(spread, summary, fleet, weights)
     task = load.Task(spread, *of_the_model, summary, spread is not recipe)
-    return surveying.survey(task, fleet, checked.wishes, plan)
+
+    def other(kind: str) -> load.Task | None:
+        changed = _by_another_method(spread, kind, weights)
+        return changed and load.Task(changed, *_model(changed, summary, fleet, weights), summary, task.spread)
+
+    return surveying.survey(task, fleet, checked.wishes, plan, other)
+
+
+def _by_another_method(recipe: Recipe, kind: str, weights: bool) -> Recipe | None:
+    """The recipe with that method's usual settings; None where the model or the recipe's other settings forbid it."""
+    from fulltune import methods, model
+    from fulltune.train.arguments import check_extra
+
+    try:
+        changed = Recipe.model_validate({**recipe.model_dump(exclude_unset=True, exclude={"methods"}), "method": kind})
+        check_extra(changed, runs_here=False)
+        methods.check(changed, model.load_config(changed.model, model.locate(changed.model, weights)))
+    except (ValueError, RecipeError):  # a recipe's own checks, and those against the model
+        return None
+    return changed
 
 
 OfTheModel = tuple["Shapes", Callable[[str], "Footprint"]]

@@ -31,11 +31,11 @@ def show(console: Console, survey: Survey, plan: Plan | None) -> None:
 
 
 class Command(Text):
-    """What is copied: on several lines where it is long, as a shell takes them."""
+    """What is copied: on several lines where it is long, as a shell takes them; `mark` stands before it."""
 
-    def __init__(self, words: str) -> None:
-        short = len(words) <= WIDTH
-        super().__init__(words if short else words.replace(" --set ", " \\\n  --set "))
+    def __init__(self, words: str, mark: str = "") -> None:
+        short = len(mark) + len(words) <= WIDTH
+        super().__init__(mark + (words if short else words.replace(" --set ", " \\\n  --set ")))
 
 
 def _parts(survey: Survey, plan: Plan | None) -> Iterator[Any]:
@@ -270,7 +270,7 @@ def _ways_out(survey: Survey) -> Iterator[Any]:
     flags = [(number, as_flags(way)) for number, way in enumerate(survey.ways_out, 1)]
     if any(words for _, words in flags):
         yield Text("to see the plan of one, add to the command (--for in place of the one given):", style="dim")
-    yield from (Command(f"{number}  {words}") for number, words in flags if words)
+    yield from (Command(words, f"{number}  ") for number, words in flags if words)
     yield ""
 
 
@@ -297,18 +297,13 @@ def _settle(survey: Survey, plan: Plan | None) -> Iterator[Any]:
         yield Text("to settle it, first take one of the ways out", style="dim")
         return
     if survey.comparison:
-        if plan.method == "full":
-            words = "to settle it on your rows: a fair comparison, each method at its best rate"
-        else:
-            words = (
-                "to settle it on your rows, if full fine-tuning fits here too (see its plan: --set method=full): "
-                "a fair comparison, each method at its best rate"
-            )
-        yield Text(words, style="dim")
+        yield Text("to settle it on your rows: a fair comparison, each method at its best rate", style="dim")
         if survey.comparison_first:
             yield Text(f"(first put '{survey.comparison_first}' in place of 'method' in the recipe)", style="dim")
         yield Command(survey.comparison)
-    else:
+    elif survey.full_fits:
         yield Text("to settle it: fulltune compare, on a placement without DeepSpeed", style="dim")
+    else:
+        yield Text("full fine-tuning does not fit here: there is nothing to settle by a comparison", style="dim")
     yield Text("this run, with another seed", style="dim")
     yield Command(survey.command)

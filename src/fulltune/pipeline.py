@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -35,6 +36,8 @@ class Run:
     folder: Path
     hooks: Hooks = field(default_factory=Hooks)
     listener: Listener = lambda event: None
+    began: float = field(default_factory=time.time)
+    """When the command or the call began: seconds since 1970."""
 
     @property
     def task(self) -> Task:
@@ -79,7 +82,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
             "in place of 'methods'"
         )
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
-        summary = prepare(job)
+        summary = prepare(job, runs_here=until != "data")
         if until == "data":
             return Reached(job.folder, summary)
         trial = make_plan(job, summary)
@@ -127,11 +130,11 @@ def _plan_path(job: Run) -> Path:
     return job.folder / "plan" / f"{job.recipe.method.arm}.json"
 
 
-def prepare(job: Run) -> DataSummary:
-    """The data stage: read, check, split and tokenise."""
+def prepare(job: Run, runs_here: bool = True) -> DataSummary:
+    """The data stage: read, check, split and tokenise; what only the training needs may be missing elsewhere."""
     job.phase("reading the data")
     job.hooks.check(job.recipe)
-    check_extra(job.recipe)
+    check_extra(job.recipe, runs_here=runs_here)
     evaluate.check_extras(job.recipe)
     source = model.locate(job.recipe.model)
     config = model.load_config(job.recipe.model, source)
@@ -199,7 +202,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         shapes.save(job.folder / "plan" / SHAPES)
         fleet, own_loss = plan.here(machine, hardware.disk_free_bytes(job.folder)), job.hooks.compute_loss is not None
         trial = plan.fit(job.recipe, shapes, traced, summary, fleet, own_loss)
-        trial = plan.with_time(trial, job.recipe, shapes, traced, summary, fleet)
+        trial = plan.with_time(trial, job.recipe, shapes, traced, summary, fleet, time.time() - job.began)
         run_folder.environment(machine).save(job.folder / "environment.json")
         _save_plan(job, trial)
     job.listener({"kind": "plan", "plan": trial})
@@ -355,6 +358,7 @@ def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -
 def write_report(job: Run) -> Path:
     """The report stage: from files alone."""
     job.phase("writing the report")
+    run_folder.note_command(job.folder, job.began)
     path = report.write(job.folder)
     model_folder = job.folder / "models" / job.recipe.method.arm
     if model_folder.exists():

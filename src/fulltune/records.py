@@ -218,6 +218,12 @@ class TimePart(Record):
     basis: Literal["arithmetic", "rule of thumb", "measured"]
 
 
+class Command(Record):
+    """A whole `fulltune run`, from its start to its report."""
+
+    seconds: float
+
+
 class TimeNeed(Record):
     """How long a run takes: by arithmetic before it starts, by measurement after its dry-run step."""
 
@@ -394,6 +400,8 @@ class Survey(Record):
     max_length: int
     fits: bool
     """Some placement that fulltune can run fits."""
+    full_fits: bool = True
+    """Of full fine-tuning, whatever the recipe's method is."""
     placement: str = ""
     """Name of the one that the plan is for."""
     settings: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from importlib import metadata
@@ -18,12 +19,13 @@ from pathlib import Path
 from fulltune.errors import DoesNotFitError, SetupError
 from fulltune.hardware import Machine
 from fulltune.recipe import Recipe
-from fulltune.records import Environment
+from fulltune.records import Command, Environment
 from fulltune.trials import Comparison
 
 IDENTITY = "recipe.json"
 """The checked recipe with its fingerprint: what a folder belongs to."""
 REPORT = "report.html"
+COMMAND = "command.json"
 CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
@@ -92,6 +94,18 @@ def is_complete(folder: Path) -> bool:
 def finished_at(folder: Path) -> datetime:
     """When the trained model of a finished run was scored."""
     return datetime.fromtimestamp(max(path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")))
+
+
+def note_command(folder: Path, began: float) -> None:
+    """Keep what a whole command took until its report; one that found a part of the training or scores done is none.
+
+    Args:
+        folder: The run folder.
+        began: When the command did: seconds since 1970.
+    """
+    made = [*folder.glob("attempts/*/request.json"), *folder.glob("scores/*.json")]
+    if made and all(path.stat().st_mtime >= began for path in made):
+        Command(seconds=round(time.time() - began, 3)).save(folder / COMMAND)
 
 
 def lost_weights(model_folder: Path) -> Path | None:

@@ -19,6 +19,8 @@ from fulltune.records import MemoryKind, StateBytes
 NAME = "train.extra.deepspeed"
 AUTO = "auto"
 _DEVICES = ("none", "cpu", "nvme")
+NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
+"""Stands in a plan where only a person knows the folder; it is to be filled in."""
 _LEFT_TO_THE_RECIPE = {
     "optimizer": "train.optim, method.learning_rate and train.weight_decay; DeepSpeed's would decay norms and biases",
     "scheduler": "train.lr_scheduler_type and train.warmup_steps",
@@ -118,6 +120,33 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def nvme_path(recipe: Recipe) -> str | None:
+    """The folder on a disk where the recipe's settings keep what they offload; None: they do not, or it is left open."""
+    found = _nvme_paths(recipe)
+    return next((path for path in found.values() if path != NVME_FOLDER), None)
+
+
+def missing_folders(recipe: Recipe) -> list[str]:
+    """Why nothing can be offloaded to the folders that the recipe names on this machine; empty when it can."""
+    problems = []
+    for what, path in _nvme_paths(recipe).items():
+        where = f"{NAME}: zero_optimization.offload_{what}.nvme_path"
+        if path == NVME_FOLDER:
+            problems.append(f"{where}: write the path of a folder on your NVMe disk in place of {NVME_FOLDER}")
+        elif not Path(path).is_dir():
+            problems.append(f"{where}: there is no folder '{path}'; make it, or name one on an NVMe disk")
+    return problems
+
+
+def _nvme_paths(recipe: Recipe) -> dict[str, str]:
+    """By what is offloaded to a disk: `optimizer`, `param`."""
+    if not wanted(recipe):
+        return {}
+    block = settings(recipe)["zero_optimization"]
+    places = {what: block.get(f"offload_{what}") or {} for what in ("optimizer", "param")}
+    return {what: str(one["nvme_path"]) for what, one in places.items() if one.get("device") == "nvme"}
+
+
 def disagreements(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> list[str]:
@@ -194,6 +223,8 @@ def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
         if not isinstance(offload, dict) or offload.get("device", "none") not in _DEVICES:
             expected = ", ".join(_DEVICES)
             problems.append(f"zero_optimization.offload_{what}: expected a device ({expected}), found {_json(offload)}")
+        elif offload.get("device") == "nvme" and not str(offload.get("nvme_path") or ""):
+            problems.append(f"zero_optimization.offload_{what}: device nvme needs nvme_path, a folder on an NVMe disk")
         elif what == "param" and _offloads(block, what) and block["stage"] != 3:
             problems.append(f"zero_optimization.offload_param: needs stage 3, found stage {block['stage']}")
         elif what == "optimizer" and _offloads(block, what) and block["stage"] == 0:

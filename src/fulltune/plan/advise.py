@@ -29,13 +29,17 @@ class Situation:
     is_decoder: bool
     fits: bool
     """Full fine-tuning fits into the hardware."""
+    lora_fits: bool | None = None
+    """LoRA does; None: not asked."""
+    own: str = "full"
+    """Kind of the method that was planned: its ways out are shown where it does not fit."""
     tasks: int = 1
     """Models to be kept, one for each task or customer."""
     preserve: bool = False
     """What the model can do already must stay."""
     goal: Goal | None = None
     frozen_fits: bool = True
-    """Its weights alone fit in 16 bits."""
+    """The model's weights alone fit in 16 bits."""
 
 
 def advise(here: Situation) -> tuple[Advice, ...]:
@@ -55,7 +59,8 @@ Line = tuple[Literal["take", "try", "leave"], str, str]
 
 def _for_full(here: Situation) -> Iterator[Line]:
     if not here.fits:
-        yield "leave", "it does not fit here; see the ways out", "the arithmetic above"
+        where = "see the ways out" if here.own == "full" else "for its ways out see its plan: --set method=full"
+        yield "leave", f"it does not fit here; {where}", "By the same arithmetic as the plan's"
     if here.tasks >= MANY_TASKS:
         size = 4 * here.num_parameters / 2**30
         yield (
@@ -107,17 +112,20 @@ def _lora(here: Situation) -> Advice:
 
 
 def _for_lora(here: Situation) -> Iterator[Line]:
+    size = 2 * here.num_parameters / 2**30
+    if not (here.fits or here.frozen_fits):
+        yield (
+            "leave",
+            f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit either",
+            "2 bytes a parameter; a quarter of that in 4 bits, which is not compared here",
+        )
+    if here.lora_fits is False:
+        yield "leave", "it does not fit here either; see the ways out", "By the same arithmetic as the plan's"
     if not here.fits:
-        size = 2 * here.num_parameters / 2**30
-        if not here.frozen_fits:
-            yield (
-                "leave",
-                f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit either",
-                "2 bytes a parameter; a quarter of that in 4 bits, which is not compared here",
-            )
+        unsure = "" if here.lora_fits else ", if the activations fit as well (see its plan: --set method=lora)"
         yield (
             "take",
-            f"its weights stay as they are: about {size:,.1f} GiB and the activations",
+            f"it trains where full does not fit{unsure}: its {size:,.1f} GiB of weights in 16 bits stay as they are",
             "2 bytes a parameter against 16; two thirds of the operations, not a tenth (Schulman et al. 2025)",
         )
     if here.goal in ("knowledge", "language", "updates"):

@@ -99,7 +99,7 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
         available_bytes=_available_bytes(recipe, fleet),
         given=given,
         shared=shared,
-        nvme_path=_nvme_path(recipe),
+        nvme_path=zero.nvme_path(recipe),
         bf16_rounding=train.bf16_rounding or "stochastic",
         checkpoints_bytes=checkpoints,
     )
@@ -108,15 +108,6 @@ def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
 def without_deepspeed(recipe: Recipe) -> Recipe:
     extra = {name: value for name, value in recipe.train.extra.items() if name != "deepspeed"}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"extra": extra})})
-
-
-def _nvme_path(recipe: Recipe) -> str | None:
-    """Where the recipe's DeepSpeed block keeps what it offloads to a disk."""
-    if not zero.wanted(recipe):
-        return None
-    block = zero.settings(recipe)["zero_optimization"]
-    paths = ((block.get(f"offload_{what}") or {}).get("nvme_path") for what in ("optimizer", "param"))
-    return next((str(path) for path in paths if path), None)
 
 
 def _available_bytes(recipe: Recipe, fleet: Fleet) -> int:

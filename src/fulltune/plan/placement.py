@@ -162,7 +162,7 @@ def _shared_ways(load: Load, plain: dict[str, Any], many: bool) -> Iterator[_Way
     def deepspeed(stage: int, **offload: Any) -> dict[str, Any]:
         return plain | {"train.extra.deepspeed": {"zero_optimization": {"stage": stage, **offload}}}
 
-    host, disk = {"device": "cpu"}, {"device": "nvme", "nvme_path": load.nvme_path or "..."}
+    host, disk = {"device": "cpu"}, {"device": "nvme", "nvme_path": load.nvme_path or zero.NVME_FOLDER}
     if many:
         yield _Way("ZeRO-2", deepspeed(2), shared=zero.Zero(2, False, False))
         yield _Way("ZeRO-3", deepspeed(3), shared=zero.Zero(3, False, False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,9 @@ class Wishes:
     goal: advise.Goal | None = None
 
 
-def survey(task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None) -> tuple[Survey, Plan | None]:
+def survey(
+    task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None, other: Other = lambda kind: None
+) -> tuple[Survey, Plan | None]:
     """Look at everything that could be done on this hardware.
 
     Args:
@@ -40,6 +42,7 @@ def survey(task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None
         fleet: The hardware.
         wishes: Price, number of tasks, goal.
         planned: The plan, when it is made already.
+        other: Gives the task of another method, for the advice: asked only where the plan does not tell.
 
     Returns:
         The survey, and a plan for the recipe's own placement, else for the best other one; None when nothing fits.
@@ -50,8 +53,11 @@ def survey(task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None
     if planned is None:
         made = _plan(task, fleet, placements)
         if isinstance(made, DoesNotFitError):
-            found = _found(task, fleet, wishes, load, placements)
+            methods = _methods(task, fleet, False, other)
+            found = _found(task, fleet, wishes, load, placements, methods)
             problem, ways = _ways_out(task, fleet, load, placements, made.problems[0])
+            if methods.lora is not None:
+                ways = tuple(sorted((*ways, _as_way_out(methods.lora, placements)), key=lambda way: not way.enough))
             notes = (problem, *settle.notes(task.footprint(task.recipe.model.weights_dtype)))
             return found.model_copy(update={"ways_out": ways, "notes": notes}), None
         planned, name, settings = made.plan, made.name, made.settings
@@ -71,7 +77,8 @@ def survey(task: Task, fleet: Fleet, wishes: Wishes, planned: Plan | None = None
     }
     if wishes.price and planned.time:
         update["price"] = wishes.price.of(_working(task.recipe, fleet), planned.time.whole_seconds)
-    return _found(task, fleet, wishes, load, placements, fits=True).model_copy(update=update), planned
+    found = _found(task, fleet, wishes, load, placements, _methods(task, fleet, True, other))
+    return found.model_copy(update=update), planned
 
 
 def _working(recipe: Recipe, fleet: Fleet) -> int:
@@ -85,7 +92,7 @@ def _found(
     wishes: Wishes,
     load: placement.Load,
     placements: tuple[Placement, ...],
-    fits: bool = False,
+    methods: _Methods,
 ) -> Survey:
     """What is known whether or not there is a plan."""
     splits, shapes = task.summary.splits, task.shapes
@@ -93,7 +100,9 @@ def _found(
         train_rows=splits["train"].rows,
         num_parameters=shapes.num_parameters,
         is_decoder=shapes.is_decoder,
-        fits=fits,
+        fits=methods.full_fits,
+        lora_fits=methods.lora_fits,
+        own=task.recipe.method.kind,
         tasks=wishes.tasks,
         preserve=wishes.preserve,
         goal=wishes.goal,
@@ -109,7 +118,8 @@ def _found(
         eval_rows=splits["eval"].rows if "eval" in splits else 0,
         length_percentiles=splits["train"].length_percentiles,
         max_length=task.summary.max_length,
-        fits=fits,
+        fits=False,
+        full_fits=methods.full_fits,
         placements=placements,
         no_sharing="" if shapes.num_trained is None or not fleet.machine.gpus else NO_SHARING,
         disk_free_bytes=fleet.disk_bytes,
@@ -117,6 +127,64 @@ def _found(
         device_free_bytes=load.available_bytes,
         currency=wishes.price.currency if wishes.price else "",
         advice=advise.advise(situation),
+    )
+
+
+# ---- other methods ---------------------------------------------------------------------------------------------
+
+
+Other = Callable[[str], Task | None]
+"""From a method's kind to the same task by it, with its usual settings; None where it cannot be."""
+
+
+@dataclass(frozen=True)
+class _Methods:
+    """Which methods fit into the hardware."""
+
+    full_fits: bool
+    lora_fits: bool | None
+    """None: not asked."""
+    lora: _Made | None = None
+    """Its plan, where the recipe's own method does not fit."""
+
+
+def _methods(task: Task, fleet: Fleet, fits: bool, other: Other) -> _Methods:
+    """What the advice needs to know.
+
+    Args:
+        task: The recipe's own.
+        fleet: The hardware.
+        fits: The recipe's own method does.
+        other: See `survey`.
+    """
+    kind = task.recipe.method.kind
+    full_fits = fits if kind == "full" else _alone(other("full"), fleet) is not None
+    if full_fits or kind == "lora":
+        return _Methods(full_fits, fits or None if full_fits else fits)
+    lora = other("lora")
+    made = _alone(lora, fleet)
+    return _Methods(full_fits, None if lora is None else made is not None, None if fits else made)
+
+
+def _alone(task: Task | None, fleet: Fleet) -> _Made | None:
+    """The plan of another method, with whatever placement fits; None when none does."""
+    if task is None:
+        return None
+    placements = placement.table(load_of(task, fleet, None), fleet, task.recipe.train.num_processes)
+    made = _plan(task, fleet, placements)
+    return _elsewhere(task, fleet, placements) if isinstance(made, DoesNotFitError) else made
+
+
+def _as_way_out(lora: _Made, placements: Sequence[Placement]) -> WayOut:
+    plan, plain = lora.plan, min(one.device_bytes for one in placements[:2])  # AdamW in fp32, and with 8-bit moments
+    share = plan.num_trainable_parameters / (plan.num_trainable_parameters + plan.num_frozen_parameters)
+    return WayOut(
+        change="method: lora",
+        frees_bytes=max(0, plain - plan.memory.peak) if plan.memory else 0,
+        where="device",
+        enough=True,
+        costs=f"another method, which trains {100 * share:.2g} % of the parameters",
+        settings={"method": "lora", **lora.settings},
     )
 
 
@@ -279,6 +347,7 @@ def _with_time(
     fleet: Fleet,
     placements: Sequence[Placement],
     name: str,
+    started_seconds: float | None = None,
 ) -> Plan:
     """The plan with its time at the speed of its placement, or of the plain one for an optimizer of another kind."""
     like = next((one for one in placements if one.name == name), placements[0])
@@ -290,16 +359,35 @@ def _with_time(
     plan = plan.model_copy(update={"time": time.foresee(plan, summary, load.work, seconds, together)})
     assert plan.time is not None
     memory = fleet.card.memory_gb_per_second if fleet.card else fleet.host_memory_gb_per_second
-    around = whole.around(recipe, plan, summary, load.work, whole.Rates(rate, memory * 1e9))
+    launching = placement.LAUNCH_SECONDS / 3 * load.shapes.num_layers if fleet.machine.gpus else 0.0  # of 3 passes
+    rates = whole.Rates(rate, memory * 1e9, launching, started_seconds)
+    around = whole.around(recipe, plan, summary, load.work, rates)
     return plan.model_copy(update={"time": plan.time.model_copy(update={"around": around})})
 
 
 def with_time(
-    plan: Plan, recipe: Recipe, shapes: Shapes, footprint: Footprint, summary: DataSummary, fleet: Fleet
+    plan: Plan,
+    recipe: Recipe,
+    shapes: Shapes,
+    footprint: Footprint,
+    summary: DataSummary,
+    fleet: Fleet,
+    started_seconds: float | None = None,
 ) -> Plan:
-    """A plan for this machine with its time; without, where the speed of the hardware is not known."""
+    """A plan for this machine with its time; without, where the speed of the hardware is not known.
+
+    Args:
+        plan: The settled numbers.
+        recipe: What they were settled for.
+        shapes: The model's.
+        footprint: Its memory and work.
+        summary: The data stage's.
+        fleet: This machine.
+        started_seconds: What the command has taken until now; None: nobody waits for a whole command.
+    """
     task = Task(recipe, shapes, lambda weights_dtype: footprint, summary)
     load = load_of(task, fleet, plan)
     placements = placement.table(load, fleet, plan.num_processes)
     name = _own(recipe, plan, placements)
-    return _with_time(plan, recipe, summary, load, fleet, _as_planned(load, fleet, plan, placements, name), name)
+    placed = _as_planned(load, fleet, plan, placements, name)
+    return _with_time(plan, recipe, summary, load, fleet, placed, name, started_seconds)

@@ -23,12 +23,17 @@ from fulltune.records import (
 )
 
 START_SECONDS = 20.0
-"""Two processes that import torch and transformers: 12 to 25 s on two cores."""
+"""Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores."""
+SECOND_SHARE, SECOND_SECONDS = 0.25, 5.0
+"""Of what the command took up to its plan, the process that trains takes so much to import the same again, from files
+that are in memory by then; at most so long, however many rows were tokenised before."""
 LOADS, LOAD_BYTES_PER_SECOND = 3, 10**9
 """The model is read for the training, for the baselines and to score what was trained."""
-FIXED_SECONDS = 6.0
-"""Of the checks and of each scoring, whatever the rows: further imports, the model put in place, intervals of the
-metrics; 6 to 12 s on two busy cores (docs/log.md)."""
+CHECKS_SECONDS, SCORING_SECONDS = 0.5, 0.4
+"""Of the checks, and of each line of the scores, whatever the rows: further imports, the model put in place, intervals
+of the metrics. On one free core; more on busy ones."""
+BASELINE_LINES = 2
+"""One without a model and one with it, or two without."""
 LONGEST_PASSES, EXTRA_SHARE, LEAST_EXTRA, MOST_EXTRA = 2, 0.05, 0.5, 20.0
 """Of a dry run: passes of the longest micro batch; further timed passes as a share of the training, within bounds."""
 WRITES = ("prompt_completion", "chat", "source_target")
@@ -44,23 +49,43 @@ class Rates:
     """Operations a second of one device, on which the scoring runs; the processes of a CPU share it."""
     bytes_per_second: float
     """From the memory that the weights lie in."""
+    pass_seconds: float = 0.0
+    """Least of a forward pass, however few rows: on a GPU, to launch its kernels."""
+    started_seconds: float | None = None
+    """What the command has taken up to its plan; None: it does not run here."""
 
 
 def around(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, rates: Rates) -> tuple[TimePart, ...]:
     """The parts of `fulltune run` before and after the training, in order."""
-    start = START_SECONDS + LOADS * plan.state.weights / LOAD_BYTES_PER_SECOND
-    found = [
-        TimePart(name=STARTING, seconds=start, basis="rule of thumb"),
-        TimePart(name=DRY_RUN, seconds=FIXED_SECONDS + _dry_run_seconds(plan, work, rates), basis="arithmetic"),
-    ]
+    checks = CHECKS_SECONDS + _dry_run_seconds(plan, work, rates)
+    found = [_starting(plan, rates), TimePart(name=DRY_RUN, seconds=checks, basis="arithmetic")]
+    if not _rows(summary, "test"):
+        return tuple(found)
     answers = _answer_seconds(recipe, plan, summary, work, rates)
+
+    def scoring(name: str, lines: int, rows: int) -> TimePart:
+        # What reads no row with a model writes no answers either.
+        passing = _forward_seconds(plan, rows, work, rates) + answers if rows else 0.0
+        return TimePart(name=name, seconds=lines * SCORING_SECONDS + passing, basis="arithmetic")
+
     if recipe.evaluate.baselines:
-        rows = sum(_baseline_rows(summary))
-        seconds = FIXED_SECONDS + work.forward_flops(rows) / rates.flops + answers
-        found.append(TimePart(name=BASELINES, seconds=seconds, basis="arithmetic"))
-    seconds = FIXED_SECONDS + work.forward_flops(sum(_scored_rows(summary))) / rates.flops + answers
-    found.append(TimePart(name=TRAINED, seconds=seconds, basis="arithmetic"))
+        found.append(scoring(BASELINES, BASELINE_LINES, sum(_baseline_rows(summary))))
+    found.append(scoring(TRAINED, 1, sum(_scored_rows(summary))))
     return tuple(found)
+
+
+def _starting(plan: Plan, rates: Rates) -> TimePart:
+    reading, spent = LOADS * plan.state.weights / LOAD_BYTES_PER_SECOND, rates.started_seconds
+    if spent is None:
+        return TimePart(name=STARTING, seconds=START_SECONDS + reading, basis="rule of thumb")
+    second = min(SECOND_SECONDS, SECOND_SHARE * spent)
+    return TimePart(name=STARTING, seconds=spent + second + reading, basis="measured")
+
+
+def _forward_seconds(plan: Plan, rows: int, work: Work, rates: Rates) -> float:
+    """Of so many rows in batches of the evaluation."""
+    batches = -(-rows // plan.eval_batch_size)
+    return max(work.forward_flops(rows) / rates.flops, batches * rates.pass_seconds)
 
 
 def _dry_run_seconds(plan: Plan, work: Work, rates: Rates) -> float:
@@ -103,4 +128,4 @@ def _answer_seconds(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work
     batches = -(-asked // plan.eval_batch_size)
     size = 4 if plan.weights_dtype == "fp32" else 2
     reading = batches * tokens * size * plan.num_parameters / rates.bytes_per_second
-    return max(computing, reading)
+    return max(computing, reading, batches * tokens * rates.pass_seconds)

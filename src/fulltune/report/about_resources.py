@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from fulltune.records import BASELINES, DRY_RUN, TRAINED, Outcome, Plan
@@ -21,7 +21,7 @@ def resources(view: RunView) -> Section | None:
     for plan in view.plans:
         attempts = view.attempts_of(plan.trial)
         last = attempts[-1] if attempts else None
-        shown = [*_kinds(plan), *(_comparison(plan, last, _around(view, plan, last)) if last and last.outcome else [])]
+        shown = [*_kinds(plan), *(_comparison(view, plan, last) if last and last.outcome else [])]
         first = not blocks
         blocks += shown if first else [Folded(f"the same for {plan.trial}", tuple(shown))]
     return unless_empty("Plan and actual", blocks)
@@ -41,7 +41,7 @@ def _kinds(plan: Plan) -> list[Block]:
     return [table, Paragraph(f"{words.AT_THE_PEAK}: {words.moment(need.kinds)}.")]
 
 
-def _comparison(plan: Plan, attempt: Attempt, around: Mapping[str, float]) -> list[Block]:
+def _comparison(view: RunView, plan: Plan, attempt: Attempt) -> list[Block]:
     """The last attempt against the plan; a plan is made for a whole run, so a resumed one has no planned time."""
     outcome = attempt.outcome
     assert outcome is not None
@@ -56,7 +56,10 @@ def _comparison(plan: Plan, attempt: Attempt, around: Mapping[str, float]) -> li
         forecast = outcome.forecast.total_seconds if outcome.forecast else 0.0
         rows.append(_row(_TIME, planned_seconds, forecast, _trained_seconds(attempt), words.duration))
     if time is not None:
+        around = _around(view, plan, attempt)
         rows += [_row(part.name, part.seconds, 0, around.get(part.name, 0.0), words.duration) for part in time.around]
+        if time.around and view.command:
+            rows.append(_row("the whole command", time.whole_seconds, 0, view.command.seconds, words.duration))
     if plan.disk or outcome.disk_bytes:
         rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, words.size))
     if not rows:

@@ -15,6 +15,10 @@ from fulltune.report.verdict import Kind, Verdict, headline_row
 
 _FEW_STEPS = 100
 """A pretrained model with a new head has hardly begun by then."""
+_MOST_TIMES = 10
+"""So much longer at most is proposed at once."""
+_FEW_ROWS_OF_A_LABEL = 10
+"""Fewer on average teach a label poorly, however often they are repeated."""
 _STILL_FALLING = 0.05
 """Share of the train loss by which the last quarter lies below the one before."""
 _ONE_CLASS = 0.98
@@ -37,6 +41,8 @@ class Seen:
     method_given: bool = True
     """The recipe has a block `method`: a setting of it can be changed alone."""
     train_rows: int = 0
+    labels: int = 0
+    """Of rows that have one each; 0: another problem."""
     max_rows: int | None = None
     """The recipe takes no more rows than that."""
     loss: tuple[Point, ...] = ()
@@ -68,6 +74,7 @@ def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
         by_steps="train.max_steps" in given,
         method_given=any(name.startswith("method.") for name in given),
         train_rows=train.rows if train else 0,
+        labels=len(view.summary.labels) if view.summary and view.summary.problem_type == "single_label" else 0,
         max_rows=given.get("data.max_rows"),
         loss=history.train.get("loss", ()),
         metric=history.evaluation.get(plan.metric, ()),
@@ -113,8 +120,10 @@ def next_steps(seen: Seen) -> tuple[str, ...]:
         found[0] = f"{seen.blind}. {found[0]}"
     elif seen.blind:
         found.append(f"{seen.blind}. Take a lower rate, {_rate(seen, 1 / 3)}, or a higher one, {_rate(seen, 3)}")
-    if seen.max_rows is not None:
-        found.append(f"Only {words.count(seen.train_rows)} rows are trained on. Take more: leave data.max_rows out")
+    if _few_of_each(seen):
+        found.insert(0, f"{_few_of_each(seen)}. {_take_more(seen)}")
+    elif seen.max_rows is not None:
+        found.append(f"Only {words.count(seen.train_rows)} rows are trained on. {_take_more(seen)}")
     if not found:
         found.append(
             f"The curves show no reason. Try other rates, {_rate(seen, 1 / 3)} or {_rate(seen, 3)}, or more train rows "
@@ -123,6 +132,21 @@ def next_steps(seen: Seen) -> tuple[str, ...]:
     if seen.verdict == "unresolved":
         found.append("More test rows narrow the interval: four times as many halve it")
     return tuple(f"{one}." for one in found)
+
+
+def _few_of_each(seen: Seen) -> str:
+    """That the labels have few rows each; empty where they have enough."""
+    if seen.train_rows >= _FEW_ROWS_OF_A_LABEL * seen.labels:
+        return ""
+    each = f"{seen.train_rows / seen.labels:.2g}"
+    return (
+        f"{words.count(seen.train_rows)} train rows are about {each} for each of {words.count(seen.labels)} labels, "
+        "too few to learn most of them well: more rows help more than more epochs"
+    )
+
+
+def _take_more(seen: Seen) -> str:
+    return "Take more: leave data.max_rows out" if seen.max_rows is not None else "Take more if there are any"
 
 
 def _reasons_to_go_on(seen: Seen) -> list[str]:
@@ -184,9 +208,11 @@ def _best_long_ago(seen: Seen) -> str:
 
 
 def _longer(seen: Seen) -> str:
+    """Twice as long, or as long as it takes for the steps not to be few."""
+    times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, seen.total_steps))))
     if seen.by_steps:
-        return f"--set train.max_steps={2 * seen.total_steps}"
-    return f"--set train.num_train_epochs={2 * seen.epochs:g}"
+        return f"--set train.max_steps={times * seen.total_steps}"
+    return f"--set train.num_train_epochs={times * seen.epochs:g}"
 
 
 def _rate(seen: Seen, factor: float) -> str:

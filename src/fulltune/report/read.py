@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fulltune.errors import SetupError
-from fulltune.records import DataSummary, Environment, Outcome, Plan, Record, Scores
+from fulltune.records import Command, DataSummary, Environment, Outcome, Plan, Record, Scores
 from fulltune.report.history import History, merge
 
 _AnyRecord = TypeVar("_AnyRecord", bound=Record)
@@ -70,6 +70,8 @@ class RunView:
     missing: tuple[Missing, ...]
     unreadable_lines: int
     """Lines of jsonl files that are not JSON, usually the last one of a killed process."""
+    command: Command | None = None
+    """What the whole command took; None where it was not one command."""
 
     @property
     def trained(self) -> tuple[Scores, ...]:
@@ -144,6 +146,7 @@ def read_run(folder: Path) -> RunView:
         scores=tuple(sorted(scores, key=lambda row: (_KINDS.index(row.kind), row.name))),
         missing=(),
         unreadable_lines=0,
+        command=_record(Command, folder / "command.json", folder, broken),
     )
     missing = (*broken, *_what_is_missing(view))
     return replace(view, missing=missing, unreadable_lines=len(torn))

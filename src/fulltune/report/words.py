@@ -145,9 +145,13 @@ def harmless(text: str) -> str:
 
 
 def clipped(text: str, limit: int) -> str:
-    """The first `limit` characters, and how many were left out."""
-    rest = len(text) - limit
-    return text if rest <= 0 else f"{text[:limit].rstrip()} … ({count(rest)} more characters)"
+    """At most the first `limit` characters, up to the end of a word where one is near, and how many were left out."""
+    if len(text) <= limit:
+        return text
+    # A character more shows whether the last word ends there; without spaces, as in Chinese, anything is cut anywhere.
+    words = re.match(r".*\S(?=\s)", text[: limit + 1], re.DOTALL)
+    kept = words[0] if words and len(words[0]) > limit / 2 else text[:limit].rstrip()
+    return f"{kept} … ({count(len(text) - len(kept))} more characters)"
 
 
 _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gguf", ".txt", ".jinja")

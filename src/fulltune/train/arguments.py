@@ -29,6 +29,7 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
     if zero.wanted(recipe):
         try:
             zero.settings(recipe)
+            problems += zero.missing_folders(recipe) if runs_here else []
         except RecipeError as error:
             problems += error.problems
     if problems:

@@ -35,7 +35,8 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
         ({"metric_name": "loss", "greater_is_better": False, "metric": RISING}, [], ["still"]),
         ({"loss": FALLING, "metric": RISING}, ["at the end", "and accuracy on the eval rows"], []),
         ({"loss": FALLING, "by_steps": True}, ["--set train.max_steps=800"], ["num_train_epochs"]),
-        ({"steps": 12, "total_steps": 12}, ["12 steps are few", LONGER], []),
+        ({"steps": 12, "total_steps": 12}, ["12 steps are few", "num_train_epochs=18"], []),  # as long as it takes
+        ({"steps": 2, "total_steps": 2, "by_steps": True}, ["2 steps are few", "max_steps=20."], []),  # ten times
         ({"steps": 12, "total_steps": 400}, [], ["are few"]),  # stopped early: a longer run would stop there too
         ({"loss": GROWING}, ["rose from", "A likely cause: the learning rate is too high", LOWER], [LONGER]),
         ({"loss": GROWING[:15]}, ["The curves show no reason"], ["too high"]),  # three readings a quarter
@@ -47,7 +48,10 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
         ({"loss": FALLING, "metric": RISING, "steps": 300}, ["The curves show no reason"], [LONGER]),
         ({"blind": "All is b"}, ["All is b. Take a lower", LOWER, "learning_rate=0.0009"], [LONGER]),
         ({"blind": "All is b", "loss": FALLING}, ["All is b. The train loss", LONGER], [LOWER]),
-        ({"max_rows": 200}, ["leave data.max_rows out"], []),
+        ({"max_rows": 200}, ["leave data.max_rows out"], ["labels"]),
+        ({"labels": 400, "train_rows": 800}, ["are about 2 for each of 400 labels", "Take more if there"], ["reason"]),
+        ({"labels": 400, "train_rows": 800, "max_rows": 1000}, ["about 2 for", "leave data.max_rows out"], ["Only"]),
+        ({"labels": 300}, ["The curves show no reason"], ["for each"]),
         ({}, ["The curves show no reason", LOWER, "learning_rate=0.0009", "3,000"], [LONGER]),
         ({"method_given": False}, ["--set method.kind=full --set method.learning_rate=0.0001"], []),
         ({"verdict": "unresolved"}, ["More test rows"], []),
@@ -96,6 +100,18 @@ def test_tagger_that_finds_nothing_is_told(classification: Path, kit: SimpleName
     metrics = {**row.metrics, "precision": nothing, "recall": nothing}
     kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
     assert conclude(read_run(classification))[1][0].startswith("Not one entity of the test rows is found.")
+
+
+def test_many_labels_with_few_rows_are_told_to_have_more_before_more_epochs(
+    classification: Path, kit: SimpleNamespace
+) -> None:
+    view = read_run(classification)
+    assert view.summary is not None
+    labels = tuple(map(str, range(view.summary.splits["train"].rows)))
+    view.summary.model_copy(update={"labels": labels}).save(classification / "data" / "summary.json")
+    worse = {"nearest centroid (frozen)": Estimate(value=-0.2, low=-0.3, high=-0.1)}
+    kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.6, differences=worse))
+    assert "about 1 for each of" in conclude(read_run(classification))[1][0]
 
 
 def test_labels_that_are_really_all_the_same_are_no_fault(classification: Path, kit: SimpleNamespace) -> None:

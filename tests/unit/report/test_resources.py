@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.records import BASELINES, DRY_RUN, TRAINED, DiskNeed, MemoryNeed, Plan, TimeNeed, TimePart
+from fulltune.records import BASELINES, DRY_RUN, STARTING, TRAINED, Command, DiskNeed, MemoryNeed, Plan, TimeNeed, TimePart
 from fulltune.report.about_resources import resources
 from fulltune.report.blocks import Paragraph, Section, Table
 from fulltune.report.read import read_run
@@ -105,6 +105,16 @@ def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_pat
     journal = [{"time": "t", "event": "resume", "detail": "from checkpoint-100"}]
     found = comparison(section(tmp_path, planned(), journal=journal))
     assert found[TIME] == ("-", "1 min 35 s", "1 min 40 s", "-", "-5%")
+
+
+def test_whole_command_stands_beside_what_the_plan_says_of_it(tmp_path: Path) -> None:
+    parts = (TimePart(name=STARTING, seconds=10.0, basis="measured"),)
+    Command(seconds=200.0).save(tmp_path / "command.json")
+    made = planned(time=time(150.0).model_copy(update={"around": parts}))
+    found = comparison(section(tmp_path, made))
+    assert found["the whole command"] == ("2 min 40 s", "-", "3 min 20 s", "-20%", "-")
+    resumed = [{"time": "t", "event": "resume", "detail": "from checkpoint-100"}]
+    assert "the whole command" not in comparison(section(tmp_path, made, journal=resumed))
 
 
 def test_a_run_that_ended_early_says_so(tmp_path: Path) -> None:

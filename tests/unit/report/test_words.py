@@ -85,3 +85,17 @@ def test_calibration_is_said_in_the_field_s_words(temperature: float, said: str)
 )
 def test_ordinal_has_its_ending(number: int, text: str) -> None:
     assert words.ordinal(number) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one two three", "one two … (6 more characters)"),
+        ("one two", "one two"),
+        ("one twothr four", "one twothr … (5 more characters)"),
+        ("一二三四五六七八九十百千", "一二三四五六七八九十 … (2 more characters)"),
+        ("a twothreefour", "a twothree … (4 more characters)"),
+    ],
+)
+def test_long_texts_are_cut_at_the_end_of_a_word(text: str, shown: str) -> None:
+    assert words.clipped(text, 10) == shown
