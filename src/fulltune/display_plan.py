@@ -92,13 +92,27 @@ def _found(survey: Survey) -> Group:
     tokens = f"{lengths['p50']:,} in the median, {lengths['p95']:,} for 95 %, {lengths['max']:,} at most"
     rows = [
         ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({count(survey.num_parameters)})"),
-        ("rows", f"{survey.train_rows:,} to train, {survey.eval_rows:,} to choose the checkpoint"),
+        ("rows", f"{survey.train_rows:,} to train, {survey.eval_rows:,} to choose the checkpoint{_more_than_asked(survey)}"),
         ("tokens a row", f"{tokens}; kept {survey.max_length:,}"),
         ("hardware", survey.hardware),
+        ("free", _free(survey)),
     ]
     if survey.assumed:
         rows.append(("assumed", "; ".join(survey.assumed)))
     return Group(_head("found"), _facts(rows), "")
+
+
+def _more_than_asked(survey: Survey) -> str:
+    asked = survey.asked_eval_rows
+    return "" if asked is None else f" (data.eval_fraction asks for {asked:,}, but each label gives one)"
+
+
+def _free(survey: Survey) -> str:
+    """In GiB as everywhere below, and of the host also in GB, as hosts and `--for` count: 1 GiB is 1.07 GB."""
+    host = f"{gib(survey.host_free_bytes)} GiB ({survey.host_free_bytes / 1e9:,.0f} GB) of the host's memory"
+    if survey.on_cpu:
+        return host
+    return f"{gib(survey.device_free_bytes)} GiB on each GPU, {host}"
 
 
 def _memory(survey: Survey, plan: Plan) -> Group:

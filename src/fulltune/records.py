@@ -106,6 +106,8 @@ class SplitSummary(Record):
     length_percentiles: dict[str, int]
     """Tokens per row: keys `p50`, `p95`, `max`."""
     label_counts: dict[str, int] = {}
+    asked_rows: int | None = None
+    """What the recipe's fraction of the train file comes to, where there are more: each label gives at least one."""
 
 
 class DataSummary(Record):
@@ -395,6 +397,8 @@ class Survey(Record):
     model_type: str
     train_rows: int
     eval_rows: int
+    asked_eval_rows: int | None = None
+    """By `data.eval_fraction`, where they are more."""
     length_percentiles: dict[str, int]
     """Tokens per train row: keys `p50`, `p95`, `max`."""
     max_length: int
@@ -413,6 +417,8 @@ class Survey(Record):
     host_free_bytes: int
     device_free_bytes: int
     """What one process may take."""
+    on_cpu: bool = False
+    """That is the host's memory."""
     time: TimeNeed | None = None
     price: float | None = None
     """Of the whole run."""

@@ -33,7 +33,7 @@ def _traced_once() -> Iterator[None]:
 
     def remembered(recipe: Any, *arguments: Any) -> Any:
         machine = arguments[3]
-        key = f"{recipe.model} {recipe.train.activation_checkpointing} {plan.device_and_precision(recipe, machine)}"
+        key = f"{recipe.model} {recipe.method} {recipe.train.activation_checkpointing} {plan.device_and_precision(recipe, machine)}"
         if key not in KNOWN:
             KNOWN[key] = trace(recipe, *arguments)
         return KNOWN[key]
@@ -122,8 +122,35 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     assert result.code == 3
     assert "ways out" in result.out
     assert "a host with" in result.out
+    assert "method=lora" not in result.out  # nor does LoRA
     assert len(result.problems) == 1
     assert "but there are 15.5 GiB of GPU memory" in result.problems[0]
+
+
+def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
+    card = ("--for", "1x RTX 4090, 64GB host")
+    refused = seven_b(*card)
+    assert refused.code == 3
+    (line,) = (line for line in refused.out.splitlines() if "--set method=lora" in line)
+    _, *flags = shlex.split(line)
+    result = seven_b(*card, *flags, "--json")
+    assert result.code == 0, result.err
+    survey = json.loads(result.out)["survey"]
+    assert {one["method"]: one["verdict"] for one in survey["advice"]}["full fine-tuning"] == "leave"
+    assert survey["comparison"] == ""
+    page = shown(result)
+    assert "there is nothing to settle by a comparison" in page
+    assert "23.5 GiB on each GPU, 56.6 GiB (61 GB) of the host's memory" in page
+
+
+def test_folder_that_only_a_person_knows_is_to_be_filled_in() -> None:
+    refused = seven_b("--for", "1x RTX 4090, 64GB host")
+    assert "..." not in refused.out
+    (line,) = (line for line in refused.out.splitlines() if "nvme_path: " in line)
+    assert "nvme_path: FOLDER-ON-YOUR-NVME-DISK" in line
+    setting = shlex.split(line.partition("--set ")[2])[0]
+    result = seven_b("--for", "1x RTX 4090, 64GB host", "--set", setting)
+    assert result.code == 0, result.err
 
 
 def test_json_of_a_plan_that_does_not_fit_has_the_survey_and_the_ways_out_on_stderr() -> None:

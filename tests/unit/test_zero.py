@@ -144,3 +144,27 @@ def test_what_goes_to_an_nvme_disk_is_read_from_the_settings() -> None:
     places = {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}, "offload_param": {"device": "cpu"}}
     found = zero.zero_of(recipe({"zero_optimization": {"stage": 3, **places}}))
     assert found == zero.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=False)
+
+
+def _on_disk(path: Any) -> Recipe:
+    place = {"device": "nvme", **({} if path is None else {"nvme_path": str(path)})}
+    return recipe({"zero_optimization": {"stage": 3, "offload_optimizer": place, "offload_param": place}})
+
+
+def test_folder_of_an_nvme_disk_must_be_named_and_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="device nvme needs nvme_path"):
+        zero.settings(_on_disk(None))
+    assert zero.missing_folders(_on_disk(tmp_path)) == []
+    assert all("there is no folder '/no/such'" in line for line in zero.missing_folders(_on_disk("/no/such")))
+    copied = _on_disk(zero.NVME_FOLDER)  # as a plan prints it
+    assert all("write the path of a folder on your NVMe disk" in line for line in zero.missing_folders(copied))
+    assert zero.nvme_path(copied) is None
+    assert zero.nvme_path(_on_disk(tmp_path)) == str(tmp_path)
+
+
+def test_folder_that_is_not_there_is_refused_only_where_it_is_needed() -> None:
+    from fulltune.train.arguments import check_extra
+
+    with pytest.raises(RecipeError, match="there is no folder '/no/such'"):
+        check_extra(_on_disk("/no/such"))
+    check_extra(_on_disk("/no/such"), runs_here=False)

@@ -32,6 +32,7 @@ from fulltune.data.splits import (
     assign,
     check_labels,
     label_counts,
+    more_than_asked,
     notes,
     num_in_eval,
     refuse_unusable,
@@ -164,6 +165,12 @@ def _make(
         summaries[name] = _summarise(whole, chosen, split_of[name], load_split(folder / name)["length"], dropped)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
+    for name, asked in more_than_asked(recipe, rows_of, split_of).items() if target.labels else ():
+        summaries[name] = summaries[name].model_copy(update={"asked_rows": asked})
+        remarks.append(
+            f"{int(split_of[name].sum()):,} {name} rows where data.{name}_fraction asks for {asked:,}: each label that "
+            "has several texts gives at least one"
+        )
     if packed:
         remarks.append(_packing_note(encoded["train"], split_of["train"], summaries["train"], limit))
     longest = max(whole.longest for whole in encoded.values())

@@ -10,7 +10,7 @@ import numpy as np
 from fulltune.data.check import UNDECODABLE_IMAGE, labels_only_held_out, too_many, undecodable
 from fulltune.data.encode import Encoded
 from fulltune.data.given import Given
-from fulltune.data.split import split_off
+from fulltune.data.split import MOST_HELD_OUT_ROWS, split_off
 from fulltune.errors import DataError
 from fulltune.recipe import Recipe
 from fulltune.records import SplitName as Split
@@ -81,6 +81,19 @@ def assign(
             f"for three splits of at least 2 rows ({', '.join(small)}); give more rows, or files for eval and test"
         )
     return split_of, sources
+
+
+def more_than_asked(
+    recipe: Recipe, given: Mapping[Split, Given], split_of: Mapping[Split, np.ndarray]
+) -> dict[Split, int]:
+    """The splits taken off train that have clearly more rows than their fraction, beyond rounding: how many it asks for.
+
+    That is so where a label has so few rows that its share would be none.
+    """
+    fractions: dict[Split, float] = {"eval": recipe.data.eval_fraction, "test": recipe.data.test_fraction}
+    rows = len(split_of["train"])
+    asked = {name: min(MOST_HELD_OUT_ROWS, round(fraction * rows)) for name, fraction in fractions.items()}
+    return {name: few for name, few in asked.items() if name not in given and split_of[name].sum() > 1.1 * few + 1}
 
 
 def _strata(whole: Encoded) -> np.ndarray:

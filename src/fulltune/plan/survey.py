@@ -116,6 +116,7 @@ def _found(
         model_type=shapes.model_type,
         train_rows=splits["train"].rows,
         eval_rows=splits["eval"].rows if "eval" in splits else 0,
+        asked_eval_rows=splits["eval"].asked_rows if "eval" in splits else None,
         length_percentiles=splits["train"].length_percentiles,
         max_length=task.summary.max_length,
         fits=False,
@@ -125,6 +126,7 @@ def _found(
         disk_free_bytes=fleet.disk_bytes,
         host_free_bytes=fleet.machine.memory_available_bytes,
         device_free_bytes=load.available_bytes,
+        on_cpu=not fleet.machine.gpus,
         currency=wishes.price.currency if wishes.price else "",
         advice=advise.advise(situation),
     )

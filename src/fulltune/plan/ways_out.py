@@ -114,7 +114,7 @@ def _changes(recipe: Recipe, now: Levers) -> Iterator[_Change]:
         recomputed = replace(now, activation_checkpointing=True)
         named = {"train.activation_checkpointing": True}
         words = "train.activation_checkpointing: true"
-        yield _Change(words, "about a third more time", recomputed, named, harmless=True)
+        yield _Change(words, "a third more operations", recomputed, named, harmless=True)
     small, eighth = replace(now, optim="adamw_8bit"), {"train.optim": "adamw_8bit"}
     # DeepSpeed keeps weights in fp32 and cannot take our optimizers.
     free = not zero.wanted(recipe)

@@ -108,3 +108,16 @@ def test_prepare_unchanged_input_is_not_made_again(tmp_path: Path, encoder_token
     changed = prepare(tmp_path, rows, encoder_tokenizer, "text-classification", split_seed=1)
     assert changed.fingerprint != first.fingerprint
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("labels", [2, 30])
+def test_more_held_out_rows_than_asked_for_are_told(labels: int, tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = [{"text": f"row {number}", "label": f"l{number % labels}"} for number in range(90)]
+    summary = prepare(tmp_path, rows, encoder_tokenizer, "text-classification")
+    said = [note for note in summary.notes if "_fraction asks for 9:" in note]
+    if labels == 2:
+        assert (said, summary.splits["eval"].asked_rows) == ([], None)
+    else:
+        assert summary.splits["eval"].rows == 30
+        assert summary.splits["eval"].asked_rows == 9
+        assert [note.split(" where ")[0] for note in said] == ["30 eval rows", "30 test rows"]

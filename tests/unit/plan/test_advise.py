@@ -24,6 +24,8 @@ def verdicts(**changes: Any) -> dict[str, str]:
         ({"train_rows": 50_000}, "try", "try", "leave"),
         ({"train_rows": 100_000}, "take", "try", "leave"),
         ({"train_rows": 100_000, "fits": False}, "leave", "take", "leave"),
+        ({"train_rows": 500, "fits": False, "lora_fits": True}, "leave", "take", "leave"),
+        ({"train_rows": 500, "fits": False, "lora_fits": False}, "leave", "leave", "leave"),
         ({"train_rows": 500, **ENCODER}, "try", "try", "leave"),
         ({"train_rows": 100_000, "fits": False, "frozen_fits": False}, "leave", "leave", "leave"),
         ({"train_rows": 50_000, **ENCODER}, "take", "try", "leave"),

@@ -10,9 +10,10 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.footprint import Moment
-from fulltune.plan import cards, load, time
+from fulltune.plan import cards, load, time, ways_out
 from fulltune.plan.alternatives import automatic
-from fulltune.plan.survey import Wishes, survey, with_settings
+from fulltune.plan.fit import fit
+from fulltune.plan.survey import Wishes, survey, with_settings, with_time
 from fulltune.recipe import Recipe
 from fulltune.records import Plan, Survey
 from fulltune.units import in_words
@@ -225,6 +226,77 @@ def test_whole_command_is_foreseen_part_by_part() -> None:
     fewer = {part.name: part.seconds for part in silent.time.around}
     assert "scoring the baselines" not in fewer
     assert fewer["scoring the trained model"] < parts["scoring the trained model"].seconds
+
+
+def _scored(hardware: str, task: load.Task) -> dict[str, float]:
+    _, plan = planned(hardware, task)
+    assert plan is not None
+    assert plan.time is not None
+    return {part.name: part.seconds for part in plan.time.around if part.name.startswith("scoring")}
+
+
+def test_scoring_takes_what_the_hardware_takes_for_the_scored_rows() -> None:
+    cpu, card = (_scored(hardware, sizes.bert()) for hardware in ("cpu", "1x A100-80GB"))
+    assert all(card[name] < cpu[name] / 10 for name in cpu)
+    few = sizes.bert()
+    test = few.summary.splits["test"].model_copy(update={"rows": 10})
+    few = replace(few, summary=few.summary.model_copy(update={"splits": {**few.summary.splits, "test": test}}))
+    assert _scored("cpu", few)["scoring the trained model"] < cpu["scoring the trained model"]
+
+
+def test_nothing_is_scored_without_test_rows() -> None:
+    task = sizes.bert()
+    splits = {name: split for name, split in task.summary.splits.items() if name != "test"}
+    assert _scored("cpu", replace(task, summary=task.summary.model_copy(update={"splits": splits}))) == {}
+
+
+@pytest.mark.parametrize(("spent", "least", "most"), [(2.0, 2.0, 4.0), (12.0, 12.0, 18.0), (600.0, 600.0, 610.0)])
+def test_start_is_what_the_command_took_up_to_its_plan(spent: float, least: float, most: float) -> None:
+    task, fleet = sizes.bert(), cards.parse("cpu")
+    footprint = task.footprint("fp32")
+    plan = fit(task.recipe, task.shapes, footprint, task.summary, fleet)
+    plan = with_time(plan, task.recipe, task.shapes, footprint, task.summary, fleet, spent)
+    assert plan.time is not None
+    start = plan.time.around[0]
+    assert (start.name, start.basis) == ("starting", "measured")
+    assert least < start.seconds < most
+
+
+SMALL = sizes.LLAMA.model_copy(update={"num_parameters": 10**9, "num_trained": 10**6, "num_held": 10**9 + 10**6})
+
+
+def _by(kind: str, shapes: Any = sizes.LLAMA) -> load.Task | None:
+    """The 7B model by full fine-tuning, or as much smaller as LoRA makes it."""
+    task = sizes.llama(method={"kind": kind}, train={"global_batch_size": 64})
+    return replace(task, shapes=shapes, footprint=lambda weights_dtype: sizes.footprint(shapes))
+
+
+def _survey(task: load.Task | None, hardware: str, other: load.Task | None) -> tuple[Survey, Plan | None]:
+    assert task is not None
+    return survey(task, cards.parse(hardware), Wishes(), other=lambda kind: other)
+
+
+def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -> None:
+    found, plan = _survey(_by("full"), "1x RTX 4090, 64GB host", _by("lora", SMALL))
+    assert plan is None
+    way = next(one for one in found.ways_out if one.change == "method: lora")
+    assert way.enough
+    assert way.settings["method"] == "lora"
+    assert "--set method=lora" in ways_out.as_flags(way)
+    assert {one.method: one.verdict for one in found.advice}["LoRA"] == "take"
+    for other in (_by("lora"), None):  # as large as full; not possible
+        found, _ = _survey(_by("full"), "1x RTX 4090, 64GB host", other)
+        assert not any(one.change == "method: lora" for one in found.ways_out)
+
+
+@pytest.mark.parametrize(("full", "fits", "verdict"), [(_by("full"), False, "leave"), (_by("full", SMALL), True, "try")])
+def test_full_is_advised_beside_another_method_only_where_it_fits(
+    full: load.Task | None, fits: bool, verdict: str
+) -> None:
+    found, plan = _survey(_by("lora", SMALL), "1x RTX 4090, 64GB host", full)
+    assert plan is not None
+    assert found.full_fits == fits
+    assert {one.method: one.verdict for one in found.advice}["full fine-tuning"] == verdict
 
 
 def test_disk_too_small_has_ways_out_of_its_own() -> None:
