@@ -67,10 +67,14 @@ def gib(num_bytes: int) -> str:
     if not num_bytes:
         return "–"
     value = num_bytes / 2**30
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
+    if value >= 1:
+        return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+    return f"{value:.2f}" if value >= 0.005 else "<0.01"
 
 
 def for_long(seconds: float) -> str:
+    if seconds < 0.5:
+        return "under 1 s"
     return duration(seconds) if seconds < 86_400 else f"{seconds / 86_400:,.1f} days"
 
 
@@ -89,11 +93,11 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
 
 def _found(survey: Survey) -> Group:
     lengths = survey.length_percentiles
-    tokens = f"{lengths['p50']:,} in the median, {lengths['p95']:,} for 95 %, {lengths['max']:,} at most"
+    tokens = f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}"
     rows = [
         ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({count(survey.num_parameters)})"),
         ("rows", f"{survey.train_rows:,} to train, {survey.eval_rows:,} to choose the checkpoint{_more_than_asked(survey)}"),
-        ("tokens a row", f"{tokens}; kept {survey.max_length:,}"),
+        ("tokens a row", f"{tokens}; kept up to {survey.max_length:,}"),
         ("hardware", survey.hardware),
         ("free", _free(survey)),
     ]
@@ -148,7 +152,7 @@ def _peak_lines(need: MemoryNeed, on_device: bool) -> list[Any]:
 def _disk_line(survey: Survey, plan: Plan) -> str:
     disk = plan.disk
     assert disk is not None
-    free = "free: not said" if survey.disk_free_bytes is None else f"{size(survey.disk_free_bytes)} free"
+    free = "free space not given" if survey.disk_free_bytes is None else f"{size(survey.disk_free_bytes)} free"
     offloaded = f" + offloaded {size(disk.offloaded)}" if disk.offloaded else ""
     return (
         f"[dim]disk:[/dim] {counted(disk.num_checkpoints, 'checkpoint')} x {size(disk.one_checkpoint)} + models "
@@ -217,7 +221,8 @@ def _time(survey: Survey, plan: Plan) -> Group:
         rows.append(("together", f"{for_long(need.whole_seconds)} for the whole command{left_out}"))
     if survey.price is not None:
         hours = survey.num_devices * need.whole_seconds / 3600
-        rows.append(("price", f"{survey.price:,.2f} {survey.currency}".rstrip() + f" for {hours:,.1f} device hours"))
+        price = f"{survey.price:,.2f} {survey.currency}".rstrip()
+        rows.append(("price", f"{price} for {f'{hours:,.1f}' if hours >= 10 else f'{hours:.2g}'} device hours"))
     return Group(title, _facts(rows), "")
 
 

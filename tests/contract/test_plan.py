@@ -78,7 +78,7 @@ def test_7b_is_planned_from_its_config_alone() -> None:
         "4x A100-80GB, 512 GB host",
         "512 GB of host memory (128 GB a card is usual)",
         "memory of a step",
-        "Each kind at the moment when a step needs most: ",
+        "Each kind at the moment of a step that needs the most memory: ",
         "checkpoints x",
         "\nplacements\n",
         "4 copies, AdamW fp32",

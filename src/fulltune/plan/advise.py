@@ -65,26 +65,26 @@ def _for_full(here: Situation) -> Iterator[Line]:
         size = 4 * here.num_parameters / 2**30
         yield (
             "try",
-            f"{here.tasks} tasks would be {here.tasks} whole models of {size:,.1f} GiB; one on the rows of all is one",
+            f"{here.tasks} tasks would be {here.tasks} whole models of {size:,.1f} GiB; one model trained on the rows of all is one",
             "size of a model against that of its adapters",
         )
     if here.goal in ("knowledge", "language"):
         yield (
             "take",
-            f"new {here.goal} needs many directions of the weights",
+            f"new {here.goal} changes the weights in many directions",
             "Biderman et al. 2024 (2405.09673): updates of 10 to 100 times LoRA's rank; MoLF 2026 (2605.07111)",
         )
     if here.goal == "updates":
         yield (
             "take",
-            "update after update: what low-rank updates add piles up",
+            "update after update, what low-rank updates add accumulates",
             "Shuttleworth et al. 2025 (2410.21228): intruder dimensions grow in continual training",
         )
     if not here.is_decoder and here.num_parameters < SMALL_ENCODER:
         few = here.train_rows < FEW_ROWS
         yield (
             "try" if few else "take",
-            "a small encoder: full is cheap" + (", but few rows ask for several seeds" if few else ""),
+            "a small encoder: full is cheap" + (", but with few rows take several seeds" if few else ""),
             "Chen et al. 2022 (2202.07962): best with medium and many rows, behind with few",
         )
     if here.train_rows >= MANY_ROWS:
@@ -96,12 +96,12 @@ def _for_full(here: Situation) -> Iterator[Line]:
     if here.train_rows < FEW_ROWS:
         yield (
             "try",
-            "few rows: longer than usual, low rate, three seeds or more",
+            "few rows: train longer than usual, at a low rate, with three seeds or more",
             "2602.11149: 128 passes over 400 samples beat one over 51,200 (long reasoning)",
         )
     yield (
         "try",
-        "between 10,000 and 100,000 rows the two are close",
+        "between 10,000 and 100,000 rows full and LoRA come out close",
         "Schulman et al. 2025: parity on small and medium sets with each method's rate tuned",
     )
 
@@ -131,7 +131,7 @@ def _for_lora(here: Situation) -> Iterator[Line]:
     if here.goal in ("knowledge", "language", "updates"):
         yield (
             "try",
-            f"only as the cheaper arm: {here.goal} is where it falls behind",
+            f"only as the cheaper method: {here.goal} is where it falls behind",
             "2405.09673; 2605.07111; 2410.21228",
         )
     if here.goal == "style":
@@ -153,7 +153,7 @@ def _for_lora(here: Situation) -> Iterator[Line]:
             "Schulman et al. 2025: level with full on small sets, at about ten times full's rate",
         )
     if here.train_rows >= MANY_ROWS:
-        yield "try", "as the cheaper arm, all layers, rate tuned", "2602.04998: variants within 1 to 2 % once tuned"
+        yield "try", "as the cheaper method, on all layers, with its rate tuned", "2602.04998: variants within 1 to 2 % once tuned"
     yield "try", "two thirds of the operations, far less state", "Schulman et al. 2025; 2602.04998: tune its rate"
 
 
@@ -162,7 +162,7 @@ def _adapters(here: Situation) -> Advice:
     return Advice(
         method="adapters",
         verdict="take" if many else "leave",
-        rule=f"{here.tasks} tasks: one model and a small file for each" if many else "worth it from about 5 tasks on",
+        rule=f"{here.tasks} tasks: one model and a small file for each" if many else "worth it with 5 tasks or more",
         evidence="Ding et al. 2023 (delta tuning), RoBERTa-large on GLUE: adapters 87.4, biases alone (BitFit) 86.6, "
         "prompts 77.7",
     )
@@ -173,9 +173,9 @@ def _prompts(here: Situation) -> Advice:
     return Advice(
         method="prompt tuning",
         verdict="try" if large else "leave",
-        rule="level with full at about 11 B parameters, with prompts in every layer also in smaller models"
+        rule="on a par with full at about 11 B parameters, with prompts in every layer in smaller models too"
         if large
-        else "far behind full in models below 1 B, level at about 11 B; prompts in every layer are about level",
+        else "far behind full below 1 B parameters, on a par at about 11 B; prompts in every layer come close to it",
         evidence="Lester et al. 2021 (2104.08691); P-tuning v2 (2110.07602); Ding et al. 2023: prompts 77.7 on GLUE. "
         "PEFT's comparison (3B, GSM8K): prompt tuning 34 % right, LoRA 48 %, full 47 %, but full in bf16 without a "
         "master copy and at one rate",

@@ -95,7 +95,7 @@ def size(num_bytes: int) -> str:
     return f"{number(num_bytes / 2**30)} GiB"
 
 
-AT_THE_PEAK = "Each kind at the moment when a step needs most"
+AT_THE_PEAK = "Each kind at the moment of a step that needs the most memory"
 """What stands before `moment`: a kind that is 0 there can be large at another moment."""
 
 

@@ -98,7 +98,7 @@ def test_memory_at_the_peak_says_which_moment_that_is(
     said = found.blocks[1]
     assert isinstance(said, Paragraph)
     assert moment in said.text
-    assert "at the moment when a step needs most" in said.text
+    assert "at the moment of a step that needs the most memory" in said.text
 
 
 def test_a_resumed_attempt_is_not_held_against_the_time_of_the_whole_run(tmp_path: Path) -> None:
