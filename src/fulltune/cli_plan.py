@@ -239,7 +239,9 @@ def _survey(
 
     def other(kind: str) -> load.Task | None:
         changed = _by_another_method(spread, kind, weights)
-        return changed and load.Task(changed, *_model(changed, summary, fleet, weights), summary, task.spread)
+        if changed is None:
+            return None
+        return load.Task(changed, *_model(changed, summary, fleet, weights), summary, task.spread)
 
     return surveying.survey(task, fleet, checked.wishes, plan, other)
 

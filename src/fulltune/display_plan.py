@@ -96,7 +96,7 @@ def _found(survey: Survey) -> Group:
     tokens = f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}"
     rows = [
         ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({count(survey.num_parameters)})"),
-        ("rows", f"{survey.train_rows:,} to train, {survey.eval_rows:,} to choose the checkpoint{_more_than_asked(survey)}"),
+        ("rows", f"{survey.train_rows:,} to train, {_eval_rows(survey)}"),
         ("tokens a row", f"{tokens}; kept up to {survey.max_length:,}"),
         ("hardware", survey.hardware),
         ("free", _free(survey)),
@@ -106,9 +106,9 @@ def _found(survey: Survey) -> Group:
     return Group(_head("found"), _facts(rows), "")
 
 
-def _more_than_asked(survey: Survey) -> str:
-    asked = survey.asked_eval_rows
-    return "" if asked is None else f" (data.eval_fraction asks for {asked:,}, but each label gives one)"
+def _eval_rows(survey: Survey) -> str:
+    words, asked = f"{survey.eval_rows:,} to choose the checkpoint", survey.asked_eval_rows
+    return words if asked is None else f"{words} (data.eval_fraction asks for {asked:,}, but each label gives one)"
 
 
 def _free(survey: Survey) -> str:

@@ -121,7 +121,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def nvme_path(recipe: Recipe) -> str | None:
-    """The folder on a disk where the recipe's settings keep what they offload; None: they do not, or it is left open."""
+    """The folder on a disk that the recipe's settings offload to; None: they do not, or it is left open."""
     found = _nvme_paths(recipe)
     return next((path for path in found.values() if path != NVME_FOLDER), None)
 

@@ -22,6 +22,9 @@ def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -
     assert Command.load(tmp_path / run_folder.COMMAND).seconds == seconds
 
 
-def test_seconds_of_a_command_that_trained_nothing_are_not_kept(tmp_path: Path) -> None:
-    run_folder.note_command(tmp_path, time.time())
+def test_seconds_of_a_command_that_scored_no_trained_model_are_not_kept(tmp_path: Path) -> None:
+    attempt = tmp_path / "attempts" / "full-seed42-01"
+    attempt.mkdir(parents=True)
+    (attempt / "request.json").write_text("{}", encoding="utf-8")
+    run_folder.note_command(tmp_path, time.time() - 5)
     assert not (tmp_path / run_folder.COMMAND).exists()

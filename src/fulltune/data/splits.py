@@ -86,9 +86,9 @@ def assign(
 def more_than_asked(
     recipe: Recipe, given: Mapping[Split, Given], split_of: Mapping[Split, np.ndarray]
 ) -> dict[Split, int]:
-    """The splits taken off train that have clearly more rows than their fraction, beyond rounding: how many it asks for.
+    """Splits taken off train that have clearly more rows than their fraction asks for, with what it asks for.
 
-    That is so where a label has so few rows that its share would be none.
+    That is so where labels have so few rows that their share would be none.
     """
     fractions: dict[Split, float] = {"eval": recipe.data.eval_fraction, "test": recipe.data.test_fraction}
     rows = len(split_of["train"])

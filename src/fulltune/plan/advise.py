@@ -65,7 +65,7 @@ def _for_full(here: Situation) -> Iterator[Line]:
         size = 4 * here.num_parameters / 2**30
         yield (
             "try",
-            f"{here.tasks} tasks would be {here.tasks} whole models of {size:,.1f} GiB; one model trained on the rows of all is one",
+            f"{here.tasks} tasks would be {here.tasks} whole models of {size:,.1f} GiB; one for all is one",
             "size of a model against that of its adapters",
         )
     if here.goal in ("knowledge", "language"):
@@ -153,7 +153,7 @@ def _for_lora(here: Situation) -> Iterator[Line]:
             "Schulman et al. 2025: level with full on small sets, at about ten times full's rate",
         )
     if here.train_rows >= MANY_ROWS:
-        yield "try", "as the cheaper method, on all layers, with its rate tuned", "2602.04998: variants within 1 to 2 % once tuned"
+        yield "try", "the cheaper method: all layers, rate tuned", "2602.04998: variants within 1 to 2 % once tuned"
     yield "try", "two thirds of the operations, far less state", "Schulman et al. 2025; 2602.04998: tune its rate"
 
 

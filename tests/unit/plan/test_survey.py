@@ -289,7 +289,9 @@ def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -
         assert not any(one.change == "method: lora" for one in found.ways_out)
 
 
-@pytest.mark.parametrize(("full", "fits", "verdict"), [(_by("full"), False, "leave"), (_by("full", SMALL), True, "try")])
+@pytest.mark.parametrize(
+    ("full", "fits", "verdict"), [(_by("full"), False, "leave"), (_by("full", SMALL), True, "try")]
+)
 def test_full_is_advised_beside_another_method_only_where_it_fits(
     full: load.Task | None, fits: bool, verdict: str
 ) -> None:

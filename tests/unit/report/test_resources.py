@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from fulltune.records import BASELINES, DRY_RUN, STARTING, TRAINED, Command, DiskNeed, MemoryNeed, Plan, TimeNeed, TimePart
+from fulltune.records import (
+    BASELINES,
+    DRY_RUN,
+    STARTING,
+    TRAINED,
+    Command,
+    DiskNeed,
+    MemoryNeed,
+    Plan,
+    TimeNeed,
+    TimePart,
+)
 from fulltune.report.about_resources import resources
 from fulltune.report.blocks import Paragraph, Section, Table
 from fulltune.report.read import read_run
