@@ -60,7 +60,7 @@ Line = tuple[Literal["take", "try", "leave"], str, str]
 def _for_full(here: Situation) -> Iterator[Line]:
     if not here.fits:
         where = "see the ways out" if here.own == "full" else "for its ways out see its plan: --set method=full"
-        yield "leave", f"it does not fit here; {where}", "By the same arithmetic as the plan's"
+        yield "leave", f"it does not fit here; {where}", "The plan's arithmetic"
     if here.tasks >= MANY_TASKS:
         size = 4 * here.num_parameters / 2**30
         yield (
@@ -120,7 +120,7 @@ def _for_lora(here: Situation) -> Iterator[Line]:
             "2 bytes a parameter; a quarter of that in 4 bits, which is not compared here",
         )
     if here.lora_fits is False:
-        yield "leave", "it does not fit here either; see the ways out", "By the same arithmetic as the plan's"
+        yield "leave", "it does not fit here either; see the ways out", "The plan's arithmetic"
     if not here.fits:
         unsure = "" if here.lora_fits else ", if the activations fit as well (see its plan: --set method=lora)"
         yield (

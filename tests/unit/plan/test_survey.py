@@ -228,6 +228,13 @@ def test_whole_command_is_foreseen_part_by_part() -> None:
     assert fewer["scoring the trained model"] < parts["scoring the trained model"].seconds
 
 
+def _with_rows(task: load.Task, rows: int) -> load.Task:
+    """So many eval and so many test rows."""
+    splits = task.summary.splits
+    held_out = {name: splits[name].model_copy(update={"rows": rows}) for name in ("eval", "test")}
+    return replace(task, summary=task.summary.model_copy(update={"splits": {**splits, **held_out}}))
+
+
 def _scored(hardware: str, task: load.Task) -> dict[str, float]:
     _, plan = planned(hardware, task)
     assert plan is not None
@@ -236,12 +243,11 @@ def _scored(hardware: str, task: load.Task) -> dict[str, float]:
 
 
 def test_scoring_takes_what_the_hardware_takes_for_the_scored_rows() -> None:
-    cpu, card = (_scored(hardware, sizes.bert()) for hardware in ("cpu", "1x A100-80GB"))
-    assert all(card[name] < cpu[name] / 10 for name in cpu)
-    few = sizes.bert()
-    test = few.summary.splits["test"].model_copy(update={"rows": 10})
-    few = replace(few, summary=few.summary.model_copy(update={"splits": {**few.summary.splits, "test": test}}))
-    assert _scored("cpu", few)["scoring the trained model"] < cpu["scoring the trained model"]
+    task = _with_rows(sizes.bert(rows=1000), 200)
+    cpu, card = (_scored(hardware, task) for hardware in ("cpu", "1x A100-80GB"))
+    assert all(card[name] < cpu[name] / 5 for name in cpu)
+    fewer = _scored("cpu", _with_rows(task, 20))
+    assert fewer["scoring the trained model"] < cpu["scoring the trained model"] / 5
 
 
 def test_nothing_is_scored_without_test_rows() -> None:
