@@ -94,10 +94,12 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
 def _found(survey: Survey) -> Group:
     lengths = survey.length_percentiles
     tokens = f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}"
+    # A row is only longer than what is kept where each of its choices is read by itself.
+    each = " of each choice" if lengths["max"] > survey.max_length else ""
     rows = [
         ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({count(survey.num_parameters)})"),
         ("rows", f"{survey.train_rows:,} to train, {_eval_rows(survey)}"),
-        ("tokens a row", f"{tokens}; kept up to {survey.max_length:,}"),
+        ("tokens a row", f"{tokens}; kept up to {survey.max_length:,}{each}"),
         ("hardware", survey.hardware),
         ("free", _free(survey)),
     ]
