@@ -13,7 +13,6 @@ from fulltune.plan.load import Task, load_of
 from fulltune.plan.memory import Levers, state_of
 from fulltune.recipe import Recipe
 from fulltune.records import Alternative, MemoryNeed, Placement, Plan, WayOut
-from fulltune.units import in_words
 
 MOST_DEVICES = 8
 """Of one machine: several machines are not planned."""
@@ -53,8 +52,12 @@ def _other_hardware(
         yield other, one, (f"{other.num_devices}x {other.card.name}, {one.name}", "more devices")
     if larger := _larger_host(load, fleet, devices):
         other, one = larger
-        free = in_words(other.machine.memory_available_bytes)
-        yield other, one, (f"a host with {free} free, {one.name}", "more memory of the host")
+        yield other, one, (f"{_host(other)}, {one.name}", "more memory of the host")
+
+
+def _host(fleet: Fleet) -> str:
+    """By its whole memory, as it is sold and as `--for` takes it."""
+    return f"a host with {fleet.machine.memory_bytes / cards.GB:,.0f} GB"
 
 
 def _on(fleet: Fleet, one: Placement, now: int, words: tuple[str, str]) -> WayOut:
@@ -131,7 +134,7 @@ def instead(
     larger, host = _larger_host(load, fleet, plan.num_processes) or (fleet, None)
     if host is not None and (host.tokens_per_second or 0.0) > 1.03 * speed:
         gain = (host.tokens_per_second or 0.0) / speed
-        words = f"a host with {in_words(larger.machine.memory_available_bytes)} free, {host.name}"
+        words = f"{_host(larger)}, {host.name}"
         yield Alternative(kind="faster", change=words, effect=f"{gain:.2f} times as fast")
     if fleet.card is None and not fleet.machine.gpus:
         yield from _with_a_card(task, plan)

@@ -75,7 +75,8 @@ def fit(
     ledger.settle("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     ledger.settle("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     logging_steps = max(1, steps.total // 200)
-    logging_steps = ledger.settle("train.logging_steps", train.logging_steps, logging_steps, "about 200 log lines")
+    why = "about 200 log lines" if logging_steps > 1 else "every step of a short run"
+    logging_steps = ledger.settle("train.logging_steps", train.logging_steps, logging_steps, why)
     grouped, why = defaults.group_by_length(summary.length_explained)
     grouped = ledger.settle("train.group_by_length", train.group_by_length, grouped, why)
     settle.everything_else(recipe, ledger)

@@ -33,10 +33,11 @@ def device(recipe: Recipe, machine: Machine, ledger: Ledger) -> str:
     if wanted == "cuda" and not machine.gpus:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
     found = "cuda" if machine.gpus else "cpu"
-    reason = f"{len(machine.gpus)} GPU(s) found" if machine.gpus else "no GPU found"
+    count = len(machine.gpus)
+    reason = f"{count} GPU{'s' * (count > 1)} found" if count else "no GPU found"
     device = str(ledger.settle("train.device", None if wanted == "auto" else wanted, found, reason))
     if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
-        raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but there are {len(machine.gpus)} GPUs")
+        raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, more than there are GPUs, {count}")
     if device == "cpu" and recipe.train.num_processes > machine.num_cores:
         raise RecipeError(
             f"train.num_processes: {recipe.train.num_processes}, but this machine lets us use {machine.num_cores} "

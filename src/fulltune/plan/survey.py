@@ -361,7 +361,7 @@ def _with_time(
     plan = plan.model_copy(update={"time": time.foresee(plan, summary, load.work, seconds, together)})
     assert plan.time is not None
     memory = fleet.card.memory_gb_per_second if fleet.card else fleet.host_memory_gb_per_second
-    launching = placement.LAUNCH_SECONDS / 3 * load.shapes.num_layers if fleet.machine.gpus else 0.0  # of 3 passes
+    launching = placement.LAUNCH_SECONDS / 3 * load.shapes.num_layers  # a step has three passes
     rates = whole.Rates(rate, memory * 1e9, launching, started_seconds)
     around = whole.around(recipe, plan, summary, load.work, rates)
     return plan.model_copy(update={"time": plan.time.model_copy(update={"around": around})})

@@ -50,7 +50,8 @@ class Rates:
     bytes_per_second: float
     """From the memory that the weights lie in."""
     pass_seconds: float = 0.0
-    """Least of a forward pass, however few rows: on a GPU, to launch its kernels."""
+    """Of a forward pass, however few tokens: to call the layers, on a GPU to launch their kernels. 0.5 to 0.7 ms a
+    layer on one core (docs/log.md)."""
     started_seconds: float | None = None
     """What the command has taken up to its plan; None: it does not run here."""
 
@@ -119,7 +120,8 @@ def _scored_rows(summary: DataSummary) -> Iterator[int]:
 
 
 def _answer_seconds(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, rates: Rates) -> float:
-    """Of answers of full length; those that end earlier take less. Each token of a batch reads all weights once."""
+    """Of answers of full length; those that end earlier take less. Each token of a batch is a pass and reads all
+    weights once."""
     asked = min(recipe.evaluate.generate_rows, _rows(summary, "test")) if summary.problem_type in WRITES else 0
     if not asked:
         return 0.0
@@ -128,4 +130,4 @@ def _answer_seconds(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work
     batches = -(-asked // plan.eval_batch_size)
     size = 4 if plan.weights_dtype == "fp32" else 2
     reading = batches * tokens * size * plan.num_parameters / rates.bytes_per_second
-    return max(computing, reading, batches * tokens * rates.pass_seconds)
+    return max(computing, reading) + batches * tokens * rates.pass_seconds
