@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 FILE = "rows.arrow"
 CLUSTERS = "clusters.npy"
 WORDS = "words"
-"""Column beside the features with the row in the user's own columns, and its place, as JSON."""
+"""Column beside the features: beside a row's first example the row in the user's own columns, and its place, as JSON;
+beside its others (windows, pieces) only the place, or the file would grow with the square of a row's length."""
 _ROWS_PER_BATCH = 8192
 _BYTES_PER_BATCH = 16 * 2**20
 
@@ -208,9 +209,24 @@ def load_split(folder: Path) -> Rows:
     return Rows(folder)
 
 
+def texts(folder: Path) -> Iterator[dict[str, Any]]:
+    """The row of each example in the user's own columns, with its place; examples of one row share one dictionary.
+
+    Of a packed block, the row that its first text comes from: only the place where that begins in another block.
+    """
+    row: dict[str, Any] = {}
+    for batch in batches(folder):
+        for text in batch.column(WORDS).to_pylist():
+            read = json.loads(text)
+            # Files of earlier versions have the whole row beside every example.
+            if read.keys() != {PLACE} or read[PLACE] != row.get(PLACE):
+                row = read
+            yield row
+
+
 def load_texts(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a split in the user's own columns, with their place: for held-out rows, of which there are few."""
-    return [json.loads(text) for batch in batches(folder) for text in batch.column(WORDS).to_pylist()]
+    """`texts` in memory: for held-out rows, of which there are few."""
+    return list(texts(folder))
 
 
 def save_clusters(folder: Path, groups: np.ndarray) -> None:
@@ -224,7 +240,7 @@ def clusters_of(folder: Path) -> np.ndarray:
 
 
 def words(place: str, row: Mapping[str, Any]) -> str:
-    """A row as it is kept beside its features."""
+    """A row as it is kept beside its first example; without columns, as beside its others."""
     return json.dumps({**row, PLACE: place}, ensure_ascii=False, default=readable)
 
 

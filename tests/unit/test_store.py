@@ -133,3 +133,21 @@ def test_texts_are_the_rows_in_the_users_columns(tmp_path: Path) -> None:
     ]
     assert "é" in words("a", rows[0])
     assert json.loads(words("a", {"n": np.int64(3)})) == {"n": 3, "fulltune:place": "a"}
+
+
+def test_texts_of_a_rows_other_examples_are_those_of_its_first(tmp_path: Path) -> None:
+    """Windows of a long row have only its place; a file of an earlier version has the row beside each of them."""
+    long, short = {"text": "long"}, {"text": "short"}
+    kept = [words("a:1", long), words("a:1", {}), words("a:2", short), words("a:3", long), words("a:3", long)]
+    with RowWriter(tmp_path) as writer:
+        for number, text in enumerate(kept):
+            writer.write(record_batch([{"labels": number}], [text]))
+    found = load_texts(tmp_path)
+    assert [(row["fulltune:place"], row["text"]) for row in found] == [
+        ("a:1", "long"),
+        ("a:1", "long"),
+        ("a:2", "short"),
+        ("a:3", "long"),
+        ("a:3", "long"),
+    ]
+    assert found[0] is found[1]

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_CHUNK = 1000
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 2 * 2**20
+"""Tokenising takes up to 170 times the memory of the text."""
 ROWS_WORTH_PROCESSES = 20_000
 """With fewer rows the processes would cost more time than they save."""
 
@@ -104,7 +105,9 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         too_long += any(example.truncated for example in examples)
         reasons = [_unfit(example, job.drop_truncated) for example in examples]
         good = [example for example, reason in zip(examples, reasons, strict=True) if reason is None]
-        lost = [Dropped(job.split, place, *reason, dict(row)) for reason in reasons if reason is not None]
+        problems = [reason for reason in reasons if reason is not None]
+        # The row is written down once, however many of its examples are lost.
+        lost = [Dropped(job.split, place, *problem, {} if i else dict(row)) for i, problem in enumerate(problems)]
         if good or examples is _UNKNOWN_LABEL:
             kept += [(len(rows), example) for example in good]
             rows.append((place, row))
@@ -112,12 +115,12 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         else:  # a row without any example has no token
             unfit.append(lost[0] if lost else Dropped(job.split, place, "nothing to train", "no token", dict(row)))
     features = [_features(example) for _, example in kept]
-    texts = [words(place, row) for place, row in rows]
+    numbers = [number for number, _ in kept]
     keys = [task.group_key(row, job.target) for _, row in rows]
     return Chunk(
         num_read=len(chunk),
-        batch=record_batch(features, [texts[number] for number, _ in kept]) if kept else None,
-        row_of=np.array([number for number, _ in kept], np.int64),
+        batch=record_batch(features, _words(rows, numbers)) if kept else None,
+        row_of=np.array(numbers, np.int64),
         lengths=np.array([row[LENGTH] for row in features], np.int32),
         trained_tokens=np.array([example.trained_tokens for _, example in kept], np.int32),
         truncated=np.array([example.truncated for _, example in kept], bool),
@@ -133,6 +136,15 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         lost_parts=lost_parts,
         num_too_long=too_long,
     )
+
+
+def _words(rows: Sequence[PlacedRow], numbers: Sequence[int]) -> list[str]:
+    """What is kept beside each example: the row beside its first one, beside the others only its place."""
+    made = []
+    for before, number in zip((-1, *numbers), numbers, strict=False):
+        place, row = rows[number]
+        made.append(words(place, {} if number == before else row))
+    return made
 
 
 def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
@@ -321,12 +333,21 @@ def _pieces(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
     size = 0
     for place, row in rows:
         piece.append((place, row))
-        size += sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
+        size += _size(row)
         if len(piece) >= ROWS_PER_CHUNK or size >= CHUNK_BYTES:
             yield piece
             piece, size = [], 0
     if piece:
         yield piece
+
+
+def _size(value: Any) -> int:
+    """Characters and bytes in a row, those in lists and objects (conversations, words) included."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 _job: Job | None = None

@@ -17,6 +17,7 @@ from fulltune.tasks import Target, Task
 
 Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
 _HEAD = 1000
+_SAMPLE = 100
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tupl
             yield row
 
     train, refusal = rows_of["train"], None
-    head = [row for _, row in islice(train.rows([]), _HEAD)]
+    seen, first = _head(train)
     try:
-        roles = task.find_columns(tuple(_keys(head)), head[:100], recipe.data, train.where)
+        roles = task.find_columns(seen, first, recipe.data, train.where)
         target = task.find_target(counted("train"), roles, recipe.data, train.where)
     except DataError as error:
         # Broken files come first: what is missing may stand in them.
@@ -106,9 +107,9 @@ def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tupl
                 pass
     if problems:
         raise DataError(list(dict.fromkeys(problems)))
-    if len(columns["train"]) > len(_keys(head)):
+    if len(columns["train"]) > len(seen):
         # Some columns appear only later, in a second file for example: the same again, with all of them.
-        found = task.find_columns(tuple(columns["train"]), head[:100], recipe.data, train.where)
+        found = task.find_columns(tuple(columns["train"]), first, recipe.data, train.where)
         if found != roles:
             roles, refusal = found, None
             target = task.find_target(counted("train"), roles, recipe.data, train.where)
@@ -126,5 +127,12 @@ def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tupl
     return target, counts
 
 
-def _keys(rows: Sequence[Mapping[str, Any]]) -> dict[str, None]:
-    return dict.fromkeys(key for row in rows for key in row)
+def _head(given: Given) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """The columns of the first thousand rows, and the first hundred of these: rows may be large."""
+    columns: dict[str, None] = {}
+    sample: list[dict[str, Any]] = []
+    for _, row in islice(given.rows([]), _HEAD):
+        columns.update(dict.fromkeys(row))
+        if len(sample) < _SAMPLE:
+            sample.append(row)
+    return tuple(columns), sample

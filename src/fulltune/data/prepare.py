@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def _make(
         if not chosen.any():
             where = rows_of.get(name, rows_of["train"]).where
             raise DataError(f"{where}: no row of {name} is left: all are longer than data.max_length")
-        parts = _chosen(whole.folder, chosen)
+        parts = _chosen(whole.folder, chosen, () if name == "test" else getattr(task, "ONLY_FOR_TEST_ROWS", ()))
         _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
         if name != "train":
             save_clusters(folder / name, np.asarray(whole.groups)[np.asarray(whole.row_of)][chosen])
@@ -259,8 +259,8 @@ def _earlier(folder: Path, fingerprint: str) -> DataSummary | None:
 # ---- writing ---------------------------------------------------------------------------------------------------
 
 
-def _chosen(folder: Path, chosen: np.ndarray) -> Iterator[pa.RecordBatch]:
-    """The chosen examples of a tokenised source."""
+def _chosen(folder: Path, chosen: np.ndarray, left_out: Collection[str]) -> Iterator[pa.RecordBatch]:
+    """The chosen examples of a tokenised source, without some features."""
     import pyarrow as pa
 
     start = 0
@@ -268,6 +268,7 @@ def _chosen(folder: Path, chosen: np.ndarray) -> Iterator[pa.RecordBatch]:
         mask = chosen[start : start + len(batch)]
         start += len(batch)
         if mask.any():
+            batch = batch.select([feature for feature in batch.schema.names if feature not in left_out])
             yield batch if mask.all() else batch.filter(pa.array(mask))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,18 +78,12 @@ def _lexicon(bench: Bench) -> Scored:
     """For each word the tag it has most often in train; `O` for words that train does not have."""
     ids = {label: position for position, label in enumerate(bench.target.labels)}
     seen: defaultdict[str, Counter[int]] = defaultdict(Counter)
-    for row in _train_rows(bench):
+    for row in store.texts(bench.data / "train"):  # one by one: there may be many
         for word, tag in zip(*tags.words_and_tags(row, bench.target.columns), strict=True):
             seen[word][ids[tag]] += 1
     lexicon = {word: min(counts, key=lambda label: (-counts[label], label)) for word, counts in seen.items()}
     predicted = [np.array([lexicon.get(word, 0) for word in _words(bench, row)]) for row in bench.texts]
     return _tagged(bench, "most frequent tag of each word", predicted)
-
-
-def _train_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The train rows in the user's own columns, one by one: there may be many."""
-    for batch in store.batches(bench.data / "train"):
-        yield from map(json.loads, batch.column(store.WORDS).to_pylist())
 
 
 def _frozen(bench: Bench) -> Scored:

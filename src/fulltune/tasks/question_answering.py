@@ -35,6 +35,8 @@ MOST_ANSWER_TOKENS = 30
 STARTS, ENDS = "starts", "ends"
 """Features beside those of the model: each token's first character in the context and the one after its last; -1
 outside of the context [tokens]."""
+ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
+"""What only answers as texts need: it would be half of the train rows' bytes."""
 START, END, FIRST, LAST, TOKENS = range(5)
 """What stands in `labels` [5]: first and last token of the answer, first and last of the context, number of tokens."""
 NOWHERE = 0
@@ -156,16 +158,17 @@ def _windows(
         max_length=max_length,
         stride=stride,
         return_overflowing_tokens=True,
-        return_offsets_mapping=True,
+        return_attention_mask=False,
         verbose=False,
     )
-    names = [name for name in tokenizer.model_input_names if name in cut and name != "attention_mask"]
+    names = [name for name in tokenizer.model_input_names if name in cut]
     answers = [answers_of(row, target)[:1] for _, row in asked]
     found: list[list[Example]] = [[] for _ in asked]
     for window, position in enumerate(cut["overflow_to_sample_mapping"]):
         features = {name: cut[name][window] for name in names}
         inside = np.array([part == 1 for part in cut.sequence_ids(window)])
-        offsets = np.array(cut["offset_mapping"][window], np.int32)
+        # Asked for all windows at once (`return_offsets_mapping`), they would take most of the memory.
+        offsets = np.array(cut[window].offsets, np.int32)
         found[position].append(_example(features, offsets, inside, answers[position]))
     for position, examples in enumerate(found):
         if answers[position] and all(not row.refused and row.features["labels"][START] == NOWHERE for row in examples):

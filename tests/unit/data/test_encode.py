@@ -164,3 +164,24 @@ def test_source_is_read_only_a_little_ahead(job: Job, tmp_path: Path) -> None:
     assert num_read == 700
     assert len(ahead) == 100
     assert max(ahead) <= 2 * WORKERS * 7
+
+
+def test_row_of_many_lost_parts_is_written_down_once(tmp_path: Path) -> None:
+    """Each turn of a conversation whose template rewrites the earlier ones is an example of its own."""
+    turn = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": "<think>so</think>rain"}]
+    row = {"messages": turn * 20}
+    target = Target("chat", {"messages": "messages"})
+    job = Job("causal-lm", target, tiny.decoder_tokenizer(tiny.REWRITING), 60, "train", 42, drop_truncated=True)
+    items: list[Any] = []
+    encode.encode(job, iter(placed([row])), 1, tmp_path, lambda done: None, items.append)
+    assert len(items) > 10
+    assert [item.row for item in items] == [row, *[{}] * (len(items) - 1)]
+
+
+@pytest.mark.parametrize(
+    "cell", ["x" * 600, ["x" * 300, "x" * 300], [{"role": "user", "content": "x" * 600}], {"text": ["x" * 600]}]
+)
+def test_large_rows_are_few_at_a_time_whatever_holds_their_text(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 1000)
+    pieces = encode._pieces(placed([{"column": cell}] * 5))
+    assert [len(piece) for piece in pieces] == [2, 2, 1]

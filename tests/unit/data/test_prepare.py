@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fulltune import data
 from fulltune.recipe import Recipe
 from fulltune.records import DataSummary
-from fulltune.store import load_split, load_texts
-from fulltune.tasks import task_named
+from fulltune.store import WORDS, batches, load_split, load_texts
+from fulltune.tasks import Target, question_answering, task_named
 from tests import tiny
 
 
@@ -121,3 +125,88 @@ def test_more_held_out_rows_than_asked_for_are_told(labels: int, tmp_path: Path,
         assert summary.splits["eval"].rows == 30
         assert summary.splits["eval"].asked_rows == 9
         assert [note.split(" where ")[0] for note in said] == ["30 eval rows", "30 test rows"]
+
+
+def _passages(count: int, sentences: int) -> list[dict[str, Any]]:
+    """Questions about long passages; each answer stands in its passage once."""
+    rows = []
+    for number in range(count):
+        parts = [f"In the town of item{number}n{place} it rains. " for place in range(sentences)]
+        answer = f"item{number}n{sentences // 2}"
+        rows.append({"context": "".join(parts), "question": "where does it rain?", "answers": answer})
+    return rows
+
+
+def _words_bytes(folder: Path) -> int:
+    return sum(batch.column(WORDS).nbytes for split in ("train", "eval", "test") for batch in batches(folder / split))
+
+
+@pytest.mark.parametrize("packing", [True, False, None], ids=["packed", "not packed", "windows"])
+def test_text_is_kept_once_however_many_examples_a_row_gives(tmp_path: Path, packing: bool | None) -> None:
+    """Beside each window stood the whole row: the file grew with the square of the row's length."""
+    rows = _passages(24, 100)
+    if packing is None:
+        task, tokenizer, settings = "question-answering", tiny.encoder_tokenizer(), {"stride": 8}
+    else:
+        rows = [{"text": row["context"]} for row in rows]
+        task, tokenizer, settings = "causal-lm", tiny.decoder_tokenizer(pad="<|pad|>"), {}
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    given = {"train": str(path), "max_length": 64, **settings}
+    recipe = Recipe.model_validate({"model": "x", "task": task, "data": given})
+    limits = data.Limits(None, "", lambda: None if packing else "off")
+    summary = data.prepare(recipe, tmp_path / "data", task_named(recipe.task), tokenizer, limits)
+    assert sum(split.rows for split in summary.splits.values()) > 15 * len(rows)
+    assert _words_bytes(tmp_path / "data") < 2 * path.stat().st_size
+
+
+def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = _passages(40, 30)
+    prepare(tmp_path, rows, encoder_tokenizer, "question-answering", max_length=64)
+    folder = tmp_path / "data" / "test"
+    windows, texts = load_split(folder), load_texts(folder)
+    places = [row["fulltune:place"] for row in texts]
+    assert len(set(places)) * 5 < len(places)
+    labels = np.stack([row["labels"] for row in windows])
+    kept = {
+        "first": labels[:, question_answering.START],
+        "last": labels[:, question_answering.END],
+        "chance": np.where(labels[:, question_answering.START] > 0, -0.1, -9.0),
+        "nowhere": np.where(labels[:, question_answering.START] > 0, -9.0, -0.1),
+    }
+    contexts = [row["context"] for row in texts]
+    found = question_answering.find_answers(kept, windows, places, contexts)
+    assert {place: answer["answer"] for place, answer in found.items()} == {
+        row["fulltune:place"]: row["answers"] for row in texts
+    }
+    # Training reads no places of characters.
+    assert set(load_split(folder).features) - set(load_split(tmp_path / "data" / "train").features) == {
+        question_answering.STARTS,
+        question_answering.ENDS,
+    }
+
+
+def test_few_rows_are_held_while_columns_are_looked_for() -> None:
+    class Held(dict[str, Any]):
+        pass
+
+    alive: list[weakref.ref[Held]] = []
+
+    def rows(problems: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number in range(1000):
+            row = Held({"text": "x", f"column{number}": 1})
+            alive.append(weakref.ref(row))
+            yield f"a:{number}", row
+
+    def find_columns(columns: Any, *_: Any) -> dict[str, str]:
+        assert len(columns) == 1001
+        assert sum(ref() is not None for ref in alive) <= 101
+        return {"text": "text"}
+
+    def find_target(given: Any, *_: Any) -> Target:
+        list(given)
+        return Target("text", {"text": "text"})
+
+    task: Any = SimpleNamespace(find_columns=find_columns, find_target=find_target)
+    recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": "a.jsonl"}})
+    _, counts = data.describe(recipe, task, {"train": data.Given("a", rows)})
+    assert counts == {"train": 1000}
