@@ -25,6 +25,7 @@ class Dropped:
     check: str
     reason: str
     row: dict[str, Any]
+    """Empty for a further lost part of a row that stands before it."""
 
 
 @dataclass
