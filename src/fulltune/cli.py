@@ -9,7 +9,8 @@ import json
 import logging
 import sys
 import time
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -272,8 +273,15 @@ def report(
 @app.command()
 def predict(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")],
-    text: Annotated[list[str] | None, typer.Argument(help="Texts; without any, stdin is read line by line.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Texts; without any, or for '-', stdin is read line by line.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="csv, jsonl, parquet ... or .txt by lines.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output file.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
     method: MethodName = None,
     with_: Annotated[
@@ -286,28 +294,35 @@ def predict(
     """Answer with a finished model: texts, stdin or a file; with LoRA and its like, several over one base."""
     from fulltune import cli_predict
     from fulltune import predict as predicting
+    from fulltune.methods import folder as folders
 
     if text and file is not None:
         raise SetupError("predict: texts and --file are both given; keep one")
-    if with_:
-        runs = [run_folder, *with_]
-        for run in runs:
-            _chosen(run, method)
-        for name, answer in cli_predict.side_by_side(runs, method, list(text or []), file, by, max_new_tokens):
-            said = {"model": name, **answer}
-            typer.echo(json.dumps(said, ensure_ascii=False) if as_json else f"{name}: {cli_predict.in_words(answer)}")
-        return
-    if by is not None:
+    if with_ and output is not None:
+        raise SetupError("--output takes the answers of one model: leave out --with, and call it once for each")
+    if by is not None and not with_:
         raise SetupError("--by tells models apart: name the others with --with")
-    predictor = predicting.load(_chosen(run_folder, method))
-    if file is not None and file.suffix != ".txt":
-        rows = cli_predict.rows_of(file, predictor.notes["columns"].get("image"))
-        predicting.check_columns(rows, predictor.notes, str(file))
+    if output is not None:
+        from fulltune.cli_predict_files import check_output
+
+        check_output(output, force)
+    chosen = [_chosen(run, method) for run in (run_folder, *(with_ or ()))]
+    what = cli_predict.asked(text or [], file)
+    if with_:
+        cli_predict.side_by_side(err, [run_folder, *with_], method, what, by, max_new_tokens, as_json)
+        return
+    if what.table is not None:
+        predicting.check_columns(what.columns, folders.notes_of(chosen[0]), what.where)
+    predictor = predicting.load(chosen[0])
+    if output is None:
+        cli_predict.show(err, predictor, what, max_new_tokens, as_json)
+        return
+    with _bar("answering", shown=not as_json) as watch:
+        written = cli_predict.write(err, predictor, what, output, max_new_tokens, watch)
+    if as_json:
+        _print_json(written)
     else:
-        texts = list(text or []) or cli_predict.lines(file)
-        rows = predicting.rows_from_texts(texts, predictor.notes)
-    for answer in predictor.predict(rows, max_new_tokens):
-        typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else cli_predict.in_words(answer))
+        out.print(f"wrote {escape(str(output))}: {written['rows']:,} rows", soft_wrap=True)
 
 
 @app.command()
@@ -447,6 +462,20 @@ def _reach(
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None
+
+
+@contextmanager
+def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar with rows and time left, on a terminal only."""
+    from fulltune.display import Display
+
+    if not shown or not err.is_terminal:
+        yield lambda done, total: None
+        return
+    with Display(err) as display:
+        yield lambda done, total: display(
+            {"kind": "rows", "name": name, "done": done, "total": total, "share": done / total if total else None}
+        )
 
 
 def _chosen(run: Path, method: str | None) -> Path:

@@ -39,6 +39,8 @@ class Display:
         self.last_metric = ""
         self.last_line = 0.0
         self.total_steps = 0
+        self.rows_of = ""
+        self.rows_began = 0.0
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -64,6 +66,8 @@ class Display:
                 self._phase(event["name"])
             case "progress":
                 self._progress(event)
+            case "rows":
+                self._rows(event)
             case "train":
                 self._train(event)
             case "eval":
@@ -108,6 +112,20 @@ class Display:
         elif time.monotonic() - self.last_line > 5:
             self.last_line = time.monotonic()
             self.print(f"[dim]{event['name']}: {facts}[/dim]")
+
+    def _rows(self, event: Event) -> None:
+        """Rows that a model reads outside of training: on a terminal only, logs have the phases."""
+        if self.progress is None or self.task is None:
+            return
+        now = time.monotonic()
+        if event["done"] == 0 or event["name"] != self.rows_of:
+            self.rows_of, self.rows_began = event["name"], now
+        share = event["share"]
+        facts = f"{event['done']:,} rows" if event["total"] is None else f"{event['done']:,} of {event['total']:,} rows"
+        if share and share < 1:
+            facts += f", {duration((now - self.rows_began) * (1 - share) / share)} left"
+        total = None if event["total"] is None else 1.0
+        self.progress.update(self.task, description=event["name"], completed=share or 0.0, total=total, facts=facts)
 
     def _train(self, event: Event) -> None:
         # Images have no tokens.

@@ -7,7 +7,7 @@ grow with the number of rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Watch = Callable[[int, int, float], None]
+"""Told how many rows are done, of how many, and which share of the work that is."""
+
+
+def unwatched(done: int, total: int, share: float) -> None:
+    """Nobody asks."""
+
+
 def run_rows(
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Any]],
@@ -32,6 +40,7 @@ def run_rows(
     batch_size: int,
     precision: str,
     head: SelectiveHead | None = None,
+    watch: Watch = unwatched,
 ) -> Predictions:
     """Reduce every row's logits.
 
@@ -44,19 +53,21 @@ def run_rows(
         batch_size: Rows per forward pass.
         precision: `fp32`, `bf16` or `fp16`: type of the computations.
         head: Leaves out logits that the task does not use, and keeps the others in pieces where it can.
+        watch: Told before the first batch and after each.
 
     Returns:
         Name to array; the first axis is the row, in the given order.
     """
     import torch
 
-    order = by_length(rows)
+    lengths = lengths_of(rows)
+    order = longest_first(lengths)
     device = next(model.parameters()).device
     parts: list[dict[str, np.ndarray]] = []
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for positions in batches(order, batch_size):
+        for positions in watched(order, batch_size, lengths, watch):
             batch = {
                 name: tensor.to(device)
                 for name, tensor in model_batch(model, task, [rows[i] for i in positions], pad_token_id).items()
@@ -103,6 +114,7 @@ def embeddings(
     *,
     batch_size: int,
     precision: str,
+    watch: Watch = unwatched,
 ) -> np.ndarray:
     """Mean of the last hidden states over real tokens, scaled to length 1: float32 [rows, hidden]."""
     import torch
@@ -110,11 +122,12 @@ def embeddings(
 
     body = getattr(model, model.base_model_prefix, model)
     device = next(model.parameters()).device
-    order = by_length(rows)
+    lengths = lengths_of(rows)
+    order = longest_first(lengths)
     parts = []
     model.eval()
     with torch.no_grad():
-        for positions in batches(order, batch_size):
+        for positions in watched(order, batch_size, lengths, watch):
             batch = {
                 name: tensor.to(device)
                 for name, tensor in task.collate([rows[i] for i in positions], pad_token_id).items()
@@ -143,13 +156,20 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     precision: str,
+    watch: Watch = unwatched,
 ) -> list[str]:
     """Greedy answers to tokenised prompts, decoded without special tokens. Prompts are padded on the left."""
     import torch
 
     if model.config.is_encoder_decoder:
         return _write(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, precision=precision
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            precision=precision,
+            watch=watch,
         )
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -157,7 +177,7 @@ def generate(
     limit = limit and limit - virtual_tokens_of(model)
     answers = [""] * len(prompts)
     model.eval()
-    for positions in batches(order, batch_size):
+    for positions in watched(order, batch_size, np.ones(len(prompts)), watch):
         # Prompt and answer share the model's positions; a prompt keeps at least half of them.
         room = max(limit - max_new_tokens, limit // 2) if limit else None
         chosen = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
@@ -185,6 +205,7 @@ def _write(
     max_new_tokens: int,
     batch_size: int,
     precision: str,
+    watch: Watch,
 ) -> list[str]:
     """The same for an encoder-decoder. Sources are padded on the right, as in training.
 
@@ -197,7 +218,8 @@ def _write(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     answers = [""] * len(sources)
     model.eval()
-    for positions in batches(sorted(range(len(sources)), key=lambda i: len(sources[i])), batch_size):
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    for positions in watched(order, batch_size, np.ones(len(sources)), watch):
         chosen = [sources[i] for i in positions]
         with torch.no_grad(), autocast(device.type, precision):
             made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
@@ -244,10 +266,19 @@ class Share(Sequence[Mapping[str, Any]]):
 
 def by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Positions of the rows, longest first: a batch that does not fit fails at once."""
+    return longest_first(lengths_of(rows))
+
+
+def longest_first(lengths: np.ndarray) -> list[int]:
+    """Positions by falling length."""
+    return [int(position) for position in np.argsort(-lengths, kind="stable")]
+
+
+def lengths_of(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Tokens of each row [rows]."""
     # Prepared rows have their lengths in one column: reading them one by one would also decode all images.
     columns: Any = rows
-    lengths = [_length(row) for row in rows] if isinstance(rows, (list, tuple)) else columns[LENGTH]
-    return [int(position) for position in np.argsort(-np.asarray(lengths), kind="stable")]
+    return np.asarray([_length(row) for row in rows] if isinstance(rows, (list, tuple)) else columns[LENGTH])
 
 
 def _length(row: Mapping[str, Any]) -> int:
@@ -256,3 +287,21 @@ def _length(row: Mapping[str, Any]) -> int:
 
 def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def watched(order: Sequence[int], size: int, work: np.ndarray, watch: Watch) -> Iterator[Sequence[int]]:
+    """The batches of `batches`; who watches is told before the first one and after each.
+
+    Args:
+        order: Positions of the rows.
+        size: Rows of a batch.
+        work: How much each row is of the whole, in any unit [rows].
+        watch: See `Watch`.
+    """
+    shares = np.cumsum(np.asarray(work, np.float64)[list(order)]) if len(order) else np.zeros(1)
+    watch(0, len(order), 0.0)
+    done = 0
+    for positions in batches(order, size):
+        yield positions
+        done += len(positions)
+        watch(done, len(order), float(shares[done - 1] / shares[-1]))

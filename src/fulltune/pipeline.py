@@ -338,7 +338,7 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
     job.phase("scoring the baselines")
     path = job.folder / "plan" / SHAPES
     head_is_kept = path.exists() and model.Shapes.load(path).head_is_kept
-    return evaluate.baselines(job.recipe, trial, summary, job.folder, head_is_kept)
+    return evaluate.baselines(job.recipe, trial, summary, job.folder, head_is_kept, job.listener)
 
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
@@ -350,7 +350,7 @@ def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
     """The trained model on the test rows."""
     job.phase("scoring the trained model")
-    scores = evaluate.score(job.recipe, trial, summary, outcome, job.folder, job.hooks.metrics)
+    scores = evaluate.score(job.recipe, trial, summary, outcome, job.folder, job.hooks.metrics, job.listener)
     span = measure_of(job.recipe.task, Target.of(summary), trial.metric).span
     return evaluate.with_differences(job.folder, scores, partial(paired, span=span, confidence=scores.confidence))
 

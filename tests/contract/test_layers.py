@@ -46,7 +46,7 @@ STAGES = {"plan", "data", "train", "evaluate", "compare", "report", "predict", "
 PIPELINE = {"pipeline", "comparing"}
 SURFACE = {
     *("display", "display_plan", "display_measure", "display_compare"),
-    *("cli", "cli_plan", "cli_predict", "cli_compare"),
+    *("cli", "cli_plan", "cli_predict", "cli_predict_files", "cli_compare"),
     *("classic", "api", "selfcheck"),
 }
 ALLOWED = {

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fulltune.bootstrap import Resampled
 from fulltune.calibration import temperature_of
@@ -21,6 +22,7 @@ from fulltune.recipe import Recipe, TaskName, with_attention
 from fulltune.records import DataSummary, Estimate, Outcome, Plan, Scores
 from fulltune.tasks import Predictions, Target, task_named, token_classification
 
+Listener = Callable[[dict[str, Any]], None]
 UNTOUCHED = "before-training"
 """Where the scores of the model before training lie."""
 CALIBRATED = ("single_label", "choice")
@@ -40,7 +42,12 @@ def check_extras(recipe: Recipe) -> None:
 
 
 def baselines(
-    recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, head_is_kept: bool = False
+    recipe: Recipe,
+    plan: Plan,
+    summary: DataSummary,
+    folder: Path,
+    head_is_kept: bool = False,
+    listener: Listener = lambda event: None,
 ) -> list[Scores]:
     """Score what costs no training, for example the majority class or the untouched language model.
 
@@ -52,8 +59,9 @@ def baselines(
         summary: Of the prepared data.
         folder: The run folder.
         head_is_kept: The checkpoint can do the task already, so that it is scored as it came.
+        listener: Told how far each pass over the rows is.
     """
-    bench = _bench(recipe, plan, summary, folder, None)
+    bench = _bench(recipe, plan, summary, folder, None, listener)
     scorer = _scorer(recipe.task)
     made = scorer.baselines(bench)
     if head_is_kept:
@@ -68,10 +76,16 @@ def _untouched(bench: Bench, scorer: ModuleType) -> Scored:
 
 
 def score(
-    recipe: Recipe, plan: Plan, summary: DataSummary, outcome: Outcome, folder: Path, metrics: UserMetrics | None
+    recipe: Recipe,
+    plan: Plan,
+    summary: DataSummary,
+    outcome: Outcome,
+    folder: Path,
+    metrics: UserMetrics | None,
+    listener: Listener = lambda event: None,
 ) -> Scores:
     """Score the trained model on the test rows; a classifier's temperature is written into its folder."""
-    bench = _bench(recipe, plan, summary, folder, metrics)
+    bench = _bench(recipe, plan, summary, folder, metrics, listener)
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
     model_folder = folder / outcome.model_folder
@@ -173,9 +187,16 @@ def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
     return scores
 
 
-def _bench(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, metrics: UserMetrics | None) -> Bench:
+def _bench(
+    recipe: Recipe,
+    plan: Plan,
+    summary: DataSummary,
+    folder: Path,
+    metrics: UserMetrics | None,
+    listener: Listener = lambda event: None,
+) -> Bench:
     recipe = with_attention(recipe, plan.attn_implementation)
-    return Bench(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", metrics)
+    return Bench(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", metrics, listener)
 
 
 def bench_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path) -> Bench:

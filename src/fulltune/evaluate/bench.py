@@ -12,7 +12,7 @@ import numpy as np
 from fulltune import model as models
 from fulltune.bootstrap import Resampled, resample
 from fulltune.errors import SetupError
-from fulltune.inference import by_length, model_batch, run_rows
+from fulltune.inference import Watch, by_length, model_batch, run_rows
 from fulltune.methods import folder
 from fulltune.out_of_memory import with_smaller_batches
 from fulltune.processors import load_processor
@@ -46,6 +46,13 @@ class Bench:
     target: Target
     data: Path
     user_metrics: UserMetrics | None
+    listener: Callable[[dict[str, Any]], None] = lambda event: None
+
+    def watch(self, name: str) -> Watch:
+        """Tells the listener how far a pass over rows is."""
+        return lambda done, total, share: self.listener(
+            {"kind": "rows", "name": name, "done": done, "total": total, "share": share}
+        )
 
     def rows(self, split: str) -> Any:
         """Tokenised rows of a split."""
@@ -127,8 +134,8 @@ class Bench:
         )
         return Scored(scores, metrics.get(self.plan.metric))
 
-    def run(self, model: Any, pad_token_id: int, rows: Any) -> Predictions:
-        """What the task keeps of each row's logits."""
+    def run(self, model: Any, pad_token_id: int, rows: Any, split: str = "test") -> Predictions:
+        """What the task keeps of each row's logits; `split` says whose rows these are."""
         head = self._selective_head(model, pad_token_id, rows)
         return self.in_batches(
             lambda batch_size: run_rows(
@@ -140,6 +147,7 @@ class Bench:
                 batch_size=batch_size,
                 precision=self.plan.precision,
                 head=head,
+                watch=self.watch(f"scoring {split} rows"),
             )
         )
 

@@ -30,7 +30,7 @@ def trained(bench: Bench, model: Any, tokenizer: Any) -> Scored:
     """The trained model; the temperature of its probabilities is fitted on the eval rows."""
 
     def run(split: str) -> Predictions:
-        return bench.run(model, tokenizer.pad_token_id, opened(bench.rows(split), tokenizer))
+        return bench.run(model, tokenizer.pad_token_id, opened(bench.rows(split), tokenizer), split)
 
     kept = run("test")
     metrics = bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target))
@@ -108,9 +108,10 @@ def _frozen(bench: Bench) -> Scored:
     model, tokenizer = bench.load_pretrained()
     train, test = (opened(bench.rows(split), tokenizer) for split in ("train", "test"))
 
-    def embed(rows: Any) -> np.ndarray:
+    def embed(rows: Any, split: str) -> np.ndarray:
         call = partial(embeddings, model, rows, bench.task, tokenizer.pad_token_id, precision=bench.plan.precision)
-        return bench.in_batches(lambda batch_size: call(batch_size=batch_size))
+        watch = bench.watch(f"embedding {split} rows")
+        return bench.in_batches(lambda batch_size: call(batch_size=batch_size, watch=watch))
 
     match bench.target.problem_type:
         case "regression":
@@ -127,8 +128,8 @@ def _frozen(bench: Bench) -> Scored:
         chosen = np.random.default_rng(0).choice(len(train), MOST_EMBEDDED, replace=False)
         train, labels = Share(train, chosen.tolist()), labels[chosen]
         name = name.replace("embeddings)", f"embeddings of {MOST_EMBEDDED:,} train rows)")
-    head.fit(embed(train), labels)
-    return _label_scores(bench, name, np.asarray(head.predict(embed(test))))
+    head.fit(embed(train, "train"), labels)
+    return _label_scores(bench, name, np.asarray(head.predict(embed(test, "test"))))
 
 
 def _confusion(bench: Bench, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:

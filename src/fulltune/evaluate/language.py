@@ -45,6 +45,7 @@ def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["
                 max_new_tokens=bench.recipe.evaluate.max_new_tokens,
                 batch_size=batch_size,
                 precision=bench.plan.precision,
+                watch=bench.watch("generating answers"),
             )
         )
         asked, expected = _words(bench, rows)

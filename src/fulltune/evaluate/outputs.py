@@ -50,7 +50,7 @@ def outputs(
     for split in splits:
         present: Any = opened(bench.rows(split), tokenizer)
         began = time.monotonic()
-        kept[split] = bench.run(model, tokenizer.pad_token_id, present)
+        kept[split] = bench.run(model, tokenizer.pad_token_id, present, split)
         seconds, rows = time.monotonic() - began, len(present)
     of_texts = None
     if bench.recipe.task != "image-classification":

@@ -11,7 +11,7 @@ import numpy as np
 
 from fulltune import store
 from fulltune.evaluate.bench import WORST, Bench, Scored
-from fulltune.inference import autocast, batches, by_length
+from fulltune.inference import autocast, lengths_of, longest_first, watched
 from fulltune.tasks import tags, token_classification
 
 _log = logging.getLogger(__name__)
@@ -96,14 +96,14 @@ def _nearest(bench: Bench, model: Any, pad_token_id: int, batch_size: int) -> Sc
     num_labels = len(bench.target.labels)
     sums, seen = np.zeros((num_labels, 1)), np.zeros(num_labels)
     train, test = bench.rows("train"), bench.rows("test")
-    for position, words, vectors in _word_vectors(bench, model, pad_token_id, batch_size, train):
+    for position, words, vectors in _word_vectors(bench, model, pad_token_id, batch_size, train, "train"):
         labels = np.asarray(train[position][token_classification.TAGS])[words]
         marks = np.eye(num_labels)[labels]
         sums, seen = sums + marks.T @ vectors, seen + marks.sum(axis=0)
     known = np.flatnonzero(seen)
     centres = sums[known] / seen[known, None]
     predicted = [np.zeros(len(row), np.int64) for row in test[token_classification.TAGS]]
-    for position, words, vectors in _word_vectors(bench, model, pad_token_id, batch_size, test):
+    for position, words, vectors in _word_vectors(bench, model, pad_token_id, batch_size, test, "test"):
         # The squared distance without the part that is the same for all centres.
         distances = (centres**2).sum(axis=1) - 2 * vectors @ centres.T
         predicted[position][words] = known[distances.argmin(axis=1)]
@@ -111,7 +111,7 @@ def _nearest(bench: Bench, model: Any, pad_token_id: int, batch_size: int) -> Sc
 
 
 def _word_vectors(
-    bench: Bench, model: Any, pad_token_id: int, batch_size: int, rows: Any
+    bench: Bench, model: Any, pad_token_id: int, batch_size: int, rows: Any, split: str
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """For each row its position, the words seen, and the mean of their sub-words' last hidden states, scaled to length
     1: float32 [words, hidden]."""
@@ -120,7 +120,8 @@ def _word_vectors(
 
     body = getattr(model, model.base_model_prefix, model).eval()
     device = next(model.parameters()).device
-    for positions in batches(by_length(rows), batch_size):
+    lengths, watch = lengths_of(rows), bench.watch(f"embedding {split} rows")
+    for positions in watched(longest_first(lengths), batch_size, lengths, watch):
         chosen = [rows[i] for i in positions]
         batch = bench.task.collate(chosen, pad_token_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}

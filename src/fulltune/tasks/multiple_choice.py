@@ -78,11 +78,9 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 def refuse(row: Row, target: Target) -> Refused | None:
     """Rows with an empty choice, another number of choices or without a right one are left out."""
+    if (refused := refuse_choices(row, target)) is not None:
+        return refused
     texts, column = choice_texts(row, target), target.columns["label"]
-    if len(texts) != target.num_choices:
-        return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")
-    if not all(text.strip() for text in texts):
-        return Refused("empty choice", "a choice is empty")
     value = row.get(column)
     if is_empty(value):
         return Refused("no label", f"column '{column}' is empty")
@@ -92,6 +90,14 @@ def refuse(row: Row, target: Target) -> Refused | None:
             f"column '{column}' holds {value!r}, expected 0 to {len(texts) - 1}, a letter or the text of one choice",
         )
     return None
+
+
+def refuse_choices(row: Row, target: Target) -> Refused | None:
+    """Why nothing can be chosen, whatever the right choice is."""
+    texts = choice_texts(row, target)
+    if len(texts) != target.num_choices:
+        return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")
+    return None if all(text.strip() for text in texts) else Refused("empty choice", "a choice is empty")
 
 
 def group_key(row: Row, target: Target) -> str:

@@ -1,0 +1,164 @@
+"""Answer with a finished model: find it, load it, give it texts or rows. Stage: imports layers 0 and 1 only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fulltune import model as models
+from fulltune.errors import DataError, SetupError
+from fulltune.methods import folder as folders
+from fulltune.predict.predictor import Answered, Predictor, windows
+from fulltune.processors import load_processor
+from fulltune.recipe import ModelBlock
+from fulltune.run_folder import comparison_of
+from fulltune.tasks import tags, task_named
+
+__all__ = [
+    "Answered",
+    "Chosen",
+    "Predictor",
+    "check_columns",
+    "choose",
+    "folder_of",
+    "load",
+    "load_side_by_side",
+    "models_of",
+    "rows_from_texts",
+    "windows",
+]
+
+NOTES = folders.NOTES
+
+
+def load(run: Path, method: str | None = None) -> Predictor:
+    """Load the model of a run folder, or a model folder that fulltune wrote.
+
+    Args:
+        run: The folder.
+        method: Which of a run's models; left out, the only one, or what a comparison's verdict recommends.
+
+    Raises:
+        SetupError: When there is no such model.
+    """
+    return _loaded(folder_of(run, method), None)
+
+
+def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> dict[str, Predictor]:
+    """Load what LoRA, adapters, prompts or heads trained for several tasks over one base, which is in memory once.
+
+    While one is loaded, a second copy of the base is in memory for a moment.
+
+    Args:
+        runs: Run folders, or model folders that fulltune wrote, by the names that they get.
+        method: Which of the runs' models; left out, the only one of each, or what its verdict recommends.
+
+    Raises:
+        SetupError: When one is a whole model, or they are not of the same base.
+    """
+    found = {name: folder_of(run, method) for name, run in runs.items()}
+    whole = [name for name, folder in found.items() if not folders.is_partial(folder)]
+    if whole:
+        raise SetupError(
+            f"{whole[0]}: is a whole model ({found[whole[0]]}), which shares nothing with others; name another --method"
+        )
+    bases = {name: folders.notes_of(folder)["base_model"] for name, folder in found.items()}
+    if any(base != next(iter(bases.values())) for base in bases.values()):
+        said = ", ".join(f"{name} on {ModelBlock(**base).in_words()}" for name, base in bases.items())
+        raise SetupError(f"these models are not of one base: {said}")
+    shared: dict[str, Any] = {}
+    return {name: _loaded(folder, shared) for name, folder in found.items()}
+
+
+def _loaded(folder: Path, shared: dict[str, Any] | None) -> Predictor:
+    notes = folders.notes_of(folder)
+    block = ModelBlock(name=str(folder.resolve()))
+    if folders.is_partial(folder):
+        model = folders.load(folder, shared=shared).model
+    else:
+        model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
+    return Predictor(model.eval(), load_processor(block, notes["task"]), notes)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The folder of one model."""
+
+    folder: Path
+    reason: str = ""
+    """Why this one of several; empty: it was named, or is the only one."""
+
+
+def folder_of(run: Path, method: str | None = None) -> Path:
+    """The folder of a run's model, as `choose` chooses it."""
+    return choose(run, method).folder
+
+
+def choose(run: Path, method: str | None = None) -> Chosen:
+    """The model that is named, the only one, or the one that a comparison's verdict recommends.
+
+    Raises:
+        SetupError: When there is no such model, or several and no verdict that recommends one.
+    """
+    there = models_of(run)
+    names = ", ".join(there)
+    if method is not None:
+        if method not in there:
+            known = f"; here are: {names}" if there else ""
+            raise SetupError(f"{run}: no finished model of method '{method}'{known}")
+        return Chosen(there[method])
+    if (run / NOTES).exists():
+        return Chosen(run)
+    if not there:
+        raise SetupError(f"{run}: no finished model here; expected a run folder with models/full, or a model folder")
+    if len(there) == 1:
+        return Chosen(next(iter(there.values())))
+    found = comparison_of(run)
+    if found is None or found.decision.verdict == "UNDECIDED":
+        why = "there is no verdict yet" if found is None else "the verdict is UNDECIDED"
+        raise SetupError(f"{run}: has several models and {why}; name one with --method: {names}")
+    taken, reason = found.decision.recommended, f"the verdict is {found.decision.verdict}"
+    if taken not in there:
+        raise SetupError(
+            f"{run}: {reason} and recommends '{taken}', which is not here; name one with --method: {names}"
+        )
+    return Chosen(there[taken], reason)
+
+
+def models_of(run: Path) -> dict[str, Path]:
+    """Folders of a run's finished models, by method."""
+    return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{NOTES}"))}
+
+
+def rows_from_texts(texts: Sequence[str], notes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Plain texts as rows in the model's columns."""
+    columns = notes["columns"]
+    if "text_pair" in columns:
+        raise DataError("this model reads pairs of texts; give a file with both columns")
+    if "messages" in columns:
+        return [{columns["messages"]: [{"role": "user", "content": text}]} for text in texts]
+    if "tokens" in columns:
+        return [{columns["tokens"]: tags.split_text(text)} for text in texts]
+    if notes["task"] == "question-answering":
+        raise DataError("this model finds answers in a passage; give a file with the columns of question and context")
+    if notes["task"] == "multiple-choice":
+        raise DataError("this model chooses among texts; give a file with the columns of its choices")
+    column = next(columns[role] for role in ("prompt", "source", "image", "text") if role in columns)
+    return [{column: text} for text in texts]
+
+
+def check_columns(columns: Collection[str], notes: Mapping[str, Any], where: str) -> None:
+    """Refuse a file that lacks a column the model reads.
+
+    Raises:
+        DataError: Naming the column.
+    """
+    not_read = ("label", "completion", "tools", "tags", "target", "answers")
+    needed = [column for role, column in notes["columns"].items() if role not in not_read]
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise DataError(
+            f"{where}: no column '{missing[0]}', which the model reads (columns here: {', '.join(columns)})"
+        )
