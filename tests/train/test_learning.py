@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit, softmax
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune import predict
@@ -58,13 +59,22 @@ def assert_files_are_whole(reached: Reached) -> Path:
 
 
 def assert_plain_transformers_agree(folder: Path, texts: list[str]) -> list[dict[str, Any]]:
-    """Logits of `fulltune predict` are those that anyone gets from the folder."""
+    """Probabilities of `fulltune predict` are those that anyone gets from the folder, with its temperature."""
     answers = predict.load(folder).predict([{"text": text} for text in texts])
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        logits = model(**batch).logits
-    np.testing.assert_allclose([answer["logits"] for answer in answers], logits.numpy(), atol=1e-5)
+        logits = model(**batch).logits.numpy()
+    notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))
+    match notes["problem_type"]:
+        case "regression":
+            found, expected = [[answer["value"]] for answer in answers], logits
+        case "multi_label":
+            found, expected = [list(answer["probabilities"].values()) for answer in answers], expit(logits)
+        case _:
+            found = [list(answer["probabilities"].values()) for answer in answers]
+            expected = softmax(logits / notes["temperature"], axis=-1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
     return answers
 
 
@@ -87,8 +97,7 @@ def test_single_label_run_beats_the_baselines(kind: str, tmp_path: Path) -> None
     assert trained.calibration is not None
     notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))
     assert notes["temperature"] == trained.calibration.temperature
-    logits = np.array(answers[0]["logits"]) / notes["temperature"]
-    assert answers[0]["probability"] == pytest.approx(float(np.exp(logits).max() / np.exp(logits).sum()), rel=1e-4)
+    assert answers[0]["probability"] == max(answers[0]["probabilities"].values())
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "even", "1": "odd"}
 
@@ -234,9 +243,9 @@ def test_command_line_run_then_predict_by_text_stdin_and_file(tiny_encoder: Path
     # In this process: each start costs seconds.
     from tests.contract.command import fulltune
 
-    by_text = fulltune("predict", tmp_path / "run", *texts, "--json").out
-    assert [json.loads(line)["label"] in ("odd", "even") for line in by_text.splitlines()] == [True, True]
-    assert fulltune("predict", tmp_path / "run", "--json", stdin="\n".join(texts)).out == by_text
-    assert fulltune("predict", tmp_path / "run", "--file", tmp_path / "texts.txt", "--json").out == by_text
+    by_text = fulltune("predict", tmp_path / "run", *texts).out
+    assert [line.split()[0] in ("odd", "even") for line in by_text.splitlines()] == [True, True]
+    assert fulltune("predict", tmp_path / "run", stdin="\n".join(texts)).out == by_text
+    assert fulltune("predict", tmp_path / "run", "--file", tmp_path / "texts.txt").out == by_text
     rows = tiny.write_csv(tmp_path / "texts.csv", [{"text": text} for text in texts])
-    assert fulltune("predict", tmp_path / "run", "--file", rows, "--json").out == by_text
+    assert fulltune("predict", tmp_path / "run", "--file", rows).out == by_text

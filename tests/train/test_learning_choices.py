@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from fulltune import predict
@@ -75,14 +76,15 @@ def test_multiple_choice_run_beats_the_baselines(kind: str, form: str, tmp_path:
         batch = reader([row["question"]] * 4, texts, padding=True, return_tensors="pt")
         with torch.no_grad():
             [logits] = plain(**{name: tensor[None] for name, tensor in batch.items()}).logits
-        np.testing.assert_allclose(answer["logits"], logits.numpy(), atol=1e-5)
+        expected = softmax(logits.numpy() / predictor.notes["temperature"])
+        np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
         assert answer["text"] == texts[answer["index"]]
     without_label = {name: value for name, value in held_out[0].items() if name != "label"}
     assert predictor.predict([without_label]) == answers[:1]
     with pytest.raises(DataError, match="give a file with the columns of its choices"):
         predict.rows_from_texts(["what?"], predictor.notes)
     if form == "list":
-        with pytest.raises(DataError, match="row 1 has 3 choices, expected 4"):
+        with pytest.raises(DataError, match="row 1: 3 choices, expected 4"):
             predictor.predict([{**held_out[0], "choices": ["a", "b", "c"]}])
 
 

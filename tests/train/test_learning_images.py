@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.special import softmax
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from fulltune import api, pipeline, predict
@@ -57,7 +58,8 @@ def test_image_run_beats_the_baselines_and_answers_as_transformers_does(tmp_path
     reader = AutoImageProcessor.from_pretrained(made, backend="pil")
     with torch.no_grad():
         logits = model(**reader([Image.open(path) for path in paths], return_tensors="pt")).logits
-    np.testing.assert_allclose([answer["logits"] for answer in answers], logits.numpy(), atol=1e-5)
+    expected = softmax(logits.numpy() / predictor.notes["temperature"], axis=-1)
+    np.testing.assert_allclose([list(answer["probabilities"].values()) for answer in answers], expected, atol=1e-5)
     assert {answer["label"] for answer in answers} <= {"different", "same"}
     as_bytes = [{"image": Path(path).read_bytes()} for path in paths]
     assert predictor.predict(as_bytes) == answers
@@ -65,7 +67,9 @@ def test_image_run_beats_the_baselines_and_answers_as_transformers_does(tmp_path
     table.write_text("\n".join(["image", *(str(Path(path).relative_to(folder)) for path in paths)]), encoding="utf-8")
     printed = fulltune("predict", made, "--file", table, "--json")
     assert printed.code == 0, printed.err
-    assert [json.loads(line) for line in printed.out.splitlines()] == answers
+    said = [json.loads(line) for line in printed.out.splitlines()]
+    assert [row.pop("place") for row in said] == [f"{table.name}:{line}" for line in range(2, len(paths) + 2)]
+    assert said == answers
     with pytest.raises(DataError, match=r"missing\.png: no such file"):
         predictor.predict([{"image": str(tmp_path / "missing.png")}])
 

@@ -127,7 +127,7 @@ def test_command_that_cannot_be_meant_is_refused(words: list[str], message: str,
 def test_row_that_names_no_model_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": "one", "model": "run-intent"}])
     said = ask(trained["intents"], "--with", trained["topics"], "--file", file, "--by", "model")
-    assert "row 1: model is 'run-intent', expected one of run-intents, run-topics (1 such rows)" in said.err
+    assert "rows.jsonl:1: model is 'run-intent', expected one of run-intents, run-topics (1 such rows)" in said.err
     said = ask(trained["intents"], "--with", trained["topics"], "--file", file, "--by", "which")
     assert f"{file}: has no column 'which'; it has text, model" in said.err
 
