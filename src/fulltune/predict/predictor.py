@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,8 +44,9 @@ class Predictor:
     tokenizer: Any
     notes: Mapping[str, Any]
 
-    @property
+    @cached_property
     def target(self) -> Target:
+        """What the model learned."""
         return folders.target_of(self.notes)
 
     @property
