@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fulltune.predict.predictor import Watch
 
 STDIN = "-"
+_IN_PLACE = {True: "an 'error' stands in its place", False: "an empty line stands in its place"}
 _LISTED = 5
 """Rows without an answer that are named one by one."""
 
@@ -179,9 +180,9 @@ class Tally:
         if self.rows and self.without == self.rows:
             raise DataError(f"{self.where}: no row can be answered ({self.rows:,} rows)")
         if self.without:
-            err.print(f"[yellow]{self.without:,} of {self.rows:,} rows have no answer: {escape(left)}[/yellow]")
+            err.print(f"[yellow]without an answer: {self.without:,} of {self.rows:,} rows; {escape(left)}[/yellow]")
         if self.cut:
-            err.print(f"[yellow]{self.cut:,} of {self.rows:,} rows: each {escape(cut_in_words)}[/yellow]")
+            err.print(f"[yellow]read in part: {self.cut:,} of {self.rows:,} rows; each {escape(cut_in_words)}[/yellow]")
 
 
 def show(err: Console, predictor: Predictor, what: Asked, max_new_tokens: int, as_json: bool) -> None:
@@ -191,7 +192,7 @@ def show(err: Console, predictor: Predictor, what: Asked, max_new_tokens: int, a
     rows = what.rows(predictor.notes, (row for _, row in again))
     for (place, _), one in zip(placed, predictor.answer_each(rows, max_new_tokens), strict=True):
         typer.echo(_line(place, one, tally.add(place, one), as_json))
-    tally.say(err, predictor.cut_in_words(), "with 'error' in their place" if as_json else "an empty line each")
+    tally.say(err, predictor.cut_in_words(), _IN_PLACE[as_json])
 
 
 def _line(place: str, one: Answered, reason: str | None, as_json: bool, **more: Any) -> str:
@@ -288,7 +289,7 @@ def side_by_side(
         for number, (place, _) in enumerate(window):
             for name, one in answers[number]:
                 typer.echo(_line(place, one, tally.add(place, one), as_json, model=name))
-    tally.say(err, cut_in_words, "with 'error' in their place" if as_json else "an empty line each")
+    tally.say(err, cut_in_words, _IN_PLACE[as_json])
 
 
 def _check_names(what: Asked, by: str | None, names: list[str]) -> None:

@@ -185,18 +185,18 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     """The plan stage: settle every number, with its reason."""
     job.phase("planning")
     machine = hardware.here()
-    source = model.locate(job.recipe.model)
-    tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source)
-    target = Target.of(summary)
-    changes = job.task.config_changes(target, tokenizer)
-    shapes = shapes_of(job.recipe, changes)
     path = _plan_path(job)
     if path.exists():
-        # A resumed run keeps its numbers, even when memory or cores are others now.
+        # A resumed run keeps its numbers, even when memory or cores are others now; the model need not be looked at.
         trial = Plan.load(path)
         if trial.device == "cuda" and not machine.gpus:
             raise SetupError(f"{job.folder}: was planned for a GPU, and there is none here; start a new run (--fresh)")
     else:
+        source = model.locate(job.recipe.model)
+        tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source)
+        target = Target.of(summary)
+        changes = job.task.config_changes(target, tokenizer)
+        shapes = shapes_of(job.recipe, changes)
         traced = trace(job.recipe, target, summary.packed, shapes, machine, source, changes)
         traced.save(job.folder / "plan" / FOOTPRINT)
         shapes.save(job.folder / "plan" / SHAPES)

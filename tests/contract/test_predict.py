@@ -131,7 +131,7 @@ def test_file_keeps_the_rows_own_columns_and_adds_label_and_all_probabilities(
     assert not any(found[1][name] for name in ADDED[:-1])
     place = "in.csv:4" if given == "csv" else "in.parquet:2"
     assert f"{place}: column 'text' is empty" in said.err
-    assert "1 of 3 rows have no answer: their columns are empty, 'predicted_error' says why" in said.err
+    assert "without an answer: 1 of 3 rows; their columns are empty, 'predicted_error' says why" in said.err
     assert list(tmp_path.glob("*.part")) == []
 
 
@@ -302,7 +302,7 @@ def test_blank_line_on_stdin_is_an_empty_line_of_the_output_and_named_with_its_p
     assert said.code == 0, said.err
     assert [bool(line) for line in said.out.split("\n")] == [True, False, True, False]
     assert "stdin:2: no text" in said.err
-    assert "1 of 3 rows have no answer" in said.err
+    assert "without an answer: 1 of 3 rows; an empty line stands in its place" in said.err
 
 
 def test_summary_of_a_written_file_is_json_when_asked_for(classifier: Path, tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from unittest import mock
 
 import pytest
 
+from fulltune import pipeline
 from fulltune.errors import SetupError
+from fulltune.records import DataSummary, Plan
+from fulltune.run_folder import recipe_of
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs
@@ -109,6 +112,36 @@ def test_run_on_a_finished_folder_without_its_weights_names_the_file(
     assert result.out == ""
     assert f"{weights}: is missing, though this run finished at 2" in result.err
     assert "'fulltune run RECIPE --fresh'" in result.err
+
+
+def test_plan_that_is_there_is_read_without_looking_at_the_model(
+    finished: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting a large model's parameters takes many seconds."""
+    folder = finished[0]
+    plan = Plan.load(folder / "plan" / "full.json")
+    monkeypatch.setattr(pipeline, "shapes_of", None)
+    monkeypatch.setattr(pipeline, "trace", None)
+    summary = DataSummary.load(folder / "data" / "summary.json")
+    assert pipeline.make_plan(pipeline.Run(recipe_of(folder), folder), summary) == plan
+
+
+def test_scoring_says_how_far_it_is(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    shutil.rmtree(copy / "scores")
+    events: list[dict[str, Any]] = []
+    with runs.in_this_process():
+        pipeline.run(pipeline.Run(recipe_of(copy), copy, listener=events.append), until="evaluate")
+    passes: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["kind"] == "rows":
+            passes.setdefault(event["name"], []).append(event)
+    assert list(passes) == ["embedding train rows", "embedding test rows", "scoring test rows", "scoring eval rows"]
+    for told in passes.values():
+        assert (told[0]["done"], told[0]["share"]) == (0, 0.0)
+        assert told[-1]["done"] == told[-1]["total"] > 0
+        assert told[-1]["share"] == pytest.approx(1)
+        assert [event["share"] for event in told] == sorted(event["share"] for event in told)
 
 
 def test_train_on_a_finished_folder_starts_no_process(finished: tuple[Path, Result]) -> None:
