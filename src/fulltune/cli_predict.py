@@ -39,6 +39,8 @@ class Asked:
     """How many rows there are; None: nobody knows yet."""
     table: Path | None = None
     """The file, or folder, where the rows have columns of their own; None: they are lines of text."""
+    images_in: Path | None = None
+    """Where a table's paths of images start, as in training; None: at the current folder."""
 
     def rows(self, notes: Mapping[str, Any], own: Iterable[dict[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """The user's rows as the model takes them."""
@@ -50,10 +52,8 @@ class Asked:
                 yield predict.rows_from_texts([row["text"]], notes)[0]
             return
         image = notes["columns"].get("image")
-        folder = self.table if self.table.is_dir() else self.table.parent
         for row in own:
-            # As in training, paths of images start at the table's folder.
-            yield row if image is None else images.beside(row, folder, image)
+            yield row if image is None or self.images_in is None else images.beside(row, self.images_in, image)
 
     def types(self) -> dict[str, Any]:
         """Types of the columns for parquet: those of the file, if it is one."""
@@ -105,7 +105,8 @@ def _table(file: Path) -> Asked:
         columns |= dict.fromkeys(row)
     if problems:
         raise DataError(problems)
-    return Asked(str(file), source.rows, tuple(columns), total, file)
+    images_in = source.files[0].parent if source.image_folder is None else None
+    return Asked(str(file), source.rows, tuple(columns), total, file, images_in)
 
 
 def _placed(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -20,7 +20,7 @@ import transformers
 from rich.console import Console
 from scipy.special import softmax
 
-from fulltune import cli_predict_files, display, predict
+from fulltune import cli_predict, cli_predict_files, display, predict
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.predict import windows
 from fulltune.tasks import Target, task_named
@@ -266,6 +266,20 @@ def test_file_without_any_usable_row_is_refused_and_nothing_is_written(classifie
     assert "in.csv: no row can be answered (8 rows)" in said.err
     assert "... and 3 more" in said.err
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_paths_of_images_start_at_the_table_and_stay_as_written_in_the_output(tmp_path: Path) -> None:
+    notes = {"columns": {"image": "image", "label": "label"}}
+    table = tiny.write_csv(tmp_path / "in.csv", [{"image": "cats/1.png"}])
+    folder = tmp_path / "classes"
+    (folder / "cats").mkdir(parents=True)
+    (folder / "cats" / "1.png").write_bytes(b"1")
+    for given, written in ((table, "cats/1.png"), (folder, str(folder / "cats" / "1.png"))):
+        what = cli_predict.asked([], given)
+        own = [row for _, row in what.placed()]
+        assert [row["image"] for row in own] == [written]
+        [read] = what.rows(notes, own)
+        assert Path(read["image"]) == (tmp_path if given == table else folder) / "cats" / "1.png"
 
 
 # ---- texts, lines and JSON -------------------------------------------------------------------------------------
