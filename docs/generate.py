@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from fulltune.plan import defaults
 from fulltune.recipe import BaseMethod, Block, Recipe, TaskName
-from fulltune.recipe_rules import PINNED
+from fulltune.recipe_elsewhere import PINNED
 from fulltune.tasks import choices, task_named, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 

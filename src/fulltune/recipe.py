@@ -515,7 +515,7 @@ class Recipe(Block):
     """What is learned."""
     data: DataBlock
     method: Method = FullMethod(kind="full")
-    """How the parameters are trained; a plain `lora` is short for `{kind: lora}`."""
+    """How the parameters are trained; a plain `lora` is short for `{kind: lora}`, and without `kind` it is full."""
     methods: tuple[Arm, ...] = ()
     """What `fulltune compare` compares, in place of `method`: each as there, or its kind alone."""
     train: TrainBlock = TrainBlock()
@@ -529,7 +529,7 @@ class Recipe(Block):
     @model_validator(mode="before")
     @classmethod
     def _expand_short_forms(cls, values: Any) -> Any:
-        """`model: NAME` is short for `model: {name: NAME}`, and `lora` for `{kind: lora}`."""
+        """`model: NAME` is short for `model: {name: NAME}`, and `lora` for `{kind: lora}`; a method is full by itself."""
         if not isinstance(values, dict):
             return values
         expanded = dict(values)
@@ -537,6 +537,8 @@ class Recipe(Block):
             expanded["model"] = {"name": values["model"]}
         if isinstance(values.get("method"), str):
             expanded["method"] = {"kind": values["method"]}
+        elif isinstance(values.get("method"), dict):
+            expanded["method"] = {"kind": "full", **values["method"]}
         if isinstance(values.get("methods"), (list, tuple)):
             expanded["methods"] = [{"kind": one} if isinstance(one, str) else one for one in values["methods"]]
         return expanded

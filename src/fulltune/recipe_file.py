@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fulltune import recipe_rules
+from fulltune import recipe_elsewhere, recipe_rules
 from fulltune.errors import RecipeError
 from fulltune.recipe import NAME, Recipe, resolve_paths
 
@@ -73,13 +73,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise RecipeError(problems)
     return resolve_paths(recipe, path.parent.resolve())
-
-
-_ELSEWHERE: Mapping[Any, str] = {
-    **dict.fromkeys(("max_token", "max_tokens", "max_seq_length", "max_seq_len", "cutoff_len"), "max_length"),
-    **dict.fromkeys(("sequence_len", "block_size", "model_max_length"), "max_length"),
-}
-"""Names of other tools for our settings, where spelling alone would not find them."""
 
 
 def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
@@ -140,14 +133,7 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
     given = item.get("input")
     match item["type"]:
         case "extra_forbidden":
-            known = sorted(_fields(at[:-1], values))
-            near = [_ELSEWHERE[at[-1]]] if _ELSEWHERE.get(at[-1]) in known else []
-            near = near or difflib.get_close_matches(str(at[-1]), known, n=1, cutoff=0.6)
-            elsewhere = [block for block in _blocks() if at[-1] in _fields((block,)) and (block,) != at[:-1]]
-            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-            if elsewhere and not (near and near[0] == at[-1]):
-                hint = f"did you mean '{elsewhere[0]}.{at[-1]}'?"
-            yield f"{where}  {name}: unknown setting; {hint}"
+            yield f"{where}  {name}: unknown setting; {_instead(at, values)}"
         case "missing":
             yield f"{where}  {name}: missing; {_meaning(at, values)}"
         case "value_error":
@@ -181,6 +167,32 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
             yield f"{where}  {name}: expected {message}, found {given!r}"
 
 
+_FEW = 12
+"""So many names are listed; more would hide what was to be said."""
+
+
+def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
+    """What to write in place of an unknown setting."""
+    name, block = str(at[-1]), at[:-1]
+    if (said := recipe_elsewhere.answer(name)) is not None:
+        return said
+    if block[:1] and block[0] in _UNIONS:
+        kinds = [kind for kind, member in _by_kind(block[0]).items() if name in member.model_fields]
+        if kinds:
+            return f"it belongs to kind: {' or '.join(kinds)}"
+    elsewhere = [other for other in _blocks() if name in _fields((other,)) and (other,) != block]
+    if elsewhere:
+        return f"did you mean '{elsewhere[0]}.{name}'?"
+    known = sorted(_fields(block, values))
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return f"did you mean '{near[0]}'?"
+    if name in recipe_rules.training_arguments():
+        return f"write train.extra.{name}"
+    if near := difflib.get_close_matches(name.lower(), recipe_elsewhere.ELSEWHERE, n=1, cutoff=0.85):
+        return recipe_elsewhere.ELSEWHERE[near[0]]
+    return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/recipe.md lists those that are known"
+
+
 def _expected(expected: str, given: Any) -> str:
     names = re.findall(r"'([^']+)'", expected)
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
@@ -211,8 +223,12 @@ def _members(name: Any) -> list[Any]:
     return list(get_args(union))
 
 
+def _by_kind(name: Any) -> dict[str, Any]:
+    return {get_args(block.model_fields["kind"].annotation)[0]: block for block in _members(name)}
+
+
 def _kinds(at: tuple[Any, ...]) -> list[str]:
-    return [get_args(block.model_fields["kind"].annotation)[0] for block in _members(at[0])]
+    return list(_by_kind(at[0]))
 
 
 def _is_block(annotation: Any) -> bool:
@@ -232,8 +248,8 @@ def _fields(at: tuple[str | int, ...], values: Any = None) -> dict[str, Any]:
             return {}
         for part in at:
             values = _inner(values, part)
-        kind = values.get("kind") if isinstance(values, dict) else values
-        of_kind = dict(zip(_kinds(at), _members(at[0]), strict=True))
+        kind = values.get("kind", "full" if at[0] == "method" else None) if isinstance(values, dict) else values
+        of_kind = _by_kind(at[0])
         named = [of_kind[kind]] if kind in of_kind else list(of_kind.values())
         return {name: field for block in named for name, field in block.model_fields.items()}
     model: Any = Recipe

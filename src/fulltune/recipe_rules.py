@@ -17,6 +17,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import Recipe, TaskName
+from fulltune.recipe_elsewhere import PINNED, answer
 
 CHOOSING: Mapping[TaskName, Mapping[str, tuple[str, ...]]] = {
     "text-classification": {
@@ -60,44 +61,6 @@ READ_BY: dict[str, tuple[str, ...]] = {
 SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
 
 
-PINNED = {
-    "output_dir": "the run folder",
-    "learning_rate": "method.learning_rate",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "per_device_eval_batch_size": "evaluate.batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "eval_strategy": "train.eval_strategy",
-    "save_strategy": "train.eval_strategy and train.save_steps",
-    "metric_for_best_model": "evaluate.metric",
-    "greater_is_better": "evaluate.metric",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "train_sampling_strategy": "train.group_by_length",
-    "use_cpu": "train.device",
-    "logging_nan_inf_filter": "always off: it would log a loss of 0 while the weights are NaN",
-    "auto_find_batch_size": "always off: it restarts on trained weights and changes the global batch",
-    "remove_unused_columns": "always off: the collator chooses the columns",
-    "resume_from_checkpoint": "the same command continues a run",
-    "push_to_hub": "never during training",
-    "average_tokens_across_devices": "always on: the loss counts the items of all processes",
-    "save_only_model": "always off: without optimizer state a run could not continue",
-    "ignore_data_skip": "always off: a continued run would see other rows",
-    "restore_callback_states_from_checkpoint": "always off: early stopping reads the history",
-    "data_seed": "train.seed",
-    "dataloader_drop_last": "always off: every row is seen once per epoch",
-    "bf16_full_eval": "train.precision",
-    "fp16_full_eval": "train.precision",
-    "eval_accumulation_steps": "not needed: logits are reduced batch by batch",
-    "batch_eval_metrics": "not needed: logits are reduced batch by batch",
-    "logging_strategy": "train.logging_steps",
-    "logging_first_step": "always on",
-    "disable_tqdm": "always on: fulltune has its own display",
-    "dataloader_pin_memory": "on with a GPU",
-    "ddp_backend": "gloo on CPU, else transformers' choice",
-    "fsdp": "not supported yet",
-}
-"""Fields that `train.extra` may not set, and what sets them."""
 NO_PACKAGES = ("all", "none", "flyte")
 """Words of transformers, and the tracker that it cannot look for."""
 
@@ -172,11 +135,11 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
     problems = []
     for name, value in recipe.train.extra.items():
         if name in PINNED:
-            problems.append(f"train.extra.{name}: cannot be set here; see {PINNED[name]}")
+            problems.append(f"train.extra.{name}: cannot be set here; {PINNED[name]}")
         elif name in own:
             problems.append(f"train.extra.{name}: is a setting of its own; write it as train.{name}")
         elif name not in known:
-            hint = _did_you_mean(name, known)
+            hint = f"; {said}" if (said := answer(name)) else _did_you_mean(name, known)
             problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{hint}")
         elif (expected := _expected(known[name])) and not _is_a(value, known[name]):
             problems.append(f"train.extra.{name}: expected {expected}, found {value!r}{_as_number(value)}")

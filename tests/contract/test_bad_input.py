@@ -642,7 +642,7 @@ def test_recipe_problems_are_all_named_with_lines(case: Case) -> None:
         "'multiple-choice', 'image-classification', 'causal-lm' or 'seq2seq', found 'txt-classification'; did you mean "
         "'text-classification'?",
         f"{here}:6  data.eval_fraction: expected less than 0.5, found 0.9",
-        f"{here}:5  data.max_token: unknown setting; did you mean 'max_length'?",
+        f"{here}:5  data.max_token: unknown setting; write data.max_length",
         f"{here}:8  train.num_train_epochs: expected number, found 'many'",
         f"{here}:10  train.report_to: expected a list, found 'wandb'; write [wandb]",
         f"{here}:9  train.max_length: unknown setting; did you mean 'data.max_length'?",
@@ -714,7 +714,7 @@ def test_override_broken_is_refused_with_the_recipes_problems(case: Case) -> Non
         RECIPE,
         "--set train.max_steps: expected block.name=value, for example train.num_train_epochs=3",
         "--set train.seed=[: the value is not valid YAML: expected the node content, but found '<stream end>'",
-        f"{path}:6  data.max_token: unknown setting; did you mean 'max_length'?",
+        f"{path}:6  data.max_token: unknown setting; write data.max_length",
     )
 
 

@@ -14,7 +14,10 @@ import fulltune
 
 SOURCE = Path(fulltune.__file__).parent
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "scipy", "sklearn", "safetensors", "pyarrow"}
-VOCABULARY = {"errors", "recipe", "recipe_file", "recipe_rules", "records", "compare_records", "trials", "units"}
+VOCABULARY = {
+    *("errors", "units", "recipe", "recipe_file", "recipe_rules", "recipe_elsewhere"),
+    *("records", "compare_records", "trials"),
+}
 WORLD = {
     *(
         "hardware",

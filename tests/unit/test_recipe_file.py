@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,11 @@ def test_override_has_the_type_of_its_value(
     assert getattr(getattr(load_recipe(path, [override]), block), name) == value
 
 
+def test_override_of_the_rate_needs_no_method_in_the_recipe(tmp_path: Path) -> None:
+    method = load_recipe(written(tmp_path), ["method.learning_rate=1e-4"]).method
+    assert (method.kind, method.learning_rate) == ("full", 1e-4)
+
+
 def test_override_of_the_model_keeps_its_name(tmp_path: Path) -> None:
     assert load_recipe(written(tmp_path), ["model.dropout=0.1"]).model.name == "some/model"
 
@@ -77,7 +83,7 @@ def test_override_of_the_model_keeps_its_name(tmp_path: Path) -> None:
     [
         ("traim: {}", "recipe.yaml:5  traim: unknown setting; did you mean 'train'?"),
         ("train: {max_stepz: 1}", "recipe.yaml:5  train.max_stepz: unknown setting; did you mean 'max_steps'?"),
-        ("learning_rate: 1", "recipe.yaml:5  learning_rate: unknown setting; did you mean 'method.learning_rate'?"),
+        ("learning_rate: 1", "recipe.yaml:5  learning_rate: unknown setting; write method.learning_rate"),
         ("train: {seed: -1}", "recipe.yaml:5  train.seed: expected greater than or equal to 0, found -1"),
         ("train: {max_steps: 1.5}", "recipe.yaml:5  train.max_steps: expected integer, found 1.5"),
         ("train: 3", "recipe.yaml:5  train: expected settings (a block), found a number"),
@@ -131,3 +137,59 @@ def test_fingerprint_ignores_name_and_output_only() -> None:
     first = Recipe.model_validate(values).fingerprint()
     assert Recipe.model_validate({**values, "name": "n", "output": "o"}).fingerprint() == first
     assert Recipe.model_validate({**values, "train": {"seed": 1}}).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.epochs=3", "train.epochs: unknown setting; write train.num_train_epochs"),
+        ("num_epochs=3", "num_epochs: unknown setting; write train.num_train_epochs"),
+        ("train.bf16=true", "train.bf16: unknown setting; write train.precision: bf16"),
+        ("train.lr=1", "train.lr: unknown setting; write method.learning_rate"),
+        ("output_dir=a", "output_dir: unknown setting; write output, the folder in which each run gets its own"),
+        (
+            "train.gradient_accumulation_steps=2",
+            "train.gradient_accumulation_steps: unknown setting; write train.global_batch_size, the rows of a step; "
+            "accumulation follows from it",
+        ),
+        (
+            "train.per_device_train_batch_size=2",
+            "train.per_device_train_batch_size: unknown setting; write train.micro_batch_size",
+        ),
+        ("sequence_len=64", "sequence_len: unknown setting; write data.max_length"),
+        ("lora_r=8", "lora_r: unknown setting; write method: {kind: lora, rank: NUMBER}"),
+        ("packing=true", "packing: unknown setting; did you mean 'data.packing'?"),
+        ("micro_batch_size=1", "micro_batch_size: unknown setting; did you mean 'train.micro_batch_size'?"),
+        ("method.rank=8", "method.rank: unknown setting; it belongs to kind: lora"),
+        ("train.tf32=true", "train.tf32: unknown setting; write train.extra.tf32"),
+        ("train.deepspeed=a.json", "train.deepspeed: unknown setting; write train.extra.deepspeed"),
+        ("train.gradient_acumulation_steps=2", "train.gradient_acumulation_steps: unknown setting; write train.global"),
+        ("method.freeze=[a]", "method.freeze: unknown setting; not yet: method: head trains only the head"),
+        ("load_in_4bit=true", "load_in_4bit: unknown setting; not yet: quantized weights are not trained"),
+        ("data.folds=5", "data.folds: unknown setting; not yet: write one recipe for each fold"),
+        ("train.zzz=1", "train.zzz: unknown setting; docs/recipe.md lists those that are known"),
+        ("train.extra.push_to_hub=true", "train.extra.push_to_hub: cannot be set here; not yet: after training use"),
+        (
+            "train.extra.epochs=1",
+            "train.extra.epochs: transformers.TrainingArguments has no such field; write train.num_train_epochs",
+        ),
+    ],
+)
+def test_setting_known_from_elsewhere_is_answered_with_what_to_write(
+    tmp_path: Path, override: str, problem: str
+) -> None:
+    (found,) = problems(written(tmp_path), override)
+    assert found.startswith(f"recipe.yaml  {problem}")
+
+
+def test_answers_name_settings_that_exist() -> None:
+    """What an answer says to write is a setting, or a block, of the recipe."""
+    from fulltune import recipe_elsewhere, recipe_file
+
+    known = {
+        *Recipe.model_fields,
+        *(f"{block}.{name}" for block in Recipe.model_fields for name in recipe_file._fields((block,))),
+    }
+    for said in recipe_elsewhere.ELSEWHERE.values():
+        for name in re.findall(r"(?<![\w.])(?:model|data|method|train|evaluate|compare)\.[a-z_]+", said):
+            assert name in known, said

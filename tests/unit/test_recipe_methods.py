@@ -98,7 +98,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
     [
         ({"method": "loar"}, [f"method.kind: expected {KINDS}, found 'loar'; did you mean 'lora'?"]),
         ({"method": "base"}, [f"method.kind: expected {KINDS}, found 'base'"]),
-        ({"method": {"rank": 8}}, ["method.kind: missing; expected one of full, head, lora, adapter, prompt, peft"]),
+        ({"method": {"rank": 8}}, ["method.rank: unknown setting; it belongs to kind: lora"]),
         (
             {"method": {"kind": "lora", "rnak": 8, "dropout": 1}},
             [
@@ -108,10 +108,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ),
         (
             {"method": {"kind": "prompt", "rank": 8}},
-            [
-                "method.rank: unknown setting; known here: init, kind, learning_rate, learning_rates, name, "
-                "num_virtual_tokens"
-            ],
+            ["method.rank: unknown setting; it belongs to kind: lora"],
         ),
         ({"rank": 8}, ["rank: unknown setting; did you mean 'method.rank'?"]),
         (

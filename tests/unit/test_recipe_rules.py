@@ -34,12 +34,12 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
     with pytest.raises(RecipeError) as refusal:
         load_recipe(path)
     assert sorted(refusal.value.problems) == [
-        f"{path}:3  data.max_token: unknown setting; did you mean 'max_length'?",
+        f"{path}:3  data.max_token: unknown setting; write data.max_length",
         f"{path}:3  data.tokens: has no effect for causal-lm; remove it",
         f"{path}:5  train.optim: transformers knows no optimizer 'adamw_torch_fuse'; did you mean 'adamw_torch_fused'?",
         f"{path}:6  train.report_to: transformers knows no tracker 'tensorbord'; did you mean 'tensorboard'?",
         f"{path}:7  train.num_train_epochs: expected number, found 'three'",
-        f"{path}:8  train.extra.bf16: cannot be set here; see train.precision",
+        f"{path}:8  train.extra.bf16: cannot be set here; write train.precision: bf16",
         f"{path}:8  train.extra.learning_rat: transformers.TrainingArguments has no such field; did you mean "
         "'learning_rate'?",
         f"{path}:8  train.extra.neftune_noise_alpha: expected a number, found '1e-5'; write 1.0e-05",
