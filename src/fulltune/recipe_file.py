@@ -183,11 +183,11 @@ def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
     elsewhere = [other for other in _blocks() if name in _fields((other,)) and (other,) != block]
     if elsewhere:
         return f"did you mean '{elsewhere[0]}.{name}'?"
+    if name in recipe_rules.training_arguments():
+        return f"write train.extra.{name}"
     known = sorted(_fields(block, values))
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"did you mean '{near[0]}'?"
-    if name in recipe_rules.training_arguments():
-        return f"write train.extra.{name}"
     if near := difflib.get_close_matches(name.lower(), recipe_elsewhere.ELSEWHERE, n=1, cutoff=0.85):
         return recipe_elsewhere.ELSEWHERE[near[0]]
     return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/recipe.md lists those that are known"

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from fulltune.data.by_name import refuse_held_out
+from fulltune.data.header import SEPARATED
 from fulltune.data.read import PlacedRow, Source, locate
 from fulltune.data.split import sample
 from fulltune.errors import DataError
@@ -41,7 +42,7 @@ def find_sources(recipe: Recipe) -> dict[Split, Source]:
         try:
             if name == "train":
                 refuse_held_out(files)
-            found = locate(files, recipe.data.text_rows)
+            found = locate(files, recipe.data.text_rows, recipe.data.columns)
             sources[name] = replace(
                 found, image_paths=recipe.task == "image-classification", image_column=recipe.data.image
             )
@@ -97,6 +98,7 @@ def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tupl
     seen, first = _head(train)
     try:
         roles = task.find_columns(seen, first, recipe.data, train.where)
+        _refuse_row_as_header(roles, first, train.where)
         target = task.find_target(counted("train"), roles, recipe.data, train.where)
     except DataError as error:
         # Broken files come first: what is missing may stand in them.
@@ -136,3 +138,16 @@ def _head(given: Given) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
         if len(sample) < _SAMPLE:
             sample.append(row)
     return tuple(columns), sample
+
+
+def _refuse_row_as_header(roles: Mapping[str, str], sample: Sequence[Mapping[str, Any]], where: str) -> None:
+    """A label column that is called what a label is called: the file's first line is a row, and would be lost."""
+    column = roles.get("label")
+    if column is None or not where.lower().endswith(tuple(SEPARATED)):
+        return
+    if column in (str(row.get(column)) for row in sample):
+        raise DataError(
+            f"{where}:1: looks like a row, expected a header line with names of columns: '{column}' is the name of the "
+            "label column and a value in it; write data.columns: [text, label], with a name for each column, or rename "
+            "that one"
+        )

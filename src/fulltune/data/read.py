@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.data import images, plain_text
+from fulltune.data.header import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe import TextRows
 from fulltune.records import SplitName
@@ -40,6 +41,8 @@ class Source:
     image_paths: bool = False
     """Paths of images start at the table's folder."""
     image_column: str | None = None
+    columns: tuple[str, ...] | None = None
+    """Names of a table's columns, where its first line does not give them."""
 
     def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
         """Rows with the place each came from, for example `train.csv:17`.
@@ -58,7 +61,7 @@ class Source:
             name = file.name if names[file.name] == 1 else str(file)
             try:
                 is_empty = True
-                for line, row in _rows(file, self.text_rows):
+                for line, row in _rows(file, self.text_rows, self.columns):
                     is_empty = False
                     if self.image_paths:
                         row = images.beside(row, file.parent, self.image_column)
@@ -81,8 +84,13 @@ class Table:
     where: str
 
 
-def locate(paths: Sequence[str], text_rows: TextRows = "auto") -> Source:
+def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> Source:
     """Find the files behind paths; nothing is read yet.
+
+    Args:
+        paths: Files and folders.
+        text_rows: What is a row in a .txt file.
+        columns: Names of the columns of tables without a header line.
 
     Raises:
         DataError: For each path that is missing, empty or of an unknown kind.
@@ -97,10 +105,16 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto") -> Source:
             files += files_of(Path(path))
         except DataError as error:
             problems += error.problems
+    problems += [
+        f"{file}: data.columns names the columns of csv and tsv files without a header line, and this one is another "
+        "kind of file; remove data.columns"
+        for file in files
+        if columns and file.suffix.lower() not in SEPARATED
+    ]
     if problems:
         raise DataError(problems)
     where = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
-    return Source(tuple(files), where, text_rows)
+    return Source(tuple(files), where, text_rows, columns=columns)
 
 
 def read(paths: Sequence[str]) -> Table:
@@ -162,14 +176,16 @@ def files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def _rows(file: Path, text_rows: TextRows) -> Iterable[tuple[int, dict[str, Any]]]:
+def _rows(
+    file: Path, text_rows: TextRows, columns: tuple[str, ...] | None = None
+) -> Iterable[tuple[int, dict[str, Any]]]:
     """Pairs of line (or row number, from 1) and row."""
     try:
         match file.suffix.lower():
             case ".csv":
-                yield from _separated(file, ",")
+                yield from _separated(file, ",", columns)
             case ".tsv":
-                yield from _separated(file, "\t")
+                yield from _separated(file, "\t", columns)
             case ".jsonl" | ".ndjson":
                 yield from _json_lines(file)
             case ".json":
@@ -199,14 +215,16 @@ def _undecodable_line(file: Path) -> int:
     return 1
 
 
-def _separated(file: Path, delimiter: str) -> Iterable[tuple[int, dict[str, Any]]]:
+def _separated(
+    file: Path, delimiter: str, columns: tuple[str, ...] | None = None
+) -> Iterable[tuple[int, dict[str, Any]]]:
     # A cell may be longer than the csv module's default limit of 128 KiB.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         line = 1
         try:
-            header = next(reader, None)
+            header = list(columns) if columns else next(reader, None)
             if not header:
                 raise DataError(f"{file}: no header line with column names")
             _refuse_other_delimiter(file, header, delimiter)
@@ -217,7 +235,7 @@ def _separated(file: Path, delimiter: str) -> Iterable[tuple[int, dict[str, Any]
             for cells in reader:
                 if cells and len(cells) != len(header):
                     raise DataError(
-                        f"{file}:{line}: {len(cells)} cells, expected {len(header)} as in the header; "
+                        f"{file}:{line}: {len(cells)} cells, expected {len(header)} as in {'data.columns' if columns else 'the header'}; "
                         "put a text with commas or line ends in double quotes"
                     )
                 if cells:

@@ -1,0 +1,62 @@
+"""Tables without a header line: is the first line a row, and what could its columns be called?"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+SEPARATED = {".csv": ",", ".tsv": "\t"}
+_ROWS = 1000
+_WORDS = 5
+"""A cell of so many words, above others like it, is a text and no name."""
+
+
+def names_without_header(file: Path) -> tuple[str, ...] | None:
+    """Names for the columns of a table whose first line looks like a row; None: it has a header, or is no table."""
+    if file.suffix.lower() not in SEPARATED:
+        return None
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            first, *rows = [
+                cells for cells in islice(csv.reader(stream, delimiter=SEPARATED[file.suffix.lower()]), _ROWS)
+            ]
+    except (OSError, ValueError, csv.Error):
+        return None  # the reader says what is wrong with the file
+    rows = [row for row in rows if len(row) == len(first)]
+    columns = [[row[place] for row in rows] for place in range(len(first))]
+    if not rows or not any(_is_value(name, values) for name, values in zip(first, columns, strict=True)):
+        return None
+    return _names([[name, *values] for name, values in zip(first, columns, strict=True)])
+
+
+def _is_value(name: str, values: Sequence[str]) -> bool:
+    """Whether what stands in the first line is one more value of its column."""
+    if _is_number(name):
+        return all(map(_is_number, values))
+    if len(name.split()) >= _WORDS:
+        return sorted(len(value.split()) for value in values)[len(values) // 2] >= _WORDS
+    return bool(name) and name in values
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _names(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The longest one is `text`; of the others, the one with the fewest different values is `label`."""
+    lengths = [sum(map(len, values)) for values in columns]
+    text = lengths.index(max(lengths))
+    kinds = {
+        place: len(set(values))
+        for place, values in enumerate(columns)
+        if place != text and all(values) and len(set(values)) > 1
+    }
+    label = min(kinds, key=lambda place: kinds[place]) if kinds else None
+    roles = {text: "text", label: "label"}
+    return tuple(roles.get(place, f"column{place + 1}") for place in range(len(columns)))

@@ -1,0 +1,149 @@
+"""What `init` can be told, and files without a header line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fulltune.data.given import describe, find_sources, rows_given
+from fulltune.data.header import names_without_header
+from fulltune.data.read import locate, read
+from fulltune.errors import DataError, SetupError
+from fulltune.init import Hints, hints_of, infer, write_recipe
+from fulltune.recipe import Recipe
+from fulltune.recipe_file import load_recipe
+from fulltune.tasks import task_named
+
+TEXTS = ("a stirring and finally very moving film", "far too long for what it has", "a film that i like a lot")
+REVIEWS = "".join(f"{TEXTS[number % 3]} {number}\t{number % 2}\n" for number in range(20))
+RESTAURANTS = "mr,ref\n" + "".join(f"name[x{number}],A place called x{number}.\n" for number in range(20))
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "roles", "found"),
+    [
+        (None, {"prompt": "mr", "completion": "ref"}, "causal-lm"),
+        (None, {"source": "mr", "target": "ref"}, "seq2seq"),
+        (None, {"text": "mr", "label": "ref"}, "text-classification"),
+        ("causal-lm", {"text": "ref"}, "causal-lm"),
+        (None, {"question": "mr", "context": "ref", "answers": "ref"}, None),
+    ],
+)
+def test_columns_that_are_named_tell_the_task(
+    tmp_path: Path, task: str | None, roles: dict[str, str], found: str | None
+) -> None:
+    data, recipe = _written(tmp_path / "rows.csv", RESTAURANTS), tmp_path / "recipe.yaml"
+    hints = hints_of(task, roles, None)
+    if found is None:
+        with pytest.raises(DataError):
+            write_recipe(data, recipe, None, False, hints)
+        return
+    write_recipe(data, recipe, None, False, hints)
+    loaded = load_recipe(recipe)
+    assert loaded.task == found
+    assert {role: getattr(loaded.data, role) for role in roles} == roles
+
+
+@pytest.mark.parametrize(
+    ("task", "roles", "columns", "problem"),
+    [
+        ("classify", {}, None, "--task: expected one of text-classification, .*, found 'classify'"),
+        ("seq2seq", {"label": "x", "source": None, "target": None}, None, "--label: seq2seq reads no such column; it"),
+        (None, {}, "text,,label", "--columns: expected a name of its own for each column"),
+    ],
+)
+def test_hints_that_cannot_be_are_refused(
+    task: str | None, roles: dict[str, str | None], columns: str | None, problem: str
+) -> None:
+    with pytest.raises(SetupError, match=problem):
+        hints_of(task, roles, columns)
+
+
+def test_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    data = _written(tmp_path / "rows.csv", RESTAURANTS)
+    with pytest.raises(DataError, match=r"rows.csv: no column 'mrr' \(--prompt\); columns here: mr, ref"):
+        infer(data, hints=Hints(roles={"prompt": "mrr"}))
+
+
+def test_table_without_header_loses_no_row(tmp_path: Path) -> None:
+    data, recipe = _written(tmp_path / "train.tsv", REVIEWS), tmp_path / "recipe.yaml"
+    _written(tmp_path / "dev.tsv", REVIEWS)
+    found, files = write_recipe(data, recipe, None, False)
+    assert (found.task, found.num_rows, found.is_guess) == ("text-classification", 20, True)
+    assert files.eval == tmp_path / "dev.tsv"
+    block = load_recipe(recipe).data
+    assert (block.columns, block.text, block.label) == (("text", "label"), "text", "label")
+
+
+def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
+    data = _written(tmp_path / "rows.tsv", REVIEWS)
+    found = infer(data, hints=Hints(columns=("review", "stars"), roles={"label": "stars"}))
+    assert (found.target.columns, found.num_rows) == ({"text": "review", "label": "stars"}, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns"),
+    [
+        ("sst.tsv", REVIEWS, ("text", "label")),
+        ("cola.tsv", "gj04\t1\t\tOur friends won't buy this.\ngj04\t0\t*\tThey all rang.\n", None),
+        (
+            "topics.csv",
+            '"3","Wall St. bears","Short sellers see green again"\n"1","Peace","Talks were held again"\n',
+            None,
+        ),
+        ("header.tsv", "text\tlabel\n" + REVIEWS, None),
+        ("one.tsv", "text\tlabel\n", None),
+        ("rows.jsonl", '{"text": "a"}\n', None),
+    ],
+)
+def test_first_line_that_is_a_row_is_recognised(
+    tmp_path: Path, name: str, text: str, columns: tuple[str, ...] | None
+) -> None:
+    found = names_without_header(_written(tmp_path / name, text))
+    if name in ("cola.tsv", "topics.csv"):
+        assert found is not None
+        assert found.index("text") == len(found) - 1
+        assert found.index("label") == (1 if name == "cola.tsv" else 0)
+    else:
+        assert found == columns
+
+
+def _recipe(data: Path, **block: object) -> Recipe:
+    values = {"model": "m", "task": "text-classification", "data": {"train": str(data), **block}}
+    return Recipe.model_validate(values)
+
+
+def test_recipe_that_names_the_columns_reads_every_row(tmp_path: Path) -> None:
+    recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), columns=["text", "label"])
+    given = {"train": rows_given(recipe, find_sources(recipe)["train"], None)}
+    target, counts = describe(recipe, task_named(recipe.task), given)
+    assert (counts, target.labels) == ({"train": 20}, ("0", "1"))
+
+
+def test_first_row_is_not_taken_for_names_in_silence(tmp_path: Path) -> None:
+    recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), label="0")
+    given = {"train": rows_given(recipe, find_sources(recipe)["train"], None)}
+    with pytest.raises(DataError, match=r"rows.tsv:1: looks like a row, .* write data.columns: \[text, label\]"):
+        describe(recipe, task_named(recipe.task), given)
+
+
+@pytest.mark.parametrize(
+    "block", [{"columns": ["a", "a"]}, {"train": "hf://datasets/glue/sst2"}, {"test": "https://a.b/c.csv"}]
+)
+def test_data_that_cannot_be_are_refused_with_the_recipe(block: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=r"names a column twice|is an address, and only files here are read"):
+        _recipe(Path("rows.csv"), **block)
+
+
+def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> None:
+    data = _written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
+    with pytest.raises(DataError, match="rows.jsonl: data.columns names the columns of csv and tsv files"):
+        locate([str(data)], columns=("text",))
+    assert read([str(data)]).columns == ("text",)
