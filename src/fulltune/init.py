@@ -143,7 +143,10 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Found:
     # Who names columns of the file says that it has a header.
     guessed = None if hints.columns or hints.roles else names_without_header(paths[0])
     named = hints.columns or guessed
-    source, block = locate(names, columns=named), DataBlock(train=names, columns=named, **hints.roles)
+    source, block = (
+        locate(names, columns=named),
+        DataBlock.model_validate({"train": names, "columns": named, **hints.roles}),
+    )
     head = [row for _, row in islice(source.rows(), 1000)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
     for role, column in hints.roles.items():
@@ -299,7 +302,7 @@ def write_recipe(
 
 def _columns(found: Found) -> Iterator[str]:
     if found.columns:
-        yield f"  columns: [{', '.join(map(_yaml, found.columns))}]   # the file has no header line; these are its columns"
+        yield f"  columns: [{', '.join(map(_yaml, found.columns))}]   # of a file without a header line"
     for role, column in found.target.columns.items():
         yield f"  {role}: {_yaml(column)}"
 

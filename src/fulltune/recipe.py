@@ -540,7 +540,7 @@ class Recipe(Block):
     @model_validator(mode="before")
     @classmethod
     def _expand_short_forms(cls, values: Any) -> Any:
-        """`model: NAME` is short for `model: {name: NAME}`, and `lora` for `{kind: lora}`; a method is full by itself."""
+        """`model: NAME` is short for `model: {name: NAME}`, `lora` for `{kind: lora}`; without `kind` it is full."""
         if not isinstance(values, dict):
             return values
         expanded = dict(values)

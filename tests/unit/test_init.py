@@ -144,6 +144,6 @@ def test_data_that_cannot_be_are_refused_with_the_recipe(block: dict[str, object
 
 def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
-    with pytest.raises(DataError, match="rows.jsonl: data.columns names the columns of csv and tsv files"):
+    with pytest.raises(DataError, match=r"rows.jsonl: data.columns names the columns of csv and tsv files"):
         locate([str(data)], columns=("text",))
     assert read([str(data)]).columns == ("text",)

@@ -19,9 +19,8 @@ def names_without_header(file: Path) -> tuple[str, ...] | None:
         return None
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            first, *rows = [
-                cells for cells in islice(csv.reader(stream, delimiter=SEPARATED[file.suffix.lower()]), _ROWS)
-            ]
+            reader = csv.reader(stream, delimiter=SEPARATED[file.suffix.lower()])
+            first, *rows = islice(reader, _ROWS)
     except (OSError, ValueError, csv.Error):
         return None  # the reader says what is wrong with the file
     rows = [row for row in rows if len(row) == len(first)]

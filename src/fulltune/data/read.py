@@ -224,7 +224,7 @@ def _separated(
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         line = 1
         try:
-            header = list(columns) if columns else next(reader, None)
+            header, source = (list(columns), "data.columns") if columns else (next(reader, None), "the header")
             if not header:
                 raise DataError(f"{file}: no header line with column names")
             _refuse_other_delimiter(file, header, delimiter)
@@ -235,7 +235,7 @@ def _separated(
             for cells in reader:
                 if cells and len(cells) != len(header):
                     raise DataError(
-                        f"{file}:{line}: {len(cells)} cells, expected {len(header)} as in {'data.columns' if columns else 'the header'}; "
+                        f"{file}:{line}: {len(cells)} cells, expected {len(header)} as in {source}; "
                         "put a text with commas or line ends in double quotes"
                     )
                 if cells:
