@@ -142,7 +142,7 @@ def _type(annotation: Any) -> tuple[str, bool]:
         return f"list of {_type(inner[0])[0]}", False
     if origin is dict:
         return "mapping", False
-    names = {str: "text", int: "whole number", float: "number", bool: "`true` | `false`"}
+    names = {Any: "values", str: "text", int: "whole number", float: "number", bool: "`true` | `false`"}
     return names[annotation], False
 
 

@@ -16,17 +16,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulltune.api import job, run
+    from fulltune.api import job, load_predictor, run
     from fulltune.classic import Trainer, TrainingArguments
     from fulltune.errors import FulltuneError
     from fulltune.pipeline import make_plan, prepare, score_baselines, score_trial, train_trial, write_report
-    from fulltune.predict import load as load_predictor
     from fulltune.recipe import Recipe
     from fulltune.recipe_file import load_recipe
 
 _HOMES = {
     "job": "api",
     "run": "api",
+    "load_predictor": "api",
     "Trainer": "classic",
     "TrainingArguments": "classic",
     "FulltuneError": "errors",
@@ -58,9 +58,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
-    if name == "load_predictor":
-        return import_module("fulltune.predict").load
     if name not in _HOMES:
         raise AttributeError(f"module 'fulltune' has no attribute {name!r}")
     return getattr(import_module(f"fulltune.{_HOMES[name]}"), name)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fulltune.pipeline import Listener, Reached, Run
 from fulltune.pipeline import run as run_pipeline
 from fulltune.recipe import Recipe
-from fulltune.recipe_file import load_recipe
+from fulltune.recipe_file import check, load_recipe
 from fulltune.run_folder import find_or_make, hide_progress_bars
 from fulltune.train import Hooks
+
+if TYPE_CHECKING:
+    from fulltune.predict import Predictor
 
 
 def job(
@@ -31,31 +34,57 @@ def job(
         recipe: A recipe, or the path of one.
         run_folder: Work in this folder; left out, the newest unfinished run of this recipe or a new one in `output`.
         fresh: Never continue an unfinished run.
-        metrics: `metrics(predictions, references) -> {name: value}`; see `fulltune.train.Hooks`.
-        preprocess: Applied to each row after reading.
-        compute_loss: `compute_loss(outputs, labels, num_items_in_batch)`, divided by `num_items_in_batch`.
-        class_weights: By name, in the order of the labels, or `"balanced"`.
+        metrics: `metrics(predictions, references) -> {name: value}`, further metrics of the test rows. Classifiers
+            give numbers of classes, which are places in `result.summary.labels` (0/1 rows for several labels, numbers
+            for regression), as arrays; language models generated and expected answers, as lists of str; taggers and
+            question answering: see `fulltune.train.Hooks`. For the interval it is called again for each of
+            `evaluate.bootstrap_samples` (1,000) resamples of the rows; give a slow one fewer, at least 100.
+        preprocess: `preprocess(row) -> row`, applied to each row after reading.
+        compute_loss: `compute_loss(outputs, labels, num_items_in_batch)`, divided by `num_items_in_batch`; training
+            then runs in this process.
+        class_weights: In place of the recipe's `train.class_weights`: by name, in the order of the labels, or
+            `"balanced"`.
         listener: Called with each progress event; left out, progress is printed.
 
     Raises:
         FulltuneError: When the recipe or the folder is wrong.
     """
     hide_progress_bars()
-    text = ""
+    text, name = "", "run"
     if not isinstance(recipe, Recipe):
-        text = Path(recipe).read_text(encoding="utf-8") if Path(recipe).is_file() else ""
-        recipe, name = load_recipe(recipe), recipe if isinstance(recipe, str) else str(recipe)
-        stem = Path(name).stem
-    else:
-        stem = "run"
+        path = Path(recipe)
+        recipe, name = load_recipe(path), path.stem
+        text = path.read_text(encoding="utf-8")
+    if class_weights is not None:
+        recipe = _with_class_weights(recipe, class_weights, Path(name))
     folder = None if run_folder is None else Path(run_folder)
-    hooks = Hooks(metrics, preprocess, compute_loss, class_weights)
-    found, _ = find_or_make(recipe, text or _as_yaml(recipe), recipe.name or stem, folder, fresh, hooks.marks())
+    hooks = Hooks(metrics, preprocess, compute_loss)
+    found, _ = find_or_make(recipe, text or _as_yaml(recipe), recipe.name or name, folder, fresh, hooks.marks())
     return Run(recipe, found, hooks, listener or _printing())
 
 
-def run(recipe: Recipe | str | Path, **options: Any) -> Reached:
-    """Do the whole line; options as for `job`.
+def run(
+    recipe: Recipe | str | Path,
+    *,
+    run_folder: str | Path | None = None,
+    fresh: bool = False,
+    metrics: Callable[[Any, Any], Mapping[str, float]] | None = None,
+    preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    compute_loss: Callable[..., Any] | None = None,
+    class_weights: Mapping[str, float] | Sequence[float] | str | None = None,
+    listener: Listener | None = None,
+) -> Reached:
+    """Do the whole line.
+
+    Args:
+        recipe: A recipe, or the path of one.
+        run_folder: As for `job`, like all that follow.
+        fresh: Never continue an unfinished run.
+        metrics: `metrics(predictions, references) -> {name: value}`, called once for each resample of the rows, too.
+        preprocess: `preprocess(row) -> row`.
+        compute_loss: `compute_loss(outputs, labels, num_items_in_batch)`.
+        class_weights: By name, in the order of the labels, or `"balanced"`.
+        listener: Called with each progress event.
 
     Returns:
         The records of every stage: `folder`, `summary`, `plan`, `outcome`, `scores` (the trained model last), `report`.
@@ -67,7 +96,54 @@ def run(recipe: Recipe | str | Path, **options: Any) -> Reached:
         >>> result = fulltune.run("banking77.yaml", class_weights="balanced")  # doctest: +SKIP
         >>> result.scores[-1].metrics["accuracy"].value  # doctest: +SKIP
     """
-    return run_pipeline(job(recipe, **options))
+    return run_pipeline(
+        job(
+            recipe,
+            run_folder=run_folder,
+            fresh=fresh,
+            metrics=metrics,
+            preprocess=preprocess,
+            compute_loss=compute_loss,
+            class_weights=class_weights,
+            listener=listener,
+        )
+    )
+
+
+def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
+    """Load a finished model, to answer with its `predict(rows)`.
+
+    Args:
+        run: A run folder, or the folder of a model that fulltune wrote.
+        method: Which of a run's models; left out, the only one, or what a comparison's verdict recommends.
+
+    Raises:
+        SetupError: When there is no such model.
+    """
+    from fulltune import predict
+
+    return predict.load(Path(run), method)
+
+
+def _with_class_weights(recipe: Recipe, given: Mapping[str, float] | Sequence[float] | str, name: Path) -> Recipe:
+    """The recipe with these weights.
+
+    Raises:
+        RecipeError: When they are none.
+    """
+    weights: Any = given
+    if isinstance(given, Mapping):
+        weights = {label: _plain(weight) for label, weight in given.items()}
+    elif not isinstance(given, str):
+        weights = tuple(map(_plain, given))
+    values = recipe.model_dump(exclude_unset=True)
+    values["train"] = {**values.get("train", {}), "class_weights": weights}
+    return check(values, name)
+
+
+def _plain(number: Any) -> Any:
+    """A number of NumPy's or PyTorch's as one of Python's."""
+    return number.item() if hasattr(number, "item") else number
 
 
 def _as_yaml(recipe: Recipe) -> str:

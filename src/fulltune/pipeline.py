@@ -47,7 +47,7 @@ class Run:
         self.listener({"kind": "phase", "name": name})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reached:
     """What the stages gave, as far as they were asked to go."""
 
@@ -57,6 +57,15 @@ class Reached:
     outcome: Outcome | None = None
     scores: tuple[Scores, ...] = ()
     report: Path | None = None
+
+    def __repr__(self) -> str:
+        lines = [f"Reached: {self.folder}"]
+        for entry in self.scores:
+            if (found := entry.metrics.get(entry.main_metric)) is not None:
+                lines.append(
+                    f"  {entry.name}: {entry.main_metric} {found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+                )
+        return "\n".join([*lines, *([f"  report: {self.report}"] if self.report else [])])
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
@@ -251,7 +260,7 @@ def _save_plan(job: Run, trial: Plan) -> None:
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     """Replace what was chosen by what is fastest here, measured; the rows of the table lie beside the plan."""
     if job.hooks.needs_this_process:
-        raise SetupError("measure: compute_loss and class_weights cannot be handed to the processes that measure")
+        raise SetupError("measure: compute_loss cannot be handed to the processes that measure")
     if any((job.folder / "attempts").glob("*")):
         raise SetupError(f"{job.folder}: has begun to train with these settings; measure in a new run (--fresh)")
     available = _rooms(job, summary)(trial).available_bytes
@@ -343,7 +352,6 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
     """The train stage."""
-    job.hooks.weights_of(summary)  # refuses weights that do not match before anything starts
     return train(job.recipe, trial, job.folder, job.hooks, job.listener, _need(job, summary))
 
 

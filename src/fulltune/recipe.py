@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -386,6 +387,9 @@ class TrainBlock(Block):
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the other classes or tokens."""
+    class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None
+    """How much each class counts in the training loss (classification): `balanced`, so that all classes count alike
+    in total, or the weight of each, such as `{rare: 5, usual: 1}`, or a list in the order of the labels."""
     seed: int = Field(default=42, ge=0)
     """Seed of a new head's weights, of dropout and of the order of the rows."""
     precision: Precision = "auto"
@@ -450,6 +454,7 @@ class TrainBlock(Block):
             factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
             named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
             problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
+        problems += _wrong_weights(self.class_weights)
         if self.memory_limit is not None:
             try:
                 parse_bytes(self.memory_limit)
@@ -458,6 +463,18 @@ class TrainBlock(Block):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _wrong_weights(given: str | dict[str | int, Any] | tuple[Any, ...] | None) -> list[str]:
+    if given is None or given == "balanced":
+        return []
+    if isinstance(given, str):
+        return [f"class_weights: expected balanced, or a weight for each class, {{rare: 5, usual: 1}}, found {given!r}"]
+    weights = list(given.values()) if isinstance(given, dict) else list(given)
+    numbers = [one for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    if len(numbers) < len(weights) or not all(math.isfinite(one) and one >= 0 for one in numbers) or not any(numbers):
+        return [f"class_weights: expected numbers of 0 or more, not all 0, found {weights}"]
+    return []
 
 
 class EvaluateBlock(Block):

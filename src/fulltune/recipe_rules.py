@@ -58,6 +58,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "undecodable_images": ("image-classification",),
 }
 """Setting of `data` to the tasks that read it; every task reads all others."""
+WITH_CLASSES = ("text-classification", "token-classification", "image-classification")
 SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
 
 
@@ -92,6 +93,7 @@ def of_settings(recipe: Recipe) -> list[str]:
             for name, tasks in READ_BY.items()
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
+        *_weights_without_classes(recipe),
         *_impossible_metric(recipe),
         *_unknown_fields(recipe),
         *_unknown_optimizer(recipe),
@@ -115,6 +117,12 @@ def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
         f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind.replace('_', ' ')}; expected one of "
         f"{', '.join(possible)}"
     )
+
+
+def _weights_without_classes(recipe: Recipe) -> list[str]:
+    if recipe.train.class_weights is None or recipe.task in WITH_CLASSES:
+        return []
+    return [f"train.class_weights: has no effect for {recipe.task}, which has no classes; remove it"]
 
 
 def _impossible_metric(recipe: Recipe) -> list[str]:

@@ -34,6 +34,18 @@ class Record(BaseModel):
             os.fsync(file.fileno())
         part.replace(path)
 
+    def __repr__(self) -> str:
+        """One line: what is not as usual, nested records by their names; `model_dump()` gives everything."""
+        fields = type(self).model_fields
+        said = [f"{name}={_brief(value)}" for name, value in self if value != fields[name].default]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+    __str__ = __repr__
+
+    def _inside(self) -> str:
+        """It as a value inside another one."""
+        return f"{type(self).__name__}(...)"
+
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a record that `save` wrote.
@@ -47,6 +59,30 @@ class Record(BaseModel):
             raise SetupError(
                 f"{path}: damaged, or written by another version of fulltune; delete it and run the command again"
             ) from None
+
+
+def _brief(value: Any) -> str:
+    match value:
+        case Record():
+            return value._inside()
+        case float():
+            return f"{value:.4g}"
+        case str():
+            return repr(value if len(value) <= _LONGEST else f"{value[:_LONGEST]}...")
+        case dict():
+            return "{" + _few([f"{key}: {_brief(inner)}" for key, inner in value.items()]) + "}"
+        case tuple() | list():
+            return "(" + _few([_brief(inner) for inner in value]) + ")"
+        case _:
+            return repr(value)
+
+
+_LONGEST, _MOST = 60, 4
+
+
+def _few(said: list[str]) -> str:
+    more = [f"{len(said) - _MOST} more"] if len(said) > _MOST else []
+    return ", ".join([*said[:_MOST], *more])
 
 
 class Setting(Record):
@@ -558,6 +594,9 @@ class Estimate(Record):
     clusters: int | None = None
     """Groups of dependent rows (the same text, prompt or passage, or nearly so) that the interval rests on; None: as
     `rows`."""
+
+    def _inside(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
     @property
     def lone(self) -> str:

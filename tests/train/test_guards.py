@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from fulltune import pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
-from fulltune.records import DataSummary, Moved, Outcome, SplitSummary
-from fulltune.train import Hooks, attempt, attempts, callbacks, checkpoints, distributed, worker
+from fulltune.records import Moved, Outcome
+from fulltune.train import attempt, attempts, callbacks, checkpoints, distributed, worker
 from fulltune.train.guards import (
     Reading,
     Verdict,
@@ -502,76 +502,6 @@ def test_group_by_length_halves_the_padding() -> None:
 
 
 # ---- class weights ---------------------------------------------------------------------------------------------
-
-
-def summary(counts: dict[str, int], **changes: Any) -> DataSummary:
-    split = SplitSummary(
-        rows=sum(counts.values()),
-        tokens=1,
-        trained_tokens=1,
-        truncated_rows=0,
-        dropped_rows=0,
-        length_percentiles={},
-        label_counts=counts,
-    )
-    values: dict[str, Any] = {
-        "task": "text-classification",
-        "problem_type": "single_label",
-        "columns": {},
-        "labels": tuple(sorted(counts)),
-        "max_length": 8,
-        "max_length_reason": "",
-        "splits": {"train": split},
-        "sources": {},
-        "fingerprint": "",
-    }
-    return DataSummary(**{**values, **changes})
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (None, None),
-        ("balanced", [2.0, 2 / 3]),
-        ({"b": 3, "a": 1}, [1.0, 3.0]),
-        ([0.0, 2], [0.0, 2.0]),
-        ((1, "2.5"), [1.0, 2.5]),
-    ],
-)
-def test_class_weights_come_in_the_order_of_the_labels(given: Any, expected: list[float] | None) -> None:
-    assert Hooks(class_weights=given).weights_of(summary({"a": 10, "b": 30})) == expected
-
-
-def test_balanced_class_weights_leave_out_a_class_without_train_rows() -> None:
-    counts = summary({"a": 10, "b": 30}, labels=("a", "b", "c"))
-
-    assert Hooks(class_weights="balanced").weights_of(counts) == pytest.approx([40 / 30, 40 / 90, 0.0])
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("equal", "expected 'balanced'"),
-        ({"a": 1}, "no weight for b"),
-        ({"a": 1, "b": 1, "c": 1}, "no such label: c"),
-        ([1, 2, 3], "3 weights for 2 labels"),
-        ([1, -1], "numbers of 0 or more"),
-        ([1, NAN], "numbers of 0 or more"),
-        ([0, 0], "not all 0"),
-        (["much", 1], "expected a number, found 'much'"),
-        ([None, 1], "expected a number"),
-    ],
-)
-def test_wrong_class_weights_are_refused(given: Any, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        Hooks(class_weights=given).weights_of(summary({"a": 1, "b": 1}))
-
-
-def test_class_weights_without_classes_are_refused() -> None:
-    numbers = summary({}, problem_type="regression", labels=())
-
-    with pytest.raises(RecipeError, match="no classes"):
-        Hooks(class_weights=[1.0]).weights_of(numbers)
 
 
 # ---- faults in whole runs --------------------------------------------------------------------------------------

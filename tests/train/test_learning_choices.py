@@ -13,7 +13,7 @@ from scipy.special import softmax
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from fulltune import predict
-from fulltune.errors import DataError, RecipeError
+from fulltune.errors import DataError
 from fulltune.store import load_texts
 from tests import tiny
 from tests.train import runs
@@ -98,12 +98,6 @@ def test_rows_with_another_number_of_choices_are_left_out_and_listed(tiny_encode
         row["label"] = 0
     with pytest.raises(DataError, match=r"10 of 60 rows cannot be used \(10 x other number of choices\)"):
         runs.run(tmp_path / "many", tiny_encoder, rows, until="data", task="multiple-choice")
-
-
-def test_class_weights_for_choices_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    options = {"class_weights": "balanced"}
-    with pytest.raises(RecipeError, match="the data have no classes"):
-        runs.run(tmp_path, tiny_encoder, choice_rows(40), task="multiple-choice", options=options)
 
 
 def test_pairs_of_sentences_are_read_together_and_learned(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fulltune.train.hooks import Hooks
 SCRIPT = """
 from fulltune.train.hooks import Hooks
 def loss(outputs, labels, n): return sum(x for x in {"a", "b", "c"} if x) and [y for y in labels]
-print(Hooks(compute_loss=loss, class_weights=None).marks())
+print(Hooks(compute_loss=loss).marks())
 """
 
 
@@ -38,8 +38,6 @@ def test_marks_in_two_processes_are_the_same() -> None:
     [
         ({"compute_loss": weighted(1.0)}, {"compute_loss": weighted(2.0)}),
         ({"compute_loss": functools.partial(max, 1)}, {"compute_loss": functools.partial(max, 2)}),
-        ({"class_weights": "balanced"}, {"class_weights": {"a": 1.0}}),
-        ({"class_weights": [1.0, 2.0]}, {"class_weights": [2.0, 1.0]}),
         ({"preprocess": dict}, {}),
     ],
 )
@@ -55,9 +53,9 @@ def test_marks_without_hooks_that_change_the_weights_are_empty() -> None:
 @pytest.mark.parametrize(
     ("hooks", "blocks", "message"),
     [
-        ({"compute_loss": max, "class_weights": "balanced"}, {}, "weigh the classes in your loss"),
+        ({"compute_loss": max}, {"train": {"class_weights": "balanced"}}, "weigh the classes in your loss"),
         ({"compute_loss": max}, {"train": {"label_smoothing_factor": 0.1}}, "smooth in your loss"),
-        ({"class_weights": "balanced"}, {"train": {"num_processes": 2}}, "train.num_processes: 1"),
+        ({"compute_loss": max}, {"train": {"num_processes": 2}}, "train.num_processes: 1"),
         ({"metrics": max}, {"task": "causal-lm", "evaluate": {"generate_rows": 0}}, "generate_rows above 0"),
     ],
 )

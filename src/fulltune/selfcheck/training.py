@@ -83,6 +83,10 @@ def _mib(size: int) -> str:
 LAST_STEP, STOP_AFTER, SAVE_EVERY = 12, 8, 3
 
 
+def _loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum") / num_items_in_batch
+
+
 def resume(device: Device) -> Result:
     """A run that stops between two checkpoints and goes on, against one that was never stopped.
 
@@ -147,8 +151,8 @@ def _train(
             "load_best_model_at_end": False,
         },
     }
-    # With class weights training runs in this process, which spares the seconds of starting three more.
-    job = api.job(Recipe.model_validate(values), run_folder=folder / name, class_weights="balanced", listener=listener)
+    # With a loss from Python training runs in this process, which spares the seconds of starting three more.
+    job = api.job(Recipe.model_validate(values), run_folder=folder / name, compute_loss=_loss, listener=listener)
     try:
         run(job, "train")
     except InterruptedRun:

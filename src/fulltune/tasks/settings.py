@@ -1,4 +1,4 @@
-"""Settings of which only the data tell that they have no effect."""
+"""Settings of which only the data tell that they have no effect, or what they are."""
 
 from __future__ import annotations
 
@@ -9,10 +9,46 @@ from fulltune.records import DataSummary
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:
-    """Refuse what makes no sense for a label that turned out to be a number.
+    """Refuse what makes no sense for these labels.
 
     Raises:
         RecipeError: Naming the setting.
     """
     if summary.problem_type == "regression" and recipe.train.label_smoothing_factor:
         raise RecipeError(SMOOTHING)
+    class_weights(recipe, summary)
+
+
+def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
+    """`train.class_weights` in the order of the labels; `balanced` makes each class count the same in total.
+
+    Raises:
+        RecipeError: When they do not match the labels.
+    """
+    given, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
+    if given is None:
+        return None
+    if not labels:
+        raise RecipeError(f"{name}: the data have no classes ({summary.problem_type.replace('_', ' ')}); remove it")
+    if isinstance(given, str):
+        if summary.problem_type == "tags":
+            raise RecipeError(
+                f"{name}: 'balanced' counts the rows of a class, and tags belong to words; give each tag its weight: "
+                f"{', '.join(labels[:3])} ..."
+            )
+        counts = summary.splits["train"].label_counts
+        # A class without a train row (all of them were left out) cannot count at all.
+        return [sum(counts.values()) / (len(labels) * counts[label]) if label in counts else 0.0 for label in labels]
+    if isinstance(given, dict):
+        by_label = {str(label): weight for label, weight in given.items()}
+        missing, unknown = (
+            [one for one in labels if one not in by_label],
+            [one for one in by_label if one not in labels],
+        )
+        if missing or unknown:
+            wrong = f"no weight for {', '.join(missing[:5])}" if missing else f"no such label: {unknown[0]}"
+            raise RecipeError(f"{name}: {wrong}; the labels are {', '.join(labels[:5])}{' ...' if labels[5:] else ''}")
+        return [float(by_label[label]) for label in labels]
+    if len(given) != len(labels):
+        raise RecipeError(f"{name}: {len(given)} weights for {len(labels)} labels; give one for each")
+    return [float(weight) for weight in given]

@@ -22,6 +22,7 @@ from fulltune.recipe import Recipe
 from fulltune.records import Check, DataSummary, Outcome, Plan, TimeNeed
 from fulltune.store import load_split
 from fulltune.tasks import LossSettings, Target, Task, task_named
+from fulltune.tasks.settings import class_weights
 from fulltune.train import checkpoints, distributed, dropout, extensions, weights
 from fulltune.train.arguments import training_arguments
 from fulltune.train.callbacks import AtBegin, Phases, Recorder, Schedule, Seals, StaysTogether, StopWhenAsked, logged
@@ -182,7 +183,7 @@ def _make_trainer(attempt: Attempt) -> tuple[Any, Any]:
         dropout.install(model)
     data_folder = Path(attempt.request.run_folder) / "data"
     rows, eval_rows = (opened(load_split(data_folder / split), tokenizer) for split in ("train", "eval"))
-    settings = LossSettings(recipe.train.label_smoothing_factor, attempt.hooks.weights_of(attempt.summary))
+    settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(recipe, attempt.summary))
 
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return model_batch(model, task, features, tokenizer.pad_token_id)

@@ -49,7 +49,7 @@ def train(
         recipe: The checked recipe.
         plan: The trial's numbers.
         folder: The run folder, with prepared data.
-        hooks: The user's functions; `compute_loss` and `class_weights` make it train in this process.
+        hooks: The user's functions; `compute_loss` makes it train in this process.
         listener: Called with each line of `metrics.jsonl` as it appears, and with `{"kind": "attempt", ...}`.
         need: The memory of a changed plan, by the plan stage's arithmetic.
         start: How a worker is started.

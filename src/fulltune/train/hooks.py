@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +37,7 @@ def _described(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Functions of the user's own. With `compute_loss` or `class_weights` training runs in this process."""
+    """Functions of the user's own. With `compute_loss` training runs in this process."""
 
     metrics: Callable[[Any, Any], Mapping[str, float]] | None = None
     """`metrics(predictions, references)`: further metrics of the test rows. Classifiers: arrays of class ids, 0/1 rows
@@ -50,8 +49,6 @@ class Hooks:
     compute_loss: Callable[..., Any] | None = None
     """`compute_loss(outputs, labels, num_items_in_batch)`: the loss to train with, as in `transformers.Trainer`. It
     must be divided by `num_items_in_batch`, the number of rows (or trained tokens) of the whole global batch."""
-    class_weights: Mapping[str, float] | Sequence[float] | str | None = None
-    """Weight of each class in the training loss: by name, in the order of the labels, or `"balanced"`."""
 
     def marks(self) -> str:
         """Tells two sets of hooks apart that give other rows or weights; empty without such hooks."""
@@ -65,16 +62,16 @@ class Hooks:
             RecipeError: Naming each such pair.
         """
         problems = []
-        if self.compute_loss is not None and self.class_weights is not None:
-            problems.append("compute_loss and class_weights are both given; weigh the classes in your loss")
+        if self.compute_loss is not None and recipe.train.class_weights is not None:
+            problems.append("compute_loss and train.class_weights are both given; weigh the classes in your loss")
         if self.compute_loss is not None and recipe.train.chunked_loss:
             problems.append("compute_loss and train.chunked_loss are both given; your loss is given whole logits")
         if self.compute_loss is not None and recipe.train.label_smoothing_factor:
             problems.append("compute_loss and train.label_smoothing_factor are both given; smooth in your loss")
         if self.needs_this_process and recipe.train.num_processes > 1:
-            problems.append("compute_loss and class_weights train in this process; set train.num_processes: 1")
+            problems.append("compute_loss trains in this process; set train.num_processes: 1")
         if self.needs_this_process and zero.wanted(recipe):
-            problems.append("compute_loss and class_weights train in this process; remove train.extra.deepspeed")
+            problems.append("compute_loss trains in this process; remove train.extra.deepspeed")
         if self.metrics is not None and recipe.task in ("causal-lm", "seq2seq") and not recipe.evaluate.generate_rows:
             problems.append("metrics needs generated answers; set evaluate.generate_rows above 0")
         if problems:
@@ -91,50 +88,4 @@ class Hooks:
 
     @property
     def needs_this_process(self) -> bool:
-        return self.compute_loss is not None or self.class_weights is not None
-
-    def weights_of(self, summary: DataSummary) -> list[float] | None:
-        """Class weights in the order of the labels; `balanced` makes each class count the same in total.
-
-        Raises:
-            RecipeError: When the weights do not match the labels.
-        """
-        given = self.class_weights
-        if given is None:
-            return None
-        weights = self._in_order(given, summary)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-            raise RecipeError(f"class_weights: expected numbers of 0 or more, not all 0, found {weights}")
-        return weights
-
-    def _in_order(self, given: Mapping[str, float] | Sequence[float] | str, summary: DataSummary) -> list[float]:
-        labels = summary.labels
-        if not labels:
-            raise RecipeError(f"class_weights: the data have no classes ({summary.problem_type.replace('_', ' ')})")
-        if isinstance(given, str):
-            if given != "balanced":
-                raise RecipeError(f"class_weights: expected 'balanced', a mapping or a list, found {given!r}")
-            if summary.problem_type == "tags":
-                raise RecipeError(
-                    "class_weights: 'balanced' counts the rows of a class, and tags belong to words; give each tag its "
-                    f"weight: {', '.join(labels[:3])} ..."
-                )
-            counts = summary.splits["train"].label_counts
-            # A class without a train row (all of them were left out) cannot count at all.
-            return [sum(counts.values()) / (len(labels) * counts[name]) if name in counts else 0.0 for name in labels]
-        if isinstance(given, Mapping):
-            missing, unknown = [n for n in labels if n not in given], [n for n in given if n not in labels]
-            if missing or unknown:
-                wrong = f"no weight for {', '.join(missing[:5])}" if missing else f"no such label: {unknown[0]}"
-                raise RecipeError(f"class_weights: {wrong}")
-            return [_number(given[label]) for label in labels]
-        if len(given) != len(labels):
-            raise RecipeError(f"class_weights: {len(given)} weights for {len(labels)} labels")
-        return [_number(weight) for weight in given]
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise RecipeError(f"class_weights: expected a number, found {value!r}") from None
+        return self.compute_loss is not None

@@ -11,9 +11,7 @@ import torch
 
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import DataBlock
-from fulltune.records import DataSummary, SplitSummary
 from fulltune.tasks import LossSettings, Target, multiple_choice
-from fulltune.train.hooks import Hooks
 from tests import tiny
 
 CHOICES = ["soup", "warm bread", "an apple", "rice"]
@@ -197,23 +195,6 @@ def test_loss_and_metrics_are_those_of_the_chosen_place() -> None:
     assert found == pytest.approx({"accuracy": 2 / 3, "loss": float(expected.mean())})
     [worst] = multiple_choice.worst(kept, ["one", "two", "three"], target, 5)
     assert (worst.text, worst.expected, worst.predicted) == ("three", "(0)", "(1)")
-
-
-def test_class_weights_are_refused() -> None:
-    split = SplitSummary(rows=4, tokens=4, trained_tokens=4, truncated_rows=0, dropped_rows=0, length_percentiles={})
-    summary = DataSummary(
-        task="multiple-choice",
-        problem_type="choice",
-        columns={},
-        num_choices=4,
-        max_length=8,
-        max_length_reason="",
-        splits={"train": split, "eval": split, "test": split},
-        sources={},
-        fingerprint="",
-    )
-    with pytest.raises(RecipeError, match="the data have no classes"):
-        Hooks(class_weights="balanced").weights_of(summary)
 
 
 def test_models_that_cannot_choose_are_refused() -> None:

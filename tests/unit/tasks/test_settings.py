@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from fulltune.errors import RecipeError
 from fulltune.recipe import DataBlock, Recipe
 from fulltune.recipe_rules import READ_BY, check, of_pairs, of_settings
-from fulltune.records import DataSummary
-from fulltune.tasks.settings import check_settings_for
+from fulltune.records import DataSummary, SplitSummary
+from fulltune.tasks.settings import check_settings_for, class_weights
 
 
 def recipe(task: str, train: dict[str, Any] | None = None, **data: Any) -> Recipe:
@@ -61,3 +62,97 @@ def test_smoothing_of_a_number_is_refused_when_it_is_known() -> None:
     check_settings_for(unknown, DataSummary(problem_type="single_label", **found))
     with pytest.raises(RecipeError, match="has no effect for regression"):
         check_settings_for(unknown, DataSummary(problem_type="regression", **found))
+
+
+# ---- class weights ---------------------------------------------------------------------------------------------
+
+
+def weighted(given: Any) -> Recipe:
+    return recipe("text-classification", {"class_weights": given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("equal", "expected balanced, or a weight for each class, {rare: 5, usual: 1}, found 'equal'"),
+        ([1, -1], "expected numbers of 0 or more"),
+        ([1, float("nan")], "expected numbers of 0 or more"),
+        ([0, 0], "not all 0"),
+        ({"a": "much", "b": 1}, "expected numbers of 0 or more, not all 0, found ['much', 1]"),
+    ],
+)
+def test_class_weights_that_cannot_be_are_refused_with_the_recipe(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        weighted(given)
+
+
+def test_class_weights_of_a_task_without_classes_are_refused_with_the_recipe() -> None:
+    with pytest.raises(RecipeError, match=r"train.class_weights: has no effect for causal-lm"):
+        check(recipe("causal-lm", {"class_weights": "balanced"}))
+
+
+def summary(counts: dict[str, int], **changes: Any) -> DataSummary:
+    split = SplitSummary(
+        rows=sum(counts.values()),
+        tokens=1,
+        trained_tokens=1,
+        truncated_rows=0,
+        dropped_rows=0,
+        length_percentiles={},
+        label_counts=counts,
+    )
+    values: dict[str, Any] = {
+        "task": "text-classification",
+        "problem_type": "single_label",
+        "columns": {},
+        "labels": tuple(sorted(counts)),
+        "max_length": 8,
+        "max_length_reason": "",
+        "splits": {"train": split},
+        "sources": {},
+        "fingerprint": "",
+    }
+    return DataSummary(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        ("balanced", [2.0, 2 / 3]),
+        ({"b": 3, "a": 1}, [1.0, 3.0]),
+        ([0.0, 2], [0.0, 2.0]),
+    ],
+)
+def test_class_weights_come_in_the_order_of_the_labels(given: Any, expected: list[float] | None) -> None:
+    assert class_weights(weighted(given), summary({"a": 10, "b": 30})) == expected
+
+
+def test_labels_that_yaml_reads_as_numbers_get_their_weights() -> None:
+    assert class_weights(weighted({0: 1, 1: 5}), summary({"0": 10, "1": 1})) == [1.0, 5.0]
+
+
+def test_balanced_class_weights_leave_out_a_class_without_train_rows() -> None:
+    counts = summary({"a": 10, "b": 30}, labels=("a", "b", "c"))
+
+    assert class_weights(weighted("balanced"), counts) == pytest.approx([40 / 30, 40 / 90, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": 1}, "no weight for b"),
+        ({"a": 1, "b": 1, "c": 1}, "no such label: c"),
+        ([1, 2, 3], "3 weights for 2 labels"),
+    ],
+)
+def test_wrong_class_weights_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_settings_for(weighted(given), summary({"a": 1, "b": 1}))
+
+
+def test_class_weights_without_classes_are_refused() -> None:
+    numbers = summary({}, problem_type="regression", labels=())
+
+    with pytest.raises(RecipeError, match="no classes"):
+        check_settings_for(weighted([1.0]), numbers)
