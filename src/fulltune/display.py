@@ -73,7 +73,7 @@ class Display:
             case "eval":
                 self._eval(event)
             case "data":
-                self._data(event["summary"])
+                self._data(event["summary"], event.get("is_known", False))
             case "plan":
                 self.metric = event["plan"].metric
                 self._plan(event["plan"])
@@ -148,8 +148,12 @@ class Display:
             self.last_metric = f"  eval {self.metric} {number(self.metric, metrics[self.metric])}"
         self.print(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  eval {values}")
 
-    def _data(self, summary: DataSummary) -> None:
-        if self.details:
+    def _data(self, summary: DataSummary, is_known: bool) -> None:
+        """All of it when it is new; of a run that goes on, the numbers of rows."""
+        if self.details and is_known:
+            rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
+            self.print(f"[dim]rows as before: {rows}[/dim]")
+        elif self.details:
             self.print(data_table(summary))
             for preview in previews(summary):
                 self.print(preview)

@@ -91,10 +91,12 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
             "in place of 'methods'"
         )
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
-        summary = prepare(job, runs_here=until != "data")
-        if until == "data":
-            return Reached(job.folder, summary)
-        trial = make_plan(job, summary)
+        # The ways out of what does not fit are looked up in the folder.
+        with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
+            summary = prepare(job, runs_here=until != "data")
+            if until == "data":
+                return Reached(job.folder, summary)
+            trial = make_plan(job, summary)
         if measure:
             trial = measure_plan(job, trial, summary)
         if until == "plan":
@@ -142,6 +144,8 @@ def _plan_path(job: Run) -> Path:
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     """The data stage: read, check, split and tokenise; what only the training needs may be missing elsewhere."""
     job.phase("reading the data")
+    path = job.folder / "data" / data.SUMMARY
+    before = path.stat().st_mtime_ns if path.exists() else None
     job.hooks.check(job.recipe)
     check_extra(job.recipe, runs_here=runs_here)
     evaluate.check_extras(job.recipe)
@@ -175,7 +179,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     )
     check_settings_for(job.recipe, summary)
     job.hooks.check_data(summary)
-    job.listener({"kind": "data", "summary": summary})
+    job.listener({"kind": "data", "summary": summary, "is_known": before == path.stat().st_mtime_ns})
     return summary
 
 

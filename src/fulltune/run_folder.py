@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-from fulltune.errors import DoesNotFitError, SetupError
+from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.hardware import Machine
 from fulltune.recipe import Recipe
 from fulltune.records import Command, Environment
@@ -249,6 +250,28 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             raise SetupError(f"{folder}: another fulltune command is working in this run folder") from None
         yield
+
+
+@contextlib.contextmanager
+def not_left_when_refused(folder: Path, *kept_for: type[FulltuneError]) -> Iterator[None]:
+    """Remove a run folder in which nothing was done before it was refused: each recipe that is repaired starts anew.
+
+    Args:
+        folder: The run folder; what is not a run's own in it stays.
+        kept_for: Kinds of errors after which the folder is still of use.
+    """
+    began = (folder / "data" / "summary.json").exists()
+    try:
+        yield
+    except FulltuneError as error:
+        if not began and not isinstance(error, (InterruptedRun, *kept_for)):
+            for own in ("data", "plan"):
+                shutil.rmtree(folder / own, ignore_errors=True)
+            for name in (IDENTITY, "recipe.yaml", "environment.json", ".lock"):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's files
+                folder.rmdir()
+        raise
 
 
 def environment(machine: Machine) -> Environment:

@@ -124,6 +124,12 @@ def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:
     return tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, "train.csv")
 
 
+def test_refused_command_leaves_no_run_folder(recipe: Path, tmp_path: Path) -> None:
+    for setting in ("model=/no/such/folder", "data.train=no.csv", "data.text=no_such_column"):
+        assert fulltune("data", recipe, "--set", setting).code in (2, 4)
+    assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
 def test_data_json_is_the_summary_and_alone_on_stdout(recipe: Path) -> None:
     summary = json.loads(fulltune("data", recipe, "--json").out)
     assert summary["labels"] == ["food", "weather"]

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from fulltune import display
+from fulltune.records import DataSummary, SplitSummary
 from fulltune.report.verdict import Kind, Verdict
 
 BRIEF = "On the same 200 test rows, the accuracy of full-seed42 is 13.0 points lower than that of majority class."
@@ -42,3 +43,20 @@ def test_proposals_stand_below_it_with_hanging_lines_in_80_columns() -> None:
     assert lines[first + 2] == "  - Only 179 rows are trained on. Take more: leave data.max_rows out."
     assert all(cell_len(line) <= 80 for line in lines)
     assert any("--set train.num_train_epochs=4." in line for line in lines)
+
+
+def test_rows_of_a_run_that_goes_on_are_one_line() -> None:
+    split = SplitSummary(rows=1200, tokens=4, trained_tokens=4, truncated_rows=0, dropped_rows=0, length_percentiles={})
+    summary = DataSummary(
+        task="text-classification",
+        problem_type="single_label",
+        columns={},
+        max_length=8,
+        max_length_reason="",
+        splits={"train": split, "eval": split, "test": split},
+        sources={},
+        fingerprint="x",
+    )
+    console = Console(width=80, highlight=False, file=io.StringIO())
+    display.Display(console)({"kind": "data", "summary": summary, "is_known": True})
+    assert console.file.getvalue() == "rows as before: 1,200 train, 1,200 eval, 1,200 test\n"  # type: ignore[attr-defined]

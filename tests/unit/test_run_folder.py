@@ -1,12 +1,17 @@
-"""What a run folder keeps of the command itself."""
+"""What a run folder keeps of the command itself; one that was refused before it did anything leaves none."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
+import pytest
+
 from fulltune import run_folder
+from fulltune.errors import DataError, DoesNotFitError, FulltuneError, InterruptedRun, SetupError
+from fulltune.recipe import Recipe
 from fulltune.records import Command
+from fulltune.run_folder import find_or_make, locked, not_left_when_refused
 
 
 def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -> None:
@@ -28,3 +33,43 @@ def test_seconds_of_a_command_that_scored_no_trained_model_are_not_kept(tmp_path
     (attempt / "request.json").write_text("{}", encoding="utf-8")
     run_folder.note_command(tmp_path, time.time() - 5)
     assert not (tmp_path / run_folder.COMMAND).exists()
+
+
+def _made(folder: Path) -> Path:
+    values = {"model": "m", "task": "causal-lm", "data": {"train": "a.txt"}, "output": str(folder / "runs")}
+    return find_or_make(Recipe.model_validate(values), "model: m\n", "run", None, False)[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "kept_for", "stays"),
+    [
+        (SetupError, (), False),
+        (DataError, (), False),
+        (DoesNotFitError, (), False),
+        (DoesNotFitError, (DoesNotFitError,), True),
+        (InterruptedRun, (), True),
+    ],
+)
+def test_refused_command_leaves_no_folder(
+    tmp_path: Path, error: type[FulltuneError], kept_for: tuple[type[FulltuneError], ...], stays: bool
+) -> None:
+    folder = _made(tmp_path)
+    with pytest.raises(error), locked(folder), not_left_when_refused(folder, *kept_for):
+        (folder / "data").mkdir()
+        (folder / "data" / "summary.json").write_text("{}")
+        raise error("no")
+    assert folder.exists() is stays
+
+
+def test_folder_with_prepared_rows_or_other_files_stays(tmp_path: Path) -> None:
+    folder = _made(tmp_path)
+    (folder / "data").mkdir()
+    (folder / "data" / "summary.json").write_text("{}")
+    with pytest.raises(SetupError), not_left_when_refused(folder):
+        raise SetupError("no")
+    assert (folder / "recipe.json").exists()
+    other = _made(tmp_path / "other")
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(SetupError), not_left_when_refused(other):
+        raise SetupError("no")
+    assert [file.name for file in other.iterdir()] == ["notes.txt"]

@@ -176,9 +176,10 @@ def _compare(
     job: pipeline.Run, command: str, budget_seconds: float | None, began: float, known: Comparison | None
 ) -> Comparison:
     with train.nursery() as start:
-        if job.recipe.compare.generic_text is not None:
-            generic_texts(job.recipe.compare.generic_text)  # refused before hours of training, not after
-        summary = pipeline.prepare(job)
+        with run_folder.not_left_when_refused(job.folder):
+            if job.recipe.compare.generic_text is not None:
+                generic_texts(job.recipe.compare.generic_text)  # refused before hours of training, not after
+            summary = pipeline.prepare(job)
         before = known.openings if known else ()
         line = Line(job, summary, command, budget_seconds, start, began, alpha_left=before[-1].left if before else None)
         expectation = expect(line)
