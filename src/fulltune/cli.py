@@ -534,6 +534,7 @@ def _print_json(value: Any) -> None:
 def main() -> None:
     """Entry of the `fulltune` command: run, and turn our errors into words and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     try:
         app(standalone_mode=True)
     except FulltuneError as error:

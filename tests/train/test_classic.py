@@ -280,6 +280,8 @@ def test_arguments_copied_or_parsed_keep_values_without_notices(
     words = ["--output_dir", str(tmp_path), "--learning_rate", "3e-4", "--use_cpu", "true"]
     (parsed,) = parser.parse_args_into_dataclasses(words)
     assert (parsed.learning_rate, parsed.logging_nan_inf_filter) == (3e-4, False)
+    has_device = torch.accelerator.is_available()
+    assert (args.dataloader_pin_memory, parsed.dataloader_pin_memory) == (has_device, has_device)
     assert notices(caught) == []
 
 

@@ -137,6 +137,7 @@ def test_saved_folder_holds_what_is_trained_and_nothing_else(done: Any, name: st
     assert values == found.reached.plan.num_trainable_parameters == expected_values(name, kind)
     assert len(tensors) == len(methods.trained(found.model))
     assert not (found.model_folder / "model.safetensors").exists()
+    assert len({file.stat().st_mode for file in found.model_folder.iterdir()}) == 1
 
 
 def expected_values(name: str, kind: str) -> int:

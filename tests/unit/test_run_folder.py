@@ -40,6 +40,12 @@ def _made(folder: Path) -> Path:
     return find_or_make(Recipe.model_validate(values), "model: m\n", "run", None, False)[0]
 
 
+def _prepare(folder: Path, refusal: FulltuneError) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "summary.json").write_text("{}")
+    raise refusal
+
+
 @pytest.mark.parametrize(
     ("error", "kept_for", "stays"),
     [
@@ -55,9 +61,7 @@ def test_refused_command_leaves_no_folder(
 ) -> None:
     folder = _made(tmp_path)
     with pytest.raises(error), locked(folder), not_left_when_refused(folder, *kept_for):
-        (folder / "data").mkdir()
-        (folder / "data" / "summary.json").write_text("{}")
-        raise error("no")
+        _prepare(folder, error("no"))
     assert folder.exists() is stays
 
 

@@ -170,6 +170,8 @@ class TrainingArguments(transformers.TrainingArguments):
                 "the run before the update, so there is none to leave out of the logs"
             )
         _stay_trainable_without_gpu(keywords)
+        if not torch.accelerator.is_available():
+            keywords["dataloader_pin_memory"] = False  # it has no effect, and torch warns at each loader
         keywords.setdefault("logging_nan_inf_filter", False)
         super().__init__(**keywords)
         if self.fp16 and self.device.type == "cpu":

@@ -62,6 +62,14 @@ def save(applied: Applied, folder: Path, task: TaskName, base: str) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def share(folder: Path) -> None:
+    """Give each file the rights of `config.json`, which follow the umask: safetensors writes for its owner alone."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(mode)
+
+
 def _in_peft(name: str) -> str:
     return "prompt_embeddings" if name == _PROMPT else f"{_PEFT_PREFIX}{name}"
 
@@ -241,3 +249,4 @@ def merge(folder: Path, output: Path) -> None:
     load_processor(ModelBlock(name=str(folder.resolve())), notes["task"]).save_pretrained(output)
     plain = {name: value for name, value in notes.items() if name not in ("method", "base_model")}
     (output / NOTES).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    share(output)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune import methods
-from fulltune.methods.folder import save
+from fulltune.methods.folder import save, share
 from fulltune.model import locate
 from fulltune.records import DataSummary, Moved
 from fulltune.tasks import Target, causal_lm
@@ -236,6 +236,7 @@ def save_model(
         notes["method"] = recipe.method.model_dump(mode="json")
         notes["base_model"] = recipe.model.model_dump(mode="json")
     (part / "fulltune.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+    share(part)
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
