@@ -44,8 +44,8 @@ class ModelBlock(Block):
     """Which pretrained model, and how its weights are read."""
 
     name: str = Field(min_length=1)
-    """A Hub id, a folder, a run's folder (its trained model), a `.gguf` file, or `package:NAME/PATH` for weights that an
-    installed package carries."""
+    """A Hub id, a folder, a run's folder (its trained model), a `.gguf` file, or `package:NAME/PATH` for weights that
+    an installed package carries."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
