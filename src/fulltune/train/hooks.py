@@ -43,7 +43,8 @@ class Hooks:
     """`metrics(predictions, references)`: further metrics of the test rows. Classifiers: arrays of class ids, 0/1 rows
     or numbers; multiple choice: of places of choices; taggers: for each row its tags (lists of lists of str); question
     answering: answers (list of str, empty where there is none) and for each question all accepted ones (lists of str);
-    language models and encoder-decoders: generated and expected answers (lists of str)."""
+    language models and encoder-decoders: generated and expected answers (lists of str). Called on all rows once, and
+    once for each resample that the interval rests on (`evaluate.bootstrap_samples`)."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """`preprocess(row)`: changes each row after reading."""
     compute_loss: Callable[..., Any] | None = None
