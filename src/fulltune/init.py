@@ -241,13 +241,22 @@ def with_columns(files: Files, found: Found) -> Files:
         file: Path | None = getattr(files, split)
         if file is None:
             continue
-        columns = {name for _, row in islice(locate([str(file)], columns=found.columns).rows(), _HEAD) for name in row}
-        missing = [column for column in found.target.columns.values() if column not in columns]
-        if missing:
-            note = f"{file.name}: has no column '{missing[0]}', which train has"
+        note = _other_columns(file, found)
+        if note is not None:
             changed: dict[str, Any] = {split: None, "left_out": (*files.left_out, note)}
             files = replace(files, **changed)
     return files
+
+
+def _other_columns(file: Path, found: Found) -> str | None:
+    """What a held-out file's columns lack; None: they are those of train."""
+    if found.columns:
+        names = names_without_header(file)
+        alike = names is not None and len(names) == len(found.columns)
+        return None if alike else f"{file.name}: has a header line, or other columns, unlike train"
+    columns = {name for _, row in islice(locate([str(file)]).rows(), _HEAD) for name in row}
+    missing = [column for column in found.target.columns.values() if column not in columns]
+    return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
 
 
 _HEAD = 100

@@ -82,6 +82,13 @@ def test_table_without_header_loses_no_row(tmp_path: Path) -> None:
     assert (block.columns, block.text, block.label) == (("text", "label"), "text", "label")
 
 
+def test_held_out_file_with_a_header_beside_train_without_one_is_not_used(tmp_path: Path) -> None:
+    data, recipe = _written(tmp_path / "train.tsv", REVIEWS), tmp_path / "recipe.yaml"
+    _written(tmp_path / "test.tsv", "index\tsentence\n0\ta film that is long\n1\ta film of some length\n")
+    _, files = write_recipe(data, recipe, None, False)
+    assert files.left_out == ("test.tsv: has a header line, or other columns, unlike train",)
+
+
 def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.tsv", REVIEWS)
     found = infer(data, hints=Hints(columns=("review", "stars"), roles={"label": "stars"}))
@@ -99,6 +106,7 @@ def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
             None,
         ),
         ("header.tsv", "text\tlabel\n" + REVIEWS, None),
+        ("named.csv", "subject,text,spam\na b,this is a text,spam\nb,text,ham\nsubject,x,ham\n", None),
         ("one.tsv", "text\tlabel\n", None),
         ("rows.jsonl", '{"text": "a"}\n', None),
     ],

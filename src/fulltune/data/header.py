@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from fulltune.tasks.columns import USUAL_NAMES
+
 SEPARATED = {".csv": ",", ".tsv": "\t"}
+_USUAL = {name for names in USUAL_NAMES.values() for name in names}
 _ROWS = 1000
 _WORDS = 5
 """A cell of so many words, above others like it, is a text and no name."""
@@ -23,6 +26,8 @@ def names_without_header(file: Path) -> tuple[str, ...] | None:
             first, *rows = islice(reader, _ROWS)
     except (OSError, ValueError, csv.Error):
         return None  # the reader says what is wrong with the file
+    if _USUAL & {name.lower().strip() for name in first}:
+        return None
     rows = [row for row in rows if len(row) == len(first)]
     columns = [[row[place] for row in rows] for place in range(len(first))]
     if not rows or not any(_is_value(name, values) for name, values in zip(first, columns, strict=True)):
