@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,8 @@ class Run:
     folder: Path
     hooks: Hooks = field(default_factory=Hooks)
     listener: Listener = lambda event: None
-    began: float = field(default_factory=time.time)
-    """When the command or the call began: seconds since 1970."""
+    began: float | None = None
+    """When the command or call that does the whole line began: seconds since 1970; None: single stages are called."""
 
     @property
     def task(self) -> Task:
@@ -90,6 +90,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
             "methods: names what to compare, and a run trains one method; use 'fulltune compare', or give one 'method' "
             "in place of 'methods'"
         )
+    job = replace(job, began=job.began or time.time())
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         # The ways out of what does not fit are looked up in the folder.
         with run_folder.not_left_when_refused(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
@@ -216,7 +217,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         shapes.save(job.folder / "plan" / SHAPES)
         fleet, own_loss = plan.here(machine, hardware.disk_free_bytes(job.folder)), job.hooks.compute_loss is not None
         trial = plan.fit(job.recipe, shapes, traced, summary, fleet, own_loss)
-        trial = plan.with_time(trial, job.recipe, shapes, traced, summary, fleet, time.time() - job.began)
+        started_seconds = None if job.began is None else time.time() - job.began
+        trial = plan.with_time(trial, job.recipe, shapes, traced, summary, fleet, started_seconds)
         run_folder.environment(machine).save(job.folder / "environment.json")
         _save_plan(job, trial)
     job.listener({"kind": "plan", "plan": trial})
@@ -371,7 +373,8 @@ def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -
 def write_report(job: Run) -> Path:
     """The report stage: from files alone."""
     job.phase("writing the report")
-    run_folder.note_command(job.folder, job.began)
+    if job.began is not None:
+        run_folder.note_command(job.folder, job.began)
     path = report.write(job.folder)
     model_folder = job.folder / "models" / job.recipe.method.arm
     if model_folder.exists():

@@ -98,13 +98,13 @@ def finished_at(folder: Path) -> datetime:
 
 
 def note_command(folder: Path, began: float) -> None:
-    """Keep what a whole command took until its report. One that failed, or found a part of the training done, is none.
+    """Keep what a whole command took until its report. One that failed, or found a plan or more of it made, is none.
 
     Args:
         folder: The run folder.
         began: When the command did: seconds since 1970.
     """
-    made = [*folder.glob("attempts/*/request.json"), *folder.glob("scores/*.json")]
+    made = [path for one in ("plan", "attempts/*", "scores") for path in folder.glob(f"{one}/*.json")]
     is_scored = any(folder.glob("scores/*-seed*.json"))
     if is_scored and all(path.stat().st_mtime >= began for path in made):
         Command(seconds=round(time.time() - began, 3)).save(folder / COMMAND)

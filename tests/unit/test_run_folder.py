@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from fulltune import run_folder
+from fulltune import pipeline, run_folder
 from fulltune.errors import DataError, DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe import Recipe
 from fulltune.records import Command
@@ -25,6 +26,27 @@ def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -
     # A later one found the training done.
     run_folder.note_command(tmp_path, time.time() + 60)
     assert Command.load(tmp_path / run_folder.COMMAND).seconds == seconds
+
+
+def test_command_that_found_its_plan_made_is_no_whole_one(tmp_path: Path) -> None:
+    for place in ("attempts/full-seed42-01/request.json", "scores/full-seed42.json", "plan/full.json"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text("{}", encoding="utf-8")
+    os.utime(tmp_path / "plan" / "full.json", (time.time() - 60,) * 2)
+    run_folder.note_command(tmp_path, time.time() - 5)
+    assert not (tmp_path / run_folder.COMMAND).exists()
+
+
+def test_stages_that_are_called_one_by_one_are_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python there may be hours between them."""
+    recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": "a"}})
+    job = pipeline.Run(recipe, tmp_path)
+    for place in ("attempts/full-seed42-01/request.json", "scores/full-seed42.json"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(pipeline.report, "write", lambda folder: folder / "report.html")
+    pipeline.write_report(job)
+    assert not (tmp_path / run_folder.COMMAND).exists()
 
 
 def test_seconds_of_a_command_that_scored_no_trained_model_are_not_kept(tmp_path: Path) -> None:

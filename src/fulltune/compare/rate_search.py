@@ -123,12 +123,14 @@ def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> f
     return best if ahead > scale.tolerance(tried[best]) else usual
 
 
-def _why(tried: Mapping[float, float], chosen: float, scale: Scale, what: str) -> str:
+def _why(tried: Mapping[float, float], chosen: float, scale: Scale, may_extend: bool, what: str) -> str:
     """In words; `what` are the trials: `whole runs`."""
     best = best_of(tried, scale)
     if chosen != best:
         others = "the other was not" if len(tried) == 2 else f"none of the {len(tried) - 1} others was"
-        return f"the usual rate: {others} ahead by more than the eval rows can tell, in {what}"
+        kept = "the usual rate" if may_extend else "of the given rates the nearest to the usual one"
+        least = "the eval rows can tell" if scale.is_share else "1 %"
+        return f"{kept}: {others} ahead by more than {least}, in {what}"
     equal = sum(scale.oriented(metric) == scale.oriented(tried[best]) for metric in tried.values())
     return f"the lower of {equal} rates that were equal in {what}" if equal > 1 else f"the best of {len(tried)} {what}"
 
@@ -163,7 +165,7 @@ def finished(arm: str, tried: Sequence[Tried], scale: Scale, may_extend: bool, u
     found = {one.learning_rate: one.metric for one in tried}
     chosen = choice(found, scale, usual)
     on_edge = chosen in (min(found), max(found)) and _ahead(found, chosen, scale) > scale.tolerance(found[chosen])
-    how = _why(found, chosen, scale, f"short runs of {tried[0].share:.0%} of the steps")
+    how = _why(found, chosen, scale, may_extend, f"short runs of {tried[0].share:.0%} of the steps")
     if on_edge:
         how += ", at the edge of those tried" + ("" if may_extend else " (the recipe's)")
     return Search(arm=arm, tried=tuple(tried), chosen=chosen, reason=how, on_edge=on_edge, usual=usual)
@@ -251,7 +253,7 @@ def _open_side(best: float, whole: Mapping[float, float], scale: Scale) -> int:
     return (1 if lower else -1) if math.isfinite(ahead) and ahead > clear else 0
 
 
-def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, share: float) -> Search:
+def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, share: float) -> Search:
     """The search's result after whole runs: the best rate, where it is clearly better than the usual one.
 
     Of equal ones the lowest, which is the safer one.
@@ -260,14 +262,15 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, shar
         search: What the short trials gave.
         whole: As for `next_whole`, two rates or more.
         scale: How they are measured.
+        may_extend: As for `next_whole`.
         share: Of the recipe's steps that they took.
     """
     chosen = choice(whole, scale, search.usual)
     rates = {one.learning_rate for one in search.tried} | set(whole)
     on_edge = chosen in (min(rates), max(rates)) and _open_side(chosen, whole, scale) != 0
     runs = tuple(Tried(learning_rate=rate, share=share, metric=metric) for rate, metric in whole.items())
-    changes = {"chosen": chosen, "whole": runs, "reason": _why(whole, chosen, scale, "whole runs"), "on_edge": on_edge}
-    return search.model_copy(update=changes)
+    reason = _why(whole, chosen, scale, may_extend, "whole runs")
+    return search.model_copy(update={"chosen": chosen, "whole": runs, "reason": reason, "on_edge": on_edge})
 
 
 # ---- rates that come apart -------------------------------------------------------------------------------------

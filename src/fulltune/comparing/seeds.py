@@ -247,7 +247,7 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult, keep:
         runs[rate] = _or_failed(line, check)
     if len(runs) == 1:
         return result
-    found = rate_search.after_whole(search, _metrics(runs), scale_of(line), trial.share)
+    found = rate_search.after_whole(search, _metrics(runs), scale_of(line), _may_extend(line, arm), trial.share)
     taken = runs.pop(found.chosen)
     searches[arm] = rate_search.with_dropped(found, _seconds(list(runs.values())))
     for left in runs.values():
@@ -258,12 +258,17 @@ def _checked(line: Line, searches: dict[str, Search], result: TrialResult, keep:
 
 def _next_check(line: Line, search: Search, *runs: TrialResult) -> Trial | None:
     """The whole run at another rate that comes after these; None: no more, or the short trials were whole runs."""
-    trial, may_extend = runs[0].trial, line.room(search.arm).arm.learning_rates is None
+    trial = runs[0].trial
     if any(one.share >= trial.share for one in search.tried):
         return None
     whole = {search.chosen: runs[0].metric} | {one.trial.learning_rate: one.metric for one in runs[1:]}
-    rate = rate_search.next_whole(search, whole, scale_of(line), may_extend)
+    rate = rate_search.next_whole(search, whole, scale_of(line), _may_extend(line, search.arm))
     return None if rate is None else design.final_trial(search.arm, rate, trial.seed, check=True)
+
+
+def _may_extend(line: Line, arm: str) -> bool:
+    """The recipe names no rates to search among."""
+    return line.room(arm).arm.learning_rates is None
 
 
 def _metrics(runs: Mapping[float, TrialResult]) -> dict[float, float]:

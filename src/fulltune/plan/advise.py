@@ -112,17 +112,17 @@ def _lora(here: Situation) -> Advice:
 
 
 def _for_lora(here: Situation) -> Iterator[Line]:
-    size = 2 * here.num_parameters / 2**30
-    if not (here.fits or here.frozen_fits):
+    size, either = 2 * here.num_parameters / 2**30, "" if here.fits else " either"
+    if not here.frozen_fits:  # only full fine-tuning can be shared out
         yield (
             "leave",
-            f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit either",
+            f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{either or ' on one device'}",
             "2 bytes a parameter; a quarter of that in 4 bits, which is not compared here",
         )
     if here.lora_fits is False:
-        yield "leave", "it does not fit here either; see the ways out", "The plan's arithmetic"
+        yield "leave", f"it does not fit here{either}; see the ways out", "The plan's arithmetic"
     if not here.fits:
-        unsure = "" if here.lora_fits else ", if the activations fit as well (see its plan: --set method=lora)"
+        unsure = "" if here.lora_fits else ", if the activations fit as well"
         yield (
             "take",
             f"it trains where full does not fit{unsure}: its {size:,.1f} GiB of weights in 16 bits stay as they are",

@@ -32,14 +32,20 @@ def automatic(one: Placement) -> bool:
 
 def that_fit(recipe: Recipe, fleet: Fleet, load: placement.Load, placements: Sequence[Placement]) -> tuple[WayOut, ...]:
     """Ways out of too little memory: other settings, other placements, more devices."""
-    devices = recipe.train.num_processes
-    need = _need(load, devices)
-    share = max(1, load.global_batch_size // devices)
-    room = Room(load.available_bytes, "", need, lambda levers: state_of(load.shapes.num_parameters, levers))
-    least = choosing.smallest(recipe, load.levers, share, room)
-    ways = ways_out.of_memory(recipe, least.levers, load.available_bytes, need, placements)
-    found = [_on(fleet, one, least.memory.peak, words) for fleet, one, words in _other_hardware(load, fleet, devices)]
+    devices, needs_least = recipe.train.num_processes, least(recipe, load)
+    ways = ways_out.of_memory(recipe, needs_least.levers, load.available_bytes, _need(load, devices), placements)
+    now = needs_least.memory.peak
+    found = [_on(fleet, one, now, words) for fleet, one, words in _other_hardware(load, fleet, devices)]
     return (*found, *ways)[: ways_out.MOST]
+
+
+def least(recipe: Recipe, load: placement.Load) -> choosing.Chosen:
+    """The recipe as it is with the settings that need least, which ways out are held against."""
+    devices = recipe.train.num_processes
+    share = max(1, load.global_batch_size // devices)
+    need = _need(load, devices)
+    room = Room(load.available_bytes, "", need, lambda levers: state_of(load.shapes.num_parameters, levers))
+    return choosing.smallest(recipe, load.levers, share, room)
 
 
 def _other_hardware(

@@ -130,7 +130,7 @@ def choose(
             if fitting := [one for one in tried if one.memory.peak <= most]:
                 speeds = [speed(one.levers) for one in fitting]
                 found = fastest(fitting, speeds)
-                return replace(found, why_recomputed=_why_recomputed(found, fitting, speeds))
+                return replace(found, why_recomputed=_why_recomputed(found, tried, most, speed))
     raise _does_not_fit(recipe, smallest(recipe, start, rows_per_process, room), room)
 
 
@@ -140,21 +140,22 @@ def fastest(options: Sequence[T], speeds: Sequence[float | None]) -> T:
     return next(one for one, speed in zip(options, speeds, strict=True) if (speed or 0.0) >= least)
 
 
-def _why_recomputed(chosen: Chosen, fitting: Sequence[Chosen], speeds: Sequence[float | None]) -> str:
+def _why_recomputed(
+    chosen: Chosen, tried: Sequence[Chosen], most_bytes: float, speed: Callable[[Levers], float | None]
+) -> str:
     """Why activations are recomputed, or not; with what the other choice would have given."""
-    recomputed = chosen.levers.activation_checkpointing
-    others = [
-        (speed, one.levers.micro_batch_size)
-        for one, speed in zip(fitting, speeds, strict=True)
-        if one.levers.activation_checkpointing != recomputed and speed
-    ]
-    own = dict(zip(map(id, fitting), speeds, strict=True))[id(chosen)]
-    if not recomputed:
+    if not chosen.levers.can_recompute:
+        return "this model cannot recompute them"
+    if not chosen.levers.activation_checkpointing:
         return "not needed: it fits without"
-    if not others or not own:
-        return "without, not even one row fits"
-    speed, micro = max(others)
-    return f"{own / speed:.2f} times as fast as without, where {micro} at a time fit"
+    others = [one for one in tried if not one.levers.activation_checkpointing]
+    speeds = {one.levers.micro_batch_size: speed(one.levers) or 0.0 for one in others if one.memory.peak <= most_bytes}
+    own = speed(chosen.levers)
+    if not speeds or not own:
+        micro = min((one.levers.micro_batch_size for one in others), default=1)
+        return f"without, a micro batch of {micro} needs more than {in_words(int(most_bytes))}"
+    micro = max(speeds, key=lambda size: (speeds[size], size))
+    return f"{own / speeds[micro]:.2f} times as fast as without, where {micro} at a time fit{'s' * (micro == 1)}"
 
 
 def smallest(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
@@ -227,7 +228,7 @@ def settle(
     ledger.settle("gradient accumulation", None, levers.accumulation, "global batch / (micro batch x processes)")
     ledger.settle(
         "train.activation_checkpointing",
-        train.activation_checkpointing,
+        train.activation_checkpointing if levers.can_recompute else None,
         levers.activation_checkpointing,
         chosen.why_recomputed,
     )

@@ -37,7 +37,7 @@ def device(recipe: Recipe, machine: Machine, ledger: Ledger) -> str:
     reason = f"{count} GPU{'s' * (count > 1)} found" if count else "no GPU found"
     device = str(ledger.settle("train.device", None if wanted == "auto" else wanted, found, reason))
     if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
-        raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, more than there are GPUs, {count}")
+        raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but the number of GPUs is {count}")
     if device == "cpu" and recipe.train.num_processes > machine.num_cores:
         raise RecipeError(
             f"train.num_processes: {recipe.train.num_processes}, but this machine lets us use {machine.num_cores} "

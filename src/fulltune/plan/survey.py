@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from fulltune import zero
 from fulltune.errors import DoesNotFitError
@@ -55,9 +55,7 @@ def survey(
         if isinstance(made, DoesNotFitError):
             methods = _methods(task, fleet, False, other)
             found = _found(task, fleet, wishes, load, placements, methods)
-            problem, ways = _ways_out(task, fleet, load, placements, made.problems[0])
-            if methods.lora is not None:
-                ways = tuple(sorted((*ways, _as_way_out(methods.lora, placements)), key=lambda way: not way.enough))
+            problem, ways = _ways_out(task, fleet, load, placements, made.problems[0], methods.lora)
             notes = (problem, *settle.notes(task.footprint(task.recipe.model.weights_dtype)))
             return found.model_copy(update={"ways_out": ways, "notes": notes}), None
         planned, name, settings = made.plan, made.name, made.settings
@@ -162,7 +160,7 @@ def _methods(task: Task, fleet: Fleet, fits: bool, other: Other) -> _Methods:
     kind = task.recipe.method.kind
     full_fits = fits if kind == "full" else _alone(other("full"), fleet) is not None
     if full_fits or kind == "lora":
-        return _Methods(full_fits, fits or None if full_fits else fits)
+        return _Methods(full_fits, fits if kind == "lora" else None)
     lora = other("lora")
     made = _alone(lora, fleet)
     return _Methods(full_fits, None if lora is None else made is not None, None if fits else made)
@@ -177,13 +175,15 @@ def _alone(task: Task | None, fleet: Fleet) -> _Made | None:
     return _elsewhere(task, fleet, placements) if isinstance(made, DoesNotFitError) else made
 
 
-def _as_way_out(lora: _Made, placements: Sequence[Placement]) -> WayOut:
-    plan, plain = lora.plan, min(one.device_bytes for one in placements[:2])  # AdamW in fp32, and with 8-bit moments
+def _as_way_out(lora: _Made, where: Literal["device", "disk"], now_bytes: int) -> WayOut:
+    """In place of the recipe's method, which needs so much of what is short."""
+    plan = lora.plan
+    need = (plan.disk.total if plan.disk else 0) if where == "disk" else (plan.memory.peak if plan.memory else 0)
     share = plan.num_trainable_parameters / (plan.num_trainable_parameters + plan.num_frozen_parameters)
     return WayOut(
         change="method: lora",
-        frees_bytes=max(0, plain - plan.memory.peak) if plan.memory else 0,
-        where="device",
+        frees_bytes=max(0, now_bytes - need),
+        where=where,
         enough=True,
         costs=f"another method, which trains {100 * share:.2g} % of the parameters",
         settings={"method": "lora", **lora.settings},
@@ -255,18 +255,28 @@ def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
 
 
 def _ways_out(
-    task: Task, fleet: Fleet, load: placement.Load, placements: Sequence[Placement], problem: str
+    task: Task,
+    fleet: Fleet,
+    load: placement.Load,
+    placements: Sequence[Placement],
+    problem: str,
+    lora: _Made | None,
 ) -> tuple[str, tuple[WayOut, ...]]:
-    """What is short, with the ways out: of the disk, when a larger one would do, else of memory."""
+    """What is short, with the ways out: of the disk, when a larger one would do, else of memory; LoRA where it fits."""
     made = _plan(task, fleet.model_copy(update={"disk_bytes": None}), placements)
     if isinstance(made, DoesNotFitError) or fleet.disk_bytes is None:
-        ways = alternatives.that_fit(task.recipe, fleet, load, placements)
-        tried = (_tried(task, fleet, way) for way in ways)
-        return problem, tuple(sorted(tried, key=lambda way: not way.enough))
-    recipe, plan = with_settings(task.recipe, made.settings), made.plan
-    levers = levers_of(recipe, plan, task.summary)
-    words = disk.short_by(recipe, disk.need(recipe, plan.num_parameters, levers), fleet.disk_bytes)
-    return words, disk.ways(recipe, plan.num_parameters, levers, fleet.disk_bytes)
+        ways = [_tried(task, fleet, way) for way in alternatives.that_fit(task.recipe, fleet, load, placements)]
+        if lora is not None:
+            ways.append(_as_way_out(lora, "device", alternatives.least(task.recipe, load).memory.peak))
+    else:
+        recipe, plan = with_settings(task.recipe, made.settings), made.plan
+        levers = levers_of(recipe, plan, task.summary)
+        needed = disk.need(recipe, plan.num_parameters, levers)
+        problem = disk.short_by(recipe, needed, fleet.disk_bytes)
+        ways = [*disk.ways(recipe, plan.num_parameters, levers, fleet.disk_bytes)]
+        if lora is not None:
+            ways.append(_as_way_out(lora, "disk", needed.total))
+    return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 
 def _tried(task: Task, fleet: Fleet, way: WayOut) -> WayOut:

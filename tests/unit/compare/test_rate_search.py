@@ -114,9 +114,10 @@ def test_finished_takes_the_best_rate() -> None:
     kept = rate_search.finished("lora", tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, True, 3e-4)
     assert (kept.chosen, kept.on_edge) == (3e-4, False)
     assert kept.reason == (
-        "the usual rate: none of the 2 others was ahead by more than the eval rows can tell, in short runs of 6% of "
-        "the steps"
+        "the usual rate: none of the 2 others was ahead by more than 1 %, in short runs of 6% of the steps"
     )
+    given = rate_search.finished("lora", tried(r1e_4=0.91, r3e_4=0.915), SHARE, False, 1e-4)
+    assert given.reason.startswith("of the given rates the nearest to the usual one: the other was not ahead by more")
 
 
 def test_slower_is_asked_for_when_a_whole_run_ends_below_its_short_trial() -> None:
@@ -177,7 +178,7 @@ def test_next_whole_only_lower_rates_where_the_search_s_came_apart() -> None:
 
 def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:
     found = rate_search.finished("full", tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE, True, 2e-4)
-    climbed = rate_search.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE, 1.0)
+    climbed = rate_search.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE, True, 1.0)
     back = rate_search.replaced(climbed, 2e-4, "it diverged", [10.0, 2.0])
     assert rate_search.next_whole(back, {2e-4: 0.8}, SHARE, True) is None  # or it would choose 6e-4 for ever
     assert (back.other_runs, back.other_seconds, back.came_apart) == (2, 12.0, True)
@@ -235,7 +236,7 @@ def test_after_whole_the_better_run_counts(
     metrics: tuple[float, float], scale: Scale, chosen: float, on_edge: bool
 ) -> None:
     search = rate_search.finished("full", tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE, True, 2e-4)
-    found = rate_search.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale, 0.5)
+    found = rate_search.after_whole(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale, True, 0.5)
     assert (found.chosen, found.on_edge) == (chosen, on_edge)
     assert [(one.learning_rate, one.share) for one in found.whole] == [(6e-4, 0.5), (2e-4, 0.5)]
     said = {

@@ -26,6 +26,9 @@ def verdicts(**changes: Any) -> dict[str, str]:
         ({"train_rows": 100_000, "fits": False}, "leave", "take", "leave"),
         ({"train_rows": 500, "fits": False, "lora_fits": True}, "leave", "take", "leave"),
         ({"train_rows": 500, "fits": False, "lora_fits": False}, "leave", "leave", "leave"),
+        # Full fine-tuning is shared out there, LoRA's weights are not.
+        ({"train_rows": 500, "frozen_fits": False}, "try", "leave", "leave"),
+        ({"train_rows": 500, "lora_fits": False}, "try", "leave", "leave"),
         ({"train_rows": 500, **ENCODER}, "try", "try", "leave"),
         ({"train_rows": 100_000, "fits": False, "frozen_fits": False}, "leave", "leave", "leave"),
         ({"train_rows": 50_000, **ENCODER}, "take", "try", "leave"),

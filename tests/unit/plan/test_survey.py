@@ -154,7 +154,26 @@ def test_recomputing_that_is_faster_is_chosen_with_its_reason() -> None:
     assert plan.activation_checkpointing
     assert plan.micro_batch_size > 1
     reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
-    assert re.fullmatch(r"1\.\d\d times as fast as without, where \d+ at a time fit", reason)
+    assert re.fullmatch(r"1\.\d\d times as fast as without, where 1 at a time fits", reason)
+
+
+@pytest.mark.parametrize("micro", [64, None])
+def test_reason_to_recompute_names_the_micro_batch_that_does_not_fit_without(micro: int | None) -> None:
+    train = {"global_batch_size": micro or 1} | ({"micro_batch_size": micro} if micro else {"memory_limit": "2.5GiB"})
+    _, plan = planned("1x T4", sizes.bert(tokens=512, train=train))
+    assert plan is not None
+    assert plan.activation_checkpointing
+    reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
+    # One row needs less than the limit, but a tenth of that is kept free.
+    assert reason.startswith(f"without, a micro batch of {micro or 1} needs more than {'2.2' if not micro else ''}")
+
+
+def test_model_that_cannot_recompute_is_the_reason_and_not_the_recipe() -> None:
+    task = sizes.bert()
+    _, plan = planned("cpu", replace(task, shapes=task.shapes.model_copy(update={"can_recompute": False})))
+    assert plan is not None
+    setting = next(one for one in plan.settings if one.name == "train.activation_checkpointing")
+    assert (setting.value, setting.chosen, setting.reason) == (False, True, "this model cannot recompute them")
 
 
 def test_lora_is_planned_faster_than_full_fine_tuning_where_both_fit() -> None:
@@ -287,12 +306,29 @@ def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -
     assert plan is None
     way = next(one for one in found.ways_out if one.change == "method: lora")
     assert way.enough
+    assert way.frees_bytes < max(one.device_bytes for one in found.placements)
     assert way.settings["method"] == "lora"
     assert "--set method=lora" in ways_out.as_flags(way)
     assert {one.method: one.verdict for one in found.advice}["LoRA"] == "take"
+    assert not any("--set method=lora" in one.rule for one in found.advice)
     for other in (_by("lora"), None):  # as large as full; not possible
         found, _ = _survey(_by("full"), "1x RTX 4090, 64GB host", other)
         assert not any(one.change == "method: lora" for one in found.ways_out)
+
+
+def test_what_lora_frees_is_held_against_what_the_recipe_needs_of_what_is_short() -> None:
+    task = sizes.llama(model={"name": "m", "weights_dtype": "bf16"}, train={"global_batch_size": 64})
+    found, _ = _survey(task, "1x RTX 4090, 64GB host", _by("lora", SMALL))
+    way = next(one for one in found.ways_out if one.change == "method: lora")
+    needed = next(one.device_bytes for one in found.placements if one.name == "one device, bf16 + 8-bit")
+    assert way.where == "device"
+    assert 0 < way.frees_bytes < needed
+    found, plan = _survey(_by("full"), "1x MI325X, 40GB disk", _by("lora", SMALL))
+    assert plan is None
+    way = next(one for one in found.ways_out if one.change == "method: lora")
+    needed = 200.9 * sizes.GIB  # checkpoints and model
+    assert way.where == "disk"
+    assert needed - 40 * sizes.GB < way.frees_bytes < needed
 
 
 @pytest.mark.parametrize(
