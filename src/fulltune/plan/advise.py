@@ -113,10 +113,11 @@ def _lora(here: Situation) -> Advice:
 
 def _for_lora(here: Situation) -> Iterator[Line]:
     size, either = 2 * here.num_parameters / 2**30, "" if here.fits else " either"
+    where = either or " on one device"
     if not here.frozen_fits:  # only full fine-tuning can be shared out
         yield (
             "leave",
-            f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{either or ' on one device'}",
+            f"its frozen weights alone are about {size:,.1f} GiB in 16 bits: they do not fit{where}",
             "2 bytes a parameter; a quarter of that in 4 bits, which is not compared here",
         )
     if here.lora_fits is False:
