@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -137,7 +137,7 @@ class Expectation(Record):
 
 
 class ArmRow(Record):
-    """One arm in the table; costs are medians over its runs (older versions: means), of memory the most."""
+    """One arm in the table; costs are over its runs as `Comparison.costs` says, of memory the most."""
 
     arm: str
     kind: str
@@ -208,9 +208,11 @@ class Comparison(Record):
     seconds: float
     """Of everything, over all commands that worked on it."""
     full_run_seconds: float
-    """Training of one whole full fine-tuning run, mean over seeds."""
+    """Training of one whole full fine-tuning run, as `costs` says."""
     fixed_design_seconds: float
     """What the same search and the same number of seeds for every arm would have taken."""
+    costs: Literal["mean", "median"] = "mean"
+    """Over seeds; older versions took the mean and did not say so."""
     cores: int
     time_was_up: bool = False
     """Because of its budget there are fewer seeds or methods than the recipe allows."""

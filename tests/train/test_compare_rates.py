@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune import comparing, pipeline
+from fulltune import comparing, pipeline, store
 from fulltune.compare import rate_search
 from fulltune.compare_records import ArmStep, Look
 from fulltune.comparing import rates, rows, seeds, timing, trials
@@ -83,6 +83,18 @@ def test_rate_of_a_search_gives_way_to_the_usual_one_where_whole_runs_do_not_tel
         result = seeds._checked(line, searches, first, 0.0)
     assert asked == [6.3e-3, 2e-3]
     assert result.trial.learning_rate == searches["lora"].chosen == 2e-3
+
+
+def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path) -> None:
+    places = ["a:1", "a:1", "a:1", "a:2"]
+    with store.RowWriter(tmp_path / "data" / "eval") as writer:
+        writer.write(store.record_batch([{"labels": 0}] * 4, [store.words(place, {"q": "x"}) for place in places]))
+    line = mock.Mock(folder=tmp_path)
+    line.measure.configure_mock(name="f1", greater_is_better=True)
+    line.summary = mock.Mock(splits={"eval": mock.Mock(rows=4)}, problem_type="span")
+    assert rates.scale_of(line).eval_rows == 2
+    line.summary.problem_type = "single_label"
+    assert rates.scale_of(line).eval_rows == 4
 
 
 @contextlib.contextmanager

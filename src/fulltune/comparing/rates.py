@@ -9,6 +9,8 @@ from fulltune.compare import design, rate_search
 from fulltune.comparing import timing
 from fulltune.comparing.line import FOLDER, Line
 from fulltune.comparing.trials import tried
+from fulltune.store import texts
+from fulltune.tasks import PLACE
 from fulltune.trials import Expectation, Search, Trial, TrialResult, Tried
 from fulltune.units import is_share
 
@@ -160,4 +162,11 @@ def usual(line: Line, method: Any) -> Search:
 def scale_of(line: Line) -> rate_search.Scale:
     """How the eval rows measure a trial."""
     measure = line.measure
-    return rate_search.Scale(measure.greater_is_better, line.summary.splits["eval"].rows, is_share(measure.name))
+    return rate_search.Scale(measure.greater_is_better, _num_measured(line), is_share(measure.name))
+
+
+def _num_measured(line: Line) -> int:
+    """Eval rows; of windows of long passages the questions, each of which is right or wrong as one."""
+    if line.summary.problem_type != "span":
+        return line.summary.splits["eval"].rows
+    return len({row[PLACE] for row in texts(line.folder / "data" / "eval")})

@@ -185,6 +185,7 @@ def comparison_of(
         seconds=round(line.spent_seconds, 1),
         full_run_seconds=round(middle(full), 1),
         fixed_design_seconds=round(fixed, 1),
+        costs="median",
         cores=line.machine.num_cores,
         time_was_up=_more_time_would_add(ran, left_out, searches),
         left_out=left_out,

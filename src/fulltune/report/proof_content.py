@@ -196,9 +196,9 @@ def _cost(comparison: Comparison) -> Table:
         for row in comparison.rows
     )
     caption = (
-        "Cost of one whole run, median over seeds, of memory the most; ×: relative to full. FLOP: all steps, forward "
-        "and backward. Growth: memory beyond what the process held before the model was loaded. Saved: the trained "
-        "weights on disk. A row: time to answer one test row, in batches"
+        f"Cost of one whole run, {comparison.costs} over seeds, of memory the most; ×: relative to full. FLOP: all "
+        "steps, forward and backward. Growth: memory beyond what the process held before the model was loaded. Saved: "
+        "the trained weights on disk. A row: time to answer one test row, in batches"
     )
     header = ("method", "training time", "tokens/s", "FLOP", "peak memory", "growth", "saved", "a row")
     return Table(caption, header, rows, frozenset(range(1, len(header))))

@@ -52,6 +52,12 @@ def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize("costs", ["mean", "median"])
+def test_card_says_what_its_costs_are_also_of_an_older_record(costs: str, tmp_path: Path) -> None:
+    markdown, _ = cards(tmp_path, comparisons.comparison(**({} if costs == "mean" else {"costs": costs})))
+    assert f"Cost of one whole run, {costs} over seeds" in markdown
+
+
 def test_card_full_of_a_language_model_says_that_smaller_is_better(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.language())
     assert "**FULL.** Updating every parameter is worth it here" in markdown
