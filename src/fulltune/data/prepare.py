@@ -169,7 +169,7 @@ def _make(
         summaries[name] = summaries[name].model_copy(update={"asked_rows": asked})
         remarks.append(
             f"{int(split_of[name].sum()):,} {name} rows where data.{name}_fraction asks for {asked:,}: each label that "
-            "has several texts gives at least one"
+            "has several texts gives at least one, with all rows that are equal to it or nearly so"
         )
     if packed:
         remarks.append(_packing_note(encoded["train"], split_of["train"], summaries["train"], limit))
