@@ -110,9 +110,7 @@ def _found(survey: Survey) -> Group:
 
 def _eval_rows(survey: Survey) -> str:
     words, asked = f"{survey.eval_rows:,} to choose the checkpoint", survey.asked_eval_rows
-    return (
-        words if asked is None else f"{words} (data.eval_fraction asks for {asked:,}; each label gives a text at least)"
-    )
+    return words if asked is None else f"{words} (data.eval_fraction asks for {asked:,}; each label gives a text)"
 
 
 def _free(survey: Survey) -> str:

@@ -143,7 +143,7 @@ class SplitSummary(Record):
     """Tokens per row: keys `p50`, `p95`, `max`."""
     label_counts: dict[str, int] = {}
     asked_rows: int | None = None
-    """What the recipe's fraction of the train file comes to, where there are more: each label gives at least one text."""
+    """What the recipe's fraction of the train file comes to, where there are more: each label gives a text at least."""
 
 
 class DataSummary(Record):

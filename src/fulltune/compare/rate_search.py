@@ -128,11 +128,14 @@ def _why(tried: Mapping[float, float], chosen: float, scale: Scale, may_extend: 
     best = best_of(tried, scale)
     if chosen != best:
         others = "the other was not" if len(tried) == 2 else f"none of the {len(tried) - 1} others was"
-        kept = "the usual rate" if may_extend else "of the given rates the nearest to the usual one"
         least = "the eval rows can tell" if scale.is_share else "1 %"
-        return f"{kept}: {others} ahead by more than {least}, in {what}"
+        return f"{_usual_in_words(may_extend)}: {others} ahead by more than {least}, in {what}"
     equal = sum(scale.oriented(metric) == scale.oriented(tried[best]) for metric in tried.values())
     return f"the lower of {equal} rates that were equal in {what}" if equal > 1 else f"the best of {len(tried)} {what}"
+
+
+def _usual_in_words(may_extend: bool) -> str:
+    return "the usual rate" if may_extend else "of the given rates the nearest to the usual one"
 
 
 def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
@@ -180,8 +183,9 @@ def without_search(arm: str, rate: float) -> Search:
     return Search(arm=arm, tried=(), chosen=rate, reason="from the recipe: the only rate, not searched")
 
 
-def without_time(arm: str, rate: float) -> Search:
-    return Search(arm=arm, tried=(), chosen=rate, reason="the usual rate: no time for a search", time_was_up=True)
+def without_time(arm: str, rate: float, may_extend: bool) -> Search:
+    reason = f"{_usual_in_words(may_extend)}: no time for a search"
+    return Search(arm=arm, tried=(), chosen=rate, reason=reason, time_was_up=True)
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def search(line: Line, method: Any, expectation: Expectation, keep: float = 0.0)
 
 def usual(line: Line, method: Any) -> Search:
     """The usual rate, where there is no time to search."""
-    found = rate_search.without_time(method.arm, timing.usual(line, method))
+    found = rate_search.without_time(method.arm, timing.usual(line, method), method.learning_rates is None)
     found.save(_path(line, method.arm))
     return found
 

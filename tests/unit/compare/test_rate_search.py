@@ -117,6 +117,8 @@ def test_finished_takes_the_best_rate() -> None:
         "the usual rate: none of the 2 others was ahead by more than 1 %, in short runs of 6% of the steps"
     )
     given = rate_search.finished("lora", tried(r1e_4=0.91, r3e_4=0.915), SHARE, False, 1e-4)
+    hurried = rate_search.without_time("lora", 1e-4, False)
+    assert hurried.reason == "of the given rates the nearest to the usual one: no time for a search"
     assert given.reason.startswith("of the given rates the nearest to the usual one: the other was not ahead by more")
 
 

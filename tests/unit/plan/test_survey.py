@@ -287,6 +287,18 @@ def test_start_is_what_the_command_took_up_to_its_plan(spent: float, least: floa
     assert least < start.seconds < most
 
 
+def test_dry_run_of_a_method_without_gradients_through_the_model_is_short() -> None:
+    def checks(**changes: Any) -> float:
+        task = sizes.bert(rows=1, tokens=512, **changes)
+        shapes = task.shapes.model_copy(update={"num_trained": 1000} if changes else {})
+        _, plan = planned("cpu", replace(task, shapes=shapes))
+        assert plan is not None
+        assert plan.time is not None
+        return next(part.seconds for part in plan.time.around if part.name == "checks and dry run")
+
+    assert checks(method="head") < 0.5 * checks()
+
+
 SMALL = sizes.LLAMA.model_copy(update={"num_parameters": 10**9, "num_trained": 10**6, "num_held": 10**9 + 10**6})
 
 
