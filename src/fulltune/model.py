@@ -194,8 +194,14 @@ def _check_whole(file: Path, name: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        file.open("rb").close()  # safe_open calls a file that may not be read missing
         with safe_open(file, framework="np"):
             pass
+    except PermissionError:
+        raise SetupError(
+            f"model: {name}: {file.name} may not be read (permission denied), expected a file that you can read; "
+            "change its permissions"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise SetupError(
             f"model: {name}: {file.name} is no whole safetensors file ({error}); copy or download it again"

@@ -222,7 +222,7 @@ def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into an error that says what to do."""
+    """Turn the system's refusal to write into an error that says what to do; of other files it names the file."""
     try:
         yield
     except OSError as error:
@@ -230,11 +230,25 @@ def writing(folder: Path) -> Iterator[None]:
             raise DoesNotFitError(
                 f"{folder}: the disk is full; free some space, then run the same command again"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+        if error.errno in refusals and not _is_about(error, folder):
+            raise SetupError(
+                f"{error.filename}: cannot be opened ({str(error.strerror).lower()}), expected a file that you can "
+                "read; change its permissions, or name another one"
+            ) from None
+        if error.errno in refusals:
             raise SetupError(
                 f"{folder}: cannot be written ({str(error.strerror).lower()}); choose another place"
             ) from None
         raise
+
+
+def _is_about(error: OSError, folder: Path) -> bool:
+    """The folder, what lies in it or beside it (prepared data), or a folder it would lie in; unknown counts."""
+    if not isinstance(error.filename, str):
+        return True
+    file, folder = Path.cwd() / error.filename, Path.cwd() / folder
+    return file.is_relative_to(folder.parent) or folder.is_relative_to(file)
 
 
 @contextlib.contextmanager

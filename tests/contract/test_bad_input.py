@@ -88,12 +88,16 @@ def accepted(result: Result) -> str:
 
 
 def test_data_file_missing_is_refused(case: Case) -> None:
-    refused(case.data(), DATA, f"{case.folder}/train.csv: no such file")
+    refused(case.data(), DATA, f"{case.folder}/train.csv: no such file; give the path of a data file")
 
 
 def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
     case.write(CSV, "trian.csv")
-    refused(case.data(), DATA, f"{case.folder}/train.csv: no such file (in that folder: trian.csv)")
+    refused(
+        case.data(),
+        DATA,
+        f"{case.folder}/train.csv: no such file (in that folder: trian.csv); give the path of a data file",
+    )
 
 
 def test_data_files_several_bad_are_all_named(case: Case) -> None:
@@ -101,24 +105,32 @@ def test_data_files_several_bad_are_all_named(case: Case) -> None:
     refused(
         case.data(data={"train": ["a.csv", "b.csv"], "test": "c.csv"}),
         DATA,
-        f"{case.folder}/a.csv: the file is empty",
-        f"{case.folder}/b.csv: no such file (in that folder: a.csv)",
-        f"{case.folder}/c.csv: no such file (in that folder: a.csv)",
+        f"{case.folder}/a.csv: the file is empty, expected rows; name another file, or write it again",
+        f"{case.folder}/b.csv: no such file (in that folder: a.csv); give the path of a data file",
+        f"{case.folder}/c.csv: no such file (in that folder: a.csv); give the path of a data file",
     )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("train.csv", "", ": the file is empty"),
-        ("train.csv", "text,label\n", ": no rows"),
-        ("train.csv", "text,text\na,b\n", ":1: column 'text' stands twice in the header"),
+        ("train.csv", "", ": the file is empty, expected rows; name another file, or write it again"),
+        ("train.csv", "text,label\n", ": no rows, expected some; add rows, or name another file"),
+        (
+            "train.csv",
+            "text,text\na,b\n",
+            ":1: column 'text' stands twice in the header, expected each name once; rename one",
+        ),
         (
             "train.csv",
             CSV + "a,b,c\n",
             ":42: 3 cells, expected 2 as in the header; put a text with commas or line ends in double quotes",
         ),
-        ("train.csv", CSV + '"never closed,food\n', ":42: a double quote is opened in this row and never closed"),
+        (
+            "train.csv",
+            CSV + '"never closed,food\n',
+            ":42: a double quote is opened in this row and never closed, expected one at the cell's end; close it",
+        ),
         (
             "train.csv",
             CSV.replace(",", ";"),
@@ -135,21 +147,29 @@ def test_data_files_several_bad_are_all_named(case: Case) -> None:
             CSV,
             ":1: its columns are separated by commas, expected tabs; save it with commas as .csv or with tabs as .tsv",
         ),
-        ("train.csv", CSV.encode("utf-16"), ":1: not UTF-8; save the file as UTF-8"),
+        ("train.csv", CSV.encode("utf-16"), ":1: is UTF-16, expected UTF-8; save the file as UTF-8"),
         ("train.csv", CSV.encode() * 500 + "é,food\n".encode("latin-1"), ":20501: not UTF-8; save the file as UTF-8"),
         ("train.jsonl", '{"text": "a"}\n{"text": "é"}\n'.encode("latin-1"), ":2: not UTF-8; save the file as UTF-8"),
-        ("train.json", '{"a": 1}', ": expected a list of objects [{...}, ...], found dict"),
-        ("train.json", '[{"a": 1},\n{"a":}]', ":2: not valid JSON: Expecting value (column 6)"),
+        (
+            "train.json",
+            '{"a": 1}',
+            ": found dict, expected a list of objects [{...}, ...]; write one object for each row",
+        ),
+        (
+            "train.json",
+            '[{"a": 1},\n{"a":}]',
+            ":2: not valid JSON: Expecting value (column 6); repair it, or write it again",
+        ),
         (
             "train.json",
             '{"a": 1}\n{"a": 2}\n',
-            ":2: not valid JSON: Extra data (column 1); a file with one object a line is named .jsonl",
+            ":2: not valid JSON: Extra data (column 1); a file with one object a line is named .jsonl: rename it",
         ),
         (
             "train.xlsx",
             "x",
             ": unknown kind of file '.xlsx'; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .arrow, .feather, "
-            ".conll, .iob, .bio",
+            ".conll, .iob, .bio: save it as one of them",
         ),
     ],
 )
@@ -160,13 +180,20 @@ def test_data_file_broken_names_file_and_line(case: Case, name: str, content: st
 def test_json_lines_broken_names_each_line(case: Case) -> None:
     broken = '{"text": "a", "label": "x"}\n{"text": "b", "label"\n\n{"text": "c", "label": "y",}\n[1]\n'
     here = f"{case.folder}/train.jsonl"
+    expected = "expected an object {...} on each line; repair or remove it"
     refused(
         case.data(broken, "train.jsonl"),
         DATA,
-        f"{here}:2: not valid JSON: Expecting ':' delimiter (column 22)",
-        f"{here}:4: not valid JSON: Expecting property name enclosed in double quotes (column 28)",
-        f"{here}:5: expected an object {{...}}, found list",
+        f"{here}:2: not valid JSON: Expecting ':' delimiter (column 22); {expected}",
+        f"{here}:4: not valid JSON: Expecting property name enclosed in double quotes (column 28); {expected}",
+        f"{here}:5: found list, {expected}",
     )
+
+
+def test_line_100_is_shown_as_a_number(case: Case) -> None:
+    """`:100:` is also the name of an emoji."""
+    result = case.data("text,label\n" + "a,b\n" * 98 + "a,b,c\n")
+    assert result.problems[0].startswith(f"{case.folder}/train.csv:100: 3 cells")
 
 
 def test_parquet_broken_is_refused(case: Case) -> None:
@@ -181,7 +208,7 @@ def test_folder_without_data_is_refused(case: Case) -> None:
         case.data(data={"train": "empty"}),
         DATA,
         f"{case.folder}/empty: no data file in this folder; expected .csv, .tsv, .jsonl, .ndjson, .json, .parquet, "
-        ".arrow, .feather, .conll, .iob, .bio",
+        ".arrow, .feather, .conll, .iob, .bio: name another folder, or a file",
     )
 
 
@@ -263,7 +290,7 @@ def test_labels_numbers_and_words_are_refused(case: Case) -> None:
         case.data(rows),
         DATA,
         "train.csv: column 'label' mixes words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 rows) "
-        "as labels; expected one kind: rename them, or drop the wrong rows",
+        "as labels, first: train.csv:2; expected one kind: rename them, or remove the wrong rows",
     )
 
 
@@ -320,8 +347,8 @@ def test_labels_objects_are_refused(case: Case) -> None:
     refused(
         case.data([{"text": f"t {n}", "label": {"name": "ab"[n % 2]}} for n in range(40)], "train.jsonl"),
         DATA,
-        "train.jsonl: column 'label' holds objects ({'name': 'a'}); expected a class name, a list of class names, or a "
-        "number",
+        "train.jsonl: column 'label' holds objects ({'name': 'a'}, first: train.jsonl:1); expected a class name, a "
+        "list of class names, or a number",
     )
 
 
@@ -330,8 +357,8 @@ def test_labels_several_as_single_label_are_refused(case: Case) -> None:
     refused(
         case.data(rows, "train.jsonl", data={"problem_type": "single_label"}),
         DATA,
-        "train.jsonl: column 'label' holds several labels in a row (['a', 'b']); expected one, or set "
-        "data.problem_type: multi_label",
+        "train.jsonl: column 'label' holds several labels in a row (['a', 'b'], first: train.jsonl:2); expected "
+        "one, or set data.problem_type: multi_label",
     )
 
 
@@ -339,7 +366,8 @@ def test_regression_target_word_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, data={"problem_type": "regression"}),
         DATA,
-        "train.csv: column 'label' must hold numbers for regression; found 'weather' (40 such rows)",
+        "train.csv: column 'label' must hold numbers for regression; found 'weather' (40 such rows, first: "
+        "train.csv:2); repair or remove these rows",
     )
 
 
@@ -766,7 +794,7 @@ def test_images_that_cannot_be_decoded_are_listed_and_left_out_only_when_asked(t
         f"same/broken{number:02}.png:" for number in range(10)
     ]
     assert result.problems[10:] == [
-        "11 images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop"
+        "images: 11 images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop"
     ]
     accepted(case.data(name="images", task="image-classification", data={"undecodable_images": "drop"}))
     dropped = next(tmp_path.glob("runs/[!.]*/data/dropped.jsonl")).read_text().splitlines()
@@ -780,7 +808,8 @@ def test_raw_text_of_one_paragraph_is_refused(chat_case: Callable[..., Result], 
     assert "Traceback" not in result.err
     assert result.problems == [
         "book.txt: 1 rows, 1 of them different, are too few for three splits of at least 2 rows (train has 1, eval has "
-        "0, test has 0); give more rows, or files for eval and test"
+        "0, test has 0); give more rows, or files for eval and test; paragraphs of a .txt are joined into rows of "
+        "about 4,000 characters: for one row a paragraph set data.text_rows: paragraph"
     ]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fulltune.data.files import ONLY_BY_NAME, READERS, files_of, reading
 from fulltune.data.images import is_image_folder
-from fulltune.data.read import ONLY_BY_NAME, READERS, files_of
 from fulltune.errors import DataError
 from fulltune.records import SplitName as Split
 
@@ -105,9 +105,10 @@ def refuse_held_out(paths: Sequence[str]) -> None:
     """
     problems = []
     for folder in map(Path, paths):
-        if not folder.is_dir() or is_image_folder(folder):
-            continue
-        found = by_split(files_of(folder))
+        with reading(folder):
+            if not folder.is_dir() or is_image_folder(folder):
+                continue
+            found = by_split(files_of(folder))
         held_out: dict[Split, list[Path]] = {split: found[split] for split in ("eval", "test") if split in found}
         if not held_out:
             continue

@@ -67,14 +67,14 @@ def too_many(left_out: LeftOut, num_rows: int, where: str) -> list[str]:
     ]
 
 
-def undecodable(left_out: LeftOut) -> list[str]:
+def undecodable(left_out: LeftOut, where: str) -> list[str]:
     """Images that cannot be decoded are left out only when the recipe says so: the first ten and their number."""
     count = left_out.counts[UNDECODABLE_IMAGE]
     if not count:
         return []
     return [
         *(f"{item.place}: {item.reason}" for item in left_out.first[UNDECODABLE_IMAGE]),
-        f"{count} images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop",
+        f"{where}: {count} images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop",
     ]
 
 

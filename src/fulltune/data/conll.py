@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fulltune.data.text_tables import first_few
 from fulltune.errors import DataError
 
-_SHOWN = 5
-"""Broken lines that are named one by one."""
 _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
@@ -56,8 +55,7 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if sentence["tokens"]:
         yield first, sentence
     if problems:
-        more = [f"{file}: {len(problems) - _SHOWN} more broken lines"] if len(problems) > _SHOWN else []
-        raise DataError(problems[:_SHOWN] + more)
+        raise DataError(first_few(problems, file))
 
 
 def _columns(content: str, separator: re.Pattern[str]) -> list[str]:
@@ -71,9 +69,9 @@ def _problem(columns: list[str], expected: int) -> str | None:
         found = f"{len(columns)} column{'s' * (len(columns) != 1)}, expected {expected} as in the first line"
         if columns[0].startswith("#"):
             return f"{found}; remove lines with comments"
-        return f"{found}; each line holds a word and its tag, columns are all separated by tabs or all by spaces"
+        return f"{found}; write a word and its tag on each line, all separated by tabs or all by spaces"
     if len(columns) < 2:
-        return "1 column, expected a word and its tag"
+        return "1 column, expected a word and its tag; write both on each line"
     if not columns[-1].strip():
-        return f"the word '{columns[0]}' has no tag; write O where there is no entity"
+        return f"the word '{columns[0]}' has no tag, expected one; write O where there is no entity"
     return None

@@ -24,8 +24,8 @@ from fulltune.errors import SetupError
 from fulltune.hardware import num_cores
 from fulltune.recipe import TaskName
 from fulltune.store import RowWriter, record_batch, words
-from fulltune.tasks import LENGTH, Example, Target, task_named
-from fulltune.tasks.columns import as_text, normalised
+from fulltune.tasks import LENGTH, Example, Refused, Target, task_named
+from fulltune.tasks.columns import as_text, normalised, unreadable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,7 +90,8 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     unusable: list[Dropped] = []
     usable: list[PlacedRow] = []
     for place, row in chunk:
-        refused = task.refuse(row, job.target)
+        unread = unreadable(row, job.target.columns)
+        refused = Refused("unreadable", unread) if unread else task.refuse(row, job.target)
         if refused is None:
             usable.append((place, row))
         else:

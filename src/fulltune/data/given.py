@@ -14,7 +14,8 @@ from fulltune.data.split import sample
 from fulltune.errors import DataError
 from fulltune.recipe import Recipe
 from fulltune.records import SplitName as Split
-from fulltune.tasks import Target, Task
+from fulltune.tasks import PLACE, Target, Task
+from fulltune.tasks.columns import is_whole, unreadable
 
 Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
 _HEAD = 1000
@@ -71,7 +72,8 @@ def rows_given(recipe: Recipe, source: Source, preprocess: Preprocess | None) ->
     if preprocess is None:
         return Given(source.where, rows)
     problems: list[str] = []
-    held = [(place, preprocess(row)) for place, row in rows(problems)]
+    # A user's function expects whole cells; a row without them is listed as it is.
+    held = [(place, preprocess(row) if is_whole(row) else row) for place, row in rows(problems)]
     if problems:
         raise DataError(problems)
     return Given(source.where, lambda problems: iter(held))
@@ -89,11 +91,13 @@ def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tupl
 
     def counted(name: Split) -> Iterator[dict[str, Any]]:
         counts[name] = 0
-        for _, row in rows_of[name].rows(problems):
+        for place, row in rows_of[name].rows(problems):
             counts[name] += 1
             columns[name].update(dict.fromkeys(row))
-            yield row
+            if unreadable(row, roles) is None:  # the others are listed when they are tokenised
+                yield {**row, PLACE: place}
 
+    roles: dict[str, str] = {}
     train, refusal = rows_of["train"], None
     seen, first = _head(train)
     try:
@@ -130,12 +134,12 @@ def describe(recipe: Recipe, task: Task, rows_of: Mapping[Split, Given]) -> tupl
 
 
 def _head(given: Given) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The columns of the first thousand rows, and the first hundred of these: rows may be large."""
+    """The columns of the first thousand rows, and the first hundred whole ones of these: rows may be large."""
     columns: dict[str, None] = {}
     sample: list[dict[str, Any]] = []
     for _, row in islice(given.rows([]), _HEAD):
         columns.update(dict.fromkeys(row))
-        if len(sample) < _SAMPLE:
+        if len(sample) < _SAMPLE and is_whole(row):
             sample.append(row)
     return tuple(columns), sample
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fulltune.data.files import is_utf8, printable
 from fulltune.errors import DataError
-from fulltune.tasks.columns import USUAL_NAMES
+from fulltune.recipe import is_address
+from fulltune.tasks.columns import USUAL_NAMES, BadCell
 
 SUFFIXES = frozenset(
     f".{name}"
@@ -42,7 +44,7 @@ def is_image_folder(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     tables = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
-    if any(path.suffix.lower() in tables for path in folder.iterdir()):
+    if any(path.suffix.lower() in tables and not path.name.startswith(".") for path in folder.iterdir()):
         return False
     return _has_images(folder) or any(
         _has_images(inner) or any(map(_has_images, _folders(inner))) for inner in _folders(folder)
@@ -59,6 +61,14 @@ def files(folder: Path) -> list[Path]:
     if _has_images(folder):
         raise DataError(f"{folder}: images lie directly in this folder; {expected}")
     classes = _folders(folder)
+    unwritable = [inner for inner in classes if not is_utf8(inner.name)]
+    if unwritable:
+        raise DataError(
+            [
+                f"{printable(inner)}: the folder's name is not UTF-8, expected the name of a class; rename the folder"
+                for inner in unwritable
+            ]
+        )
     found = [path for inner in classes for path in _images(inner)]
     deeper = [inner for inner in classes if not _has_images(inner) and any(map(_has_images, _folders(inner)))]
     if deeper and not found:
@@ -75,7 +85,15 @@ def files(folder: Path) -> list[Path]:
 def rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and row of each image: `{"image": path, "label": name of its folder}`."""
     for path in files(folder):
-        yield f"{path.parent.name}/{path.name}", {"image": str(path), "label": path.parent.name}
+        name = printable(path.name)
+        image = str(path) if is_utf8(path.name) else BadCell("a file whose name is not UTF-8; rename it", name)
+        yield f"{path.parent.name}/{name}", {"image": image, "label": path.parent.name}
+
+
+def columns_of(row: Mapping[str, Any], column: str | None) -> list[str]:
+    """The columns that can hold a table's images: the one that the recipe names, or each with a usual name."""
+    names = (column,) if column is not None else USUAL_NAMES["image"]
+    return [name for name in row if name == column or name.lower().strip() in names]
 
 
 def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str, Any]:
@@ -86,12 +104,12 @@ def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str
         folder: Where the table lies.
         column: The column with the image; None: each with a usual name.
     """
-    names = (column,) if column is not None else USUAL_NAMES["image"]
     changed = dict(row)
-    for name, value in row.items():
-        if name != column and name.lower().strip() not in names:
-            continue
-        if isinstance(value, str) and value.strip():
+    for name in columns_of(row, column):
+        value = row[name]
+        if isinstance(value, str) and is_address(value.strip()):
+            changed[name] = BadCell(f"the address '{value.strip()}', expected a file; images are not downloaded")
+        elif isinstance(value, str) and value.strip():
             changed[name] = str(folder / value.strip())
         elif isinstance(value, dict) and not value.get("bytes") and isinstance(value.get("path"), str):
             changed[name] = {**value, "path": str(folder / value["path"])}
@@ -103,7 +121,8 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if _is_image(path.name) and path.is_file())
+    # A link that leads nowhere counts: an image that cannot be read is listed, never left out unseen.
+    return sorted(path for path in folder.iterdir() if _is_image(path.name) and not path.is_dir())
 
 
 def _has_images(folder: Path) -> bool:

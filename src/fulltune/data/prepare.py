@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 DROPPED = "dropped.jsonl"
-FORMAT = 4
+FORMAT = 5
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
 Listener = Callable[[dict[str, Any]], None]

@@ -10,6 +10,7 @@ import numpy as np
 from fulltune.data.check import UNDECODABLE_IMAGE, labels_only_held_out, too_many, undecodable
 from fulltune.data.encode import Encoded
 from fulltune.data.given import Given
+from fulltune.data.plain_text import SECTION_CHARACTERS
 from fulltune.data.split import MOST_HELD_OUT_ROWS, split_off
 from fulltune.errors import DataError
 from fulltune.recipe import Recipe
@@ -34,7 +35,7 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[Split, Encoded], given: Map
     for name, whole in encoded.items():
         where, usable = given[name].where, whole.num_read - whole.unusable.counts.total()
         if recipe.data.undecodable_images == "error":
-            problems += undecodable(whole.unfit)
+            problems += undecodable(whole.unfit, where)
         problems += too_many(whole.unusable, whole.num_read, where)
         problems += too_many(whole.unfit.without({*wanted_out, UNDECODABLE_IMAGE}), usable, where)
         if strategy == "error" and whole.num_too_long:
@@ -79,6 +80,7 @@ def assign(
         raise DataError(
             f"{given['train'].where}: {train.num_read} rows, {len(np.unique(groups))} of them different, are too few "
             f"for three splits of at least 2 rows ({', '.join(small)}); give more rows, or files for eval and test"
+            f"{_sections(recipe)}"
         )
     return split_of, sources
 
@@ -94,6 +96,16 @@ def more_than_asked(
     rows = len(split_of["train"])
     asked = {name: min(MOST_HELD_OUT_ROWS, round(fraction * rows)) for name, fraction in fractions.items()}
     return {name: few for name, few in asked.items() if name not in given and split_of[name].sum() > 1.1 * few + 1}
+
+
+def _sections(recipe: Recipe) -> str:
+    """A text file with blank lines gives far fewer rows than it has paragraphs."""
+    if recipe.data.text_rows != "auto" or not any(file.lower().endswith(".txt") for file in recipe.train_files()):
+        return ""
+    return (
+        f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row a "
+        "paragraph set data.text_rows: paragraph"
+    )
 
 
 def _strata(whole: Encoded) -> np.ndarray:

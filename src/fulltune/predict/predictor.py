@@ -15,6 +15,7 @@ from fulltune.inference import generate, run_rows
 from fulltune.methods import folder as folders
 from fulltune.processors import opened
 from fulltune.tasks import Example, Refused, Row, Target, causal_lm, chat, seq2seq, tags, task_named
+from fulltune.tasks.columns import unreadable
 
 _log = logging.getLogger(__name__)
 
@@ -161,6 +162,8 @@ class Predictor:
         """Why there can be no answer, as far as the row alone shows it."""
         from fulltune.tasks import multiple_choice
 
+        if reason := unreadable(row, self.target.columns):
+            return Refused("unreadable", reason)
         match self.target.problem_type:
             case "choice":
                 return multiple_choice.refuse_choices(row, self.target)

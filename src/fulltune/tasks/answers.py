@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from fulltune.tasks.columns import literal
 
 Answer = tuple[str, int]
 """A text and its first character in the context."""
@@ -50,14 +50,8 @@ def _parsed(cell: Any) -> Any:
         cell = cell.tolist()
     if not isinstance(cell, str) or cell.strip()[:1] + cell.strip()[-1:] not in ("[]", "{}"):
         return cell
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            parsed = parse(cell)
-        except (ValueError, SyntaxError):
-            continue
-        if isinstance(parsed, (list, dict)):
-            return parsed
-    return cell
+    parsed = literal(cell)
+    return cell if parsed is None else parsed
 
 
 def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
@@ -71,7 +65,7 @@ def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
                 raise NotInContext(f"{len(texts)} answers have {len(starts)} values of answer_start")
             for text, start in zip(texts, starts or [None] * len(texts), strict=True):
                 if str(text).strip():
-                    yield str(text), None if start is None else int(start)
+                    yield str(text), None if start is None else _place(start)
         case dict():
             if cell:
                 raise NotInContext(f"an object with 'text' and 'answer_start' was expected, found {sorted(cell)}")
@@ -83,6 +77,14 @@ def _parts(cell: Any) -> Iterator[tuple[str, int | None]]:
         case _:
             if str(cell).strip():
                 yield str(cell).strip(), None
+
+
+def _place(start: Any) -> int:
+    """A character's place; pandas writes whole numbers as floats where some are missing."""
+    try:
+        return int(start)
+    except (ValueError, TypeError, OverflowError):
+        raise NotInContext(f"answer_start is {start!r}, expected the number of a character") from None
 
 
 def _listed(value: Any) -> list[Any]:

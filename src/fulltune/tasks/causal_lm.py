@@ -15,7 +15,7 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
 from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, chat
-from fulltune.tasks.columns import as_text, named, normalised, required
+from fulltune.tasks.columns import as_text, is_blank, named, normalised, required
 from fulltune.tasks.padding import mask, padded
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
             value = row.get(target.columns[role])
             if isinstance(value, (list, tuple, dict)):
                 return Refused(f"no {role}", f"column '{target.columns[role]}' holds a list or an object, not text")
-            if not as_text(value).strip():
+            if is_blank(as_text(value)):
                 return Refused(f"no {role}", f"column '{target.columns[role]}' is empty")
         return None
     try:

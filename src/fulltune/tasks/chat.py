@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DataError, SetupError
+from fulltune.tasks.columns import fault, may_be_faulty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,9 +59,10 @@ def parsed(value: Any) -> Any:
     """Lists and objects come as JSON text where the file has no type for them (csv), or another for each row."""
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except ValueError:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
             return value
+        return value if may_be_faulty(value) and fault(found) else found
     return value
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fulltune.errors import DataError
 from fulltune.recipe import DataBlock
 from fulltune.tasks import Row, Target
-from fulltune.tasks.columns import as_text, named
+from fulltune.tasks.columns import as_text, named, usual
 from fulltune.tasks.labels import is_empty, label_name, parsed_list
 
 NAMES = {
@@ -53,7 +53,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     rest = list(columns)
 
     def take(role: str, given: str | None) -> None:
-        column = named(role, given, rest, where) if given is not None else _usual(NAMES[role], rest)
+        column = named(role, given, rest, where) if given is not None else usual(NAMES[role], rest, where)
         if column is not None:
             found[role] = column
             rest.remove(column)
@@ -79,11 +79,6 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
 
 def _missing(role: str, where: str, columns: Sequence[str], form: str = "") -> str:
     return f"{where}: no column found for data.{role}{form}; name it in the recipe (columns here: {', '.join(columns)})"
-
-
-def _usual(names: Sequence[str], columns: Sequence[str]) -> str | None:
-    by_lower = {column.lower().strip(): column for column in columns}
-    return next((by_lower[name] for name in names if name in by_lower), None)
 
 
 def _numbered(columns: Sequence[str]) -> list[str]:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
-from collections.abc import Collection, Sequence
+import io
+import json
+import re
+import tokenize
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 from fulltune.errors import DataError
 
@@ -39,6 +46,105 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+class BadCell:
+    """A cell that could not be read, in a row whose other cells are whole: in the place of a value.
+
+    Args:
+        reason: What is wrong with it, for messages.
+        shown: What is written down in its place.
+    """
+
+    def __init__(self, reason: str, shown: str = "") -> None:
+        self.reason, self.shown = reason, shown or f"<{reason}>"
+
+    def __str__(self) -> str:
+        return self.shown
+
+
+def unreadable(row: Mapping[str, object], columns: Mapping[str, str]) -> str | None:
+    """Why a row cannot be used, by its cells in the columns of all roles; None: they could be read."""
+    for role, column in columns.items():
+        cell = row.get(column)
+        if isinstance(cell, BadCell):
+            return f"column '{column}' holds {cell.reason}"
+        if isinstance(cell, bytes) and role != "image":
+            return f"column '{column}' holds bytes that are no text in UTF-8"
+    return None
+
+
+def is_whole(row: Mapping[str, object]) -> bool:
+    """Every cell of a row could be read."""
+    return not any(isinstance(cell, BadCell) for cell in row.values())
+
+
+MOST_NESTED = 100
+"""Lists and objects in each other; a cell with more is damaged, or made to crash what reads it."""
+
+
+def fault(value: object) -> str | None:
+    """What makes a value from JSON unusable: half a character, or depth; None: nothing does."""
+    waiting: list[tuple[object, int]] = [(value, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        if depth > MOST_NESTED:
+            return f"lists nested more than {MOST_NESTED} deep"
+        if isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeEncodeError:
+                return "half a character (a lone surrogate, as a cut emoji leaves it)"
+        elif isinstance(part, dict):
+            waiting += [(inner, depth + 1) for pair in part.items() for inner in pair]
+        elif isinstance(part, (list, tuple)):
+            waiting += [(inner, depth + 1) for inner in part]
+    return None
+
+
+def may_be_faulty(text: str) -> bool:
+    """Whether a value that was written so as JSON, or by Python, is worth asking for its `fault`: most are not."""
+    has_escape = "\\ud" in text or "\\uD" in text or "\\U" in text
+    return has_escape or text.count("[") + text.count("{") > MOST_NESTED
+
+
+def literal(text: str) -> list[Any] | dict[str, Any] | None:
+    """A list or an object written as JSON, or as Python writes it (what pandas makes of such a column)."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        is_wrong = (may_be_faulty(text) and fault(found)) or (parse is not json.loads and _is_glued(text))
+        return found if isinstance(found, (list, dict)) and not is_wrong else None
+    return None
+
+
+def _is_glued(text: str) -> bool:
+    """Python makes one text of two without a comma between them, as numpy writes a list."""
+    if re.search(r"""['"]\s+['"]""", text) is None:
+        return False
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    return any(one == two == tokenize.STRING for one, two in pairwise(kinds))
+
+
+def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | None:
+    """The column with the first of these names that is there; upper case and spaces at its ends do not matter.
+
+    Raises:
+        DataError: When several have it.
+    """
+    for name in names:
+        alike = [column for column in columns if column.lower().strip() == name]
+        if name in alike or len(alike) == 1:
+            return name if name in alike else alike[0]
+        if alike:
+            shown = " and ".join(repr(column) for column in alike)
+            raise DataError(
+                f"{where}: columns {shown} differ in case or spaces only, expected one '{name}'; rename one, or name "
+                "the right one in the recipe"
+            )
+    return None
+
+
 def named(role: str, given: str | None, columns: Sequence[str], where: str) -> str | None:
     """The column that the recipe names for a role, or one with a usual name, or None.
 
@@ -51,8 +157,7 @@ def named(role: str, given: str | None, columns: Sequence[str], where: str) -> s
             hint = f"did you mean '{near[0]}'?" if near else f"columns here: {', '.join(columns)}"
             raise DataError(f"{where}: no column '{given}' (data.{role}); {hint}")
         return given
-    by_lower = {column.lower().strip(): column for column in columns}
-    return next((by_lower[name] for name in USUAL_NAMES[role] if name in by_lower), None)
+    return usual(USUAL_NAMES[role], columns, where)
 
 
 def required(
@@ -70,6 +175,14 @@ def required(
 def as_text(value: object) -> str:
     """A cell as text; a missing one is empty."""
     return "" if value is None else str(value)
+
+
+def is_blank(text: str) -> bool:
+    """Nothing to read: white space, and signs of no width."""
+    return not text.strip() or not text.translate(_NO_WIDTH).strip()
+
+
+_NO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
 def normalised(text: str) -> str:

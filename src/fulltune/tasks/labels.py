@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 from fulltune.errors import DataError
 from fulltune.recipe import DataBlock
-from fulltune.tasks import Row, Target
+from fulltune.tasks import PLACE, Row, Target
+from fulltune.tasks.columns import literal
 
+_MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
 """Different values that are looked at; numbers beyond them are only counted."""
 
@@ -26,10 +30,17 @@ class Seen:
     values: tuple[Any, ...]
     counts: tuple[int, ...]
     total: int
+    places: tuple[str, ...] = ()
+    """Where each value stands first: file and line, or empty."""
 
     def count(self, wrong: Callable[[Any], bool]) -> int:
         """Rows whose value is such."""
         return sum(count for value, count in zip(self.values, self.counts, strict=True) if wrong(value))
+
+    def at(self, value: Any) -> str:
+        """Where a value stands first, as the end of a message."""
+        place = next(place for one, place in zip(self.values, self.places, strict=True) if one is value)
+        return f", first: {place}" if place else ""
 
 
 def seen(rows: Iterable[Row], column: str, where: str) -> Seen:
@@ -48,7 +59,7 @@ def seen(rows: Iterable[Row], column: str, where: str) -> Seen:
         if key in found:
             found[key][1] += 1
         elif len(found) < MOST_DISTINCT:
-            found[key] = [value, 1]
+            found[key] = [value, 1, str(row.get(PLACE, ""))]
         elif parsed_number(value) is not None:
             beyond += 1
         else:
@@ -57,21 +68,22 @@ def seen(rows: Iterable[Row], column: str, where: str) -> Seen:
             )
     if not found:
         raise DataError(f"{where}: column '{column}' holds no label in any row")
-    values, counts = zip(*found.values(), strict=True)
-    return Seen(values, counts, sum(counts) + beyond)
+    values, counts, places = zip(*found.values(), strict=True)
+    return Seen(values, counts, sum(counts) + beyond, places)
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
     """Problem type and class names, sorted; whole-number labels sort by value."""
     column = columns["label"]
     found = seen(rows, column, where)
-    objects = [value for value in found.values if isinstance(value, dict)]
-    if objects:
+    strange = [value for value in found.values if isinstance(value, (dict, date, time, timedelta))]
+    if strange:
+        kind = "objects" if isinstance(strange[0], dict) else "dates or times"
         raise DataError(
-            f"{where}: column '{column}' holds objects ({str(objects[0])[:60]}); expected a class name, "
-            "a list of class names, or a number"
+            f"{where}: column '{column}' holds {kind} ({str(strange[0])[:60]}{found.at(strange[0])}); expected a class "
+            "name, a list of class names, or a number"
         )
-    match data.problem_type if data.problem_type != "auto" else _problem_type(found.values):
+    match data.problem_type if data.problem_type != "auto" else _problem_type(found):
         case "regression":
             return _numbers(found, columns, where)
         case "multi_label":
@@ -81,19 +93,23 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def _numbers(found: Seen, columns: Mapping[str, str], where: str) -> Target:
-    wrong = [value for value in found.values if parsed_number(value) is None]
+    def is_word(value: Any) -> bool:
+        return parsed_number(value) is None and not is_beyond(value)
+
+    wrong = [value for value in found.values if is_word(value)]
     if wrong:
         raise DataError(
-            f"{where}: column '{columns['label']}' must hold numbers for regression; found {wrong[0]!r} "
-            f"({found.count(lambda value: parsed_number(value) is None)} such rows)"
+            f"{where}: column '{columns['label']}' must hold numbers for regression; found {str(wrong[0])[:60]!r} "
+            f"({found.count(is_word)} such rows{found.at(wrong[0])}); repair or remove these rows"
         )
-    if len({parsed_number(value) for value in found.values}) == 1:
+    # Numbers that are too large are left out row by row.
+    if len({number for value in found.values if (number := parsed_number(value)) is not None}) == 1:
         raise DataError(f"{where}: every row has the same target {found.values[0]!r}; there is nothing to learn")
     return Target("regression", columns)
 
 
 def _several_labels(found: Seen, columns: Mapping[str, str], where: str) -> Target:
-    column, values = columns["label"], found.values
+    column, values = columns["label"], [value for value in found.values if not is_broken_list(value)]
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
         raise DataError(f"{where}: no row of column '{column}' names a label")
@@ -111,8 +127,8 @@ def _classes(found: Seen, columns: Mapping[str, str], where: str) -> Target:
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
         raise DataError(
-            f"{where}: column '{column}' holds several labels in a row ({several[0]!r}); expected one, or "
-            "set data.problem_type: multi_label"
+            f"{where}: column '{column}' holds several labels in a row ({str(several[0])[:60]}{found.at(several[0])}); "
+            "expected one, or set data.problem_type: multi_label"
         )
     _refuse_mixed(found, column, where)
     names = {label_name(value) for value in values}
@@ -130,10 +146,12 @@ def _classes(found: Seen, columns: Mapping[str, str], where: str) -> Target:
     return Target("single_label", columns, tuple(ordered))
 
 
-def _problem_type(values: Sequence[Any]) -> str:
-    if any(isinstance(value, (list, tuple)) for value in values) or all(_is_json_list(value) for value in values):
+def _problem_type(found: Seen) -> str:
+    values = found.values
+    # A few broken lists do not make class names of the others: they are left out row by row, and listed.
+    if any(isinstance(value, (list, tuple)) for value in values) or found.count(_is_json_list) > found.total / 2:
         return "multi_label"
-    numbers = [parsed_number(value) for value in values]
+    numbers = [parsed_number(value) for value in values if not is_beyond(value)]
     if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
         return "regression"
     return "single_label"
@@ -143,12 +161,22 @@ def _refuse_mixed(found: Seen, column: str, where: str) -> None:
     """Numbers among words are most often a broken export: `1`, `2`, `positive`."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
+    beyond = [value for value in found.values if is_beyond(value)]
+    num_numbers = sum(parsed_number(value) is not None for value in found.values)
+    if beyond and num_numbers and num_numbers + len(beyond) == len(found.values):
+        raise DataError(
+            f"{where}: column '{column}' holds whole numbers and {str(beyond[0])[:60]!r} "
+            f"({found.count(is_beyond)} such rows{found.at(beyond[0])}), which is no number that can be a class or a "
+            "target; expected class names or numbers up to 3.4e38: repair or remove these rows"
+        )
     for value, count in zip(found.values, found.counts, strict=True):
         (words if parsed_number(value) is None else numbers)[str(value)] += count
     if words and numbers:
+        rarer = min((words, numbers), key=lambda one: one.total())
+        first = found.at(next(value for value in found.values if str(value) in rarer))
         raise DataError(
-            f"{where}: column '{column}' mixes words ({_few(words)}) and numbers ({_few(numbers)}) as labels; "
-            "expected one kind: rename them, or drop the wrong rows"
+            f"{where}: column '{column}' mixes words ({_few(words)}) and numbers ({_few(numbers)}) as labels{first}; "
+            "expected one kind: rename them, or remove the wrong rows"
         )
 
 
@@ -164,30 +192,44 @@ def is_empty(value: Any) -> bool:
 
 
 def parsed_number(value: Any) -> float | None:
-    if isinstance(value, (bool, list, tuple, dict)) or value is None:
+    """A number that a model can be trained on: finite, and no larger than 32 bits hold."""
+    number = _as_float(value)
+    return number if number is not None and abs(number) <= _MOST_FLOAT32 else None
+
+
+def is_beyond(value: Any) -> bool:
+    """A number in form that is none to train on: `1e39`, `1e999`, `inf`, the word `nan`."""
+    number = _as_float(value)
+    return number is not None and not abs(number) <= _MOST_FLOAT32
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (str, Real, Decimal)):
         return None
     if isinstance(value, str) and "_" in value:  # Python reads 1_1 as 11; in a label it is a name
         return None
     try:
-        number = float(value)
+        return float(value)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
 
 
 def _is_json_list(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("[") and value.endswith("]") and parsed_list(value) is not None
 
 
+def is_broken_list(value: Any) -> bool:
+    """A cell that begins or ends as a list and is none: half of it is lost. `a [b]` is a name."""
+    if not isinstance(value, str) or not (value.startswith("[") or (value.endswith("]") and "[" not in value)):
+        return False
+    return parsed_list(value) is None
+
+
 def parsed_list(value: str) -> list[Any] | None:
-    """A list written as JSON, or as Python writes it (what pandas makes of a column of lists)."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            parsed = parse(value)
-        except (ValueError, SyntaxError):
-            continue
-        return parsed if isinstance(parsed, list) else None
-    return None
+    found = literal(value)
+    return found if isinstance(found, list) else None
 
 
 def label_list(value: Any) -> list[str]:

@@ -18,7 +18,7 @@ from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
 from fulltune.tasks.answers import NotInContext, accepted
-from fulltune.tasks.columns import as_text, normalised, required
+from fulltune.tasks.columns import as_text, is_blank, normalised, required
 from fulltune.tasks.padding import mask, padded
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
         value, column = row.get(target.columns[role]), target.columns[role]
         if isinstance(value, (list, tuple, dict)):
             return Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
-        if not as_text(value).strip():
+        if is_blank(as_text(value)):
             return Refused(f"no {role}", f"column '{column}' is empty")
     try:
         answers_of(row, target)

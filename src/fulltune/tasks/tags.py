@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +9,8 @@ from typing import Any
 
 from fulltune.errors import DataError
 from fulltune.recipe import DataBlock
-from fulltune.tasks import Refused, Row, Target
+from fulltune.tasks import PLACE, Refused, Row, Target
+from fulltune.tasks.columns import is_blank, literal
 
 _log = logging.getLogger(__name__)
 _BIO = re.compile(r"O|[BI]-\S+")
@@ -39,15 +38,8 @@ def _list_in(text: str) -> list[Any] | None:
     """A list written as JSON, or as Python writes it (what pandas makes of a column of lists)."""
     if not (text.startswith("[") and text.endswith("]")):
         return None
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            parsed = parse(text)
-        except (ValueError, SyntaxError, RecursionError):
-            continue
-        # numpy writes no commas, and Python glues texts without a comma together.
-        glued = len(parsed) == 1 and re.search(r"""['"]\s+['"]""", text)
-        return parsed if isinstance(parsed, list) and not glued else None
-    return None
+    parsed = literal(text)
+    return parsed if isinstance(parsed, list) else None
 
 
 def _cells(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
@@ -73,7 +65,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
     for name, role, cell in zip(names, ("tokens", "tags"), (found, tags), strict=True):
         if cell is None:
             return Refused(f"no {role}", f"column '{name}' holds {type(row.get(name)).__name__}, expected a list")
-        if not cell:
+        if is_blank("".join(cell)):
             return Refused(f"no {role}", f"column '{name}' is empty")
     assert found is not None
     assert tags is not None
@@ -140,12 +132,13 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         DataError: When tags are numbers or not BIO, naming the first places, or when no row has an entity.
     """
     found: set[str] = set()
-    wrong: list[tuple[int, int, str]] = []
+    wrong: list[tuple[str, int, str]] = []
     num_rows, num_wrong, num_begun, first_begun = 0, 0, 0, ""
-    for number, row in enumerate(rows, start=1):
-        num_rows = number
+    for row in rows:
+        num_rows += 1
+        at = str(row.get(PLACE, f"{where}: row {num_rows}"))
         sentence, tags = (cell or [] for cell in _cells(row, columns))
-        bad = [(number, place, tag) for place, tag in enumerate(tags, start=1) if tag not in found and not _is_bio(tag)]
+        bad = [(at, place, tag) for place, tag in enumerate(tags, start=1) if tag not in found and not _is_bio(tag)]
         num_wrong += len(bad)
         wrong += bad[: _SHOWN - len(wrong)]
         if bad or len(tags) != len(sentence):
@@ -154,7 +147,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         if (repaired := strict(tags)) != list(tags):
             num_begun += 1
             place = next(i for i, pair in enumerate(zip(tags, repaired, strict=True)) if pair[0] != pair[1])
-            first_begun = first_begun or f"'{tags[place]}' of row {number}, word {place + 1}"
+            first_begun = first_begun or f"'{tags[place]}' in {at}, word {place + 1}"
     if wrong:
         raise DataError(_not_bio(wrong, num_wrong, columns["tags"], where))
     kinds = sorted(types(found))
@@ -176,7 +169,7 @@ def _is_bio(tag: str) -> bool:
     return _BIO.fullmatch(tag) is not None
 
 
-def _not_bio(wrong: Sequence[tuple[int, int, str]], count: int, column: str, where: str) -> list[str]:
+def _not_bio(wrong: Sequence[tuple[str, int, str]], count: int, column: str, where: str) -> list[str]:
     """A line with advice, then a line for each of the first places."""
     tags = [tag for *_, tag in wrong]
     if all(tag.removeprefix("-").isdecimal() for tag in tags):
@@ -188,7 +181,8 @@ def _not_bio(wrong: Sequence[tuple[int, int, str]], count: int, column: str, whe
         advice = "is in another scheme (BIOES, BILOU), expected BIO: write S- and U- as B-, E- L- and M- as I-"
     else:
         advice = (
-            "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE (each further word)"
+            "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE (each further word): "
+            "rename them"
         )
-    places = [f"{where}: row {row}, word {place}: tag {tag!r}" for row, place, tag in wrong]
+    places = [f"{at}, word {place}: tag {tag!r}" for at, place, tag in wrong]
     return [f"{where}: column '{column}' {advice} ({count} such tags)", *places]

@@ -13,9 +13,9 @@ from fulltune import recipe_rules
 from fulltune.recipe import DataBlock
 from fulltune.records import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
-from fulltune.tasks.columns import as_text, named, normalised, required
+from fulltune.tasks.columns import as_text, is_blank, named, normalised, required
 from fulltune.tasks.labels import find_target as find_target
-from fulltune.tasks.labels import is_empty, label_list, label_name, parsed_number
+from fulltune.tasks.labels import is_beyond, is_broken_list, is_empty, label_list, label_name, parsed_number
 from fulltune.tasks.padding import mask, padded
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ USUAL_PAIRS = (
 
 
 def _usual_pair(columns: Sequence[str]) -> tuple[str, str] | None:
-    by_lower = {column.lower().strip(): column for column in columns}
+    by_lower = {column.lower().strip(): column for column in columns} | {column: column for column in columns}
     return next(((by_lower[one], by_lower[two]) for one, two in USUAL_PAIRS if {one, two} <= set(by_lower)), None)
 
 
@@ -90,7 +90,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
         column = target.columns.get(role)
         if column is not None and isinstance(row.get(column), (list, tuple, dict)):
             return Refused("no text", f"column '{column}' holds a list or an object, not text")
-    if not as_text(row.get(target.columns["text"])).strip():
+    if is_blank(as_text(row.get(target.columns["text"]))):
         return Refused("no text", f"column '{target.columns['text']}' is empty")
     value = row.get(target.columns["label"])
     if target.problem_type != "multi_label" and is_empty(value):
@@ -98,7 +98,14 @@ def refuse(row: Row, target: Target) -> Refused | None:
     if target.problem_type == "multi_label" and value is None:
         return Refused("no label", f"column '{target.columns['label']}' is empty")
     if target.problem_type == "regression" and parsed_number(value) is None:
-        return Refused("no number", f"column '{target.columns['label']}' holds {value!r}, expected a number")
+        expected = "a number of at most 32 bits (up to 3.4e38)" if is_beyond(value) else "a number"
+        return Refused(
+            "no number", f"column '{target.columns['label']}' holds {str(value)[:60]!r}, expected {expected}"
+        )
+    if target.problem_type == "multi_label" and is_broken_list(value):
+        return Refused(
+            "no list", f"column '{target.columns['label']}' holds {str(value)[:60]!r}, expected a whole list"
+        )
     return None
 
 

@@ -48,12 +48,12 @@ def test_word_may_be_a_space_that_is_no_separator(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "problem"),
     [
-        ("a\tO\nb\tX\tO\n", 2, "3 columns, expected 2 as in the first line; each line holds a word and its tag"),
+        ("a\tO\nb\tX\tO\n", 2, "3 columns, expected 2 as in the first line; write a word and its tag on each line"),
         ("a O\nb\n", 2, "1 column, expected 2 as in the first line"),
         ("a\tO\nb O\n", 2, "1 column, expected 2 as in the first line"),
         ("a\tX\tO\n\n# text = b\n", 3, "1 column, expected 3 as in the first line; remove lines with comments"),
         ("a\nb\n", 1, "1 column, expected a word and its tag"),
-        ("a\tO\nb\t\n", 2, "the word 'b' has no tag; write O where there is no entity"),
+        ("a\tO\nb\t\n", 2, "the word 'b' has no tag, expected one; write O where there is no entity"),
     ],
 )
 def test_broken_line_is_refused_by_its_number(tmp_path: Path, text: str, line: int, problem: str) -> None:
@@ -66,4 +66,4 @@ def test_many_broken_lines_are_named_up_to_five(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(tmp_path, "a O\n" + "b\n" * 9)
     assert len(caught.value.problems) == 6
-    assert caught.value.problems[-1] == f"{tmp_path}/a.conll: 4 more broken lines"
+    assert caught.value.problems[-1] == f"{tmp_path}/a.conll: 4 more broken lines; repair them, too"

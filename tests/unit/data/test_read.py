@@ -64,7 +64,7 @@ def test_read_json_lines_many_broken_names_five(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read([str(tmp_path / "a.jsonl")])
     assert len(caught.value.problems) == 6
-    assert caught.value.problems[-1] == f"{tmp_path}/a.jsonl: 4 more broken lines"
+    assert caught.value.problems[-1] == f"{tmp_path}/a.jsonl: 4 more broken lines; repair them, too"
 
 
 def test_content_hash_changes_with_content_only(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_inside_tag_that_continues_nothing_begins_an_entity(found: str, repaired
 def test_inside_tags_that_begin_entities_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert target_of("B-a O", "O I-a", "I-a I-a").labels == ("O", "B-a", "I-a")
-    assert "in 2 of 3 rows an I- tag continues no entity (first: 'I-a' of row 2, word 2)" in caplog.text
+    assert "in 2 of 3 rows an I- tag continues no entity (first: 'I-a' in rows.jsonl: row 2, word 2)" in caplog.text
 
 
 @pytest.mark.parametrize(

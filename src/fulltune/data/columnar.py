@@ -1,0 +1,143 @@
+"""Read parquet, arrow and feather files, batch by batch, so that a large file never lies in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulltune.errors import DataError
+from fulltune.tasks.columns import BadCell
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROWS_AT_ONCE = 1000
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Pairs of row number, from 1, and row.
+
+    A value that Python cannot hold (a time beyond the year 9999, a text that is not UTF-8) becomes a `BadCell`. Whole
+    numbers that stand for class names, as `datasets` writes them, become these names.
+
+    Args:
+        file: The file.
+
+    Raises:
+        DataError: For a file that is damaged, cut, or has two columns of one name.
+    """
+    import pyarrow as pa
+
+    number = 1
+    try:
+        for batch in _batches(file):
+            _refuse_repeated(batch.schema.names, file)
+            classes = class_names(batch.schema.metadata)
+            columns = [_values(column, classes.get(title)) for title, column in _named(batch)]
+            for cells in zip(*columns, strict=True):
+                yield number, dict(zip(batch.schema.names, cells, strict=True))
+                number += 1
+    except PermissionError:
+        raise
+    except (pa.ArrowException, OSError, EOFError) as error:
+        after = f", after row {number - 1}" if number > 1 else ""
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{file}: not a valid {file.suffix[1:]} file: {text[:200]}{after}; expected a whole one: copy or write it "
+            "again"
+        ) from None
+
+
+def _named(batch: pa.RecordBatch) -> Iterator[tuple[str, pa.Array]]:
+    return zip(batch.schema.names, batch.columns, strict=True)
+
+
+def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+    from pyarrow import feather, parquet
+
+    if file.suffix.lower() == ".parquet":
+        with parquet.ParquetFile(file) as parts:
+            yield from parts.iter_batches(_ROWS_AT_ONCE)
+        return
+    if file.suffix.lower() == ".feather":
+        yield from feather.read_table(file, memory_map=True).to_batches(_ROWS_AT_ONCE)
+        return
+    with pa.memory_map(str(file)) as stream:
+        try:
+            table = pa.ipc.open_file(stream).read_all()
+        except pa.ArrowInvalid:
+            stream.seek(0)
+            table = pa.ipc.open_stream(stream).read_all()
+            # One that was cut between two batches reads like a whole one, but for its mark.
+            end = stream.tell()
+            stream.seek(max(0, end - len(_END_OF_STREAM)))
+            if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+                raise pa.ArrowInvalid(f"cut after {len(table)} rows, its end mark is missing") from None
+        yield from table.to_batches(_ROWS_AT_ONCE)
+
+
+def _refuse_repeated(names: Sequence[str], file: Path) -> None:
+    repeated = [title for title, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise DataError(f"{file}: column '{repeated[0]}' stands twice, expected each name once; rename or remove one")
+
+
+_NO_VALUE = (ValueError, OverflowError, LookupError)
+"""What pyarrow raises where Python has no such value: a far time, an unknown time zone, a text that is not UTF-8."""
+
+
+def _values(column: pa.Array, classes: Sequence[str] | None) -> list[Any]:
+    """A column's cells as Python's values."""
+    import pyarrow as pa
+
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):  # that is wrong with single cells; other damage is the file's
+            raise
+    try:
+        values = column.to_pylist()
+    except _NO_VALUE:
+        values = [_value(cell) for cell in column]
+    return values if classes is None else [_class_name(value, classes) for value in values]
+
+
+def _value(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return BadCell("a text that is not UTF-8")
+    except _NO_VALUE as error:
+        return BadCell(f"a value of type {cell.type} that cannot be read ({error})")
+
+
+# ---- classes that `datasets` keeps as numbers ------------------------------------------------------------------
+
+
+def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Column to class names, for columns of type `ClassLabel`, or lists of it."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    found = {}
+    for column, kind in features.items() if isinstance(features, dict) else ():
+        kind = kind.get("feature", kind) if isinstance(kind, dict) else {}
+        if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list):
+            found[column] = [str(name) for name in kind["names"]]
+    return found
+
+
+def _class_name(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_class_name(part, names) for part in value]
+    if not isinstance(value, int):
+        return value
+    if value == -1:  # `datasets` marks rows without a class so
+        return None
+    return names[value] if 0 <= value < len(names) else BadCell(f"class {value} of {len(names)} in the file's metadata")

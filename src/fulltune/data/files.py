@@ -1,0 +1,113 @@
+"""Find data files: what a path or a folder holds, and clear words where the system refuses to read it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from fulltune.errors import DataError
+
+READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
+ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
+"""Kinds that a folder may hold for other reasons (a licence, notes): read when the recipe names the file."""
+
+
+def files_of(path: Path) -> list[Path]:
+    """A data file itself, or the data files in a folder, sorted.
+
+    Raises:
+        DataError: When there is none, or it is empty or of an unknown kind.
+    """
+    _refuse_name(path)
+    with reading(path):
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(_no_such_file(path)) from None
+        if stat.S_ISDIR(status.st_mode):
+            return _files_in(path)
+    if path.suffix.lower() not in (*READERS, *ONLY_BY_NAME):
+        kinds = ", ".join(READERS)
+        raise DataError(f"{path}: unknown kind of file '{path.suffix}'; expected {kinds}: save it as one of them")
+    if status.st_size == 0:
+        raise DataError(f"{path}: the file is empty, expected rows; name another file, or write it again")
+    return [path]
+
+
+def _no_such_file(path: Path) -> str:
+    parent = path.parent
+    if path.is_symlink():
+        return f"{path}: is a link that leads nowhere, expected a file; repair it, or name the file itself"
+    near = [file.name for file in parent.iterdir() if file.suffix in READERS] if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, near, cutoff=0.5) or sorted(near)[:4]
+    hint = f" (in that folder: {', '.join(map(printable, near))})" if near else ""
+    return f"{path}: no such file{hint}; give the path of a data file"
+
+
+def _files_in(folder: Path) -> list[Path]:
+    listed = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    names = {file.name for file in listed}
+    if "dataset_dict.json" in names:  # what DatasetDict.save_to_disk writes
+        splits = sorted(file.name for file in listed if (file / "state.json").exists())
+        first = next((split for split in splits if "train" in split), *splits[:1] or ["train"])
+        raise DataError(
+            f"{folder}: is a folder of several data sets ({', '.join(splits)}), expected one; name them one by one, "
+            f"for example data.train: {folder / first}"
+        )
+    if {"state.json", "dataset_info.json"} <= names:  # what Dataset.save_to_disk writes: the rest is about the rows
+        listed = [file for file in listed if file.suffix.lower() != ".json"]
+    found = [file for file in listed if file.suffix.lower() in READERS]
+    if not found:
+        raise DataError(
+            f"{folder}: no data file in this folder; expected {', '.join(READERS)}: name another folder, or a file"
+        )
+    for file in found:
+        _refuse_name(file)
+    return found
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn the system's refusal to read into an error about this file.
+
+    Raises:
+        DataError: Naming the file.
+    """
+    try:
+        yield
+    except PermissionError:
+        raise DataError(
+            f"{printable(file)}: may not be read (permission denied), expected a file that you can read; change its "
+            "permissions, or name a copy of your own"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DataError(
+                f"{printable(file)}: is a link that leads back to itself, expected a file; name the file itself"
+            ) from None
+        if error.errno == errno.ENAMETOOLONG:
+            shown = printable(file)
+            raise DataError(
+                f"{shown[:60]}...: a path of {len(shown):,} characters is too long for this system; give the path of a "
+                "file"
+            ) from None
+        raise
+
+
+def printable(path: str | Path) -> str:
+    """A path for messages: bytes that are not UTF-8, which a name on disk may hold, as `\\xe4`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def is_utf8(name: str | Path) -> bool:
+    return printable(name) == str(name)
+
+
+def _refuse_name(path: Path) -> None:
+    if not is_utf8(path):
+        raise DataError(f"{printable(path)}: the name is not UTF-8, expected one that is; rename it")

@@ -1,0 +1,434 @@
+"""Damaged cells, rows and files: what is whole is used, the rest is listed row by row or refused with a way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from fulltune import cli_predict, cli_predict_files, data, model
+from fulltune.data import images
+from fulltune.data.given import find_sources
+from fulltune.data.read import content_hash, locate, read
+from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.recipe import Recipe, resolve_paths
+from fulltune.records import DataSummary
+from fulltune.run_folder import writing
+from fulltune.store import load_texts
+from fulltune.tasks import PLACE, task_named
+from tests import tiny
+
+ROWS = tiny.topic_rows(40)
+SURROGATE = "\ud83d"
+"""Half of an emoji."""
+
+
+class Prepared:
+    """What the data stage made of a file."""
+
+    def __init__(self, folder: Path, file: Path, tokenizer: Any, task: str = "text-classification", **settings: Any):
+        recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": str(file), **settings}})
+        self.summary: DataSummary = data.prepare(
+            recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS)
+        )
+        splits = [load_texts(folder / "data" / name) for name in ("train", "eval", "test")]
+        self.rows = {row.pop(PLACE): row for rows in splits for row in rows}
+        lines = (folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
+        self.dropped = {item["place"]: item["reason"] for item in map(json.loads, lines)}
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, encoder_tokenizer: Any) -> Callable[..., Prepared]:
+    return lambda file, **settings: Prepared(tmp_path, file, encoder_tokenizer, **settings)
+
+
+def json_lines(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+    return path
+
+
+def table(folder: Path, columns: dict[str, Any], metadata: dict[bytes, bytes] | None = None) -> Path:
+    parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def refusal(paths: str | Path | list[str]) -> str:
+    with pytest.raises(DataError) as caught:
+        read(paths if isinstance(paths, list) else [str(paths)])
+    return str(caught.value)
+
+
+# ---- cells of JSON ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_row_with_half_a_character_in_a_used_column_is_listed(
+    tmp_path: Path, prepare: Callable[..., Prepared], column: str
+) -> None:
+    rows = [*ROWS[:20], {**ROWS[20], column: f"bad {SURROGATE} one"}, *ROWS[21:]]
+    made = prepare(json_lines(tmp_path, rows))
+    assert list(made.dropped) == ["a.jsonl:21"]
+    assert "half a character" in made.dropped["a.jsonl:21"]
+    assert len(made.rows) == 39
+    assert made.summary.labels == ("food", "weather")
+
+
+def test_half_a_character_in_an_unused_column_or_name_costs_no_row(
+    tmp_path: Path, prepare: Callable[..., Prepared]
+) -> None:
+    rows: list[dict[str, Any]] = [{**row, "note": "😀"} for row in ROWS]
+    rows[3] |= {"note": SURROGATE, f"n{SURROGATE}": 1}
+    rows[4] |= {"note": {"a": [SURROGATE]}}
+    made = prepare(json_lines(tmp_path, rows))
+    assert not made.dropped
+    assert {place: row["text"] for place, row in made.rows.items()} == {
+        f"a.jsonl:{number}": row["text"] for number, row in enumerate(ROWS, start=1)
+    }
+    assert made.rows["a.jsonl:1"]["note"] == "😀"
+    assert made.rows["a.jsonl:4"] == {**ROWS[3], "note": "\\ud83d", "n\\ud83d": 1}
+
+
+def test_deep_json_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
+    assert refusal(path).startswith(f"{path}:2: not valid JSON: its lists or objects are nested too deep")
+    path = path.rename(tmp_path / "a.json")
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    assert refusal(path).startswith(f"{path}:1: not valid JSON: its lists or objects are nested too deep")
+
+
+def test_deep_cell_is_listed_or_when_unused_left(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    deep: Any = "x"
+    for _ in range(300):
+        deep = [deep]
+    rows: list[dict[str, Any]] = [{**row, "note": ""} for row in ROWS]
+    rows[3]["text"], rows[4]["note"] = deep, deep
+    made = prepare(json_lines(tmp_path, rows))
+    assert list(made.dropped) == ["a.jsonl:4"]
+    assert "a.jsonl:5" in made.rows
+
+
+def test_name_twice_in_an_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n')
+    assert f"{tmp_path}/a.jsonl:1: not valid JSON: 'text' stands twice in an object" in refusal(tmp_path / "a.jsonl")
+
+
+# ---- tables of other programs ----------------------------------------------------------------------------------
+
+
+def test_far_timestamp_in_an_unused_column_costs_no_row(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    far = pa.array([2**60, *range(39)], pa.timestamp("us"))
+    made = prepare(table(tmp_path, {**columns_of(ROWS), "when": far}))
+    assert len(made.rows) == 40
+    assert not made.dropped
+
+
+def test_binary_columns_are_read_as_text(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    columns = {name: [value.encode() for value in values] for name, values in columns_of(ROWS).items()}
+    columns["text"][2] = b"caf\xe9"
+    made = prepare(table(tmp_path, columns))
+    assert made.summary.labels == ("food", "weather")
+    assert made.rows["a.parquet:1"] == ROWS[0]
+    assert list(made.dropped) == ["a.parquet:3"]
+
+
+def test_text_that_is_not_utf8_in_a_table_is_listed(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    texts = [row["text"].encode() for row in ROWS]
+    texts[5] = b"caf\xe9"
+    wrong = pa.array(texts, pa.binary()).view(pa.string())
+    made = prepare(table(tmp_path, {**columns_of(ROWS), "text": wrong}))
+    assert made.dropped == {"a.parquet:6": "column 'text' holds a text that is not UTF-8"}
+
+
+def test_image_bytes_of_a_table_stay_bytes(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    source = locate([str(table(tmp_path, {"image": [b"abc"], "label": [b"cat"]}))])
+    (_, row), *_ = replace(source, image_paths=True).rows()
+    assert row == {"image": b"abc", "label": "cat"}
+
+
+def test_columns_of_one_name_in_a_table_are_refused(tmp_path: Path) -> None:
+    wrong = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "label", "label"])
+    parquet.write_table(wrong, tmp_path / "a.parquet")
+    assert "a.parquet: column 'label' stands twice" in refusal(tmp_path / "a.parquet")
+
+
+def test_class_names_that_datasets_keeps_beside_numbers_are_the_labels(
+    tmp_path: Path, prepare: Callable[..., Prepared]
+) -> None:
+    kind = {"_type": "ClassLabel", "names": ["bad", "good"]}
+    known = json.dumps({"info": {"features": {"label": kind, "text": {"dtype": "string", "_type": "Value"}}}})
+    numbers = [-1, *(number % 2 for number in range(1, 40))]
+    made = prepare(table(tmp_path, {**columns_of(ROWS), "label": numbers}, {b"huggingface": known.encode()}))
+    assert made.summary.labels == ("bad", "good")
+    assert made.rows["a.parquet:2"]["label"] == "good"
+    assert list(made.dropped) == ["a.parquet:1"]  # -1: without a class
+
+
+def test_tags_of_classes_are_read_by_their_names(tmp_path: Path) -> None:
+    kind = {"feature": {"_type": "ClassLabel", "names": ["O", "B-PER"]}, "_type": "List"}
+    known = json.dumps({"info": {"features": {"tags": kind}}}).encode()
+    path = table(tmp_path, {"tokens": [["a", "b"]], "tags": [[0, 1]]}, {b"huggingface": known})
+    assert read([str(path)]).rows[0]["tags"] == ["O", "B-PER"]
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_arrow_stream_that_was_cut_between_batches_is_refused(tmp_path: Path, is_whole: bool) -> None:
+    whole, path = pa.Table.from_pylist(ROWS), tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, whole.schema) as writer:
+        writer.write_table(whole, max_chunksize=10)
+    if is_whole:
+        path.write_bytes(path.read_bytes() + bytes(64))  # what stands behind the end mark is nobody's
+        assert len(read([str(path)]).rows) == 40
+        return
+    with pa.OSFile(str(path), "rb") as file, pa.ipc.open_stream(file) as reader:
+        reader.read_next_batch()
+        reader.read_next_batch()
+        cut = file.tell()
+    path.write_bytes(path.read_bytes()[:cut])
+    assert "a.arrow: not a valid arrow file: cut after 20 rows, its end mark is missing" in refusal(path)
+
+
+def test_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert read([str(tmp_path / "one")]).rows == ROWS
+    DatasetDict({"test": Dataset.from_list(ROWS), "train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "two")
+    assert f"for example data.train: {tmp_path}/two/train" in refusal(tmp_path / "two")
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["1e39", "inf", "1e999", 10**400, "nan", float("inf")])
+def test_target_beyond_32_bits_is_listed_with_its_row(
+    tmp_path: Path, prepare: Callable[..., Prepared], wrong: Any
+) -> None:
+    rows: list[dict[str, Any]] = [{**row, "label": number + 0.5} for number, row in enumerate(ROWS)]
+    rows[7]["label"] = wrong
+    made = prepare(json_lines(tmp_path, rows))
+    assert made.summary.problem_type == "regression"
+    assert list(made.dropped) == ["a.jsonl:8"]
+    assert "expected a number of at most 32 bits" in made.dropped["a.jsonl:8"]
+
+
+def test_infinite_number_among_classes_is_named_with_its_line(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    rows = [{**row, "label": number % 3} for number, row in enumerate(ROWS)]
+    rows[7]["label"] = "inf"
+    with pytest.raises(DataError, match=r"whole numbers and 'inf' \(1 such rows, first: a.jsonl:8\)"):
+        prepare(json_lines(tmp_path, rows))
+
+
+def test_times_as_labels_are_refused(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    times = [datetime(2020, 1, 1 + number % 3) for number in range(40)]
+    with pytest.raises(DataError, match=r"holds dates or times \(2020-01-01 00:00:00, first: a.parquet:1\)"):
+        prepare(table(tmp_path, {**columns_of(ROWS), "label": times}))
+
+
+def test_broken_list_among_lists_of_labels_is_listed(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    rows = [{**row, "label": json.dumps(["a", "b"][: 1 + number % 2])} for number, row in enumerate(ROWS)]
+    rows[7]["label"] = '["b"'
+    made = prepare(tiny.write_csv(tmp_path / "a.csv", rows))
+    assert made.summary.problem_type == "multi_label"
+    assert made.summary.labels == ("a", "b")
+    assert list(made.dropped) == ["a.csv:9"]
+
+
+def test_answer_start_that_is_no_number_leaves_the_row_out(
+    tmp_path: Path, decoder_tokenizer: Any, prepare: Callable[..., Prepared]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"context": f"{row['text']}.", "question": "what?", "answers": {"text": ["the"], "answer_start": [0]}}
+        for row in ROWS
+    ]
+    rows[7]["answers"]["answer_start"] = ["a"]
+    made = prepare(json_lines(tmp_path, rows), task="question-answering")
+    assert made.dropped == {"a.jsonl:8": "answer_start is 'a', expected the number of a character"}
+
+
+def test_text_without_width_is_no_text(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    made = prepare(tiny.write_csv(tmp_path / "a.csv", [{**ROWS[0], "text": "\u200b \u2060"}, *ROWS[1:]]))
+    assert list(made.dropped) == ["a.csv:2"]
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------
+
+
+def test_exact_column_name_goes_before_another_case(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    made = prepare(tiny.write_csv(tmp_path / "a.csv", [{"Text": "other", **row, "LABEL": "x"} for row in ROWS]))
+    assert made.summary.columns == {"text": "text", "label": "label"}
+
+
+def test_column_names_that_differ_in_case_only_are_refused(tmp_path: Path, prepare: Callable[..., Prepared]) -> None:
+    rows = [{"Text": row["text"], "TEXT": "", "label": row["label"]} for row in ROWS]
+    with pytest.raises(DataError, match="columns 'Text' and 'TEXT' differ in case or spaces only"):
+        prepare(tiny.write_csv(tmp_path / "a.csv", rows))
+
+
+# ---- files and folders -----------------------------------------------------------------------------------------
+
+
+def test_nul_bytes_and_utf16_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text,label\na,b\nc,\0d\n")
+    assert refusal(path).startswith(f"{path}:3: NUL bytes, expected text in UTF-8")
+    path.write_bytes(bytes(5000))
+    assert refusal(path).startswith(f"{path}:1: NUL bytes")
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        path.write_bytes("text,label\na,b\n".encode(encoding))
+        assert refusal(path).startswith(f"{path}:1: is UTF-16, expected UTF-8")
+
+
+def test_csv_broken_rows_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,b,c\na,b\na\n")
+    problems = refusal(tmp_path / "a.csv").splitlines()
+    assert [problem.split(": ")[1] for problem in problems] == [
+        "3 cells, expected 2 as in the header; put a text with commas or line ends in double quotes",
+        "1 cells, expected 2 as in the header; put a text with commas or line ends in double quotes",
+    ]
+
+
+def test_hidden_files_of_a_folder_are_no_data(tmp_path: Path) -> None:
+    tiny.write_csv(tmp_path / "a.csv", ROWS)
+    (tmp_path / "._a.csv").write_bytes(b"\0\5\x16\7")
+    assert len(read([str(tmp_path)]).rows) == 40
+
+
+def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, who reads everything."""
+    path = tiny.write_csv(tmp_path / "a.csv", ROWS)
+    source = locate([str(path)])
+
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"a\.csv: may not be read \(permission denied\).*change its permissions"):
+        content_hash({"train": source})
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": {"train": str(tmp_path)}})
+    with pytest.raises(DataError, match=r"may not be read \(permission denied\)"):
+        find_sources(recipe)
+
+
+def test_data_file_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    table(tmp_path, columns_of(ROWS)).rename(tmp_path / "b\udce4r.parquet")
+    assert "b\\xe4r.parquet: the name is not UTF-8" in refusal(tmp_path)
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").symlink_to(tmp_path / "gone.csv")
+    (tmp_path / "b.csv").symlink_to(tmp_path / "c.csv")
+    (tmp_path / "c.csv").symlink_to(tmp_path / "b.csv")
+    assert "a.csv: is a link that leads nowhere" in refusal(tmp_path / "a.csv")
+    assert "b.csv: is a link that leads back to itself" in refusal(tmp_path / "b.csv")
+
+
+def test_path_that_is_too_long_is_named(tmp_path: Path) -> None:
+    assert "is too long for this system" in refusal(f"{tmp_path}/{'x' * 5000}.csv")
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("a\0b.csv", r"data.train: 'a\\x00b.csv' holds a NUL character"),
+        ("https://example.com/a.csv", "data.train: 'https://example.com/a.csv' is an address, expected a path"),
+        ("b\udce4r.csv", "is not UTF-8"),
+    ],
+)
+def test_path_that_no_file_can_have_is_refused(tmp_path: Path, path: str, problem: str) -> None:
+    recipe = Recipe.model_construct(
+        **dict(Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": "t"}}))
+    )
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": path})})
+    with pytest.raises(RecipeError, match=problem):
+        resolve_paths(recipe, tmp_path)
+
+
+def test_path_in_a_circle_of_links_is_left_to_the_reader(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").symlink_to(tmp_path / "a.csv")
+    recipe = Recipe.model_validate(
+        {"model": "~$x", "task": "causal-lm", "data": {"train": "a.csv", "eval": "x" * 5000}}
+    )
+    assert resolve_paths(recipe, tmp_path).data.train == (str(tmp_path / "a.csv"),)
+
+
+@pytest.mark.parametrize(("inside", "named"), [(True, "cannot be written"), (False, "cannot be opened")])
+def test_refusal_names_the_run_folder_only_for_what_lies_there(tmp_path: Path, inside: bool, named: str) -> None:
+    file = tmp_path / ("runs/r/x.json" if inside else "elsewhere.csv")
+    with pytest.raises(SetupError) as caught, writing(tmp_path / "runs" / "r"):
+        raise PermissionError(13, "Permission denied", str(file))
+    assert str(caught.value).startswith(f"{tmp_path / 'runs' / 'r' if inside else file}: {named} (permission denied)")
+
+
+def test_model_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SetupError, match=r"model.safetensors may not be read \(permission denied\)"):
+        model._check_whole(tmp_path / "model.safetensors", "m")
+
+
+# ---- images ----------------------------------------------------------------------------------------------------
+
+
+def test_images_that_are_broken_links_are_rows(tmp_path: Path) -> None:
+    tiny.write_images(tmp_path / "i", 4)
+    (tmp_path / "i" / "moved").mkdir()
+    (tmp_path / "i" / "moved" / "a.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "i" / "same" / "b.png").symlink_to("b.png")
+    found = {place: row["label"] for place, row in images.rows(tmp_path / "i")}
+    assert len(found) == 6
+    assert found["moved/a.png"] == "moved"
+    assert content_hash({"train": locate([str(tmp_path / "i")])})
+
+
+def test_image_names_that_are_not_utf8_are_listed_and_folders_refused(tmp_path: Path) -> None:
+    tiny.write_images(tmp_path / "i", 4)
+    (tmp_path / "i" / "same" / "000.png").rename(tmp_path / "i" / "same" / "b\udce4r.png")
+    (place, row), *_ = [one for one in images.rows(tmp_path / "i") if "xe4" in one[0]]
+    assert place == "same/b\\xe4r.png"
+    assert "not UTF-8" in row["image"].reason
+    assert content_hash({"train": locate([str(tmp_path / "i")])})
+    (tmp_path / "i" / "same").rename(tmp_path / "i" / "k\udce4fer")
+    with pytest.raises(DataError, match=r"i/k\\xe4fer: the folder's name is not UTF-8"):
+        images.files(tmp_path / "i")
+
+
+def test_address_of_an_image_is_no_path(tmp_path: Path) -> None:
+    row = images.beside({"image": "https://example.com/a.png", "label": "x"}, tmp_path, None)
+    assert "images are not downloaded" in row["image"].reason
+
+
+# ---- rows that are answered ------------------------------------------------------------------------------------
+
+
+def test_table_of_answers_takes_columns_that_were_read_as_something_else(tmp_path: Path) -> None:
+    kind = {"_type": "ClassLabel", "names": ["bad", "good"]}
+    known = {b"huggingface": json.dumps({"info": {"features": {"label": kind}}}).encode()}
+    far = pa.array([2**60, 0], pa.timestamp("us"))
+    given = {"text": ["a", "b"], "label": [0, 1], "raw": [b"c", b"\xff"], "when": far}
+    what = cli_predict.asked([], table(tmp_path, given, known))
+    notes = {"problem_type": "regression"}
+    new = cli_predict_files.added(notes, what.columns)
+    with cli_predict_files.into(tmp_path / "out.parquet", what.columns, new, what.types()) as put:
+        for _, row in what.placed():
+            put(row, new.cells({"value": 0.5}, None))
+    written = parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert written["label"] == ["bad", "good"]
+    assert written["raw"] == [b"c", b"\xff"]
+    assert written["when"] == [None, datetime(1970, 1, 1)]
