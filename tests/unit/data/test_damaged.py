@@ -17,6 +17,7 @@ from fulltune.data import images
 from fulltune.data.given import find_sources
 from fulltune.data.read import content_hash, locate, read
 from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.init import infer
 from fulltune.recipe import Recipe, resolve_paths
 from fulltune.records import DataSummary
 from fulltune.run_folder import writing
@@ -97,6 +98,13 @@ def test_half_a_character_in_an_unused_column_or_name_costs_no_row(
     }
     assert made.rows["a.jsonl:1"]["note"] == "😀"
     assert made.rows["a.jsonl:4"] == {**ROWS[3], "note": "\\ud83d", "n\\ud83d": 1}
+
+
+def test_init_makes_no_class_of_half_a_character(tmp_path: Path) -> None:
+    path = json_lines(tmp_path, [{**ROWS[0], "label": SURROGATE}, *ROWS[1:]])
+    found = infer(path)
+    assert found.target.labels == ("food", "weather")
+    assert found.num_rows == 40
 
 
 def test_deep_json_is_refused_with_its_line(tmp_path: Path) -> None:
