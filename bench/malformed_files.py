@@ -85,6 +85,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=104, help="of the first case; the tests have those below 104")
     parser.add_argument("--keep", type=Path, help="a new folder in which the cases stay")
     given = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     folder = given.keep or Path(tempfile.mkdtemp(prefix="malformed-"))
     models, processors = _models(folder / "models")
     # Loads in this process what the command loads: each fork has it then.
