@@ -346,12 +346,14 @@ def predict(
 
         check_output(output, force)
     chosen = [_chosen(run, method) for run in (run_folder, *(with_ or ()))]
-    what = cli_predict.asked(text or [], file)
+    notes = folders.notes_of(chosen[0])
+    what = cli_predict.asked(text or [], file, notes)
+    cli_predict.say_names(err, what)
     if with_:
         cli_predict.side_by_side(err, [run_folder, *with_], method, what, by, max_new_tokens, as_json)
         return
     if what.table is not None:
-        predicting.check_columns(what.columns, folders.notes_of(chosen[0]), what.where)
+        predicting.check_columns(what.columns, notes, what.where)
     predictor = predicting.load(chosen[0])
     if output is None:
         cli_predict.show(err, predictor, what, max_new_tokens, as_json)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,6 +18,7 @@ from rich.markup import escape
 from fulltune.errors import DataError, InterruptedRun, SetupError
 
 if TYPE_CHECKING:
+    from fulltune.data import Source
     from fulltune.predict import Answered, Predictor
     from fulltune.predict.predictor import Watch
 
@@ -41,6 +43,8 @@ class Asked:
     """The file, or folder, where the rows have columns of their own; None: they are lines of text."""
     images_in: Path | None = None
     """Where a table's paths of images start, as in training; None: at the current folder."""
+    named: tuple[str, ...] | None = None
+    """Names that the recipe gave to the columns, where the table has no header line."""
 
     def rows(self, notes: Mapping[str, Any], own: Iterable[dict[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """The user's rows as the model takes them."""
@@ -73,10 +77,15 @@ class Asked:
         return arrow_types(row for _, row in self.placed())
 
 
-def asked(texts: Sequence[str], file: Path | None) -> Asked:
+def asked(texts: Sequence[str], file: Path | None, notes: Mapping[str, Any]) -> Asked:
     """What the command line names: texts, a table, a text file by lines, or else stdin.
 
     A table is read through once, so that what is broken in it shows before the model has worked for an hour.
+
+    Args:
+        texts: Texts on the command line.
+        file: A table, or a text file.
+        notes: What the model's folder says of it: a table may lack its header line, as the train file did.
 
     Raises:
         SetupError: When there is neither, and nobody would type it into stdin.
@@ -85,7 +94,7 @@ def asked(texts: Sequence[str], file: Path | None) -> Asked:
     if file is not None and str(file) == STDIN:
         texts, file = [STDIN], None
     if file is not None and file.suffix.lower() != ".txt":
-        return _table(file)
+        return _table(file, notes)
     if file is not None:
         total = sum(1 for _ in _lines(file))
         return Asked(str(file), lambda: _placed(_lines(file), f"{file.name}:"), ("text",), total)
@@ -96,10 +105,12 @@ def asked(texts: Sequence[str], file: Path | None) -> Asked:
     return Asked("stdin", lambda: _placed(_lines(None), "stdin:"), ("text",), None)
 
 
-def _table(file: Path) -> Asked:
+def _table(file: Path, notes: Mapping[str, Any]) -> Asked:
     from fulltune.data import locate
 
     source = locate([str(file)])
+    named = _names_without_header(source, notes)
+    source = replace(source, columns=named)
     problems: list[str] = []
     columns: dict[str, None] = {}
     total = 0
@@ -109,7 +120,29 @@ def _table(file: Path) -> Asked:
     if problems:
         raise DataError(problems)
     images_in = source.files[0].parent if source.image_folder is None else None
-    return Asked(str(file), source.rows, tuple(columns), total, file, images_in)
+    return Asked(str(file), source.rows, tuple(columns), total, file, images_in, named)
+
+
+def _names_without_header(source: Source, notes: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """What the columns are called of a table that lacks its header line, as the train file did (`data.columns`).
+
+    A table whose first line names each column that the model reads has one. One with fewer cells lacks those that the
+    model does not read, such as the label.
+    """
+    from fulltune import predict
+
+    names, delimiters = tuple(notes.get("table_columns") or ()), {".csv": ",", ".tsv": "\t"}
+    if not names or any(file.suffix.lower() not in delimiters for file in source.files):
+        return None
+    try:
+        with source.files[0].open(encoding="utf-8-sig", newline="") as stream:
+            first = next(csv.reader(stream, delimiter=delimiters[source.files[0].suffix.lower()]), [])
+    except (OSError, ValueError, csv.Error):
+        return None  # the reader says what is wrong with the file
+    if set(predict.columns_read(notes)) <= set(first):
+        return None
+    asked = tuple(name for name in names if name not in predict.columns_not_read(notes))
+    return asked if len(first) == len(asked) else names
 
 
 def _placed(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -187,6 +220,13 @@ class Tally:
             err.print(f"[yellow]without an answer: {self.without:,} of {self.rows:,} rows; {escape(left)}[/yellow]")
         if self.cut:
             err.print(f"[yellow]read in part: {self.cut:,} of {self.rows:,} rows; each {escape(cut_in_words)}[/yellow]")
+
+
+def say_names(err: Console, what: Asked) -> None:
+    """Say how the columns of a table without a header line are called."""
+    if what.named:
+        said = f"{what.where}: no header line; columns as in training: {', '.join(what.named)}"
+        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
 
 
 def show(err: Console, predictor: Predictor, what: Asked, max_new_tokens: int, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,56 @@ def test_columns_that_are_there_already_are_kept_and_the_new_ones_get_another_na
     assert row["predicted2_label"] == row["predicted3_label"]
 
 
+HEADERLESS = [["a1", "the sun, again", "yes"], ["a2", "rain", "no"]]
+
+
+@pytest.fixture(scope="module")
+def trained_without_header(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of a recipe with `data.columns: [id, text, label]`."""
+    folder = shutil.copytree(models["single_label"], tmp_path_factory.mktemp("headerless") / "model")
+    notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))
+    notes["table_columns"] = ["id", "text", "label"]
+    (folder / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("num_cells", [3, 2])
+def test_table_without_header_has_the_names_of_the_recipe_and_loses_no_row(
+    num_cells: int, trained_without_header: Path, tmp_path: Path
+) -> None:
+    with (tmp_path / "in.csv").open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([cells[:num_cells] for cells in HEADERLESS])
+    output = tmp_path / "out.csv"
+    said = fulltune("predict", trained_without_header, "--file", tmp_path / "in.csv", "-o", output)
+    assert said.code == 0, said.err
+    names = ["id", "text", "label"][:num_cells]
+    assert f"in.csv: no header line; columns as in training: {', '.join(names)}" in said.err
+    found = read(output)
+    assert [[row[name] for name in names] for row in found] == [cells[:num_cells] for cells in HEADERLESS]
+    assert list(found[0]) == [*names, *ADDED]
+    assert all(row["predicted_label"] for row in found)
+
+
+def test_header_is_read_where_there_is_one_although_the_train_file_had_none(
+    trained_without_header: Path, tmp_path: Path
+) -> None:
+    for name, write in (("in.csv", tiny.write_csv), ("in.jsonl", tiny.write_jsonl)):
+        file = write(tmp_path / name, [{"text": "rain", "other": "x"}, {"text": "sun", "other": "y"}])
+        said = fulltune("predict", trained_without_header, "--file", file, "--json")
+        assert said.code == 0, said.err
+        assert len(said.out.splitlines()) == 2
+        assert "no header line" not in said.err
+
+
+def test_table_without_header_and_with_other_cells_than_in_training_is_refused(
+    trained_without_header: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_text("sun\nrain\n", encoding="utf-8")
+    said = fulltune("predict", trained_without_header, "--file", tmp_path / "in.csv")
+    assert said.code == DataError.exit_code
+    assert "in.csv:1: 1 cells, expected 3 as in data.columns" in said.err
+
+
 def test_column_of_several_types_is_text_in_parquet_and_types_of_a_parquet_file_stay(
     classifier: Path, tmp_path: Path
 ) -> None:
@@ -275,7 +326,7 @@ def test_paths_of_images_start_at_the_table_and_stay_as_written_in_the_output(tm
     (folder / "cats").mkdir(parents=True)
     (folder / "cats" / "1.png").write_bytes(b"1")
     for given, written in ((table, "cats/1.png"), (folder, str(folder / "cats" / "1.png"))):
-        what = cli_predict.asked([], given)
+        what = cli_predict.asked([], given, notes)
         own = [row for _, row in what.placed()]
         assert [row["image"] for row in own] == [written]
         [read] = what.rows(notes, own)

@@ -22,6 +22,8 @@ __all__ = [
     "Predictor",
     "check_columns",
     "choose",
+    "columns_not_read",
+    "columns_read",
     "folder_of",
     "load",
     "load_side_by_side",
@@ -155,10 +157,22 @@ def check_columns(columns: Collection[str], notes: Mapping[str, Any], where: str
     Raises:
         DataError: Naming the column.
     """
-    not_read = ("label", "completion", "tools", "tags", "target", "answers")
-    needed = [column for role, column in notes["columns"].items() if role not in not_read]
-    missing = [column for column in needed if column not in columns]
+    missing = [column for column in columns_read(notes) if column not in columns]
     if missing:
         raise DataError(
             f"{where}: no column '{missing[0]}', which the model reads (columns here: {', '.join(columns)})"
         )
+
+
+_NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
+"""Roles of columns that only training reads."""
+
+
+def columns_read(notes: Mapping[str, Any]) -> list[str]:
+    """Columns that each row must have to be answered."""
+    return [column for role, column in notes["columns"].items() if role not in _NOT_READ]
+
+
+def columns_not_read(notes: Mapping[str, Any]) -> list[str]:
+    """Columns with what the model learned to give."""
+    return [column for role, column in notes["columns"].items() if role in _NOT_READ]

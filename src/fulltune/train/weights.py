@@ -225,6 +225,8 @@ def save_model(
         "task": summary.task,
         "problem_type": summary.problem_type,
         "columns": summary.columns,
+        # Of tables without a header line; null: they have one.
+        "table_columns": request.recipe.data.columns,
         "labels": list(summary.labels),
         "joint": summary.joint,
         "num_choices": summary.num_choices,
