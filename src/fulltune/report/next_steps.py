@@ -23,6 +23,8 @@ _STILL_FALLING = 0.05
 """Share of the train loss by which the last quarter lies below the one before."""
 _ONE_CLASS = 0.98
 """Share of the test rows that get the same label from a model that tells nothing apart."""
+_UNEVEN = 2.0
+"""A label with so many times the rows that the others have on average draws a model to itself."""
 _GREW, _LEAST_READINGS = 1.2, 4
 """The last quarter's median loss over the first one's, each of so many readings: single batches differ by a third."""
 
@@ -53,6 +55,8 @@ class Seen:
     greater_is_better: bool = True
     blind: str = ""
     """That the model tells nothing apart, in words; empty: it does."""
+    weights_may_help: bool = False
+    """It gives the label that by far most rows have, and all classes counted alike."""
 
 
 def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
@@ -81,6 +85,7 @@ def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
         blind=_blind(row),
+        weights_may_help="train.class_weights" not in given and _gives_the_usual_label(row),
     )
 
 
@@ -100,6 +105,15 @@ def _one_label(confusion: Confusion) -> str:
     return label if several and share >= _ONE_CLASS * max(1, sum(given)) else ""
 
 
+def _gives_the_usual_label(row: Scores) -> bool:
+    """Nearly all rows get one label, which by far most of them have."""
+    if row.confusion is None or not (label := _one_label(row.confusion)):
+        return False
+    counts = [sum(expected) for expected in row.confusion.counts]
+    usual = counts.pop(row.confusion.labels.index(label))
+    return usual >= _UNEVEN * statistics.mean(counts)
+
+
 def next_steps(seen: Seen) -> tuple[str, ...]:
     """What to change, each with what speaks for it and the setting; empty where the model is better as it is.
 
@@ -116,7 +130,11 @@ def next_steps(seen: Seen) -> tuple[str, ...]:
         found.append(f"{passed}. Take a lower rate: {_rate(seen, 1 / 3)}")
     if not (is_sure or passed) and (longer := _reasons_to_go_on(seen)):
         found.append(f"{words.listed(longer)}. Train for longer: {_longer(seen)}")
-    if seen.blind and found:
+    if seen.weights_may_help:
+        found.insert(
+            0, f"{seen.blind}, the most frequent one. Let rare labels count more: --set train.class_weights=balanced"
+        )
+    elif seen.blind and found:
         found[0] = f"{seen.blind}. {found[0]}"
     elif seen.blind:
         found.append(f"{seen.blind}. Take a lower rate, {_rate(seen, 1 / 3)}, or a higher one, {_rate(seen, 3)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,8 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
         ({"loss": FALLING, "metric": RISING, "steps": 300}, ["The curves show no reason"], [LONGER]),
         ({"blind": "All is b"}, ["All is b. Take a lower", LOWER, "learning_rate=0.0009"], [LONGER]),
         ({"blind": "All is b", "loss": FALLING}, ["All is b. The train loss", LONGER], [LOWER]),
+        ({"blind": "All is b", "weights_may_help": True}, ["class_weights=balanced"], ["learning_rate", LONGER]),
+        ({"blind": "All is b", "weights_may_help": True, "loss": FALLING}, ["class_weights=balanced", LONGER], [LOWER]),
         ({"max_rows": 200}, ["leave data.max_rows out"], ["labels"]),
         ({"labels": 400, "train_rows": 800}, ["are about 2 for each of 400 labels", "Take more if there"], ["reason"]),
         ({"labels": 400, "train_rows": 800, "max_rows": 1000}, ["about 2 for", "leave data.max_rows out"], ["Only"]),
@@ -91,6 +94,33 @@ def test_run_that_made_it_worse_is_told_from_its_files(classification: Path, kit
     assert verdict.label == "Worse than without training"
     assert "'b'" in steps[0]
     assert "--set" in steps[0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "given", "is_proposed"),
+    [
+        (((0, 10), (0, 90)), None, True),
+        (((0, 10), (0, 90)), "balanced", False),  # they are weighed already
+        (((0, 40), (0, 60)), None, False),  # weights would change little
+        (((90, 0), (10, 0)), None, True),
+        (((0, 90), (0, 10)), None, False),  # it is the rare label that it gives
+        (((0, 0, 20), (0, 0, 20), (0, 0, 60)), None, True),
+    ],
+)
+def test_weights_are_proposed_where_all_rows_get_the_label_that_most_have(
+    counts: tuple[tuple[int, ...], ...], given: str | None, is_proposed: bool, classification: Path, kit: SimpleNamespace
+) -> None:
+    plan = classification / "plan" / "full.json"
+    if given is not None:
+        values = json.loads(plan.read_text(encoding="utf-8"))
+        values["settings"].append({"name": "train.class_weights", "value": given, "reason": "", "chosen": False})
+        plan.write_text(json.dumps(values), encoding="utf-8")
+    worse = {"nearest centroid (frozen)": Estimate(value=-0.2, low=-0.3, high=-0.1)}
+    confusion = Confusion(labels=("a", "b", "c")[: len(counts)], counts=counts)
+    kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.6, confusion=confusion, differences=worse))
+    said = " ".join(conclude(read_run(classification))[1])
+    assert "Nearly every test row gets the same label" in said
+    assert ("--set train.class_weights=balanced" in said) == is_proposed
 
 
 def test_tagger_that_finds_nothing_is_told(classification: Path, kit: SimpleNamespace) -> None:
