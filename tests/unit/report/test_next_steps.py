@@ -108,7 +108,11 @@ def test_run_that_made_it_worse_is_told_from_its_files(classification: Path, kit
     ],
 )
 def test_weights_are_proposed_where_all_rows_get_the_label_that_most_have(
-    counts: tuple[tuple[int, ...], ...], given: str | None, is_proposed: bool, classification: Path, kit: SimpleNamespace
+    counts: tuple[tuple[int, ...], ...],
+    given: str | None,
+    is_proposed: bool,
+    classification: Path,
+    kit: SimpleNamespace,
 ) -> None:
     plan = classification / "plan" / "full.json"
     if given is not None:

@@ -1,0 +1,230 @@
+"""docs/how-do-i.md is true: its recipes are accepted, its commands known, its scripts run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pyarrow as pa
+import pytest
+import typer
+import yaml
+from pyarrow import parquet
+
+import fulltune
+from fulltune.cli import app
+from fulltune.errors import RecipeError
+from fulltune.recipe import Recipe, TaskName
+from fulltune.recipe_file import check, load_recipe
+from tests import tiny
+from tests.contract import command
+from tests.train.runs import in_this_process, without_tracing
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-do-i.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+OTHERS = ("hf", "tensorboard", "vllm", "python", "optimum-cli", "ollama", "pip")
+"""Programs that are not fulltune's."""
+RUN_HERE = ("init", "data", "plan", "report", "predict", "evaluate")
+"""Commands that a tiny model answers in a moment."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+
+
+PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
+INLINE = [" ".join(one.split()) for one in re.findall(r"`([^`]+)`", PROSE)]
+LINES = [line for block in blocks("sh") for line in block.splitlines()]
+COMMANDS = list(dict.fromkeys(line for line in [*LINES, *INLINE] if re.match(r"([A-Z_]+=\S+ )*fulltune ", line)))
+SCRIPTS = blocks("python")
+
+
+def parsed(line: str) -> tuple[str, dict[str, Any]]:
+    """The command and its arguments, as the command line reads them."""
+    words = shlex.split(line)
+    _, name, *arguments = words[next(place for place, word in enumerate(words) if "=" not in word) :]
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert name in known, f"no command '{name}'"
+    # A page shows a command by its name alone, too.
+    return name, known[name].make_context(name, arguments, resilient_parsing=not arguments).params
+
+
+def accepted(given: Mapping[str, Any]) -> Recipe:
+    """The part of a recipe in a whole one, of the first task that takes it.
+
+    Raises:
+        RecipeError: None does.
+    """
+    problem = RecipeError("no task")
+    for task in get_args(TaskName):
+        values: dict[str, Any] = {"model": "MODEL", "task": task, **given}
+        values["data"] = {"train": "train.csv", **values.get("data", {})}
+        try:
+            return check(values, PAGE)
+        except RecipeError as error:
+            problem = error
+    raise problem
+
+
+def script(word: str) -> str:
+    """The one script of the page that has this in it."""
+    [found] = [one for one in SCRIPTS if word in one]
+    return found
+
+
+def test_page_answers_the_questions_of_those_who_come_from_elsewhere() -> None:
+    questions = re.findall(r"^### (.+)$", TEXT, flags=re.MULTILINE)
+    assert len(questions) == len(set(questions)) >= 25
+    assert not [line for line in LINES if shlex.split(line)[0] not in (*OTHERS, "fulltune")]
+    anchors = [re.sub(r"[^a-z0-9 -]", "", question.lower()).replace(" ", "-") for question in questions]
+    assert not set(re.findall(r"\]\(#([^)]+)\)", TEXT)) - set(anchors)
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_parts_of_recipes_are_accepted(text: str) -> None:
+    accepted(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("text", [one for one in INLINE if re.match(r"[a-z_.]+: ", one)])
+def test_settings_in_the_text_are_accepted(text: str) -> None:
+    [(name, value)] = yaml.safe_load(text).items()
+    block, _, inner = name.partition(".")
+    accepted({block: {inner: value} if inner else value})
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_known_with_their_options_and_settings(line: str, tmp_path: Path) -> None:
+    _, arguments = parsed(line)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", "MODEL", "train.csv")
+    load_recipe(recipe, arguments.get("set_") or [])
+
+
+def test_names_that_are_refused_are_answered() -> None:
+    for name in ("epochs", "bf16", "lora_r"):
+        assert f"`{name}`" in TEXT
+        with pytest.raises(RecipeError, match=rf"{name}: unknown setting; write "):
+            accepted({"train": {name: 1}})
+
+
+# ---- one tiny run ----------------------------------------------------------------------------------------------
+
+
+def _rows() -> list[dict[str, str]]:
+    """Every fourth row is spam."""
+    return [
+        {"text": row["text"], "label": "ham" if number % 4 else "spam"}
+        for number, row in enumerate(tiny.topic_rows(48))
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the files that the page names, and `RUN`, which its script with a metric of one's own has made."""
+    folder = tmp_path_factory.mktemp("place")
+    rows = _rows()
+    without_header = "".join(f"{row['text']}\t{row['label']}\n" for row in rows)
+    (folder / "train.tsv").write_text(without_header, encoding="utf-8")
+    (folder / "new.tsv").write_text("the sun\nthe soup\n", encoding="utf-8")
+    tiny.write_csv(folder / "test.csv", [{"text": f"{row['text']}, too", "label": row["label"]} for row in rows[:12]])
+    (folder / "imdb" / "plain_text").mkdir(parents=True)
+    table = pa.table({"text": [row["text"] for row in rows], "label": [number % 2 for number in range(len(rows))]})
+    parquet.write_table(table, folder / "imdb" / "plain_text" / "train-00000-of-00001.parquet")
+    data, steps = {"columns": ["text", "label"]}, {"max_steps": 2}
+    tiny.write_recipe(folder / "recipe.yaml", tiny_encoder, "train.tsv", data=data, train=steps)
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch, in_this_process(), without_tracing():
+        patch.chdir(folder)
+        exec(script("f1_spam"), names)
+        (folder / "RUN").symlink_to(names["result"].folder)
+        yield folder
+
+
+def test_metric_of_ones_own_is_scored_and_reported(place: Path) -> None:
+    assert "f1 spam" in (place / "RUN" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if len(line.split()) > 2 and line.split()[1] in RUN_HERE])
+def test_commands_run(line: str, place: Path) -> None:
+    name, *arguments = shlex.split(line)[1:]
+    if name == "init":
+        arguments += ["--output", "written.yaml", "--force"]
+    if name == "predict":
+        arguments += ["--force"]
+    if "--for" in arguments:
+        arguments += ["--set", "train.device=auto"]
+    said = command.fulltune(name, *arguments)
+    assert said.code == 0, said.err
+
+
+def test_file_without_header_is_answered_by_the_names_of_the_recipe(place: Path) -> None:
+    said = command.fulltune("predict", "RUN", "--file", "new.tsv", "--json")
+    assert said.code == 0, said.err
+    assert "new.tsv: no header line; columns as in training: text" in said.err
+    assert len(said.out.splitlines()) == 2
+
+
+def test_area_under_the_curve_is_that_of_the_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.fulltune("predict", "RUN", "--file", "test.csv", "-o", "answers.csv", "--force").code == 0
+    exec(script("roc_auc_score"), {})
+    assert all(0 <= float(value) <= 1 for value in capsys.readouterr().out.split())
+
+
+def test_finished_run_is_a_predictor_and_a_folder_of_transformers(place: Path) -> None:
+    exec(script("load_predictor"), {})
+    exec(script("import pipeline"), {})
+
+
+def test_metric_of_ones_own_stops_early_in_a_script(tiny_encoder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    rows = [{"input_ids": [5, 6, 7], "labels": number % 2} for number in range(4)]
+    names = {
+        "model": AutoModelForSequenceClassification.from_pretrained(tiny_encoder),
+        "train_rows": rows,
+        "eval_rows": rows,
+        "compute_metrics": lambda found: {"my_metric": 0.5},
+    }
+    for parameter in names["model"].base_model.parameters():
+        parameter.requires_grad = False  # as the page has it of frozen layers
+    code = script("EarlyStoppingCallback").replace(
+        '"out"', f"{str(tmp_path / 'out')!r}, num_train_epochs=9, use_cpu=True"
+    )
+    exec(code, names)
+    names["trainer"].train()
+    assert names["trainer"].state.epoch == 3  # the first is the best, two more are waited for
+
+
+def test_tokens_are_added_to_a_copy_of_the_model(
+    tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MODEL").symlink_to(tiny_decoder)
+    exec(script("add_tokens"), {})
+    was, now = (AutoConfig.from_pretrained(tmp_path / name).vocab_size for name in ("MODEL", "with-tokens"))
+    assert now == was + 2
+
+
+def test_folds_share_no_test_row_and_have_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas
+
+    tiny.write_csv(tmp_path / "train.csv", _rows())
+    tiny.write_recipe(tmp_path / "recipe.yaml", "MODEL", "train.csv")
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def run(recipe: Recipe) -> SimpleNamespace:
+        train, test = (pandas.read_csv(file) for file in (recipe.data.train[0], recipe.data.test))
+        assert not set(train["text"]) & set(test["text"])
+        seen.extend(test["text"])
+        scores = SimpleNamespace(metrics={"accuracy": SimpleNamespace(value=len(test) / 10)})
+        return SimpleNamespace(scores=[scores])
+
+    monkeypatch.setattr(fulltune, "run", run)
+    exec(script("StratifiedKFold"), {})
+    assert sorted(seen) == sorted(row["text"] for row in _rows())
