@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fulltune.records import Answer, Calibration, Confusion, Scores
 from fulltune.report import kinds, words
@@ -134,12 +135,51 @@ def pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Exc
 
 
 def confusion(view: RunView) -> Section | None:
-    """Which labels are taken for which."""
+    """How well each label is found, and which are taken for which."""
     blocks: list[Block] = []
     for row in view.trained:
         if row.confusion:
-            blocks += _fold(row, view, (confusion_table(row.confusion),))
+            blocks += _fold(row, view, (label_table(row.confusion), confusion_table(row.confusion)))
     return unless_empty("Confusion", blocks)
+
+
+def label_table(confusion: Confusion) -> Table:
+    """Precision, recall and F1 of each label; of many the ones with the lowest F1."""
+    found = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
+    labels = [
+        _Label(name, counts[place], found[place], sum(counts))
+        for place, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True))
+        if found[place] + sum(counts)
+    ]
+    caption = "Each label on the test rows"
+    if len(labels) > _LARGEST_HEAT_TABLE:
+        labels = sorted(labels, key=lambda label: label.f1)[:_LARGEST_HEAT_TABLE]
+        caption = f"The {len(labels)} labels with the lowest F1 of {len(confusion.labels)}"
+    rows = tuple(
+        (
+            Cell(words.clipped(words.named(label.name), _LABEL_LIMIT), foreign=True),
+            words.count(label.expected),
+            words.percent(label.right / label.found) if label.found else "-",
+            words.percent(label.right / label.expected) if label.expected else "-",
+            words.percent(label.f1),
+        )
+        for label in labels
+    )
+    return Table(caption, ("label", "test rows", "precision", "recall", "F1"), rows, frozenset({1, 2, 3, 4}))
+
+
+@dataclass(frozen=True)
+class _Label:
+    """Test rows of a label: given it rightly, given it at all, and those that have it."""
+
+    name: str
+    right: int
+    found: int
+    expected: int
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.right / (self.found + self.expected)
 
 
 def confusion_table(confusion: Confusion) -> Table | Paragraph:

@@ -12,6 +12,7 @@ import pytest
 
 from fulltune import report
 from fulltune.records import Answer, Confusion, Estimate, Plan, Setting
+from fulltune.report.about_scores import label_table
 
 
 class Page(HTMLParser):
@@ -178,6 +179,28 @@ def test_reports_many_labels_show_the_most_confused_pairs(classification: Path, 
     markdown, _ = both(classification)
     assert "The 1 most confused of 1 confused pair (30 labels)" in markdown
     assert re.search(r"\| label 3 +\| label 7 +\| +10 \| 50\.0%", markdown)
+
+
+def test_reports_tell_precision_recall_and_f1_of_each_label(classification: Path, kit: SimpleNamespace) -> None:
+    confusion = Confusion(labels=("ham", "spam", "never"), counts=((6, 2, 0), (1, 3, 0), (0, 0, 0)))
+    kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.9, confusion=confusion))
+    markdown, html = both(classification)
+    assert re.search(r"\| spam +\| +4 \| +60\.0% \| +75\.0% \| +66\.7% \|", markdown)
+    assert re.search(r"\| ham +\| +8 \| +85\.7% \| +75\.0% \| +80\.0% \|", markdown)
+    assert "66.7%" in html
+
+
+def test_label_that_is_never_given_has_no_precision_and_of_many_the_worst_are_shown() -> None:
+    [_, spam] = label_table(Confusion(labels=("ham", "spam"), counts=((9, 0), (3, 0)))).rows
+    assert spam[1:] == ("3", "-", "0.0%", "0.0%")
+    counts = [[0] * 30 for _ in range(30)]
+    for place in range(30):
+        counts[place][place], counts[place][0] = place + 1, 30 - place
+    found = label_table(Confusion(labels=tuple(map(str, range(30))), counts=tuple(map(tuple, counts))))
+    assert found.caption == "The 20 labels with the lowest F1 of 30"
+    assert len(found.rows) == 20
+    shares = [float(str(row[4]).rstrip("%")) for row in found.rows]
+    assert shares == sorted(shares)
 
 
 def test_reports_resumed_attempts_say_where_they_continued(classification: Path, kit: SimpleNamespace) -> None:
