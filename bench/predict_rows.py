@@ -99,7 +99,7 @@ def ours(model: Path, file: Path, output: Path) -> Callable[[], None]:
     predictor = predict.load(model)
 
     def run() -> None:
-        what = cli_predict.asked([], file)
+        what = cli_predict.asked([], file, predictor.notes)
         cli_predict.write(Console(), predictor, what, output, 128, lambda done, total: None)
 
     return run
