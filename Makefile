@@ -31,10 +31,9 @@ chat-example: $(VENV)/chat
 test: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long"
 
-# For those who change a line: about a minute, without the examples' whole runs.
+# For those who change a line: about a minute, without what trains or traces for seconds.
 test-fast: $(VENV)/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long" tests/unit tests/contract \
-		-k "not runs_end_to_end and not ends_with_verdict_and_card"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long and not slow" tests/unit tests/contract
 
 # Real processes that are killed, limits of memory, large cases. CI runs it as well.
 test-long: $(VENV)/dev

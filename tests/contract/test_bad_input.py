@@ -955,6 +955,7 @@ def test_disk_too_small_is_refused_before_training(case: Case, monkeypatch: pyte
     assert not list(case.folder.glob("runs/*/attempts"))
 
 
+@pytest.mark.slow
 def test_memory_too_small_is_refused_before_training(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = hardware.here().model_copy(update={"memory_available_bytes": 100_000})
     monkeypatch.setattr(hardware, "here", lambda: machine)

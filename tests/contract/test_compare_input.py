@@ -106,6 +106,7 @@ def test_lint_with_a_budget_says_what_its_design_will_be_marked_for(tmp_path: Pa
     assert not [path for path in tmp_path.rglob("*") if path.name == "expectation.json"]
 
 
+@pytest.mark.slow
 def test_lint_with_a_budget_says_that_test_rows_stand_in_train_and_were_opened_by_another_comparison(
     tmp_path: Path,
 ) -> None:

@@ -118,6 +118,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ONE_PROCESS, ids=lambda path: path.stem)
 def test_example_runs_end_to_end(path: Path, tmp_path: Path, models: dict[str, Path]) -> None:
     """Two steps with a tiny model, from the rows to the report."""
@@ -147,6 +148,7 @@ def test_example_runs_end_to_end(path: Path, tmp_path: Path, models: dict[str, P
     assert len(scores) > 1
 
 
+@pytest.mark.slow
 def test_example_of_a_comparison_ends_with_verdict_and_card(tmp_path: Path, models: dict[str, Path]) -> None:
     """One seed of each method at a given rate: the search has tests of its own."""
     _stand_ins(tmp_path / "bench")

@@ -24,6 +24,8 @@ from tests import tiny
 from tests.contract import command
 from tests.train.runs import in_this_process, without_tracing
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "how-do-i.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 OTHERS = ("hf", "tensorboard", "vllm", "python", "optimum-cli", "ollama", "pip")

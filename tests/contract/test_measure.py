@@ -15,6 +15,8 @@ from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:

@@ -65,6 +65,7 @@ def shown(result: Result, width: int = 80) -> str:
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_7b_is_planned_from_its_config_alone() -> None:
     result = seven_b("--for", "4x A100-80GB", "--price", "2 USD", "--json")
     assert result.code == 0, result.err
@@ -98,12 +99,14 @@ def test_7b_is_planned_from_its_config_alone() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 def test_7b_example_leaves_nothing_behind() -> None:
     before = sorted(EXAMPLES.parent.glob("runs/*"))
     assert seven_b("--for", "8x A100-80GB").code == 0
     assert sorted(EXAMPLES.parent.glob("runs/*")) == before
 
 
+@pytest.mark.slow
 def test_plan_ends_with_commands_that_can_be_copied() -> None:
     result = seven_b("--for", "1x MI325X", "--set", "train.max_grad_norm=0.5", "--json")
     assert result.code == 0, result.err
@@ -118,6 +121,7 @@ def test_plan_ends_with_commands_that_can_be_copied() -> None:
     assert "not built" not in page.replace("not built yet", "")
 
 
+@pytest.mark.slow
 def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     result = seven_b("--for", "1x RTX 4080, 16GB host, 50GB disk")
     assert result.code == 3
@@ -127,6 +131,7 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     assert "but there are 15.5 GiB of GPU memory" in result.problems[0]
 
 
+@pytest.mark.slow
 def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
     card = ("--for", "1x RTX 4090, 64GB host")
     refused = seven_b(*card)
@@ -143,6 +148,7 @@ def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
     assert "23.5 GiB on each GPU, 56.6 GiB (61 GB) of the host's memory" in page
 
 
+@pytest.mark.slow
 def test_folder_that_only_a_person_knows_is_to_be_filled_in() -> None:
     refused = seven_b("--for", "1x RTX 4090, 64GB host")
     assert "..." not in refused.out
@@ -153,6 +159,7 @@ def test_folder_that_only_a_person_knows_is_to_be_filled_in() -> None:
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_json_of_a_plan_that_does_not_fit_has_the_survey_and_the_ways_out_on_stderr() -> None:
     result = seven_b("--for", "1x RTX 4080, 16GB host", "--json")
     assert result.code == 3
@@ -163,6 +170,7 @@ def test_json_of_a_plan_that_does_not_fit_has_the_survey_and_the_ways_out_on_std
     assert host.endswith("; --for '1x RTX 4080, 139GB host'")
 
 
+@pytest.mark.slow
 def test_command_has_the_users_settings_and_the_placements() -> None:
     result = seven_b("--for", "8x A100-80GB", "--set", "train.max_grad_norm=0.5", "--set", "train.seed=3", "--json")
     assert result.code == 0, result.err
@@ -179,6 +187,7 @@ def test_command_has_the_users_settings_and_the_placements() -> None:
     assert again.train.extra == {"deepspeed": {"zero_optimization": {"stage": 2}}}
 
 
+@pytest.mark.slow
 def test_deepspeed_of_the_recipe_that_does_not_fit_is_no_mistake_of_the_recipe() -> None:
     deepspeed = "train.extra={deepspeed: {zero_optimization: {stage: 2}}}"
     result = seven_b("--for", "1x L40S, 16GB host", "--set", deepspeed)

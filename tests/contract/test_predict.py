@@ -28,6 +28,8 @@ from fulltune.tasks import Target, task_named
 from tests import tiny
 from tests.contract.command import fulltune
 
+pytestmark = pytest.mark.slow
+
 TEMPERATURE = 2.5
 KINDS: dict[str, tuple[str, str, dict[str, str], list[str]]] = {
     # problem type: kind of model, task, columns, labels

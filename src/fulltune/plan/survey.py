@@ -170,9 +170,23 @@ def _alone(task: Task | None, fleet: Fleet) -> _Made | None:
     """The plan of another method, with whatever placement fits; None when none does."""
     if task is None:
         return None
+    settings: dict[str, Any] = {}
+    if _needs_narrow_weights(task, fleet):  # tracing these at once saves the seconds of tracing the others
+        settings = {"model.weights_dtype": "bf16"}
+        task = replace(task, recipe=with_settings(task.recipe, settings))
     placements = placement.table(load_of(task, fleet, None), fleet, task.recipe.train.num_processes)
     made = _plan(task, fleet, placements)
-    return _elsewhere(task, fleet, placements) if isinstance(made, DoesNotFitError) else made
+    found = _elsewhere(task, fleet, placements) if isinstance(made, DoesNotFitError) else made
+    return None if found is None else replace(found, settings={**settings, **found.settings})
+
+
+def _needs_narrow_weights(task: Task, fleet: Fleet) -> bool:
+    """The weights of a method that nothing shares out are too large as fp32, and may be bf16 here."""
+    recipe, gpus = task.recipe, fleet.machine.gpus
+    if task.shapes.num_trained is None or "weights_dtype" in recipe.model.model_fields_set:
+        return False
+    may_be = recipe.train.precision in ("auto", "bf16") and bool(gpus) and gpus[0].bf16
+    return may_be and 4 * task.shapes.num_parameters > gpus[0].available_bytes
 
 
 def _as_way_out(lora: _Made, where: Literal["device", "disk"], now_bytes: int) -> WayOut:
