@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 import tracemalloc
 from collections.abc import Iterator
@@ -163,6 +164,14 @@ ASKED: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Equal, or numbers (also as text) but for their last digits: two batches may add up in another order."""
+    try:
+        return math.isclose(float(one), float(other), rel_tol=1e-4, abs_tol=1e-6)
+    except (TypeError, ValueError):
+        return bool(one == other)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_every_task_has_its_columns_and_a_bad_row_does_not_stop_the_others(
@@ -177,9 +186,7 @@ def test_every_task_has_its_columns_and_a_bad_row_does_not_stop_the_others(
     assert "in.jsonl:2: " in said.err
     found = read(output)
     assert list(found[0]) == [*good, *columns, "predicted_error"]
-    assert {name: value for name, value in found[0].items() if name in columns} == {
-        name: value for name, value in found[2].items() if name in columns
-    }
+    assert all(alike(found[0][name], found[2][name]) for name in columns)
     assert found[0][columns[0]] is not None
     assert [bool(row["predicted_error"]) for row in found] == [False, True, False]
     assert not any(found[1][name] for name in columns)
