@@ -134,6 +134,10 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
 """Task and the role that marks it, the clearest first: a file with `question` and `label` is a classifier's."""
 
 
+_ROWS_OF_A_LABEL = 10
+"""A column whose values come back so often on average looks like a label."""
+
+
 def infer(*paths: Path, hints: Hints = NO_HINTS) -> Found:
     """Task, rows and target of data files; they are read row by row.
 
@@ -176,6 +180,16 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Found:
                     yield row
 
         target = task.find_target(rows(), found, block, source.where)
+        looked_at = [row for row in head[:100] if unreadable(row, found) is None]
+        refused = [why for row in looked_at if (why := task.refuse(row, target))]
+        if refused and len(refused) == len(looked_at):
+            refusals.append(
+                DataError(
+                    f"{source.where}: none of the first rows can be used for {name}: {refused[0].reason}; name another "
+                    "column, or, where a cell lists several texts, write a row for each"
+                )
+            )
+            continue
         return Found(name, target, source.where, num_rows, named, is_guess=guessed is not None)
     if refusals and len({name for name, _ in forms}) == 1:
         raise refusals[0]
@@ -184,8 +198,25 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Found:
         f"{paths[0]}: no known form of data{given if hints.roles else ''}: expected columns text + label "
         "(classification), tokens + tags (entities), prompt + completion or messages (language model), question + "
         "context + answers, source + target, choices + label, image + label, or text alone; columns here: "
-        f"{', '.join(columns)}. Say which is which, for example: --prompt {columns[0]} --completion {columns[-1]}"
+        f"{', '.join(columns)}. Say which is which, for example: {_example(columns, head)}"
     )
+
+
+def _example(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str:
+    """Options that fit the rows: the longest text, with what takes few values for a label, else with another text."""
+    cells = {name: [row.get(name) for row in head] for name in columns}
+    texts = {name: sum(map(len, found)) for name in columns if (found := [c for c in cells[name] if type(c) is str])}
+    if len(columns) == 1:
+        return f"--text {columns[0]}"
+    text = max(texts, key=lambda name: texts[name], default=columns[0])
+    kinds = {name: len(set(map(str, found))) for name, found in cells.items() if name != text}
+    labels = [name for name, count in kinds.items() if 1 < count <= len(head) // _ROWS_OF_A_LABEL]
+    if labels:
+        # A name says more than a number, and a flag or a rating beside it is no reason to pass it over.
+        return f"--text {text} --label {min(labels, key=lambda name: (name not in texts, kinds[name]))}"
+    longest = sorted(texts, key=lambda name: -texts[name])[:2]
+    pair = sorted(longest, key=columns.index) if len(longest) == 2 else (columns[0], columns[-1])
+    return f"--prompt {pair[0]} --completion {pair[1]}"
 
 
 def _forms(columns: Sequence[str], hints: Hints) -> list[tuple[TaskName, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,47 @@ def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"rows.jsonl: data.columns names the columns of csv and tsv files"):
         locate([str(data)], columns=("text",))
     assert read([str(data)]).columns == ("text",)
+
+
+def _typed(verdict: object, number: int) -> dict[str, object]:
+    return {"id": number, "note": f"review {number}", "body": f"{TEXTS[number % 3]} {number}", "seen": verdict}
+
+
+@pytest.mark.parametrize(
+    ("rows", "example"),
+    [
+        ([_typed(["bad", "good"][number % 2], number) for number in range(40)], "--text body --label seen"),
+        ([_typed(bool(number % 2), number) for number in range(40)], "--text body --label seen"),
+        ([_typed(["a", "b"] if number % 2 else ["a"], number) for number in range(40)], "--text body --label seen"),
+        ([_typed("always", number) for number in range(40)], "--prompt note --completion body"),
+        (
+            [{"mr": f"name[{number}]", "ref": f"It is {number}."} for number in range(40)],
+            "--prompt mr --completion ref",
+        ),
+        ([{"body": f"It is {number}."} for number in range(40)], "--text body"),
+    ],
+)
+def test_columns_without_usual_names_are_proposed_as_the_rows_suggest(
+    tmp_path: Path, rows: list[dict[str, object]], example: str
+) -> None:
+    data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(DataError) as refusal:
+        infer(data)
+    assert str(refusal.value).endswith(f"for example: {example}")
+
+
+def test_no_recipe_is_written_where_no_row_could_be_used(tmp_path: Path) -> None:
+    rows = [{"mr": f"name[{number}]", "refs": ["one text", "another"]} for number in range(20)]
+    data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(DataError, match=r"'refs' holds a list.*write a row for each"):
+        write_recipe(
+            data, tmp_path / "recipe.yaml", None, False, hints_of(None, {"prompt": "mr", "completion": "refs"}, None)
+        )
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_folder_of_plain_texts_is_told_how_to_name_them(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        _written(tmp_path / name, "A text.\n")
+    with pytest.raises(DataError, match=r"one by one, for example data.train: \[.*one.txt, .*two.txt\]"):
+        infer(tmp_path)

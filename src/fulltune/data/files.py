@@ -62,6 +62,11 @@ def _files_in(folder: Path) -> list[Path]:
     if {"state.json", "dataset_info.json"} <= names:  # what Dataset.save_to_disk writes: the rest is about the rows
         listed = [file for file in listed if file.suffix.lower() != ".json"]
     found = [file for file in listed if file.suffix.lower() in READERS]
+    if not found and (by_name := [file for file in listed if file.suffix.lower() in ONLY_BY_NAME]):
+        raise DataError(
+            f"{folder}: files such as {printable(by_name[0].name)} are not taken from a folder; name them one by one, "
+            f"for example data.train: [{', '.join(printable(str(file)) for file in by_name[:2])}]"
+        )
     if not found:
         raise DataError(
             f"{folder}: no data file in this folder; expected {', '.join(READERS)}: name another folder, or a file"

@@ -298,9 +298,10 @@ def _summarise(whole: Encoded, chosen: np.ndarray, rows: np.ndarray, lengths: np
 
 
 def _packing_note(whole: Encoded, rows: np.ndarray, made: SplitSummary, limit: int) -> str:
-    texts = int(rows[np.asarray(whole.row_of)].sum())
+    texts, pieces = int(rows.sum()), int(rows[np.asarray(whole.row_of)].sum())
     share = made.tokens / max(1, made.rows * limit)
-    return f"{texts:,} train texts packed into {made.rows:,} rows of up to {limit} tokens, {share:.1%} full"
+    cut = f", cut into {pieces:,} pieces and" if pieces > texts else ""
+    return f"{texts:,} train texts{cut} packed into {made.rows:,} rows of up to {limit} tokens, {share:.1%} full"
 
 
 def _length_explained(target: Target, whole: Encoded, rows: np.ndarray, folder: Path) -> float:

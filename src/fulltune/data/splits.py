@@ -20,6 +20,8 @@ from fulltune.tasks import Target
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")
 HELD_OUT: tuple[Split, ...] = ("eval", "test")
 FEW_EVAL_ROWS = 50
+_FEW_OF_A_CLASS = 5
+"""One right answer more or less then moves its recall by 20 points or more."""
 
 
 def refuse_unusable(recipe: Recipe, encoded: Mapping[Split, Encoded], given: Mapping[Split, Given]) -> None:
@@ -139,9 +141,12 @@ def notes(
     found = []
     nearly = " (equal, or nearly so)" if near else ""
     shared = next((word for role, word in _SHARED.items() if role in target.columns), "text")
+    # Long raw texts are cut, short ones packed: the rows that are trained and shown are others than those of the file.
+    sources = "texts" if set(target.columns) == {"text"} else "rows"
     if (count := len(keys["eval"])) < FEW_EVAL_ROWS:
         found.append(
-            f"only {count} eval rows: which checkpoint is best is close to chance; more rows would tell better"
+            f"only {count} eval {sources}: which checkpoint is best is close to chance; more {sources} would tell "
+            "better"
         )
     wholes = np.asarray(encoded["train"].wholes)[split_of["train"]]
     num_train = len(wholes)
@@ -192,13 +197,22 @@ def num_in_eval(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.nd
 
 
 def unmeasured(encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray]) -> list[str]:
-    """Classes of train that no test row has: their quality is not known."""
+    """Classes of train that no test row has, or hardly any: their quality is not known."""
     train, test = (label_counts(encoded.get(name, encoded["train"]), split_of[name]) for name in ("train", "test"))
     missing = sorted(set(train) - set(test), key=lambda name: (train[name], name))
-    if not missing:
-        return []
-    shown = ", ".join(f"'{name}' ({train[name]} train rows)" for name in missing[:3])
-    return [f"{len(missing)} of {len(train)} classes have no test row, so nothing measures them: {shown}"]
+    found = []
+    if missing:
+        shown = ", ".join(f"'{name}' ({train[name]} train rows)" for name in missing[:3])
+        found.append(f"{len(missing)} of {len(train)} classes have no test row, so nothing measures them: {shown}")
+    scarce = sorted((name for name in test if test[name] < _FEW_OF_A_CLASS), key=lambda name: (test[name], name))
+    # Of few test rows in all, that is plain to see.
+    if scarce and (num_test := int(split_of["test"].sum())) >= FEW_EVAL_ROWS:
+        shown = ", ".join(f"'{name}' ({test[name]})" for name in scarce[:3])
+        found.append(
+            f"classes with fewer than {_FEW_OF_A_CLASS} of the {num_test:,} test rows, so that their scores are close "
+            f"to chance: {len(scarce)} of {len(train)}: {shown}"
+        )
+    return found
 
 
 def label_counts(whole: Encoded, weight_of_row: np.ndarray) -> Counter[str]:

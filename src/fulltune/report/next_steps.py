@@ -12,6 +12,7 @@ from fulltune.report import words
 from fulltune.report.history import Point
 from fulltune.report.read import RunView
 from fulltune.report.verdict import Kind, Verdict, headline_row
+from fulltune.units import is_share
 
 _FEW_STEPS = 100
 """A pretrained model with a new head has hardly begun by then."""
@@ -55,6 +56,8 @@ class Seen:
     greater_is_better: bool = True
     blind: str = ""
     """That the model tells nothing apart, in words; empty: it does."""
+    is_faultless: bool = False
+    """Every test row is answered right: on these rows no other training can do better."""
     weights_may_help: bool = False
     """It gives the label that by far most rows have, and all classes counted alike."""
 
@@ -85,6 +88,9 @@ def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
         blind=_blind(row),
+        is_faultless=is_share(row.main_metric)
+        and row.main_metric in row.metrics
+        and row.metrics[row.main_metric].value == 1,
         weights_may_help="train.class_weights" not in given and _gives_the_usual_label(row),
     )
 
@@ -121,6 +127,11 @@ def next_steps(seen: Seen) -> tuple[str, ...]:
     """
     if seen.verdict not in ("worse", "unresolved"):
         return ()
+    if seen.is_faultless:
+        return (
+            "Every test row is answered right: no other training can do better on them. Take more test rows, or harder "
+            "ones.",
+        )
     found = []
     grew, is_sure = _loss_grew(seen.loss)
     passed = _best_long_ago(seen)

@@ -54,6 +54,28 @@ def test_rows_with_the_same_prompt_and_other_answers_are_no_repeats(tmp_path: Pa
     assert _about_train(summary) == [expected]
 
 
+def test_long_texts_are_counted_as_texts_and_their_pieces_as_pieces(tmp_path: Path, decoder_tokenizer: Any) -> None:
+    path = tiny.write_jsonl(
+        tmp_path / "train.jsonl", [{"text": f"text {number} is long " * 40} for number in range(30)]
+    )
+    recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": str(path)}})
+    limits = data.Limits(tiny.POSITIONS, keeps_texts_apart=lambda: None)
+    notes = data.prepare(recipe, tmp_path / "data", task_named("causal-lm"), decoder_tokenizer, limits).notes
+    assert any(note.startswith("only 3 eval texts:") for note in notes)
+    assert any(note.startswith("24 train texts, cut into ") and " pieces and packed into " in note for note in notes)
+
+
+@pytest.mark.parametrize(("rare", "is_noted"), [(12, True), (120, False)])
+def test_class_with_hardly_any_test_row_is_noted(
+    rare: int, is_noted: bool, tmp_path: Path, encoder_tokenizer: Any
+) -> None:
+    rows = [{"text": f"text {number}", "label": "rare" if number < rare else "usual"} for number in range(600)]
+    notes = prepare(tmp_path, rows, encoder_tokenizer, "text-classification").notes
+    said = [note for note in notes if "close to chance" in note]
+    assert bool(said) == is_noted
+    assert all("fewer than 5 of the 60 test rows" in note and note.endswith("1 of 2: 'rare' (1)") for note in said)
+
+
 def test_equal_rows_are_repeats_and_the_same_text_with_another_label_is_shared(
     tmp_path: Path, encoder_tokenizer: Any
 ) -> None:

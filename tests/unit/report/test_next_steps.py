@@ -78,6 +78,15 @@ def test_nothing_is_proposed_where_nothing_is_known_to_be_wrong(verdict: str) ->
     assert next_steps(replace(WORSE, verdict=verdict, loss=FALLING)) == ()  # type: ignore[arg-type]
 
 
+def test_no_more_training_is_proposed_where_every_test_row_is_right(classification: Path, kit: SimpleNamespace) -> None:
+    same = {"nearest centroid (frozen)": Estimate(value=0.0, low=-0.1, high=0.1)}
+    kit.save_scores(classification, kit.scores("full-seed42", "trained", 1.0, differences=same))
+    said = conclude(read_run(classification))[1]
+    assert len(said) == 1
+    assert said[0].startswith("Every test row is answered right")
+    assert "--set" not in said[0]
+
+
 def test_run_that_made_it_worse_is_told_from_its_files(classification: Path, kit: SimpleNamespace) -> None:
     labels = ("a", "b")
     kit.save_scores(
