@@ -83,7 +83,7 @@ def test_example_with_own_rows_is_prepared_and_planned(
     assert sum(split.rows for split in summary.splits.values()) == rows
     assert not summary.dropped
     # The examples are small on purpose.
-    assert all("eval rows" in note or "packed" in note for note in summary.notes)
+    assert all(note.startswith("only ") or "packed" in note for note in summary.notes)
 
 
 def _stand_ins(folder: Path) -> None:
