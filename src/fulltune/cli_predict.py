@@ -130,14 +130,14 @@ def _names_without_header(source: Source, notes: Mapping[str, Any]) -> tuple[str
     model does not read, such as the label.
     """
     from fulltune import predict
-    from fulltune.data.header import SEPARATED
+    from fulltune.data.header import SEPARATED, delimiter_of
 
     names = tuple(notes.get("table_columns") or ())
     if not names or any(file.suffix.lower() not in SEPARATED for file in source.files):
         return None
     try:
         with source.files[0].open(encoding="utf-8-sig", newline="") as stream:
-            first = next(csv.reader(stream, delimiter=SEPARATED[source.files[0].suffix.lower()]), [])
+            first = next(csv.reader(stream, delimiter=delimiter_of(source.files[0])), [])
     except (OSError, ValueError, csv.Error):
         return None  # the reader says what is wrong with the file
     if set(predict.columns_read(notes)) <= set(first):

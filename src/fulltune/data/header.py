@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,9 +12,35 @@ from fulltune.tasks.columns import USUAL_NAMES
 
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
+LONGEST_CELL = min(sys.maxsize, 2**31 - 1)
+"""The csv module's default is 128 KiB."""
 _ROWS = 1000
 _WORDS = 5
 """A cell of so many words, above others like it, is a text and no name."""
+
+
+def delimiter_of(file: Path) -> str:
+    """What stands between the cells of a csv or tsv file.
+
+    In a csv it may be semicolons, which spreadsheets write where the comma is the decimal sign: then the first line has
+    one cell by commas and several by semicolons, and so many has the next one.
+    """
+    usual = SEPARATED[file.suffix.lower()]
+    if usual == "\t":
+        return usual
+    try:
+        by_commas, by_semicolons = _first_two(file, usual), _first_two(file, ";")
+    except csv.Error:
+        return usual  # the reader says what is wrong with the file
+    is_one = [len(row) for row in by_commas[:1]] == [1]
+    counts = {len(row) for row in by_semicolons}
+    return ";" if is_one and len(counts) == 1 and max(counts) > 1 else usual
+
+
+def _first_two(file: Path, delimiter: str) -> list[list[str]]:
+    csv.field_size_limit(LONGEST_CELL)
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        return list(islice((row for row in csv.reader(stream, delimiter=delimiter) if row), 2))
 
 
 def names_without_header(file: Path) -> tuple[str, ...] | None:
@@ -22,7 +49,7 @@ def names_without_header(file: Path) -> tuple[str, ...] | None:
         return None
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=SEPARATED[file.suffix.lower()])
+            reader = csv.reader(stream, delimiter=delimiter_of(file))
             first, *rows = islice(reader, _ROWS)
     except (OSError, ValueError, csv.Error):
         return None  # the reader says what is wrong with the file

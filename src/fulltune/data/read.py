@@ -16,7 +16,7 @@ from typing import Any
 
 from fulltune.data import columnar, images, plain_text, text_tables
 from fulltune.data.files import files_of, reading
-from fulltune.data.header import SEPARATED
+from fulltune.data.header import SEPARATED, delimiter_of
 from fulltune.errors import DataError
 from fulltune.recipe import TextRows
 from fulltune.records import SplitName
@@ -172,8 +172,8 @@ def _rows(
                 return
             _refuse_binary(file)
             match file.suffix.lower():
-                case ".csv" | ".tsv" as suffix:
-                    yield from text_tables.separated(file, SEPARATED[suffix], columns)
+                case ".csv" | ".tsv":
+                    yield from text_tables.separated(file, delimiter_of(file), columns)
                 case ".jsonl" | ".ndjson":
                     yield from text_tables.json_lines(file)
                 case ".json":

@@ -79,9 +79,12 @@ def assign(
         raise DataError(few)
     small = [f"{name} has {counts[name]}" for name in SPLITS if counts[name] < 2]
     if small:
+        different = len(np.unique(groups))
+        ways = ["give more rows", "files for eval and test"]
+        ways += ["larger data.eval_fraction and data.test_fraction"] if different >= 2 * len(SPLITS) else []
         raise DataError(
-            f"{given['train'].where}: {train.num_read} rows, {len(np.unique(groups))} of them different, are too few "
-            f"for three splits of at least 2 rows ({', '.join(small)}); give more rows, or files for eval and test"
+            f"{given['train'].where}: {train.num_read} rows, {different} of them different, are too few "
+            f"for three splits of at least 2 rows ({', '.join(small)}); {', '.join(ways[:-1])}, or {ways[-1]}"
             f"{_sections(recipe)}"
         )
     return split_of, sources

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fulltune.data.header import LONGEST_CELL
 from fulltune.errors import DataError
 from fulltune.tasks.columns import BadCell, fault, may_be_faulty
 
+_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _SHOWN = 5
 """Broken lines that are named one by one."""
 
@@ -29,8 +30,7 @@ def separated(
     Raises:
         DataError: After the last line, naming the first broken ones.
     """
-    # A cell may be longer than the csv module's default limit of 128 KiB.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(LONGEST_CELL)
     problems: list[str] = []
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
@@ -50,7 +50,7 @@ def separated(
                 if cells and len(cells) != len(header):
                     problems.append(
                         f"{file}:{line}: {len(cells)} cells, expected {len(header)} as in {source}; "
-                        "put a text with commas or line ends in double quotes"
+                        f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
                     )
                 elif cells:
                     yield line, dict(zip(header, cells, strict=True))
@@ -72,12 +72,11 @@ def first_few(problems: Sequence[str], file: Path) -> list[str]:
 
 def _refuse_other_delimiter(file: Path, header: Sequence[str], delimiter: str) -> None:
     """One column whose name holds another delimiter is a file that was written with that one."""
-    names = {",": "commas", ";": "semicolons", "\t": "tabs"}
-    other = next((sign for sign in names if sign != delimiter and sign in header[0]), None)
+    other = next((sign for sign in _NAMES if sign != delimiter and sign in header[0]), None)
     if len(header) == 1 and other is not None:
         raise DataError(
-            f"{file}:1: its columns are separated by {names[other]}, expected {names[delimiter]}; save it with commas "
-            "as .csv or with tabs as .tsv"
+            f"{file}:1: its columns are separated by {_NAMES[other]}, expected {_NAMES[delimiter]}; save it with "
+            "commas as .csv or with tabs as .tsv"
         )
 
 

@@ -87,3 +87,14 @@ def test_places_of_files_with_the_same_name_differ(tmp_path: Path) -> None:
     files = [write(tmp_path / folder / "rows.csv") for folder in ("a", "b") if not (tmp_path / folder).mkdir()]
     places = read([str(file) for file in files]).places
     assert len(set(places)) == len(places) == 4
+
+
+def test_csv_with_semicolons_as_spreadsheets_write_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "export.csv"
+    file.write_text('\ufefftext;label\r\n"gut, aber teuer";no\r\n0,5 Sterne;no\r\n', encoding="utf-8")
+    assert read([str(file)]).rows == [
+        {"text": "gut, aber teuer", "label": "no"},
+        {"text": "0,5 Sterne", "label": "no"},
+    ]
+    file.write_text('"a;b",c\n1;2,3\n', encoding="utf-8")
+    assert read([str(file)]).rows == [{"a;b": "1;2", "c": "3"}]
