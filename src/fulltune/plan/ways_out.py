@@ -14,6 +14,8 @@ from fulltune.records import DiskNeed, MemoryNeed, Placement, WayOut
 from fulltune.units import in_words
 
 MOST = 3
+LEAST_SHARE = 0.1
+"""Of what is short: what frees less, and is not enough, helps nobody."""
 SHORTEST = 128
 """Rows are not cut below so many tokens."""
 _LENGTH = "data.max_length: "
@@ -70,7 +72,8 @@ def of_memory(
         fastest = max(others, key=lambda one: one.tokens_per_second or 0.0)
         place = sum(change.harmless for change in _changes(recipe, levers))
         found.insert(place, _as_way_out(fastest, now))
-    found = [way for way in found if way.frees_bytes > 0]
+    least = LEAST_SHARE * (now - budget_bytes)
+    found = [way for way in found if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in found if way.enough]
     if not enough:
         enough = _together(recipe, levers, budget_bytes, need, now)

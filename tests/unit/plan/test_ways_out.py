@@ -40,6 +40,14 @@ def ways(budget_gib: float, levers: Levers = LEVERS, **train: Any) -> list[tuple
     return [(way.change, way.frees_bytes / GIB, way.enough) for way in found]
 
 
+@pytest.mark.parametrize(("budget", "is_told"), [(1, False), (6.001, True)])
+def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, is_told: bool) -> None:
+    """6 GiB of state and eight rows of a thousandth: a batch of one row helps only where a thousandth is short."""
+    small = {"longest_tokens": 1, "weights_dtype": "bf16", "optim": "adamw_8bit", "chunked_loss": True}
+    found = ways(budget, replace(LEVERS, **small))
+    assert ("train.micro_batch_size: 1" in [change for change, _, _ in found]) is is_told
+
+
 @pytest.mark.parametrize(
     ("budget", "levers", "train", "expected"),
     [
