@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# The tests are no installed package: they are found by the path that was set above.
 from tests import tiny  # noqa: E402
 from tests.contract import malformed  # noqa: E402
 from tests.contract.command import fulltune  # noqa: E402
@@ -85,7 +86,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=104, help="of the first case; the tests have those below 104")
     parser.add_argument("--keep", type=Path, help="a new folder in which the cases stay")
     given = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # stdout is a TextIOWrapper
     folder = given.keep or Path(tempfile.mkdtemp(prefix="malformed-"))
     models, processors = _models(folder / "models")
     # Loads in this process what the command loads: each fork has it then.
@@ -122,7 +123,7 @@ def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         "image-classification": tiny.save_image_model(folder / "vit"),
     }
     loaded = {
-        task: processors.load_processor(ModelBlock(name=str(model)), task)  # type: ignore[arg-type]
+        task: processors.load_processor(ModelBlock(name=str(model)), task)  # type: ignore[arg-type]  # a TaskName
         for task, model in models.items()
     }
     return models, loaded

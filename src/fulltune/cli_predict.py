@@ -20,7 +20,6 @@ from fulltune.errors import DataError, InterruptedRun, SetupError
 if TYPE_CHECKING:
     from fulltune.data import Source
     from fulltune.predict import Answered, Predictor
-    from fulltune.predict.predictor import Watch
 
 STDIN = "-"
 _IN_PLACE = {True: "an 'error' stands in its place", False: "an empty line stands in its place"}
@@ -269,7 +268,10 @@ def write(
     tally = Tally(what.where, what.table is not None)
     placed, again = tee(what.placed())
     rows = what.rows(predictor.notes, (row for _, row in again))
-    in_window: Watch = lambda done, _: watch(tally.rows + done, what.total)  # noqa: E731
+
+    def in_window(done: int, _: int) -> None:
+        watch(tally.rows + done, what.total)
+
     try:
         with files.into(output, what.columns, new, types) as put:
             watch(0, what.total)
@@ -307,6 +309,7 @@ def side_by_side(
         DataError: When a row names none of them.
     """
     from fulltune import predict
+    from fulltune.tasks.columns import windows
 
     names = [run.resolve().name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -324,7 +327,7 @@ def side_by_side(
             predict.check_columns(what.columns, predictor.notes, what.where)
     cut_in_words = " / ".join(dict.fromkeys(predictor.cut_in_words() for predictor in found.values()))
     tally = Tally(what.where, what.table is not None)
-    for window in predict.windows(what.placed()):
+    for window in windows(what.placed()):
         answers: dict[int, list[tuple[str, Answered]]] = {number: [] for number in range(len(window))}
         for name, predictor in found.items():
             mine = [number for number, (_, row) in enumerate(window) if by is None or row[by] == name]

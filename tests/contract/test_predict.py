@@ -24,8 +24,8 @@ from scipy.special import softmax
 
 from fulltune import cli_predict, cli_predict_files, display, predict
 from fulltune.errors import DataError, InterruptedRun, SetupError
-from fulltune.predict import windows
 from fulltune.tasks import Target, task_named
+from fulltune.tasks.columns import windows
 from tests import tiny
 from tests.contract.command import fulltune
 

@@ -114,7 +114,7 @@ def signed(signature: inspect.Signature) -> Callable[[_Function], _Function]:
     """Show this signature to `inspect` and to editors: the function itself takes more than transformers' does."""
 
     def sign(function: _Function) -> _Function:
-        function.__signature__ = signature  # type: ignore[attr-defined]
+        function.__signature__ = signature  # type: ignore[attr-defined]  # what inspect looks for (PEP 362)
         return function
 
     return sign

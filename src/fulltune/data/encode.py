@@ -25,7 +25,7 @@ from fulltune.hardware import num_cores
 from fulltune.recipe import TaskName
 from fulltune.store import RowWriter, record_batch, words
 from fulltune.tasks import LENGTH, Example, Refused, Target, task_named
-from fulltune.tasks.columns import as_text, normalised, unreadable
+from fulltune.tasks.columns import as_text, normalised, unreadable, windows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -302,7 +302,7 @@ def join_near(sources: Sequence[Encoded], threshold: float) -> None:
 
 def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:
     """The source in order, chunk by chunk; read only a little ahead of the workers."""
-    pieces = _pieces(rows)
+    pieces = windows(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
     num_workers = num_cores()
     if num_rows < ROWS_WORTH_PROCESSES or num_workers == 1:
         yield from (encode_chunk(job, piece) for piece in pieces)
@@ -326,29 +326,6 @@ def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chun
                 "data: a process that tokenises was killed, most often by the kernel because memory ran out; close "
                 "other programs, or split the file"
             ) from None
-
-
-def _pieces(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
-    """Some rows at a time: a thousand, fewer when they are large."""
-    piece: list[PlacedRow] = []
-    size = 0
-    for place, row in rows:
-        piece.append((place, row))
-        size += _size(row)
-        if len(piece) >= ROWS_PER_CHUNK or size >= CHUNK_BYTES:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
-
-
-def _size(value: Any) -> int:
-    """Characters and bytes in a row, those in lists and objects (conversations, words) included."""
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 _job: Job | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from fulltune import model as models
 from fulltune.errors import DataError, SetupError
 from fulltune.methods import folder as folders
-from fulltune.predict.predictor import Answered, Predictor, windows
+from fulltune.predict.predictor import Answered, Predictor
 from fulltune.processors import load_processor
 from fulltune.recipe import ModelBlock
 from fulltune.run_folder import comparison_of
@@ -29,7 +29,6 @@ __all__ = [
     "load_side_by_side",
     "models_of",
     "rows_from_texts",
-    "windows",
 ]
 
 NOTES = folders.NOTES

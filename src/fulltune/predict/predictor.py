@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from fulltune.inference import generate, run_rows
 from fulltune.methods import folder as folders
 from fulltune.processors import opened
 from fulltune.tasks import Example, Refused, Row, Target, causal_lm, chat, seq2seq, tags, task_named
-from fulltune.tasks.columns import unreadable
+from fulltune.tasks.columns import unreadable, windows
 
 _log = logging.getLogger(__name__)
 
@@ -286,30 +286,3 @@ def _without_tokens(example: Example) -> Refused | None:
     """Texts of nothing but characters that the tokenizer leaves out have no token."""
     ids = example.features.get("input_ids")
     return Refused("no token", "the tokenizer makes no token of it") if ids is not None and not len(ids) else None
-
-
-T = TypeVar("T")
-
-
-def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_000_000) -> Iterator[list[T]]:
-    """Rows, whatever form they have, in their order, some at a time; one that is longer than a window stands alone."""
-    window: list[T] = []
-    size = 0
-    for row in rows:
-        characters = _characters(row)
-        if window and (len(window) == most_rows or size + characters > most_characters):
-            yield window
-            window, size = [], 0
-        window.append(row)
-        size += characters
-    if window:
-        yield window
-
-
-def _characters(value: Any) -> int:
-    """Characters and bytes in a cell; numbers count as one."""
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 1

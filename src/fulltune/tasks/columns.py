@@ -8,11 +8,13 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from fulltune.errors import DataError
+
+T = TypeVar("T")
 
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "content", "review", "comment", "question", "utterance", "query", "title", "body"),
@@ -188,3 +190,27 @@ _NO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 def normalised(text: str) -> str:
     """Case and white space do not make a different row."""
     return " ".join(text.lower().split())
+
+
+def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_000_000) -> Iterator[list[T]]:
+    """Rows, whatever form they have, in their order, some at a time; one that is longer than a window stands alone."""
+    window: list[T] = []
+    size = 0
+    for row in rows:
+        characters = _characters(row)
+        if window and (len(window) == most_rows or size + characters > most_characters):
+            yield window
+            window, size = [], 0
+        window.append(row)
+        size += characters
+    if window:
+        yield window
+
+
+def _characters(value: Any) -> int:
+    """Characters and bytes in a cell; anything else counts as one."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 1
