@@ -26,7 +26,7 @@ def fulltune(seed: int, epochs: float, run: Path) -> tuple[float, float]:
     """Accuracy on the test rows and seconds of the training process."""
     settings = [f"train.seed={seed}", f"train.num_train_epochs={epochs}"]
     options = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "fulltune.cli", "evaluate", str(RECIPE), "--run-folder", str(run), "--json"]
+    command = [sys.executable, "-m", "fulltune.cli.app", "evaluate", str(RECIPE), "--run-folder", str(run), "--json"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)

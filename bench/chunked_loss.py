@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fulltune.chunked_loss import Pieces
-from fulltune.meter import Meter
+from fulltune.models.chunked_loss import Pieces
+from fulltune.system.meter import Meter
 
 TOKENS, WORDS, HIDDEN = 4096, 49152, 576
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -39,7 +39,7 @@ def options(description: str | None, steps: int, repeats: int = 5) -> argparse.N
 
 def prepared(recipe: Path, folder: Path) -> Path:
     """A run folder with data and plan, made by fulltune: everyone trains on these rows."""
-    command = [sys.executable, "-m", "fulltune.cli", "plan", str(recipe), "--run-folder", str(folder)]
+    command = [sys.executable, "-m", "fulltune.cli.app", "plan", str(recipe), "--run-folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -48,7 +48,7 @@ def prepared(recipe: Path, folder: Path) -> Path:
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The train rows, tokenised by fulltune, as plain lists: `input_ids` and `labels`."""
-    from fulltune.store import load_split
+    from fulltune.inference.store import load_split
 
     rows = load_split(run / "data" / "train")
     plain = []
@@ -60,7 +60,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def batches_of(rows: Sequence[Row], size: int) -> list[list[int]]:
     """The batches that fulltune makes, for the bare loop: neither has less padding."""
-    from fulltune.train.sampler import GlobalBatchSampler
+    from fulltune.train.loop.sampler import GlobalBatchSampler
 
     return GlobalBatchSampler([len(row["input_ids"]) for row in rows], size, size, 42, True).global_batches()
 
@@ -104,9 +104,10 @@ def train_with(trainer: Any, rows: Sequence[Row]) -> Timed:
 def train_with_fulltune(recipe: Path, run: Path, rows: Sequence[Row]) -> Timed:
     """Time the steps of fulltune's worker, from the lines that it writes."""
     from fulltune import api
-    from fulltune.records import Plan
-    from fulltune.train import Hooks, worker
+    from fulltune.records.run import Plan
+    from fulltune.train import Hooks
     from fulltune.train.request import Request
+    from fulltune.train.worker import main as worker
 
     job = api.job(recipe, run_folder=run, listener=lambda event: None)
     plan = Plan.load(run / "plan" / "full.json")

@@ -32,8 +32,8 @@ def with_datasets(file: Path, folder: Path) -> None:
     """The usual way."""
     from datasets import load_dataset
 
-    from fulltune.processors import load_tokenizer
-    from fulltune.recipe import ModelBlock
+    from fulltune.models.processors import load_tokenizer
+    from fulltune.recipe.fields import ModelBlock
 
     tokenizer = load_tokenizer(ModelBlock(name=MODEL))
     rows = load_dataset("csv", data_files=str(file), split="train", cache_dir=str(folder / "cache"))
@@ -98,7 +98,7 @@ def main() -> None:
                 f"model: {MODEL}\ntask: text-classification\ndata: {{train: {given.file.resolve()}}}\noutput: runs\n"
             )
             command = {
-                "fulltune": [sys.executable, "-m", "fulltune.cli", "data", str(recipe)],
+                "fulltune": [sys.executable, "-m", "fulltune.cli.app", "data", str(recipe)],
                 "datasets": [sys.executable, __file__, str(given.file), "--inside", str(folder)],
             }[name]
             took, peak = measured(command, {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"})

@@ -46,7 +46,7 @@ def contestants() -> dict[str, tuple[Callable[[Any], Any], bool]]:
     """Name to how it is made and whether its weights are bf16."""
     import torch
 
-    from fulltune.train.optimizers import AdamW
+    from fulltune.train.optim.optimizers import AdamW
 
     found: dict[str, tuple[Callable[[Any], Any], bool]] = {
         "torch fused": (lambda tensors: torch.optim.AdamW(tensors, fused=True), False),
@@ -129,7 +129,7 @@ def accuracy(name: str, seed: int, options: argparse.Namespace, folder: Path) ->
     if options.steps:
         changes += ["--set", "train.num_train_epochs=null"]
     run = folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-    command = [sys.executable, "-m", "fulltune.cli", "evaluate", str(RECIPE), "--run-folder", str(run), "--json"]
+    command = [sys.executable, "-m", "fulltune.cli.app", "evaluate", str(RECIPE), "--run-folder", str(run), "--json"]
     done = subprocess.run([*command, *changes], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)

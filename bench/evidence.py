@@ -176,7 +176,7 @@ def run(name: str, rows: int, parent: Path) -> None:
     common = COMMON.format(full=one.full, margin=one.margin, seeds=one.seeds(rows))
     train = f"train: {{num_train_epochs: {one.epochs(rows)}, global_batch_size: {one.batch}}}\n"
     (folder / "recipe.yaml").write_text(one.recipe + common + train, encoding="utf-8")
-    command = [sys.executable, "-m", "fulltune.cli", "compare", str(folder / "recipe.yaml")]
+    command = [sys.executable, "-m", "fulltune.cli.app", "compare", str(folder / "recipe.yaml")]
     with (folder / "out.txt").open("w", encoding="utf-8") as out:
         done = subprocess.run([*command, "--run-folder", str(folder / "run")], stdout=out, stderr=out, check=False)
     print(f"{name} {rows or 'all'}: exit code {done.returncode}", flush=True)

@@ -29,11 +29,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fulltune.compare import draws
-from fulltune.compare.items import Measure, measure_of
 from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems, decide
-from fulltune.compare_records import ArmKind, Decision, Difference
+from fulltune.records.differences import ArmKind, Decision, Difference
+from fulltune.stats import bootstrap
+from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Target
 
 ACCURACY, DISCORDANCE = 0.9, 0.1
@@ -56,7 +56,7 @@ class Rates:
     decisions: tuple[Decision, ...]
 
 
-draws.weights = functools.lru_cache(4)(draws.weights)  # the same draws of the rows serve every comparison
+bootstrap.weights = functools.lru_cache(4)(bootstrap.weights)  # the same draws of the rows serve every comparison
 
 
 def difficulty(chance: np.random.Generator, rows: int) -> np.ndarray:

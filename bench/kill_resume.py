@@ -46,7 +46,7 @@ def write_rows(path: Path, count: int = 300) -> None:
 
 
 def command(recipe: Path, run: Path) -> list[str]:
-    return [sys.executable, "-m", "fulltune.cli", "train", str(recipe), "--run-folder", str(run)]
+    return [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(run)]
 
 
 def weights(run: Path) -> str:

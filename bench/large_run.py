@@ -75,7 +75,7 @@ def main() -> None:
     recipe = folder / "large.yaml"
     recipe.write_text(RECIPE.format(model=MODEL, file=given.file.resolve()), encoding="utf-8")
     options = [part for setting in given.settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "fulltune.cli", "run", str(recipe), "--run-folder", str(folder / "runs/one")]
+    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(recipe), "--run-folder", str(folder / "runs/one")]
     log = folder / "log.txt"
     started = time.monotonic()
     samples: list[tuple[float, float]] = [(0.0, 0.0)]

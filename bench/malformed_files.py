@@ -111,8 +111,8 @@ def main() -> int:
 
 def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     """A tiny model and its tokenizer, or image processor, for each task."""
-    from fulltune import processors
-    from fulltune.recipe import ModelBlock
+    from fulltune.models import processors
+    from fulltune.recipe.fields import ModelBlock
 
     encoder = tiny.save_model(folder / "bert", "bert")
     models = {

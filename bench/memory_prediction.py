@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulltune.records import MemoryNeed
+    from fulltune.records.run import MemoryNeed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -258,9 +258,11 @@ def measure(folder: Path) -> dict[str, Any]:
     import transformers.trainer  # noqa: F401  # what is imported is no memory of the run
 
     from fulltune import api
-    from fulltune.records import Plan
-    from fulltune.train import Hooks, attempt, worker  # noqa: F401  # the worker imports `attempt` later
+    from fulltune.records.run import Plan
+    from fulltune.train import Hooks
     from fulltune.train.request import Request
+    from fulltune.train.worker import attempt  # noqa: F401  # the worker imports `attempt` later
+    from fulltune.train.worker import main as worker
 
     job = api.job(folder / "recipe.yaml", run_folder=folder / "run", listener=lambda event: None)
     plan = Plan.load(folder / "run" / "plan" / "full.json")
@@ -280,10 +282,10 @@ def measure(folder: Path) -> dict[str, Any]:
 def record(cell: Cell, folder: Path) -> dict[str, Any]:
     """Prepare and measure one cell, each in a process of its own; its footprint and sizes come along."""
     shutil.rmtree(folder, ignore_errors=True)
-    from fulltune.train.distributed import ALLOCATOR
+    from fulltune.train.worker.distributed import ALLOCATOR
 
     preparing = multiprocessing.get_context("forkserver")
-    preparing.set_forkserver_preload(["fulltune.pipeline", "fulltune.tracing", "transformers", "torch"])
+    preparing.set_forkserver_preload(["fulltune.pipeline", "fulltune.footprint.watch", "transformers", "torch"])
     with preparing.Pool(1) as pool:
         found = {"cell": asdict(cell)} | pool.apply(prepare, (cell, folder))
     command = [sys.executable, __file__, "--measure", json.dumps(asdict(cell)), "--folder", str(folder)]
@@ -297,8 +299,8 @@ def record(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def predict(one: Mapping[str, Any]) -> MemoryNeed:
     """What fulltune's plan says of a recorded cell."""
-    from fulltune.footprint import Footprint
-    from fulltune.model import Shapes
+    from fulltune.footprint.records import Footprint
+    from fulltune.models.load import Shapes
     from fulltune.plan.memory import Levers, need
 
     cell = Cell(**one["cell"])

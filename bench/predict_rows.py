@@ -37,9 +37,9 @@ def write_model(folder: Path, name: str) -> None:
     """A classifier as training leaves it."""
     import torch
 
-    from fulltune import model as models
-    from fulltune.processors import load_tokenizer
-    from fulltune.recipe import ModelBlock
+    from fulltune.models import load as models
+    from fulltune.models.processors import load_tokenizer
+    from fulltune.recipe.fields import ModelBlock
     from fulltune.tasks import Target, text_classification
 
     if name == "tiny":
@@ -71,7 +71,7 @@ def write_rows(file: Path, count: int) -> None:
 
 def measured(model: Path, file: Path, output: Path) -> tuple[float, float]:
     """Seconds and peak resident MiB of the command."""
-    command = [sys.executable, "-m", "fulltune.cli", "predict", str(model), "--file", str(file), "-o", str(output)]
+    command = [sys.executable, "-m", "fulltune.cli.app", "predict", str(model), "--file", str(file), "-o", str(output)]
     began = time.monotonic()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
@@ -94,7 +94,8 @@ def memory(folder: Path, model: Path, rows: int) -> None:
 def ours(model: Path, file: Path, output: Path) -> Callable[[], None]:
     from rich.console import Console
 
-    from fulltune import cli_predict, predict
+    from fulltune import predict
+    from fulltune.cli import predict as cli_predict
 
     predictor = predict.load(model)
 

@@ -15,11 +15,13 @@ import os
 import random
 from pathlib import Path
 
-from fulltune import comparing, pipeline, run_folder
-from fulltune.comparing.line import Line
-from fulltune.comparing.trials import trained
-from fulltune.recipe_file import load_recipe
-from fulltune.trials import Trial
+from fulltune import pipeline
+from fulltune.compare import run as comparing
+from fulltune.compare.context import Line
+from fulltune.compare.trials import trained
+from fulltune.recipe.file import load_recipe
+from fulltune.records.comparison import Trial
+from fulltune.system import run_folder
 
 RATES = {
     "full": (6.3e-5, 2e-4, 6.3e-4, 2e-3),

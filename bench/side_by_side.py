@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from fulltune import predict
-from fulltune.meter import Meter
-from fulltune.store import load_texts
+from fulltune.inference.store import load_texts
+from fulltune.system.meter import Meter
 
 
 def measured(runs: list[Path], method: str, rows: int) -> dict[str, float]:

@@ -59,9 +59,9 @@ def prepare(folder: Path, steps: int) -> Path:
 
 def model_and_tokenizer() -> tuple[Any, Any]:
     """The weights are 4-bit; fulltune's loader makes them fp32 for everyone."""
-    from fulltune.model import load
-    from fulltune.processors import load_tokenizer
-    from fulltune.recipe import ModelBlock
+    from fulltune.models.load import load
+    from fulltune.models.processors import load_tokenizer
+    from fulltune.recipe.fields import ModelBlock
 
     block = ModelBlock(name=MODEL)
     return load(block, "AutoModelForCausalLM", {}, head_is_new=False), load_tokenizer(block)

@@ -124,7 +124,7 @@ def banking77(folder: Path) -> tuple[str, Settings]:
 
 
 def docstrings(folder: Path) -> tuple[str, Settings]:
-    from fulltune.samples import write_docstring_topics
+    from fulltune.quickstart.samples import write_docstring_topics
 
     train, test = write_docstring_topics(folder)
     return "text-classification", {"train": str(train), "test": str(test), "text": "text", "label": "label"}
@@ -143,7 +143,7 @@ def gsm8k(folder: Path) -> tuple[str, Settings]:
 
 
 def chat(folder: Path) -> tuple[str, Settings]:
-    from fulltune.samples import write_docstring_chat
+    from fulltune.quickstart.samples import write_docstring_chat
 
     train, test = write_docstring_chat(folder)
     rows = train.read_text("utf-8").splitlines()[:100]
@@ -164,8 +164,8 @@ def tiny(folder: Path) -> str:
     """A random BERT of 2 layers with MiniLM's tokenizer."""
     from transformers import BertConfig, BertModel
 
-    from fulltune.processors import load_tokenizer
-    from fulltune.recipe import ModelBlock
+    from fulltune.models.processors import load_tokenizer
+    from fulltune.recipe.fields import ModelBlock
 
     tokenizer = load_tokenizer(ModelBlock(name=MINILM))
     config = BertConfig(
@@ -197,7 +197,7 @@ def run(case: Case, folder: Path) -> Result:
         **case.more,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    command = [sys.executable, "-m", "fulltune.cli", "train", str(folder / "recipe.yaml")]
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(folder / "recipe.yaml")]
     done = subprocess.run([*command, "--run-folder", str(folder / "run")], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{case.name}: {done.stderr}")

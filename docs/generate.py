@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fulltune.plan import defaults
-from fulltune.recipe import BaseMethod, Block, Recipe, TaskName
-from fulltune.recipe_elsewhere import PINNED
+from fulltune.recipe.elsewhere import PINNED
+from fulltune.recipe.fields import BaseMethod, Block, Recipe, TaskName
 from fulltune.tasks import choices, task_named, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 
@@ -25,7 +25,7 @@ WIDTH = 118
 HEAD = """\
 # The recipe
 
-Written by `make docs` from the fields in `src/fulltune/recipe.py`: change the text there, not here.
+Written by `make docs` from the fields in `src/fulltune/recipe/fields.py`: change the text there, not here.
 
 A recipe is a YAML file. Two blocks have no default: `model` and `data` (and the name of the `task`). A whole one:
 

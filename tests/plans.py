@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fulltune.recipe import Recipe
-from fulltune.records import MemoryNeed, Outcome, Plan, StateBytes
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import MemoryNeed, Outcome, Plan, StateBytes
 
 MIB = 2**20
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fulltune.classic import Trainer, TrainingArguments
     from fulltune.errors import FulltuneError
     from fulltune.pipeline import make_plan, prepare, score_baselines, score_trial, train_trial, write_report
-    from fulltune.recipe import Recipe
-    from fulltune.recipe_file import load_recipe
+    from fulltune.recipe.fields import Recipe
+    from fulltune.recipe.file import load_recipe
 
 _HOMES = {
     "job": "api",
@@ -36,8 +36,8 @@ _HOMES = {
     "score_baselines": "pipeline",
     "score_trial": "pipeline",
     "write_report": "pipeline",
-    "Recipe": "recipe",
-    "load_recipe": "recipe_file",
+    "Recipe": "recipe.fields",
+    "load_recipe": "recipe.file",
 }
 
 __all__ = [

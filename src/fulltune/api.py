@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.pipeline import Listener, Reached, Run
 from fulltune.pipeline import run as run_pipeline
-from fulltune.recipe import Recipe
-from fulltune.recipe_file import check, load_recipe
-from fulltune.run_folder import find_or_make, hide_progress_bars
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import check, load_recipe
+from fulltune.system.run_folder import find_or_make, hide_progress_bars
 from fulltune.train import Hooks
 
 if TYPE_CHECKING:
@@ -155,6 +155,6 @@ def _as_yaml(recipe: Recipe) -> str:
 def _printing() -> Listener:
     from rich.console import Console
 
-    from fulltune.display import Display
+    from fulltune.cli.show.run import Display
 
     return Display(Console(stderr=True, highlight=False, emoji=False))

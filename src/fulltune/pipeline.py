@@ -10,17 +10,21 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fulltune import data, evaluate, footprint, hardware, methods, model, packing, plan, processors, report, run_folder
-from fulltune.compare.items import measure_of
-from fulltune.compare.paired import paired
+from fulltune import data, evaluate, methods, plan, report
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
-from fulltune.recipe import Method, Recipe, TaskName, with_attention
-from fulltune.records import DataSummary, MemoryNeed, Outcome, Plan, Scores
+from fulltune.footprint import records as footprint
+from fulltune.models import load as model
+from fulltune.models import packing, processors
+from fulltune.recipe.fields import Method, Recipe, TaskName, with_attention
+from fulltune.records.run import DataSummary, MemoryNeed, Outcome, Plan, Scores
+from fulltune.stats.paired import paired
+from fulltune.stats.row_scores import measure_of
+from fulltune.system import hardware, run_folder
 from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.settings import check_settings_for
 from fulltune.train import Hooks, train
-from fulltune.train.arguments import check_extra
-from fulltune.train.measure import measure as train_measure
+from fulltune.train.loop.arguments import check_extra
+from fulltune.train.parent.measure import measure as train_measure
 
 FOOTPRINT, SHAPES = "footprint.json", "shapes.json"
 """In `plan`: the model's memory as traced for this machine's plan, and its sizes."""
@@ -240,7 +244,7 @@ class Preparing:
         return cls(recipe.method.model_copy(update=same), recipe.task, on_cpu)
 
     def __call__(self, built: Any) -> None:
-        from fulltune.train import dropout  # imports torch
+        from fulltune.models import dropout  # imports torch
 
         if self.method.kind != "full":
             methods.apply(built, self.method, self.task)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from io import StringIO
 from unittest import mock
 
-from fulltune import cli
+from fulltune.cli import app as cli
 
 
 @dataclass(frozen=True)

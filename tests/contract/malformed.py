@@ -878,7 +878,7 @@ def run_here(case: Case, processors: dict[str, Any]) -> Outcome:
     """
     from fulltune import data
     from fulltune.errors import FulltuneError
-    from fulltune.recipe import Recipe
+    from fulltune.recipe.fields import Recipe
     from fulltune.tasks import task_named
 
     recipe = Recipe.model_validate(recipe_values(case))
@@ -894,8 +894,8 @@ def run_here(case: Case, processors: dict[str, Any]) -> Outcome:
 
 def outcome_of(case: Case, folder: Path, processor: Any) -> Outcome:
     """What prepared rows say."""
-    from fulltune.records import DataSummary
-    from fulltune.store import load_split, load_texts
+    from fulltune.inference.store import load_split, load_texts
+    from fulltune.records.run import DataSummary
 
     labels = DataSummary.load(folder / "summary.json").labels
     used: dict[str, tuple[str, Any, Any, str | None]] = {}

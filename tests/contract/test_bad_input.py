@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fulltune import data as data_stage
-from fulltune import hardware
+from fulltune.system import hardware
 from tests import tiny
 from tests.contract.command import Result, fulltune
 
@@ -917,7 +917,7 @@ def test_data_file_changed_before_the_plan_is_read_anew(case: Case) -> None:
 
 
 def test_run_folder_in_use_is_refused(case: Case) -> None:
-    from fulltune.run_folder import locked
+    from fulltune.system.run_folder import locked
 
     run = case.folder / "mine"
     case.write(CSV)
@@ -991,7 +991,7 @@ def test_interrupt_while_reading_data_is_resumable(case: Case, monkeypatch: pyte
 def test_interrupt_while_training_is_resumable(case: Case) -> None:
     case.write(tiny.topic_rows(64))
     train = {"max_steps": 250, "eval_strategy": "steps", "eval_steps": 125, "logging_steps": 1}
-    command = [sys.executable, "-m", "fulltune.cli", "train", str(case.recipe(train=train))]
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(case.recipe(train=train))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True

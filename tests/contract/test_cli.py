@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fulltune.init import _yaml
-from fulltune.recipe_file import load_recipe
+from fulltune.cli.init import _yaml
+from fulltune.recipe.file import load_recipe
 from tests import tiny
 from tests.contract.command import fulltune
 

@@ -10,11 +10,13 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from fulltune import cli_compare, comparing, pipeline
+from fulltune import pipeline
+from fulltune.cli import compare as cli_compare
+from fulltune.compare import rates, timing
+from fulltune.compare import run as comparing
 from fulltune.compare.design import Cost, Fixed
-from fulltune.comparing import rates, timing
-from fulltune.recipe_file import load_recipe
-from fulltune.run_folder import find_or_make
+from fulltune.recipe.file import load_recipe
+from fulltune.system.run_folder import find_or_make
 from tests import tiny
 from tests.contract.command import fulltune
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from fulltune import comparing, pipeline, predict
+from fulltune import pipeline, predict
+from fulltune.compare import run as comparing
 from fulltune.errors import RecipeError, SetupError
-from fulltune.recipe_file import load_recipe
-from fulltune.run_folder import find_or_make
-from fulltune.trials import Comparison
+from fulltune.recipe.file import load_recipe
+from fulltune.records.comparison import Comparison
+from fulltune.system.run_folder import find_or_make
 from tests import comparisons, tiny
 from tests.contract.command import fulltune
 

@@ -15,9 +15,9 @@ import yaml
 
 import fulltune
 from fulltune import errors
-from fulltune.cli import app
-from fulltune.recipe import Block, Recipe
-from fulltune.recipe_file import check
+from fulltune.cli.app import app
+from fulltune.recipe.fields import Block, Recipe
+from fulltune.recipe.file import check
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

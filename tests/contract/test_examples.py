@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.recipe_file import load_recipe
-from fulltune.records import DataSummary, Scores
+from fulltune.recipe.file import load_recipe
+from fulltune.records.run import DataSummary, Scores
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs

@@ -16,10 +16,10 @@ import yaml
 from pyarrow import parquet
 
 import fulltune
-from fulltune.cli import app
+from fulltune.cli.app import app
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe, TaskName
-from fulltune.recipe_file import check, load_recipe
+from fulltune.recipe.fields import Recipe, TaskName
+from fulltune.recipe.file import check, load_recipe
 from tests import tiny
 from tests.contract import command
 from tests.train.runs import in_this_process, without_tracing

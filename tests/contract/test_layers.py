@@ -1,4 +1,4 @@
-"""Who may import whom: layer 0 knows nothing, stages never import each other, help and recipe errors need no torch."""
+"""Who may import whom: floors without circles, and what must stay light imports no framework."""
 
 from __future__ import annotations
 
@@ -14,53 +14,33 @@ import fulltune
 
 SOURCE = Path(fulltune.__file__).parent
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "scipy", "sklearn", "safetensors", "pyarrow"}
-VOCABULARY = {
-    *("errors", "units", "recipe", "recipe_file", "recipe_rules", "recipe_elsewhere"),
-    *("records", "compare_records", "trials"),
-}
-WORLD = {
-    *(
-        "hardware",
-        "model",
-        "checkpoint_head",
-        "inference",
-        "store",
-        "bootstrap",
-        "calibration",
-        "run_folder",
-        "methods",
-        "tasks",
-        "packing",
-        "processors",
-        "zero",
-        "selective_head",
-        "chunked_loss",
-        "out_of_memory",
-        "meter",
-        "footprint",
-        "tracing",
-        "traced_case",
-        "traced_whole",
-        "rough_footprint",
-        "generic_text",
-    ),
-}
-STAGES = {"plan", "data", "train", "evaluate", "compare", "report", "predict", "init", "samples", "quickstart"}
-PIPELINE = {"pipeline", "comparing"}
-SURFACE = {
-    *("display", "display_plan", "display_measure", "display_compare"),
-    *("cli", "cli_plan", "cli_predict", "cli_predict_files", "cli_compare"),
-    *("classic", "api", "selfcheck"),
-}
-ALLOWED = {
-    ("init", "data"): "a recipe is written from rows, and only the data stage's readers know files",
-    ("quickstart", "samples"): "the example is its data and its recipe",
-}
-"""Stages that import another, each with its reason."""
+FLOORS = (
+    ("errors", "text"),
+    ("recipe",),
+    ("records",),
+    ("system",),
+    ("models",),
+    ("tasks",),
+    ("methods",),
+    ("inference",),
+    ("footprint",),
+    ("stats",),
+    ("data", "plan", "evaluate", "train", "report", "predict", "quickstart"),
+    ("pipeline",),
+    ("compare",),
+    ("cli/show", "classic"),
+    ("api",),
+    ("selfcheck",),
+    ("cli",),
+)
+"""From the ground up: a room imports rooms of lower floors only, never one beside it."""
+LIGHT = ("errors", "text", "recipe", "records", "plan", "report")
+"""Rooms that import no framework: help, errors of recipes, plans and reports answer at once."""
 
 
 def room(path: Path) -> str:
-    return path.relative_to(SOURCE).with_suffix("").parts[0]
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return "/".join(parts[:2]) if "/".join(parts[:2]) in sum(FLOORS, ()) else parts[0]
 
 
 def modules() -> list[Path]:
@@ -86,46 +66,27 @@ def imports(path: Path, *, inside_functions: bool = True) -> Iterator[str]:
 
 
 def rooms_imported(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("fulltune.")} - {room(path)}
+    names = (name.split(".")[1:] for name in imports(path) if name.startswith("fulltune."))
+    return {room(SOURCE.joinpath(*parts)) for parts in names} - {room(path)}
 
 
-def test_rooms_all_have_a_layer() -> None:
-    assert {room(path) for path in modules()} <= VOCABULARY | WORLD | STAGES | PIPELINE | SURFACE
+def test_every_room_has_its_floor() -> None:
+    assert {room(path) for path in modules()} == set(sum(FLOORS, ()))
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_of_each_module_go_down_only(path: Path) -> None:
-    here, found = room(path), rooms_imported(path)
-    if here in VOCABULARY:
-        below = VOCABULARY
-    elif here in WORLD:
-        below = VOCABULARY | WORLD
-    elif here in STAGES:
-        below = VOCABULARY | WORLD | {other for stage, other in ALLOWED if stage == here}
-    elif here in PIPELINE:
-        # A comparison is made of the same stages, some of them by way of the line of a single run.
-        below = VOCABULARY | WORLD | STAGES | ({"pipeline"} if here == "comparing" else set())
-    else:
-        below = VOCABULARY | WORLD | STAGES | PIPELINE | SURFACE
-    assert found <= below, f"{here} imports {sorted(found - below)}"
+    floor = next(number for number, floor in enumerate(FLOORS) if room(path) in floor)
+    below = set(sum(FLOORS[:floor], ()))
+    assert rooms_imported(path) <= below, f"{room(path)} imports {sorted(rooms_imported(path) - below)}"
 
 
-@pytest.mark.parametrize("name", sorted(VOCABULARY))
-def test_vocabulary_imports_no_framework(name: str) -> None:
-    assert not {found.split(".")[0] for found in imports(SOURCE / f"{name}.py")} & HEAVY
-
-
-@pytest.mark.parametrize("path", sorted((SOURCE / "plan").glob("*.py")), ids=lambda path: path.name)
-def test_plan_imports_no_framework(path: Path) -> None:
-    assert not {found.split(".")[0] for found in imports(path)} & HEAVY
-
-
-@pytest.mark.parametrize(("pair", "reason"), ALLOWED.items())
-def test_exception_is_still_needed(pair: tuple[str, str], reason: str) -> None:
-    stage, other = pair
-    files = [path for path in modules() if room(path) == stage]
-    assert reason
-    assert any(other in rooms_imported(path) for path in files), f"{stage} no longer imports {other}"
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_room_imports_no_framework(name: str) -> None:
+    files = [path for path in modules() if room(path) == name]
+    assert files
+    found = {f"{path.name}: {name}" for path in files for name in imports(path) if name.split(".")[0] in HEAVY}
+    assert not found
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["run", "bad.yaml"]], ids=" ".join)

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from fulltune import processors
-from fulltune.data import text_tables
-from fulltune.recipe import ModelBlock
+from fulltune.data.readers import text_tables
+from fulltune.models import processors
+from fulltune.recipe.fields import ModelBlock
 from tests import tiny
 from tests.contract import malformed
 
 COUNT = 104
 JSON_LINES, TABLES = (range(malformed.FORMS.index(form), COUNT, len(malformed.FORMS)) for form in ("jsonl", "parquet"))
-read: Any = sys.modules["fulltune.data.read"]
-"""`fulltune.data.read` is the function."""
+read: Any = sys.modules["fulltune.data.readers.read"]
+"""`fulltune.data.readers.read` is the function."""
 
 
 @pytest.fixture(scope="module")

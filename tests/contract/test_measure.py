@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.records import Measurements, Outcome, Plan, TimeNeed
-from fulltune.train import Hooks, attempts, worker
+from fulltune.records.run import Measurements, Outcome, Plan, TimeNeed
+from fulltune.train import Hooks
+from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request
+from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs

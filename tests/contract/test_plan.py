@@ -13,10 +13,12 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from fulltune import cli_plan, display_plan, pipeline, plan
-from fulltune.plan import cards
-from fulltune.recipe_file import load_recipe
-from fulltune.records import Plan, Survey
+from fulltune import pipeline, plan
+from fulltune.cli import plan as cli_plan
+from fulltune.cli.show import plan as display_plan
+from fulltune.plan import gpus
+from fulltune.recipe.file import load_recipe
+from fulltune.records.run import Plan, Survey
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs
@@ -195,7 +197,7 @@ def test_deepspeed_of_the_recipe_that_does_not_fit_is_no_mistake_of_the_recipe()
     assert "weights_dtype" not in result.err
 
 
-@pytest.mark.parametrize("card", [card.name for card in cards.CARDS])
+@pytest.mark.parametrize("card", [card.name for card in gpus.CARDS])
 def test_plan_is_made_for_every_card(card: str, recipe: Path) -> None:
     result = fulltune("plan", recipe, "--for", f"2x {card}", "--rows", 1000, "--tokens", 32, "--json")
     assert result.code == 0, result.err

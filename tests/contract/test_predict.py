@@ -22,7 +22,10 @@ import transformers
 from rich.console import Console
 from scipy.special import softmax
 
-from fulltune import cli_predict, cli_predict_files, display, predict
+from fulltune import predict
+from fulltune.cli import predict as cli_predict
+from fulltune.cli import predict_files
+from fulltune.cli.show import run as display
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import windows
@@ -296,14 +299,14 @@ def test_interrupted_output_leaves_no_file_and_keeps_the_one_it_would_replace(
     file = tiny.write_csv(tmp_path / "in.csv", ROWS)
     output = tmp_path / "out.csv"
     output.write_text("before", encoding="utf-8")
-    cells = cli_predict_files.Added.cells
+    cells = predict_files.Added.cells
 
     def interrupt(self: Any, answer: Any, reason: Any) -> Any:
         if answer is None:
             raise KeyboardInterrupt
         return cells(self, answer, reason)
 
-    monkeypatch.setattr(cli_predict_files.Added, "cells", interrupt)
+    monkeypatch.setattr(predict_files.Added, "cells", interrupt)
     said = fulltune("predict", classifier, "--file", file, "-o", output, "--force")
     assert said.code == InterruptedRun.exit_code
     assert "was not written" in said.err
@@ -436,12 +439,12 @@ def test_memory_for_a_file_does_not_grow_with_its_rows(tmp_path: Path) -> None:
     notes = {"problem_type": "regression", "labels": []}
 
     def peak(num_rows: int) -> int:
-        new = cli_predict_files.added(notes, ["text"])
+        new = predict_files.added(notes, ["text"])
         tracemalloc.start()
         for suffix in ("csv", "parquet"):
             rows = ({"text": f"row {number}"} for number in range(num_rows))
-            types = cli_predict_files.arrow_types({"text": f"row {number}"} for number in range(num_rows))
-            with cli_predict_files.into(tmp_path / f"{num_rows}.{suffix}", ["text"], new, types) as put:
+            types = predict_files.arrow_types({"text": f"row {number}"} for number in range(num_rows))
+            with predict_files.into(tmp_path / f"{num_rows}.{suffix}", ["text"], new, types) as put:
                 for row in rows:
                     put(row, new.cells({"value": 0.5}, None))
         found = tracemalloc.get_traced_memory()[1]

@@ -15,8 +15,9 @@ import pytest
 import torch
 import transformers
 
-from fulltune import cli, selfcheck
-from fulltune.records import StateBytes
+from fulltune import selfcheck
+from fulltune.cli import app as cli
+from fulltune.records.run import StateBytes
 from fulltune.selfcheck import attention, precision, processes, tiny, training
 from fulltune.selfcheck.devices import Check, Device, NotHere, Result, environment
 from fulltune.selfcheck.page import without_names

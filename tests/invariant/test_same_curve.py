@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune.records import DataSummary
+from fulltune.records.run import DataSummary
 from tests import tiny
 from tests.train import runs
 
@@ -97,10 +97,10 @@ def test_any_micro_batch_and_recomputing_give_the_same_curve(case: str, tmp_path
 @pytest.mark.parametrize("case", ["multi_label", "single_label", "regression", "answers"])
 def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path: Path) -> None:
     """The loss of step 1, computed anew by hand on the untrained model and the first global batch."""
-    from fulltune.store import load_split
+    from fulltune.inference.store import load_split
     from fulltune.tasks import LossSettings, Target, task_named
-    from fulltune.train import attempt
-    from fulltune.train.sampler import GlobalBatchSampler
+    from fulltune.train.loop.sampler import GlobalBatchSampler
+    from fulltune.train.worker import attempt
 
     kind, changes, rows, blocks = CASES[case]
     model = tiny.save_model(tmp_path / "model", kind, **changes)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fulltune.hardware import num_cores
-from fulltune.records import DataSummary
+from fulltune.records.run import DataSummary
+from fulltune.system.hardware import num_cores
 from tests import tiny
 from tests.invariant.test_same_curve import CASES, losses
 from tests.train import runs
@@ -48,7 +48,7 @@ def trained(folder: Path, family: str, train: dict[str, Any], method: str = "ful
         return folder
     data = tiny.write_jsonl(folder / "rows.jsonl", rows())
     recipe = tiny.write_recipe(folder / "recipe.yaml", model, data, train=train, **blocks)
-    command = [sys.executable, "-m", "fulltune.cli", "train", str(recipe), "--run-folder", str(folder / "run")]
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(folder / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     logs = "".join(path.read_text(encoding="utf-8") for path in (folder / "run").glob("attempts/*/log.txt"))
     assert done.returncode == 0, done.stderr + logs

@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fulltune.hardware import num_cores
-from fulltune.records import Outcome
+from fulltune.records.run import Outcome
+from fulltune.system.hardware import num_cores
 from tests import tiny
 from tests.invariant.test_same_curve import NO_DROPOUT, losses
 from tests.train import runs
@@ -57,7 +57,7 @@ def recipe_in(folder: Path, model: Path, settings: Any, **train: Any) -> Path:
 
 
 def start(folder: Path, recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fulltune.cli", "train", str(recipe), "--run-folder", str(folder / "run")]
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -118,7 +118,7 @@ def test_example_runs_from_rows_to_report(tmp_path: Path) -> None:
     """Its settings, with a tiny model and few steps."""
     model = tiny.save_model(tmp_path / "model", "bert")
     example = Path(__file__).parents[2] / "examples" / "zero3-offload.yaml"
-    command = [sys.executable, "-m", "fulltune.cli", "run", str(example), "--run-folder", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(example), "--run-folder", str(tmp_path / "run")]
     changes = {"model": model, "train.num_train_epochs": 1, "evaluate.bootstrap_samples": 100}
     command += [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fulltune import footprint
+from fulltune.footprint import records as footprint
 from tests.train.runs import without_tracing
 
 _TRACED = footprint._traced

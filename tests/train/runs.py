@@ -13,13 +13,16 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file
 
-from fulltune import api, footprint, pipeline
+from fulltune import api, pipeline
+from fulltune.footprint import records as footprint
 from fulltune.pipeline import Reached, Run
-from fulltune.records import Outcome
-from fulltune.report.read import read_run
+from fulltune.records.run import Outcome
+from fulltune.report.run.read import read_run
 from fulltune.report.verdict import judge
-from fulltune.train import Hooks, attempts, worker
+from fulltune.train import Hooks
+from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request
+from fulltune.train.worker import main as worker
 from tests import tiny
 
 Rows = Sequence[Mapping[str, Any]]

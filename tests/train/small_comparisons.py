@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fulltune import comparing, pipeline
-from fulltune.recipe_file import load_recipe
-from fulltune.run_folder import find_or_make
+from fulltune import pipeline
+from fulltune.compare import run as comparing
+from fulltune.recipe.file import load_recipe
+from fulltune.system.run_folder import find_or_make
 from tests import tiny
 
 METHODS = ["base", {"kind": "full", "learning_rate": 3e-3}, {"kind": "lora", "learning_rate": 1e-2}]

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fulltune import chunked_loss, pipeline, selective_head
-from fulltune.chunked_loss import Pieces
+from fulltune import pipeline
 from fulltune.errors import FulltuneError, RecipeError
-from fulltune.inference import run_rows
-from fulltune.recipe import Recipe
-from fulltune.recipe_rules import check
+from fulltune.inference import selective_head
+from fulltune.inference.run import run_rows
+from fulltune.models import chunked_loss
+from fulltune.models.chunked_loss import Pieces
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.rules import check
 from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq
 from fulltune.train.hooks import Hooks
 from tests import tiny

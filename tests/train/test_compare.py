@@ -13,12 +13,14 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune import comparing, pipeline, predict
-from fulltune.comparing import timing, trials, verdict
+from fulltune import pipeline, predict
+from fulltune.compare import conclude as verdict
+from fulltune.compare import run as comparing
+from fulltune.compare import timing, trials
 from fulltune.errors import DataError, InterruptedRun, RecipeError
-from fulltune.records import DataSummary
-from fulltune.run_folder import recipe_of
-from fulltune.trials import Comparison, Trial
+from fulltune.records.comparison import Comparison, Trial
+from fulltune.records.run import DataSummary
+from fulltune.system.run_folder import recipe_of
 from tests.contract.command import fulltune
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
@@ -189,7 +191,7 @@ def test_metric_of_the_table_is_that_of_the_kept_model(finished: tuple[Path, Com
     folder, found = finished
     rows = [json.loads(line) for line in (folder.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = {row["text"]: row["label"] for row in rows}
-    from fulltune.store import load_texts
+    from fulltune.inference.store import load_texts
 
     test = load_texts(folder / "data" / "test")
     answers = predict.load(folder, "lora").predict([{"text": row["text"], "label": ""} for row in test])

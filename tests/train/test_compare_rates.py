@@ -11,13 +11,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune import comparing, pipeline, store
-from fulltune.compare import rate_search
-from fulltune.compare_records import ArmStep, Look
-from fulltune.comparing import rates, rows, seeds, timing, trials
+from fulltune import pipeline
+from fulltune.compare import conclude, context, rate_search, rates, seeds, timing, trials
+from fulltune.compare import run as comparing
+from fulltune.compare import table_rows as rows
 from fulltune.errors import Diverged, GuardStop
-from fulltune.records import Outcome, Plan
-from fulltune.trials import Search, Trial, TrialResult, Tried
+from fulltune.inference import store
+from fulltune.records.comparison import Search, Trial, TrialResult, Tried
+from fulltune.records.differences import ArmStep, Look
+from fulltune.records.run import Outcome, Plan
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
@@ -262,7 +264,7 @@ def test_time_left_is_reckoned_with_what_trials_took_and_with_what_matters_more(
     )
     planned = timing.START_SECONDS + timing.CHECKS_SECONDS + timing.SCORING_SECONDS + timing._LIBRARIES_SECONDS
     entry = {"what": "full-seed42", "seconds": 50 * planned, "ended": ""}
-    comparing.line.append_line(line.folder / comparing.line.CLOCK, entry)
+    context.append_line(line.folder / context.CLOCK, entry)
     assert timing.pace(line).rest == pytest.approx(50, rel=0.01)
     assert not timing.has_time(line, [trial])
     assert timing.to_come(line, {"full": 1, "lora": 0}, 2) > timing.to_come(line, {"full": 1, "lora": 1}, 2) > 0
@@ -328,7 +330,7 @@ def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) 
     line = comparing.Line(one, pipeline.prepare(one), "test")
     results = {arm: [result_of(Trial(name=arm, arm=arm, learning_rate=1, seed=1), 0.9)[2]] for arm in ("full", "lora")}
     results["full"] *= 3  # the time was up before lora had as many
-    with mock.patch.object(seeds, "outputs"), mock.patch.object(seeds.items, "right_rows", return_value=None):
+    with mock.patch.object(seeds, "outputs"), mock.patch.object(seeds.row_scores, "right_rows", return_value=None):
         shares = [
             [one.alpha_share for one in seeds.arm_items(line, results, "eval", waited)] for waited in ((), ("lora",))
         ]
@@ -372,7 +374,7 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
 
     with in_this_process():
         with (
-            mock.patch.object(comparing.verdict, "untouched", stop),
+            mock.patch.object(conclude, "untouched", stop),
             mock.patch.object(rates, "_measure"),
             time_for(),
             pytest.raises(KeyboardInterrupt),
@@ -385,10 +387,10 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
 
 def test_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "clock.jsonl"
-    comparing.line.append_line(path, {"what": "a", "more": {"seconds": 1}})
+    context.append_line(path, {"what": "a", "more": {"seconds": 1}})
     path.write_bytes(path.read_bytes() + b'{"what": "b", "more": {"seconds": 1}')  # the disk was full
-    comparing.line.append_line(path, {"what": "c"})
-    assert [entry["what"] for entry in comparing.line.lines_of(path)] == ["a", "c"]
+    context.append_line(path, {"what": "c"})
+    assert [entry["what"] for entry in context.lines_of(path)] == ["a", "c"]
 
 
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:

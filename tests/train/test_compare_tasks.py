@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from fulltune import comparing, pipeline
-from fulltune.recipe_file import load_recipe
-from fulltune.run_folder import find_or_make
-from fulltune.trials import Comparison
+from fulltune import pipeline
+from fulltune.compare import run as comparing
+from fulltune.recipe.file import load_recipe
+from fulltune.records.comparison import Comparison
+from fulltune.system.run_folder import find_or_make
 from tests import tiny
 from tests.train.runs import in_this_process
 from tests.train.test_learning_choices import choice_rows

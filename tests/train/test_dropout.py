@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fulltune.train.dropout import SixteenBitDropout, install, threshold
+from fulltune.models.dropout import SixteenBitDropout, install, threshold
 from tests import tiny
 from tests.train import runs
 

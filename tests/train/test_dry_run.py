@@ -16,11 +16,11 @@ import torch
 from fulltune import api, pipeline
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import disk
-from fulltune.records import Check, Outcome, Plan
-from fulltune.train import attempt as attempt_module
-from fulltune.train import dry_run as dry_run_module
-from fulltune.train.dry_run import DryRun, dry_run
-from fulltune.train.trainer import FullTrainer
+from fulltune.records.run import Check, Outcome, Plan
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.worker import attempt as attempt_module
+from fulltune.train.worker import dry_run as dry_run_module
+from fulltune.train.worker.dry_run import DryRun, dry_run
 from tests import tiny
 from tests.train import runs
 

@@ -14,8 +14,8 @@ import pytest
 
 from fulltune import pipeline
 from fulltune.errors import SetupError
-from fulltune.records import DataSummary, Plan
-from fulltune.run_folder import recipe_of
+from fulltune.records.run import DataSummary, Plan
+from fulltune.system.run_folder import recipe_of
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs

@@ -12,14 +12,18 @@ import pytest
 import torch
 import transformers
 
-from fulltune import footprint, traced_case, traced_whole, tracing
-from fulltune.model import Source
-from fulltune.plan import settle, time
-from fulltune.plan.ledger import Ledger
-from fulltune.processors import image_shape
-from fulltune.recipe import ModelBlock
+from fulltune.footprint import case as traced_case
+from fulltune.footprint import records as footprint
+from fulltune.footprint import watch as tracing
+from fulltune.footprint import whole as traced_whole
+from fulltune.models import dropout
+from fulltune.models.load import Source
+from fulltune.models.processors import image_shape
+from fulltune.plan import resolve as settle
+from fulltune.plan import time
+from fulltune.plan.reasons import Ledger
+from fulltune.recipe.fields import ModelBlock
 from fulltune.tasks import LossSettings, Target, task_named
-from fulltune.train import dropout
 from tests import tiny
 from tests.unit.plan import sizes
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from fulltune import pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
-from fulltune.records import Moved, Outcome
-from fulltune.train import attempt, attempts, callbacks, checkpoints, distributed, worker
-from fulltune.train.guards import (
+from fulltune.records.run import Moved, Outcome
+from fulltune.train import checkpoints
+from fulltune.train.loop import callbacks
+from fulltune.train.loop.guards import (
     Reading,
     Verdict,
     came_apart,
@@ -28,8 +29,11 @@ from fulltune.train.guards import (
     ran_away,
     stopped_improving,
 )
+from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request
-from fulltune.train.sampler import GlobalBatchSampler
+from fulltune.train.worker import attempt, distributed
+from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.plans import outcome, plan

@@ -219,7 +219,7 @@ def test_should_save_in_step_end_leads_to_a_checkpoint_after_the_evaluation(tmp_
 
 
 def test_training_stop_in_step_end_leads_to_a_checkpoint_and_no_further_step(tmp_path: Path) -> None:
-    from fulltune.train.callbacks import StopWhenAsked
+    from fulltune.train.loop.callbacks import StopWhenAsked
 
     stop = StopWhenAsked()
     stop.asked = True

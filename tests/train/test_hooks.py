@@ -12,15 +12,15 @@ import torch
 
 import fulltune
 from fulltune.errors import FulltuneError, RecipeError
-from fulltune.inference import run_rows
-from fulltune.model import load
-from fulltune.processors import load_tokenizer
-from fulltune.recipe import ModelBlock
-from fulltune.records import Outcome
-from fulltune.store import load_split, load_texts
+from fulltune.inference.run import run_rows
+from fulltune.inference.store import load_split, load_texts
+from fulltune.models.load import load
+from fulltune.models.processors import load_tokenizer
+from fulltune.recipe.fields import ModelBlock
+from fulltune.records.run import Outcome
 from fulltune.tasks import LossSettings, Target, text_classification
-from fulltune.train.attempt import load_for_training
-from fulltune.train.trainer import layer_depth, layerwise_groups
+from fulltune.train.loop.trainer import layer_depth, layerwise_groups
+from fulltune.train.worker.attempt import load_for_training
 from tests import tiny
 from tests.train import runs
 

@@ -19,8 +19,8 @@ from scipy.special import expit, softmax
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune import predict
+from fulltune.inference.store import load_texts
 from fulltune.pipeline import Reached
-from fulltune.store import load_texts
 from tests import tiny
 from tests.train import runs
 
@@ -227,7 +227,7 @@ def test_command_line_run_then_predict_by_text_stdin_and_file(tiny_encoder: Path
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train={"num_train_epochs": 1})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    command = [sys.executable, "-m", "fulltune.cli", "run", str(recipe), "--run-folder", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(recipe), "--run-folder", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fulltune import methods, predict
-from fulltune.recipe import FullMethod
-from fulltune.store import load_texts
+from fulltune.inference.store import load_texts
+from fulltune.recipe.fields import FullMethod
 from tests import tiny
 from tests.train import runs
 

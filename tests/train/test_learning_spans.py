@@ -12,7 +12,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from fulltune import predict
 from fulltune.evaluate.spans import compared
-from fulltune.store import load_split, load_texts
+from fulltune.inference.store import load_split, load_texts
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs

@@ -13,7 +13,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from fulltune import predict
 from fulltune.errors import DataError
-from fulltune.store import load_split, load_texts
+from fulltune.inference.store import load_split, load_texts
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs

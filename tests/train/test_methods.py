@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from fulltune import methods, predict
 from fulltune.errors import RecipeError, SetupError
-from fulltune.inference import model_batch
+from fulltune.inference.run import model_batch
 from fulltune.methods import folder as folders
 from fulltune.pipeline import Reached
 from fulltune.plan import disk, memory
-from fulltune.recipe import LoraMethod, Method
+from fulltune.recipe.fields import LoraMethod, Method
 from fulltune.tasks import task_named
-from fulltune.train.weights import InitialWeights
+from fulltune.train.worker.weights import InitialWeights
 from tests import tiny
 from tests.train import runs
 
@@ -163,7 +163,7 @@ def expected_values(name: str, kind: str) -> int:
 
 
 def features(found: Done) -> list[dict[str, Any]]:
-    from fulltune.store import load_split
+    from fulltune.inference.store import load_split
 
     rows = load_split(found.folder / "run" / "data" / "eval")
     order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])

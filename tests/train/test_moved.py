@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fulltune.errors import GuardStop
-from fulltune.records import Outcome
-from fulltune.train.weights import InitialWeights
+from fulltune.records.run import Outcome
+from fulltune.train.worker.weights import InitialWeights
 from tests import tiny
 from tests.train import runs
 

@@ -15,14 +15,18 @@ from transformers import Adafactor
 
 from fulltune import pipeline
 from fulltune.errors import GuardStop, RecipeError, SetupError
-from fulltune.recipe import Recipe
-from fulltune.records import Outcome
-from fulltune.train import Hooks, arguments, attempts, moments, worker
-from fulltune.train.arguments import check_extra
-from fulltune.train.in_backward import InBackward
-from fulltune.train.optimizers import AdamW
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import Outcome
+from fulltune.train import Hooks
+from fulltune.train.loop import arguments
+from fulltune.train.loop.arguments import check_extra
+from fulltune.train.optim import moments
+from fulltune.train.optim.in_backward import InBackward
+from fulltune.train.optim.optimizers import AdamW
+from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request
-from fulltune.train.weights import InitialWeights, second_moment
+from fulltune.train.worker import main as worker
+from fulltune.train.worker.weights import InitialWeights, second_moment
 from tests import tiny
 from tests.train import runs
 
@@ -63,7 +67,7 @@ def make(parameters: Sequence[torch.Tensor], moments_format: str = "fp32", **opt
 
 @pytest.mark.parametrize("size", [2**16, 2**11])
 def test_fp32_follows_torch_adamw(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fulltune.train.optimizers.CPU_SLICE", size)
+    monkeypatch.setattr("fulltune.train.optim.optimizers.CPU_SLICE", size)
     expected, found = tensors(), tensors()
 
     train(expected, torch.optim.AdamW(groups(expected), lr=2e-3), range(40))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fulltune.inference import embeddings, generate, run_rows
-from fulltune.model import load
-from fulltune.processors import load_tokenizer
-from fulltune.recipe import ModelBlock
+from fulltune.inference.run import embeddings, generate, run_rows
+from fulltune.models.load import load
+from fulltune.models.processors import load_tokenizer
+from fulltune.recipe.fields import ModelBlock
 from fulltune.tasks import Target, causal_lm, text_classification
 from tests import tiny
 

@@ -12,12 +12,14 @@ import torch
 
 from fulltune import pipeline
 from fulltune.errors import DoesNotFitError, InterruptedRun
-from fulltune.evaluate import bench
-from fulltune.inference import run_rows
-from fulltune.records import Outcome, Plan
-from fulltune.train import attempt, attempts, checkpoints
+from fulltune.evaluate import scoring
+from fulltune.inference.run import run_rows
+from fulltune.records.run import Outcome, Plan
+from fulltune.train import checkpoints
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request
-from fulltune.train.trainer import FullTrainer
+from fulltune.train.worker import attempt
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.plans import outcome
@@ -317,7 +319,7 @@ def test_evaluation_goes_on_with_smaller_batches_and_the_same_scores(
 ) -> None:
     whole = runs.run(unlimited, model, ROWS, until="evaluate", **BLOCKS).scores
     large = Shortage(run_rows, 99, lambda *_, batch_size, **__: batch_size > 4)
-    monkeypatch.setattr(bench, "run_rows", large)
+    monkeypatch.setattr(scoring, "run_rows", large)
 
     short = runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS).scores
 
@@ -330,7 +332,7 @@ def test_evaluation_goes_on_with_smaller_batches_and_the_same_scores(
 def test_evaluation_that_does_not_fit_at_all_keeps_the_model(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "run_rows", Shortage(run_rows, 99))
+    monkeypatch.setattr(scoring, "run_rows", Shortage(run_rows, 99))
 
     with pytest.raises(DoesNotFitError) as caught:
         runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS)

@@ -19,11 +19,13 @@ import torch
 
 from fulltune import pipeline
 from fulltune.errors import FulltuneError, InterruptedRun
-from fulltune.records import Outcome
-from fulltune.store import load_split
+from fulltune.inference.store import load_split
+from fulltune.records.run import Outcome
 from fulltune.tasks import text_classification
-from fulltune.train import attempts, checkpoints, run_time, worker
-from fulltune.train.trainer import FullTrainer
+from fulltune.train import checkpoints, run_time
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.parent import retry as attempts
+from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.train import runs
 
@@ -353,7 +355,7 @@ def test_killed_processes_same_command_ends_with_the_unbroken_weights(
     """Real processes and SIGKILL; `bench/kill_resume.py` does it many times with real weights."""
     data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train=TRAIN)
-    command = [sys.executable, "-m", "fulltune.cli", "train", str(recipe), "--run-folder", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums depend on the number of threads
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 300

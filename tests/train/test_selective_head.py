@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune import selective_head
-from fulltune.inference import logits_of, run_rows
+from fulltune.inference import selective_head
+from fulltune.inference.run import logits_of, run_rows
 from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq, text_classification
 from tests import tiny
 from tests.train import runs

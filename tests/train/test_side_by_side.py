@@ -12,7 +12,7 @@ import torch
 
 from fulltune import predict
 from fulltune.errors import SetupError
-from fulltune.trials import ManyTasks
+from fulltune.records.comparison import ManyTasks
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fulltune.errors import GuardStop, InterruptedRun
-from fulltune.records import Outcome, Plan
+from fulltune.records.run import Outcome, Plan
 from fulltune.train import Hooks, Starter, in_new_process, nursery, train
 from fulltune.train.request import Request
 from tests import tiny

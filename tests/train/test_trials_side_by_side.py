@@ -15,10 +15,11 @@ from unittest import mock
 import psutil
 import pytest
 
-from fulltune import comparing, pipeline
-from fulltune.comparing import beside
+from fulltune import pipeline
+from fulltune.compare import parallel
+from fulltune.compare import run as comparing
 from fulltune.errors import GuardStop
-from fulltune.trials import Trial
+from fulltune.records.comparison import Trial
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
@@ -70,27 +71,30 @@ def test_trials_side_by_side_give_what_they_give_one_after_the_other(tmp_path: P
 def settled() -> Iterator[list[str]]:
     """Names of the trials that the line itself trained."""
     names: list[str] = []
-    with mock.patch.object(beside, "settle", lambda line, trial: names.append(trial.name)):
+    with mock.patch.object(parallel, "settle", lambda line, trial: names.append(trial.name)):
         yield names
 
 
 def with_helper(line: comparing.Line, says: str, trials: list[Trial]) -> None:
     """A helper that prints this when it is given trials, and ends."""
     command = f"import sys; sys.stdin.readline(); sys.stdout.write({says!r})"
-    with mock.patch.object(beside, "_COMMAND", command), beside.helpers(line) as together:
+    with mock.patch.object(parallel, "_COMMAND", command), parallel.helpers(line) as together:
         together(trials)
 
 
-def helpers_of(together: beside.Together) -> beside.Helpers:
+def helpers_of(together: parallel.Together) -> parallel.Helpers:
     found = together.__self__  # type: ignore[attr-defined]
-    assert isinstance(found, beside.Helpers)
+    assert isinstance(found, parallel.Helpers)
     return found
 
 
 def test_helper_that_ends_leaves_its_trials_to_the_line(tmp_path: Path, settled: list[str]) -> None:
     said: list[str] = []
     line = line_of(tmp_path, said)
-    with mock.patch.object(beside, "_COMMAND", "import sys; sys.stdin.readline()"), beside.helpers(line) as together:
+    with (
+        mock.patch.object(parallel, "_COMMAND", "import sys; sys.stdin.readline()"),
+        parallel.helpers(line) as together,
+    ):
         together([FULL, LORA])
         assert said[-1] == "a process that trained beside ended (see compare/helper.txt); going on without it"
         assert len(settled) == 1  # the other one has its turn later, as without helpers
@@ -123,10 +127,10 @@ def test_error_of_the_line_ends_the_helper(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with (
-        mock.patch.object(beside, "_COMMAND", command),
-        mock.patch.object(beside, "settle", settle),
+        mock.patch.object(parallel, "_COMMAND", command),
+        mock.patch.object(parallel, "settle", settle),
         pytest.raises(KeyboardInterrupt),
-        beside.helpers(line) as together,
+        parallel.helpers(line) as together,
     ):
         together([FULL, LORA])
     assert started[0].poll() is not None
@@ -147,7 +151,7 @@ def test_killed_helper_takes_its_worker_with_it_before_the_line_goes_on(tmp_path
         below.extend(psutil.Process(helper.pid).children(recursive=True))
         helper.kill()
 
-    with mock.patch.object(beside, "settle", settle), beside.helpers(line) as together:
+    with mock.patch.object(parallel, "settle", settle), parallel.helpers(line) as together:
         together([FULL, LORA])
         assert len(below) == 2  # the nursery and the worker
         assert not psutil.wait_procs(below, timeout=60)[1]
@@ -158,7 +162,7 @@ def test_cores_are_shared_out_and_given_back(tmp_path: Path, settled: list[str])
 
     before, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
     line = line_of(tmp_path, side_by_side=3)
-    with mock.patch.object(beside, "_COMMAND", ANSWERS), beside.helpers(line) as together:
+    with mock.patch.object(parallel, "_COMMAND", ANSWERS), parallel.helpers(line) as together:
         assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
         together([FULL, LORA])
         assert len(helpers_of(together).processes) == line.side_by_side - 1 == 2
@@ -169,13 +173,13 @@ def test_fewer_at_a_time_where_memory_or_the_device_say_so(tmp_path: Path) -> No
     said: list[str] = []
     line = line_of(tmp_path, said, side_by_side=3)
     made, needs = line.room("full").plan, [line.room(arm).plan.memory for arm in ("full", "lora")]
-    each = max(need.peak for need in needs if need is not None) + 2 * beside.LIBRARIES_BYTES
+    each = max(need.peak for need in needs if need is not None) + 2 * parallel.LIBRARIES_BYTES
     line.machine = line.machine.model_copy(update={"memory_available_bytes": 3 * each - 1})
-    with beside.helpers(line):
+    with parallel.helpers(line):
         assert line.side_by_side == 2
     assert said[0].startswith("compare.side_by_side: 2 at a time instead of 3: each takes 1.4 GiB of 4")
     on_gpu = mock.Mock(plan=made.model_copy(update={"device": "cuda"}))
-    with mock.patch.object(comparing.Line, "room", return_value=on_gpu), beside.helpers(line) as together:
+    with mock.patch.object(comparing.Line, "room", return_value=on_gpu), parallel.helpers(line) as together:
         assert line.side_by_side == 1
         together([FULL, LORA])  # nothing: no process is started
     assert said[1:] == ["compare.side_by_side is for CPUs: on cuda one trial at a time"]
@@ -185,6 +189,6 @@ def test_longest_trials_are_shared_out_first(tmp_path: Path) -> None:
     line = line_of(tmp_path)
     seconds = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 1.0}
     trials = [Trial(name=name, arm=name, learning_rate=1.0, seed=1) for name in seconds]
-    with mock.patch.object(beside, "_seconds", lambda line, trial: seconds[trial.name]):
-        parts = beside._shares(line, trials, 2)
+    with mock.patch.object(parallel, "_seconds", lambda line, trial: seconds[trial.name]):
+        parts = parallel._shares(line, trials, 2)
     assert [[one.name for one in part] for part in parts] == [["a", "d"], ["b", "c"]]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from fulltune import evaluate
-from fulltune.bootstrap import resample
-from fulltune.display import _cell
+from fulltune.cli.show.run import _cell
 from fulltune.errors import SetupError
 from fulltune.evaluate.language import _drawn, _left_out
-from fulltune.recipe import Recipe
-from fulltune.records import Estimate
-from fulltune.report import words
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import Estimate
+from fulltune.report.format import words
+from fulltune.stats.metric_intervals import resample
 from fulltune.tasks import Target, causal_lm, seq2seq
 
 PAIRS = Target("prompt_completion", {"prompt": "mr", "completion": "ref"})

@@ -11,7 +11,7 @@ import pytest
 import fulltune
 from fulltune.errors import RecipeError, SetupError
 from fulltune.pipeline import Reached
-from fulltune.records import DataSummary, Estimate, Scores, SplitSummary
+from fulltune.records.run import DataSummary, Estimate, Scores, SplitSummary
 from tests import tiny
 
 

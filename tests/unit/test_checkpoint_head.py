@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from fulltune import model as models
-from fulltune.checkpoint_head import Head, by_name, settled
+from fulltune.models import load as models
+from fulltune.models.checkpoint_head import Head, by_name, settled
 from fulltune.plan import defaults
-from fulltune.recipe import ModelBlock
+from fulltune.recipe.fields import ModelBlock
 from fulltune.tasks import Target, task_named
 from tests import tiny
 

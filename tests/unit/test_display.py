@@ -8,8 +8,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fulltune import display
-from fulltune.records import DataSummary, SplitSummary
+from fulltune.cli.show import run as display
+from fulltune.records.run import DataSummary, SplitSummary
 from fulltune.report.verdict import Kind, Verdict
 
 BRIEF = "On the same 200 test rows, the accuracy of full-seed42 is 13.0 points lower than that of majority class."

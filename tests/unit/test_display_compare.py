@@ -9,8 +9,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fulltune import display_compare
-from fulltune.trials import Comparison
+from fulltune.cli.show import compare as display_compare
+from fulltune.records.comparison import Comparison
 from tests import comparisons
 
 

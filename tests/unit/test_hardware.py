@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulltune import hardware
 from fulltune.errors import SetupError
+from fulltune.system import hardware
 
 MEMINFO = "MemTotal: 16000 kB\nMemFree: 1000 kB\nMemAvailable: 8000 kB\n"
 K = 1024

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary
 from fulltune.train.hooks import Hooks
 
 SCRIPT = """

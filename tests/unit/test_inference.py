@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.inference import watched
+from fulltune.inference.run import watched
 
 
 @pytest.mark.parametrize("work", [[8, 4, 2, 1, 1], [1, 1, 1, 1, 1]])

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fulltune.data.given import describe, find_sources, rows_given
-from fulltune.data.header import names_without_header
-from fulltune.data.read import locate, read
+from fulltune.cli.init import Hints, hints_of, infer, write_recipe
+from fulltune.data.readers.given import describe, find_sources, rows_given
+from fulltune.data.readers.header import names_without_header
+from fulltune.data.readers.read import locate, read
 from fulltune.errors import DataError, SetupError
-from fulltune.init import Hints, hints_of, infer, write_recipe
-from fulltune.recipe import Recipe
-from fulltune.recipe_file import load_recipe
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import load_recipe
 from fulltune.tasks import task_named
 
 TEXTS = ("a stirring and finally very moving film", "far too long for what it has", "a film that i like a lot")

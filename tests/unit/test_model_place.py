@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from fulltune import model
 from fulltune.errors import SetupError
 from fulltune.methods.folder import share
-from fulltune.recipe import ModelBlock
+from fulltune.models import load as model
+from fulltune.recipe.fields import ModelBlock
 from tests import tiny
 
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fulltune import out_of_memory
 from fulltune.errors import DoesNotFitError
-from fulltune.out_of_memory import (
+from fulltune.system import out_of_memory
+from fulltune.system.out_of_memory import (
     asked_bytes,
     in_last_words,
     is_out_of_memory,
     kernel_kills,
     with_smaller_batches,
 )
-from fulltune.train.memory_limit import held_to
+from fulltune.train.worker.memory_limit import held_to
 
 
 class CudaError(RuntimeError):
@@ -197,9 +197,9 @@ def test_with_smaller_batches_gives_up_at_one_row_and_on_other_errors(error: typ
 
 LIMITED = """
 import torch
-from fulltune.meter import status_bytes
-from fulltune.out_of_memory import is_out_of_memory
-from fulltune.train.memory_limit import held_to
+from fulltune.system.meter import status_bytes
+from fulltune.system.out_of_memory import is_out_of_memory
+from fulltune.train.worker.memory_limit import held_to
 
 MIB = 2**20
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
@@ -234,7 +234,7 @@ def test_held_to_less_than_the_libraries_is_refused() -> None:
 
 
 def test_held_to_nothing_and_held_to_where_it_cannot_be_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fulltune.train import memory_limit
+    from fulltune.train.worker import memory_limit
 
     before, warnings = resource.getrlimit(resource.RLIMIT_DATA), []
     monkeypatch.setattr(memory_limit, "status_bytes", lambda key: 0)

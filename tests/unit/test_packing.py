@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune import packing
+from fulltune.models import packing
 from tests import tiny
 
 

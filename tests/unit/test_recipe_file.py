@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
-from fulltune.recipe_file import load_recipe
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import load_recipe
 
 SMALL = "model: some/model\ntask: causal-lm\ndata:\n  train: a.jsonl\n"
 
@@ -184,7 +184,8 @@ def test_setting_known_from_elsewhere_is_answered_with_what_to_write(
 
 def test_answers_name_settings_that_exist() -> None:
     """What an answer says to write is a setting, or a block, of the recipe."""
-    from fulltune import recipe_elsewhere, recipe_file
+    from fulltune.recipe import elsewhere as recipe_elsewhere
+    from fulltune.recipe import file as recipe_file
 
     known = {
         *Recipe.model_fields,

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from fulltune import cli_plan, pipeline
+from fulltune import pipeline
+from fulltune.cli import plan as cli_plan
 from fulltune.errors import RecipeError
-from fulltune.recipe import TAKEN, Recipe
-from fulltune.recipe_file import check, load_recipe
-from fulltune.units import parse_seconds
+from fulltune.recipe.fields import TAKEN, Recipe
+from fulltune.recipe.file import check, load_recipe
+from fulltune.text import parse_seconds
 
 SMALL: dict[str, Any] = {"model": "some/model", "task": "causal-lm", "data": {"train": "a.jsonl"}}
 

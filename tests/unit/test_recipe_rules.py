@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fulltune import recipe_rules
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
-from fulltune.recipe_file import load_recipe
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import load_recipe
 from fulltune.tasks import task_named
 
 WRONG = """\
@@ -63,7 +63,7 @@ def test_wrong_recipe_is_refused_without_the_heavy_libraries(tmp_path: Path) -> 
     code = f"""
 import sys
 from fulltune.errors import RecipeError
-from fulltune.recipe_file import load_recipe
+from fulltune.recipe.file import load_recipe
 try:
     load_recipe({str(path)!r})
 except RecipeError as error:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fulltune import pipeline, run_folder
+from fulltune import pipeline
 from fulltune.errors import DataError, DoesNotFitError, FulltuneError, InterruptedRun, SetupError
-from fulltune.recipe import Recipe
-from fulltune.records import Command
-from fulltune.run_folder import find_or_make, locked, not_left_when_refused
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import Command
+from fulltune.system import run_folder
+from fulltune.system.run_folder import find_or_make, locked, not_left_when_refused
 
 
 def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from fulltune import evaluate
-from fulltune.bootstrap import Resampled, resample
-from fulltune.compare.paired import paired
 from fulltune.evaluate import classifiers, language, spans
-from fulltune.evaluate.bench import Bench
-from fulltune.records import Scores
-from fulltune.store import RowWriter, record_batch, save_clusters, words
+from fulltune.evaluate.scoring import Bench
+from fulltune.inference.store import RowWriter, record_batch, save_clusters, words
+from fulltune.records.run import Scores
+from fulltune.stats.metric_intervals import Resampled, resample
+from fulltune.stats.paired import paired
 from fulltune.tasks import PLACE, Target, task_named
 
 RECIPE: Any = SimpleNamespace(evaluate=SimpleNamespace(bootstrap_samples=100, confidence=0.95))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune import store
-from fulltune.store import Rows, RowWriter, batches, load_split, load_texts, record_batch, words
+from fulltune.inference import store
+from fulltune.inference.store import Rows, RowWriter, batches, load_split, load_texts, record_batch, words
 
 
 def features(number: int) -> dict[str, Any]:

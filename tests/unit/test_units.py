@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from fulltune.recipe import TrainBlock
-from fulltune.units import in_words, parse_bytes
+from fulltune.recipe.fields import TrainBlock
+from fulltune.text import in_words, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fulltune import model
 from fulltune.errors import SetupError
-from fulltune.recipe import ModelBlock
+from fulltune.models import load as model
+from fulltune.recipe.fields import ModelBlock
 
 
 @pytest.mark.parametrize(("kind", "quantised"), [("F32", False), ("Q8_0", True)])

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fulltune import zero
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
-from fulltune.recipe_file import load_recipe
-from fulltune.records import StateBytes
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import load_recipe
+from fulltune.records.run import StateBytes
+from fulltune.system import deepspeed
 from tests import tiny
 
 STATE = StateBytes(weights=400, gradients=400, optimizer=800)
@@ -32,12 +32,12 @@ def recipe(settings: Any, model: dict[str, Any] | None = None, **train: Any) -> 
 
 def problems(settings: Any, model: dict[str, Any] | None = None) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as caught:
-        zero.settings(recipe(settings, model))
+        deepspeed.settings(recipe(settings, model))
     return caught.value.problems
 
 
 def test_settings_left_out_follow_the_recipe() -> None:
-    found = zero.settings(recipe({"zero_optimization": {"stage": 3}}))
+    found = deepspeed.settings(recipe({"zero_optimization": {"stage": 3}}))
 
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     assert [found[name] for name in names] == ["auto"] * 4
@@ -52,7 +52,7 @@ def test_file_is_found_beside_the_recipe(tmp_path: Path) -> None:
     loaded = load_recipe(path)
 
     assert loaded.train.extra["deepspeed"] == str(tmp_path / "zero.json")
-    assert zero.zero_of(loaded) == zero.Zero(stage=2, offload_optimizer=False, offload_weights=False)
+    assert deepspeed.zero_of(loaded) == deepspeed.Zero(stage=2, offload_optimizer=False, offload_weights=False)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
     }
-    lines = zero.disagreements(recipe(settings), 2, 2, 2, "fp32")
+    lines = deepspeed.disagreements(recipe(settings), 2, 2, 2, "fp32")
 
     assert lines == [
         'train.extra.deepspeed: train_batch_size is 16, but train.global_batch_size gives 8; write "auto"',
@@ -118,32 +118,34 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
 
 def test_settings_that_agree_with_the_plan_pass() -> None:
     settings = {"zero_optimization": {"stage": 1}, "train_batch_size": 8, "bf16": {"enabled": True}}
-    assert zero.disagreements(recipe(settings), 2, 2, 2, "bf16") == []
+    assert deepspeed.disagreements(recipe(settings), 2, 2, 2, "bf16") == []
 
 
 @pytest.mark.parametrize(
     ("shared", "device_bytes", "host_bytes"),
     [
-        (zero.Zero(0, False, False), 1600, 0),
-        (zero.Zero(1, False, False), 1200, 0),
-        (zero.Zero(2, False, False), 1000, 0),
-        (zero.Zero(3, False, False), 800, 0),
-        (zero.Zero(2, True, False), 400, 1200),
-        (zero.Zero(3, True, False), 200, 1200),
-        (zero.Zero(3, True, True), 0, 1600),
-        (zero.Zero(3, True, True, optimizer_on_disk=True), 0, 400),
-        (zero.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=True), 0, 0),
+        (deepspeed.Zero(0, False, False), 1600, 0),
+        (deepspeed.Zero(1, False, False), 1200, 0),
+        (deepspeed.Zero(2, False, False), 1000, 0),
+        (deepspeed.Zero(3, False, False), 800, 0),
+        (deepspeed.Zero(2, True, False), 400, 1200),
+        (deepspeed.Zero(3, True, False), 200, 1200),
+        (deepspeed.Zero(3, True, True), 0, 1600),
+        (deepspeed.Zero(3, True, True, optimizer_on_disk=True), 0, 400),
+        (deepspeed.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=True), 0, 0),
     ],
 )
-def test_bytes_on_device_and_host_with_two_processes(shared: zero.Zero, device_bytes: int, host_bytes: int) -> None:
+def test_bytes_on_device_and_host_with_two_processes(
+    shared: deepspeed.Zero, device_bytes: int, host_bytes: int
+) -> None:
     assert shared.device_bytes(STATE, 2) == device_bytes
     assert shared.host_bytes(STATE, 2) == host_bytes
 
 
 def test_what_goes_to_an_nvme_disk_is_read_from_the_settings() -> None:
     places = {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}, "offload_param": {"device": "cpu"}}
-    found = zero.zero_of(recipe({"zero_optimization": {"stage": 3, **places}}))
-    assert found == zero.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=False)
+    found = deepspeed.zero_of(recipe({"zero_optimization": {"stage": 3, **places}}))
+    assert found == deepspeed.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=False)
 
 
 def _on_disk(path: Any) -> Recipe:
@@ -153,17 +155,17 @@ def _on_disk(path: Any) -> Recipe:
 
 def test_folder_of_an_nvme_disk_must_be_named_and_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="device nvme needs nvme_path"):
-        zero.settings(_on_disk(None))
-    assert zero.missing_folders(_on_disk(tmp_path)) == []
-    assert all("there is no folder '/no/such'" in line for line in zero.missing_folders(_on_disk("/no/such")))
-    copied = _on_disk(zero.NVME_FOLDER)  # as a plan prints it
-    assert all("write the path of a folder on your NVMe disk" in line for line in zero.missing_folders(copied))
-    assert zero.nvme_path(copied) is None
-    assert zero.nvme_path(_on_disk(tmp_path)) == str(tmp_path)
+        deepspeed.settings(_on_disk(None))
+    assert deepspeed.missing_folders(_on_disk(tmp_path)) == []
+    assert all("there is no folder '/no/such'" in line for line in deepspeed.missing_folders(_on_disk("/no/such")))
+    copied = _on_disk(deepspeed.NVME_FOLDER)  # as a plan prints it
+    assert all("write the path of a folder on your NVMe disk" in line for line in deepspeed.missing_folders(copied))
+    assert deepspeed.nvme_path(copied) is None
+    assert deepspeed.nvme_path(_on_disk(tmp_path)) == str(tmp_path)
 
 
 def test_folder_that_is_not_there_is_refused_only_where_it_is_needed() -> None:
-    from fulltune.train.arguments import check_extra
+    from fulltune.train.loop.arguments import check_extra
 
     with pytest.raises(RecipeError, match="there is no folder '/no/such'"):
         check_extra(_on_disk("/no/such"))

@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 
 from fulltune.classic.arguments import notice
 from fulltune.errors import GuardStop
-from fulltune.train import buffers
+from fulltune.train.worker import buffers
 
 _log = logging.getLogger(__name__)
 

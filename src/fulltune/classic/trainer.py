@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from fulltune.classic.arguments import notice, signed
 from fulltune.classic.dry_run import copied, dry_run, same_randomness
 from fulltune.errors import GuardStop
-from fulltune.records import Moved
-from fulltune.train.callbacks import logged
-from fulltune.train.guards import came_apart, ended_high, nothing_learned, ran_away
-from fulltune.train.trainer import FiniteGuard
-from fulltune.train.weights import InitialWeights
+from fulltune.records.run import Moved
+from fulltune.train.loop.callbacks import logged
+from fulltune.train.loop.guards import came_apart, ended_high, nothing_learned, ran_away
+from fulltune.train.loop.trainer import FiniteGuard
+from fulltune.train.worker.weights import InitialWeights
 
 _log = logging.getLogger(__name__)
 

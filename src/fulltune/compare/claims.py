@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fulltune.compare.verdict import shown
-from fulltune.compare_records import Decision, Difference
-from fulltune.trials import ArmRow, Claim
-from fulltune.units import in_words
+from fulltune.records.comparison import ArmRow, Claim
+from fulltune.records.differences import Decision, Difference
+from fulltune.text import in_words
 
 TENTH = 0.15
 """Up to here one may say "a tenth"."""

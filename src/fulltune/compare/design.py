@@ -6,10 +6,10 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fulltune.compare.precision import planned_detectable
 from fulltune.compare.sequential import TIME_UP_SHARE, spent
 from fulltune.errors import RecipeError
-from fulltune.trials import Expectation, Trial
+from fulltune.records.comparison import Expectation, Trial
+from fulltune.stats.precision import planned_detectable
 
 FEW_TRAIN_ROWS = 10_000
 """Below it five seeds: with few rows the seeds differ more (Bouthillier et al. 2021; Mosbach et al. 2020)."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fulltune.compare_records import ArmDesign, ComparisonDesign, Finding
+from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
 
 FEWEST_SEEDS = 3
 FEWEST_RATES = 3

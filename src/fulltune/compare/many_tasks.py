@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from fulltune.records import Estimate
-from fulltune.trials import ArmRow, Comparison, ManyTasks, TaskPart, Way
+from fulltune.records.comparison import ArmRow, Comparison, ManyTasks, TaskPart, Way
+from fulltune.records.run import Estimate
 
 
 def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str], shares: bool) -> ManyTasks:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fulltune.trials import Search, Trial, Tried
+from fulltune.records.comparison import Search, Trial, Tried
 
 STEP = math.sqrt(10)
 """Between two rates of a grid."""

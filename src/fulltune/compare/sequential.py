@@ -25,12 +25,12 @@ from typing import Literal
 
 import numpy as np
 
-from fulltune.compare.draws import draw
-from fulltune.compare.items import Measure
-from fulltune.compare.precision import Precision
-from fulltune.compare.statistics import Uncertain, difference, seed_spreads
 from fulltune.compare.verdict import ArmItems
-from fulltune.compare_records import ArmStep, Look
+from fulltune.records.differences import ArmStep, Look
+from fulltune.stats.bootstrap import draw
+from fulltune.stats.intervals import Uncertain, difference, seed_spreads
+from fulltune.stats.precision import Precision
+from fulltune.stats.row_scores import Measure
 
 SAMPLES = 2_000
 _LATE = 4.0

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fulltune.compare.draws import SAMPLES, Drawn, draw
-from fulltune.compare.items import Measure
-from fulltune.compare.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Needed, Precision, needed
-from fulltune.compare.statistics import (
+from fulltune.recipe.fields import RIVALS
+from fulltune.records.differences import ArmKind, ArmScore, Decision, Difference, VerdictKind
+from fulltune.stats.bootstrap import SAMPLES, Drawn, draw
+from fulltune.stats.intervals import (
     SeedSpread,
     Uncertain,
     difference,
@@ -21,10 +21,10 @@ from fulltune.compare.statistics import (
     mean_of_arm,
     seed_spreads,
 )
-from fulltune.compare_records import ArmKind, ArmScore, Decision, Difference, VerdictKind
-from fulltune.recipe import RIVALS
+from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Needed, Precision, needed
+from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Predictions
-from fulltune.units import is_share
+from fulltune.text import is_share
 
 _FEW_SEEDS = 3
 """From fewer the spread between seeds is hardly known."""

@@ -18,12 +18,12 @@ import numpy as np
 
 from fulltune.data.check import Dropped, LeftOut
 from fulltune.data.near import NUM_HASHES, joined, signatures
-from fulltune.data.read import PlacedRow
+from fulltune.data.readers.read import PlacedRow
 from fulltune.data.split import draw
 from fulltune.errors import SetupError
-from fulltune.hardware import num_cores
-from fulltune.recipe import TaskName
-from fulltune.store import RowWriter, record_batch, words
+from fulltune.inference.store import RowWriter, record_batch, words
+from fulltune.recipe.fields import TaskName
+from fulltune.system.hardware import num_cores
 from fulltune.tasks import LENGTH, Example, Refused, Target, task_named
 from fulltune.tasks.columns import as_text, normalised, unreadable, windows
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
+from fulltune.recipe.fields import Recipe
 from fulltune.tasks import Target, Task, causal_lm
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.store import WORDS, record_batch
+from fulltune.inference.store import WORDS, record_batch
 from fulltune.tasks import LENGTH
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ import numpy as np
 from fulltune.data import cache
 from fulltune.data.check import Dropped
 from fulltune.data.encode import Encoded, Job, encode, join_near
-from fulltune.data.given import Given, Preprocess, describe, find_sources, rows_given
 from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
-from fulltune.data.read import Source, content_hash
+from fulltune.data.readers.given import Given, Preprocess, describe, find_sources, rows_given
+from fulltune.data.readers.read import Source, content_hash
 from fulltune.data.splits import (
     SPLITS,
     assign,
@@ -39,11 +39,11 @@ from fulltune.data.splits import (
     unmeasured,
 )
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.processors import processor_identity
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, Preview, SplitSummary
-from fulltune.records import SplitName as Split
-from fulltune.store import RowWriter, batches, load_split, readable, save_clusters
+from fulltune.inference.store import RowWriter, batches, load_split, readable, save_clusters
+from fulltune.models.processors import processor_identity
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary, Preview, SplitSummary
+from fulltune.records.run import SplitName as Split
 from fulltune.tasks import Target, Task
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ import numpy as np
 
 from fulltune.data.check import UNDECODABLE_IMAGE, labels_only_held_out, too_many, undecodable
 from fulltune.data.encode import Encoded
-from fulltune.data.given import Given
-from fulltune.data.plain_text import SECTION_CHARACTERS
+from fulltune.data.readers.given import Given
+from fulltune.data.readers.plain_text import SECTION_CHARACTERS
 from fulltune.data.split import MOST_HELD_OUT_ROWS, split_off
 from fulltune.errors import DataError
-from fulltune.recipe import Recipe
-from fulltune.records import SplitName as Split
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import SplitName as Split
 from fulltune.tasks import Target
 
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fulltune.bootstrap import Resampled
-from fulltune.calibration import temperature_of
 from fulltune.errors import SetupError
-from fulltune.evaluate.bench import Bench, Scored, UserMetrics
-from fulltune.out_of_memory import does_not_fit, is_out_of_memory
-from fulltune.recipe import Recipe, TaskName, with_attention
-from fulltune.records import DataSummary, Estimate, Outcome, Plan, Scores
+from fulltune.evaluate.scoring import Bench, Scored, UserMetrics
+from fulltune.recipe.fields import Recipe, TaskName, with_attention
+from fulltune.records.run import DataSummary, Estimate, Outcome, Plan, Scores
+from fulltune.stats.calibration import temperature_of
+from fulltune.stats.metric_intervals import Resampled
+from fulltune.system.out_of_memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named, token_classification
 
 Listener = Callable[[dict[str, Any]], None]

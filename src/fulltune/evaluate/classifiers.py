@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.calibration import calibrate
-from fulltune.evaluate.bench import WORST, Bench, Scored
-from fulltune.inference import Share, embeddings
-from fulltune.processors import opened
-from fulltune.records import MOST_EMBEDDED, Confusion
+from fulltune.evaluate.scoring import WORST, Bench, Scored
+from fulltune.inference.run import Share, embeddings
+from fulltune.models.processors import opened
+from fulltune.records.run import MOST_EMBEDDED, Confusion
+from fulltune.stats.calibration import calibrate
 from fulltune.tasks import Predictions, image_classification, multiple_choice, text_classification
 
 

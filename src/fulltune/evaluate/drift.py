@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.inference import autocast, batches
-from fulltune.records import ProblemType
+from fulltune.inference.run import autocast, batches
+from fulltune.records.run import ProblemType
 
 WRITERS: tuple[ProblemType, ...] = ("text", "prompt_completion", "chat")
 MOST_TOKENS = 256
@@ -26,7 +26,7 @@ def generic(
     Args:
         model: On its device.
         tokenizer: The model's.
-        texts: See `fulltune.generic_text`.
+        texts: See `fulltune.evaluate.generic_text`.
         problem_type: What the model was trained for.
         precision: Type of the computations.
         most_tokens: Where texts are cut: the same for all that are compared, also where virtual tokens take room.

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from fulltune.bootstrap import Resampled
-from fulltune.evaluate.bench import Bench, Scored
-from fulltune.inference import generate
-from fulltune.records import Answer
+from fulltune.evaluate.scoring import Bench, Scored
+from fulltune.inference.run import generate
+from fulltune.records.run import Answer
+from fulltune.stats.metric_intervals import Resampled
 from fulltune.tasks import causal_lm, seq2seq
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.evaluate.bench import Bench
 from fulltune.evaluate.drift import generic
-from fulltune.processors import opened
+from fulltune.evaluate.scoring import Bench
+from fulltune.models.processors import opened
 from fulltune.tasks import Predictions
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.bootstrap import Resampled
-from fulltune.evaluate.bench import WORST, Bench, Scored
+from fulltune.evaluate.scoring import WORST, Bench, Scored
+from fulltune.stats.metric_intervals import Resampled
 from fulltune.tasks import PLACE, question_answering
 
 _NONE = "(no answer)"

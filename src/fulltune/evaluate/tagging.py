@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fulltune import store
-from fulltune.evaluate.bench import WORST, Bench, Scored
-from fulltune.inference import autocast, lengths_of, longest_first, watched
+from fulltune.evaluate.scoring import WORST, Bench, Scored
+from fulltune.inference import store
+from fulltune.inference.run import autocast, lengths_of, longest_first, watched
 from fulltune.tasks import tags, token_classification
 
 _log = logging.getLogger(__name__)

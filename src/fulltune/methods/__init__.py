@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import Arm, Method, PromptMethod, Recipe, TaskName
+from fulltune.recipe.fields import Arm, Method, PromptMethod, Recipe, TaskName
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -126,9 +126,9 @@ def check(recipe: Recipe, config: PretrainedConfig) -> None:
 
 def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]:
     """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
-    from fulltune import zero
     from fulltune.methods import injected
-    from fulltune.model import position_limit
+    from fulltune.models.load import position_limit
+    from fulltune.system import deepspeed
     from fulltune.tasks import task_named
 
     found = []
@@ -147,6 +147,6 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
         found.append("torch.compile may leave out the hooks it works by; remove train.extra.torch_compile")
     if method.kind == "peft":
         found += injected.problems(method)
-    if method.kind not in ("full", "base") and zero.wanted(recipe):
+    if method.kind not in ("full", "base") and deepspeed.wanted(recipe):
         found.append("DeepSpeed is here for full fine-tuning only; remove train.extra.deepspeed")
     return [f"method {method.arm}: {line}" for line in found]

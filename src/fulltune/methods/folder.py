@@ -14,12 +14,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from fulltune import model as models
 from fulltune.errors import SetupError
 from fulltune.methods import PROMPT_MODULE, Applied, apply, trained
 from fulltune.methods.injected import TASK_TYPES
-from fulltune.processors import load_processor
-from fulltune.recipe import Method, ModelBlock, TaskName
+from fulltune.models import load as models
+from fulltune.models.processors import load_processor
+from fulltune.recipe.fields import Method, ModelBlock, TaskName
 from fulltune.tasks import Target, task_named
 
 NOTES = "fulltune.json"

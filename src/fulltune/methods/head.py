@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import TaskName
+from fulltune.recipe.fields import TaskName
 from fulltune.tasks import task_named
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from fulltune.errors import RecipeError
 from fulltune.methods import PROMPT_MODULE
-from fulltune.recipe import PromptMethod, TaskName
+from fulltune.recipe.fields import PromptMethod, TaskName
 
 _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
 
@@ -40,7 +40,7 @@ def put_before(model: Any, method: PromptMethod, task: TaskName) -> None:
     Raises:
         RecipeError: When the model has no embeddings of tokens, or hides its body.
     """
-    from fulltune.model import is_decoder
+    from fulltune.models.load import is_decoder
 
     if model.config.is_encoder_decoder:
         body, embeddings = model.get_encoder(), _embeddings(model.get_encoder())

@@ -2,12 +2,12 @@
 
 from fulltune.plan.budget import Room
 from fulltune.plan.budget import of as room
-from fulltune.plan.cards import here
 from fulltune.plan.changed import levers_of, on_disk
 from fulltune.plan.defaults import learning_rate_of
+from fulltune.plan.elsewhere.survey import with_time
 from fulltune.plan.fit import fit
-from fulltune.plan.settle import device_and_precision
-from fulltune.plan.survey import with_time
+from fulltune.plan.gpus import here
+from fulltune.plan.resolve import device_and_precision
 
 __all__ = [
     "Room",

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fulltune import zero
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.footprint import Footprint
-from fulltune.hardware import Machine
-from fulltune.model import Shapes
+from fulltune.footprint.records import Footprint
+from fulltune.models.load import Shapes
 from fulltune.plan import memory, sharded
 from fulltune.plan.memory import Levers
-from fulltune.recipe import Recipe
-from fulltune.records import MemoryKind, MemoryNeed, Phase, StateBytes
-from fulltune.units import in_words, parse_bytes
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import MemoryKind, MemoryNeed, Phase, StateBytes
+from fulltune.system import deepspeed
+from fulltune.system.hardware import Machine
+from fulltune.text import in_words, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
 """What a training process on the CPU holds before the model is loaded: Python, torch and transformers."""
@@ -48,7 +48,7 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
         DoesNotFitError: When the host is too small for what DeepSpeed offloads.
     """
     processes = recipe.train.num_processes
-    shared = zero.zero_of(recipe)
+    shared = deepspeed.zero_of(recipe)
 
     def state(levers: Levers) -> StateBytes:
         return memory.state_of(shapes.num_parameters, levers)
@@ -84,16 +84,19 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
     return room
 
 
-def _refuse_offload(shared: zero.Zero, shapes: Shapes, processes: int, machine: Machine) -> None:
+def _refuse_offload(shared: deepspeed.Zero, shapes: Shapes, processes: int, machine: Machine) -> None:
     on_host = sharded.host_bytes(shared, shapes.num_parameters, processes)
     if on_host > machine.memory_available_bytes:
         raise DoesNotFitError(
-            f"{zero.NAME}: what is offloaded needs {in_words(on_host)}, but {in_words(machine.memory_available_bytes)} "
-            "of the host's memory are free; offload less, or take a smaller model"
+            f"{deepspeed.NAME}: what is offloaded needs {in_words(on_host)}, but "
+            f"{in_words(machine.memory_available_bytes)} of the host's memory are free; "
+            "offload less, or take a smaller model"
         )
 
 
-def _on_devices(shared: zero.Zero, shapes: Shapes, footprint: Footprint, levers: Levers, processes: int) -> MemoryNeed:
+def _on_devices(
+    shared: deepspeed.Zero, shapes: Shapes, footprint: Footprint, levers: Levers, processes: int
+) -> MemoryNeed:
     """With DeepSpeed on GPUs, whose weights are bf16 there, so that nothing holds a copy of them: see `placement`."""
     passing = sharded.passing(footprint, levers.precision, levers)
     kinds = sharded.kinds(shared, sharded.DEEPSPEED, shapes, processes, passing)
@@ -104,7 +107,7 @@ def _on_devices(shared: zero.Zero, shapes: Shapes, footprint: Footprint, levers:
     return MemoryNeed(kinds=kinds, phases=phases, host=host)
 
 
-def _shared_out(need: MemoryNeed, shared: zero.Zero, state: StateBytes, processes: int, device: str) -> MemoryNeed:
+def _shared_out(need: MemoryNeed, shared: deepspeed.Zero, state: StateBytes, processes: int, device: str) -> MemoryNeed:
     """The same with DeepSpeed: parts of the state on this device, gradients whole because its buckets hold them."""
     parts = shared.parts(state, processes)
     # On a CPU the host's memory is the device's.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fulltune.plan import disk, memory, time
 from fulltune.plan.memory import Levers
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, Plan
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary, Plan
 
 
 def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -> Plan:

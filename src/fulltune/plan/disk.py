@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fulltune import zero
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import memory, sharded, ways_out
 from fulltune.plan.memory import Levers
-from fulltune.recipe import Recipe
-from fulltune.records import DiskNeed, WayOut
-from fulltune.units import in_words
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DiskNeed, WayOut
+from fulltune.system import deepspeed
+from fulltune.text import in_words
 
 DEEPSPEED_BYTES = 20
 """A parameter in DeepSpeed's checkpoints: weights and moments (12), its copy of the model (4), the Trainer's (4)."""
@@ -26,12 +26,12 @@ def need(recipe: Recipe, num_parameters: int, levers: Levers) -> DiskNeed:
     run that is stopped in between writes one checkpoint more."""
     state = memory.state_of(num_parameters, levers)
     weights = memory.num_trained(num_parameters, levers) * memory.BYTES[memory.trained_dtype(levers)]
-    one = num_parameters * DEEPSPEED_BYTES if zero.wanted(recipe) else weights + state.optimizer
+    one = num_parameters * DEEPSPEED_BYTES if deepspeed.wanted(recipe) else weights + state.optimizer
     return DiskNeed(
         one_checkpoint=one + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, levers.num_saves or 10**9),
         model=2 * weights + SMALL_FILES_BYTES,
-        offloaded=sharded.disk_bytes(zero.zero_of(recipe), num_parameters),
+        offloaded=sharded.disk_bytes(deepspeed.zero_of(recipe), num_parameters),
     )
 
 
@@ -61,5 +61,5 @@ def ways(recipe: Recipe, num_parameters: int, levers: Levers, free_bytes: int) -
     needed = need(recipe, num_parameters, levers)
     eighth = need(recipe, num_parameters, replace(levers, optim="adamw_8bit"))
     # Inside DeepSpeed our optimizers cannot run, so nothing is freed.
-    freed = 0 if zero.wanted(recipe) else needed.total - eighth.total
+    freed = 0 if deepspeed.wanted(recipe) else needed.total - eighth.total
     return ways_out.of_disk(needed, free_bytes, recipe.train.save_total_limit, recipe.output, freed)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fulltune import zero
 from fulltune.errors import RecipeError
-from fulltune.footprint import Footprint
-from fulltune.model import Shapes
-from fulltune.plan import budget, defaults, disk, levers, memory, placement, settle
-from fulltune.plan.cards import Fleet
-from fulltune.plan.ledger import Ledger
-from fulltune.plan.load import Task, load_of
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, Plan
+from fulltune.footprint.records import Footprint
+from fulltune.models.load import Shapes
+from fulltune.plan import budget, defaults, disk, levers, memory, placement
+from fulltune.plan import resolve as settle
+from fulltune.plan.gpus import Fleet
+from fulltune.plan.reasons import Ledger
+from fulltune.plan.workload import Task, load_of
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary, Plan
+from fulltune.system import deepspeed
 from fulltune.tasks import task_named
-from fulltune.units import parse_bytes
+from fulltune.text import parse_bytes
 
 
 def fit(
@@ -65,7 +66,7 @@ def fit(
     whole = levers.needs_whole_logits(recipe, shapes, own_loss)
     levers.settle(recipe, chosen, per_process, room, optim, whole, ledger)
     used = chosen.levers
-    problems = zero.disagreements(recipe, used.micro_batch_size, used.accumulation, train.num_processes, precision)
+    problems = deepspeed.disagreements(recipe, used.micro_batch_size, used.accumulation, train.num_processes, precision)
     problems += settle.in_backward_problems(recipe, used.micro_batch_size, used.accumulation, precision)
     if problems:
         raise RecipeError(problems)

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from fulltune import zero
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.model import Shapes
+from fulltune.models.load import Shapes
 from fulltune.plan import ways_out
 from fulltune.plan.budget import Room
-from fulltune.plan.ledger import Ledger
 from fulltune.plan.memory import Levers
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, MemoryNeed
-from fulltune.units import in_words
+from fulltune.plan.reasons import Ledger
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary, MemoryNeed
+from fulltune.system import deepspeed
+from fulltune.text import in_words
 
 COMFORTABLE = 0.9
 """Share of the memory that is used while there is a choice: the rest is for what the arithmetic does not know."""
@@ -68,7 +68,7 @@ def needs_whole_logits(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -
     """What keeps a loss from being computed in pieces; empty: nothing does."""
     if own_loss:
         return "your own loss (compute_loss) needs the logits as a whole"
-    if zero.wanted(recipe):
+    if deepspeed.wanted(recipe):
         return "DeepSpeed shares out the head, which a loss in pieces needs whole"
     if recipe.train.extra.get("torch_compile"):
         return "torch.compile leaves out the hooks that a loss in pieces needs"

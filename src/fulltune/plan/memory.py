@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fulltune.footprint import Footprint, Kind
-from fulltune.model import Shapes
-from fulltune.records import MemoryKind, MemoryNeed, Phase, StateBytes
+from fulltune.footprint.records import Footprint, Kind
+from fulltune.models.load import Shapes
+from fulltune.records.run import MemoryKind, MemoryNeed, Phase, StateBytes
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -56,7 +56,7 @@ SMALL_BYTES = 32 * 2**20
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """Context, cuBLAS workspaces and the allocator's rounding on a GPU. Taken from the literature; never measured here."""
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
-"""Tokens whose logits a chunked loss holds at a time: see `fulltune.chunked_loss`."""
+"""Tokens whose logits a chunked loss holds at a time: see `fulltune.models.chunked_loss`."""
 
 
 def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> MemoryNeed:

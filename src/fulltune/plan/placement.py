@@ -39,14 +39,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fulltune import zero
-from fulltune.model import Shapes
+from fulltune.models.load import Shapes
 from fulltune.plan import sharded, time
-from fulltune.plan.cards import Fleet
+from fulltune.plan.gpus import Fleet
 from fulltune.plan.levers import COMFORTABLE, fastest
 from fulltune.plan.memory import Levers
 from fulltune.plan.ways_out import in_yaml
-from fulltune.records import MemoryKind, MemoryNeed, Placement
+from fulltune.records.run import MemoryKind, MemoryNeed, Placement
+from fulltune.system import deepspeed as zero
 
 LINK_SHARE = 0.8
 HOST_UPDATE_BYTES = 28

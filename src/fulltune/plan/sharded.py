@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fulltune import zero
-from fulltune.footprint import Footprint, Moment
-from fulltune.model import Shapes
+from fulltune.footprint.records import Footprint, Moment
+from fulltune.models.load import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import Levers
-from fulltune.records import MemoryKind, StateBytes
+from fulltune.records.run import MemoryKind, StateBytes
+from fulltune.system import deepspeed
 
 DEEPSPEED = (2, 4, 12)
 """Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (DeepSpeed's own estimators)."""
@@ -29,14 +29,16 @@ def state(num_parameters: int, per_parameter: tuple[int, int, int]) -> StateByte
 
 
 def host_bytes(
-    shared: zero.Zero, num_parameters: int, num_devices: int, per_parameter: tuple[int, int, int] = DEEPSPEED
+    shared: deepspeed.Zero, num_parameters: int, num_devices: int, per_parameter: tuple[int, int, int] = DEEPSPEED
 ) -> int:
     """Bytes that all processes together take of the host's memory for what is offloaded."""
     buffers = NVME_HOST_BYTES * num_parameters if shared.optimizer_on_disk or shared.weights_on_disk else 0
     return buffers + round(HOST_BUFFERS * shared.host_bytes(state(num_parameters, per_parameter), num_devices))
 
 
-def disk_bytes(shared: zero.Zero | None, num_parameters: int, per_parameter: tuple[int, int, int] = DEEPSPEED) -> int:
+def disk_bytes(
+    shared: deepspeed.Zero | None, num_parameters: int, per_parameter: tuple[int, int, int] = DEEPSPEED
+) -> int:
     """Bytes of what is offloaded to an NVMe disk."""
     if shared is None:
         return 0
@@ -52,7 +54,7 @@ def largest_unit(shapes: Shapes) -> int:
 
 
 def kinds(
-    shared: zero.Zero,
+    shared: deepspeed.Zero,
     per_parameter: tuple[int, int, int],
     shapes: Shapes,
     num_devices: int,
@@ -63,7 +65,7 @@ def kinds(
     return {**found, **passing, "buffers": _gathered(shared, per_parameter, shapes) + memory.CUDA_CONTEXT_BYTES}
 
 
-def _gathered(shared: zero.Zero, per_parameter: tuple[int, int, int], shapes: Shapes) -> int:
+def _gathered(shared: deepspeed.Zero, per_parameter: tuple[int, int, int], shapes: Shapes) -> int:
     """Weights and gradients that are whole on a device for a moment."""
     unit, parameters = largest_unit(shapes), shapes.num_parameters
     if per_parameter == FSDP2:  # the unit in use and the next one in bf16, and one's gradients in fp32

@@ -23,10 +23,10 @@ import re
 from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
-from fulltune.footprint import Footprint
-from fulltune.model import Shapes
-from fulltune.plan.cards import Fleet
-from fulltune.records import DataSummary, Plan, TimeNeed
+from fulltune.footprint.records import Footprint
+from fulltune.models.load import Shapes
+from fulltune.plan.gpus import Fleet
+from fulltune.records.run import DataSummary, Plan, TimeNeed
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))

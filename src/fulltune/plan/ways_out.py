@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fulltune import zero
 from fulltune.plan.memory import Levers
-from fulltune.recipe import Recipe
-from fulltune.records import DiskNeed, MemoryNeed, Placement, WayOut
-from fulltune.units import in_words
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DiskNeed, MemoryNeed, Placement, WayOut
+from fulltune.system import deepspeed
+from fulltune.text import in_words
 
 MOST = 3
 LEAST_SHARE = 0.1
@@ -77,7 +77,7 @@ def of_memory(
     enough = [way for way in found if way.enough]
     if not enough:
         enough = _together(recipe, levers, budget_bytes, need, now)
-    if len(enough) < MOST and not zero.wanted(recipe):  # its weights may lie anywhere
+    if len(enough) < MOST and not deepspeed.wanted(recipe):  # its weights may lie anywhere
         enough.append(_smaller_model(now, budget_bytes, levers, need))
     rest = sorted((way for way in found if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MOST])
@@ -109,7 +109,7 @@ def _changes(recipe: Recipe, now: Levers) -> Iterator[_Change]:
         lower = replace(now, micro_batch_size=1, accumulation=now.accumulation * now.micro_batch_size)
         named = {"train.micro_batch_size": 1}
         yield _Change("train.micro_batch_size: 1", "nothing but some speed", lower, named, harmless=True)
-    if not now.chunked_loss and recipe.train.chunked_loss is False and not zero.wanted(recipe):
+    if not now.chunked_loss and recipe.train.chunked_loss is False and not deepspeed.wanted(recipe):
         chunked = replace(now, chunked_loss=True)
         named = {"train.chunked_loss": True}
         yield _Change("train.chunked_loss: true", "nothing but some speed", chunked, named, harmless=True)
@@ -120,7 +120,7 @@ def _changes(recipe: Recipe, now: Levers) -> Iterator[_Change]:
         yield _Change(words, "a third more operations", recomputed, named, harmless=True)
     small, eighth = replace(now, optim="adamw_8bit"), {"train.optim": "adamw_8bit"}
     # DeepSpeed keeps weights in fp32 and cannot take our optimizers.
-    free = not zero.wanted(recipe)
+    free = not deepspeed.wanted(recipe)
     if free and now.optim != small.optim:
         yield _Change("train.optim: adamw_8bit", "moments of 8 bits", small, eighth)
     if free and now.weights_dtype == "fp32" and now.precision != "fp16":

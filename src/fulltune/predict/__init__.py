@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fulltune import model as models
 from fulltune.errors import DataError, SetupError
 from fulltune.methods import folder as folders
+from fulltune.models import load as models
+from fulltune.models.processors import load_processor
 from fulltune.predict.predictor import Answered, Predictor
-from fulltune.processors import load_processor
-from fulltune.recipe import ModelBlock
-from fulltune.run_folder import comparison_of
+from fulltune.recipe.fields import ModelBlock
+from fulltune.system.run_folder import comparison_of
 from fulltune.tasks import tags, task_named
 
 __all__ = [

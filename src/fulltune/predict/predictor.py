@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from fulltune.errors import DataError
-from fulltune.inference import generate, run_rows
+from fulltune.inference.run import generate, run_rows
 from fulltune.methods import folder as folders
-from fulltune.processors import opened
+from fulltune.models.processors import opened
 from fulltune.tasks import Example, Refused, Row, Target, causal_lm, chat, seq2seq, tags, task_named
 from fulltune.tasks.columns import unreadable, windows
 

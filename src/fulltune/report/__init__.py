@@ -10,17 +10,17 @@ from __future__ import annotations
 from dataclasses import replace as replace_fields
 from pathlib import Path
 
-from fulltune.records import Scores
-from fulltune.report.card import card
-from fulltune.report.content import build
-from fulltune.report.content import conclude as _conclude
+from fulltune.records.run import Scores
+from fulltune.report.comparison.many_tasks import write_tasks
+from fulltune.report.comparison.page import write_proof
 from fulltune.report.files import replace
-from fulltune.report.html import page
-from fulltune.report.many_tasks import write_tasks
-from fulltune.report.markdown import markdown
-from fulltune.report.merged import merged_card
-from fulltune.report.proof import write_proof
-from fulltune.report.read import read_run
+from fulltune.report.format.html import page
+from fulltune.report.format.markdown import markdown
+from fulltune.report.model_card import card
+from fulltune.report.run.content import build
+from fulltune.report.run.content import conclude as _conclude
+from fulltune.report.run.merged import merged_card
+from fulltune.report.run.read import read_run
 from fulltune.report.verdict import Verdict
 
 __all__ = [

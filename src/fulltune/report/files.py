@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fulltune.report import words
+from fulltune.report.format import words
 
 
 def replace(path: Path, text: str) -> None:

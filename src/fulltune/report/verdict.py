@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fulltune.records import Estimate, Scores
-from fulltune.report import words
-from fulltune.units import is_share
+from fulltune.records.run import Estimate, Scores
+from fulltune.report.format import words
+from fulltune.text import is_share
 
 Kind = Literal["better", "worse", "unresolved", "unpaired", "alone", "none"]
 

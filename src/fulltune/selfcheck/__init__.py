@@ -12,10 +12,10 @@ from collections.abc import Callable
 from functools import partial
 
 from fulltune.errors import InterruptedRun
-from fulltune.run_folder import hide_progress_bars
 from fulltune.selfcheck import attention, precision, processes, training
 from fulltune.selfcheck.devices import Check, Device, NotHere, devices, environment
 from fulltune.selfcheck.page import Finding, Page, Status, markdown, without_names
+from fulltune.system.run_folder import hide_progress_bars
 
 __all__ = ["CHECKS", "Finding", "Page", "markdown", "run"]
 

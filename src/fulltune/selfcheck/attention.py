@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fulltune.inference import autocast
+from fulltune.inference.run import autocast
 from fulltune.selfcheck import tiny
 from fulltune.selfcheck.devices import Device, NotHere, Result
 from fulltune.selfcheck.precision import relative_error

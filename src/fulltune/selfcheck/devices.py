@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from fulltune import hardware
-from fulltune.report.words import counted
-from fulltune.run_folder import PACKAGES
+from fulltune.report.format.words import counted
+from fulltune.system import hardware
+from fulltune.system.run_folder import PACKAGES
 
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
 """Named on the page where they are installed."""

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from fulltune.records import Record
+from fulltune.records.run import Record
 
 Status = Literal["pass", "fail", "not here"]
 

@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from fulltune import hardware
-from fulltune.inference import autocast
-from fulltune.plan.settle import LEAST_BF16_SPEEDUP
+from fulltune.inference.run import autocast
+from fulltune.plan.resolve import LEAST_BF16_SPEEDUP
 from fulltune.selfcheck import tiny
 from fulltune.selfcheck.devices import Device, NotHere, Result
+from fulltune.system import hardware
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}

@@ -124,7 +124,7 @@ def _train(
 
     from fulltune import api
     from fulltune.pipeline import run
-    from fulltune.recipe import Recipe
+    from fulltune.recipe.fields import Recipe
 
     losses: dict[int, float] = {}
 

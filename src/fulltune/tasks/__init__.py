@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fulltune.recipe import DataBlock, TaskName
-from fulltune.records import Answer, DataSummary, Preview, ProblemType
+from fulltune.recipe.fields import DataBlock, TaskName
+from fulltune.records.run import Answer, DataSummary, Preview, ProblemType
 
 if TYPE_CHECKING:
     import torch
@@ -143,8 +143,8 @@ class Task(Protocol):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
         """Loss of each item, summed: a scalar. The caller divides by the number of items.
 
-        `logits` is what `fulltune.inference.logits_of` gives: the model's `logits`, or for spans start and end side by
-        side, [batch, length, 2].
+        `logits` is what `fulltune.inference.run.logits_of` gives: the model's `logits`, or for spans start and end side
+        by side, [batch, length, 2].
         """
 
     def count_items(self, labels: torch.Tensor) -> int:

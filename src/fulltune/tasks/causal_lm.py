@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune import recipe_rules
 from fulltune.errors import DataError, SetupError
-from fulltune.recipe import DataBlock
-from fulltune.records import Answer, Preview, Segment
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import DataBlock
+from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, chat
 from fulltune.tasks.columns import as_text, is_blank, named, normalised, required
 from fulltune.tasks.padding import mask, padded
@@ -274,7 +274,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
 def check_model(config: PretrainedConfig) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from fulltune.model import is_decoder
+    from fulltune.models.load import is_decoder
 
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and is_decoder(config):
         return None
@@ -309,7 +309,7 @@ def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: L
 
     `logits` may be those of `places` only, [tokens, vocabulary], or their pieces.
     """
-    from fulltune.chunked_loss import summed_loss
+    from fulltune.models.chunked_loss import summed_loss
 
     wanted = labels[:, 1:]
     return summed_loss(picked(logits, places(labels)), wanted[wanted != IGNORED], settings.label_smoothing)
@@ -335,7 +335,7 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
     """
     import torch
 
-    from fulltune.chunked_loss import token_scores
+    from fulltune.models.chunked_loss import token_scores
 
     wanted = labels[:, 1:]
     chosen = wanted != IGNORED

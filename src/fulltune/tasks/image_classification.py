@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune import recipe_rules
 from fulltune.errors import DataError, RecipeError
-from fulltune.recipe import DataBlock
-from fulltune.records import Preview, Segment
+from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import DataBlock
+from fulltune.records.run import Preview, Segment
 from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, Target, labels
 from fulltune.tasks.columns import required
 from fulltune.tasks.labels import is_empty, label_name
-from fulltune.tasks.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
 from fulltune.tasks.text_classification import count_items as count_items
 from fulltune.tasks.text_classification import label_words
 from fulltune.tasks.text_classification import loss as loss

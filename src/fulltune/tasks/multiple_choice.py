@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune import recipe_rules
 from fulltune.errors import DataError, RecipeError
-from fulltune.recipe import DataBlock
-from fulltune.records import Answer, Preview, Segment
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import DataBlock
+from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, Target
 from fulltune.tasks.choices import choice_texts as choice_texts
 from fulltune.tasks.choices import find_columns as find_columns

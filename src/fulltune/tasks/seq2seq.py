@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune import recipe_rules
-from fulltune.recipe import DataBlock
-from fulltune.records import Answer, Preview, Segment
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import DataBlock
+from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, causal_lm
 from fulltune.tasks.causal_lm import IGNORED
 from fulltune.tasks.columns import as_text, is_blank, normalised, required
@@ -176,7 +176,7 @@ def decoder_input_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Ten
 
 
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Without `decoder_input_ids`, for which the model is needed: see `fulltune.inference.model_batch`."""
+    """Without `decoder_input_ids`, for which the model is needed: see `fulltune.inference.run.model_batch`."""
     ids = [row["input_ids"] for row in features]
     labels = padded([row["labels"] for row in features], IGNORED)
     return {"input_ids": padded(ids, pad_token_id), "attention_mask": mask(ids), "labels": labels}
@@ -192,7 +192,7 @@ def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: L
 
     `logits` may be those of `places` only, [tokens, vocabulary], or their pieces.
     """
-    from fulltune.chunked_loss import summed_loss
+    from fulltune.models.chunked_loss import summed_loss
 
     chosen = places(labels)
     return summed_loss(causal_lm.picked(logits, chosen), labels[chosen], settings.label_smoothing)
@@ -209,7 +209,7 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
     """Keep three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens."""
     import torch
 
-    from fulltune.chunked_loss import token_scores
+    from fulltune.models.chunked_loss import token_scores
 
     chosen = places(labels)
     rows = chosen.nonzero()[:, 0]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
-from fulltune.recipe_rules import SMOOTHING
-from fulltune.records import DataSummary
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.rules import SMOOTHING
+from fulltune.records.run import DataSummary
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune import recipe_rules
-from fulltune.recipe import DataBlock
-from fulltune.records import Answer, Preview, Segment
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import DataBlock
+from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
 from fulltune.tasks.columns import as_text, is_blank, named, normalised, required
 from fulltune.tasks.labels import find_target as find_target

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune import recipe_rules
 from fulltune.errors import SetupError
-from fulltune.recipe import DataBlock
-from fulltune.records import Answer, Preview, Segment
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import DataBlock
+from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, tags
 from fulltune.tasks.columns import normalised, required
 from fulltune.tasks.tags import find_target as find_target

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fulltune import zero
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary
+from fulltune.system import deepspeed
 
 
 def _described(value: Any) -> str:
@@ -71,7 +71,7 @@ class Hooks:
             problems.append("compute_loss and train.label_smoothing_factor are both given; smooth in your loss")
         if self.needs_this_process and recipe.train.num_processes > 1:
             problems.append("compute_loss trains in this process; set train.num_processes: 1")
-        if self.needs_this_process and zero.wanted(recipe):
+        if self.needs_this_process and deepspeed.wanted(recipe):
             problems.append("compute_loss trains in this process; remove train.extra.deepspeed")
         if self.metrics is not None and recipe.task in ("causal-lm", "seq2seq") and not recipe.evaluate.generate_rows:
             problems.append("metrics needs generated answers; set evaluate.generate_rows above 0")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fulltune.recipe import Recipe, with_attention
-from fulltune.records import Plan, Record
+from fulltune.recipe.fields import Recipe, with_attention
+from fulltune.records.run import Plan, Record
 
 
 class Request(Record):

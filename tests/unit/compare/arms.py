@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fulltune.compare.draws import Drawn
-from fulltune.compare.items import Measure, measure_of
 from fulltune.compare.sequential import spent
 from fulltune.compare.verdict import ArmItems
-from fulltune.compare_records import ArmKind, Look
+from fulltune.records.differences import ArmKind, Look
+from fulltune.stats.bootstrap import Drawn
+from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Predictions, Target
 
 TARGET = Target("single_label", {}, ("no", "yes"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fulltune.compare.claims import claims
-from fulltune.trials import Claim
+from fulltune.records.comparison import Claim
 from tests import comparisons
 
 

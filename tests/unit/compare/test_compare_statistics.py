@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fulltune.compare import draws, statistics
-from fulltune.compare.draws import Drawn, draw
-from fulltune.compare.items import measure_of
-from fulltune.compare.statistics import difference, holm, holm_levels, mcnemar, seed_spreads
+from fulltune.stats import bootstrap, intervals
+from fulltune.stats.bootstrap import Drawn, draw
+from fulltune.stats.intervals import difference, holm, holm_levels, mcnemar, seed_spreads
+from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Target
 from tests.unit.compare.arms import ACCURACY, drawn_right, kept, normal_drawn
 
@@ -27,7 +27,7 @@ def losses(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def test_weights_are_a_multinomial() -> None:
-    found = draws.weights(50, 4000, (0, 0))
+    found = bootstrap.weights(50, 4000, (0, 0))
     assert (found.sum(axis=1) == 50).all()
     assert found.mean() == 1
     assert found.var(axis=0).mean() == pytest.approx(1 - 1 / 50, rel=0.02)
@@ -61,7 +61,7 @@ def test_draw_same_rows_for_every_trial() -> None:
 
 
 def test_draw_metric_computed_anew_is_like_that_by_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draws, "SAMPLES_ANEW", 150)
+    monkeypatch.setattr(bootstrap, "SAMPLES_ANEW", 150)
     target = Target("regression", {})
     chance = np.random.default_rng(0)
     labels = chance.normal(size=300)
@@ -88,7 +88,7 @@ def test_difference_of_one_certain_seed_is_the_paired_t_test() -> None:
     chance = np.random.default_rng(0)
     one, two = chance.normal(0.2, 1, 40), chance.normal(0, 1, 40)
     drawn = draw(LOSS, [[losses(one)], [losses(two)]], None, 20_000)
-    found = difference(drawn, 0, 1, [statistics.NO_SPREAD] * 2, 1.0, None)
+    found = difference(drawn, 0, 1, [intervals.NO_SPREAD] * 2, 1.0, None)
     expected = stats.ttest_rel(one, two)
     interval = expected.confidence_interval(0.95)
     assert found.estimate == pytest.approx(float((one - two).mean()))
@@ -140,13 +140,13 @@ def test_seed_spread_of_single_seed_is_borrowed_or_unknown() -> None:
     single = draw(ACCURACY, [[kept(one[0])], [kept(two[0])]], None, 500)
     assert seed_spreads(single, [False, False]) == [None, None]
     assert not difference(single, 0, 1, [None, None], 1.0, 1.0).seeds_known
-    assert seed_spreads(single, [False, True]) == [None, statistics.NO_SPREAD]
+    assert seed_spreads(single, [False, True]) == [None, intervals.NO_SPREAD]
 
 
 def test_difference_of_equal_predictions_is_not_certain_on_few_rows() -> None:
     right = np.ones((1, 20), bool)
     drawn = draw(ACCURACY, [[kept(right[0])], [kept(right[0])]], None, 1000)
-    low, high = difference(drawn, 0, 1, [statistics.NO_SPREAD] * 2, 1.0, 1.0).interval(0.05)
+    low, high = difference(drawn, 0, 1, [intervals.NO_SPREAD] * 2, 1.0, 1.0).interval(0.05)
     assert low == pytest.approx(-high, abs=1e-6)
     assert 2 / 20 < high < 4 / 20  # the rule of three: 3 / rows
 
@@ -197,10 +197,10 @@ def test_mcnemar_is_scipys_binomial_test() -> None:
 
 def test_majority_of_seeds_decides_and_of_a_tie_the_first() -> None:
     right = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)
-    assert statistics.majority(right).tolist() == [True, True, False, False]
-    assert statistics.majority(np.vstack([right, [[0, 0, 1, 0]]]).astype(bool)).tolist() == [True, False, True, False]
+    assert intervals.majority(right).tolist() == [True, True, False, False]
+    assert intervals.majority(np.vstack([right, [[0, 0, 1, 0]]]).astype(bool)).tolist() == [True, False, True, False]
 
 
 def test_discordance_of_all_pairs_by_hand() -> None:
     full, arm = np.array([[1, 1], [1, 0]], bool), np.array([[0, 1], [1, 1]], bool)
-    assert statistics.discordance(full, arm) == pytest.approx((0.5 + 0.5) / 2)
+    assert intervals.discordance(full, arm) == pytest.approx((0.5 + 0.5) / 2)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fulltune.compare.items import measure_of
 from fulltune.compare.verdict import ArmItems, decide
-from fulltune.compare_records import ArmKind, Decision
+from fulltune.records.differences import ArmKind, Decision
+from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Target
 from tests.unit.compare.arms import ACCURACY, arm, drawn_right
 

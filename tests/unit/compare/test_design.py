@@ -9,11 +9,11 @@ import pytest
 
 from fulltune.compare import design
 from fulltune.compare.design import Choice, Cost, Done, Fixed
-from fulltune.compare.precision import planned_detectable
 from fulltune.compare.sequential import TIME_UP_SHARE, spent
 from fulltune.errors import RecipeError
-from fulltune.trials import Expectation
-from fulltune.units import parse_seconds
+from fulltune.records.comparison import Expectation
+from fulltune.stats.precision import planned_detectable
+from fulltune.text import parse_seconds
 
 
 @pytest.mark.parametrize(("given", "rows", "seeds"), [(None, 9_999, 5), (None, 10_000, 3), (2, 50, 2)])

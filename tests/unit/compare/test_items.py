@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.compare.items import measure_of, right_rows
 from fulltune.errors import SetupError
-from fulltune.recipe import TaskName
+from fulltune.recipe.fields import TaskName
+from fulltune.stats.row_scores import measure_of, right_rows
 from fulltune.tasks import Target, task_named, token_classification
 from fulltune.tasks.token_classification import ragged
 

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from fulltune.comparing import rates, verdict
-from fulltune.comparing.line import RECORD
-from fulltune.comparing.seeds import Ran
-from fulltune.trials import Search, Trial, TrialResult
+from fulltune.compare import conclude, rates
+from fulltune.compare.context import RECORD
+from fulltune.compare.seeds import Ran
+from fulltune.records.comparison import Search, Trial, TrialResult
 from tests import comparisons
 from tests.unit.compare.arms import looks_of
 
@@ -52,7 +52,7 @@ def given() -> Iterator[dict[str, Any]]:
         "clusters_of": mock.Mock(),
         "comparison_of": mock.Mock(return_value=comparisons.undecided()),
     }
-    with mock.patch.multiple(verdict, **made):
+    with mock.patch.multiple(conclude, **made):
         yield made
 
 
@@ -61,12 +61,12 @@ RESULTS = {arm: [result(trial(f"{arm}-seed42", 1e-3))] for arm in ("full", "lora
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:
     """All seeds were run, so that the last look would take all."""
-    verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, looks_of(3, ends=True), False))
+    conclude.judge(line, mock.Mock(), {}, Ran(RESULTS, looks_of(3, ends=True), False))
     (opening,) = given["comparison_of"].call_args.args[-1]
     assert given["decide"].call_args.kwargs["alpha"] == opening.alpha > 0
     assert opening.left == pytest.approx(opening.alpha)
     line.trained_arms.pop()
-    verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, looks_of(3, ends=True), False))
+    conclude.judge(line, mock.Mock(), {}, Ran(RESULTS, looks_of(3, ends=True), False))
     assert given["decide"].call_args.kwargs["alpha"] == looks_of(3)[-1].spent
 
 
@@ -76,23 +76,23 @@ def test_rate_that_was_not_searched_for_lack_of_time_leaves_a_part_of_alpha_too(
     """The card says that a larger budget would search it, so there must be something left to test with."""
     line.trained_arms.pop()
     unsearched = Search(arm="lora", tried=(), chosen=1e-3, reason="the usual rate", time_was_up=True)
-    verdict.judge(line, mock.Mock(), {"lora": unsearched}, Ran(RESULTS, looks_of(3, ends=True), False))
+    conclude.judge(line, mock.Mock(), {"lora": unsearched}, Ran(RESULTS, looks_of(3, ends=True), False))
     (opening,) = given["comparison_of"].call_args.args[-1]
     assert opening.left == pytest.approx(opening.alpha)
-    assert verdict._more_time_would_add(Ran(RESULTS, [], False), (), {"lora": unsearched})
-    assert not verdict._more_time_would_add(Ran(RESULTS, [], False), (), {})
+    assert conclude._more_time_would_add(Ran(RESULTS, [], False), (), {"lora": unsearched})
+    assert not conclude._more_time_would_add(Ran(RESULTS, [], False), (), {})
 
 
 def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: Any) -> None:
-    found = verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))  # there is no models/full, no models/lora
+    found = conclude.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))  # there is no models/full, no models/lora
     assert type(found).load(line.folder / RECORD) == found
     assert line.said[1:] == [
         f"{arm}: its model is no longer in models/{arm}, so it gets no model card" for arm in RESULTS
     ]
-    with mock.patch.object(verdict, "write_model_cards", side_effect=OSError("the disk is full")):
+    with mock.patch.object(conclude, "write_model_cards", side_effect=OSError("the disk is full")):
         (line.folder / RECORD).unlink()
         with pytest.raises(OSError, match="the disk is full"):
-            verdict.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))
+            conclude.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))
     assert (line.folder / RECORD).exists()
 
 

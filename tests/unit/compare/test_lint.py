@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fulltune.compare.lint import lint
-from fulltune.compare_records import ArmDesign, ComparisonDesign
+from fulltune.records.differences import ArmDesign, ComparisonDesign
 
 CLEAN_FULL: dict[str, Any] = {
     "name": "full",

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fulltune import display_compare, report
+from fulltune import report
+from fulltune.cli.show import compare as display_compare
 from fulltune.compare.many_tasks import many_tasks
-from fulltune.trials import ManyTasks
+from fulltune.records.comparison import ManyTasks
 from tests import comparisons
 
 

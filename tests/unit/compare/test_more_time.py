@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.comparing.more_time import refused
-from fulltune.report import proof_words
-from fulltune.trials import Comparison
+from fulltune.compare.more_time import refused
+from fulltune.records.comparison import Comparison
+from fulltune.report.comparison import words as proof_words
 from tests import comparisons
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fulltune.compare.draws import draw
-from fulltune.compare.precision import Precision, needed, planned_detectable
-from fulltune.compare.statistics import SeedSpread, difference, seed_spreads
+from fulltune.stats.bootstrap import draw
+from fulltune.stats.intervals import SeedSpread, difference, seed_spreads
+from fulltune.stats.precision import Precision, needed, planned_detectable
 from tests.unit.compare.arms import ACCURACY, drawn_right, kept, normal_drawn
 
 

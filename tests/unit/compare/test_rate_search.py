@@ -8,7 +8,7 @@ import pytest
 
 from fulltune.compare import rate_search
 from fulltune.compare.rate_search import Scale
-from fulltune.trials import Search, Tried
+from fulltune.records.comparison import Search, Tried
 
 SHARE = Scale(greater_is_better=True, eval_rows=1003, is_share=True)
 LOSS = Scale(greater_is_better=False, eval_rows=1003, is_share=False)

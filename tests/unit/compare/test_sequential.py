@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fulltune.compare.sequential import TIME_UP_SHARE, WAITING_SHARE, Left, left, look, spent
-from fulltune.compare_records import Look
+from fulltune.records.differences import Look
 from tests.unit.compare.arms import ACCURACY, arm, drawn_right, looks_of
 
 MOST = range(2, 11)

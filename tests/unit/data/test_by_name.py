@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.data.by_name import by_split
-from fulltune.data.given import find_sources
+from fulltune.cli.init import Files, files_of, write_recipe
+from fulltune.data.readers.by_name import by_split
+from fulltune.data.readers.given import find_sources
 from fulltune.errors import DataError
-from fulltune.init import Files, files_of, write_recipe
-from fulltune.recipe import Recipe
-from fulltune.recipe_file import load_recipe
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import load_recipe
 from tests import tiny
 
 

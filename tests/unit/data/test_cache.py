@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from fulltune import data
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary
 from fulltune.tasks import task_named
 from tests import tiny
 

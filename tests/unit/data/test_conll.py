@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.data.conll import rows
+from fulltune.data.readers.conll import rows
 from fulltune.errors import DataError
 
 

@@ -12,16 +12,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fulltune import cli_predict, cli_predict_files, data, model
-from fulltune.data import images
-from fulltune.data.given import find_sources
-from fulltune.data.read import content_hash, locate, read
+from fulltune import data
+from fulltune.cli import predict as cli_predict
+from fulltune.cli import predict_files
+from fulltune.cli.init import infer
+from fulltune.data.readers import images
+from fulltune.data.readers.given import find_sources
+from fulltune.data.readers.read import content_hash, locate, read
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.init import infer
-from fulltune.recipe import Recipe, resolve_paths
-from fulltune.records import DataSummary
-from fulltune.run_folder import writing
-from fulltune.store import load_texts
+from fulltune.inference.store import load_texts
+from fulltune.models import load as model
+from fulltune.recipe.fields import Recipe, resolve_paths
+from fulltune.records.run import DataSummary
+from fulltune.system.run_folder import writing
 from fulltune.tasks import PLACE, task_named
 from tests import tiny
 
@@ -432,8 +435,8 @@ def test_table_of_answers_takes_columns_that_were_read_as_something_else(tmp_pat
     given = {"text": ["a", "b"], "label": [0, 1], "raw": [b"c", b"\xff"], "when": far}
     what = cli_predict.asked([], table(tmp_path, given, known), {})
     notes = {"problem_type": "regression"}
-    new = cli_predict_files.added(notes, what.columns)
-    with cli_predict_files.into(tmp_path / "out.parquet", what.columns, new, what.types()) as put:
+    new = predict_files.added(notes, what.columns)
+    with predict_files.into(tmp_path / "out.parquet", what.columns, new, what.types()) as put:
         for _, row in what.placed():
             put(row, new.cells({"value": 0.5}, None))
     written = parquet.read_table(tmp_path / "out.parquet").to_pydict()

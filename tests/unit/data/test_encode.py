@@ -15,9 +15,9 @@ import pytest
 
 from fulltune.data import encode
 from fulltune.data.encode import Encoded, Job
-from fulltune.data.read import PlacedRow
+from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
-from fulltune.store import load_split, load_texts
+from fulltune.inference.store import load_split, load_texts
 from fulltune.tasks import Target
 from fulltune.tasks.columns import windows
 from tests import tiny

@@ -12,9 +12,9 @@ import pytest
 from fulltune import data
 from fulltune.data import near
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary
-from fulltune.store import clusters_of, load_split, load_texts
+from fulltune.inference.store import clusters_of, load_split, load_texts
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary
 from fulltune.tasks import task_named
 from tests import tiny
 

@@ -13,7 +13,7 @@ import pytest
 
 from fulltune.data import pack as packing
 from fulltune.data.pack import pack
-from fulltune.store import Rows, RowWriter, load_split, load_texts, record_batch, words
+from fulltune.inference.store import Rows, RowWriter, load_split, load_texts, record_batch, words
 
 LIMIT = 100
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.data import plain_text
-from fulltune.data.read import locate
-from fulltune.recipe import TextRows
+from fulltune.data.readers import plain_text
+from fulltune.data.readers.read import locate
+from fulltune.recipe.fields import TextRows
 
 BOOK = "\n\nOne\ntwo  \n\n \nThree\n\n\n\nFour\nfive"
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from fulltune import data
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary
-from fulltune.store import WORDS, batches, load_split, load_texts
+from fulltune.inference.store import WORDS, batches, load_split, load_texts
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary
 from fulltune.tasks import Target, question_answering, task_named
 from tests import tiny
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from fulltune.data.read import content_hash, locate, read
+from fulltune.data.readers.read import content_hash, locate, read
 from fulltune.errors import DataError
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "é 😀", "label": "b"}]

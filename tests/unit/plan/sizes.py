@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fulltune.footprint import Footprint, Moment, Variant
-from fulltune.model import Shapes
-from fulltune.plan.load import Task
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, SplitSummary
+from fulltune.footprint.records import Footprint, Moment, Variant
+from fulltune.models.load import Shapes
+from fulltune.plan.workload import Task
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary, SplitSummary
 
 GB, GIB = 10**9, 2**30
 LLAMA = Shapes(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan.advise import GOALS, Situation, advise
+from fulltune.plan.elsewhere.advise import GOALS, Situation, advise
 
 DECODER = {"num_parameters": 7 * 10**9, "is_decoder": True, "fits": True}
 ENCODER = {"num_parameters": 110 * 10**6, "is_decoder": False, "fits": True}

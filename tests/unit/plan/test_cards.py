@@ -5,23 +5,23 @@ from __future__ import annotations
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.hardware import Gpu, Machine
-from fulltune.plan import cards
+from fulltune.plan import gpus
+from fulltune.system.hardware import Gpu, Machine
 
 GB, GIB = 10**9, 2**30
 
 
-@pytest.mark.parametrize("card", cards.CARDS, ids=lambda card: card.name)
-def test_card_is_found_by_each_of_its_names(card: cards.Card) -> None:
+@pytest.mark.parametrize("card", gpus.CARDS, ids=lambda card: card.name)
+def test_card_is_found_by_each_of_its_names(card: gpus.Card) -> None:
     for name in (card.name, *card.aliases, card.name.lower(), card.name.replace(" ", "-"), f"NVIDIA {card.name}"):
-        assert cards.find(name) == card
+        assert gpus.find(name) == card
 
 
 def test_names_are_those_of_one_card_each() -> None:
-    names = [cards._key(name) for card in cards.CARDS for name in (card.name, *card.aliases)]
-    assert len({card.name for card in cards.CARDS}) == len(cards.CARDS) >= 25
-    owners = {name: card.name for card in cards.CARDS for name in map(cards._key, (card.name, *card.aliases))}
-    assert all(owners[cards._key(card.name)] == card.name for card in cards.CARDS)
+    names = [gpus._key(name) for card in gpus.CARDS for name in (card.name, *card.aliases)]
+    assert len({card.name for card in gpus.CARDS}) == len(gpus.CARDS) >= 25
+    owners = {name: card.name for card in gpus.CARDS for name in map(gpus._key, (card.name, *card.aliases))}
+    assert all(owners[gpus._key(card.name)] == card.name for card in gpus.CARDS)
     assert len(set(names)) == len(owners)
 
 
@@ -45,13 +45,13 @@ def test_names_are_those_of_one_card_each() -> None:
     ],
 )
 def test_card_is_found_by_the_drivers_name(driver: str, name: str) -> None:
-    found = cards.card_of(driver)
+    found = gpus.card_of(driver)
     assert found is not None
     assert found.name == name
 
 
 def test_unknown_card_of_a_driver_is_none() -> None:
-    assert cards.card_of("NVIDIA Z9999") is None
+    assert gpus.card_of("NVIDIA Z9999") is None
 
 
 @pytest.mark.parametrize(
@@ -68,29 +68,29 @@ def test_unknown_card_of_a_driver_is_none() -> None:
 def test_hardware_in_words_is_read(
     text: str, count: int, card: str, host: int, disk: int | None, assumed: tuple[str, ...]
 ) -> None:
-    fleet = cards.parse(text)
+    fleet = gpus.parse(text)
     assert fleet.card is not None
     assert (fleet.num_devices, fleet.card.name, len(fleet.machine.gpus)) == (count, card, count)
     assert (fleet.machine.memory_bytes, fleet.disk_bytes, fleet.assumed) == (host, disk, assumed)
     assert fleet.machine.memory_available_bytes < host
-    assert fleet.machine.gpus[0].available_bytes == fleet.card.memory_bytes - cards.DEVICE_RESERVE
+    assert fleet.machine.gpus[0].available_bytes == fleet.card.memory_bytes - gpus.DEVICE_RESERVE
 
 
 def test_cpu_is_read() -> None:
-    fleet = cards.parse("cpu, 16 cores, 64GB host")
+    fleet = gpus.parse("cpu, 16 cores, 64GB host")
     assert (fleet.card, fleet.num_devices, fleet.machine.gpus) == (None, 1, ())
     assert (fleet.machine.num_cores, fleet.machine.memory_bytes) == (16, 64 * GB)
-    assert fleet.machine.cpu_flops == 16 * cards.CPU_FLOPS_PER_CORE
+    assert fleet.machine.cpu_flops == 16 * gpus.CPU_FLOPS_PER_CORE
     assert fleet.assumed == ("50 GFLOP/s a core in fp32, no fast bf16",)
 
 
 def test_checked_memory_of_a_card_is_less() -> None:
     # nvidia-smi shows 15,360 MiB on a T4 and 46,068 MiB on an L40S.
-    assert cards.find("T4").memory_bytes == 15 * GIB
-    assert cards.find("L40S").memory_bytes == 45 * GIB
+    assert gpus.find("T4").memory_bytes == 15 * GIB
+    assert gpus.find("L40S").memory_bytes == 45 * GIB
 
 
-KNOWN = ", ".join(card.name for card in cards.CARDS)
+KNOWN = ", ".join(card.name for card in gpus.CARDS)
 
 
 @pytest.mark.parametrize(
@@ -122,25 +122,25 @@ KNOWN = ", ".join(card.name for card in cards.CARDS)
 )
 def test_hardware_that_cannot_be_read_is_refused_with_all_problems(text: str, problems: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError) as raised:
-        cards.parse(text)
+        gpus.parse(text)
     assert raised.value.problems == problems
 
 
 def test_more_of_the_same_cards_are_in_the_host_that_was_given_or_in_a_usual_one() -> None:
-    fleet = cards.with_count(cards.parse("2x L4, 100GB host, 1TB disk"), 4)
+    fleet = gpus.with_count(gpus.parse("2x L4, 100GB host, 1TB disk"), 4)
     assert (fleet.num_devices, fleet.machine.memory_bytes, fleet.disk_bytes) == (4, 100 * GB, 1000 * GB)
-    assert cards.asked(fleet) == "4x L4, 100GB host, 1000GB disk"
-    fleet = cards.with_count(cards.parse("2x L4"), 4)
+    assert gpus.asked(fleet) == "4x L4, 100GB host, 1000GB disk"
+    fleet = gpus.with_count(gpus.parse("2x L4"), 4)
     assert fleet.machine.memory_bytes == 4 * 48 * GB
-    assert cards.asked(fleet) == "4x L4"
+    assert gpus.asked(fleet) == "4x L4"
 
 
 @pytest.mark.parametrize("needed", [GB, 30 * GB, 100 * GB, 131_941_395_333])
 def test_least_host_leaves_what_is_needed(needed: int) -> None:
-    size = cards.least_host(needed)
-    free = cards.parse(f"1x L4, {size // GB}GB host").machine.memory_available_bytes
+    size = gpus.least_host(needed)
+    free = gpus.parse(f"1x L4, {size // GB}GB host").machine.memory_available_bytes
     assert needed <= free
-    assert size <= 5 * GB or cards.parse(f"1x L4, {size // GB - 1}GB host").machine.memory_available_bytes < needed
+    assert size <= 5 * GB or gpus.parse(f"1x L4, {size // GB - 1}GB host").machine.memory_available_bytes < needed
 
 
 def test_this_machine_is_a_fleet() -> None:
@@ -153,9 +153,9 @@ def test_this_machine_is_a_fleet() -> None:
         cpu_bf16_speedup=1.0,
         gpus=(gpu, gpu),
     )
-    fleet = cards.here(machine, 7 * GB)
+    fleet = gpus.here(machine, 7 * GB)
     assert fleet.name == "this machine: 2x NVIDIA L4, 8 cores, 32 GiB"
-    assert fleet.card == cards.find("L4")
+    assert fleet.card == gpus.find("L4")
     assert (fleet.here, fleet.num_devices, fleet.disk_bytes) == (True, 2, 7 * GB)
 
 
@@ -165,11 +165,11 @@ def test_size_of_a_card_here_is_told_by_its_memory(memory_gib: float, name: str)
     machine = Machine(
         cpu="x", num_cores=8, memory_bytes=GIB, memory_available_bytes=GIB, cpu_bf16_speedup=1.0, gpus=(gpu,)
     )
-    assert cards.here(machine, GB).card == cards.find(name)
+    assert gpus.here(machine, GB).card == gpus.find(name)
 
 
 def test_cards_on_pcie_have_no_nvlink() -> None:
     for name in ("A100-80GB-PCIe", "A100-40GB-PCIe", "V100-PCIe-32GB", "V100-PCIe-16GB"):
-        card = cards.find(name)
+        card = gpus.find(name)
         assert card.peer_gb_per_second == card.link_gb_per_second
-    assert cards.find("A100 80GB PCIe").memory_gb_per_second == 1935
+    assert gpus.find("A100 80GB PCIe").memory_gb_per_second == 1935

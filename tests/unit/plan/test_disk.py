@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune.plan import changed
-from fulltune.train.callbacks import Seals
+from fulltune.train.loop.callbacks import Seals
 from tests import plans
 from tests.unit.plan import sizes
 
@@ -65,8 +65,8 @@ def test_planned_checkpoints_are_those_at_the_fullest_moment(
 
 
 def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
-    from fulltune.plan import settle
-    from fulltune.plan.ledger import Ledger
+    from fulltune.plan import resolve as settle
+    from fulltune.plan.reasons import Ledger
 
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})

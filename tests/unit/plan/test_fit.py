@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.footprint import Footprint, Moment, Variant
-from fulltune.hardware import Gpu, Machine
-from fulltune.model import Shapes
-from fulltune.plan import cards, defaults, fit
+from fulltune.footprint.records import Footprint, Moment, Variant
+from fulltune.models.load import Shapes
+from fulltune.plan import defaults, fit, gpus
 from fulltune.plan import levers as choosing
 from fulltune.plan.budget import LIBRARIES_BYTES, Room
 from fulltune.plan.memory import Levers
-from fulltune.recipe import Recipe
-from fulltune.records import DataSummary, MemoryNeed, Plan, SplitSummary, StateBytes
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary, MemoryNeed, Plan, SplitSummary, StateBytes
+from fulltune.system.hardware import Gpu, Machine
 from tests import plans
 from tests.unit.plan import sizes
 from tests.unit.plan.sizes import BERT
@@ -90,7 +90,7 @@ def planned(
     **blocks: Any,
 ) -> Plan:
     values = {"model": "m", "task": "text-classification", "data": {"train": "a"}, **blocks}
-    return fit(Recipe.model_validate(values), shapes, footprint(), summary(rows, kind), cards.here(machine, disk))
+    return fit(Recipe.model_validate(values), shapes, footprint(), summary(rows, kind), gpus.here(machine, disk))
 
 
 @pytest.mark.parametrize(

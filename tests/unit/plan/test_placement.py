@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import cards, placement
-from fulltune.plan.load import Task, load_of
-from fulltune.records import Placement
+from fulltune.plan import gpus, placement
+from fulltune.plan.workload import Task, load_of
+from fulltune.records.run import Placement
 from tests.unit.plan import sizes
 
 P = sizes.LLAMA.num_parameters
@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def table(hardware: str, task: Task | None = None, **train: Any) -> dict[str, Placement]:
-    fleet = cards.parse(hardware)
+    fleet = gpus.parse(hardware)
     train = {"global_batch_size": 64, **train, "num_processes": fleet.num_devices}
     task = task or sizes.llama(train=train)
     found = placement.table(load_of(task, fleet, None), fleet, fleet.num_devices)
@@ -209,7 +209,7 @@ def test_speed_grows_with_devices_and_falls_with_offloading() -> None:
 
 
 def test_unknown_card_has_bytes_and_no_speed() -> None:
-    fleet = cards.parse("1x H100").model_copy(update={"card": None})
+    fleet = gpus.parse("1x H100").model_copy(update={"card": None})
     found = placement.table(load_of(sizes.llama(), fleet, None), fleet, 1)
     assert all(one.device_bytes > 0 and one.tokens_per_second is None for one in found)
 

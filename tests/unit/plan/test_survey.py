@@ -9,27 +9,29 @@ from typing import Any
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.footprint import Moment
-from fulltune.plan import cards, load, time, ways_out
-from fulltune.plan.alternatives import automatic
+from fulltune.footprint.records import Moment
+from fulltune.plan import gpus, time, ways_out, workload
+from fulltune.plan.elsewhere.alternatives import automatic
+from fulltune.plan.elsewhere.survey import Wishes, survey, with_settings, with_time
 from fulltune.plan.fit import fit
-from fulltune.plan.survey import Wishes, survey, with_settings, with_time
-from fulltune.recipe import Recipe
-from fulltune.records import Plan, Survey
-from fulltune.units import in_words
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import Plan, Survey
+from fulltune.text import in_words
 from tests.unit.plan import sizes
 
 ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 
 
-def planned(hardware: str, task: load.Task | None = None, wishes: Wishes | None = None) -> tuple[Survey, Plan | None]:
-    task, fleet = task or sizes.llama(), cards.parse(hardware)
-    recipe = load.spread_over(task.recipe, fleet)
+def planned(
+    hardware: str, task: workload.Task | None = None, wishes: Wishes | None = None
+) -> tuple[Survey, Plan | None]:
+    task, fleet = task or sizes.llama(), gpus.parse(hardware)
+    recipe = workload.spread_over(task.recipe, fleet)
     return survey(replace(task, recipe=recipe, spread=recipe is not task.recipe), fleet, wishes or Wishes())
 
 
-@pytest.mark.parametrize("card", cards.CARDS, ids=lambda card: card.name)
-def test_encoder_is_planned_for_every_card(card: cards.Card) -> None:
+@pytest.mark.parametrize("card", gpus.CARDS, ids=lambda card: card.name)
+def test_encoder_is_planned_for_every_card(card: gpus.Card) -> None:
     found, plan = planned(f"2x {card.name}, 256GB host", sizes.bert())
     assert plan is not None
     assert plan.time is not None
@@ -39,8 +41,8 @@ def test_encoder_is_planned_for_every_card(card: cards.Card) -> None:
     assert plan.global_batch_size == plan.micro_batch_size * plan.gradient_accumulation_steps * 2
 
 
-@pytest.mark.parametrize("card", cards.CARDS, ids=lambda card: card.name)
-def test_7b_on_eight_of_every_card_fits_or_has_ways_out(card: cards.Card) -> None:
+@pytest.mark.parametrize("card", gpus.CARDS, ids=lambda card: card.name)
+def test_7b_on_eight_of_every_card_fits_or_has_ways_out(card: gpus.Card) -> None:
     found, plan = planned(f"8x {card.name}")
     assert found.fits == (plan is not None)
     if plan is not None:
@@ -198,7 +200,7 @@ def test_row_of_other_weights_and_the_reason_have_one_number() -> None:
     heavier = heavier.model_copy(update={"variants": variants})
     task = replace(sizes.llama(), footprint=lambda dtype: heavier if dtype == "bf16" else sizes.footprint(sizes.LLAMA))
 
-    found, plan = survey(task, cards.parse("1x RTX A6000, 16GB host"), Wishes())
+    found, plan = survey(task, gpus.parse("1x RTX A6000, 16GB host"), Wishes())
 
     assert plan is not None
     assert plan.memory is not None
@@ -216,7 +218,7 @@ def _with_buffers(moment: Moment, more: int) -> Moment:
 
 
 def test_room_of_the_plan_is_the_one_that_is_shown() -> None:
-    task, fleet = sizes.bert(), cards.parse("1x L4").model_copy(update={"here": True})
+    task, fleet = sizes.bert(), gpus.parse("1x L4").model_copy(update={"here": True})
     _, plan = survey(task, fleet, Wishes())
     assert plan is not None
     # A moment later other programs have taken some.
@@ -247,14 +249,14 @@ def test_whole_command_is_foreseen_part_by_part() -> None:
     assert fewer["scoring the trained model"] < parts["scoring the trained model"].seconds
 
 
-def _with_rows(task: load.Task, rows: int) -> load.Task:
+def _with_rows(task: workload.Task, rows: int) -> workload.Task:
     """So many eval and so many test rows."""
     splits = task.summary.splits
     held_out = {name: splits[name].model_copy(update={"rows": rows}) for name in ("eval", "test")}
     return replace(task, summary=task.summary.model_copy(update={"splits": {**splits, **held_out}}))
 
 
-def _scored(hardware: str, task: load.Task) -> dict[str, float]:
+def _scored(hardware: str, task: workload.Task) -> dict[str, float]:
     _, plan = planned(hardware, task)
     assert plan is not None
     assert plan.time is not None
@@ -277,7 +279,7 @@ def test_nothing_is_scored_without_test_rows() -> None:
 
 @pytest.mark.parametrize(("spent", "least", "most"), [(2.0, 2.0, 4.0), (12.0, 12.0, 18.0), (600.0, 600.0, 610.0)])
 def test_start_is_what_the_command_took_up_to_its_plan(spent: float, least: float, most: float) -> None:
-    task, fleet = sizes.bert(), cards.parse("cpu")
+    task, fleet = sizes.bert(), gpus.parse("cpu")
     footprint = task.footprint("fp32")
     plan = fit(task.recipe, task.shapes, footprint, task.summary, fleet)
     plan = with_time(plan, task.recipe, task.shapes, footprint, task.summary, fleet, spent)
@@ -302,15 +304,15 @@ def test_dry_run_of_a_method_without_gradients_through_the_model_is_short() -> N
 SMALL = sizes.LLAMA.model_copy(update={"num_parameters": 10**9, "num_trained": 10**6, "num_held": 10**9 + 10**6})
 
 
-def _by(kind: str, shapes: Any = sizes.LLAMA) -> load.Task | None:
+def _by(kind: str, shapes: Any = sizes.LLAMA) -> workload.Task | None:
     """The 7B model by full fine-tuning, or as much smaller as LoRA makes it."""
     task = sizes.llama(method={"kind": kind}, train={"global_batch_size": 64})
     return replace(task, shapes=shapes, footprint=lambda weights_dtype: sizes.footprint(shapes))
 
 
-def _survey(task: load.Task | None, hardware: str, other: load.Task | None) -> tuple[Survey, Plan | None]:
+def _survey(task: workload.Task | None, hardware: str, other: workload.Task | None) -> tuple[Survey, Plan | None]:
     assert task is not None
-    return survey(task, cards.parse(hardware), Wishes(), other=lambda kind: other)
+    return survey(task, gpus.parse(hardware), Wishes(), other=lambda kind: other)
 
 
 def test_method_that_fits_where_full_does_not_is_a_way_out_with_its_settings() -> None:
@@ -346,7 +348,7 @@ def test_what_lora_frees_is_held_against_what_the_recipe_needs_of_what_is_short(
     ("full", "fits", "verdict"), [(_by("full"), False, "leave"), (_by("full", SMALL), True, "try")]
 )
 def test_full_is_advised_beside_another_method_only_where_it_fits(
-    full: load.Task | None, fits: bool, verdict: str
+    full: workload.Task | None, fits: bool, verdict: str
 ) -> None:
     found, plan = _survey(_by("lora", SMALL), "1x RTX 4090, 64GB host", full)
     assert plan is not None
@@ -438,7 +440,7 @@ def test_plan_for_other_hardware_says_what_the_recipe_lacks() -> None:
 
 
 def test_placement_that_the_recipe_lacks_is_a_way_out_here() -> None:
-    task, fleet = sizes.llama(), cards.parse("1x RTX 4090, 256GB host").model_copy(update={"here": True})
+    task, fleet = sizes.llama(), gpus.parse("1x RTX 4090, 256GB host").model_copy(update={"here": True})
     found, plan = survey(task, fleet, Wishes())
     assert plan is None
     assert not found.fits
@@ -479,7 +481,7 @@ def test_disk_is_offloaded_to_only_with_the_recipes_path() -> None:
 def test_table_and_plan_agree_on_the_host(host: int) -> None:
     block = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     task = sizes.llama(train={"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}})
-    fleet = cards.parse(f"1x H100, {host}GB host")
+    fleet = gpus.parse(f"1x H100, {host}GB host")
     found, _ = survey(task, fleet.model_copy(update={"here": True}), Wishes())
     row = next(one for one in found.placements if one.name == "ZeRO-3, all on host")
     assert found.fits == row.fits
@@ -546,7 +548,7 @@ def test_optimizer_that_the_table_does_not_have_is_planned_at_the_plain_ones_spe
 
 
 def test_what_the_recipe_gives_is_not_overridden_by_a_placement() -> None:
-    from fulltune.plan.survey import _overrides
+    from fulltune.plan.elsewhere.survey import _overrides
 
     def given(**blocks: Any) -> Recipe:
         values: dict[str, Any] = {"model": "m", "task": "causal-lm", "data": {"train": "a"}, **blocks}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.plan import cards, time
-from fulltune.records import DiskNeed
+from fulltune.plan import gpus, time
+from fulltune.records.run import DiskNeed
 from tests import plans
 from tests.unit.plan import sizes
 
@@ -48,13 +48,13 @@ def test_tokens_of_a_row_count_padding(mean: int, p95: int, grouped: bool, packe
     ],
 )
 def test_rate_of_a_device(hardware: str, precision: str, hidden: int, tera: float) -> None:
-    assert time.device_flops(cards.parse(hardware), precision, hidden) == pytest.approx(tera * 1e12)
+    assert time.device_flops(gpus.parse(hardware), precision, hidden) == pytest.approx(tera * 1e12)
 
 
 def test_rate_of_unknown_hardware_is_none() -> None:
-    fleet = cards.parse("1x L4")
+    fleet = gpus.parse("1x L4")
     assert time.device_flops(fleet.model_copy(update={"card": None}), "bf16", 512) is None
-    cpu = cards.parse("cpu")
+    cpu = gpus.parse("cpu")
     slow = cpu.machine.model_copy(update={"cpu_flops": 0.0})
     assert time.device_flops(cpu.model_copy(update={"machine": slow}), "fp32", 512) is None
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import cards, disk, placement, ways_out
-from fulltune.plan.load import load_of
+from fulltune.plan import disk, gpus, placement, ways_out
 from fulltune.plan.memory import Levers
-from fulltune.records import DiskNeed, MemoryNeed
+from fulltune.plan.workload import load_of
+from fulltune.records.run import DiskNeed, MemoryNeed
 from tests import plans
 from tests.unit.plan import sizes
 
@@ -117,7 +117,7 @@ def test_rows_cut_more_than_once_are_named_once() -> None:
 
 
 def test_other_placements_that_fit_are_ways_out() -> None:
-    fleet = cards.parse("1x RTX 4090, 256GB host")
+    fleet = gpus.parse("1x RTX 4090, 256GB host")
     task = sizes.llama()
     load = load_of(task, fleet, None)
     table = placement.table(load, fleet, 1)

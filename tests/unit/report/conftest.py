@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.records import (
+from fulltune.records.run import (
     Answer,
     Calibration,
     Check,

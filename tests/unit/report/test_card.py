@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from fulltune import report
-from fulltune.calibration import ALL_RIGHT
-from fulltune.records import Calibration, DataSummary, Estimate, Plan, Scores, Setting
+from fulltune.records.run import Calibration, DataSummary, Estimate, Plan, Scores, Setting
+from fulltune.stats.calibration import ALL_RIGHT
 
 
 def written(folder: Path) -> tuple[dict[str, Any], str]:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fulltune.report.curves import Bar, interval_plot, learning_curve, nice_ticks
+from fulltune.report.format.curves import Bar, interval_plot, learning_curve, nice_ticks
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.83, 0.92), (3, 3), (0, 0), (-2e-5, 7e-6), (1, 90_000)])

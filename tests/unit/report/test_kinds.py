@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fulltune import report
-from fulltune.records import Answer, DataSummary, Preview, Segment
-from fulltune.report import kinds
-from fulltune.report.content import loading_code
+from fulltune.records.run import Answer, DataSummary, Preview, Segment
+from fulltune.report.run import kinds
+from fulltune.report.run.content import loading_code
 
 
 def rewritten(folder: Path, labels: tuple[str, ...] = (), counts: Any = None, **changes: Any) -> tuple[str, str]:

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fulltune.records import Confusion, Estimate
-from fulltune.report.content import conclude
-from fulltune.report.next_steps import Seen, next_steps
-from fulltune.report.read import read_run
+from fulltune.records.run import Confusion, Estimate
+from fulltune.report.run.content import conclude
+from fulltune.report.run.next_steps import Seen, next_steps
+from fulltune.report.run.read import read_run
 
 FLAT = tuple((step, 1.0) for step in range(10, 410, 10))
 FALLING = tuple((step, 4.0 * 0.97 ** (step / 10)) for step in range(10, 410, 10))

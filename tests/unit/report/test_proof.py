@@ -10,10 +10,11 @@ import pytest
 
 from fulltune import report
 from fulltune.errors import SetupError
-from fulltune.report import proof_words, scatter
-from fulltune.report.proof_content import drawings
-from fulltune.report.proof_words import Writer
-from fulltune.trials import Comparison
+from fulltune.records.comparison import Comparison
+from fulltune.report.comparison import words as proof_words
+from fulltune.report.comparison.content import drawings
+from fulltune.report.comparison.words import Writer
+from fulltune.report.format import scatter
 from tests import comparisons
 from tests.unit.report.test_write import Page
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.report.read import read_run
+from fulltune.report.run.read import read_run
 
 
 def test_metrics_torn_last_line_keeps_the_others(classification: Path) -> None:

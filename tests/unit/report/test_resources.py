@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.records import (
+from fulltune.records.run import (
     BASELINES,
     DRY_RUN,
     STARTING,
@@ -19,9 +19,9 @@ from fulltune.records import (
     TimeNeed,
     TimePart,
 )
-from fulltune.report.about_resources import resources
-from fulltune.report.blocks import Paragraph, Section, Table
-from fulltune.report.read import read_run
+from fulltune.report.format.blocks import Paragraph, Section, Table
+from fulltune.report.run.about_resources import resources
+from fulltune.report.run.read import read_run
 from tests.unit.report.conftest import outcome, plan, save_scores, scores, write_lines
 
 MIB, GIB = 2**20, 2**30

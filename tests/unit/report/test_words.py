@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from fulltune.records import Calibration
-from fulltune.report import words
-from fulltune.report.about_scores import calibration_in_words
+from fulltune.records.run import Calibration
+from fulltune.report.format import words
+from fulltune.report.run.about_scores import calibration_in_words
 
 
 @pytest.mark.parametrize(

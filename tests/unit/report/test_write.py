@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune import report
-from fulltune.records import Answer, Confusion, Estimate, Plan, Setting
-from fulltune.report.about_scores import label_table
+from fulltune.records.run import Answer, Confusion, Estimate, Plan, Setting
+from fulltune.report.run.about_scores import label_table
 
 
 class Page(HTMLParser):
@@ -279,7 +279,7 @@ def test_import_report_needs_no_heavy_package() -> None:
     imported = set(re.findall(r"(?m)^(?:from|import) (\w+)", source))
     assert not heavy & imported
     assert set(re.findall(r"(?m)^from fulltune\.(\w+)", source)) <= {
-        *("errors", "records", "compare_records", "trials", "units"),
+        *("errors", "records", "text"),
         "report",
     }
 

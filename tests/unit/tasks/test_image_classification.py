@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, ConvNextConfig
 
-from fulltune import processors
-from fulltune.data import images
+from fulltune.data.readers import images
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.inference import Share, by_length
-from fulltune.model import load
-from fulltune.recipe import DataBlock, ModelBlock
-from fulltune.store import RowWriter, load_split, record_batch
+from fulltune.inference.run import Share, by_length
+from fulltune.inference.store import RowWriter, load_split, record_batch
+from fulltune.models import processors
+from fulltune.models.load import load
+from fulltune.models.pixels import ImageReader, ImageRows, num_patches, where_from
+from fulltune.recipe.fields import DataBlock, ModelBlock
 from fulltune.tasks import Target, image_classification
-from fulltune.tasks.pixels import ImageReader, ImageRows, num_patches, where_from
 from tests import tiny
 
 TARGET = Target("single_label", {"image": "image", "label": "label"}, ("cat", "dog"))

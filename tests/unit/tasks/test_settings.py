@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import DataBlock, Recipe
-from fulltune.recipe_rules import READ_BY, check, of_pairs, of_settings
-from fulltune.records import DataSummary, SplitSummary
+from fulltune.recipe.fields import DataBlock, Recipe
+from fulltune.recipe.rules import READ_BY, check, of_pairs, of_settings
+from fulltune.records.run import DataSummary, SplitSummary
 from fulltune.tasks.settings import check_settings_for, class_weights
 
 

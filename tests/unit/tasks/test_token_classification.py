@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from fulltune.bootstrap import resample
+from fulltune.cli.init import infer
 from fulltune.errors import DataError, SetupError
-from fulltune.init import infer
-from fulltune.recipe import DataBlock
+from fulltune.recipe.fields import DataBlock
+from fulltune.stats.metric_intervals import resample
 from fulltune.tasks import LossSettings, Target, tags
 from fulltune.tasks import token_classification as task
 from tests import tiny

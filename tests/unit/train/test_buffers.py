@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fulltune.train import buffers
+from fulltune.train.worker import buffers
 
 
 class _Table(torch.nn.Module):

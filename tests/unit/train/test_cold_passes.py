@@ -9,9 +9,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune.records import TimeNeed
-from fulltune.train import dry_run as dry_run_module
-from fulltune.train.forecast import Readings, Timed, is_cold, new_shape_seconds
+from fulltune.records.run import TimeNeed
+from fulltune.train.worker import dry_run as dry_run_module
+from fulltune.train.worker.forecast import Readings, Timed, is_cold, new_shape_seconds
 from tests import plans
 
 LENGTHS = np.array([10 + row // 8 for row in range(320)])

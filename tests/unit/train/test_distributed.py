@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fulltune.inference import batches
-from fulltune.train import attempts, distributed
+from fulltune.inference.run import batches
+from fulltune.train.parent import retry as attempts
+from fulltune.train.worker import distributed
 
 
 @pytest.mark.parametrize(("rows", "size", "processes"), [(10, 3, 2), (7, 2, 3), (1, 4, 2), (12, 3, 4), (5, 8, 1)])

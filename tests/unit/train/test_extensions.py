@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.train import extensions
+from fulltune.train.worker import extensions
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.train.forecast import (
+from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.worker.forecast import (
     Rates,
     Schedule,
     Shape,
@@ -18,7 +19,6 @@ from fulltune.train.forecast import (
     quadratic_share,
     speed,
 )
-from fulltune.train.sampler import GlobalBatchSampler
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.recipe import Recipe
-from fulltune.train.arguments import check_extra, training_arguments
-from fulltune.train.trainer import FullTrainer
+from fulltune.recipe.fields import Recipe
+from fulltune.train.loop.arguments import check_extra, training_arguments
+from fulltune.train.loop.trainer import FullTrainer
 from tests.plans import plan
 
 

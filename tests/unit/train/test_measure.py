@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fulltune.records import Measured, Setting, TimeNeed
-from fulltune.train import candidates
-from fulltune.train.measure import measured
+from fulltune.records.run import Measured, Setting, TimeNeed
+from fulltune.train.parent import measure_candidates
+from fulltune.train.parent.measure import measured
 from tests.plans import outcome, plan, recipe
 
 GIB = 2**30
@@ -49,14 +49,16 @@ def test_levers_are_those_that_the_recipe_leaves_open_and_the_task_has(
 ) -> None:
     planned = plan(precision=train.get("precision", "bf16"), gradient_accumulation_steps=1)
 
-    found = candidates.levers(recipe(task, train=train), planned)
+    found = measure_candidates.levers(recipe(task, train=train), planned)
 
     assert len(found) == len(expected)
     assert all(one.name.startswith(name) for one, name in zip(found, expected, strict=True))
 
 
 def test_levers_add_up_and_leave_alone_what_the_recipe_gives() -> None:
-    found = candidates.levers(recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True))
+    found = measure_candidates.levers(
+        recipe(train={"activation_checkpointing": True}), plan(activation_checkpointing=True)
+    )
 
     assert [one.changes for one in found] == [
         {"precision": "fp32", "optim": "adamw_torch_fused"},
@@ -79,7 +81,7 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
 ) -> None:
     planned = plan(global_batch_size=32, micro_batch_size=micro, gradient_accumulation_steps=32 // micro)
 
-    found = candidates.micro_batches(recipe(**given), planned, {"precision": "bf16"})
+    found = measure_candidates.micro_batches(recipe(**given), planned, {"precision": "bf16"})
 
     assert [one.changes["micro_batch_size"] for one in found] == expected
     for one in found:
@@ -91,16 +93,16 @@ def test_micro_batches_are_the_neighbours_among_the_divisors(
 def test_optimizer_in_backward_cannot_have_smaller_micro_batches() -> None:
     planned = plan(global_batch_size=32, micro_batch_size=32, gradient_accumulation_steps=1)
 
-    assert candidates.micro_batches(recipe(), planned, {"optimizer_in_backward": True}) == []
+    assert measure_candidates.micro_batches(recipe(), planned, {"optimizer_in_backward": True}) == []
 
 
 def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> None:
-    names = [one.name for one in candidates.attentions(recipe(), {}, packed=False, flash=True)]
+    names = [one.name for one in measure_candidates.attentions(recipe(), {}, packed=False, flash=True)]
 
     assert names == ["attention eager", "attention flash_attention_2"]
-    assert candidates.attentions(recipe(), {}, packed=True, flash=True) == []
+    assert measure_candidates.attentions(recipe(), {}, packed=True, flash=True) == []
     given = recipe(model={"name": "x", "attn_implementation": "sdpa"})
-    assert candidates.attentions(given, {}, packed=False, flash=False) == []
+    assert measure_candidates.attentions(given, {}, packed=False, flash=False) == []
 
 
 @pytest.mark.parametrize(
@@ -112,11 +114,14 @@ def test_attention_is_left_as_it_is_where_it_is_given_or_rows_are_packed() -> No
     ],
 )
 def test_compiling_is_tried_where_it_can_pay(seconds: float, compiler: bool, problem: str) -> None:
-    (found,) = candidates.compilations(recipe(), row("best", seconds, precision="bf16"), compiler)
+    (found,) = measure_candidates.compilations(recipe(), row("best", seconds, precision="bf16"), compiler)
 
     assert found.problem == problem
     assert found.changes == {"precision": "bf16", "torch_compile": True}
-    assert candidates.compilations(recipe(train={"extra": {"torch_compile": True}}), row("best", seconds), True) == []
+    assert (
+        measure_candidates.compilations(recipe(train={"extra": {"torch_compile": True}}), row("best", seconds), True)
+        == []
+    )
 
 
 # ---- what is taken ---------------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def test_compiling_is_tried_where_it_can_pay(seconds: float, compiler: bool, pro
 def test_fastest_that_fits_is_taken_the_earliest_of_equals(
     rows: list[tuple[str, float, str]], expected: str | None
 ) -> None:
-    found = candidates.fastest([row(*one) for one in rows])
+    found = measure_candidates.fastest([row(*one) for one in rows])
 
     assert (None if found is None else found.name) == expected
 
@@ -156,7 +161,7 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
         "attn_implementation": "eager",
     }
 
-    found = candidates.noted(settings, plan(), changes, "measured: it is the fastest")
+    found = measure_candidates.noted(settings, plan(), changes, "measured: it is the fastest")
 
     assert [(one.name, one.value, one.reason) for one in found] == [
         ("train.precision", "bf16", "measured: it is the fastest"),
@@ -170,7 +175,7 @@ def test_settings_carry_the_measured_values_and_the_reason() -> None:
 def test_reason_says_how_many_fit_and_what_the_best_needs() -> None:
     best = row("b", 5.0).model_copy(update={"tokens_per_second": 1234.4, "peak_memory_bytes": GIB})
 
-    assert candidates.why(best, [best, row("a", 6.0), row("c", 1.0, "memory ran out")], 4 * GIB) == (
+    assert measure_candidates.why(best, [best, row("a", 6.0), row("c", 1.0, "memory ran out")], 4 * GIB) == (
         "measured: the fastest of 2 that fit, 1,234 tokens/s, 1.0 GiB of 4.0 GiB"
     )
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fulltune.records import Outcome, Plan, Setting
-from fulltune.train.next_attempt import MOST_KILLS, Change, next_attempt, no_way_out, unknown
+from fulltune.records.run import Outcome, Plan, Setting
+from fulltune.train.parent.next_attempt import MOST_KILLS, Change, next_attempt, no_way_out, unknown
 from tests.plans import MIB, need, outcome, plan, recipe
 
 TRIED = ("micro_batch_size", "eval_batch_size", "activation_checkpointing", "chunked_loss", "optim")

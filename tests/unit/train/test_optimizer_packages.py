@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.train.arguments import _package_of, check_extra
+from fulltune.train.loop.arguments import _package_of, check_extra
 from tests import plans
 
 

@@ -1,0 +1,558 @@
+"""The command line: the verbs are the lines of the pipeline. Layer 4; stages are imported inside the commands.
+
+Results go to stdout, progress and errors to stderr. `--help` and a recipe error never import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fulltune.cli import plan as cli_plan
+from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, RecipeError, SetupError
+from fulltune.recipe.file import load_recipe
+
+if TYPE_CHECKING:
+    from fulltune.pipeline import Reached, Until
+    from fulltune.recipe.fields import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune every parameter of a pretrained model, and see with numbers whether it was worth it.",
+)
+# No emoji: `a.csv:100:` would lose its line.
+err = Console(stderr=True, highlight=False, emoji=False)
+out = Console(highlight=False, emoji=False)
+
+Target = Annotated[
+    Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML), or the folder of a run.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting: block.name=value. Repeatable.", metavar="NAME=VALUE"),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="Which of the run's models; left out, what a comparison's verdict recommends."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
+
+
+Column = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", rich_help_panel="Columns, where their names are not the usual ones"),
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        typer.echo(metadata.version("fulltune"))
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A data file (csv, jsonl, parquet, CoNLL, txt ...), a folder of files named train, dev and test, or "
+            "one with a folder of images per class."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or package:NAME/PATH.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
+    task: Annotated[str | None, typer.Option(help="The task, where the columns leave it open.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME"),
+    ] = None,
+    text: Column = None,
+    text_pair: Column = None,
+    label: Column = None,
+    prompt: Column = None,
+    completion: Column = None,
+    messages: Column = None,
+    tools: Column = None,
+    source: Column = None,
+    target: Column = None,
+    question: Column = None,
+    context: Column = None,
+    answers: Column = None,
+    choices: Column = None,
+    tokens: Column = None,
+    tags: Column = None,
+    image: Column = None,
+) -> None:
+    """Look at a data file, find out the task, write a commented recipe.
+
+    Columns with usual names are found; others are named: --prompt mr --completion ref.
+    """
+    from fulltune.cli.init import hints_of, write_recipe
+
+    given = {"text": text, "text_pair": text_pair, "label": label, "prompt": prompt, "completion": completion}
+    given |= {"messages": messages, "tools": tools, "source": source, "target": target, "question": question}
+    given |= {"context": context, "answers": answers, "choices": choices, "tokens": tokens, "tags": tags}
+    given |= {"image": image}
+    found, files = write_recipe(data, output, model, force, hints_of(task, given, columns))
+    if found.is_guess:
+        out.print(f"{escape(found.where)}: no header line, for its first line looks like a row")
+        out.print(f"columns: {escape(', '.join(found.columns or ()))}; other names: --columns NAME,NAME")
+        out.print("if it is a header: name a column of it, such as --label NAME")
+    labels = f", {len(found.target.labels)} labels" if found.target.labels else ""
+    kind = f"{found.task} ({found.target.problem_type.replace('_', ' ')}{labels})"
+    out.print(f"train: {escape(found.where)}: {found.num_rows:,} rows, {kind}")
+    for split, file in (("eval", files.eval), ("test", files.test)):
+        out.print(f"{split}:  {escape(file.name) if file else 'rows are split off train'}")
+    for reason in files.left_out:
+        out.print(f"not used: {escape(reason)}")
+    out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
+
+
+@app.command()
+def run(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Do the whole line: data, plan, train, evaluate, report. The same command continues an unfinished run."""
+    from fulltune import report
+    from fulltune.cli.show import run as display
+    from fulltune.report.run import kinds
+
+    began = time.time()
+    recipe, folder = _open(target, set_, run_folder, fresh, "report")
+    reached = _finished(recipe, folder) or _reach(recipe, folder, "report", details=True, began=began)
+    if as_json:
+        _print_json([entry.model_dump(mode="json") for entry in reached.scores])
+        return
+    out.print(display.scores_table(reached.scores))
+    for line in display.answers(reached.scores):
+        out.print(line)
+    verdict, steps = report.conclude(folder)
+    for part in display.conclusion(verdict, steps):
+        out.print(part)
+    out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
+    if verdict.kind != "worse":
+        asked = kinds.question(reached.summary)
+        out.print(f"try it:  fulltune predict {escape(str(folder))} {asked}", soft_wrap=True)
+
+
+@app.command()
+def data(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Read, check, split and tokenise; show what the model will see."""
+    from fulltune.cli.show import run as display
+
+    folder, reached = _go("data", target, set_, run_folder, fresh, details=False)
+    summary = reached.summary
+    if as_json:
+        _print_json(summary.model_dump(mode="json"))
+        return
+    out.print(display.data_table(summary))
+    for line in display.previews(summary):
+        out.print(line)
+    for note in summary.notes:
+        out.print(f"note: {escape(note)}")
+    out.print(f"written to {escape(str(folder / 'data'))}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    target: Target,
+    set_: Overrides = None,
+    run_folder: RunFolder = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    hardware: cli_plan.For = None,
+    rows: cli_plan.Rows = None,
+    tokens: cli_plan.Tokens = None,
+    price: cli_plan.PriceText = None,
+    tasks: cli_plan.Tasks = 1,
+    measure: cli_plan.Measure = False,
+    preserve: cli_plan.Preserve = False,
+    goal: cli_plan.GoalText = None,
+) -> None:
+    """Settle every number, each with its reason; show memory, placements, time and what else could be done."""
+    from fulltune.cli.show import measure as display_measure
+    from fulltune.cli.show import plan as display_plan
+    from fulltune.records.run import Measurements
+
+    options = cli_plan.Options(hardware, rows, tokens, price, tasks, preserve, goal)
+    if measure:
+        cli_plan.check_measure(options)
+    if rows is not None or tokens is not None:
+        survey, planned = cli_plan.without_data(target, set_ or [], options)
+    else:
+        checked = cli_plan.check(options)
+        recipe, folder = _open(target, set_, run_folder, fresh, "plan")
+        planned = None
+        try:
+            planned = _reach(recipe, folder, "data" if checked.fleet else "plan", details=False, measure=measure).plan
+        except DoesNotFitError:  # shown below, with what else is possible
+            if measure or not cli_plan.is_prepared(folder):
+                raise
+        survey, planned = cli_plan.with_data(target, set_ or [], recipe, folder, checked, planned)
+    measured = Measurements.load(folder / "plan" / "measured.json") if measure else None
+    if as_json:
+        _print_json(cli_plan.as_json(survey, planned, measured))
+    else:
+        display_plan.show(out, survey, planned)
+        if measured is not None:
+            out.print(display_measure.table(measured))
+    if planned is None:
+        raise cli_plan.refusal(survey, shown=not as_json)
+
+
+@app.command()
+def train(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Train, and keep the best weights in the run's folder models."""
+    from fulltune.cli.show import run as display
+    from fulltune.train import run_seconds
+
+    folder, reached = _go("train", target, set_, run_folder, fresh)
+    outcome = reached.outcome
+    assert outcome is not None
+    if as_json:
+        _print_json(outcome.model_dump(mode="json"))
+        return
+    moved = f", {outcome.moved.share:.1%} of the values moved" if outcome.moved else ""
+    took = display.duration(run_seconds(folder, outcome.trial))
+    out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{moved}")
+    out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Score the baselines and the trained model on the test rows."""
+    from fulltune import report
+    from fulltune.cli.show import run as display
+
+    folder, reached = _go("evaluate", target, set_, run_folder, fresh)
+    if as_json:
+        _print_json([entry.model_dump(mode="json") for entry in reached.scores])
+        return
+    out.print(display.scores_table(reached.scores))
+    for part in display.conclusion(*report.conclude(folder)):
+        out.print(part)
+
+
+@app.command()
+def compare(
+    targets: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="A recipe; several: tasks on one base.")],
+    set_: Overrides = None,
+    run_folder: RunFolder = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="Most time in all: 30m, 2h; with more of it later it goes on.", metavar="TIME"),
+    ] = None,
+    lint: Annotated[bool, typer.Option("--lint", help="Only say what would make it unfair: then exit code 2.")] = False,
+) -> None:
+    """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a proof card."""
+    from fulltune.cli import compare as cli_compare
+
+    if lint:
+        cli_compare.lint(out, err, targets, set_ or [], budget, as_json)
+        return
+    if len(targets) > 1:
+        cli_compare.compare_many(out, err, targets, set_ or [], run_folder, fresh, budget, as_json)
+        return
+    cli_compare.compare(out, err, targets[0], set_ or [], run_folder, fresh, budget, as_json)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+) -> None:
+    """Write report.md and report.html anew, of a comparison its card; from the run's files alone."""
+    from fulltune import pipeline
+    from fulltune.report import write_proof
+    from fulltune.system.run_folder import locked, recipe_of, writing
+
+    recipe = recipe_of(run_folder)
+    with writing(run_folder), locked(run_folder):
+        if recipe.methods:
+            written = write_proof(run_folder)
+        else:
+            written = (pipeline.write_report(pipeline.Run(recipe, run_folder)),)
+    for path in written:
+        out.print(escape(str(path)), soft_wrap=True)
+
+
+@app.command()
+def predict(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")],
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Texts; without any, or for '-', stdin is read line by line.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="csv, jsonl, parquet ... or .txt by lines.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output file.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
+    method: MethodName = None,
+    with_: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="RUN", help="Another model on the same base, which is loaded once. Repeatable."),
+    ] = None,
+    by: Annotated[str | None, typer.Option("--by", help="Column of --file that names each row's model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer with a finished model: texts, stdin or a file; with LoRA and its like, several over one base."""
+    from fulltune import predict as predicting
+    from fulltune.cli import predict as cli_predict
+    from fulltune.methods import folder as folders
+
+    if text and file is not None:
+        raise SetupError("predict: texts and --file are both given; keep one")
+    if with_ and output is not None:
+        raise SetupError("--output takes the answers of one model: leave out --with, and call it once for each")
+    if by is not None and not with_:
+        raise SetupError("--by tells models apart: name the others with --with")
+    if output is not None:
+        from fulltune.cli.predict_files import check_output
+
+        check_output(output, force)
+    chosen = [_chosen(run, method) for run in (run_folder, *(with_ or ()))]
+    notes = folders.notes_of(chosen[0])
+    what = cli_predict.asked(text or [], file, notes)
+    cli_predict.say_names(err, what)
+    if with_:
+        cli_predict.side_by_side(err, [run_folder, *with_], method, what, by, max_new_tokens, as_json)
+        return
+    if what.table is not None:
+        predicting.check_columns(what.columns, notes, what.where)
+    predictor = predicting.load(chosen[0])
+    if output is None:
+        cli_predict.show(err, predictor, what, max_new_tokens, as_json)
+        return
+    with _bar("answering", shown=not as_json) as watch:
+        written = cli_predict.write(err, predictor, what, output, max_new_tokens, watch)
+    if as_json:
+        _print_json(written)
+    else:
+        out.print(f"wrote {escape(str(output))}: {written['rows']:,} rows", soft_wrap=True)
+
+
+@app.command()
+def merge(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    method: MethodName = None,
+) -> None:
+    """Put what LoRA or a head trained into the pretrained model's own weights, as a plain Hugging Face folder."""
+    from fulltune.cli import predict as cli_predict
+    from fulltune.methods import folder
+    from fulltune.report import write_merged_card
+    from fulltune.system.run_folder import hide_progress_bars, writing
+
+    found = _chosen(run_folder, method)
+    if not folder.can_be_merged(found):
+        raise SetupError(cli_predict.no_merge(run_folder, found))
+    hide_progress_bars()
+    with writing(output):
+        folder.merge(found, output)
+        write_merged_card(found, output, folder.notes_of(found)["task"])
+    out.print(f"model: {escape(str(output))}", soft_wrap=True)
+
+
+@app.command()
+def quickstart(
+    chat: Annotated[
+        bool, typer.Option("--chat", help="A language model on chat data instead of a classifier.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", help="Where to put data, recipe and runs.")] = Path("runs"),
+    set_: Overrides = None,
+) -> None:
+    """Fine-tune a real small model on real text, offline, in about two minutes."""
+    from fulltune.quickstart import recipes as example
+    from fulltune.system.run_folder import writing
+
+    with writing(output):
+        err.print("[dim]reading the docstrings of the installed packages[/dim]")
+        recipe = example.write_chat(output) if chat else example.write_topics(output)
+    err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
+    run(recipe, set_, fresh=False)
+
+
+@app.command()
+def selfcheck(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the page as Markdown into this file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check what this machine decides (precision, kernels, resume ...); offline, about 1.5 minutes on 2 cores."""
+    from fulltune import selfcheck as checking
+    from fulltune.cli.show import run as display
+    from fulltune.system.run_folder import writing
+
+    # What libraries print must not run into the page: DeepSpeed, for one, greets on stdout when it is imported.
+    with err.status("starting") as status, redirect_stdout(sys.stderr):
+        page = checking.run(lambda line: status.update(escape(line)))
+    if output is not None:
+        with writing(output):
+            output.write_text(checking.markdown(page), encoding="utf-8")
+    if as_json:
+        _print_json(page.model_dump(mode="json"))
+    else:
+        out.print(display.selfcheck_table(page))
+        out.print(page.verdict)
+        share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
+        out.print(escape(share), soft_wrap=True)
+    if page.failed:
+        raise SetupError([f"selfcheck: {finding.device}: {finding.ran}: {finding.result}" for finding in page.failed])
+
+
+def _go(
+    until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
+) -> tuple[Path, Reached]:
+    """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
+    recipe, found = _open(target, overrides, folder, fresh, until)
+    return found, _reach(recipe, found, until, details)
+
+
+def _open(
+    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
+) -> tuple[Recipe, Path]:
+    """The recipe and its run folder.
+
+    Raises:
+        RecipeError: When one method is to be trained and the recipe names several.
+        SetupError: When more than looking at the rows is asked of a comparison's folder.
+    """
+    from fulltune.system import run_folder
+
+    if target.is_dir():
+        if overrides or folder or fresh:
+            raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
+        recipe, found, resumed = run_folder.recipe_of(target), target, True
+        if until != "data":
+            run_folder.refuse_comparison(target)
+        run_folder.refuse_with_functions(target, recipe)
+    else:
+        recipe = load_recipe(target, overrides or [])
+        if recipe.methods and until not in ("data", "plan"):
+            raise RecipeError(
+                f"{target}: methods: names what to compare; run 'fulltune compare {target}', or remove 'methods' and "
+                "give one 'method'"
+            )
+        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
+        found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
+    goes_on = resumed and not run_folder.is_complete(found)
+    err.print(f"[dim]{'continuing' if goes_on else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
+    return recipe, found
+
+
+def _finished(recipe: Recipe, folder: Path) -> Reached | None:
+    """The results of a run that has nothing left to do."""
+    from fulltune import pipeline
+    from fulltune.system import run_folder
+
+    reached = pipeline.finished(pipeline.Run(recipe, folder))
+    if reached is not None:
+        err.print(f"finished already, at {run_folder.finished_at(folder):%Y-%m-%d %H:%M}; its results:")
+    return reached
+
+
+def _reach(
+    recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, began: float | None = None
+) -> Reached:
+    """Run the pipeline; `began` is when the command did, before it imported anything: None for now."""
+    from fulltune.system import run_folder
+
+    began = began or time.time()
+    run_folder.hide_progress_bars()
+    try:
+        from fulltune import pipeline
+        from fulltune.cli.show.run import Display
+
+        with Display(err, details) as display:
+            return pipeline.run(pipeline.Run(recipe, folder, listener=display, began=began), until, measure)
+    except KeyboardInterrupt:
+        # Typer would turn it into exit code 130, which says nothing of continuing.
+        raise InterruptedRun("interrupted; the same command continues it") from None
+
+
+@contextmanager
+def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar with rows and time left, on a terminal only."""
+    from fulltune.cli.show.run import Display
+
+    if not shown or not err.is_terminal:
+        yield lambda done, total: None
+        return
+    with Display(err) as display:
+        yield lambda done, total: display(
+            {"kind": "rows", "name": name, "done": done, "total": total, "share": done / total if total else None}
+        )
+
+
+def _chosen(run: Path, method: str | None) -> Path:
+    """The folder of a run's model; which one a comparison's verdict chose is said on stderr."""
+    from fulltune import predict as predicting
+
+    chosen = predicting.choose(run, method)
+    if chosen.reason:
+        said = f"{run}: taking '{chosen.folder.name}': {chosen.reason} (another one: --method)"
+        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
+    return chosen.folder
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def main() -> None:
+    """Entry of the `fulltune` command: run, and turn our errors into words and exit codes."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
+    try:
+        app(standalone_mode=True)
+    except FulltuneError as error:
+        colour = "yellow" if isinstance(error, InterruptedRun) else "red"
+        for problem in error.problems:
+            err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted; the same command continues it[/yellow]")
+        sys.exit(InterruptedRun.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""The command `fulltune compare`. Layer 4."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fulltune.errors import InterruptedRun, RecipeError, SetupError
+from fulltune.recipe.fields import Arm, Recipe
+from fulltune.recipe.file import load_recipe
+from fulltune.text import parse_seconds
+
+if TYPE_CHECKING:
+    from fulltune.compare.run import Compared
+    from fulltune.records.differences import Finding
+
+
+def compare(
+    out: Console,
+    err: Console,
+    target: Path,
+    overrides: list[str],
+    folder: Path | None,
+    fresh: bool,
+    budget: str | None,
+    as_json: bool,
+) -> None:
+    """Compare, or go on with it, and show the verdict."""
+    from fulltune.cli.show import compare as display_compare
+
+    found = _run(err, target, overrides, folder, fresh, _checked(budget))
+    if as_json:
+        typer.echo(found.comparison.model_dump_json(indent=2))
+        return
+    display_compare.verdict(out, found.comparison)
+    _paths(out, found.cards)
+
+
+def compare_many(
+    out: Console,
+    err: Console,
+    targets: list[Path],
+    overrides: list[str],
+    folder: Path | None,
+    fresh: bool,
+    budget: str | None,
+    as_json: bool,
+) -> None:
+    """Compare on several tasks with one base, or go on with it, and put the comparisons together."""
+    from fulltune import report
+    from fulltune.cli.show import compare as display_compare
+    from fulltune.compare import run as comparing
+    from fulltune.system.run_folder import writing
+
+    if fresh:
+        raise SetupError("--fresh: with several recipes name a new --run-folder instead")
+    _refuse_run(folder)
+    recipes = _of_one_base(targets, overrides)
+    each = _share_of(_checked(budget), len(targets))
+    parent = folder or _folder_of_all(recipes)
+    found = {}
+    for name, target in zip(recipes, targets, strict=True):
+        err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
+        found[name] = _run(err, target, overrides, parent / name, False, each)
+        if not as_json:
+            out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
+            display_compare.verdict(out, found[name].comparison)
+            _paths(out, found[name].cards)
+    together = comparing.together(found)
+    with writing(parent):
+        files = report.write_tasks(parent, together)
+    if as_json:
+        typer.echo(together.model_dump_json(indent=2))
+        return
+    display_compare.many_tasks(out, together)
+    _paths(out, files)
+
+
+def _paths(out: Console, files: Sequence[Path]) -> None:
+    for path in files:
+        out.print(f"{path.name:<12} {path}", soft_wrap=True, markup=False)
+
+
+def _refuse_run(folder: Path | None) -> None:
+    """Several comparisons lie in a folder that is none of them.
+
+    Raises:
+        SetupError: When it is the folder of one.
+    """
+    from fulltune.system import run_folder
+
+    if folder is not None and (folder / run_folder.IDENTITY).exists():
+        what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
+        raise SetupError(
+            f"{folder}: is the folder of {what}, and several recipes get a folder each inside the named one; name "
+            "another folder, or leave --run-folder out"
+        )
+
+
+def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
+    """The recipes by name, with methods in common, and all on one pretrained model.
+
+    Raises:
+        RecipeError: With everything that keeps them from being put together.
+    """
+    recipes: dict[str, Recipe] = {}
+    problems = []
+    for target in targets:
+        if target.is_dir():
+            problems.append(f"{target}: is a folder; several tasks are compared from their recipes")
+            continue
+        recipe = _recipe_of(target, overrides)
+        name = recipe.name or target.stem
+        if name in recipes:
+            problems.append(f"{target}: is called '{name}' like another one; give it another 'name'")
+        recipes[name] = recipe
+    for what, given in (
+        ("model", {name: recipe.model.in_words() for name, recipe in recipes.items()}),
+        ("evaluate.confidence", {name: str(recipe.evaluate.confidence) for name, recipe in recipes.items()}),
+    ):
+        if len(set(given.values())) > 1:
+            said = ", ".join(f"{value} in {name}" for name, value in given.items())
+            problems.append(
+                f"{what}: several tasks share one base and one report; give all the same one (here: {said})"
+            )
+    arms = [{one.arm: one for one in recipe.methods if one.kind not in ("base", "full")} for recipe in recipes.values()]
+    common = set.intersection(*map(set, arms)) if arms else set()
+    if arms and not common:
+        problems.append("methods: no method but 'full' is compared in all of these recipes")
+    for name in sorted(common):
+        if len({_apart_from_rates(one[name]) for one in arms}) > 1:
+            problems.append(
+                f"methods: '{name}' has other settings in one recipe than in another; give it another 'name'"
+            )
+    fulls = [next(one for one in recipe.methods if one.kind == "full") for recipe in recipes.values()]
+    if len({(one.arm, _apart_from_rates(one)) for one in fulls}) > 1:
+        problems.append("methods: 'full' has another name or other settings in one recipe than in another")
+    if problems:
+        raise RecipeError(problems)
+    return recipes
+
+
+def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
+    """A comparison's recipe from its file.
+
+    Raises:
+        RecipeError: With the file, when it compares nothing.
+    """
+    from fulltune.compare.run import recipe_for
+
+    recipe = load_recipe(target, overrides)
+    try:
+        return recipe_for(recipe)
+    except RecipeError as error:
+        raise RecipeError([f"{target}: {problem}" for problem in error.problems]) from None
+
+
+def _apart_from_rates(method: Arm) -> str:
+    return method.model_dump_json(exclude={"learning_rate", "learning_rates"})
+
+
+_LONGEST_NAME = 100
+
+
+def _folder_of_all(recipes: Mapping[str, Recipe]) -> Path:
+    """Where the comparisons lie: the same for the same names, so that the same command goes on."""
+    name = "+".join(recipes)
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path(next(iter(recipes.values())).output) / name
+
+
+def _checked(budget: str | None) -> str | None:
+    """Refuse a budget that is no time.
+
+    Raises:
+        RecipeError: With what was expected.
+    """
+    if budget is not None:
+        try:
+            parse_seconds(budget)
+        except ValueError as error:
+            raise RecipeError(f"--budget: {error}") from None
+    return budget
+
+
+def _share_of(budget: str | None, count: int) -> str | None:
+    """Each comparison's part of the time."""
+    return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
+
+
+def _run(
+    err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool, budget: str | None
+) -> Compared:
+    from fulltune.system import run_folder
+
+    recipe, found = _open(err, target, overrides, folder, fresh)
+    run_folder.hide_progress_bars()
+    try:
+        from fulltune import pipeline
+        from fulltune.cli.show.run import Display
+        from fulltune.compare import run as comparing
+
+        with Display(err, details=False) as display:
+            return comparing.run(
+                pipeline.Run(recipe, found, listener=display), shlex.join(["fulltune", *sys.argv[1:]]), budget
+            )
+    except KeyboardInterrupt:
+        raise InterruptedRun("interrupted; the same command continues it") from None
+
+
+def _open(err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
+    """The comparison's recipe and its folder."""
+    from fulltune.system import run_folder
+
+    if target.is_dir():
+        if overrides or folder or fresh:
+            raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
+        recipe, found, resumed = run_folder.recipe_of(target), target, True
+        if not recipe.methods:
+            raise SetupError(
+                f"{target}: is the folder of a single run, which compares nothing; give a recipe with 'methods', or "
+                f"go on with the run: fulltune run {target}"
+            )
+    else:
+        recipe = _recipe_of(target, overrides)
+        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
+        name = recipe.name or target.stem
+        left = "" if folder or fresh else _left_behind(recipe, name)
+        found, resumed = run_folder.find_or_make(recipe, text, name, folder, fresh)
+        if left and not resumed:
+            err.print(left, soft_wrap=True, markup=False, style="yellow")
+    err.print(f"[dim]{'continuing' if resumed else 'run folder'} {found}[/dim]", soft_wrap=True)
+    return recipe, found
+
+
+def _left_behind(recipe: Recipe, name: str) -> str:
+    """That the newest comparison of this name that could be gone on with has other settings; empty: there is none."""
+    from fulltune.compare.more_time import differences
+    from fulltune.system import run_folder
+
+    names = f"{glob.escape(name)}-[0-9][0-9][0-9][0-9]-*"
+    for other in reversed(run_folder.unfinished(Path(recipe.output), None, names)):
+        try:
+            before = run_folder.recipe_of(other)
+        except SetupError:  # of another version, which this one cannot go on with
+            continue
+        if before.methods and (what := differences(before, recipe)):
+            return f"beginning anew: {other} is unfinished, but has other settings ({what})"
+    return ""
+
+
+UNFAIR = 2
+"""Exit code of a lint that found something unfair: the recipe, or its budget, is to be changed."""
+
+
+def lint(
+    out: Console, err: Console, targets: list[Path], overrides: list[str], budget: str | None, as_json: bool
+) -> None:
+    """Say what would make the comparisons unfair.
+
+    Raises:
+        typer.Exit: With `UNFAIR`, when something does.
+    """
+    from fulltune.compare import run as comparing
+    from fulltune.system.run_folder import hide_progress_bars
+
+    hide_progress_bars()
+    each = _share_of(_checked(budget), len(targets))
+    if budget is not None:
+        err.print(f"[dim]reading the rows and measuring ten steps, to know what fits into {budget}[/dim]")
+    recipes = [(target, _recipe_of(target, overrides)) for target in targets]
+    if not (budget or all(recipe.compare.budget for _, recipe in recipes)):
+        err.print("[dim]from the recipe alone; with --budget the rows are read as well[/dim]")
+    found = [(target, comparing.lint_recipe(recipe, each)) for target, recipe in recipes]
+    if as_json:
+        lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target, several in found for one in several]
+        typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
+    else:
+        _print_findings(out, found)
+    if any(one.level == "unfair" for _, several in found for one in several):
+        raise typer.Exit(UNFAIR)
+
+
+def _print_findings(out: Console, found: Sequence[tuple[Path, Sequence[Finding]]]) -> None:
+    for target, several in found:
+        where = f"{target}: " if len(found) > 1 else ""
+        for one in several:
+            out.print(f"{where}{one.level}: {one.where}: {one.what}; {one.to_do}", soft_wrap=True, markup=False)
+        if not several:
+            out.print(f"{where}nothing found that would make this comparison unfair", soft_wrap=True, markup=False)

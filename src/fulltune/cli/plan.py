@@ -1,0 +1,394 @@
+"""The command `fulltune plan`: what it needs of recipe, model, data and hardware, gathered. Layer 4."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import load_recipe
+from fulltune.records.run import DataSummary, Measurements, Plan, ProblemType, SplitSummary, Survey
+
+if TYPE_CHECKING:
+    from fulltune.footprint.records import Footprint
+    from fulltune.models.load import Shapes
+    from fulltune.plan.elsewhere.survey import Wishes
+    from fulltune.plan.gpus import Fleet
+
+For = Annotated[
+    str | None,
+    typer.Option("--for", help='Hardware that is not here: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".'),
+]
+Rows = Annotated[int | None, typer.Option("--rows", help="Plan without data: so many train rows ...")]
+Tokens = Annotated[int | None, typer.Option("--tokens", help="... of so many tokens each.")]
+PriceText = Annotated[
+    str | None, typer.Option("--price", help="What one device costs in an hour: 2.5 or '2.5 USD'.", metavar="PRICE")
+]
+Tasks = Annotated[int, typer.Option("--tasks", help="For the advice: models to keep, one for each task.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Try the settings for a step each, here; take the fastest that fit.")
+]
+Preserve = Annotated[bool, typer.Option("--preserve", help="For the advice: what the model can do already must stay.")]
+GoalText = Annotated[
+    str | None, typer.Option("--goal", help="For the advice: knowledge, language, style or updates.", metavar="GOAL")
+]
+
+SURVEY = "survey.json"
+_PROBLEM_TYPES: dict[str, ProblemType] = {
+    "text-classification": "single_label",
+    "token-classification": "tags",
+    "question-answering": "span",
+    "multiple-choice": "choice",
+    "image-classification": "single_label",
+    "causal-lm": "prompt_completion",
+    "seq2seq": "source_target",
+}
+USUAL_CHOICES = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """As given on the command line."""
+
+    hardware: str | None = None
+    rows: int | None = None
+    tokens: int | None = None
+    price: str | None = None
+    tasks: int = 1
+    preserve: bool = False
+    goal: str | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The options, understood."""
+
+    fleet: Fleet | None
+    """None: this machine."""
+    wishes: Wishes
+    rows: int | None
+    tokens: int | None
+
+
+def check(options: Options, recipe: Recipe | None = None) -> Checked:
+    """Understand the options.
+
+    Raises:
+        RecipeError: With all problems at once.
+    """
+    from fulltune.plan import gpus, time
+    from fulltune.plan.elsewhere.advise import GOALS
+    from fulltune.plan.elsewhere.survey import Wishes
+
+    problems: list[str] = []
+
+    def read(parse: Callable[[str], Any], text: str | None) -> Any:
+        try:
+            return None if text is None else parse(text)
+        except RecipeError as error:
+            problems.extend(error.problems)
+            return None
+
+    fleet = read(gpus.parse, options.hardware)
+    price = read(time.parse_price, options.price)
+    for name, value, what in (("rows", options.rows, "train rows"), ("tokens", options.tokens, "tokens of a row")):
+        if value is not None and value < 1:
+            problems.append(f"--{name}: {value}, but the number of {what} must be at least 1")
+    if (options.rows is None) != (options.tokens is None):
+        given, other = ("rows", "tokens") if options.tokens is None else ("tokens", "rows")
+        problems.append(f"--{given}: a plan without data needs --{other} as well")
+    if options.tasks < 1:
+        problems.append(f"--tasks: {options.tasks}, but there is at least 1 task")
+    if options.goal is not None and options.goal not in GOALS:
+        problems.append(f"--goal: '{options.goal}' is not known; expected one of {', '.join(GOALS)}")
+    if problems:
+        raise RecipeError(problems)
+    goal: Any = options.goal
+    return Checked(fleet, Wishes(price, options.tasks, options.preserve, goal), options.rows, options.tokens)
+
+
+def check_measure(options: Options) -> None:
+    """Measuring needs this machine and the real rows.
+
+    Raises:
+        RecipeError: With options that name others.
+    """
+    named = (("for", options.hardware), ("rows", options.rows), ("tokens", options.tokens))
+    others = " and ".join(f"--{name}" for name, value in named if value is not None)
+    if others:
+        raise RecipeError(f"--measure: runs real steps on this machine with the recipe's rows; leave out {others}")
+
+
+def without_data(target: Path, overrides: list[str], options: Options) -> tuple[Survey, Plan | None]:
+    """A plan from the recipe, the model's config and two numbers: nothing else is read, nothing is written."""
+    problems: list[str] = []
+    recipe, checked = None, None
+    if target.is_dir():
+        problems.append(f"{target}: is a run folder, whose rows are known; give the recipe to plan without data")
+    else:
+        try:
+            recipe = load_recipe(target, overrides)
+        except RecipeError as error:
+            problems += error.problems
+    try:
+        checked = check(options)
+    except RecipeError as error:
+        problems += error.problems
+    if problems or recipe is None or checked is None or checked.rows is None or checked.tokens is None:
+        raise RecipeError(problems)
+    summary = _imagined(recipe, checked.rows, checked.tokens)
+    survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), weights=False)
+    return _settled(survey, target, overrides, recipe).model_copy(update={"rows_prepared": False}), plan
+
+
+def is_prepared(folder: Path) -> bool:
+    return (folder / "data" / "summary.json").exists()
+
+
+def with_data(
+    target: Path, overrides: list[str], recipe: Recipe, folder: Path, checked: Checked, plan: Plan | None
+) -> tuple[Survey, Plan | None]:
+    """The same from prepared rows; the survey is kept in the run folder.
+
+    Args:
+        target: What the command was given.
+        overrides: Likewise, by `--set`.
+        recipe: Of the run.
+        folder: The run folder; its data are prepared.
+        checked: The options.
+        plan: This machine's plan, when there is one.
+    """
+    summary = DataSummary.load(folder / "data" / "summary.json")
+    survey, planned = _survey(recipe, summary, checked, plan, folder)
+    if target.is_dir():
+        target, overrides = _recipe_of(target, recipe)
+    survey = _settled(survey, target, overrides, recipe)
+    survey.save(folder / "plan" / SURVEY)
+    return survey, planned
+
+
+def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
+    """The recipe file in a run folder, and by `--set` what it lacks: the run's own overrides, which it keeps as
+    comments, and paths that it has relative to the folder it came from."""
+    file, data = folder / "recipe.yaml", recipe.data
+    text = file.read_text(encoding="utf-8")
+    overrides = [line.removeprefix("# --set ") for line in text.splitlines() if line.startswith("# --set ")]
+    files = recipe.train_files()
+    train = files[0] if len(files) == 1 else f"[{', '.join(files)}]"
+    paths = {"data.train": train, "data.eval": data.eval, "data.test": data.test}
+    paths |= {"model.name": recipe.model.name, "output": recipe.output}
+    moved = [f"{name}={path}" for name, path in paths.items() if path and "/" in path and path not in text]
+    return file, [*overrides, *moved]
+
+
+def _settled(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
+    """With the commands that settle the advice: the user's overrides, and what the plan has beyond the recipe."""
+    from fulltune.plan.ways_out import in_yaml
+    from fulltune.system import deepspeed
+
+    planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
+    kept = [one for one in overrides if not one.startswith("train.seed=")]
+    run = _command("run", target, [*kept, *planned, "train.seed=1"])
+    kept = overrides if recipe.methods else [one for one in overrides if not one.startswith("method")]
+    # A recipe that names one method cannot be given several beside it.
+    has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    listed = [] if recipe.methods or has_block else [f"methods={_methods(recipe)}"]
+    found = {"command": run, "comparison": _command("compare", target, [*kept, *planned, *listed])}
+    if has_block:
+        found["comparison_first"] = f"methods: {_methods(recipe)}"
+    # DeepSpeed is for full fine-tuning only, and without that there is nothing to compare with.
+    if not survey.full_fits or deepspeed.wanted(recipe) or any("deepspeed" in name for name in survey.settings):
+        found["comparison"] = ""
+    return survey.model_copy(update=found)
+
+
+def _methods(recipe: Recipe) -> str:
+    """Full fine-tuning against the recipe's own method, or LoRA."""
+    return f"[full, {recipe.method.kind if recipe.method.kind in ('adapter', 'prompt') else 'lora'}]"
+
+
+def _command(verb: str, target: Path, given: list[str]) -> str:
+    import shlex
+
+    return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
+
+
+def _survey(
+    recipe: Recipe,
+    summary: DataSummary,
+    checked: Checked,
+    plan: Plan | None,
+    place: Path,
+    weights: bool = True,
+) -> tuple[Survey, Plan | None]:
+    from fulltune.plan import gpus, workload
+    from fulltune.plan.elsewhere import survey as surveying
+    from fulltune.system import hardware
+
+    fleet = checked.fleet or gpus.here(hardware.here(), hardware.disk_free_bytes(place))
+    spread = workload.spread_over(recipe, fleet)
+    of_the_model = _kept(spread, place) if fleet.here and plan is not None else None
+    of_the_model = of_the_model or _model(spread, summary, fleet, weights)
+    task = workload.Task(spread, *of_the_model, summary, spread is not recipe)
+
+    def other(kind: str) -> workload.Task | None:
+        changed = _by_another_method(spread, kind, weights)
+        if changed is None:
+            return None
+        return workload.Task(changed, *_model(changed, summary, fleet, weights), summary, task.spread)
+
+    return surveying.survey(task, fleet, checked.wishes, plan, other)
+
+
+def _by_another_method(recipe: Recipe, kind: str, weights: bool) -> Recipe | None:
+    """The recipe with that method's usual settings; None where the model or the recipe's other settings forbid it."""
+    from fulltune import methods
+    from fulltune.models import load as model
+    from fulltune.train.loop.arguments import check_extra
+
+    try:
+        changed = Recipe.model_validate({**recipe.model_dump(exclude_unset=True, exclude={"methods"}), "method": kind})
+        check_extra(changed, runs_here=False)
+        methods.check(changed, model.load_config(changed.model, model.locate(changed.model, weights)))
+    except (ValueError, RecipeError):  # a recipe's own checks, and those against the model
+        return None
+    return changed
+
+
+OfTheModel = tuple["Shapes", Callable[[str], "Footprint"]]
+
+
+def _kept(recipe: Recipe, folder: Path) -> OfTheModel | None:
+    """Shapes and memory as this machine's plan was made from them; None for a plan of an earlier version."""
+    from fulltune import pipeline
+    from fulltune.footprint import records as footprint
+    from fulltune.models import load as model
+
+    paths = [folder / "plan" / name for name in (pipeline.SHAPES, pipeline.FOOTPRINT)]
+    if not all(path.exists() for path in paths):
+        return None
+    shapes, traced = model.Shapes.load(paths[0]), footprint.Footprint.load(paths[1])
+    return shapes, lambda weights_dtype: traced
+
+
+def _model(recipe: Recipe, summary: DataSummary, fleet: Fleet, weights: bool) -> OfTheModel:
+    """The model's shapes, and its memory for a type of weights.
+
+    Args:
+        recipe: Says how the model is trained.
+        summary: What it is trained on.
+        fleet: Where.
+        weights: False when the config is enough.
+    """
+    from functools import cache
+
+    from fulltune import pipeline
+    from fulltune.models import load as model
+    from fulltune.models import processors
+    from fulltune.tasks import Target, task_named
+
+    task, target = task_named(recipe.task), Target.of(summary)
+    source = model.locate(recipe.model, weights)
+    changes: dict[str, Any] = {}
+    if weights:
+        tokenizer = processors.load_processor(recipe.model, recipe.task, source, recipe.data.chat_template)
+        changes = task.config_changes(target, tokenizer)
+    else:
+        _check_config(recipe, model.load_config(recipe.model, source), summary, fleet.here)
+    shapes = pipeline.shapes_of(recipe, changes, weights)
+
+    @cache
+    def traced(weights_dtype: str) -> Footprint:
+        block = recipe.model.model_copy(update={"weights_dtype": weights_dtype})
+        same = recipe.model_copy(update={"model": block})
+        return pipeline.trace(same, target, summary.packed, shapes, fleet.machine, source, changes)
+
+    return shapes, traced
+
+
+def _check_config(recipe: Recipe, config: Any, summary: DataSummary, runs_here: bool) -> None:
+    """What the data stage would refuse."""
+    from fulltune import methods, pipeline
+    from fulltune.models import load as model
+    from fulltune.train.loop.arguments import check_extra
+
+    check_extra(recipe, runs_here=runs_here)
+    pipeline.check_model(recipe, config)
+    methods.check(recipe, config)
+    limit = model.position_limit(config)
+    if limit is not None and recipe.task != "image-classification" and summary.max_length > limit:
+        raise RecipeError(
+            f"--tokens: {summary.max_length}, but {recipe.model.name} reads at most {limit} tokens; give less, or set "
+            f"data.max_length: {limit}"
+        )
+
+
+def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
+    """A summary of so many rows of so many tokens: what the data stage would make of them."""
+    data = recipe.data
+    length = min(tokens, data.max_length or tokens)
+    held_out = {
+        "eval": 0 if data.eval else min(2000, round(rows * data.eval_fraction)),
+        "test": 0 if data.test else min(2000, round(rows * data.test_fraction)),
+    }
+    counts = {"train": rows, **{name: held_out[name] or min(2000, max(1, rows // 10)) for name in held_out}}
+    percentiles = {"p50": length, "p95": length, "max": length}
+    choices = USUAL_CHOICES if recipe.task == "multiple-choice" else 0
+    splits: Any = {
+        name: SplitSummary(
+            rows=number,
+            tokens=number * length * max(1, choices),
+            trained_tokens=number * length,
+            truncated_rows=number if tokens > length else 0,
+            dropped_rows=0,
+            length_percentiles=percentiles,
+        )
+        for name, number in counts.items()
+    }
+    return DataSummary(
+        task=recipe.task,
+        problem_type=_problem_type(recipe),
+        columns={},
+        labels=("a", "b") if recipe.task.endswith("classification") else (),
+        num_choices=choices,
+        max_length=length,
+        max_length_reason="from --tokens",
+        limit=length,
+        splits=splits,
+        sources={},
+        fingerprint="",
+    )
+
+
+def _problem_type(recipe: Recipe) -> ProblemType:
+    """As the recipe says it, else the task's usual one."""
+    given = recipe.data.problem_type
+    if recipe.task == "text-classification" and given != "auto":
+        return given
+    return _PROBLEM_TYPES[recipe.task]
+
+
+def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = None) -> dict[str, Any]:
+    """The plan's fields, with the survey and what was measured beside them."""
+    found = {} if plan is None else plan.model_dump(mode="json")
+    rows = {} if measured is None else {"measured": measured.model_dump(mode="json")}
+    return {**found, "survey": survey.model_dump(mode="json"), **rows}
+
+
+def refusal(survey: Survey, shown: bool) -> FulltuneError:
+    """What the command ends with when nothing fits.
+
+    Args:
+        survey: Has the ways out.
+        shown: They stand on the screen already.
+    """
+    from fulltune.plan.ways_out import in_lines
+
+    ways = [] if shown else in_lines(survey.ways_out)
+    return DoesNotFitError([*survey.notes, *ways])

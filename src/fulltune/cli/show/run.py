@@ -1,0 +1,335 @@
+"""What a person sees while a run works: a live line on a terminal, plain lines elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fulltune.records.run import DataSummary, Estimate, Plan, Scores
+from fulltune.report.run import kinds
+from fulltune.report.verdict import Verdict
+
+if TYPE_CHECKING:
+    from fulltune.selfcheck import Page
+
+Event = dict[str, Any]
+
+
+class Display:
+    """Listens to a run's events.
+
+    Args:
+        console: Where to write; a terminal gets a live line.
+        details: Also print tables (data, checks, plan).
+    """
+
+    def __init__(self, console: Console, details: bool = True) -> None:
+        self.console = console
+        self.details = details
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.metric = ""
+        self.last_metric = ""
+        self.last_line = 0.0
+        self.total_steps = 0
+        self.rows_of = ""
+        self.rows_began = 0.0
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self.progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[facts]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("starting", total=None, facts="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event["kind"]:
+            case "phase":
+                self._phase(event["name"])
+            case "progress":
+                self._progress(event)
+            case "rows":
+                self._rows(event)
+            case "train":
+                self._train(event)
+            case "eval":
+                self._eval(event)
+            case "data":
+                self._data(event["summary"], event.get("is_known", False))
+            case "plan":
+                self.metric = event["plan"].metric
+                self._plan(event["plan"])
+            case "checks":
+                self._checks(event["checks"])
+            case "forecast":
+                self._forecast(event)
+            case "comparison":
+                self.print(escape(event["text"]))
+            case "expectation":
+                from fulltune.cli.show import compare as display_compare
+
+                display_compare.expectation(self.console, event["expectation"], event["metric"], event["margin"])
+            case "resume":
+                self.print(f"continuing from the checkpoint of step {event['step']}")
+            case "attempt":
+                self.print(f"[yellow]next attempt:[/yellow] {escape(event['reason'])}")
+            case "warning":
+                self.print(f"[yellow]{escape(event['text'])}[/yellow]")
+
+    def print(self, what: Any) -> None:
+        self.console.print(what)
+
+    def _phase(self, name: str) -> None:
+        self.last_line = time.monotonic()
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, description=name, total=None, facts="")
+        else:
+            self.print(f"[dim]{name}[/dim]")
+
+    def _progress(self, event: Event) -> None:
+        done, total = event["done"], event["total"]
+        facts = f"{done:,} of {total:,} rows"
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, description=event["name"], completed=done, total=total, facts=facts)
+        elif time.monotonic() - self.last_line > 5:
+            self.last_line = time.monotonic()
+            self.print(f"[dim]{event['name']}: {facts}[/dim]")
+
+    def _rows(self, event: Event) -> None:
+        """Rows that a model reads outside of training: on a terminal only, logs have the phases."""
+        if self.progress is None or self.task is None:
+            return
+        now = time.monotonic()
+        if event["done"] == 0 or event["name"] != self.rows_of:
+            self.rows_of, self.rows_began = event["name"], now
+        share = event["share"]
+        facts = f"{event['done']:,} rows" if event["total"] is None else f"{event['done']:,} of {event['total']:,} rows"
+        if share and share < 1:
+            facts += f", {duration((now - self.rows_began) * (1 - share) / share)} left"
+        total = None if event["total"] is None else 1.0
+        self.progress.update(self.task, description=event["name"], completed=share or 0.0, total=total, facts=facts)
+
+    def _train(self, event: Event) -> None:
+        # Images have no tokens.
+        speed = f"{event['tokens_per_second']:,.0f} tok/s  " if event["tokens_per_second"] else ""
+        facts = f"loss {event['loss']:.3f}{self.last_metric}  {speed}{duration(event['seconds_left'])} left"
+        step, total = event["step"], event["total_steps"]
+        if self.progress is not None and self.task is not None:
+            self.progress.update(
+                self.task, description=f"step {step}/{total}", completed=step, total=total, facts=facts
+            )
+        elif time.monotonic() - self.last_line > 5 or step in (1, total):
+            self.last_line = time.monotonic()
+            self.print(f"step {step}/{total}  {facts}")
+
+    def _eval(self, event: Event) -> None:
+        metrics = event["metrics"]
+        shown = [self.metric, *[name for name in metrics if name != self.metric]][:3]
+        values = "  ".join(f"{name} {number(name, metrics[name])}" for name in shown if name in metrics)
+        if self.metric in metrics:
+            self.last_metric = f"  eval {self.metric} {number(self.metric, metrics[self.metric])}"
+        self.print(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  eval {values}")
+
+    def _data(self, summary: DataSummary, is_known: bool) -> None:
+        """All of it when it is new; of a run that goes on, the numbers of rows."""
+        if self.details and is_known:
+            rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
+            self.print(f"[dim]rows as before: {rows}[/dim]")
+        elif self.details:
+            self.print(data_table(summary))
+            for preview in previews(summary):
+                self.print(preview)
+            for note in summary.notes:
+                self.print(f"[yellow]note:[/yellow] {escape(note)}")
+
+    def _plan(self, plan: Plan) -> None:
+        if self.details:
+            trained = f"{plan.num_trainable_parameters:,} trained" if plan.num_frozen_parameters else "all trained"
+            self.print(
+                f"{plan.trial}: {plan.num_parameters:,} parameters, {trained}; {plan.total_steps} steps of "
+                f"{plan.global_batch_size} rows ({plan.micro_batch_size} x {plan.gradient_accumulation_steps} x "
+                f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
+                f"state {size(plan.state.total)}"
+            )
+
+    def _checks(self, checks: list[dict[str, Any]]) -> None:
+        table = Table(title="checks before step 1", title_justify="left", box=None, show_header=False, pad_edge=False)
+        for check in checks:
+            mark = "[green]ok[/green]" if check["passed"] else "[red]refused[/red]"
+            table.add_row(mark, check["name"], escape(check["result"]))
+        self.print(table)
+
+    def _forecast(self, event: Event) -> None:
+        memory = f", about {size(event['peak_memory_bytes'])} of memory" if event["peak_memory_bytes"] else ""
+        self.print(
+            f"training, with its evaluations and checkpoints, will take about "
+            f"{duration(event['total_seconds'])}{memory} (from the dry run)"
+        )
+        if scoring := [part["seconds"] for part in event.get("around", ())]:
+            each = duration(sum(scoring))
+            self.print(f"[dim]then scoring each model on the test rows about {each}, without generated answers[/dim]")
+
+
+def data_table(summary: DataSummary) -> Table:
+    """Rows of the three splits."""
+    labels = f", {len(summary.labels)} labels" if summary.labels else ""
+    images = kinds.has_images(summary)
+    longest = "" if images else f"; {kinds.longest(summary)} kept {summary.max_length} tokens"
+    title = f"data: {kinds.kind(summary)}{labels}{longest}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    counts = () if images else ("tokens", "p50/p95/max", "cut")
+    for column in ("split", kinds.row(summary), *counts, "left out", "from"):
+        table.add_column(column, justify="left" if column in ("split", "from") else "right")
+    for name, split in summary.splits.items():
+        lengths = "/".join(str(split.length_percentiles[key]) for key in ("p50", "p95", "max"))
+        table.add_row(
+            name,
+            f"{split.rows:,}",
+            *(() if images else (f"{split.tokens:,}", lengths, str(split.truncated_rows))),
+            str(split.dropped_rows),
+            escape(summary.sources[name]),
+        )
+    return table
+
+
+def previews(summary: DataSummary) -> list[Text]:
+    """Five rows decoded from their tokens; what is trained stands in ⟦brackets⟧ and green."""
+    lines = []
+    for preview in summary.previews:
+        line = Text("  ")
+        for segment in preview.segments:
+            words = " ".join(segment.text.split())
+            words = words if len(words) <= 160 else words[:100] + " … " + words[-55:]
+            line.append(f"⟦{words}⟧" if segment.trained else words, style="green" if segment.trained else "dim")
+            line.append(" ")
+        if preview.label is not None:
+            line.append("→ ", style="dim")
+            line.append(f"⟦{preview.label}⟧", style="green")
+        lines.append(line)
+    return lines
+
+
+def scores_table(scores: Sequence[Scores]) -> Group:
+    """Every contestant on the test rows, with intervals."""
+    first = scores[0]
+    # Two metrics are what 80 columns hold; the report has all.
+    present = {name for entry in scores for name in entry.metrics} - {first.main_metric}
+    second = next(
+        (name for name in ("f1_macro", "rougeL", "token_accuracy", "r2", "exact_match", "loss") if name in present),
+        None,
+    )
+    shown = [first.main_metric, *([second] if second else [])]
+    title = (
+        f"{max(entry.rows for entry in scores):,} test rows, never used for choosing; {first.confidence:.0%} intervals"
+    )
+    if first.answers:
+        title += f"\nanswers generated for {len(first.answers)} of them, drawn at random"
+    table = Table(pad_edge=False)
+    table.add_column("")
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in scores:
+        cells = [_cell(name, entry.metrics.get(name)) for name in shown]
+        table.add_row(escape(entry.name), *cells, style="bold" if entry.kind == "trained" else None)
+    # Above the table, not as its title: that would be wrapped to the width of the table.
+    return Group(title, table, *(Text(reason) for reason in {entry.left_out: 0 for entry in scores} if reason))
+
+
+def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:
+    """The first generated answers, before and after training."""
+    with_answers = [entry for entry in scores if entry.answers]
+    lines = []
+    for position in range(min(count, *(len(entry.answers) for entry in with_answers)) if with_answers else 0):
+        first = with_answers[0].answers[position]
+        asked = " ".join(first.text.split())
+        lines.append(Text(f"\n{asked[:300]}", style="bold"))
+        for entry in with_answers:
+            when = "before" if entry.kind == "untouched" else "after"
+            lines.append(Text(f"  {when:<9}{' '.join(entry.answers[position].predicted.split())[:300]}"))
+        lines.append(Text(f"  {'expected':<9}{' '.join(first.expected.split())[:300]}", style="dim"))
+    return lines
+
+
+def conclusion(verdict: Verdict, steps: Sequence[str]) -> list[Text | Table]:
+    """The verdict in words, and what to change where training was not worth it."""
+    styles = {"better": "bold green", "worse": "bold red"}
+    lines: list[Text | Table] = [
+        Text.assemble((f"{verdict.label}.", styles.get(verdict.kind, "bold yellow")), f" {verdict.brief}")
+    ]
+    if verdict.note:
+        lines.append(Text(verdict.note))
+    if steps:
+        lines.append(Text("What to do next, the same recipe with one change at a time:"))
+        table = Table.grid(padding=(0, 1))
+        for step in steps:
+            table.add_row("  -", Text(step))
+        lines.append(table)
+    return lines
+
+
+def selfcheck_table(page: Page) -> Group:
+    """What is here, and what every check on every device found; fits 80 columns."""
+    facts = Table.grid(padding=(0, 2))
+    for name, value in page.environment.items():
+        facts.add_row(Text(name, style="dim"), escape(value))
+    table = Table(pad_edge=False, box=None, header_style="dim")
+    table.add_column("", no_wrap=True)
+    table.add_column("what was run", ratio=1)
+    table.add_column("result", ratio=1)
+    table.add_column("s", justify="right", no_wrap=True)
+    styles = {"pass": "green", "fail": "bold red", "not here": "dim"}
+    device = ""
+    for finding in page.findings:
+        if finding.device != device:
+            device = finding.device
+            table.add_row("", f"[bold]on {device}[/bold]", "", "")
+        mark = "FAIL" if finding.status == "fail" else finding.status
+        cells = (escape(finding.ran), escape(finding.result), f"{finding.seconds:.1f}")
+        style = "dim" if finding.status == "not here" else None
+        table.add_row(f"[{styles[finding.status]}]{mark}[/]", *cells, style=style)
+    return Group(facts, "", table, "")
+
+
+def _cell(name: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    if estimate.lone:
+        return f"{number(name, estimate.value)} [dim]\\[{estimate.lone}][/dim]"
+    low, high = (number(name, bound).removesuffix(" %") for bound in (estimate.low, estimate.high))
+    return f"{number(name, estimate.value)} [dim]\\[{low}, {high}][/dim]"
+
+
+def number(name: str, value: float) -> str:
+    """A metric for people: shares as percent."""
+    share = name.startswith("f1") or name in ("accuracy", "token_accuracy", "exact_match", "precision", "recall")
+    return f"{100 * value:.1f} %" if share else f"{value:.3g}"
+
+
+def size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,237 @@
+"""What the parts of a comparison share: recipe, rows, sizes and plans of each arm, files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fulltune import methods, pipeline, plan
+from fulltune.evaluate import drift
+from fulltune.evaluate.generic_text import generic_texts
+from fulltune.footprint import records as footprint
+from fulltune.models import load as model
+from fulltune.models import processors
+from fulltune.recipe.fields import Recipe
+from fulltune.records.comparison import Trial
+from fulltune.records.run import DataSummary, Plan
+from fulltune.stats import row_scores
+from fulltune.system import hardware
+from fulltune.tasks import Target, task_named
+from fulltune.train import CHANGED, Starter, in_new_process
+
+FOLDER = "compare"
+SEALED, OPEN = "predictions/sealed", "predictions/eval"
+OPENINGS = f"{FOLDER}/test-openings.jsonl"
+CLOCK = f"{FOLDER}/clock.jsonl"
+RECORD = f"{FOLDER}/comparison.json"
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What all trials of an arm share."""
+
+    arm: Any
+    shapes: model.Shapes
+    traced: footprint.Footprint
+    plan: Plan
+    """Of a whole run at the arm's usual rate."""
+
+
+@dataclass
+class Line:
+    """A comparison on its way."""
+
+    job: pipeline.Run
+    summary: DataSummary
+    command: str
+    budget_seconds: float | None = None
+    start: Starter = in_new_process
+    """How a trial's process is started."""
+    began: float = field(default_factory=time.monotonic)
+    """Since when time is not yet written down."""
+    passed: set[str] = field(default_factory=set)
+    """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
+    keeps_time: bool = True
+    """False in a process that works for another one's line."""
+    side_by_side: int = 1
+    """Trials at a time; each has its share of the cores, also one that is trained alone."""
+    alpha_left: float | None = None
+    """By the verdict that was made before more time was given; None: there was none."""
+    _rooms: dict[str, Room] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.job.recipe
+
+    @cached_property
+    def machine(self) -> hardware.Machine:
+        return hardware.here()
+
+    @cached_property
+    def texts(self) -> tuple[list[str], str]:
+        return generic_texts(self.recipe.compare.generic_text)
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """Of a generic text, for all arms alike."""
+        limit = self.room(self.full.arm).shapes.position_limit or drift.MOST_TOKENS
+        return min(drift.MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
+
+    @cached_property
+    def measure(self) -> row_scores.Measure:
+        return row_scores.measure_of(self.recipe.task, Target.of(self.summary), self.room(self.full.arm).plan.metric)
+
+    @property
+    def full(self) -> Any:
+        return next(one for one in self.recipe.methods if one.kind == "full")
+
+    @property
+    def trained_arms(self) -> list[Any]:
+        """Full first: the others are compared with it."""
+        return [self.full, *(one for one in self.recipe.methods if one.kind not in ("full", "base"))]
+
+    @property
+    def spent_seconds(self) -> float:
+        return sum(entry["seconds"] for entry in lines_of(self.folder / CLOCK))
+
+    @property
+    def started(self) -> str:
+        """When the first of these commands began; ISO 8601 with time zone."""
+        first = lines_of(self.folder / CLOCK)[0]
+        began = datetime.fromisoformat(first["ended"]) - timedelta(seconds=first["seconds"])
+        return began.isoformat(timespec="seconds")
+
+    @property
+    def seconds_left(self) -> float:
+        return math.inf if self.budget_seconds is None else self.budget_seconds - self.spent_seconds
+
+    @property
+    def alpha(self) -> float:
+        """Chance of a wrong verdict that is left."""
+        return 1 - self.recipe.evaluate.confidence if self.alpha_left is None else self.alpha_left
+
+    def say(self, text: str) -> None:
+        self.job.listener({"kind": "comparison", "text": text})
+
+    @contextlib.contextmanager
+    def clocked(self, what: str) -> Iterator[None]:
+        """Write down how long something took, with what came before it, over all commands that worked on this.
+
+        Of a command that was killed what it spent on its last part is missing.
+        """
+        try:
+            yield
+        finally:
+            self.note_time(what)
+
+    def note_time(self, what: str) -> None:
+        """Write down the time since it was last written down."""
+        self.write_time(what, *self.time_passed())
+
+    def time_passed(self) -> tuple[float, datetime]:
+        """Seconds since time was last written down, which are not to be counted twice, and when that was."""
+        seconds, self.began = time.monotonic() - self.began, time.monotonic()
+        return seconds, datetime.now().astimezone()
+
+    def write_time(self, what: str, seconds: float, ended: datetime) -> None:
+        if self.keeps_time:
+            entry = {"what": what, "seconds": round(seconds, 3), "ended": ended.isoformat(timespec="seconds")}
+            append_line(self.folder / CLOCK, entry)
+
+    def room(self, arm: str) -> Room:
+        """Sizes, memory and plan of an arm; traced once."""
+        if arm not in self._rooms:
+            method = next(one for one in self.recipe.methods if one.arm == arm)
+            recipe = self.recipe.model_copy(update={"method": method, "methods": ()})
+            source = model.locate(recipe.model)
+            tokenizer = processors.load_processor(recipe.model, recipe.task, source)
+            target = Target.of(self.summary)
+            changes = task_named(recipe.task).config_changes(target, tokenizer)
+            shapes = pipeline.shapes_of(recipe, changes)
+            traced = pipeline.trace(recipe, target, self.summary.packed, shapes, self.machine, source, changes)
+            found = Room(method, shapes, traced, self._fit(recipe, shapes, traced))
+            self._rooms[arm] = found
+        return self._rooms[arm]
+
+    def _fit(self, recipe: Recipe, shapes: model.Shapes, traced: footprint.Footprint) -> Plan:
+        fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder))
+        made = plan.fit(recipe, shapes, traced, self.summary, fleet)
+        return plan.with_time(made, recipe, shapes, traced, self.summary, fleet)
+
+    def trial_recipe(self, trial: Trial) -> Recipe:
+        """One run of one arm: the recipe with its rate, its seed and, in a search, fewer steps."""
+        room = self.room(trial.arm)
+        method = room.arm.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
+        changes: dict[str, Any] = {"seed": trial.seed}
+        steps = max(2, round(trial.share * room.plan.total_steps))
+        if trial.share < 1:
+            changes |= {"max_steps": steps, "num_train_epochs": None}
+            if self.recipe.train.warmup_steps is not None:
+                ratio = self.recipe.train.warmup_steps / max(1, room.plan.total_steps)
+                changes |= {"warmup_steps": None, "warmup_ratio": ratio}
+        if trial.searches:
+            changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
+            changes["save_steps"] = None
+        block = self.recipe.train.model_copy(update=changes)
+        return self.recipe.model_copy(update={"method": method, "methods": (), "train": block})
+
+    def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
+        room = self.room(trial.arm)
+        made = self._fit(recipe, room.shapes, room.traced)
+        if (smaller := self._smaller(trial.arm)) is not None:
+            known = [one for one in smaller.settings if one.name in CHANGED.values()]
+            settings = {one.name: one for one in (*made.settings, *known)}
+            changes = {name: getattr(smaller, name) for name in (*CHANGED, "memory", "state")}
+            made = made.model_copy(update={**changes, "settings": tuple(settings.values())})
+        return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
+
+    def keep_smaller(self, arm: str, made: Plan) -> None:
+        """Memory ran out, and this plan fits: the arm's further trials begin with what it changed."""
+        made.save(self.folder / FOLDER / "smaller" / f"{arm}.json")
+
+    def _smaller(self, arm: str) -> Plan | None:
+        path = self.folder / FOLDER / "smaller" / f"{arm}.json"
+        return Plan.load(path) if path.exists() else None
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """A method's own settings."""
+    found: dict[str, Any] = method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"})
+    return found
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Where the disk was full the last line may have no end.
+    before = path.read_bytes() if path.exists() else b""
+    broken = bool(before) and not before.endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if broken else "") + json.dumps(entry) + "\n")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [found for line in path.read_text(encoding="utf-8").splitlines() if (found := _whole(line)) is not None]
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    """A line's entry; None for one that was cut off."""
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return found

@@ -1,0 +1,134 @@
+"""Images as rows: a folder with one folder per class, or a table that names them. Nothing is decoded here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fulltune.data.readers.files import is_utf8, printable
+from fulltune.errors import DataError
+from fulltune.recipe.fields import is_address
+from fulltune.tasks.columns import USUAL_NAMES, BadCell
+
+SUFFIXES = frozenset(
+    f".{name}"
+    for name in [
+        "avif",
+        "bmp",
+        "dib",
+        "gif",
+        "ico",
+        "jfif",
+        "jp2",
+        "jpe",
+        "jpeg",
+        "jpg",
+        "pbm",
+        "pgm",
+        "png",
+        "pnm",
+        "ppm",
+        "tga",
+        "tif",
+        "tiff",
+        "webp",
+    ]
+)
+"""Kinds that Pillow reads; other files in the folders are left alone."""
+
+
+def is_image_folder(folder: Path) -> bool:
+    """True for a folder that holds images, in itself or in its folders, and no table beside them."""
+    if not folder.is_dir():
+        return False
+    tables = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
+    if any(path.suffix.lower() in tables and not path.name.startswith(".") for path in folder.iterdir()):
+        return False
+    return _has_images(folder) or any(
+        _has_images(inner) or any(map(_has_images, _folders(inner))) for inner in _folders(folder)
+    )
+
+
+def files(folder: Path) -> list[Path]:
+    """The images of all classes, sorted.
+
+    Raises:
+        DataError: When the images do not lie in one folder per class.
+    """
+    expected = "expected one folder per class with the images in it"
+    if _has_images(folder):
+        raise DataError(f"{folder}: images lie directly in this folder; {expected}")
+    classes = _folders(folder)
+    unwritable = [inner for inner in classes if not is_utf8(inner.name)]
+    if unwritable:
+        raise DataError(
+            [
+                f"{printable(inner)}: the folder's name is not UTF-8, expected the name of a class; rename the folder"
+                for inner in unwritable
+            ]
+        )
+    found = [path for inner in classes for path in _images(inner)]
+    deeper = [inner for inner in classes if not _has_images(inner) and any(map(_has_images, _folders(inner)))]
+    if deeper and not found:
+        names = ", ".join(inner.name for inner in deeper[:3])
+        raise DataError(
+            f"{folder}: the images lie two folders deep ({names}); {expected}: name for example "
+            f"{folder / deeper[0].name} as data.train, and the others as data.eval and data.test"
+        )
+    if deeper:
+        raise DataError(f"{deeper[0]}: holds folders and no image, other folders beside it hold images; {expected}")
+    return found
+
+
+def rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and row of each image: `{"image": path, "label": name of its folder}`."""
+    for path in files(folder):
+        name = printable(path.name)
+        image = str(path) if is_utf8(path.name) else BadCell("a file whose name is not UTF-8; rename it", name)
+        yield f"{path.parent.name}/{name}", {"image": image, "label": path.parent.name}
+
+
+def columns_of(row: Mapping[str, Any], column: str | None) -> list[str]:
+    """The columns that can hold a table's images: the one that the recipe names, or each with a usual name."""
+    names = (column,) if column is not None else USUAL_NAMES["image"]
+    return [name for name in row if name == column or name.lower().strip() in names]
+
+
+def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str, Any]:
+    """A table's row whose image paths, relative to the table's folder, are whole.
+
+    Args:
+        row: As it stands in the table: a path, bytes, or `{"bytes": ..., "path": ...}` as `datasets` writes it.
+        folder: Where the table lies.
+        column: The column with the image; None: each with a usual name.
+    """
+    changed = dict(row)
+    for name in columns_of(row, column):
+        value = row[name]
+        if isinstance(value, str) and is_address(value.strip()):
+            changed[name] = BadCell(f"the address '{value.strip()}', expected a file; images are not downloaded")
+        elif isinstance(value, str) and value.strip():
+            changed[name] = str(folder / value.strip())
+        elif isinstance(value, dict) and not value.get("bytes") and isinstance(value.get("path"), str):
+            changed[name] = {**value, "path": str(folder / value["path"])}
+    return changed
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _images(folder: Path) -> list[Path]:
+    # A link that leads nowhere counts: an image that cannot be read is listed, never left out unseen.
+    return sorted(path for path in folder.iterdir() if _is_image(path.name) and not path.is_dir())
+
+
+def _has_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:  # stops at the first one: a folder may hold a hundred thousand
+        return any(_is_image(entry.name) for entry in entries)
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")

@@ -1,0 +1,232 @@
+"""Read the user's files row by row: csv, tsv, jsonl, json, parquet, arrow, CoNLL, text, or a folder of these.
+
+Every error names the file and, where there is one, the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fulltune.data.readers import columnar, images, plain_text, text_tables
+from fulltune.data.readers.files import files_of, reading
+from fulltune.data.readers.header import SEPARATED, delimiter_of
+from fulltune.errors import DataError
+from fulltune.recipe.fields import TextRows
+from fulltune.records.run import SplitName
+
+PlacedRow = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one split, read anew, row by row, each time it is asked."""
+
+    files: tuple[Path, ...]
+    where: str
+    """The file's name, or the first of several: for messages."""
+    text_rows: TextRows = "auto"
+    image_folder: Path | None = None
+    image_paths: bool = False
+    """Paths of images start at the table's folder."""
+    image_column: str | None = None
+    columns: tuple[str, ...] | None = None
+    """Names of a table's columns, where its first line does not give them."""
+
+    def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
+        """Rows with the place each came from, for example `train.csv:17`.
+
+        Args:
+            problems: Takes what is wrong with a file, and reading goes on with the next one; without it, it is raised.
+
+        Raises:
+            DataError: For an empty or broken file.
+        """
+        if self.image_folder is not None:
+            yield from images.rows(self.image_folder)
+            return
+        names = Counter(file.name for file in self.files)
+        for file in self.files:
+            name = file.name if names[file.name] == 1 else str(file)
+            try:
+                is_empty = True
+                for line, row in _rows(file, self.text_rows, self.columns):
+                    is_empty = False
+                    if self.image_paths:
+                        row = images.beside(row, file.parent, self.image_column)
+                    yield f"{name}:{line}", self._as_text(row)
+                if is_empty:
+                    raise DataError(f"{file}: no rows, expected some; add rows, or name another file")
+            except DataError as error:
+                if problems is None:
+                    raise
+                problems += error.problems
+
+    def _as_text(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Bytes are how some programs write text into a table; an image stays, and what is no text."""
+        if not any(isinstance(value, bytes) for value in row.values()):
+            return row
+        kept = images.columns_of(row, self.image_column)
+        return {
+            name: _decoded(value) if isinstance(value, bytes) and name not in kept else value
+            for name, value in row.items()
+        }
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of some files, in memory: for files that are read once and are small."""
+
+    rows: list[dict[str, Any]]
+    columns: tuple[str, ...]
+    places: list[str]
+    where: str
+
+
+def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> Source:
+    """Find the files behind paths; nothing is read yet.
+
+    Args:
+        paths: Files and folders.
+        text_rows: What is a row in a .txt file.
+        columns: Names of the columns of tables without a header line.
+
+    Raises:
+        DataError: For each path that is missing, empty or of an unknown kind.
+    """
+    if len(paths) == 1:
+        folder = Path(paths[0])
+        with reading(folder):
+            if images.is_image_folder(folder):
+                return Source(tuple(images.files(folder)), folder.name, image_folder=folder)
+    files: list[Path] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            files += files_of(Path(path))
+        except DataError as error:
+            problems += error.problems
+    problems += [
+        f"{file}: data.columns names the columns of csv and tsv files without a header line, and this one is another "
+        "kind of file; remove data.columns"
+        for file in files
+        if columns and file.suffix.lower() not in SEPARATED
+    ]
+    if problems:
+        raise DataError(problems)
+    where = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    return Source(tuple(files), where, text_rows, columns=columns)
+
+
+def read(paths: Sequence[str]) -> Table:
+    """Read and join files.
+
+    Raises:
+        DataError: For a missing, empty, broken or unknown file; all files are looked at before it is raised.
+    """
+    source = locate(paths)
+    problems: list[str] = []
+    found = list(source.rows(problems))
+    if problems:
+        raise DataError(problems)
+    columns = tuple(dict.fromkeys(name for _, row in found for name in row))
+    return Table([row for _, row in found], columns, [place for place, _ in found], source.where)
+
+
+def content_hash(sources: Mapping[SplitName, Source]) -> str:
+    """SHA-256 over names and bytes of the files of each split: the same content gives the same data stage.
+
+    Of an image folder, places, sizes and times of change stand for the bytes: reading a hundred thousand images would
+    take longer than all other preparations.
+    """
+    digest = hashlib.sha256()
+    for split, source in sources.items():
+        digest.update(f"{split}:{len(source.files)}".encode())
+        for file in source.files:
+            digest.update(os.fsencode(file.name))
+            if source.image_folder is not None:
+                status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere is listed later
+                digest.update(os.fsencode(os.path.realpath(file)))
+                digest.update(f":{status.st_size}:{status.st_mtime_ns}".encode())
+                continue
+            with reading(file), file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _rows(
+    file: Path, text_rows: TextRows, columns: tuple[str, ...] | None = None
+) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Pairs of line (or row number, from 1) and row."""
+    is_binary = file.suffix.lower() in (".parquet", ".arrow", ".feather")
+    try:
+        with reading(file):
+            if is_binary:
+                yield from columnar.rows(file)
+                return
+            _refuse_binary(file)
+            match file.suffix.lower():
+                case ".csv" | ".tsv":
+                    yield from text_tables.separated(file, delimiter_of(file), columns)
+                case ".jsonl" | ".ndjson":
+                    yield from text_tables.json_lines(file)
+                case ".json":
+                    yield from text_tables.json_list(file)
+                case ".txt":
+                    yield from plain_text.rows(file, text_rows)
+                case _:
+                    from fulltune.data.readers import conll
+
+                    yield from conll.rows(file)
+    except UnicodeDecodeError:
+        line = _undecodable_line(file)
+        raise DataError(f"{file}:{line}: not UTF-8; save the file as UTF-8") from None
+
+
+def _undecodable_line(file: Path) -> int:
+    """The first line that is not UTF-8: a decoding error counts from the start of its block, not of the file."""
+    with file.open("rb") as stream:
+        for line, content in enumerate(stream, start=1):
+            try:
+                content.decode("utf-8")
+            except UnicodeDecodeError:
+                return line
+    return 1
+
+
+def _refuse_binary(file: Path) -> None:
+    """No text in UTF-8 holds NUL bytes; one in UTF-16 is half of them where its language has Latin letters.
+
+    Raises:
+        DataError: With the line.
+    """
+    line = 1
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            start = block[:1000]
+            if line == 1 and (
+                block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                or (len(start) / 5 < start.count(0) < len(start))
+            ):
+                raise DataError(f"{file}:1: is UTF-16, expected UTF-8; save the file as UTF-8")
+            place = block.find(0)
+            if place >= 0:
+                line += block.count(b"\n", 0, place)
+                raise DataError(
+                    f"{file}:{line}: NUL bytes, expected text in UTF-8; the file is damaged, or no text: "
+                    "copy or write it again"
+                )
+            line += block.count(b"\n")
+
+
+def _decoded(content: bytes) -> str | bytes:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content

@@ -1,0 +1,195 @@
+"""What all contestants of a run share: rows, metrics, intervals, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from fulltune.errors import SetupError
+from fulltune.inference.run import Watch, by_length, model_batch, run_rows
+from fulltune.inference.selective_head import SelectiveHead, verified
+from fulltune.inference.store import CLUSTERS, clusters_of, load_split, load_texts
+from fulltune.methods import folder
+from fulltune.models import load as models
+from fulltune.models.processors import load_processor
+from fulltune.recipe.fields import ModelBlock, Recipe
+from fulltune.records.run import Plan, Scores
+from fulltune.stats.metric_intervals import Resampled, resample
+from fulltune.system.out_of_memory import with_smaller_batches
+from fulltune.tasks import Predictions, Target, Task
+
+T = TypeVar("T")
+UserMetrics = Callable[[Any, Any], Mapping[str, float]]
+WORST = 25
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores, and what their differences to others are made of."""
+
+    scores: Scores
+    main: Resampled | None
+    """The main metric; None: it has none."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run's test rows and how they are scored."""
+
+    recipe: Recipe
+    plan: Plan
+    task: Task
+    target: Target
+    data: Path
+    user_metrics: UserMetrics | None
+    listener: Callable[[dict[str, Any]], None] = lambda event: None
+
+    def watch(self, name: str) -> Watch:
+        """Tells the listener how far a pass over rows is."""
+        return lambda done, total, share: self.listener(
+            {"kind": "rows", "name": name, "done": done, "total": total, "share": share}
+        )
+
+    def rows(self, split: str) -> Any:
+        """Tokenised rows of a split."""
+        return load_split(self.data / split)
+
+    @property
+    def texts(self) -> list[dict[str, Any]]:
+        """The test rows in the user's own columns, and `place`."""
+        return load_texts(self.data / "test")
+
+    def clusters(self, positions: Sequence[int] | None) -> np.ndarray | None:
+        """The cluster of each test row, or of those at `positions`; None: data of an earlier version has none."""
+        folder = self.data / "test"
+        if not (folder / CLUSTERS).exists():
+            return None
+        found = clusters_of(folder)
+        return found if positions is None else found[np.asarray(positions, np.int64)]
+
+    def estimates(
+        self,
+        kept: Mapping[str, np.ndarray],
+        metrics: Callable[[Any], Mapping[str, float]],
+        positions: Sequence[int] | None = None,
+    ) -> dict[str, Resampled]:
+        """Metrics on all rows and on resamples of their clusters.
+
+        Args:
+            kept: Name to array whose first axis is the row.
+            metrics: From such arrays to numbers.
+            positions: Which test rows these are; None: all of them.
+        """
+        samples = self.recipe.evaluate.bootstrap_samples
+        return resample(kept, metrics, samples=samples, clusters=self.clusters(positions))
+
+    def user_estimates(
+        self, predictions: Any, references: Any, positions: Sequence[int] | None = None
+    ) -> dict[str, Resampled]:
+        """Resamples of the user's own metrics; lists reach the user's function as lists, arrays as arrays."""
+        if self.user_metrics is None:
+            return {}
+        call, plain = self.user_metrics, isinstance(predictions, list)
+        kept = {
+            "predicted": _objects(predictions) if plain else predictions,
+            "true": _objects(references) if plain else references,
+        }
+
+        def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+            both = (rows["predicted"], rows["true"])
+            one, two = (list(both[0]), list(both[1])) if plain else both
+            try:
+                return {str(name): float(value) for name, value in call(one, two).items()}
+            except Exception as error:
+                raise SetupError(
+                    f"metrics: your function failed on {len(one)} rows ({type(error).__name__}: {error}); it must "
+                    "return names and numbers for any selection of the test rows; the model is kept, call again with "
+                    "it repaired"
+                ) from error
+
+        return self.estimates(kept, metrics, positions)
+
+    def scores(
+        self,
+        name: str,
+        kind: Literal["baseline", "untouched", "trained"],
+        rows: int,
+        metrics: Mapping[str, Resampled],
+        **fields: Any,
+    ) -> Scored:
+        confidence = self.recipe.evaluate.confidence
+        scores = Scores(
+            name=name,
+            kind=kind,
+            rows=rows,
+            metrics={metric: found.estimate(confidence) for metric, found in metrics.items()},
+            main_metric=self.plan.metric,
+            greater_is_better=self.plan.greater_is_better,
+            confidence=confidence,
+            **fields,
+        )
+        return Scored(scores, metrics.get(self.plan.metric))
+
+    def run(self, model: Any, pad_token_id: int, rows: Any, split: str = "test") -> Predictions:
+        """What the task keeps of each row's logits; `split` says whose rows these are."""
+        head = self._selective_head(model, pad_token_id, rows)
+        return self.in_batches(
+            lambda batch_size: run_rows(
+                model,
+                rows,
+                self.task,
+                self.target,
+                pad_token_id,
+                batch_size=batch_size,
+                precision=self.plan.precision,
+                head=head,
+                watch=self.watch(f"scoring {split} rows"),
+            )
+        )
+
+    def in_batches(self, run: Callable[[int], T]) -> T:
+        """Call `run` with the plan's batch size, with a smaller one when memory runs out: the scores are the same."""
+        return with_smaller_batches("evaluation", self.plan.eval_batch_size, run)
+
+    def _selective_head(self, model: Any, pad_token_id: int, rows: Any) -> SelectiveHead | None:
+        """Leaves out the logits of prompts, when the shortest row shows that the others stay the same."""
+        if not hasattr(self.task, "places"):
+            return None
+        batch = model_batch(model, self.task, [rows[by_length(rows)[-1]]], pad_token_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        return verified(model, self.task, batch)[0]
+
+    def load_pretrained(self) -> tuple[Any, Any]:
+        """The model before training, on the plan's device, and its tokenizer; a head that it lacks is drawn."""
+        block = self.recipe.model
+        tokenizer = load_processor(block, self.recipe.task, chat_template=self.recipe.data.chat_template)
+        changes = self.task.config_changes(self.target, tokenizer)
+        model = models.load(block, self.task.AUTO_CLASS, changes, head_is_new=self.task.HEAD_IS_NEW)
+        return _placed(model, self.plan.device), tokenizer
+
+    def load_trained(self, model_folder: Path) -> tuple[Any, Any]:
+        """The finished model, loaded from its folder as any user would."""
+        if folder.is_partial(model_folder):
+            applied = folder.load(model_folder, self.recipe.model)
+            tokenizer = load_processor(ModelBlock(name=str(model_folder)), self.recipe.task)
+            return _placed(applied.model, self.plan.device), tokenizer
+        # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
+        block = self.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
+        model = models.load(block, self.task.AUTO_CLASS, {}, head_is_new=False)
+        return _placed(model, self.plan.device), load_processor(block, self.recipe.task)
+
+
+def _placed(model: Any, device: str) -> Any:
+    return model.to(device)
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    """A list as an array of objects, whatever its members are."""
+    array = np.empty(len(values), dtype=object)
+    for position, value in enumerate(values):  # numpy would take lists of one length for a second axis
+        array[position] = value
+    return array

@@ -1,0 +1,1 @@
+"""A training step's memory and work, from the model's class without its weights."""

@@ -1,0 +1,113 @@
+"""A model as a case to trace: copies with few layers, and batches as its task makes them. Layer 1."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from fulltune.models.pixels import PIXELS
+from fulltune.tasks import Target, Task, image_classification, multiple_choice
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is trained."""
+
+    config: Any
+    task: Task
+    target: Target
+    weights_dtype: str
+    attn_implementation: str | None
+    packed: bool
+    prepare: Callable[[Any], Any]
+    pixels: tuple[int, int, int] | None = None
+    """Channels, height and width of the images; None for texts."""
+
+
+def build(case: Case, config: Any) -> Any:
+    """The model with random weights, as the trainer has it."""
+    given: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[case.weights_dtype]}
+    if case.attn_implementation:
+        given["attn_implementation"] = case.attn_implementation
+    model = getattr(transformers, case.task.AUTO_CLASS).from_config(config, **given)
+    case.prepare(model)
+    return model
+
+
+_PAIRS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+
+
+def layered(case: Case, config: Any) -> Any:
+    """The part of the config that says how many layers there are."""
+    if not has_tokens(case):
+        return getattr(config, "vision_config", config)
+    return config if config.is_encoder_decoder else config.get_text_config()
+
+
+def depths_of(case: Case) -> dict[str, int]:
+    """Attribute of the config to its number of layers; empty where it names none."""
+    config = layered(case, case.config)
+    if config.is_encoder_decoder:
+        pair = next((pair for pair in _PAIRS if all(hasattr(config, name) for name in pair)), ())
+        return {name: int(getattr(config, name)) for name in pair}
+    depth = getattr(config, "num_hidden_layers", None)
+    return {"num_hidden_layers": depth} if isinstance(depth, int) else {}
+
+
+def layer_kinds(case: Case) -> tuple[str, ...]:
+    """What each layer is, in a model of several kinds of layers; empty in a plain one."""
+    config = layered(case, case.config)
+    kinds = tuple(getattr(config, "layer_types", None) or ())
+    known = not config.is_encoder_decoder and len(kinds) == getattr(config, "num_hidden_layers", None)
+    return kinds if known and len(set(kinds)) > 1 else ()
+
+
+def cut(case: Case, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> Any:
+    """A copy of the config with so many layers, of these kinds if any are given."""
+    config = copy.deepcopy(case.config)
+    config.use_cache = False
+    part = layered(case, config)
+    if depths == depths_of(case) and not kinds:
+        return config
+    for name, depth in depths.items():
+        setattr(part, name, depth)
+    every = getattr(part, "layer_types", None)
+    if every and depths:
+        part.layer_types = list(kinds or every[: max(depths.values())])
+    return config
+
+
+def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A real batch of full rows, collated by the task."""
+    ids = np.ones(length, np.int64)
+    target = case.target
+    row: dict[str, Any] = {"input_ids": ids, "labels": 0}
+    match target.problem_type:
+        case "multi_label":
+            row["labels"] = np.ones(len(target.labels), np.float32)
+        case "regression":
+            row["labels"] = 1.0
+        case "tags":
+            row["labels"] = np.zeros(length, np.int64)
+        case "span":
+            row["labels"] = np.array([0, 0, 0, length - 1, length])
+        case "choice":
+            row["input_ids"] = np.ones(length * target.num_choices, np.int64)
+            row[multiple_choice.CHOICE_LENGTHS] = np.full(target.num_choices, length)
+        case "text" | "prompt_completion" | "chat" | "source_target":
+            row["labels"] = ids
+            if case.packed:
+                row["position_ids"] = np.arange(length)
+    if case.pixels is not None:
+        row = {PIXELS: np.zeros(case.pixels, np.float32), "labels": 0}
+    return case.task.collate([row] * rows, 0)
+
+
+def has_tokens(case: Case) -> bool:
+    return case.task.AUTO_CLASS != image_classification.AUTO_CLASS

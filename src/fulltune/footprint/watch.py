@@ -1,0 +1,309 @@
+"""Run a model on tensors without values and note what is alive after each allocation. Layer 1."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fulltune.footprint.case import Case, batch_of, build, cut
+from fulltune.inference.run import logits_of
+from fulltune.inference.selective_head import SelectiveHead
+from fulltune.tasks import LossSettings, Task, seq2seq
+
+_aten: Any = torch.ops.aten
+_DEVICE: Any = torch.ops.prim.device.default
+_INDEXING = (
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A block of memory that came into being, or (negative bytes) went."""
+
+    place: str
+    block: int
+    bytes: int
+
+
+@dataclass
+class Story:
+    """What happened while a model ran."""
+
+    changes: list[Change] = field(default_factory=list)
+    kinds: dict[int, str] = field(default_factory=dict)
+    """Block to its kind; the others are activations."""
+    flops: float = 0.0
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of the model's parameters."""
+    trained: tuple[tuple[int, ...], ...] = ()
+    """Of those that are trained."""
+
+
+class Watch(TorchDispatchMode):
+    """Notes storages that come and go, each with the place that is set at that moment.
+
+    Args:
+        vocab_size: A last axis of that size means logits.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self._count = 0
+        self._open = False
+
+    def __exit__(self, *failure: Any) -> None:
+        self._open = False  # what dies from now on is the model itself
+        super().__exit__(*failure)
+
+    def begin(self, parameters: list[torch.Tensor], num_trained: int) -> None:
+        """Begin a story.
+
+        Args:
+            parameters: Weights are not counted; a copy of one in another type is a buffer.
+            num_trained: Number of places that a mask picks: masks without values cannot be counted.
+        """
+        self.num_trained = num_trained
+        self.place = ""
+        self._blocks: dict[int, tuple[int, int, Any]] = {}
+        self._parameters = {tuple(parameter.shape) for parameter in parameters}
+        trained = tuple(tuple(parameter.shape) for parameter in parameters if parameter.requires_grad)
+        self._trained = set(trained)
+        self.story = Story(shapes=tuple(tuple(parameter.shape) for parameter in parameters), trained=trained)
+        self._open = True
+        for parameter in parameters:
+            self._add(parameter, None)
+        self.story.changes.clear()
+
+    def call_gradients(self, parameters: list[torch.Tensor]) -> None:
+        """Name the blocks that the parameters' gradients lie in."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.story.kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
+
+    def _add(self, tensor: torch.Tensor, func: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._blocks:
+            return
+        self._count += 1
+        block, size = self._count, storage.nbytes()
+
+        def gone(_: Any) -> None:
+            if not self._open:
+                return
+            del self._blocks[key]
+            self.story.changes.append(Change(self.place, block, -size))
+
+        self._blocks[key] = (block, size, weakref.ref(storage, gone))
+        self.story.changes.append(Change(self.place, block, size))
+        if func is _aten._to_copy.default and tuple(tensor.shape) in self._parameters:
+            self.story.kinds[block] = "buffers"
+        elif tensor.dim() > 1 and tuple(tensor.shape) in self._trained:
+            if self.place.startswith("backward"):  # before it is summed, or given the weights' type
+                self.story.kinds[block] = "gradients"
+        elif tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size:
+            self.story.kinds[block] = "logits"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # two of three calls, which make nothing
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        if func in _INDEXING:
+            args = (args[0], _numbered(args[1], self.num_trained), *args[2:])
+        if func is _aten.nonzero.default:
+            out = args[0].new_empty((self.num_trained, args[0].dim()), dtype=torch.int64)
+        elif func is _aten.rand.default and not args[0]:
+            out = torch.tensor(1.0)  # whether to leave out a layer (LayerDrop): the only draw whose value is asked for
+        else:
+            out = func(*args, **kwargs)
+        self._count_flops(func, args, kwargs, out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf, func)
+        return out
+
+    def _count_flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if func is _aten._scaled_dot_product_flash_attention_for_cpu.default:
+            query, key = args[0], args[1]
+            self.story.flops += 4.0 * query.numel() * key.shape[-2]
+        elif (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.story.flops += formula(*args, **kwargs, out_val=out)
+
+
+def _numbered(indices: Any, count: int) -> Any:
+    """Masks as lists of places, as indexing makes of them."""
+    found: list[Any] = []
+    for index in indices:
+        if index is not None and index.dtype is torch.bool:
+            found += [index.new_empty((count,), dtype=torch.int64) for _ in range(index.dim())]
+        else:
+            found.append(index)
+    return found
+
+
+def watch_layers(model: Any, watch: Watch, stacks: list[Any]) -> None:
+    """Have the watch's place follow the layers: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
+
+    def named(stack: int, layer: int) -> str:
+        last = len(stacks[stack]) - 1
+        return f"{stack}:" + ("first" if layer == 0 else "last" if layer == last else "middle")
+
+    def enter(name: str, stack: int, layer: int) -> Callable[..., None]:
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            if watch.place.startswith("backward"):
+                return  # recomputed
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if layer == 0 and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+                hidden.register_hook(_at(watch, f"backward {stack}:below"))
+            watch.place = f"forward {name}"
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(_: Any, __: Any, out: Any) -> None:
+            if watch.place.startswith("backward"):
+                return
+            hidden = out if isinstance(out, torch.Tensor) else out[0]
+            if hidden.requires_grad:
+                hidden.register_hook(_at(watch, f"backward {name}"))
+            watch.place = f"forward after {name}"
+
+        return hook
+
+    for stack, layers in enumerate(stacks):
+        for layer, module in enumerate(layers):
+            name = named(stack, layer)
+            module.register_forward_pre_hook(enter(name, stack, layer), with_kwargs=True)
+            module.register_forward_hook(leave(name))
+
+
+def _at(watch: Watch, place: str) -> Callable[[Any], None]:
+    def hook(_: Any) -> None:
+        watch.place = place
+
+    return hook
+
+
+def stacks_of(model: Any, depths: set[int]) -> list[Any]:
+    """The lists of layers, outermost only."""
+    found: list[tuple[str, Any]] = []
+    for name, module in model.named_modules():
+        is_stack = isinstance(module, torch.nn.ModuleList) and len(module) in depths
+        if is_stack and not any(name.startswith(f"{outer}.") for outer, _ in found):
+            found.append((name, module))
+    return [module for _, module in found]
+
+
+@contextlib.contextmanager
+def computing(precision: str) -> Iterator[None]:
+    """As the Trainer computes on a CPU."""
+    if precision == "fp32":
+        yield
+        return
+    with torch.autocast("cpu", dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision]):
+        yield
+
+
+# ---- a whole step ----------------------------------------------------------------------------------------------
+
+
+def run(
+    case: Case,
+    depths: Mapping[str, int],
+    points: Sequence[tuple[int, int]],
+    *,
+    precision: str,
+    recomputed: bool,
+    training: bool,
+    kinds: Sequence[str] = (),
+) -> list[Story]:
+    """A micro batch of training or of evaluation.
+
+    Args:
+        case: The model and its task.
+        depths: Layers of this copy: attribute of the config to number.
+        points: Rows of the micro batch and tokens of each, for each story.
+        precision: Type of the computations.
+        recomputed: With activation checkpointing.
+        training: Forward and backward; else forward alone.
+        kinds: Of this copy's layers; empty: those that the model begins with.
+    """
+    config = cut(case, depths, kinds)
+    batches = [batch_of(case, *point) for point in points]
+    counts = [case.task.count_items(batch["labels"]) for batch in batches]
+    vocab_size = getattr(config.get_text_config(), "vocab_size", 0) or 0
+    stories = []
+    with torch.device("meta"):  # outside of the mode: numbers that a class computes for itself have values here
+        model = build(case, config)
+    with FakeTensorMode() as mode:
+        _onto_cpu(model)
+        if recomputed:
+            model.activation_checkpointing_enable()
+        model.train(training)
+        watch = Watch(vocab_size)
+        watch_layers(model, watch, stacks_of(model, set(depths.values())))
+        for batch, count in zip(batches, counts, strict=True):
+            unvalued = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+            watch.begin(list(model.parameters()), count)
+            with watch, torch.set_grad_enabled(training):
+                _micro_batch(case, model, dict(unvalued), watch, precision, training)
+            model.zero_grad(set_to_none=True)
+            stories.append(watch.story)
+    return stories
+
+
+def _onto_cpu(model: Any) -> None:
+    """Have all tensors of a model on `meta` say that they are on the CPU; shared ones stay shared."""
+    made: dict[int, torch.Tensor] = {}
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            like = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            made[id(tensor)] = torch.nn.Parameter(like, tensor.requires_grad) if is_parameter else like
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.Tensor):
+                    tensors[name] = moved(tensor)
+
+
+def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, precision: str, training: bool) -> None:
+    """As `FullTrainer` does it, the loss included."""
+    head = _head(case.task, model)
+    watch.place = "forward before layers"
+    labels = batch.pop("labels")
+    inputs = {name: tensor.clone() for name, tensor in batch.items()}
+    if case.task.AUTO_CLASS == seq2seq.AUTO_CLASS:
+        inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, labels)
+    selecting = contextlib.nullcontext() if head is None else head.only(labels)
+    with computing("fp32" if case.weights_dtype == "bf16" else precision), selecting:
+        logits = logits_of(model(**inputs)).float()
+    watch.place = "forward loss"
+    loss = case.task.loss(logits, labels, case.target, LossSettings())
+    del logits
+    if training:
+        watch.place = "backward head"
+        loss.backward()
+        watch.call_gradients(list(model.parameters()))
+
+
+def _head(task: Task, model: Any) -> SelectiveHead | None:
+    places, head = getattr(task, "places", None), model.get_output_embeddings()
+    return None if places is None or head is None else SelectiveHead(head, places)

@@ -1,0 +1,240 @@
+"""Apply a model's output head only where a token is trained or scored: logits [tokens, vocabulary]. Layer 1.
+
+The head of a language model is a large part of its work and its logits are most of the memory, yet a prompt's logits
+are thrown away. A hook in front of the head picks the hidden states that are needed; what follows the head in some
+models (a scale, a soft cap, a bias) works on each logit alone, so the kept ones are the same. `verified` proves that on
+the real model.
+
+Where nothing but a bias follows the head, the hidden states can be kept instead, and loss and scores computed from them
+in pieces (`chunked_loss.py`); `verified` proves that as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fulltune.tasks import LossSettings, Target, Task
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SelectiveHead:
+    """A head and where it is needed."""
+
+    head: Any
+    """The module that turns hidden states into logits."""
+    places: Callable[[torch.Tensor], torch.Tensor]
+    """From labels [batch, length] to bool [batch, length]: which logits the task uses."""
+    model: Any = None
+    """Whose head it is."""
+    in_pieces: bool = False
+    """Whether loss and scores can be computed in pieces."""
+    about_pieces: str = ""
+    """What was found about that."""
+
+    @contextlib.contextmanager
+    def only(self, labels: torch.Tensor, *, in_pieces: bool = False) -> Iterator[None]:
+        """Inside, the model's logits are those of the labels' places, row after row.
+
+        Args:
+            labels: [batch, length].
+            in_pieces: The output's `logits` are `chunked_loss.Pieces`.
+        """
+        places = self.places(labels)
+        kept: list[torch.Tensor] = []
+
+        def pick(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            # Anything else than hidden states of these rows is left alone: logits keep their three axes, and tasks
+            # pick from them.
+            if not given or given[0].shape[:2] != places.shape:
+                return None
+            picked = given[0][places]
+            if not in_pieces:
+                return (picked, *given[1:])
+            kept.append(_as_computed(picked))
+            return (picked[:0], *given[1:])
+
+        def put_pieces(_: Any, __: Any, outputs: Any) -> None:
+            if kept:
+                outputs.logits = _pieces(self.model, self.head, kept.pop(), outputs.logits)
+
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self.head.register_forward_pre_hook(pick).remove)
+            if in_pieces:
+                hooks.callback(self.model.register_forward_hook(put_pieces).remove)
+            yield
+
+
+def _as_computed(hidden: torch.Tensor) -> torch.Tensor:
+    """In the type that autocast would give the head's product: where the loss is computed it is no longer known."""
+    import torch
+
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+
+
+def _pieces(model: Any, head: Any, hidden: torch.Tensor, nothing: torch.Tensor) -> Any:
+    from fulltune.models.chunked_loss import Pieces
+
+    biases = [bias for bias in (head.bias, _later_bias(model)) if bias is not None]
+    # Adding makes a new tensor through which a trained bias still gets its gradient.
+    return Pieces(hidden, head.weight, sum(biases[1:], start=biases[0]) if biases else None, nothing)
+
+
+def _later_bias(model: Any) -> Any:
+    """BART and Marian add one to the logits, [1, vocabulary]; it is not trained."""
+    bias = getattr(model, "final_logits_bias", None)
+    return None if bias is None else bias[0]
+
+
+BEFORE, TRIED = 4, 16
+"""Tokens before the first trained one, and of the whole piece of a row that is tried: whole logits of more would need
+more memory than a step with a loss in pieces."""
+
+
+def _shortened(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A few tokens of each row, trained ones among them."""
+    from fulltune.tasks.causal_lm import IGNORED
+
+    trained = (batch["labels"] != IGNORED).int().argmax(dim=1)
+    start, length = max(0, int(trained.min()) - BEFORE), batch["labels"].shape[1]
+
+    def piece(tensor: torch.Tensor) -> torch.Tensor:
+        begin = start if tensor.shape[1] == length else 0  # an encoder's tokens have a length of their own
+        return tensor[:, begin : begin + TRIED]
+
+    return {name: piece(tensor) for name, tensor in batch.items()}
+
+
+def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple[SelectiveHead | None, str]:
+    """The selective head of a model, when it gives the same logits, and what was found.
+
+    Args:
+        model: Its mode is put back.
+        task: One with `places` has logits for each token.
+        batch: A real, collated batch on the model's device, with `labels`; a few tokens of each row are tried.
+    """
+    import torch
+
+    places = getattr(task, "places", None)
+    head = model.get_output_embeddings()
+    if places is None or head is None:
+        return None, "off: the task has no logits of tokens" if places is None else "off: the model names no head"
+    selective = SelectiveHead(head, places, model)
+    batch = _shortened(batch)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            whole = model(**inputs).logits[places(labels)].float()
+            with selective.only(labels):
+                picked = model(**inputs).logits.float()
+        if picked.shape != whole.shape:
+            return None, f"off: the logits became {list(picked.shape)} instead of {list(whole.shape)}"
+        difference = float((picked - whole).abs().max()) if len(whole) else 0.0
+        # What another order of sums changes is some ten roundings; another place gives other logits altogether.
+        if not difference <= _few_roundings(model) * float(whole.abs().max()):
+            return None, f"off: its logits differ by {difference:.2g}"
+        in_pieces, about_pieces = _pieces_verified(selective, task, inputs, labels)
+    finally:
+        model.train(was_training)
+    same = f"the same up to {difference:.2g}" if difference else "exactly the same"
+    found = f"yes; tried on real rows: {same} as with all logits"
+    return replace(selective, in_pieces=in_pieces, about_pieces=about_pieces), found
+
+
+def _few_roundings(model: Any) -> float:
+    """Largest difference, relative to the largest number, that another order of sums makes."""
+    import torch
+
+    return float(torch.finfo(model.dtype).eps) ** 0.5
+
+
+def _pieces_verified(
+    selective: SelectiveHead, task: Task, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+) -> tuple[bool, str]:
+    """Whether the loss in pieces and its gradient are those of whole logits, and what was found."""
+    import torch
+
+    weight = getattr(selective.head, "weight", None)
+    if not isinstance(selective.head, torch.nn.Linear) or weight is None or weight.dim() != 2:
+        return False, f"off: the model's head is a {type(selective.head).__name__}, not a linear layer"
+    changed = _changed_later(selective, inputs, labels)
+    if changed:
+        return False, changed
+    (whole, of_whole), (pieces, of_pieces) = (
+        _loss_and_gradient(selective, task, inputs, labels, in_pieces) for in_pieces in (False, True)
+    )
+    loss_difference = abs(pieces - whole) / max(abs(whole), 1e-30)
+    largest = float(of_whole.abs().max()) if of_whole.numel() else 0.0
+    difference = float((of_pieces - of_whole).abs().max()) / max(largest, 1e-30) if of_whole.numel() else 0.0
+    found = f"largest difference of the loss {loss_difference:.2g}, of a gradient {difference:.2g} (relative)"
+    # Written so that a NaN fails.
+    if not (loss_difference <= _few_roundings(selective.model) and difference <= _few_roundings(selective.model)):
+        return False, f"off: {found}"
+    return True, f"yes, {found}"
+
+
+def _changed_later(selective: SelectiveHead, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> str:
+    """What the model does to logits after its head, found by giving it some far from zero; empty when nothing.
+
+    The loss of real rows would not always tell: a soft cap at 30 hardly changes logits below 1.
+    """
+    import torch
+
+    given: list[torch.Tensor] = []
+
+    def spread(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        given.append(torch.linspace(-100, 100, logits.numel()).to(logits).view(logits.shape))
+        return given[-1]
+
+    handle = selective.head.register_forward_hook(spread)
+    try:
+        with torch.no_grad(), selective.only(labels):
+            seen = selective.model(**inputs).logits
+    finally:
+        handle.remove()
+    bias = _later_bias(selective.model)
+    if len(given) != 1:
+        return f"off: the model calls its head {len(given)} times"
+    expected = given[0] if bias is None else given[0] + bias
+    if seen.shape != expected.shape:
+        return "off: the model gives other logits than its head's"
+    difference = float((seen.float() - expected.float()).abs().max()) if seen.numel() else 0.0
+    return "" if difference == 0 else f"off: the model changes logits after its head, by up to {difference:.2g}"
+
+
+def _loss_and_gradient(
+    selective: SelectiveHead,
+    task: Task,
+    inputs: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    in_pieces: bool,
+) -> tuple[float, torch.Tensor]:
+    """The summed loss and its gradient by what the head was given, [batch, length, hidden]; no other is kept."""
+    import torch
+
+    leaf: list[torch.Tensor] = []
+
+    def cut(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        leaf.append(given[0].detach().requires_grad_())
+        return (leaf[-1], *given[1:])
+
+    # The first hook of a module runs first: `only` picks from the leaf.
+    handle = selective.head.register_forward_pre_hook(cut)
+    try:
+        with torch.enable_grad(), selective.only(labels, in_pieces=in_pieces):
+            logits = selective.model(**inputs).logits
+        with torch.enable_grad():
+            loss = task.loss(logits, labels, Target("text", {}), LossSettings())
+            gradient = torch.autograd.grad(loss, leaf[0])[0]
+    finally:
+        handle.remove()
+    return float(loss.detach()), gradient.float()

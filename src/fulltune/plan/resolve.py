@@ -1,0 +1,217 @@
+"""Settings one by one: the recipe's value, or the value that follows from model, data and machine, with its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fulltune.errors import RecipeError
+from fulltune.footprint.records import Footprint
+from fulltune.models.load import Shapes
+from fulltune.plan import defaults, memory, time
+from fulltune.plan.reasons import FROM_RECIPE, Ledger
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.rules import wrong_metric
+from fulltune.records.run import DataSummary, Setting
+from fulltune.system.hardware import Machine
+from fulltune.tasks import task_named
+
+LEAST_BF16_SPEEDUP = 1.2
+"""Below it bf16's rounding buys too little."""
+
+
+def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
+    """What the plan will say, for what has to be known before it."""
+    ledger = Ledger()
+    found = device(recipe, machine, ledger)
+    return found, str(precision(recipe, machine, found, ledger))
+
+
+def device(recipe: Recipe, machine: Machine, ledger: Ledger) -> str:
+    wanted = recipe.train.device
+    if wanted == "cuda" and not machine.gpus:
+        raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
+    found = "cuda" if machine.gpus else "cpu"
+    count = len(machine.gpus)
+    reason = f"{count} GPU{'s' * (count > 1)} found" if count else "no GPU found"
+    device = str(ledger.settle("train.device", None if wanted == "auto" else wanted, found, reason))
+    if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
+        raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but the number of GPUs is {count}")
+    if device == "cpu" and recipe.train.num_processes > machine.num_cores:
+        raise RecipeError(
+            f"train.num_processes: {recipe.train.num_processes}, but this machine lets us use {machine.num_cores} "
+            f"CPU core(s); set at most {machine.num_cores}"
+        )
+    return device
+
+
+def precision(recipe: Recipe, machine: Machine, device: str, ledger: Ledger) -> Any:
+    wanted = recipe.train.precision
+    if wanted == "fp16" and device == "cpu":
+        raise RecipeError(
+            "train.precision: fp16 is not possible on a CPU (it would silently train in fp32); set 'auto', 'bf16' or "
+            "'fp32'"
+        )
+    if recipe.model.weights_dtype == "bf16" and wanted in ("fp32", "fp16"):
+        raise RecipeError(
+            f"train.precision: {wanted} with model.weights_dtype: bf16 would compute in bf16; set precision: bf16, or "
+            "weights_dtype: fp32"
+        )
+    if device == "cpu":
+        ratio = machine.cpu_bf16_speedup
+        reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
+        chosen = "bf16" if ratio >= LEAST_BF16_SPEEDUP else "fp32"
+        reason += "; weights stay fp32" if chosen == "bf16" else f"; it needs {LEAST_BF16_SPEEDUP} to be taken"
+    else:
+        chosen, reason = (
+            ("bf16", "this GPU computes bf16; weights stay fp32")
+            if machine.gpus[0].bf16
+            else ("fp16", "this GPU has no fast bf16; the loss is scaled")
+        )
+    if recipe.model.weights_dtype == "bf16" and wanted == "auto":
+        chosen, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
+    return ledger.settle("train.precision", None if wanted == "auto" else wanted, chosen, reason)
+
+
+def optimizer(recipe: Recipe, ledger: Ledger) -> tuple[str, Any]:
+    """The optimizer, and how bf16 weights are rounded."""
+    train = recipe.train
+    if recipe.model.weights_dtype == "fp32":
+        return _named(train.optim, "adamw_torch_fused", "AdamW in fp32, one kernel", ledger), None
+    rounding = ledger.settle(
+        "train.bf16_rounding", train.bf16_rounding, "stochastic", "bf16 weights: rounded to nearest, updates vanish"
+    )
+    plain = "adamw_torch_fused" if rounding == "nearest" else "adamw_bf16"
+    return _named(train.optim, plain, "the weights are bf16", ledger), rounding
+
+
+def _named(given: str | None, chosen: str, reason: str, ledger: Ledger) -> str:
+    optim = str(ledger.settle("train.optim", given, chosen, reason))
+    if not memory.known(optim):
+        why = f"{FROM_RECIPE}; the size of its state is not known here: planned as AdamW's"
+        ledger.settings[-1] = ledger.settings[-1].model_copy(update={"reason": why})
+    return optim
+
+
+def in_backward_problems(recipe: Recipe, micro_batch_size: int, accumulation: int, precision: str) -> list[str]:
+    """What the plan chose that `train.optimizer_in_backward` cannot go with; the recipe alone is checked before."""
+    if not recipe.train.optimizer_in_backward:
+        return []
+    problems = []
+    if accumulation > 1:
+        problems.append(
+            f"train.optimizer_in_backward: needs a step's rows in one pass, but they come in {accumulation} micro "
+            f"batches of {micro_batch_size} (train.micro_batch_size); set train.global_batch_size: {micro_batch_size}, "
+            "or optimizer_in_backward: false"
+        )
+    if precision == "fp16":
+        problems.append(
+            "train.optimizer_in_backward: cannot go with fp16 (train.precision), whose gradients are scaled until all "
+            "are there; set precision: fp32, or optimizer_in_backward: false"
+        )
+    return problems
+
+
+def metric(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> str:
+    possible = task_named(recipe.task).CHOOSING[summary.problem_type]
+    wanted = recipe.evaluate.metric
+    if wanted is not None and wanted not in possible:
+        raise RecipeError(wrong_metric(wanted, summary.problem_type, possible))
+    return str(
+        ledger.settle("evaluate.metric", wanted, possible[0], f"usual for {summary.problem_type.replace('_', ' ')}")
+    )
+
+
+def global_batch(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> int:
+    train = recipe.train
+    per_pass = (train.micro_batch_size or 1) * train.num_processes
+    usual = 16 if recipe.task in defaults.WRITING_TASKS else 32
+    # Small data: at least eight steps an epoch, or hardly any update happens.
+    while usual > 4 and summary.splits["train"].rows < 8 * usual:
+        usual //= 2
+    chosen = math.ceil(usual / per_pass) * per_pass
+    return int(
+        ledger.settle(
+            "train.global_batch_size", train.global_batch_size, chosen, f"usual for {recipe.task} with this many rows"
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of a run, and between what comes now and then."""
+
+    epochs: float
+    total: int
+    between_evaluations: int
+    between_saves: int
+
+    @property
+    def num_saves(self) -> int:
+        """Checkpoints that are written: at each evaluation, every so many steps, and at the end."""
+        return time.occasions(self.total, self.between_evaluations, self.between_saves)
+
+
+def steps(recipe: Recipe, rows: int, global_batch: int, ledger: Ledger) -> Steps:
+    """How long the training is, and when it evaluates and saves."""
+    per_epoch = math.ceil(rows / global_batch)
+    epochs, total = _duration(recipe, rows, per_epoch, ledger)
+    between = min(total, recipe.train.eval_steps or per_epoch)
+    return Steps(epochs, total, between, recipe.train.save_steps or between)
+
+
+def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, ledger: Ledger) -> tuple[float, int]:
+    train = recipe.train
+    if train.max_steps is not None:
+        ledger.settle("train.max_steps", train.max_steps)
+        return train.max_steps / steps_per_epoch, train.max_steps
+    epochs, why = defaults.num_train_epochs(recipe.task, rows)
+    epochs = float(ledger.settle("train.num_train_epochs", train.num_train_epochs, epochs, why))
+    return epochs, math.ceil(epochs * steps_per_epoch)
+
+
+def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, ledger: Ledger) -> int:
+    train = recipe.train
+    if train.warmup_steps is not None and train.warmup_steps >= total_steps:
+        raise RecipeError(
+            f"train.warmup_steps: {train.warmup_steps}, but the run has {total_steps} steps; the rate would never fall"
+        )
+    if train.warmup_steps is not None:
+        return int(ledger.settle("train.warmup_steps", train.warmup_steps))
+    ratio, why = defaults.warmup_ratio(recipe.task, shapes.head_is_kept)
+    ratio = ledger.settle("train.warmup_ratio", train.warmup_ratio, ratio, why)
+    # Rounded down: a warm-up over the whole of a very short run would never leave rate 0.
+    return int(ratio * total_steps)
+
+
+def caveats(footprint: Footprint, ledger: Ledger) -> None:
+    """What the plan's memory rests on, where it is no trace of the model at the data's sizes."""
+    if footprint.rough:
+        why = f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
+        ledger.settle("memory", None, "rough", why)
+    if footprint.assumed:
+        ledger.settle("memory.inputs", None, "assumed", footprint.assumed)
+
+
+def notes(footprint: Footprint) -> tuple[str, ...]:
+    """The same in lines, for what has no plan."""
+    ledger = Ledger()
+    caveats(footprint, ledger)
+    return tuple(f"{one.name}: {one.value}: {one.reason}" for one in ledger.settings)
+
+
+def everything_else(recipe: Recipe, ledger: Ledger) -> None:
+    """Fields with a fixed default: recorded so that the report lists every setting."""
+    named = {setting.name for setting in ledger.settings}
+    for block in ("model", "data", "method", "train", "evaluate"):
+        values = getattr(recipe, block)
+        for field in type(values).model_fields:
+            name = f"{block}.{field}"
+            value = getattr(values, field)
+            if name in named or value is None or name in ("data.train", "data.eval", "data.test"):
+                continue
+            given = field in values.model_fields_set
+            ledger.settings.append(
+                Setting(name=name, value=value, reason=FROM_RECIPE if given else "default", chosen=not given)
+            )

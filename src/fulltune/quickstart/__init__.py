@@ -1,0 +1,1 @@
+"""The example: its data from docstrings, its recipes."""

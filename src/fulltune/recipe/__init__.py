@@ -1,0 +1,1 @@
+"""What a user asks for: every setting on its field, read from a file, checked."""

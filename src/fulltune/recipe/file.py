@@ -1,0 +1,359 @@
+"""Read a recipe file: YAML, `${NAME}`, `--set` overrides, and every problem at once with its line.
+
+Layer 0: no torch, no transformers; a recipe error answers in well under half a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fulltune.errors import RecipeError
+from fulltune.recipe import elsewhere as recipe_elsewhere
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import NAME, Recipe, resolve_paths
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+Lines = Mapping[tuple[str | int, ...], int]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, check; return the recipe with absolute paths.
+
+    Args:
+        path: A YAML file.
+        overrides: `block.name=value` strings, as given with `--set`; the value is read as YAML.
+
+    Returns:
+        The checked recipe; relative paths start at the recipe's folder.
+
+    Raises:
+        RecipeError: With all problems found, each naming file and line, what was expected and the nearest known name.
+
+    Example:
+        >>> recipe = load_recipe("banking77.yaml", ["train.num_train_epochs=1"])  # doctest: +SKIP
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RecipeError(f"{path}: no such file; write one with 'fulltune init DATA'")
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder, expected a recipe file (YAML)")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a text file in UTF-8 (byte {error.start}); expected a recipe (YAML)") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise RecipeError(f"{path}{line}  not valid YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected settings such as 'model: ...', found {_kind(values)}")
+    lines = dict(_lines(node))
+    problems = [f"{_where(path, lines, at)}  {_dotted(at)}: given twice; keep one" for at in _duplicates(node)]
+    values = _substitute(values, (), problems, path, lines)
+    for override in overrides:
+        _override(values, override, problems)
+    try:
+        recipe = check(values, path, lines)
+    except RecipeError as error:
+        problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return resolve_paths(recipe, path.parent.resolve())
+
+
+def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Recipe:
+    """Turn plain values into a recipe, or raise a `RecipeError` that names every problem."""
+    problems = [*_one_method_or_several(values, path, lines or {})]
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += [text for item in error.errors() for text in _describe(item, path, lines or {}, values)]
+        rest = _without([item["loc"] for item in error.errors()], values)
+        found = recipe_rules.of_settings(rest) if rest is not None else []
+        raise RecipeError([*problems, *_placed(found, path, lines or {})]) from None
+    problems += _placed([*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe)], path, lines or {})
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _without(places: Iterable[tuple[Any, ...]], values: dict[str, Any]) -> Recipe | None:
+    """What is left of a recipe without the settings at these places; None when that is no recipe."""
+    kept = copy.deepcopy(values)
+    for at in map(_without_kinds, places):
+        place: Any = kept
+        for depth, part in enumerate(at):
+            if not isinstance(place, dict) or part not in place:
+                break
+            if depth == len(at) - 1 or not isinstance(place[part], dict):
+                del place[part]
+                break
+            place = place[part]
+    try:
+        return Recipe.model_validate(kept)
+    except ValidationError:
+        return None
+
+
+def _placed(problems: Iterable[str], path: Path, lines: Lines) -> list[str]:
+    """Problems that begin with the name of their setting, with its file and line."""
+    return [f"{_where(path, lines, tuple(text.partition(':')[0].split('.')))}  {text}" for text in problems]
+
+
+def _one_method_or_several(values: dict[str, Any], path: Path, lines: Lines) -> Iterable[str]:
+    """Both given: only what the user wrote tells, because a checked recipe always has a `method`."""
+    if "method" in values and values.get("methods"):
+        yield (
+            f"{_where(path, lines, ('method',))}  method and methods are both given: 'fulltune compare' reads "
+            "'methods', the other commands 'method'; remove one"
+        )
+
+
+def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> Iterable[str]:
+    # A union's branch name (`str`, `tuple[...]`) is part of pydantic's location but not of the file.
+    at = tuple(part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[A-Za-z_0-9]+", str(part)))
+    at = _without_kinds(at)
+    if len(at) > 1 and at[-1] in ("str", "tuple", "int", "float"):
+        at = at[:-1]
+    where, name = _where(path, lines, at), _dotted(at)
+    given = item.get("input")
+    match item["type"]:
+        case "extra_forbidden":
+            yield f"{where}  {name}: unknown setting; {_instead(at, values)}"
+        case "missing":
+            yield f"{where}  {name}: missing; {_meaning(at, values)}"
+        case "value_error":
+            for text in str(item["ctx"]["error"]).splitlines():
+                first = re.match(r"([a-z_]+)\b", text)
+                inner = (*at, first.group(1)) if first and (*at, first.group(1)) in lines else at
+                prefix = f"{_dotted(at)}." if at else ""
+                yield f"{_where(path, lines, inner)}  {prefix}{text}"
+        case "literal_error":
+            yield f"{where}  {name}: {_expected(item['ctx']['expected'], given)}"
+        case "union_tag_invalid":
+            yield f"{where}  {name}.kind: {_expected(item['ctx']['expected_tags'], item['ctx']['tag'])}"
+        case "union_tag_not_found":
+            yield f"{where}  {name}.kind: missing; expected one of {', '.join(_kinds(at))}"
+        case "invalid_key":
+            yield f"{where}  {name}: unknown setting; the names of settings are texts"
+        case "tuple_type":
+            # In a union the other branch reports it already.
+            if not str(item["loc"][-1]).startswith("tuple["):
+                yield f"{where}  {name}: expected a list, found {given!r}; write [{given}]"
+        case "string_pattern_mismatch" if item["ctx"]["pattern"] == NAME:
+            allowed = "letters, digits, '.', '_' and '-', with a letter or a digit first"
+            yield f"{where}  {name}: expected {allowed}, found {given!r}"
+        case "too_short" | "string_too_short":
+            yield f"{where}  {name}: is empty; {_meaning(at, values)}"
+        case "model_type" | "dict_type":
+            yield f"{where}  {name}: expected settings (a block), found {_kind(given)}"
+        case _:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
+            yield f"{where}  {name}: expected {message}, found {given!r}"
+
+
+_FEW = 12
+"""So many names are listed; more would hide what was to be said."""
+
+
+def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
+    """What to write in place of an unknown setting."""
+    name, block = str(at[-1]), at[:-1]
+    if (said := recipe_elsewhere.answer(name)) is not None:
+        return said
+    if block[:1] and block[0] in _UNIONS:
+        kinds = [kind for kind, member in _by_kind(block[0]).items() if name in member.model_fields]
+        if kinds:
+            return f"it belongs to kind: {' or '.join(kinds)}"
+    elsewhere = [other for other in _blocks() if name in _fields((other,)) and (other,) != block]
+    if elsewhere:
+        return f"did you mean '{elsewhere[0]}.{name}'?"
+    if name in recipe_rules.training_arguments():
+        return f"write train.extra.{name}"
+    known = sorted(_fields(block, values))
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return f"did you mean '{near[0]}'?"
+    if near := difflib.get_close_matches(name.lower(), recipe_elsewhere.ELSEWHERE, n=1, cutoff=0.85):
+        return recipe_elsewhere.ELSEWHERE[near[0]]
+    return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/recipe.md lists those that are known"
+
+
+def _expected(expected: str, given: Any) -> str:
+    names = re.findall(r"'([^']+)'", expected)
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"expected {expected}, found {given!r}{hint}"
+
+
+def _blocks() -> list[str]:
+    return [name for name, field in Recipe.model_fields.items() if _is_block(field.annotation) or name in _UNIONS]
+
+
+_UNIONS = ("method", "methods")
+"""Settings that are one of several blocks, told apart by their `kind`."""
+
+
+def _without_kinds(at: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A place as in the file: pydantic puts the kind of a method after it."""
+    place = 2 if at[:1] == ("methods",) else 1
+    if at[:1] and at[0] in _UNIONS and len(at) > place and at[place] in _kinds(at[:1]):
+        return (*at[:place], *at[place + 1 :])
+    return at
+
+
+def _members(name: Any) -> list[Any]:
+    """The blocks that a method may be."""
+    field = Recipe.model_fields[str(name)]
+    union = field.annotation if name == "method" else get_args(get_args(field.annotation)[0])[0]
+    return list(get_args(union))
+
+
+def _by_kind(name: Any) -> dict[str, Any]:
+    return {get_args(block.model_fields["kind"].annotation)[0]: block for block in _members(name)}
+
+
+def _kinds(at: tuple[Any, ...]) -> list[str]:
+    return list(_by_kind(at[0]))
+
+
+def _is_block(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _fields(at: tuple[str | int, ...], values: Any = None) -> dict[str, Any]:
+    """Fields known at a place of the recipe; empty inside a list or a free mapping.
+
+    Args:
+        at: The place.
+        values: The recipe's values, which say what kind a method is of; left out, the fields of all kinds.
+    """
+    if at and at[0] in _UNIONS:
+        place = 2 if at[0] == "methods" else 1
+        if len(at) != place:
+            return {}
+        for part in at:
+            values = _inner(values, part)
+        kind = values.get("kind", "full" if at[0] == "method" else None) if isinstance(values, dict) else values
+        of_kind = _by_kind(at[0])
+        named = [of_kind[kind]] if kind in of_kind else list(of_kind.values())
+        return {name: field for block in named for name, field in block.model_fields.items()}
+    model: Any = Recipe
+    for part in at:
+        field = model.model_fields.get(part) if _is_block(model) else None
+        if field is None or not _is_block(field.annotation):
+            return {}
+        model = field.annotation
+    return dict(model.model_fields)
+
+
+def _inner(values: Any, part: Any) -> Any:
+    if isinstance(values, dict):
+        return values.get(part)
+    return values[part] if isinstance(values, (list, tuple)) and isinstance(part, int) else None
+
+
+def _meaning(at: tuple[str | int, ...], values: Any) -> str:
+    field = _fields(at[:-1], values).get(str(at[-1]))
+    text = (field.description or "") if field else ""
+    return "expected: " + " ".join(text.split()).split(". ")[0].rstrip(".") if text else "it is required"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "settings", list: "a list", str: "a text", type(None): "nothing", bool: "true/false"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def _dotted(at: tuple[str | int, ...]) -> str:
+    return ".".join(str(part) for part in at)
+
+
+def _where(path: Path, lines: Lines, at: tuple[str | int, ...]) -> str:
+    while at and at not in lines:
+        at = at[:-1]
+    return f"{path}:{lines[at]}" if at in lines and at else f"{path}"
+
+
+def _lines(node: Any, at: tuple[str | int, ...] = ()) -> Iterable[tuple[tuple[str | int, ...], int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*at, key.value)
+            yield inner, key.start_mark.line + 1
+            yield from _lines(value, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, value in enumerate(node.value):
+            yield (*at, position), value.start_mark.line + 1
+            yield from _lines(value, (*at, position))
+
+
+def _duplicates(node: Any, at: tuple[str | int, ...] = ()) -> Iterable[tuple[str | int, ...]]:
+    """Keys that stand twice in one mapping; YAML would silently keep the last one."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield (*at, key.value)
+            seen.add(key.value)
+            yield from _duplicates(value, (*at, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for position, value in enumerate(node.value):
+            yield from _duplicates(value, (*at, position))
+
+
+def _substitute(value: Any, at: tuple[str | int, ...], problems: list[str], path: Path, lines: Lines) -> Any:
+    if isinstance(value, dict):
+        return {key: _substitute(inner, (*at, key), problems, path, lines) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_substitute(inner, (*at, i), problems, path, lines) for i, inner in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            problems.append(f"{_where(path, lines, at)}  {_dotted(at)}: environment variable {name} is not set")
+        return os.environ.get(name, match.group(0))
+
+    return _VARIABLE.sub(replace, value)
+
+
+_SHORT = {"model": "name", "method": "kind"}
+"""Blocks that a plain text is short for, and the setting that it is."""
+
+
+def _override(values: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Apply one `block.name=value`; the value is YAML, so `8`, `true` and `[a, b]` have their types."""
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        problems.append(f"--set {override}: expected block.name=value, for example train.num_train_epochs=3")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problems.append(f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}")
+        return
+    *blocks, last = name.strip().split(".")
+    place = values
+    for block in blocks:
+        inner = place.get(block)
+        if isinstance(inner, str) and block in _SHORT:
+            inner = {_SHORT[block]: inner}
+        inner = dict(inner) if isinstance(inner, dict) else {}
+        place[block] = inner
+        place = inner
+    place[last] = value

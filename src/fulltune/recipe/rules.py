@@ -1,0 +1,354 @@
+"""What a recipe alone shows to be impossible: settings that its task does not read, names that transformers does not
+know, pairs that do not go together.
+
+Layer 0: no torch, no transformers; the names that transformers knows are read from its source, which takes a tenth of
+the time that importing it takes. Refused together with what does not fit the fields' types, before anything is read.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import RecipeError
+from fulltune.recipe.elsewhere import PINNED, answer
+from fulltune.recipe.fields import Recipe, TaskName
+
+CHOOSING: Mapping[TaskName, Mapping[str, tuple[str, ...]]] = {
+    "text-classification": {
+        "single_label": ("accuracy", "f1_macro", "mcc", "loss"),
+        "multi_label": ("f1_micro", "f1_macro", "accuracy", "loss"),
+        "regression": ("spearman", "kendall", "r2", "rmse", "loss"),
+    },
+    "token-classification": {"tags": ("f1", "precision", "recall", "accuracy", "loss")},
+    "question-answering": {"span": ("f1", "exact_match", "loss")},
+    "multiple-choice": {"choice": ("accuracy", "loss")},
+    "image-classification": {"single_label": ("accuracy", "f1_macro", "mcc", "loss")},
+    "causal-lm": dict.fromkeys(("text", "prompt_completion", "chat"), ("loss", "perplexity", "token_accuracy")),
+    "seq2seq": {"source_target": ("loss", "perplexity", "token_accuracy")},
+}
+"""Task and problem type to the metrics that can choose a checkpoint; the first is the default."""
+READ_BY: dict[str, tuple[str, ...]] = {
+    "text": ("text-classification", "causal-lm"),
+    "text_pair": ("text-classification",),
+    "label": ("text-classification", "multiple-choice", "image-classification"),
+    "tokens": ("token-classification",),
+    "tags": ("token-classification",),
+    "source": ("seq2seq",),
+    "target": ("seq2seq",),
+    "source_prefix": ("seq2seq",),
+    "question": ("question-answering", "multiple-choice"),
+    "context": ("question-answering", "multiple-choice"),
+    "answers": ("question-answering",),
+    "choices": ("multiple-choice",),
+    "image": ("image-classification",),
+    "prompt": ("causal-lm",),
+    "completion": ("causal-lm",),
+    "messages": ("causal-lm",),
+    "tools": ("causal-lm",),
+    "chat_template": ("causal-lm",),
+    # Images and choices have one type, and refuse the others in their own words.
+    "problem_type": ("text-classification", "image-classification", "multiple-choice"),
+    "stride": ("question-answering",),
+    "undecodable_images": ("image-classification",),
+}
+"""Setting of `data` to the tasks that read it; every task reads all others."""
+WITH_CLASSES = ("text-classification", "token-classification", "image-classification")
+SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
+
+
+NO_PACKAGES = ("all", "none", "flyte")
+"""Words of transformers, and the tracker that it cannot look for."""
+
+
+OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
+"""fulltune's own; transformers knows the first name too, as another one of `adamw_bnb_8bit`."""
+
+PER_TENSOR = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+"""Optimizers that update a tensor from its own gradient and state alone: they can do it in the backward pass."""
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what the recipe alone shows to be impossible.
+
+    Raises:
+        RecipeError: Naming each such setting.
+    """
+    if problems := [*of_settings(recipe), *of_pairs(recipe)]:
+        raise RecipeError(problems)
+
+
+def of_settings(recipe: Recipe) -> list[str]:
+    """Settings that are impossible by themselves, or for the task. One that is written out with its default value is
+    let through."""
+    fields = type(recipe.data).model_fields
+    return [
+        *(
+            f"data.{name}: has no effect for {recipe.task}; remove it"
+            for name, tasks in READ_BY.items()
+            if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
+        ),
+        *_weights_without_classes(recipe),
+        *_impossible_metric(recipe),
+        *_unknown_fields(recipe),
+        *_unknown_optimizer(recipe),
+        *_unknown_trackers(recipe),
+    ]
+
+
+def of_pairs(recipe: Recipe) -> list[str]:
+    """Settings that do not go together."""
+    problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe)]
+    if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
+        problems.append(SMOOTHING)
+    if recipe.train.chunked_loss:
+        problems += [f"train.chunked_loss: {reason}; remove it" for reason in _whole_logits(recipe)]
+    return problems
+
+
+def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
+    """Why a metric is refused: `kind` is a task, or a problem type."""
+    return (
+        f"evaluate.metric: '{wanted}' cannot choose a checkpoint for {kind.replace('_', ' ')}; expected one of "
+        f"{', '.join(possible)}"
+    )
+
+
+def _weights_without_classes(recipe: Recipe) -> list[str]:
+    if recipe.train.class_weights is None or recipe.task in WITH_CLASSES:
+        return []
+    return [f"train.class_weights: has no effect for {recipe.task}, which has no classes; remove it"]
+
+
+def _impossible_metric(recipe: Recipe) -> list[str]:
+    """One that no kind of rows of this task has; the rest is known when the rows are read."""
+    wanted, kinds = recipe.evaluate.metric, CHOOSING[recipe.task]
+    kind = recipe.data.problem_type
+    possible = kinds.get(kind) or tuple(dict.fromkeys(name for names in kinds.values() for name in names))
+    if wanted is None or wanted in possible:
+        return []
+    return [wrong_metric(wanted, kind if kind in kinds else recipe.task, possible)]
+
+
+def _unknown_fields(recipe: Recipe) -> list[str]:
+    if not recipe.train.extra:
+        return []
+    known = training_arguments()
+    own = set(type(recipe.train).model_fields)
+    problems = []
+    for name, value in recipe.train.extra.items():
+        if name in PINNED:
+            problems.append(f"train.extra.{name}: cannot be set here; {PINNED[name]}")
+        elif name in own:
+            problems.append(f"train.extra.{name}: is a setting of its own; write it as train.{name}")
+        elif name not in known:
+            hint = f"; {said}" if (said := answer(name)) else _did_you_mean(name, known)
+            problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{hint}")
+        elif (expected := _expected(known[name])) and not _is_a(value, known[name]):
+            problems.append(f"train.extra.{name}: expected {expected}, found {value!r}{_as_number(value)}")
+    return problems
+
+
+_TYPES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+
+
+def _expected(annotation: str) -> str | None:
+    """The values of a field in words; None where its type is none of the plain ones."""
+    names = [name.strip() for name in annotation.split("|")]
+    return " or ".join(_TYPES[name] for name in names if name != "None") if set(names) <= {*_TYPES, "None"} else None
+
+
+def _as_number(value: Any) -> str:
+    """YAML reads `1e-5` as a text."""
+    try:
+        return f"; write {float(value):.1e}" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
+
+
+def _is_a(value: Any, annotation: str) -> bool:
+    names = _names(annotation)
+    if value is None:
+        return True
+    if isinstance(value, bool):
+        return "bool" in names
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return bool(names & {"int", "float", "str"})
+    return type(value).__name__ in names or (isinstance(value, float) and "str" in names)
+
+
+def _names(annotation: str) -> set[str]:
+    return {name.strip() for name in annotation.split("|")}
+
+
+def as_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`train.extra` as transformers takes it: `1800.0` as a whole number, `2024` as a text, where such is expected;
+    null leaves a field as it is, where it cannot be empty."""
+    known, values = training_arguments(), dict[str, Any]()
+    for name, value in extra.items():
+        names = _names(known[name])
+        if value is None and names <= {"bool", "int", "float", "str"}:
+            continue
+        if isinstance(value, float) and value.is_integer() and "int" in names:
+            value = int(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and names <= {"str", "None"}:
+            value = str(value)
+        values[name] = value
+    return values
+
+
+def _without_workers(recipe: Recipe) -> list[str]:
+    if recipe.train.extra.get("dataloader_num_workers"):
+        return []
+    return [
+        f"train.extra.{name}: has no effect without train.extra.dataloader_num_workers above 0"
+        for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
+        if recipe.train.extra.get(name)
+    ]
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _unknown_optimizer(recipe: Recipe) -> list[str]:
+    optim = recipe.train.optim
+    if optim is None or optim in OWN_OPTIMIZERS:
+        return []
+    known = optimizers()
+    if optim in known:
+        return []
+    hint = _did_you_mean(optim, known) or f"; it knows {', '.join(known)}"
+    return [f"train.optim: transformers knows no optimizer '{optim}'{hint}"]
+
+
+def _bf16_updates(recipe: Recipe) -> list[str]:
+    """Settings that have no effect, updates that would vanish, and our optimizers under DeepSpeed."""
+    train, problems = recipe.train, []
+    own = train.optim is None or train.optim in OWN_OPTIMIZERS
+    if recipe.model.weights_dtype == "fp32" and train.bf16_rounding is not None:
+        problems.append(
+            f"train.bf16_rounding: '{train.bf16_rounding}' has no effect, because the weights are fp32; remove it, or "
+            "set model.weights_dtype: bf16"
+        )
+    if recipe.model.weights_dtype == "bf16" and not own and train.bf16_rounding != "nearest":
+        problems.append(
+            f"train.optim: '{train.optim}' rounds bf16 weights (model.weights_dtype) to nearest: updates smaller than "
+            "half of their spacing vanish, at usual learning rates most of them; set optim: adamw_bf16 or adamw_8bit, "
+            "or weights_dtype: fp32, or bf16_rounding: nearest to have it so"
+        )
+    if own and train.extra.get("optim_args"):
+        named = f"'{train.optim}' takes none" if train.optim else "train.optim is left out"
+        problems.append(f"train.extra.optim_args: has no effect, because {named}; remove it")
+    if train.optim in OWN_OPTIMIZERS and _deepspeed(recipe):
+        problems.append(
+            f"train.optim: '{train.optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an "
+            "optimizer's state itself; remove optim, or train.extra.deepspeed"
+        )
+    return problems
+
+
+def _in_backward(recipe: Recipe) -> list[str]:
+    """What `train.optimizer_in_backward` cannot go with; the plan adds accumulation, which it decides."""
+    train, name = recipe.train, "train.optimizer_in_backward"
+    if not train.optimizer_in_backward:
+        return []
+    problems = []
+    if train.max_grad_norm:
+        problems.append(
+            f"{name}: needs train.max_grad_norm: 0, found {train.max_grad_norm:g}; the norm is of all gradients, and "
+            "they are never there together"
+        )
+    if train.num_processes > 1:
+        problems.append(
+            f"{name}: needs train.num_processes: 1, found {train.num_processes}; tensors would be updated before the "
+            "processes' gradients are put together"
+        )
+    if _deepspeed(recipe):
+        problems.append(f"{name}: cannot go with train.extra.deepspeed, which updates by itself; remove one of them")
+    if train.precision == "fp16":
+        problems.append(
+            f"{name}: cannot go with train.precision: fp16, whose gradients are scaled until all are there; set bf16 "
+            "or fp32"
+        )
+    if train.optim is not None and train.optim not in PER_TENSOR:
+        problems.append(
+            f"{name}: needs an optimizer that treats each tensor by itself ({', '.join(PER_TENSOR)}), found "
+            f"'{train.optim}'"
+        )
+    return problems
+
+
+def _unknown_trackers(recipe: Recipe) -> list[str]:
+    if not recipe.train.report_to:
+        return []
+    known = trackers()
+    return [
+        f"train.report_to: transformers knows no tracker '{name}'"
+        + (_did_you_mean(name, known) or f"; it knows {', '.join(known)}")
+        for name in recipe.train.report_to
+        if name not in (*known, *NO_PACKAGES)
+    ]
+
+
+def _whole_logits(recipe: Recipe) -> list[str]:
+    """Why the loss of this recipe cannot be computed in pieces."""
+    reasons = []
+    if recipe.task not in ("causal-lm", "seq2seq"):
+        reasons.append(f"has no effect for {recipe.task}, which has no logits of tokens")
+    if _deepspeed(recipe):
+        reasons.append("does not go with train.extra.deepspeed, which shares out the head's weights")
+    if recipe.train.extra.get("torch_compile"):
+        reasons.append("does not go with train.extra.torch_compile, which leaves out the hooks that it needs")
+    return reasons
+
+
+def _deepspeed(recipe: Recipe) -> bool:
+    return recipe.train.extra.get("deepspeed") is not None
+
+
+# ---- what transformers knows, without importing it -------------------------------------------------------------
+
+
+@cache
+def training_arguments() -> Mapping[str, str]:
+    """Fields of `transformers.TrainingArguments`, and their types as they are written there."""
+    body = _class("training_args.py", "TrainingArguments").body
+    fields = [line for line in body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+    return {line.target.id: ast.unparse(line.annotation) for line in fields if isinstance(line.target, ast.Name)}
+
+
+@cache
+def optimizers() -> list[str]:
+    """Names of optimizers."""
+    body = _class("training_args.py", "OptimizerNames").body
+    values = [line.value for line in body if isinstance(line, ast.Assign)]
+    return sorted(value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str))
+
+
+@cache
+def trackers() -> list[str]:
+    """Names of trackers."""
+    for line in _parsed("integrations/integration_utils.py").body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "INTEGRATION_TO_CALLBACK":
+            keys = line.value.keys if isinstance(line.value, ast.Dict) else []
+            return sorted(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+    raise LookupError("transformers has no INTEGRATION_TO_CALLBACK any more")
+
+
+@cache
+def _parsed(file: str) -> ast.Module:
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None, "it is installed with fulltune"
+    assert spec.submodule_search_locations is not None, "it is a package"
+    return ast.parse((Path(next(iter(spec.submodule_search_locations))) / file).read_text(encoding="utf-8"))
+
+
+def _class(file: str, name: str) -> ast.ClassDef:
+    return next(line for line in _parsed(file).body if isinstance(line, ast.ClassDef) and line.name == name)

@@ -1,0 +1,108 @@
+"""Several tasks on one base as `tasks.md` and `tasks.json`, and in the words of both files and terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fulltune.records.comparison import ManyTasks, TaskPart, Way
+from fulltune.report.comparison import words as proof_words
+from fulltune.report.comparison.words import NOTHING, Writer
+from fulltune.report.files import replace
+from fulltune.report.format import words
+from fulltune.report.format.markdown import escaped, table
+
+RECORD, PAGE = "tasks.json", "tasks.md"
+_MARGIN = 0.01
+"""How exactly differences are written."""
+TASK_HEADER = ("task", "train rows", "verdict", "metric")
+WAY_HEADER = ("method", "stored", "one more task", "training", "full better by [points]")
+
+
+def write_tasks(folder: Path, found: ManyTasks) -> tuple[Path, ...]:
+    """Write `tasks.md` and `tasks.json` into a folder; returns their paths."""
+    found.save(folder / RECORD)
+    replace(folder / PAGE, _markdown(found))
+    return folder / PAGE, folder / RECORD
+
+
+def _markdown(found: ManyTasks) -> str:
+    scores = [
+        [row[0], *(_score(found, way, place) for way in found.ways)] for place, row in enumerate(task_rows(found))
+    ]
+    lines = [
+        f"# {words.counted(len(found.tasks), 'task')} on one base",
+        "",
+        escaped(words.file_name(found.model)),
+        "",
+        *sentences(found),
+        "",
+        table(WAY_HEADER, way_rows(found), frozenset(range(1, len(WAY_HEADER)))),
+        "",
+        table(TASK_HEADER, task_rows(found), frozenset({1})),
+        "",
+        table(("task", *(way.arm for way in found.ways)), scores, frozenset(range(1, len(found.ways) + 1))),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def sentences(found: ManyTasks) -> list[str]:
+    """What the tables come to."""
+    full, *others = found.ways
+    # A head alone decides nothing; of the rest those that are not known to be worse.
+    fair = [way for way in others if way.kind != "head" and (way.behind is None or way.behind.low <= 0)]
+    smallest = min(fair or others, key=lambda way: way.stored_bytes)
+    count = words.counted(len(found.tasks), "task")
+    said = [
+        f"A full model for each of {count}: {words.size(full.stored_bytes)} of weights, on disk and, with all of them "
+        f"loaded, in memory. One base ({words.size(found.base_bytes)}) with {smallest.arm} for each: "
+        f"{words.size(smallest.stored_bytes)}, {proof_words.ratio(smallest.stored_bytes / full.stored_bytes)}; each "
+        f"further task adds {words.size(smallest.bytes_per_task)} instead of {words.size(full.bytes_per_task)}."
+    ]
+    for way in others:
+        if way.behind is None:
+            continue
+        low, high = way.behind.low, way.behind.high
+        lost = "full is better" if low > 0 else f"{way.arm} is better" if high < 0 else "no difference is certain"
+        said.append(f"{way.arm}: full minus it {_behind(way)} points, mean over the tasks: {lost}.")
+    if all(way.behind is None for way in others):
+        said.append("The tasks' metrics cannot be averaged, or one seed says too little: see each task's card.")
+    return said
+
+
+def way_rows(found: ManyTasks) -> list[list[str]]:
+    """By `WAY_HEADER`."""
+    return [
+        [
+            words.harmless(way.arm),
+            words.size(way.stored_bytes),
+            words.size(way.bytes_per_task),
+            words.duration(way.train_seconds),
+            "reference" if way.kind == "full" else _behind(way),
+        ]
+        for way in found.ways
+    ]
+
+
+def task_rows(found: ManyTasks) -> list[list[str]]:
+    """By `TASK_HEADER`."""
+    return [
+        [words.harmless(task.name), words.count(task.train_rows), _verdict(task), words.metric_name(task.metric)]
+        for task in found.tasks
+    ]
+
+
+def _verdict(task: TaskPart) -> str:
+    take = f": {words.harmless(task.recommended)}" if task.verdict in ("PEFT", "EQUIVALENT") else ""
+    return f"{task.verdict}{take}"
+
+
+def _behind(way: Way) -> str:
+    if way.behind is None:
+        return NOTHING
+    write = Writer("accuracy", _MARGIN)
+    low, high = write.difference(way.behind.low), write.difference(way.behind.high)
+    return f"{write.difference(way.behind.value)} [{low}, {high}]"
+
+
+def _score(found: ManyTasks, way: Way, place: int) -> str:
+    return Writer(found.tasks[place].metric, _MARGIN).estimate(way.scores[place])

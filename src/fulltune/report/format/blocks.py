@@ -1,0 +1,133 @@
+"""What a report is made of. `content` builds these; `markdown` and `html` print the same ones, so the two agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fulltune.records.run import Segment
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One table cell that needs more than plain text of ours."""
+
+    text: str
+    bar: float | None = None
+    """Length of a bar beside the text, 0 to 1."""
+    heat: float | None = None
+    """Shade behind the text, 0 to 1; the text always carries the number too."""
+    foreign: bool = False
+    """Text from data or a model: shown as it is, isolated from the text around it."""
+
+
+Row = tuple[Cell | str, ...]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with values."""
+
+    rows: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption; the first column names the row."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[Row, ...]
+    numeric: frozenset[int] = frozenset()
+    """Columns whose text is aligned to the right."""
+    matrix: bool = False
+    """True: a square of counts, drawn tight with upright headers."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing, and in words what it shows."""
+
+    svg: str
+    title: str
+    words: str
+    file: str = ""
+    """A picture beside the Markdown that shows the same."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Drawings side by side."""
+
+    items: tuple[Figure, ...]
+    drawn_only: bool = False
+    """True: a table beside it has the same numbers, so Markdown leaves it out."""
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+    language: str = ""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as the model sees them, trained tokens set apart from the others."""
+
+    items: tuple[tuple[tuple[Segment, ...], str | None], ...]
+    target: str = "label"
+    """What the text beside each row is."""
+
+    @property
+    def some_trained(self) -> bool:
+        """Whether tokens are trained, so that they have to be told from the others."""
+        return any(segment.trained for segments, _ in self.items for segment in segments)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One test row of a text generator: what was asked, what was expected, what was said."""
+
+    asked: str
+    said: tuple[tuple[str, str], ...]
+    """Who and what, in order: expected, before training, after training."""
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    items: tuple[Exchange, ...]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A long part that opens on request; Markdown prints it in full."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+Block = Paragraph | Bullets | Facts | Table | Figures | Code | Rows | Exchanges | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """A headed part of the report."""
+
+    anchor: str
+    title: str
+    blocks: tuple[Block, ...] = field(default=())
+
+
+def unless_empty(title: str, blocks: Sequence[Block]) -> Section | None:
+    """A section, or nothing when there is nothing to say in it."""
+    return Section(title.lower().replace(" ", "-"), title, tuple(blocks)) if blocks else None

@@ -1,0 +1,30 @@
+"""The report as one HTML file without network: fill the template that lies beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+from fulltune.report.format.blocks import Block
+from fulltune.report.run.content import Report
+
+# Text from data, models and recipes goes through autoescape; only the drawings of `curves`, which escape their own
+# texts, are marked safe in the template.
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def page(report: Report, template: str = "report.html.j2") -> str:
+    """Print the whole report as HTML."""
+    return _TEMPLATES.get_template(template).render(report=report, kind=_kind)
+
+
+def _kind(block: Block) -> str:
+    """Which of the template's macros prints this block."""
+    return type(block).__name__

@@ -1,0 +1,144 @@
+"""The report as plain Markdown, made to be read in a terminal: tables are padded, nothing needs to be rendered."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+from fulltune.records.run import Segment
+from fulltune.report.format.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Code,
+    Exchanges,
+    Facts,
+    Figures,
+    Folded,
+    Paragraph,
+    Rows,
+    Section,
+    Table,
+)
+from fulltune.report.format.words import clipped, listed
+from fulltune.report.run.content import Report
+
+_CELL_LIMIT = 80
+_BAR_LENGTH = 20
+_TEXT_LIMIT = 600
+
+
+def markdown(report: Report) -> str:
+    """Print the whole report as Markdown."""
+    lines = [f"# {escaped(report.title)}", "", escaped(report.subtitle), ""]
+    lines += [f"**{escaped(report.verdict.label)}.** {escaped(report.verdict.sentence)}", ""]
+    if report.verdict.note:
+        lines += [escaped(report.verdict.note), ""]
+    if report.verdict.warning:
+        lines += [f"**{escaped(report.verdict.warning)}**", ""]
+    if report.key_figures:
+        lines += [*(f"- {name}: {value}" for name, value in report.key_figures), ""]
+    for section in report.sections:
+        lines += _section(section)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text on one line, without anything that Markdown would read as HTML, a table cell, a link or an image."""
+    text = " ".join(text.split())
+    text = re.sub(r"[\\<|`&]", r"\\\g<0>", text)
+    return text.replace("](", "]\\(")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
+    """A Markdown table whose columns line up in a terminal.
+
+    Args:
+        header: Column names.
+        rows: One text per column.
+        numeric: Columns that are aligned to the right.
+    """
+    cells = [[escaped(text) for text in row] for row in (header, *rows)]
+    widths = [max(3, *(_columns(row[index]) for row in cells)) for index in range(len(header))]
+    rule = ["-" * (width - 1) + (":" if index in numeric else "-") for index, width in enumerate(widths)]
+    lines = []
+    for row in (cells[0], rule, *cells[1:]):
+        padded = [_padded(text, widths[index], index in numeric) for index, text in enumerate(row)]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any run of backticks in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _section(section: Section) -> Iterator[str]:
+    yield from (f"## {section.title}", "")
+    for block in section.blocks:
+        yield from _block(block)
+
+
+def _block(block: Block) -> Iterator[str]:
+    match block:
+        case Paragraph():
+            yield from (escaped(block.text), "")
+        case Bullets():
+            yield from (*(f"- {escaped(item)}" for item in block.items), "")
+        case Facts():
+            yield from (*(f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows), "")
+        case Table():
+            yield from (f"{escaped(block.caption)}:", "")
+            yield table(block.header, [[_cell(cell) for cell in row] for row in block.rows], block.numeric)
+            yield ""
+        case Figures(drawn_only=True):
+            return
+        case Figures():  # the drawings are in report.html; here is what they say
+            yield from (*(f"- {escaped(figure.title)}: {escaped(figure.words)}" for figure in block.items), "")
+            for file in sorted({figure.file for figure in block.items} - {""}):
+                yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({file})", "")
+        case Code():
+            yield from (fenced(block.text, block.language), "")
+        case Rows():
+            if block.some_trained:
+                yield from ("Trained tokens stand between ⟦ and ⟧.", "")
+            for segments, label in block.items:
+                yield from (fenced(_segments(segments)), "")
+                if label is not None:
+                    yield from (f"{block.target}: {escaped(label)}", "")
+        case Exchanges():
+            for exchange in block.items:
+                parts = [exchange.asked, *(f"[{who}]\n{what}" for who, what in exchange.said)]
+                yield from (fenced("\n\n".join(clipped(part, _TEXT_LIMIT) for part in parts)), "")
+        case Folded():
+            yield from (f"### {escaped(block.title)}", "")
+            for inner in block.blocks:
+                yield from _block(inner)
+
+
+def _cell(cell: Cell | str) -> str:
+    if isinstance(cell, str):
+        return cell
+    text = clipped(cell.text, _CELL_LIMIT) if cell.foreign else cell.text
+    if cell.bar is None:
+        return text
+    filled = max(round(cell.bar * _BAR_LENGTH), 1 if cell.bar > 0 else 0)
+    return f"{text} {'█' * filled}"
+
+
+def _segments(segments: Sequence[Segment]) -> str:
+    return "".join(f"⟦{segment.text}⟧" if segment.trained else segment.text for segment in segments)
+
+
+def _columns(text: str) -> int:
+    """Terminal columns of a text: East Asian wide characters take two, combining ones none."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) != 0 for character in text)
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    space = " " * (width - _columns(text))
+    return space + text if right else text + space

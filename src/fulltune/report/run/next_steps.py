@@ -1,0 +1,249 @@
+"""What to try next, from what a run shows of itself: a pure function of the verdict, the curves and the settings."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fulltune.records.run import Confusion, Scores
+from fulltune.report.format import words
+from fulltune.report.run.history import Point
+from fulltune.report.run.read import RunView
+from fulltune.report.verdict import Kind, Verdict, headline_row
+from fulltune.text import is_share
+
+_FEW_STEPS = 100
+"""A pretrained model with a new head has hardly begun by then."""
+_MOST_TIMES = 10
+"""So much longer at most is proposed at once."""
+_FEW_ROWS_OF_A_LABEL = 10
+"""Fewer on average teach a label poorly, however often they are repeated."""
+_STILL_FALLING = 0.05
+"""Share of the train loss by which the last quarter lies below the one before."""
+_ONE_CLASS = 0.98
+"""Share of the test rows that get the same label from a model that tells nothing apart."""
+_UNEVEN = 2.0
+"""A label with so many times the rows that the others have on average draws a model to itself."""
+_GREW, _LEAST_READINGS = 1.2, 4
+"""The last quarter's median loss over the first one's, each of so many readings: single batches differ by a third."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a finished run shows of itself."""
+
+    verdict: Kind
+    learning_rate: float
+    epochs: float
+    steps: int
+    total_steps: int
+    by_steps: bool = False
+    """The recipe gives the length of the run in steps."""
+    method_given: bool = True
+    """The recipe has a block `method`: a setting of it can be changed alone."""
+    train_rows: int = 0
+    labels: int = 0
+    """Of rows that have one each; 0: another problem."""
+    max_rows: int | None = None
+    """The recipe takes no more rows than that."""
+    loss: tuple[Point, ...] = ()
+    """Of the train rows, as logged."""
+    metric: tuple[Point, ...] = ()
+    """The one that chooses the weights, on the eval rows."""
+    metric_name: str = "accuracy"
+    greater_is_better: bool = True
+    blind: str = ""
+    """That the model tells nothing apart, in words; empty: it does."""
+    is_faultless: bool = False
+    """Every test row is answered right: on these rows no other training can do better."""
+    weights_may_help: bool = False
+    """It gives the label that by far most rows have, and all classes counted alike."""
+
+
+def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
+    """What a run's files show of the trial that the headline is about; None: it was not scored or has no plan."""
+    row = headline_row(view.scores)
+    plan = view.plan_of(row.name) if row else None
+    outcome = view.outcome_of(row.name) if row else None
+    if row is None or plan is None or outcome is None:
+        return None
+    given = {setting.name: setting.value for setting in plan.settings if not setting.chosen}
+    history = view.history_of(row.name)
+    train = view.summary.splits.get("train") if view.summary else None
+    return Seen(
+        verdict=verdict.kind,
+        learning_rate=plan.learning_rate,
+        epochs=plan.num_train_epochs,
+        steps=outcome.steps,
+        total_steps=plan.total_steps,
+        by_steps="train.max_steps" in given,
+        method_given=any(name.startswith("method.") for name in given),
+        train_rows=train.rows if train else 0,
+        labels=len(view.summary.labels) if view.summary and view.summary.problem_type == "single_label" else 0,
+        max_rows=given.get("data.max_rows"),
+        loss=history.train.get("loss", ()),
+        metric=history.evaluation.get(plan.metric, ()),
+        metric_name=plan.metric,
+        greater_is_better=plan.greater_is_better,
+        blind=_blind(row),
+        is_faultless=is_share(row.main_metric)
+        and row.main_metric in row.metrics
+        and row.metrics[row.main_metric].value == 1,
+        weights_may_help="train.class_weights" not in given and _gives_the_usual_label(row),
+    )
+
+
+def _blind(row: Scores) -> str:
+    """A classifier that gives one label to nearly all rows although there are others; a tagger that finds nothing."""
+    if row.confusion is not None and (label := _one_label(row.confusion)):
+        return f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'"
+    entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
+    return "Not one entity of the test rows is found" if entities and not any(entities) else ""
+
+
+def _one_label(confusion: Confusion) -> str:
+    given = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
+    expected = [sum(counts) for counts in confusion.counts]
+    share, label = max(zip(given, confusion.labels, strict=True), default=(0, ""))
+    several = max(expected, default=0) < _ONE_CLASS * sum(expected)
+    return label if several and share >= _ONE_CLASS * max(1, sum(given)) else ""
+
+
+def _gives_the_usual_label(row: Scores) -> bool:
+    """Nearly all rows get one label, which by far most of them have."""
+    if row.confusion is None or not (label := _one_label(row.confusion)):
+        return False
+    counts = [sum(expected) for expected in row.confusion.counts]
+    usual = counts.pop(row.confusion.labels.index(label))
+    return usual >= _UNEVEN * statistics.mean(counts)
+
+
+def next_steps(seen: Seen) -> tuple[str, ...]:
+    """What to change, each with what speaks for it and the setting; empty where the model is better as it is.
+
+    Changes are named alone: made together, nobody knows which one helped.
+    """
+    if seen.verdict not in ("worse", "unresolved"):
+        return ()
+    if seen.is_faultless:
+        return (
+            "Every test row is answered right: no other training can do better on them. Take more test rows, or harder "
+            "ones.",
+        )
+    found = []
+    grew, is_sure = _loss_grew(seen.loss)
+    passed = _best_long_ago(seen)
+    if grew:
+        found.append(f"{grew}. A likely cause: the learning rate is too high. Take a third: {_rate(seen, 1 / 3)}")
+    elif passed:
+        found.append(f"{passed}. Take a lower rate: {_rate(seen, 1 / 3)}")
+    if not (is_sure or passed) and (longer := _reasons_to_go_on(seen)):
+        found.append(f"{words.listed(longer)}. Train for longer: {_longer(seen)}")
+    if seen.weights_may_help:
+        found.insert(
+            0, f"{seen.blind}, the most frequent one. Let rare labels count more: --set train.class_weights=balanced"
+        )
+    elif seen.blind and found:
+        found[0] = f"{seen.blind}. {found[0]}"
+    elif seen.blind:
+        found.append(f"{seen.blind}. Take a lower rate, {_rate(seen, 1 / 3)}, or a higher one, {_rate(seen, 3)}")
+    if _few_of_each(seen):
+        found.insert(0, f"{_few_of_each(seen)}. {_take_more(seen)}")
+    elif seen.max_rows is not None:
+        found.append(f"Only {words.count(seen.train_rows)} rows are trained on. {_take_more(seen)}")
+    if not found:
+        found.append(
+            f"The curves show no reason. Try other rates, {_rate(seen, 1 / 3)} or {_rate(seen, 3)}, or more train rows "
+            f"than these {words.count(seen.train_rows)}"
+        )
+    if seen.verdict == "unresolved":
+        found.append("More test rows narrow the interval: four times as many halve it")
+    return tuple(f"{one}." for one in found)
+
+
+def _few_of_each(seen: Seen) -> str:
+    """That the labels have few rows each; empty where they have enough."""
+    if seen.train_rows >= _FEW_ROWS_OF_A_LABEL * seen.labels:
+        return ""
+    each = f"{seen.train_rows / seen.labels:.2g}"
+    return (
+        f"{words.count(seen.train_rows)} train rows are about {each} for each of {words.count(seen.labels)} labels, "
+        "too few to learn most of them well: more rows help more than more epochs"
+    )
+
+
+def _take_more(seen: Seen) -> str:
+    return "Take more: leave data.max_rows out" if seen.max_rows is not None else "Take more if there are any"
+
+
+def _reasons_to_go_on(seen: Seen) -> list[str]:
+    """What speaks for a longer run; one that was stopped early would be stopped there again."""
+    if seen.steps < seen.total_steps:
+        return []
+    reasons = []
+    before, last = _last_quarters(seen.loss)
+    if before > 0 and last < (1 - _STILL_FALLING) * before:
+        first = seen.loss[0][1]
+        reasons.append(f"the train loss was still falling at the end ({words.number(first)} to {words.number(last)})")
+    if len(seen.metric) > 1 and _best(seen)[0] == seen.metric[-1][0]:
+        way = "rising" if seen.greater_is_better else "falling"
+        reasons.append(f"{words.metric_name(seen.metric_name)} on the eval rows was still {way} at the last evaluation")
+    if seen.steps < _FEW_STEPS:
+        reasons.append(f"{words.counted(seen.steps, 'step')} are few" if seen.steps > 1 else "one step is little")
+    if reasons:
+        reasons[0] = reasons[0][0].upper() + reasons[0][1:]
+    return reasons
+
+
+def _loss_grew(loss: Sequence[Point]) -> tuple[str, bool]:
+    """That the train loss ended far above where it began, empty where it did not; and whether no reading of the first
+    quarter reaches the last one's median, so that it is not the batches' noise."""
+    values = [value for _, value in loss]
+    size = len(values) // 4
+    if size < _LEAST_READINGS or not all(map(math.isfinite, values)):
+        return "", False
+    began, ended = statistics.median(values[:size]), statistics.median(values[-size:])
+    if not ended > _GREW * began > 0:
+        return "", False
+    said = f"The train loss rose from {words.number(began)} to {words.number(ended)}"
+    return f"{said} (medians of the first and last quarter)", max(values[:size]) < ended
+
+
+def _last_quarters(loss: Sequence[Point]) -> tuple[float, float]:
+    """The mean of the last quarter but one, and of the last one; NaN where too little was logged."""
+    values = [value for _, value in loss]
+    size = len(values) // 4
+    if not size:
+        return math.nan, math.nan
+    return sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
+
+
+def _best(seen: Seen) -> Point:
+    """The first of the best evaluations."""
+    sign = 1 if seen.greater_is_better else -1
+    finite = [point for point in seen.metric if math.isfinite(point[1])]
+    return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
+
+
+def _best_long_ago(seen: Seen) -> str:
+    """That the eval rows were answered best in the run's first half, and worse at its end."""
+    step, value = _best(seen)
+    if len(seen.metric) < 3 or 2 * step > seen.metric[-1][0] or seen.metric[-1][1] == value:
+        return ""
+    name = words.metric_name(seen.metric_name)
+    return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {words.count(step)} and worse at the end"
+
+
+def _longer(seen: Seen) -> str:
+    """Twice as long, or as long as it takes for the steps not to be few."""
+    times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, seen.total_steps))))
+    if seen.by_steps:
+        return f"--set train.max_steps={times * seen.total_steps}"
+    return f"--set train.num_train_epochs={times * seen.epochs:g}"
+
+
+def _rate(seen: Seen, factor: float) -> str:
+    kind = "" if seen.method_given else "--set method.kind=full "
+    return f"{kind}--set method.learning_rate={float(f'{factor * seen.learning_rate:.2g}'):g}"

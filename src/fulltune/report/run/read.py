@@ -1,0 +1,266 @@
+"""One frozen view of a run folder: every file that the report needs, and what is missing with the reason.
+
+A run can end at any line of the pipeline, so each file may be absent, and a killed process may leave half a line. Both
+are facts to report, not errors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fulltune.errors import SetupError
+from fulltune.records.run import Command, DataSummary, Environment, Outcome, Plan, Record, Scores
+from fulltune.report.run.history import History, merge
+
+_AnyRecord = TypeVar("_AnyRecord", bound=Record)
+_MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
+_KINDS = ("baseline", "untouched", "trained")
+DROPPED_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt folder; `outcome` is None when its process ended without writing one."""
+
+    name: str
+    trial: str
+    outcome: Outcome | None
+    lines: tuple[dict[str, Any], ...]
+    """What `metrics.jsonl` holds, in order."""
+    journal: tuple[dict[str, Any], ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps by the outcome; an attempt that failed before it could say has done those that it logged."""
+        logged = [line["step"] for line in self.lines if isinstance(line.get("step"), int)]
+        return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part of the report that cannot be shown, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class RunView:
+    """All that is known about a run."""
+
+    folder: Path
+    name: str
+    model: str
+    """As the plan or else the recipe names it; `unknown model` when neither does."""
+    task: str
+    recipe_text: str | None
+    environment: Environment | None
+    summary: DataSummary | None
+    dropped: tuple[dict[str, Any], ...]
+    """The first rows that were left out."""
+    plans: tuple[Plan, ...]
+    attempts: tuple[Attempt, ...]
+    scores: tuple[Scores, ...]
+    """Baselines first, then the untouched model, then trained ones; by name within a kind."""
+    missing: tuple[Missing, ...]
+    unreadable_lines: int
+    """Lines of jsonl files that are not JSON, usually the last one of a killed process."""
+    command: Command | None = None
+    """What the whole command took; None where it was not one command."""
+
+    @property
+    def trained(self) -> tuple[Scores, ...]:
+        return tuple(row for row in self.scores if row.kind == "trained")
+
+    @property
+    def trials(self) -> tuple[str, ...]:
+        """Every trial that was planned, started or scored."""
+        names = {plan.trial for plan in self.plans} | {attempt.trial for attempt in self.attempts}
+        return tuple(sorted(names | {row.name for row in self.trained}))
+
+    def attempts_of(self, trial: str) -> tuple[Attempt, ...]:
+        return tuple(attempt for attempt in self.attempts if attempt.trial == trial)
+
+    def plan_of(self, trial: str) -> Plan | None:
+        return next((plan for plan in self.plans if plan.trial == trial), None)
+
+    def outcome_of(self, trial: str) -> Outcome | None:
+        """How the trial ended: its last attempt's outcome, None when that one wrote none."""
+        attempts = self.attempts_of(trial)
+        return attempts[-1].outcome if attempts else None
+
+    def history_of(self, trial: str) -> History:
+        """The trial's metrics as one curve over all its attempts."""
+        return merge([attempt.lines for attempt in self.attempts_of(trial)])
+
+    def model_folder_of(self, trial: str) -> str | None:
+        """The trained model, relative to the run folder; None when it is not there."""
+        outcome = self.outcome_of(trial)
+        plan = self.plan_of(trial)
+        named = (outcome.model_folder if outcome else None) or (plan.model_folder if plan else "models/full")
+        return named if (self.folder / named).is_dir() else None
+
+
+def read_run(folder: Path) -> RunView:
+    """Read a run folder.
+
+    Args:
+        folder: The run folder; any of its files may be missing.
+
+    Raises:
+        SetupError: If there is no such folder, or nothing in it comes from a run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SetupError(f"{folder}: no such run folder")
+    if not any((folder / mark).exists() for mark in _MARKS_OF_A_RUN):
+        raise SetupError(f"{folder}: not a run folder; expected one of {', '.join(_MARKS_OF_A_RUN)} in it")
+
+    broken: list[Missing] = []
+    torn: list[Path] = []
+    environment = _record(Environment, folder / "environment.json", folder, broken)
+    summary = _record(DataSummary, folder / "data" / "summary.json", folder, broken)
+    plans = _records(Plan, sorted(filter(_may_be_a_plan, (folder / "plan").glob("*.json"))), folder, broken)
+    scores = _records(Scores, sorted((folder / "scores").glob("*.json")), folder, broken)
+    attempts = tuple(_attempts(folder, broken, torn))
+    recipe_text = _text(folder / "recipe.yaml")
+    settings = {setting.name: setting.value for plan in plans for setting in plan.settings}
+    view = RunView(
+        folder=folder,
+        name=folder.resolve().name,
+        model=str(settings.get("model.name") or _from_recipe(recipe_text, "model") or "unknown model"),
+        task=str(
+            (summary and summary.task) or settings.get("task") or _from_recipe(recipe_text, "task") or "unknown task"
+        ),
+        recipe_text=recipe_text,
+        environment=environment,
+        summary=summary,
+        dropped=tuple(_json_lines(folder / "data" / "dropped.jsonl", torn, limit=DROPPED_SHOWN)),
+        plans=tuple(sorted(plans, key=lambda plan: plan.trial)),
+        attempts=attempts,
+        scores=tuple(sorted(scores, key=lambda row: (_KINDS.index(row.kind), row.name))),
+        missing=(),
+        unreadable_lines=0,
+        command=_record(Command, folder / "command.json", folder, broken),
+    )
+    missing = (*broken, *_what_is_missing(view))
+    return replace(view, missing=missing, unreadable_lines=len(torn))
+
+
+def _what_is_missing(view: RunView) -> Iterator[Missing]:
+    """Say what cannot be shown; the reason is how the run ended, as far as the files tell."""
+    if view.recipe_text is None:
+        yield Missing("the recipe", "recipe.yaml is not in the run folder.")
+    if view.environment is None:
+        yield Missing("the environment", "environment.json is not in the run folder or cannot be read.")
+    if view.summary is None:
+        yield Missing("the data summary", "the run ended before the data were prepared.")
+    if not view.plans:
+        yield Missing("the plan with its settings", "the run ended before it was planned.")
+    if not view.attempts:
+        yield Missing("learning curves and training facts", "there is no attempt in the run's folder.")
+    for trial in view.trials:
+        attempts = view.attempts_of(trial)
+        if attempts and attempts[-1].outcome is None:
+            yield Missing(
+                f"the outcome of {attempts[-1].name}",
+                "its process has written no outcome.json: it is still running, or it was killed.",
+            )
+        if attempts and not view.history_of(trial).has_points:
+            yield Missing(f"the learning curves of {trial}", "no optimizer step was logged.")
+        if trial not in {row.name for row in view.trained}:
+            yield Missing(f"the test scores of {trial}", _why_unscored(view, trial))
+    if not view.trials:
+        yield Missing("the test scores of a trained model", "no trial was planned or started.")
+    if not any(row.kind != "trained" for row in view.scores):
+        yield Missing(
+            "baselines to compare with",
+            "none was scored: the run ended earlier, or the recipe says 'evaluate.baselines: false'.",
+        )
+
+
+def _why_unscored(view: RunView, trial: str) -> str:
+    attempts = view.attempts_of(trial)
+    if not attempts:
+        return "no attempt to train it is in the run's folder."
+    outcome = attempts[-1].outcome
+    if outcome is None:
+        return "training has no recorded end, so there was nothing to score."
+    if outcome.status == "done":
+        return "training is done, but the model was not scored on the test rows."
+    return f"training ended as '{outcome.status.replace('_', ' ')}': {outcome.reason.rstrip('.')}."
+
+
+def _record(kind: type[_AnyRecord], path: Path, folder: Path, broken: list[Missing]) -> _AnyRecord | None:
+    if not path.is_file():
+        return None
+    try:
+        return kind.load(path)
+    except (OSError, SetupError):
+        broken.append(Missing(path.relative_to(folder).as_posix(), "damaged, or of another version of fulltune"))
+        return None
+
+
+def _records(kind: type[_AnyRecord], paths: list[Path], folder: Path, broken: list[Missing]) -> list[_AnyRecord]:
+    found = (_record(kind, path, folder, broken) for path in paths)
+    return [record for record in found if record is not None]
+
+
+def _may_be_a_plan(path: Path) -> bool:
+    """Whether a file of the folder `plan` is a trial's plan, or too damaged to tell; others lie there as well."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(found, dict) and {"trial", "settings"} <= found.keys()
+
+
+def _attempts(folder: Path, broken: list[Missing], torn: list[Path]) -> Iterator[Attempt]:
+    named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in (folder / "attempts").glob("*"))
+    numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
+    for trial, _, path in sorted(numbered):
+        yield Attempt(
+            name=path.name,
+            trial=trial,
+            outcome=_record(Outcome, path / "outcome.json", folder, broken),
+            lines=tuple(_json_lines(path / "metrics.jsonl", torn)),
+            journal=tuple(_json_lines(path / "journal.jsonl", torn)),
+        )
+
+
+def _json_lines(path: Path, torn: list[Path], limit: int | None = None) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    read = 0
+    # A process killed in mid-write can cut a character in two: replace it rather than fail.
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if not isinstance(value, dict):
+                torn.append(path)
+                continue
+            yield value
+            read += 1
+            if read == limit:
+                return
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def _from_recipe(text: str | None, key: str) -> str | None:
+    """Find one top-level value of the recipe, without a YAML parser: enough for a title when no plan was written."""
+    block_or_flow = r"[ \t]*(?:\{.*?\bname:[ \t]*|\n[ \t]+name:[ \t]*)?"
+    match = re.search(rf"^{key}:{block_or_flow}([^\s#{{}},][^#{{}},\n]*)", text or "", re.M)
+    return match[1].strip().strip("'\"") if match else None

@@ -1,0 +1,1 @@
+"""Statistics: bootstrap, intervals, calibration, metrics as sums over rows."""

@@ -1,0 +1,65 @@
+"""Can the probabilities be believed? Expected calibration error, and a temperature fitted on rows for choosing.
+
+Layer 1. Guo et al. 2017, arXiv 1706.04599: one parameter, which never changes the predicted class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+from fulltune.records.run import Calibration
+
+BINS = 15
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean gap between confidence and accuracy, over 15 bins with the same number of rows each.
+
+    Args:
+        logits: [rows, classes].
+        labels: Class ids [rows].
+    """
+    probabilities = softmax(logits, axis=-1)
+    confidence = probabilities.max(axis=-1)
+    right = probabilities.argmax(axis=-1) == labels
+    parts = np.array_split(np.argsort(confidence, kind="stable"), min(BINS, len(labels)))
+    return float(sum(len(part) * abs(confidence[part].mean() - right[part].mean()) for part in parts) / len(labels))
+
+
+ALL_RIGHT = "every eval row is answered rightly, so that nothing tells how sure to be: the temperature stays 1"
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The number that logits are divided by to make the labels most likely; between 0.05 and 20.
+
+    Some row must be answered wrongly: else the smallest temperature is always the most likely one.
+    """
+
+    def loss(log_temperature: float) -> float:
+        scaled = log_softmax(logits / np.exp(log_temperature), axis=-1)
+        return float(-scaled[np.arange(len(labels)), labels].mean())
+
+    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
+    return float(np.exp(found.x))
+
+
+def temperature_of(eval_logits: np.ndarray, eval_labels: np.ndarray) -> float:
+    """The temperature that eval rows give; 1 where every one is answered rightly."""
+    all_right = bool((eval_logits.argmax(axis=-1) == eval_labels).all())
+    return 1.0 if all_right else fit_temperature(eval_logits, eval_labels)
+
+
+def calibrate(
+    eval_logits: np.ndarray, eval_labels: np.ndarray, test_logits: np.ndarray, test_labels: np.ndarray
+) -> Calibration:
+    """Fit on the eval rows, where they allow it, and measure on the test rows."""
+    all_right = bool((eval_logits.argmax(axis=-1) == eval_labels).all())
+    temperature = temperature_of(eval_logits, eval_labels)
+    return Calibration(
+        note=ALL_RIGHT if all_right else "",
+        temperature=temperature,
+        expected_calibration_error=expected_calibration_error(test_logits, test_labels),
+        expected_calibration_error_scaled=expected_calibration_error(test_logits / temperature, test_labels),
+    )

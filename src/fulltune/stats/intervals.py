@@ -1,0 +1,280 @@
+"""How sure a difference of two arms is, over rows and seeds. Pure functions of numbers.
+
+A difference is uncertain for two reasons. *Rows*: other rows would give other numbers; known well, from thousands of
+resamples of row clusters on which all trials are scored together. *Seeds*: other seeds would; known badly, from two to
+five runs an arm. Resampling k seeds as if they were rows underestimates their spread by (k - 1) / k and takes it for
+known, which gives too many false verdicts. So the seeds' part of a draw is not resampled but has a spread drawn from
+what k seeds tell about it: the variance found, divided by chi squared over its degrees of freedom (those of both arms,
+after Welch and Satterthwaite). It is the spread beyond what the rows alone make of equal models, and never below zero.
+A draw is then the difference on resampled rows plus a normal number with that spread: Student's t where seeds are all
+that matters, the usual bootstrap where they do not. `bench/false_verdicts.py` measures what comes of it.
+
+Seeds of two arms count as independent. In truth trials of the same seed see the same rows in the same order, so their
+difference varies a little less; with few seeds, taking them as pairs would cost more than it brings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fulltune.records.differences import McNemar
+from fulltune.stats.bootstrap import Drawn
+
+_SURPRISES = 2.0
+"""Rows that disagree beyond those seen: 0 of 20 rows that differ do not prove that two models are equal. With none
+seen, the interval is about 3 / rows, the rule of three."""
+_BISECTIONS = 60
+
+
+# ---- spread between seeds --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """What is known of one arm's spread between seeds."""
+
+    num_seeds: int
+    variance: float
+    """Of the metric between seeds, on these rows."""
+    by_rows: float
+    """Part of it that the rows alone make of equal models."""
+    degrees: float
+    """Of freedom; inf: the variance is assumed, or there is none."""
+    borrowed: bool = False
+    """Taken from another arm, because this one has a single seed."""
+
+    @property
+    def is_none(self) -> bool:
+        """The arm is not trained: no number of seeds changes anything."""
+        return self.variance == 0 and math.isinf(self.degrees)
+
+    @property
+    def beyond_rows(self) -> float:
+        return max(0.0, self.variance - self.by_rows)
+
+
+NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
+"""Of an arm that is not trained."""
+
+
+def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]:
+    """The spread of each arm; an arm with one seed is given the largest that was found among the others.
+
+    Args:
+        drawn: Metrics of all trials.
+        fixed: Arms that are not trained, so that seeds change nothing.
+
+    Returns:
+        None where nothing is known.
+    """
+    found: list[SeedSpread | None] = []
+    for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True):
+        if is_fixed:
+            found.append(NO_SPREAD)
+        else:
+            found.append(_spread(point, draws, drawn.num_clusters) if len(point) > 1 else None)
+    known = [spread for spread in found if spread is not None and not spread.is_none]
+    if known:
+        widest = max(known, key=lambda spread: spread.variance)
+        stand_in: SeedSpread | None = SeedSpread(1, widest.variance, widest.by_rows, widest.degrees, borrowed=True)
+    else:
+        stand_in = None
+    return [stand_in if spread is None else spread for spread in found]
+
+
+def _spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread:
+    seeds = len(point)
+    # Rows move each seed's metric and the seeds' mean; the part that differs from seed to seed is what averages out.
+    of_one, of_mean = float(draws.var(axis=0).mean()), float(draws.mean(axis=1).var())
+    by_rows = max(0.0, of_one - of_mean) * seeds / (seeds - 1) * _unbiased(num_clusters)
+    return SeedSpread(seeds, float(point.var(ddof=1)), by_rows, seeds - 1)
+
+
+def _unbiased(num_clusters: int) -> float:
+    return num_clusters / max(1, num_clusters - 1)
+
+
+# ---- a difference and its distribution -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Uncertain:
+    """A number with its distribution: a mixture of normal ones, a draw of rows each."""
+
+    estimate: float
+    centres: np.ndarray
+    """[draws]"""
+    spreads: np.ndarray
+    """Standard deviation around each, [draws]."""
+    row_variance: float
+    """Its part that comes from the rows, noise of single seeds included."""
+    seeds: tuple[SeedSpread, ...]
+    """Of each arm."""
+    seeds_known: bool = True
+
+    @property
+    def seed_variance(self) -> float:
+        """What only more seeds make smaller."""
+        return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
+
+    @property
+    def variance(self) -> float:
+        return self.row_variance + self.seed_variance
+
+    def below(self, value: float) -> float:
+        """Chance that the true number is below `value`."""
+        from scipy.special import ndtr
+
+        return float(ndtr((value - self.centres) / self.spreads).mean())
+
+    def quantile(self, share: float) -> float:
+        low, high = float((self.centres - 40 * self.spreads).min()), float((self.centres + 40 * self.spreads).max())
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            if self.below(middle) < share:
+                low = middle
+            else:
+                high = middle
+            if high - low < 1e-7 * (1 + abs(middle)):
+                break
+        return (low + high) / 2
+
+    def interval(self, alpha: float) -> tuple[float, float]:
+        """Two-sided, wrong in `alpha` of cases."""
+        return self.quantile(alpha / 2), self.quantile(1 - alpha / 2)
+
+    def p_value(self, value: float = 0.0) -> float:
+        """Two-sided, of the true number being `value`."""
+        below = self.below(value)
+        return min(1.0, 2 * min(below, 1 - below))
+
+    def equivalence_p(self, margin: float) -> float:
+        """The larger of the two one-sided tests (TOST)."""
+        return max(self.below(-margin), 1 - self.below(margin))
+
+
+def mean_of_arm(drawn: Drawn, arm: int, spreads: Sequence[SeedSpread | None], span: float | None) -> Uncertain:
+    """An arm's metric, the mean of its seeds."""
+    centres = drawn.draws[arm].mean(axis=1)
+    return _uncertain(float(drawn.point[arm].mean()), centres, [spreads[arm]], drawn.num_clusters, span)
+
+
+def difference(
+    drawn: Drawn, one: int, other: int, spreads: Sequence[SeedSpread | None], sign: float, span: float | None
+) -> Uncertain:
+    """The first arm minus the second, each the mean of its seeds.
+
+    Args:
+        drawn: Metrics of all trials on the same rows.
+        one: Place of an arm.
+        other: Place of another.
+        spreads: What `seed_spreads` found.
+        sign: -1 for metrics where smaller is better.
+        span: How much the metric can differ at most; None: without bound.
+    """
+    centres = sign * (drawn.draws[one].mean(axis=1) - drawn.draws[other].mean(axis=1))
+    estimate = sign * float(drawn.point[one].mean() - drawn.point[other].mean())
+    return _uncertain(estimate, centres, [spreads[one], spreads[other]], drawn.num_clusters, span)
+
+
+def _uncertain(
+    estimate: float, centres: np.ndarray, arms: Sequence[SeedSpread | None], num_clusters: int, span: float | None
+) -> Uncertain:
+    known = tuple(spread for spread in arms if spread is not None)
+    chance = np.random.default_rng(1)
+    # Few clusters tell little about the spread of clusters, too.
+    stretch = np.sqrt(_unbiased(num_clusters) / _chi_squared(chance, max(1, num_clusters - 1), len(centres)))
+    centres = estimate + (centres - estimate) * stretch
+    surprise = _SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
+    found = variance_of_mean(known) / _chi_squared(chance, degrees_of_mean(known), len(centres))
+    beyond = np.maximum(0.0, found - variance_of_mean(known, by_rows=True))
+    return Uncertain(
+        estimate=estimate,
+        centres=centres,
+        # Never exactly 0: a step of a distribution function has no quantile.
+        spreads=np.sqrt(beyond + surprise) + 1e-12 * (1 + abs(estimate)),
+        row_variance=float(centres.var()) + surprise,
+        seeds=known,
+        seeds_known=len(known) == len(arms),
+    )
+
+
+def variance_of_mean(arms: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
+    """Variance between seeds of the arms' means, or the part of it that comes from the rows."""
+    return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in arms)
+
+
+def degrees_of_mean(arms: Sequence[SeedSpread]) -> float:
+    """Degrees of freedom of that variance; one that was borrowed is not known any better by being used twice."""
+    if any(spread.borrowed for spread in arms):
+        return min(spread.degrees for spread in arms)
+    # Below what the rows alone make, a variance that was found says nothing but that the seeds' part is small.
+    return _satterthwaite([(max(one.variance, one.by_rows) / one.num_seeds, one.degrees) for one in arms])
+
+
+def _satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
+    """Degrees of freedom of a sum of independent variances."""
+    whole = sum(variance for variance, _ in parts)
+    scatter = sum(variance**2 / degrees for variance, degrees in parts)
+    return whole**2 / scatter if scatter > 0 else math.inf
+
+
+def _chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
+    """Over its degrees of freedom."""
+    if math.isinf(degrees):
+        return np.ones(count)
+    return np.maximum(chance.chisquare(degrees, count) / degrees, 1e-12)
+
+
+# ---- several tests ---------------------------------------------------------------------------------------------
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values (Holm 1979): together wrong in no more cases than one alone."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
+    """The level at which each of the tests is made, so that its interval says what `holm` says."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    levels = [alpha] * len(p_values)
+    for rank, place in enumerate(order):
+        levels[place] = alpha / (len(p_values) - rank)
+    return levels
+
+
+def mcnemar(full: np.ndarray, arm: np.ndarray) -> McNemar:
+    """Exact test of the rows that only one arm has right.
+
+    Args:
+        full: Whether each seed has each row right: bool [seeds, rows].
+        arm: The same of the other arm.
+    """
+    from scipy.stats import binom
+
+    one, two = majority(full), majority(arm)
+    only_full, only_arm = int((one & ~two).sum()), int((two & ~one).sum())
+    total = only_full + only_arm
+    p_value = min(1.0, 2 * float(binom.cdf(min(only_full, only_arm), total, 0.5))) if total else 1.0
+    return McNemar(only_full=only_full, only_arm=only_arm, p_value=p_value)
+
+
+def majority(right: np.ndarray) -> np.ndarray:
+    """Rows that more than half of the seeds have right; of a tie the first seed decides."""
+    votes, seeds = right.sum(axis=0), len(right)
+    return np.asarray(np.where(2 * votes == seeds, right[0], 2 * votes > seeds), bool)
+
+
+def discordance(full: np.ndarray, arm: np.ndarray) -> float:
+    """Share of rows that one run has right and the other wrong, over all pairs of runs of the two arms."""
+    one, two = full.mean(axis=0), arm.mean(axis=0)
+    return float((one * (1 - two) + two * (1 - one)).mean())

@@ -1,0 +1,227 @@
+"""What a comparison can find, and what would decide it: with more rows, more seeds, or before it starts.
+
+Pure functions of a few variances, where `statistics` has thousands of draws; for the variances of now both say the
+same of the interval, as far as the rows' part is normal.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import numpy as np
+
+from fulltune.stats.intervals import SeedSpread, Uncertain, degrees_of_mean, variance_of_mean
+
+POWER = 0.8
+_POWER_QUANTILE = NormalDist().inv_cdf(POWER)
+_BISECTIONS = 60
+MOST_ROWS_FACTOR = 100
+MOST_SEEDS = 30
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How sure a comparison is, in a few numbers: what is left of `Uncertain` when rows or seeds are changed."""
+
+    shared: float
+    """Variance from the rows that all seeds of an arm share."""
+    seeds: tuple[SeedSpread, ...]
+
+    @classmethod
+    def of(cls, uncertain: Uncertain) -> Precision:
+        return cls(max(0.0, uncertain.row_variance - variance_of_mean(uncertain.seeds, by_rows=True)), uncertain.seeds)
+
+    def with_rows(self, factor: float) -> Precision:
+        """With so many times the rows."""
+
+        def changed(one: SeedSpread) -> SeedSpread:
+            by_rows = one.by_rows / factor
+            return replace(one, variance=one.beyond_rows + by_rows, by_rows=by_rows)
+
+        return Precision(self.shared / factor, tuple(changed(one) for one in self.seeds))
+
+    def with_seeds(self, counts: Sequence[int]) -> Precision:
+        """With so many seeds of each arm; one that has a single seed goes by the other's spread."""
+        most = max(counts)
+
+        def changed(one: SeedSpread, count: int) -> SeedSpread:
+            if one.is_none:
+                return one
+            degrees = max(1, (count if count > 1 else most) - 1)
+            return replace(one, num_seeds=count, degrees=degrees, borrowed=count == 1)
+
+        return Precision(self.shared, tuple(map(changed, self.seeds, counts)))
+
+    @property
+    def row_variance(self) -> float:
+        return self.shared + variance_of_mean(self.seeds, by_rows=True)
+
+    @property
+    def seed_variance(self) -> float:
+        return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
+
+    @property
+    def standard_error(self) -> float:
+        return math.sqrt(self.row_variance + self.seed_variance)
+
+    def half_width(self, alpha: float, seen: float = 1.0) -> float:
+        """Of the two-sided interval that `Uncertain` would have, were the rows' part normal.
+
+        Args:
+            alpha: How often the interval may be wrong.
+            seen: Variance between seeds that is found, over the true one.
+        """
+        shares, inverse = _inverse_chi_squared(degrees_of_mean(self.seeds))
+        by_rows = variance_of_mean(self.seeds, by_rows=True)
+        # What will be found lies around the true variance, which cannot be less than what the rows alone make.
+        found = seen * max(variance_of_mean(self.seeds), by_rows)
+        beyond = np.maximum(0.0, found * inverse - by_rows)
+        return _quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
+
+    @property
+    def degrees(self) -> float:
+        return degrees_of_mean(self.seeds)
+
+    def luck(self, *, same_seeds: bool) -> list[float]:
+        """Variances between seeds that other rows may show, over the one here, each equally likely.
+
+        Args:
+            same_seeds: It is the same trained models; else other seeds, too.
+        """
+        from scipy.special import chdtri, chndtrix
+
+        total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
+        if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
+            return [1.0]
+        shares = [(step + 0.5) / _LUCK for step in range(_LUCK)]
+        if not same_seeds:
+            return [float(chdtri(self.degrees, 1 - share)) / self.degrees for share in shares]
+        # The models differ as they do; what the rows add to it is drawn anew: chi squared, not central.
+        scale, apart = by_rows / self.degrees, self.seed_variance * self.degrees / by_rows
+        most = max(total, by_rows)
+        return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
+
+    def detectable(self, margin: float, alpha: float) -> float:
+        """Smallest true difference that is called with a chance of 80 %, margin and certainty together.
+
+        Few seeds make the interval's width a matter of luck, which is part of that chance.
+        """
+        from scipy.special import ndtr
+
+        if math.isinf(self.degrees):
+            return max(margin, self.half_width(alpha)) + _POWER_QUANTILE * self.standard_error
+        bounds = np.array([max(margin, self.half_width(alpha, seen)) for seen in self.luck(same_seeds=False)])
+        error = self.standard_error
+
+        def called(size: float) -> float:
+            return float(ndtr((size - bounds) / error).mean()) if error else float((size >= bounds).mean())
+
+        low, high = 0.0, float(bounds.max()) + 5 * error
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if called(middle) < POWER else (low, middle)
+        return high
+
+
+_LUCK = 20
+
+
+@functools.lru_cache(256)
+def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes of degrees over chi squared with their shares; fine where it is large."""
+    from scipy.special import chdtri
+
+    if math.isinf(degrees):
+        return np.ones(1), np.ones(1)
+    edges = np.concatenate([[0.0], np.geomspace(1e-7, 1.0, 160)])
+    middles = np.concatenate([[edges[1] / 2], np.sqrt(edges[1:-1] * edges[2:])])
+    return np.diff(edges), degrees / chdtri(degrees, 1 - middles)
+
+
+def _quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
+    """Where a mixture of normal numbers around 0 leaves alpha / 2 on each side."""
+    from scipy.special import ndtr
+
+    if not deviations.any():
+        return 0.0
+    low, high = 0.0, 10.0 * float(deviations.max())
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        outside = float((shares * ndtr(-middle / np.maximum(deviations, 1e-300))).sum())
+        low, high = (middle, high) if outside > alpha / 2 else (low, middle)
+        if high - low < 1e-4 * high:
+            break
+    return high
+
+
+def planned_detectable(
+    num_rows: int,
+    num_seeds: int,
+    *,
+    discordance: float = 0.1,
+    seed_sd: float = 0.005,
+    margin: float = 0.01,
+    alpha: float = 0.05,
+    num_arms: int = 1,
+) -> float:
+    """The difference that is called with a chance of 80 %, before anything was trained.
+
+    Args:
+        num_rows: Of the test set.
+        num_seeds: Of each arm, at least 2.
+        discordance: Share of rows on which one run of each arm disagree.
+        seed_sd: Standard deviation of the metric between seeds, beyond that of the rows.
+        margin: See the recipe.
+        alpha: How often the verdict may be wrong.
+        num_arms: Compared with full fine-tuning, beside it.
+    """
+    # All of the discordance is taken for noise of single runs; it averages out over seeds.
+    by_rows = discordance / num_rows / 2
+    one = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
+    return Precision(0.0, (one, one)).detectable(margin, alpha / max(1, num_arms))
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What would decide, were the difference what it seems; None: this alone would not."""
+
+    rows: int | None
+    seeds: int | None
+
+
+def needed(
+    uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float | None = None
+) -> Needed:
+    """How many test rows, or how many seeds of both arms, would end the doubt; more than there are.
+
+    Args:
+        uncertain: The difference.
+        num_rows: There are.
+        margin: See the recipe.
+        alpha: At which a difference is tested.
+        equivalence_alpha: At which equivalence is tested; left out, the same.
+    """
+    now, equal = Precision.of(uncertain), alpha if equivalence_alpha is None else equivalence_alpha
+
+    def decided(precision: Precision) -> bool:
+        return clear(uncertain.estimate, precision.half_width(alpha), precision.half_width(2 * equal), margin)
+
+    # Both only make the interval narrower, so the first that decides is found by halving.
+    factors: list[float] = np.geomspace(1, MOST_ROWS_FACTOR, 100).tolist()[1:]
+    place = bisect_left(factors, True, key=lambda factor: decided(now.with_rows(factor)))
+    rows = math.ceil(num_rows * factors[place]) if place < len(factors) else None
+    fewest = min((one.num_seeds for one in now.seeds if not one.is_none), default=1)
+    counts = range(fewest + 1, MOST_SEEDS + 1)
+    place = bisect_left(counts, True, key=lambda count: decided(now.with_seeds([count] * len(now.seeds))))
+    return Needed(rows, counts[place] if place < len(counts) else None)
+
+
+def clear(estimate: float, half: float, half_one_sided: float, margin: float) -> bool:
+    """The verdict on a difference with an interval of such a half width is not UNDECIDED."""
+    differs = abs(estimate) >= margin and abs(estimate) > half
+    return differs or abs(estimate) + half_one_sided < margin

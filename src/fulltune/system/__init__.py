@@ -1,0 +1,1 @@
+"""This machine and its files: hardware, the run folder, memory, DeepSpeed."""

@@ -1,0 +1,236 @@
+"""DeepSpeed's settings in a recipe (`train.extra.deepspeed`): read, checked, completed. Layer 1, without frameworks.
+
+DeepSpeed shares out what one process would hold alone (ZeRO): stage 1 the optimizer's state, 2 also the gradients,
+3 also the weights; offloading keeps them in the host's memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import RecipeError
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import MemoryKind, StateBytes
+
+NAME = "train.extra.deepspeed"
+AUTO = "auto"
+_DEVICES = ("none", "cpu", "nvme")
+NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
+"""Stands in a plan where only a person knows the folder; it is to be filled in."""
+_LEFT_TO_THE_RECIPE = {
+    "optimizer": "train.optim, method.learning_rate and train.weight_decay; DeepSpeed's would decay norms and biases",
+    "scheduler": "train.lr_scheduler_type and train.warmup_steps",
+    "tensor_parallel": "nothing: rows are shared over processes, tensors are not",
+    "autotuning": "nothing: the plan fixes the batch sizes",
+    "data_efficiency": "nothing: the order of the rows is fulltune's",
+    "curriculum_learning": "nothing: the order of the rows is fulltune's",
+}
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What is shared out, and what lies in the host's memory."""
+
+    stage: int
+    offload_optimizer: bool
+    offload_weights: bool
+    optimizer_on_disk: bool = False
+    """What is offloaded goes to an NVMe disk, not to the host's memory."""
+    weights_on_disk: bool = False
+
+    def device_bytes(self, state: StateBytes, num_processes: int) -> int:
+        """Bytes that one process keeps on its device between steps."""
+        return sum(self.device_parts(state, num_processes).values())
+
+    def device_parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
+        """The same by kind: weights, gradients, optimizer; 0 for what is offloaded."""
+        parts = self.parts(state, num_processes)
+        return {name: 0 if name in self.offloaded else size for name, size in parts.items()}
+
+    def host_bytes(self, state: StateBytes, num_processes: int) -> int:
+        """Bytes that all processes together keep in the host's memory."""
+        parts = self.parts(state, num_processes)
+        on_host: set[MemoryKind] = set() if self.optimizer_on_disk else self._optimizer_parts()
+        on_host |= set() if self.weights_on_disk else self._weight_parts()
+        return num_processes * sum(parts[name] for name in on_host)
+
+    @property
+    def offloaded(self) -> set[MemoryKind]:
+        """Kinds that are not on the device between steps."""
+        return self._optimizer_parts() | self._weight_parts()
+
+    def _optimizer_parts(self) -> set[MemoryKind]:
+        """Offloaded with the optimizer, wherever to."""
+        return {"optimizer", "gradients"} if self.offload_optimizer else set()
+
+    def _weight_parts(self) -> set[MemoryKind]:
+        return {"weights"} if self.offload_weights else set()
+
+    def parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
+        """Bytes of each kind that belong to one process, wherever they lie."""
+
+        def share(size: int, from_stage: int) -> int:
+            return -(-size // num_processes) if self.stage >= from_stage else size
+
+        return {
+            "weights": share(state.weights, 3),
+            "gradients": share(state.gradients, 2),
+            "optimizer": share(state.optimizer, 1),
+        }
+
+
+def wanted(recipe: Recipe) -> bool:
+    return recipe.train.extra.get("deepspeed") is not None
+
+
+def zero_of(recipe: Recipe) -> Zero | None:
+    """What the recipe shares out; None without DeepSpeed."""
+    if not wanted(recipe):
+        return None
+    block = settings(recipe)["zero_optimization"]
+    places = [_offload_device(block, what) for what in ("optimizer", "param")]
+    return Zero(block["stage"], *(place != "none" for place in places), *(place == "nvme" for place in places))
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's settings with everything filled in that follows from the recipe or is needed to save a whole model.
+
+    Raises:
+        RecipeError: Naming every setting that cannot be used.
+    """
+    found = _read(recipe.train.extra["deepspeed"])
+    problems = _problems(found, recipe)
+    if problems:
+        raise RecipeError([f"{NAME}: {problem}" for problem in problems])
+    for name in (
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        # Left out, DeepSpeed would not clip at all.
+        "gradient_clipping",
+    ):
+        found.setdefault(name, AUTO)
+    for name in ("bf16", "fp16"):
+        found.setdefault(name, {}).setdefault("enabled", AUTO)
+    found.setdefault("steps_per_print", 10**9)  # progress is in metrics.jsonl
+    if found["zero_optimization"]["stage"] == 3:
+        found["zero_optimization"].setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    return found
+
+
+def nvme_path(recipe: Recipe) -> str | None:
+    """The folder on a disk that the recipe's settings offload to; None: they do not, or it is left open."""
+    found = _nvme_paths(recipe)
+    return next((path for path in found.values() if path != NVME_FOLDER), None)
+
+
+def missing_folders(recipe: Recipe) -> list[str]:
+    """Why nothing can be offloaded to the folders that the recipe names on this machine; empty when it can."""
+    problems = []
+    for what, path in _nvme_paths(recipe).items():
+        where = f"{NAME}: zero_optimization.offload_{what}.nvme_path"
+        if path == NVME_FOLDER:
+            problems.append(f"{where}: write the path of a folder on your NVMe disk in place of {NVME_FOLDER}")
+        elif not Path(path).is_dir():
+            problems.append(f"{where}: there is no folder '{path}'; make it, or name one on an NVMe disk")
+    return problems
+
+
+def _nvme_paths(recipe: Recipe) -> dict[str, str]:
+    """By what is offloaded to a disk: `optimizer`, `param`."""
+    if not wanted(recipe):
+        return {}
+    block = settings(recipe)["zero_optimization"]
+    places = {what: block.get(f"offload_{what}") or {} for what in ("optimizer", "param")}
+    return {what: str(one["nvme_path"]) for what, one in places.items() if one.get("device") == "nvme"}
+
+
+def disagreements(
+    recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
+) -> list[str]:
+    """Each setting that is neither "auto" nor what the plan says; none without DeepSpeed."""
+    if not wanted(recipe):
+        return []
+    found = settings(recipe)
+    planned = {
+        "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "train.global_batch_size / (micro batch x processes)"),
+        "train_batch_size": (micro_batch_size * accumulation * num_processes, "train.global_batch_size"),
+        "gradient_clipping": (recipe.train.max_grad_norm, "train.max_grad_norm"),
+        "bf16.enabled": (precision == "bf16", "train.precision"),
+        "fp16.enabled": (precision == "fp16", "train.precision"),
+        "torch_autocast.enabled": (False, "train.precision"),
+    }
+    lines = []
+    for name, (value, source) in planned.items():
+        first, _, second = name.partition(".")
+        given = found.get(first, AUTO)
+        given = given.get(second, AUTO) if second and isinstance(given, dict) else given
+        if given != AUTO and given != value:
+            lines.append(f'{NAME}: {name} is {_json(given)}, but {source} gives {_json(value)}; write "auto"')
+    return lines
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _read(given: Any) -> dict[str, Any]:
+    """A copy of the settings, from the recipe itself or from the file that it names."""
+    if isinstance(given, Mapping):
+        return dict(json.loads(json.dumps(given)))
+    path = Path(str(given))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{NAME}: {path}: cannot be read ({(error.strerror or str(error)).lower()})") from None
+    except ValueError as error:
+        raise RecipeError(f"{NAME}: {path}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise RecipeError(f"{NAME}: {path}: expected settings in {{ }}, found {type(found).__name__}")
+    return found
+
+
+def _offload_device(block: Mapping[str, Any], what: str) -> str:
+    return str((block.get(f"offload_{what}") or {}).get("device", "none"))
+
+
+def _offloads(block: Mapping[str, Any], what: str) -> bool:
+    return _offload_device(block, what) != "none"
+
+
+def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    problems = [
+        f"{name}: remove it; set by {instead}" if not instead.startswith("nothing") else f"{name}: remove it; {instead}"
+        for name, instead in _LEFT_TO_THE_RECIPE.items()
+        if name in found
+    ]
+    problems += [
+        f'{name}: expected a block such as {{"enabled": "auto"}}, found {_json(found[name])}'
+        for name in ("bf16", "fp16", "torch_autocast")
+        if not isinstance(found.get(name, {}), dict)
+    ]
+    if recipe.model.weights_dtype == "bf16":
+        problems.append("keeps weights in fp32 while it trains; remove model.weights_dtype: bf16")
+    block = found.get("zero_optimization")
+    if not isinstance(block, dict) or block.get("stage") not in (0, 1, 2, 3) or isinstance(block.get("stage"), bool):
+        stage = block.get("stage") if isinstance(block, dict) else None
+        return [*problems, f"zero_optimization.stage: expected 0, 1, 2 or 3, found {_json(stage)}"]
+    for what in ("optimizer", "param"):
+        offload = block.get(f"offload_{what}") or {}
+        if not isinstance(offload, dict) or offload.get("device", "none") not in _DEVICES:
+            expected = ", ".join(_DEVICES)
+            problems.append(f"zero_optimization.offload_{what}: expected a device ({expected}), found {_json(offload)}")
+        elif offload.get("device") == "nvme" and not str(offload.get("nvme_path") or ""):
+            problems.append(f"zero_optimization.offload_{what}: device nvme needs nvme_path, a folder on an NVMe disk")
+        elif what == "param" and _offloads(block, what) and block["stage"] != 3:
+            problems.append(f"zero_optimization.offload_param: needs stage 3, found stage {block['stage']}")
+        elif what == "optimizer" and _offloads(block, what) and block["stage"] == 0:
+            problems.append("zero_optimization.offload_optimizer: needs stage 1, 2 or 3, found stage 0")
+    if block["stage"] == 3 and block.get("stage3_gather_16bit_weights_on_model_save") is False:
+        problems.append(
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: false would save no whole model; remove it"
+        )
+    return problems

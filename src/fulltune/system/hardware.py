@@ -1,0 +1,231 @@
+"""What this machine has: cores, memory, disk, GPUs, and the number formats it computes fast.
+
+Layer 1. Memory and cores respect a container's limits (cgroup v2), which `os.cpu_count` and `/proc/meminfo` do not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import resource
+import shutil
+import time
+from pathlib import Path
+
+from fulltune.errors import SetupError
+from fulltune.records.run import Record
+
+_MEASURED = "FULLTUNE_BF16_SPEEDUP"
+"""Variable that keeps the measured ratio for this process and its children."""
+_RATES = "FULLTUNE_CPU_RATES"
+"""The same for the speeds of `cpu_rates`, in GFLOP/s and GB/s."""
+
+
+class Gpu(Record):
+    """A CUDA device."""
+
+    name: str
+    memory_bytes: int
+    bf16: bool
+    free_bytes: int | None = None
+    """What other programs leave of it, a snapshot; None: of a card that is not here."""
+
+    @property
+    def available_bytes(self) -> int:
+        return self.memory_bytes if self.free_bytes is None else self.free_bytes
+
+
+class Machine(Record):
+    """What is here. Free memory is a snapshot."""
+
+    cpu: str
+    num_cores: int
+    memory_bytes: int
+    memory_available_bytes: int
+    cpu_bf16_speedup: float
+    """How many times as fast as in fp32 the CPU trains in bf16, measured; without bf16 instructions far below 1."""
+    gpus: tuple[Gpu, ...] = ()
+    cpu_flops: float = 0.0
+    """Floating-point operations a second of matrix products in fp32, measured; 0: not known."""
+    memory_bytes_per_second: float = 0.0
+    """Read and written by a copy in the host's memory, measured; 0: not known."""
+
+
+def here() -> Machine:
+    """Look at this machine. Imports torch only to ask for GPUs."""
+    total, available = _memory_bytes()
+    flops, copied = cpu_rates()
+    return Machine(
+        cpu=_cpu(),
+        num_cores=num_cores(),
+        memory_bytes=total,
+        memory_available_bytes=available,
+        cpu_bf16_speedup=bf16_speedup(),
+        gpus=_gpus(),
+        cpu_flops=flops,
+        memory_bytes_per_second=copied,
+    )
+
+
+def bf16_speedup() -> float:
+    """How many times as fast as in fp32 this CPU trains in bf16; measured once, then kept in the environment.
+
+    The processor's flags would not do: what counts is also the kernels that torch has for it.
+    """
+    known = os.environ.get(_MEASURED)
+    if known is None:
+        known = os.environ[_MEASURED] = f"{measure_bf16_speedup('cpu'):.2f}"
+    try:
+        return float(known)
+    except ValueError:
+        raise SetupError(f"{_MEASURED}={known}: expected a number such as 1.5; unset it to measure again") from None
+
+
+def measure_bf16_speedup(device: str) -> float:
+    """Seconds of a forward and backward pass in fp32, divided by those under bf16 autocast; under a second on a CPU.
+
+    Args:
+        device: Name of a torch device.
+    """
+    if device != "cpu":
+        return _bf16_speedup(device, rows=4096, width=2048)
+    small = _bf16_speedup(device, rows=64, width=128)
+    # Without bf16 instructions a larger product takes seconds, and the answer is clear already.
+    return small if small < 0.5 else _bf16_speedup(device, rows=256, width=512)
+
+
+def cpu_rates() -> tuple[float, float]:
+    """Operations a second of matrix products in fp32, and bytes a second of a copy in memory (reading and writing).
+
+    Measured once, in about a quarter of a second, then kept in the environment. Other work on the machine slows both.
+    """
+    known = os.environ.get(_RATES)
+    if known is None:
+        flops, copied = _measure_cpu_rates()
+        known = os.environ[_RATES] = f"{flops / 1e9:.1f} {copied / 1e9:.1f}"
+    try:
+        flops, copied = (float(value) * 1e9 for value in known.split())
+    except ValueError:
+        raise SetupError(
+            f"{_RATES}={known}: expected GFLOP/s and GB/s such as '80.5 20.1'; unset it to measure again"
+        ) from None
+    return flops, copied
+
+
+def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -> tuple[float, float]:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    inputs, weights = (torch.randn(*shape, generator=draw) for shape in ((rows, width), (4 * width, width)))
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    product = copy = math.inf
+    began = time.perf_counter()
+    for number in range(30):
+        started = time.perf_counter()
+        torch.nn.functional.linear(inputs, weights)
+        multiplied = time.perf_counter()
+        target.copy_(source)
+        product, copy = min(product, multiplied - started), min(copy, time.perf_counter() - multiplied)
+        if number >= 2 and time.perf_counter() - began > 0.25:
+            break
+    return 2 * rows * width * 4 * width / product, 2 * source.nbytes / copy
+
+
+def _bf16_speedup(device: str, rows: int, width: int) -> float:
+    """The two linear layers of a transformer's block, weights in fp32 as in training."""
+    import torch
+    from torch.nn import functional as F
+
+    # A generator of its own: a run's random numbers must not depend on whether this was measured.
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(rows, width, generator=draw).to(device)
+    up = torch.randn(4 * width, width, generator=draw).to(device).requires_grad_()
+    down = torch.randn(width, 4 * width, generator=draw).to(device).requires_grad_()
+
+    def seconds(bf16: bool) -> float:
+        started = time.perf_counter()
+        with torch.autocast(device.partition(":")[0], dtype=torch.bfloat16, enabled=bf16):
+            outputs = F.linear(F.gelu(F.linear(inputs, up)), down)
+        loss = outputs.float().square().mean()
+        torch.autograd.grad(loss, (up, down))[0].sum().item()  # waits for a GPU
+        return time.perf_counter() - started
+
+    best = {False: math.inf, True: math.inf}
+    began = time.perf_counter()
+    for number in range(12):
+        for bf16 in best:
+            best[bf16] = min(best[bf16], seconds(bf16))
+        if number >= 3 and time.perf_counter() - began > 0.6:
+            break
+    return best[False] / best[True]
+
+
+def disk_free_bytes(path: Path) -> int:
+    """Free bytes on the disk of `path`, or of its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = [
+        (torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)[0])
+        for index in range(torch.cuda.device_count())
+    ]
+    # bf16 needs compute capability 8.0 (Ampere); older cards emulate it slowly.
+    return tuple(
+        Gpu(name=gpu.name, memory_bytes=gpu.total_memory, bf16=gpu.major >= 8, free_bytes=free) for gpu, free in found
+    )
+
+
+def _cpu() -> str:
+    lines = (line.partition(":") for line in _read("/proc/cpuinfo").splitlines())
+    names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    if len(quota) == 2 and quota[0] != "max":
+        cores = min(cores, max(1, math.ceil(int(quota[0]) / int(quota[1]))))
+    return cores
+
+
+def _memory_bytes() -> tuple[int, int]:
+    fields = {line.split(":")[0]: line.split()[1] for line in _read("/proc/meminfo").splitlines() if ":" in line}
+    if "MemTotal" in fields:
+        total = int(fields["MemTotal"]) * 1024
+        available = int(fields.get("MemAvailable", fields["MemTotal"])) * 1024
+    else:  # not Linux
+        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        total = min(total, int(limit))
+        # Page cache counts as used in a cgroup although the kernel gives it back on demand.
+        cache = next(
+            (int(x.split()[1]) for x in _read("/sys/fs/cgroup/memory.stat").splitlines() if x[:5] == "file "), 0
+        )
+        available = min(available, int(limit) - int(used) + cache)
+    limit_bytes = _own_limit_bytes()
+    return (total, available) if limit_bytes is None else (min(total, limit_bytes), min(available, limit_bytes))
+
+
+def _own_limit_bytes() -> int | None:
+    """Most that a process of this user may take (`ulimit -d`, `ulimit -v`); None without such a limit."""
+    kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
+    limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
+    return min(limits, default=None)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -1,0 +1,322 @@
+"""Where a run's files lie, which folder a recipe continues, and the lock that keeps two commands apart. Layer 1."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
+from fulltune.recipe.fields import Recipe
+from fulltune.records.comparison import Comparison
+from fulltune.records.run import Command, Environment
+from fulltune.system.hardware import Machine
+
+IDENTITY = "recipe.json"
+"""The checked recipe with its fingerprint: what a folder belongs to."""
+REPORT = "report.html"
+COMMAND = "command.json"
+CARD = "card.html"
+"""The last file that a comparison writes."""
+COMPARISONS = ("compare/comparison.json", "proof.json")
+"""The record of a finished comparison: where it is written first, and beside the card."""
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
+
+
+def find_or_make(
+    recipe: Recipe, recipe_text: str, name: str, given: Path | None, fresh: bool, marks: str = ""
+) -> tuple[Path, bool]:
+    """The folder of this recipe's run.
+
+    Args:
+        recipe: The checked recipe.
+        recipe_text: The user's file, kept as it is.
+        name: Beginning of a new folder's name.
+        given: A folder that the user named, instead of a new one or the newest incomplete one.
+        fresh: Never continue an incomplete run.
+        marks: Tells apart runs that differ in functions of the user's own.
+
+    Returns:
+        The folder, and whether it continues an earlier run.
+
+    Raises:
+        SetupError: When the folder belongs to another recipe or cannot be written.
+    """
+    fingerprint = recipe.fingerprint() + marks
+    if given is not None:
+        return given, _adopt(given, recipe, recipe_text, fingerprint)
+    output = Path(recipe.output)
+    if not fresh and (found := unfinished(output, fingerprint)):
+        return found[-1], True
+    stem = f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
+    folder = output / stem
+    number = 2
+    while folder.exists():
+        folder = output / f"{stem}-{number}"
+        number += 1
+    return folder, _adopt(folder, recipe, recipe_text, fingerprint)
+
+
+def unfinished(output: Path, fingerprint: str | None, names: str = "*") -> list[Path]:
+    """Folders of runs that can be gone on with, the newest last.
+
+    Args:
+        output: Where they lie.
+        fingerprint: Of their settings; None: whatever these are.
+        names: Pattern of the folders' names.
+    """
+    known = ((path, _fingerprint(path)) for path in output.glob(f"{names}/{IDENTITY}"))
+    found = [path for path, its in known if its is not None and fingerprint in (its, None)]
+    found.sort(key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in found if not is_complete(path.parent)]
+
+
+def is_complete(folder: Path) -> bool:
+    """True when the report was written with the trained model's scores in it, or the card of a comparison, unless its
+    time was up."""
+    if (folder / CARD).exists():
+        return not _can_go_on(folder)
+    scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
+    report = folder / REPORT
+    return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)
+
+
+def finished_at(folder: Path) -> datetime:
+    """When the trained model of a finished run was scored."""
+    return datetime.fromtimestamp(max(path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")))
+
+
+def note_command(folder: Path, began: float) -> None:
+    """Keep what a whole command took until its report. One that failed, or found a plan or more of it made, is none.
+
+    Args:
+        folder: The run folder.
+        began: When the command did: seconds since 1970.
+    """
+    made = [path for one in ("plan", "attempts/*", "scores") for path in folder.glob(f"{one}/*.json")]
+    is_scored = any(folder.glob("scores/*-seed*.json"))
+    if is_scored and all(path.stat().st_mtime >= began for path in made):
+        Command(seconds=round(time.time() - began, 3)).save(folder / COMMAND)
+
+
+def lost_weights(model_folder: Path) -> Path | None:
+    """A file of weights that a model's folder lacks; None when all are there."""
+    index = model_folder / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return next((model_folder / name for name in sorted(names) if not (model_folder / name).is_file()), None)
+    is_adapter = (model_folder / "adapter_config.json").exists()
+    found = model_folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
+    return None if found.is_file() else found
+
+
+def _can_go_on(folder: Path) -> bool:
+    """A comparison that ended undecided because its time was up, which more time continues."""
+    try:
+        found = comparison_of(folder)
+    except SetupError:  # of another version: its card stays as it is
+        return False
+    return found is not None and found.can_go_on
+
+
+def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
+    """Make the folder this recipe's, or check that it is; True when it was already."""
+    identity = folder / IDENTITY
+    if identity.exists():
+        if _fingerprint(identity) != fingerprint:
+            raise SetupError(
+                f"{folder}: belongs to another recipe (or to other settings of it); name another folder, or leave "
+                "--run-folder out to start a new run"
+            )
+        return True
+    if folder.is_file():
+        raise SetupError(f"{folder}: is a file, expected a folder for the run")
+    if folder.exists() and any(folder.iterdir()):
+        raise SetupError(f"{folder}: is not empty and no run folder of fulltune; name another folder")
+    with writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:
+            raise SetupError(f"{folder}: cannot be made here; choose another place") from None
+        values = {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")}
+        part = folder / f"{IDENTITY}.part"
+        part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        part.replace(identity)
+        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+    return False
+
+
+def _fingerprint(identity: Path) -> str | None:
+    try:
+        return str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The checked recipe of a run folder.
+
+    Raises:
+        SetupError: When this is no run folder.
+    """
+    identity = folder / IDENTITY
+    if not identity.exists():
+        raise SetupError(f"{folder}: is no run folder of fulltune ({IDENTITY} is missing)")
+    try:
+        return Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
+    except (ValueError, KeyError, TypeError, OSError):  # pydantic's ValidationError is a ValueError
+        raise SetupError(
+            f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
+        ) from None
+
+
+def is_comparison(folder: Path) -> bool:
+    """True for the folder of a comparison, finished or not: its recipe names several methods."""
+    return (folder / IDENTITY).exists() and bool(recipe_of(folder).methods)
+
+
+def comparison_of(folder: Path) -> Comparison | None:
+    """What a finished comparison found; None: there is none in this folder.
+
+    Raises:
+        SetupError: When its record is damaged or of another version.
+    """
+    record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
+    return None if record is None else Comparison.load(record)
+
+
+def refuse_comparison(folder: Path) -> None:
+    """A comparison's trials, models and sealed test rows are not to be touched by the commands of a single run.
+
+    Raises:
+        SetupError: When the folder is a comparison's.
+    """
+    if is_comparison(folder):
+        raise SetupError(
+            f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' goes on with "
+            f"it, 'fulltune report {folder}' writes its card again, 'fulltune predict {folder} --method METHOD' uses "
+            "its models"
+        )
+
+
+def refuse_with_functions(folder: Path, recipe: Recipe) -> None:
+    """The command line cannot continue a run that was started from Python with functions of the user's own.
+
+    Raises:
+        SetupError: When the folder is such an unfinished run.
+    """
+    if _fingerprint(folder / IDENTITY) != recipe.fingerprint() and not is_complete(folder):
+        raise SetupError(f"{folder}: was started from Python with functions of its own; continue it from there")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into an error that says what to do; of other files it names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFitError(
+                f"{folder}: the disk is full; free some space, then run the same command again"
+            ) from None
+        refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+        if error.errno in refusals and not _is_about(error, folder):
+            raise SetupError(
+                f"{error.filename}: cannot be opened ({str(error.strerror).lower()}), expected a file that you can "
+                "read; change its permissions, or name another one"
+            ) from None
+        if error.errno in refusals:
+            raise SetupError(
+                f"{folder}: cannot be written ({str(error.strerror).lower()}); choose another place"
+            ) from None
+        raise
+
+
+def _is_about(error: OSError, folder: Path) -> bool:
+    """The folder, what lies in it or beside it (prepared data), or a folder it would lie in; unknown counts."""
+    if not isinstance(error.filename, str):
+        return True
+    file, folder = Path.cwd() / error.filename, Path.cwd() / folder
+    return file.is_relative_to(folder.parent) or folder.is_relative_to(file)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this command.
+
+    Raises:
+        SetupError: When another command works in it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SetupError(f"{folder}: another fulltune command is working in this run folder") from None
+        yield
+
+
+@contextlib.contextmanager
+def not_left_when_refused(folder: Path, *kept_for: type[FulltuneError]) -> Iterator[None]:
+    """Remove a run folder in which nothing was done before it was refused: each recipe that is repaired starts anew.
+
+    Args:
+        folder: The run folder; what is not a run's own in it stays.
+        kept_for: Kinds of errors after which the folder is still of use.
+    """
+    began = (folder / "data" / "summary.json").exists()
+    try:
+        yield
+    except FulltuneError as error:
+        if not began and not isinstance(error, (InterruptedRun, *kept_for)):
+            for own in ("data", "plan"):
+                shutil.rmtree(folder / own, ignore_errors=True)
+            for name in (IDENTITY, "recipe.yaml", "environment.json", ".lock"):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's files
+                folder.rmdir()
+        raise
+
+
+def environment(machine: Machine) -> Environment:
+    """Versions, devices and, when the recipe lies in a git checkout, its commit."""
+    return Environment(
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        fulltune=metadata.version("fulltune"),
+        python=sys.version.split()[0],
+        platform=platform.platform(),
+        packages={name: metadata.version(name) for name in PACKAGES},
+        cpu=machine.cpu,
+        num_cores=machine.num_cores,
+        memory_bytes=machine.memory_bytes,
+        devices=tuple(gpu.name for gpu in machine.gpus),
+        commit=_commit(),
+    )
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def hide_progress_bars() -> None:
+    """Our display replaces the libraries' own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,1 @@
+"""transformers' Trainer, and what is ours in it."""

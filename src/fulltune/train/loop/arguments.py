@@ -1,0 +1,154 @@
+"""The one place where our settings become `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import RecipeError, SetupError
+from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.rules import NO_PACKAGES, OWN_OPTIMIZERS, as_arguments
+from fulltune.records.run import Plan
+from fulltune.system import deepspeed
+
+
+def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
+    """Refuse what cannot be trained, before any row is read: what the recipe alone shows, settings of DeepSpeed that
+    cannot be used, packages that are missing.
+
+    Args:
+        recipe: The recipe.
+        runs_here: The packages that the settings need must be installed; False for a plan of hardware elsewhere.
+
+    Raises:
+        RecipeError: Naming each such setting.
+        SetupError: When a package is missing.
+    """
+    problems = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe)]
+    if deepspeed.wanted(recipe):
+        try:
+            deepspeed.settings(recipe)
+            problems += deepspeed.missing_folders(recipe) if runs_here else []
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    missing = _missing_packages(recipe) if runs_here else []
+    if missing:
+        raise SetupError(missing)
+
+
+def _missing_packages(recipe: Recipe) -> list[str]:
+    """Packages that the settings need and that are not installed, each with the command that installs it."""
+    problems = []
+    if recipe.train.report_to:
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        present = get_available_reporting_integrations()
+        problems += [
+            f"train.report_to: '{name}' needs a package that is missing; pip install {_PACKAGES.get(name, name)}"
+            for name in recipe.train.report_to
+            if name not in (*present, *NO_PACKAGES)
+        ]
+    package, install = _package_of(recipe.train.optim or "")
+    if package and importlib.util.find_spec(package) is None:
+        problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
+    if deepspeed.wanted(recipe) and importlib.util.find_spec("deepspeed") is None:
+        problems.append(f"{deepspeed.NAME}: needs DeepSpeed; pip install 'fulltune[deepspeed]'")
+    return problems
+
+
+def _package_of(optim: str) -> tuple[str, str]:
+    """The module that one of transformers' optimizers needs, and what to install; empty for torch's and our own."""
+    if optim in OWN_OPTIMIZERS:
+        return "", ""
+    if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
+        return "torchao", "torchao"
+    for start, module, package in _BEGINNINGS:
+        if optim.startswith(start):
+            return module, package
+    return ("bitsandbytes", "bitsandbytes") if "bnb" in optim or optim.endswith(("_8bit", "_32bit")) else ("", "")
+
+
+_BEGINNINGS = (
+    ("galore", "galore_torch", "galore-torch"),
+    ("apollo", "apollo_torch", "apollo-torch"),
+    ("lomo", "lomo_optim", "lomo-optim"),
+    ("adalomo", "lomo_optim", "lomo-optim"),
+    ("grokadamw", "grokadamw", "grokadamw"),
+    ("schedule_free", "schedulefree", "schedulefree"),
+    ("stable_adamw", "optimi", "torch-optimi"),
+    ("ademamix", "bitsandbytes", "bitsandbytes"),
+)
+_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "kubeflow": "kubeflow-trainer"}
+"""Trackers whose package has another name."""
+
+
+def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
+    """Map recipe and plan; everything that is not named here keeps transformers' default."""
+    from transformers import TrainingArguments
+
+    train = recipe.train
+    values: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "per_device_eval_batch_size": plan.eval_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "num_train_epochs": plan.num_train_epochs,
+        "max_steps": plan.total_steps,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": plan.lr_scheduler_type,
+        "lr_scheduler_kwargs": train.lr_scheduler_kwargs or None,
+        "warmup_steps": plan.warmup_steps,
+        # Our own are made by the trainer; from transformers' AdamW it takes the rate, the betas and epsilon.
+        "optim": "adamw_torch" if plan.optim in OWN_OPTIMIZERS else plan.optim,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.adam_beta1,
+        "adam_beta2": train.adam_beta2,
+        "adam_epsilon": train.adam_epsilon,
+        "max_grad_norm": train.max_grad_norm,
+        "seed": plan.seed,
+        "bf16": plan.precision == "bf16" and plan.weights_dtype != "bf16",
+        "fp16": plan.precision == "fp16",
+        "activation_checkpointing": plan.activation_checkpointing,
+        "use_cpu": plan.device == "cpu",
+        "logging_strategy": "steps",
+        "logging_steps": plan.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps",
+        "eval_steps": plan.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": plan.save_steps,
+        # Ours keeps the best one and only counts checkpoints that are whole: see checkpoints.py.
+        "save_total_limit": None,
+        "metric_for_best_model": plan.metric,
+        "greater_is_better": plan.greater_is_better,
+        "report_to": list(train.report_to) or "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": plan.device == "cuda",
+    }
+    if plan.num_processes > 1 and plan.device == "cpu":
+        values["ddp_backend"] = "gloo"
+    extra = as_arguments(train.extra)
+    if plan.torch_compile:
+        extra["torch_compile"] = True
+    if deepspeed.wanted(recipe):
+        # Checked again: a file can have changed since the plan was made.
+        problems = deepspeed.disagreements(
+            recipe, plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
+        )
+        if problems:
+            raise RecipeError(problems)
+        extra["deepspeed"] = deepspeed.settings(recipe)
+    try:
+        made = TrainingArguments(**values, **extra)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"train: transformers refuses these settings: {' '.join(str(error).split())}") from None
+    if made.n_gpu > 1:
+        # The Trainer would split each micro batch over all GPUs it sees (DataParallel) and scale the loss.
+        made._n_gpu = 1
+    return made

@@ -1,0 +1,204 @@
+"""Small hooks on the Trainer's public events: write progress, seal checkpoints, stop early, stop when asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from fulltune.errors import Diverged
+from fulltune.records.run import Phase
+from fulltune.train import checkpoints
+from fulltune.train.loop.guards import came_apart, ran_away, stopped_improving
+from fulltune.train.run_time import TRAINING
+
+Event = dict[str, Any]
+
+
+class Recorder(TrainerCallback):
+    """Appends one JSON line per log, evaluation or phase to `metrics.jsonl`.
+
+    Args:
+        path: The file; None writes nothing, as all processes but the first must.
+        total_steps: Optimizer steps of the whole run.
+        listener: Called with each line as well, for a display in this process.
+    """
+
+    def __init__(self, path: Path | None, total_steps: int, listener: Callable[[Event], None] | None = None) -> None:
+        self.path = path
+        self.total_steps = total_steps
+        self.listener = listener
+        self.started = time.monotonic()
+        self.tokens: Callable[[], float] = lambda: 0.0
+        self.first: tuple[float, int, float] | None = None
+        self.tokens_per_second = 0.0
+
+    def write(self, event: Event) -> None:
+        if self.path is None:
+            return
+        event["seconds"] = round(time.monotonic() - self.started, 3)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        if self.listener is not None:
+            self.listener(event)
+
+    def phase(self, name: str) -> None:
+        self.write({"kind": "phase", "name": name})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.phase(TRAINING)
+        self.first = (time.monotonic(), state.global_step, self.tokens())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
+            return
+        began, first_step, first_tokens = self.first
+        elapsed = max(1e-9, time.monotonic() - began)
+        steps = max(1, state.global_step - first_step)
+        self.tokens_per_second = (self.tokens() - first_tokens) / elapsed
+        self.write(
+            {
+                "kind": "train",
+                "step": state.global_step,
+                "total_steps": self.total_steps,
+                "epoch": round(state.epoch or 0.0, 4),
+                "loss": logs["loss"],
+                "grad_norm": logs.get("grad_norm"),
+                "learning_rate": logs.get("learning_rate"),
+                "tokens_per_second": round(self.tokens_per_second, 1),
+                "seconds_left": round(elapsed / steps * (self.total_steps - state.global_step), 1),
+            }
+        )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        values = {name.removeprefix("eval_"): value for name, value in given["metrics"].items()}
+        self.write(
+            {"kind": "eval", "step": state.global_step, "epoch": round(state.epoch or 0.0, 4), "metrics": values}
+        )
+
+
+class Schedule(TrainerCallback):
+    """Saves whenever it evaluates, so that the best weights exist; stops when the metric no longer improves."""
+
+    def __init__(
+        self,
+        metric: str,
+        greater_is_better: bool,
+        patience: int | None,
+        threshold: float,
+        on_stop: Callable[[str], None],
+    ) -> None:
+        self.metric = f"eval_{metric}"
+        self.greater_is_better = greater_is_better
+        self.patience = patience
+        self.threshold = threshold
+        self.on_stop = on_stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_evaluate:
+            control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.patience is None:
+            return
+        # From the history, not from a counter: a resumed run has the history of the one before.
+        values = logged(state, self.metric)
+        if stopped_improving(values, self.greater_is_better, self.patience, self.threshold):
+            self.on_stop(f"no better {self.metric.removeprefix('eval_')} in {self.patience} evaluations")
+            control.should_training_stop = True
+
+
+def logged(state: Any, name: str) -> list[float]:
+    """All values of one name in a Trainer's history, oldest first."""
+    return [entry[name] for entry in state.log_history if name in entry]
+
+
+class StaysTogether(TrainerCallback):
+    """Stops a run whose loss has come apart or run away.
+
+    Args:
+        untrained: Gives the dry run's loss, when there is one.
+    """
+
+    def __init__(self, untrained: Callable[[], float | None]) -> None:
+        self.untrained = untrained
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # From the history, as above.
+        losses = logged(state, "loss")
+        for verdict in (came_apart(losses, args.learning_rate), ran_away(losses, args.learning_rate, self.untrained())):
+            if verdict.action == "stop":
+                raise Diverged(verdict.reason)
+
+
+class Seals(TrainerCallback):
+    """Makes each checkpoint trustworthy, then deletes old ones: never the only whole one."""
+
+    def __init__(self, folder: Path, limit: int, on_seal: Callable[[], None]) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.on_seal = on_seal
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()  # each process writes its own random state
+        if not state.is_world_process_zero:
+            return
+        checkpoints.seal(self.folder / f"checkpoint-{state.global_step}")
+        self.on_seal()  # now the disk is at its fullest
+        checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
+
+
+class Phases(TrainerCallback):
+    """Notes when the loop takes steps and when it saves; an evaluation notes itself. The last callback: others decide
+    whether to save."""
+
+    def __init__(self, at: Callable[[Phase], None]) -> None:
+        self.at = at
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.at("step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save and not control.should_evaluate:
+            self.at("saving")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:
+            self.at("saving")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.at("step")
+
+
+class AtBegin(TrainerCallback):
+    """Does something once, when everything is ready for step 1."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.action()
+
+
+class StopWhenAsked(TrainerCallback):
+    """After a signal: finish the step, save, stop; all processes after the same step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            asked = torch.tensor(float(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked)
+            self.asked = bool(asked)
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True

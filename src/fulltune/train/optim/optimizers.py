@@ -1,0 +1,273 @@
+"""AdamW with moments in 32, 16 or 8 bits, for weights in fp32 or bf16; eager torch, on CPU and CUDA alike.
+
+`adamw_8bit` and `adamw_bf16` of a recipe; everything else is transformers'. All arithmetic is in fp32, on slices of a
+fixed size, so that beyond the state it needs a few MiB. Moments: see moments.py. How bf16 weights are rounded:
+
+- stochastic: up or down at random, right on average.
+- kahan: to nearest, and what was lost is kept as a bf16 number of its own, rounded at random, and added the next time.
+- nearest: what is lost is lost. At usual learning rates most updates are smaller than half of bf16's spacing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fulltune.errors import SetupError
+from fulltune.train.optim import moments
+from fulltune.train.optim.moments import Format, Noise
+
+Rounding = Literal["stochastic", "kahan", "nearest"]
+
+CPU_SLICE = 2**16
+"""Values updated at a time: 1.3 MiB of buffers stay in a core's cache; the noise is 8 MiB."""
+GPU_SLICE = 2**20
+"""Here each operation costs a launch: 20 MiB of buffers and 16 MiB of noise."""
+_GROUP_KEYS = ("params", "lr", "initial_lr", "betas", "eps", "weight_decay")
+_WEIGHT, _FIRST, _SECOND = range(3)
+"""What a random number is for."""
+
+
+def settings(optim: str, rounding: Rounding | None, seed: int) -> dict[str, Any] | None:
+    """Arguments of `AdamW` for one of our own names; None for transformers' optimizers."""
+    match optim:
+        case "adamw_8bit":
+            return {"moments_format": "8bit", "rounding": rounding, "seed": seed}
+        case "adamw_bf16":
+            return {"moments_format": "bf16", "rounding": rounding, "seed": seed}
+    return None
+
+
+@dataclass
+class _Buffers:
+    """fp32 scratch of one device."""
+
+    first: Tensor
+    second: Tensor
+    other: Tensor
+    weights: Tensor
+    gradient: Tensor
+    noise: Noise
+
+    @classmethod
+    def on(cls, device: torch.device, slice_values: int, seed: int) -> _Buffers:
+        def empty() -> Tensor:
+            return torch.empty(slice_values, device=device)
+
+        return cls(empty(), empty(), empty(), empty(), empty(), Noise(seed, slice_values, device))
+
+
+class AdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` (decoupled decay, bias correction) with other ways to keep moments and weights.
+
+    A state dict has torch's names (`step`, `exp_avg`, `exp_avg_sq`), and one of torch's AdamW can be loaded: its
+    moments are converted. What a step rounds at random depends on the seed, the step and the tensor's place alone.
+
+    Args:
+        params: Tensors or groups; weights in fp32 or bf16.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Share of the weights, times the rate, that a step takes away.
+        moments_format: How both moments are kept; see moments.py.
+        rounding: Of bf16 weights.
+        seed: Of the random numbers.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        moments_format: Format = "fp32",
+        rounding: Rounding | None = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._format: Format = moments_format
+        self._rounding = rounding
+        self._seed = seed
+        tensors = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._places = {parameter: place for place, parameter in enumerate(tensors)}
+        self._scratch: dict[torch.device, _Buffers] = {}
+        for parameter in tensors:
+            if parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise SetupError(f"train.optim: expected weights in fp32 or bf16, found {parameter.dtype}")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # losses come from the trainer
+        """Update every tensor that has a gradient."""
+        if closure is not None:
+            raise NotImplementedError("a closure is not needed: the gradients are there")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.numel():
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(self._new_state(parameter))
+        state["step"] += 1
+        weights, gradient = parameter.detach().reshape(-1), parameter.grad
+        assert gradient is not None
+        gradient = gradient.reshape(-1)
+        buffers, size = self._buffers(parameter.device)
+        for begin in range(0, len(weights), size):
+            end = min(begin + size, len(weights))
+            self._update_slice(weights, gradient[begin:end], state, group, begin, buffers, self._places[parameter])
+        if not parameter.is_contiguous():
+            parameter.copy_(weights.view(parameter.shape))
+
+    def _update_slice(
+        self,
+        all_weights: Tensor,
+        gradient: Tensor,
+        state: dict[str, Any],
+        group: Mapping[str, Any],
+        begin: int,
+        buffers: _Buffers,
+        place: int,
+    ) -> None:
+        count, step, noise = len(gradient), int(state["step"]), buffers.noise
+        end = begin + count
+        numbers = (step, place, begin)
+        beta1, beta2 = group["betas"]
+        if gradient.dtype != torch.float32:
+            gradient = buffers.gradient[:count].copy_(gradient)
+        first = moments.read_first(state, begin, end, beta1, buffers.first).add_(gradient, alpha=1 - beta1)
+        second = moments.read_second(state, begin, end, beta2, buffers.second)
+        second.addcmul_(gradient, gradient, value=1 - beta2)
+        square_root = moments.root(second, buffers.other[:count])
+        moments.write_second(state, begin, second, square_root, noise, (*numbers, _SECOND))
+        # lr m' / (sqrt(v') + eps), where m' and v' are divided by 1 - beta^step, with one division less.
+        correction = (1 - beta2**step) ** 0.5
+        rate = group["lr"] * correction / (1 - beta1**step)
+        kept = all_weights[begin:end]
+        weights = kept if kept.dtype == torch.float32 else self._widened(kept, state, begin, buffers)
+        if group["weight_decay"]:
+            weights.mul_(1 - group["lr"] * group["weight_decay"])
+        weights.addcdiv_(first, square_root.add_(group["eps"] * correction), value=-rate)
+        if kept.dtype != torch.float32:
+            self._narrow(weights, kept, state, begin, buffers, numbers)
+        moments.write_first(state, begin, first, buffers.other, noise, (*numbers, _FIRST))
+
+    def _widened(self, kept: Tensor, state: Mapping[str, Tensor], begin: int, buffers: _Buffers) -> Tensor:
+        """bf16 weights as fp32."""
+        weights = buffers.weights[: len(kept)].copy_(kept)
+        if self._rounding == "kahan":
+            weights.add_(state["compensation"][begin : begin + len(kept)])
+        return weights
+
+    def _narrow(
+        self,
+        weights: Tensor,
+        kept: Tensor,
+        state: Mapping[str, Tensor],
+        begin: int,
+        buffers: _Buffers,
+        numbers: tuple[int, ...],
+    ) -> None:
+        """Round fp32 weights into the bf16 ones; `weights` is overwritten."""
+        noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
+        if self._rounding == "stochastic":
+            moments.round_at_random(weights, noise)
+        kept.copy_(weights)
+        if self._rounding == "kahan":
+            lost = weights.sub_(buffers.other[: len(kept)].copy_(kept))
+            moments.round_at_random(lost, noise)
+            state["compensation"][begin : begin + len(kept)] = lost
+
+    def _buffers(self, device: torch.device) -> tuple[_Buffers, int]:
+        size = CPU_SLICE if device.type == "cpu" else GPU_SLICE
+        if device not in self._scratch:
+            self._scratch[device] = _Buffers.on(device, size, self._seed)
+        return self._scratch[device], size
+
+    def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = moments.start(parameter.numel(), self._format, parameter.device)
+        if parameter.dtype == torch.bfloat16 and self._rounding == "kahan":
+            state["compensation"] = torch.zeros(parameter.numel(), dtype=torch.bfloat16, device=parameter.device)
+        return {"step": torch.tensor(0.0), **state}
+
+    @torch.no_grad()
+    def second_moment(self, parameter: Tensor) -> Tensor | None:
+        """The running mean of squared gradients, fp32 in the parameter's shape; None before the first update.
+
+        It is positive exactly where a gradient was seen (whose square fp32 can hold), in every format.
+        """
+        state = self.state.get(parameter)
+        if not state:
+            return None
+        count = parameter.numel()
+        out = torch.empty(-(-count // moments.GROUP) * moments.GROUP, device=parameter.device)
+        found = {**state, "exp_avg_sq": state["exp_avg_sq"].reshape(-1)}
+        return moments.read_second(found, 0, count, 1.0, out).reshape(parameter.shape).clone()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over groups and state; moments in another format are converted.
+
+        torch's own would cast each tensor to the parameter's type.
+        """
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for group in self.param_groups:
+            for key in [key for key in group if key not in _GROUP_KEYS]:
+                del group[key]
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, parameter in zip(saved, self._places, strict=True):
+            if index in state_dict["state"]:
+                self.state[parameter] = self._taken_over(state_dict["state"][index], parameter)
+
+    def _taken_over(self, given: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+        missing = {"step", "exp_avg", "exp_avg_sq"} - set(given)
+        if missing:
+            raise SetupError(
+                f"checkpoint: the optimizer's state has no {', '.join(sorted(missing))} (found {', '.join(given)}): it "
+                "was not written by an AdamW, and another optimizer cannot go on with it; start a new run"
+            )
+        step = float(given["step"])
+        source = {
+            name: value.to(parameter.device).reshape(-1)
+            for name, value in given.items()
+            if isinstance(value, Tensor) and name != "step"
+        }
+        state = self._new_state(parameter)
+        state["step"].fill_(step)
+        if "compensation" in state and "compensation" in source:
+            state["compensation"].copy_(source["compensation"])
+        if source["exp_avg"].dtype == state["exp_avg"].dtype:
+            for name in state.keys() & source.keys():
+                state[name].copy_(source[name])
+            return state
+        buffers, size = self._buffers(parameter.device)
+        place = self._places[parameter]
+        for begin in range(0, parameter.numel(), size):
+            end = min(begin + size, parameter.numel())
+            self._convert(source, state, begin, end, buffers, (int(step), place, begin))
+        return state
+
+    def _convert(
+        self,
+        source: Mapping[str, Tensor],
+        state: dict[str, Tensor],
+        begin: int,
+        end: int,
+        buffers: _Buffers,
+        numbers: tuple[int, ...],
+    ) -> None:
+        noise = buffers.noise
+        second = moments.read_second(source, begin, end, 1.0, buffers.second)
+        second = buffers.second[: end - begin].copy_(second)
+        square_root = moments.root(second, buffers.other[: end - begin])
+        moments.write_second(state, begin, second, square_root, noise, (*numbers, _SECOND))
+        first = moments.read_first(source, begin, end, 1.0, buffers.first)
+        first = buffers.first[: end - begin].copy_(first)
+        moments.write_first(state, begin, first, buffers.other, noise, (*numbers, _FIRST))

@@ -1,0 +1,182 @@
+"""`fulltune plan --measure`: real steps with other settings, each in a process of its own, and the best ones taken.
+
+Levers come first, one more in each row; then, with the fastest that fits, other micro batches, other attention and
+torch.compile. A probe is an attempt that ends after its dry run, so its memory is clean and its numbers are those that
+training will have.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
+from fulltune.recipe.fields import Recipe
+from fulltune.records.run import DataSummary, Measured, Measurements, Outcome, Plan
+from fulltune.system import deepspeed
+from fulltune.text import in_words
+from fulltune.train.parent import measure_candidates
+from fulltune.train.parent import retry as attempts
+from fulltune.train.parent.measure_candidates import Candidate
+from fulltune.train.parent.memory_fallbacks import Need
+from fulltune.train.request import Request
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class _Probes:
+    """What the probes share, and what they found."""
+
+    recipe: Recipe
+    plan: Plan
+    folder: Path
+    tokens: float
+    """Of all steps, without padding."""
+    available_bytes: int
+    listener: Listener
+    rows: list[Measured]
+
+    def all(self, found: Sequence[Candidate]) -> list[Measured]:
+        """Try them one after another."""
+        rows = [self.one(candidate) for candidate in found]
+        self.rows += rows
+        return rows
+
+    def one(self, candidate: Candidate) -> Measured:
+        row = Measured(name=candidate.name, kind=candidate.kind, changes=candidate.changes, problem=candidate.problem)
+        if candidate.problem:
+            return row
+        self.listener({"kind": "phase", "name": f"measuring: {candidate.name}"})
+        outcome = _probe(self.recipe, self.plan.model_copy(update=candidate.changes), self.folder)
+        return measured(row, outcome, self.tokens, self.available_bytes)
+
+
+def measure(
+    recipe: Recipe,
+    plan: Plan,
+    summary: DataSummary,
+    folder: Path,
+    available_bytes: int,
+    need: Need,
+    listener: Listener,
+) -> tuple[Plan, Measurements]:
+    """Measure and choose.
+
+    Args:
+        recipe: What it gives is not changed.
+        plan: What was chosen without measuring.
+        summary: The data stage's summary.
+        folder: The run folder, with prepared data.
+        available_bytes: What each process may take, the libraries not counted.
+        need: The memory of a changed plan, by the plan stage's arithmetic.
+        listener: Told of each probe as it begins.
+
+    Returns:
+        The plan with the fastest settings that fit, and all that was tried.
+
+    Raises:
+        SetupError: With DeepSpeed, whose engine cannot be tried for a step.
+        DoesNotFitError: When nothing that was tried fits.
+        InterruptedRun: On Ctrl-C.
+    """
+    if deepspeed.wanted(recipe):
+        raise SetupError("plan --measure: DeepSpeed shares out the model, which is not measured; leave out --measure")
+    shutil.rmtree(folder / "plan" / "probes", ignore_errors=True)
+    tokens = summary.splits["train"].tokens * plan.num_train_epochs
+    probes = _Probes(recipe, plan, folder, tokens, available_bytes, listener, [])
+    levers = probes.all(measure_candidates.levers(recipe, plan))
+    best = measure_candidates.fastest(levers)
+    smallest = best.changes if best else levers[-1].changes  # nothing fits: with all levers, fewer rows may
+    best = measure_candidates.fastest([*([best] if best else []), *_micro_batches(probes, smallest, best is None)])
+    if best is None:
+        raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in probes.rows])
+    others = measure_candidates.attentions(recipe, best.changes, summary.packed, _has_flash(plan))
+    best = measure_candidates.fastest([best, *probes.all(others)]) or best
+    compiled = probes.all(measure_candidates.compilations(recipe, best, _has_compiler(plan)))
+    best = measure_candidates.fastest([best, *compiled]) or best
+    rows = tuple(row.model_copy(update={"taken": row is best}) for row in probes.rows)
+    return _taken(plan, best, probes, need), Measurements(available_bytes=available_bytes, rows=rows)
+
+
+def _micro_batches(probes: _Probes, changes: dict[str, Any], only_smaller: bool) -> list[Measured]:
+    found = measure_candidates.micro_batches(probes.recipe, probes.plan, changes)
+    if only_smaller:
+        found = [one for one in found if one.changes["micro_batch_size"] < probes.plan.micro_batch_size]
+    return probes.all(found)
+
+
+def _taken(plan: Plan, best: Measured, probes: _Probes, need: Need) -> Plan:
+    reason = measure_candidates.why(best, probes.rows, probes.available_bytes)
+    settings = measure_candidates.noted(plan.settings, plan, best.changes, reason)
+    changed = plan.model_copy(update={**best.changes, "settings": settings})
+    time = None
+    if plan.time is not None:
+        measured = {"train_seconds": best.train_seconds, "tokens_per_second": best.tokens_per_second}
+        time = plan.time.model_copy(update={**measured, "source": "measured"})
+    return changed.model_copy(update={"memory": need(changed), "time": time})
+
+
+def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: int) -> Measured:
+    """The row with what a probe's outcome says.
+
+    Args:
+        row: Its name and changes.
+        outcome: How the probe ended.
+        tokens: Of all steps of the run, without padding.
+        available_bytes: What a process may take.
+    """
+    if outcome.status == "out_of_memory":
+        return row.model_copy(update={"problem": f"memory ran out: {_short(outcome.reason)}"})
+    forecast = outcome.forecast
+    if outcome.status != "done" or forecast is None:
+        return row.model_copy(update={"problem": _short(outcome.reason)})
+    peak = outcome.dry_run_growth_bytes
+    return row.model_copy(
+        update={
+            "peak_memory_bytes": peak,
+            "train_seconds": forecast.train_seconds,
+            "tokens_per_second": round(tokens / forecast.train_seconds, 1),
+            "loss": outcome.dry_run_loss,
+            "problem": "" if peak <= available_bytes else f"does not fit into {in_words(available_bytes)}",
+        }
+    )
+
+
+def _short(reason: str) -> str:
+    first = " ".join(reason.split())
+    return first if len(first) <= 120 else first[:117] + "..."
+
+
+def _probe(recipe: Recipe, plan: Plan, folder: Path) -> Outcome:
+    number = 1 + len(list((folder / "plan" / "probes").glob("*")))
+    request = Request(
+        run_folder=str(folder),
+        recipe=recipe,
+        plan=plan,
+        attempt=number,
+        checkpoint=None,
+        parent_pid=os.getpid(),
+        probe=True,
+    )
+    request.folder.mkdir(parents=True)
+    request.save(request.folder / "request.json")
+    outcome = attempts._in_child(request, lambda event: None)
+    if outcome.status == "interrupted":
+        raise InterruptedRun("interrupted while measuring; the same command measures again")
+    return outcome
+
+
+def _has_compiler(plan: Plan) -> bool:
+    if plan.device == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def _has_flash(plan: Plan) -> bool:
+    return plan.device == "cuda" and importlib.util.find_spec("flash_attn") is not None

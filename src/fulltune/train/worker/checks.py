@@ -1,0 +1,225 @@
+"""What is verified just before step 1, on the real model and the real rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fulltune import methods
+from fulltune.errors import GuardStop
+from fulltune.inference import selective_head
+from fulltune.inference.run import by_length
+from fulltune.inference.store import Rows
+from fulltune.models.checkpoint_head import Head
+from fulltune.models.packing import leak
+from fulltune.records.run import Check, DataSummary, Plan
+from fulltune.tasks import Target, Task
+from fulltune.tasks.causal_lm import IGNORED, end_token
+from fulltune.train.worker.dry_run import check_of
+
+WRITING_TASKS = ("causal-lm", "seq2seq")
+_APART = "texts in one row are kept apart"
+_SELECTIVE = "logits of trained tokens only"
+_PIECES = "loss in pieces"
+
+
+def before_training(
+    trainer: Any,
+    tokenizer: Any,
+    rows: Any,
+    summary: DataSummary,
+    task: Task,
+    target: Target,
+    plan: Plan,
+    *,
+    own_loss: bool = False,
+    pieces_asked: bool = False,
+    head: Head | None = None,
+) -> list[Check]:
+    """Run all checks but the dry run; the caller refuses to train when one did not pass.
+
+    With `own_loss`, a function of the user's, the model gives all its logits. With `pieces_asked` the recipe itself
+    wants the loss in pieces, and a model that does not allow it is not trained. `head` is what became of the task's
+    head, for tasks that may need a new one.
+    """
+    model = trainer.model
+    checks = [_parameters(model, plan), _world_size(trainer, plan), _truncation(summary), _dropout(model)]
+    if head is not None:
+        checks.append(Check(name="head", result=head.in_words, passed=True))
+    if summary.task in WRITING_TASKS:
+        checks.append(_trained_tokens(rows))
+    if summary.problem_type in ("prompt_completion", "chat", "source_target"):
+        checks.append(_end_tokens(trainer.model, tokenizer, rows, task, summary))
+    if trainer.is_deepspeed_enabled:
+        # Only its engine can run the model; it exists when training begins: see `dry_run_in_engine`.
+        if summary.packed:
+            found = "on a one-layer copy of the model; not tried on its weights, which DeepSpeed shares out"
+            checks.append(Check(name=_APART, result=found, passed=True))
+        if summary.task in WRITING_TASKS:
+            checks.append(Check(name=_SELECTIVE, result="off: DeepSpeed shares out the model", passed=True))
+            if plan.chunked_loss:
+                checks.append(Check(name=_PIECES, result="off: DeepSpeed shares out the head", passed=not pieces_asked))
+        return checks
+    if summary.packed:
+        checks.append(_texts_apart(trainer.model))
+    if summary.task in WRITING_TASKS:
+        checks.append(_selective_head(trainer, rows, task, own_loss))
+        if plan.chunked_loss:
+            checks.append(_loss_in_pieces(trainer, checks[-1].result, pieces_asked))
+    return checks
+
+
+def refuse_failed(checks: Sequence[Check], recorder: Any) -> None:
+    """Show the checks; stop when one did not pass."""
+    recorder.write({"kind": "checks", "checks": [check.model_dump() for check in checks]})
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise GuardStop([f"{check.name}: {check.result}" for check in failed])
+
+
+def _parameters(model: Any, plan: Plan) -> Check:
+    """Exactly as many as planned; by full fine-tuning all."""
+    fixed = methods.computed(model)
+    parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
+    trainable = sum(_values(parameter) for parameter in parameters if parameter.requires_grad)
+    total = sum(map(_values, parameters))
+    kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+    return Check(
+        name="trainable parameters",
+        result=f"{trainable:,} of {total:,} ({', '.join(kinds)})",
+        passed=trainable == (total if plan.num_frozen_parameters == 0 else plan.num_trainable_parameters),
+    )
+
+
+def _values(parameter: Any) -> int:
+    """DeepSpeed's stage 3 leaves an empty tensor and notes its size."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _world_size(trainer: Any, plan: Plan) -> Check:
+    found = trainer.args.world_size
+    return Check(
+        name="processes", result=f"{found}, asked for {plan.num_processes}", passed=found == plan.num_processes
+    )
+
+
+def _truncation(summary: DataSummary) -> Check:
+    train = summary.splits["train"]
+    return Check(
+        name="truncated rows",
+        result=f"{train.truncated_rows} of {train.rows} at {summary.max_length} tokens",
+        passed=True,
+    )
+
+
+def _dropout(model: Any) -> Check:
+    from fulltune.models.dropout import STEPS, SixteenBitDropout, threshold
+
+    modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
+    shares = sorted({f"{module.p:g} becomes {threshold(module.p) / STEPS:.6g}" for module in modules})
+    made = f"{len(modules)} modules, with random numbers of 16 bits for speed"
+    result = f"{made} ({', '.join(shares)})" if modules else "torch's own, or none"
+    return Check(name="dropout", result=result, passed=True)
+
+
+def _last_trained(rows: Rows) -> np.ndarray:
+    """Each row's last trained token, IGNORED where it has none."""
+    found = []
+    for flat, offsets in rows.lists("labels"):
+        positions = np.where(flat != IGNORED, np.arange(len(flat)), -1)
+        last = np.maximum.reduceat(positions, offsets[:-1])
+        found.append(np.where(last >= offsets[:-1], flat[last], IGNORED))
+    return np.concatenate(found)
+
+
+def _trained_tokens(rows: Rows) -> Check:
+    without = int((_last_trained(rows) == IGNORED).sum())
+    return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
+
+
+def _texts_apart(model: Any) -> Check:
+    """On the real weights, what the data stage found out on a copy of the architecture."""
+    problem = leak(model, model.config.model_type)
+    return Check(name=_APART, result=problem or "yes", passed=problem is None)
+
+
+def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Check:
+    """Give the trainer its selective head; without one, training is slower and the same."""
+    if own_loss or trainer.args.torch_compile:
+        result = "off: compute_loss is your own" if own_loss else "off: with torch.compile hooks are left out"
+    else:
+        batch = trainer.data_collator([rows[i] for i in by_length(rows)[-2:]])
+        batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+        trainer.head, result = selective_head.verified(trainer.model, task, batch)
+    return Check(name=_SELECTIVE, result=result, passed=True)
+
+
+def _loss_in_pieces(trainer: Any, about_head: str, asked: bool) -> Check:
+    """Without it, training takes more memory and is the same; only a recipe that asks for it is refused."""
+    found = about_head if trainer.head is None else trainer.head.about_pieces
+    possible = trainer.head is not None and trainer.head.in_pieces
+    if asked and not possible:
+        found += "; remove train.chunked_loss"
+    return Check(name=_PIECES, result=found, passed=possible or not asked)
+
+
+def _end_tokens(model: Any, tokenizer: Any, rows: Rows, task: Task, summary: DataSummary) -> Check:
+    """Every whole answer must end with a trained end token that survives padding and stops generation."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    tokens, counts = np.unique(_last_trained(rows), return_counts=True)
+    last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+    ends = {token for token in last if token in special}
+    without = sum(count for token, count in last.items() if token not in special)
+    cut = summary.splits["train"].truncated_rows
+    if ends:
+        _stop_generation_at(model, ends)
+    pair = [dict(rows[i]) for i in (by_length(rows)[0], by_length(rows)[-1])]
+    padded = task.collate(pair, tokenizer.pad_token_id)
+    survives = end_token({"labels": padded["labels"][1].tolist()}) == end_token(pair[1])
+    names = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "none"
+    return Check(
+        name="answers end with a trained end token",
+        result=f"{len(rows) - without} of {len(rows)} rows ({names}; {cut} truncated)",
+        passed=without <= cut and survives,
+    )
+
+
+def _stop_generation_at(model: Any, ends: set[int]) -> None:
+    """A chat model's turn often ends with another token than the tokenizer's end token: generation must know both."""
+    present = model.generation_config.eos_token_id
+    present = {present} if isinstance(present, int) else set(present or ())
+    if not ends <= present:
+        model.generation_config.eos_token_id = sorted(present | ends)
+
+
+def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
+    """A pass at the longest length through DeepSpeed's engine, in which a step without an update is not to be had.
+
+    The loss is multiplied by 0: the gradients of 0 that it leaves are added to those of step 1.
+    """
+    import torch
+
+    engine = trainer.model_wrapped
+    batch = _longest(trainer, rows, plan)
+    started = time.monotonic()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        engine.train()
+        labels = batch.pop("labels")
+        outputs = engine(**batch)
+        loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(trainer.count_items(labels)))
+        # All processes decide alike: in the backward pass each waits for the others.
+        finite = trainer.accelerator.reduce(loss.detach().isfinite().float(), reduction="sum")
+        if int(finite) == trainer.accelerator.num_processes:
+            engine.set_gradient_accumulation_boundary(False)
+            engine.backward(loss * 0.0, scale_wrt_gas=False)
+    passed = int(finite) == trainer.accelerator.num_processes
+    return check_of(batch, float(loss.detach()), started, passed)
+
+
+def _longest(trainer: Any, rows: Any, plan: Plan) -> dict[str, Any]:
+    longest = by_length(rows)[: plan.micro_batch_size]
+    batch = trainer.data_collator([rows[i] for i in longest])
+    return {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}

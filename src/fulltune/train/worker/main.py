@@ -1,0 +1,171 @@
+"""One attempt: model, dry-run step, training, the best weights saved, the outcome written.
+
+Run by the parent as `python -m fulltune.train.worker.main request.json` in a process group of its own, or called in the
+parent's process when the user gave functions of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
+from fulltune.records.run import Outcome, OutcomeStatus
+from fulltune.system.out_of_memory import is_out_of_memory
+from fulltune.train import checkpoints
+from fulltune.train.hooks import Hooks
+from fulltune.train.journal import Journal
+from fulltune.train.request import Request
+from fulltune.train.worker import memory_limit
+from fulltune.train.worker.observed import Seen
+
+_log = logging.getLogger(__name__)
+Event = dict[str, Any]
+
+
+def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None = None) -> Outcome:
+    """Run an attempt and turn whatever happens into an outcome, which is also written to `outcome.json`."""
+    with _signals_put_back():
+        started = time.monotonic()
+        rank = int(os.environ.get("RANK", "0"))
+        journal = Journal(request.folder / "journal.jsonl" if rank == 0 else None)
+        seen = Seen()
+        try:
+            outcome = _train(request, hooks, journal, listener, seen)
+        except BaseException as error:
+            status, reason = _classify(error)
+            if status in ("error", "out_of_memory"):
+                traceback.print_exc()
+            if status == "disk_full":
+                checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
+            outcome = Outcome(
+                status=status,
+                reason=reason,
+                trial=request.plan.trial,
+                attempt=request.attempt,
+                phase=journal.phase,
+            )
+        finally:
+            if rank == 0:
+                request.initial_weights.unlink(missing_ok=True)
+        outcome = outcome.model_copy(
+            update={
+                "train_seconds": round(time.monotonic() - started, 3),
+                "peak_memory_bytes": _peak_memory_bytes(),
+                **seen.for_outcome(),
+            }
+        )
+        journal.write(outcome.status, outcome.reason)
+        if rank == 0:
+            outcome.save(request.folder / "outcome.json")
+        elif outcome.status != "done":
+            # When one process fails the others only see a closed connection: the parent reads what really happened.
+            outcome.save(request.folder / f"outcome-rank{rank}.json")
+        return outcome
+
+
+def _train(
+    request: Request, hooks: Hooks, journal: Journal, listener: Callable[[Event], None] | None, seen: Seen
+) -> Outcome:
+    # Imported here: a request that is refused earlier should not pay for torch and transformers.
+    from fulltune.train.loop.callbacks import StopWhenAsked
+    from fulltune.train.worker import attempt
+
+    stop = StopWhenAsked()
+    _listen_for_signals(stop)
+    limit, device = request.plan.memory_limit_bytes, request.plan.device
+    with memory_limit.held_to(limit, device, lambda line: journal.write("warning", line)):
+        return attempt.train(request, hooks, journal, stop, listener, seen)
+
+
+def _classify(error: BaseException) -> tuple[OutcomeStatus, str]:
+    """What an exception means for the next attempt."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if isinstance(error, Diverged):
+        return "diverged", text
+    if isinstance(error, GuardStop):
+        return "stopped_by_guard", text
+    if isinstance(error, (KeyboardInterrupt, InterruptedRun)):
+        return "interrupted", text or "interrupted before the first checkpoint"
+    if is_out_of_memory(error):
+        return "out_of_memory", text[:500] or kind
+    no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if no_space or "No space left" in text or "PytorchStreamWriter failed" in text:
+        return "disk_full", text[:500]
+    if isinstance(error, DoesNotFitError):
+        return "does_not_fit", text
+    if isinstance(error, FulltuneError):
+        return "refused", text
+    return "error", f"{kind}: {text[:500]}"
+
+
+def _listen_for_signals(stop: Any) -> None:
+    """The first SIGTERM or SIGINT asks for a stop after this step."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def ask(*_: object) -> None:
+        stop.asked = True
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+
+
+@contextlib.contextmanager
+def _signals_put_back() -> Iterator[None]:
+    """In the user's own process Ctrl-C must work again after training."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    """A worker whose parent was killed must not go on training unseen."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(parent_pid, 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _peak_memory_bytes() -> int:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def main(file: str) -> int:
+    """Entry of the child process."""
+    request = Request.load(Path(file))
+    if request.parent_pid is not None:
+        _end_with_parent(request.parent_pid)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    outcome = run(request, Hooks())
+    return 0 if outcome.status == "done" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,86 @@
+"""Hold this process to `train.memory_limit`: what the plan promised, the system enforces.
+
+On CUDA torch's allocator keeps to a share of the card; CUDA's own context, some hundred MiB, comes on top. On the CPU
+the limit is RLIMIT_DATA. It counts private writable memory by what was reserved, not by what was touched: libraries
+reserve far more than they use (pyarrow alone 1 GiB), and each thread its stack. So the threads are started first, what
+is reserved until then is taken as given, and the limit is put on what is added from then on:
+
+    RLIMIT_DATA = VmData now + (limit - VmRSS now)
+
+VmRSS holds the libraries, so the limit is that of the whole process. Mapped files, as rows and checkpoints are, do not
+count: the kernel drops their pages when it needs the room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Callable, Iterator
+
+from fulltune.errors import DoesNotFitError
+from fulltune.system.meter import status_bytes
+from fulltune.text import in_words
+
+
+@contextlib.contextmanager
+def held_to(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Inside, taking more fails like memory that ran out. Enter it when the libraries are imported.
+
+    Args:
+        limit_bytes: The most that this process may hold; None leaves everything as it is.
+        device: `cpu` or `cuda`.
+        warn: Called with a line where the limit cannot be enforced.
+
+    Raises:
+        DoesNotFitError: When more than that is held already.
+    """
+    if limit_bytes is None:
+        yield
+    elif device == "cuda":
+        with _on_gpu(limit_bytes):
+            yield
+    elif not status_bytes("VmData"):
+        warn("memory limit: only the plan keeps to it, because this system cannot enforce it")
+        yield
+    else:
+        with _on_host(limit_bytes):
+            yield
+
+
+@contextlib.contextmanager
+def _on_gpu(limit_bytes: int) -> Iterator[None]:
+    import torch
+
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextlib.contextmanager
+def _on_host(limit_bytes: int) -> Iterator[None]:
+    _start_threads()
+    held = status_bytes("VmRSS")
+    if limit_bytes <= held:
+        raise DoesNotFitError(
+            f"train.memory_limit: {in_words(limit_bytes)}, but Python and its libraries alone hold {in_words(held)}; "
+            "set a higher limit"
+        )
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = status_bytes("VmData") + limit_bytes - held
+    allowed = [value for value in before if value != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *allowed]), before[1]))
+    try:
+        yield
+    finally:
+        # Also what is said about an error needs memory.
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _start_threads() -> None:
+    """Have torch start its pool: a thread that finds no memory for its stack later ends the process without a word."""
+    import torch
+
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))

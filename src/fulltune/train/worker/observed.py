@@ -1,0 +1,53 @@
+"""What was measured while an attempt went on; the worker puts it into the outcome, also when the attempt failed."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fulltune.records.run import TimeNeed
+from fulltune.system.meter import Meter
+
+
+@dataclass
+class Seen:
+    """Filled in step by step."""
+
+    meter: Meter | None = None
+    """Begins before the weights are read."""
+    forecast: TimeNeed | None = None
+    dry_run_growth_bytes: int = 0
+    dry_run_loss: float | None = None
+    disk_bytes: int = 0
+
+    def measure(self, device: str, problem_type: str) -> None:
+        """Count memory from now on; what the first evaluation would import is imported before."""
+        if problem_type in ("single_label", "multi_label", "regression", "choice"):
+            for name in ("scipy.stats", "sklearn.metrics"):
+                importlib.import_module(name)
+        self.meter = Meter(device)
+
+    def disk(self, *paths: Path) -> None:
+        """Keep the most that these files and folders took together."""
+        self.disk_bytes = max(self.disk_bytes, sum(map(size_on_disk, paths)))
+
+    def for_outcome(self) -> dict[str, Any]:
+        """Fields of `Outcome`; sizes of memory only from when there was a meter."""
+        found: dict[str, Any] = {
+            "forecast": self.forecast,
+            "dry_run_growth_bytes": self.dry_run_growth_bytes,
+            "dry_run_loss": self.dry_run_loss,
+            "disk_bytes": self.disk_bytes,
+        }
+        if self.meter is not None:
+            found["peak_memory_bytes"] = self.meter.peak_bytes()
+            found["memory_growth_bytes"] = self.meter.growth_bytes()
+        return found
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 when there is nothing."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,253 @@
+"""Whole weights before, during and after training, also where DeepSpeed gives each process only a part of them.
+
+With DeepSpeed every process has to call these functions, because putting a tensor together needs all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fulltune import methods
+from fulltune.methods.folder import save, share
+from fulltune.models.load import locate
+from fulltune.records.run import DataSummary, Moved
+from fulltune.tasks import Target, causal_lm
+from fulltune.train import checkpoints
+from fulltune.train.optim.optimizers import AdamW
+from fulltune.train.request import Request
+
+
+def whole(parameter: Any) -> Any:
+    """The parameter's values on the CPU; in half precision those of DeepSpeed's fp32 copy, which is what is trained."""
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).cpu()
+    with _gathered(parameter):
+        values = parameter.detach().cpu()
+        return values.clone() if hasattr(parameter, "ds_id") else values
+
+
+@contextlib.contextmanager
+def _gathered(parameter: Any) -> Iterator[None]:
+    """Stage 3 before the optimizer exists: the tensor is whole inside."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+def second_moment(parameter: Any, optimizer: Any) -> Any:
+    """AdamW's running mean of squared gradients on the CPU; None with optimizers that have none.
+
+    It is positive where a value has received a gradient, also where it is kept in 8 bits: see `moments`.
+    """
+    while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer  # accelerate's and DeepSpeed's wrappers
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not any("exp_avg_sq" in state for state in optimizer.state.values()):
+            return None
+        return safe_get_full_optimizer_state(parameter, "exp_avg_sq").cpu()
+    optimizer = getattr(optimizer, "behind", optimizer)
+    if isinstance(optimizer, AdamW):
+        found = optimizer.second_moment(parameter)
+    else:
+        found = optimizer.state.get(parameter, {}).get("exp_avg_sq")
+    return None if found is None else found.cpu()
+
+
+def _link_all_groups(optimizer: Any) -> None:
+    """DeepSpeed 0.19.8 (stages 1 and 2) looks for moments after the first group's first step, when the second group
+    has none yet: look again. Delete this when it does so itself."""
+    while optimizer is not None:
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
+class InitialWeights:
+    """The trained weights before step 1, on disk: a copy in memory would cost as much as the model.
+
+    Args:
+        model: The model.
+        path: The file; None in all processes but the first, which only help to put tensors together.
+    """
+
+    def __init__(self, model: Any, path: Path | None) -> None:
+        from safetensors.torch import save_file
+
+        self.path = path
+        tensors = {}
+        for name, parameter in methods.trained(model).items():
+            values = whole(parameter)
+            if path is not None:
+                tensors[name] = values.contiguous()
+        if path is not None:
+            save_file(tensors, path)
+
+    def moved(self, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Moved:
+        """Compare with the present weights.
+
+        A value counts as having received a gradient when AdamW's second moment is positive, so that embedding rows of
+        unused tokens are left out; with optimizers that have none, all values of a tensor with a gradient count.
+        Only the first process has the weights before and counts.
+        """
+        _link_all_groups(optimizer)
+        tensors = moved_tensors = values = moved_values = 0
+        unmoved = []
+        for name, parameter in methods.trained(model).items():
+            second = second_moment(parameter, optimizer)
+            if second is None and name not in with_gradient:
+                continue
+            now = whole(parameter)
+            if self.path is None:
+                continue
+            changed = now != self._before(name).to(now.dtype)
+            touched = changed.new_ones(changed.shape) if second is None else second > 0
+            # Not `sum`, which makes eight bytes of each truth value.
+            count = int((changed & touched).count_nonzero())
+            if not touched.any():
+                continue
+            tensors += 1
+            values += int(touched.count_nonzero())
+            moved_values += count
+            moved_tensors += count > 0
+            if not count:
+                unmoved.append(name)
+        return Moved(
+            num_tensors_with_gradient=tensors,
+            num_tensors_moved=moved_tensors,
+            num_values_with_gradient=values,
+            num_values_moved=moved_values,
+            unmoved_tensors=tuple(unmoved[:20]),
+        )
+
+    def _before(self, name: str) -> Any:
+        """A tensor as it was. The file is opened anew for each, or all of it would stay in memory."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def delete(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def load_best(trainer: Any, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into the trainer's model."""
+    if not trainer.is_deepspeed_enabled:
+        checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
+        return
+    from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+    deepspeed_load_checkpoint(trainer.model_wrapped, str(checkpoint))
+
+
+def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> tuple[Any, Any]:
+    """Weights, state and optimizer of a checkpoint after which nothing is left to train."""
+    import torch
+    from transformers import TrainerState
+
+    # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
+    trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
+    if trainer.is_deepspeed_enabled:
+        # Only its engine can read its checkpoints; transformers has no public way to make one without training.
+        trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
+        optimizer = trainer.optimizer
+    else:
+        checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
+        optimizer = trainer.create_optimizer()
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), optimizer
+
+
+def forget_unused_conversions(model: Any) -> None:
+    """Have tensors saved under the model's own names.
+
+    transformers 5.24 forgets renamings that no tensor of the checkpoint needed, but not when DeepSpeed shares out
+    the weights: then it would save every `LayerNorm.weight` as `LayerNorm.gamma`. Delete this when it does.
+    """
+    found = getattr(model, "_weight_conversions", None)
+    if found:
+        model._weight_conversions = [conversion for conversion in found if conversion.was_used()]
+
+
+def whole_state(trainer: Any) -> dict[str, Any] | None:
+    """The state dict of a model whose weights DeepSpeed holds, fp32 where it trains in fp32; None without DeepSpeed."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    if trainer.args.bf16 or trainer.args.fp16:
+        for name, parameter in trainer.model.named_parameters():
+            values = whole(parameter)
+            if name in state:
+                state[name] = values
+    return state
+
+
+def save_model(
+    applied: methods.Applied,
+    tokenizer: Any,
+    request: Request,
+    summary: DataSummary,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a plain Hugging Face folder, or of a method that trains little only that; an older one is replaced only
+    when the new one is whole."""
+    folder = request.model_folder
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    recipe = request.recipe
+    if recipe.method.kind == "full":
+        applied.model.save_pretrained(part, state_dict=state)
+    else:
+        save(applied, part, recipe.task, locate(recipe.model).name_or_path)
+    if state is not None:
+        _note_type(part / "config.json", state)
+    if summary.problem_type in ("prompt_completion", "text"):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = causal_lm.template_as_trained(Target.of(summary), tokenizer)
+    tokenizer.save_pretrained(part)
+    notes = {
+        "task": summary.task,
+        "problem_type": summary.problem_type,
+        "columns": summary.columns,
+        # Of tables without a header line; null: they have one.
+        "table_columns": request.recipe.data.columns,
+        "labels": list(summary.labels),
+        "joint": summary.joint,
+        "num_choices": summary.num_choices,
+        "stride": request.recipe.data.stride,
+        # Not that of the longest train row: another text may be longer.
+        "max_length": summary.limit or summary.max_length,
+    }
+    if recipe.method.kind != "full":
+        notes["method"] = recipe.method.model_dump(mode="json")
+        notes["base_model"] = recipe.model.model_dump(mode="json")
+    (part / "fulltune.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+    share(part)
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+
+
+def _note_type(config: Path, state: Mapping[str, Any]) -> None:
+    """The type that was saved; transformers notes the one that DeepSpeed computes in."""
+    kinds = {str(values.dtype).removeprefix("torch.") for values in state.values() if values.is_floating_point()}
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if len(kinds) == 1:
+        values["dtype"] = kinds.pop()
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
