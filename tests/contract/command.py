@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from unittest import mock
 
 from fulltune.cli import app as cli
+
+FACTS = re.compile(
+    r"""
+    '[^']*'                                                      # what stands in the user's file or is to be written
+    | (?<!\w)--[a-z][a-z-]*                                      # an option
+    | (?<![\w./])(?:model|method|data|train|evaluate|compare|search)\.[a-z_]+(?![\w.]*:\d)   # a setting
+    | [\w./{}<>-]*[\w}>](?:\.\w+)?:\d+(?::\d+)?                  # a place: file and line
+    | (?<!\w)/[\w./-]+                                           # a path
+    | (?<![\w.])-?\d[\d,]*(?:\.\d+)?                             # a number
+    """,
+    re.VERBOSE,
+)
+
+
+def facts(message: str) -> list[str]:
+    """What a message must say whatever its words are: places, numbers, settings, options, names in quotes."""
+    return sorted(FACTS.findall(message))
+
+
+def assert_same_facts(said: Sequence[str], expected: Sequence[str]) -> None:
+    """Each problem names the facts of the expected one; where that has none, its words count."""
+    assert len(said) == len(expected), said
+    for problem, words in zip(said, expected, strict=True):
+        missing = Counter(facts(words)) - Counter(facts(problem))
+        assert not missing, f"{problem!r} does not name {list(missing)}"
+        assert facts(words) or problem == words
 
 
 @dataclass(frozen=True)

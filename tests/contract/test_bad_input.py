@@ -19,7 +19,7 @@ import pytest
 from fulltune import data as data_stage
 from fulltune.system import hardware
 from tests import tiny
-from tests.contract.command import Result, fulltune
+from tests.contract.command import Result, assert_same_facts, fulltune
 
 RECIPE, NO_FIT, DATA, INTERRUPTED = 2, 3, 4, 75
 ROWS = tiny.topic_rows(40)
@@ -72,9 +72,9 @@ def chat_case(tmp_path: Path, tiny_decoder: Path) -> Callable[..., Result]:
 
 
 def refused(result: Result, code: int, *problems: str) -> None:
-    """The command failed with this code and said exactly this, and nothing else."""
+    """The command failed with this code and named these places, numbers and settings, one line for each problem."""
     assert "Traceback" not in result.err
-    assert result.problems == list(problems)
+    assert_same_facts(result.problems, problems)
     assert result.code == code
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import get_args
 
 import pytest
+import typer
 import yaml
 
 import fulltune
@@ -29,6 +30,12 @@ BLOCKS = {
 METHODS = get_args(Recipe.model_fields["method"].annotation)
 FIELDS = {name: set(block.model_fields) for name, block in BLOCKS.items()}
 FIELDS["method"] = {name for kind in METHODS for name in kind.model_fields}
+
+OPTIONS = {
+    verb: {"--help", *(option for parameter in command.params for option in parameter.opts + parameter.secondary_opts)}
+    for verb, command in typer.main.get_group(app).commands.items()
+}
+"""Of each verb, from the app itself."""
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -96,13 +103,27 @@ def test_settings_in_backquotes_exist(page: Path) -> None:
 
 @each_page
 def test_commands_and_options_exist(page: Path) -> None:
-    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     text = page.read_text(encoding="utf-8")
-    used = re.findall(r"(?:`|\.venv/bin/)fulltune ([a-z]+)", text)
-    used += [name for block in fenced(text, "sh") for name in re.findall(r"^fulltune ([a-z]+)", block, re.MULTILINE)]
-    assert set(used) <= known
+    used = re.findall(r"(?:`|\.venv/bin/)fulltune ([a-z]+)([^`\n]*)", text)
+    for block in fenced(text, "sh"):
+        whole = block.replace("\\\n", " ")
+        used += re.findall(r"^fulltune ([a-z]+)([^#\n]*)", whole, re.MULTILINE)
+    assert {verb for verb, _ in used} <= set(OPTIONS)
+    unknown = [
+        f"{verb} {option}"
+        for verb, rest in used
+        for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)
+        if option not in OPTIONS[verb]
+    ]
+    assert not unknown
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, flags=re.MULTILINE)) <= set(targets)
+
+
+def test_options_of_every_verb_are_known() -> None:
+    """What the test above rests on."""
+    assert {"--set", "--run-folder", "--fresh"} <= OPTIONS["run"]
+    assert all("--help" in options for options in OPTIONS.values())
 
 
 @each_page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,14 +51,15 @@ def test_recipe_of_an_example_is_accepted(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_of_an_example_says_how_to_run_it(path: Path) -> None:
     comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert comments
-    named = [line for line in comments if "fulltune run" in line]
-    assert all(f"examples/{path.name}" in line for line in named)
+    commands = [line for line in comments if re.search(r"fulltune (run|plan|compare|train) ", line)]
+    assert commands
+    assert all(f"examples/{path.name}" in line for line in commands)
 
 
 def test_examples_with_rows_in_the_project_are_all_tested() -> None:
-    own = {path.stem for path in ONE_PROCESS if all(Path(file).exists() for file in load_recipe(path).train_files())}
-    assert own == set(OWN_ROWS)
+    files = {path.stem: load_recipe(path).train_files() for path in ONE_PROCESS}
+    assert all(files.values())
+    assert {name for name, given in files.items() if all(Path(file).exists() for file in given)} == set(OWN_ROWS)
 
 
 @pytest.mark.parametrize("name", OWN_ROWS)
