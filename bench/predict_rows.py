@@ -52,7 +52,7 @@ def write_model(folder: Path, name: str) -> None:
     columns = {"text": "text", "label": "label"}
     changes = text_classification.config_changes(Target("single_label", columns, LABELS), tokenizer)
     torch.manual_seed(0)
-    model = models.load(block, text_classification.AUTO_CLASS, changes, head_is_new=True)
+    model = models.load(block, text_classification.FACTS.auto_class, changes, head_is_new=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     notes = {"task": "text-classification", "problem_type": "single_label", "columns": columns, "labels": LABELS}

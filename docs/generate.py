@@ -16,7 +16,8 @@ from pydantic_core import PydanticUndefined
 from fulltune.plan import defaults
 from fulltune.recipe.elsewhere import PINNED
 from fulltune.recipe.fields import BaseMethod, Block, Recipe, TaskName
-from fulltune.tasks import choices, task_named, text_classification
+from fulltune.recipe.tasks import FACTS
+from fulltune.tasks import choices, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 
 PAGE = Path(__file__).parent / "recipe.md"
@@ -178,7 +179,7 @@ def _filled_in() -> Iterable[str]:
         rates = [defaults.learning_rate(millions * 1_000_000, is_decoder)[0] for is_decoder in (False, True)]
         yield f"| {millions:,} M | {rates[0]:g} | {rates[1]:g} |"
     yield ""
-    writing = " and ".join(defaults.WRITING_TASKS)
+    writing = " and ".join(task for task, facts in FACTS.items() if facts.writes)
     yield f"| train rows | epochs, {writing} | epochs, all other tasks |"
     yield "|---:|---:|---:|"
     for rows in (500, 5_000, 50_000):
@@ -213,7 +214,7 @@ def _metrics() -> Iterable[str]:
     yield "The first one is the default.\n"
     for task in typing.get_args(TaskName):
         by_metrics: dict[tuple[str, ...], list[str]] = {}
-        for kind, names in task_named(task).CHOOSING.items():
+        for kind, names in FACTS[task].choosing.items():
             by_metrics.setdefault(names, []).append(kind)
         for names, kinds in by_metrics.items():
             yield _item(f"- {task} ({', '.join(kinds)}): {_quoted(names)}")

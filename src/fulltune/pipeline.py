@@ -16,6 +16,7 @@ from fulltune.footprint import records as footprint
 from fulltune.models import load as model
 from fulltune.models import packing, processors
 from fulltune.recipe.fields import Method, Recipe, TaskName, with_attention
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import DataSummary, MemoryNeed, Outcome, Plan, Scores
 from fulltune.stats.paired import paired
 from fulltune.stats.row_scores import measure_of
@@ -160,7 +161,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     check_model(job.recipe, config)
     methods.check(job.recipe, config)
     tokenizer = processors.load_processor(job.recipe.model, job.recipe.task, source, job.recipe.data.chat_template)
-    reads_text = job.recipe.task != "image-classification"
+    reads_text = FACTS[job.recipe.task].reads == "text"
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) if reads_text else None
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise SetupError(
@@ -259,7 +260,7 @@ def shapes_of(recipe: Recipe, changes: Mapping[str, Any], weights: bool = True) 
         RecipeError: When the method cannot work on this model.
     """
     apply = Preparing.of(recipe, on_cpu=False) if recipe.method.kind != "full" else None
-    return model.shapes(recipe.model, task_named(recipe.task).AUTO_CLASS, changes, weights, apply)
+    return model.shapes(recipe.model, FACTS[recipe.task].auto_class, changes, weights, apply)
 
 
 def _save_plan(job: Run, trial: Plan) -> None:
@@ -331,7 +332,7 @@ def trace(
     """
     device, precision = plan.device_and_precision(recipe, machine)
     pixels, assumed = None, ""
-    if recipe.task == "image-classification":
+    if FACTS[recipe.task].reads == "image":
         pixels, assumed = processors.image_shape(recipe.model, source)
     found = footprint.trace(
         model.configured(recipe.model, source, changes),

@@ -93,7 +93,7 @@ def test_light_room_imports_no_framework(name: str) -> None:
 def test_command_that_needs_no_model_imports_no_framework(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "bad.yaml").write_text("model: x\ntsk: y\n")
     code = (
-        "import sys\nfrom fulltune import cli\n"
+        "import sys\nfrom fulltune.cli import app as cli\n"
         f"sys.argv = ['fulltune', *{arguments!r}]\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         "print('HEAVY', sorted({'torch', 'transformers', 'datasets', 'accelerate', 'numpy'} & set(sys.modules)))"

@@ -64,7 +64,7 @@ def made(folder: Path, problem_type: str) -> Path:
     changes = task_named(task).config_changes(target, tokenizer)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        auto = getattr(transformers, task_named(task).AUTO_CLASS)  # type: ignore[arg-type]
+        auto = getattr(transformers, task_named(task).FACTS.auto_class)  # type: ignore[arg-type]
         model = auto.from_config(tiny.config(kind, tokenizer, initializer_range=0.5, **changes))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

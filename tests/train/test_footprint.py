@@ -58,7 +58,7 @@ def config_of(kind: str, task: str, **changes: Any) -> Any:
 
 def count(config: Any, task: str) -> int:
     with torch.device("meta"):
-        model = getattr(transformers, task_named(task).AUTO_CLASS).from_config(config)
+        model = getattr(transformers, task_named(task).FACTS.auto_class).from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -202,7 +202,7 @@ def test_saved_folder_loaded_gives_the_same_logits(done: Any, name: str, kind: s
 def test_saved_folder_loaded_by_plain_peft_gives_the_same_logits(done: Any, name: str, kind: str) -> None:
     found = done(name, kind)
     config = transformers.AutoConfig.from_pretrained(found.model_folder)
-    loader = getattr(transformers, task_named(CASES[name].task).AUTO_CLASS)
+    loader = getattr(transformers, task_named(CASES[name].task).FACTS.auto_class)
     base = loader.from_pretrained(found.folder / "model", config=config)
     plain = peft.PeftModel.from_pretrained(base, found.model_folder).eval()
     given = logits(plain, found, features(found)[:1])
@@ -216,7 +216,7 @@ def test_saved_folder_loaded_by_plain_peft_gives_the_same_logits(done: Any, name
 def test_merged_model_is_plain_and_gives_the_same_logits(done: Any, name: str, kind: str, tmp_path: Path) -> None:
     found = done(name, kind)
     folders.merge(found.model_folder, tmp_path / "merged")
-    loader = getattr(transformers, task_named(CASES[name].task).AUTO_CLASS)
+    loader = getattr(transformers, task_named(CASES[name].task).FACTS.auto_class)
     plain = loader.from_pretrained(tmp_path / "merged").eval()
     expected = logits(found.model, found, features(found))
     torch.testing.assert_close(logits(plain, found, features(found)), expected, atol=1e-5, rtol=1e-4)

@@ -56,7 +56,7 @@ def _checkpoint(folder: Path, kind: str, task: str, labels: tuple[str, ...]) -> 
     """Save a tiny model with a head for these labels; returns it."""
     tokenizer = tiny.usual_tokenizer(kind)
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    model = getattr(transformers, task_named(task).AUTO_CLASS).from_config(tiny.config(kind, tokenizer, **names))
+    model = getattr(transformers, task_named(task).FACTS.auto_class).from_config(tiny.config(kind, tokenizer, **names))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)  # biases, too, tell their rows apart
@@ -71,7 +71,7 @@ def _loaded(folder: Path, task: str, labels: tuple[str, ...], seed: int = 0) -> 
     changes = module.config_changes(target, tiny.encoder_tokenizer())
     torch.manual_seed(seed)
     block = ModelBlock(name=str(folder))
-    model = models.load(block, module.AUTO_CLASS, changes, head_is_new=True, on_head=heads.append)
+    model = models.load(block, module.FACTS.auto_class, changes, head_is_new=True, on_head=heads.append)
     return model, heads[0]
 
 
@@ -145,7 +145,7 @@ def test_image_head_follows_the_names(tmp_path: Path) -> None:
     saved.save_pretrained(tmp_path)
     module = task_named("image-classification")
     changes = module.config_changes(Target("single_label", {}, ("different", "same")), None)
-    model = models.load(ModelBlock(name=str(tmp_path)), module.AUTO_CLASS, changes, head_is_new=True)
+    model = models.load(ModelBlock(name=str(tmp_path)), module.FACTS.auto_class, changes, head_is_new=True)
     assert torch.equal(model.classifier.weight, saved.classifier.weight[[1, 0]])
 
 
@@ -176,7 +176,7 @@ def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_enco
     module = task_named("text-classification")
     changes = module.config_changes(Target("single_label", {}, LABELS[::-1]), tiny.encoder_tokenizer())
     kept, new = (
-        models.shapes(ModelBlock(name=str(folder)), module.AUTO_CLASS, changes).head_is_kept
+        models.shapes(ModelBlock(name=str(folder)), module.FACTS.auto_class, changes).head_is_kept
         for folder in (tmp_path, tiny_encoder)
     )
     assert kept

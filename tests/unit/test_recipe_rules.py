@@ -6,13 +6,15 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
-from fulltune.recipe.fields import Recipe
+from fulltune.recipe.fields import Recipe, TaskName
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import task_named
 
 WRONG = """\
@@ -64,6 +66,8 @@ def test_wrong_recipe_is_refused_without_the_heavy_libraries(tmp_path: Path) -> 
 import sys
 from fulltune.errors import RecipeError
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.tasks import FACTS
 try:
     load_recipe({str(path)!r})
 except RecipeError as error:
@@ -89,9 +93,10 @@ def test_metric_must_be_one_of_the_tasks(task: str, data: dict[str, str], metric
     assert (problem is None and not found) or (problem is not None and problem in found[0])
 
 
-def test_metrics_that_choose_are_metrics_of_their_task() -> None:
-    for name, kinds in recipe_rules.CHOOSING.items():
-        assert {metric for metrics in kinds.values() for metric in metrics} <= set(task_named(name).METRICS)
+def test_every_task_has_facts_and_a_module_with_the_same() -> None:
+    assert tuple(FACTS) == get_args(TaskName)
+    for name in get_args(TaskName):
+        assert task_named(name).FACTS is FACTS[name]
 
 
 def test_names_of_transformers_are_those_that_it_has() -> None:

@@ -18,7 +18,7 @@ from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.images import is_image_folder
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import DataBlock, TaskName
-from fulltune.recipe.rules import READ_BY
+from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.records.run import SplitName as Split
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
@@ -335,7 +335,7 @@ def write_recipe(
         held_out=_held_out(files),
         columns="\n".join(_columns(found)),
         found=f"  # found: {_in_words(found)}\n",
-        metric=task_named(task).CHOOSING[target.problem_type][0],
+        metric=FACTS[task].choosing[target.problem_type][0],
     )
     with writing(recipe):
         recipe.parent.mkdir(parents=True, exist_ok=True)

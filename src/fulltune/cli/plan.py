@@ -13,7 +13,8 @@ import typer
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.records.run import DataSummary, Measurements, Plan, ProblemType, SplitSummary, Survey
+from fulltune.recipe.tasks import FACTS, ProblemType
+from fulltune.records.run import DataSummary, Measurements, Plan, SplitSummary, Survey
 
 if TYPE_CHECKING:
     from fulltune.footprint.records import Footprint
@@ -40,15 +41,6 @@ GoalText = Annotated[
 ]
 
 SURVEY = "survey.json"
-_PROBLEM_TYPES: dict[str, ProblemType] = {
-    "text-classification": "single_label",
-    "token-classification": "tags",
-    "question-answering": "span",
-    "multiple-choice": "choice",
-    "image-classification": "single_label",
-    "causal-lm": "prompt_completion",
-    "seq2seq": "source_target",
-}
 USUAL_CHOICES = 4
 
 
@@ -322,7 +314,7 @@ def _check_config(recipe: Recipe, config: Any, summary: DataSummary, runs_here: 
     pipeline.check_model(recipe, config)
     methods.check(recipe, config)
     limit = model.position_limit(config)
-    if limit is not None and recipe.task != "image-classification" and summary.max_length > limit:
+    if limit is not None and FACTS[recipe.task].reads == "text" and summary.max_length > limit:
         raise RecipeError(
             f"--tokens: {summary.max_length}, but {recipe.model.name} reads at most {limit} tokens; give less, or set "
             f"data.max_length: {limit}"
@@ -371,7 +363,7 @@ def _problem_type(recipe: Recipe) -> ProblemType:
     given = recipe.data.problem_type
     if recipe.task == "text-classification" and given != "auto":
         return given
-    return _PROBLEM_TYPES[recipe.task]
+    return FACTS[recipe.task].usual_type
 
 
 def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = None) -> dict[str, Any]:

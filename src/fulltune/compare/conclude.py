@@ -22,6 +22,7 @@ from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import ArmItems, decide
 from fulltune.evaluate import drift, outputs
 from fulltune.inference.store import clusters_of
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation, Opening, Search
 from fulltune.records.differences import Decision
 from fulltune.records.run import Estimate, Scores
@@ -90,7 +91,7 @@ def untouched(line: Line) -> tuple[Scores | None, tuple[Scores, ...]]:
     """What costs no training: the arm `base` (the untouched language model, else the most frequent answer), and all
     baselines. A language model's rows are kept, so that it is compared like the others."""
     plan_of_full = line.room(line.full.arm).plan
-    writes = line.recipe.task in ("causal-lm", "seq2seq")
+    writes = FACTS[line.recipe.task].writes
     path = line.folder / SEALED / f"{BASE}.npz"
     generic_path = line.folder / "predictions" / "generic" / f"{BASE}.npz"
     if not (path.exists() if writes else generic_path.exists()):

@@ -28,10 +28,10 @@ from fulltune.errors import RecipeError
 from fulltune.evaluate.generic_text import generic_texts
 from fulltune.models import load as model
 from fulltune.recipe.fields import RIVALS, Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation, ManyTasks, Search
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
 from fulltune.system import run_folder
-from fulltune.tasks import task_named
 from fulltune.text import is_share, parse_seconds
 
 
@@ -45,7 +45,7 @@ def recipe_for(recipe: Recipe) -> Recipe:
         raise RecipeError(
             "methods: names nothing to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
         )
-    if "near_duplicates" in recipe.data.model_fields_set or recipe.task == "image-classification":
+    if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
         return recipe
     block = recipe.data.model_copy(update={"near_duplicates": recipe.compare.near_duplicates})
     return recipe.model_copy(update={"data": block})
@@ -63,7 +63,7 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
         RecipeError: When the budget is too short for a verdict.
     """
     block, source = recipe.model, model.locate(recipe.model, weights=False)
-    shapes = model.shapes(block, task_named(recipe.task).AUTO_CLASS, {}, weights=False)
+    shapes = model.shapes(block, FACTS[recipe.task].auto_class, {}, weights=False)
     text = budget or recipe.compare.budget
     fits: Expectation | None = None
     of_rows: dict[str, Any] = {}

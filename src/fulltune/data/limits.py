@@ -61,7 +61,7 @@ def _longest(
                 f"set data.max_length: {model_limit} or less"
             )
         return wanted, "from the recipe"
-    cap = causal_lm.BLOCK_LENGTH if target.problem_type == "text" else task.LENGTH_CAP
+    cap = causal_lm.BLOCK_LENGTH if target.problem_type == "text" else task.FACTS.length_cap
     if model_limit is not None and model_limit <= cap:
         return model_limit, "the model's limit"
     return cap, f"the usual bound for {recipe.task}"

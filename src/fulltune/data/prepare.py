@@ -42,6 +42,7 @@ from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.store import RowWriter, batches, load_split, readable, save_clusters
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import DataSummary, Preview, SplitSummary
 from fulltune.records.run import SplitName as Split
 from fulltune.tasks import Target, Task
@@ -88,7 +89,7 @@ def prepare(
     Raises:
         DataError: When the rows cannot be learned from; nothing of an earlier run is lost.
     """
-    if recipe.task == "image-classification" and recipe.data.near_duplicates < 1:
+    if FACTS[recipe.task].reads == "image" and recipe.data.near_duplicates < 1:
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
     sources = find_sources(recipe)
     fingerprint = _fingerprint(recipe, sources, tokenizer, limits)
@@ -105,7 +106,7 @@ def prepare(
         return earlier
     # Rows of images are only their paths, which another run may have elsewhere.
     kept = None
-    if reusable and cache_folder is not None and recipe.task != "image-classification":
+    if reusable and cache_folder is not None and FACTS[recipe.task].reads == "text":
         kept = cache_folder / fingerprint
         with cache.locked(cache_folder):
             if (earlier := _earlier(kept, fingerprint)) is not None:

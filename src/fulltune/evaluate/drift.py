@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.inference.run import autocast, batches
-from fulltune.records.run import ProblemType
+from fulltune.recipe.tasks import ProblemType
 
 WRITERS: tuple[ProblemType, ...] = ("text", "prompt_completion", "chat")
 MOST_TOKENS = 256

@@ -53,7 +53,7 @@ def outputs(
         kept[split] = bench.run(model, tokenizer.pad_token_id, present, split)
         seconds, rows = time.monotonic() - began, len(present)
     of_texts = None
-    if bench.recipe.task != "image-classification":
+    if bench.task.FACTS.reads == "text":
         of_texts = generic(model, tokenizer, texts, bench.target.problem_type, bench.plan.precision, most_tokens)
     return Outputs(kept=kept, generic=of_texts, seconds_per_row=seconds / max(1, rows))
 

@@ -168,7 +168,7 @@ class Bench:
         block = self.recipe.model
         tokenizer = load_processor(block, self.recipe.task, chat_template=self.recipe.data.chat_template)
         changes = self.task.config_changes(self.target, tokenizer)
-        model = models.load(block, self.task.AUTO_CLASS, changes, head_is_new=self.task.HEAD_IS_NEW)
+        model = models.load(block, self.task.FACTS.auto_class, changes, head_is_new=self.task.FACTS.head_is_new)
         return _placed(model, self.plan.device), tokenizer
 
     def load_trained(self, model_folder: Path) -> tuple[Any, Any]:
@@ -179,7 +179,7 @@ class Bench:
             return _placed(applied.model, self.plan.device), tokenizer
         # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
         block = self.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
-        model = models.load(block, self.task.AUTO_CLASS, {}, head_is_new=False)
+        model = models.load(block, self.task.FACTS.auto_class, {}, head_is_new=False)
         return _placed(model, self.plan.device), load_processor(block, self.recipe.task)
 
 

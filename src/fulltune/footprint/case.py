@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fulltune.models.pixels import PIXELS
-from fulltune.tasks import Target, Task, image_classification, multiple_choice
+from fulltune.tasks import Target, Task, multiple_choice
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def build(case: Case, config: Any) -> Any:
     given: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[case.weights_dtype]}
     if case.attn_implementation:
         given["attn_implementation"] = case.attn_implementation
-    model = getattr(transformers, case.task.AUTO_CLASS).from_config(config, **given)
+    model = getattr(transformers, case.task.FACTS.auto_class).from_config(config, **given)
     case.prepare(model)
     return model
 
@@ -110,4 +110,4 @@ def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def has_tokens(case: Case) -> bool:
-    return case.task.AUTO_CLASS != image_classification.AUTO_CLASS
+    return case.task.FACTS.reads == "text"

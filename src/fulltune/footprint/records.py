@@ -164,7 +164,7 @@ def trace(
     options = (weights_dtype, *precisions, *checkpointing, attn_implementation, packed, num_parameters, prepare, pixels)
     options = (*options, all_trained)
     same = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
-    key = repr((type(config).__name__, same, task.AUTO_CLASS, target, options))
+    key = repr((type(config).__name__, same, task.FACTS.auto_class, target, options))
     if key in _FOUND:
         return _FOUND[key]
     case = Case(config, task, target, weights_dtype, attn_implementation, packed, prepare, pixels)

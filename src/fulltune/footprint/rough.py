@@ -108,7 +108,7 @@ def _moment(case: Case, place: str, gradients: int, activations: int, logits: in
 
 def _shapes(case: Case, all_trained: bool) -> list[tuple[int, ...]]:
     with torch.device("meta"):
-        model = getattr(transformers, case.task.AUTO_CLASS).from_config(case.config)
+        model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
         if not all_trained:
             case.prepare(model)
     return [tuple(one.shape) for one in model.parameters() if all_trained or one.requires_grad]

@@ -290,7 +290,7 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, pr
     watch.place = "forward before layers"
     labels = batch.pop("labels")
     inputs = {name: tensor.clone() for name, tensor in batch.items()}
-    if case.task.AUTO_CLASS == seq2seq.AUTO_CLASS:
+    if case.task.FACTS is seq2seq.FACTS:
         inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, labels)
     selecting = contextlib.nullcontext() if head is None else head.only(labels)
     with computing("fp32" if case.weights_dtype == "bf16" else precision), selecting:

@@ -88,7 +88,7 @@ def model_batch(
 ) -> dict[str, torch.Tensor]:
     """A collated batch with everything that the model reads: an encoder-decoder also reads the labels before."""
     batch = task.collate(features, pad_token_id)
-    if task.AUTO_CLASS == seq2seq.AUTO_CLASS:
+    if task.FACTS is seq2seq.FACTS:
         batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
     return batch
 

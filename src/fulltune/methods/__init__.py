@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Arm, Method, PromptMethod, Recipe, TaskName
+from fulltune.recipe.tasks import FACTS
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -129,14 +130,13 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
     from fulltune.methods import injected
     from fulltune.models.load import position_limit
     from fulltune.system import deepspeed
-    from fulltune.tasks import task_named
 
     found = []
-    if method.kind == "head" and not task_named(recipe.task).HEAD_IS_NEW:
+    if method.kind == "head" and not FACTS[recipe.task].head_is_new:
         found.append(f"{recipe.task} has no new head to train; take lora, adapter or full")
     if method.kind == "prompt":
         limit = position_limit(config)
-        if recipe.task == "image-classification":
+        if FACTS[recipe.task].reads == "image":
             found.append("an image has no tokens to put virtual ones before; take lora, adapter or head")
         elif limit is not None and method.num_virtual_tokens > limit // 2:
             found.append(

@@ -16,10 +16,10 @@ from pydantic import TypeAdapter
 
 from fulltune.errors import SetupError
 from fulltune.methods import PROMPT_MODULE, Applied, apply, trained
-from fulltune.methods.injected import TASK_TYPES
 from fulltune.models import load as models
 from fulltune.models.processors import load_processor
 from fulltune.recipe.fields import Method, ModelBlock, TaskName
+from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import Target, task_named
 
 NOTES = "fulltune.json"
@@ -82,7 +82,7 @@ def _prompt_config(applied: Applied, task: TaskName, base: str, names: list[str]
     modules = sorted({path.removeprefix(f"{applied.model.base_model_prefix}.").split(".")[0] for path in heads})
     return {
         "peft_type": "PROMPT_TUNING",
-        "task_type": TASK_TYPES.get(task),
+        "task_type": FACTS[task].peft,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "num_virtual_tokens": size[0],
@@ -145,7 +145,8 @@ def load(folder: Path, block: ModelBlock | None = None, shared: dict[str, Any] |
     task, target = task_named(notes["task"]), target_of(notes)
     tokenizer = load_processor(ModelBlock(name=str(folder.resolve())), notes["task"])
     with torch.random.fork_rng():
-        model = models.load(base, task.AUTO_CLASS, task.config_changes(target, tokenizer), head_is_new=task.HEAD_IS_NEW)
+        changes, is_new = task.config_changes(target, tokenizer), task.FACTS.head_is_new
+        model = models.load(base, task.FACTS.auto_class, changes, head_is_new=is_new)
         applied = apply(model, method, notes["task"])
     _put_back(applied, folder)
     if shared is not None:

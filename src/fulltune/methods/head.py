@@ -7,7 +7,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import TaskName
-from fulltune.tasks import task_named
+from fulltune.recipe.tasks import FACTS
 
 
 def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
@@ -18,7 +18,7 @@ def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
     Raises:
         RecipeError: When the model does not tell its body from its head.
     """
-    if not task_named(task).HEAD_IS_NEW:
+    if not FACTS[task].head_is_new:
         return ()
     prefix = model.base_model_prefix
     body = getattr(model, prefix, None)

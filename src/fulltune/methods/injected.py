@@ -8,6 +8,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import LoraMethod, PeftMethod, TaskName
+from fulltune.recipe.tasks import FACTS
 from fulltune.system.out_of_memory import is_out_of_memory
 
 _FROM_VALUES = "what it trains follows from the weights' values, which the plan does not read"
@@ -22,14 +23,6 @@ UNUSABLE = {
     "XLORA": "it mixes adapters that are trained already",
 }
 """Methods that are more than modules in layers."""
-TASK_TYPES: dict[TaskName, str] = {
-    "text-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "question-answering": "QUESTION_ANS",
-    "causal-lm": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-}
-"""What PEFT calls the tasks; it has no name for the others, which it wraps as any model."""
 _OURS = ("peft_type", "task_type", "inference_mode", "modules_to_save", "base_model_name_or_path", "revision")
 """Fields of PEFT's configs that follow from the recipe."""
 
@@ -74,7 +67,7 @@ def put_into(model: Any, method: LoraMethod | PeftMethod, task: TaskName, heads:
 
     # PEFT takes every module whose path ends with one of these names.
     given: dict[str, Any] = {
-        "task_type": TASK_TYPES.get(task),
+        "task_type": FACTS[task].peft,
         "modules_to_save": [name.rpartition(".")[2] for name in heads] or None,
     }
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fulltune.errors import SetupError
 from fulltune.models.load import Source, load_config, locate, reading
 from fulltune.recipe.fields import ModelBlock, TaskName
+from fulltune.recipe.tasks import FACTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def load_processor(
     block: ModelBlock, task: TaskName, source: Source | None = None, chat_template: str | None = None
 ) -> Any:
     """What turns rows into what the model reads: a tokenizer, or for images an `ImageReader`."""
-    if task == "image-classification":
+    if FACTS[task].reads == "image":
         return load_image_reader(block, source)
     return load_tokenizer(block, source, chat_template)
 

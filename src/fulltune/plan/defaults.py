@@ -8,13 +8,13 @@ fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on B
 from __future__ import annotations
 
 from fulltune.recipe.fields import Method
+from fulltune.recipe.tasks import FACTS
 
 Chosen = tuple[float, str]
 ADAPTER_TIMES = 20.0
 """1e-3 where full takes 5e-5 (Houlsby et al. 2019: up to 3e-3); MiniLM-L6, 2e-4, was best at 1e-2 (docs/log.md)."""
 LORA_TIMES = 10.0
 """Its best rate over full fine-tuning's, on average (Schulman et al. 2025)."""
-WRITING_TASKS = ("causal-lm", "seq2seq")
 
 
 def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
@@ -50,7 +50,7 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> C
 
 def num_train_epochs(task: str, num_rows: int) -> Chosen:
     """Passes over the rows: few rows need more of them."""
-    if task in WRITING_TASKS:
+    if FACTS[task].writes:
         return (3.0, "few rows (below 10,000)") if num_rows < 10_000 else (2.0, "10,000 rows or more")
     if num_rows < 2_000:
         return 10.0, "few rows (below 2,000): encoders gain from longer training"
@@ -61,7 +61,7 @@ def num_train_epochs(task: str, num_rows: int) -> Chosen:
 
 def warmup_ratio(task: str, head_is_kept: bool) -> Chosen:
     """Share of the steps with a rising rate."""
-    if task in WRITING_TASKS:
+    if FACTS[task].writes:
         return 0.03, "usual for language models"
     return 0.1, "usual for this kind of task" if head_is_kept else "a new head needs a gentle start"
 

@@ -13,9 +13,9 @@ from fulltune.plan.gpus import Fleet
 from fulltune.plan.reasons import Ledger
 from fulltune.plan.workload import Task, load_of
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import greater_is_better
 from fulltune.records.run import DataSummary, Plan
 from fulltune.system import deepspeed
-from fulltune.tasks import task_named
 from fulltune.text import parse_bytes
 
 
@@ -109,7 +109,7 @@ def fit(
         save_steps=steps.between_saves,
         logging_steps=logging_steps,
         metric=metric,
-        greater_is_better=task_named(recipe.task).METRICS[metric],
+        greater_is_better=greater_is_better(metric),
         num_parameters=shapes.num_parameters,
         num_trainable_parameters=memory.num_trained(shapes.num_parameters, used),
         num_frozen_parameters=0 if used.num_trained is None else (used.num_held or 0) - used.num_trained,

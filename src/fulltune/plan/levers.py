@@ -13,6 +13,7 @@ from fulltune.plan.budget import Room
 from fulltune.plan.memory import Levers
 from fulltune.plan.reasons import Ledger
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import DataSummary, MemoryNeed
 from fulltune.system import deepspeed
 from fulltune.text import in_words
@@ -28,7 +29,6 @@ DOING = {
     "saving": "saving",
     "resuming": "going on from a checkpoint",
 }
-TOKEN_LOGITS = ("causal-lm", "seq2seq")
 T = TypeVar("T")
 
 
@@ -61,7 +61,7 @@ def chunked_loss(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -> bool
     """On for language models, unless the recipe says otherwise or something needs whole logits."""
     if recipe.train.chunked_loss is not None:
         return recipe.train.chunked_loss
-    return recipe.task in TOKEN_LOGITS and not needs_whole_logits(recipe, shapes, own_loss)
+    return FACTS[recipe.task].writes and not needs_whole_logits(recipe, shapes, own_loss)
 
 
 def needs_whole_logits(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -> str:
@@ -232,7 +232,7 @@ def settle(
         levers.activation_checkpointing,
         chosen.why_recomputed,
     )
-    if recipe.task in TOKEN_LOGITS:
+    if FACTS[recipe.task].writes:
         pieces = "logits of all tokens never exist at once"
         pieces = pieces if levers.chunked_loss else whole
         ledger.settle("train.chunked_loss", train.chunked_loss, levers.chunked_loss, pieces)

@@ -13,9 +13,9 @@ from fulltune.plan import defaults, memory, time
 from fulltune.plan.reasons import FROM_RECIPE, Ledger
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import wrong_metric
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import DataSummary, Setting
 from fulltune.system.hardware import Machine
-from fulltune.tasks import task_named
 
 LEAST_BF16_SPEEDUP = 1.2
 """Below it bf16's rounding buys too little."""
@@ -114,7 +114,7 @@ def in_backward_problems(recipe: Recipe, micro_batch_size: int, accumulation: in
 
 
 def metric(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> str:
-    possible = task_named(recipe.task).CHOOSING[summary.problem_type]
+    possible = FACTS[recipe.task].choosing[summary.problem_type]
     wanted = recipe.evaluate.metric
     if wanted is not None and wanted not in possible:
         raise RecipeError(wrong_metric(wanted, summary.problem_type, possible))
@@ -126,7 +126,7 @@ def metric(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> str:
 def global_batch(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> int:
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
-    usual = 16 if recipe.task in defaults.WRITING_TASKS else 32
+    usual = 16 if FACTS[recipe.task].writes else 32
     # Small data: at least eight steps an epoch, or hardly any update happens.
     while usual > 4 and summary.splits["train"].rows < 8 * usual:
         usual //= 2

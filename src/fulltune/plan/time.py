@@ -26,6 +26,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.load import Shapes
 from fulltune.plan.gpus import Fleet
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import DataSummary, Plan, TimeNeed
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
@@ -81,7 +82,7 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
         virtual: Tokens that a prompt puts before each text.
         backward: See `backward_of`.
     """
-    if summary.task == "image-classification":  # the footprint counts an image, not its patches
+    if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0, backward)
     split = summary.splits["train"]
     mean = split.tokens / max(1, split.rows)

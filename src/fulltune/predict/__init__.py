@@ -13,8 +13,9 @@ from fulltune.models import load as models
 from fulltune.models.processors import load_processor
 from fulltune.predict.predictor import Answered, Predictor
 from fulltune.recipe.fields import ModelBlock
+from fulltune.recipe.tasks import FACTS
 from fulltune.system.run_folder import comparison_of
-from fulltune.tasks import tags, task_named
+from fulltune.tasks import tags
 
 __all__ = [
     "Answered",
@@ -79,7 +80,7 @@ def _loaded(folder: Path, shared: dict[str, Any] | None) -> Predictor:
     if folders.is_partial(folder):
         model = folders.load(folder, shared=shared).model
     else:
-        model = models.load(block, task_named(notes["task"]).AUTO_CLASS, {}, head_is_new=False)
+        model = models.load(block, FACTS[notes["task"]].auto_class, {}, head_is_new=False)
     return Predictor(model.eval(), load_processor(block, notes["task"]), notes)
 
 

@@ -14,6 +14,7 @@ from fulltune.errors import DataError
 from fulltune.inference.run import generate, run_rows
 from fulltune.methods import folder as folders
 from fulltune.models.processors import opened
+from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import Example, Refused, Row, Target, causal_lm, chat, seq2seq, tags, task_named
 from fulltune.tasks.columns import unreadable, windows
 
@@ -53,7 +54,7 @@ class Predictor:
     @property
     def writes(self) -> bool:
         """Whether answers are generated, token by token."""
-        return self.notes["task"] in ("causal-lm", "seq2seq")
+        return FACTS[self.notes["task"]].writes
 
     def predict(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int = 128) -> list[dict[str, Any]]:
         """Answer rows in the columns that the model was trained on.

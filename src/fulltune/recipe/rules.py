@@ -17,48 +17,9 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import PINNED, answer
-from fulltune.recipe.fields import Recipe, TaskName
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS, READ_BY
 
-CHOOSING: Mapping[TaskName, Mapping[str, tuple[str, ...]]] = {
-    "text-classification": {
-        "single_label": ("accuracy", "f1_macro", "mcc", "loss"),
-        "multi_label": ("f1_micro", "f1_macro", "accuracy", "loss"),
-        "regression": ("spearman", "kendall", "r2", "rmse", "loss"),
-    },
-    "token-classification": {"tags": ("f1", "precision", "recall", "accuracy", "loss")},
-    "question-answering": {"span": ("f1", "exact_match", "loss")},
-    "multiple-choice": {"choice": ("accuracy", "loss")},
-    "image-classification": {"single_label": ("accuracy", "f1_macro", "mcc", "loss")},
-    "causal-lm": dict.fromkeys(("text", "prompt_completion", "chat"), ("loss", "perplexity", "token_accuracy")),
-    "seq2seq": {"source_target": ("loss", "perplexity", "token_accuracy")},
-}
-"""Task and problem type to the metrics that can choose a checkpoint; the first is the default."""
-READ_BY: dict[str, tuple[str, ...]] = {
-    "text": ("text-classification", "causal-lm"),
-    "text_pair": ("text-classification",),
-    "label": ("text-classification", "multiple-choice", "image-classification"),
-    "tokens": ("token-classification",),
-    "tags": ("token-classification",),
-    "source": ("seq2seq",),
-    "target": ("seq2seq",),
-    "source_prefix": ("seq2seq",),
-    "question": ("question-answering", "multiple-choice"),
-    "context": ("question-answering", "multiple-choice"),
-    "answers": ("question-answering",),
-    "choices": ("multiple-choice",),
-    "image": ("image-classification",),
-    "prompt": ("causal-lm",),
-    "completion": ("causal-lm",),
-    "messages": ("causal-lm",),
-    "tools": ("causal-lm",),
-    "chat_template": ("causal-lm",),
-    # Images and choices have one type, and refuse the others in their own words.
-    "problem_type": ("text-classification", "image-classification", "multiple-choice"),
-    "stride": ("question-answering",),
-    "undecodable_images": ("image-classification",),
-}
-"""Setting of `data` to the tasks that read it; every task reads all others."""
-WITH_CLASSES = ("text-classification", "token-classification", "image-classification")
 SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
 
 
@@ -120,14 +81,14 @@ def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
 
 
 def _weights_without_classes(recipe: Recipe) -> list[str]:
-    if recipe.train.class_weights is None or recipe.task in WITH_CLASSES:
+    if recipe.train.class_weights is None or FACTS[recipe.task].has_classes:
         return []
     return [f"train.class_weights: has no effect for {recipe.task}, which has no classes; remove it"]
 
 
 def _impossible_metric(recipe: Recipe) -> list[str]:
     """One that no kind of rows of this task has; the rest is known when the rows are read."""
-    wanted, kinds = recipe.evaluate.metric, CHOOSING[recipe.task]
+    wanted, kinds = recipe.evaluate.metric, FACTS[recipe.task].choosing
     kind = recipe.data.problem_type
     possible = kinds.get(kind) or tuple(dict.fromkeys(name for names in kinds.values() for name in names))
     if wanted is None or wanted in possible:
@@ -300,7 +261,7 @@ def _unknown_trackers(recipe: Recipe) -> list[str]:
 def _whole_logits(recipe: Recipe) -> list[str]:
     """Why the loss of this recipe cannot be computed in pieces."""
     reasons = []
-    if recipe.task not in ("causal-lm", "seq2seq"):
+    if not FACTS[recipe.task].writes:
         reasons.append(f"has no effect for {recipe.task}, which has no logits of tokens")
     if _deepspeed(recipe):
         reasons.append("does not go with train.extra.deepspeed, which shares out the head's weights")

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from fulltune.errors import SetupError
+from fulltune.recipe.tasks import ProblemType
 
 
 class Record(BaseModel):
@@ -116,18 +117,6 @@ class Preview(Record):
 
 
 SplitName = Literal["train", "eval", "test"]
-ProblemType = Literal[
-    "single_label",
-    "multi_label",
-    "regression",
-    "tags",
-    "span",
-    "choice",
-    "text",
-    "prompt_completion",
-    "chat",
-    "source_target",
-]
 
 
 class SplitSummary(Record):

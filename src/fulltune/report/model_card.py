@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import Plan, Scores
 from fulltune.report.format import words
 from fulltune.report.format.markdown import escaped, fenced, table
@@ -15,15 +16,6 @@ from fulltune.report.run.content import HOW_TO_ASK, HOW_TO_LOAD, around_base, lo
 from fulltune.report.run.read import RunView
 from fulltune.report.verdict import judge
 
-_PIPELINES = {
-    "text-classification": "text-classification",
-    "token-classification": "token-classification",
-    "image-classification": "image-classification",
-    "multiple-choice": "multiple-choice",
-    "causal-lm": "text-generation",
-    "seq2seq": "text2text-generation",
-    "question-answering": "question-answering",
-}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors")
 
@@ -98,8 +90,8 @@ def _front_matter(view: RunView) -> str:
     lines = ["---", "library_name: transformers"]
     if base := base_model(view):
         lines.append(f"base_model: {json.dumps(base)}")
-    if pipeline := _PIPELINES.get(view.task):
-        lines.append(f"pipeline_tag: {pipeline}")
+    if facts := FACTS.get(view.task):
+        lines.append(f"pipeline_tag: {facts.hub}")
     return "\n".join([*lines, "tags:", "- fulltune", "---"])
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from fulltune.errors import SetupError
 from fulltune.recipe.fields import TaskName
+from fulltune.recipe.tasks import greater_is_better
 from fulltune.tasks import Predictions, Target, question_answering, task_named
 from fulltune.tasks.text_classification import NUMBER_METRICS, predict_labels
 
@@ -62,12 +63,12 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
         SetupError: When the task has no such metric.
     """
     task = task_named(task_name)
-    if metric not in task.METRICS:
-        raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(task.METRICS)}")
+    if metric not in task.FACTS.metrics:
+        raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(task.FACTS.metrics)}")
     sums = _sums(task_name, target, metric)
     return Measure(
         name=metric,
-        greater_is_better=task.METRICS[metric],
+        greater_is_better=greater_is_better(metric),
         whole=_alone(task_name, target, metric),
         counts=sums[0] if sums else None,
         value=sums[1] if sums else None,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fulltune.recipe.fields import DataBlock, TaskName
-from fulltune.records.run import Answer, DataSummary, Preview, ProblemType
+from fulltune.recipe.tasks import ProblemType, TaskFacts
+from fulltune.records.run import Answer, DataSummary, Preview
 
 if TYPE_CHECKING:
     import torch
@@ -79,30 +80,13 @@ class Task(Protocol):
     """What a task module provides. Tensors are [batch, ...]; `labels` is padded with -100 where it has tokens."""
 
     @property
-    def AUTO_CLASS(self) -> str:
-        """The model class, by its name in transformers."""
-
-    @property
-    def HEAD_IS_NEW(self) -> bool:
-        """True when the head is missing in the pretrained checkpoint and starts at random."""
-
-    @property
-    def LENGTH_CAP(self) -> int:
-        """Upper bound of the default `max_length`, in tokens."""
-
-    @property
-    def METRICS(self) -> Mapping[str, bool]:
-        """Metric name to whether greater is better."""
+    def FACTS(self) -> TaskFacts:
+        """What is known of the task without torch."""
 
     def find_columns(
         self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str
     ) -> dict[str, str]:
         """Which column plays which role; raises `DataError` when a role has no column."""
-
-    @property
-    def CHOOSING(self) -> Mapping[str, tuple[str, ...]]:
-        """Problem type to the metrics that `reduce` and `metrics` give and that can choose a checkpoint; the first is
-        the default."""
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
         """Problem type and labels; raises `DataError` when nothing can be learned from the rows.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.errors import DataError, SetupError
-from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.fields import DataBlock
 from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, chat
@@ -22,20 +22,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-AUTO_CLASS = "AutoModelForCausalLM"
-HEAD_IS_NEW = False
-LENGTH_CAP = 2048
+FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
-"""The same bound for raw text, whose texts are cut into pieces and packed instead of truncated."""
-METRICS = {
-    "loss": False,
-    "perplexity": False,
-    "token_accuracy": True,
-    "exact_match": True,
-    "rougeL": True,
-    "chrf": True,
-}
-CHOOSING = recipe_rules.CHOOSING["causal-lm"]
+"""Bound of the default `max_length` for raw text, whose texts are cut into pieces and packed, not truncated."""
 IGNORED = -100
 
 # ---- columns ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 
 from fulltune.errors import DataError, RecipeError
 from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
-from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.fields import DataBlock
 from fulltune.records.run import Preview, Segment
 from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, Target, labels
@@ -30,12 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-AUTO_CLASS = "AutoModelForImageClassification"
-HEAD_IS_NEW = True
-LENGTH_CAP = 2**20
-"""Images are never cut."""
-METRICS = {"accuracy": True, "f1_macro": True, "mcc": True, "loss": False}
-CHOOSING = recipe_rules.CHOOSING["image-classification"]
+FACTS = recipe_tasks.FACTS["image-classification"]
 UNDECODABLE = "undecodable image"
 """The data stage lists rows that were refused for this, and leaves them out only when the recipe says so."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.errors import DataError, RecipeError
-from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.fields import DataBlock
 from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, Target
@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-AUTO_CLASS = "AutoModelForMultipleChoice"
-HEAD_IS_NEW = True
-LENGTH_CAP = 512
-METRICS = {"accuracy": True, "loss": False}
-CHOOSING = recipe_rules.CHOOSING["multiple-choice"]
+FACTS = recipe_tasks.FACTS["multiple-choice"]
 CHOICE_LENGTHS = "choice_lengths"
 """Feature with the tokens of each choice [choices]: `input_ids` holds them one after another."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.errors import DataError, SetupError
-from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.fields import DataBlock
 from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
@@ -25,11 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-AUTO_CLASS = "AutoModelForQuestionAnswering"
-HEAD_IS_NEW = True
-LENGTH_CAP = 384
-METRICS = {"f1": True, "exact_match": True, "loss": False}
-CHOOSING = recipe_rules.CHOOSING["question-answering"]
+FACTS = recipe_tasks.FACTS["question-answering"]
 MOST_ANSWER_TOKENS = 30
 """Longest answer that is looked for; longer ones can be trained."""
 STARTS, ENDS = "starts", "ends"
@@ -309,7 +305,7 @@ def metrics(kept: Predictions, target: Target) -> dict[str, float]:
 def row_scores(kept: Predictions) -> dict[str, np.ndarray]:
     """What `metrics` are the means of, [rows]."""
     if "f1" in kept:
-        return {name: kept[name] for name in METRICS if name in kept}
+        return {name: kept[name] for name in FACTS.metrics if name in kept}
     none, truly_none = kept["nowhere"] > kept["chance"], kept["true_first"] == NOWHERE
     first, last = (np.where(none, NOWHERE, kept[name]) for name in ("first", "last"))
     shared = np.minimum(last, kept["true_last"]) - np.maximum(first, kept["true_first"]) + 1

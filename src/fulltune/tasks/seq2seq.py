@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.fields import DataBlock
 from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, causal_lm
@@ -19,19 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-AUTO_CLASS = "AutoModelForSeq2SeqLM"
-HEAD_IS_NEW = False
-LENGTH_CAP = 1024
-METRICS = {
-    "loss": False,
-    "perplexity": False,
-    "token_accuracy": True,
-    "exact_match": True,
-    "rougeL": True,
-    "chrf": True,
-    "bleu": True,
-}
-CHOOSING = recipe_rules.CHOOSING["seq2seq"]
+FACTS = recipe_tasks.FACTS["seq2seq"]
 _LANGUAGE_CODES = {"m2m_100", "mbart", "nllb-moe", "plbart", "seamless_m4t", "seamless_m4t_v2"}
 """Models that write the language of a code which the tokenizer is told and generation must be forced to begin with."""
 

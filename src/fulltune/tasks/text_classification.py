@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.fields import DataBlock
 from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
@@ -22,21 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-AUTO_CLASS = "AutoModelForSequenceClassification"
-HEAD_IS_NEW = True
-LENGTH_CAP = 512
-METRICS = {
-    "accuracy": True,
-    "f1_macro": True,
-    "f1_micro": True,
-    "mcc": True,
-    "r2": True,
-    "spearman": True,
-    "kendall": True,
-    "rmse": False,
-    "loss": False,
-}
-CHOOSING = recipe_rules.CHOOSING["text-classification"]
+FACTS = recipe_tasks.FACTS["text-classification"]
 
 # ---- columns and labels ----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.errors import SetupError
-from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.fields import DataBlock
 from fulltune.records.run import Answer, Preview, Segment
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, tags
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
 
-AUTO_CLASS = "AutoModelForTokenClassification"
-HEAD_IS_NEW = True
-LENGTH_CAP = 512
-METRICS = {"f1": True, "precision": True, "recall": True, "f1_macro": True, "accuracy": True, "loss": False}
-CHOOSING = recipe_rules.CHOOSING["token-classification"]
+FACTS = recipe_tasks.FACTS["token-classification"]
 IGNORED = -100
 TAGS, WORD_IDS = "tags", "word_ids"
 """Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""

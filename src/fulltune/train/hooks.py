@@ -11,6 +11,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import DataSummary
 from fulltune.system import deepspeed
 
@@ -73,7 +74,7 @@ class Hooks:
             problems.append("compute_loss trains in this process; set train.num_processes: 1")
         if self.needs_this_process and deepspeed.wanted(recipe):
             problems.append("compute_loss trains in this process; remove train.extra.deepspeed")
-        if self.metrics is not None and recipe.task in ("causal-lm", "seq2seq") and not recipe.evaluate.generate_rows:
+        if self.metrics is not None and FACTS[recipe.task].writes and not recipe.evaluate.generate_rows:
             problems.append("metrics needs generated answers; set evaluate.generate_rows above 0")
         if problems:
             raise RecipeError(problems)

@@ -9,7 +9,8 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import DataBlock, Recipe
-from fulltune.recipe.rules import READ_BY, check, of_pairs, of_settings
+from fulltune.recipe.rules import check, of_pairs, of_settings
+from fulltune.recipe.tasks import READ_BY
 from fulltune.records.run import DataSummary, SplitSummary
 from fulltune.tasks.settings import check_settings_for, class_weights
 

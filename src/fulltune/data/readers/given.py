@@ -13,6 +13,7 @@ from fulltune.data.readers.read import PlacedRow, Source, locate
 from fulltune.data.split import sample
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import SplitName as Split
 from fulltune.tasks import PLACE, Target, Task
 from fulltune.tasks.columns import is_whole, unreadable
@@ -45,7 +46,7 @@ def find_sources(recipe: Recipe) -> dict[Split, Source]:
                 refuse_held_out(files)
             found = locate(files, recipe.data.text_rows, recipe.data.columns)
             sources[name] = replace(
-                found, image_paths=recipe.task == "image-classification", image_column=recipe.data.image
+                found, image_paths=FACTS[recipe.task].reads == "image", image_column=recipe.data.image
             )
         except DataError as error:
             problems += error.problems

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fulltune.plan.time import Work
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import BASELINES, DRY_RUN, MOST_EMBEDDED, STARTING, TRAINED, DataSummary, Plan, TimePart
 
 START_SECONDS = 20.0
@@ -99,7 +100,7 @@ def _baseline_rows(summary: DataSummary) -> Iterator[int]:
         train = _rows(summary, "train")
         yield train if summary.problem_type == "tags" else min(train, MOST_EMBEDDED)
         yield _rows(summary, "test")
-    elif summary.task in ("causal-lm", "seq2seq"):
+    elif FACTS[summary.task].writes:
         yield _rows(summary, "test")
 
 

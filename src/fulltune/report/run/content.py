@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import DataSummary, Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Bullets, Code, Folded, Paragraph, Section
@@ -180,23 +181,11 @@ def around_base(code: str, base: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-_HEADS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "image-classification": "AutoModelForImageClassification",
-    "multiple-choice": "AutoModelForMultipleChoice",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-}
-
-
 def loading_code(folder: str, task: str, summary: DataSummary | None) -> str:
     """Python that loads the trained model with plain transformers; what else one must know stands in comments."""
-    head = _HEADS.get(task, "AutoModelForSequenceClassification")
-    kind, name = (
-        ("AutoImageProcessor", "processor") if task == "image-classification" else ("AutoTokenizer", "tokenizer")
-    )
+    facts = FACTS.get(task, FACTS["text-classification"])
+    head = facts.auto_class
+    kind, name = ("AutoImageProcessor", "processor") if facts.reads == "image" else ("AutoTokenizer", "tokenizer")
     where = json.dumps(folder, ensure_ascii=False)
     loading = f"model = {head}.from_pretrained({where})\n{name} = {kind}.from_pretrained({where})\n"
     more, imports = "", f"{head}, {kind}"
@@ -206,7 +195,7 @@ def loading_code(folder: str, task: str, summary: DataSummary | None) -> str:
             'find = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")\n'
         )
         imports += ", pipeline"
-    if task == "image-classification":
+    if facts.reads == "image":
         more = 'classify = pipeline("image-classification", model=model, image_processor=processor)\n'
         imports += ", pipeline"
     if task == "causal-lm" and summary:

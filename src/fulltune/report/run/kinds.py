@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fulltune.records.run import DataSummary, ProblemType
+from fulltune.recipe.tasks import ProblemType
+from fulltune.records.run import DataSummary
 
 _KINDS: dict[ProblemType, str] = {
     "tags": "words with tags",

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from fulltune import methods
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import Measured, Plan, Setting
 from fulltune.text import in_words
 
-WRITING_TASKS = ("causal-lm", "seq2seq")
 MARGIN = 0.03
 """Less than this is no difference: a pass takes a little longer or shorter each time."""
 LEAST_SECONDS_TO_COMPILE = 600.0
@@ -62,7 +62,7 @@ def _without_levers(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     start: dict[str, Any] = {}
     if train.precision == "auto" and plan.weights_dtype == "fp32":
         start["precision"] = "fp32"
-    if train.chunked_loss is None and recipe.task in WRITING_TASKS:
+    if train.chunked_loss is None and FACTS[recipe.task].writes:
         start["chunked_loss"] = False
     if train.activation_checkpointing is None and plan.can_recompute:
         start["activation_checkpointing"] = False
@@ -122,7 +122,7 @@ def attentions(recipe: Recipe, best: Changes, packed: bool, flash: bool) -> list
         packed: Texts share rows: they were packed for this implementation.
         flash: flash_attention_2 can be had.
     """
-    if recipe.model.attn_implementation is not None or packed or recipe.task == "image-classification":
+    if recipe.model.attn_implementation is not None or packed or FACTS[recipe.task].reads == "image":
         return []
     names = ("eager", *(("flash_attention_2",) if flash else ()))
     return [Candidate(f"attention {name}", "attention", {**best, "attn_implementation": name}) for name in names]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import MemoryKind, MemoryNeed, Phase, Plan
 from fulltune.system import deepspeed
 from fulltune.text import in_words
@@ -17,7 +18,6 @@ from fulltune.text import in_words
 Changes = dict[str, Any]
 Need = Callable[[Plan], MemoryNeed | None]
 """The plan stage's arithmetic for a changed plan; None where it does not know."""
-WRITING_TASKS = ("causal-lm", "seq2seq")
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_bf16")
 """What `adamw_8bit` can take the place of, also in the middle of a run: it reads their checkpoints."""
 ON_HOST = "{deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}}"
@@ -120,7 +120,7 @@ def _checkpointing(recipe: Recipe, plan: Plan) -> Rung:
 
 def _chunked(recipe: Recipe, plan: Plan) -> Rung:
     name = "chunked loss"
-    if recipe.task not in WRITING_TASKS:
+    if not FACTS[recipe.task].writes:
         return Rung(name, None, f"{recipe.task} has no logits of tokens")
     if plan.chunked_loss:
         return Rung(name, None, "it is on already")
@@ -165,8 +165,8 @@ def lever(recipe: Recipe, plan: Plan, kind: MemoryKind) -> str:
     eight = "train.optim: adamw_8bit" if plan.optim != "adamw_8bit" and not deepspeed.wanted(recipe) else ""
     kept = plan.can_recompute and not plan.activation_checkpointing
     recompute = "train.activation_checkpointing: true" if kept else ""
-    chunks = "train.chunked_loss: true" if recipe.task in WRITING_TASKS and not plan.chunked_loss else ""
-    shorter = "a smaller data.max_length" if recipe.task != "image-classification" else "smaller images"
+    chunks = "train.chunked_loss: true" if FACTS[recipe.task].writes and not plan.chunked_loss else ""
+    shorter = "a smaller data.max_length" if FACTS[recipe.task].reads == "text" else "smaller images"
     match kind:
         case "weights":
             return bf16 or "a smaller model"

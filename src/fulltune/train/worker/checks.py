@@ -15,12 +15,12 @@ from fulltune.inference.run import by_length
 from fulltune.inference.store import Rows
 from fulltune.models.checkpoint_head import Head
 from fulltune.models.packing import leak
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.run import Check, DataSummary, Plan
 from fulltune.tasks import Target, Task
 from fulltune.tasks.causal_lm import IGNORED, end_token
 from fulltune.train.worker.dry_run import check_of
 
-WRITING_TASKS = ("causal-lm", "seq2seq")
 _APART = "texts in one row are kept apart"
 _SELECTIVE = "logits of trained tokens only"
 _PIECES = "loss in pieces"
@@ -49,7 +49,7 @@ def before_training(
     checks = [_parameters(model, plan), _world_size(trainer, plan), _truncation(summary), _dropout(model)]
     if head is not None:
         checks.append(Check(name="head", result=head.in_words, passed=True))
-    if summary.task in WRITING_TASKS:
+    if FACTS[summary.task].writes:
         checks.append(_trained_tokens(rows))
     if summary.problem_type in ("prompt_completion", "chat", "source_target"):
         checks.append(_end_tokens(trainer.model, tokenizer, rows, task, summary))
@@ -58,14 +58,14 @@ def before_training(
         if summary.packed:
             found = "on a one-layer copy of the model; not tried on its weights, which DeepSpeed shares out"
             checks.append(Check(name=_APART, result=found, passed=True))
-        if summary.task in WRITING_TASKS:
+        if FACTS[summary.task].writes:
             checks.append(Check(name=_SELECTIVE, result="off: DeepSpeed shares out the model", passed=True))
             if plan.chunked_loss:
                 checks.append(Check(name=_PIECES, result="off: DeepSpeed shares out the head", passed=not pieces_asked))
         return checks
     if summary.packed:
         checks.append(_texts_apart(trainer.model))
-    if summary.task in WRITING_TASKS:
+    if FACTS[summary.task].writes:
         checks.append(_selective_head(trainer, rows, task, own_loss))
         if plan.chunked_loss:
             checks.append(_loss_in_pieces(trainer, checks[-1].result, pieces_asked))

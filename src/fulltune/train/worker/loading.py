@@ -25,9 +25,9 @@ def load_for_training(
     tokenizer = load_processor(recipe.model, recipe.task, chat_template=recipe.data.chat_template)
     model = load(
         recipe.model,
-        task.AUTO_CLASS,
+        task.FACTS.auto_class,
         task.config_changes(target, tokenizer),
-        head_is_new=task.HEAD_IS_NEW,
+        head_is_new=task.FACTS.head_is_new,
         before_weights=before_weights,
         on_head=on_head,
     )
