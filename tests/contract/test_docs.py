@@ -21,7 +21,7 @@ from fulltune.recipe.fields import Block, Recipe
 from fulltune.recipe.file import check
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCKS = {
     name: field.annotation
     for name, field in Recipe.model_fields.items()
