@@ -1,11 +1,16 @@
-"""Bytes and times in words and back, and what metrics measure. Layer 0."""
+"""Sizes, times, counts, shares and lists in words, some of them back from words, and names that are near others.
+
+The one place for it: every message, table, page and picture writes its numbers with these. Imports nothing of ours.
+How a file is written whole is in `files.py`.
+"""
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
+from collections.abc import Iterable, Sequence
 
-_SIZE = r"^\s*\d+(\.\d+)?\s*[KMGT]i?B\s*$"
-"""What `parse_bytes` reads."""
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -15,39 +20,105 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: Naming what was expected.
     """
-    if re.match(_SIZE, text) is None:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip())
+    if found is None:
         raise ValueError(f"'{text}': expected a size such as 6GiB, 512MiB or 24GB")
-    if not float(re.findall(r"[\d.]+", text)[0]):
+    amount = float(found[1])
+    if not amount:
         raise ValueError(f"{text.strip()}: expected more than nothing, such as 6GiB")
-    found = re.match(r"\s*([\d.]+)\s*(\w)(i?)", text)
-    assert found is not None, "it has matched"
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** _POWERS[found[2]])
+    return int(amount * (1024 if found[3] else 1000) ** _POWERS[found[2]])
 
 
-def in_words(num_bytes: int) -> str:
-    """`1.5 GiB`, `87 MiB`, `12 KiB`."""
-    if num_bytes >= 2**29:
-        return f"{num_bytes / 2**30:,.1f} GiB"
-    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.0f} KiB"
+def format_bytes(num_bytes: float) -> str:
+    """Bytes in binary units, with three digits: `950 bytes`, `87.1 MiB`, `1.5 GiB`."""
+    if num_bytes < 1024:
+        return counted(round(num_bytes), "byte")
+    unit, bytes_in_unit = next(
+        ((unit, size) for unit, size in (("KiB", 2**10), ("MiB", 2**20)) if num_bytes < 999.5 * size), ("GiB", 2**30)
+    )
+    return f"{format_number(num_bytes / bytes_in_unit)} {unit}"
 
 
-_TIME = r"(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?"
+in_words = format_bytes
+
+
+_TIME = re.compile(
+    r"(?:(\d+(?:\.\d+)?)\s*d)?\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?"
+)
 
 
 def parse_seconds(text: str) -> float:
-    """The seconds of `30m`, `2h`, `90s` or `1h30m`.
+    """The seconds of `30m`, `2h`, `90s`, `1h30m`, `2d` or what `format_seconds` writes.
 
     Raises:
         ValueError: Naming what was expected.
     """
-    found = re.fullmatch(_TIME, text.strip())
+    found = _TIME.fullmatch(text.strip())
     if found is None or not any(found.groups()):
         raise ValueError(f"'{text}': expected a time such as 30m, 2h or 90s")
-    seconds = sum(float(part or 0) * size for part, size in zip(found.groups(), (3600, 60, 1), strict=True))
+    seconds = sum(float(part or 0) * size for part, size in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
     if not seconds:
         raise ValueError(f"{text.strip()}: expected more than nothing, such as 30m")
     return seconds
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.42 s`, `12 s`, `1 min 23 s`, `2 h 5 min`, `2 h`, `3 d 4 h`."""
+    if not math.isfinite(seconds):
+        return "not finite"
+    if seconds < 59.5:
+        return f"{format_number(seconds) if seconds < 9.5 else round(seconds)} s"
+    if seconds < 3599.5:
+        return _in_two(round(seconds), 60, "min", "s")
+    if seconds < 86400 - 30:
+        return _in_two(round(seconds / 60), 60, "h", "min")
+    return _in_two(round(seconds / 3600), 24, "d", "h")
+
+
+def _in_two(amount: int, size: int, large: str, small: str) -> str:
+    whole, rest = divmod(amount, size)
+    return f"{whole} {large}" + (f" {rest} {small}" if rest else "")
+
+
+def typed_seconds(seconds: float) -> str:
+    """A time as one types it after an option: `1h30m`, `6m`, `90s`."""
+    return format_seconds(round(seconds)).replace("min", "m").replace(" ", "")
+
+
+def format_number(value: float) -> str:
+    """Three significant digits; thousands are grouped: `0.0123`, `1,234`, `2e-05`."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A count with its noun: `1 row`, `1,200 rows`.
+
+    Args:
+        count: How many.
+        noun: For one.
+        plural: For several, where it is not the noun with an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def ordinal(value: int) -> str:
+    """`2nd`, `3rd`, `11th`."""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th") if value % 100 // 10 != 1 else "th"
+    return f"{value:,}{ending}"
+
+
+def format_percent(share: float) -> str:
+    """One decimal: `92.1%`."""
+    return f"{100 * share:.1f}%" if math.isfinite(share) else "not finite"
+
+
+def format_share(share: float) -> str:
+    """Like `format_percent`, but only all is `100.0%` and only nothing is `0.0%`."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= share < 1 else format_percent(share)
 
 
 _SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "recall"}
@@ -56,3 +127,37 @@ _SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "reca
 def is_share(metric: str) -> bool:
     """Whether a metric is a share of rows, words or tokens: shown in percent, its differences in points."""
     return metric in _SHARES or metric.startswith("f1_")
+
+
+def format_metric(name: str, value: float) -> str:
+    """A metric's value: a percentage for accuracy and the like, else three significant digits."""
+    return format_percent(value) if is_share(name) else format_number(value)
+
+
+def listed(items: Sequence[str], last: str = "and") -> str:
+    """For a sentence: `a`, `a and b`, `a, b and c`."""
+    return f" {last} ".join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else "".join(items)
+
+
+def first_few(items: Sequence[str], most: int = 3) -> str:
+    """The first ones and how many more there are: `a, b, c and 4 more`."""
+    more = len(items) - most
+    return ", ".join(items[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def near_names(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Known names that a misspelt one may have meant, the nearest first.
+
+    Args:
+        name: The misspelt one.
+        known: Those that it may have meant.
+        most: So many at most.
+        cutoff: How alike they must be, 0 to 1.
+    """
+    return difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'model'?` for `modle`; empty where no known name is near."""
+    near = near_names(name, known, most=1)
+    return f"did you mean '{near[0]}'?" if near else ""

@@ -937,11 +937,13 @@ def test_disk_too_small_is_refused_before_training(case: Case, monkeypatch: pyte
     assert result.code == NO_FIT
     short, *ways = result.problems[-4:]
     assert re.fullmatch(
-        f"{case.folder}/runs: checkpoints and model need \\d+ MiB on disk "
-        r"\(4 x \d+ MiB and \d+ MiB\), but 977 KiB are free",
+        f"{case.folder}/runs: checkpoints and model need [\\d.]+ MiB on disk "
+        r"\(4 x [\d.]+ MiB and [\d.]+ MiB\), but 977 KiB are free",
         short,
     )
-    assert re.match(rf"enough: free \d+ MiB under {case.folder}/runs, or choose another output: frees \d+ MiB", ways[0])
+    assert re.match(
+        rf"enough: free [\d.]+ MiB under {case.folder}/runs, or choose another output: frees [\d.]+ MiB", ways[0]
+    )
     assert [way.split(": frees")[0] for way in ways[1:]] == [
         "helps: train.save_total_limit: 1",
         "helps: train.optim: adamw_8bit",
@@ -957,7 +959,7 @@ def test_memory_too_small_is_refused_before_training(case: Case, monkeypatch: py
     assert result.code == NO_FIT
     short, *ways = [line for line in result.problems if line.startswith((str(case.model), "enough: ", "helps: "))]
     assert short.startswith(f"{case.model}: ")
-    assert short.endswith("but there are 0 KiB of memory")
+    assert short.endswith("but there are 0 bytes of memory")
     assert ways
     assert not list(case.folder.glob("runs/*/attempts"))
 

@@ -15,7 +15,7 @@ import fulltune
 SOURCE = Path(fulltune.__file__).parent
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "scipy", "sklearn", "safetensors", "pyarrow"}
 FLOORS = (
-    ("errors", "text"),
+    ("errors", "text", "files"),
     ("recipe",),
     ("records",),
     ("system",),
@@ -34,7 +34,7 @@ FLOORS = (
     ("cli",),
 )
 """From the ground up: a room imports rooms of lower floors only, never one beside it."""
-LIGHT = ("errors", "text", "recipe", "records", "plan", "report")
+LIGHT = ("errors", "text", "files", "recipe", "records", "plan", "report")
 """Rooms that import no framework: help, errors of recipes, plans and reports answer at once."""
 
 

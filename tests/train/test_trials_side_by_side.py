@@ -177,7 +177,7 @@ def test_fewer_at_a_time_where_memory_or_the_device_say_so(tmp_path: Path) -> No
     line.machine = line.machine.model_copy(update={"memory_available_bytes": 3 * each - 1})
     with parallel.helpers(line):
         assert line.side_by_side == 2
-    assert said[0].startswith("compare.side_by_side: 2 at a time instead of 3: each takes 1.4 GiB of 4")
+    assert said[0].startswith("compare.side_by_side: 2 at a time instead of 3: each takes 1.42 GiB of 4.27 GiB")
     on_gpu = mock.Mock(plan=made.model_copy(update={"device": "cuda"}))
     with mock.patch.object(comparing.Line, "room", return_value=on_gpu), parallel.helpers(line) as together:
         assert line.side_by_side == 1

@@ -21,6 +21,7 @@ from rich.markup import escape
 from fulltune.cli import plan as cli_plan
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.file import load_recipe
+from fulltune.text import format_seconds
 
 if TYPE_CHECKING:
     from fulltune.pipeline import Reached, Until
@@ -236,7 +237,6 @@ def train(
     target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
     """Train, and keep the best weights in the run's folder models."""
-    from fulltune.cli.show import run as display
     from fulltune.train import run_seconds
 
     folder, reached = _go("train", target, set_, run_folder, fresh)
@@ -246,7 +246,7 @@ def train(
         _print_json(outcome.model_dump(mode="json"))
         return
     moved = f", {outcome.moved.share:.1%} of the values moved" if outcome.moved else ""
-    took = display.duration(run_seconds(folder, outcome.trial))
+    took = format_seconds(round(run_seconds(folder, outcome.trial)))
     out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{moved}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
 

@@ -6,7 +6,6 @@ Layer 0: no torch, no transformers; a recipe error answers in well under half a 
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe import elsewhere as recipe_elsewhere
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import NAME, Recipe, resolve_paths
+from fulltune.text import did_you_mean, near_names
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 Lines = Mapping[tuple[str | int, ...], int]
@@ -187,18 +187,17 @@ def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
     if name in recipe_rules.training_arguments():
         return f"write train.extra.{name}"
     known = sorted(_fields(block, values))
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
-        return f"did you mean '{near[0]}'?"
-    if near := difflib.get_close_matches(name.lower(), recipe_elsewhere.ELSEWHERE, n=1, cutoff=0.85):
+    if hint := did_you_mean(name, known):
+        return hint
+    if near := near_names(name.lower(), recipe_elsewhere.ELSEWHERE, cutoff=0.85):
         return recipe_elsewhere.ELSEWHERE[near[0]]
     return f"known here: {', '.join(known)}" if len(known) <= _FEW else "docs/recipe.md lists those that are known"
 
 
 def _expected(expected: str, given: Any) -> str:
     names = re.findall(r"'([^']+)'", expected)
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"expected {expected}, found {given!r}{hint}"
+    hint = did_you_mean(str(given), names)
+    return f"expected {expected}, found {given!r}" + (f"; {hint}" if hint else "")
 
 
 def _blocks() -> list[str]:

@@ -8,7 +8,6 @@ the time that importing it takes. Refused together with what does not fit the fi
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -19,6 +18,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import PINNED, answer
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS, READ_BY
+from fulltune.text import did_you_mean
 
 SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
 
@@ -108,8 +108,9 @@ def _unknown_fields(recipe: Recipe) -> list[str]:
         elif name in own:
             problems.append(f"train.extra.{name}: is a setting of its own; write it as train.{name}")
         elif name not in known:
-            hint = f"; {said}" if (said := answer(name)) else _did_you_mean(name, known)
-            problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{hint}")
+            hint = answer(name) or did_you_mean(name, known)
+            said = f"; {hint}" if hint else ""
+            problems.append(f"train.extra.{name}: transformers.TrainingArguments has no such field{said}")
         elif (expected := _expected(known[name])) and not _is_a(value, known[name]):
             problems.append(f"train.extra.{name}: expected {expected}, found {value!r}{_as_number(value)}")
     return problems
@@ -173,11 +174,6 @@ def _without_workers(recipe: Recipe) -> list[str]:
     ]
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
 def _unknown_optimizer(recipe: Recipe) -> list[str]:
     optim = recipe.train.optim
     if optim is None or optim in OWN_OPTIMIZERS:
@@ -185,8 +181,8 @@ def _unknown_optimizer(recipe: Recipe) -> list[str]:
     known = optimizers()
     if optim in known:
         return []
-    hint = _did_you_mean(optim, known) or f"; it knows {', '.join(known)}"
-    return [f"train.optim: transformers knows no optimizer '{optim}'{hint}"]
+    hint = did_you_mean(optim, known) or f"it knows {', '.join(known)}"
+    return [f"train.optim: transformers knows no optimizer '{optim}'; {hint}"]
 
 
 def _bf16_updates(recipe: Recipe) -> list[str]:
@@ -251,8 +247,8 @@ def _unknown_trackers(recipe: Recipe) -> list[str]:
         return []
     known = trackers()
     return [
-        f"train.report_to: transformers knows no tracker '{name}'"
-        + (_did_you_mean(name, known) or f"; it knows {', '.join(known)}")
+        f"train.report_to: transformers knows no tracker '{name}'; "
+        + (did_you_mean(name, known) or f"it knows {', '.join(known)}")
         for name in recipe.train.report_to
         if name not in (*known, *NO_PACKAGES)
     ]

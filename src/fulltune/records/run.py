@@ -5,13 +5,13 @@ Layer 0: imports nothing of ours but errors, no torch, no transformers. Sizes ar
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from fulltune.errors import SetupError
+from fulltune.files import write_text
 from fulltune.recipe.tasks import ProblemType
 
 
@@ -27,13 +27,7 @@ class Record(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the record as JSON; a reader sees the old file or the new one, never half of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_text(path, self.model_dump_json(indent=2) + "\n")
 
     def __repr__(self) -> str:
         """One line: what is not as usual, nested records by their names; `model_dump()` gives everything."""

@@ -241,9 +241,9 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
         (
             DoesNotFitError,
             {"machine": CPU.model_copy(update={"memory_available_bytes": GB})},
-            r"a step needs 1.3 GiB \(.*\) even with micro batch 1, adamw_8bit, .* there are 254 MiB of memory",
+            r"a step needs 1.25 GiB \(.*\) even with micro batch 1, adamw_8bit, .* there are 254 MiB of memory",
         ),
-        (DoesNotFitError, {"train": {"num_processes": 8}}, "but there are 0.7 GiB of memory for each of 8 processes"),
+        (DoesNotFitError, {"train": {"num_processes": 8}}, "but there are 731 MiB of memory for each of 8 processes"),
         (RecipeError, {"train": {"num_processes": 17}}, "17, but this machine lets us use 16 CPU core"),
         (
             RecipeError,
@@ -258,9 +258,9 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
                 ),
                 "train": {"extra": {"deepspeed": ZERO3}},
             },
-            "what is offloaded needs 2.2 GiB, but 0.9 GiB of the host's memory",
+            "what is offloaded needs 2.25 GiB, but 954 MiB of the host's memory",
         ),
-        (DoesNotFitError, {"disk": GB}, r"need 5.8 GiB on disk \(4 x 1.2 GiB and 0.8 GiB\), but 0.9 GiB are free"),
+        (DoesNotFitError, {"disk": GB}, r"need 5.82 GiB on disk \(4 x 1.24 GiB and 855 MiB\), but 954 MiB are free"),
     ],
 )
 def test_plan_that_cannot_work_is_refused(error: type[Exception], changes: dict[str, Any], words: str) -> None:
@@ -282,7 +282,7 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
     recipe = plans.recipe(train={"optim": "adafactor", "activation_checkpointing": False})
     with pytest.raises(DoesNotFitError) as raised:
         choosing.choose(recipe, start, 4, room, lambda levers: None)
-    assert "needs 9.3 GiB" in raised.value.problems[0]
+    assert "needs 9.31 GiB" in raised.value.problems[0]
     assert (
         "even with micro batch 4 (a smaller one needs more, 11.2 GiB with 1: gradients of earlier passes"
         in (raised.value.problems[0])

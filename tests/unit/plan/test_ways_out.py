@@ -139,14 +139,14 @@ def test_other_placements_that_fit_are_ways_out() -> None:
             [
                 ("train.save_total_limit: 1", 12, True),
                 ("train.optim: adamw_8bit", 24, True),
-                ("free 6.0 GiB under runs, or choose another output", 6, True),
+                ("free 6 GiB under runs, or choose another output", 6, True),
             ],
         ),
         (
             1,
             20,
             [
-                ("free 36.0 GiB under runs, or choose another output", 36, True),
+                ("free 36 GiB under runs, or choose another output", 36, True),
                 ("train.optim: adamw_8bit", 24, False),
             ],
         ),
@@ -162,8 +162,8 @@ def test_lines_say_what_is_enough() -> None:
     disk = DiskNeed(one_checkpoint=12 * GIB, num_checkpoints=4, model=8 * GIB)
     lines = ways_out.in_lines(ways_out.of_disk(disk, 20 * GIB, 1, "runs", 24 * GIB))
     assert lines == [
-        "enough: free 36.0 GiB under runs, or choose another output: frees 36.0 GiB (nothing)",
-        "helps: train.optim: adamw_8bit: frees 24.0 GiB (moments of 8 bits)",
+        "enough: free 36 GiB under runs, or choose another output: frees 36 GiB (nothing)",
+        "helps: train.optim: adamw_8bit: frees 24 GiB (moments of 8 bits)",
     ]
 
 

@@ -176,7 +176,7 @@ def test_reason_says_how_many_fit_and_what_the_best_needs() -> None:
     best = row("b", 5.0).model_copy(update={"tokens_per_second": 1234.4, "peak_memory_bytes": GIB})
 
     assert measure_candidates.why(best, [best, row("a", 6.0), row("c", 1.0, "memory ran out")], 4 * GIB) == (
-        "measured: the fastest of 2 that fit, 1,234 tokens/s, 1.0 GiB of 4.0 GiB"
+        "measured: the fastest of 2 that fit, 1,234 tokens/s, 1 GiB of 4 GiB"
     )
 
 
@@ -191,7 +191,7 @@ TIME = TimeNeed(
     ("status", "changes", "problem", "tokens_per_second"),
     [
         ("done", {"forecast": TIME, "dry_run_growth_bytes": GIB, "dry_run_loss": 2.5}, "", 200.0),
-        ("done", {"forecast": TIME, "dry_run_growth_bytes": 3 * GIB}, "does not fit into 2.0 GiB", 200.0),
+        ("done", {"forecast": TIME, "dry_run_growth_bytes": 3 * GIB}, "does not fit into 2 GiB", 200.0),
         ("out_of_memory", {"reason": "can't allocate\n  8 bytes"}, "memory ran out: can't allocate 8 bytes", 0.0),
         ("refused", {"reason": "model: has no eager attention"}, "model: has no eager attention", 0.0),
         ("crashed", {"reason": "x" * 200}, "x" * 117 + "...", 0.0),

@@ -209,7 +209,7 @@ def test_reason_says_what_was_short_and_what_it_frees() -> None:
 
     assert change is not None
     assert change.reason == (
-        "memory ran out in a training step with 1.1 GiB held when 90 MiB more were asked for (by the plan most for "
+        "memory ran out in a training step with 1.07 GiB held when 90 MiB more were asked for (by the plan most for "
         "logits: 480 MiB); micro batch 4 instead of 8, the same global batch of 8: frees about 400 MiB of a step "
         "(logits 240 MiB, activations 160 MiB)"
     )

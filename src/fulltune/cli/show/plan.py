@@ -10,13 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fulltune.cli.show.run import duration, size
 from fulltune.plan.levers import DOING
 from fulltune.plan.reasons import FROM_RECIPE
 from fulltune.plan.ways_out import as_flags
 from fulltune.records.run import MemoryKind, MemoryNeed, Plan, Setting, Survey, TimeNeed, TimePart
 from fulltune.report.format import words
-from fulltune.report.format.words import counted
+from fulltune.text import counted, format_bytes, format_seconds
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 WIDTH = 80
@@ -75,7 +74,7 @@ def gib(num_bytes: int) -> str:
 def for_long(seconds: float) -> str:
     if seconds < 0.5:
         return "under 1 s"
-    return duration(seconds) if seconds < 86_400 else f"{seconds / 86_400:,.1f} days"
+    return format_seconds(round(seconds)) if seconds < 86_400 else f"{seconds / 86_400:,.1f} days"
 
 
 def _head(title: str) -> Text:
@@ -147,18 +146,18 @@ def _peak_lines(need: MemoryNeed, on_device: bool) -> list[Any]:
     if on_device:
         lines.append(Text(f"{words.AT_THE_PEAK}: {words.moment(need.kinds)}", style="dim"))
     if need.peak_phase != "step":
-        lines.append(Text(f"more than a step needs: {DOING[need.peak_phase]}, {size(need.peak)}", style="dim"))
+        lines.append(Text(f"more than a step needs: {DOING[need.peak_phase]}, {format_bytes(need.peak)}", style="dim"))
     return lines
 
 
 def _disk_line(survey: Survey, plan: Plan) -> str:
     disk = plan.disk
     assert disk is not None
-    free = "free space not given" if survey.disk_free_bytes is None else f"{size(survey.disk_free_bytes)} free"
-    offloaded = f" + offloaded {size(disk.offloaded)}" if disk.offloaded else ""
+    free = "free space not given" if survey.disk_free_bytes is None else f"{format_bytes(survey.disk_free_bytes)} free"
+    offloaded = f" + offloaded {format_bytes(disk.offloaded)}" if disk.offloaded else ""
     return (
-        f"[dim]disk:[/dim] {counted(disk.num_checkpoints, 'checkpoint')} x {size(disk.one_checkpoint)} + models "
-        f"{size(disk.model)}{offloaded} = {size(disk.total)}; {free}"
+        f"[dim]disk:[/dim] {counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.one_checkpoint)} "
+        f"+ models {format_bytes(disk.model)}{offloaded} = {format_bytes(disk.total)}; {free}"
     )
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from fulltune.records.run import DataSummary, Estimate, Plan, Scores
 from fulltune.report.run import kinds
 from fulltune.report.verdict import Verdict
+from fulltune.text import format_bytes, format_metric, format_seconds
 
 if TYPE_CHECKING:
     from fulltune.selfcheck import Page
@@ -123,14 +124,16 @@ class Display:
         share = event["share"]
         facts = f"{event['done']:,} rows" if event["total"] is None else f"{event['done']:,} of {event['total']:,} rows"
         if share and share < 1:
-            facts += f", {duration((now - self.rows_began) * (1 - share) / share)} left"
+            facts += f", {format_seconds(round((now - self.rows_began) * (1 - share) / share))} left"
         total = None if event["total"] is None else 1.0
         self.progress.update(self.task, description=event["name"], completed=share or 0.0, total=total, facts=facts)
 
     def _train(self, event: Event) -> None:
         # Images have no tokens.
         speed = f"{event['tokens_per_second']:,.0f} tok/s  " if event["tokens_per_second"] else ""
-        facts = f"loss {event['loss']:.3f}{self.last_metric}  {speed}{duration(event['seconds_left'])} left"
+        facts = (
+            f"loss {event['loss']:.3f}{self.last_metric}  {speed}{format_seconds(round(event['seconds_left']))} left"
+        )
         step, total = event["step"], event["total_steps"]
         if self.progress is not None and self.task is not None:
             self.progress.update(
@@ -143,9 +146,9 @@ class Display:
     def _eval(self, event: Event) -> None:
         metrics = event["metrics"]
         shown = [self.metric, *[name for name in metrics if name != self.metric]][:3]
-        values = "  ".join(f"{name} {number(name, metrics[name])}" for name in shown if name in metrics)
+        values = "  ".join(f"{name} {format_metric(name, metrics[name])}" for name in shown if name in metrics)
         if self.metric in metrics:
-            self.last_metric = f"  eval {self.metric} {number(self.metric, metrics[self.metric])}"
+            self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"
         self.print(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  eval {values}")
 
     def _data(self, summary: DataSummary, is_known: bool) -> None:
@@ -167,7 +170,7 @@ class Display:
                 f"{plan.trial}: {plan.num_parameters:,} parameters, {trained}; {plan.total_steps} steps of "
                 f"{plan.global_batch_size} rows ({plan.micro_batch_size} x {plan.gradient_accumulation_steps} x "
                 f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
-                f"state {size(plan.state.total)}"
+                f"state {format_bytes(plan.state.total)}"
             )
 
     def _checks(self, checks: list[dict[str, Any]]) -> None:
@@ -178,13 +181,13 @@ class Display:
         self.print(table)
 
     def _forecast(self, event: Event) -> None:
-        memory = f", about {size(event['peak_memory_bytes'])} of memory" if event["peak_memory_bytes"] else ""
+        memory = f", about {format_bytes(event['peak_memory_bytes'])} of memory" if event["peak_memory_bytes"] else ""
         self.print(
             f"training, with its evaluations and checkpoints, will take about "
-            f"{duration(event['total_seconds'])}{memory} (from the dry run)"
+            f"{format_seconds(round(event['total_seconds']))}{memory} (from the dry run)"
         )
         if scoring := [part["seconds"] for part in event.get("around", ())]:
-            each = duration(sum(scoring))
+            each = format_seconds(round(sum(scoring)))
             self.print(f"[dim]then scoring each model on the test rows about {each}, without generated answers[/dim]")
 
 
@@ -312,24 +315,6 @@ def _cell(name: str, estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     if estimate.lone:
-        return f"{number(name, estimate.value)} [dim]\\[{estimate.lone}][/dim]"
-    low, high = (number(name, bound).removesuffix(" %") for bound in (estimate.low, estimate.high))
-    return f"{number(name, estimate.value)} [dim]\\[{low}, {high}][/dim]"
-
-
-def number(name: str, value: float) -> str:
-    """A metric for people: shares as percent."""
-    share = name.startswith("f1") or name in ("accuracy", "token_accuracy", "exact_match", "precision", "recall")
-    return f"{100 * value:.1f} %" if share else f"{value:.3g}"
-
-
-def size(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+        return f"{format_metric(name, estimate.value)} [dim]\\[{estimate.lone}][/dim]"
+    low, high = (format_metric(name, bound).removesuffix("%") for bound in (estimate.low, estimate.high))
+    return f"{format_metric(name, estimate.value)} [dim]\\[{low}, {high}][/dim]"

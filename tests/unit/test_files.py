@@ -1,0 +1,28 @@
+"""A file is whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fulltune import files
+
+
+def test_text_and_json_are_written_into_folders_that_are_made(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "new" / "a.txt", "ä\n")
+    files.write_json(tmp_path / "new" / "b.json", {"a": 1})
+    assert (tmp_path / "new" / "a.txt").read_bytes() == "ä\n".encode()
+    assert (tmp_path / "new" / "b.json").read_text(encoding="utf-8") == '{\n  "a": 1\n}\n'
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.txt", "b.json"]
+
+
+def test_writing_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+    with pytest.raises(OSError, match="full"), files.replacing(path) as part:  # noqa: PT012
+        part.write_text("ne")
+        assert path.read_text() == "old"
+        raise OSError("disk full")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
