@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from fulltune import report
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import words as proof_words
-from fulltune.report.comparison.content import drawings
+from fulltune.report.comparison.content import plots
 from fulltune.report.comparison.words import Writer
-from fulltune.report.format import scatter
 from tests import comparisons
 from tests.unit.report.test_write import Page
 
@@ -258,23 +256,9 @@ def test_write_proof_without_a_comparison_says_so(tmp_path: Path) -> None:
 
 
 def test_write_proof_draws_a_picture_that_markdown_shows(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert (tmp_path / "card.png").read_bytes().startswith(b"\x89PNG")
     assert "](card.png)" in markdown
-    assert "fulltune[plots]" not in markdown
-
-
-def test_write_proof_without_matplotlib_says_how_to_get_the_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "card.png").write_bytes(b"of an earlier comparison")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    markdown, html = cards(tmp_path, comparisons.comparison())
-    assert not (tmp_path / "card.png").exists()
-    assert "pip install 'fulltune[plots]'" in markdown
-    assert "card.png" not in markdown
-    assert "matplotlib" not in html
 
 
 @pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.hostile])
@@ -302,63 +286,10 @@ def test_markdown_hostile_text_keeps_lines_and_columns(tmp_path: Path) -> None:
 
 def test_plot_against_time_and_operations_where_they_are_known() -> None:
     made = comparisons.comparison()
-    titles = [one.title for one in drawings(made)]
+    titles = [one.title for one in plots(made)]
     assert titles == ["Quality against training time", "Quality against operations (FLOP)"]
     rows = tuple(row.model_copy(update={"train_flops": 0.0}) for row in made.rows)
-    assert [one.title for one in drawings(made.model_copy(update={"rows": rows}))] == titles[:1]
-
-
-def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool = False) -> scatter.Dot:
-    return scatter.Dot(name, cost, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", full, taken)
-
-
-def drawn(*dots: scatter.Dot) -> scatter.Drawing:
-    return scatter.scatter(
-        "title",
-        dots,
-        cost_name="training time",
-        value_name="accuracy",
-        value_tick=lambda value: f"{100 * value:g}%",
-        greater_is_better=True,
-        margin=0.01,
-    )
-
-
-def names(drawing: scatter.Drawing) -> list[scatter.Label]:
-    return [shape for shape in drawing.shapes if isinstance(shape, scatter.Label) and shape.style == "name"]
-
-
-def ends(label: scatter.Label) -> tuple[float, float]:
-    """Left and right end of a name in a usual font."""
-    width = 6.5 * len(label.text)
-    left = label.x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[label.anchor]
-    return left, left + width
-
-
-def test_plot_arms_far_below_are_pointed_at_with_their_value() -> None:
-    found = drawn(dot("base", 0, 0.01), dot("full", 1, 0.92, full=True), dot("lora", 0.8, 0.91, taken=True))
-    assert {label.text for label in names(found)} == {"base 1.0%", "full", "lora"}
-    shapes = [shape.shape for shape in found.shapes if isinstance(shape, scatter.Mark)]
-    assert sorted(shapes) == ["circle", "down", "square"]
-
-
-def test_plot_names_of_ten_equal_arms_lie_apart_and_inside() -> None:
-    arms = [dot(f"lora-r{2**power}", 0.9 + power / 100, 0.91 + power / 1000) for power in range(9)]
-    labels = names(drawn(dot("full", 1, 0.92, full=True), *arms))
-    assert len(labels) == 10
-    for number, one in enumerate(labels):
-        left, right = ends(one)
-        assert 0 <= left < right <= scatter.WIDTH
-        assert 0 <= one.y <= scatter.HEIGHT
-        for other in labels[number + 1 :]:
-            assert abs(one.y - other.y) >= 13 or right <= ends(other)[0] or ends(other)[1] <= left
-
-
-def test_plot_not_finite_arm_is_left_out() -> None:
-    found = drawn(dot("full", 1, 0.92, full=True), dot("lora", 0.9, float("nan")))
-    assert [label.text for label in names(found)] == ["full"]
-    assert "nan" not in scatter.svg(found)
-    assert "no finite value" in scatter.svg(drawn())
+    assert [one.title for one in plots(made.model_copy(update={"rows": rows}))] == titles[:1]
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------

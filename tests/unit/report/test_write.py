@@ -278,8 +278,10 @@ def test_import_report_needs_no_heavy_package() -> None:
     )
     imported = set(re.findall(r"(?m)^(?:from|import) (\w+)", source))
     assert not heavy & imported
+    assert "import pyplot" not in source
+    assert "matplotlib.pyplot" not in source
     assert set(re.findall(r"(?m)^from fulltune\.(\w+)", source)) <= {
-        *("errors", "records", "text"),
+        *("errors", "recipe", "records", "text"),
         "report",
     }
 

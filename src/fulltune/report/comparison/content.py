@@ -9,7 +9,7 @@ from fulltune.records.comparison import ArmRow, Comparison, Search, Tried
 from fulltune.records.differences import Difference, VerdictKind
 from fulltune.report.comparison import words as proof_words
 from fulltune.report.comparison.words import NOTHING, Writer
-from fulltune.report.format import scatter, words
+from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
     Bullets,
@@ -24,6 +24,7 @@ from fulltune.report.format.blocks import (
     Table,
     unless_empty,
 )
+from fulltune.report.format.plots import CostPlot, Dot, cost_plot
 from fulltune.report.run.content import Report
 from fulltune.report.verdict import Ruling
 
@@ -37,18 +38,17 @@ _KINDS: dict[VerdictKind, Literal["full", "peft", "equivalent", "undecided"]] = 
 }
 
 
-def build(comparison: Comparison, picture: str = "", picture_note: str = "") -> Report:
+def build(comparison: Comparison, picture: str = "") -> Report:
     """Turn a comparison into what is said about it.
 
     Args:
         comparison: The record.
         picture: File name of the plot, for Markdown.
-        picture_note: Why there is none.
     """
     sections = (
         _why(comparison),
         _field(comparison),
-        _plot(comparison, picture, picture_note),
+        _plot(comparison, picture),
         _claims(comparison),
         _fairness(comparison),
         _how(comparison),
@@ -212,21 +212,21 @@ def _size(value: float) -> str:
 # ---- the plot --------------------------------------------------------------------------------------------------
 
 
-def drawings(comparison: Comparison) -> tuple[scatter.Drawing, ...]:
+def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
     """Quality against time, and against operations where they are known."""
     full = proof_words.full_of(comparison)
     if full is None:
         return ()
     write = Writer.of(comparison.decision)
-    made = []
+    drawn = []
     for cost_name, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         whole = getattr(full, field)
         rows = [row for row in comparison.rows if row.kind == "base" or getattr(row, field) > 0]
         if whole <= 0:
             continue
         dots = [
-            scatter.Dot(
-                name=words.harmless(row.arm),
+            Dot(
+                name=row.arm,
                 cost=getattr(row, field) / whole,
                 value=row.metric.value,
                 low=row.metric.low,
@@ -237,32 +237,22 @@ def drawings(comparison: Comparison) -> tuple[scatter.Drawing, ...]:
             )
             for row in rows
         ]
-        made.append(
-            scatter.scatter(
-                f"Quality against {cost_name}",
-                dots,
-                cost_name=cost_name,
-                value_name=write.name,
-                value_tick=lambda value: words.tick(write.metric, value),
-                greater_is_better=comparison.greater_is_better,
-                margin=comparison.decision.margin,
-            )
-        )
-    return tuple(made)
+        title, better = f"Quality against {cost_name}", comparison.greater_is_better
+        drawn.append(CostPlot(title, cost_name, write.metric, better, comparison.decision.margin, tuple(dots)))
+    return tuple(drawn)
 
 
-def _plot(comparison: Comparison, picture: str, picture_note: str) -> Section | None:
-    found = drawings(comparison)
+def _plot(comparison: Comparison, picture: str) -> Section | None:
+    found = plots(comparison)
     if not found:
         return None
     level = f"{100 * comparison.decision.confidence:g}%"
     legend = (
         "Filled: the method to take; square: full fine-tuning; the band around it: the margin. Triangles point to "
-        f"methods far off. Marks that would hide each other stand side by side. Whiskers: {level} intervals."
+        f"methods far off. Whiskers: {level} intervals."
     )
-    figures = tuple(Figure(scatter.svg(one), one.title, one.words, file=picture) for one in found)
-    shown: tuple[Block, ...] = (Figures(figures), Paragraph(legend))
-    return Section("plot", "Quality against cost", (Paragraph(picture_note),) if picture_note else shown)
+    figures = tuple(Figure(cost_plot(one), one.title, one.words, file=picture) for one in found)
+    return Section("plot", "Quality against cost", (Figures(figures), Paragraph(legend)))
 
 
 # ---- what else -------------------------------------------------------------------------------------------------

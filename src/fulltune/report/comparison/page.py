@@ -7,21 +7,17 @@ from pathlib import Path
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import words as proof_words
-from fulltune.report.comparison.content import build, drawings
+from fulltune.report.comparison.content import build, plots
 from fulltune.report.files import replace
 from fulltune.report.format.html import page
 from fulltune.report.format.markdown import markdown
-from fulltune.report.format.picture import draw
+from fulltune.report.format.plots import cost_picture
 
 RECORD = "compare/comparison.json"
 PROOF = "proof.json"
 CARD = "card.md"
 PAGE = "card.html"
 PICTURE = "card.png"
-_NO_PICTURE = (
-    "There is no picture of the plot (card.html has it): matplotlib is not installed. Get it with pip install "
-    "'fulltune[plots]', then 'fulltune report RUN' with this run's folder: it writes only the card anew."
-)
 
 
 def write_proof(folder: Path) -> tuple[Path, ...]:
@@ -32,7 +28,7 @@ def write_proof(folder: Path) -> tuple[Path, ...]:
             beside it.
 
     Returns:
-        What was written; without `card.png` where matplotlib is missing or there is nothing to plot.
+        What was written; without `card.png` where there is nothing to plot.
 
     Raises:
         SetupError: If there is no comparison, or it cannot be read.
@@ -40,17 +36,17 @@ def write_proof(folder: Path) -> tuple[Path, ...]:
     source = _source(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent
-    plots = drawings(comparison)
+    found = plots(comparison)
     picture = target / PICTURE
-    title = proof_words.label(comparison.decision)
-    drawn = bool(plots) and draw(title, f"{comparison.name}: {comparison.decision.headline}", plots, picture)
-    if not drawn:
+    if found:
+        subtitle = f"{comparison.name}: {comparison.decision.headline}"
+        cost_picture(proof_words.label(comparison.decision), subtitle, found, picture)
+    else:
         picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the card
-    note = _NO_PICTURE if plots and not drawn else ""
-    replace(target / CARD, markdown(build(comparison, PICTURE if drawn else "", note)))
+    replace(target / CARD, markdown(build(comparison, PICTURE if found else "")))
     replace(target / PAGE, page(build(comparison), "proof.html.j2"))
     comparison.save(target / PROOF)
-    return (target / CARD, target / PAGE, *((picture,) if drawn else ()), target / PROOF)
+    return (target / CARD, target / PAGE, *((picture,) if found else ()), target / PROOF)
 
 
 def _source(folder: Path) -> Path:

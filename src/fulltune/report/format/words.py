@@ -167,3 +167,8 @@ def file_name(place: str) -> str:
 def named(text: str) -> str:
     """A label or an answer; an empty one is said to be empty."""
     return text if text.strip() else "(empty)"
+
+
+def one_line(text: str) -> str:
+    """The text on one line, without anything that a terminal or a plot would obey."""
+    return " ".join(harmless(text).split())

@@ -23,7 +23,7 @@ from fulltune.report.format.blocks import (
     Table,
     unless_empty,
 )
-from fulltune.report.format.curves import Bar, interval_plot
+from fulltune.report.format.plots import Bar, interval_plot
 from fulltune.report.run import kinds
 from fulltune.report.run.read import RunView
 from fulltune.report.verdict import headline_row

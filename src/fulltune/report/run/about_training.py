@@ -21,7 +21,7 @@ from fulltune.report.format.blocks import (
     Table,
     unless_empty,
 )
-from fulltune.report.format.curves import curve_in_words, learning_curve
+from fulltune.report.format.plots import curve_in_words, learning_curve
 from fulltune.report.run.read import RunView
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}

@@ -1,0 +1,433 @@
+"""The plots: drawn by matplotlib, as SVG for the page and as PNG for a comparison's card.
+
+matplotlib is imported when the first plot is drawn, here alone. An SVG names colours by the variables of `report.css`,
+so it follows the page into dark mode; its text stays text, in the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fulltune.report.format import words
+from fulltune.text import is_share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Point = tuple[int, float]
+"""Optimizer step and value; the value may be NaN or infinite."""
+
+_COLOURS = {
+    "page": "#ffffff", "ink": "#1b1f24", "quiet": "#57606a", "grid": "#e3e8ed", "blue": "#0a5bb5",
+    "blue-soft": "#dbeafa", "amber": "#8a5200",
+}  # fmt: skip
+"""Variables of `report.css` with their values in light mode."""
+_PAGE, _INK, _QUIET, _GRID, _BLUE, _BAND, _AMBER = _COLOURS.values()
+_WIDTH, _CURVE_HEIGHT, _COST_HEIGHT = 400, 220, 280
+"""In points, which are the units of the SVG."""
+_SMALL, _NORMAL = 12, 13
+_MOST_DOTS = 20
+_DECADES_FOR_LOG = 2.0
+_NAME_LETTERS, _NAME_HEIGHT, _ROW_HEIGHT = 52, 16, 28
+"""Of the interval plot: letters in a line of a name, its height, and that of what is drawn below."""
+_MARKERS = {"baseline": "o", "untouched": "s", "trained": "D"}
+_LONGEST_NAME = 22
+_MOST_OF_SPAN = 4.0
+"""Methods so bad that they would make the axis this many times longer are pointed at instead of shown."""
+_PICTURE_DPI = 160
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of the interval plot."""
+
+    name: str
+    kind: str
+    """Shape and colour: `baseline`, `untouched` or `trained`."""
+    value: float
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A method in the cost plot: what it costs and what it gives."""
+
+    name: str
+    cost: float
+    """Full fine-tuning's is 1."""
+    value: float
+    low: float
+    high: float
+    text: str
+    """The value in words."""
+    full: bool = False
+    """It is full fine-tuning."""
+    taken: bool = False
+    """It is the recommended one."""
+
+
+@dataclass(frozen=True)
+class CostPlot:
+    """Quality against cost; a band shows full fine-tuning with the margin around it."""
+
+    title: str
+    cost_name: str
+    metric: str
+    greater_is_better: bool
+    margin: float
+    dots: tuple[Dot, ...]
+
+    @property
+    def finite(self) -> list[Dot]:
+        return [dot for dot in self.dots if all(map(math.isfinite, (dot.cost, dot.value, dot.low, dot.high)))]
+
+    @property
+    def words(self) -> str:
+        """What the plot shows."""
+        return "; ".join(f"{dot.name}: {dot.text} at {dot.cost:.2f}×" for dot in self.finite) + "."
+
+
+# ---- learning curves -------------------------------------------------------------------------------------------
+
+
+def learning_curve(
+    title: str, points: Sequence[Point], metric: str, kept_step: int | None = None, restarts: Sequence[int] = ()
+) -> str:
+    """Draw one series over the optimizer steps, as SVG.
+
+    Args:
+        title: What is drawn; also the accessible name.
+        points: Step and value, in order. Values that are not finite break the line and are counted in the description.
+        metric: Name of the series; decides how values are written.
+        kept_step: Step whose weights were kept, marked with a ring and a vertical line.
+        restarts: Steps at which a later attempt took over, marked with short ticks on the axis.
+    """
+    values = [value if math.isfinite(value) else math.nan for _, value in points]
+    finite = [value for value in values if not math.isnan(value)]
+    with _figure(_WIDTH, _CURVE_HEIGHT) as figure:
+        axes = figure.subplots()
+        if finite:
+            _draw_curve(axes, [step for step, _ in points], values, metric, kept_step, restarts)
+        else:
+            _say_nothing_finite(axes, "no finite value was logged")
+        return _svg(figure, title, curve_in_words(points, metric, kept_step))
+
+
+def _draw_curve(
+    axes: Axes, steps: list[int], values: list[float], metric: str, kept_step: int | None, restarts: Sequence[int]
+) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    marker = "o" if len(values) <= _MOST_DOTS else "None"
+    axes.plot(steps, values, color=_BLUE, linewidth=1.75, marker=marker, markersize=5)
+    low, high = (found(value for value in values if not math.isnan(value)) for found in (min, max))
+    # A schedule that ends near zero would look like a cliff on a log scale.
+    logarithmic = metric != "learning_rate" and low > 0 and math.log10(high / low) > _DECADES_FOR_LOG
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_minor_locator(NullLocator())
+    _style(axes, metric, "y", log=logarithmic)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("optimizer step" + (" (value on a log scale)" if logarithmic else ""), color=_QUIET, size=_SMALL)
+    for step in restarts:
+        if steps[0] <= step <= steps[-1]:
+            axes.axvline(step, -0.03, 0.05, color=_INK, linewidth=2)
+    for step, value in zip(steps, values, strict=True):
+        if step == kept_step and not math.isnan(value):
+            axes.axvline(step, color=_AMBER, linewidth=1.25, dashes=(4, 3))
+            axes.plot(step, value, "o", markersize=12, color=_AMBER, markerfacecolor="none", mew=2)
+
+
+def curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None = None) -> str:
+    """Say what a learning curve shows: first and last value, the kept step, values that were not finite."""
+    finite = [(step, words.metric(metric, value)) for step, value in points if math.isfinite(value)]
+    if not finite:
+        return "no finite value was logged."
+    (first, start), (last, end) = finite[0], finite[-1]
+    text = (
+        f"{start} at step {first:,}" if first == last else f"from {start} at step {first:,} to {end} at step {last:,}"
+    )
+    text += "".join(f"; kept: step {step:,} with {value}" for step, value in finite if step == kept_step)
+    lost = [step for step, value in points if not math.isfinite(value)]
+    return text + (f"; {words.counted(len(lost), 'value')} not finite, first at step {lost[0]:,}." if lost else ".")
+
+
+# ---- intervals -------------------------------------------------------------------------------------------------
+
+
+def interval_plot(title: str, bars: Sequence[Bar], metric: str) -> str:
+    """Draw value and interval of every row on one common axis, the name above each, as SVG.
+
+    Args:
+        title: What is drawn; also the accessible name.
+        bars: Rows from top to bottom; a row that is not finite is named without a mark.
+        metric: The metric's name; decides how the axis is written.
+    """
+    names = [textwrap.wrap(words.one_line(bar.name), _NAME_LETTERS) or [""] for bar in bars]
+    height = sum(_NAME_HEIGHT * len(lines) + _ROW_HEIGHT for lines in names) + _ROW_HEIGHT
+    with _figure(_WIDTH, height) as figure:
+        figure.set_layout_engine("none")
+        # Left room for half a mark, right for the values in words, below for the axis.
+        axes = figure.add_axes((0.05, 24 / height, 0.79, 1 - 28 / height))
+        axes.set_ylim(height - 28, 0)
+        top = 0
+        for bar, lines in zip(bars, names, strict=True):
+            top += _NAME_HEIGHT * len(lines)
+            for place, line in enumerate(reversed(lines)):
+                _write(axes, -0.06, top - _NAME_HEIGHT * place, line)
+            middle = top + 12
+            _write(axes, 1.2, middle + 5, bar.text, "right")
+            if all(map(math.isfinite, (bar.value, bar.low, bar.high))):
+                _draw_interval(axes, bar.value, middle, _MARKERS[bar.kind], bar.kind == "trained", (bar.low, bar.high))
+            top += _ROW_HEIGHT
+        _style(axes, metric, "x")
+        axes.set_yticks([])
+        return _svg(figure, title, "; ".join(f"{bar.name}: {bar.text}" for bar in bars) + ".")
+
+
+def _write(axes: Axes, x: float, y: float, text: str, side: str = "left") -> None:
+    """Write text whose foot is at `y`; `x` is 0 at the left end of the axis and 1 at the right one."""
+    axes.text(
+        x, y, text, transform=axes.get_yaxis_transform(), ha=side, va="baseline", color=_INK, size=_NORMAL,
+        parse_math=False,
+    )  # fmt: skip
+
+
+def _draw_interval(
+    axes: Axes, x: float, y: float, marker: str, filled: bool, ends: tuple[float, float], upright: bool = False
+) -> None:
+    """Draw a mark with its interval, lying or upright; what is filled is blue."""
+    colour = _BLUE if filled else _QUIET
+    at = y if upright else x
+    reach = [[max(0.0, at - ends[0])], [max(0.0, ends[1] - at)]]
+    axes.errorbar(
+        x, y, yerr=reach if upright else None, xerr=None if upright else reach, fmt=marker, markersize=7, color=colour,
+        elinewidth=1.75, capsize=5, capthick=1.75, mew=1.75, markerfacecolor=colour if filled else _PAGE, zorder=3,
+    )  # fmt: skip
+
+
+# ---- quality against cost --------------------------------------------------------------------------------------
+
+
+def cost_plot(plot: CostPlot) -> str:
+    """Draw quality against cost as SVG."""
+    with _figure(_WIDTH, _COST_HEIGHT) as figure:
+        _draw_costs(figure, figure.subplots(), plot)
+        return _svg(figure, plot.title, plot.words)
+
+
+def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
+    """Write the same plots side by side into one PNG, under a title.
+
+    Args:
+        title: The verdict.
+        subtitle: Of what.
+        plots: At least one.
+        path: The file.
+    """
+    head, width = 64, len(plots) * _WIDTH
+    part = path.with_name(path.name + ".part")
+    with _figure(width, _COST_HEIGHT + head) as figure:
+        figure.set(frameon=True, facecolor=_PAGE)
+        for text, size, colour, weight, y in ((title, 15, _INK, "bold", 28), (subtitle, 9.5, _QUIET, "normal", 48)):
+            fitting = textwrap.shorten(words.one_line(text), int(width / (0.64 * size)), placeholder=" …")
+            at = 1 - y / (_COST_HEIGHT + head)
+            figure.text(0.02, at, fitting, size=size, color=colour, weight=weight, parse_math=False, in_layout=False)
+        figure.set_layout_engine("constrained", rect=(0, 0, 1, _COST_HEIGHT / (_COST_HEIGHT + head)))
+        for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
+            _draw_costs(figure, axes, plot)
+        figure.savefig(part, format="png", dpi=_PICTURE_DPI)
+    part.replace(path)
+
+
+def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
+    """Costs to the right, quality upwards; methods far off are pointed at from the axis' end."""
+    from matplotlib.ticker import MaxNLocator
+
+    dots = plot.finite
+    shown = _shown(dots, plot.greater_is_better, plot.margin)
+    if not dots:
+        _say_nothing_finite(axes, "no finite value")
+        return
+    _style(axes, plot.metric, "y")
+    span = _span(shown, plot.margin)
+    low, high = min(dot.low for dot in shown) - 0.1 * span, max(dot.high for dot in shown) + 0.1 * span
+    if is_share(plot.metric):
+        low, high = max(0.0, low), min(1.0, high)
+    if full := next((dot for dot in dots if dot.full), None):
+        band = max(low, full.value - plot.margin), min(high, full.value + plot.margin)
+        axes.axhspan(*band, color=_BAND, linewidth=0, zorder=0)
+    edge = low if plot.greater_is_better else high
+    if len(shown) < len(dots):  # a strip for those that are pointed at
+        low, high = (low - 0.12 * span, high) if plot.greater_is_better else (low, high + 0.12 * span)
+    axes.set_ylim(low, high)
+    axes.set_xlim(-0.06, 1.12 * max(1.0, *(dot.cost for dot in dots)))
+    for dot in reversed(dots):
+        if dot in shown:
+            marker = "s" if dot.full else "o"
+            _draw_interval(axes, dot.cost, dot.value, marker, dot.taken, (dot.low, dot.high), upright=True)
+        else:
+            pointer = "v" if plot.greater_is_better else "^"
+            axes.plot(dot.cost, edge, pointer, markersize=8, color=_QUIET, markerfacecolor=_PAGE, mew=1.75)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.set_xlabel(f"{plot.cost_name}, relative to full", color=_QUIET, size=_SMALL)
+    name = words.metric_name(plot.metric) + ("" if plot.greater_is_better else " (smaller is better)")
+    axes.set_title(words.one_line(name), loc="left", color=_QUIET, size=_SMALL, parse_math=False)
+    # Names at the edge have the fewest places; then the methods that matter most get the best ones.
+    ordered = sorted(dots, key=lambda dot: dot in shown)
+    _name(
+        figure,
+        axes,
+        [(dot.cost, dot.value if dot in shown else edge, _short(dot, dot in shown)) for dot in ordered],
+        [(dot.cost, dot.low, dot.high) for dot in shown],
+    )
+
+
+def _shown(dots: Sequence[Dot], greater_is_better: bool, margin: float) -> list[Dot]:
+    """Without methods so much worse than the others that these could not be told apart."""
+    sign = 1 if greater_is_better else -1
+    ranked = sorted(dots, key=lambda dot: sign * dot.value)
+    needed = next((place for place, dot in enumerate(ranked) if dot.full or dot.taken), len(ranked))
+    for place in range(min(needed, len(ranked) - 2), 0, -1):
+        if _span(ranked[place - 1 :], margin) > _MOST_OF_SPAN * _span(ranked[place:], margin):
+            return ranked[place:]
+    return ranked
+
+
+def _span(dots: Sequence[Dot], margin: float) -> float:
+    return max(2 * margin, max(dot.high for dot in dots) - min(dot.low for dot in dots))
+
+
+def _short(dot: Dot, is_shown: bool) -> str:
+    name = words.one_line(dot.name)
+    name = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    return name if is_shown else f"{name} {dot.text}"
+
+
+def _name(
+    figure: Figure,
+    axes: Axes,
+    names: Sequence[tuple[float, float, str]],
+    whiskers: Sequence[tuple[float, float, float]],
+) -> None:
+    """Write each name beside its mark where nothing else is; one that had to go farther gets a line to its mark."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()  # lays the axes out
+    place = axes.transData.transform
+    inside = axes.get_window_extent(renderer)
+    ends = [(place((x, low)), place((x, high))) for x, low, high in whiskers]
+    taken = [Bbox([lowest - 6, highest + 6]) for lowest, highest in ends]
+    taken += [Bbox([place((x, y)) - 6, place((x, y)) + 6]) for x, y, _ in names]
+    for x, y, name in names:
+        note = axes.annotate(
+            name, (x, y), (0, 0), textcoords="offset points", va="center", color=_INK, size=_NORMAL, parse_math=False,
+            in_layout=False, annotation_clip=False,
+        )  # fmt: skip
+        for across, up, side in _PLACES:
+            note.set(position=(across, up), ha=side)
+            box = note.get_window_extent(renderer)
+            is_inside = inside.contains(*box.min) and inside.contains(*box.max)
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        if math.hypot(across, up) > _NEAR:
+            line = {"arrowstyle": "-", "color": _QUIET, "linewidth": 0.75, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (x, y), (across, up), textcoords="offset points", arrowprops=line, in_layout=False)
+
+
+_NEAR = 20.0
+_PLACES = [
+    *((side * 10, up, "left" if side > 0 else "right") for up in (0, 8, -8) for side in (1, -1)),
+    *((0, up, "center") for up in (18, -18)),
+    *(
+        (side * (10 + aside), up, "left" if side > 0 else "right")
+        for aside in (0, 25, 50, 100, 150, 200)
+        for up in sorted(range(-160, 161, 8), key=abs)
+        for side in (-1, 1)
+    ),
+]
+"""Where a name may stand, from its mark on in points: across, up, and which side of it is there; near ones first."""
+
+
+# ---- for all ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _figure(width: int, height: int) -> Iterator[Figure]:
+    """A figure of so many points whose settings are ours, whatever the user's own are; none of them outlives it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    settings |= {
+        "svg.fonttype": "none", "svg.hashsalt": "fulltune", "text.usetex": False, "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"], "path.simplify": True, "path.simplify_threshold": 1.0,
+        "axes.unicode_minus": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Names may hold what the font lacks; the page has fonts of its own.
+        warnings.filterwarnings("ignore", message="Glyph|Matplotlib currently does not support")
+        yield Figure(figsize=(width / 72, height / 72), dpi=72, frameon=False, layout="constrained")
+
+
+def _style(axes: Axes, metric: str, along: Literal["x", "y"], log: bool = False) -> None:
+    """Thin lines across instead of a frame, and the metric's values written as the report writes them."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_frame_on(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis=along, color=_GRID, linewidth=1)
+    axes.tick_params(which="both", length=0, pad=5, labelsize=_SMALL, labelcolor=_QUIET)
+    axis = axes.yaxis if along == "y" else axes.xaxis
+    if not log:
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
+    shares = is_share(metric)
+    axis.set_major_formatter(lambda value, _: "" if shares and not 0 <= value <= 1 else words.tick(metric, value))
+    if shares:  # none lies below 0 or above 1
+        low, high = axis.get_view_interval()
+        axis.set_view_interval(max(0.0, low), min(1.0, high), ignore=True)
+
+
+def _say_nothing_finite(axes: Axes, text: str) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=_QUIET, size=_SMALL)
+
+
+def _svg(figure: Figure, title: str, described: str) -> str:
+    """The figure as an `<svg>` element to stand in the page."""
+    for artist in figure.findobj():
+        artist.set_clip_on(False)  # nothing lies outside; clipping would need urls
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    drawn = buffer.getvalue()
+    width, height = (round(72 * inches) for inches in figure.get_size_inches())
+    # Without the file's head, its style sheet (it would hold for the whole page) and names that another plot has too.
+    drawn = drawn[drawn.index('<g id="figure') : drawn.rindex("</g>") + 4]
+    drawn = re.sub(r'<g id="[\w.]+"', "<g", drawn).replace("xlink:href", "href")
+    drawn = re.sub(r"\s*\n\s*", " ", re.sub(r"font-family: [^;\"]+;? ?", "", drawn))
+    for name, colour in _COLOURS.items():
+        drawn = drawn.replace(colour, f"var(--{name})")
+    label = escape(title)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}"><title>{label}</title>'
+        f"<desc>{escape(described)}</desc>{drawn}</svg>"
+    )

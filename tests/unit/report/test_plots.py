@@ -1,0 +1,165 @@
+"""Plots: axes, gaps, spikes, names that lie apart, and text that cannot leave its element."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from fulltune.report.format.plots import Bar, CostPlot, Dot, cost_picture, cost_plot, interval_plot, learning_curve
+
+
+def curve(drawing: str) -> str:
+    """What the blue line does, as the SVG writes it."""
+    paths = re.findall(r'<path d="([^"]+)" style="fill: none; stroke: var\(--blue\)', drawing)
+    assert len(paths) == 1
+    return str(paths[0])
+
+
+def texts(drawing: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(drawing).iter("text"))
+
+
+def test_curve_value_not_finite_breaks_the_line_and_is_said() -> None:
+    points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, 1.0), (5, 1.5)]
+    drawing = learning_curve("loss", points, "loss")
+    assert curve(drawing).count("M") == 2
+    assert "1 value not finite, first at step 3" in drawing
+    assert "nan" not in drawing
+
+
+def test_curve_nothing_finite_says_so() -> None:
+    assert "no finite value was logged" in learning_curve("loss", [(1, math.nan)], "loss")
+
+
+def test_curve_one_point_is_a_dot_on_an_axis_that_ends_at_all() -> None:
+    drawing = learning_curve("accuracy", [(100, 1.0)], "accuracy", kept_step=100)
+    assert drawing.count("<use ") == 2, "the point and the ring around it"
+    assert "101%" not in drawing
+    assert "100%" in [text.text for text in texts(drawing)]
+
+
+def test_curve_many_points_is_thinned_and_keeps_the_spike() -> None:
+    points = [(step, 1.0 + step % 2) for step in range(20_000)]
+    points[12_345] = (12_345, 99.0)
+    heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", curve(learning_curve("loss", points, "loss")))]
+    assert len(heights) < 2000
+    assert sum(height < 30 for height in heights) == 1
+
+
+def test_curve_wide_range_uses_a_log_scale_but_not_for_the_learning_rate() -> None:
+    points = [(1, 1e-7), (2, 1e-3)]
+    assert "log scale" in learning_curve("gradient norm", points, "grad_norm")
+    assert "log scale" not in learning_curve("learning rate", points, "learning_rate")
+
+
+def test_interval_plot_shows_names_whole_and_values_beside_the_marks() -> None:
+    names = ["nearest centroid (frozen embeddings of 10,000 train rows)", "a " + "very long name of a method " * 4, "x"]
+    drawing = interval_plot("accuracy", [Bar(name, "trained", 1.0, 0.98, 1.0, "100.0%") for name in names], "accuracy")
+    written = [text for text in texts(drawing) if "var(--ink)" in str(text.get("style"))]
+    values = [text for text in written if text.text == "100.0%"]
+    heads = [text for text in written if text.text != "100.0%"]
+    # The lines of a name are written from its last one on.
+    found = sorted(heads, key=lambda text: float(str(text.get("y"))))
+    assert " ".join(str(text.text) for text in found) == " ".join(map(str.strip, names))
+    marks = [float(x) for x in re.findall(r'<use href="#\w+" x="([\d.]+)"', drawing)]
+    assert len(values) == len(names)
+    # Seven units a letter, to the left of where they end: right of all marks.
+    assert all(float(str(value.get("x"))) - 7 * len("100.0%") > max(marks) for value in values)
+    heights = [float(str(text.get("y"))) for text in written]
+    assert len(set(heights)) == len(heights)
+
+
+def test_plots_hostile_names_stay_text() -> None:
+    name = '</title><script>alert(1)</script>"& $\\frac{1$'
+    bars = [Bar(name, "trained", 0.9, 0.8, 1.0, "90.0%"), Bar("b", "baseline", math.nan, 0, 1, "not finite")]
+    dots = (dot("full", 1, 0.92, full=True), dot(name, 0.5, 0.9))
+    for drawing in (
+        interval_plot(name, bars, "accuracy"),
+        learning_curve(name, [(1, 0.5)], "accuracy"),
+        cost_plot(costs(*dots, title=name)),
+    ):
+        assert "<script" not in drawing
+        root = ElementTree.fromstring(drawing)
+        assert root.findtext("title") == name
+
+
+def test_plots_have_the_page_s_colours_and_fonts_and_load_nothing() -> None:
+    drawing = learning_curve("loss", [(1, 2.0), (2, 1.0)], "loss", kept_step=2) + cost_plot(costs(dot("full", 1, 0.9)))
+    assert not re.search(r"#[0-9a-f]{6}|font-family|url\(|http|<style|<g id", drawing)
+    assert {"var(--blue)", "var(--quiet)", "var(--grid)", "var(--amber)"} <= set(re.findall(r"var\([\w-]+\)", drawing))
+
+
+def test_plots_twice_are_the_same_whatever_the_user_s_settings_are() -> None:
+    import matplotlib
+
+    first = cost_plot(costs(dot("full", 1, 0.92, full=True), dot("lora", 0.8, 0.91, taken=True)))
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 30, "axes.grid": True, "lines.linewidth": 9}):
+        before = dict(matplotlib.rcParams)
+        again = cost_plot(costs(dot("full", 1, 0.92, full=True), dot("lora", 0.8, 0.91, taken=True)))
+        assert dict(matplotlib.rcParams) == before
+    assert again == first
+
+
+# ---- quality against cost --------------------------------------------------------------------------------------
+
+
+def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool = False) -> Dot:
+    return Dot(name, cost, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", full, taken)
+
+
+def costs(*dots: Dot, title: str = "title") -> CostPlot:
+    return CostPlot(title, "training time", "accuracy", True, 0.01, dots)
+
+
+def names(drawing: str) -> list[ElementTree.Element]:
+    return [text for text in texts(drawing) if "var(--ink)" in str(text.get("style"))]
+
+
+def ends(name: ElementTree.Element) -> tuple[float, float]:
+    """Left and right end of a name in a usual font."""
+    width = 6.5 * len(str(name.text))
+    anchor = re.search(r"text-anchor: (\w+)", str(name.get("style")))
+    left = float(str(name.get("x"))) - width * {"middle": 0.5, "end": 1.0}.get(anchor[1] if anchor else "start", 0.0)
+    return left, left + width
+
+
+def test_cost_plot_methods_far_below_are_pointed_at_with_their_value() -> None:
+    drawing = cost_plot(
+        costs(dot("base", 0, 0.01), dot("full", 1, 0.92, full=True), dot("lora", 0.8, 0.91, taken=True))
+    )
+    assert {name.text for name in names(drawing)} == {"base 1.0%", "full", "lora"}
+    assert "0%" not in [text.text for text in texts(drawing)]
+
+
+def test_cost_plot_names_of_ten_equal_methods_lie_apart_and_inside() -> None:
+    arms = [dot(f"lora-r{2**power}", 0.9 + power / 100, 0.91 + power / 1000) for power in range(9)]
+    found = names(cost_plot(costs(dot("full", 1, 0.92, full=True), *arms)))
+    assert len(found) == 10
+    for number, one in enumerate(found):
+        left, right = ends(one)
+        assert 0 <= left < right <= 400
+        assert 0 <= float(str(one.get("y"))) <= 280
+        for other in found[number + 1 :]:
+            apart = abs(float(str(one.get("y"))) - float(str(other.get("y")))) >= 12
+            assert apart or right <= ends(other)[0] or ends(other)[1] <= left
+
+
+def test_cost_plot_not_finite_method_is_left_out() -> None:
+    drawing = cost_plot(costs(dot("full", 1, 0.92, full=True), dot("lora", 0.9, float("nan"))))
+    assert [name.text for name in names(drawing)] == ["full"]
+    assert "nan" not in drawing
+    assert "no finite value" in cost_plot(costs())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_cost_picture_is_a_png_of_all_plots(tmp_path: Path, number: int) -> None:
+    plot = costs(dot("full", 1, 0.92, full=True), dot("שלום 😀 \ud800", 0.5, 0.9))
+    cost_picture("a $\\frac{1$ title", "of what " * 99, [plot] * number, tmp_path / "card.png")
+    head = (tmp_path / "card.png").read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    assert int.from_bytes(head[16:20], "big") == pytest.approx(number * 400 * 160 / 72, abs=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["card.png"]
