@@ -25,6 +25,7 @@ FLOORS = (
     ("inference",),
     ("footprint",),
     ("stats",),
+    ("data/readers",),
     ("data", "plan", "evaluate", "train", "report", "predict", "quickstart"),
     ("pipeline",),
     ("compare",),

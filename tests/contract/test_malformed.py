@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.data.readers import text_tables
+from fulltune.data.readers import read, text_tables
 from fulltune.models import processors
 from fulltune.recipe.fields import ModelBlock
 from tests import tiny
@@ -18,8 +17,6 @@ from tests.contract import malformed
 
 COUNT = 104
 JSON_LINES, TABLES = (range(malformed.FORMS.index(form), COUNT, len(malformed.FORMS)) for form in ("jsonl", "parquet"))
-read: Any = sys.modules["fulltune.data.readers.read"]
-"""`fulltune.data.readers.read` is the function."""
 
 
 @pytest.fixture(scope="module")

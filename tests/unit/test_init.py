@@ -9,13 +9,14 @@ import pytest
 from pydantic import ValidationError
 
 from fulltune.cli.init import Hints, hints_of, infer, write_recipe
-from fulltune.data.readers.given import describe, find_sources, rows_given
 from fulltune.data.readers.header import names_without_header
-from fulltune.data.readers.read import locate, read
+from fulltune.data.readers.read import locate
+from fulltune.data.sources import describe, find_files, read_rows
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.tasks import task_named
+from tests.unit.data.table import read
 
 TEXTS = ("a stirring and finally very moving film", "far too long for what it has", "a film that i like a lot")
 REVIEWS = "".join(f"{TEXTS[number % 3]} {number}\t{number % 2}\n" for number in range(20))
@@ -131,14 +132,14 @@ def _recipe(data: Path, **block: object) -> Recipe:
 
 def test_recipe_that_names_the_columns_reads_every_row(tmp_path: Path) -> None:
     recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), columns=["text", "label"])
-    given = {"train": rows_given(recipe, find_sources(recipe)["train"], None)}
+    given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
     target, counts = describe(recipe, task_named(recipe.task), given)
     assert (counts, target.labels) == ({"train": 20}, ("0", "1"))
 
 
 def test_first_row_is_not_taken_for_names_in_silence(tmp_path: Path) -> None:
     recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), label="0")
-    given = {"train": rows_given(recipe, find_sources(recipe)["train"], None)}
+    given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
     with pytest.raises(DataError, match=r"rows.tsv:1: looks like a row, .* write data.columns: \[text, label\]"):
         describe(recipe, task_named(recipe.task), given)
 

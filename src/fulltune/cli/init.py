@@ -11,11 +11,11 @@ from typing import Any, get_args
 
 import yaml
 
-from fulltune.data import locate
 from fulltune.data.readers import by_name
-from fulltune.data.readers.files import files_of as data_files
+from fulltune.data.readers.files import data_files
 from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.images import is_image_folder
+from fulltune.data.readers.read import locate
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import DataBlock, TaskName
 from fulltune.recipe.tasks import FACTS, READ_BY

@@ -18,7 +18,7 @@ from rich.markup import escape
 from fulltune.errors import DataError, InterruptedRun, SetupError
 
 if TYPE_CHECKING:
-    from fulltune.data import Source
+    from fulltune.data.readers.read import DataFiles
     from fulltune.predict import Answered, Predictor
 
 STDIN = "-"
@@ -105,7 +105,7 @@ def asked(texts: Sequence[str], file: Path | None, notes: Mapping[str, Any]) -> 
 
 
 def _table(file: Path, notes: Mapping[str, Any]) -> Asked:
-    from fulltune.data import locate
+    from fulltune.data.readers.read import locate
 
     source = locate([str(file)])
     named = _names_without_header(source, notes)
@@ -122,7 +122,7 @@ def _table(file: Path, notes: Mapping[str, Any]) -> Asked:
     return Asked(str(file), source.rows, tuple(columns), total, file, images_in, named)
 
 
-def _names_without_header(source: Source, notes: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _names_without_header(source: DataFiles, notes: Mapping[str, Any]) -> tuple[str, ...] | None:
     """What the columns are called of a table that lacks its header line, as the train file did (`data.columns`).
 
     A table whose first line names each column that the model reads has one. One with fewer cells lacks those that the

@@ -2,7 +2,5 @@
 
 from fulltune.data.limits import Limits
 from fulltune.data.prepare import DROPPED, SUMMARY, prepare
-from fulltune.data.readers.given import Given, describe
-from fulltune.data.readers.read import Source, Table, locate, read
 
-__all__ = ["DROPPED", "SUMMARY", "Given", "Limits", "Source", "Table", "describe", "locate", "prepare", "read"]
+__all__ = ["DROPPED", "SUMMARY", "Limits", "prepare"]

@@ -19,7 +19,7 @@ import numpy as np
 from fulltune.data.check import Dropped, LeftOut
 from fulltune.data.near import NUM_HASHES, joined, signatures
 from fulltune.data.readers.read import PlacedRow
-from fulltune.data.split import draw
+from fulltune.data.sampling import draw
 from fulltune.errors import SetupError
 from fulltune.inference.store import RowWriter, record_batch, words
 from fulltune.recipe.fields import TaskName

@@ -25,8 +25,8 @@ from fulltune.data.encode import Encoded, Job, encode, join_near
 from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
-from fulltune.data.readers.given import Given, Preprocess, describe, find_sources, rows_given
-from fulltune.data.readers.read import Source, content_hash
+from fulltune.data.readers.read import DataFiles, content_hash
+from fulltune.data.sources import Preprocess, SourceRows, describe, find_files, read_rows
 from fulltune.data.splits import (
     SPLITS,
     assign,
@@ -91,7 +91,7 @@ def prepare(
     """
     if FACTS[recipe.task].reads == "image" and recipe.data.near_duplicates < 1:
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
-    sources = find_sources(recipe)
+    sources = find_files(recipe)
     fingerprint = _fingerprint(recipe, sources, tokenizer, limits)
     if planned_for and planned_for != fingerprint:
         raise SetupError(
@@ -115,7 +115,7 @@ def prepare(
     part = (kept or folder).with_name(f"{(kept or folder).name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        rows_of = {name: rows_given(recipe, source, preprocess) for name, source in sources.items()}
+        rows_of = {name: read_rows(recipe, source, preprocess) for name, source in sources.items()}
         summary = _make(recipe, part, task, tokenizer, limits, rows_of, fingerprint, listener)
         if kept is None:
             cache.put(part, folder)
@@ -135,7 +135,7 @@ def _make(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
-    rows_of: Mapping[Split, Given],
+    rows_of: Mapping[Split, SourceRows],
     fingerprint: str,
     listener: Listener,
 ) -> DataSummary:
@@ -206,7 +206,7 @@ def _encode(
     target: Target,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
-    rows_of: Mapping[Split, Given],
+    rows_of: Mapping[Split, SourceRows],
     counts: Mapping[Split, int],
     listener: Listener,
 ) -> dict[Split, Encoded]:
@@ -325,7 +325,7 @@ def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple
 
 
 def _fingerprint(
-    recipe: Recipe, sources: Mapping[Split, Source], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    recipe: Recipe, sources: Mapping[Split, DataFiles], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> str:
     """Changes whenever the prepared rows could."""
     from importlib.metadata import version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,14 +53,3 @@ def _chosen(sizes: Sequence[int], wanted: int) -> list[int]:
     if not chosen and wanted and len(sizes) > 1:
         chosen = [min(range(len(sizes)), key=lambda position: sizes[position])]
     return chosen
-
-
-def draw(seed: int, key: str) -> int:
-    """A pseudo-random number below 2^64 that depends on seed and key alone: adding rows moves few others."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
-
-
-def sample(count: int, most: int, seed: int) -> np.ndarray:
-    """`most` of `count` positions, at random, in their old order: int64."""
-    drawn = np.fromiter((draw(seed, str(position)) for position in range(count)), np.uint64, count)
-    return np.sort(np.argsort(drawn, kind="stable")[:most])

@@ -9,8 +9,8 @@ import numpy as np
 
 from fulltune.data.check import UNDECODABLE_IMAGE, labels_only_held_out, too_many, undecodable
 from fulltune.data.encode import Encoded
-from fulltune.data.readers.given import Given
 from fulltune.data.readers.plain_text import SECTION_CHARACTERS
+from fulltune.data.sources import SourceRows
 from fulltune.data.split import MOST_HELD_OUT_ROWS, split_off
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
@@ -24,7 +24,7 @@ _FEW_OF_A_CLASS = 5
 """One right answer more or less then moves its recall by 20 points or more."""
 
 
-def refuse_unusable(recipe: Recipe, encoded: Mapping[Split, Encoded], given: Mapping[Split, Given]) -> None:
+def refuse_unusable(recipe: Recipe, encoded: Mapping[Split, Encoded], given: Mapping[Split, SourceRows]) -> None:
     """Too many rows that cannot be used, too long ones where the recipe forbids them, broken images.
 
     Raises:
@@ -50,7 +50,7 @@ def refuse_unusable(recipe: Recipe, encoded: Mapping[Split, Encoded], given: Map
 
 
 def assign(
-    recipe: Recipe, encoded: Mapping[Split, Encoded], given: Mapping[Split, Given]
+    recipe: Recipe, encoded: Mapping[Split, Encoded], given: Mapping[Split, SourceRows]
 ) -> tuple[dict[Split, np.ndarray], dict[Split, str]]:
     """Which rows of its source each split gets: all of its own file, or some split off train. bool [rows]."""
     train = encoded["train"]
@@ -91,7 +91,7 @@ def assign(
 
 
 def more_than_asked(
-    recipe: Recipe, given: Mapping[Split, Given], split_of: Mapping[Split, np.ndarray]
+    recipe: Recipe, given: Mapping[Split, SourceRows], split_of: Mapping[Split, np.ndarray]
 ) -> dict[Split, int]:
     """Splits taken off train that have clearly more rows than their fraction asks for, with what it asks for.
 
@@ -228,7 +228,7 @@ def label_counts(whole: Encoded, weight_of_row: np.ndarray) -> Counter[str]:
 
 
 def check_labels(
-    encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray], given: Mapping[Split, Given]
+    encoded: Mapping[Split, Encoded], split_of: Mapping[Split, np.ndarray], given: Mapping[Split, SourceRows]
 ) -> None:
     """Every class that is scored must occur in train."""
     counts = {name: label_counts(encoded.get(name, encoded["train"]), split_of[name]) for name in SPLITS}

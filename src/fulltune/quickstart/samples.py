@@ -24,162 +24,48 @@ from fulltune.errors import DataError
 
 # The label of a row is the topic whose entry holds its source file. An entry is a top-level module or package,
 # optionally followed by a sub-path that may hold wildcards; a folder stands for everything below it.
-TOPIC_SOURCES: dict[str, tuple[str, ...]] = {
-    "deep learning": (
-        "torch/nn",
-        "torch/optim",
-        "torch/ao/nn",
-        "transformers/generation/*.py",
-        "transformers/pipelines",
-        "transformers/data",
-        "transformers/tokenization_*.py",
-        "transformers/image_*.py",
-        "peft/tuners/lora",
-    ),
-    "graphs": ("networkx",),
-    "machine learning": (
-        "sklearn/cluster",
-        "sklearn/covariance",
-        "sklearn/datasets",
-        "sklearn/decomposition",
-        "sklearn/ensemble",
-        "sklearn/feature_extraction",
-        "sklearn/feature_selection",
-        "sklearn/gaussian_process",
-        "sklearn/impute",
-        "sklearn/inspection",
-        "sklearn/linear_model",
-        "sklearn/manifold",
-        "sklearn/metrics",
-        "sklearn/mixture",
-        "sklearn/model_selection",
-        "sklearn/neighbors",
-        "sklearn/neural_network",
-        "sklearn/preprocessing",
-        "sklearn/semi_supervised",
-        "sklearn/svm",
-        "sklearn/tree",
-        "sklearn/*.py",
-    ),
-    "mathematics and physics": (
-        "numpy/linalg",
-        "numpy/fft",
-        "numpy/polynomial",
-        "scipy/fft",
-        "scipy/integrate",
-        "scipy/interpolate",
-        "scipy/linalg",
-        "scipy/optimize",
-        "scipy/special",
-        "sympy/combinatorics",
-        "sympy/functions",
-        "sympy/geometry",
-        "sympy/logic",
-        "sympy/matrices",
-        "sympy/physics",
-        "sympy/series",
-        "sympy/sets",
-    ),
-    "statistics": ("scipy/stats", "statistics", "random", "torch/distributions", "numpy/random"),
-    "system programming": (
-        "anyio",
-        "asyncio",
-        "bz2",
-        "concurrent",
-        "email",
-        "fileinput",
-        "fsspec",
-        "ftplib",
-        "glob",
-        "gzip",
-        "http",
-        "imaplib",
-        "ipaddress",
-        "logging",
-        "lzma",
-        "mailbox",
-        "multiprocessing",
-        "os",
-        "pathlib",
-        "poplib",
-        "posixpath",
-        "queue",
-        "sched",
-        "selectors",
-        "shutil",
-        "smtplib",
-        "socket",
-        "socketserver",
-        "ssl",
-        "subprocess",
-        "tarfile",
-        "tempfile",
-        "threading",
-        "urllib",
-        "wsgiref",
-        "xmlrpc",
-        "zipfile",
-    ),
-    "tables": ("pandas/core",),
-    "user interfaces": (
-        "argparse",
-        "click",
-        "cmd",
-        "curses",
-        "getpass",
-        "idlelib",
-        "optparse",
-        "pprint",
-        "rich",
-        "textwrap",
-        "tkinter",
-        "tqdm",
-        "turtle",
-        "typer",
-    ),
+TOPIC_SOURCES = {
+    "deep learning": """
+        torch/nn torch/optim torch/ao/nn
+        transformers/generation/*.py transformers/pipelines transformers/data transformers/tokenization_*.py
+        transformers/image_*.py peft/tuners/lora
+    """,
+    "graphs": "networkx",
+    "machine learning": """
+        sklearn/cluster sklearn/covariance sklearn/datasets sklearn/decomposition sklearn/ensemble
+        sklearn/feature_extraction sklearn/feature_selection sklearn/gaussian_process sklearn/impute sklearn/inspection
+        sklearn/linear_model sklearn/manifold sklearn/metrics sklearn/mixture sklearn/model_selection sklearn/neighbors
+        sklearn/neural_network sklearn/preprocessing sklearn/semi_supervised sklearn/svm sklearn/tree sklearn/*.py
+    """,
+    "mathematics and physics": """
+        numpy/linalg numpy/fft numpy/polynomial
+        scipy/fft scipy/integrate scipy/interpolate scipy/linalg scipy/optimize scipy/special
+        sympy/combinatorics sympy/functions sympy/geometry sympy/logic sympy/matrices sympy/physics sympy/series
+        sympy/sets
+    """,
+    "statistics": "scipy/stats statistics random torch/distributions numpy/random",
+    "system programming": """
+        anyio asyncio bz2 concurrent email fileinput fsspec ftplib glob gzip http imaplib ipaddress logging lzma mailbox
+        multiprocessing os pathlib poplib posixpath queue sched selectors shutil smtplib socket socketserver ssl
+        subprocess tarfile tempfile threading urllib wsgiref xmlrpc zipfile
+    """,
+    "tables": "pandas/core",
+    "user interfaces": """
+        argparse click cmd curses getpass idlelib optparse pprint rich textwrap tkinter tqdm turtle typer
+    """,
 }
 
 # Where the functions of the chat sample come from.
-CHAT_SOURCES: dict[str, tuple[str, ...]] = {
-    "functions": (
-        "networkx",
-        "numpy/_core",
-        "numpy/lib",
-        "numpy/linalg",
-        "scipy",
-        "sklearn",
-        "sympy/functions",
-        "sympy/geometry",
-        "sympy/matrices",
-        "sympy/ntheory",
-        "sympy/simplify",
-        "sympy/solvers",
-        "torch/nn",
-        "asyncio",
-        "os",
-        "posixpath",
-        "random",
-        "shutil",
-        "statistics",
-        "subprocess",
-        "tempfile",
-        "textwrap",
-    ),
+CHAT_SOURCES = {
+    "functions": """
+        networkx numpy/_core numpy/lib numpy/linalg scipy sklearn
+        sympy/functions sympy/geometry sympy/matrices sympy/ntheory sympy/simplify sympy/solvers
+        torch/nn asyncio os posixpath random shutil statistics subprocess tempfile textwrap
+    """
 }
 
-SKIPPED_FOLDERS = {
-    "tests",
-    "test",
-    "testing",
-    "_internal",
-    "externals",
-    "_vendor",
-    "vendor",
-    "benchmarks",
-    "_lib",
-    "_test",
-    "utils",
-}
+_SKIPPED = "tests test testing _internal externals _vendor vendor benchmarks _lib _test utils"
+SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
 TOPIC_WORDS = (8, 32)  # fewest and most words of a topic text
 ANSWER_WORDS = (4, 40)  # fewest and most words of a chat answer
 ROWS_PER_FILE = 60  # a single huge file must not make up most of a topic
@@ -239,7 +125,7 @@ def _package_root(name: str) -> Path | None:
 
 
 def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
-    """Yield (file, dotted module name) for every Python file of a table entry, sorted, test folders left out."""
+    """Yield (file, dotted module name) for every Python file of a table entry, sorted, without test folders."""
     name, _, below = entry.partition("/")
     root = _package_root(name)
     if root is None or not root.exists():
@@ -284,11 +170,11 @@ def _sentences(text: str) -> list[str]:
     return [text[start:end].strip() for start, end in pairwise(starts) if text[start:end].strip()]
 
 
-def _read_docs(topics: dict[str, tuple[str, ...]]) -> list[_Doc]:
+def _read_docs(topics: dict[str, str]) -> list[_Doc]:
     """Read every public docstring below the entries of the table, in the order of the table and of sorted paths."""
     docs: list[_Doc] = []
     for topic, entries in topics.items():
-        for entry in entries:
+        for entry in entries.split():
             for file, module in _source_files(entry):
                 try:
                     tree = ast.parse(file.read_bytes())

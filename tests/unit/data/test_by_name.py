@@ -8,7 +8,7 @@ import pytest
 
 from fulltune.cli.init import Files, files_of, write_recipe
 from fulltune.data.readers.by_name import by_split
-from fulltune.data.readers.given import find_sources
+from fulltune.data.sources import find_files
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -129,7 +129,7 @@ def test_init_writes_no_number_that_the_plan_chooses(tmp_path: Path) -> None:
 def test_folder_with_test_rows_is_not_trained_on(tmp_path: Path) -> None:
     _folder(tmp_path, "train.csv", "dev.csv", "test.csv")
     with pytest.raises(DataError) as refusal:
-        find_sources(_recipe(tmp_path))
+        find_files(_recipe(tmp_path))
     assert refusal.value.problems == (
         f"{tmp_path}: is given for training and holds dev.csv, test.csv, named as rows that are not trained on; write "
         f"data.train: {tmp_path}/train.csv, data.eval: {tmp_path}/dev.csv, data.test: {tmp_path}/test.csv",
@@ -139,7 +139,7 @@ def test_folder_with_test_rows_is_not_trained_on(tmp_path: Path) -> None:
 def test_several_held_out_files_are_to_have_a_folder_of_their_own(tmp_path: Path) -> None:
     _folder(tmp_path, "train.csv", "test-0.csv", "test-1.csv")
     with pytest.raises(DataError) as refusal:
-        find_sources(_recipe(tmp_path))
+        find_files(_recipe(tmp_path))
     assert str(refusal.value).endswith(
         f"write data.train: {tmp_path}/train.csv, data.test: a folder of their own, with test-0.csv, test-1.csv moved "
         "into it"
@@ -149,13 +149,13 @@ def test_several_held_out_files_are_to_have_a_folder_of_their_own(tmp_path: Path
 def test_corpus_with_words_of_splits_in_its_titles_is_trained_on(tmp_path: Path) -> None:
     names = ["moby_dick.csv", "model_evaluation.csv", "test-driven-development.csv"]
     _folder(tmp_path, *names)
-    assert [file.name for file in find_sources(_recipe(tmp_path))["train"].files] == names
+    assert [file.name for file in find_files(_recipe(tmp_path))["train"].files] == names
 
 
 def test_folder_of_shards_and_a_file_that_the_recipe_names_are_trained_on(tmp_path: Path) -> None:
     _folder(tmp_path / "shards", "train-0.csv", "train-1.csv", "more.csv")
     _folder(tmp_path, "test.csv")
-    found = find_sources(_recipe(tmp_path / "shards", tmp_path / "test.csv"))
+    found = find_files(_recipe(tmp_path / "shards", tmp_path / "test.csv"))
     assert [file.name for file in found["train"].files] == ["more.csv", "train-0.csv", "train-1.csv", "test.csv"]
 
 

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 
-from fulltune.data.readers.conll import rows
+from fulltune.data.readers.read import locate
 from fulltune.errors import DataError
 
 
 def read(tmp_path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     path = tmp_path / "a.conll"
     path.write_text(text, encoding="utf-8")
-    return list(rows(path))
+    return rows(path)
+
+
+def rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    return [(int(place.split(":")[1]), row) for place, row in locate([str(path)]).rows()]
 
 
 def sentence(tokens: str, tags: str) -> dict[str, list[str]]:
@@ -36,7 +40,7 @@ def test_first_column_is_the_word_and_last_the_tag(tmp_path: Path) -> None:
 def test_line_with_only_a_tab_and_windows_line_ends_separate_sentences(tmp_path: Path) -> None:
     path = tmp_path / "a.annotated"
     path.write_bytes("\ufeffAda\tB-PER\r\n\t\r\nHi\tO\r\n".encode())
-    assert list(rows(path)) == [(1, sentence("Ada", "B-PER")), (3, sentence("Hi", "O"))]
+    assert rows(path) == [(1, sentence("Ada", "B-PER")), (3, sentence("Hi", "O"))]
 
 
 def test_word_may_be_a_space_that_is_no_separator(tmp_path: Path) -> None:

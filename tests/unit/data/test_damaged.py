@@ -17,8 +17,8 @@ from fulltune.cli import predict as cli_predict
 from fulltune.cli import predict_files
 from fulltune.cli.init import infer
 from fulltune.data.readers import images
-from fulltune.data.readers.given import find_sources
-from fulltune.data.readers.read import content_hash, locate, read
+from fulltune.data.readers.read import content_hash, locate
+from fulltune.data.sources import find_files
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.store import load_texts
 from fulltune.models import load as model
@@ -27,6 +27,7 @@ from fulltune.records.run import DataSummary
 from fulltune.system.run_folder import writing
 from fulltune.tasks import PLACE, task_named
 from tests import tiny
+from tests.unit.data.table import read
 
 ROWS = tiny.topic_rows(40)
 SURROGATE = "\ud83d"
@@ -332,7 +333,7 @@ def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "iterdir", refuse)
     recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": {"train": str(tmp_path)}})
     with pytest.raises(DataError, match=r"may not be read \(permission denied\)"):
-        find_sources(recipe)
+        find_files(recipe)
 
 
 def test_data_file_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:

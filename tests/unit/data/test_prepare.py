@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fulltune import data
+from fulltune.data.sources import SourceRows, describe
 from fulltune.inference.store import WORDS, batches, load_split, load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.run import DataSummary
@@ -230,5 +231,5 @@ def test_few_rows_are_held_while_columns_are_looked_for() -> None:
 
     task: Any = SimpleNamespace(find_columns=find_columns, find_target=find_target)
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": "a.jsonl"}})
-    _, counts = data.describe(recipe, task, {"train": data.Given("a", rows)})
+    _, counts = describe(recipe, task, {"train": SourceRows("a", rows)})
     assert counts == {"train": 1000}

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from fulltune.data.readers.read import content_hash, locate, read
+from fulltune.data.readers.read import content_hash, locate
 from fulltune.errors import DataError
+from tests.unit.data.table import read
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "é 😀", "label": "b"}]
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fulltune.data import split
-from fulltune.data.split import MOST_HELD_OUT_ROWS, draw, sample
+from fulltune.data.sampling import draw, sample
+from fulltune.data.split import MOST_HELD_OUT_ROWS
 
 
 def split_off(groups: list[str], strata: list[str], fraction: float, seed: int) -> list[bool]:

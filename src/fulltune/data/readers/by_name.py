@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fulltune.data.readers.files import ONLY_BY_NAME, READERS, files_of, reading
+from fulltune.data.readers.files import ONLY_BY_NAME, SUFFIXES, data_files, reading
 from fulltune.data.readers.images import is_image_folder
 from fulltune.errors import DataError
 from fulltune.records.run import SplitName as Split
@@ -52,14 +52,13 @@ def _read(file: Path) -> _Name:
     stem = _HELD_OUT.sub("heldout", _SHARD.sub("", file.stem.lower()))
     stem = _LAST_TWO.sub(lambda two: two[1] + two[2] if two[1] + two[2] in _JOINED else two[0], stem)
     parts = [part for part in re.split(r"[\W\d_]+", stem) if part and part != "v"]
-    ends = {parts[-1], parts[0]} if len(parts) == 2 else set(parts[-1:])
-    found = {split for part in parts if (split := _JOINED.get(part))}
-    found |= {split for part in ends if (split := _WORDS.get(part))}
-    if len(parts) == 1 and parts[0] in _IN_TITLES:
-        found.add(_IN_TITLES[parts[0]])
+    ends = parts if len(parts) == 2 else parts[-1:]
+    splits = {_JOINED.get(part) for part in parts} | {_WORDS.get(part) for part in ends}
+    if len(parts) == 1:
+        splits.add(_IN_TITLES.get(parts[0]))
     words = _WORDS | _IN_TITLES | _JOINED
     return _Name(
-        next((split for split in _ORDER if split in found), None),
+        next((split for split in _ORDER if split in splits), None),
         all(part in words for part in parts) or any(part in _JOINED for part in parts),
         tuple(part for part in re.split(r"[\W_]+", stem) if part and part not in words),
     )
@@ -73,28 +72,23 @@ def by_split(files: Sequence[Path]) -> dict[Split | None, list[Path]]:
     """
     names = {file: _read(file) for file in files}
     has_train = any(name.split == "train" for name in names.values())
-    found: dict[Split | None, list[Path]] = {}
+    splits: dict[Split | None, list[Path]] = {}
     for file, name in names.items():
         counts = name.is_whole or has_train
         counts = counts or any(name.rest == other.rest and name.split != other.split for other in names.values())
-        found.setdefault(name.split if counts else None, []).append(file)
-    return found
+        splits.setdefault(name.split if counts else None, []).append(file)
+    return splits
 
 
 def held_out_beside(train: Path) -> dict[Split, list[Path]]:
     """Files beside one named train whose names differ from its name in that word only."""
-    own, found = _read(train), dict[Split, list[Path]]()
-    if own.split != "train":
-        return {}
-    for file in sorted(train.parent.iterdir()):
+    own, splits = _read(train), dict[Split, list[Path]]()
+    for file in sorted(train.parent.iterdir()) if own.split == "train" else ():
         name = _read(file)
-        if (
-            name.split in ("eval", "test")
-            and name.rest == own.rest
-            and file.suffix.lower() in (*READERS, *ONLY_BY_NAME)
-        ):
-            found.setdefault(name.split, []).append(file)
-    return found
+        is_data = file.suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
+        if is_data and name.rest == own.rest and name.split in ("eval", "test"):
+            splits.setdefault(name.split, []).append(file)
+    return splits
 
 
 def refuse_held_out(paths: Sequence[str]) -> None:
@@ -108,13 +102,14 @@ def refuse_held_out(paths: Sequence[str]) -> None:
         with reading(folder):
             if not folder.is_dir() or is_image_folder(folder):
                 continue
-            found = by_split(files_of(folder))
-        held_out: dict[Split, list[Path]] = {split: found[split] for split in ("eval", "test") if split in found}
+            splits = by_split(data_files(folder))
+        held_out: dict[Split, list[Path]] = {split: splits.pop(split) for split in ("eval", "test") if split in splits}
         if not held_out:
             continue
-        rest = [file for split, files in found.items() if split not in held_out for file in files]
-        write = [f"data.train: {_several(rest)}"] if rest else []
-        write += [f"data.{split}: {_one(files)}" for split, files in held_out.items()]
+        rest = [str(file) for files in splits.values() for file in files]
+        shown = f"[{', '.join(rest)}]" if len(rest) > 1 else "".join(rest)
+        write = [f"data.train: {shown}"] if rest else []
+        write += [f"data.{split}: {_one_path(files)}" for split, files in held_out.items()]
         names = ", ".join(file.name for files in held_out.values() for file in files)
         problems.append(
             f"{folder}: is given for training and holds {names}, named as rows that are not trained on; write "
@@ -124,11 +119,7 @@ def refuse_held_out(paths: Sequence[str]) -> None:
         raise DataError(problems)
 
 
-def _several(files: Sequence[Path]) -> str:
-    return str(files[0]) if len(files) == 1 else f"[{', '.join(map(str, files))}]"
-
-
-def _one(files: Sequence[Path]) -> str:
+def _one_path(files: Sequence[Path]) -> str:
     """What a setting that takes one path can be given."""
     if len(files) == 1:
         return str(files[0])

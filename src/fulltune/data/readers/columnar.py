@@ -24,9 +24,6 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     A value that Python cannot hold (a time beyond the year 9999, a text that is not UTF-8) becomes a `BadCell`. Whole
     numbers that stand for class names, as `datasets` writes them, become these names.
 
-    Args:
-        file: The file.
-
     Raises:
         DataError: For a file that is damaged, cut, or has two columns of one name.
     """
@@ -35,11 +32,14 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 1
     try:
         for batch in _batches(file):
-            _refuse_repeated(batch.schema.names, file)
-            classes = class_names(batch.schema.metadata)
-            columns = [_values(column, classes.get(title)) for title, column in _named(batch)]
+            titles, classes = batch.schema.names, class_names(batch.schema.metadata)
+            if repeated := [title for title, count in Counter(titles).items() if count > 1]:
+                raise DataError(
+                    f"{file}: column '{repeated[0]}' stands twice, expected each name once; rename or remove one"
+                )
+            columns = [_values(column, classes.get(title)) for title, column in zip(titles, batch.columns, strict=True)]
             for cells in zip(*columns, strict=True):
-                yield number, dict(zip(batch.schema.names, cells, strict=True))
+                yield number, dict(zip(titles, cells, strict=True))
                 number += 1
     except PermissionError:
         raise
@@ -50,10 +50,6 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             f"{file}: not a valid {file.suffix[1:]} file: {text[:200]}{after}; expected a whole one: copy or write it "
             "again"
         ) from None
-
-
-def _named(batch: pa.RecordBatch) -> Iterator[tuple[str, pa.Array]]:
-    return zip(batch.schema.names, batch.columns, strict=True)
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
@@ -79,12 +75,6 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
             if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
                 raise pa.ArrowInvalid(f"cut after {len(table)} rows, its end mark is missing") from None
         yield from table.to_batches(_ROWS_AT_ONCE)
-
-
-def _refuse_repeated(names: Sequence[str], file: Path) -> None:
-    repeated = [title for title, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise DataError(f"{file}: column '{repeated[0]}' stands twice, expected each name once; rename or remove one")
 
 
 _NO_VALUE = (ValueError, OverflowError, LookupError)
@@ -125,12 +115,12 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
         return {}
-    found = {}
+    classes = {}
     for column, kind in features.items() if isinstance(features, dict) else ():
         kind = kind.get("feature", kind) if isinstance(kind, dict) else {}
         if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list):
-            found[column] = [str(name) for name in kind["names"]]
-    return found
+            classes[column] = [str(name) for name in kind["names"]]
+    return classes
 
 
 def _class_name(value: Any, names: Sequence[str]) -> Any:

@@ -7,29 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fulltune.data.readers.text_tables import first_few
-from fulltune.errors import DataError
-
 _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
-def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Sentences of a file.
+def rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Sentences of a file in UTF-8.
 
-    The first column is the word, the last one the tag; those between are left out. Columns are separated by tabs when
+    The first column is the word, the last one the tag; those between are not read. Columns are separated by tabs when
     the first line holds a tab, else by spaces. A blank line or a line `-DOCSTART-` ends a sentence.
 
-    Args:
-        file: A UTF-8 file.
-
     Yields:
-        The number of the sentence's first line, and `{"tokens": [...], "tags": [...]}`.
-
-    Raises:
-        DataError: After the last line, naming the lines whose number of columns differs from the first one's.
-        UnicodeDecodeError: When the file is not UTF-8.
+        The number of the sentence's first line, and `{"tokens": [...], "tags": [...]}`; or the number of a line, and
+        what is wrong with it.
     """
-    problems: list[str] = []
     sentence: dict[str, Any] = {"tokens": [], "tags": []}
     separator, expected, first = _SPACES, 0, 0
     with file.open(encoding="utf-8-sig") as stream:
@@ -40,13 +30,13 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield first, sentence
                     sentence = {"tokens": [], "tags": []}
                 continue
-            if not expected:
-                separator = re.compile("\t") if "\t" in content else _SPACES
-                expected = len(_columns(content, separator))
-            columns = _columns(content, separator)
-            problem = _problem(columns, expected)
-            if problem:
-                problems.append(f"{file}:{line}: {problem}")
+            if not expected and "\t" in content:
+                separator = re.compile("\t")
+            # Spaces at the ends separate nothing; a tab at an end has an empty cell beside it.
+            columns = separator.split(content.strip(" ") if separator is _SPACES else content)
+            expected = expected or len(columns)
+            if problem := _problem(columns, expected):
+                yield line, problem
                 continue
             if not sentence["tokens"]:
                 first = line
@@ -54,13 +44,6 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             sentence["tags"].append(columns[-1])
     if sentence["tokens"]:
         yield first, sentence
-    if problems:
-        raise DataError(first_few(problems, file))
-
-
-def _columns(content: str, separator: re.Pattern[str]) -> list[str]:
-    # Spaces at the ends separate nothing; a tab at an end has an empty cell beside it.
-    return separator.split(content.strip(" ") if separator is _SPACES else content)
 
 
 def _problem(columns: list[str], expected: int) -> str | None:

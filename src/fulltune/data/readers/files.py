@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import os
 import stat
@@ -11,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fulltune.errors import DataError
+from fulltune.text import near_names
 
-READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
 """Kinds that a folder may hold for other reasons (a licence, notes): read when the recipe names the file."""
+_KINDS = ", ".join(SUFFIXES)
 
 
-def files_of(path: Path) -> list[Path]:
+def data_files(path: Path) -> list[Path]:
     """A data file itself, or the data files in a folder, sorted.
 
     Raises:
@@ -31,20 +32,19 @@ def files_of(path: Path) -> list[Path]:
             raise DataError(_no_such_file(path)) from None
         if stat.S_ISDIR(status.st_mode):
             return _files_in(path)
-    if path.suffix.lower() not in (*READERS, *ONLY_BY_NAME):
-        kinds = ", ".join(READERS)
-        raise DataError(f"{path}: unknown kind of file '{path.suffix}'; expected {kinds}: save it as one of them")
+    if path.suffix.lower() not in (*SUFFIXES, *ONLY_BY_NAME):
+        raise DataError(f"{path}: unknown kind of file '{path.suffix}'; expected {_KINDS}: save it as one of them")
     if status.st_size == 0:
         raise DataError(f"{path}: the file is empty, expected rows; name another file, or write it again")
     return [path]
 
 
 def _no_such_file(path: Path) -> str:
-    parent = path.parent
     if path.is_symlink():
         return f"{path}: is a link that leads nowhere, expected a file; repair it, or name the file itself"
-    near = [file.name for file in parent.iterdir() if file.suffix in READERS] if parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, near, cutoff=0.5) or sorted(near)[:4]
+    parent = path.parent
+    names = [file.name for file in parent.iterdir() if file.suffix in SUFFIXES] if parent.is_dir() else []
+    near = near_names(path.name, names, cutoff=0.5) or sorted(names)[:4]
     hint = f" (in that folder: {', '.join(map(printable, near))})" if near else ""
     return f"{path}: no such file{hint}; give the path of a data file"
 
@@ -61,19 +61,17 @@ def _files_in(folder: Path) -> list[Path]:
         )
     if {"state.json", "dataset_info.json"} <= names:  # what Dataset.save_to_disk writes: the rest is about the rows
         listed = [file for file in listed if file.suffix.lower() != ".json"]
-    found = [file for file in listed if file.suffix.lower() in READERS]
-    if not found and (by_name := [file for file in listed if file.suffix.lower() in ONLY_BY_NAME]):
+    files = [file for file in listed if file.suffix.lower() in SUFFIXES]
+    if not files and (by_name := [file for file in listed if file.suffix.lower() in ONLY_BY_NAME]):
         raise DataError(
             f"{folder}: files such as {printable(by_name[0].name)} are not taken from a folder; name them one by one, "
-            f"for example data.train: [{', '.join(printable(str(file)) for file in by_name[:2])}]"
+            f"for example data.train: [{', '.join(printable(file) for file in by_name[:2])}]"
         )
-    if not found:
-        raise DataError(
-            f"{folder}: no data file in this folder; expected {', '.join(READERS)}: name another folder, or a file"
-        )
-    for file in found:
+    if not files:
+        raise DataError(f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or a file")
+    for file in files:
         _refuse_name(file)
-    return found
+    return files
 
 
 @contextlib.contextmanager
@@ -85,23 +83,23 @@ def reading(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except PermissionError:
-        raise DataError(
-            f"{printable(file)}: may not be read (permission denied), expected a file that you can read; change its "
-            "permissions, or name a copy of your own"
-        ) from None
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise DataError(
-                f"{printable(file)}: is a link that leads back to itself, expected a file; name the file itself"
-            ) from None
-        if error.errno == errno.ENAMETOOLONG:
-            shown = printable(file)
-            raise DataError(
-                f"{shown[:60]}...: a path of {len(shown):,} characters is too long for this system; give the path of a "
+        path = printable(file)
+        if isinstance(error, PermissionError):
+            problem = (
+                f"{path}: may not be read (permission denied), expected a file that you can read; change its "
+                "permissions, or name a copy of your own"
+            )
+        elif error.errno == errno.ELOOP:
+            problem = f"{path}: is a link that leads back to itself, expected a file; name the file itself"
+        elif error.errno == errno.ENAMETOOLONG:
+            problem = (
+                f"{path[:60]}...: a path of {len(path):,} characters is too long for this system; give the path of a "
                 "file"
-            ) from None
-        raise
+            )
+        else:
+            raise
+        raise DataError(problem) from None
 
 
 def printable(path: str | Path) -> str:
@@ -110,6 +108,7 @@ def printable(path: str | Path) -> str:
 
 
 def is_utf8(name: str | Path) -> bool:
+    """Whether a name on disk is UTF-8 and can be written down."""
     return printable(name) == str(name)
 
 

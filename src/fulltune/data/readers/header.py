@@ -1,22 +1,32 @@
-"""Tables without a header line: is the first line a row, and what could its columns be called?"""
+"""The first line of tables: what separates their columns, and what these could be called where no line names them."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from fulltune.tasks.columns import USUAL_NAMES
 
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
-LONGEST_CELL = min(sys.maxsize, 2**31 - 1)
+_LONGEST_CELL = min(sys.maxsize, 2**31 - 1)
 """The csv module's default is 128 KiB."""
 _ROWS = 1000
 _WORDS = 5
 """A cell of so many words, above others like it, is a text and no name."""
+
+
+@contextlib.contextmanager
+def csv_reader(file: Path, delimiter: str, *, strict: bool = False, errors: str = "strict") -> Iterator[Any]:
+    """A reader of the csv module, for cells of any length."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with file.open(encoding="utf-8-sig", errors=errors, newline="") as stream:
+        yield csv.reader(stream, delimiter=delimiter, strict=strict)
 
 
 def delimiter_of(file: Path) -> str:
@@ -32,15 +42,14 @@ def delimiter_of(file: Path) -> str:
         by_commas, by_semicolons = _first_two(file, usual), _first_two(file, ";")
     except csv.Error:
         return usual  # the reader says what is wrong with the file
-    is_one = [len(row) for row in by_commas[:1]] == [1]
-    counts = {len(row) for row in by_semicolons}
-    return ";" if is_one and len(counts) == 1 and max(counts) > 1 else usual
+    counts = set(by_semicolons)
+    return ";" if by_commas[:1] == [1] and len(counts) == 1 and max(counts) > 1 else usual
 
 
-def _first_two(file: Path, delimiter: str) -> list[list[str]]:
-    csv.field_size_limit(LONGEST_CELL)
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        return list(islice((row for row in csv.reader(stream, delimiter=delimiter) if row), 2))
+def _first_two(file: Path, delimiter: str) -> list[int]:
+    """The number of cells in the first two lines that are not empty."""
+    with csv_reader(file, delimiter, errors="replace") as reader:
+        return list(islice((len(row) for row in reader if row), 2))
 
 
 def names_without_header(file: Path) -> tuple[str, ...] | None:
@@ -48,18 +57,19 @@ def names_without_header(file: Path) -> tuple[str, ...] | None:
     if file.suffix.lower() not in SEPARATED:
         return None
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=delimiter_of(file))
+        with csv_reader(file, delimiter_of(file)) as reader:
             first, *rows = islice(reader, _ROWS)
     except (OSError, ValueError, csv.Error):
         return None  # the reader says what is wrong with the file
     if _USUAL & {name.lower().strip() for name in first}:
         return None
     rows = [row for row in rows if len(row) == len(first)]
-    columns = [[row[place] for row in rows] for place in range(len(first))]
-    if not rows or not any(_is_value(name, values) for name, values in zip(first, columns, strict=True)):
+    if not rows:
         return None
-    return _names([[name, *values] for name, values in zip(first, columns, strict=True)])
+    columns = list(zip(*rows, strict=True))
+    if not any(_is_value(name, values) for name, values in zip(first, columns, strict=True)):
+        return None
+    return _names([(name, *values) for name, values in zip(first, columns, strict=True)])
 
 
 def _is_value(name: str, values: Sequence[str]) -> bool:
@@ -83,11 +93,8 @@ def _names(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The longest one is `text`; of the others, the one with the fewest different values is `label`."""
     lengths = [sum(map(len, values)) for values in columns]
     text = lengths.index(max(lengths))
-    kinds = {
-        place: len(set(values))
-        for place, values in enumerate(columns)
-        if place != text and all(values) and len(set(values)) > 1
-    }
-    label = min(kinds, key=lambda place: kinds[place]) if kinds else None
+    kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}
+    several = [place for place, count in kinds.items() if count > 1]
+    label = min(several, key=kinds.__getitem__, default=None)
     roles = {text: "text", label: "label"}
     return tuple(roles.get(place, f"column{place + 1}") for place in range(len(columns)))

@@ -7,35 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fulltune.data.readers.files import SUFFIXES as DATA_SUFFIXES
 from fulltune.data.readers.files import is_utf8, printable
 from fulltune.errors import DataError
 from fulltune.recipe.fields import is_address
 from fulltune.tasks.columns import USUAL_NAMES, BadCell
 
-SUFFIXES = frozenset(
-    f".{name}"
-    for name in [
-        "avif",
-        "bmp",
-        "dib",
-        "gif",
-        "ico",
-        "jfif",
-        "jp2",
-        "jpe",
-        "jpeg",
-        "jpg",
-        "pbm",
-        "pgm",
-        "png",
-        "pnm",
-        "ppm",
-        "tga",
-        "tif",
-        "tiff",
-        "webp",
-    ]
-)
+_KINDS = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
 """Kinds that Pillow reads; other files in the folders are left alone."""
 
 
@@ -43,8 +22,7 @@ def is_image_folder(folder: Path) -> bool:
     """True for a folder that holds images, in itself or in its folders, and no table beside them."""
     if not folder.is_dir():
         return False
-    tables = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
-    if any(path.suffix.lower() in tables and not path.name.startswith(".") for path in folder.iterdir()):
+    if any(path.suffix.lower() in DATA_SUFFIXES and not path.name.startswith(".") for path in folder.iterdir()):
         return False
     return _has_images(folder) or any(
         _has_images(inner) or any(map(_has_images, _folders(inner))) for inner in _folders(folder)
@@ -61,17 +39,18 @@ def files(folder: Path) -> list[Path]:
     if _has_images(folder):
         raise DataError(f"{folder}: images lie directly in this folder; {expected}")
     classes = _folders(folder)
-    unwritable = [inner for inner in classes if not is_utf8(inner.name)]
-    if unwritable:
-        raise DataError(
-            [
-                f"{printable(inner)}: the folder's name is not UTF-8, expected the name of a class; rename the folder"
-                for inner in unwritable
-            ]
-        )
-    found = [path for inner in classes for path in _images(inner)]
+    if unwritable := [
+        f"{printable(inner)}: the folder's name is not UTF-8, expected the name of a class; rename the folder"
+        for inner in classes
+        if not is_utf8(inner.name)
+    ]:
+        raise DataError(unwritable)
+    # A link that leads nowhere counts: an image that cannot be read is listed, never dropped unseen.
+    images = [
+        path for inner in classes for path in sorted(inner.iterdir()) if _is_image(path.name) and not path.is_dir()
+    ]
     deeper = [inner for inner in classes if not _has_images(inner) and any(map(_has_images, _folders(inner)))]
-    if deeper and not found:
+    if deeper and not images:
         names = ", ".join(inner.name for inner in deeper[:3])
         raise DataError(
             f"{folder}: the images lie two folders deep ({names}); {expected}: name for example "
@@ -79,7 +58,7 @@ def files(folder: Path) -> list[Path]:
         )
     if deeper:
         raise DataError(f"{deeper[0]}: holds folders and no image, other folders beside it hold images; {expected}")
-    return found
+    return images
 
 
 def rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -118,11 +97,6 @@ def beside(row: Mapping[str, Any], folder: Path, column: str | None) -> dict[str
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    # A link that leads nowhere counts: an image that cannot be read is listed, never left out unseen.
-    return sorted(path for path in folder.iterdir() if _is_image(path.name) and not path.is_dir())
 
 
 def _has_images(folder: Path) -> bool:

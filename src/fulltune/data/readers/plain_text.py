@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,10 @@ def rows(file: Path, text_rows: TextRows) -> Iterator[tuple[int, dict[str, Any]]
     if text_rows == "auto":
         text_rows = "section" if _has_blank_lines(file) else "line"
     with file.open(encoding="utf-8-sig") as stream:
-        if text_rows == "line":
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, {"text": line.rstrip("\n")}
-            return
-        held: list[str] = []
-        start, size = 1, 0
-        for number, paragraph in _paragraphs(stream):
-            if held and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
-                yield start, {"text": "\n\n".join(held)}
-                held, size = [], 0
-            if not held:
-                start = number
-            held.append(paragraph)
-            size += len(paragraph)
-        if held:
-            yield start, {"text": "\n\n".join(held)}
+        lines = ((number, line.rstrip("\n") if line.strip() else "") for number, line in enumerate(stream, start=1))
+        for number, text in lines if text_rows == "line" else _paragraphs(lines, text_rows):
+            if text:
+                yield number, {"text": text}
 
 
 def _has_blank_lines(file: Path) -> bool:
@@ -48,16 +35,21 @@ def _has_blank_lines(file: Path) -> bool:
     return " " in marks.strip()
 
 
-def _paragraphs(stream: Iterator[str]) -> Iterator[tuple[int, str]]:
-    """Runs of lines that are not blank, with the line each begins on."""
-    start, lines = 1, list[str]()
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            if not lines:
-                start = number
-            lines.append(line.rstrip("\n"))
-        elif lines:
-            yield start, "\n".join(lines)
-            lines = []
-    if lines:
-        yield start, "\n".join(lines)
+def _paragraphs(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterator[tuple[int, str]]:
+    """Runs of lines that are not blank, or sections of several, with the line each begins on."""
+    start, size, held = 1, 0, list[str]()
+    for number, paragraph in _runs(lines):
+        if held and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
+            yield start, "\n\n".join(held)
+            size, held = 0, []
+        start = start if held else number
+        held.append(paragraph)
+        size += len(paragraph)
+    yield start, "\n\n".join(held)
+
+
+def _runs(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    for has_text, run in groupby(lines, key=lambda line: bool(line[1])):
+        if has_text:
+            numbered = list(run)
+            yield numbered[0][0], "\n".join(text for _, text in numbered)

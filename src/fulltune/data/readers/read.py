@@ -9,23 +9,26 @@ import codecs
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fulltune.data.readers import columnar, images, plain_text, text_tables
-from fulltune.data.readers.files import files_of, reading
-from fulltune.data.readers.header import SEPARATED, delimiter_of
+from fulltune.data.readers import columnar, conll, images, plain_text, text_tables
+from fulltune.data.readers.files import data_files, reading
+from fulltune.data.readers.header import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.fields import TextRows
 from fulltune.records.run import SplitName
+from fulltune.text import counted
 
 PlacedRow = tuple[str, dict[str, Any]]
+_SHOWN = 5
+"""Broken lines of a file that are named one by one."""
 
 
 @dataclass(frozen=True)
-class Source:
+class DataFiles:
     """The files of one split, read anew, row by row, each time it is asked."""
 
     files: tuple[Path, ...]
@@ -56,11 +59,9 @@ class Source:
             name = file.name if names[file.name] == 1 else str(file)
             try:
                 is_empty = True
-                for line, row in _rows(file, self.text_rows, self.columns):
+                for line, row in self._rows_of(file):
                     is_empty = False
-                    if self.image_paths:
-                        row = images.beside(row, file.parent, self.image_column)
-                    yield f"{name}:{line}", self._as_text(row)
+                    yield f"{name}:{line}", self._whole(row, file.parent)
                 if is_empty:
                     raise DataError(f"{file}: no rows, expected some; add rows, or name another file")
             except DataError as error:
@@ -68,28 +69,52 @@ class Source:
                     raise
                 problems += error.problems
 
-    def _as_text(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Bytes are how some programs write text into a table; an image stays, and what is no text."""
+    def _rows_of(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Pairs of line (or row number, from 1) and row; after the last one, what is wrong with the others."""
+        problems: list[str] = []
+        try:
+            with reading(file):
+                for line, row in self._parsed(file):
+                    if isinstance(row, str):
+                        problems.append(f"{file}:{line}: {row}")
+                    else:
+                        yield line, row
+        except UnicodeDecodeError:
+            raise DataError(f"{file}:{_undecodable_line(file)}: not UTF-8; save the file as UTF-8") from None
+        if more := problems[_SHOWN:]:
+            problems[_SHOWN:] = [f"{file}: {counted(len(more), 'more broken line')}; repair them, too"]
+        if problems:
+            raise DataError(problems)
+
+    def _parsed(self, file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        suffix = file.suffix.lower()
+        if suffix in (".parquet", ".arrow", ".feather"):
+            yield from columnar.rows(file)
+            return
+        _refuse_binary(file)
+        match suffix:
+            case ".csv" | ".tsv":
+                yield from text_tables.separated(file, self.columns)
+            case ".jsonl" | ".ndjson":
+                yield from text_tables.json_lines(file)
+            case ".json":
+                yield from text_tables.json_list(file)
+            case ".txt":
+                yield from plain_text.rows(file, self.text_rows)
+            case _:
+                yield from conll.rows(file)
+
+    def _whole(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Paths of images with their folder; bytes as text, as some programs write it: not of images, nor others."""
+        if self.image_paths:
+            row = images.beside(row, folder, self.image_column)
         if not any(isinstance(value, bytes) for value in row.values()):
             return row
-        kept = images.columns_of(row, self.image_column)
-        return {
-            name: _decoded(value) if isinstance(value, bytes) and name not in kept else value
-            for name, value in row.items()
-        }
+        of_images = images.columns_of(row, self.image_column)
+        return {name: value if name in of_images else _decoded(value) for name, value in row.items()}
 
 
-@dataclass(frozen=True)
-class Table:
-    """All rows of some files, in memory: for files that are read once and are small."""
-
-    rows: list[dict[str, Any]]
-    columns: tuple[str, ...]
-    places: list[str]
-    where: str
-
-
-def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> Source:
+def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None) -> DataFiles:
     """Find the files behind paths; nothing is read yet.
 
     Args:
@@ -104,12 +129,12 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
         folder = Path(paths[0])
         with reading(folder):
             if images.is_image_folder(folder):
-                return Source(tuple(images.files(folder)), folder.name, image_folder=folder)
+                return DataFiles(tuple(images.files(folder)), folder.name, image_folder=folder)
     files: list[Path] = []
     problems: list[str] = []
     for path in paths:
         try:
-            files += files_of(Path(path))
+            files += data_files(Path(path))
         except DataError as error:
             problems += error.problems
     problems += [
@@ -121,32 +146,17 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
     if problems:
         raise DataError(problems)
     where = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    return Source(tuple(files), where, text_rows, columns=columns)
+    return DataFiles(tuple(files), where, text_rows, columns=columns)
 
 
-def read(paths: Sequence[str]) -> Table:
-    """Read and join files.
-
-    Raises:
-        DataError: For a missing, empty, broken or unknown file; all files are looked at before it is raised.
-    """
-    source = locate(paths)
-    problems: list[str] = []
-    found = list(source.rows(problems))
-    if problems:
-        raise DataError(problems)
-    columns = tuple(dict.fromkeys(name for _, row in found for name in row))
-    return Table([row for _, row in found], columns, [place for place, _ in found], source.where)
-
-
-def content_hash(sources: Mapping[SplitName, Source]) -> str:
+def content_hash(splits: Mapping[SplitName, DataFiles]) -> str:
     """SHA-256 over names and bytes of the files of each split: the same content gives the same data stage.
 
     Of an image folder, places, sizes and times of change stand for the bytes: reading a hundred thousand images would
     take longer than all other preparations.
     """
     digest = hashlib.sha256()
-    for split, source in sources.items():
+    for split, source in splits.items():
         digest.update(f"{split}:{len(source.files)}".encode())
         for file in source.files:
             digest.update(os.fsencode(file.name))
@@ -160,44 +170,10 @@ def content_hash(sources: Mapping[SplitName, Source]) -> str:
     return digest.hexdigest()
 
 
-def _rows(
-    file: Path, text_rows: TextRows, columns: tuple[str, ...] | None = None
-) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Pairs of line (or row number, from 1) and row."""
-    is_binary = file.suffix.lower() in (".parquet", ".arrow", ".feather")
-    try:
-        with reading(file):
-            if is_binary:
-                yield from columnar.rows(file)
-                return
-            _refuse_binary(file)
-            match file.suffix.lower():
-                case ".csv" | ".tsv":
-                    yield from text_tables.separated(file, delimiter_of(file), columns)
-                case ".jsonl" | ".ndjson":
-                    yield from text_tables.json_lines(file)
-                case ".json":
-                    yield from text_tables.json_list(file)
-                case ".txt":
-                    yield from plain_text.rows(file, text_rows)
-                case _:
-                    from fulltune.data.readers import conll
-
-                    yield from conll.rows(file)
-    except UnicodeDecodeError:
-        line = _undecodable_line(file)
-        raise DataError(f"{file}:{line}: not UTF-8; save the file as UTF-8") from None
-
-
 def _undecodable_line(file: Path) -> int:
     """The first line that is not UTF-8: a decoding error counts from the start of its block, not of the file."""
     with file.open("rb") as stream:
-        for line, content in enumerate(stream, start=1):
-            try:
-                content.decode("utf-8")
-            except UnicodeDecodeError:
-                return line
-    return 1
+        return next((line for line, content in enumerate(stream, start=1) if isinstance(_decoded(content), bytes)), 1)
 
 
 def _refuse_binary(file: Path) -> None:
@@ -225,8 +201,9 @@ def _refuse_binary(file: Path) -> None:
             line += block.count(b"\n")
 
 
-def _decoded(content: bytes) -> str | bytes:
+def _decoded(value: Any) -> Any:
+    """Bytes in UTF-8 as text; anything else as it is."""
     try:
-        return content.decode("utf-8")
+        return value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError:
-        return content
+        return value
