@@ -104,7 +104,7 @@ def train_with(trainer: Any, rows: Sequence[Row]) -> Timed:
 def train_with_fulltune(recipe: Path, run: Path, rows: Sequence[Row]) -> Timed:
     """Time the steps of fulltune's worker, from the lines that it writes."""
     from fulltune import api
-    from fulltune.records.run import Plan
+    from fulltune.records.plan import Plan
     from fulltune.train import Hooks
     from fulltune.train.request import Request
     from fulltune.train.worker import main as worker

@@ -33,7 +33,7 @@ def with_datasets(file: Path, folder: Path) -> None:
     from datasets import load_dataset
 
     from fulltune.models.processors import load_tokenizer
-    from fulltune.recipe.fields import ModelBlock
+    from fulltune.recipe.model import ModelBlock
 
     tokenizer = load_tokenizer(ModelBlock(name=MODEL))
     rows = load_dataset("csv", data_files=str(file), split="train", cache_dir=str(folder / "cache"))

@@ -112,7 +112,7 @@ def main() -> int:
 def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     """A tiny model and its tokenizer, or image processor, for each task."""
     from fulltune.models import processors
-    from fulltune.recipe.fields import ModelBlock
+    from fulltune.recipe.model import ModelBlock
 
     encoder = tiny.save_model(folder / "bert", "bert")
     models = {

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulltune.records.run import MemoryNeed
+    from fulltune.records.plan import MemoryNeed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -258,7 +258,7 @@ def measure(folder: Path) -> dict[str, Any]:
     import transformers.trainer  # noqa: F401  # what is imported is no memory of the run
 
     from fulltune import api
-    from fulltune.records.run import Plan
+    from fulltune.records.plan import Plan
     from fulltune.train import Hooks
     from fulltune.train.request import Request
     from fulltune.train.worker import attempt  # noqa: F401  # the worker imports `attempt` later

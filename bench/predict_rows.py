@@ -39,7 +39,7 @@ def write_model(folder: Path, name: str) -> None:
 
     from fulltune.models import load as models
     from fulltune.models.processors import load_tokenizer
-    from fulltune.recipe.fields import ModelBlock
+    from fulltune.recipe.model import ModelBlock
     from fulltune.tasks import Target, text_classification
 
     if name == "tiny":

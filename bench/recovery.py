@@ -39,7 +39,7 @@ from tests import tiny
 
 from fulltune import api, pipeline
 from fulltune.errors import FulltuneError
-from fulltune.records.run import Outcome
+from fulltune.records.training import Outcome
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
 

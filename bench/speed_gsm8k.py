@@ -61,7 +61,7 @@ def model_and_tokenizer() -> tuple[Any, Any]:
     """The weights are 4-bit; fulltune's loader makes them fp32 for everyone."""
     from fulltune.models.load import load
     from fulltune.models.processors import load_tokenizer
-    from fulltune.recipe.fields import ModelBlock
+    from fulltune.recipe.model import ModelBlock
 
     block = ModelBlock(name=MODEL)
     return load(block, "AutoModelForCausalLM", {}, head_is_new=False), load_tokenizer(block)

@@ -76,7 +76,8 @@ def write(file: Path, task: str, size_bytes: int, count: int) -> int:
 def with_fulltune(file: Path, task: str, folder: Path) -> None:
     from fulltune import data
     from fulltune.models.processors import load_tokenizer
-    from fulltune.recipe.fields import ModelBlock, Recipe
+    from fulltune.recipe.fields import Recipe
+    from fulltune.recipe.model import ModelBlock
     from fulltune.tasks import task_named
 
     # A fifth each for eval and test: with the usual tenth, ten rows would be too few for three splits.
@@ -92,7 +93,7 @@ def with_datasets(file: Path, folder: Path) -> None:
     from datasets import load_dataset
 
     from fulltune.models.processors import load_tokenizer
-    from fulltune.recipe.fields import ModelBlock
+    from fulltune.recipe.model import ModelBlock
 
     tokenizer = load_tokenizer(ModelBlock(name=MODEL))
 

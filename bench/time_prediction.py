@@ -165,7 +165,7 @@ def tiny(folder: Path) -> str:
     from transformers import BertConfig, BertModel
 
     from fulltune.models.processors import load_tokenizer
-    from fulltune.recipe.fields import ModelBlock
+    from fulltune.recipe.model import ModelBlock
 
     tokenizer = load_tokenizer(ModelBlock(name=MINILM))
     config = BertConfig(

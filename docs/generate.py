@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from fulltune.plan import defaults
+from fulltune.recipe.block import Block
 from fulltune.recipe.elsewhere import PINNED
-from fulltune.recipe.fields import BaseMethod, Block, Recipe, TaskName
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.methods import BaseMethod
+from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.tasks import choices, text_classification
 from fulltune.tasks.columns import USUAL_NAMES
 
@@ -26,7 +27,7 @@ WIDTH = 118
 HEAD = """\
 # The recipe
 
-Written by `make docs` from the fields in `src/fulltune/recipe/fields.py`: change the text there, not here.
+Written by `make docs` from the fields of the blocks in `src/fulltune/recipe/`: change the text there, not here.
 
 A recipe is a YAML file. Two blocks have no default: `model` and `data` (and the name of the `task`). A whole one:
 
@@ -160,11 +161,12 @@ def _bounds(field: FieldInfo) -> list[str]:
 
 
 def _default(field: FieldInfo, may_be_left_out: bool) -> str:
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "**required**"
-    if field.default is None and may_be_left_out:
+    usual = field.get_default(call_default_factory=True)
+    if usual is None and may_be_left_out:
         return "left out by default"
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    value = list(usual) if isinstance(usual, tuple) else usual
     text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     return f"default `{text}`"
 

@@ -9,7 +9,7 @@ from typing import Any
 from fulltune.compare.claims import claims
 from fulltune.records.comparison import ArmRow, Comparison, Expectation, Opening, Search, Tried
 from fulltune.records.differences import ArmScore, ArmStep, Decision, Difference, Finding, Look
-from fulltune.records.run import Estimate, Scores
+from fulltune.records.scores import Estimate, Scores
 
 HOSTILE = (
     "\"</script><img src=x onerror=alert(1)>\" & 'l' | `x` $\\frac{1$ [red]😀 \x1b[31m\u202e שלום\nsecond **line**"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MemoryNeed, Outcome, Plan, StateBytes
+from fulltune.records.plan import MemoryNeed, Plan, StateBytes
+from fulltune.records.training import Outcome
 
 MIB = 2**20
 

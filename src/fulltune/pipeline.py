@@ -15,9 +15,13 @@ from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.footprint import records as footprint
 from fulltune.models import load as model
 from fulltune.models import packing, processors
-from fulltune.recipe.fields import Method, Recipe, TaskName, with_attention
-from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import DataSummary, MemoryNeed, Outcome, Plan, Scores
+from fulltune.recipe.fields import Recipe, with_attention
+from fulltune.recipe.methods import Method
+from fulltune.recipe.tasks import FACTS, TaskName
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.records.scores import Scores
+from fulltune.records.training import Outcome
 from fulltune.stats.paired import paired
 from fulltune.stats.row_scores import measure_of
 from fulltune.system import hardware, run_folder

@@ -895,7 +895,7 @@ def run_here(case: Case, processors: dict[str, Any]) -> Outcome:
 def outcome_of(case: Case, folder: Path, processor: Any) -> Outcome:
     """What prepared rows say."""
     from fulltune.inference.store import load_split, load_texts
-    from fulltune.records.run import DataSummary
+    from fulltune.records.data import DataSummary
 
     labels = DataSummary.load(folder / "summary.json").labels
     used: dict[str, tuple[str, Any, Any, str | None]] = {}

@@ -17,7 +17,8 @@ import yaml
 import fulltune
 from fulltune import errors
 from fulltune.cli.app import app
-from fulltune.recipe.fields import Block, Recipe
+from fulltune.recipe.block import Block
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fulltune.recipe.file import load_recipe
-from fulltune.records.run import DataSummary, Scores
+from fulltune.records.data import DataSummary
+from fulltune.records.scores import Scores
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs

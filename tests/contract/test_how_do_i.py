@@ -18,8 +18,9 @@ from pyarrow import parquet
 import fulltune
 from fulltune.cli.app import app
 from fulltune.errors import RecipeError
-from fulltune.recipe.fields import Recipe, TaskName
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
+from fulltune.recipe.tasks import TaskName
 from tests import tiny
 from tests.contract import command
 from tests.train.runs import in_this_process, without_tracing

@@ -11,7 +11,7 @@ import pytest
 
 from fulltune.data.readers import read, text_tables
 from fulltune.models import processors
-from fulltune.recipe.fields import ModelBlock
+from fulltune.recipe.model import ModelBlock
 from tests import tiny
 from tests.contract import malformed
 

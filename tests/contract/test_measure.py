@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.records.run import Measurements, Outcome, Plan, TimeNeed
+from fulltune.records.plan import Plan, TimeNeed
+from fulltune.records.training import Measurements, Outcome
 from fulltune.train import Hooks
 from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request

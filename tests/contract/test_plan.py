@@ -18,7 +18,8 @@ from fulltune.cli import plan as cli_plan
 from fulltune.cli.show import plan as display_plan
 from fulltune.plan import gpus
 from fulltune.recipe.file import load_recipe
-from fulltune.records.run import Plan, Survey
+from fulltune.records.plan import Plan
+from fulltune.records.survey import Survey
 from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.train import runs

@@ -17,7 +17,7 @@ import transformers
 
 from fulltune import selfcheck
 from fulltune.cli import app as cli
-from fulltune.records.run import StateBytes
+from fulltune.records.plan import StateBytes
 from fulltune.selfcheck import attention, precision, processes, tiny, training
 from fulltune.selfcheck.devices import Check, Device, NotHere, Result, environment
 from fulltune.selfcheck.page import without_names

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fulltune import predict
-from fulltune.records.run import Plan
+from fulltune.records.plan import Plan
 from tests import tiny
 from tests.train import runs
 

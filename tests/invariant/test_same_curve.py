@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from tests import tiny
 from tests.train import runs
 

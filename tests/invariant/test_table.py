@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from fulltune.system.hardware import num_cores
 from tests import tiny
 from tests.invariant.test_same_curve import CASES, losses

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fulltune.records.run import Outcome
+from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from tests import tiny
 from tests.invariant.test_same_curve import NO_DROPOUT, losses

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fulltune import api, pipeline
 from fulltune.footprint import records as footprint
 from fulltune.pipeline import Reached, Run
-from fulltune.records.run import Outcome
+from fulltune.records.training import Outcome
 from fulltune.report.run.read import read_run
 from fulltune.report.verdict import judge
 from fulltune.train import Hooks

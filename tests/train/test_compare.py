@@ -19,7 +19,7 @@ from fulltune.compare import run as comparing
 from fulltune.compare import timing, trials
 from fulltune.errors import DataError, InterruptedRun, RecipeError
 from fulltune.records.comparison import Comparison, Trial
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from fulltune.system.run_folder import recipe_of
 from tests.contract.command import fulltune
 from tests.train.runs import in_this_process

@@ -19,7 +19,8 @@ from fulltune.errors import Diverged, GuardStop
 from fulltune.inference import store
 from fulltune.records.comparison import Search, Trial, TrialResult, Tried
 from fulltune.records.differences import ArmStep, Look
-from fulltune.records.run import Outcome, Plan
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 

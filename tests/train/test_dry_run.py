@@ -16,7 +16,8 @@ import torch
 from fulltune import api, pipeline
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import disk
-from fulltune.records.run import Check, Outcome, Plan
+from fulltune.records.plan import Plan
+from fulltune.records.training import Check, Outcome
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import attempt as attempt_module
 from fulltune.train.worker import dry_run as dry_run_module

@@ -14,7 +14,8 @@ import pytest
 
 from fulltune import pipeline
 from fulltune.errors import SetupError
-from fulltune.records.run import DataSummary, Plan
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
 from fulltune.system.run_folder import recipe_of
 from tests import tiny
 from tests.contract.command import Result, fulltune

@@ -22,7 +22,7 @@ from fulltune.models.processors import image_shape
 from fulltune.plan import resolve as settle
 from fulltune.plan import time
 from fulltune.plan.reasons import Ledger
-from fulltune.recipe.fields import ModelBlock
+from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import LossSettings, Target, task_named
 from tests import tiny
 from tests.unit.plan import sizes

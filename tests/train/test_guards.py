@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fulltune import pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
-from fulltune.records.run import Moved, Outcome
+from fulltune.records.training import Moved, Outcome
 from fulltune.train import checkpoints
 from fulltune.train.loop import callbacks
 from fulltune.train.loop.guards import (

@@ -16,8 +16,8 @@ from fulltune.inference.run import run_rows
 from fulltune.inference.store import load_split, load_texts
 from fulltune.models.load import load
 from fulltune.models.processors import load_tokenizer
-from fulltune.recipe.fields import ModelBlock
-from fulltune.records.run import Outcome
+from fulltune.recipe.model import ModelBlock
+from fulltune.records.training import Outcome
 from fulltune.tasks import LossSettings, Target, text_classification
 from fulltune.train.loop.trainer import layer_depth, layerwise_groups
 from fulltune.train.worker.attempt import load_for_training

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fulltune import methods, predict
 from fulltune.inference.store import load_texts
-from fulltune.recipe.fields import FullMethod
+from fulltune.recipe.methods import FullMethod
 from tests import tiny
 from tests.train import runs
 

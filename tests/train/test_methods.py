@@ -22,7 +22,7 @@ from fulltune.inference.run import model_batch
 from fulltune.methods import folder as folders
 from fulltune.pipeline import Reached
 from fulltune.plan import disk, memory
-from fulltune.recipe.fields import LoraMethod, Method
+from fulltune.recipe.methods import LoraMethod, Method
 from fulltune.tasks import task_named
 from fulltune.train.worker.weights import InitialWeights
 from tests import tiny

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fulltune.errors import GuardStop
-from fulltune.records.run import Outcome
+from fulltune.records.training import Outcome
 from fulltune.train.worker.weights import InitialWeights
 from tests import tiny
 from tests.train import runs

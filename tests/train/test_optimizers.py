@@ -16,7 +16,7 @@ from transformers import Adafactor
 from fulltune import pipeline
 from fulltune.errors import GuardStop, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import Outcome
+from fulltune.records.training import Outcome
 from fulltune.train import Hooks
 from fulltune.train.loop import arguments
 from fulltune.train.loop.arguments import check_extra

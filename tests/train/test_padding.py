@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fulltune.inference.run import embeddings, generate, run_rows
 from fulltune.models.load import load
 from fulltune.models.processors import load_tokenizer
-from fulltune.recipe.fields import ModelBlock
+from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, causal_lm, text_classification
 from tests import tiny
 

@@ -14,7 +14,8 @@ from fulltune import pipeline
 from fulltune.errors import DoesNotFitError, InterruptedRun
 from fulltune.evaluate import scoring
 from fulltune.inference.run import run_rows
-from fulltune.records.run import Outcome, Plan
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome
 from fulltune.train import checkpoints
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.parent import retry as attempts

@@ -20,7 +20,7 @@ import torch
 from fulltune import pipeline
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.inference.store import load_split
-from fulltune.records.run import Outcome
+from fulltune.records.training import Outcome
 from fulltune.tasks import text_classification
 from fulltune.train import checkpoints, run_time
 from fulltune.train.loop.trainer import FullTrainer

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fulltune.errors import GuardStop, InterruptedRun
-from fulltune.records.run import Outcome, Plan
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome
 from fulltune.train import Hooks, Starter, in_new_process, nursery, train
 from fulltune.train.request import Request
 from tests import tiny

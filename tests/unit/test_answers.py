@@ -14,7 +14,7 @@ from fulltune.cli.show.run import _cell
 from fulltune.errors import SetupError
 from fulltune.evaluate.language import _drawn, _left_out
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import Estimate
+from fulltune.records.scores import Estimate
 from fulltune.report.format import words
 from fulltune.stats.metric_intervals import resample
 from fulltune.tasks import Target, causal_lm, seq2seq

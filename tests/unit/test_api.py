@@ -11,7 +11,8 @@ import pytest
 import fulltune
 from fulltune.errors import RecipeError, SetupError
 from fulltune.pipeline import Reached
-from fulltune.records.run import DataSummary, Estimate, Scores, SplitSummary
+from fulltune.records.data import DataSummary, SplitSummary
+from fulltune.records.scores import Estimate, Scores
 from tests import tiny
 
 

@@ -13,7 +13,7 @@ import transformers
 from fulltune.models import load as models
 from fulltune.models.checkpoint_head import Head, by_name, settled
 from fulltune.plan import defaults
-from fulltune.recipe.fields import ModelBlock
+from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
 from tests import tiny
 

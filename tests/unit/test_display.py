@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from fulltune.cli.show import run as display
-from fulltune.records.run import DataSummary, SplitSummary
+from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.report.verdict import Kind, Verdict
 
 BRIEF = "On the same 200 test rows, the accuracy of full-seed42 is 13.0 points lower than that of majority class."

@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from fulltune.train.hooks import Hooks
 
 SCRIPT = """

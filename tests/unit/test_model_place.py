@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from fulltune.errors import SetupError
 from fulltune.methods.folder import share
 from fulltune.models import load as model
-from fulltune.recipe.fields import ModelBlock
+from fulltune.recipe.model import ModelBlock
 from tests import tiny
 
 

@@ -10,8 +10,9 @@ import pytest
 from fulltune import pipeline
 from fulltune.cli import plan as cli_plan
 from fulltune.errors import RecipeError
-from fulltune.recipe.fields import TAKEN, Recipe
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
+from fulltune.recipe.methods import TAKEN
 from fulltune.text import parse_seconds
 
 SMALL: dict[str, Any] = {"model": "some/model", "task": "causal-lm", "data": {"train": "a.jsonl"}}

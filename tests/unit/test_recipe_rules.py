@@ -12,9 +12,9 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
-from fulltune.recipe.fields import Recipe, TaskName
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.tasks import task_named
 
 WRONG = """\

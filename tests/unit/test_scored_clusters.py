@@ -14,7 +14,7 @@ from fulltune import evaluate
 from fulltune.evaluate import classifiers, language, spans
 from fulltune.evaluate.scoring import Bench
 from fulltune.inference.store import RowWriter, record_batch, save_clusters, words
-from fulltune.records.run import Scores
+from fulltune.records.scores import Scores
 from fulltune.stats.metric_intervals import Resampled, resample
 from fulltune.stats.paired import paired
 from fulltune.tasks import PLACE, Target, task_named

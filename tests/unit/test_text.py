@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from fulltune import text
-from fulltune.recipe.fields import TrainBlock
+from fulltune.recipe.training import TrainBlock
 
 
 @pytest.mark.parametrize(

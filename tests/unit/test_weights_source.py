@@ -10,7 +10,7 @@ import pytest
 
 from fulltune.errors import SetupError
 from fulltune.models import load as model
-from fulltune.recipe.fields import ModelBlock
+from fulltune.recipe.model import ModelBlock
 
 
 @pytest.mark.parametrize(("kind", "quantised"), [("F32", False), ("Q8_0", True)])

@@ -11,7 +11,7 @@ import pytest
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.records.run import StateBytes
+from fulltune.records.plan import StateBytes
 from fulltune.system import deepspeed
 from tests import tiny
 

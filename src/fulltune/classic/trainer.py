@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from fulltune.classic.arguments import notice, signed
 from fulltune.classic.dry_run import copied, dry_run, same_randomness
 from fulltune.errors import GuardStop
-from fulltune.records.run import Moved
+from fulltune.records.training import Moved
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guards import came_apart, ended_high, nothing_learned, ran_away
 from fulltune.train.loop.trainer import FiniteGuard

@@ -204,7 +204,7 @@ def plan(
     """Settle every number, each with its reason; show memory, placements, time and what else could be done."""
     from fulltune.cli.show import measure as display_measure
     from fulltune.cli.show import plan as display_plan
-    from fulltune.records.run import Measurements
+    from fulltune.records.training import Measurements
 
     options = cli_plan.Options(hardware, rows, tokens, price, tasks, preserve, goal)
     if measure:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
-from fulltune.recipe.fields import Arm, Recipe
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.methods import Arm
 from fulltune.text import parse_seconds
 
 if TYPE_CHECKING:

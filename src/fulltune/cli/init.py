@@ -17,9 +17,9 @@ from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.images import is_image_folder
 from fulltune.data.readers.read import locate
 from fulltune.errors import DataError, SetupError
-from fulltune.recipe.fields import DataBlock, TaskName
-from fulltune.recipe.tasks import FACTS, READ_BY
-from fulltune.records.run import SplitName as Split
+from fulltune.recipe.data import DataBlock
+from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
+from fulltune.records.data import SplitName as Split
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import unreadable

@@ -14,7 +14,10 @@ from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.tasks import FACTS, ProblemType
-from fulltune.records.run import DataSummary, Measurements, Plan, SplitSummary, Survey
+from fulltune.records.data import DataSummary, SplitSummary
+from fulltune.records.plan import Plan
+from fulltune.records.survey import Survey
+from fulltune.records.training import Measurements
 
 if TYPE_CHECKING:
     from fulltune.footprint.records import Footprint

@@ -25,7 +25,7 @@ from fulltune.inference.store import clusters_of
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation, Opening, Search
 from fulltune.records.differences import Decision
-from fulltune.records.run import Estimate, Scores
+from fulltune.records.scores import Estimate, Scores
 from fulltune.stats.bootstrap import draw
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder

@@ -21,7 +21,8 @@ from fulltune.models import load as model
 from fulltune.models import processors
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Trial
-from fulltune.records.run import DataSummary, Plan
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
 from fulltune.stats import row_scores
 from fulltune.system import hardware
 from fulltune.tasks import Target, task_named

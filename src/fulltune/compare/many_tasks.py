@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from fulltune.records.comparison import ArmRow, Comparison, ManyTasks, TaskPart, Way
-from fulltune.records.run import Estimate
+from fulltune.records.scores import Estimate
 
 
 def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str], shares: bool) -> ManyTasks:

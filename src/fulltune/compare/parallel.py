@@ -27,7 +27,7 @@ from fulltune.compare.trials import is_done, settle
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.records.comparison import Trial
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from fulltune.system import hardware, run_folder
 from fulltune.text import in_words
 from fulltune.train.parent.spawn import end_with

@@ -27,7 +27,8 @@ from fulltune.compare.table_rows import design_of_rows
 from fulltune.errors import RecipeError
 from fulltune.evaluate.generic_text import generic_texts
 from fulltune.models import load as model
-from fulltune.recipe.fields import RIVALS, Recipe
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.methods import RIVALS
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation, ManyTasks, Search
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding

@@ -18,7 +18,7 @@ from fulltune.compare.verdict import ArmItems
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
-from fulltune.recipe.fields import RIVALS
+from fulltune.recipe.methods import RIVALS
 from fulltune.records.comparison import Expectation, Search, Trial, TrialResult
 from fulltune.records.differences import Look
 from fulltune.stats import row_scores

@@ -16,7 +16,7 @@ from fulltune.evaluate import drift, outputs
 from fulltune.models import load as model
 from fulltune.records.comparison import ArmRow, Opening, Search, TrialResult
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Decision, Look
-from fulltune.records.run import Estimate, Scores
+from fulltune.records.scores import Estimate, Scores
 
 
 def rows_of(

@@ -10,7 +10,7 @@ from typing import Any
 from fulltune.compare import design, rate_search
 from fulltune.compare.context import CLOCK, FOLDER, Line, lines_of
 from fulltune.compare.trials import is_done
-from fulltune.recipe.fields import RIVALS
+from fulltune.recipe.methods import RIVALS
 from fulltune.records.comparison import Trial, TrialResult
 
 START_SECONDS, CHECKS_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 5.0, 10.0

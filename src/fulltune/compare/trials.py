@@ -15,7 +15,8 @@ from fulltune.compare.context import FOLDER, OPEN, SEALED, Line
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.records.comparison import Trial, TrialResult
-from fulltune.records.run import Outcome, Plan
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome
 from fulltune.train import Hooks, run_seconds, train
 
 

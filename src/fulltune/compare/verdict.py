@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fulltune.recipe.fields import RIVALS
+from fulltune.recipe.methods import RIVALS
 from fulltune.records.differences import ArmKind, ArmScore, Decision, Difference, VerdictKind
 from fulltune.stats.bootstrap import SAMPLES, Drawn, draw
 from fulltune.stats.intervals import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fulltune.errors import DataError
-from fulltune.records.run import SplitName
+from fulltune.records.data import SplitName
 
 MOST_LEFT_OUT = 0.05
 """Share of a file's rows that may be unusable; more points to a wrong column or a broken export."""

@@ -22,7 +22,7 @@ from fulltune.data.readers.read import PlacedRow
 from fulltune.data.sampling import draw
 from fulltune.errors import SetupError
 from fulltune.inference.store import RowWriter, record_batch, words
-from fulltune.recipe.fields import TaskName
+from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
 from fulltune.tasks import LENGTH, Example, Refused, Target, task_named
 from fulltune.tasks.columns import as_text, normalised, unreadable, windows

@@ -43,8 +43,8 @@ from fulltune.inference.store import RowWriter, batches, load_split, readable, s
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import DataSummary, Preview, SplitSummary
-from fulltune.records.run import SplitName as Split
+from fulltune.records.data import DataSummary, Preview, SplitSummary
+from fulltune.records.data import SplitName as Split
 from fulltune.tasks import Target, Task
 
 if TYPE_CHECKING:

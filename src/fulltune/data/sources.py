@@ -14,7 +14,7 @@ from fulltune.data.sampling import sample
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import SplitName
+from fulltune.records.data import SplitName
 from fulltune.tasks import PLACE, Target, Task
 from fulltune.tasks.columns import is_whole, unreadable
 

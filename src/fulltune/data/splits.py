@@ -14,7 +14,7 @@ from fulltune.data.sources import SourceRows
 from fulltune.data.split import MOST_HELD_OUT_ROWS, split_off
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import SplitName as Split
+from fulltune.records.data import SplitName as Split
 from fulltune.tasks import Target
 
 SPLITS: tuple[Split, ...] = ("train", "eval", "test")

@@ -15,8 +15,12 @@ from typing import Any
 
 from fulltune.errors import SetupError
 from fulltune.evaluate.scoring import Bench, Scored, UserMetrics
-from fulltune.recipe.fields import Recipe, TaskName, with_attention
-from fulltune.records.run import DataSummary, Estimate, Outcome, Plan, Scores
+from fulltune.recipe.fields import Recipe, with_attention
+from fulltune.recipe.tasks import TaskName
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
+from fulltune.records.scores import Estimate, Scores
+from fulltune.records.training import Outcome
 from fulltune.stats.calibration import temperature_of
 from fulltune.stats.metric_intervals import Resampled
 from fulltune.system.out_of_memory import does_not_fit, is_out_of_memory

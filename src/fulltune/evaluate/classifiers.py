@@ -11,7 +11,8 @@ import numpy as np
 from fulltune.evaluate.scoring import WORST, Bench, Scored
 from fulltune.inference.run import Share, embeddings
 from fulltune.models.processors import opened
-from fulltune.records.run import MOST_EMBEDDED, Confusion
+from fulltune.records.plan import MOST_EMBEDDED
+from fulltune.records.scores import Confusion
 from fulltune.stats.calibration import calibrate
 from fulltune.tasks import Predictions, image_classification, multiple_choice, text_classification
 

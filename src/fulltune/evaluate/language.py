@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fulltune.evaluate.scoring import Bench, Scored
 from fulltune.inference.run import generate
-from fulltune.records.run import Answer
+from fulltune.records.scores import Answer
 from fulltune.stats.metric_intervals import Resampled
 from fulltune.tasks import causal_lm, seq2seq
 

@@ -16,8 +16,10 @@ from fulltune.inference.store import CLUSTERS, clusters_of, load_split, load_tex
 from fulltune.methods import folder
 from fulltune.models import load as models
 from fulltune.models.processors import load_processor
-from fulltune.recipe.fields import ModelBlock, Recipe
-from fulltune.records.run import Plan, Scores
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.model import ModelBlock
+from fulltune.records.plan import Plan
+from fulltune.records.scores import Scores
 from fulltune.stats.metric_intervals import Resampled, resample
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task

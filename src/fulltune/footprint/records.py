@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from fulltune.records.run import Record
+from fulltune.records.base import Record
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

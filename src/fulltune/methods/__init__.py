@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
-from fulltune.recipe.fields import Arm, Method, PromptMethod, Recipe, TaskName
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.methods import Arm, Method, PromptMethod
+from fulltune.recipe.tasks import FACTS, TaskName
 
 if TYPE_CHECKING:
     from torch.nn import Parameter

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulltune.errors import RecipeError
-from fulltune.recipe.fields import AdapterMethod
+from fulltune.recipe.methods import AdapterMethod
 
 PROJECTIONS = (
     *("attention.output.dense", "output.dense", "attention.dense", "ffn_output"),  # BERT, RoBERTa, ELECTRA, ALBERT

@@ -18,8 +18,9 @@ from fulltune.errors import SetupError
 from fulltune.methods import PROMPT_MODULE, Applied, apply, trained
 from fulltune.models import load as models
 from fulltune.models.processors import load_processor
-from fulltune.recipe.fields import Method, ModelBlock, TaskName
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.methods import Method
+from fulltune.recipe.model import ModelBlock
+from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.tasks import Target, task_named
 
 NOTES = "fulltune.json"

@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any
 
 from fulltune.errors import RecipeError
-from fulltune.recipe.fields import TaskName
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.tasks import FACTS, TaskName
 
 
 def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:

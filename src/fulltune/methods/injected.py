@@ -7,8 +7,8 @@ import warnings
 from typing import Any
 
 from fulltune.errors import RecipeError
-from fulltune.recipe.fields import LoraMethod, PeftMethod, TaskName
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.methods import LoraMethod, PeftMethod
+from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system.out_of_memory import is_out_of_memory
 
 _FROM_VALUES = "what it trains follows from the weights' values, which the plan does not read"

@@ -17,7 +17,8 @@ from torch import nn
 
 from fulltune.errors import RecipeError
 from fulltune.methods import PROMPT_MODULE
-from fulltune.recipe.fields import PromptMethod, TaskName
+from fulltune.recipe.methods import PromptMethod
+from fulltune.recipe.tasks import TaskName
 
 _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
 

@@ -24,8 +24,8 @@ from urllib.request import getproxies
 from fulltune.errors import SetupError
 from fulltune.models import checkpoint_head
 from fulltune.models.checkpoint_head import Head
-from fulltune.recipe.fields import ModelBlock
-from fulltune.records.run import Record
+from fulltune.recipe.model import ModelBlock
+from fulltune.records.base import Record
 from fulltune.system.run_folder import IDENTITY
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.models.load import Source, load_config, locate, reading
-from fulltune.recipe.fields import ModelBlock, TaskName
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.model import ModelBlock
+from fulltune.recipe.tasks import FACTS, TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

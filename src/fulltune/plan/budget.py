@@ -11,7 +11,7 @@ from fulltune.models.load import Shapes
 from fulltune.plan import memory, sharded
 from fulltune.plan.memory import Levers
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MemoryKind, MemoryNeed, Phase, StateBytes
+from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, StateBytes
 from fulltune.system import deepspeed
 from fulltune.system.hardware import Machine
 from fulltune.text import in_words, parse_bytes

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fulltune.plan import disk, memory, time
 from fulltune.plan.memory import Levers
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary, Plan
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
 
 
 def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -> Plan:

@@ -7,7 +7,7 @@ fine-tuning at a tenth of LoRA's 3e-4 to 1e-3); our own runs with MiniLM-L6 on B
 
 from __future__ import annotations
 
-from fulltune.recipe.fields import Method
+from fulltune.recipe.methods import Method
 from fulltune.recipe.tasks import FACTS
 
 Chosen = tuple[float, str]

@@ -8,7 +8,8 @@ from fulltune.errors import DoesNotFitError
 from fulltune.plan import memory, sharded, ways_out
 from fulltune.plan.memory import Levers
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DiskNeed, WayOut
+from fulltune.records.plan import DiskNeed
+from fulltune.records.survey import WayOut
 from fulltune.system import deepspeed
 from fulltune.text import in_words
 

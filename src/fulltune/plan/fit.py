@@ -14,7 +14,8 @@ from fulltune.plan.reasons import Ledger
 from fulltune.plan.workload import Task, load_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import greater_is_better
-from fulltune.records.run import DataSummary, Plan
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
 from fulltune.system import deepspeed
 from fulltune.text import parse_bytes
 

@@ -14,7 +14,7 @@ import re
 from typing import Literal
 
 from fulltune.errors import RecipeError
-from fulltune.records.run import Record
+from fulltune.records.base import Record
 from fulltune.system.hardware import Gpu, Machine
 
 GB, GIB = 10**9, 2**30

@@ -14,7 +14,8 @@ from fulltune.plan.memory import Levers
 from fulltune.plan.reasons import Ledger
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import DataSummary, MemoryNeed
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import MemoryNeed
 from fulltune.system import deepspeed
 from fulltune.text import in_words
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fulltune.footprint.records import Footprint, Kind
 from fulltune.models.load import Shapes
-from fulltune.records.run import MemoryKind, MemoryNeed, Phase, StateBytes
+from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, StateBytes
 
 BYTES = {"fp32": 4, "bf16": 2}
 

@@ -45,7 +45,8 @@ from fulltune.plan.gpus import Fleet
 from fulltune.plan.levers import COMFORTABLE, fastest
 from fulltune.plan.memory import Levers
 from fulltune.plan.ways_out import in_yaml
-from fulltune.records.run import MemoryKind, MemoryNeed, Placement
+from fulltune.records.plan import MemoryKind, MemoryNeed
+from fulltune.records.survey import Placement
 from fulltune.system import deepspeed as zero
 
 LINK_SHARE = 0.8

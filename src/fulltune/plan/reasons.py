@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fulltune.records.run import Setting
+from fulltune.records.plan import Setting
 
 FROM_RECIPE = "from the recipe"
 

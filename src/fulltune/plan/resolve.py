@@ -14,7 +14,8 @@ from fulltune.plan.reasons import FROM_RECIPE, Ledger
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import DataSummary, Setting
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Setting
 from fulltune.system.hardware import Machine
 
 LEAST_BF16_SPEEDUP = 1.2

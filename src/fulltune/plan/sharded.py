@@ -8,7 +8,7 @@ from fulltune.footprint.records import Footprint, Moment
 from fulltune.models.load import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import Levers
-from fulltune.records.run import MemoryKind, StateBytes
+from fulltune.records.plan import MemoryKind, StateBytes
 from fulltune.system import deepspeed
 
 DEEPSPEED = (2, 4, 12)

@@ -27,7 +27,8 @@ from fulltune.footprint.records import Footprint
 from fulltune.models.load import Shapes
 from fulltune.plan.gpus import Fleet
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import DataSummary, Plan, TimeNeed
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan, TimeNeed
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))

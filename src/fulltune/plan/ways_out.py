@@ -9,7 +9,8 @@ from typing import Any
 
 from fulltune.plan.memory import Levers
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DiskNeed, MemoryNeed, Placement, WayOut
+from fulltune.records.plan import DiskNeed, MemoryNeed
+from fulltune.records.survey import Placement, WayOut
 from fulltune.system import deepspeed
 from fulltune.text import in_words
 

@@ -16,7 +16,8 @@ from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.reasons import Ledger
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary, MemoryKind, MemoryNeed, Phase, Plan
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan
 from fulltune.system import deepspeed
 from fulltune.text import parse_bytes
 

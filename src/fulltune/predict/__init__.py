@@ -12,7 +12,7 @@ from fulltune.methods import folder as folders
 from fulltune.models import load as models
 from fulltune.models.processors import load_processor
 from fulltune.predict.predictor import Answered, Predictor
-from fulltune.recipe.fields import ModelBlock
+from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS
 from fulltune.system.run_folder import comparison_of
 from fulltune.tasks import tags

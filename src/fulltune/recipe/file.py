@@ -18,7 +18,9 @@ from pydantic import BaseModel, ValidationError
 from fulltune.errors import RecipeError
 from fulltune.recipe import elsewhere as recipe_elsewhere
 from fulltune.recipe import rules as recipe_rules
-from fulltune.recipe.fields import NAME, Recipe, resolve_paths
+from fulltune.recipe.block import NAME
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.paths import resolve_paths
 from fulltune.text import did_you_mean, near_names
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")

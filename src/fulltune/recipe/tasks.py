@@ -9,6 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+TaskName = Literal[
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+    "image-classification",
+    "causal-lm",
+    "seq2seq",
+]
 ProblemType = Literal[
     "single_label",
     "multi_label",

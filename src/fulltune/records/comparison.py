@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fulltune.records.base import Record
 from fulltune.records.differences import Decision, Finding, Look
-from fulltune.records.run import Estimate, Record, Scores
+from fulltune.records.scores import Estimate, Scores
 
 
 class Trial(Record):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fulltune.records.run import Record
+from fulltune.records.base import Record
 
 ArmKind = Literal["base", "head", "full", "lora", "adapter", "prompt", "peft"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace as replace_fields
 from pathlib import Path
 
-from fulltune.records.run import Scores
+from fulltune.records.scores import Scores
 from fulltune.report.comparison.many_tasks import write_tasks
 from fulltune.report.comparison.page import write_proof
 from fulltune.report.files import replace

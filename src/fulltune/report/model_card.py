@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import Plan, Scores
+from fulltune.records.plan import Plan
+from fulltune.records.scores import Scores
 from fulltune.report.format import words
 from fulltune.report.format.markdown import escaped, fenced, table
 from fulltune.report.run import kinds

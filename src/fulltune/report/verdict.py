@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fulltune.records.run import Estimate, Scores
+from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format import words
 from fulltune.text import is_share
 

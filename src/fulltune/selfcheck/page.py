@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from fulltune.records.run import Record
+from fulltune.records.base import Record
 
 Status = Literal["pass", "fail", "not here"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from fulltune.records.run import Calibration
+from fulltune.records.scores import Calibration
 
 BINS = 15
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.records.run import Estimate
+from fulltune.records.scores import Estimate
 
 
 @dataclass(frozen=True)

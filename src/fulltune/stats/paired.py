@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fulltune.records.run import Estimate
+from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Drawn
 from fulltune.stats.intervals import NO_SPREAD, difference
 from fulltune.stats.metric_intervals import Resampled

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fulltune.errors import SetupError
-from fulltune.recipe.fields import TaskName
-from fulltune.recipe.tasks import greater_is_better
+from fulltune.recipe.tasks import TaskName, greater_is_better
 from fulltune.tasks import Predictions, Target, question_answering, task_named
 from fulltune.tasks.text_classification import NUMBER_METRICS, predict_labels
 

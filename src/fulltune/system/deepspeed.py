@@ -14,7 +14,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MemoryKind, StateBytes
+from fulltune.records.plan import MemoryKind, StateBytes
 
 NAME = "train.extra.deepspeed"
 AUTO = "auto"

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from fulltune.errors import SetupError
-from fulltune.records.run import Record
+from fulltune.records.base import Record
 
 _MEASURED = "FULLTUNE_BF16_SPEEDUP"
 """Variable that keeps the measured ratio for this process and its children."""

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fulltune.recipe.fields import DataBlock, TaskName
-from fulltune.recipe.tasks import ProblemType, TaskFacts
-from fulltune.records.run import Answer, DataSummary, Preview
+from fulltune.recipe.data import DataBlock
+from fulltune.recipe.tasks import ProblemType, TaskFacts, TaskName
+from fulltune.records.data import DataSummary, Preview
+from fulltune.records.scores import Answer
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fulltune.errors import DataError
-from fulltune.recipe.fields import DataBlock
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Row, Target
 from fulltune.tasks.columns import as_text, named, usual
 from fulltune.tasks.labels import is_empty, label_name, parsed_list

@@ -14,8 +14,8 @@ import numpy as np
 from fulltune.errors import DataError, RecipeError
 from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
 from fulltune.recipe import tasks as recipe_tasks
-from fulltune.recipe.fields import DataBlock
-from fulltune.records.run import Preview, Segment
+from fulltune.recipe.data import DataBlock
+from fulltune.records.data import Preview, Segment
 from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, Target, labels
 from fulltune.tasks.columns import required
 from fulltune.tasks.labels import is_empty, label_name

@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any
 
 from fulltune.errors import DataError
-from fulltune.recipe.fields import DataBlock
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import PLACE, Row, Target
 from fulltune.tasks.columns import literal
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import tasks as recipe_tasks
-from fulltune.recipe.fields import DataBlock
-from fulltune.records.run import Answer, Preview, Segment
+from fulltune.recipe.data import DataBlock
+from fulltune.records.data import Preview, Segment
+from fulltune.records.scores import Answer
 from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, Target
 from fulltune.tasks.choices import choice_texts as choice_texts
 from fulltune.tasks.choices import find_columns as find_columns

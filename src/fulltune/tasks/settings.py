@@ -5,7 +5,7 @@ from __future__ import annotations
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import SMOOTHING
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fulltune.errors import DataError
-from fulltune.recipe.fields import DataBlock
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import PLACE, Refused, Row, Target
 from fulltune.tasks.columns import is_blank, literal
 

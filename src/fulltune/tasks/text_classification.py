@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.recipe import tasks as recipe_tasks
-from fulltune.recipe.fields import DataBlock
-from fulltune.records.run import Answer, Preview, Segment
+from fulltune.recipe.data import DataBlock
+from fulltune.records.data import Preview, Segment
+from fulltune.records.scores import Answer
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
 from fulltune.tasks.columns import as_text, is_blank, named, normalised, required
 from fulltune.tasks.labels import find_target as find_target

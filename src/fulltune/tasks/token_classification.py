@@ -9,8 +9,9 @@ import numpy as np
 
 from fulltune.errors import SetupError
 from fulltune.recipe import tasks as recipe_tasks
-from fulltune.recipe.fields import DataBlock
-from fulltune.records.run import Answer, Preview, Segment
+from fulltune.recipe.data import DataBlock
+from fulltune.records.data import Preview, Segment
+from fulltune.records.scores import Answer
 from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, tags
 from fulltune.tasks.columns import normalised, required
 from fulltune.tasks.tags import find_target as find_target

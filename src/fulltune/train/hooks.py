@@ -12,7 +12,7 @@ from typing import Any
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from fulltune.system import deepspeed
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
-from fulltune.records.run import Phase
+from fulltune.records.plan import Phase
 
 PHASE_FILE = "phase"
 """What the attempt was doing, for the parent of a process that was killed and could not say it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fulltune.recipe.fields import Recipe, with_attention
-from fulltune.records.run import Plan, Record
+from fulltune.records.base import Record
+from fulltune.records.plan import Plan
 
 
 class Request(Record):

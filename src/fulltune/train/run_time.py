@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fulltune.records.run import Outcome
+from fulltune.records.training import Outcome
 from fulltune.train import checkpoints
 from fulltune.train.request import Request
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.recipe.fields import TaskName
+from fulltune.recipe.tasks import TaskName
 from fulltune.stats.row_scores import measure_of, right_rows
 from fulltune.tasks import Target, task_named, token_classification
 from fulltune.tasks.token_classification import ragged

@@ -14,7 +14,7 @@ import pytest
 
 from fulltune import data
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from tests import tiny
 

@@ -14,7 +14,7 @@ from fulltune.data import near
 from fulltune.errors import RecipeError
 from fulltune.inference.store import clusters_of, load_split, load_texts
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from tests import tiny
 

@@ -8,7 +8,7 @@ import pytest
 
 from fulltune.data.readers import plain_text
 from fulltune.data.readers.read import locate
-from fulltune.recipe.fields import TextRows
+from fulltune.recipe.data import TextRows
 
 BOOK = "\n\nOne\ntwo  \n\n \nThree\n\n\n\nFour\nfive"
 

@@ -15,7 +15,7 @@ from fulltune import data
 from fulltune.data.sources import SourceRows, describe
 from fulltune.inference.store import WORDS, batches, load_split, load_texts
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 from fulltune.tasks import Target, question_answering, task_named
 from tests import tiny
 

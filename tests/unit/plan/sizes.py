@@ -8,7 +8,7 @@ from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.load import Shapes
 from fulltune.plan.workload import Task
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary, SplitSummary
+from fulltune.records.data import DataSummary, SplitSummary
 
 GB, GIB = 10**9, 2**30
 LLAMA = Shapes(

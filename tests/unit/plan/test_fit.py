@@ -15,7 +15,8 @@ from fulltune.plan import levers as choosing
 from fulltune.plan.budget import LIBRARIES_BYTES, Room
 from fulltune.plan.memory import Levers
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary, MemoryNeed, Plan, SplitSummary, StateBytes
+from fulltune.records.data import DataSummary, SplitSummary
+from fulltune.records.plan import MemoryNeed, Plan, StateBytes
 from fulltune.system.hardware import Gpu, Machine
 from tests import plans
 from tests.unit.plan import sizes

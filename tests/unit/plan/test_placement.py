@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.plan import gpus, placement
 from fulltune.plan.workload import Task, load_of
-from fulltune.records.run import Placement
+from fulltune.records.survey import Placement
 from tests.unit.plan import sizes
 
 P = sizes.LLAMA.num_parameters

@@ -15,7 +15,8 @@ from fulltune.plan.elsewhere.alternatives import automatic
 from fulltune.plan.elsewhere.survey import Wishes, survey, with_settings, with_time
 from fulltune.plan.fit import fit
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import Plan, Survey
+from fulltune.records.plan import Plan
+from fulltune.records.survey import Survey
 from fulltune.text import in_words
 from tests.unit.plan import sizes
 

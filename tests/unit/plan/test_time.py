@@ -6,7 +6,7 @@ import pytest
 
 from fulltune.errors import RecipeError
 from fulltune.plan import gpus, time
-from fulltune.records.run import DiskNeed
+from fulltune.records.plan import DiskNeed
 from tests import plans
 from tests.unit.plan import sizes
 

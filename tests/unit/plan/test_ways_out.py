@@ -10,7 +10,7 @@ import pytest
 from fulltune.plan import disk, gpus, placement, ways_out
 from fulltune.plan.memory import Levers
 from fulltune.plan.workload import load_of
-from fulltune.records.run import DiskNeed, MemoryNeed
+from fulltune.records.plan import DiskNeed, MemoryNeed
 from tests import plans
 from tests.unit.plan import sizes
 

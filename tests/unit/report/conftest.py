@@ -11,26 +11,11 @@ from typing import Any
 
 import pytest
 
-from fulltune.records.run import (
-    Answer,
-    Calibration,
-    Check,
-    Confusion,
-    DataSummary,
-    Environment,
-    Estimate,
-    Measurements,
-    MemoryNeed,
-    Moved,
-    Outcome,
-    Plan,
-    Preview,
-    Scores,
-    Segment,
-    Setting,
-    SplitSummary,
-    StateBytes,
-)
+from fulltune.records.data import DataSummary, Preview, Segment, SplitSummary
+from fulltune.records.plan import MemoryNeed, Plan, Setting, StateBytes
+from fulltune.records.run import Environment
+from fulltune.records.scores import Answer, Calibration, Confusion, Estimate, Scores
+from fulltune.records.training import Check, Measurements, Moved, Outcome
 
 HOSTILE = "He wrote \"</script><img src=x onerror=alert(1)>\" & 'left' | `x` 😀 \x1b[31m\u202e שלום\nsecond line"
 LABELS = ("card arrival", "lost or stolen", "exchange rate <b>", "top up", "مرحبا")

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from fulltune import report
-from fulltune.records.run import Calibration, DataSummary, Estimate, Plan, Scores, Setting
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan, Setting
+from fulltune.records.scores import Calibration, Estimate, Scores
 from fulltune.stats.calibration import ALL_RIGHT
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fulltune import report
-from fulltune.records.run import Answer, DataSummary, Preview, Segment
+from fulltune.records.data import DataSummary, Preview, Segment
+from fulltune.records.scores import Answer
 from fulltune.report.run import kinds
 from fulltune.report.run.content import loading_code
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fulltune.records.run import Confusion, Estimate
+from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.content import conclude
 from fulltune.report.run.next_steps import Seen, next_steps
 from fulltune.report.run.read import read_run

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from fulltune.records.run import (
+from fulltune.records.plan import (
     BASELINES,
     DRY_RUN,
     STARTING,
     TRAINED,
-    Command,
     DiskNeed,
     MemoryNeed,
     Plan,
     TimeNeed,
     TimePart,
 )
+from fulltune.records.run import Command
 from fulltune.report.format.blocks import Paragraph, Section, Table
 from fulltune.report.run.about_resources import resources
 from fulltune.report.run.read import read_run

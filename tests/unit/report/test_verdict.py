@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fulltune.records.run import Estimate, Scores
+from fulltune.records.scores import Estimate, Scores
 from fulltune.report.verdict import judge
 
 BASELINE = "nearest centroid"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fulltune.records.run import Calibration
+from fulltune.records.scores import Calibration
 from fulltune.report.format import words
 from fulltune.report.run.about_scores import calibration_in_words
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune import report
-from fulltune.records.run import Answer, Confusion, Estimate, Plan, Setting
+from fulltune.records.plan import Plan, Setting
+from fulltune.records.scores import Answer, Confusion, Estimate
 from fulltune.report.run.about_scores import label_table
 
 

@@ -19,7 +19,8 @@ from fulltune.inference.store import RowWriter, load_split, record_batch
 from fulltune.models import processors
 from fulltune.models.load import load
 from fulltune.models.pixels import ImageReader, ImageRows, num_patches, where_from
-from fulltune.recipe.fields import DataBlock, ModelBlock
+from fulltune.recipe.data import DataBlock
+from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, image_classification
 from tests import tiny
 

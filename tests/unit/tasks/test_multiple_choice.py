@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fulltune.errors import DataError, RecipeError
-from fulltune.recipe.fields import DataBlock
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import LossSettings, Target, multiple_choice
 from tests import tiny
 

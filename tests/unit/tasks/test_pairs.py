@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.recipe.fields import DataBlock
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import text_classification
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from fulltune.errors import DataError
 from fulltune.evaluate import spans
-from fulltune.recipe.fields import DataBlock
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import LossSettings, Target, question_answering
 from fulltune.tasks.answers import NotInContext, accepted
 from tests import tiny

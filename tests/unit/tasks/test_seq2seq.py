@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from fulltune.errors import DataError
 from fulltune.inference.run import generate, model_batch, run_rows
-from fulltune.recipe.fields import DataBlock
+from fulltune.recipe.data import DataBlock
 from fulltune.tasks import LENGTH, LossSettings, Target, seq2seq
 from tests import tiny
 

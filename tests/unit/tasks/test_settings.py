@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from fulltune.errors import RecipeError
-from fulltune.recipe.fields import DataBlock, Recipe
+from fulltune.recipe.data import DataBlock
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import check, of_pairs, of_settings
 from fulltune.recipe.tasks import READ_BY
-from fulltune.records.run import DataSummary, SplitSummary
+from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.tasks.settings import check_settings_for, class_weights
 
 

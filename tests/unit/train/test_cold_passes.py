@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune.records.run import TimeNeed
+from fulltune.records.plan import TimeNeed
 from fulltune.train.worker import dry_run as dry_run_module
 from fulltune.train.worker.forecast import Readings, Timed, is_cold, new_shape_seconds
 from tests import plans

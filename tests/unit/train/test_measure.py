@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fulltune.records.run import Measured, Setting, TimeNeed
+from fulltune.records.plan import Setting, TimeNeed
+from fulltune.records.training import Measured
 from fulltune.train.parent import measure_candidates
 from fulltune.train.parent.measure import measured
 from tests.plans import outcome, plan, recipe

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fulltune.records.run import Outcome, Plan, Setting
+from fulltune.records.plan import Plan, Setting
+from fulltune.records.training import Outcome
 from fulltune.train.parent.next_attempt import MOST_KILLS, Change, next_attempt, no_way_out, unknown
 from tests.plans import MIB, need, outcome, plan, recipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from fulltune.records.run import Measured, Measurements
+from fulltune.records.training import Measured, Measurements
 from fulltune.text import in_words
 
 

@@ -13,7 +13,8 @@ from rich.text import Text
 from fulltune.plan.levers import DOING
 from fulltune.plan.reasons import FROM_RECIPE
 from fulltune.plan.ways_out import as_flags
-from fulltune.records.run import MemoryKind, MemoryNeed, Plan, Setting, Survey, TimeNeed, TimePart
+from fulltune.records.plan import MemoryKind, MemoryNeed, Plan, Setting, TimeNeed, TimePart
+from fulltune.records.survey import Survey
 from fulltune.report.format import words
 from fulltune.text import counted, format_bytes, format_seconds
 

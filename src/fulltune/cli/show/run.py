@@ -12,7 +12,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fulltune.records.run import DataSummary, Estimate, Plan, Scores
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
+from fulltune.records.scores import Estimate, Scores
 from fulltune.report.run import kinds
 from fulltune.report.verdict import Verdict
 from fulltune.text import format_bytes, format_metric, format_seconds

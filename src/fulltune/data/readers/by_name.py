@@ -10,7 +10,7 @@ from pathlib import Path
 from fulltune.data.readers.files import ONLY_BY_NAME, SUFFIXES, data_files, reading
 from fulltune.data.readers.images import is_image_folder
 from fulltune.errors import DataError
-from fulltune.records.run import SplitName as Split
+from fulltune.records.data import SplitName as Split
 
 _WORDS: dict[str, Split] = {
     "test": "test",

@@ -7,7 +7,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from fulltune.recipe.fields import TextRows
+from fulltune.recipe.data import TextRows
 
 SECTION_CHARACTERS = 4_000
 """About a thousand tokens: long enough to be read as a whole, short enough that a book can be split."""

@@ -18,8 +18,8 @@ from fulltune.data.readers import columnar, conll, images, plain_text, text_tabl
 from fulltune.data.readers.files import data_files, reading
 from fulltune.data.readers.header import SEPARATED
 from fulltune.errors import DataError
-from fulltune.recipe.fields import TextRows
-from fulltune.records.run import SplitName
+from fulltune.recipe.data import TextRows
+from fulltune.records.data import SplitName
 from fulltune.text import counted
 
 PlacedRow = tuple[str, dict[str, Any]]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fulltune.records.run import Advice
+from fulltune.records.survey import Advice
 
 Goal = Literal["knowledge", "language", "style", "updates"]
 GOALS: tuple[str, ...] = get_args(Goal)

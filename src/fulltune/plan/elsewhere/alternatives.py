@@ -12,7 +12,8 @@ from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import Levers, state_of
 from fulltune.plan.workload import Task, load_of
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import Alternative, MemoryNeed, Placement, Plan, WayOut
+from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.records.survey import Alternative, Placement, WayOut
 
 MOST_DEVICES = 8
 """Of one machine: several machines are not planned."""

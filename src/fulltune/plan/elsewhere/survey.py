@@ -19,7 +19,9 @@ from fulltune.plan.gpus import Fleet
 from fulltune.plan.reasons import Ledger
 from fulltune.plan.workload import Task, load_of
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary, Placement, Plan, Setting, Survey, WayOut
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan, Setting
+from fulltune.records.survey import Placement, Survey, WayOut
 from fulltune.system import deepspeed
 
 NO_SHARING = "sharing out and offloading are for full fine-tuning only"

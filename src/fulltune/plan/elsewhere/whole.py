@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from fulltune.plan.time import Work
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import BASELINES, DRY_RUN, MOST_EMBEDDED, STARTING, TRAINED, DataSummary, Plan, TimePart
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import BASELINES, DRY_RUN, MOST_EMBEDDED, STARTING, TRAINED, Plan, TimePart
 
 START_SECONDS = 20.0
 """Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores."""

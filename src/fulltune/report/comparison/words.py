@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fulltune.records.comparison import ArmRow, Comparison
 from fulltune.records.differences import Decision, Difference
-from fulltune.records.run import Estimate
+from fulltune.records.scores import Estimate
 from fulltune.report.format import words
 from fulltune.text import is_share
 

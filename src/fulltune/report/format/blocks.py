@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fulltune.records.run import Segment
+from fulltune.records.data import Segment
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from fulltune.records.run import Segment
+from fulltune.records.data import Segment
 from fulltune.report.format.blocks import (
     Block,
     Bullets,

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PureWindowsPath
 from typing import Any
 
-from fulltune.records.run import Estimate, MemoryKind
+from fulltune.records.plan import MemoryKind
+from fulltune.records.scores import Estimate
 from fulltune.text import is_share
 
 # Text from data may hold terminal escapes, NUL (invalid in HTML), halves of a character that UTF-8 cannot write, or

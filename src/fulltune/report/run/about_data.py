@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fulltune.records.run import DataSummary, Segment, SplitSummary
+from fulltune.records.data import DataSummary, Segment, SplitSummary
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Bullets, Cell, Facts, Folded, Paragraph, Row, Rows, Section, Table
 from fulltune.report.run import kinds

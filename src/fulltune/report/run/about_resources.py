@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fulltune.records.run import BASELINES, DRY_RUN, TRAINED, Outcome, Plan
+from fulltune.records.plan import BASELINES, DRY_RUN, TRAINED, Plan
+from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Folded, Paragraph, Row, Section, Table, unless_empty
 from fulltune.report.run.read import Attempt, RunView

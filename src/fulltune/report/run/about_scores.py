@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records.run import Answer, Calibration, Confusion, Scores
+from fulltune.records.scores import Answer, Calibration, Confusion, Scores
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fulltune.records.run import Moved, Outcome, Plan
+from fulltune.records.plan import Plan
+from fulltune.records.training import Moved, Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,

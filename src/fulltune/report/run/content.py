@@ -7,7 +7,8 @@ import shlex
 from dataclasses import dataclass
 
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import DataSummary, Plan
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Bullets, Code, Folded, Paragraph, Section
 from fulltune.report.run import about_data, about_resources, about_scores, about_training, kinds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fulltune.recipe.tasks import ProblemType
-from fulltune.records.run import DataSummary
+from fulltune.records.data import DataSummary
 
 _KINDS: dict[ProblemType, str] = {
     "tags": "words with tags",

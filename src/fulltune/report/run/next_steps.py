@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records.run import Confusion, Scores
+from fulltune.records.scores import Confusion, Scores
 from fulltune.report.format import words
 from fulltune.report.run.history import Point
 from fulltune.report.run.read import RunView

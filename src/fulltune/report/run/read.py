@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fulltune.errors import SetupError
-from fulltune.records.run import Command, DataSummary, Environment, Outcome, Plan, Record, Scores
+from fulltune.records.base import Record
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
+from fulltune.records.run import Command, Environment
+from fulltune.records.scores import Scores
+from fulltune.records.training import Outcome
 from fulltune.report.run.history import History, merge
 
 _AnyRecord = TypeVar("_AnyRecord", bound=Record)

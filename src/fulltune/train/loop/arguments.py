@@ -10,7 +10,7 @@ from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import NO_PACKAGES, OWN_OPTIMIZERS, as_arguments
-from fulltune.records.run import Plan
+from fulltune.records.plan import Plan
 from fulltune.system import deepspeed
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from fulltune.errors import Diverged
-from fulltune.records.run import Phase
+from fulltune.records.plan import Phase
 from fulltune.train import checkpoints
 from fulltune.train.loop.guards import came_apart, ran_away, stopped_improving
 from fulltune.train.run_time import TRAINING

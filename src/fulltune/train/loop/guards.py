@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fulltune.records.run import Moved
+from fulltune.records.training import Moved
 
 
 @dataclass(frozen=True)

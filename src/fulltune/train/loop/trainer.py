@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from fulltune.errors import Diverged
 from fulltune.inference.selective_head import SelectiveHead
-from fulltune.records.run import Plan
+from fulltune.records.plan import Plan
 from fulltune.tasks.causal_lm import IGNORED
 from fulltune.train import checkpoints
 from fulltune.train.loop.guards import WINDOW, Reading, not_finite

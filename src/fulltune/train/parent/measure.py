@@ -17,7 +17,9 @@ from typing import Any
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import DataSummary, Measured, Measurements, Outcome, Plan
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
+from fulltune.records.training import Measured, Measurements, Outcome
 from fulltune.system import deepspeed
 from fulltune.text import in_words
 from fulltune.train.parent import measure_candidates

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from fulltune import methods
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import Measured, Plan, Setting
+from fulltune.records.plan import Plan, Setting
+from fulltune.records.training import Measured
 from fulltune.text import in_words
 
 MARGIN = 0.03

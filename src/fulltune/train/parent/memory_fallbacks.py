@@ -11,7 +11,7 @@ from typing import Any
 
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import MemoryKind, MemoryNeed, Phase, Plan
+from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan
 from fulltune.system import deepspeed
 from fulltune.text import in_words
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MemoryKind, Outcome, Phase, Plan, Setting
+from fulltune.records.plan import MemoryKind, Phase, Plan, Setting
+from fulltune.records.training import Outcome
 from fulltune.system.out_of_memory import asked_bytes
 from fulltune.text import in_words
 from fulltune.train.parent import memory_fallbacks

@@ -14,7 +14,8 @@ from typing import Any
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import Outcome, OutcomeStatus, Plan
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.system.run_folder import lost_weights
 from fulltune.train import checkpoints

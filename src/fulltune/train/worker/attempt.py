@@ -21,7 +21,9 @@ from fulltune.models import dropout
 from fulltune.models.checkpoint_head import Head
 from fulltune.models.processors import opened
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import Check, DataSummary, Outcome, Plan, TimeNeed
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan, TimeNeed
+from fulltune.records.training import Check, Outcome
 from fulltune.system import deepspeed
 from fulltune.tasks import LossSettings, Target, Task, task_named
 from fulltune.tasks.settings import class_weights

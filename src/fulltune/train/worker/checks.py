@@ -16,7 +16,9 @@ from fulltune.inference.store import Rows
 from fulltune.models.checkpoint_head import Head
 from fulltune.models.packing import leak
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.run import Check, DataSummary, Plan
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
+from fulltune.records.training import Check
 from fulltune.tasks import Target, Task
 from fulltune.tasks.causal_lm import IGNORED, end_token
 from fulltune.train.worker.dry_run import check_of

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from fulltune.inference.run import batches, by_length
-from fulltune.records.run import Check, Plan, TimeNeed
+from fulltune.records.plan import Plan, TimeNeed
+from fulltune.records.training import Check
 from fulltune.train.worker import buffers, distributed
 from fulltune.train.worker.forecast import (
     Rates,

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fulltune.records.run import TimeNeed, TimePart
+from fulltune.records.plan import TimeNeed, TimePart
 
 
 @dataclass(frozen=True)

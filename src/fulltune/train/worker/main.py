@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
-from fulltune.records.run import Outcome, OutcomeStatus
+from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks

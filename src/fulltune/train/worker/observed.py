@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fulltune.records.run import TimeNeed
+from fulltune.records.plan import TimeNeed
 from fulltune.system.meter import Meter
 
 

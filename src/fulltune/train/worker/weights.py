@@ -16,7 +16,8 @@ from typing import Any
 from fulltune import methods
 from fulltune.methods.folder import save, share
 from fulltune.models.load import locate
-from fulltune.records.run import DataSummary, Moved
+from fulltune.records.data import DataSummary
+from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
 from fulltune.train import checkpoints
 from fulltune.train.optim.optimizers import AdamW

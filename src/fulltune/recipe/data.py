@@ -1,0 +1,120 @@
+"""The recipe's block `data`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fulltune.recipe.block import Block
+
+TextRows = Literal["auto", "line", "paragraph", "section"]
+
+
+class DataBlock(Block):
+    """Which rows, which columns, and how they become tokens."""
+
+    train: str | tuple[str, ...]
+    """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow, CoNLL, txt; for images a folder with one
+    folder per class. A folder with files named `dev`, `valid` or `test` is refused: name the files. `${NAME}` is taken
+    from the environment; a relative path starts at the recipe's folder."""
+    eval: str | None = None
+    """Rows for choosing: best checkpoint, early stopping, calibration. Left out, they are split off train."""
+    test: str | None = None
+    """Rows for reporting, never used for choosing. Left out, they are split off train."""
+    columns: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the columns of csv and tsv files that have no header line, from left to right, such as `[text, label]`.
+    Left out: the first line holds the names."""
+    text: str | None = None
+    """Column with the text (text-classification; causal-lm on raw text). Found by itself when left out, like the other
+    columns."""
+    text_pair: str | None = None
+    """Column with a second text, for sentence pairs. Found by itself for the usual pairs of names, such as `premise`
+    and `hypothesis`."""
+    label: str | None = None
+    """Column with the target: a class name, a list of class names, or a number; for multiple-choice the number or the
+    text of the right choice."""
+    tokens: str | None = None
+    """Column with the words of a sentence (token-classification): a list, or words between spaces."""
+    tags: str | None = None
+    """Column with one BIO tag per word (token-classification)."""
+    source: str | None = None
+    """Column with the text to read (seq2seq): the document, or the sentence to translate."""
+    target: str | None = None
+    """Column with the text to write (seq2seq)."""
+    source_prefix: str | None = None
+    """Text put before each source (seq2seq), such as `"summarize: "` for T5."""
+    question: str | None = None
+    """Column with the question (question-answering; multiple-choice, where it may be missing)."""
+    context: str | None = None
+    """Column with the passage that holds the answer (question-answering)."""
+    answers: str | None = None
+    """Column with the answers (question-answering): `{text: [...], answer_start: [...]}` as in SQuAD, or a text that
+    stands in the context."""
+    choices: str | None = None
+    """Column with a list of possible answers (multiple-choice); columns such as `choice0`, `choice1` ... or `ending0`
+    ... are found by themselves."""
+    image: str | None = None
+    """Column with the path or the bytes of an image (image-classification); not needed for a folder per class."""
+    prompt: str | None = None
+    """Column with the prompt (causal-lm); not trained."""
+    completion: str | None = None
+    """Column with the answer (causal-lm); trained."""
+    messages: str | None = None
+    """Column with a list of chat messages (causal-lm): assistant turns are trained, everything else is not."""
+    tools: str | None = None
+    """Column with the tool definitions that belong to `messages`."""
+    problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
+    """What the label column holds. auto: lists are multi_label, fractional numbers regression, else single_label."""
+    chat_template: str | None = None
+    """Path of a Jinja file, for models whose tokenizer brings no chat template."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Longest row in tokens. Left out: the longest row, at most the model's limit and at most 512 (classification)
+    or 2048 (causal-lm); 1024 for raw text."""
+    text_rows: TextRows = "auto"
+    """What is a row in a .txt file: a line, a paragraph (up to a blank line), or a section (paragraphs of together
+    about 4,000 characters: for books). auto: sections where blank lines separate paragraphs, else lines."""
+    packing: bool | None = None
+    """Short texts share a block of `max_length` tokens without seeing each other (causal-lm on raw text). Left out: on
+    where the model keeps them apart, which is checked."""
+    stride: int | None = Field(default=None, ge=0)
+    """Tokens by which the windows of a long context overlap (question-answering). Left out: a third of a window."""
+    undecodable_images: Literal["error", "drop"] = "error"
+    """What happens when images cannot be decoded: error lists them, drop leaves them out and writes them down."""
+    truncation_strategy: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a longer row. A row whose whole answer would be cut off is always left out and listed."""
+    eval_fraction: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of the train file that becomes eval rows when `eval` is not given (at most 2,000 rows)."""
+    test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of the train file that becomes test rows when `test` is not given (at most 2,000 rows)."""
+    split_seed: int = Field(default=42, ge=0)
+    """Seed of that split; independent of `train.seed`, so that trials with other seeds see the same rows."""
+    near_duplicates: float = Field(default=1.0, gt=0, le=1)
+    """Rows whose texts have so much of their 5-grams of characters in common (Jaccard) stay on one side of the split;
+    0.8 finds texts that differ in a word or two. 1: only equal texts."""
+    max_rows: int | None = Field(default=None, ge=10)
+    """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
+
+    @model_validator(mode="after")
+    def _files_must_differ(self) -> DataBlock:
+        train = (self.train,) if isinstance(self.train, str) else self.train
+        problems = []
+        if not train or not all(train):
+            problems.append("train: names no file")
+        held_out = [(role, path) for role, path in (("eval", self.eval), ("test", self.test)) if path is not None]
+        for role, path in held_out:
+            if path in train:
+                problems.append(f"{role}: is the file of train; rows for scoring must not be trained on")
+        if self.test is not None and self.test == self.eval:
+            problems.append("test: is the file of eval; rows for reporting must not choose the checkpoint")
+        if len(set(self.columns or ())) != len(self.columns or ()):
+            problems.append("columns: names a column twice; give each a name of its own")
+        problems += [
+            f"{role}: {path!r} is an address, and only files here are read; download it (from the Hub: 'hf download "
+            "NAME --repo-type dataset --local-dir FOLDER') and name the file"
+            for role, path in (*(("train", path) for path in train), *held_out)
+            if "://" in path
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -1,0 +1,36 @@
+"""The recipe's block `model`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fulltune.recipe.block import Block
+
+
+class ModelBlock(Block):
+    """Which pretrained model, and how its weights are read."""
+
+    name: str = Field(min_length=1)
+    """A Hub id, a folder, a run's folder (its trained model), a `.gguf` file, or `package:NAME/PATH` for weights that
+    an installed package carries."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which the weights are kept and updated. bf16 halves the memory; `train.bf16_rounding` says how updates
+    that are smaller than bf16's spacing still arrive."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Sets every dropout probability in the model's config; left out, the config's own values stay."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; left out, transformers chooses."""
+    trust_remote_code: bool = False
+    """Runs Python files that come with the model. They can do anything your account can do: read them first."""
+    allow_pickled_weights: bool = False
+    """Reads `pytorch_model.bin`. PyTorch's restricted loader is used, yet pickle has a history of holes: prefer
+    safetensors."""
+
+    def in_words(self) -> str:
+        """Its name, with every setting that tells it apart from the same model as it usually is."""
+        more = [f"{name} {value}" for name, value in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
+        return f"{self.name} ({', '.join(more)})" if more else self.name

@@ -1,0 +1,84 @@
+"""A recipe's relative paths, made absolute."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from fulltune.errors import RecipeError
+from fulltune.recipe.fields import Recipe
+
+
+def is_address(path: str) -> bool:
+    """`https://...`, `s3://...`: nothing that a file's path begins with."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+
+
+# The functions of pathlib raise where a name is no user's (`~$draft.csv`), links go in a circle or a name is too long:
+# of these the readers say more.
+def _expanded(path: str) -> str:
+    return os.path.expanduser(path)  # noqa: PTH111
+
+
+def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
+    """Make the recipe's relative paths absolute; a Hub id or a `package:` name stays as it is.
+
+    Args:
+        recipe: A recipe as read from a file.
+        base: The recipe's folder.
+
+    Raises:
+        RecipeError: For each path that no file can have.
+    """
+    problems: list[str] = []
+
+    def absolute(path: str, setting: str) -> str:
+        if path.startswith("package:"):
+            return path
+        if "\0" in path:
+            problems.append(f"{setting}: {path!r} holds a NUL character, expected a path; write one without it")
+        elif is_address(path):
+            problems.append(
+                f"{setting}: '{path}' is an address, expected a path; nothing is downloaded here: download it, and "
+                "give the file's path"
+            )
+        else:
+            whole = os.path.realpath(base / _expanded(path))
+            if (shown := whole.encode("utf-8", "backslashreplace").decode()) == whole:
+                return whole
+            problems.append(f"{setting}: {shown} is not UTF-8, expected a path that is; rename the file or folder")
+        return path
+
+    data = recipe.data
+    update: dict[str, Any] = {"train": tuple(absolute(path, "data.train") for path in recipe.train_files())}
+    for key in ("eval", "test", "chat_template"):
+        if (value := getattr(data, key)) is not None:
+            update[key] = absolute(value, f"data.{key}")
+    block = recipe.compare
+    if block.generic_text is not None:
+        block = block.model_copy(update={"generic_text": absolute(block.generic_text, "compare.generic_text")})
+    train = recipe.train
+    if isinstance(file := train.extra.get("deepspeed"), str):
+        train = train.model_copy(
+            update={"extra": {**train.extra, "deepspeed": absolute(file, "train.extra.deepspeed")}}
+        )
+    name = recipe.model.name
+    local = os.path.exists(base / _expanded(name))  # noqa: PTH110
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or local
+    model = recipe.model
+    if looks_like_path and not name.startswith("package:"):
+        model = model.model_copy(update={"name": absolute(name, "model.name")})
+    output = absolute(recipe.output, "output")
+    if problems:
+        raise RecipeError(problems)
+    return recipe.model_copy(
+        update={
+            "data": data.model_copy(update=update),
+            "model": model,
+            "train": train,
+            "compare": block,
+            "output": output,
+        }
+    )

@@ -1,0 +1,151 @@
+"""The recipe's block `train`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fulltune.recipe.block import Block
+from fulltune.text import parse_bytes
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Interval = Literal["epoch", "steps"]
+
+
+class TrainBlock(Block):
+    """The training loop, by the names of `transformers.TrainingArguments`."""
+
+    num_train_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the train rows. Left out, chosen by task and number of rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Length of the run in optimizer steps, instead of `num_train_epochs`: give one of the two."""
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Examples per optimizer step over all devices. Accumulation follows from it."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Examples per device and forward pass; divides the global batch. Smaller needs less memory, same result: when
+    memory runs out it is halved and the global batch is kept, also where it is given here."""
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0 to its peak."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """The same as a number of steps; give one of the two."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
+    ] = "linear"
+    """How the learning rate falls after the warm-up."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the schedule, for example `{min_lr_rate: 0.1}`."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's weight decay; norms and biases are left out."""
+    optim: str | None = None
+    """The optimizer. `adamw_8bit` keeps AdamW's moments in 8 bits (2.1 bytes a parameter instead of 8), `adamw_bf16`
+    in bf16; both are fulltune's own and run on CPU and CUDA. Else any name that transformers knows, such as
+    `adamw_torch_fused`, `adafactor` or `adamw_bnb_8bit`. Left out: `adamw_torch_fused` for fp32 weights, `adamw_bf16`
+    for bf16 weights, `adamw_8bit` where nothing else fits, be it by the plan or because memory ran out. One that is
+    given here is kept."""
+    bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
+    """With bf16 weights (`model.weights_dtype`): how an update smaller than their spacing arrives. stochastic (the
+    default): rounded up or down at random, right on average; kahan: what was lost is kept in 2 more bytes a parameter;
+    nearest: it is lost, and at usual learning rates most are."""
+    optimizer_in_backward: bool = False
+    """Update each tensor as soon as its gradient is there, and free the gradient. Needs `max_grad_norm: 0` and no
+    accumulation, because both need all gradients."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's running mean of gradients."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's running mean of squared gradients."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Keeps AdamW's division away from zero."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target's probability spread over the other classes or tokens."""
+    class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None
+    """How much each class counts in the training loss (classification): `balanced`, so that all classes count alike
+    in total, or the weight of each, such as `{rare: 5, usual: 1}`, or a list in the order of the labels."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of a new head's weights, of dropout and of the order of the rows."""
+    precision: Precision = "auto"
+    """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: about a third more operations, far less memory. Left out: on
+    where the run would not fit without, be it by the plan or because memory ran out, or where the larger micro batch
+    that it makes room for is faster. false keeps it off."""
+    chunked_loss: bool | None = None
+    """Compute a language model's logits and loss in pieces, so that they never exist as a whole. Left out: on where the
+    model's head allows it, which is checked before step 1. false keeps it off."""
+    memory_limit: str | None = None
+    """Most memory that each training process may take, such as `6GiB`: of the GPU, or without one of the host, where
+    Python and its libraries are part of it (about 0.7 GiB). The plan keeps to it and the process is held to it: what
+    goes beyond is treated as memory that ran out. Without a GPU that needs Linux; mapped files do not count."""
+    group_by_length: bool | None = None
+    """Rows of similar length share a global batch: far less padding. Left out: on, unless the target goes with the
+    length (a quarter of its variance or more), for then batches would be one-sided and the result worse."""
+    eval_strategy: Interval = "epoch"
+    """When the eval rows are scored and a checkpoint is saved: after each epoch or every `eval_steps`."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Steps between two evaluations, with `eval_strategy: steps`."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Further checkpoints every so many steps, so that an interrupted run loses less."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints kept besides the best one."""
+    load_best_model_at_end: bool = True
+    """Keep the weights with the best eval metric, not the last ones."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a better eval metric."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """How much better counts as better."""
+    logging_steps: int | None = Field(default=None, ge=1)
+    """Steps between two lines of `metrics.jsonl`. Left out: about 200 lines over the run."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio` ... TensorBoard's files lie in
+    `RUN/tensorboard`, unless the environment variable `TENSORBOARD_LOGGING_DIR` names another folder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: CUDA when there is a GPU, else CPU."""
+    num_processes: int = Field(default=1, ge=1)
+    """Processes that share each global batch: one per GPU, or several on CPU (gloo)."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Any other field of `transformers.TrainingArguments`; fields that fulltune sets itself are refused. `deepspeed` is
+    a JSON file, named from the recipe's folder, or the settings themselves."""
+
+    @model_validator(mode="after")
+    def _pairs_must_agree(self) -> TrainBlock:
+        problems = []
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            problems.append("max_steps and num_train_epochs are both given; remove one")
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            problems.append("warmup_ratio and warmup_steps are both given; remove one")
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            problems.append("eval_strategy is 'steps' but eval_steps is missing; add for example 'eval_steps: 100'")
+        if self.eval_strategy == "epoch" and self.eval_steps is not None:
+            problems.append("eval_steps is given but eval_strategy is 'epoch'; set 'eval_strategy: steps'")
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(
+            self.lr_scheduler_kwargs
+        ):
+            problems.append("lr_scheduler_kwargs: cosine_with_min_lr needs a floor; add for example {min_lr_rate: 0.1}")
+        if self.global_batch_size and self.global_batch_size % ((self.micro_batch_size or 1) * self.num_processes):
+            factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
+            named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
+            problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
+        problems += _wrong_weights(self.class_weights)
+        if self.memory_limit is not None:
+            try:
+                parse_bytes(self.memory_limit)
+            except ValueError as error:
+                problems.append(f"memory_limit: {error}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _wrong_weights(given: str | dict[str | int, Any] | tuple[Any, ...] | None) -> list[str]:
+    if given is None or given == "balanced":
+        return []
+    if isinstance(given, str):
+        return [f"class_weights: expected balanced, or a weight for each class, {{rare: 5, usual: 1}}, found {given!r}"]
+    weights = list(given.values()) if isinstance(given, dict) else list(given)
+    numbers = [one for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    if len(numbers) < len(weights) or not all(math.isfinite(one) and one >= 0 for one in numbers) or not any(numbers):
+        return [f"class_weights: expected numbers of 0 or more, not all 0, found {weights}"]
+    return []

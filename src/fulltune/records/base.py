@@ -1,0 +1,77 @@
+"""A frozen record that writes itself to disk, one JSON file each, and reads itself back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from fulltune.errors import SetupError
+from fulltune.files import write_text
+
+
+class Record(BaseModel):
+    """A frozen record that knows how to write itself to disk and read itself back."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",  # a metric that is NaN must come back as NaN, not as null
+    )
+
+    def save(self, path: Path) -> None:
+        """Write the record as JSON; a reader sees the old file or the new one, never half of it."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+    def __repr__(self) -> str:
+        """One line: what is not as usual, nested records by their names; `model_dump()` gives everything."""
+        fields = type(self).model_fields
+        usual = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+        said = [f"{name}={_brief(value)}" for name, value in self if value != usual[name]]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+    __str__ = __repr__
+
+    def _inside(self) -> str:
+        """It as a value inside another one."""
+        return f"{type(self).__name__}(...)"
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a record that `save` wrote.
+
+        Raises:
+            SetupError: When the file is damaged or of another version of fulltune.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise SetupError(
+                f"{path}: damaged, or written by another version of fulltune; delete it and run the command again"
+            ) from None
+
+
+def _brief(value: Any) -> str:
+    match value:
+        case Record():
+            return value._inside()
+        case float():
+            return f"{value:.4g}"
+        case str():
+            return repr(value if len(value) <= _LONGEST else f"{value[:_LONGEST]}...")
+        case dict():
+            return "{" + _few([f"{key}: {_brief(inner)}" for key, inner in value.items()]) + "}"
+        case tuple() | list():
+            return "(" + _few([_brief(inner) for inner in value]) + ")"
+        case _:
+            return repr(value)
+
+
+_LONGEST, _MOST = 60, 4
+
+
+def _few(said: list[str]) -> str:
+    more = [f"{len(said) - _MOST} more"] if len(said) > _MOST else []
+    return ", ".join([*said[:_MOST], *more])

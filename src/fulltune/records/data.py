@@ -1,0 +1,79 @@
+"""What the data stage made: three splits, their counts, a few rows as the model sees them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fulltune.recipe.tasks import ProblemType
+from fulltune.records.base import Record
+
+
+class Segment(Record):
+    """A piece of a decoded row: tokens that are trained, or tokens that are only read."""
+
+    text: str
+    trained: bool
+
+
+class Preview(Record):
+    """A row as the model sees it, decoded from its tokens."""
+
+    segments: tuple[Segment, ...]
+    label: str | None = None
+    """The target in words, for tasks whose target is not text."""
+
+
+SplitName = Literal["train", "eval", "test"]
+
+
+class SplitSummary(Record):
+    """Counts of one split (train, eval or test) after checking."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    """Tokens that carry a loss; for classifiers, rows."""
+    truncated_rows: int
+    dropped_rows: int
+    length_percentiles: dict[str, int]
+    """Tokens per row: keys `p50`, `p95`, `max`."""
+    label_counts: dict[str, int] = Field(default_factory=dict)
+    asked_rows: int | None = None
+    """What the recipe's fraction of the train file comes to, where there are more: each label gives a text at least."""
+
+
+class DataSummary(Record):
+    """What the data stage made: three splits that never mix."""
+
+    task: str
+    problem_type: ProblemType
+    columns: dict[str, str]
+    """Role (`text`, `label`, `prompt` ...) to column name in the user's files."""
+    labels: tuple[str, ...] = ()
+    """Class names; position = class id. Empty for regression and text generation."""
+    joint: str = ""
+    """Text put between prompt and completion (causal-lm), or before each source (seq2seq)."""
+    num_choices: int = 0
+    """Choices of each row (multiple-choice)."""
+    packed: bool = False
+    """Several short texts share a row, kept apart by their position ids."""
+    max_length: int
+    max_length_reason: str
+    limit: int = 0
+    """Longest row that could have been kept, in tokens: `max_length` is less when all rows are shorter."""
+    length_explained: float = 0.0
+    """Share of the variance of the train rows' length that the target explains, 0 to 1."""
+    splits: dict[SplitName, SplitSummary]
+    sources: dict[SplitName, str]
+    """Split to where its rows came from, in words."""
+    dropped: dict[str, int] = Field(default_factory=dict)
+    """Reason to number of rows left out; the rows are in `data/dropped.jsonl`."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing: duplicates found, labels seen in one split only ..."""
+    test_in_eval: float = 0.0
+    """Share of the test rows whose text, or prompt, also stands in eval."""
+    previews: tuple[Preview, ...] = ()
+    fingerprint: str
+    """Hash of the files' content and of every setting that shapes the rows."""

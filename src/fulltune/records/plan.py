@@ -1,0 +1,190 @@
+"""The plan of a trial: every number with its reason, and what it needs of memory, disk and time.
+
+Sizes are in bytes, times in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fulltune.records.base import Record
+
+
+class Setting(Record):
+    """One value that the run used, and why it has this value."""
+
+    name: str
+    """Dotted name as in the recipe, for example `train.global_batch_size`."""
+    value: Any
+    reason: str
+    """Why: `from the recipe`, or the rule that chose it."""
+    chosen: bool
+    """True when fulltune filled it in, False when the recipe gave it."""
+
+
+class StateBytes(Record):
+    """Bytes that exist between two steps, whatever the batch; activations come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+MemoryKind = Literal["weights", "gradients", "optimizer", "activations", "logits", "buffers"]
+Phase = Literal["loading", "step", "evaluation", "saving", "resuming"]
+"""Parts of an attempt that each have a peak of memory of their own."""
+
+
+class MemoryNeed(Record):
+    """Bytes that one training process needs on its device, beyond what the libraries themselves take."""
+
+    kinds: dict[MemoryKind, int]
+    """What is alive at the peak of a step."""
+    phases: dict[Phase, int]
+    """Peak of each part of an attempt; `step` is the sum of `kinds`."""
+    host: int = 0
+    """Offloaded to the memory of the host, by one process."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+    @property
+    def largest(self) -> MemoryKind:
+        return max(self.kinds, key=lambda kind: self.kinds[kind])
+
+
+class DiskNeed(Record):
+    """Bytes of a run on disk at its fullest."""
+
+    one_checkpoint: int
+    num_checkpoints: int
+    """Kept ones, the best one, and the one that is being written."""
+    model: int
+    """The finished model, and the weights before step 1 while training goes on."""
+    offloaded: int = 0
+    """What DeepSpeed keeps on an NVMe disk while it trains."""
+
+    @property
+    def total(self) -> int:
+        return self.one_checkpoint * self.num_checkpoints + self.model + self.offloaded
+
+
+STARTING, DRY_RUN = "starting", "checks and dry run"
+BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
+MOST_EMBEDDED = 10_000
+"""Train rows behind a classifier's baseline of frozen embeddings, at most; more would change its scores little and cost
+minutes."""
+
+
+class TimePart(Record):
+    """A part of the command that is not training."""
+
+    name: str
+    """`STARTING`, `DRY_RUN`, `BASELINES` or `TRAINED`."""
+    seconds: float
+    basis: Literal["arithmetic", "rule of thumb", "measured"]
+
+
+class TimeNeed(Record):
+    """How long a run takes: by arithmetic before it starts, by measurement after its dry-run step."""
+
+    train_seconds: float
+    eval_seconds: float
+    save_seconds: float
+    tokens: int
+    """Of all steps, padding included."""
+    tokens_per_second: float
+    """While training, over all processes."""
+    source: str
+    """`arithmetic`, or `dry-run step`."""
+    around: tuple[TimePart, ...] = ()
+    """What the command does before and after."""
+
+    @property
+    def total_seconds(self) -> float:
+        """The training, from its first step to its last, with evaluations and checkpoints."""
+        return self.train_seconds + self.eval_seconds + self.save_seconds
+
+    @property
+    def whole_seconds(self) -> float:
+        """The same with what is around it, as far as it is known."""
+        return self.total_seconds + sum(part.seconds for part in self.around)
+
+
+class Plan(Record):
+    """All numbers of one trial, each with its reason in `settings`."""
+
+    trial: str
+    """For example `full-seed42`."""
+    data_fingerprint: str = ""
+    """The rows that this plan was made for."""
+    method: str
+    model_name: str = ""
+    """Of a trial among others: its model's folder in `models`; empty for a run's only trial, named by its method."""
+    seed: int
+    learning_rate: float
+    layerwise_lr_decay: float
+    num_train_epochs: float
+    total_steps: int
+    warmup_steps: int
+    lr_scheduler_type: str
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    eval_batch_size: int
+    device: str
+    precision: Literal["fp32", "bf16", "fp16"]
+    weights_dtype: Literal["fp32", "bf16"]
+    activation_checkpointing: bool
+    can_recompute: bool = True
+    """The model offers activation checkpointing."""
+    plain_logits: bool = True
+    """Nothing scales or caps the model's logits after its head, as far as its config says."""
+    group_by_length: bool = True
+    eval_steps: int
+    """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
+    save_steps: int
+    logging_steps: int
+    metric: str
+    greater_is_better: bool
+    num_parameters: int
+    """Of the pretrained model with the task's head."""
+    num_trainable_parameters: int
+    num_frozen_parameters: int = 0
+    """Those that stay as they are, with what the method adds for them; 0: full fine-tuning."""
+    state: StateBytes
+    optim: str = "adamw_torch_fused"
+    bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
+    optimizer_in_backward: bool = False
+    chunked_loss: bool = False
+    attn_implementation: str | None = None
+    """Chosen by measurement; None: as the recipe says."""
+    torch_compile: bool = False
+    """Chosen by measurement; False: as the recipe says."""
+    memory_limit_bytes: int | None = None
+    available_bytes: int | None = None
+    """What one process could take when the plan was made; None: a plan of an earlier version."""
+    memory: MemoryNeed | None = None
+    disk: DiskNeed | None = None
+    time: TimeNeed | None = None
+    settings: tuple[Setting, ...]
+
+    @property
+    def model_folder(self) -> str:
+        """Where the finished model lies, relative to the run folder."""
+        return f"models/{self.model_name or self.method}"
+
+    @property
+    def file(self) -> str:
+        """Where the plan itself lies, relative to the run folder."""
+        return f"plan/{self.trial if self.model_name else self.method}.json"
