@@ -41,6 +41,12 @@ output: .
 
 def prepare(folder: Path, steps: int) -> Path:
     """Draw the rows and let fulltune tokenise them."""
+    write_rows(folder, steps)
+    return prepared(folder / "recipe.yaml", folder / "run")
+
+
+def write_rows(folder: Path, steps: int) -> None:
+    """Draw the rows, and write them and the recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(os.environ["FULLTUNE_BENCH_DATA"]) / "banking77"
     with (source / "train.csv").open(encoding="utf-8", newline="") as file:
@@ -54,9 +60,7 @@ def prepare(folder: Path, steps: int) -> Path:
             writer = csv.DictWriter(file, ["text", "category"], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(chosen)
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE, encoding="utf-8")
-    return prepared(recipe, folder / "run")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
 
 
 def model_and_tokenizer(run: Path) -> tuple[Any, Any]:
