@@ -105,7 +105,7 @@ def train_with_fulltune(recipe: Path, run: Path, rows: Sequence[Row]) -> Timed:
     """Time the steps of fulltune's worker, from the lines that it writes."""
     from fulltune import api
     from fulltune.records.plan import Plan
-    from fulltune.train import Hooks
+    from fulltune.train.hooks import Hooks
     from fulltune.train.request import Request
     from fulltune.train.worker import main as worker
 

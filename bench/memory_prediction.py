@@ -259,7 +259,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
     from fulltune import api
     from fulltune.records.plan import Plan
-    from fulltune.train import Hooks
+    from fulltune.train.hooks import Hooks
     from fulltune.train.request import Request
     from fulltune.train.worker import attempt  # noqa: F401  # the worker imports `attempt` later
     from fulltune.train.worker import main as worker
@@ -282,7 +282,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def record(cell: Cell, folder: Path) -> dict[str, Any]:
     """Prepare and measure one cell, each in a process of its own; its footprint and sizes come along."""
     shutil.rmtree(folder, ignore_errors=True)
-    from fulltune.train.worker.distributed import ALLOCATOR
+    from fulltune.train.parent.spawn import ALLOCATOR
 
     preparing = multiprocessing.get_context("forkserver")
     preparing.set_forkserver_preload(["fulltune.pipeline", "fulltune.footprint.watch", "transformers", "torch"])

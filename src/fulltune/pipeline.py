@@ -27,9 +27,10 @@ from fulltune.stats.row_scores import measure_of
 from fulltune.system import hardware, run_folder
 from fulltune.tasks import Target, Task, task_named
 from fulltune.tasks.settings import check_settings_for
-from fulltune.train import Hooks, train
+from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_extra
 from fulltune.train.parent.measure import measure as train_measure
+from fulltune.train.parent.retry import train
 
 FOOTPRINT, SHAPES = "footprint.json", "shapes.json"
 """In `plan`: the model's memory as traced for this machine's plan, and its sizes."""

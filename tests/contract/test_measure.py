@@ -10,7 +10,7 @@ import pytest
 
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Measurements, Outcome
-from fulltune.train import Hooks
+from fulltune.train.hooks import Hooks
 from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request
 from fulltune.train.worker import main as worker

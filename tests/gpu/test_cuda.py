@@ -70,7 +70,7 @@ def test_resume_on_cuda_continues_the_run(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_on_cuda_is_recognised_and_the_micro_batch_halved(tmp_path: Path) -> None:
-    from fulltune.train import Hooks
+    from fulltune.train.hooks import Hooks
     from fulltune.train.parent import retry as attempts
     from fulltune.train.request import Request
     from fulltune.train.worker import main as worker

@@ -100,7 +100,7 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     from fulltune.inference.store import load_split
     from fulltune.tasks import LossSettings, Target, task_named
     from fulltune.train.loop.sampler import GlobalBatchSampler
-    from fulltune.train.worker import attempt
+    from fulltune.train.worker.loading import load_for_training
 
     kind, changes, rows, blocks = CASES[case]
     model = tiny.save_model(tmp_path / "model", kind, **changes)
@@ -110,7 +110,7 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     summary, task = reached.summary, task_named(job.recipe.task)
     target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
     torch.manual_seed(42)
-    applied, tokenizer = attempt.load_for_training(job.recipe, task, target)
+    applied, tokenizer = load_for_training(job.recipe, task, target)
     untrained = applied.model
     split = load_split(tmp_path / "run" / "data" / "train")
     first = GlobalBatchSampler(split["length"], 8, 8, 42, True).global_batches()[0]

@@ -19,8 +19,8 @@ from fulltune.pipeline import Reached, Run
 from fulltune.records.training import Outcome
 from fulltune.report.run.read import read_run
 from fulltune.report.verdict import judge
-from fulltune.train import Hooks
-from fulltune.train.parent import retry as attempts
+from fulltune.train.hooks import Hooks
+from fulltune.train.parent import child
 from fulltune.train.request import Request
 from fulltune.train.worker import main as worker
 from tests import tiny
@@ -29,16 +29,16 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 @contextlib.contextmanager
-def in_this_process(attempt: Callable[[Request, attempts.Listener], Outcome] | None = None) -> Iterator[None]:
+def in_this_process(attempt: Callable[[Request, child.Listener], Outcome] | None = None) -> Iterator[None]:
     """Replace the child process by a call of the worker, or by `attempt`."""
 
-    def call(request: Request, listener: attempts.Listener) -> Outcome:
+    def call(request: Request, listener: child.Listener) -> Outcome:
         return worker.run(request, Hooks(), listener)
 
-    def without_start(request: Request, listener: attempts.Listener, start: object = None) -> Outcome:
+    def without_start(request: Request, listener: child.Listener, start: object = None) -> Outcome:
         return (attempt or call)(request, listener)
 
-    with mock.patch.object(attempts, "_in_child", without_start):
+    with mock.patch.object(child, "run", without_start):
         yield
 
 

@@ -146,7 +146,7 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
     def trained(_: Any, trial: Trial) -> Any:
         asked.append((trial.name, trial.learning_rate))
         if (trial.learning_rate, trial.seed) == (1e-2, diverges):
-            raise Diverged("the loss came apart")
+            raise Diverged("the loss diverged")
         return result_of(trial, 0.95)
 
     with whole_runs_given(trained), mock.patch.object(seeds, "_checked", lambda *given: given[2]):
@@ -167,7 +167,7 @@ def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(
     def trained(_: Any, trial: Trial) -> Any:
         begun.append(trial.name)
         if (trial.learning_rate, trial.seed) == (1e-2, 43):
-            raise Diverged("the loss came apart")
+            raise Diverged("the loss diverged")
         return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
 
     with whole_runs_given(trained):
@@ -399,8 +399,8 @@ def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None
     line = comparing.Line(one, pipeline.prepare(one), "test")
     searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora")}
     with (
-        mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss came apart"))),
-        pytest.raises(Diverged, match="the loss came apart"),
+        mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss diverged"))),
+        pytest.raises(Diverged, match="the loss diverged"),
     ):
         seeds.run_seeds(line, searches, rates.expect(line))
 
@@ -449,7 +449,7 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
     def trained(_: Any, trial: Trial) -> Any:
         begun.append(trial.name)
         if trial.learning_rate not in metrics:
-            raise Diverged("the loss came apart")
+            raise Diverged("the loss diverged")
         return result_of(trial, metrics[trial.learning_rate])
 
     found = []

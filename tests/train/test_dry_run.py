@@ -20,8 +20,9 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Check, Outcome
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import attempt as attempt_module
-from fulltune.train.worker import dry_run as dry_run_module
+from fulltune.train.worker import evaluation
 from fulltune.train.worker.dry_run import DryRun, dry_run
+from fulltune.train.worker.passes import Passes
 from tests import tiny
 from tests.train import runs
 
@@ -192,11 +193,11 @@ def test_second_pass_has_the_optimizers_state_and_with_accumulation_the_first_gr
 def test_rows_are_the_longest_ones_of_train_and_eval(tiny_encoder: Path, tmp_path: Path) -> None:
     tried: dict[str, list[int]] = {"train": [], "eval": []}
     lengths: dict[str, Any] = {}
-    real_pass = dry_run_module._timed_pass
+    real_pass = Passes.train
 
-    def timed_pass(run: Any, positions: Any, **keywords: Any) -> Any:
+    def timed_pass(passes: Passes, positions: Any, **keywords: Any) -> Any:
         tried["train"] = tried["train"] or list(positions)
-        return real_pass(run, positions, **keywords)
+        return real_pass(passes, positions, **keywords)
 
     def called(trainer: Any, rows: Any, plan: Plan, evaluate: Any, **given: Any) -> DryRun:
         def scored(positions: Any) -> Any:
@@ -208,7 +209,7 @@ def test_rows_are_the_longest_ones_of_train_and_eval(tiny_encoder: Path, tmp_pat
 
     with (
         mock.patch.object(attempt_module, "dry_run", called),
-        mock.patch.object(dry_run_module, "_timed_pass", timed_pass),
+        mock.patch.object(Passes, "train", timed_pass),
     ):
         runs.run(tmp_path, tiny_encoder, ROWS, train={**SHORT, "micro_batch_size": 2}, evaluate={"batch_size": 3})
 
@@ -231,12 +232,10 @@ def test_memory_that_runs_out_does_so_before_step_1(where: str, tiny_encoder: Pa
             raise failure
         return real(self, *given, **keywords)
 
-    def reduced(*_: Any) -> Any:
+    def reduced(*_: Any, **__: Any) -> Any:
         raise failure
 
-    broken = mock.patch.object(
-        attempt_module, "_reduced", reduced if where == "evaluation" else attempt_module._reduced
-    )
+    broken = mock.patch.object(evaluation, "run_rows", reduced if where == "evaluation" else evaluation.run_rows)
     one = {"micro_batch_size": 1, "activation_checkpointing": True, "optim": "adafactor", **SHORT}
     with mock.patch.object(FullTrainer, "compute_loss", compute_loss), broken, pytest.raises(DoesNotFitError):
         runs.run(tmp_path, tiny_encoder, ROWS, train=one, evaluate={"batch_size": 1})

@@ -20,19 +20,17 @@ from fulltune.records.training import Moved, Outcome
 from fulltune.train import checkpoints
 from fulltune.train.loop import callbacks
 from fulltune.train.loop.guards import (
-    Reading,
-    Verdict,
-    came_apart,
+    GuardDecision,
+    diverged,
     ended_high,
     not_finite,
     nothing_learned,
-    ran_away,
     stopped_improving,
 )
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.parent import retry as attempts
-from fulltune.train.request import Request
-from fulltune.train.worker import attempt, distributed
+from fulltune.train.parent import child, spawn
+from fulltune.train.request import Request, number_in
+from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.contract.command import fulltune
@@ -63,10 +61,10 @@ INF, NAN = math.inf, math.nan
 def test_not_finite_stops_unless_the_loss_scale_is_to_blame(
     loss: float, grad_norm: float | None, loss_scaled: bool, action: str
 ) -> None:
-    verdict = not_finite(Reading(7, loss, grad_norm, loss_scaled))
+    decision = not_finite(7, loss, grad_norm, loss_scaled)
 
-    assert verdict.action == action
-    assert ("step 7" in verdict.reason) == (action == "stop")
+    assert decision.action == action
+    assert ("step 7" in decision.reason) == (action == "stop")
 
 
 @pytest.mark.parametrize(
@@ -83,13 +81,13 @@ def test_not_finite_stops_unless_the_loss_scale_is_to_blame(
         ([4.0] * 10 + [1.5] * 20, "go on"),
     ],
 )
-def test_came_apart_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float], action: str) -> None:
-    verdict = came_apart(losses, 6.3e-3)
+def test_diverged_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float], action: str) -> None:
+    decision = diverged(losses, 6.3e-3)
 
-    assert verdict.action == action
+    assert decision.action == action
     if action == "stop":
-        assert verdict.reason == (
-            "the loss came apart: it had fallen from 4 to 1.5, and the median of the last 20 logged ones is 4.5. "
+        assert decision.reason == (
+            "the loss diverged: it fell from 4 to 1.5, but the median of the last 20 values is 4.5. "
             "Usual cause: a learning rate that is too high (here 0.0063); take a third of it"
         )
 
@@ -115,10 +113,10 @@ def test_came_apart_stops_a_loss_that_fell_and_is_back_for_good(losses: list[flo
         ([], None, "go on"),
     ],
 )
-def test_ran_away_stops_a_loss_that_left_its_beginning_for_good(
+def test_diverged_stops_a_loss_that_is_far_above_its_beginning_for_good(
     losses: list[float], untrained: float | None, action: str
 ) -> None:
-    assert ran_away(losses, 0.9, untrained).action == action
+    assert diverged(losses, 0.9, untrained).action == action
 
 
 CURVES: dict[float, tuple[list[float], list[float]]] = {
@@ -345,15 +343,15 @@ def test_ended_high_tells_real_curves_apart(rate: float, action: str, every: int
     losses, eval_losses = CURVES[rate]
     logged = [losses[0]] + [sum(losses[at : at + every]) / every for at in range(0, len(losses), every)]
 
-    verdict = ended_high(logged if every > 1 else losses, eval_losses, rate, 1.12)
+    decision = ended_high(logged if every > 1 else losses, eval_losses, rate, 1.12)
 
-    assert verdict.action == action
+    assert decision.action == action
     if action != "go on":
-        assert verdict.reason.endswith(
+        assert decision.reason.endswith(
             f"Usual cause: a learning rate that is too high (here {rate:g}); take a tenth of it"
         )
     if action == "go on":  # nor does it stop in the middle
-        assert all(ran_away(losses[:count], rate).action == "go on" for count in range(len(losses)))
+        assert all(diverged(losses[:count], rate).action == "go on" for count in range(len(losses)))
 
 
 @pytest.mark.parametrize(
@@ -402,10 +400,10 @@ def test_nothing_learned_stops_when_nothing_moved(
         num_values_moved=values_moved,
     )
 
-    verdict = nothing_learned(moved, reached, largest)
+    decision = nothing_learned(moved, reached, largest)
 
-    assert said in verdict.reason
-    assert verdict.action == ("stop" if said else "go on")
+    assert said in decision.reason
+    assert decision.action == ("stop" if said else "go on")
 
 
 @pytest.mark.parametrize(
@@ -560,7 +558,7 @@ def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_repo
     # The checkpoint of step 2 is whole, and nothing later was written.
     sound, passed_over = checkpoints.newest_sound(tmp_path / "run" / "checkpoints" / "full-seed42")
     assert sound is not None
-    assert checkpoints.step_of(sound) == 2
+    assert number_in(sound) == 2
     assert passed_over == []
     assert all(bool(value.isfinite().all()) for value in load_file(sound / "model.safetensors").values())
     assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "diverged"
@@ -569,17 +567,17 @@ def test_loss_or_gradient_that_is_not_finite_stops_before_the_update_with_a_repo
     assert not (tmp_path / "run" / "models").exists()
 
 
-def test_loss_that_came_apart_stops_the_run_as_diverged(
+def test_loss_that_diverged_stops_the_run_as_diverged(
     tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
 
-    def at_the_fifth(losses: list[float], learning_rate: float) -> Verdict:
+    def at_the_fifth(losses: list[float], learning_rate: float, untrained: float | None) -> GuardDecision:
         seen.append(len(losses))
-        return Verdict("stop", f"came apart at {learning_rate:g}") if len(losses) == 5 else Verdict("go on")
+        return GuardDecision("stop", f"diverged at {learning_rate:g}") if len(losses) == 5 else GuardDecision("go on")
 
-    monkeypatch.setattr(callbacks, "came_apart", at_the_fifth)
-    with pytest.raises(Diverged, match=r"came apart at 0\.001"):
+    monkeypatch.setattr(callbacks, "diverged", at_the_fifth)
+    with pytest.raises(Diverged, match=r"diverged at 0\.001"):
         runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 8, "logging_steps": 1})
     assert seen == [1, 2, 3, 4, 5]
     assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "diverged"
@@ -591,9 +589,9 @@ def test_loss_that_ended_high_is_said_or_stops_the_run(
 ) -> None:
     seen: list[tuple[int, int, float | None]] = []
 
-    def high(losses: list[float], eval_losses: list[float], rate: float, untrained: float | None) -> Verdict:
+    def high(losses: list[float], eval_losses: list[float], rate: float, untrained: float | None) -> GuardDecision:
         seen.append((len(losses), len(eval_losses), untrained))
-        return Verdict(action, f"ended high at {rate:g}")
+        return GuardDecision(action, f"ended high at {rate:g}")
 
     monkeypatch.setattr(attempt, "ended_high", high)
     said: list[str] = []
@@ -657,7 +655,7 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
     ],
 )
 def test_classify_tells_what_an_exception_means(error: BaseException, status: str) -> None:
-    assert worker._classify(error)[0] == status
+    assert worker.meaning_of(error)[0] == status
 
 
 def test_disk_full_while_saving_does_not_fit_and_leaves_earlier_checkpoints_sound(
@@ -727,9 +725,9 @@ def test_child_process_is_judged_by_what_it_leaves(
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\n{copies}{end}\n", encoding="utf-8")
     script.chmod(0o755)
-    monkeypatch.setattr(distributed.sys, "executable", str(script))
+    monkeypatch.setattr(spawn.sys, "executable", str(script))
 
-    found = attempts._in_child(request, lambda event: None)
+    found = child.run(request, lambda event: None)
 
     assert found.status == status
     assert Outcome.load(request.folder / "outcome.json") == found

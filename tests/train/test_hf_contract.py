@@ -179,7 +179,7 @@ def test_resume_restores_random_state_order_and_optimizer(step: int, tmp_path: P
 
 
 class Order(TrainerCallback):
-    """Asks for a checkpoint at step 2, as `Schedule` does at each evaluation."""
+    """Asks for a checkpoint at step 2, as `SaveAndStopEarly` does at each evaluation."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []

@@ -17,7 +17,7 @@ from fulltune import pipeline
 from fulltune.errors import GuardStop, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.training import Outcome
-from fulltune.train import Hooks
+from fulltune.train.hooks import Hooks
 from fulltune.train.loop import arguments
 from fulltune.train.loop.arguments import check_extra
 from fulltune.train.optim import moments

@@ -19,8 +19,8 @@ from fulltune.records.training import Outcome
 from fulltune.train import checkpoints
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.parent import retry as attempts
-from fulltune.train.request import Request
-from fulltune.train.worker import attempt
+from fulltune.train.request import Request, number_in
+from fulltune.train.worker import evaluation, loading, weights
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.plans import outcome
@@ -82,7 +82,7 @@ def put(where: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let memory run out there so many times."""
     match where:
         case "load":
-            monkeypatch.setattr(attempt, "load_for_training", Shortage(attempt.load_for_training, times))
+            monkeypatch.setattr(loading, "load_for_training", Shortage(loading.load_for_training, times))
         case "dry run":
             monkeypatch.setattr(FullTrainer, "compute_loss", Shortage(FullTrainer.compute_loss, times))
         case "first step":
@@ -91,11 +91,11 @@ def put(where: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(FullTrainer, "training_step", at_step(4, times))
         case "evaluation":
             large = Shortage(run_rows, 99, lambda *_, batch_size, **__: batch_size > 16 // 2**times)
-            monkeypatch.setattr(attempt, "run_rows", large)
+            monkeypatch.setattr(evaluation, "run_rows", large)
         case "save":
             monkeypatch.setattr(FullTrainer, "_save_optimizer_and_scheduler", saving(4, times))
         case "last save":
-            monkeypatch.setattr(attempt.weights, "save_model", Shortage(attempt.weights.save_model, times))
+            monkeypatch.setattr(weights, "save_model", Shortage(weights.save_model, times))
 
 
 def requests_of(folder: Path) -> list[Request]:
@@ -156,7 +156,7 @@ def test_run_that_ran_out_of_memory_finishes_with_the_same_result(
     assert [request.plan.micro_batch_size for request in asked] == micro
     assert [request.plan.eval_batch_size for request in asked] == eval_batch
     assert {request.plan.global_batch_size for request in asked} == {8}
-    steps = [checkpoints.step_of(Path(request.checkpoint)) if request.checkpoint else 0 for request in asked]
+    steps = [number_in(Path(request.checkpoint)) if request.checkpoint else 0 for request in asked]
     assert steps == from_step
     failed = [Outcome.load(request.folder / "outcome.json") for request in asked[:-1]]
     assert {(one.status, one.phase) for one in failed} == {("out_of_memory", phase)}
@@ -227,7 +227,7 @@ def test_8_bit_states_go_on_from_a_checkpoint_in_fp32(
     asked = requests_of(tmp_path)
     assert [request.plan.optim for request in asked] == ["adamw_torch_fused", "adamw_torch_fused", "adamw_8bit"]
     assert asked[-1].checkpoint is not None
-    assert checkpoints.step_of(Path(asked[-1].checkpoint)) == 2
+    assert number_in(Path(asked[-1].checkpoint)) == 2
     losses = last_losses(tmp_path)
     assert sorted(losses) == list(range(1, 8))
     assert losses[7] < losses[1]

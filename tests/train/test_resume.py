@@ -24,7 +24,8 @@ from fulltune.records.training import Outcome
 from fulltune.tasks import text_classification
 from fulltune.train import checkpoints, run_time
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.parent import retry as attempts
+from fulltune.train.parent import retry
+from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.train import runs
@@ -273,7 +274,7 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
     checkpoints.keep_few(tmp_path, 2, best_step=5)
 
     # The unfinished one neither counts nor goes: it is being written.
-    assert {checkpoints.step_of(path) for path in tmp_path.iterdir()} == {5, 15, 20, 25}
+    assert {number_in(path) for path in tmp_path.iterdir()} == {5, 15, 20, 25}
 
 
 def test_rotation_in_a_run_keeps_the_best_and_the_newest(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_rotation_in_a_run_keeps_the_best_and_the_newest(tiny_encoder: Path, tmp
 
     folder = tmp_path / "run" / "checkpoints" / "full-seed42"
     state = json.loads((folder / "checkpoint-15" / "trainer_state.json").read_text(encoding="utf-8"))
-    assert {checkpoints.step_of(path) for path in folder.iterdir()} == {15, state["best_global_step"]}
+    assert {number_in(path) for path in folder.iterdir()} == {15, state["best_global_step"]}
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
@@ -381,4 +382,4 @@ def test_killed_processes_same_command_ends_with_the_unbroken_weights(
 def test_attempt_of_a_killed_parent_counts_as_killed(tmp_path: Path) -> None:
     (tmp_path / "attempts" / "full-seed42-01").mkdir(parents=True)
 
-    assert [outcome.status for outcome in attempts._outcomes(tmp_path, "full-seed42")] == ["killed"]
+    assert [outcome.status for outcome in retry.outcomes(tmp_path, "full-seed42")] == ["killed"]

@@ -16,7 +16,10 @@ import torch
 from fulltune.errors import GuardStop, InterruptedRun
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.train import Hooks, Starter, in_new_process, nursery, train
+from fulltune.train.hooks import Hooks
+from fulltune.train.parent.fork_server import fork_server
+from fulltune.train.parent.retry import train
+from fulltune.train.parent.spawn import Starter, in_new_process
 from fulltune.train.request import Request
 from tests import tiny
 from tests.train import runs
@@ -47,7 +50,7 @@ def trained(
 
 def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path, tmp_path: Path) -> None:
     trained(tmp_path / "new", tiny_encoder, in_new_process)
-    with nursery() as start:
+    with fork_server() as start:
         for name in ("one", "two"):
             assert trained(tmp_path / name, tiny_encoder, start).status == "done"
 
@@ -60,7 +63,7 @@ def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path
 
 
 def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_encoder: Path, tmp_path: Path) -> None:
-    with nursery() as start:
+    with fork_server() as start:
         stop = runs.at_step(1, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedRun, match="stopped on request after step"):
             trained(tmp_path / "run", tiny_encoder, start, stop, LONG)
@@ -76,11 +79,11 @@ def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_en
         assert seen[0] == "resume"
 
 
-def test_forked_worker_that_is_killed_alone_or_with_the_nursery_counts_as_killed(
+def test_forked_worker_that_is_killed_alone_or_with_the_fork_server_counts_as_killed(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
     children = []
-    with nursery() as start:
+    with fork_server() as start:
 
         def noted(request: Request, log: Path) -> Any:
             children.append(start(request, log))
@@ -89,12 +92,12 @@ def test_forked_worker_that_is_killed_alone_or_with_the_nursery_counts_as_killed
         def kill_worker() -> None:
             os.kill(children[-1].pid, signal.SIGKILL)
 
-        def kill_nursery() -> None:
+        def kill_server() -> None:
             parent = int(Path(f"/proc/{children[-1].pid}/stat").read_text(encoding="utf-8").split()[3])
             assert parent != os.getpid()
             os.kill(parent, signal.SIGKILL)
 
-        for name, kill in (("worker", kill_worker), ("nursery", kill_nursery)):
+        for name, kill in (("worker", kill_worker), ("server", kill_server)):
             killed: list[int] = []
 
             def kill_each(event: Mapping[str, Any], kill: Any = kill, killed: list[int] = killed) -> None:
@@ -110,7 +113,7 @@ def test_forked_worker_that_is_killed_alone_or_with_the_nursery_counts_as_killed
 def test_worker_that_ends_at_once_is_not_waited_for_and_says_why(tiny_encoder: Path, tmp_path: Path) -> None:
     request = planned(tmp_path / "run", tiny_encoder)
     (request.folder / "request.json").write_text("no request", encoding="utf-8")
-    with nursery() as start:
+    with fork_server() as start:
         child = start(request, request.folder / "log.txt")
         assert child.wait() == 1
         assert child.poll() == 1
@@ -121,7 +124,7 @@ def test_worker_that_ends_at_once_is_not_waited_for_and_says_why(tiny_encoder: P
 
 def test_leaving_while_a_worker_trains_ends_it(tiny_encoder: Path, tmp_path: Path) -> None:
     request = planned(tmp_path / "run", tiny_encoder)
-    with nursery() as start:
+    with fork_server() as start:
         child = start(request, request.folder / "log.txt")
         assert child.poll() is None
     deadline = time.monotonic() + 60

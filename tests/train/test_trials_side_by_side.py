@@ -153,7 +153,7 @@ def test_killed_helper_takes_its_worker_with_it_before_the_line_goes_on(tmp_path
 
     with mock.patch.object(parallel, "settle", settle), parallel.helpers(line) as together:
         together([FULL, LORA])
-        assert len(below) == 2  # the nursery and the worker
+        assert len(below) == 2  # the fork server and the worker
         assert not psutil.wait_procs(below, timeout=60)[1]
 
 

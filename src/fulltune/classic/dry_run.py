@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,7 +16,7 @@ from accelerate.utils import send_to_device
 
 from fulltune.classic.arguments import notice
 from fulltune.errors import GuardStop
-from fulltune.train.worker import buffers
+from fulltune.train.worker.no_trace import gradients_are_finite, same_buffers, same_randomness
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ def dry_run(trainer: Any) -> float | None:
     model = trainer.model_wrapped if trainer.args.n_gpu > 1 else trainer.model
     was_training, size = model.training, f"{len(rows)} rows"
     try:
-        with buffers.put_back(trainer.model), same_randomness():
+        with same_buffers(trainer.model), same_randomness():
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
             batch = collate([trainer.train_dataset[i] for i in rows])
             size += _length_of(batch)
@@ -152,9 +150,8 @@ def _step_without_rate(trainer: Any) -> None:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
         return
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-        return  # 0 times infinity is not a number; the guard stops it at step 1
+    if not gradients_are_finite(p for group in optimizer.param_groups for p in group["params"]):
+        return  # the guard stops it at step 1
     kept = [(group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
     try:
         for group in optimizer.param_groups:
@@ -170,15 +167,3 @@ def _step_without_rate(trainer: Any) -> None:
 def copied(inputs: Any) -> Any:
     """A shallow copy: `compute_loss` may take the labels out."""
     return dict(inputs) if isinstance(inputs, Mapping) else inputs
-
-
-@contextlib.contextmanager
-def same_randomness() -> Iterator[None]:
-    """Put back the state of all random generators, as if nothing had been drawn."""
-    python, numbers = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)

@@ -18,12 +18,13 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 
 from fulltune.classic.arguments import notice, signed
-from fulltune.classic.dry_run import copied, dry_run, same_randomness
+from fulltune.classic.dry_run import copied, dry_run
 from fulltune.errors import GuardStop
 from fulltune.records.training import Moved
 from fulltune.train.loop.callbacks import logged
-from fulltune.train.loop.guards import came_apart, ended_high, nothing_learned, ran_away
-from fulltune.train.loop.trainer import FiniteGuard
+from fulltune.train.loop.guarded_step import GuardedStep
+from fulltune.train.loop.guards import diverged, ended_high, nothing_learned
+from fulltune.train.worker.no_trace import same_randomness
 from fulltune.train.worker.weights import InitialWeights
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ _TOKENIZER = inspect.Parameter("tokenizer", inspect.Parameter.KEYWORD_ONLY, defa
 _WITH_TOKENIZER = _THEIRS.replace(parameters=[*_THEIRS.parameters.values(), _TOKENIZER])
 
 
-class Trainer(FiniteGuard, transformers.Trainer):
+class Trainer(GuardedStep, transformers.Trainer):
     """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
 
     A loss or gradient that is not finite stops the run before the update. A loss that left the place where it began
@@ -202,14 +203,10 @@ class Trainer(FiniteGuard, transformers.Trainer):
         losses = logged(self.state, "loss")
         if self._first_step == 0 and self.first_loss is not None:
             losses.insert(0, self.first_loss)
-        for verdict in (
-            came_apart(losses, self.args.learning_rate),
-            ran_away(losses, self.args.learning_rate, self._untrained_loss),
-        ):
-            if verdict.action == "stop":
-                self._rise_was_said = True
-                notice(verdict.reason)
-                return
+        decision = diverged(losses, self.args.learning_rate, self._untrained_loss)
+        if decision.action == "stop":
+            self._rise_was_said = True
+            notice(decision.reason)
 
     def _judge_end(self) -> None:
         """The same at the end, by the last steps: a script may log none of them."""
@@ -219,9 +216,9 @@ class Trainer(FiniteGuard, transformers.Trainer):
         if self._first_step > 0:  # where it began is in the history alone
             losses = logged(self.state, "loss")
         rate, eval_losses = self.args.learning_rate, logged(self.state, "eval_loss")
-        verdict = ended_high(losses, eval_losses, rate, self._untrained_loss)
-        if verdict.action != "go on":
-            notice(verdict.reason)
+        decision = ended_high(losses, eval_losses, rate, self._untrained_loss)
+        if decision.action != "go on":
+            notice(decision.reason)
 
     def _has_own_loss(self) -> bool:
         return self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
@@ -253,12 +250,12 @@ class Trainer(FiniteGuard, transformers.Trainer):
         if not self._rate_was_above_zero and self.args.learning_rate > 0:
             _log.info("what moved is not judged: the schedule's learning rate was 0 in each step of this run")
             return
-        verdict = nothing_learned(self.moved, bool(names), self.largest_grad_norm)
-        if verdict.action == "stop" and self._first_step > 0:
-            notice(f"since the checkpoint at step {self._first_step}: {verdict.reason}")
+        decision = nothing_learned(self.moved, bool(names), self.largest_grad_norm)
+        if decision.action == "stop" and self._first_step > 0:
+            notice(f"since the checkpoint at step {self._first_step}: {decision.reason}")
             return
-        if verdict.action == "stop":
-            raise GuardStop(verdict.reason)
+        if decision.action == "stop":
+            raise GuardStop(decision.reason)
         share = f"{self.moved.share:.1%} of the {self.moved.num_values_with_gradient:,} values that got a gradient"
         _log.info("%s moved", share)
         if self.moved.share < 0.5:

@@ -237,7 +237,7 @@ def train(
     target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
     """Train, and keep the best weights in the run's folder models."""
-    from fulltune.train import run_seconds
+    from fulltune.train.run_time import run_seconds
 
     folder, reached = _go("train", target, set_, run_folder, fresh)
     outcome = reached.outcome

@@ -26,7 +26,8 @@ from fulltune.records.plan import Plan
 from fulltune.stats import row_scores
 from fulltune.system import hardware
 from fulltune.tasks import Target, task_named
-from fulltune.train import CHANGED, Starter, in_new_process
+from fulltune.train.parent.next_attempt import CHANGED
+from fulltune.train.parent.spawn import Starter, in_new_process
 
 FOLDER = "compare"
 SEALED, OPEN = "predictions/sealed", "predictions/eval"

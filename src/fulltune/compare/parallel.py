@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulltune import errors, pipeline, train
+from fulltune import errors, pipeline
 from fulltune.compare.context import FOLDER, Line
 from fulltune.compare.trials import is_done, settle
 from fulltune.errors import FulltuneError, InterruptedRun
@@ -30,6 +30,7 @@ from fulltune.records.comparison import Trial
 from fulltune.records.data import DataSummary
 from fulltune.system import hardware, run_folder
 from fulltune.text import in_words
+from fulltune.train.parent.fork_server import fork_server
 from fulltune.train.parent.spawn import end_with
 
 _MOST_NAMED = 4
@@ -227,7 +228,7 @@ def serve() -> None:
     said: list[str] = []
     job = pipeline.Run(run_folder.recipe_of(folder), folder, listener=lambda event: said.extend(_told(event)))
     summary = DataSummary.load(folder / "data" / "summary.json")
-    with train.nursery() as start:
+    with fork_server() as start:
         line = Line(job, summary, "", start=start, keeps_time=False)
         line.machine = machine  # free memory, too: plans are to be the same in all processes
         for asked in sys.stdin:

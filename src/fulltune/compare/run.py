@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fulltune import pipeline, plan, report, train
+from fulltune import pipeline, plan, report
 from fulltune.compare import design, more_time, parallel, rate_search, timing
 from fulltune.compare.conclude import judge, opened_by_others
 from fulltune.compare.context import OPENINGS, RECORD, Line, lines_of, settings_of
@@ -34,6 +34,7 @@ from fulltune.records.comparison import Comparison, Expectation, ManyTasks, Sear
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
 from fulltune.system import run_folder
 from fulltune.text import is_share, parse_seconds
+from fulltune.train.parent.fork_server import fork_server
 
 
 def recipe_for(recipe: Recipe) -> Recipe:
@@ -113,7 +114,7 @@ def _foreseen(recipe: Recipe, budget_seconds: float) -> tuple[Expectation, dict[
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".lint-", dir=output) as folder:
             job = pipeline.Run(recipe, Path(folder))
-            with train.nursery() as start:
+            with fork_server() as start:
                 line = Line(job, pipeline.prepare(job), "", budget_seconds, start, began)
                 goes_on = run_folder.unfinished(output, recipe.fingerprint())[-1:]
                 return expect(line), design_of_rows(line) | {"opened_by_others": opened_by_others(line, goes_on)}
@@ -177,7 +178,7 @@ def _budget_seconds(job: pipeline.Run, budget: str | None) -> float | None:
 def _compare(
     job: pipeline.Run, command: str, budget_seconds: float | None, began: float, known: Comparison | None
 ) -> Comparison:
-    with train.nursery() as start:
+    with fork_server() as start:
         with run_folder.not_left_when_refused(job.folder):
             if job.recipe.compare.generic_text is not None:
                 generic_texts(job.recipe.compare.generic_text)  # refused before hours of training, not after

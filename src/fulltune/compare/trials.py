@@ -17,7 +17,9 @@ from fulltune.evaluate import outputs
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.train import Hooks, run_seconds, train
+from fulltune.train.hooks import Hooks
+from fulltune.train.parent.retry import train
+from fulltune.train.run_time import run_seconds
 
 
 def trained(line: Line, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:

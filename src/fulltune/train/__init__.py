@@ -1,9 +1,7 @@
-"""The train stage: attempts in processes of their own, under guard. Stage: imports layers 0 and 1 only."""
+"""The train stage, from the ground up: what both sides share, optimizers, the loop, the worker, the parent.
 
-from fulltune.train.hooks import Hooks
-from fulltune.train.parent.next_attempt import CHANGED
-from fulltune.train.parent.retry import Listener, train
-from fulltune.train.parent.spawn import Starter, in_new_process, nursery
-from fulltune.train.run_time import run_seconds
-
-__all__ = ["CHANGED", "Hooks", "Listener", "Starter", "in_new_process", "nursery", "run_seconds", "train"]
+The modules here are shared by both processes. `optim/` has the optimizers that are not transformers', `loop/` what is
+changed of `transformers.Trainer` (one training step: `loop/guarded_step.py`), `worker/` one attempt in a process of its
+own (`worker/attempt.py` is its line, `worker/best.py` chooses the weights that are kept), `parent/` starts attempts
+and decides what follows one that failed (`parent/retry.py`).
+"""

@@ -1,10 +1,13 @@
-"""Checkpoints that can be trusted: checksums are written last, and only a checkpoint that matches them counts."""
+"""Checkpoints that can be trusted: checksums are written last, and only a checkpoint that matches them counts.
+
+Which one is the best is transformers' choice at each evaluation (`best_global_step` of the Trainer's state); after
+training `worker/best.py` puts its weights back.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -13,9 +16,10 @@ from typing import Any
 from fulltune import methods
 from fulltune.errors import SetupError
 from fulltune.methods.folder import load_trained
+from fulltune.train.request import number_in
 
 SEAL = "checksums.json"
-_log = logging.getLogger(__name__)
+WEIGHTS = "model.safetensors"
 
 
 def seal(checkpoint: Path) -> None:
@@ -52,14 +56,10 @@ def flaw(checkpoint: Path) -> str | None:
     return None
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line for each newer one that was passed over."""
     passed_over: list[str] = []
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
         problem = flaw(checkpoint)
         if problem is None:
             return checkpoint, passed_over
@@ -69,9 +69,9 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
 
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
     """Delete all but the newest `limit` whole checkpoints and the best one."""
-    found = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=step_of)
+    found = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
     for checkpoint in found[:-limit]:
-        if step_of(checkpoint) != best_step:
+        if number_in(checkpoint) != best_step:
             shutil.rmtree(checkpoint)
 
 
@@ -85,11 +85,8 @@ def drop_unfinished(folder: Path) -> None:
 def drop_after(folder: Path, step: int) -> None:
     """Delete checkpoints beyond a step: those that a resumed run will write again."""
     for checkpoint in folder.glob("checkpoint-*"):
-        if step_of(checkpoint) > step:
+        if number_in(checkpoint) > step:
             shutil.rmtree(checkpoint)
-
-
-WEIGHTS = "model.safetensors"
 
 
 def save_trained(model: Any, checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the parent hands to a worker, as a file."""
+"""What the parent hands to a worker, as a file; where an attempt's files lie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from fulltune.recipe.fields import Recipe, with_attention
 from fulltune.records.base import Record
 from fulltune.records.plan import Plan
+
+INITIAL_WEIGHTS = "initial.safetensors"
 
 
 class Request(Record):
@@ -22,9 +24,13 @@ class Request(Record):
     """The worker ends when this process does."""
     probe: bool = False
     """Stop after the dry-run step and write only the outcome: no weights, no checkpoint, no model."""
-
     dry_run: bool = True
     """False: an attempt with the same shapes has passed it."""
+
+    @property
+    def first_step(self) -> int:
+        """The steps up to this one are in the checkpoint."""
+        return 0 if self.checkpoint is None else number_in(Path(self.checkpoint))
 
     @property
     def recipe_as_planned(self) -> Recipe:
@@ -40,7 +46,7 @@ class Request(Record):
     @property
     def initial_weights(self) -> Path:
         """The weights before step 1, as long as the attempt runs."""
-        return self.folder / "initial.safetensors"
+        return self.folder / INITIAL_WEIGHTS
 
     @property
     def checkpoints(self) -> Path:
@@ -57,3 +63,13 @@ class Request(Record):
     @property
     def model_folder(self) -> Path:
         return Path(self.run_folder) / self.plan.model_folder
+
+
+def number_in(folder: Path) -> int:
+    """The step of a checkpoint's folder, the number of an attempt's."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def attempt_folders(run_folder: Path, trial: str) -> list[Path]:
+    """A trial's attempts, by number: 100 comes after 99."""
+    return sorted((run_folder / "attempts").glob(f"{trial}-[0-9]*"), key=number_in)

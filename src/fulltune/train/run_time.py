@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.records.training import Outcome
-from fulltune.train import checkpoints
-from fulltune.train.request import Request
+from fulltune.train.request import Request, attempt_folders
 
 CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
 """Phases as they stand in `metrics.jsonl`."""
@@ -24,49 +23,37 @@ def run_seconds(folder: Path, trial: str) -> float:
         folder: The run folder.
         trial: Finished.
     """
-    attempts = sorted((folder / "attempts").glob(f"{trial}-[0-9]*"), key=_number)
-    last = attempts[-1]
+    *earlier, last = attempt_folders(folder, trial)
     seconds = Outcome.load(last / "outcome.json").train_seconds - _checks_seconds(_events(last))
-    until = _began_at(last)
-    for attempt in reversed(attempts[:-1]):
-        if until is None:
+    until = Request.load(last / "request.json").first_step
+    for attempt in reversed(earlier):
+        if not until:
             break
         seconds += _seconds_of_steps(_events(attempt), until)
-        until = _began_at(attempt)
+        until = Request.load(attempt / "request.json").first_step
     return round(seconds, 3)
-
-
-def _number(attempt: Path) -> int:
-    return int(attempt.name.rpartition("-")[2])
-
-
-def _began_at(attempt: Path) -> int | None:
-    """The step of the checkpoint that an attempt went on from; None: from the pretrained weights."""
-    checkpoint = Request.load(attempt / "request.json").checkpoint
-    return None if checkpoint is None else checkpoints.step_of(Path(checkpoint))
 
 
 def _events(attempt: Path) -> list[dict[str, Any]]:
     path = attempt / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
 
 
 def _phase(events: list[dict[str, Any]], name: str) -> float | None:
     """Seconds after the start at which a phase began."""
-    return next((one["seconds"] for one in events if one["kind"] == "phase" and one["name"] == name), None)
+    return next((event["seconds"] for event in events if event["kind"] == "phase" and event["name"] == name), None)
 
 
 def _checks_seconds(events: list[dict[str, Any]]) -> float:
     began = _phase(events, CHECKS)
     if began is None:
         return 0.0
-    after = [one["seconds"] for one in events if one["kind"] == "phase" and one["seconds"] > began]
+    after = [event["seconds"] for event in events if event["kind"] == "phase" and event["seconds"] > began]
     return min(after, default=began) - began
 
 
 def _seconds_of_steps(events: list[dict[str, Any]], until: int) -> float:
     """From the start of training to the last line of these steps."""
     began = _phase(events, TRAINING)
-    done = [one["seconds"] for one in events if one["kind"] in ("train", "eval") and one["step"] <= until]
+    done = [event["seconds"] for event in events if event["kind"] in ("train", "eval") and event["step"] <= until]
     return 0.0 if began is None or not done else max(0.0, done[-1] - began)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from fulltune.inference.run import batches
-from fulltune.train.parent import retry as attempts
+from fulltune.train.parent import retry, spawn
 from fulltune.train.worker import distributed
 
 
@@ -51,7 +51,7 @@ def test_end_reaches_a_worker_in_a_session_of_its_own() -> None:
     assert launcher.stdout is not None
     worker = psutil.Process(int(launcher.stdout.readline()))
 
-    distributed.end(launcher)
+    spawn.end(launcher)
 
     assert launcher.wait(timeout=60) == -9
     _, alive = psutil.wait_procs([worker], timeout=60)
@@ -62,7 +62,7 @@ def test_attempts_are_in_the_order_of_their_numbers_beyond_99(tmp_path: Path) ->
     for number in (1, 99, 100, 101):
         (tmp_path / "attempts" / f"full-seed42-{number:02d}").mkdir(parents=True)
 
-    found = attempts._outcomes(tmp_path, "full-seed42")
+    found = retry.outcomes(tmp_path, "full-seed42")
 
     assert [outcome.attempt for outcome in found] == [1, 99, 100, 101]
 
@@ -89,7 +89,7 @@ def test_torchrun_is_asked_through_its_workers(tmp_path: Path) -> None:
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == b"up\n"
 
-    distributed.ask_to_stop(launcher)
+    spawn.ask_to_stop(launcher)
 
     started = time.monotonic()
     assert launcher.wait(timeout=60) == 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,28 @@ from transformers import TrainerCallback
 from fulltune.errors import Diverged
 from fulltune.records.plan import Phase
 from fulltune.train import checkpoints
-from fulltune.train.loop.guards import came_apart, ran_away, stopped_improving
+from fulltune.train.loop.guards import diverged, stopped_improving
 from fulltune.train.run_time import TRAINING
 
 Event = dict[str, Any]
 
 
+@dataclass(eq=False)
 class Recorder(TrainerCallback):
-    """Appends one JSON line per log, evaluation or phase to `metrics.jsonl`.
+    """Appends one JSON line per log, evaluation or phase to `metrics.jsonl`."""
 
-    Args:
-        path: The file; None writes nothing, as all processes but the first must.
-        total_steps: Optimizer steps of the whole run.
-        listener: Called with each line as well, for a display in this process.
-    """
-
-    def __init__(self, path: Path | None, total_steps: int, listener: Callable[[Event], None] | None = None) -> None:
-        self.path = path
-        self.total_steps = total_steps
-        self.listener = listener
-        self.started = time.monotonic()
-        self.tokens: Callable[[], float] = lambda: 0.0
-        self.first: tuple[float, int, float] | None = None
-        self.tokens_per_second = 0.0
+    path: Path | None
+    """The file; None writes nothing, as all processes but the first must."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    listener: Callable[[Event], None] | None = None
+    """Called with each line as well, for a display in this process."""
+    tokens: Callable[[], float] = lambda: 0.0
+    """Tokens that the trainer has seen."""
+    tokens_per_second: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    first: tuple[float, int, float] | None = None
+    """Time, step and tokens when training began."""
 
     def write(self, event: Event) -> None:
         if self.path is None:
@@ -49,6 +49,9 @@ class Recorder(TrainerCallback):
 
     def phase(self, name: str) -> None:
         self.write({"kind": "phase", "name": name})
+
+    def warn(self, text: str) -> None:
+        self.write({"kind": "warning", "text": text})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.phase(TRAINING)
@@ -79,72 +82,62 @@ class Recorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         values = {name.removeprefix("eval_"): value for name, value in given["metrics"].items()}
-        self.write(
-            {"kind": "eval", "step": state.global_step, "epoch": round(state.epoch or 0.0, 4), "metrics": values}
-        )
+        epoch = round(state.epoch or 0.0, 4)
+        self.write({"kind": "eval", "step": state.global_step, "epoch": epoch, "metrics": values})
 
 
-class Schedule(TrainerCallback):
+def logged(state: Any, name: str) -> list[float]:
+    """All values of one name in a Trainer's history, oldest first; a resumed run has the history of the one before."""
+    return [entry[name] for entry in state.log_history if name in entry]
+
+
+@dataclass(eq=False)
+class SaveAndStopEarly(TrainerCallback):
     """Saves whenever it evaluates, so that the best weights exist; stops when the metric no longer improves."""
 
-    def __init__(
-        self,
-        metric: str,
-        greater_is_better: bool,
-        patience: int | None,
-        threshold: float,
-        on_stop: Callable[[str], None],
-    ) -> None:
-        self.metric = f"eval_{metric}"
-        self.greater_is_better = greater_is_better
-        self.patience = patience
-        self.threshold = threshold
-        self.on_stop = on_stop
+    metric: str
+    greater_is_better: bool
+    patience: int | None
+    threshold: float
+    on_stop: Callable[[str], None] = lambda reason: None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_evaluate:
             control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.patience is None:
-            return
-        # From the history, not from a counter: a resumed run has the history of the one before.
-        values = logged(state, self.metric)
-        if stopped_improving(values, self.greater_is_better, self.patience, self.threshold):
-            self.on_stop(f"no better {self.metric.removeprefix('eval_')} in {self.patience} evaluations")
+        if self.is_over(state):
+            self.on_stop(f"no better {self.metric} in {self.patience} evaluations")
             control.should_training_stop = True
 
+    def is_over(self, state: Any) -> bool:
+        """From the history, not from a counter, which resuming would begin anew."""
+        values = logged(state, f"eval_{self.metric}")
+        return self.patience is not None and stopped_improving(
+            values, self.greater_is_better, self.patience, self.threshold
+        )
 
-def logged(state: Any, name: str) -> list[float]:
-    """All values of one name in a Trainer's history, oldest first."""
-    return [entry[name] for entry in state.log_history if name in entry]
 
+@dataclass(eq=False)
+class StopWhenDiverged(TrainerCallback):
+    """Stops a run whose loss has diverged, by the Trainer's history."""
 
-class StaysTogether(TrainerCallback):
-    """Stops a run whose loss has come apart or run away.
-
-    Args:
-        untrained: Gives the dry run's loss, when there is one.
-    """
-
-    def __init__(self, untrained: Callable[[], float | None]) -> None:
-        self.untrained = untrained
+    untrained: Callable[[], float | None]
+    """Gives the dry run's loss, when there is one."""
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # From the history, as above.
-        losses = logged(state, "loss")
-        for verdict in (came_apart(losses, args.learning_rate), ran_away(losses, args.learning_rate, self.untrained())):
-            if verdict.action == "stop":
-                raise Diverged(verdict.reason)
+        decision = diverged(logged(state, "loss"), args.learning_rate, self.untrained())
+        if decision.action == "stop":
+            raise Diverged(decision.reason)
 
 
+@dataclass(eq=False)
 class Seals(TrainerCallback):
     """Makes each checkpoint trustworthy, then deletes old ones: never the only whole one."""
 
-    def __init__(self, folder: Path, limit: int, on_seal: Callable[[], None]) -> None:
-        self.folder = folder
-        self.limit = limit
-        self.on_seal = on_seal
+    folder: Path
+    limit: int
+    on_seal: Callable[[], None]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
@@ -156,12 +149,12 @@ class Seals(TrainerCallback):
         checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
 
 
+@dataclass(eq=False)
 class Phases(TrainerCallback):
     """Notes when the loop takes steps and when it saves; an evaluation notes itself. The last callback: others decide
     whether to save."""
 
-    def __init__(self, at: Callable[[Phase], None]) -> None:
-        self.at = at
+    at: Callable[[Phase], None]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.at("step")
@@ -178,11 +171,11 @@ class Phases(TrainerCallback):
         self.at("step")
 
 
+@dataclass(eq=False)
 class AtBegin(TrainerCallback):
     """Does something once, when everything is ready for step 1."""
 
-    def __init__(self, action: Callable[[], None]) -> None:
-        self.action = action
+    action: Callable[[], None]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.action()
@@ -191,8 +184,7 @@ class AtBegin(TrainerCallback):
 class StopWhenAsked(TrainerCallback):
     """After a signal: finish the step, save, stop; all processes after the same step."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    asked = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:

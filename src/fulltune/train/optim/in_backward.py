@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from fulltune.errors import Diverged, SetupError
-from fulltune.train.loop.guards import gradient_not_finite
 
 
 class InBackward(torch.optim.Optimizer):
@@ -35,18 +35,13 @@ class InBackward(torch.optim.Optimizer):
         self._names = names
         self._step = step
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook(index))
+            parameter.register_post_accumulate_grad_hook(partial(self._update, index))
             for index, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         ]
 
-    def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
-        def update(parameter: torch.Tensor) -> None:
-            self._update(parameter, index)
-
-        return update
-
-    def _update(self, parameter: torch.Tensor, index: int) -> None:
+    def _update(self, index: int, parameter: torch.Tensor) -> None:
+        """Step a tensor of any shape of group `index`, whose gradient has just become whole, and free that."""
         name, gradient = self._names[parameter], parameter.grad
         if gradient is None or not gradient.numel():
             return
@@ -58,7 +53,7 @@ class InBackward(torch.optim.Optimizer):
         # NaN goes through both; the two numbers cost no copy of the gradient, as isfinite would.
         least, most = gradient.aminmax()
         if not bool((least.isfinite() & most.isfinite()).item()):
-            raise Diverged(gradient_not_finite(self._step(), name, len(self.updated), len(self._hooks)).reason)
+            raise Diverged(self._not_finite(name))
         groups = self.behind.param_groups
         self.behind.param_groups = [{**groups[index], "params": [parameter]}]
         try:
@@ -67,6 +62,19 @@ class InBackward(torch.optim.Optimizer):
             self.behind.param_groups = groups
         parameter.grad = None
         self.updated.append(name)
+
+    def _not_finite(self, name: str) -> str:
+        """What a person reads; the tensors before this one have moved already."""
+        moved = (
+            f"{len(self.updated)} of {len(self._hooks)} tensors were updated before it in this step, so these weights "
+            "are neither the old ones nor the new ones: the last checkpoint holds the good ones"
+            if self.updated
+            else "no tensor was updated in this step: the weights are still good"
+        )
+        return (
+            f"the gradient of {name} is not finite at step {self._step()}, found before {name} was updated; {moved}. "
+            "Usual causes: a learning rate that is too high, or a type with too small a range"
+        )
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure: the updates are done
         """End the step: all updates have happened in the backward pass."""

@@ -22,8 +22,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Measured, Measurements, Outcome
 from fulltune.system import deepspeed
 from fulltune.text import in_words
-from fulltune.train.parent import measure_candidates
-from fulltune.train.parent import retry as attempts
+from fulltune.train.parent import child, measure_candidates
 from fulltune.train.parent.measure_candidates import Candidate
 from fulltune.train.parent.memory_fallbacks import Need
 from fulltune.train.request import Request
@@ -168,7 +167,7 @@ def _probe(recipe: Recipe, plan: Plan, folder: Path) -> Outcome:
     )
     request.folder.mkdir(parents=True)
     request.save(request.folder / "request.json")
-    outcome = attempts._in_child(request, lambda event: None)
+    outcome = child.run(request, lambda event: None)
     if outcome.status == "interrupted":
         raise InterruptedRun("interrupted while measuring; the same command measures again")
     return outcome

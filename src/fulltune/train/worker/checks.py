@@ -7,68 +7,61 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from fulltune import methods
 from fulltune.errors import GuardStop
 from fulltune.inference import selective_head
 from fulltune.inference.run import by_length
 from fulltune.inference.store import Rows
-from fulltune.models.checkpoint_head import Head
+from fulltune.models.dropout import STEPS, SixteenBitDropout, threshold
 from fulltune.models.packing import leak
-from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check
-from fulltune.tasks import Target, Task
+from fulltune.tasks import Task
 from fulltune.tasks.causal_lm import IGNORED, end_token
+from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.dry_run import check_of
+from fulltune.train.worker.passes import batch_of
 
 _APART = "texts in one row are kept apart"
 _SELECTIVE = "logits of trained tokens only"
 _PIECES = "loss in pieces"
 
 
-def before_training(
-    trainer: Any,
-    tokenizer: Any,
-    rows: Any,
-    summary: DataSummary,
-    task: Task,
-    target: Target,
-    plan: Plan,
-    *,
-    own_loss: bool = False,
-    pieces_asked: bool = False,
-    head: Head | None = None,
-) -> list[Check]:
+def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
     """Run all checks but the dry run; the caller refuses to train when one did not pass.
 
-    With `own_loss`, a function of the user's, the model gives all its logits. With `pieces_asked` the recipe itself
-    wants the loss in pieces, and a model that does not allow it is not trained. `head` is what became of the task's
-    head, for tasks that may need a new one.
+    With a loss of the user's own the model gives all its logits. Where the recipe itself asks for the loss in pieces,
+    a model that does not allow it is not trained.
     """
-    model = trainer.model
+    trainer, plan, summary, task = attempt.trainer, attempt.plan, attempt.summary, attempt.task
+    model: Any = trainer.model
+    pieces_asked = attempt.recipe.train.chunked_loss is True
     checks = [_parameters(model, plan), _world_size(trainer, plan), _truncation(summary), _dropout(model)]
-    if head is not None:
-        checks.append(Check(name="head", result=head.in_words, passed=True))
-    if FACTS[summary.task].writes:
+    if attempt.head is not None:
+        checks.append(Check(name="head", result=attempt.head.in_words, passed=True))
+    if task.FACTS.writes:
         checks.append(_trained_tokens(rows))
     if summary.problem_type in ("prompt_completion", "chat", "source_target"):
-        checks.append(_end_tokens(trainer.model, tokenizer, rows, task, summary))
+        checks.append(_end_tokens(model, trainer.processing_class, rows, task, summary))
     if trainer.is_deepspeed_enabled:
         # Only its engine can run the model; it exists when training begins: see `dry_run_in_engine`.
         if summary.packed:
-            found = "on a one-layer copy of the model; not tried on its weights, which DeepSpeed shares out"
-            checks.append(Check(name=_APART, result=found, passed=True))
-        if FACTS[summary.task].writes:
+            apart = "on a one-layer copy of the model; not tried on its weights, which DeepSpeed shares out"
+            checks.append(Check(name=_APART, result=apart, passed=True))
+        if task.FACTS.writes:
             checks.append(Check(name=_SELECTIVE, result="off: DeepSpeed shares out the model", passed=True))
             if plan.chunked_loss:
                 checks.append(Check(name=_PIECES, result="off: DeepSpeed shares out the head", passed=not pieces_asked))
         return checks
     if summary.packed:
-        checks.append(_texts_apart(trainer.model))
-    if FACTS[summary.task].writes:
-        checks.append(_selective_head(trainer, rows, task, own_loss))
+        # On the real weights, what the data stage found out on a copy of the architecture.
+        problem = leak(model, model.config.model_type)
+        checks.append(Check(name=_APART, result=problem or "yes", passed=problem is None))
+    if task.FACTS.writes:
+        checks.append(_selective_head(trainer, rows, task, own_loss=attempt.hooks.compute_loss is not None))
         if plan.chunked_loss:
             checks.append(_loss_in_pieces(trainer, checks[-1].result, pieces_asked))
     return checks
@@ -118,8 +111,6 @@ def _truncation(summary: DataSummary) -> Check:
 
 
 def _dropout(model: Any) -> Check:
-    from fulltune.models.dropout import STEPS, SixteenBitDropout, threshold
-
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
     shares = sorted({f"{module.p:g} becomes {threshold(module.p) / STEPS:.6g}" for module in modules})
     made = f"{len(modules)} modules, with random numbers of 16 bits for speed"
@@ -142,19 +133,12 @@ def _trained_tokens(rows: Rows) -> Check:
     return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
 
 
-def _texts_apart(model: Any) -> Check:
-    """On the real weights, what the data stage found out on a copy of the architecture."""
-    problem = leak(model, model.config.model_type)
-    return Check(name=_APART, result=problem or "yes", passed=problem is None)
-
-
 def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Check:
     """Give the trainer its selective head; without one, training is slower and the same."""
     if own_loss or trainer.args.torch_compile:
         result = "off: compute_loss is your own" if own_loss else "off: with torch.compile hooks are left out"
     else:
-        batch = trainer.data_collator([rows[i] for i in by_length(rows)[-2:]])
-        batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+        batch = batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]])
         trainer.head, result = selective_head.verified(trainer.model, task, batch)
     return Check(name=_SELECTIVE, result=result, passed=True)
 
@@ -202,10 +186,8 @@ def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
 
     The loss is multiplied by 0: the gradients of 0 that it leaves are added to those of step 1.
     """
-    import torch
-
     engine = trainer.model_wrapped
-    batch = _longest(trainer, rows, plan)
+    batch = batch_of(trainer, [rows[i] for i in by_length(rows)[: plan.micro_batch_size]])
     started = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         engine.train()
@@ -214,14 +196,8 @@ def dry_run_in_engine(trainer: Any, rows: Any, plan: Plan) -> Check:
         loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(trainer.count_items(labels)))
         # All processes decide alike: in the backward pass each waits for the others.
         finite = trainer.accelerator.reduce(loss.detach().isfinite().float(), reduction="sum")
-        if int(finite) == trainer.accelerator.num_processes:
+        passed = int(finite) == trainer.accelerator.num_processes
+        if passed:
             engine.set_gradient_accumulation_boundary(False)
             engine.backward(loss * 0.0, scale_wrt_gas=False)
-    passed = int(finite) == trainer.accelerator.num_processes
     return check_of(batch, float(loss.detach()), started, passed)
-
-
-def _longest(trainer: Any, rows: Any, plan: Plan) -> dict[str, Any]:
-    longest = by_length(rows)[: plan.micro_batch_size]
-    batch = trainer.data_collator([rows[i] for i in longest])
-    return {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}

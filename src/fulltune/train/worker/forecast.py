@@ -11,7 +11,7 @@ from a batch that has run before.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fulltune.records.plan import TimeNeed, TimePart
@@ -35,14 +35,6 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """A pass that was measured."""
-
-    work: float
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Readings:
     """Every pass of one batch, in order."""
 
@@ -50,14 +42,14 @@ class Readings:
     seconds: tuple[float, ...]
 
     @property
-    def warm(self) -> Timed:
+    def warm_seconds(self) -> float:
         """As it will be again and again: without the first pass, where there are others."""
-        return Timed(self.work, statistics.median(self.seconds[1:] or self.seconds))
+        return statistics.median(self.seconds[1:] or self.seconds)
 
     @property
     def first_time_seconds(self) -> float:
         """What the first pass cost more."""
-        return max(0.0, self.seconds[0] - self.warm.seconds)
+        return max(0.0, self.seconds[0] - self.warm_seconds)
 
 
 @dataclass(frozen=True)
@@ -67,12 +59,13 @@ class Speed:
     fixed: float
     per_work: float
 
-    def seconds(self, work: float) -> float:
-        return self.fixed + self.per_work * work
+    def seconds(self, work: float, passes: float = 1) -> float:
+        """Of passes that together have this work."""
+        return self.fixed * passes + self.per_work * work
 
 
 @dataclass(frozen=True)
-class Rates:
+class Timings:
     """What was measured."""
 
     train: Speed
@@ -101,6 +94,8 @@ class Schedule:
     evaluations: int
     saves: int
     num_processes: int = 1
+    test_share: float = 0.0
+    """Tokens of the test rows as a share of the eval rows'; 0: not known."""
 
     def work(self, quadratic: float) -> float:
         """Of all training passes."""
@@ -121,81 +116,44 @@ def quadratic_share(num_layers: int, hidden_size: int, num_parameters: int) -> f
     return 2 * num_layers * hidden_size / max(1, num_parameters)
 
 
-def speed(longest: Timed, typical: Timed | None) -> Speed:
+def speed(longest: Readings, typical: Readings | None) -> Speed:
     """A line through both; through the origin when there is only one, or when the line would fall or start below 0."""
     if typical is None:
-        return Speed(0.0, longest.seconds / longest.work)
-    through_origin = Speed(0.0, typical.seconds / typical.work)
+        return Speed(0.0, longest.warm_seconds / longest.work)
+    through_origin = Speed(0.0, typical.warm_seconds / typical.work)
     if longest.work <= typical.work:
         return through_origin
-    slope = (longest.seconds - typical.seconds) / (longest.work - typical.work)
-    fixed = typical.seconds - slope * typical.work
+    slope = (longest.warm_seconds - typical.warm_seconds) / (longest.work - typical.work)
+    fixed = typical.warm_seconds - slope * typical.work
     return Speed(fixed, slope) if slope > 0 and fixed >= 0 else through_origin
 
 
-def is_cold(first_seconds: float, forward_and_backward_seconds: float) -> bool:
-    """Whether the first evaluation of a batch says nothing: a forward pass alone never takes longer than both."""
-    return first_seconds > forward_and_backward_seconds
+def times_between(first_step: int, last_step: int, *intervals: int) -> int:
+    """At how many steps after `first_step` something is done: every n-th of each interval (0: never), and the last."""
+    at = {step for every in intervals if every for step in range(every, last_step + 1, every)}
+    return sum(step > first_step for step in at | {last_step}) if last_step > first_step else 0
 
 
-def new_shape_seconds(first_times: Iterable[float]) -> float:
-    """What the first pass of each shape costs more, from what it cost with some: the least, because a process's first
-    passes also pay for what is done once."""
-    return min(first_times, default=0.0)
-
-
-def count(shapes: Iterable[Shape], factor: float = 1.0) -> dict[Shape, float]:
-    """How often each shape comes, times the factor."""
-    counted: dict[Shape, float] = {}
-    for shape in shapes:
-        counted[shape] = counted.get(shape, 0.0) + factor
-    return counted
-
-
-def num_evaluations(first_step: int, last_step: int, eval_steps: int) -> int:
-    """After every `eval_steps`-th step after `first_step`, and after the last one."""
-    return _times(first_step, last_step, (eval_steps,))
-
-
-def num_saves(first_step: int, last_step: int, eval_steps: int, save_steps: int) -> int:
-    """The same for checkpoints, which are also written at each evaluation."""
-    return _times(first_step, last_step, (eval_steps, save_steps))
-
-
-def forecast(schedule: Schedule, rates: Rates, quadratic: float) -> TimeNeed:
-    """Seconds from the first step to the last, with evaluations and checkpoints."""
-    passes = sum(schedule.train.values())
-    train = rates.train.fixed * passes + rates.train.per_work * schedule.work(quadratic)
-    train += rates.step_seconds * schedule.steps + rates.start_seconds
-    train += rates.new_shape_seconds * len(schedule.train)
-    one = rates.evaluation.fixed * sum(schedule.evaluation.values())
-    one += rates.evaluation.per_work * _total_work(schedule.evaluation, quadratic)
+def forecast(schedule: Schedule, timings: Timings, quadratic: float) -> TimeNeed:
+    """Seconds from the first step to the last, with evaluations and checkpoints, and of scoring the test rows."""
+    train = timings.train.seconds(schedule.work(quadratic), sum(schedule.train.values()))
+    train += timings.step_seconds * schedule.steps + timings.start_seconds
+    train += timings.new_shape_seconds * len(schedule.train)
+    once = timings.evaluation.seconds(_total_work(schedule.evaluation, quadratic), sum(schedule.evaluation.values()))
     tokens = schedule.num_processes * sum(shape.rows * shape.length * times for shape, times in schedule.train.items())
+    around: tuple[TimePart, ...] = ()
+    if schedule.evaluations and schedule.test_share:
+        seconds = round(once * schedule.test_share, 3)
+        around = (TimePart(name="scoring one model on the test rows", seconds=seconds, basis="measured"),)
     return TimeNeed(
         train_seconds=round(train, 3),
-        eval_seconds=round(one * schedule.evaluations, 3),
-        save_seconds=round(rates.save_seconds * schedule.saves, 3),
+        eval_seconds=round(once * schedule.evaluations, 3),
+        save_seconds=round(timings.save_seconds * schedule.saves, 3),
         tokens=round(tokens),
         tokens_per_second=round(tokens / train, 1) if train else 0.0,
         source="dry-run step",
+        around=around,
     )
-
-
-WORTH_A_LOOK = 0.02
-"""Share of the training from which on a reading is taken a second time."""
-
-
-def needs_another_shape(first_time_seconds: float, schedule: Schedule, rough_total: float) -> bool:
-    """Whether what one shape cost more the first time, times the number of shapes, would weigh in the forecast."""
-    return first_time_seconds * len(schedule.train) > WORTH_A_LOOK * rough_total
-
-
-def scoring(need: TimeNeed, evaluations: int, eval_tokens: int, test_tokens: int) -> TimePart | None:
-    """One model on the test rows, at the speed of an evaluation; None where no evaluation was forecast."""
-    if not evaluations or not eval_tokens:
-        return None
-    seconds = need.eval_seconds / evaluations * test_tokens / eval_tokens
-    return TimePart(name="scoring one model on the test rows", seconds=round(seconds, 3), basis="measured")
 
 
 def extra_seconds(rough_total: float) -> float:
@@ -205,8 +163,3 @@ def extra_seconds(rough_total: float) -> float:
 
 def _total_work(passes: Mapping[Shape, float], quadratic: float) -> float:
     return sum(shape.work(quadratic) * times for shape, times in passes.items())
-
-
-def _times(first_step: int, last_step: int, intervals: tuple[int, ...]) -> int:
-    at = {step for every in intervals if every for step in range(every, last_step + 1, every)}
-    return sum(step > first_step for step in at | {last_step}) if last_step > first_step else 0

@@ -1,17 +1,31 @@
-"""The model as training starts with it."""
+"""The model as training starts with it, and the trainer around it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from transformers.integrations.integration_utils import TensorBoardCallback
+
 from fulltune import methods
+from fulltune.inference.run import logits_of, model_batch
+from fulltune.inference.store import load_split
+from fulltune.models import dropout
 from fulltune.models.checkpoint_head import Head
 from fulltune.models.load import load
-from fulltune.models.processors import load_processor
+from fulltune.models.processors import load_processor, opened
 from fulltune.system import deepspeed
-from fulltune.tasks import Target, Task
-from fulltune.train.worker import weights
+from fulltune.tasks import LossSettings, Target, Task
+from fulltune.tasks.settings import class_weights
+from fulltune.train.loop.arguments import training_arguments
+from fulltune.train.loop.callbacks import Phases, SaveAndStopEarly, Seals, StopWhenDiverged
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.worker import distributed, evaluation, extensions, weights
+from fulltune.train.worker.context import AttemptContext
 
 
 def load_for_training(
@@ -34,3 +48,80 @@ def load_for_training(
     if deepspeed.wanted(recipe):
         weights.forget_unused_conversions(model)
     return methods.apply(model, recipe.method, recipe.task), tokenizer
+
+
+def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
+    """Load the model and the rows, and put the trainer together; returns the train and the eval rows."""
+    plan, recipe, task, target = attempt.plan, attempt.recipe, attempt.task, attempt.target
+    attempt.recorder.phase("loading the model")
+    transformers.logging.disable_progress_bar()
+    if attempt.sharing is not None and attempt.is_main:
+        offload = attempt.sharing.offload_optimizer
+        extensions.build(plan.device == "cpu", offload, attempt.recorder.phase, attempt.journal.write)
+    # Before the model: with DeepSpeed's stage 3 its weights are shared out while they are read.
+    arguments = training_arguments(recipe, plan, attempt.request.checkpoints)
+    if attempt.sharing is not None:
+        distributed.start_deepspeed(arguments)
+    transformers.set_seed(plan.seed)
+    begin = partial(attempt.observed.measure, plan.device, target.problem_type)
+    attempt.applied, tokenizer = load_for_training(recipe, task, target, begin, partial(setattr, attempt, "head"))
+    model = attempt.applied.model
+    if plan.device == "cpu":
+        dropout.install(model)
+    data_folder = Path(attempt.request.run_folder) / "data"
+    rows, eval_rows = (opened(load_split(data_folder / split), tokenizer) for split in ("train", "eval"))
+    settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(recipe, attempt.summary))
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return model_batch(model, task, features, tokenizer.pad_token_id)
+
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
+        summed = task.loss(logits_of(outputs), labels, target, settings)
+        return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
+
+    attempt.trainer = FullTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=collate,
+        processing_class=tokenizer,
+        compute_loss_func=attempt.hooks.compute_loss or compute_loss,
+        lengths=rows["length"],
+        plan=plan,
+        score=lambda: evaluation.score(attempt, eval_rows),
+        count_items=task.count_items,
+        trained_only=recipe.method.kind != "full",
+        callbacks=_callbacks(attempt),
+    )
+    attempt.trainer.remove_callback(transformers.PrinterCallback)
+    for callback in attempt.trainer.callback_handler.callbacks:
+        # Beside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR goes first.
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(attempt.request.tensorboard)
+    attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
+    return rows, eval_rows
+
+
+def early_stopping(attempt: AttemptContext) -> SaveAndStopEarly:
+    """By the plan's metric and the recipe's patience."""
+    return SaveAndStopEarly(
+        attempt.plan.metric,
+        attempt.plan.greater_is_better,
+        attempt.recipe.train.early_stopping_patience,
+        attempt.recipe.train.early_stopping_threshold,
+        lambda reason: attempt.journal.write("early stop", reason),
+    )
+
+
+def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
+    request, observed = attempt.request, attempt.observed
+    seals = Seals(
+        request.checkpoints,
+        attempt.recipe.train.save_total_limit,
+        lambda: observed.disk(request.checkpoints, request.initial_weights),
+    )
+    # A loss of the user's own may rise for good reasons.
+    guards = [StopWhenDiverged(lambda: observed.dry_run_loss)] if attempt.hooks.compute_loss is None else []
+    return [attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop, Phases(attempt.journal.at)]

@@ -28,9 +28,8 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.request import Request
 from fulltune.train.worker import memory_limit
-from fulltune.train.worker.observed import Seen
+from fulltune.train.worker.observed import Observed
 
-_log = logging.getLogger(__name__)
 Event = dict[str, Any]
 
 
@@ -40,32 +39,22 @@ def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None
         started = time.monotonic()
         rank = int(os.environ.get("RANK", "0"))
         journal = Journal(request.folder / "journal.jsonl" if rank == 0 else None)
-        seen = Seen()
+        observed = Observed()
         try:
-            outcome = _train(request, hooks, journal, listener, seen)
+            ended = {"status": "done", "reason": "", **_train(request, hooks, journal, listener, observed)}
         except BaseException as error:
-            status, reason = _classify(error)
+            status, reason = meaning_of(error)
             if status in ("error", "out_of_memory"):
                 traceback.print_exc()
             if status == "disk_full":
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
-            outcome = Outcome(
-                status=status,
-                reason=reason,
-                trial=request.plan.trial,
-                attempt=request.attempt,
-                phase=journal.phase,
-            )
+            ended = {"status": status, "reason": reason, "phase": journal.phase}
         finally:
             if rank == 0:
                 request.initial_weights.unlink(missing_ok=True)
-        outcome = outcome.model_copy(
-            update={
-                "train_seconds": round(time.monotonic() - started, 3),
-                "peak_memory_bytes": _peak_memory_bytes(),
-                **seen.for_outcome(),
-            }
-        )
+        measured = {"peak_memory_bytes": _peak_memory_bytes(), **observed.for_outcome()}
+        seconds = round(time.monotonic() - started, 3)
+        outcome = Outcome(trial=request.plan.trial, attempt=request.attempt, train_seconds=seconds, **ended, **measured)
         journal.write(outcome.status, outcome.reason)
         if rank == 0:
             outcome.save(request.folder / "outcome.json")
@@ -76,9 +65,9 @@ def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None
 
 
 def _train(
-    request: Request, hooks: Hooks, journal: Journal, listener: Callable[[Event], None] | None, seen: Seen
-) -> Outcome:
-    # Imported here: a request that is refused earlier should not pay for torch and transformers.
+    request: Request, hooks: Hooks, journal: Journal, listener: Callable[[Event], None] | None, observed: Observed
+) -> dict[str, Any]:
+    # Imported here: an error while torch and transformers load becomes an outcome as well.
     from fulltune.train.loop.callbacks import StopWhenAsked
     from fulltune.train.worker import attempt
 
@@ -86,10 +75,10 @@ def _train(
     _listen_for_signals(stop)
     limit, device = request.plan.memory_limit_bytes, request.plan.device
     with memory_limit.held_to(limit, device, lambda line: journal.write("warning", line)):
-        return attempt.train(request, hooks, journal, stop, listener, seen)
+        return attempt.train(request, hooks, journal, stop, listener, observed)
 
 
-def _classify(error: BaseException) -> tuple[OutcomeStatus, str]:
+def meaning_of(error: BaseException) -> tuple[OutcomeStatus, str]:
     """What an exception means for the next attempt."""
     text = " ".join(str(error).split())
     kind = type(error).__name__

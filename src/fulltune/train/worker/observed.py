@@ -12,7 +12,7 @@ from fulltune.system.meter import Meter
 
 
 @dataclass
-class Seen:
+class Observed:
     """Filled in step by step."""
 
     meter: Meter | None = None
@@ -31,23 +31,13 @@ class Seen:
 
     def disk(self, *paths: Path) -> None:
         """Keep the most that these files and folders took together."""
-        self.disk_bytes = max(self.disk_bytes, sum(map(size_on_disk, paths)))
+        files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+        self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in files if file.is_file()))
 
     def for_outcome(self) -> dict[str, Any]:
         """Fields of `Outcome`; sizes of memory only from when there was a meter."""
-        found: dict[str, Any] = {
-            "forecast": self.forecast,
-            "dry_run_growth_bytes": self.dry_run_growth_bytes,
-            "dry_run_loss": self.dry_run_loss,
-            "disk_bytes": self.disk_bytes,
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "meter"}
         if self.meter is not None:
-            found["peak_memory_bytes"] = self.meter.peak_bytes()
-            found["memory_growth_bytes"] = self.meter.growth_bytes()
-        return found
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 when there is nothing."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+            fields["peak_memory_bytes"] = self.meter.peak_bytes()
+            fields["memory_growth_bytes"] = self.meter.growth_bytes()
+        return fields

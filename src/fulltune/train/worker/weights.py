@@ -5,13 +5,16 @@ With DeepSpeed every process has to call these functions, because putting a tens
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fulltune import methods
 from fulltune.methods.folder import save, share
@@ -24,37 +27,34 @@ from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.request import Request
 
 
-def whole(parameter: Any) -> Any:
-    """The parameter's values on the CPU; in half precision those of DeepSpeed's fp32 copy, which is what is trained."""
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+def whole(parameter: Any) -> torch.Tensor:
+    """The parameter's values on the CPU, in its shape; in half precision those of DeepSpeed's fp32 copy, which is what
+    is trained."""
+    if _is_in_engine(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).cpu()
-    with _gathered(parameter):
-        values = parameter.detach().cpu()
-        return values.clone() if hasattr(parameter, "ds_id") else values
-
-
-@contextlib.contextmanager
-def _gathered(parameter: Any) -> Iterator[None]:
-    """Stage 3 before the optimizer exists: the tensor is whole inside."""
     if not hasattr(parameter, "ds_id"):
-        yield
-        return
+        return parameter.detach().cpu()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
-        yield
+    with deepspeed.zero.GatheredParameters([parameter]):  # stage 3 before the optimizer exists
+        return parameter.detach().cpu().clone()
 
 
-def second_moment(parameter: Any, optimizer: Any) -> Any:
-    """AdamW's running mean of squared gradients on the CPU; None with optimizers that have none.
+def _is_in_engine(parameter: Any) -> bool:
+    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+
+
+def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
+    """AdamW's running mean of squared gradients on the CPU, in the parameter's shape; None with optimizers that have
+    none.
 
     It is positive where a value has received a gradient, also where it is kept in 8 bits: see `moments`.
     """
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # accelerate's and DeepSpeed's wrappers
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+    if _is_in_engine(parameter):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
@@ -87,8 +87,6 @@ class InitialWeights:
     """
 
     def __init__(self, model: Any, path: Path | None) -> None:
-        from safetensors.torch import save_file
-
         self.path = path
         tensors = {}
         for name, parameter in methods.trained(model).items():
@@ -137,8 +135,6 @@ class InitialWeights:
 
     def _before(self, name: str) -> Any:
         """A tensor as it was. The file is opened anew for each, or all of it would stay in memory."""
-        from safetensors import safe_open
-
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -147,32 +143,18 @@ class InitialWeights:
             self.path.unlink(missing_ok=True)
 
 
-def load_best(trainer: Any, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into the trainer's model."""
-    if not trainer.is_deepspeed_enabled:
-        checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
-        return
-    from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-
-    deepspeed_load_checkpoint(trainer.model_wrapped, str(checkpoint))
-
-
-def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> tuple[Any, Any]:
-    """Weights, state and optimizer of a checkpoint after which nothing is left to train."""
-    import torch
-    from transformers import TrainerState
-
+def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
+    """Put the weights of a checkpoint after which nothing is left to train into the model; returns its optimizer."""
     # Which tensors received a gradient was seen by the attempt before; only optimizers without second moments ask.
     trainer.tensors_with_gradient = frozenset(methods.trained(trainer.model))
     if trainer.is_deepspeed_enabled:
         # Only its engine can read its checkpoints; transformers has no public way to make one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
-        optimizer = trainer.optimizer
-    else:
-        checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
-        optimizer = trainer.create_optimizer()
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), optimizer
+        return trainer.optimizer
+    checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
+    optimizer = trainer.create_optimizer()
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
+    return optimizer
 
 
 def forget_unused_conversions(model: Any) -> None:

@@ -1,18 +1,36 @@
-"""A model's buffers as they were before a trial pass."""
+"""Trial passes that leave no trace: random numbers and a model's buffers are as before afterwards."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 _PLAIN = (bool, int, float, str, torch.Tensor)
 
 
 @contextlib.contextmanager
-def put_back(model: Any) -> Iterator[None]:
+def same_randomness(*, on_gpu: bool = True) -> Iterator[None]:
+    """Put back the state of all random generators, as if nothing had been drawn.
+
+    Args:
+        on_gpu: GPUs' as well; asking for them makes torch set them up.
+    """
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+@contextlib.contextmanager
+def same_buffers(model: Any) -> Iterator[None]:
     """Afterwards all buffers are as before, also those that `forward` replaced, made larger or added.
 
     A buffer that only changed its values is filled with the old ones; any other gets a copy of what it was, on the
@@ -40,3 +58,12 @@ def put_back(model: Any) -> Iterator[None]:
                 else:
                     module._buffers[name] = values if now is None or values is None else values.to(now.device)
             vars(module).update(noted)
+
+
+def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
+    """Of those that have one. With a rate of 0 a finite gradient moves nothing; 0 times infinity is not a number.
+
+    NaN goes through both numbers of `aminmax`, which cost no copy of the gradient, as `isfinite` would.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter.grad.numel()]
+    return all(bool(torch.stack(gradient.aminmax()).isfinite().all()) for gradient in gradients)

@@ -6,34 +6,32 @@ import pytest
 
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker.forecast import (
-    Rates,
+    Readings,
     Schedule,
     Shape,
     Speed,
-    Timed,
-    count,
+    Timings,
     extra_seconds,
     forecast,
-    num_evaluations,
-    num_saves,
     quadratic_share,
     speed,
+    times_between,
 )
 
 
 @pytest.mark.parametrize(
     ("longest", "typical", "expected"),
     [
-        (Timed(100, 11.0), Timed(50, 6.0), Speed(1.0, 0.1)),
-        (Timed(100, 11.0), None, Speed(0.0, 0.11)),
+        (Readings(100, (11.0,)), Readings(50, (6.0,)), Speed(1.0, 0.1)),
+        (Readings(100, (11.0,)), None, Speed(0.0, 0.11)),
         # The longest one was faster, or a line through both would begin below 0: what was measured at the mean counts.
-        (Timed(100, 5.0), Timed(50, 6.0), Speed(0.0, 0.12)),
-        (Timed(100, 20.0), Timed(50, 5.0), Speed(0.0, 0.1)),
-        (Timed(50, 5.0), Timed(50, 6.0), Speed(0.0, 0.12)),
+        (Readings(100, (5.0,)), Readings(50, (6.0,)), Speed(0.0, 0.12)),
+        (Readings(100, (20.0,)), Readings(50, (5.0,)), Speed(0.0, 0.1)),
+        (Readings(50, (5.0,)), Readings(50, (6.0,)), Speed(0.0, 0.12)),
     ],
 )
 def test_speed_is_a_line_through_both_passes_or_through_the_origin(
-    longest: Timed, typical: Timed | None, expected: Speed
+    longest: Readings, typical: Readings | None, expected: Speed
 ) -> None:
     found = speed(longest, typical)
 
@@ -62,8 +60,8 @@ def test_work_grows_with_the_square_of_the_length_by_what_attention_adds() -> No
 def test_evaluations_and_saves_are_counted_as_the_trainer_does_them(
     first: int, last: int, eval_steps: int, save_steps: int, evaluations: int, saves: int
 ) -> None:
-    assert num_evaluations(first, last, eval_steps) == evaluations
-    assert num_saves(first, last, eval_steps, save_steps) == saves
+    assert times_between(first, last, eval_steps) == evaluations
+    assert times_between(first, last, eval_steps, save_steps) == saves
 
 
 def test_forecast_adds_up_passes_steps_evaluations_and_saves() -> None:
@@ -74,8 +72,9 @@ def test_forecast_adds_up_passes_steps_evaluations_and_saves() -> None:
         evaluations=3,
         saves=4,
         num_processes=2,
+        test_share=1.5,
     )
-    rates = Rates(
+    timings = Timings(
         train=Speed(0.5, 0.01),
         evaluation=Speed(0.1, 0.001),
         step_seconds=0.25,
@@ -84,19 +83,16 @@ def test_forecast_adds_up_passes_steps_evaluations_and_saves() -> None:
         start_seconds=10.0,
     )
 
-    found = forecast(schedule, rates, 0.0)
+    found = forecast(schedule, timings, 0.0)
 
     passes = 4 * 0.5 + 0.01 * (3 * 40 + 20)
     assert found.train_seconds == pytest.approx(passes + 2 * 0.25 + 2 * 0.125 + 10)
     assert found.eval_seconds == pytest.approx(3 * 2 * (0.1 + 0.08))
     assert found.save_seconds == 6.0
+    assert [part.seconds for part in found.around] == pytest.approx([1.5 * 2 * (0.1 + 0.08)])
     assert found.tokens == 2 * 140
     assert found.tokens_per_second == pytest.approx(280 / found.train_seconds, abs=0.1)
     assert found.source == "dry-run step"
-
-
-def test_passes_that_were_counted_on_a_part_of_the_steps_stand_for_the_rest() -> None:
-    assert count([Shape(4, 10), Shape(4, 10), Shape(2, 3)], 2.5) == {Shape(4, 10): 5.0, Shape(2, 3): 2.5}
 
 
 @pytest.mark.parametrize(("total", "expected"), [(1.0, 0.5), (100.0, 5.0), (1e6, 20.0)])

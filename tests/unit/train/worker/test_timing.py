@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from fulltune.records.plan import TimeNeed
-from fulltune.train.worker import dry_run as dry_run_module
-from fulltune.train.worker.forecast import Readings, Timed, is_cold, new_shape_seconds
+from fulltune.train.worker import timing
+from fulltune.train.worker.forecast import Readings
+from fulltune.train.worker.passes import Passes
+from fulltune.train.worker.timing import timed_forecast
 from tests import plans
 
 LENGTHS = np.array([10 + row // 8 for row in range(320)])
@@ -21,48 +23,48 @@ TRAIN, FORWARD = 0.7, 0.25
 
 
 class Machine:
-    """A clock, and passes that take their time on it."""
+    """Passes that take their time."""
 
     def __init__(self, cold_train: dict[int, float], cold_eval: dict[int, float]) -> None:
-        self.now = 0.0
         self.cold = {"train": cold_train, "eval": cold_eval}
         self.passes = {"train": 0, "eval": 0}
 
     def take(self, kind: str, seconds: float) -> float:
         number = self.passes[kind]
         self.passes[kind] += 1
-        spent = self.cold[kind].get(number, seconds)
-        self.now += spent
-        return spent
+        return self.cold[kind].get(number, seconds)
 
 
-def foreseen(machine: Machine, first_seconds: float = 9.0) -> TimeNeed:
+class Scripted(Passes):
+    """Passes whose seconds are a machine's."""
+
+    def train(self, positions: Any, *, keep: bool = False) -> tuple[float, float]:
+        return 1.0, self.rows.take("train", TRAIN)
+
+    def score(self, positions: Any) -> float:
+        return self.rows.take("eval", FORWARD)
+
+
+def foreseen(machine: Machine, first_seconds: float = 9.0, total_steps: int = 40) -> TimeNeed:
     """The forecast of a run of 40 steps, each of one pass, with two evaluations of one batch."""
     batches = [list(range(8 * step, 8 * step + 8)) for step in range(40)]
     trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(world_size=1, torch_compile=False),
+        args=SimpleNamespace(torch_compile=False),
         model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace())),
-        sampler=SimpleNamespace(passes=lambda first, last: [[one] for one in batches[first:last]]),
+        sampler=SimpleNamespace(passes=lambda first, last: [[batch] for batch in batches[first:last]]),
     )
-    run = dry_run_module._Run(
+    passes = Scripted(
         trainer=trainer,
-        rows=None,
-        plan=plans.plan(total_steps=40, eval_steps=20, save_steps=20),
+        rows=machine,
+        plan=plans.plan(total_steps=total_steps, eval_steps=total_steps // 2, save_steps=total_steps // 2),
         model=None,
         optimizer=mock.Mock(),
-        evaluate=lambda positions: machine.take("eval", FORWARD),
+        evaluate=lambda positions: None,
         lengths=LENGTHS,
         eval_lengths=LENGTHS[::20],
     )
-
-    def timed_pass(run: Any, positions: Any, keep: bool = False) -> tuple[float, float]:
-        return 1.0, machine.take("train", TRAIN)
-
-    def now(run: Any) -> float:
-        return machine.now
-
-    with mock.patch.object(dry_run_module, "_now", now), mock.patch.object(dry_run_module, "_timed_pass", timed_pass):
-        return dry_run_module._forecast(run, batches[-1], (first_seconds, TRAIN), 0.1, 0, None)
+    seconds = (first_seconds, TRAIN)
+    return timed_forecast(passes, batches[-1], seconds, 0.1, first_step=0, test_share=0.0, folder=None)
 
 
 @pytest.mark.parametrize(
@@ -109,15 +111,13 @@ def test_first_reading_counts_only_where_it_is_the_only_one(
 ) -> None:
     found = Readings(10.0, seconds)
 
-    assert found.warm == Timed(10.0, pytest.approx(warm))
+    assert found.warm_seconds == pytest.approx(warm)
     assert found.first_time_seconds == pytest.approx(more)
 
 
-@pytest.mark.parametrize(("first", "both", "cold"), [(9.0, 0.7, True), (0.25, 0.7, False), (0.6, 0.7, False)])
-def test_evaluation_slower_than_training_was_cold(first: float, both: float, cold: bool) -> None:
-    assert is_cold(first, both) == cold
+def test_passes_that_were_counted_on_a_part_of_the_steps_stand_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MOST_COUNTED_ROWS", 40 * plans.plan().global_batch_size)
 
+    found = foreseen(Machine({}, {}), total_steps=400)
 
-@pytest.mark.parametrize(("first_times", "expected"), [([8.3, 0.05], 0.05), ([8.3], 8.3), ([], 0.0)])
-def test_what_a_new_shape_costs_is_the_least_that_one_cost(first_times: list[float], expected: float) -> None:
-    assert new_shape_seconds(first_times) == expected
+    assert found.train_seconds == pytest.approx(400 * (TRAIN + 0.1), rel=0.05)

@@ -1,0 +1,47 @@
+"""Groups of parameters: by weight decay and, with `layerwise_lr_decay`, by depth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+_LAYER = re.compile(r"\.(?:layers?|h|blocks?|block)\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
+
+
+def parameter_groups(
+    names: Sequence[str], decayed: Collection[str], learning_rate: float, factor: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Names in groups as an optimizer takes them.
+
+    Args:
+        names: Of the trained parameters.
+        decayed: Those that weight decay applies to.
+        learning_rate: At the top.
+        factor: From a layer's rate to the one below. With 1 there are two groups in transformers' order, so that an
+            optimizer can go on with another one's checkpoint; else a group per depth, the top first (its rate is the
+            one that is logged).
+        weight_decay: For `decayed`.
+    """
+    if factor == 1.0:
+        return [
+            {"params": [name for name in names if name in decayed], "weight_decay": weight_decay},
+            {"params": [name for name in names if name not in decayed], "weight_decay": 0.0},
+        ]
+    num_layers = max((int(found.group(1)) + 1 for name in names if (found := _LAYER.search(name))), default=0)
+    groups: dict[tuple[int, bool], list[str]] = {}
+    for name in names:
+        groups.setdefault((num_layers + 1 - layer_depth(name, num_layers), name not in decayed), []).append(name)
+    return [
+        {"params": members, "lr": learning_rate * factor**below_top, "weight_decay": 0.0 if plain else weight_decay}
+        for (below_top, plain), members in sorted(groups.items())
+    ]
+
+
+def layer_depth(name: str, num_layers: int) -> int:
+    """0 for embeddings, 1 to `num_layers` for layers from the bottom, `num_layers` + 1 for what stands above them."""
+    found = _LAYER.search(name)
+    if found:
+        return int(found.group(1)) + 1
+    return 0 if _EMBEDDING.search(name) else num_layers + 1

@@ -1,0 +1,65 @@
+"""What the parts of an attempt share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from fulltune import methods
+from fulltune.models.checkpoint_head import Head
+from fulltune.recipe.fields import Recipe
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
+from fulltune.records.training import Check
+from fulltune.system import deepspeed
+from fulltune.tasks import Target, Task, task_named
+from fulltune.train.hooks import Hooks
+from fulltune.train.journal import Journal
+from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.request import Request
+from fulltune.train.worker.observed import Observed
+
+
+@dataclass
+class AttemptContext:
+    """Made at the beginning; trainer and method come when the model is loaded, checks before step 1."""
+
+    request: Request
+    hooks: Hooks
+    journal: Journal
+    recorder: Recorder
+    stop: StopWhenAsked
+    observed: Observed
+    summary: DataSummary
+    trainer: FullTrainer = field(init=False)
+    applied: methods.Applied = field(init=False)
+    head: Head | None = None
+    """What became of the head, for tasks that may need a new one."""
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.request.plan
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which writes."""
+        return self.journal.path is not None
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return self.request.recipe_as_planned
+
+    @cached_property
+    def task(self) -> Task:
+        return task_named(self.recipe.task)
+
+    @cached_property
+    def target(self) -> Target:
+        return Target.of(self.summary)
+
+    @cached_property
+    def sharing(self) -> deepspeed.Zero | None:
+        """What DeepSpeed shares out; None without it."""
+        return deepspeed.zero_of(self.recipe)

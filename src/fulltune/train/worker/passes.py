@@ -1,0 +1,92 @@
+"""Single passes through the model as training takes them, each with the seconds that it took."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fulltune.records.plan import Plan
+from fulltune.train.worker import distributed
+from fulltune.train.worker.no_trace import gradients_are_finite
+
+Positions = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Runs passes; all processes are given the first one's seconds, so that all decide on the same further passes."""
+
+    trainer: Any
+    """The `FullTrainer`."""
+    rows: Any
+    plan: Plan
+    model: Any
+    """As the Trainer's loop has it: with autocast, compiled, with several processes in `DistributedDataParallel`."""
+    optimizer: Any
+    evaluate: Callable[[Positions], object]
+    lengths: np.ndarray
+    """lengths[rows] of the train rows, in tokens."""
+    eval_lengths: np.ndarray
+    """eval_lengths[rows]."""
+
+    def train(self, positions: Positions, *, keep: bool = False) -> tuple[float, float]:
+        """Forward and backward of these rows: the loss and the seconds. A loss that is not finite is not sent back.
+
+        Args:
+            positions: The rows.
+            keep: Add to the gradients that are there.
+        """
+        trainer = self.trainer
+        if not keep:
+            self.optimizer.zero_grad()
+        began = self._now()
+        self.model.train()
+        batch = batch_of(trainer, [self.rows[i] for i in positions])
+        # All processes try the same rows, and the Trainer multiplies by their number.
+        count = trainer.count_items(batch["labels"]) * trainer.args.world_size
+        num_items = torch.tensor(count, device=trainer.args.device)
+        loss = trainer.compute_loss(self.model, batch, num_items_in_batch=num_items)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+            if self.plan.optimizer_in_backward:
+                self.optimizer.step()  # ends the step, whose updates have happened
+        return value, self._since(began)
+
+    def step(self) -> float:
+        """Clip and update, as at the end of a step: the seconds. With a rate of 0 finite gradients move nothing; others
+        would, and are left to the guard of step 1."""
+        model = self.trainer.model
+        if self.plan.optimizer_in_backward or not gradients_are_finite(model.parameters()):
+            return 0.0
+        began = self._now()
+        if self.trainer.args.max_grad_norm:
+            self.trainer._clip_grad_norm(model)
+        self.optimizer.step()
+        return self._since(began)
+
+    def score(self, positions: Positions) -> float:
+        """These eval rows as an evaluation takes them: the seconds."""
+        began = self._now()
+        self.evaluate(positions)
+        return self._since(began)
+
+    def _now(self) -> float:
+        if self.plan.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _since(self, began: float) -> float:
+        seconds = self._now() - began
+        return float(distributed.from_first(seconds)) if self.trainer.args.world_size > 1 else seconds
+
+
+def batch_of(trainer: Any, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """These rows collated, on the trainer's device: `input_ids[rows, tokens]` and what else the task gives."""
+    return {name: tensor.to(trainer.args.device) for name, tensor in trainer.data_collator(rows).items()}
