@@ -32,10 +32,10 @@ def with_datasets(file: Path, folder: Path) -> None:
     """The usual way."""
     from datasets import load_dataset
 
-    from fulltune.models.processors import load_tokenizer
+    from fulltune.models.base import Base
     from fulltune.recipe.model import ModelBlock
 
-    tokenizer = load_tokenizer(ModelBlock(name=MODEL))
+    tokenizer = Base.of(ModelBlock(name=MODEL)).processor
     rows = load_dataset("csv", data_files=str(file), split="train", cache_dir=str(folder / "cache"))
     rows = rows.class_encode_column("label")
     rest = rows.train_test_split(test_size=2000, seed=42, stratify_by_column="label")

@@ -111,7 +111,7 @@ def main() -> int:
 
 def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     """A tiny model and its tokenizer, or image processor, for each task."""
-    from fulltune.models import processors
+    from fulltune.models.base import Base
     from fulltune.recipe.model import ModelBlock
 
     encoder = tiny.save_model(folder / "bert", "bert")
@@ -123,7 +123,7 @@ def _models(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         "image-classification": tiny.save_image_model(folder / "vit"),
     }
     loaded = {
-        task: processors.load_processor(ModelBlock(name=str(model)), task)  # type: ignore[arg-type]  # a TaskName
+        task: Base.of(ModelBlock(name=str(model)), task).processor  # type: ignore[arg-type]  # a TaskName
         for task, model in models.items()
     }
     return models, loaded

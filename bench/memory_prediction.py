@@ -182,6 +182,7 @@ def drawn(seed: int, count: int = 14) -> list[Cell]:
 def prepare(cell: Cell, folder: Path) -> dict[str, Any]:
     """Write model and rows, and let fulltune prepare and plan them; returns the footprint and the model's sizes."""
     from fulltune import api, pipeline
+    from fulltune.footprint.records import FOOTPRINT, SHAPES
 
     folder.mkdir(parents=True)
     model = cell.kind if ":" in cell.kind else str(_save_model(cell, folder / "model"))
@@ -213,8 +214,7 @@ def prepare(cell: Cell, folder: Path) -> dict[str, Any]:
     reached = pipeline.run(job, "plan")
     assert reached.plan is not None
     shapes, footprint = (
-        json.loads((folder / "run" / "plan" / name).read_text(encoding="utf-8"))
-        for name in (pipeline.SHAPES, pipeline.FOOTPRINT)
+        json.loads((folder / "run" / "plan" / name).read_text(encoding="utf-8")) for name in (SHAPES, FOOTPRINT)
     )
     longest = reached.summary.splits["train"].length_percentiles["max"]
     return {"shapes": shapes, "footprint": footprint, "longest": longest}
@@ -300,7 +300,7 @@ def record(cell: Cell, folder: Path) -> dict[str, Any]:
 def predict(one: Mapping[str, Any]) -> MemoryNeed:
     """What fulltune's plan says of a recorded cell."""
     from fulltune.footprint.records import Footprint
-    from fulltune.models.load import Shapes
+    from fulltune.models.shapes import Shapes
     from fulltune.plan.memory import Levers, need
 
     cell = Cell(**one["cell"])

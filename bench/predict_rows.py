@@ -37,8 +37,8 @@ def write_model(folder: Path, name: str) -> None:
     """A classifier as training leaves it."""
     import torch
 
-    from fulltune.models import load as models
-    from fulltune.models.processors import load_tokenizer
+    from fulltune.models.base import Base
+    from fulltune.models.load import load
     from fulltune.recipe.model import ModelBlock
     from fulltune.tasks import Target, text_classification
 
@@ -48,11 +48,12 @@ def write_model(folder: Path, name: str) -> None:
 
         name = str(tiny.save_model(folder / "base", "bert"))
     block = ModelBlock(name=name)
-    tokenizer = load_tokenizer(block)
+    base = Base.of(block)
+    tokenizer = base.processor
     columns = {"text": "text", "label": "label"}
     changes = text_classification.config_changes(Target("single_label", columns, LABELS), tokenizer)
     torch.manual_seed(0)
-    model = models.load(block, text_classification.FACTS.auto_class, changes, head_is_new=True)
+    model = load(base, changes, head_is_new=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     notes = {"task": "text-classification", "problem_type": "single_label", "columns": columns, "labels": LABELS}

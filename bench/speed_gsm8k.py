@@ -59,12 +59,13 @@ def prepare(folder: Path, steps: int) -> Path:
 
 def model_and_tokenizer() -> tuple[Any, Any]:
     """The weights are 4-bit; fulltune's loader makes them fp32 for everyone."""
+    from fulltune.models.base import Base
     from fulltune.models.load import load
-    from fulltune.models.processors import load_tokenizer
     from fulltune.recipe.model import ModelBlock
 
     block = ModelBlock(name=MODEL)
-    return load(block, "AutoModelForCausalLM", {}, head_is_new=False), load_tokenizer(block)
+    base = Base.of(block, "causal-lm")
+    return load(base, {}, head_is_new=False), base.processor
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

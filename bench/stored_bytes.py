@@ -75,7 +75,7 @@ def write(file: Path, task: str, size_bytes: int, count: int) -> int:
 
 def with_fulltune(file: Path, task: str, folder: Path) -> None:
     from fulltune import data
-    from fulltune.models.processors import load_tokenizer
+    from fulltune.models.base import Base
     from fulltune.recipe.fields import Recipe
     from fulltune.recipe.model import ModelBlock
     from fulltune.tasks import task_named
@@ -84,7 +84,7 @@ def with_fulltune(file: Path, task: str, folder: Path) -> None:
     settings = {"train": str(file), "eval_fraction": 0.2, "test_fraction": 0.2}
     length = {"max_length": BLOCK if task == "causal-lm" else 384}
     recipe = Recipe.model_validate({"model": MODEL, "task": task, "data": settings | length})
-    tokenizer = load_tokenizer(ModelBlock(name=MODEL))
+    tokenizer = Base.of(ModelBlock(name=MODEL)).processor
     tokenizer.model_max_length = BLOCK
     data.prepare(recipe, folder, task_named(recipe.task), tokenizer, data.Limits(None, "", lambda: None))
 
@@ -92,10 +92,10 @@ def with_fulltune(file: Path, task: str, folder: Path) -> None:
 def with_datasets(file: Path, folder: Path) -> None:
     from datasets import load_dataset
 
-    from fulltune.models.processors import load_tokenizer
+    from fulltune.models.base import Base
     from fulltune.recipe.model import ModelBlock
 
-    tokenizer = load_tokenizer(ModelBlock(name=MODEL))
+    tokenizer = Base.of(ModelBlock(name=MODEL)).processor
 
     def grouped(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         whole = {name: list(chain.from_iterable(values)) for name, values in rows.items()}

@@ -164,10 +164,10 @@ def tiny(folder: Path) -> str:
     """A random BERT of 2 layers with MiniLM's tokenizer."""
     from transformers import BertConfig, BertModel
 
-    from fulltune.models.processors import load_tokenizer
+    from fulltune.models.base import Base
     from fulltune.recipe.model import ModelBlock
 
-    tokenizer = load_tokenizer(ModelBlock(name=MINILM))
+    tokenizer = Base.of(ModelBlock(name=MINILM)).processor
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

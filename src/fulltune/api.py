@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune.pipeline import Listener, Reached, Run
-from fulltune.pipeline import run as run_pipeline
+from fulltune import pipeline
+from fulltune.context import Listener, Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
-from fulltune.system.run_folder import find_or_make, hide_progress_bars
+from fulltune.system.run_folder import Reached, find_or_make, hide_progress_bars
 from fulltune.train.hooks import Hooks
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def run(
         >>> result = fulltune.run("banking77.yaml", class_weights="balanced")  # doctest: +SKIP
         >>> result.scores[-1].metrics["accuracy"].value  # doctest: +SKIP
     """
-    return run_pipeline(
+    return pipeline.run(
         job(
             recipe,
             run_folder=run_folder,

@@ -27,11 +27,11 @@ FLOORS = (
     ("stats",),
     ("data/readers",),
     ("data", "plan", "evaluate", "train", "report", "predict", "quickstart"),
+    ("context",),
     ("pipeline",),
-    ("compare",),
+    ("compare", "selfcheck"),
     ("cli/show", "classic"),
     ("api",),
-    ("selfcheck",),
     ("cli",),
 )
 """From the ground up: a room imports rooms of lower floors only, never one beside it."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fulltune.data.readers import read, text_tables
-from fulltune.models import processors
+from fulltune.models.base import Base
 from fulltune.recipe.model import ModelBlock
 from tests import tiny
 from tests.contract import malformed
@@ -27,7 +27,7 @@ def given(tmp_path_factory: pytest.TempPathFactory, encoder_tokenizer: Any, deco
         "text-classification": encoder_tokenizer,
         "token-classification": encoder_tokenizer,
         "causal-lm": decoder_tokenizer,
-        "image-classification": processors.load_image_reader(ModelBlock(name=str(vit))),
+        "image-classification": Base.of(ModelBlock(name=str(vit)), "image-classification").processor,
     }
 
 

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from fulltune import pipeline, plan
 from fulltune.cli import plan as cli_plan
 from fulltune.cli.show import plan as display_plan
+from fulltune.footprint.trace import PlannedModel
 from fulltune.plan import gpus
 from fulltune.recipe.file import load_recipe
 from fulltune.records.plan import Plan
@@ -32,17 +32,15 @@ KNOWN: dict[str, Any] = {}
 @pytest.fixture(autouse=True)
 def _traced_once() -> Iterator[None]:
     """A model is traced once for all tests here: tracing has tests of its own."""
-    trace = pipeline.trace
+    footprint = PlannedModel.footprint
 
-    def remembered(recipe: Any, *arguments: Any) -> Any:
-        machine = arguments[3]
-        chosen = plan.device_and_precision(recipe, machine)
+    def remembered(self: PlannedModel, recipe: Any, *chosen: str) -> Any:
         key = f"{recipe.model} {recipe.method} {recipe.train.activation_checkpointing} {chosen}"
         if key not in KNOWN:
-            KNOWN[key] = trace(recipe, *arguments)
+            KNOWN[key] = footprint(self, recipe, *chosen)
         return KNOWN[key]
 
-    with mock.patch.object(pipeline, "trace", remembered):
+    with mock.patch.object(PlannedModel, "footprint", remembered):
         yield
 
 

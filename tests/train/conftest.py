@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from fulltune.footprint import records as footprint
+from fulltune.footprint import trace
 from tests.train.runs import without_tracing
 
-_TRACED = footprint._traced
+_TRACED = trace.traced
 ABOUT_TRACING = ("test_compare", "test_dry_run", "test_footprint", "test_recovery")
 
 
@@ -25,5 +25,5 @@ def _planned_by_rule_of_thumb(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def really_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one test among others."""
-    monkeypatch.setattr(footprint, "_traced", _TRACED)
-    monkeypatch.setattr(footprint, "_FOUND", {})
+    monkeypatch.setattr(trace, "traced", _TRACED)
+    monkeypatch.setattr(trace, "_FOUND", {})

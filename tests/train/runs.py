@@ -14,11 +14,12 @@ import pytest
 from safetensors.torch import load_file
 
 from fulltune import api, pipeline
-from fulltune.footprint import records as footprint
-from fulltune.pipeline import Reached, Run
+from fulltune.context import Run
+from fulltune.footprint import trace
 from fulltune.records.training import Outcome
 from fulltune.report.run.read import read_run
 from fulltune.report.verdict import judge
+from fulltune.system.run_folder import Reached
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child
 from fulltune.train.request import Request
@@ -49,7 +50,7 @@ def without_tracing() -> Iterator[None]:
     def untraced(*given: Any, **named: Any) -> Any:
         raise ValueError("left out by a test")
 
-    with mock.patch.object(footprint, "_traced", untraced), mock.patch.object(footprint, "_FOUND", {}):
+    with mock.patch.object(trace, "traced", untraced), mock.patch.object(trace, "_FOUND", {}):
         yield
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from fulltune import pipeline
 from fulltune.errors import SetupError
+from fulltune.models.base import Base
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.system.run_folder import recipe_of
@@ -121,8 +122,7 @@ def test_plan_that_is_there_is_read_without_looking_at_the_model(
     """Counting a large model's parameters takes many seconds."""
     folder = finished[0]
     plan = Plan.load(folder / "plan" / "full.json")
-    monkeypatch.setattr(pipeline, "shapes_of", None)
-    monkeypatch.setattr(pipeline, "trace", None)
+    monkeypatch.setattr(Base, "of", None)
     summary = DataSummary.load(folder / "data" / "summary.json")
     assert pipeline.make_plan(pipeline.Run(recipe_of(folder), folder), summary) == plan
 

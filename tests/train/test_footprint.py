@@ -13,12 +13,13 @@ import torch
 import transformers
 
 from fulltune.footprint import case as traced_case
-from fulltune.footprint import records as footprint
 from fulltune.footprint import watch as tracing
 from fulltune.footprint import whole as traced_whole
+from fulltune.footprint.case import Case
+from fulltune.footprint.records import Footprint, Moment
+from fulltune.footprint.trace import trace
 from fulltune.models import dropout
-from fulltune.models.load import Source
-from fulltune.models.processors import image_shape
+from fulltune.models.base import Base
 from fulltune.plan import resolve as settle
 from fulltune.plan import time
 from fulltune.plan.reasons import Ledger
@@ -62,20 +63,18 @@ def count(config: Any, task: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def traced(config: Any, task: str, num_parameters: int | None = None, **options: Any) -> footprint.Footprint:
-    if task == "image-classification":
-        options = {"pixels": (3, 16, 16), **options}
-    return footprint.trace(
-        config,
-        task_named(task),
-        TARGETS[task],
-        num_parameters=count(config, task) if num_parameters is None else num_parameters,
-        prepare=dropout.install,
-        **options,
-    )
+def case_of(config: Any, task: str, **options: Any) -> Case:
+    """Of a model as a CPU trains it."""
+    pixels = (3, 16, 16) if task == "image-classification" else None
+    usual = {"prepare": dropout.install, "num_parameters": count(config, task), "pixels": pixels}
+    return Case(config, task_named(task), TARGETS[task], **{**usual, **options})
 
 
-def highest(moments: tuple[footprint.Moment, ...], rows: int, length: int) -> int:
+def traced(config: Any, task: str, **options: Any) -> Footprint:
+    return trace(case_of(config, task, **options))
+
+
+def highest(moments: tuple[Moment, ...], rows: int, length: int) -> int:
     return max(sum(moment.bytes(rows, length).values()) for moment in moments)
 
 
@@ -105,9 +104,9 @@ def test_every_task_is_traced(task: str) -> None:
 def test_further_layers_add_what_the_third_added(kind: str, task: str, recomputed: bool) -> None:
     deeper = {"num_layers": 4} if kind == "t5" else {"num_hidden_layers": 5}
     config = config_of(kind, task, **deeper)
-    grown = traced(config, task, checkpointing=(recomputed,), precisions=("bf16",))
+    grown = traced(config, task, checkpointing=(recomputed,), precision="bf16")
     # No number of parameters fits: the model is traced as it is.
-    whole = traced(config, task, num_parameters=-1, checkpointing=(recomputed,), precisions=("bf16",))
+    whole = traced(config, task, num_parameters=-1, checkpointing=(recomputed,), precision="bf16")
     for rows, length in ((1, 16), (4, 64), (32, 512)):
         for part in ("first", "later"):
             found, true = (getattr(one.variant("bf16", recomputed), part) for one in (grown, whole))
@@ -119,10 +118,8 @@ def test_further_layers_add_what_the_third_added(kind: str, task: str, recompute
 )
 def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: str) -> None:
     config = config_of(kind, task)
-    case = traced_case.Case(config, task_named(task), TARGETS[task], "fp32", None, False, dropout.install)
-    (story,) = tracing.run(
-        case, traced_case.depths_of(case), [(4, 32)], precision="fp32", recomputed=False, training=True
-    )
+    case = case_of(config, task)
+    (story,) = tracing.run(case, traced_case.depths_of(case), [(4, 32)], recomputed=False, training=True)
     alive = 0
     for change in story.changes:
         if change.place == "backward head":
@@ -131,7 +128,7 @@ def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: s
     assert alive == pytest.approx(_saved_bytes(case), rel=0.03)
 
 
-def _saved_bytes(case: traced_case.Case) -> int:
+def _saved_bytes(case: Case) -> int:
     """Bytes of all storages that autograd keeps of a real forward pass, without the weights."""
     torch.manual_seed(0)
     model = traced_case.build(case, traced_case.cut(case, {})).train()
@@ -160,7 +157,7 @@ def _saved_bytes(case: traced_case.Case) -> int:
 
 def test_autocast_keeps_a_copy_of_the_weights() -> None:
     config = config_of("llama", "causal-lm", tie_word_embeddings=False)
-    found = traced(config, "causal-lm", precisions=("bf16",), checkpointing=(False,))
+    found = traced(config, "causal-lm", precision="bf16", checkpointing=(False,))
     copies = max(moment.coefficients["buffers"][0] for moment in found.variant("bf16", False).first)
     embedding = config.vocab_size * config.hidden_size
     # Two bytes for each weight but the embedding and the norms.
@@ -186,13 +183,8 @@ def test_images_are_traced_at_their_own_size(kind: str) -> None:
     kept = [highest(one.variant("fp32", False).first, 32, 1) for one in (small, large)]
     assert 3.5 < kept[1] / kept[0] < 4.1
     assert large.flops_per_token == pytest.approx(4 * small.flops_per_token, rel=0.01)
-    case = traced_case.Case(
-        config,
-        task_named("image-classification"),
-        TARGETS["image-classification"],
-        *("fp32", None, False, dropout.install, (3, 64, 64)),
-    )
-    assert kept[0] == pytest.approx(8 * _saved_bytes(case), rel=0.2)  # that is of 4 rows
+    saved = _saved_bytes(case_of(config, "image-classification", pixels=(3, 64, 64)))
+    assert kept[0] == pytest.approx(8 * saved, rel=0.2)  # that is of 4 rows
 
 
 def labelled(config: Any, task: str) -> Any:
@@ -210,7 +202,7 @@ def test_a_shared_embedding_is_traced_once() -> None:
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 120}
 
 
-def copies_of(config: Any, task: str, **options: Any) -> tuple[footprint.Footprint, list[int]]:
+def copies_of(config: Any, task: str, **options: Any) -> tuple[Footprint, list[int]]:
     """A footprint, and how many layers each copy had that was run for it."""
     with mock.patch.object(traced_whole, "run", wraps=tracing.run) as run:
         found = traced(config, task, **options)
@@ -263,9 +255,8 @@ def asking(model: Any) -> None:
 
 def test_a_model_that_cannot_be_traced_gets_a_rough_footprint() -> None:
     config = config_of("llama", "causal-lm", num_hidden_layers=4)
-    options: dict[str, Any] = {"num_parameters": count(config, "causal-lm"), "precisions": ("bf16",)}
-    found = footprint.trace(config, task_named("causal-lm"), TARGETS["causal-lm"], prepare=asking, **options)
-    true = traced(config, "causal-lm", precisions=("bf16",))
+    found = traced(config, "causal-lm", precision="bf16", prepare=asking)
+    true = traced(config, "causal-lm", precision="bf16")
     assert found.rough == "DataDependentOutputException: aten._local_scalar_dense.default"
     assert not true.rough
     for recomputed, part in itertools.product((False, True), ("first", "later")):
@@ -291,10 +282,10 @@ def test_the_size_of_images_is_the_processors(tmp_path: Path) -> None:
     CONVOLUTIONS["resnet"].save_pretrained(tmp_path)
     block = ModelBlock(name=str(tmp_path))
     assumed = f"images of 224 x 224 pixels, as most models take them: {tmp_path} has no preprocessor_config.json"
-    assert image_shape(block, Source(str(tmp_path))) == ((3, 224, 224), assumed)
+    assert Base.of(block, "image-classification", has_weights=False).image_shape == ((3, 224, 224), assumed)
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 96}, "crop_pct": 0.875}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
-    assert image_shape(block, Source(str(tmp_path))) == ((3, 96, 96), "")
+    assert Base.of(block, "image-classification", has_weights=False).image_shape == ((3, 96, 96), "")
 
 
 def test_an_image_is_one_token_of_work() -> None:

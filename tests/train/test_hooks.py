@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
 import fulltune
 from fulltune.errors import FulltuneError, RecipeError
 from fulltune.inference.run import run_rows
 from fulltune.inference.store import load_split, load_texts
+from fulltune.models.base import Base
 from fulltune.models.load import load
-from fulltune.models.processors import load_tokenizer
 from fulltune.recipe.model import ModelBlock
 from fulltune.records.training import Outcome
 from fulltune.tasks import LossSettings, Target, text_classification
@@ -142,12 +143,11 @@ def test_class_weights_scale_the_loss_of_their_rows() -> None:
 @pytest.mark.parametrize("kind", [*tiny.ENCODERS, *tiny.DECODERS])
 def test_layerwise_decay_lowers_the_rate_from_the_head_to_the_embeddings(kind: str, tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / kind, kind)
-    tokenizer = load_tokenizer(ModelBlock(name=str(folder)))
+    base = Base.of(ModelBlock(name=str(folder)))
     target = Target("single_label", {}, ("a", "b"))
     model = load(
-        ModelBlock(name=str(folder)),
-        "AutoModelForSequenceClassification",
-        text_classification.config_changes(target, tokenizer),
+        base,
+        text_classification.config_changes(target, base.processor),
         head_is_new=True,
     )
     names = [name for name, _ in model.named_parameters()]
@@ -169,7 +169,7 @@ def test_layerwise_decay_in_a_run_moves_the_embeddings_less_than_the_head(tiny_e
     train = {**TRAIN, "max_steps": 1, "num_train_epochs": None, "weight_decay": 0.0}
     runs.run(tmp_path, tiny_encoder, ROWS, method={"layerwise_lr_decay": 0.1}, train=train)
 
-    before = load(ModelBlock(name=str(tiny_encoder)), "AutoModel", {}, head_is_new=False).state_dict()
+    before = AutoModel.from_pretrained(tiny_encoder).state_dict()
     after = runs.final_weights(tmp_path)
 
     def step(name: str) -> float:
@@ -190,7 +190,7 @@ def eval_metrics(folder: Path) -> dict[str, float]:
     block = ModelBlock(name=str(folder / "run" / "models" / "full"))
     notes = json.loads((folder / "run" / "models" / "full" / "fulltune.json").read_text(encoding="utf-8"))
     target = Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]))
-    model = load(block, "AutoModelForSequenceClassification", {}, head_is_new=False)
+    model = load(Base.of(block), {}, head_is_new=False)
     rows = load_split(folder / "run" / "data" / "eval")
     kept = run_rows(model, rows, text_classification, target, 0, batch_size=8, precision="fp32")
     return text_classification.metrics(kept, target)

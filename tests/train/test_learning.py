@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fulltune import predict
 from fulltune.inference.store import load_texts
-from fulltune.pipeline import Reached
+from fulltune.system.run_folder import Reached
 from tests import tiny
 from tests.train import runs
 

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from fulltune import api, pipeline, predict
 from fulltune.errors import DataError
-from fulltune.pipeline import Reached
+from fulltune.system.run_folder import Reached
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs

@@ -20,9 +20,9 @@ from fulltune import methods, predict
 from fulltune.errors import RecipeError, SetupError
 from fulltune.inference.run import model_batch
 from fulltune.methods import folder as folders
-from fulltune.pipeline import Reached
 from fulltune.plan import disk, memory
 from fulltune.recipe.methods import LoraMethod, Method
+from fulltune.system.run_folder import Reached
 from fulltune.tasks import task_named
 from fulltune.train.worker.weights import InitialWeights
 from tests import tiny

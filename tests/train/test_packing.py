@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fulltune.errors import RecipeError
 from fulltune.inference.store import Rows, load_split
-from fulltune.pipeline import Reached
+from fulltune.system.run_folder import Reached
 from fulltune.tasks import LossSettings, Target, causal_lm
 from tests import tiny
 from tests.contract.command import fulltune

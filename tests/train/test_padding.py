@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune.inference.run import embeddings, generate, run_rows
+from fulltune.models.base import Base
 from fulltune.models.load import load
-from fulltune.models.processors import load_tokenizer
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, causal_lm, text_classification
 from tests import tiny
@@ -33,11 +33,11 @@ TEXTS = (
 def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Model and tokenizer as training loads them; decoders pad with their end token, which also stands in the texts."""
     folder = tiny.save_model(tmp_path_factory.mktemp("classifier") / request.param, request.param)
-    block = ModelBlock(name=str(folder))
-    tokenizer = load_tokenizer(block)
+    base = Base.of(ModelBlock(name=str(folder)))
+    tokenizer = base.processor
     torch.manual_seed(1)
     changes = text_classification.config_changes(TARGET, tokenizer)
-    model = load(block, "AutoModelForSequenceClassification", changes, head_is_new=True).eval()
+    model = load(base, changes, head_is_new=True).eval()
     # The head starts near 0 (RoBERTa's, GPT-2's): make differences visible.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,8 +49,8 @@ def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module", params=tiny.DECODERS)
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tiny.save_model(tmp_path_factory.mktemp("decoder") / request.param, request.param, initializer_range=0.2)
-    block = ModelBlock(name=str(folder))
-    return load(block, "AutoModelForCausalLM", {}, head_is_new=False).eval(), load_tokenizer(block)
+    base = Base.of(ModelBlock(name=str(folder)), "causal-lm")
+    return load(base, {}, head_is_new=False).eval(), base.processor
 
 
 def classified(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> np.ndarray:
@@ -154,7 +154,7 @@ def test_greedy_answers_alone_equal_those_in_a_padded_batch(decoder: tuple[Any, 
 def test_generate_beyond_the_positions_keeps_prompt_and_answer_within_them(kind: str, tmp_path: Path) -> None:
     """The default of 128 new tokens on a model with 128 positions; the longest prompt alone fills them."""
     folder = tiny.save_model(tmp_path / kind, kind)
-    tokenizer = load_tokenizer(ModelBlock(name=str(folder)))
+    tokenizer = Base.of(ModelBlock(name=str(folder))).processor
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     widths = []
     forward = model.generate

@@ -10,9 +10,9 @@ import pytest
 
 import fulltune
 from fulltune.errors import RecipeError, SetupError
-from fulltune.pipeline import Reached
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.scores import Estimate, Scores
+from fulltune.system.run_folder import Reached
 from tests import tiny
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 
-from fulltune.models import load as models
+from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, by_name, settled
+from fulltune.models.load import load
+from fulltune.models.shapes import shapes_of
 from fulltune.plan import defaults
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
@@ -70,8 +72,7 @@ def _loaded(folder: Path, task: str, labels: tuple[str, ...], seed: int = 0) -> 
     module, target = task_named(task), Target("single_label", {}, labels)
     changes = module.config_changes(target, tiny.encoder_tokenizer())
     torch.manual_seed(seed)
-    block = ModelBlock(name=str(folder))
-    model = models.load(block, module.FACTS.auto_class, changes, head_is_new=True, on_head=heads.append)
+    model = load(Base.of(ModelBlock(name=str(folder)), task), changes, head_is_new=True, on_head=heads.append)
     return model, heads[0]
 
 
@@ -112,11 +113,11 @@ def test_rows_of_a_head_are_the_numbers_in_the_config_not_their_order_in_the_fil
 
 
 def test_head_without_labels_is_expected_of_its_own_class_only_and_taken_where_it_is(tmp_path: Path) -> None:
-    block = ModelBlock(name=str(tmp_path))
     _checkpoint(tmp_path, "bert", "text-classification", ("one",))
-    assert not models.shapes(block, "AutoModelForQuestionAnswering", {}).head_is_kept
+    block = ModelBlock(name=str(tmp_path))
+    assert not shapes_of(Base.of(block, "question-answering"), {}).head_is_kept
     heads: list[Head] = []
-    models.load(block, "AutoModelForMultipleChoice", {}, head_is_new=True, on_head=heads.append)
+    load(Base.of(block, "multiple-choice"), {}, head_is_new=True, on_head=heads.append)
     assert heads == [Head((), "")], "one row that rates texts, as a choice is rated"
 
 
@@ -145,7 +146,7 @@ def test_image_head_follows_the_names(tmp_path: Path) -> None:
     saved.save_pretrained(tmp_path)
     module = task_named("image-classification")
     changes = module.config_changes(Target("single_label", {}, ("different", "same")), None)
-    model = models.load(ModelBlock(name=str(tmp_path)), module.FACTS.auto_class, changes, head_is_new=True)
+    model = load(Base.of(ModelBlock(name=str(tmp_path)), "image-classification"), changes, head_is_new=True)
     assert torch.equal(model.classifier.weight, saved.classifier.weight[[1, 0]])
 
 
@@ -156,19 +157,17 @@ def test_checkpoint_without_a_head_says_so(tiny_encoder: Path) -> None:
 
 def test_finished_model_is_loaded_as_it_is(tmp_path: Path) -> None:
     before = _answers(_checkpoint(tmp_path, "bert", "text-classification", LABELS))
-    block = ModelBlock(name=str(tmp_path))
-    model = models.load(block, "AutoModelForSequenceClassification", {}, head_is_new=False)
+    base = Base.of(ModelBlock(name=str(tmp_path)))
+    model = load(base, {}, head_is_new=False)
     assert torch.allclose(_answers(model), before, atol=1e-6)
 
 
-def test_shapes_read_the_config_once_and_see_it_as_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_see_the_config_as_it_came(tmp_path: Path) -> None:
     _checkpoint(tmp_path, "bert", "text-classification", LABELS)
-    read, reads = models.load_config, list[str]()
-    monkeypatch.setattr(models, "load_config", lambda *given: reads.append("config") or read(*given))
+    base = Base.of(ModelBlock(name=str(tmp_path)))
     changes = {"id2label": {0: "a", 1: "b", 2: "c"}}
-    found = models.shapes(ModelBlock(name=str(tmp_path)), "AutoModelForSequenceClassification", changes)
-    assert reads == ["config"]
-    assert not found.head_is_kept
+    assert not shapes_of(base, changes).head_is_kept
+    assert base.config.id2label == dict(enumerate(LABELS))
 
 
 def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -176,8 +175,7 @@ def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_enco
     module = task_named("text-classification")
     changes = module.config_changes(Target("single_label", {}, LABELS[::-1]), tiny.encoder_tokenizer())
     kept, new = (
-        models.shapes(ModelBlock(name=str(folder)), module.FACTS.auto_class, changes).head_is_kept
-        for folder in (tmp_path, tiny_encoder)
+        shapes_of(Base.of(ModelBlock(name=str(folder))), changes).head_is_kept for folder in (tmp_path, tiny_encoder)
     )
     assert kept
     assert not new

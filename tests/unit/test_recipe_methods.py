@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fulltune import pipeline
 from fulltune.cli import plan as cli_plan
 from fulltune.errors import RecipeError
+from fulltune.footprint.records import FOOTPRINT, SHAPES
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
 from fulltune.recipe.methods import TAKEN
@@ -214,4 +214,4 @@ def test_method_named_like_a_file_beside_its_plan_is_refused(name: str) -> None:
 
 
 def test_names_of_all_files_beside_plans_are_taken() -> None:
-    assert {Path(file).stem for file in (pipeline.FOOTPRINT, pipeline.SHAPES, cli_plan.SURVEY)} < set(TAKEN)
+    assert {Path(file).stem for file in (FOOTPRINT, SHAPES, cli_plan.SURVEY)} < set(TAKEN)

@@ -33,7 +33,7 @@ def bench(folder: Path, clusters: Any = None, target: Target = LABELS, task: str
             writer.write(record_batch([{"labels": label} for label in labels], texts[: len(labels)]))
     if clusters is not None:
         save_clusters(folder / "test", np.asarray(clusters))
-    return Bench(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]
+    return Bench(RECIPE, PLAN, task_named(task), target, folder, None, None)  # type: ignore[arg-type]
 
 
 TENS = [place // 10 for place in range(120)]

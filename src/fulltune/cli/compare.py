@@ -208,14 +208,13 @@ def _run(
     recipe, found = _open(err, target, overrides, folder, fresh)
     run_folder.hide_progress_bars()
     try:
-        from fulltune import pipeline
         from fulltune.cli.show.run import Display
         from fulltune.compare import run as comparing
+        from fulltune.context import Run
 
         with Display(err, details=False) as display:
-            return comparing.run(
-                pipeline.Run(recipe, found, listener=display), shlex.join(["fulltune", *sys.argv[1:]]), budget
-            )
+            job = Run(recipe, found, listener=display)
+            return comparing.run(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
     except KeyboardInterrupt:
         raise InterruptedRun("interrupted; the same command continues it") from None
 

@@ -21,7 +21,8 @@ from fulltune.records.training import Measurements
 
 if TYPE_CHECKING:
     from fulltune.footprint.records import Footprint
-    from fulltune.models.load import Shapes
+    from fulltune.models.base import Base
+    from fulltune.models.shapes import Shapes
     from fulltune.plan.elsewhere.survey import Wishes
     from fulltune.plan.gpus import Fleet
 
@@ -222,35 +223,40 @@ def _survey(
     place: Path,
     weights: bool = True,
 ) -> tuple[Survey, Plan | None]:
+    from functools import cache
+
+    from fulltune.models.base import Base
     from fulltune.plan import gpus, workload
     from fulltune.plan.elsewhere import survey as surveying
     from fulltune.system import hardware
 
     fleet = checked.fleet or gpus.here(hardware.here(), hardware.disk_free_bytes(place))
     spread = workload.spread_over(recipe, fleet)
-    of_the_model = _kept(spread, place) if fleet.here and plan is not None else None
-    of_the_model = of_the_model or _model(spread, summary, fleet, weights)
-    task = workload.Task(spread, *of_the_model, summary, spread is not recipe)
+    base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, weights))
+
+    def task_of(changed: Recipe) -> workload.Task:
+        if not weights:
+            _check_config(changed, base(), summary, fleet.here)
+        return workload.Task(changed, *_model(changed, base(), summary, fleet), summary, spread is not recipe)
 
     def other(kind: str) -> workload.Task | None:
-        changed = _by_another_method(spread, kind, weights)
-        if changed is None:
-            return None
-        return workload.Task(changed, *_model(changed, summary, fleet, weights), summary, task.spread)
+        changed = _by_another_method(spread, kind, base())
+        return None if changed is None else task_of(changed)
 
+    known = _kept(place) if fleet.here and plan is not None else None
+    task = workload.Task(spread, *known, summary, spread is not recipe) if known else task_of(spread)
     return surveying.survey(task, fleet, checked.wishes, plan, other)
 
 
-def _by_another_method(recipe: Recipe, kind: str, weights: bool) -> Recipe | None:
+def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
     """The recipe with that method's usual settings; None where the model or the recipe's other settings forbid it."""
     from fulltune import methods
-    from fulltune.models import load as model
     from fulltune.train.loop.arguments import check_extra
 
     try:
         changed = Recipe.model_validate({**recipe.model_dump(exclude_unset=True, exclude={"methods"}), "method": kind})
         check_extra(changed, runs_here=False)
-        methods.check(changed, model.load_config(changed.model, model.locate(changed.model, weights)))
+        methods.check(changed, base.config)
     except (ValueError, RecipeError):  # a recipe's own checks, and those against the model
         return None
     return changed
@@ -259,64 +265,44 @@ def _by_another_method(recipe: Recipe, kind: str, weights: bool) -> Recipe | Non
 OfTheModel = tuple["Shapes", Callable[[str], "Footprint"]]
 
 
-def _kept(recipe: Recipe, folder: Path) -> OfTheModel | None:
+def _kept(folder: Path) -> OfTheModel | None:
     """Shapes and memory as this machine's plan was made from them; None for a plan of an earlier version."""
-    from fulltune import pipeline
-    from fulltune.footprint import records as footprint
-    from fulltune.models import load as model
+    from fulltune.footprint import records
+    from fulltune.models.shapes import Shapes
 
-    paths = [folder / "plan" / name for name in (pipeline.SHAPES, pipeline.FOOTPRINT)]
+    paths = [folder / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
     if not all(path.exists() for path in paths):
         return None
-    shapes, traced = model.Shapes.load(paths[0]), footprint.Footprint.load(paths[1])
+    shapes, traced = Shapes.load(paths[0]), records.Footprint.load(paths[1])
     return shapes, lambda weights_dtype: traced
 
 
-def _model(recipe: Recipe, summary: DataSummary, fleet: Fleet, weights: bool) -> OfTheModel:
-    """The model's shapes, and its memory for a type of weights.
+def _model(recipe: Recipe, base: Base, summary: DataSummary, fleet: Fleet) -> OfTheModel:
+    """The model's shapes, and its memory for a type of weights."""
+    from fulltune.footprint.trace import PlannedModel
+    from fulltune.plan import device_and_precision
 
-    Args:
-        recipe: Says how the model is trained.
-        summary: What it is trained on.
-        fleet: Where.
-        weights: False when the config is enough.
-    """
-    from functools import cache
+    model = PlannedModel.of(recipe, base, summary)
 
-    from fulltune import pipeline
-    from fulltune.models import load as model
-    from fulltune.models import processors
-    from fulltune.tasks import Target, task_named
-
-    task, target = task_named(recipe.task), Target.of(summary)
-    source = model.locate(recipe.model, weights)
-    changes: dict[str, Any] = {}
-    if weights:
-        tokenizer = processors.load_processor(recipe.model, recipe.task, source, recipe.data.chat_template)
-        changes = task.config_changes(target, tokenizer)
-    else:
-        _check_config(recipe, model.load_config(recipe.model, source), summary, fleet.here)
-    shapes = pipeline.shapes_of(recipe, changes, weights)
-
-    @cache
     def traced(weights_dtype: str) -> Footprint:
         block = recipe.model.model_copy(update={"weights_dtype": weights_dtype})
         same = recipe.model_copy(update={"model": block})
-        return pipeline.trace(same, target, summary.packed, shapes, fleet.machine, source, changes)
+        return model.footprint(same, *device_and_precision(same, fleet.machine))
 
-    return shapes, traced
+    return model.shapes, traced
 
 
-def _check_config(recipe: Recipe, config: Any, summary: DataSummary, runs_here: bool) -> None:
+def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
     """What the data stage would refuse."""
-    from fulltune import methods, pipeline
-    from fulltune.models import load as model
+    from fulltune import methods
+    from fulltune.models.shapes import position_limit
+    from fulltune.tasks.settings import check_model
     from fulltune.train.loop.arguments import check_extra
 
     check_extra(recipe, runs_here=runs_here)
-    pipeline.check_model(recipe, config)
-    methods.check(recipe, config)
-    limit = model.position_limit(config)
+    check_model(recipe, base)
+    methods.check(recipe, base.config)
+    limit = position_limit(base.config)
     if limit is not None and FACTS[recipe.task].reads == "text" and summary.max_length > limit:
         raise RecipeError(
             f"--tokens: {summary.max_length}, but {recipe.model.name} reads at most {limit} tokens; give less, or set "

@@ -13,19 +13,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fulltune import methods, pipeline, plan
+from fulltune import methods, plan
+from fulltune.context import Run
 from fulltune.evaluate import drift
 from fulltune.evaluate.generic_text import generic_texts
-from fulltune.footprint import records as footprint
-from fulltune.models import load as model
-from fulltune.models import processors
+from fulltune.footprint.records import Footprint
+from fulltune.footprint.trace import PlannedModel
+from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Trial
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.stats import row_scores
 from fulltune.system import hardware
-from fulltune.tasks import Target, task_named
+from fulltune.tasks import Target
 from fulltune.train.parent.next_attempt import CHANGED
 from fulltune.train.parent.spawn import Starter, in_new_process
 
@@ -42,8 +43,8 @@ class Room:
     """What all trials of an arm share."""
 
     arm: Any
-    shapes: model.Shapes
-    traced: footprint.Footprint
+    shapes: Shapes
+    traced: Footprint
     plan: Plan
     """Of a whole run at the arm's usual rate."""
 
@@ -52,7 +53,7 @@ class Room:
 class Line:
     """A comparison on its way."""
 
-    job: pipeline.Run
+    job: Run
     summary: DataSummary
     command: str
     budget_seconds: float | None = None
@@ -158,17 +159,12 @@ class Line:
         if arm not in self._rooms:
             method = next(one for one in self.recipe.methods if one.arm == arm)
             recipe = self.recipe.model_copy(update={"method": method, "methods": ()})
-            source = model.locate(recipe.model)
-            tokenizer = processors.load_processor(recipe.model, recipe.task, source)
-            target = Target.of(self.summary)
-            changes = task_named(recipe.task).config_changes(target, tokenizer)
-            shapes = pipeline.shapes_of(recipe, changes)
-            traced = pipeline.trace(recipe, target, self.summary.packed, shapes, self.machine, source, changes)
-            found = Room(method, shapes, traced, self._fit(recipe, shapes, traced))
-            self._rooms[arm] = found
+            model = PlannedModel.of(recipe, self.job.base, self.summary)
+            traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
+            self._rooms[arm] = Room(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
         return self._rooms[arm]
 
-    def _fit(self, recipe: Recipe, shapes: model.Shapes, traced: footprint.Footprint) -> Plan:
+    def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder))
         made = plan.fit(recipe, shapes, traced, self.summary, fleet)
         return plan.with_time(made, recipe, shapes, traced, self.summary, fleet)

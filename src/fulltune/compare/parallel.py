@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulltune import errors, pipeline
+from fulltune import errors
 from fulltune.compare.context import FOLDER, Line
 from fulltune.compare.trials import is_done, settle
+from fulltune.context import Run
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.records.comparison import Trial
@@ -226,7 +227,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     run_folder.hide_progress_bars()
     said: list[str] = []
-    job = pipeline.Run(run_folder.recipe_of(folder), folder, listener=lambda event: said.extend(_told(event)))
+    job = Run(run_folder.recipe_of(folder), folder, listener=lambda event: said.extend(_told(event)))
     summary = DataSummary.load(folder / "data" / "summary.json")
     with fork_server() as start:
         line = Line(job, summary, "", start=start, keeps_time=False)

@@ -24,9 +24,12 @@ from fulltune.compare.many_tasks import many_tasks
 from fulltune.compare.rates import EXPECTATION, expect, grid_trials, search, usual
 from fulltune.compare.seeds import most_seeds, run_seeds
 from fulltune.compare.table_rows import design_of_rows
+from fulltune.context import Run
 from fulltune.errors import RecipeError
 from fulltune.evaluate.generic_text import generic_texts
-from fulltune.models import load as model
+from fulltune.models.base import Base
+from fulltune.models.files import is_quantised
+from fulltune.models.shapes import shapes_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import RIVALS
 from fulltune.recipe.tasks import FACTS
@@ -64,8 +67,8 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
     Raises:
         RecipeError: When the budget is too short for a verdict.
     """
-    block, source = recipe.model, model.locate(recipe.model, weights=False)
-    shapes = model.shapes(block, FACTS[recipe.task].auto_class, {}, weights=False)
+    base = Base.of(recipe.model, recipe.task, has_weights=False)
+    shapes = shapes_of(base, {})
     text = budget or recipe.compare.budget
     fits: Expectation | None = None
     of_rows: dict[str, Any] = {}
@@ -101,7 +104,7 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
         ComparisonDesign(
             arms=tuple(arms),
             left_out=left_out,
-            weights_source="gguf" if model.is_quantised(source) else "plain",
+            weights_source="gguf" if is_quantised(base.files) else "plain",
             **of_rows,
         )
     )
@@ -113,7 +116,7 @@ def _foreseen(recipe: Recipe, budget_seconds: float) -> tuple[Expectation, dict[
     with run_folder.writing(output):
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".lint-", dir=output) as folder:
-            job = pipeline.Run(recipe, Path(folder))
+            job = Run(recipe, Path(folder))
             with fork_server() as start:
                 line = Line(job, pipeline.prepare(job), "", budget_seconds, start, began)
                 goes_on = run_folder.unfinished(output, recipe.fingerprint())[-1:]
@@ -143,7 +146,7 @@ def together(found: Mapping[str, Compared]) -> ManyTasks:
     return many_tasks({name: one.comparison for name, one in found.items()}, folders, shares)
 
 
-def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
+def run(job: Run, command: str, budget: str | None = None) -> Compared:
     """Compare the recipe's methods, or go on with it.
 
     Args:
@@ -167,7 +170,7 @@ def run(job: pipeline.Run, command: str, budget: str | None = None) -> Compared:
         return Compared(comparison, job.folder, report.write_proof(job.folder))
 
 
-def _budget_seconds(job: pipeline.Run, budget: str | None) -> float | None:
+def _budget_seconds(job: Run, budget: str | None) -> float | None:
     """What was typed, else the most of what the recipe says and of what the comparison was given before."""
     text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
     seconds = parse_seconds(text) if text else None
@@ -176,7 +179,7 @@ def _budget_seconds(job: pipeline.Run, budget: str | None) -> float | None:
 
 
 def _compare(
-    job: pipeline.Run, command: str, budget_seconds: float | None, began: float, known: Comparison | None
+    job: Run, command: str, budget_seconds: float | None, began: float, known: Comparison | None
 ) -> Comparison:
     with fork_server() as start:
         with run_folder.not_left_when_refused(job.folder):

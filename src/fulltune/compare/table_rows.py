@@ -13,7 +13,7 @@ from fulltune.compare.context import BASE, FOLDER, Line, settings_of
 from fulltune.compare.rates import scale_of
 from fulltune.compare.seeds import Ran, Results, waiting
 from fulltune.evaluate import drift, outputs
-from fulltune.models import load as model
+from fulltune.models.files import is_quantised
 from fulltune.records.comparison import ArmRow, Opening, Search, TrialResult
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Decision, Look
 from fulltune.records.scores import Estimate, Scores
@@ -178,7 +178,7 @@ def design_of(
     return ComparisonDesign(
         arms=tuple(arms),
         full_wins=full_wins,
-        weights_source="gguf" if model.is_quantised(model.locate(line.recipe.model)) else "plain",
+        weights_source="gguf" if is_quantised(line.job.base.files) else "plain",
         **design_of_rows(line, [found[0].metric for found in ran.results.values()]),
         opened_by_others=tuple(others),
         left_out=tuple(one.arm for one in line.trained_arms if one.arm not in ran.results),

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fulltune import evaluate, pipeline
+from fulltune import evaluate
 from fulltune.compare.context import FOLDER, OPEN, SEALED, Line
+from fulltune.context import Listener
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.records.comparison import Trial, TrialResult
@@ -116,7 +117,7 @@ def _weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _without_tables(listener: pipeline.Listener) -> pipeline.Listener:
+def _without_tables(listener: Listener) -> Listener:
     """Of a trial only what moves: the tables of all trials would hide the comparison."""
     shown = ("train", "warning", "resume", "attempt")
     return lambda event: listener(event) if event.get("kind") in shown else None
@@ -180,7 +181,7 @@ def final(line: Line, trial: Trial) -> TrialResult:
         failed(line, trial, time.monotonic() - began, stop.problems)
         raise
     with line.clocked(f"{trial.name}: rows"):
-        bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder)
+        bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder, line.job.base)
         given = outputs.outputs(bench, line.folder / str(outcome.model_folder), line.texts[0], line.most_tokens)
         keep(line, trial.name, given)
         evaluate.keep_temperature(bench, line.folder / str(outcome.model_folder), given.kept["eval"])

@@ -6,8 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fulltune import methods
 from fulltune.errors import RecipeError
+from fulltune.models.base import Base
+from fulltune.models.packing import obstacle as packing_obstacle
+from fulltune.models.shapes import position_limit
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import Target, Task, causal_lm
 
 if TYPE_CHECKING:
@@ -26,6 +31,17 @@ class Limits:
     """Why texts in one row would see each other, or None: asked only for raw text."""
     virtual: int = 0
     """Tokens that prompt tuning puts before each row, out of the same length."""
+
+    @classmethod
+    def of(cls, base: Base, recipe: Recipe) -> Limits:
+        """What a recipe's model says."""
+        attention = recipe.model.attn_implementation
+        return cls(
+            position_limit(base.config) if FACTS[recipe.task].reads == "text" else None,
+            base.identity(attention),
+            lambda: packing_obstacle(base.config, attention),
+            methods.virtual_tokens(recipe),
+        )
 
 
 LEAST_LENGTH = 8

@@ -9,12 +9,16 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fulltune.errors import SetupError
 from fulltune.evaluate.scoring import Bench, Scored, UserMetrics
+from fulltune.footprint.records import SHAPES
+from fulltune.models.base import Base
+from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe, with_attention
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.data import DataSummary
@@ -23,6 +27,8 @@ from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.calibration import temperature_of
 from fulltune.stats.metric_intervals import Resampled
+from fulltune.stats.paired import paired
+from fulltune.stats.row_scores import measure_of
 from fulltune.system.out_of_memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named, token_classification
 
@@ -50,7 +56,7 @@ def baselines(
     plan: Plan,
     summary: DataSummary,
     folder: Path,
-    head_is_kept: bool = False,
+    base: Base,
     listener: Listener = lambda event: None,
 ) -> list[Scores]:
     """Score what costs no training, for example the majority class or the untouched language model.
@@ -62,13 +68,15 @@ def baselines(
         plan: The trial's numbers.
         summary: Of the prepared data.
         folder: The run folder.
-        head_is_kept: The checkpoint can do the task already, so that it is scored as it came.
+        base: The model before training.
         listener: Told how far each pass over the rows is.
     """
-    bench = _bench(recipe, plan, summary, folder, None, listener)
+    bench = _bench(recipe, plan, summary, folder, base, None, listener)
     scorer = _scorer(recipe.task)
     made = scorer.baselines(bench)
-    if head_is_kept:
+    shapes = folder / "plan" / SHAPES
+    # The checkpoint can do the task: it is scored as it came. A comparison has it as its method `base`.
+    if not recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
         made.setdefault(UNTOUCHED, lambda: _untouched(bench, scorer))
     return [_kept(folder / "scores" / f"{name}.json", make) for name, make in made.items()]
 
@@ -85,11 +93,12 @@ def score(
     summary: DataSummary,
     outcome: Outcome,
     folder: Path,
+    base: Base,
     metrics: UserMetrics | None,
     listener: Listener = lambda event: None,
 ) -> Scores:
     """Score the trained model on the test rows; a classifier's temperature is written into its folder."""
-    bench = _bench(recipe, plan, summary, folder, metrics, listener)
+    bench = _bench(recipe, plan, summary, folder, base, metrics, listener)
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
     model_folder = folder / outcome.model_folder
@@ -99,7 +108,8 @@ def score(
     scores = _kept(path, lambda: _scorer(recipe.task).trained(bench, *bench.load_trained(model_folder)))
     if scores.calibration is not None:
         _note_temperature(model_folder, scores.calibration.temperature)
-    return scores
+    span = measure_of(recipe.task, bench.target, plan.metric).span
+    return with_differences(folder, scores, partial(paired, span=span, confidence=scores.confidence))
 
 
 def with_differences(
@@ -196,13 +206,14 @@ def _bench(
     plan: Plan,
     summary: DataSummary,
     folder: Path,
+    base: Base,
     metrics: UserMetrics | None,
     listener: Listener = lambda event: None,
 ) -> Bench:
     recipe = with_attention(recipe, plan.attn_implementation)
-    return Bench(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", metrics, listener)
+    return Bench(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, metrics, listener)
 
 
-def bench_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path) -> Bench:
+def bench_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Bench:
     """A run's rows and how they are run, for what is compared later."""
-    return _bench(recipe, plan, summary, folder, None)
+    return _bench(recipe, plan, summary, folder, base, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,10 +14,9 @@ from fulltune.inference.run import Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
 from fulltune.inference.store import CLUSTERS, clusters_of, load_split, load_texts
 from fulltune.methods import folder
-from fulltune.models import load as models
-from fulltune.models.processors import load_processor
+from fulltune.models.base import Base
+from fulltune.models.load import load
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.model import ModelBlock
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.stats.metric_intervals import Resampled, resample
@@ -47,6 +46,8 @@ class Bench:
     task: Task
     target: Target
     data: Path
+    base: Base
+    """The model before training."""
     user_metrics: UserMetrics | None
     listener: Callable[[dict[str, Any]], None] = lambda event: None
 
@@ -167,26 +168,21 @@ class Bench:
 
     def load_pretrained(self) -> tuple[Any, Any]:
         """The model before training, on the plan's device, and its tokenizer; a head that it lacks is drawn."""
-        block = self.recipe.model
-        tokenizer = load_processor(block, self.recipe.task, chat_template=self.recipe.data.chat_template)
-        changes = self.task.config_changes(self.target, tokenizer)
-        model = models.load(block, self.task.FACTS.auto_class, changes, head_is_new=self.task.FACTS.head_is_new)
-        return _placed(model, self.plan.device), tokenizer
+        changes = self.task.config_changes(self.target, self.base.processor)
+        model: Any = load(self.base, changes, head_is_new=self.task.FACTS.head_is_new, block=self.recipe.model)
+        return model.to(self.plan.device), self.base.processor
 
     def load_trained(self, model_folder: Path) -> tuple[Any, Any]:
         """The finished model, loaded from its folder as any user would."""
         if folder.is_partial(model_folder):
-            applied = folder.load(model_folder, self.recipe.model)
-            tokenizer = load_processor(ModelBlock(name=str(model_folder)), self.recipe.task)
-            return _placed(applied.model, self.plan.device), tokenizer
+            processor = folder.processor_of(model_folder)
+            applied = folder.load(model_folder, processor, replace(self.base, block=self.recipe.model))
+            return applied.model.to(self.plan.device), processor
         # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
         block = self.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
-        model = models.load(block, self.task.FACTS.auto_class, {}, head_is_new=False)
-        return _placed(model, self.plan.device), load_processor(block, self.recipe.task)
-
-
-def _placed(model: Any, device: str) -> Any:
-    return model.to(device)
+        trained = Base.of(block, self.recipe.task)
+        model: Any = load(trained, {}, head_is_new=False)
+        return model.to(self.plan.device), trained.processor
 
 
 def _objects(values: list[Any]) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""A model as a case to trace: copies with few layers, and batches as its task makes them. Layer 1."""
+"""A model as a case to trace: copies with few layers, and batches as its task makes them."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +13,12 @@ import numpy as np
 import torch
 import transformers
 
+from fulltune.models.load import torch_dtype
 from fulltune.models.pixels import PIXELS
 from fulltune.tasks import Target, Task, multiple_choice
+
+BYTES = {"fp32": 4, "bf16": 2}
+"""Of a weight."""
 
 
 @dataclass(frozen=True)
@@ -20,19 +26,31 @@ class Case:
     """A model and how it is trained."""
 
     config: Any
+    """With the task's changes and the wanted dropout; it is not changed."""
     task: Task
+    """Makes batches and the loss."""
     target: Target
-    weights_dtype: str
-    attn_implementation: str | None
-    packed: bool
     prepare: Callable[[Any], Any]
+    """What training does to a model before it starts. Two that do the same have the same `repr`."""
+    num_parameters: int
+    """Of the whole model with what the method adds, each shared tensor once."""
+    all_trained: bool = True
+    """All of them are; else those that `prepare` leaves with `requires_grad`."""
+    precision: str = "fp32"
+    """Type of the computations."""
+    checkpointing: tuple[bool, ...] = (False, True)
+    """Whether activations are kept, recomputed, or both ways."""
+    weights_dtype: str = "fp32"
+    attn_implementation: str | None = None
+    packed: bool = False
+    """Several texts share a row."""
     pixels: tuple[int, int, int] | None = None
     """Channels, height and width of the images; None for texts."""
 
 
 def build(case: Case, config: Any) -> Any:
     """The model with random weights, as the trainer has it."""
-    given: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[case.weights_dtype]}
+    given: dict[str, Any] = {"dtype": torch_dtype(case.weights_dtype)}
     if case.attn_implementation:
         given["attn_implementation"] = case.attn_implementation
     model = getattr(transformers, case.task.FACTS.auto_class).from_config(config, **given)
@@ -110,4 +128,22 @@ def batch_of(case: Case, rows: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def has_tokens(case: Case) -> bool:
+    """Whether the model reads texts, not images."""
     return case.task.FACTS.reads == "text"
+
+
+def of_tensors(case: Case, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What a footprint says of the trained tensors, from their shapes."""
+    return {
+        "largest_tensor": max(map(math.prod, shapes)),
+        "factored_values": sum(map(_factored, shapes)),
+        "sequences_per_row": case.target.num_choices or 1,
+        "tensors": dict(Counter(map(math.prod, shapes))),
+    }
+
+
+def _factored(shape: tuple[int, ...]) -> int:
+    """Values that Adafactor keeps of a parameter."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    return math.prod(shape[:-2]) * (shape[-1] + shape[-2])

@@ -1,4 +1,4 @@
-"""A model's memory by a rule of thumb, for one that cannot be traced. Layer 1.
+"""A model's memory by a rule of thumb, for one that cannot be traced.
 
 A layer of a transformer keeps about 34 values for each token and hidden unit (Korthikanti et al. 2022, arXiv
 2205.05198, section 4.1). Attention's weights come on top: models that cannot be traced mostly have it in windows or
@@ -9,15 +9,13 @@ be rather too high; the dry-run step tells.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 
-from fulltune.footprint.case import Case, has_tokens, layered
-from fulltune.footprint.records import Coefficients, Footprint, Kind, Moment, Variant, factored
+from fulltune.footprint.case import BYTES, Case, has_tokens, layered, of_tensors
+from fulltune.footprint.records import Coefficients, Footprint, Kind, Moment, Variant
 from fulltune.models.pixels import num_patches
 
 VALUES, VALUES_RECOMPUTED = 2 * 34, 2
@@ -31,59 +29,38 @@ PIXELS_OF_A_TOKEN = 32 * 32
 """Where convolutions end."""
 
 
-def rough(
-    case: Case,
-    num_parameters: int,
-    precisions: Sequence[str],
-    checkpointing: Sequence[bool],
-    why: str,
-    all_trained: bool = True,
-) -> Footprint:
-    """A footprint by arithmetic.
-
-    Args:
-        case: The model and its task.
-        num_parameters: Of the whole model.
-        precisions: Types of the computations.
-        checkpointing: Whether activations are kept, recomputed, or both ways.
-        why: The model cannot be traced.
-        all_trained: All parameters are; else those that the case's `prepare` leaves with `requires_grad`.
-    """
-    shapes = _shapes(case, all_trained)
-    num_trained = num_parameters if all_trained else sum(map(math.prod, shapes))
-    layers, hidden, vocab = _sizes(case, num_parameters)
+def rough(case: Case, why: str) -> Footprint:
+    """A footprint by arithmetic; `why` says that the model cannot be traced."""
+    shapes = _shapes(case)
+    num_trained = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
+    layers, hidden, vocab = _sizes(case)
     tokens = 1 if case.pixels is None else _tokens_of_image(case, case.pixels)
     layer = hidden * tokens * (VALUES + VALUES_PER_STATE * (getattr(layered(case, case.config), "state_size", 0) or 0))
-    weight = {"fp32": 4, "bf16": 2}[case.weights_dtype]
+    weight = BYTES[case.weights_dtype]
     has_logits = case.target.problem_type in ("text", "prompt_completion", "chat", "source_target")
     logits = LOGITS_BYTES * vocab if has_logits else 0
-    variants, evaluation = [], dict[str, tuple[Moment, ...]]()
-    for precision in precisions:
-        size = 4 if (precision, case.weights_dtype) == ("fp32", "fp32") else 2
-        copies = 2 * num_parameters if size == 2 and weight == 4 else 0
-        evaluation[precision] = (_moment(case, "forward loss", 0, 2 * size * layer, logits, copies),)
-        for recomputed in checkpointing:
-            kept = layers * VALUES_RECOMPUTED * hidden * tokens + layer if recomputed else layers * layer
-            variants.append(
-                Variant(
-                    precision=precision,
-                    activation_checkpointing=recomputed,
-                    first=(
-                        _moment(case, "backward head", 0, size * kept, logits, copies),
-                        _moment(case, "backward 0:below", weight * num_trained, size * layer, 0, copies),
-                    ),
-                    later=(_moment(case, "backward head", weight * num_trained, size * kept, logits, copies),),
-                )
+    size = 4 if (case.precision, case.weights_dtype) == ("fp32", "fp32") else 2
+    copies = 2 * case.num_parameters if size == 2 and weight == 4 else 0
+    variants = []
+    for recomputed in case.checkpointing:
+        kept = layers * VALUES_RECOMPUTED * hidden * tokens + layer if recomputed else layers * layer
+        variants.append(
+            Variant(
+                precision=case.precision,
+                activation_checkpointing=recomputed,
+                first=(
+                    _moment(case, "backward head", 0, size * kept, logits, copies),
+                    _moment(case, "backward 0:below", weight * num_trained, size * layer, 0, copies),
+                ),
+                later=(_moment(case, "backward head", weight * num_trained, size * kept, logits, copies),),
             )
+        )
     return Footprint(
-        largest_tensor=max(map(math.prod, shapes)),
-        factored_values=sum(map(factored, shapes)),
-        sequences_per_row=case.target.num_choices or 1,
+        **of_tensors(case, shapes),
         variants=tuple(variants),
-        evaluation=evaluation,
-        flops_per_token=2.0 * num_parameters * tokens,
+        evaluation={case.precision: (_moment(case, "forward loss", 0, 2 * size * layer, logits, copies),)},
+        flops_per_token=2.0 * case.num_parameters * tokens,
         attention_flops_per_pair=0.0,
-        tensors=dict(Counter(map(math.prod, shapes))),
         rough=why,
     )
 
@@ -106,15 +83,15 @@ def _moment(case: Case, place: str, gradients: int, activations: int, logits: in
     return Moment(place=place, coefficients=held)
 
 
-def _shapes(case: Case, all_trained: bool) -> list[tuple[int, ...]]:
+def _shapes(case: Case) -> list[tuple[int, ...]]:
     with torch.device("meta"):
         model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
-        if not all_trained:
+        if not case.all_trained:
             case.prepare(model)
-    return [tuple(one.shape) for one in model.parameters() if all_trained or one.requires_grad]
+    return [tuple(one.shape) for one in model.parameters() if case.all_trained or one.requires_grad]
 
 
-def _sizes(case: Case, num_parameters: int) -> tuple[int, int, int]:
+def _sizes(case: Case) -> tuple[int, int, int]:
     """Layers, hidden size and vocabulary, from whatever names the config has for them."""
     config = layered(case, case.config)
 
@@ -128,7 +105,7 @@ def _sizes(case: Case, num_parameters: int) -> tuple[int, int, int]:
         layers += number("decoder_layers", "num_decoder_layers") or layers
     widths = getattr(config, "hidden_sizes", None) or (0,)
     hidden = number("hidden_size", "d_model", "n_embd") or widths[-1]
-    return layers, hidden or math.ceil(math.sqrt(num_parameters / 12 / layers)), number("vocab_size")
+    return layers, hidden or math.ceil(math.sqrt(case.num_parameters / 12 / layers)), number("vocab_size")
 
 
 def _tokens_of_image(case: Case, pixels: tuple[int, int, int]) -> int:

@@ -1,4 +1,4 @@
-"""Run a model on tensors without values and note what is alive after each allocation. Layer 1."""
+"""Run a model on tensors without values and note what is alive after each allocation."""
 
 from __future__ import annotations
 
@@ -226,7 +226,6 @@ def run(
     depths: Mapping[str, int],
     points: Sequence[tuple[int, int]],
     *,
-    precision: str,
     recomputed: bool,
     training: bool,
     kinds: Sequence[str] = (),
@@ -237,7 +236,6 @@ def run(
         case: The model and its task.
         depths: Layers of this copy: attribute of the config to number.
         points: Rows of the micro batch and tokens of each, for each story.
-        precision: Type of the computations.
         recomputed: With activation checkpointing.
         training: Forward and backward; else forward alone.
         kinds: Of this copy's layers; empty: those that the model begins with.
@@ -260,7 +258,7 @@ def run(
             unvalued = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
             watch.begin(list(model.parameters()), count)
             with watch, torch.set_grad_enabled(training):
-                _micro_batch(case, model, dict(unvalued), watch, precision, training)
+                _micro_batch(case, model, dict(unvalued), watch, training)
             model.zero_grad(set_to_none=True)
             stories.append(watch.story)
     return stories
@@ -284,7 +282,7 @@ def _onto_cpu(model: Any) -> None:
                     tensors[name] = moved(tensor)
 
 
-def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, precision: str, training: bool) -> None:
+def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, training: bool) -> None:
     """As `FullTrainer` does it, the loss included."""
     head = _head(case.task, model)
     watch.place = "forward before layers"
@@ -293,7 +291,7 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, pr
     if case.task.FACTS is seq2seq.FACTS:
         inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, labels)
     selecting = contextlib.nullcontext() if head is None else head.only(labels)
-    with computing("fp32" if case.weights_dtype == "bf16" else precision), selecting:
+    with computing("fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
         logits = logits_of(model(**inputs)).float()
     watch.place = "forward loss"
     loss = case.task.loss(logits, labels, case.target, LossSettings())

@@ -1,4 +1,4 @@
-"""What a whole model holds while it runs, from copies of it with few layers. Layer 1."""
+"""What a whole model holds while it runs, from copies of it with few layers."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class Cuts:
     told: bool = True
 
 
-def whole_of(case: Case, cuts: Cuts, points: Sequence[tuple[int, int]], num_parameters: int, **way: Any) -> Whole:
+def whole_of(case: Case, cuts: Cuts, points: Sequence[tuple[int, int]], **way: Any) -> Whole:
     """From copies with few layers where they tell it, else the model as it is."""
     if cuts.told:
         try:
-            found = _from_cuts(case, points, num_parameters, **way)
+            found = _from_cuts(case, points, **way)
         except FAILURES:
             # A config may refuse another number of layers, and a class may want one of its lists to be as long.
             _log.debug("no copies with fewer layers of %s", type(case.config).__name__, exc_info=True)
@@ -85,7 +85,7 @@ def whole_of(case: Case, cuts: Cuts, points: Sequence[tuple[int, int]], num_para
     return _joined(run(case, depths_of(case), points, **way))
 
 
-def _from_cuts(case: Case, points: Sequence[tuple[int, int]], num_parameters: int, **way: Any) -> Whole | None:
+def _from_cuts(case: Case, points: Sequence[tuple[int, int]], **way: Any) -> Whole | None:
     """Trace a copy of two layers and copies with one more, and add the difference for every further layer.
 
     None for a model whose layers differ (in size, or in what they do) without its config saying so.
@@ -113,7 +113,7 @@ def _from_cuts(case: Case, points: Sequence[tuple[int, int]], num_parameters: in
             found.shapes + _added(base.shapes, more.shapes) * further,
             found.trained + _added(base.trained, more.trained) * further,
         )
-    return found if sum(math.prod(shape) for shape in found.shapes) == num_parameters else None
+    return found if sum(math.prod(shape) for shape in found.shapes) == case.num_parameters else None
 
 
 _Copy = tuple[dict[str, int], tuple[str, ...]]

@@ -129,7 +129,7 @@ def check(recipe: Recipe, config: PretrainedConfig) -> None:
 def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]:
     """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
     from fulltune.methods import injected
-    from fulltune.models.load import position_limit
+    from fulltune.models.shapes import position_limit
     from fulltune.system import deepspeed
 
     found = []

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 
 from fulltune.errors import SetupError
 from fulltune.methods import PROMPT_MODULE, Applied, apply, trained
-from fulltune.models import load as models
-from fulltune.models.processors import load_processor
+from fulltune.models.base import Base
+from fulltune.models.load import load as load_model
 from fulltune.recipe.methods import Method
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS, TaskName
@@ -127,12 +127,18 @@ def target_of(notes: Mapping[str, Any]) -> Target:
     return Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 
-def load(folder: Path, block: ModelBlock | None = None, shared: dict[str, Any] | None = None) -> Applied:
+def processor_of(folder: Path) -> Any:
+    """The tokenizer, or image processor, in a model's folder."""
+    return Base.of(ModelBlock(name=str(folder.resolve())), notes_of(folder)["task"]).processor
+
+
+def load(folder: Path, processor: Any, base: Base | None = None, shared: dict[str, Any] | None = None) -> Applied:
     """The pretrained model with what was trained, on the CPU.
 
     Args:
         folder: Written by `save`, with notes and tokenizer.
-        block: How the pretrained model is read; left out, as the notes say.
+        processor: What `processor_of` reads there.
+        base: The pretrained model; left out, as the notes say.
         shared: Tensors of models that were loaded before, by name: equal ones are kept in memory once. Filled.
 
     Raises:
@@ -142,12 +148,11 @@ def load(folder: Path, block: ModelBlock | None = None, shared: dict[str, Any] |
 
     notes = notes_of(folder)
     method: Method = TypeAdapter(Method).validate_python(notes["method"])
-    base = ModelBlock(**notes["base_model"]) if block is None else block
     task, target = task_named(notes["task"]), target_of(notes)
-    tokenizer = load_processor(ModelBlock(name=str(folder.resolve())), notes["task"])
+    changes = task.config_changes(target, processor)
     with torch.random.fork_rng():
-        changes, is_new = task.config_changes(target, tokenizer), task.FACTS.head_is_new
-        model = models.load(base, task.FACTS.auto_class, changes, head_is_new=is_new)
+        pretrained = base or Base.of(ModelBlock(**notes["base_model"]), notes["task"])
+        model = load_model(pretrained, changes, head_is_new=task.FACTS.head_is_new)
         applied = apply(model, method, notes["task"])
     _put_back(applied, folder)
     if shared is not None:
@@ -219,13 +224,13 @@ def _refuse_others(expected: set[str], found: set[str], where: Path) -> None:
         raise SetupError(f"{where}: does not hold what was trained: {wrong[0]} ({len(wrong)} such tensors)")
 
 
-def merged(folder: Path) -> Any:
+def merged(folder: Path, processor: Any) -> Any:
     """The model with what was trained put into its own weights: one that needs neither fulltune nor PEFT.
 
     Raises:
         SetupError: When the method cannot be merged.
     """
-    applied = load(folder)
+    applied = load(folder, processor)
     kind = applied.method.kind
     if kind == "head":
         return applied.model
@@ -246,9 +251,10 @@ def merge(folder: Path, output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise SetupError(f"{output}: is not empty; name a new folder")
     notes = notes_of(folder)
-    model = merged(folder)
+    processor = processor_of(folder)
+    model = merged(folder, processor)
     model.save_pretrained(output)
-    load_processor(ModelBlock(name=str(folder.resolve())), notes["task"]).save_pretrained(output)
+    processor.save_pretrained(output)
     plain = {name: value for name, value in notes.items() if name not in ("method", "base_model")}
     (output / NOTES).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     share(output)

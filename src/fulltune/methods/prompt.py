@@ -41,7 +41,7 @@ def put_before(model: Any, method: PromptMethod, task: TaskName) -> None:
     Raises:
         RecipeError: When the model has no embeddings of tokens, or hides its body.
     """
-    from fulltune.models.load import is_decoder
+    from fulltune.models.shapes import is_decoder
 
     if model.config.is_encoder_decoder:
         body, embeddings = model.get_encoder(), _embeddings(model.get_encoder())

@@ -9,39 +9,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.models.load import Source, load_config, locate, reading
+from fulltune.models.files import ModelFiles, reading
 from fulltune.recipe.model import ModelBlock
-from fulltune.recipe.tasks import FACTS, TaskName
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from fulltune.models.pixels import ImageReader
 
 
 def load_tokenizer(
-    block: ModelBlock, source: Source | None = None, chat_template: str | None = None
+    block: ModelBlock, files: ModelFiles, config: PretrainedConfig, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer; one without a padding token pads with its end token (masked by the attention mask).
 
     Args:
         block: The recipe's model block.
-        source: Where the files are, when that is known already.
+        files: Where the model's files are.
+        config: The model's.
         chat_template: Path of a Jinja file that replaces the tokenizer's own template.
+
+    Raises:
+        SetupError: When it cannot be read or is not this model's.
     """
     from transformers import AutoTokenizer
 
-    source = source or locate(block)
     tokenizer: PreTrainedTokenizerBase = reading(
-        block,
-        "tokenizer",
-        lambda: AutoTokenizer.from_pretrained(source.name_or_path, **source.keywords(block)),
+        block, "tokenizer", lambda: AutoTokenizer.from_pretrained(files.name_or_path, **files.keywords(block))
     )
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # transformers makes an empty tokenizer, which reads every word as unknown, when the files are missing.
         raise SetupError(
             f"model: {block.name}: its tokenizer has no vocabulary; is tokenizer.json (or vocab.txt, tokenizer.model) "
             "missing?"
+        )
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise SetupError(
+            f"model: {block.name}: its tokenizer has {len(tokenizer)} tokens, but the model knows only {vocabulary}; "
+            "they do not belong together"
         )
     if tokenizer.pad_token_id is None:
         replacement = tokenizer.eos_token or tokenizer.unk_token
@@ -58,16 +64,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_processor(
-    block: ModelBlock, task: TaskName, source: Source | None = None, chat_template: str | None = None
-) -> Any:
-    """What turns rows into what the model reads: a tokenizer, or for images an `ImageReader`."""
-    if FACTS[task].reads == "image":
-        return load_image_reader(block, source)
-    return load_tokenizer(block, source, chat_template)
-
-
-def load_image_reader(block: ModelBlock, source: Source | None = None) -> ImageReader:
+def load_image_reader(block: ModelBlock, files: ModelFiles, config: PretrainedConfig) -> ImageReader:
     """Load the model's image processor."""
     from fulltune.models.pixels import ImageReader, num_patches
 
@@ -75,35 +72,32 @@ def load_image_reader(block: ModelBlock, source: Source | None = None) -> ImageR
         raise SetupError("task: image-classification needs the package 'pillow'; pip install 'fulltune[images]'")
     from transformers import AutoImageProcessor
 
-    source = source or locate(block)
     # Pillow's arithmetic, wherever the run goes on: torchvision resizes to slightly other pixels.
     processor = reading(
         block,
         "image processor",
-        lambda: AutoImageProcessor.from_pretrained(source.name_or_path, backend="pil", **source.keywords(block)),
+        lambda: AutoImageProcessor.from_pretrained(files.name_or_path, backend="pil", **files.keywords(block)),
     )
-    return ImageReader(processor, num_patches(load_config(block, source)))
+    return ImageReader(processor, num_patches(config))
 
 
 USUAL_SIDE = 224
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def image_shape(block: ModelBlock, source: Source) -> tuple[tuple[int, int, int], str]:
-    """Channels, height and width of the images that the model is given.
+def has_image_processor(files: ModelFiles) -> bool:
+    """Whether a model comes with its image processor, as far as a folder tells."""
+    folder = Path(files.name_or_path)
+    return not files.is_local or any((folder / name).exists() for name in _PROCESSOR_FILES)
 
-    Returns:
-        The shape, and what had to be assumed of it: nothing where there is an image processor.
-    """
-    folder = Path(source.name_or_path)
-    if not source.is_local or any((folder / name).exists() for name in _PROCESSOR_FILES):
-        return load_image_reader(block, source).shape(), ""
-    config = load_config(block, source)
+
+def assumed_image_shape(config: PretrainedConfig, name: str) -> tuple[tuple[int, int, int], str]:
+    """Channels, height and width of a model's images by its config, and that in words."""
     part = getattr(config, "vision_config", config)
     size = getattr(part, "image_size", None) or USUAL_SIDE
     height, width = (size, size) if isinstance(size, int) else size
     where = "by its config" if getattr(part, "image_size", None) else "as most models take them"
-    assumed = f"images of {height} x {width} pixels, {where}: {block.name} has no preprocessor_config.json"
+    assumed = f"images of {height} x {width} pixels, {where}: {name} has no preprocessor_config.json"
     return (getattr(part, "num_channels", 3), height, width), assumed
 
 

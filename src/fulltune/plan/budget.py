@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import memory, sharded
 from fulltune.plan.memory import Levers
 from fulltune.recipe.fields import Recipe

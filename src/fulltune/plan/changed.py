@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from fulltune.plan import disk, memory, time
+from typing import TYPE_CHECKING
+
+from fulltune.plan import budget, disk, memory, time
+from fulltune.plan.budget import Room
 from fulltune.plan.memory import Levers
-from fulltune.recipe.fields import Recipe
+from fulltune.recipe.fields import Recipe, with_attention
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import Plan
+from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.system.hardware import Machine
+
+if TYPE_CHECKING:
+    from fulltune.footprint.trace import PlannedModel
+
+
+def room_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine) -> Room:
+    """The room of a plan whose precision or attention may be another than the recipe's."""
+    block = recipe.train.model_copy(update={"precision": changed.precision})
+    same = with_attention(recipe.model_copy(update={"train": block}), changed.attn_implementation)
+    traced = model.footprint(same, changed.device, changed.precision)
+    return budget.of(same, model.shapes, traced, machine, changed.device)
+
+
+def need_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine, summary: DataSummary) -> MemoryNeed:
+    """The memory that a changed plan needs."""
+    return room_of(changed, recipe, model, machine).need(levers_of(recipe, changed, summary))
 
 
 def on_disk(recipe: Recipe, plan: Plan, summary: DataSummary, free_bytes: int) -> Plan:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import budget, defaults, disk, levers, memory, placement
 from fulltune.plan import resolve as settle
 from fulltune.plan.gpus import Fleet

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import ways_out
 from fulltune.plan.budget import Room
 from fulltune.plan.memory import Levers

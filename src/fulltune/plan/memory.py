@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fulltune.footprint.records import Footprint, Kind
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, StateBytes
 
 BYTES = {"fp32": 4, "bf16": 2}

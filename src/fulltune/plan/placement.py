@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import sharded, time
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.levers import COMFORTABLE, fastest

@@ -8,7 +8,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import defaults, memory, time
 from fulltune.plan.reasons import FROM_RECIPE, Ledger
 from fulltune.recipe.fields import Recipe

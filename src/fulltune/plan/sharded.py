@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fulltune.footprint.records import Footprint, Moment
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import Levers
 from fulltune.records.plan import MemoryKind, StateBytes

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan.gpus import Fleet
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary

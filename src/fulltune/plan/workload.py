@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import disk, memory, placement, sharded, time
 from fulltune.plan import levers as choosing
 from fulltune.plan import resolve as settle

@@ -9,11 +9,10 @@ from typing import Any
 
 from fulltune.errors import DataError, SetupError
 from fulltune.methods import folder as folders
-from fulltune.models import load as models
-from fulltune.models.processors import load_processor
+from fulltune.models.base import Base
+from fulltune.models.load import load as load_model
 from fulltune.predict.predictor import Answered, Predictor
 from fulltune.recipe.model import ModelBlock
-from fulltune.recipe.tasks import FACTS
 from fulltune.system.run_folder import comparison_of
 from fulltune.tasks import tags
 
@@ -76,12 +75,12 @@ def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> di
 
 def _loaded(folder: Path, shared: dict[str, Any] | None) -> Predictor:
     notes = folders.notes_of(folder)
-    block = ModelBlock(name=str(folder.resolve()))
+    base = Base.of(ModelBlock(name=str(folder.resolve())), notes["task"])
     if folders.is_partial(folder):
-        model = folders.load(folder, shared=shared).model
+        model = folders.load(folder, base.processor, shared=shared).model
     else:
-        model = models.load(block, FACTS[notes["task"]].auto_class, {}, head_is_new=False)
-    return Predictor(model.eval(), load_processor(block, notes["task"]), notes)
+        model = load_model(base, {}, head_is_new=False)
+    return Predictor(model.eval(), base.processor, notes)
 
 
 @dataclass(frozen=True)

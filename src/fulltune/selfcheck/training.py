@@ -122,9 +122,11 @@ def _train(
     # Imported here: the processes that this package starts need none of it.
     from safetensors.torch import load_file
 
-    from fulltune import api
+    from fulltune.context import Run
     from fulltune.pipeline import run
     from fulltune.recipe.fields import Recipe
+    from fulltune.system.run_folder import find_or_make
+    from fulltune.train.hooks import Hooks
 
     losses: dict[int, float] = {}
 
@@ -152,9 +154,10 @@ def _train(
         },
     }
     # With a loss from Python training runs in this process, which spares the seconds of starting three more.
-    job = api.job(Recipe.model_validate(values), run_folder=folder / name, compute_loss=_loss, listener=listener)
+    recipe, hooks = Recipe.model_validate(values), Hooks(compute_loss=_loss)
+    find_or_make(recipe, "", name, folder / name, fresh=False, marks=hooks.marks())
     try:
-        run(job, "train")
+        run(Run(recipe, folder / name, hooks, listener), "train")
     except InterruptedRun:
         if not stop or STOP_AFTER not in losses:
             raise  # it was the user

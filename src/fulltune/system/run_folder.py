@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,11 @@ from pathlib import Path
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Comparison
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
 from fulltune.records.run import Command, Environment
+from fulltune.records.scores import Scores
+from fulltune.records.training import Outcome
 from fulltune.system.hardware import Machine
 
 IDENTITY = "recipe.json"
@@ -32,6 +37,67 @@ CARD = "card.html"
 COMPARISONS = ("compare/comparison.json", "proof.json")
 """The record of a finished comparison: where it is written first, and beside the card."""
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
+
+
+@dataclass(frozen=True, repr=False)
+class Reached:
+    """What a run's stages gave, as far as they were asked to go."""
+
+    folder: Path
+    summary: DataSummary
+    plan: Plan | None = None
+    outcome: Outcome | None = None
+    scores: tuple[Scores, ...] = ()
+    report: Path | None = None
+
+    def __repr__(self) -> str:
+        lines = [f"Reached: {self.folder}"]
+        for entry in self.scores:
+            if (found := entry.metrics.get(entry.main_metric)) is not None:
+                lines.append(
+                    f"  {entry.name}: {entry.main_metric} {found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+                )
+        return "\n".join([*lines, *([f"  report: {self.report}"] if self.report else [])])
+
+
+def finished(recipe: Recipe, folder: Path) -> Reached | None:
+    """What a finished run left, from its files alone; None: something is left to do.
+
+    Raises:
+        SetupError: When the weights of its model are gone.
+    """
+    plan_path, summary_path = folder / "plan" / f"{recipe.method.arm}.json", folder / "data" / "summary.json"
+    if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
+        return None
+    plan = Plan.load(plan_path)
+    lost = lost_weights(folder / plan.model_folder)
+    if lost is not None:
+        raise SetupError(
+            f"{lost}: is missing, though this run finished at {finished_at(folder):%Y-%m-%d %H:%M}; put it back, or "
+            "train it again as a new run: 'fulltune run RECIPE --fresh'"
+        )
+    files = sorted((folder / "scores").glob("*.json"), key=lambda file: file.stat().st_mtime)  # as they were made
+    scores = tuple(sorted(map(Scores.load, files), key=lambda one: one.kind == "trained"))
+    return Reached(folder, DataSummary.load(summary_path), plan, None, scores, folder / REPORT)
+
+
+def plan_to_continue(path: Path, machine: Machine) -> Plan:
+    """The plan that a run goes on with, even when memory or cores are others now.
+
+    Raises:
+        SetupError: When it is for a GPU and there is none.
+    """
+    plan = Plan.load(path)
+    if plan.device == "cuda" and not machine.gpus:
+        raise SetupError(f"{path.parents[1]}: was planned for a GPU, and there is none here; start a new run (--fresh)")
+    return plan
+
+
+def save_plan(folder: Path, plan: Plan) -> None:
+    """Write a plan, and its settings with their reasons alone; the plan last: with it the others are there as well."""
+    resolved = [setting.model_dump(mode="json") for setting in plan.settings]
+    (folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    plan.save(folder / plan.file)
 
 
 def find_or_make(

@@ -264,7 +264,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
 def check_model(config: PretrainedConfig) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from fulltune.models.load import is_decoder
+    from fulltune.models.shapes import is_decoder
 
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and is_decoder(config):
         return None

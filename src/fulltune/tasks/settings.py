@@ -1,11 +1,30 @@
-"""Settings of which only the data tell that they have no effect, or what they are."""
+"""Whether a model can do a recipe's task, and settings of which only the data tell that they have no effect."""
 
 from __future__ import annotations
 
-from fulltune.errors import RecipeError
+from fulltune.errors import RecipeError, SetupError
+from fulltune.models.base import Base
+from fulltune.models.files import refuse_partial
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import SMOOTHING
 from fulltune.records.data import DataSummary
+from fulltune.tasks import task_named
+
+
+def check_model(recipe: Recipe, base: Base) -> None:
+    """Refuse a model that the task cannot use or that cannot be trained here.
+
+    Raises:
+        SetupError: Saying why.
+    """
+    refuse_partial(base.block, base.files)
+    problem = task_named(recipe.task).check_model(base.config)
+    experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
+    if problem is None and any(isinstance(count, int) and count > 1 for count in experts):
+        # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
+        problem = "is a mixture of experts, which cannot be trained here yet"
+    if problem is not None:
+        raise SetupError(f"model: {recipe.model.name}: {problem}")
 
 
 def check_settings_for(recipe: Recipe, summary: DataSummary) -> None:

@@ -21,7 +21,7 @@ from fulltune.data.readers.read import content_hash, locate
 from fulltune.data.sources import find_files
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.store import load_texts
-from fulltune.models import load as model
+from fulltune.models import files as model_files
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.paths import resolve_paths
 from fulltune.records.data import DataSummary
@@ -393,7 +393,7 @@ def test_model_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(SetupError, match=r"model.safetensors may not be read \(permission denied\)"):
-        model._check_whole(tmp_path / "model.safetensors", "m")
+        model_files._check_whole(tmp_path / "model.safetensors", "m")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------

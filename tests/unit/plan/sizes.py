@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fulltune.footprint.records import Footprint, Moment, Variant
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan.workload import Task
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, SplitSummary

@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint, Moment, Variant
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import defaults, fit, gpus
 from fulltune.plan import levers as choosing
 from fulltune.plan.budget import LIBRARIES_BYTES, Room

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fulltune.footprint.records import Footprint, Moment, Variant
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import Levers, need, state_bytes
 

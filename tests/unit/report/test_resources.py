@@ -7,17 +7,7 @@ from typing import Any
 
 import pytest
 
-from fulltune.records.plan import (
-    BASELINES,
-    DRY_RUN,
-    STARTING,
-    TRAINED,
-    DiskNeed,
-    MemoryNeed,
-    Plan,
-    TimeNeed,
-    TimePart,
-)
+from fulltune.records.plan import BASELINES, DRY_RUN, STARTING, TRAINED, DiskNeed, MemoryNeed, Plan, TimeNeed, TimePart
 from fulltune.records.run import Command
 from fulltune.report.format.blocks import Paragraph, Section, Table
 from fulltune.report.run.about_resources import resources

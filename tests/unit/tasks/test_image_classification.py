@@ -17,6 +17,7 @@ from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.run import Share, by_length
 from fulltune.inference.store import RowWriter, load_split, record_batch
 from fulltune.models import processors
+from fulltune.models.base import Base
 from fulltune.models.load import load
 from fulltune.models.pixels import ImageReader, ImageRows, num_patches, where_from
 from fulltune.recipe.data import DataBlock
@@ -30,7 +31,7 @@ TARGET = Target("single_label", {"image": "image", "label": "label"}, ("cat", "d
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> ImageReader:
     folder = tiny.save_image_model(tmp_path_factory.mktemp("vit"))
-    return processors.load_image_reader(ModelBlock(name=str(folder)))
+    return Base.of(ModelBlock(name=str(folder)), "image-classification").processor
 
 
 def picture(path: Path, colour: tuple[int, ...] = (200, 100, 0), mode: str = "RGB", **save: Any) -> Path:
@@ -226,7 +227,7 @@ def test_reader_of_a_saved_model_is_the_same(tmp_path: Path, reader: ImageReader
     assert processors.processor_identity(reader) == reader.to_json_string()
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(SetupError, match="its image processor cannot be read"):
-        processors.load_image_reader(ModelBlock(name=str(folder)))
+        _ = Base.of(ModelBlock(name=str(folder)), "image-classification").processor
 
 
 def test_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
@@ -235,9 +236,9 @@ def test_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
 
     folder = tiny.save_image_model(tmp_path / "vit")
     ViTForImageClassification(ViTConfig.from_pretrained(folder, num_labels=7)).save_pretrained(folder)
-    block = ModelBlock(name=str(folder))
+    base = Base.of(ModelBlock(name=str(folder)), "image-classification")
     changes = {"num_labels": 2, "id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
-    loaded: Any = load(block, "AutoModelForImageClassification", changes, head_is_new=True)
+    loaded: Any = load(base, changes, head_is_new=True)
     assert loaded.classifier.out_features == 2
 
 
@@ -258,7 +259,7 @@ def test_missing_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytes
     found = processors.importlib.util.find_spec
     monkeypatch.setattr(processors.importlib.util, "find_spec", lambda name: None if name == "PIL" else found(name))
     with pytest.raises(SetupError, match=r"pip install 'fulltune\[images\]'"):
-        processors.load_image_reader(ModelBlock(name=str(folder)))
+        _ = Base.of(ModelBlock(name=str(folder)), "image-classification").processor
 
 
 def test_content_of_a_jpeg_in_a_table_is_decoded(reader: ImageReader) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fulltune.errors import DoesNotFitError
 from fulltune.footprint.records import Footprint
-from fulltune.models.load import Shapes
+from fulltune.models.shapes import Shapes
 from fulltune.plan import disk, placement, time
 from fulltune.plan import gpus as cards
 from fulltune.plan import resolve as settle

@@ -22,6 +22,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Measured, Measurements, Outcome
 from fulltune.system import deepspeed
 from fulltune.text import in_words
+from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child, measure_candidates
 from fulltune.train.parent.measure_candidates import Candidate
 from fulltune.train.parent.memory_fallbacks import Need
@@ -63,10 +64,11 @@ def measure(
     plan: Plan,
     summary: DataSummary,
     folder: Path,
+    hooks: Hooks,
     available_bytes: int,
     need: Need,
     listener: Listener,
-) -> tuple[Plan, Measurements]:
+) -> Plan:
     """Measure and choose.
 
     Args:
@@ -74,18 +76,23 @@ def measure(
         plan: What was chosen without measuring.
         summary: The data stage's summary.
         folder: The run folder, with prepared data.
+        hooks: The user's functions.
         available_bytes: What each process may take, the libraries not counted.
         need: The memory of a changed plan, by the plan stage's arithmetic.
         listener: Told of each probe as it begins.
 
     Returns:
-        The plan with the fastest settings that fit, and all that was tried.
+        The plan with the fastest settings that fit; all that was tried is written beside it.
 
     Raises:
-        SetupError: With DeepSpeed, whose engine cannot be tried for a step.
+        SetupError: With what cannot be tried for a step, or when the training has begun.
         DoesNotFitError: When nothing that was tried fits.
         InterruptedRun: On Ctrl-C.
     """
+    if hooks.needs_this_process:
+        raise SetupError("measure: compute_loss cannot be handed to the processes that measure")
+    if any((folder / "attempts").glob("*")):
+        raise SetupError(f"{folder}: has begun to train with these settings; measure in a new run (--fresh)")
     if deepspeed.wanted(recipe):
         raise SetupError("plan --measure: DeepSpeed shares out the model, which is not measured; leave out --measure")
     shutil.rmtree(folder / "plan" / "probes", ignore_errors=True)
@@ -102,7 +109,8 @@ def measure(
     compiled = probes.all(measure_candidates.compilations(recipe, best, _has_compiler(plan)))
     best = measure_candidates.fastest([best, *compiled]) or best
     rows = tuple(row.model_copy(update={"taken": row is best}) for row in probes.rows)
-    return _taken(plan, best, probes, need), Measurements(available_bytes=available_bytes, rows=rows)
+    Measurements(available_bytes=available_bytes, rows=rows).save(folder / "plan" / "measured.json")
+    return _taken(plan, best, probes, need)
 
 
 def _micro_batches(probes: _Probes, changes: dict[str, Any], only_smaller: bool) -> list[Measured]:

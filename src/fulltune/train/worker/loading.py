@@ -15,9 +15,10 @@ from fulltune import methods
 from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import load_split
 from fulltune.models import dropout
+from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head
 from fulltune.models.load import load
-from fulltune.models.processors import load_processor, opened
+from fulltune.models.processors import opened
 from fulltune.system import deepspeed
 from fulltune.tasks import LossSettings, Target, Task
 from fulltune.tasks.settings import class_weights
@@ -36,18 +37,17 @@ def load_for_training(
     on_head: Callable[[Head], None] = lambda head: None,
 ) -> tuple[methods.Applied, Any]:
     """The pretrained model with the task's head and the recipe's method, and the tokenizer."""
-    tokenizer = load_processor(recipe.model, recipe.task, chat_template=recipe.data.chat_template)
+    base = Base.of(recipe.model, recipe.task, recipe.data.chat_template)
     model = load(
-        recipe.model,
-        task.FACTS.auto_class,
-        task.config_changes(target, tokenizer),
+        base,
+        task.config_changes(target, base.processor),
         head_is_new=task.FACTS.head_is_new,
         before_weights=before_weights,
         on_head=on_head,
     )
     if deepspeed.wanted(recipe):
         weights.forget_unused_conversions(model)
-    return methods.apply(model, recipe.method, recipe.task), tokenizer
+    return methods.apply(model, recipe.method, recipe.task), base.processor
 
 
 def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from fulltune import methods
 from fulltune.methods.folder import save, share
-from fulltune.models.load import locate
 from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
@@ -197,7 +196,7 @@ def save_model(
     if recipe.method.kind == "full":
         applied.model.save_pretrained(part, state_dict=state)
     else:
-        save(applied, part, recipe.task, locate(recipe.model).name_or_path)
+        save(applied, part, recipe.task, applied.model.name_or_path)
     if state is not None:
         _note_type(part / "config.json", state)
     if summary.problem_type in ("prompt_completion", "text"):

@@ -1,0 +1,79 @@
+"""A recipe in its run folder: what all stages of a run, or of a comparison, share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from fulltune import plan
+from fulltune.errors import RecipeError
+from fulltune.footprint.trace import PlannedModel
+from fulltune.models.base import Base
+from fulltune.recipe.fields import Recipe
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.system import hardware
+from fulltune.tasks import Task, task_named
+from fulltune.train.hooks import Hooks
+
+Listener = Callable[[dict[str, Any]], None]
+Until = Literal["data", "plan", "train", "evaluate", "report"]
+"""The last stage to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe in its folder, with the user's own functions and who listens to progress."""
+
+    recipe: Recipe
+    folder: Path
+    hooks: Hooks = field(default_factory=Hooks)
+    listener: Listener = lambda event: None
+    began: float | None = None
+    """When the command or call that does the whole line began: seconds since 1970; None: single stages are called."""
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.recipe.task)
+
+    @property
+    def plan_path(self) -> Path:
+        """Where the plan of the recipe's method lies."""
+        return self.folder / "plan" / f"{self.recipe.method.arm}.json"
+
+    @cached_property
+    def base(self) -> Base:
+        """The pretrained model: found, its config and its processor read, once for all stages.
+
+        Raises:
+            SetupError: When there is no such model, or it cannot be read.
+        """
+        return Base.of(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
+
+    def model(self, summary: DataSummary) -> PlannedModel:
+        """The model as it is trained on these rows."""
+        return PlannedModel.of(self.recipe, self.base, summary)
+
+    def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
+        """The memory of a plan that is changed after it was made; the model is looked at when that is asked."""
+        model = cache(lambda: self.model(summary))
+        return lambda changed: plan.need_of(changed, self.recipe, model(), hardware.here(), summary)
+
+    def phase(self, name: str) -> None:
+        """Tell the listener what begins."""
+        self.listener({"kind": "phase", "name": name})
+
+    def refuse_several_methods(self) -> None:
+        """A run trains one method.
+
+        Raises:
+            RecipeError: When the recipe names several, to compare them.
+        """
+        if self.recipe.methods:
+            raise RecipeError(
+                "methods: names what to compare, and a run trains one method; use 'fulltune compare', or give one "
+                "'method' in place of 'methods'"
+            )

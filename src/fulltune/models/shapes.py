@@ -1,0 +1,109 @@
+"""What the planning needs to know of a model: counted on the meta device, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fulltune.models import checkpoint_head
+from fulltune.models.base import Base
+from fulltune.models.files import reading
+from fulltune.records.base import Record
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Shapes(Record):
+    """What the planning needs to know of a model."""
+
+    model_type: str
+    is_decoder: bool
+    num_parameters: int
+    num_tensors: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    position_limit: int | None
+    """Longest sequence the model can take, in tokens; None when it has no fixed limit."""
+    can_recompute: bool = True
+    """Its class offers activation checkpointing."""
+    num_held: int | None = None
+    """Parameters with what the method adds; None: it adds none and trains all."""
+    num_trained: int | None = None
+    """Those of them that the method trains; None: all."""
+    head_is_kept: bool = False
+    """The checkpoint brings a head for this task's labels, as far as its config tells."""
+    plain_logits: bool = True
+    """By its config, nothing scales or caps logits after the head; the check before step 1 tries it."""
+
+
+def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[Any], object] | None = None) -> Shapes:
+    """Count a model's parameters on the meta device: no weights are read, no memory is used.
+
+    Args:
+        base: The pretrained model.
+        config_changes: Values set on the config.
+        apply: Adds what a method adds and freezes what it does not train; None: everything is trained.
+    """
+    import torch
+
+    config = base.configured(config_changes)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = reading(base.block, "model", lambda: base.model_class.from_config(config))
+    text = config.get_text_config()
+    counts = [parameter.numel() for parameter in model.parameters()]
+    held = trained = None
+    if apply is not None:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            apply(model)
+        held = sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    head = checkpoint_head.settled(base.config, type(model).__name__, config_changes)
+    return Shapes(
+        model_type=config.model_type,
+        is_decoder=is_decoder(config),
+        num_parameters=sum(counts),
+        num_tensors=len(counts),
+        num_layers=getattr(text, "num_hidden_layers", 1) or 1,
+        hidden_size=getattr(text, "hidden_size", 0) or 0,
+        vocab_size=getattr(text, "vocab_size", 0) or 0,
+        position_limit=position_limit(config),
+        num_held=held,
+        num_trained=trained,
+        can_recompute=bool(model.supports_gradient_checkpointing),
+        head_is_kept=head.order is not None,
+        plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
+    )
+
+
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
+"""Names in configs for what is done to logits (Gemma, Cohere, Granite, Falcon-H1, xLSTM)."""
+_POSITIONS_AFTER_PADDING = {
+    *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Longest sequence in tokens; None when the config names no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # RoBERTa-like models start counting positions after the padding index.
+    if limit and config.model_type in _POSITIONS_AFTER_PADDING:
+        limit -= (config.pad_token_id or 0) + 1
+    return limit
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """True for models that read left to right, such as GPT-2 or Llama; False for encoders such as BERT."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return bool(getattr(config, "is_decoder", False))
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
