@@ -257,7 +257,7 @@ def test_label_only_in_held_out_rows_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, data={"test": "test.csv"}),
         DATA,
-        "test.csv: label 'zebra' (1 rows of test) never occurs in train; add rows to train or remove them here",
+        "test.csv: label 'zebra' (1 row of test) never occurs in train; add rows to train or remove them here",
     )
 
 
@@ -317,7 +317,7 @@ def test_two_rows_are_too_few(case: Case) -> None:
     refused(
         case.data("text,label\na,x\nb,y\n"),
         DATA,
-        "train.csv: 2 rows, 2 of them different, are too few for three splits of at least 2 rows (eval has 0, test has "
+        "train.csv: 2 rows: too few for three splits of at least 2 rows (eval has 0, test has "
         "0); give more rows, or files for eval and test",
     )
 
@@ -327,14 +327,14 @@ def test_rows_all_the_same_text_are_refused(case: Case) -> None:
     refused(
         case.data(rows),
         DATA,
-        "train.csv: 40 rows, 1 of them different, are too few for three splits of at least 2 rows (eval has 0, test "
+        "train.csv: 40 rows, 1 of them different: too few for three splits of at least 2 rows (eval has 0, test "
         "has 0); give more rows, or files for eval and test",
     )
 
 
 def test_test_file_with_one_row_is_refused(case: Case) -> None:
     case.write("text,label\nq,food\n", "test.csv")
-    refused(case.data(CSV, data={"test": "test.csv"}), DATA, "test.csv: 1 usable rows for test; expected at least 2")
+    refused(case.data(CSV, data={"test": "test.csv"}), DATA, "test.csv: 1 usable row for test; expected at least 2")
 
 
 def test_labels_objects_are_refused(case: Case) -> None:
@@ -474,7 +474,7 @@ def test_answers_beyond_max_length_are_refused(chat_case: Callable[..., Result])
         result,
         DATA,
         f"train.jsonl: 40 of 40 rows cannot be used (40 x answer cut off); first: {first}, the whole answer lies "
-        "beyond data.max_length. Raise data.max_length, shorten these rows, or leave them out with "
+        "beyond data.max_length. Raise data.max_length, shorten these rows, or drop them with "
         "data.truncation_strategy: drop",
     )
 
@@ -788,7 +788,7 @@ def test_images_that_cannot_be_decoded_are_listed_and_left_out_only_when_asked(t
         f"same/broken{number:02}.png:" for number in range(10)
     ]
     assert result.problems[10:] == [
-        "images: 11 images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop"
+        "images: 11 images cannot be decoded; repair them, or drop them with data.undecodable_images: drop"
     ]
     accepted(case.data(name="images", task="image-classification", data={"undecodable_images": "drop"}))
     dropped = next(tmp_path.glob("runs/[!.]*/data/dropped.jsonl")).read_text().splitlines()
@@ -801,7 +801,7 @@ def test_raw_text_of_one_paragraph_is_refused(chat_case: Callable[..., Result], 
     assert result.code == DATA
     assert "Traceback" not in result.err
     assert result.problems == [
-        "book.txt: 1 rows, 1 of them different, are too few for three splits of at least 2 rows (train has 1, eval has "
+        "book.txt: 1 row: too few for three splits of at least 2 rows (train has 1, eval has "
         "0, test has 0); give more rows, or files for eval and test; paragraphs of a .txt are joined into rows of "
         "about 4,000 characters: for one row a paragraph set data.text_rows: paragraph"
     ]

@@ -1,97 +1,188 @@
-"""Checks that the rows can be learned from; what cannot is refused or left out and written down."""
+"""What is wrong with the rows, or worth knowing about them: refused, or noted."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
+
+from fulltune.data.encode import DropTally, Encoded
+from fulltune.data.sources import SourceRows
+from fulltune.data.split import HELD_OUT, Split
 from fulltune.errors import DataError
+from fulltune.recipe.fields import Recipe
 from fulltune.records.data import SplitName
+from fulltune.tasks import Target
+from fulltune.text import counted
 
-MOST_LEFT_OUT = 0.05
+MOST_DROPPED = 0.05
 """Share of a file's rows that may be unusable; more points to a wrong column or a broken export."""
 UNDECODABLE_IMAGE = "undecodable image"
-_PLACES_SHOWN = 10
+FEW_EVAL_ROWS = 50
+_FEW_OF_A_CLASS = 5
+"""One right answer more or less then moves its recall by 20 points or more."""
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """A row that was left out."""
+def refuse_unusable(
+    recipe: Recipe, encoded: Mapping[SplitName, Encoded], sources: Mapping[SplitName, SourceRows]
+) -> None:
+    """Too many rows that cannot be used, too long ones where the recipe forbids them, broken images.
 
-    split: str
-    place: str
-    check: str
-    reason: str
-    row: dict[str, Any]
-    """Empty for a further lost part of a row that stands before it."""
+    Raises:
+        DataError: With all such problems.
+    """
+    strategy = recipe.data.truncation_strategy
+    # Rows that the user asked to drop are not held against the file.
+    allowed = {UNDECODABLE_IMAGE, *(("too long", "answer cut off") if strategy == "drop" else ())}
+    problems: list[str] = []
+    for name, whole in encoded.items():
+        where, unusable, unfit = sources[name].where, whole.dropped["unusable"], whole.dropped["unfit"]
+        broken = unfit.counts[UNDECODABLE_IMAGE]
+        if broken and recipe.data.undecodable_images == "error":
+            problems += [f"{item.place}: {item.reason}" for item in unfit.first[UNDECODABLE_IMAGE]]
+            problems.append(
+                f"{where}: {counted(broken, 'image')} cannot be decoded; repair {'it' if broken == 1 else 'them'}, "
+                f"or drop {'it' if broken == 1 else 'them'} with data.undecodable_images: drop"
+            )
+        problems += _too_many(unusable, (), whole.num_read, where)
+        problems += _too_many(unfit, allowed, whole.num_read - unusable.counts.total(), where)
+        if strategy == "error" and whole.num_too_long:
+            is_one = whole.num_too_long == 1
+            problems.append(
+                f"{where}: {counted(whole.num_too_long, 'row')} of {name} {'is' if is_one else 'are'} longer than "
+                "data.max_length; raise it, or set data.truncation_strategy to truncate or drop"
+            )
+    if problems:
+        raise DataError(problems)
 
 
-@dataclass
-class LeftOut:
-    """How many rows were left out by which check, and the first few of each; all of them are in `dropped.jsonl`."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, list[Dropped]] = field(default_factory=dict)
-
-    def add(self, item: Dropped) -> None:
-        self.counts[item.check] += 1
-        shown = self.first.setdefault(item.check, [])
-        if len(shown) < _PLACES_SHOWN:
-            shown.append(item)
-
-    def without(self, checks: Collection[str]) -> LeftOut:
-        """The same, but for some checks."""
-        return LeftOut(
-            Counter({check: count for check, count in self.counts.items() if check not in checks}),
-            {check: items for check, items in self.first.items() if check not in checks},
-        )
-
-
-def too_many(left_out: LeftOut, num_rows: int, where: str) -> list[str]:
-    """Leaving out a few rows is worth a note, more than one in twenty would ruin the run in silence: a line for it."""
-    total = left_out.counts.total()
+def _too_many(dropped: DropTally, allowed: Collection[str], num_rows: int, where: str) -> list[str]:
+    """Dropping a few rows is worth a note, more than one in twenty would ruin the run in silence: a line for it."""
+    counts = Counter({check: count for check, count in dropped.counts.items() if check not in allowed})
+    total = counts.total()
     # One row is never many: an eval file of ten rows may have a bad one as well as a train file of thousands.
-    if total <= max(1, MOST_LEFT_OUT * num_rows) and (total < num_rows or not total):
+    if total <= max(1, MOST_DROPPED * num_rows) and (total < num_rows or not total):
         return []
-    first = next(iter(left_out.first.values()))[0]
+    first = dropped.first[next(iter(counts))][0]
     remedy = (
-        "Raise data.max_length, shorten these rows, or leave them out with data.truncation_strategy: drop"
+        "Raise data.max_length, shorten these rows, or drop them with data.truncation_strategy: drop"
         if first.check == "answer cut off"
         else "Remove or repair these rows, or name another column in the recipe"
     )
-    counts = ", ".join(f"{count} x {check}" for check, count in left_out.counts.most_common())
+    by_check = ", ".join(f"{count} x {check}" for check, count in counts.most_common())
     return [
-        f"{where}: {total} of {num_rows} rows cannot be used ({counts}); first: {first.place}, {first.reason}. {remedy}"
+        f"{where}: {total:,} of {counted(num_rows, 'row')} cannot be used ({by_check}); first: {first.place}, "
+        f"{first.reason}. {remedy}"
     ]
 
 
-def undecodable(left_out: LeftOut, where: str) -> list[str]:
-    """Images that cannot be decoded are left out only when the recipe says so: the first ten and their number."""
-    count = left_out.counts[UNDECODABLE_IMAGE]
-    if not count:
-        return []
-    return [
-        *(f"{item.place}: {item.reason}" for item in left_out.first[UNDECODABLE_IMAGE]),
-        f"{where}: {count} images cannot be decoded; repair them, or leave them out with data.undecodable_images: drop",
-    ]
-
-
-def labels_only_held_out(
-    train_labels: Counter[str], held_out: Mapping[SplitName, Counter[str]], where: Mapping[SplitName, str]
-) -> None:
+def refuse_new_labels(splits: Mapping[SplitName, Split]) -> None:
     """A class that train does not have cannot be learned, so scoring it would be a silent loss.
 
     Raises:
         DataError: Naming each such label and its number of rows.
     """
-    problems = []
-    for split, counts in held_out.items():
-        for label in sorted(set(counts) - set(train_labels)):
-            problems.append(
-                f"{where[split]}: label '{label}' ({counts[label]} rows of {split}) never occurs in train; "
-                "add rows to train or remove them here"
-            )
+    train = splits["train"].label_counts()
+    problems = [
+        f"{splits[name].where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train; "
+        "add rows to train or remove them here"
+        for name in HELD_OUT
+        for label, count in sorted(splits[name].label_counts().items())
+        if label not in train
+    ]
     if problems:
         raise DataError(problems)
+
+
+# ---- notes -----------------------------------------------------------------------------------------------------
+
+_SHARED = {
+    "context": "passage",
+    "prompt": "prompt",
+    "messages": "question",
+    "source": "source text",
+    "choices": "question",
+    "choice0": "question",
+    "tokens": "sentence",
+    "image": "image",
+}
+"""Role of a column to what rows of one group have in common; without any of them it is the text."""
+
+
+def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
+    """Few rows to choose by, and rows that stand, or share what is asked with others, twice in train or in two splits.
+
+    Args:
+        splits: Which rows each has.
+        target: Says what rows of one group share.
+        near: Texts that are nearly equal belong to one group.
+    """
+    train, dev, test = (splits[name] for name in ("train", "eval", "test"))
+    remarks = []
+    nearly = " (equal, or nearly so)" if near else ""
+    shared = next((word for role, word in _SHARED.items() if role in target.columns), "text")
+    # Long raw texts are cut, short ones packed: the rows that are trained and shown are others than those of the file.
+    unit = "text" if set(target.columns) == {"text"} else "row"
+    if dev.num_rows < FEW_EVAL_ROWS:
+        remarks.append(
+            f"only {counted(dev.num_rows, f'eval {unit}')}: which checkpoint is best is close to chance; more {unit}s "
+            "would tell better"
+        )
+    wholes = train.source.wholes[train.rows]
+    if repeated := train.num_rows - len(np.unique(wholes)):
+        verb = "repeats" if repeated == 1 else "repeat"
+        remarks.append(f"{_part(repeated, train, 'train')} {verb} another train row, answer or label included")
+    # Questions about the same passage belong together; that is how such rows are, and nothing to note.
+    if shared != "passage" and (count := _num_with_others(train.groups, wholes)):
+        kept = "" if dev.is_file and test.is_file else "; kept on one side of the split"
+        remarks.append(f"{_part(count, train, 'train')} share their {shared} with another one{nearly}{kept}")
+    flatters = f"train{nearly}: their scores flatter the model"
+    chooses = f"eval{nearly}, which chooses the checkpoint"
+    overlaps: tuple[tuple[SplitName, Split, str], ...] = (
+        ("eval", train, flatters),
+        ("test", train, flatters),
+        ("test", dev, chooses),
+    )
+    for name, other, where in overlaps:
+        if count := num_shared(splits[name], other):
+            verb = "has" if count == 1 else "have"
+            remarks.append(f"{_part(count, splits[name], name)} {verb} a {shared} that also stands in {where}")
+    return remarks
+
+
+def _part(count: int, split: Split, name: SplitName) -> str:
+    return f"{count:,} of {split.num_rows:,} {name} rows"
+
+
+def _num_with_others(groups: np.ndarray, wholes: np.ndarray) -> int:
+    """Rows in whose group stands another row that is not the same as a whole."""
+    different = np.unique(np.stack([groups, wholes]), axis=1)[0]
+    names, counts = np.unique(different, return_counts=True)
+    return int(np.isin(groups, names[counts > 1]).sum())
+
+
+def num_shared(split: Split, other: Split) -> int:
+    """Rows of a split whose text, or prompt, also stands in another one."""
+    return int(np.isin(split.groups, other.groups).sum())
+
+
+def unmeasured(train: Split, test: Split) -> list[str]:
+    """Classes of train that no test row has, or hardly any: their quality is not known."""
+    in_train, in_test = train.label_counts(), test.label_counts()
+    remarks = []
+    if missing := sorted(in_train.keys() - in_test.keys(), key=lambda name: (in_train[name], name)):
+        shown = ", ".join(f"'{name}' ({counted(in_train[name], 'train row')})" for name in missing[:3])
+        verb, them = ("has", "it") if len(missing) == 1 else ("have", "them")
+        remarks.append(
+            f"{len(missing)} of {len(in_train)} classes {verb} no test row, so nothing measures {them}: {shown}"
+        )
+    scarce = sorted((count, name) for name, count in in_test.items() if count < _FEW_OF_A_CLASS)
+    # Of few test rows in all, that is plain to see.
+    if scarce and test.num_rows >= FEW_EVAL_ROWS:
+        shown = ", ".join(f"'{name}' ({count})" for count, name in scarce[:3])
+        remarks.append(
+            f"classes with fewer than {_FEW_OF_A_CLASS} of the {test.num_rows:,} test rows, so that their scores are "
+            f"close to chance: {len(scarce)} of {len(in_train)}: {shown}"
+        )
+    return remarks

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fulltune.data.check import Dropped, LeftOut
-from fulltune.data.near import NUM_HASHES, joined, signatures
+from fulltune.data.near import joined, signatures
 from fulltune.data.readers.read import PlacedRow
 from fulltune.data.sampling import draw
 from fulltune.errors import SetupError
@@ -36,6 +35,11 @@ CHUNK_BYTES = 2 * 2**20
 """Tokenising takes up to 170 times the memory of the text."""
 ROWS_WORTH_PROCESSES = 20_000
 """With fewer rows the processes would cost more time than they save."""
+_PLACES_SHOWN = 10
+
+Loss = Literal["unusable", "unfit", "part"]
+"""Why something is dropped: a row holds nothing to learn from; tokenising showed that it is too long, or that nothing
+in it is trained; the same of some examples of a row that keeps others."""
 
 
 @dataclass(frozen=True)
@@ -56,96 +60,153 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Dropped:
+    """A row that is dropped, or a part of one."""
+
+    split: str
+    place: str
+    check: str
+    reason: str
+    row: dict[str, Any]
+    """Empty for a further lost part of a row that stands before it."""
+
+
+@dataclass
+class DropTally:
+    """How many rows were dropped by which check, and the first few of each; all of them are in `dropped.jsonl`."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[Dropped]] = field(default_factory=dict)
+
+    def add(self, item: Dropped) -> None:
+        """Count a row."""
+        self.counts[item.check] += 1
+        if self.counts[item.check] <= _PLACES_SHOWN:
+            self.first.setdefault(item.check, []).append(item)
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """A few numbers about each example, and about each row that gave one."""
+
+    row_of: np.ndarray
+    """The row that each example comes from: int64 [examples]."""
+    lengths: np.ndarray
+    """Tokens: int32 [examples]."""
+    trained_tokens: np.ndarray
+    """int32 [examples]."""
+    truncated: np.ndarray
+    """bool [examples]."""
+    groups: np.ndarray
+    """`draw` of each row's group key: uint64 [rows]."""
+    wholes: np.ndarray
+    """The same of all that a row gives to learn, its answer or label included: uint64 [rows]."""
+    signatures: np.ndarray
+    """Of each row's group key: uint16 [rows, hashes]; without rows where near-duplicates are not looked for."""
+
+
+@dataclass(frozen=True)
+class Chunk(RowNumbers):
     """What a worker made of some rows; examples and rows are numbered from 0."""
 
     num_read: int
     batch: pa.RecordBatch | None
     """One row per example: features, `length`, words."""
-    row_of: np.ndarray
-    """The row that each example comes from."""
-    lengths: np.ndarray
-    trained_tokens: np.ndarray
-    truncated: np.ndarray
-    longest: int
-    groups: np.ndarray
-    """`draw` of each row's group key: uint64."""
-    wholes: np.ndarray
-    """The same of all that a row gives to learn, its answer or label included: uint64."""
-    signatures: np.ndarray
-    """Of each row's group key, uint16 [rows, hashes]; without rows where near-duplicates are not looked for."""
     labels: list[list[str]]
-    unusable: list[Dropped]
-    """Rows that hold nothing to learn from."""
-    unfit: list[Dropped]
-    """Rows that tokenising showed to be too long, or without anything to train."""
-    lost_parts: list[Dropped]
-    """The same for some examples of a row that keeps others."""
+    dropped: dict[Loss, list[Dropped]]
     num_too_long: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Encoded(RowNumbers):
+    """A whole source, tokenised: the examples lie in `folder`."""
+
+    folder: Path
+    num_read: int
+    label_numbers: np.ndarray
+    """Numbers of all rows' labels in `names`, one row after another: int32 [labels]."""
+    label_ends: np.ndarray
+    """Where each row's labels end, after a 0: int64 [rows + 1]."""
+    names: dict[str, int]
+    dropped: dict[Loss, DropTally]
+    num_too_long: int
+    longest: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that gave at least one example."""
+        return len(self.groups)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that gave none."""
+        return self.dropped["unusable"].counts.total() + self.dropped["unfit"].counts.total()
 
 
 def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     """Check and tokenise some rows."""
     task = task_named(job.task)
-    unusable: list[Dropped] = []
+    dropped: dict[Loss, list[Dropped]] = {"unusable": [], "unfit": [], "part": []}
     usable: list[PlacedRow] = []
     for place, row in chunk:
-        unread = unreadable(row, job.target.columns)
-        refused = Refused("unreadable", unread) if unread else task.refuse(row, job.target)
+        problem = unreadable(row, job.target.columns)
+        refused = Refused("unreadable", problem) if problem else task.refuse(row, job.target)
         if refused is None:
             usable.append((place, row))
         else:
-            unusable.append(Dropped(job.split, place, refused.check, refused.reason, dict(row)))
-    encoded = _examples(job, [row for _, row in usable])
-    kept: list[tuple[int, Example]] = []
-    unfit: list[Dropped] = []
-    lost_parts: list[Dropped] = []
+            dropped["unusable"].append(Dropped(job.split, place, refused.check, refused.reason, dict(row)))
+    examples: list[Example] = []
+    row_of: list[int] = []
     rows: list[PlacedRow] = []
-    too_long = 0
-    for (place, row), examples in zip(usable, encoded, strict=True):
-        too_long += any(example.truncated for example in examples)
-        reasons = [_unfit(example, job.drop_truncated) for example in examples]
-        good = [example for example, reason in zip(examples, reasons, strict=True) if reason is None]
-        problems = [reason for reason in reasons if reason is not None]
-        # The row is written down once, however many of its examples are lost.
-        lost = [Dropped(job.split, place, *problem, {} if i else dict(row)) for i, problem in enumerate(problems)]
-        if good or examples is _UNKNOWN_LABEL:
-            kept += [(len(rows), example) for example in good]
+    num_too_long = 0
+    for (place, row), of_row in zip(usable, _examples(job, [row for _, row in usable]), strict=True):
+        if of_row is None:
             rows.append((place, row))
-            lost_parts += lost
-        else:  # a row without any example has no token
-            unfit.append(lost[0] if lost else Dropped(job.split, place, "nothing to train", "no token", dict(row)))
-    features = [_features(example) for _, example in kept]
-    numbers = [number for number, _ in kept]
+            continue
+        num_too_long += any(example.truncated for example in of_row)
+        refusals = [_refusal(example, job.drop_truncated) for example in of_row]
+        good = [example for example, refusal in zip(of_row, refusals, strict=True) if refusal is None]
+        problems = [refusal for refusal in refusals if refusal] if of_row else [Refused("nothing to train", "no token")]
+        # The row is written down once, however many of its examples are lost.
+        lost = [
+            Dropped(job.split, place, problem.check, problem.reason, {} if i else dict(row))
+            for i, problem in enumerate(problems)
+        ]
+        if good:
+            examples += good
+            row_of += [len(rows)] * len(good)
+            rows.append((place, row))
+            dropped["part"] += lost
+        else:
+            dropped["unfit"].append(lost[0])
+    features = [_features(example) for example in examples]
     keys = [task.group_key(row, job.target) for _, row in rows]
+    wholes = [_whole(job, key, row) for key, (_, row) in zip(keys, rows, strict=True)]
     return Chunk(
         num_read=len(chunk),
-        batch=record_batch(features, _words(rows, numbers)) if kept else None,
-        row_of=np.array(numbers, np.int64),
+        batch=record_batch(features, _words(rows, row_of)) if examples else None,
+        row_of=np.array(row_of, np.int64),
         lengths=np.array([row[LENGTH] for row in features], np.int32),
-        trained_tokens=np.array([example.trained_tokens for _, example in kept], np.int32),
-        truncated=np.array([example.truncated for _, example in kept], bool),
-        longest=max((_longest(example) for _, example in kept), default=0),
+        trained_tokens=np.array([example.trained_tokens for example in examples], np.int32),
+        truncated=np.array([example.truncated for example in examples], bool),
         groups=np.array([draw(job.split_seed, key) for key in keys], np.uint64),
-        wholes=np.array(
-            [draw(job.split_seed, _whole(job, key, row)) for key, (_, row) in zip(keys, rows, strict=True)], np.uint64
-        ),
+        wholes=np.array([draw(job.split_seed, whole) for whole in wholes], np.uint64),
         signatures=signatures(keys if job.signs else []),
         labels=[task.row_labels(row, job.target) for _, row in rows],
-        unusable=unusable,
-        unfit=unfit,
-        lost_parts=lost_parts,
-        num_too_long=too_long,
+        dropped=dropped,
+        num_too_long=num_too_long,
+        longest=max((_longest(example) for example in examples), default=0),
     )
 
 
-def _words(rows: Sequence[PlacedRow], numbers: Sequence[int]) -> list[str]:
+def _words(rows: Sequence[PlacedRow], row_of: Sequence[int]) -> list[str]:
     """What is kept beside each example: the row beside its first one, beside the others only its place."""
-    made = []
-    for before, number in zip((-1, *numbers), numbers, strict=False):
+    texts = []
+    for before, number in zip((-1, *row_of), row_of, strict=False):
         place, row = rows[number]
-        made.append(words(place, {} if number == before else row))
-    return made
+        texts.append(words(place, {} if number == before else row))
+    return texts
 
 
 def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
@@ -154,23 +215,14 @@ def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
     return "\0".join([key, *(normalised(as_text(cell)) for cell in cells)])
 
 
-_UNKNOWN_LABEL: list[Example] = []
-
-
-def _examples(job: Job, rows: list[dict[str, Any]]) -> list[list[Example]]:
-    """Each row's examples."""
+def _examples(job: Job, rows: list[dict[str, Any]]) -> list[list[Example] | None]:
+    """Each row's examples; None for a row with a label that train does not have."""
     task = task_named(job.task)
     known = job.known_labels
-    wanted = [
-        position
-        for position, row in enumerate(rows)
-        if known is None or known.issuperset(task.row_labels(row, job.target))
-    ]
-    made = task.encode([rows[i] for i in wanted], job.target, job.tokenizer, job.max_length) if wanted else []
-    encoded = [_UNKNOWN_LABEL] * len(rows)
-    for position, examples in zip(wanted, made, strict=True):
-        encoded[position] = examples
-    return encoded
+    is_known = [known is None or known.issuperset(task.row_labels(row, job.target)) for row in rows]
+    wanted = [row for row, known_here in zip(rows, is_known, strict=True) if known_here]
+    encoded = iter(task.encode(wanted, job.target, job.tokenizer, job.max_length) if wanted else ())
+    return [next(encoded) if known_here else None for known_here in is_known]
 
 
 def _features(example: Example) -> dict[str, Any]:
@@ -185,75 +237,17 @@ def _longest(example: Example) -> int:
     return len(ids) if ids is not None else int(example.features[LENGTH])
 
 
-def _unfit(example: Example, drop_truncated: bool) -> tuple[str, str] | None:
-    """Check and reason why an example is left out; one without a trained token is, whatever the strategy."""
+def _refusal(example: Example, drop_truncated: bool) -> Refused | None:
+    """Why an example is dropped; one without a trained token is, whatever the strategy."""
     if example.refused is not None:
-        return example.refused.check, example.refused.reason
+        return example.refused
+    if example.trained_tokens == 0 and example.truncated:
+        return Refused("answer cut off", "the whole answer lies beyond data.max_length")
     if example.trained_tokens == 0:
-        cut = "the whole answer lies beyond data.max_length" if example.truncated else "no token is trained"
-        return "answer cut off" if example.truncated else "nothing to train", cut
+        return Refused("nothing to train", "no token is trained")
     if example.truncated and drop_truncated:
-        return "too long", "longer than data.max_length"
+        return Refused("too long", "longer than data.max_length")
     return None
-
-
-@dataclass
-class Encoded:
-    """A whole source, tokenised: the examples lie in `folder`, some numbers about each of them here."""
-
-    folder: Path
-    num_read: int = 0
-    row_of: Any = field(default_factory=lambda: array("q"))
-    lengths: Any = field(default_factory=lambda: array("i"))
-    trained_tokens: Any = field(default_factory=lambda: array("i"))
-    truncated: Any = field(default_factory=lambda: array("b"))
-    groups: Any = field(default_factory=lambda: array("Q"))
-    wholes: Any = field(default_factory=lambda: array("Q"))
-    signatures: Any = field(default_factory=lambda: array("H"))
-    label_numbers: Any = field(default_factory=lambda: array("i"))
-    """Numbers of all rows' labels in `names`, one row after another."""
-    label_ends: Any = field(default_factory=lambda: array("q", [0]))
-    combinations: Any = field(default_factory=lambda: array("i"))
-    """Each row's set of labels, as a number."""
-    names: dict[str, int] = field(default_factory=dict)
-    unusable: LeftOut = field(default_factory=LeftOut)
-    unfit: LeftOut = field(default_factory=LeftOut)
-    lost_parts: LeftOut = field(default_factory=LeftOut)
-    num_too_long: int = 0
-    longest: int = 0
-    _sets: dict[tuple[str, ...], int] = field(default_factory=dict)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that gave at least one example."""
-        return len(self.groups)
-
-    @property
-    def num_left_out(self) -> int:
-        return self.unusable.counts.total() + self.unfit.counts.total()
-
-    def _left_out(self, chunk: Chunk) -> tuple[tuple[LeftOut, list[Dropped]], ...]:
-        return (self.unusable, chunk.unusable), (self.unfit, chunk.unfit), (self.lost_parts, chunk.lost_parts)
-
-    def add(self, chunk: Chunk) -> None:
-        first = self.num_rows
-        self.num_read += chunk.num_read
-        self.row_of.frombytes((chunk.row_of + first).tobytes())
-        self.lengths.frombytes(chunk.lengths.tobytes())
-        self.trained_tokens.frombytes(chunk.trained_tokens.tobytes())
-        self.truncated.frombytes(chunk.truncated.astype(np.int8).tobytes())
-        self.groups.frombytes(chunk.groups.tobytes())
-        self.wholes.frombytes(chunk.wholes.tobytes())
-        self.signatures.frombytes(chunk.signatures.tobytes())
-        for labels in chunk.labels:
-            self.label_numbers.extend(self.names.setdefault(name, len(self.names)) for name in labels)
-            self.label_ends.append(len(self.label_numbers))
-            self.combinations.append(self._sets.setdefault(tuple(labels), len(self._sets)))
-        for tally, items in self._left_out(chunk):
-            for item in items:
-                tally.add(item)
-        self.num_too_long += chunk.num_too_long
-        self.longest = max(self.longest, chunk.longest)
 
 
 def encode(
@@ -262,7 +256,7 @@ def encode(
     num_rows: int,
     folder: Path,
     progress: Callable[[int], None],
-    leave_out: Callable[[Dropped], None],
+    drop: Callable[[Dropped], None],
 ) -> Encoded:
     """Tokenise a source into `folder`.
 
@@ -272,32 +266,59 @@ def encode(
         num_rows: How many there are: decides whether processes are worth starting.
         folder: Where the arrow file is written.
         progress: Called with the number of rows done so far.
-        leave_out: Called with each row, or part of one, that is left out.
+        drop: Called with each row, or part of one, that is dropped.
 
     Raises:
         SetupError: When a worker process was killed, most often because memory ran out.
     """
-    encoded = Encoded(folder)
+    numbers: dict[str, list[np.ndarray]] = {column.name: [] for column in fields(RowNumbers)}
+    names: dict[str, int] = {}
+    label_numbers, label_ends = array("i"), array("q", [0])
+    dropped: dict[Loss, DropTally] = {"unusable": DropTally(), "unfit": DropTally(), "part": DropTally()}
+    num_read = num_too_long = longest = 0
     with RowWriter(folder) as writer:
         for chunk in _chunks(job, rows, num_rows):
-            encoded.add(chunk)
-            for item in (*chunk.unusable, *chunk.unfit, *chunk.lost_parts):
-                leave_out(item)
+            chunk.row_of[:] += len(label_ends) - 1
+            for name, parts in numbers.items():
+                parts.append(getattr(chunk, name))
+            for labels in chunk.labels:
+                label_numbers.extend(names.setdefault(name, len(names)) for name in labels)
+                label_ends.append(len(label_numbers))
+            for loss, items in chunk.dropped.items():
+                for item in items:
+                    dropped[loss].add(item)
+                    drop(item)
             if chunk.batch is not None:
                 writer.write(chunk.batch)
-            progress(encoded.num_read)
-    return encoded
+            num_read += chunk.num_read
+            num_too_long += chunk.num_too_long
+            longest = max(longest, chunk.longest)
+            progress(num_read)
+    return Encoded(
+        **{name: np.concatenate(parts) for name, parts in numbers.items()},
+        folder=folder,
+        num_read=num_read,
+        label_numbers=np.asarray(label_numbers),
+        label_ends=np.asarray(label_ends),
+        names=names,
+        dropped=dropped,
+        num_too_long=num_too_long,
+        longest=longest,
+    )
 
 
-def join_near(sources: Sequence[Encoded], threshold: float) -> None:
-    """Give rows of all sources whose texts are nearly the same one group, and forget the signatures."""
+def join_near(sources: Mapping[Any, Encoded], threshold: float) -> dict[Any, Encoded]:
+    """The sources, with one group for rows of all of them whose texts are nearly the same, and without signatures."""
     if threshold >= 1:
-        return
-    groups = np.concatenate([np.asarray(source.groups) for source in sources])
-    signed = np.concatenate([np.asarray(source.signatures) for source in sources]).reshape(-1, NUM_HASHES)
-    numbers = joined(groups, signed, threshold)
-    for source, part in zip(sources, np.split(numbers, np.cumsum([one.num_rows for one in sources])[:-1]), strict=True):
-        source.groups, source.signatures = array("Q", part.tobytes()), array("H")
+        return dict(sources)
+    groups = np.concatenate([source.groups for source in sources.values()])
+    signed = np.concatenate([source.signatures for source in sources.values()])
+    ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
+    parts = np.split(joined(groups, signed, threshold), ends)
+    return {
+        name: replace(source, groups=part, signatures=signed[:0])
+        for (name, source), part in zip(sources.items(), parts, strict=True)
+    }
 
 
 def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:

@@ -52,7 +52,20 @@ def longest_row(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
     """Longest row in tokens, and why; a shorter longest row makes it smaller afterwards."""
-    length, why = _longest(recipe, task, target, limits, tokenizer)
+    known = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
+    model_limit = min(known, default=10**9)
+    cap = causal_lm.BLOCK_LENGTH if target.problem_type == "text" else task.FACTS.length_cap
+    if recipe.data.max_length is not None:
+        length, why = recipe.data.max_length, "from the recipe"
+    elif model_limit <= cap:
+        length, why = model_limit, "the model's limit"
+    else:
+        length, why = cap, f"the usual bound for {recipe.task}"
+    if length > model_limit:
+        raise RecipeError(
+            f"data.max_length: {length} tokens, but the model takes at most {model_limit}; set data.max_length: "
+            f"{model_limit} or less"
+        )
     if not limits.virtual:
         return length, why
     if length - limits.virtual < LEAST_LENGTH:
@@ -61,29 +74,6 @@ def longest_row(
             f"the text; expected at least {LEAST_LENGTH}: take fewer, or set a longer data.max_length"
         )
     return length - limits.virtual, f"{why}, less {limits.virtual} virtual tokens"
-
-
-def _longest(
-    recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, str]:
-    """The same with the virtual tokens."""
-    known = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
-    model_limit = min(known, default=None)
-    wanted = recipe.data.max_length
-    if wanted is not None:
-        if model_limit is not None and wanted > model_limit:
-            raise RecipeError(
-                f"data.max_length: {wanted} tokens, but the model takes at most {model_limit}; "
-                f"set data.max_length: {model_limit} or less"
-            )
-        return wanted, "from the recipe"
-    cap = causal_lm.BLOCK_LENGTH if target.problem_type == "text" else task.FACTS.length_cap
-    if model_limit is not None and model_limit <= cap:
-        return model_limit, "the model's limit"
-    return cap, f"the usual bound for {recipe.task}"
-
-
-_VIRTUAL = "prompt tuning puts virtual tokens before each text"
 
 
 def packing(recipe: Recipe, target: Target, limits: Limits) -> tuple[bool, list[str]]:
@@ -98,7 +88,7 @@ def packing(recipe: Recipe, target: Target, limits: Limits) -> tuple[bool, list[
         return False, []
     if wanted is False:
         return False, []
-    obstacle = limits.keeps_texts_apart() if not limits.virtual else _VIRTUAL
+    obstacle = "prompt tuning puts virtual tokens before each text" if limits.virtual else limits.keeps_texts_apart()
     if obstacle is None:
         return True, []
     if wanted:

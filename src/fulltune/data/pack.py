@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,14 +55,9 @@ def pack(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.Record
     Yields:
         Batches of blocks with `position_ids` that begin at 0 with each text. The first text's words stand for all.
     """
-    full: list[_Block] = []
-    for block in _fill(parts, max_length):
-        full.append(block)
-        if len(full) == _BLOCKS_PER_BATCH:
-            yield _batch(full)
-            full = []
-    if full:
-        yield _batch(full)
+    blocks = _fill(parts, max_length)
+    while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
+        yield record_batch([block.features() for block in full], [block.words for block in full])
 
 
 def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[_Block]:
@@ -92,7 +88,3 @@ def _texts(parts: Iterable[pa.RecordBatch]) -> Iterator[tuple[np.ndarray, np.nda
         for position, words in enumerate(part.column(WORDS).to_pylist()):
             place = slice(ends[position], ends[position + 1])
             yield flat_ids[place], flat_labels[place], words
-
-
-def _batch(blocks: list[_Block]) -> pa.RecordBatch:
-    return record_batch([block.features() for block in blocks], [block.words for block in blocks])

@@ -14,38 +14,29 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fulltune.data import cache
-from fulltune.data.check import Dropped
-from fulltune.data.encode import Encoded, Job, encode, join_near
+from fulltune.data.check import notes, num_shared, refuse_new_labels, refuse_unusable, unmeasured
+from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near
 from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
 from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.sources import Preprocess, SourceRows, describe, find_files, read_rows
-from fulltune.data.splits import (
-    SPLITS,
-    assign,
-    check_labels,
-    label_counts,
-    more_than_asked,
-    notes,
-    num_in_eval,
-    refuse_unusable,
-    unmeasured,
-)
+from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.store import RowWriter, batches, load_split, readable, save_clusters
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary, Preview, SplitSummary
-from fulltune.records.data import SplitName as Split
+from fulltune.records.data import DataSummary, Preview, SplitName, SplitSummary
 from fulltune.tasks import Target, Task
+from fulltune.text import counted, format_percent
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,39 +82,39 @@ def prepare(
     """
     if FACTS[recipe.task].reads == "image" and recipe.data.near_duplicates < 1:
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
-    sources = find_files(recipe)
-    fingerprint = _fingerprint(recipe, sources, tokenizer, limits)
+    files = find_files(recipe)
+    fingerprint = _fingerprint(recipe, files, tokenizer, limits)
     if planned_for and planned_for != fingerprint:
         raise SetupError(
             f"{folder.parent}: the data files changed since this run was planned, so its checkpoints and scores belong "
             "to other rows; start a new run (--fresh)"
         )
-    # What a user's function does cannot be hashed, so rows that went through one are always made anew.
-    reusable = preprocess is None
     for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
         shutil.rmtree(abandoned)
-    if reusable and (earlier := _earlier(folder, fingerprint)) is not None:
+    # What a user's function does cannot be hashed, so rows that went through one are always made anew.
+    if preprocess is None and (earlier := _earlier(folder, fingerprint)) is not None:
         return earlier
+    cached = None
     # Rows of images are only their paths, which another run may have elsewhere.
-    kept = None
-    if reusable and cache_folder is not None and FACTS[recipe.task].reads == "text":
-        kept = cache_folder / fingerprint
+    if preprocess is None and cache_folder is not None and FACTS[recipe.task].reads == "text":
+        cached = cache_folder / fingerprint
         with cache.locked(cache_folder):
-            if (earlier := _earlier(kept, fingerprint)) is not None:
-                cache.link(kept, folder)
+            if (earlier := _earlier(cached, fingerprint)) is not None:
+                cache.link(cached, folder)
                 return earlier
-    part = (kept or folder).with_name(f"{(kept or folder).name}.part-{os.getpid()}")
+    whole = cached or folder
+    part = whole.with_name(f"{whole.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        rows_of = {name: read_rows(recipe, source, preprocess) for name, source in sources.items()}
-        summary = _make(recipe, part, task, tokenizer, limits, rows_of, fingerprint, listener)
-        if kept is None:
+        sources = {name: read_rows(recipe, those, preprocess) for name, those in files.items()}
+        summary = _make(recipe, part, task, tokenizer, limits, sources, fingerprint, listener)
+        if cached is None:
             cache.put(part, folder)
         else:
-            with cache.locked(kept.parent):
-                cache.put(part, kept)
-                cache.link(kept, folder)
-                cache.prune(kept.parent)
+            with cache.locked(cached.parent):
+                cache.put(part, cached)
+                cache.link(cached, folder)
+                cache.prune(cached.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return summary
@@ -135,47 +126,47 @@ def _make(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
-    rows_of: Mapping[Split, SourceRows],
+    sources: Mapping[SplitName, SourceRows],
     fingerprint: str,
     listener: Listener,
 ) -> DataSummary:
     """The data stage itself, into an empty folder."""
-    target, counts = describe(recipe, task, rows_of)
+    block = recipe.data
+    target, counts = describe(recipe, task, sources)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
     packed, remarks = packing(recipe, target, limits)
-    encoded = _encode(recipe, folder, target, tokenizer, limit, rows_of, counts, listener)
-    refuse_unusable(recipe, encoded, rows_of)
-    join_near(list(encoded.values()), recipe.data.near_duplicates)
-    split_of, sources = assign(recipe, encoded, rows_of)
-    remarks += notes(encoded, split_of, target, recipe.data.near_duplicates < 1)
+    encoded = _encode(recipe, folder, target, tokenizer, limit, sources, counts, listener)
+    refuse_unusable(recipe, encoded, sources)
+    encoded = join_near(encoded, block.near_duplicates)
+    splits = assign(recipe, encoded, sources)
+    train, test = splits["train"], splits["test"]
+    remarks += notes(splits, target, block.near_duplicates < 1)
     if target.labels:
-        check_labels(encoded, split_of, rows_of)
-        remarks += unmeasured(encoded, split_of)
-    summaries: dict[Split, SplitSummary] = {}
+        refuse_new_labels(splits)
+        remarks += unmeasured(train, test)
+    asked = asked_rows(recipe, splits) if target.labels else {}
+    summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
-        whole = encoded.get(name, encoded["train"])
-        chosen = split_of[name][np.asarray(whole.row_of)]
-        if not chosen.any():
-            where = rows_of.get(name, rows_of["train"]).where
-            raise DataError(f"{where}: no row of {name} is left: all are longer than data.max_length")
-        parts = _chosen(whole.folder, chosen, () if name == "test" else getattr(task, "ONLY_FOR_TEST_ROWS", ()))
+        split = splits[name]
+        if not split.examples.any():
+            raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
+        parts = _examples(split, () if name == "test" else getattr(task, "ONLY_FOR_TEST_ROWS", ()))
         _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
         if name != "train":
-            save_clusters(folder / name, np.asarray(whole.groups)[np.asarray(whole.row_of)][chosen])
-        dropped = whole.num_left_out if name in rows_of else 0
-        summaries[name] = _summarise(whole, chosen, split_of[name], load_split(folder / name)["length"], dropped)
+            save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
+        summaries[name] = _summarise(split, load_split(folder / name)["length"], asked.get(name))
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
-    for name, asked in more_than_asked(recipe, rows_of, split_of).items() if target.labels else ():
-        summaries[name] = summaries[name].model_copy(update={"asked_rows": asked})
-        remarks.append(
-            f"{int(split_of[name].sum()):,} {name} rows where data.{name}_fraction asks for {asked:,}: each label that "
-            "has several texts gives at least one, with all rows that are equal to it or nearly so"
-        )
+    remarks += [
+        f"{counted(splits[name].num_rows, f'{name} row')} where data.{name}_fraction asks for {few:,}: each label that "
+        "has several texts gives at least one, with all rows that are equal to it or nearly so"
+        for name, few in asked.items()
+    ]
     if packed:
-        remarks.append(_packing_note(encoded["train"], split_of["train"], summaries["train"], limit))
+        remarks.append(_packing_note(train, summaries["train"], limit))
     longest = max(whole.longest for whole in encoded.values())
-    shrinks = not packed and not recipe.data.max_length and longest < limit
+    shrinks = not packed and not block.max_length and longest < limit
+    off_train = f"split off {train.where} (seed {block.split_seed})"
     summary = DataSummary(
         task=recipe.task,
         problem_type=target.problem_type,
@@ -187,12 +178,12 @@ def _make(
         max_length=longest if shrinks else limit,
         max_length_reason="the longest row" if shrinks else reason,
         limit=limit,
-        length_explained=_length_explained(target, encoded["train"], split_of["train"], folder / "train"),
+        length_explained=_length_explained(target, train, folder / "train"),
         splits=summaries,
-        sources=sources,
-        dropped=dict(sum((_left_out(whole) for whole in encoded.values()), Counter())),
+        sources={name: f"file {split.where}" if split.is_file else off_train for name, split in splits.items()},
+        dropped=_dropped(encoded),
         notes=tuple(remarks),
-        test_in_eval=num_in_eval(encoded, split_of) / max(1, int(split_of["test"].sum())),
+        test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
         previews=_previews(task, target, tokenizer, folder / "train"),
         fingerprint=fingerprint,
     )
@@ -206,46 +197,51 @@ def _encode(
     target: Target,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
-    rows_of: Mapping[Split, SourceRows],
-    counts: Mapping[Split, int],
+    sources: Mapping[SplitName, SourceRows],
+    counts: Mapping[SplitName, int],
     listener: Listener,
-) -> dict[Split, Encoded]:
-    """Tokenise each source, and write down what is left out."""
-    progress = _Progress(listener, sum(counts.values()))
-    drops = recipe.data.truncation_strategy == "drop"
-    encoded: dict[Split, Encoded] = {}
+) -> dict[SplitName, Encoded]:
+    """Tokenise each source, and write down what is dropped."""
+    encoded: dict[SplitName, Encoded] = {}
+    total, told = sum(counts.values()), 0.0
     folder.mkdir(parents=True)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
 
-        def leave_out(item: Dropped) -> None:
+        def drop(item: Dropped) -> None:
             file.write(json.dumps(asdict(item), ensure_ascii=False, default=readable) + "\n")
 
-        for name, rows in rows_of.items():
-            known = None if name == "train" else frozenset(encoded["train"].names)
-            signs = recipe.data.near_duplicates < 1
-            job = Job(recipe.task, target, tokenizer, limit, name, recipe.data.split_seed, drops, known, signs)
-            place = folder / f"{name}-whole"
-            encoded[name] = encode(job, rows.rows(None), counts[name], place, progress, leave_out)
-            progress.before += counts[name]
+        def progress(done_here: int) -> None:
+            nonlocal told
+            done = done_here + sum(whole.num_read for whole in encoded.values())
+            now = time.monotonic()
+            if now - told > _PROGRESS_SECONDS or done == total:
+                told = now
+                listener({"kind": "progress", "name": "tokenising", "done": done, "total": total})
+
+        for name, source in sources.items():
+            job = Job(
+                task=recipe.task,
+                target=target,
+                tokenizer=tokenizer,
+                max_length=limit,
+                split=name,
+                split_seed=recipe.data.split_seed,
+                drop_truncated=recipe.data.truncation_strategy == "drop",
+                known_labels=None if name == "train" else frozenset(encoded["train"].names),
+                signs=recipe.data.near_duplicates < 1,
+            )
+            encoded[name] = encode(job, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
     return encoded
 
 
-def _left_out(whole: Encoded) -> Counter[str]:
-    parts = Counter({f"{check} (part of a row)": count for check, count in whole.lost_parts.counts.items()})
-    return whole.unusable.counts + whole.unfit.counts + parts
-
-
-class _Progress:
-    """Tells the listener how far tokenising is, a few times a second."""
-
-    def __init__(self, listener: Listener, total: int) -> None:
-        self.listener, self.total, self.before, self.last = listener, total, 0, 0.0
-
-    def __call__(self, done_here: int) -> None:
-        done, now = self.before + done_here, time.monotonic()
-        if now - self.last > _PROGRESS_SECONDS or done == self.total:
-            self.last = now
-            self.listener({"kind": "progress", "name": "tokenising", "done": done, "total": self.total})
+def _dropped(encoded: Mapping[SplitName, Encoded]) -> dict[str, int]:
+    """Number of rows, and of parts of rows, by the check that dropped them."""
+    numbers: Counter[str] = Counter()
+    for whole in encoded.values():
+        for loss, tally in whole.dropped.items():
+            ending = " (part of a row)" if loss == "part" else ""
+            numbers.update({f"{check}{ending}": count for check, count in tally.counts.items()})
+    return dict(numbers)
 
 
 def _earlier(folder: Path, fingerprint: str) -> DataSummary | None:
@@ -260,16 +256,16 @@ def _earlier(folder: Path, fingerprint: str) -> DataSummary | None:
 # ---- writing ---------------------------------------------------------------------------------------------------
 
 
-def _chosen(folder: Path, chosen: np.ndarray, left_out: Collection[str]) -> Iterator[pa.RecordBatch]:
-    """The chosen examples of a tokenised source, without some features."""
+def _examples(split: Split, without: Collection[str]) -> Iterator[pa.RecordBatch]:
+    """A split's examples, without some features."""
     import pyarrow as pa
 
     start = 0
-    for batch in batches(folder):
-        mask = chosen[start : start + len(batch)]
+    for batch in batches(split.source.folder):
+        mask = split.examples[start : start + len(batch)]
         start += len(batch)
         if mask.any():
-            batch = batch.select([feature for feature in batch.schema.names if feature not in left_out])
+            batch = batch.select([feature for feature in batch.schema.names if feature not in without])
             yield batch if mask.all() else batch.filter(pa.array(mask))
 
 
@@ -279,41 +275,49 @@ def _write(folder: Path, parts: Iterator[pa.RecordBatch]) -> None:
             writer.write(part)
 
 
-def _summarise(whole: Encoded, chosen: np.ndarray, rows: np.ndarray, lengths: np.ndarray, dropped: int) -> SplitSummary:
+def _summarise(split: Split, lengths: np.ndarray, asked: int | None) -> SplitSummary:
+    whole, chosen = split.source, split.examples
     ordered = np.sort(lengths)
-    examples_of_row = np.bincount(np.asarray(whole.row_of)[chosen], minlength=len(rows))
-    labels = label_counts(whole, examples_of_row)
+    labels = split.label_counts(np.bincount(whole.row_of[chosen], minlength=whole.num_rows))
     return SplitSummary(
         rows=len(ordered),
         tokens=int(ordered.sum()),
-        trained_tokens=int(np.asarray(whole.trained_tokens)[chosen].sum()),
-        truncated_rows=int(np.asarray(whole.truncated)[chosen].sum()),
-        dropped_rows=dropped,
+        trained_tokens=int(whole.trained_tokens[chosen].sum()),
+        truncated_rows=int(whole.truncated[chosen].sum()),
+        dropped_rows=whole.num_dropped if split.is_file else 0,
         length_percentiles={
             "p50": int(ordered[len(ordered) // 2]),
             "p95": int(ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]),
             "max": int(ordered[-1]),
         },
         label_counts=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
+        asked_rows=asked,
     )
 
 
-def _packing_note(whole: Encoded, rows: np.ndarray, made: SplitSummary, limit: int) -> str:
-    texts, pieces = int(rows.sum()), int(rows[np.asarray(whole.row_of)].sum())
-    share = made.tokens / max(1, made.rows * limit)
+def _packing_note(train: Split, summary: SplitSummary, limit: int) -> str:
+    texts, pieces = train.num_rows, int(train.examples.sum())
+    share = summary.tokens / max(1, summary.rows * limit)
     cut = f", cut into {pieces:,} pieces and" if pieces > texts else ""
-    return f"{texts:,} train texts{cut} packed into {made.rows:,} rows of up to {limit} tokens, {share:.1%} full"
+    return (
+        f"{counted(texts, 'train text')}{cut} packed into {counted(summary.rows, 'row')} of up to {limit} tokens, "
+        f"{format_percent(share)} full"
+    )
 
 
-def _length_explained(target: Target, whole: Encoded, rows: np.ndarray, folder: Path) -> float:
-    row_of = np.asarray(whole.row_of)
-    chosen = rows[row_of]
-    lengths = np.asarray(whole.lengths)[chosen]
+def _length_explained(target: Target, train: Split, folder: Path) -> float:
+    whole, chosen = train.source, train.examples
+    lengths = whole.lengths[chosen]
     if target.problem_type == "regression":
         return explained_by_value(lengths, load_split(folder)["labels"])
     if not target.labels:
         return 0.0
-    return explained_by_class(lengths, np.asarray(whole.combinations)[row_of[chosen]])
+    numbers: dict[bytes, int] = {}  # of each set of labels
+    sets = [
+        numbers.setdefault(whole.label_numbers[start:end].tobytes(), len(numbers))
+        for start, end in pairwise(whole.label_ends)
+    ]
+    return explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]])
 
 
 def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple[Preview, ...]:
@@ -325,7 +329,7 @@ def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple
 
 
 def _fingerprint(
-    recipe: Recipe, sources: Mapping[Split, DataFiles], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    recipe: Recipe, files: Mapping[SplitName, DataFiles], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> str:
     """Changes whenever the prepared rows could."""
     from importlib.metadata import version
@@ -333,7 +337,7 @@ def _fingerprint(
     parts = {
         "format": FORMAT,
         "tokenizers": version("tokenizers"),
-        "content": content_hash(sources),
+        "content": content_hash(files),
         "task": recipe.task,
         "data": recipe.data.model_dump(mode="json", exclude={"train", "eval", "test"}),
         "roles": [bool(recipe.data.eval), bool(recipe.data.test)],

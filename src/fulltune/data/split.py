@@ -1,12 +1,60 @@
-"""Split rows off train, without separating duplicates: pure functions of the rows and a seed."""
+"""Which row belongs to which split: rows are split off train without separating duplicates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from fulltune.data.encode import Encoded
+from fulltune.data.readers.plain_text import SECTION_CHARACTERS
+from fulltune.data.sources import SourceRows
+from fulltune.errors import DataError
+from fulltune.recipe.fields import Recipe
+from fulltune.records.data import SplitName
+from fulltune.text import counted
+
+SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
+HELD_OUT: tuple[SplitName, ...] = ("eval", "test")
 MOST_HELD_OUT_ROWS = 2_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a split: those of its own file, or some of the train file's."""
+
+    source: Encoded
+    rows: np.ndarray
+    """Whether the split has a row of the source: bool [rows]."""
+    where: str
+    """The file."""
+    is_file: bool
+    """It has all usable rows of a file of its own."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many it has."""
+        return int(self.rows.sum())
+
+    @cached_property
+    def examples(self) -> np.ndarray:
+        """Whether it has an example of the source: bool [examples]."""
+        return self.rows[self.source.row_of]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """The group of each of its rows: uint64 [its rows]."""
+        return self.source.groups[self.rows]
+
+    def label_counts(self, times: np.ndarray | None = None) -> Counter[str]:
+        """How often each label occurs, each row of the source counted so many times: once if it is in the split."""
+        numbers, sizes = self.source.label_numbers, np.diff(self.source.label_ends)
+        weights = np.repeat(self.rows if times is None else times, sizes)
+        counts = np.bincount(numbers, weights=weights, minlength=len(self.source.names))
+        return Counter({name: int(counts[number]) for name, number in self.source.names.items() if counts[number]})
 
 
 def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
@@ -36,11 +84,11 @@ def split_off(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.nda
         wanted = round(int(sizes[members].sum()) * fraction)
         if len(members) > 1:
             wanted = max(1, wanted)
-        chosen[members[_chosen(sizes[members].tolist(), wanted)]] = True
+        chosen[members[_filling(sizes[members].tolist(), wanted)]] = True
     return chosen[member_of]
 
 
-def _chosen(sizes: Sequence[int], wanted: int) -> list[int]:
+def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
     """Groups of together about `wanted` rows, never all; one that is too large for the rest is passed over."""
     chosen: list[int] = []
     taken = 0
@@ -53,3 +101,90 @@ def _chosen(sizes: Sequence[int], wanted: int) -> list[int]:
     if not chosen and wanted and len(sizes) > 1:
         chosen = [min(range(len(sizes)), key=lambda position: sizes[position])]
     return chosen
+
+
+def assign(
+    recipe: Recipe, encoded: Mapping[SplitName, Encoded], sources: Mapping[SplitName, SourceRows]
+) -> dict[SplitName, Split]:
+    """The rows of each split: all of its own file, or some split off train.
+
+    Raises:
+        DataError: For a split of fewer than 2 rows.
+    """
+    train, where = encoded["train"], sources["train"].where
+    strata, left = _strata(train), np.ones(train.num_rows, bool)
+    splits = {
+        name: Split(whole, np.ones(whole.num_rows, bool), sources[name].where, True) for name, whole in encoded.items()
+    }
+    for name, fraction in _fractions(recipe).items():
+        if name in sources:
+            continue
+        rest = np.flatnonzero(left)
+        # The second split takes its share of all rows, not of those that the first one left.
+        share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
+        rows = np.zeros(train.num_rows, bool)
+        rows[rest[split_off(train.groups[rest], strata[rest], share)]] = True
+        left &= ~rows
+        splits[name] = Split(train, rows, where, is_file=False)
+    splits["train"] = Split(train, left, where, is_file=True)
+    few = [
+        f"{split.where}: {counted(split.num_rows, 'usable row')} for {name}; expected at least 2"
+        for name, split in splits.items()
+        if split.is_file and split.num_rows < 2 and name != "train"
+    ]
+    if few:
+        raise DataError(few)
+    small = [f"{name} has {splits[name].num_rows}" for name in SPLITS if splits[name].num_rows < 2]
+    if small:
+        different = len(np.unique(train.groups))
+        alike = f", {different} of them different" if different < train.num_read else ""
+        ways = ["give more rows", "files for eval and test"]
+        ways += ["larger data.eval_fraction and data.test_fraction"] if different >= 2 * len(SPLITS) else []
+        raise DataError(
+            f"{where}: {counted(train.num_read, 'row')}{alike}: too few for three splits of at least 2 rows "
+            f"({', '.join(small)}); {', '.join(ways[:-1])}, or {ways[-1]}{_sections(recipe)}"
+        )
+    return splits
+
+
+def _fractions(recipe: Recipe) -> dict[SplitName, float]:
+    """In the order in which they are split off."""
+    return {"test": recipe.data.test_fraction, "eval": recipe.data.eval_fraction}
+
+
+def asked_rows(recipe: Recipe, splits: Mapping[SplitName, Split]) -> dict[SplitName, int]:
+    """What the fraction asks for, of splits taken off train that have clearly more rows.
+
+    That is so where labels have so few rows that their share would be none.
+    """
+    rows = splits["train"].source.num_rows
+    asked = {name: min(MOST_HELD_OUT_ROWS, round(_fractions(recipe)[name] * rows)) for name in HELD_OUT}
+    return {
+        name: few for name, few in asked.items() if not splits[name].is_file and splits[name].num_rows > 1.1 * few + 1
+    }
+
+
+def _sections(recipe: Recipe) -> str:
+    """A text file with blank lines gives far fewer rows than it has paragraphs."""
+    if recipe.data.text_rows != "auto" or not any(file.lower().endswith(".txt") for file in recipe.train_files()):
+        return ""
+    return (
+        f"; paragraphs of a .txt are joined into rows of about {SECTION_CHARACTERS:,} characters: for one row a "
+        "paragraph set data.text_rows: paragraph"
+    )
+
+
+def _strata(whole: Encoded) -> np.ndarray:
+    """Each row's class: int64 [rows]; of several labels the rarest one: combinations would be too many to share out."""
+    numbers, ends = whole.label_numbers, whole.label_ends
+    sizes = np.diff(ends)
+    strata = np.full(whole.num_rows, -1, np.int64)
+    labelled = np.flatnonzero(sizes)
+    if len(labelled):
+        widest = int(sizes.max()) + 1
+        place = np.arange(len(numbers)) - np.repeat(ends[:-1], sizes)
+        # The smallest key of a row is that of its rarest label, of equally rare ones the first.
+        keys = np.bincount(numbers)[numbers].astype(np.int64) * widest + place
+        rarest = np.minimum.reduceat(keys, ends[:-1][labelled]) % widest
+        strata[labelled] = numbers[ends[:-1][labelled] + rarest]
+    return strata

@@ -53,22 +53,20 @@ def run(job: Job, rows: list[PlacedRow], folder: Path) -> Encoded:
 
 def numbers(found: Encoded) -> dict[str, Any]:
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "folder"}
-    return {name: np.asarray(value).tolist() if hasattr(value, "typecode") else value for name, value in values.items()}
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 
 @pytest.mark.parametrize("drop", [False, True], ids=["truncate", "drop"])
 def test_many_processes_give_the_files_and_numbers_of_one(
-    job: Job, drop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    job: Job, drop: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     job = dataclasses.replace(job, drop_truncated=drop)
     one = run(job, placed(ROWS), tmp_path / "one")
     request.getfixturevalue("in_processes")
-    pids: list[int] = []
-    plain = encode.Encoded.add
-    monkeypatch.setattr(encode.Encoded, "add", lambda self, chunk: (pids.append(chunk.num_read), plain(self, chunk))[1])
-    many = run(job, placed(ROWS), tmp_path / "many")
+    done: list[int] = []
+    many = encode.encode(job, iter(placed(ROWS)), len(ROWS), tmp_path / "many", done.append, lambda item: None)
 
-    assert pids == [7] * 8 + [4]
+    assert done == [*range(7, 57, 7), 60]
     assert numbers(many) == numbers(one)
     assert (tmp_path / "many" / "rows.arrow").read_bytes() == (tmp_path / "one" / "rows.arrow").read_bytes()
 
@@ -91,27 +89,27 @@ def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
     expected = [place for place, row in placed(ROWS) if row["text"].strip()]
     assert [row["fulltune:place"] for row in load_texts(tmp_path)] == expected
     assert np.asarray(found.row_of).tolist() == list(range(59))
-    assert [found.combinations[row] for row in range(4)] == [0, 1, 0, 1]
+    assert found.label_numbers[:4].tolist() == [0, 1, 0, 1]
     kept = [row["label"] for row in ROWS if row["text"].strip()]
     assert [TARGET.labels[label] for label in load_split(tmp_path)["labels"]] == kept
 
 
-def test_rows_left_out_are_named_with_their_places(job: Job, tmp_path: Path) -> None:
+def test_rows_dropped_are_named_with_their_places(job: Job, tmp_path: Path) -> None:
     found = run(dataclasses.replace(job, drop_truncated=True), placed(ROWS), tmp_path)
-    (unusable,), (unfit,) = found.unusable.first["no text"], found.unfit.first["too long"]
+    (unusable,), (unfit,) = found.dropped["unusable"].first["no text"], found.dropped["unfit"].first["too long"]
     assert (unusable.split, unusable.place) == ("train", "train.csv:13")
     assert (unfit.place, unfit.row) == ("train.csv:14", ROWS[12])
-    assert (found.unusable.counts, found.unfit.counts) == ({"no text": 1}, {"too long": 1})
-    assert found.num_left_out == 2
+    assert [dict(tally.counts) for tally in found.dropped.values()] == [{"no text": 1}, {"too long": 1}, {}]
+    assert found.num_dropped == 2
     assert (found.num_read, found.num_rows, found.num_too_long) == (60, 58, 1)
     assert len(load_split(tmp_path)) == len(found.lengths) == 58
-    assert load_split(tmp_path)["length"].tolist() == list(found.lengths)
+    assert load_split(tmp_path)["length"].tolist() == found.lengths.tolist()
     assert found.longest == max(found.lengths) <= 48
 
 
 def test_rows_truncated_are_kept_and_counted(job: Job, tmp_path: Path) -> None:
     found = run(job, placed(ROWS), tmp_path)
-    assert not found.unfit.counts
+    assert not found.dropped["unfit"].counts
     assert (sum(found.truncated), found.num_too_long, found.longest) == (1, 1, 48)
 
 
