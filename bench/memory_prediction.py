@@ -301,13 +301,13 @@ def predict(one: Mapping[str, Any]) -> MemoryNeed:
     """What fulltune's plan says of a recorded cell."""
     from fulltune.footprint.records import Footprint
     from fulltune.models.shapes import Shapes
-    from fulltune.plan.memory import Levers, need
+    from fulltune.plan.memory import MemorySettings, need
 
     cell = Cell(**one["cell"])
-    levers = Levers(
+    levers = MemorySettings(
         micro_batch_size=cell.rows,
         longest_tokens=min(one["longest"], cell.length),  # a row of seq2seq counts source and target
-        accumulation=cell.accumulation,
+        gradient_accumulation_steps=cell.accumulation,
         precision=cell.precision,
         weights_dtype=cell.weights_dtype,
         optim=cell.optim or ("adamw_bf16" if cell.weights_dtype == "bf16" else "adamw_torch_fused"),

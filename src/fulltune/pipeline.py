@@ -101,9 +101,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         footprint = model.footprint(job.recipe, *plan.device_and_precision(job.recipe, machine))
         model.save(footprint, job.folder)
         fleet, own_loss = plan.here(machine, hardware.disk_free_bytes(job.folder)), job.hooks.compute_loss is not None
-        trial = plan.fit(job.recipe, model.shapes, footprint, summary, fleet, own_loss)
         started_seconds = None if job.began is None else time.time() - job.began
-        trial = plan.with_time(trial, job.recipe, model.shapes, footprint, summary, fleet, started_seconds)
+        trial = plan.fit(job.recipe, model.shapes, footprint, summary, fleet, own_loss, started_seconds)
         run_folder.environment(machine).save(job.folder / "environment.json")
         run_folder.save_plan(job.folder, trial)
     job.listener({"kind": "plan", "plan": trial})
@@ -112,7 +111,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     """Replace what was chosen by what is fastest here, measured; the rows of the table lie beside the plan."""
-    available = plan.room_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
+    available = plan.budget_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
     trial = fastest_here(job.recipe, trial, summary, job.folder, job.hooks, available, job.need(summary), job.listener)
     trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder))
     run_folder.save_plan(job.folder, trial)

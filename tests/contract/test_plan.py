@@ -79,7 +79,7 @@ def test_7b_is_planned_from_its_config_alone() -> None:
         "6,738,415,616 parameters",
         "50,000 to train",
         "4x A100-80GB, 512 GB host",
-        "512 GB of host memory (128 GB a card is usual)",
+        "512 GB of host memory (128 GB a GPU is usual)",
         "memory of a step",
         "Each kind at the moment of a step that needs the most memory: ",
         "checkpoints x",
@@ -196,7 +196,7 @@ def test_deepspeed_of_the_recipe_that_does_not_fit_is_no_mistake_of_the_recipe()
     assert "weights_dtype" not in result.err
 
 
-@pytest.mark.parametrize("card", [card.name for card in gpus.CARDS])
+@pytest.mark.parametrize("card", [card.name for card in gpus.GPUS])
 def test_plan_is_made_for_every_card(card: str, recipe: Path) -> None:
     result = fulltune("plan", recipe, "--for", f"2x {card}", "--rows", 1000, "--tokens", 32, "--json")
     assert result.code == 0, result.err
@@ -280,7 +280,7 @@ def test_advice_listens_to_what_data_cannot_tell(recipe: Path, options: list[obj
         (
             ["--rows", -5, "--for", "RTX 4900", "--price", "much"],
             [
-                "--for: unknown card 'RTX 4900'; did you mean RTX 4090 or RTX 4080 or RTX 4070 Ti?",
+                "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090 or RTX 4080 or RTX 4070 Ti?",
                 "--price: 'much' is no price; write what one device costs in an hour, such as 2.5",
                 "--rows: -5, but the number of train rows must be at least 1",
                 "--rows: a plan without data needs --tokens as well",

@@ -20,9 +20,8 @@ from fulltune.footprint.records import Footprint, Moment
 from fulltune.footprint.trace import trace
 from fulltune.models import dropout
 from fulltune.models.base import Base
-from fulltune.plan import resolve as settle
-from fulltune.plan import time
-from fulltune.plan.reasons import Ledger
+from fulltune.plan import resolve, time
+from fulltune.plan.reasons import Reasons
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import LossSettings, Target, task_named
 from tests import tiny
@@ -267,15 +266,15 @@ def test_a_model_that_cannot_be_traced_gets_a_rough_footprint() -> None:
 
 
 def test_a_plan_says_that_its_memory_is_rough() -> None:
-    ledger = Ledger()
-    settle.caveats(sizes.footprint(sizes.BERT).model_copy(update={"rough": "ValueError: no"}), ledger)
-    (line,) = ledger.settings
+    reasons = Reasons()
+    resolve.caveats(sizes.footprint(sizes.BERT).model_copy(update={"rough": "ValueError: no"}), reasons)
+    (line,) = reasons.settings
     assert (line.name, line.value) == ("memory", "rough")
     assert line.reason == (
         "this model cannot be traced (ValueError: no): by a rule of thumb; the dry-run step will tell"
     )
-    settle.caveats(sizes.footprint(sizes.BERT), ledger)
-    assert len(ledger.settings) == 1
+    resolve.caveats(sizes.footprint(sizes.BERT), reasons)
+    assert len(reasons.settings) == 1
 
 
 def test_the_size_of_images_is_the_processors(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_what_a_method_adds_to_bf16_weights_is_planned_as_float32_as_it_is(kind:
     methods.apply(model, TypeAdapter(Method).validate_python(METHODS[kind]), "causal-lm")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trained = sum(parameter.numel() for parameter in trained)
-    levers = memory.Levers(1, 8, weights_dtype="bf16", num_held=model.num_parameters(), num_trained=num_trained)
+    levers = memory.MemorySettings(1, 8, weights_dtype="bf16", num_held=model.num_parameters(), num_trained=num_trained)
     planned = memory.state_of(before, levers)
     in_place = sum(parameter.numel() for parameter in trained if parameter.dtype == torch.bfloat16)
     assert (in_place > 0) == (kind == "adapter")  # the norms; counted as float32 as well

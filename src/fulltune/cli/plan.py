@@ -185,7 +185,7 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
 
 def _settled(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
     """With the commands that settle the advice: the user's overrides, and what the plan has beyond the recipe."""
-    from fulltune.plan.ways_out import in_yaml
+    from fulltune.plan.dotted import in_yaml
     from fulltune.system import deepspeed
 
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
@@ -234,17 +234,17 @@ def _survey(
     spread = workload.spread_over(recipe, fleet)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, weights))
 
-    def task_of(changed: Recipe) -> workload.Task:
+    def task_of(changed: Recipe) -> workload.Workload:
         if not weights:
             _check_config(changed, base(), summary, fleet.here)
-        return workload.Task(changed, *_model(changed, base(), summary, fleet), summary, spread is not recipe)
+        return workload.Workload(changed, *_model(changed, base(), summary, fleet), summary, spread is not recipe)
 
-    def other(kind: str) -> workload.Task | None:
+    def other(kind: str) -> workload.Workload | None:
         changed = _by_another_method(spread, kind, base())
         return None if changed is None else task_of(changed)
 
     known = _kept(place) if fleet.here and plan is not None else None
-    task = workload.Task(spread, *known, summary, spread is not recipe) if known else task_of(spread)
+    task = workload.Workload(spread, *known, summary, spread is not recipe) if known else task_of(spread)
     return surveying.survey(task, fleet, checked.wishes, plan, other)
 
 

@@ -20,6 +20,7 @@ from fulltune.evaluate.generic_text import generic_texts
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
 from fulltune.models.shapes import Shapes
+from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Trial
 from fulltune.records.data import DataSummary
@@ -27,7 +28,6 @@ from fulltune.records.plan import Plan
 from fulltune.stats import row_scores
 from fulltune.system import hardware
 from fulltune.tasks import Target
-from fulltune.train.parent.next_attempt import CHANGED
 from fulltune.train.parent.spawn import Starter, in_new_process
 
 FOLDER = "compare"
@@ -166,8 +166,7 @@ class Line:
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder))
-        made = plan.fit(recipe, shapes, traced, self.summary, fleet)
-        return plan.with_time(made, recipe, shapes, traced, self.summary, fleet)
+        return plan.fit(recipe, shapes, traced, self.summary, fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
         """One run of one arm: the recipe with its rate, its seed and, in a search, fewer steps."""
@@ -190,9 +189,10 @@ class Line:
         room = self.room(trial.arm)
         made = self._fit(recipe, room.shapes, room.traced)
         if (smaller := self._smaller(trial.arm)) is not None:
-            known = [one for one in smaller.settings if one.name in CHANGED.values()]
+            known = [one for one in smaller.settings if one.name in SETTING_OF.values()]
             settings = {one.name: one for one in (*made.settings, *known)}
-            changes = {name: getattr(smaller, name) for name in (*CHANGED, "memory", "state")}
+            fields = (*(SETTING_OF.keys() & Plan.model_fields.keys()), "memory", "state")
+            changes = {name: getattr(smaller, name) for name in fields}
             made = made.model_copy(update={**changes, "settings": tuple(settings.values())})
         return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
 

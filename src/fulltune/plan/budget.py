@@ -1,4 +1,4 @@
-"""What one process may take of this machine's memory, and what settings need of it."""
+"""What one process may take of a machine's memory, and what settings need of it."""
 
 from __future__ import annotations
 
@@ -9,112 +9,158 @@ from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory, sharded
-from fulltune.plan.memory import Levers
+from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, StateBytes
+from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
 from fulltune.system import deepspeed
 from fulltune.system.hardware import Machine
-from fulltune.text import in_words, parse_bytes
+from fulltune.text import format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
 """What a training process on the CPU holds before the model is loaded: Python, torch and transformers."""
 
 
 @dataclass(frozen=True)
-class Room:
-    """Memory that one process may take, and the arithmetic of what it needs."""
+class MemoryBudget:
+    """Memory that one process may take, and the arithmetic of what settings need of it."""
 
     available_bytes: int
     """Free on the device for this process, with its share of the libraries taken off."""
     where: str
     """In words, such as `12 GiB of GPU memory`."""
-    need: Callable[[Levers], MemoryNeed]
-    state: Callable[[Levers], StateBytes]
+    need: Callable[[MemorySettings], MemoryNeed]
 
-    def for_rows(self, rows: int) -> Room:
+    def for_rows(self, rows: int) -> MemoryBudget:
         """The same where there are only so many rows: a larger batch is never full."""
 
-        def need(levers: Levers) -> MemoryNeed:
-            return self.need(replace(levers, micro_batch_size=min(levers.micro_batch_size, max(1, rows))))
+        def need(settings: MemorySettings) -> MemoryNeed:
+            return self.need(replace(settings, micro_batch_size=min(settings.micro_batch_size, max(1, rows))))
 
         return replace(self, need=need)
 
 
-def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, device: str) -> Room:
-    """The room on this machine.
+def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, device: str) -> MemoryBudget:
+    """The budget on this machine, for the recipe's own placement.
 
     Raises:
         RecipeError: When `train.memory_limit` leaves nothing beside the libraries.
-        DoesNotFitError: When the host is too small for what DeepSpeed offloads.
     """
-    processes = recipe.train.num_processes
-    shared = deepspeed.zero_of(recipe)
-
-    def state(levers: Levers) -> StateBytes:
-        return memory.state_of(shapes.num_parameters, levers)
-
-    def need(levers: Levers) -> MemoryNeed:
-        # A way out can compute in bf16 where the trace is in fp32, which needs more.
-        levers = replace(levers, precision=footprint.traced(levers.precision))
-        if shared is None:
-            return memory.need(shapes, footprint, levers, device)
-        if device == "cuda":
-            return _on_devices(shared, shapes, footprint, levers, processes)
-        found = memory.need(shapes, footprint, replace(levers, num_processes=1), device)
-        return _shared_out(found, shared, state(levers), processes, device)
-
+    processes, limit = recipe.train.num_processes, recipe.train.memory_limit
+    libraries = 0 if device == "cuda" else LIBRARIES_BYTES
     if device == "cuda":
-        available = machine.gpus[0].available_bytes
-        where = "of GPU memory"
+        available, where = machine.gpus[0].available_bytes, "of GPU memory"
     else:
-        available = machine.memory_available_bytes // processes - LIBRARIES_BYTES
+        available = machine.memory_available_bytes // processes - libraries
         where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"
-    if recipe.train.memory_limit is not None:
-        limit = parse_bytes(recipe.train.memory_limit) - (0 if device == "cuda" else LIBRARIES_BYTES)
-        if limit <= 0:
+    if limit is not None:
+        limited = parse_bytes(limit) - libraries
+        if limited <= 0:
             raise RecipeError(
-                f"train.memory_limit: {recipe.train.memory_limit}, but Python and its libraries alone take about "
-                f"{in_words(LIBRARIES_BYTES)}; set more"
+                f"train.memory_limit: {limit}, but Python and its libraries alone take about "
+                f"{format_bytes(libraries)}; set more"
             )
-        if limit < available:
-            available, where = limit, f"of train.memory_limit ({recipe.train.memory_limit})"
-    room = Room(max(0, available), f"{in_words(max(0, available))} {where}", need, state)
-    if shared is not None and device == "cuda":
-        _refuse_offload(shared, shapes, recipe.train.num_processes, machine)
-    return room
+        if limited < available:
+            available, where = limited, f"of train.memory_limit ({limit})"
+    available, needs = max(0, available), Needs(shapes, footprint, recipe.model.weights_dtype, device)
+    shared = deepspeed.zero_of(recipe)
+    return MemoryBudget(available, f"{format_bytes(available)} {where}", lambda settings: needs.of(settings, shared))
 
 
-def _refuse_offload(shared: deepspeed.Zero, shapes: Shapes, processes: int, machine: Machine) -> None:
-    on_host = sharded.host_bytes(shared, shapes.num_parameters, processes)
+def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
+    """Refuse what DeepSpeed is to keep in the memory of a host that is too small for it.
+
+    Raises:
+        DoesNotFitError: Naming both sizes.
+    """
+    shared = deepspeed.zero_of(recipe)
+    if shared is None or not machine.gpus:
+        return
+    on_host = sharded.host_bytes(shared, shapes.num_parameters, recipe.train.num_processes)
     if on_host > machine.memory_available_bytes:
         raise DoesNotFitError(
-            f"{deepspeed.NAME}: what is offloaded needs {in_words(on_host)}, but "
-            f"{in_words(machine.memory_available_bytes)} of the host's memory are free; "
+            f"{deepspeed.NAME}: what is offloaded needs {format_bytes(on_host)}, but "
+            f"{format_bytes(machine.memory_available_bytes)} of the host's memory are free; "
             "offload less, or take a smaller model"
         )
 
 
-def _on_devices(
-    shared: deepspeed.Zero, shapes: Shapes, footprint: Footprint, levers: Levers, processes: int
-) -> MemoryNeed:
-    """With DeepSpeed on GPUs, whose weights are bf16 there, so that nothing holds a copy of them: see `placement`."""
-    passing = sharded.passing(footprint, levers.precision, levers)
-    kinds = sharded.kinds(shared, sharded.DEEPSPEED, shapes, processes, passing)
-    kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
-    scoring = sum(sharded.scoring(footprint, levers.precision, levers).values())
-    phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + scoring}
-    host = sharded.host_bytes(shared, shapes.num_parameters, processes) // processes
-    return MemoryNeed(kinds=kinds, phases=phases, host=host)
+@dataclass(frozen=True)
+class Needs:
+    """What a process needs on its device, whatever its settings and wherever its state lies."""
 
+    shapes: Shapes
+    footprint: Footprint
+    weights_dtype: str
+    """Type of the weights that were traced."""
+    device: str
 
-def _shared_out(need: MemoryNeed, shared: deepspeed.Zero, state: StateBytes, processes: int, device: str) -> MemoryNeed:
-    """The same with DeepSpeed: parts of the state on this device, gradients whole because its buckets hold them."""
-    parts = shared.parts(state, processes)
-    # On a CPU the host's memory is the device's.
-    kept = {name: size for name, size in parts.items() if device == "cpu" or name not in shared.offloaded}
-    update: dict[MemoryKind, int] = {name: kept.get(name, 0) for name in ("weights", "gradients", "optimizer")}
-    kinds = need.kinds | update
-    spared = need.phases["step"] - sum(kinds.values())
-    phases = {phase: max(0, size - spared) for phase, size in need.phases.items()}
-    host = 0 if device == "cpu" else shared.host_bytes(state, processes) // processes
-    return need.model_copy(update={"kinds": kinds, "phases": phases, "host": host})
+    def of(
+        self,
+        settings: MemorySettings,
+        shared: deepspeed.Zero | None,
+        per_parameter: tuple[int, int, int] = sharded.DEEPSPEED,
+    ) -> MemoryNeed:
+        """The need of settings.
+
+        Args:
+            settings: Micro batch, optimizer and so on.
+            shared: What is shared out; None: each process holds everything.
+            per_parameter: Bytes of weights, gradients and optimizer where the state is shared out on GPUs.
+        """
+        if shared is not None:
+            on_gpus = self.device == "cuda"
+            return self._on_gpus(settings, shared, per_parameter) if on_gpus else self._on_cpu(settings, shared)
+        precision = self.footprint.traced(settings.precision)
+        if settings.weights_dtype == self.weights_dtype and settings.precision == precision:
+            return memory.need(self.shapes, self.footprint, settings, self.device)
+        return self._of_another_type(settings, precision)
+
+    def _on_gpus(
+        self, settings: MemorySettings, shared: deepspeed.Zero, per_parameter: tuple[int, int, int]
+    ) -> MemoryNeed:
+        """The weights there are bf16, so that nothing holds a copy of them: see `elsewhere.placement`."""
+        precision, processes = self.footprint.traced(settings.precision), settings.num_processes
+        passing = sharded.passing(self.footprint, precision, settings)
+        kinds = sharded.kinds(shared, per_parameter, self.shapes, processes, passing)
+        kept = kinds["weights"] + kinds["optimizer"] + kinds["buffers"]
+        scoring = sum(sharded.scoring(self.footprint, precision, settings).values())
+        phases: dict[Phase, int] = {"step": sum(kinds.values()), "evaluation": kept + scoring}
+        host = sharded.host_bytes(shared, self.shapes.num_parameters, processes, per_parameter) // processes
+        return MemoryNeed(kinds=kinds, phases=phases, host=host)
+
+    def _on_cpu(self, settings: MemorySettings, shared: deepspeed.Zero) -> MemoryNeed:
+        """What is offloaded stays in the same memory; gradients are whole in DeepSpeed's buckets."""
+        precision = self.footprint.traced(settings.precision)
+        alone = replace(settings, precision=precision, num_processes=1)
+        whole = memory.need(self.shapes, self.footprint, alone, self.device)
+        state = memory.state_of(self.shapes.num_parameters, settings)
+        kinds = whole.kinds | shared.parts(state, settings.num_processes)
+        spared = whole.phases["step"] - sum(kinds.values())
+        phases = {phase: max(0, size - spared) for phase, size in whole.phases.items()}
+        return MemoryNeed(kinds=kinds, phases=phases)
+
+    def _of_another_type(self, settings: MemorySettings, precision: str) -> MemoryNeed:
+        """A cautious sum for weights or computations of another type than the traced one."""
+        shapes, footprint = self.shapes, self.footprint
+        state = memory.state_of(shapes.num_parameters, settings)
+        kinds: dict[MemoryKind, int] = {
+            "weights": state.weights,
+            "gradients": state.gradients,
+            "optimizer": state.optimizer,
+            **sharded.passing(footprint, precision, settings),
+        }
+        if settings.optimizer_in_backward:  # each gradient goes as soon as it came
+            largest = footprint.largest_tensor * memory.BYTES[settings.weights_dtype]
+            kinds["gradients"] = min(kinds["gradients"], largest)
+        # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
+        cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
+        buckets = state.gradients if settings.num_processes > 1 else 0
+        held = memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * kinds["activations"])
+        held += round(memory.STATE_SHARE * (state.weights + state.optimizer))
+        beyond = memory.CUDA_CONTEXT_BYTES if self.device == "cuda" else held
+        kinds["buffers"] = beyond + buckets + (2 * shapes.num_parameters if cast else 0)
+        # Loading and going on from a checkpoint follow from the state alone.
+        like = memory.need(shapes, footprint, replace(settings, precision=precision), self.device)
+        phases: dict[Phase, int] = {"step": sum(kinds.values())}
+        phases |= {phase: like.phases[phase] for phase in ("loading", "saving", "resuming")}
+        return MemoryNeed(kinds=kinds, phases=phases)

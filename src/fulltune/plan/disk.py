@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import memory, sharded, ways_out
-from fulltune.plan.memory import Levers
+from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed
 from fulltune.records.survey import WayOut
 from fulltune.system import deepspeed
-from fulltune.text import in_words
+from fulltune.text import format_bytes
 
 DEEPSPEED_BYTES = 20
 """A parameter in DeepSpeed's checkpoints: weights and moments (12), its copy of the model (4), the Trainer's (4)."""
@@ -21,46 +21,46 @@ SMALL_FILES_BYTES = 16 * 2**20
 words), config, random state, log."""
 
 
-def need(recipe: Recipe, num_parameters: int, levers: Levers) -> DiskNeed:
+def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
     """Checkpoints and models at their fullest: the kept checkpoints, the best one and the one being written; the
     finished model, and the weights before step 1, which are kept until it is saved. All hold what is trained. A
     run that is stopped in between writes one checkpoint more."""
-    state = memory.state_of(num_parameters, levers)
-    weights = memory.num_trained(num_parameters, levers) * memory.BYTES[memory.trained_dtype(levers)]
+    state = memory.state_of(num_parameters, settings)
+    weights = memory.num_trained(num_parameters, settings) * memory.BYTES[memory.trained_dtype(settings)]
     one = num_parameters * DEEPSPEED_BYTES if deepspeed.wanted(recipe) else weights + state.optimizer
     return DiskNeed(
         one_checkpoint=one + SMALL_FILES_BYTES,
-        num_checkpoints=min(recipe.train.save_total_limit + 2, levers.num_saves or 10**9),
+        num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),
         model=2 * weights + SMALL_FILES_BYTES,
         offloaded=sharded.disk_bytes(deepspeed.zero_of(recipe), num_parameters),
     )
 
 
-def refuse_what_cannot_fit(recipe: Recipe, num_parameters: int, levers: Levers, free_bytes: int) -> None:
+def refuse_what_cannot_fit(recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int) -> None:
     """Before step 1, not when the third checkpoint is half written.
 
     Raises:
         DoesNotFitError: Naming both sizes.
     """
-    needed = need(recipe, num_parameters, levers)
+    needed = need(recipe, num_parameters, settings)
     if needed.total > free_bytes:
-        lines = ways_out.in_lines(ways(recipe, num_parameters, levers, free_bytes))
+        lines = ways_out.in_lines(ways(recipe, num_parameters, settings, free_bytes))
         raise DoesNotFitError([short_by(recipe, needed, free_bytes), *lines])
 
 
 def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int) -> str:
-    parts = f"{needed.num_checkpoints} x {in_words(needed.one_checkpoint)} and {in_words(needed.model)}"
-    parts += f", {in_words(needed.offloaded)} offloaded" if needed.offloaded else ""
+    parts = f"{needed.num_checkpoints} x {format_bytes(needed.one_checkpoint)} and {format_bytes(needed.model)}"
+    parts += f", {format_bytes(needed.offloaded)} offloaded" if needed.offloaded else ""
     return (
-        f"{recipe.output}: checkpoints and model need {in_words(needed.total)} on disk ({parts}), but "
-        f"{in_words(free_bytes)} are free"
+        f"{recipe.output}: checkpoints and model need {format_bytes(needed.total)} on disk ({parts}), but "
+        f"{format_bytes(free_bytes)} are free"
     )
 
 
-def ways(recipe: Recipe, num_parameters: int, levers: Levers, free_bytes: int) -> tuple[WayOut, ...]:
+def ways(recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int) -> tuple[WayOut, ...]:
     """The nearest ways to bring the run onto its disk."""
-    needed = need(recipe, num_parameters, levers)
-    eighth = need(recipe, num_parameters, replace(levers, optim="adamw_8bit"))
+    needed = need(recipe, num_parameters, settings)
+    eighth = need(recipe, num_parameters, replace(settings, optim="adamw_8bit"))
     # Inside DeepSpeed our optimizers cannot run, so nothing is freed.
     freed = 0 if deepspeed.wanted(recipe) else needed.total - eighth.total
     return ways_out.of_disk(needed, free_bytes, recipe.train.save_total_limit, recipe.output, freed)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, defaults, disk, levers, memory, placement
-from fulltune.plan import resolve as settle
+from fulltune.plan import budget, choose, command_time, defaults, disk, memory, resolve, time
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.reasons import Ledger
-from fulltune.plan.workload import Task, load_of
+from fulltune.plan.memory import MemorySettings
+from fulltune.plan.reasons import Reasons
+from fulltune.plan.workload import Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import greater_is_better
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import Plan
+from fulltune.records.plan import DiskNeed, Plan
 from fulltune.system import deepspeed
 from fulltune.text import parse_bytes
 
@@ -27,6 +27,7 @@ def fit(
     summary: DataSummary,
     fleet: Fleet,
     own_loss: bool = False,
+    started_seconds: float | None = None,
 ) -> Plan:
     """Decide every number of the trial.
 
@@ -37,53 +38,34 @@ def fit(
         summary: The data stage's summary.
         fleet: What is here, or what is planned for.
         own_loss: The user gave `compute_loss`, which needs whole logits.
+        started_seconds: What the command has taken until now; None: nobody waits for a whole command.
 
     Returns:
-        The plan; `settings` holds each value with its reason. `survey.with_time` adds its time.
+        The plan; `settings` holds each value with its reason, `time` is None where the hardware's speed is not known.
 
     Raises:
         RecipeError: When settings contradict each other or the machine.
         DoesNotFitError: When memory or disk are too small, with ways out.
     """
-    recipe, machine = levers.possible(recipe, shapes), fleet.machine
-    train, ledger = recipe.train, Ledger()
-    device = settle.device(recipe, machine, ledger)
-    precision = settle.precision(recipe, machine, device, ledger)
-    metric = settle.metric(recipe, summary, ledger)
-    optim, rounding = settle.optimizer(recipe, ledger)
+    train, reasons = recipe.train, Reasons()
+    basis = basis_of(Workload(recipe, shapes, lambda dtype: footprint, summary), fleet, reasons, own_loss)
+    steps = basis.steps
+    metric = resolve.metric(recipe, summary, reasons)
     rate, why = defaults.learning_rate_of(recipe.method, shapes.num_parameters, shapes.is_decoder)
-    rate = ledger.settle("method.learning_rate", recipe.method.learning_rate, rate, why)
-    global_batch = settle.global_batch(recipe, summary, ledger)
-    rows = summary.splits["train"].rows
-    steps = settle.steps(recipe, rows, global_batch, ledger)
-    warmup = settle.warmup(recipe, shapes, steps.total, ledger)
-    pieces = levers.chunked_loss(recipe, shapes, own_loss)
-    start = levers.before_choosing(recipe, shapes, summary, precision, optim, rounding, pieces)
-    start = replace(start, num_saves=steps.num_saves)
-    per_process = max(1, global_batch // train.num_processes)
-    room = budget.of(recipe, shapes, footprint, machine, device).for_rows(rows)
-    speed = placement.own_speed(load_of(Task(recipe, shapes, lambda dtype: footprint, summary), fleet, None), fleet)
-    chosen = levers.choose(recipe, start, per_process, room, speed)
-    whole = levers.needs_whole_logits(recipe, shapes, own_loss)
-    levers.settle(recipe, chosen, per_process, room, optim, whole, ledger)
-    used = chosen.levers
-    problems = deepspeed.disagreements(recipe, used.micro_batch_size, used.accumulation, train.num_processes, precision)
-    problems += settle.in_backward_problems(recipe, used.micro_batch_size, used.accumulation, precision)
-    if problems:
-        raise RecipeError(problems)
-    on_disk = disk.need(recipe, shapes.num_parameters, used)
-    if fleet.disk_bytes is not None:
-        disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, fleet.disk_bytes)
-    ledger.settle("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
-    ledger.settle("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
+    rate = reasons.add("method.learning_rate", recipe.method.learning_rate, rate, why)
+    warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
+    chosen, on_disk = _fitting(basis, summary, own_loss, reasons)
+    reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
+    reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     logging_steps = max(1, steps.total // 200)
     why = "about 200 log lines" if logging_steps > 1 else "every step of a short run"
-    logging_steps = ledger.settle("train.logging_steps", train.logging_steps, logging_steps, why)
-    grouped, why = defaults.group_by_length(summary.length_explained)
-    grouped = ledger.settle("train.group_by_length", train.group_by_length, grouped, why)
-    settle.everything_else(recipe, ledger)
-    settle.caveats(footprint, ledger)
-    return Plan(
+    logging_steps = reasons.add("train.logging_steps", train.logging_steps, logging_steps, why)
+    resolve.everything_else(recipe, reasons)
+    resolve.caveats(footprint, reasons)
+    used = chosen.settings
+    same = {one.name: getattr(used, one.name) for one in fields(MemorySettings) if one.name in Plan.model_fields}
+    plan = Plan(
+        **same | {"plain_logits": shapes.plain_logits},
         trial=f"{recipe.method.arm}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
         method=recipe.method.arm,
@@ -94,18 +76,9 @@ def fit(
         total_steps=steps.total,
         warmup_steps=warmup,
         lr_scheduler_type=train.lr_scheduler_type,
-        global_batch_size=global_batch,
-        micro_batch_size=used.micro_batch_size,
-        gradient_accumulation_steps=used.accumulation,
-        num_processes=train.num_processes,
-        eval_batch_size=used.eval_batch_size,
-        device=device,
-        precision=precision,
-        weights_dtype=recipe.model.weights_dtype,
-        activation_checkpointing=used.activation_checkpointing,
-        can_recompute=shapes.can_recompute,
-        plain_logits=shapes.plain_logits,
-        group_by_length=grouped,
+        global_batch_size=basis.global_batch_size,
+        device=basis.needs.device,
+        group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         save_steps=steps.between_saves,
         logging_steps=logging_steps,
@@ -115,13 +88,55 @@ def fit(
         num_trainable_parameters=memory.num_trained(shapes.num_parameters, used),
         num_frozen_parameters=0 if used.num_trained is None else (used.num_held or 0) - used.num_trained,
         state=memory.state_of(shapes.num_parameters, used),
-        optim=used.optim,
-        bf16_rounding=rounding,
-        optimizer_in_backward=used.optimizer_in_backward,
-        chunked_loss=used.chunked_loss,
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
-        available_bytes=room.available_bytes,
+        available_bytes=basis.budget.available_bytes,
         memory=chosen.memory,
         disk=on_disk,
-        settings=tuple(ledger.settings),
+        settings=tuple(reasons.settings),
     )
+    return with_time(plan, basis, used, summary, started_seconds)
+
+
+def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
+    """The fastest settings that fit into memory, if what they need fits on the disk as well."""
+    recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
+    budget.refuse_offload(recipe, shapes, fleet.machine)
+    limits = basis.budget.for_rows(summary.splits["train"].rows)
+    chosen = choose.choose(recipe, basis.start, basis.rows_per_process, limits, basis.speed)
+    choose.note(recipe, chosen, basis.rows_per_process, limits, own_loss, reasons)
+    used = chosen.settings
+    batches = (used.micro_batch_size, used.gradient_accumulation_steps)
+    problems = deepspeed.disagreements(recipe, *batches, used.num_processes, used.precision)
+    problems += resolve.in_backward_problems(recipe, *batches, used.precision)
+    if problems:
+        raise RecipeError(problems)
+    if fleet.disk_bytes is not None:
+        disk.refuse_what_cannot_fit(recipe, shapes.num_parameters, used, fleet.disk_bytes)
+    return chosen, disk.need(recipe, shapes.num_parameters, used)
+
+
+def with_time(
+    plan: Plan, basis: Basis, settings: MemorySettings, summary: DataSummary, started_seconds: float | None = None
+) -> Plan:
+    """The plan with its time; without, where the speed of the hardware is not known.
+
+    Args:
+        plan: The settled numbers.
+        basis: What they were settled from.
+        settings: Those of the plan.
+        summary: The data stage's.
+        started_seconds: What the command has taken until now; None: nobody waits for a whole command.
+    """
+    fleet, shapes, work = basis.fleet, basis.shapes, basis.work
+    seconds, rate = basis.seconds(settings, basis.shared), time.device_flops(fleet, plan.precision, shapes.hidden_size)
+    if rate is None:
+        return plan
+    devices = plan.num_processes if fleet.machine.gpus else 1
+    found = time.foresee(plan, summary, work, time.together(seconds), rate * devices)
+    timed = plan.model_copy(update={"time": found})
+    gpu = fleet.gpu_model
+    bandwidth = 1e9 * (gpu.memory_gb_per_second if gpu else fleet.host_memory_gb_per_second)
+    launching = time.LAUNCH_SECONDS / 3 * shapes.num_layers  # a step has three passes
+    speeds = command_time.Speeds(rate, bandwidth, launching, started_seconds)
+    around = command_time.around(basis.recipe, timed, summary, work, speeds)
+    return timed.model_copy(update={"time": found.model_copy(update={"around": around})})

@@ -1,9 +1,9 @@
-"""Graphics cards by name, and what stands behind `--for "8x A100-80GB, 1TB host"`: hardware that is not here.
+"""GPUs by name, and what stands behind `--for "8x A100-80GB, 1TB host"`: hardware that is not here.
 
 Figures are of the vendors' data sheets: dense 16-bit matrix products with sums in fp32 (never with sparsity), one
 direction of a link. Sources: NVIDIA data sheets and architecture white papers (Pascal to Blackwell; for GeForce the
-white papers' "FP16 with FP32 accumulate"), AWS for the A10G, AMD Instinct data sheets. A card whose GDDR memory is
-checked (ECC) has 15/16 of it to give.
+white papers' "FP16 with FP32 accumulate"), AWS for the A10G, AMD Instinct data sheets. A GPU whose GDDR memory
+is checked (ECC) has 15/16 of it to give.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PCIE3, PCIE4, PCIE5 = 16.0, 32.0, 64.0
 """GB/s of 16 lanes, one direction."""
 
 
-class Card(Record):
-    """A graphics card."""
+class GpuModel(Record):
+    """A kind of GPU."""
 
     name: str
     memory_gib: float
@@ -33,9 +33,9 @@ class Card(Record):
     link_gb_per_second: float
     """To the host, one direction."""
     peer_gb_per_second: float
-    """To the other cards of the machine, one direction: NVLink, Infinity Fabric, or the link to the host."""
+    """To the other GPUs of the machine, one direction: NVLink, Infinity Fabric, or the link to the host."""
     usual_host_gb: int
-    """Memory of the host that machines with it usually have for each card."""
+    """Memory of the host that machines with it usually have for each GPU."""
     kind: Literal["server", "desktop"]
     bf16: bool = True
     ecc: bool = False
@@ -51,11 +51,11 @@ class Card(Record):
         return 60.0 if self.kind == "desktop" else 200.0
 
 
-def _card(
+def _model(
     name: str, gib: float, tflops: float, memory: float, link: float, peer: float | None, host: int, *aliases: str,
     desktop: bool = False, bf16: bool = True, ecc: bool = False,
-) -> Card:  # fmt: skip
-    return Card(
+) -> GpuModel:  # fmt: skip
+    return GpuModel(
         name=name, memory_gib=gib, tflops=tflops, memory_gb_per_second=memory, link_gb_per_second=link,
         peer_gb_per_second=peer or link, usual_host_gb=host, kind="desktop" if desktop else "server",
         bf16=bf16, ecc=ecc, aliases=aliases,
@@ -63,53 +63,53 @@ def _card(
 
 
 # fmt: off
-CARDS: tuple[Card, ...] = (
-    # name, GiB, TFLOP/s, memory GB/s, link GB/s, peer GB/s, host GB a card, other names
-    _card("B200", 180, 2250, 8000, PCIE5, 900, 256, "B200-180GB"),
-    _card("H200", 141, 989, 4800, PCIE5, 450, 256, "H200-141GB", "H200-SXM"),
-    _card("H100-80GB", 80, 989, 3350, PCIE5, 450, 256, "H100", "H100-SXM", "H100-SXM5-80GB", "H100-80GB-HBM3"),
-    _card("H100-PCIe", 80, 756, 2000, PCIE5, 300, 128, "H100-PCIe-80GB", "H100-80GB-PCIe"),
-    _card("H100-NVL", 94, 835, 3900, PCIE5, 300, 128, "H100-NVL-94GB"),
-    _card("A100-80GB", 80, 312, 2039, PCIE4, 300, 128, "A100-SXM4-80GB", "A100-SXM-80GB"),
-    _card("A100-40GB", 40, 312, 1555, PCIE4, 300, 128, "A100-SXM4-40GB", "A100-SXM-40GB"),
-    _card("A100-PCIe-80GB", 80, 312, 1935, PCIE4, None, 128, "A100-80GB-PCIe"),
-    _card("A100-PCIe-40GB", 40, 312, 1555, PCIE4, None, 128, "A100-40GB-PCIe"),
-    _card("A30", 24, 165, 933, PCIE4, 100, 64, "A30-24GB"),
-    _card("L40S", 48, 362, 864, PCIE4, None, 128, "L40S-48GB", ecc=True),
-    _card("L40", 48, 181, 864, PCIE4, None, 128, "L40-48GB", ecc=True),
-    _card("L4", 24, 121, 300, PCIE4, None, 48, "L4-24GB", ecc=True),
-    _card("A10", 24, 125, 600, PCIE4, None, 64, "A10-24GB", ecc=True),
-    _card("A10G", 24, 70, 600, PCIE4, None, 64, "A10G-24GB", ecc=True),
-    _card("A40", 48, 149.7, 696, PCIE4, 56, 128, "A40-48GB", ecc=True),
-    _card("V100-32GB", 32, 125, 900, PCIE3, 150, 64, "V100-SXM2-32GB", bf16=False),
-    _card("V100-16GB", 16, 125, 900, PCIE3, 150, 64, "V100-SXM2-16GB", bf16=False),
-    _card("V100-PCIe-32GB", 32, 112, 900, PCIE3, None, 64, "V100-32GB-PCIe", bf16=False),
-    _card("V100-PCIe-16GB", 16, 112, 900, PCIE3, None, 64, "V100-16GB-PCIe", bf16=False),
-    _card("P100", 16, 21.2, 732, PCIE3, 80, 64, "P100-16GB", "P100-SXM2-16GB", "P100-PCIe-16GB", bf16=False),
-    _card("T4", 16, 65, 320, PCIE3, None, 32, "T4-16GB", bf16=False, ecc=True),
-    _card("RTX A6000", 48, 154.8, 768, PCIE4, 56, 128, "A6000-48GB", desktop=True),
-    _card("RTX A5000", 24, 111.1, 768, PCIE4, 56, 64, "A5000-24GB", desktop=True),
-    _card("RTX 6000 Ada", 48, 364, 960, PCIE4, None, 128, "6000-Ada-48GB", "RTX 6000 Ada Generation", desktop=True),
-    _card("RTX PRO 6000", 96, 503, 1792, PCIE5, None, 128, "PRO 6000 Blackwell", "PRO-6000-96GB",
+GPUS: tuple[GpuModel, ...] = (
+    # name, GiB, TFLOP/s, memory GB/s, link GB/s, peer GB/s, host GB a GPU, other names
+    _model("B200", 180, 2250, 8000, PCIE5, 900, 256, "B200-180GB"),
+    _model("H200", 141, 989, 4800, PCIE5, 450, 256, "H200-141GB", "H200-SXM"),
+    _model("H100-80GB", 80, 989, 3350, PCIE5, 450, 256, "H100", "H100-SXM", "H100-SXM5-80GB", "H100-80GB-HBM3"),
+    _model("H100-PCIe", 80, 756, 2000, PCIE5, 300, 128, "H100-PCIe-80GB", "H100-80GB-PCIe"),
+    _model("H100-NVL", 94, 835, 3900, PCIE5, 300, 128, "H100-NVL-94GB"),
+    _model("A100-80GB", 80, 312, 2039, PCIE4, 300, 128, "A100-SXM4-80GB", "A100-SXM-80GB"),
+    _model("A100-40GB", 40, 312, 1555, PCIE4, 300, 128, "A100-SXM4-40GB", "A100-SXM-40GB"),
+    _model("A100-PCIe-80GB", 80, 312, 1935, PCIE4, None, 128, "A100-80GB-PCIe"),
+    _model("A100-PCIe-40GB", 40, 312, 1555, PCIE4, None, 128, "A100-40GB-PCIe"),
+    _model("A30", 24, 165, 933, PCIE4, 100, 64, "A30-24GB"),
+    _model("L40S", 48, 362, 864, PCIE4, None, 128, "L40S-48GB", ecc=True),
+    _model("L40", 48, 181, 864, PCIE4, None, 128, "L40-48GB", ecc=True),
+    _model("L4", 24, 121, 300, PCIE4, None, 48, "L4-24GB", ecc=True),
+    _model("A10", 24, 125, 600, PCIE4, None, 64, "A10-24GB", ecc=True),
+    _model("A10G", 24, 70, 600, PCIE4, None, 64, "A10G-24GB", ecc=True),
+    _model("A40", 48, 149.7, 696, PCIE4, 56, 128, "A40-48GB", ecc=True),
+    _model("V100-32GB", 32, 125, 900, PCIE3, 150, 64, "V100-SXM2-32GB", bf16=False),
+    _model("V100-16GB", 16, 125, 900, PCIE3, 150, 64, "V100-SXM2-16GB", bf16=False),
+    _model("V100-PCIe-32GB", 32, 112, 900, PCIE3, None, 64, "V100-32GB-PCIe", bf16=False),
+    _model("V100-PCIe-16GB", 16, 112, 900, PCIE3, None, 64, "V100-16GB-PCIe", bf16=False),
+    _model("P100", 16, 21.2, 732, PCIE3, 80, 64, "P100-16GB", "P100-SXM2-16GB", "P100-PCIe-16GB", bf16=False),
+    _model("T4", 16, 65, 320, PCIE3, None, 32, "T4-16GB", bf16=False, ecc=True),
+    _model("RTX A6000", 48, 154.8, 768, PCIE4, 56, 128, "A6000-48GB", desktop=True),
+    _model("RTX A5000", 24, 111.1, 768, PCIE4, 56, 64, "A5000-24GB", desktop=True),
+    _model("RTX 6000 Ada", 48, 364, 960, PCIE4, None, 128, "6000-Ada-48GB", "RTX 6000 Ada Generation", desktop=True),
+    _model("RTX PRO 6000", 96, 503, 1792, PCIE5, None, 128, "PRO 6000 Blackwell", "PRO-6000-96GB",
           "RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell Server Edition", desktop=True),
-    _card("RTX 2080 Ti", 11, 53.8, 616, PCIE3, None, 64, "2080-Ti-11GB", desktop=True, bf16=False),
-    _card("RTX 3060 12GB", 12, 25.5, 360, PCIE4, None, 64, "3060", desktop=True),
-    _card("RTX 3080", 10, 59.5, 760, PCIE4, None, 64, "3080-10GB", desktop=True),
-    _card("RTX 3090", 24, 71, 936, PCIE4, None, 64, "3090-24GB", desktop=True),
-    _card("RTX 4060 Ti 16GB", 16, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
-    _card("RTX 4060 Ti 8GB", 8, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
-    _card("RTX 4070 Ti", 12, 80.2, 504, PCIE4, None, 64, "4070-Ti-12GB", desktop=True),
-    _card("RTX 4080", 16, 97.5, 717, PCIE4, None, 64, "4080-16GB", desktop=True),
-    _card("RTX 4090", 24, 165.2, 1008, PCIE4, None, 64, "4090-24GB", desktop=True),
-    _card("RTX 5060 Ti 16GB", 16, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
-    _card("RTX 5060 Ti 8GB", 8, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
-    _card("RTX 5070 Ti", 16, 87.9, 896, PCIE5, None, 64, "5070-Ti-16GB", desktop=True),
-    _card("RTX 5080", 16, 112.6, 960, PCIE5, None, 64, "5080-16GB", desktop=True),
-    _card("RTX 5090", 32, 209.5, 1792, PCIE5, None, 64, "5090-32GB", desktop=True),
-    _card("MI210", 64, 181, 1638, PCIE4, 100, 128, "MI210-64GB"),
-    _card("MI250X", 64, 191.5, 1638, PCIE4, 100, 64, "MI250X-64GB", "MI250X GCD"),  # one of its two dies
-    _card("MI300X", 192, 1307, 5300, PCIE5, 448, 256, "MI300X-192GB"),
-    _card("MI325X", 256, 1307, 6000, PCIE5, 448, 256, "MI325X-256GB"),
+    _model("RTX 2080 Ti", 11, 53.8, 616, PCIE3, None, 64, "2080-Ti-11GB", desktop=True, bf16=False),
+    _model("RTX 3060 12GB", 12, 25.5, 360, PCIE4, None, 64, "3060", desktop=True),
+    _model("RTX 3080", 10, 59.5, 760, PCIE4, None, 64, "3080-10GB", desktop=True),
+    _model("RTX 3090", 24, 71, 936, PCIE4, None, 64, "3090-24GB", desktop=True),
+    _model("RTX 4060 Ti 16GB", 16, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
+    _model("RTX 4060 Ti 8GB", 8, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
+    _model("RTX 4070 Ti", 12, 80.2, 504, PCIE4, None, 64, "4070-Ti-12GB", desktop=True),
+    _model("RTX 4080", 16, 97.5, 717, PCIE4, None, 64, "4080-16GB", desktop=True),
+    _model("RTX 4090", 24, 165.2, 1008, PCIE4, None, 64, "4090-24GB", desktop=True),
+    _model("RTX 5060 Ti 16GB", 16, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
+    _model("RTX 5060 Ti 8GB", 8, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
+    _model("RTX 5070 Ti", 16, 87.9, 896, PCIE5, None, 64, "5070-Ti-16GB", desktop=True),
+    _model("RTX 5080", 16, 112.6, 960, PCIE5, None, 64, "5080-16GB", desktop=True),
+    _model("RTX 5090", 32, 209.5, 1792, PCIE5, None, 64, "5090-32GB", desktop=True),
+    _model("MI210", 64, 181, 1638, PCIE4, 100, 128, "MI210-64GB"),
+    _model("MI250X", 64, 191.5, 1638, PCIE4, 100, 64, "MI250X-64GB", "MI250X GCD"),  # one of its two dies
+    _model("MI300X", 192, 1307, 5300, PCIE5, 448, 256, "MI300X-192GB"),
+    _model("MI325X", 256, 1307, 6000, PCIE5, 448, 256, "MI325X-256GB"),
 )
 # fmt: on
 
@@ -118,7 +118,7 @@ CPU_FLOPS_PER_CORE = 50 * GB
 
 
 DEVICE_RESERVE = 2**29
-"""What the driver takes of a card: torch sees 79.2 of an A100's 80 GiB, 23.6 of an RTX 4090's 24."""
+"""What the driver takes of a GPU: torch sees 79.2 of an A100's 80 GiB, 23.6 of an RTX 4090's 24."""
 
 
 class Fleet(Record):
@@ -127,20 +127,20 @@ class Fleet(Record):
     name: str
     """For people: `8x A100-80GB, 1024 GB host`."""
     machine: Machine
-    card: Card | None = None
-    """None on a CPU, or for a card that the table does not know: then no speed is foreseen."""
+    gpu_model: GpuModel | None = None
+    """None on a CPU, or for a GPU that the table does not know: then no speed is foreseen."""
     disk_bytes: int | None = None
     """Free; None: not known, so that it cannot be too little."""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
     """What was not said and is a usual value."""
     host_is_given: bool = False
-    """Its memory was said; it stays the same with more cards."""
+    """Its memory was said; it stays the same with more GPUs."""
     here: bool = False
 
     @property
     def num_devices(self) -> int:
-        """Cards; a CPU counts as one."""
+        """GPUs; a CPU counts as one."""
         return max(1, len(self.machine.gpus))
 
 
@@ -148,55 +148,55 @@ _VENDORS = r"nvidia|geforce|tesla|quadro|amd|instinct|radeon|rtx|gtx|generation|
 
 
 def _key(name: str) -> str:
-    """What two spellings of a card have in common: `NVIDIA GeForce RTX 4090` and `rtx-4090` are `4090`."""
+    """What two spellings of a GPU have in common: `NVIDIA GeForce RTX 4090` and `rtx-4090` are `4090`."""
     plain = re.sub(_VENDORS, "", name.lower())
     return re.sub(r"gi?b|[^a-z0-9]", "", plain)
 
 
-_BY_KEY = {_key(name): card for card in CARDS for name in (card.name, *card.aliases)}
+_BY_KEY = {_key(name): model for model in GPUS for name in (model.name, *model.aliases)}
 
 
-def card_of(name: str, memory_bytes: int | None = None) -> Card | None:
-    """The card that a driver reports by this name, or None.
+def gpu_model_of(name: str, memory_bytes: int | None = None) -> GpuModel | None:
+    """The kind of GPU that a driver reports by this name, or None.
 
     Args:
         name: Such as `NVIDIA GeForce RTX 4060 Ti`, which comes in two sizes.
-        memory_bytes: Of the card, which tells sizes apart; not known: the largest.
+        memory_bytes: Of the GPU, which tells sizes apart; not known: the largest.
     """
     key = _key(name)
     if key in _BY_KEY:
         return _BY_KEY[key]
     variants = _variants(key)
     if memory_bytes is None:
-        return max(variants, key=lambda card: card.memory_gib, default=None)
-    return min(variants, key=lambda card: abs(card.memory_bytes - memory_bytes), default=None)
+        return max(variants, key=lambda model: model.memory_gib, default=None)
+    return min(variants, key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)
 
 
-def _variants(key: str) -> list[Card]:
-    """Cards whose names are this one and a size."""
-    return [card for card in CARDS if key and re.fullmatch(re.escape(key) + r"\d{1,3}", _key(card.name))]
+def _variants(key: str) -> list[GpuModel]:
+    """Those whose names are this one and a size."""
+    return [model for model in GPUS if key and re.fullmatch(re.escape(key) + r"\d{1,3}", _key(model.name))]
 
 
-def find(name: str) -> Card:
-    """A card by the name that a person gave.
+def find(name: str) -> GpuModel:
+    """A GPU by the name that a person gave.
 
     Raises:
-        RecipeError: When no card, or more than one, has this name; near names are listed.
+        RecipeError: When no GPU, or more than one, has this name; near names are listed.
     """
     key = _key(name)
     if key in _BY_KEY:
         return _BY_KEY[key]
-    variants = [card.name for card in _variants(key)]
+    variants = [model.name for model in _variants(key)]
     if len(variants) > 1:
         raise RecipeError(f"--for: '{name}' comes in several sizes; write {' or '.join(reversed(variants))}")
     near = [_BY_KEY[found].name for found in difflib.get_close_matches(key, _BY_KEY, n=6, cutoff=0.5)]
     near = list(dict.fromkeys(near))[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {_known()}, or cpu"
-    raise RecipeError(f"--for: unknown card '{name}'; {hint}")
+    raise RecipeError(f"--for: unknown GPU '{name}'; {hint}")
 
 
 def _known() -> str:
-    return ", ".join(card.name for card in CARDS)
+    return ", ".join(model.name for model in GPUS)
 
 
 _COUNT = re.compile(r"^\s*(?:(\d+)\s*[x×*]\s*)?(.+?)\s*$", re.IGNORECASE)
@@ -226,20 +226,20 @@ def parse(text: str) -> Fleet:
     found = _COUNT.match(first)
     count, name = found.groups() if found else (None, "")
     try:
-        card = _named(first, count, name)
+        model = _named(first, count, name)
     except RecipeError as error:
         raise RecipeError([*error.problems, *problems]) from None
     if problems:
         raise RecipeError(problems)
-    return _fleet(card, int(count or 1), host, disk, cores)
+    return _fleet(model, int(count or 1), host, disk, cores)
 
 
-def _named(first: str, count: str | None, name: str) -> Card | None:
-    """The card of the first part; None for a CPU."""
+def _named(first: str, count: str | None, name: str) -> GpuModel | None:
+    """The GPU of the first part; None for a CPU."""
     if not name:
-        raise RecipeError(f"--for: no card is named; known are {_known()}, or cpu")
+        raise RecipeError(f"--for: no GPU is named; known are {_known()}, or cpu")
     if count is not None and int(count) == 0:
-        raise RecipeError(f"--for: '{first}' has no card; write 1x or more, or cpu")
+        raise RecipeError(f"--for: '{first}' has no GPU; write 1x or more, or cpu")
     if name.lower() != "cpu":
         return find(name)
     if count is not None and int(count) > 1:
@@ -247,50 +247,50 @@ def _named(first: str, count: str | None, name: str) -> Card | None:
     return None
 
 
-def _fleet(card: Card | None, count: int, host: int | None, disk: int | None, cores: int | None) -> Fleet:
+def _fleet(model: GpuModel | None, count: int, host: int | None, disk: int | None, cores: int | None) -> Fleet:
     assumed = []
     if host is None:
-        each = card.usual_host_gb if card else 32
-        host = each * GB * (count if card else 1)
-        assumed.append(f"{host / GB:,.0f} GB of host memory" + (f" ({each} GB a card is usual)" if card else ""))
+        each = model.usual_host_gb if model else 32
+        host = each * GB * (count if model else 1)
+        assumed.append(f"{host / GB:,.0f} GB of host memory" + (f" ({each} GB a GPU is usual)" if model else ""))
     if cores is None:
         cores = 8 * count
-        if card is None:
+        if model is None:
             assumed.append(f"{cores} cores")
-    if card is None:
+    if model is None:
         assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s a core in fp32, no fast bf16")
-    name = f"{count}x {card.name}" if card else f"CPU with {cores} cores"
+    name = f"{count}x {model.name}" if model else f"CPU with {cores} cores"
     machine = Machine(
         cpu="not here",
         num_cores=cores,
         memory_bytes=host,
         memory_available_bytes=_left_by_others(host),
         cpu_bf16_speedup=1.0,
-        gpus=(_gpu(card),) * count if card else (),
-        cpu_flops=0.0 if card else float(cores * CPU_FLOPS_PER_CORE),
+        gpus=(_gpu(model),) * count if model else (),
+        cpu_flops=0.0 if model else float(cores * CPU_FLOPS_PER_CORE),
     )
     return Fleet(
         name=f"{name}, {host / GB:,.0f} GB host" + (f", {disk / GB:,.0f} GB disk" if disk else ""),
         machine=machine,
-        card=card,
+        gpu_model=model,
         disk_bytes=disk,
-        host_memory_gb_per_second=card.host_memory_gb_per_second if card else 60.0,
+        host_memory_gb_per_second=model.host_memory_gb_per_second if model else 60.0,
         assumed=tuple(assumed),
         host_is_given=not any("host memory" in one for one in assumed),
     )
 
 
 def with_count(fleet: Fleet, count: int) -> Fleet:
-    """The same cards, more or fewer of them: in the host that was given, else in one of usual size for so many."""
-    assert fleet.card is not None
+    """The same GPUs, more or fewer of them: in the host that was given, else in one of usual size for so many."""
+    assert fleet.gpu_model is not None
     host = fleet.machine.memory_bytes if fleet.host_is_given else None
-    return _fleet(fleet.card, count, host, fleet.disk_bytes, None)
+    return _fleet(fleet.gpu_model, count, host, fleet.disk_bytes, None)
 
 
 def with_host(fleet: Fleet, host_bytes: int) -> Fleet:
     """The same in a host with other memory."""
-    assert fleet.card is not None
-    return _fleet(fleet.card, fleet.num_devices, host_bytes, fleet.disk_bytes, None)
+    assert fleet.gpu_model is not None
+    return _fleet(fleet.gpu_model, fleet.num_devices, host_bytes, fleet.disk_bytes, None)
 
 
 def least_host(needed_bytes: int) -> int:
@@ -305,25 +305,25 @@ def _left_by_others(host_bytes: int) -> int:
 
 def asked(fleet: Fleet) -> str:
     """What `--for` has to say for it."""
-    assert fleet.card is not None
+    assert fleet.gpu_model is not None
     disk = f", {fleet.disk_bytes / GB:.6g}GB disk" if fleet.disk_bytes else ""
     host = f", {fleet.machine.memory_bytes / GB:.6g}GB host" if fleet.host_is_given else ""
-    return f"{fleet.num_devices}x {fleet.card.name}{host}{disk}"
+    return f"{fleet.num_devices}x {fleet.gpu_model.name}{host}{disk}"
 
 
-def _gpu(card: Card) -> Gpu:
-    free = card.memory_bytes - DEVICE_RESERVE
-    return Gpu(name=card.name, memory_bytes=card.memory_bytes, bf16=card.bf16, free_bytes=free)
+def _gpu(model: GpuModel) -> Gpu:
+    free = model.memory_bytes - DEVICE_RESERVE
+    return Gpu(name=model.name, memory_bytes=model.memory_bytes, bf16=model.bf16, free_bytes=free)
 
 
 def here(machine: Machine, disk_free_bytes: int) -> Fleet:
     """This machine."""
-    card = card_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
+    model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = f"{len(machine.gpus)}x {machine.gpus[0].name}, " if machine.gpus else ""
     return Fleet(
         name=f"this machine: {gpus}{machine.num_cores} cores, {machine.memory_bytes / GIB:,.0f} GiB",
         machine=machine,
-        card=card,
+        gpu_model=model,
         disk_bytes=disk_free_bytes,
         host_memory_gb_per_second=machine.memory_bytes_per_second / 1e9 or (200.0 if machine.gpus else 20.0),
         here=True,

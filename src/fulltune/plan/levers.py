@@ -1,273 +1,347 @@
-"""Choose what costs memory: of the settings that fit, those that leave the result as it is, and the fastest of them."""
+"""What saves memory: one table of what each lever needs, changes and costs.
+
+Five filter and order it: the search of a plan (`choose`), the ways out of what does not fit (`ways_out`), what is tried
+after memory ran out (`train.parent.memory_fallbacks`), what its message proposes, and what `plan --measure` tries
+(`train.parent.measure_candidates`). A new lever is one entry of `LEVERS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.models.shapes import Shapes
-from fulltune.plan import ways_out
-from fulltune.plan.budget import Room
-from fulltune.plan.memory import Levers
-from fulltune.plan.reasons import Ledger
+from fulltune.plan.dotted import DEEPSPEED, given, in_yaml
+from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary
-from fulltune.records.plan import MemoryNeed
+from fulltune.records.plan import MemoryKind, Phase, Plan
 from fulltune.system import deepspeed
-from fulltune.text import in_words
 
-COMFORTABLE = 0.9
-"""Share of the memory that is used while there is a choice: the rest is for what the arithmetic does not know."""
-SAME_SPEED = 0.03
-"""Less than this is no difference."""
-DOING = {
-    "loading": "loading the model",
-    "step": "a step",
-    "evaluation": "an evaluation",
-    "saving": "saving",
-    "resuming": "going on from a checkpoint",
+Now = MemorySettings | Plan
+"""Settings as they are; both have the fields that levers read and change."""
+Changes = dict[str, Any]
+"""Fields of these and their new values."""
+SETTING_OF = {
+    "precision": "train.precision",
+    "weights_dtype": "model.weights_dtype",
+    "bf16_rounding": "train.bf16_rounding",
+    "optim": "train.optim",
+    "optimizer_in_backward": "train.optimizer_in_backward",
+    "chunked_loss": "train.chunked_loss",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "micro_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "gradient accumulation",
+    "eval_batch_size": "evaluate.batch_size",
+    "longest_tokens": "data.max_length",
+    "attn_implementation": "model.attn_implementation",
+    "torch_compile": "train.extra.torch_compile",
 }
-T = TypeVar("T")
+"""Field of a plan to the setting that it is."""
+SHORTEST = 128
+"""Rows are not cut below so many tokens."""
+ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
+_ON_HOST = {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}}
+
+
+def _nothing(recipe: Recipe, now: Now) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Levers and what they need."""
+class Lever:
+    """One thing that saves memory."""
 
-    levers: Levers
-    memory: MemoryNeed
-    why_recomputed: str = ""
-    """Why activations are recomputed, or are not."""
+    name: str
+    setting: str
+    costs: str
+    """What is lost by it."""
+    changes: Changes = field(default_factory=dict)
+    options: Callable[[Recipe, Now], list[Changes]] | None = None
+    """In place of `changes` where they depend on what is: the mildest first."""
+    obstacle: Callable[[Recipe, Now], str] = _nothing
+    """Why it cannot be had, whatever the recipe's own value of its setting; empty when it can."""
+    needs: Callable[[Recipe, Now], str] = _nothing
+    """Other settings that would have to change with it; empty when it can be had at once."""
+    done: str = ""
+    """What is said when it was taken: `now` is the plan before, and fields of the changes have their new values."""
+    frees: tuple[MemoryKind, ...] = ()
+    """Kinds of tensors of which it frees most; a message proposes it for them."""
+    same_result: bool = True
+    searched: bool = False
+    """The search of a plan may take it."""
+    way_out: bool = False
+    """Proposed where nothing fits."""
+    fallback: tuple[Phase, ...] = ()
+    """Tried when memory ran out there."""
+    measured: str = ""
+    """Its name in the table of `plan --measure`; empty: not measured."""
+    also: str = ""
+    """A second setting that it has."""
+    kept: bool = True
+    """What the recipe gives is not changed without asking; batch sizes are, because they change no result."""
+
+    def apply(self, recipe: Recipe, now: Now) -> list[Changes]:
+        """The changes that it makes, the mildest first."""
+        return [dict(self.changes)] if self.options is None else self.options(recipe, now)
+
+    def settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
+        """What the recipe has to say for them: its own settings, and others that the recipe gives otherwise."""
+        named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
+        own = (self.setting, self.also)
+        return {name: value for name, value in named.items() if name in own or given(recipe, name) not in (None, value)}
+
+    def refusal(self, recipe: Recipe, now: Now) -> str:
+        """Why it is not taken without asking; empty when it may be."""
+        if problem := self.obstacle(recipe, now):
+            return problem
+        if self.kept and (value := given(recipe, self.setting)) is not None:
+            return f"the recipe says {self.setting}: {in_yaml(value)}"
+        return self.needs(recipe, now)
 
 
-def possible(recipe: Recipe, shapes: Shapes) -> Recipe:
-    """The recipe; for a model that cannot recompute its activations, with that switched off.
-
-    Raises:
-        RecipeError: When the recipe asks for it.
-    """
-    if shapes.can_recompute:
-        return recipe
-    if recipe.train.activation_checkpointing:
-        raise RecipeError(
-            f"train.activation_checkpointing: true, but {shapes.model_type} cannot recompute its activations; remove it"
-        )
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"activation_checkpointing": False})})
+def plain_optim(weights_dtype: str, rounding: str | None) -> str:
+    """What a plan takes when the recipe names no optimizer."""
+    return "adamw_bf16" if weights_dtype == "bf16" and rounding != "nearest" else "adamw_torch_fused"
 
 
-def chunked_loss(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -> bool:
-    """On for language models, unless the recipe says otherwise or something needs whole logits."""
-    if recipe.train.chunked_loss is not None:
-        return recipe.train.chunked_loss
-    return FACTS[recipe.task].writes and not needs_whole_logits(recipe, shapes, own_loss)
-
-
-def needs_whole_logits(recipe: Recipe, shapes: Shapes, own_loss: bool = False) -> str:
+def whole_logits(recipe: Recipe, plain_logits: bool, compiled: bool = False, own_loss: bool = False) -> str:
     """What keeps a loss from being computed in pieces; empty: nothing does."""
+    if not FACTS[recipe.task].writes:
+        return f"{recipe.task} has no logits of tokens"
     if own_loss:
         return "your own loss (compute_loss) needs the logits as a whole"
     if deepspeed.wanted(recipe):
         return "DeepSpeed shares out the head, which a loss in pieces needs whole"
-    if recipe.train.extra.get("torch_compile"):
+    if compiled or recipe.train.extra.get("torch_compile"):
         return "torch.compile leaves out the hooks that a loss in pieces needs"
-    return "" if shapes.plain_logits else f"{shapes.model_type} scales or caps its logits after the head"
+    return "" if plain_logits else "this model scales or caps its logits after the head"
 
 
-def before_choosing(
-    recipe: Recipe,
-    shapes: Shapes,
-    summary: DataSummary,
-    precision: str,
-    optim: str,
-    rounding: str | None,
-    pieces: bool,
-) -> Levers:
-    """The levers with what is settled; a micro batch of one row, nothing recomputed."""
-    return Levers(
-        micro_batch_size=1,
-        longest_tokens=summary.max_length,
-        precision=precision,
-        weights_dtype=recipe.model.weights_dtype,
-        optim=optim,
-        bf16_rounding=rounding,
-        can_recompute=shapes.can_recompute,
-        chunked_loss=pieces,
-        optimizer_in_backward=recipe.train.optimizer_in_backward,
-        max_grad_norm=recipe.train.max_grad_norm,
-        num_processes=recipe.train.num_processes,
-        num_held=shapes.num_held,
-        num_trained=shapes.num_trained,
-    )
+# ---- what stands against each, and what it changes ---------------------------------------------------------------
 
 
-def choose(
-    recipe: Recipe, start: Levers, rows_per_process: int, room: Room, speed: Callable[[Levers], float | None]
-) -> Chosen:
-    """The fastest settings that fit; 8-bit moments, which are other arithmetic, only where nothing fits without them.
-
-    Of settings that are as fast, those that recompute nothing come first, and larger micro batches before smaller ones.
-    What the recipe gives stays.
-
-    Args:
-        recipe: What is given is not changed.
-        start: Everything else about the levers.
-        rows_per_process: Share of the global batch of one process; micro batches divide it.
-        room: What one process may take, and what settings need of it.
-        speed: Tokens a second of settings; None where the hardware's speed is not known.
-
-    Raises:
-        DoesNotFitError: When nothing fits, with the nearest ways out.
-    """
-    for optim in _optimizers(recipe, start):
-        for share in (COMFORTABLE, 1.0):
-            most = share * room.available_bytes
-            tried = [
-                _with_eval_batch(recipe, levers, most, room)
-                for levers in _candidates(recipe, replace(start, optim=optim), rows_per_process)
-            ]
-            if fitting := [one for one in tried if one.memory.peak <= most]:
-                speeds = [speed(one.levers) for one in fitting]
-                found = fastest(fitting, speeds)
-                return replace(found, why_recomputed=_why_recomputed(found, tried, most, speed))
-    raise _does_not_fit(recipe, smallest(recipe, start, rows_per_process, room), room)
+def _smaller_batches(recipe: Recipe, now: Now) -> list[Changes]:
+    """Half of the micro batch (or its largest divisor), half of that, down to 1, where DeepSpeed's settings agree."""
+    size, found = now.micro_batch_size, []
+    while size > 1:
+        size //= next(number for number in range(2, size + 1) if size % number == 0)
+        passes = now.gradient_accumulation_steps * now.micro_batch_size // size
+        if not deepspeed.disagreements(recipe, size, passes, now.num_processes, now.precision):
+            found.append({"micro_batch_size": size, "gradient_accumulation_steps": passes})
+    return found
 
 
-def fastest(options: Sequence[T], speeds: Sequence[float | None]) -> T:
-    """The first that is as fast as the fastest one; the first of all where no speed is known."""
-    least = max(speed or 0.0 for speed in speeds) / (1 + SAME_SPEED)
-    return next(one for one, speed in zip(options, speeds, strict=True) if (speed or 0.0) >= least)
+def _no_smaller_batch(recipe: Recipe, now: Now) -> str:
+    if now.micro_batch_size == 1:
+        return "it is 1 already"
+    if now.optimizer_in_backward:
+        return "train.optimizer_in_backward needs each step's rows in one pass"
+    return "" if _smaller_batches(recipe, now) else f"{DEEPSPEED} gives the micro batch; write {deepspeed.AUTO!r} there"
 
 
-def _why_recomputed(
-    chosen: Chosen, tried: Sequence[Chosen], most_bytes: float, speed: Callable[[Levers], float | None]
-) -> str:
-    """Why activations are recomputed, or not; with what the other choice would have given."""
-    if not chosen.levers.can_recompute:
-        return "this model cannot recompute them"
-    if not chosen.levers.activation_checkpointing:
-        return "not needed: it fits without"
-    others = [one for one in tried if not one.levers.activation_checkpointing]
-    speeds = {one.levers.micro_batch_size: speed(one.levers) or 0.0 for one in others if one.memory.peak <= most_bytes}
-    own = speed(chosen.levers)
-    if not speeds or not own:
-        micro = min((one.levers.micro_batch_size for one in others), default=1)
-        return f"without, a micro batch of {micro} needs more than {in_words(int(most_bytes))}"
-    micro = max(speeds, key=lambda size: (speeds[size], size))
-    return f"{own / speeds[micro]:.2f} times as fast as without, where {micro} at a time fit{'s' * (micro == 1)}"
+def _half_eval_batch(recipe: Recipe, now: Now) -> list[Changes]:
+    return [{"eval_batch_size": now.eval_batch_size // 2}]
 
 
-def smallest(recipe: Recipe, start: Levers, rows_per_process: int, room: Room) -> Chosen:
-    """The settings that need least: what to say when nothing fits.
-
-    With accumulation the gradients of earlier passes stay beside the next pass and its copy of the weights in 16 bits,
-    so the smallest micro batch does not always need least.
-    """
-    found = [
-        _with_eval_batch(recipe, levers, 0, room)
-        for optim in _optimizers(recipe, start)
-        for levers in _candidates(recipe, replace(start, optim=optim), rows_per_process)
-    ]
-    return min(found, key=lambda one: (one.memory.peak, one.memory.phases["step"], one.levers.micro_batch_size))
+def _no_smaller_eval_batch(recipe: Recipe, now: Now) -> str:
+    return "it is 1 already" if now.eval_batch_size == 1 else ""
 
 
-def _optimizers(recipe: Recipe, start: Levers) -> tuple[str, ...]:
-    given = recipe.train.optim is not None or recipe.train.extra.get("deepspeed") is not None
-    return (start.optim,) if given or start.bf16_rounding == "nearest" else (start.optim, "adamw_8bit")
+def _half_precision(recipe: Recipe, now: Now) -> list[Changes]:
+    return [{"precision": "fp16" if now.precision == "fp16" else "bf16"}]
 
 
-def _candidates(recipe: Recipe, start: Levers, rows_per_process: int) -> Iterator[Levers]:
-    train = recipe.train
-    divisors = [size for size in range(rows_per_process, 0, -1) if rows_per_process % size == 0]
-    if start.optimizer_in_backward:  # it cannot accumulate
-        divisors = divisors[:1]
-    for recomputing in (False, True) if train.activation_checkpointing is None else (train.activation_checkpointing,):
-        for micro in divisors if train.micro_batch_size is None else (train.micro_batch_size,):
-            yield replace(
-                start,
-                micro_batch_size=micro,
-                accumulation=rows_per_process // micro,
-                activation_checkpointing=recomputing,
-            )
+def _computes_in_16_bits(recipe: Recipe, now: Now) -> str:
+    return "the weights are of 16 bits already" if now.weights_dtype != "fp32" else ""
 
 
-def _with_eval_batch(recipe: Recipe, levers: Levers, most_bytes: float, room: Room) -> Chosen:
-    """Twice the micro batch when evaluating, or as much of it as fits."""
-    given = recipe.evaluate.batch_size
-    size = given or 2 * levers.micro_batch_size
-    while True:
-        tried = replace(levers, eval_batch_size=size)
-        memory = room.need(tried)
-        if memory.phases.get("evaluation", 0) <= max(most_bytes, memory.phases["step"]) or size == 1 or given:
-            return Chosen(tried, memory)
-        size //= 2
+def _no_pieces(recipe: Recipe, now: Now) -> str:
+    return "it is on already" if now.chunked_loss else whole_logits(recipe, now.plain_logits, now.torch_compile)
 
 
-def settle(
-    recipe: Recipe, chosen: Chosen, rows_per_process: int, room: Room, plain: str, whole: str, ledger: Ledger
-) -> None:
-    """Write down what was chosen, and why.
-
-    Args:
-        recipe: As given.
-        chosen: The levers.
-        rows_per_process: Share of the global batch of one process.
-        room: What one process may take.
-        plain: The optimizer that would have been taken where everything fits.
-        whole: Why the loss needs whole logits.
-        ledger: Where it is written.
-    """
-    train, levers, memory = recipe.train, chosen.levers, chosen.memory
-    peak = f"{in_words(memory.phases['step'])} of {room.where}"
-    if levers.micro_batch_size == rows_per_process:
-        why = f"the whole global batch fits: a step needs {peak}"
-    else:
-        why = f"the largest part of the global batch that fits: a step needs {peak}"
-    ledger.settle("train.micro_batch_size", train.micro_batch_size, levers.micro_batch_size, why)
-    ledger.settle("gradient accumulation", None, levers.accumulation, "global batch / (micro batch x processes)")
-    ledger.settle(
-        "train.activation_checkpointing",
-        train.activation_checkpointing if levers.can_recompute else None,
-        levers.activation_checkpointing,
-        chosen.why_recomputed,
-    )
-    if FACTS[recipe.task].writes:
-        pieces = "logits of all tokens never exist at once"
-        pieces = pieces if levers.chunked_loss else whole
-        ledger.settle("train.chunked_loss", train.chunked_loss, levers.chunked_loss, pieces)
-    if levers.optim != plain:
-        ledger.replace("train.optim", levers.optim, f"the state of {plain} does not fit into {room.where}")
-    why = "twice the micro batch" if levers.eval_batch_size == 2 * levers.micro_batch_size else "what fits"
-    ledger.settle("evaluate.batch_size", recipe.evaluate.batch_size, levers.eval_batch_size, why)
+def _no_recomputing(recipe: Recipe, now: Now) -> str:
+    if now.activation_checkpointing:
+        return "it is on already"
+    return "" if now.can_recompute else "this model cannot recompute its activations"
 
 
-def _micro_batch_words(least: Chosen, room: Room) -> str:
-    """The micro batch; where a smaller one would need more, also why."""
-    levers = least.levers
-    words = f"micro batch {levers.micro_batch_size}"
-    rows = levers.micro_batch_size * levers.accumulation
-    one = room.need(replace(levers, micro_batch_size=1, accumulation=rows)).peak
-    if levers.micro_batch_size == 1 or one <= least.memory.peak:
-        return words
-    return (
-        f"{words} (a smaller one needs more, {in_words(one)} with 1: gradients of earlier passes stay beside the next)"
-    )
+def _no_8_bits(recipe: Recipe, now: Now) -> str:
+    if now.optim == "adamw_8bit":
+        return "they are 8-bit already"
+    return "DeepSpeed shares out the optimizer" if deepspeed.wanted(recipe) else ""
 
 
-def _does_not_fit(recipe: Recipe, least: Chosen, room: Room) -> DoesNotFitError:
-    """What is short, and what would help."""
-    levers, need = least.levers, least.memory
-    least_words = [_micro_batch_words(least, room), levers.optim]
-    least_words += ["activation checkpointing"] if levers.activation_checkpointing else []
-    kinds = ", ".join(f"{name} {in_words(size)}" for name, size in need.kinds.items() if size)
-    parts = f" ({kinds})" if need.peak_phase == "step" else ""
-    ways = ways_out.of_memory(recipe, levers, room.available_bytes, room.need)
-    return DoesNotFitError(
-        [
-            f"{recipe.model.name}: {DOING[need.peak_phase]} needs {in_words(need.peak)}{parts} even with "
-            f"{', '.join(least_words)}, but there are {room.where}",
-            *ways_out.in_lines(ways),
-        ]
-    )
+def _no_narrow_weights(recipe: Recipe, now: Now) -> str:
+    if now.weights_dtype != "fp32":
+        return "they are already"
+    if deepspeed.wanted(recipe):
+        return "DeepSpeed keeps weights in fp32"
+    return "this GPU has no fast bf16" if now.precision == "fp16" else ""
+
+
+def _no_update_in_backward(recipe: Recipe, now: Now) -> str:
+    if now.optimizer_in_backward:
+        return "it is on already"
+    return "DeepSpeed updates by itself" if deepspeed.wanted(recipe) else ""
+
+
+def _update_in_backward_needs(recipe: Recipe, now: Now) -> str:
+    alone = now.gradient_accumulation_steps == 1 and now.num_processes == 1 and now.precision != "fp16"
+    return "" if alone and recipe.train.max_grad_norm == 0 else "train.max_grad_norm: 0 and no accumulation"
+
+
+def _half_length(recipe: Recipe, now: Now) -> list[Changes]:
+    assert isinstance(now, MemorySettings), "a plan's rows are cut already"
+    return [{"longest_tokens": now.longest_tokens // 2}]
+
+
+def _no_shorter_rows(recipe: Recipe, now: Now) -> str:
+    assert isinstance(now, MemorySettings)
+    return "they are short already" if now.longest_tokens < 2 * SHORTEST else ""
+
+
+def _no_offloading(recipe: Recipe, now: Now) -> str:
+    if isinstance(now, Plan) and now.device == "cpu":
+        return "without a GPU everything is in the host's memory"
+    if deepspeed.wanted(recipe):
+        return f"set offload_optimizer and offload_param in {DEEPSPEED} yourself"
+    return f"not done by itself; set train.extra: {in_yaml(_ON_HOST)} yourself (pip install 'fulltune[deepspeed]')"
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+_NARROW = {"weights_dtype": "bf16", "precision": "bf16", "optim": "adamw_bf16", "bf16_rounding": "stochastic"}
+LEVERS = (
+    Lever(
+        name="computations in 16 bits",
+        setting="train.precision",
+        costs="rounding",
+        options=_half_precision,
+        obstacle=_computes_in_16_bits,
+        same_result=False,
+        measured="{precision} computations",
+    ),
+    Lever(
+        name="smaller micro batch",
+        setting="train.micro_batch_size",
+        costs="nothing but some speed",
+        options=_smaller_batches,
+        obstacle=_no_smaller_batch,
+        done="micro batch {micro_batch_size} instead of {now.micro_batch_size}, the same global batch of "
+        "{now.global_batch_size}",
+        way_out=True,
+        fallback=("step",),
+        kept=False,
+    ),
+    Lever(
+        name="smaller eval batch",
+        setting="evaluate.batch_size",
+        costs="nothing but some speed",
+        options=_half_eval_batch,
+        obstacle=_no_smaller_eval_batch,
+        done="eval batch {eval_batch_size} instead of {now.eval_batch_size}",
+        fallback=("evaluation",),
+        kept=False,
+    ),
+    Lever(
+        name="chunked loss",
+        setting="train.chunked_loss",
+        costs="nothing but some speed",
+        changes={"chunked_loss": True},
+        obstacle=_no_pieces,
+        done="chunked loss on",
+        frees=("logits",),
+        way_out=True,
+        fallback=("step",),
+        measured="chunked loss",
+    ),
+    Lever(
+        name="activation checkpointing",
+        setting="train.activation_checkpointing",
+        costs="a third more operations",
+        changes={"activation_checkpointing": True},
+        obstacle=_no_recomputing,
+        done="activation checkpointing on",
+        frees=("activations",),
+        searched=True,
+        way_out=True,
+        fallback=("step",),
+        measured="activation checkpointing",
+    ),
+    Lever(
+        name="8-bit AdamW states",
+        setting="train.optim",
+        costs="moments of 8 bits",
+        changes={"optim": "adamw_8bit"},
+        obstacle=_no_8_bits,
+        done="AdamW's states in 8 bits (train.optim: adamw_8bit), which changes the result a little",
+        frees=("optimizer",),
+        same_result=False,
+        searched=True,
+        way_out=True,
+        fallback=("step", "evaluation", "saving", "resuming"),
+        measured="8-bit AdamW",
+    ),
+    Lever(
+        name="bf16 weights",
+        setting="model.weights_dtype",
+        costs="weights of 16 bits, rounded at random",
+        changes=_NARROW,
+        obstacle=_no_narrow_weights,
+        frees=("weights", "gradients", "optimizer"),
+        same_result=False,
+        way_out=True,
+    ),
+    Lever(
+        name="bf16 weights and 8-bit AdamW states",
+        setting="model.weights_dtype",
+        also="train.optim",
+        costs="weights of 16 bits, moments of 8",
+        changes=_NARROW | {"optim": "adamw_8bit"},
+        obstacle=_no_narrow_weights,
+        same_result=False,
+        way_out=True,
+    ),
+    Lever(
+        name="optimizer in backward",
+        setting="train.optimizer_in_backward",
+        costs="no clipping of gradients",
+        changes={"optimizer_in_backward": True},
+        obstacle=_no_update_in_backward,
+        needs=_update_in_backward_needs,
+        frees=("gradients",),
+        same_result=False,
+        measured="optimizer in backward",
+    ),
+    Lever(
+        name="shorter rows",
+        setting="data.max_length",
+        costs="longer rows are cut",
+        options=_half_length,
+        obstacle=_no_shorter_rows,
+        same_result=False,
+        way_out=True,
+    ),
+    Lever(
+        name="offload",
+        setting=DEEPSPEED,
+        costs="speed, and memory of the host",
+        obstacle=_no_offloading,
+        fallback=ANYWHERE,
+    ),
+)
+"""The mildest first."""
+
+
+def proposal(recipe: Recipe, now: Now, kind: MemoryKind) -> str:
+    """What would free most of a kind of tensors, as a setting with its value; else what is left to do."""
+    for lever in LEVERS:
+        if kind in lever.frees and not lever.obstacle(recipe, now):
+            changes = lever.apply(recipe, now)[-1]
+            value = next(value for name, value in changes.items() if SETTING_OF[name] == lever.setting)
+            needs = lever.needs(recipe, now)
+            return f"{lever.setting}: {in_yaml(value)}" + (f" (with {needs})" if needs else "")
+    if kind in ("weights", "gradients", "optimizer"):
+        return "a smaller model"
+    return "smaller images" if FACTS[recipe.task].reads == "image" else "a smaller data.max_length"

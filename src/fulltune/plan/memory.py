@@ -13,13 +13,13 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Levers:
-    """What a plan can change about its memory."""
+class MemorySettings:
+    """What a plan can change about its memory; fields that a plan has too are called the same."""
 
     micro_batch_size: int
     longest_tokens: int
     """Tokens of the longest row; with several choices of the longest choice."""
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     precision: str = "fp32"
     weights_dtype: str = "fp32"
     optim: str = "adamw_torch_fused"
@@ -27,10 +27,12 @@ class Levers:
     activation_checkpointing: bool = False
     can_recompute: bool = True
     """The model offers activation checkpointing."""
+    plain_logits: bool = True
+    """The loss may take the logits in pieces."""
+    torch_compile: bool = False
     chunked_loss: bool = False
     optimizer_in_backward: bool = False
     eval_batch_size: int = 1
-    max_grad_norm: float = 1.0
     num_processes: int = 1
     num_saves: int | None = None
     """Checkpoints that the run writes; for the disk. None: many."""
@@ -38,8 +40,6 @@ class Levers:
     """Parameters with what the method adds; None: it adds none."""
     num_trained: int | None = None
     """Parameters that are trained; None: all."""
-    trained_share: float = 1.0
-    """Share of a micro batch's tokens that are trained, at most: only they have logits."""
 
 
 # ---- beyond live tensors: fitted on the calibration cells of bench/memory_prediction.py ----------------------------
@@ -59,34 +59,34 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 """Tokens whose logits a chunked loss holds at a time: see `fulltune.models.chunked_loss`."""
 
 
-def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> MemoryNeed:
+def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device: str) -> MemoryNeed:
     """What one process needs on its device, beyond what the libraries themselves take.
 
     Args:
         shapes: The model's sizes.
-        footprint: The model's memory as traced; holds the precision and checkpointing of `levers`.
-        levers: The settings.
+        footprint: The model's memory as traced; holds the precision and checkpointing of `settings`.
+        settings: The settings.
         device: `cpu` or `cuda`.
     """
-    state = state_of(shapes.num_parameters, levers)
-    moments = _moments(shapes, footprint, levers, state, device)
+    state = state_of(shapes.num_parameters, settings)
+    moments = _moments(shapes, footprint, settings, state, device)
     kinds = max(moments, key=lambda one: sum(one.values())).copy()
-    beyond, heap = _beyond_tensors(moments, shapes, footprint, levers, device)
+    beyond, heap = _beyond_tensors(moments, shapes, footprint, settings, device)
     on_cpu = device == "cpu"
     kept = state.weights + state.optimizer
     around = round(STATE_SHARE * kept) if on_cpu else 0
     kinds["buffers"] += beyond + around
-    if levers.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
+    if settings.num_processes > 1:  # DistributedDataParallel sends gradients from buckets of its own
         kinds["buffers"] += state.gradients
-    rows = levers.eval_batch_size * footprint.sequences_per_row
+    rows = settings.eval_batch_size * footprint.sequences_per_row
     scored = [
-        _in_pieces(one.bytes(rows, levers.longest_tokens, levers.trained_share), shapes, levers, device, 0)
-        for one in footprint.evaluation[levers.precision]
+        _in_pieces(one.bytes(rows, settings.longest_tokens), shapes, settings, device, 0)
+        for one in footprint.evaluation[settings.precision]
     ]
     passing = max(scored, key=lambda one: sum(one.values()))
     base = CUDA_CONTEXT_BYTES if device == "cuda" else FIRST_CALLS_BYTES
     # Weights of another type than the file's are made beside it; for a GPU both are in the host's memory.
-    read = 4 * shapes.num_parameters if levers.weights_dtype == "bf16" and on_cpu else 0
+    read = 4 * shapes.num_parameters if settings.weights_dtype == "bf16" and on_cpu else 0
     phases: dict[Phase, int] = {
         "loading": state.weights + read + base,
         "step": sum(kinds.values()),
@@ -96,13 +96,17 @@ def need(shapes: Shapes, footprint: Footprint, levers: Levers, device: str) -> M
         # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.
         "resuming": state.weights + max(state.weights + read if on_cpu else 0, state.optimizer) + base,
     }
-    if levers.num_trained is not None:  # a checkpoint holds only what is trained
+    if settings.num_trained is not None:  # a checkpoint holds only what is trained
         phases["resuming"] = state.weights + state.gradients + state.optimizer + base
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
 def _beyond_tensors(
-    moments: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, levers: Levers, device: str
+    moments: Sequence[Mapping[MemoryKind, int]],
+    shapes: Shapes,
+    footprint: Footprint,
+    settings: MemorySettings,
+    device: str,
 ) -> tuple[int, int]:
     """What the process holds at its peak beyond the tensors of the highest moment, and what its heap keeps after that.
 
@@ -111,12 +115,12 @@ def _beyond_tensors(
     """
     if device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
-    tokens = levers.micro_batch_size * footprint.sequences_per_row * levers.longest_tokens * levers.trained_share
-    if levers.chunked_loss:
+    tokens = settings.micro_batch_size * footprint.sequences_per_row * settings.longest_tokens
+    if settings.chunked_loss:
         tokens = min(tokens, CHUNK_TOKENS[device])
     logits_are_large = 4 * tokens * shapes.vocab_size >= SMALL_BYTES
-    size = BYTES[levers.weights_dtype]
-    trained = num_trained(shapes.num_parameters, levers)
+    size = BYTES[settings.weights_dtype]
+    trained = num_trained(shapes.num_parameters, settings)
     small_share = 1 - _large_share(trained, footprint, size)
     parts = []
     for kinds in moments:
@@ -146,24 +150,24 @@ def _large_share(trained: int, footprint: Footprint, size: int) -> float:
 
 
 def _moments(
-    shapes: Shapes, footprint: Footprint, levers: Levers, state: StateBytes, device: str
+    shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: StateBytes, device: str
 ) -> list[dict[MemoryKind, int]]:
     """Bytes by kind at each moment of a step that may be the highest."""
-    variant = footprint.variant(levers.precision, levers.activation_checkpointing)
-    rows = levers.micro_batch_size * footprint.sequences_per_row
+    variant = footprint.variant(settings.precision, settings.activation_checkpointing)
+    rows = settings.micro_batch_size * footprint.sequences_per_row
     held: dict[MemoryKind, int] = {"weights": state.weights, "optimizer": state.optimizer}
     found: list[dict[MemoryKind, int]] = []
     for moments, already in ((variant.first, 0), (variant.later, state.gradients)):
-        if already and levers.accumulation == 1:
+        if already and settings.gradient_accumulation_steps == 1:
             continue
         for moment in moments:
-            kinds = moment.bytes(rows, levers.longest_tokens, levers.trained_share)
-            kinds = _in_pieces(kinds, shapes, levers, device, already)
-            if levers.optimizer_in_backward:  # each gradient goes as soon as it came
-                kinds["gradients"] = min(kinds["gradients"], footprint.largest_tensor * BYTES[levers.weights_dtype])
+            kinds = moment.bytes(rows, settings.longest_tokens)
+            kinds = _in_pieces(kinds, shapes, settings, device, already)
+            if settings.optimizer_in_backward:  # each gradient goes as soon as it came
+                kinds["gradients"] = min(kinds["gradients"], footprint.largest_tensor * BYTES[settings.weights_dtype])
             found.append(_together(held, kinds))
-    if not levers.optimizer_in_backward:
-        scratch = _scratch(footprint, levers)
+    if not settings.optimizer_in_backward:
+        scratch = _scratch(footprint, settings)
         update: dict[Kind, int] = {"gradients": state.gradients, "activations": 0, "logits": 0, "buffers": scratch}
         found.append(_together(held, update))
     return found
@@ -177,26 +181,26 @@ def _together(held: Mapping[MemoryKind, int], passing: Mapping[Kind, int]) -> di
 
 
 def _in_pieces(
-    kinds: dict[Kind, int], shapes: Shapes, levers: Levers, device: str, gradients_before: int
+    kinds: dict[Kind, int], shapes: Shapes, settings: MemorySettings, device: str, gradients_before: int
 ) -> dict[Kind, int]:
     """With a chunked loss: the logits of a piece, and the head's gradient, which is made with them."""
-    if not levers.chunked_loss:
+    if not settings.chunked_loss:
         return kinds
-    halves = 2 if levers.precision != "fp32" else 0
+    halves = 2 if settings.precision != "fp32" else 0
     piece = CHUNK_TOKENS[device] * shapes.vocab_size * (4 + halves)
-    head = shapes.vocab_size * shapes.hidden_size if levers.num_trained is None else 0  # else it is frozen
+    head = shapes.vocab_size * shapes.hidden_size if settings.num_trained is None else 0  # else it is frozen
     gradients = kinds["gradients"]
     if kinds["logits"]:
         gradients = max(gradients, gradients_before + 4 * head)
     # A tied embedding's gradient is added to the head's in place; that of whole logits is not.
-    most = BYTES[levers.weights_dtype] * num_trained(shapes.num_parameters, levers) + 4 * head
+    most = BYTES[settings.weights_dtype] * num_trained(shapes.num_parameters, settings) + 4 * head
     return {**kinds, "logits": min(kinds["logits"], piece), "gradients": min(gradients, most)}
 
 
-def _scratch(footprint: Footprint, levers: Levers) -> int:
+def _scratch(footprint: Footprint, settings: MemorySettings) -> int:
     """What the optimizer holds while it updates the largest tensor."""
     values = footprint.largest_tensor
-    match levers.optim:
+    match settings.optim:
         case "adamw_torch_fused" | "sgd":
             return 0
         case "adamw_8bit" | "adamw_bf16":
@@ -204,7 +208,7 @@ def _scratch(footprint: Footprint, levers: Levers) -> int:
         case "adafactor":
             return 3 * 4 * values
         case _:
-            return 2 * BYTES[levers.weights_dtype] * values
+            return 2 * BYTES[settings.weights_dtype] * values
 
 
 # ---- state -----------------------------------------------------------------------------------------------------
@@ -235,25 +239,25 @@ def known(optim: str) -> bool:
     return optim in _MOMENTS or optim in _AS_WEIGHTS
 
 
-def num_trained(num_parameters: int, levers: Levers) -> int:
+def num_trained(num_parameters: int, settings: MemorySettings) -> int:
     """Of a model with so many parameters, those that are trained."""
-    return num_parameters if levers.num_trained is None else levers.num_trained
+    return num_parameters if settings.num_trained is None else settings.num_trained
 
 
-def trained_dtype(levers: Levers) -> str:
+def trained_dtype(settings: MemorySettings) -> str:
     """Type of the trained weights: what a method adds is float32 whatever the model's weights are.
 
     A new head is of their type, as are the parts that a PEFT method trains in place; counted as float32 as well.
     """
-    return levers.weights_dtype if levers.num_trained is None else "fp32"
+    return settings.weights_dtype if settings.num_trained is None else "fp32"
 
 
-def state_of(num_parameters: int, levers: Levers) -> StateBytes:
+def state_of(num_parameters: int, settings: MemorySettings) -> StateBytes:
     """What exists between steps of a model with so many parameters: gradients and optimizer state of trained ones."""
-    held = num_parameters if levers.num_held is None else levers.num_held
-    trained = num_trained(num_parameters, levers)
-    state = state_bytes(trained, trained_dtype(levers), levers.optim, levers.bf16_rounding)
-    return state.model_copy(update={"weights": state.weights + (held - trained) * BYTES[levers.weights_dtype]})
+    held = num_parameters if settings.num_held is None else settings.num_held
+    trained = num_trained(num_parameters, settings)
+    state = state_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
+    return state.model_copy(update={"weights": state.weights + (held - trained) * BYTES[settings.weights_dtype]})
 
 
 def state_bytes(

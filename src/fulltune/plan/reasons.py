@@ -9,13 +9,13 @@ from fulltune.records.plan import Setting
 FROM_RECIPE = "from the recipe"
 
 
-class Ledger:
-    """Settles one setting after another and keeps the reasons."""
+class Reasons:
+    """Each setting with its value and why it has it."""
 
     def __init__(self) -> None:
         self.settings: list[Setting] = []
 
-    def settle(self, name: str, given: Any, chosen: Any = None, reason: str = "") -> Any:
+    def add(self, name: str, given: Any, chosen: Any = None, reason: str = "") -> Any:
         """The recipe's value if it gave one, else the chosen one."""
         value, why = (given, FROM_RECIPE) if given is not None else (chosen, reason)
         self.settings.append(Setting(name=name, value=value, reason=why, chosen=given is None))

@@ -10,7 +10,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import defaults, memory, time
-from fulltune.plan.reasons import FROM_RECIPE, Ledger
+from fulltune.plan.reasons import FROM_RECIPE, Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
@@ -24,19 +24,19 @@ LEAST_BF16_SPEEDUP = 1.2
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
     """What the plan will say, for what has to be known before it."""
-    ledger = Ledger()
-    found = device(recipe, machine, ledger)
-    return found, str(precision(recipe, machine, found, ledger))
+    reasons = Reasons()
+    found = device(recipe, machine, reasons)
+    return found, str(precision(recipe, machine, found, reasons))
 
 
-def device(recipe: Recipe, machine: Machine, ledger: Ledger) -> str:
+def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     wanted = recipe.train.device
     if wanted == "cuda" and not machine.gpus:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
     found = "cuda" if machine.gpus else "cpu"
     count = len(machine.gpus)
     reason = f"{count} GPU{'s' * (count > 1)} found" if count else "no GPU found"
-    device = str(ledger.settle("train.device", None if wanted == "auto" else wanted, found, reason))
+    device = str(reasons.add("train.device", None if wanted == "auto" else wanted, found, reason))
     if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
         raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but the number of GPUs is {count}")
     if device == "cpu" and recipe.train.num_processes > machine.num_cores:
@@ -47,7 +47,7 @@ def device(recipe: Recipe, machine: Machine, ledger: Ledger) -> str:
     return device
 
 
-def precision(recipe: Recipe, machine: Machine, device: str, ledger: Ledger) -> Any:
+def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
     wanted = recipe.train.precision
     if wanted == "fp16" and device == "cpu":
         raise RecipeError(
@@ -72,26 +72,26 @@ def precision(recipe: Recipe, machine: Machine, device: str, ledger: Ledger) -> 
         )
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
         chosen, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
-    return ledger.settle("train.precision", None if wanted == "auto" else wanted, chosen, reason)
+    return reasons.add("train.precision", None if wanted == "auto" else wanted, chosen, reason)
 
 
-def optimizer(recipe: Recipe, ledger: Ledger) -> tuple[str, Any]:
+def optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
     """The optimizer, and how bf16 weights are rounded."""
     train = recipe.train
     if recipe.model.weights_dtype == "fp32":
-        return _named(train.optim, "adamw_torch_fused", "AdamW in fp32, one kernel", ledger), None
-    rounding = ledger.settle(
+        return _named(train.optim, "adamw_torch_fused", "AdamW in fp32, one kernel", reasons), None
+    rounding = reasons.add(
         "train.bf16_rounding", train.bf16_rounding, "stochastic", "bf16 weights: rounded to nearest, updates vanish"
     )
     plain = "adamw_torch_fused" if rounding == "nearest" else "adamw_bf16"
-    return _named(train.optim, plain, "the weights are bf16", ledger), rounding
+    return _named(train.optim, plain, "the weights are bf16", reasons), rounding
 
 
-def _named(given: str | None, chosen: str, reason: str, ledger: Ledger) -> str:
-    optim = str(ledger.settle("train.optim", given, chosen, reason))
+def _named(given: str | None, chosen: str, reason: str, reasons: Reasons) -> str:
+    optim = str(reasons.add("train.optim", given, chosen, reason))
     if not memory.known(optim):
         why = f"{FROM_RECIPE}; the size of its state is not known here: planned as AdamW's"
-        ledger.settings[-1] = ledger.settings[-1].model_copy(update={"reason": why})
+        reasons.settings[-1] = reasons.settings[-1].model_copy(update={"reason": why})
     return optim
 
 
@@ -114,17 +114,17 @@ def in_backward_problems(recipe: Recipe, micro_batch_size: int, accumulation: in
     return problems
 
 
-def metric(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> str:
+def metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
     possible = FACTS[recipe.task].choosing[summary.problem_type]
     wanted = recipe.evaluate.metric
     if wanted is not None and wanted not in possible:
         raise RecipeError(wrong_metric(wanted, summary.problem_type, possible))
     return str(
-        ledger.settle("evaluate.metric", wanted, possible[0], f"usual for {summary.problem_type.replace('_', ' ')}")
+        reasons.add("evaluate.metric", wanted, possible[0], f"usual for {summary.problem_type.replace('_', ' ')}")
     )
 
 
-def global_batch(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> int:
+def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
     usual = 16 if FACTS[recipe.task].writes else 32
@@ -133,7 +133,7 @@ def global_batch(recipe: Recipe, summary: DataSummary, ledger: Ledger) -> int:
         usual //= 2
     chosen = math.ceil(usual / per_pass) * per_pass
     return int(
-        ledger.settle(
+        reasons.add(
             "train.global_batch_size", train.global_batch_size, chosen, f"usual for {recipe.task} with this many rows"
         )
     )
@@ -154,57 +154,57 @@ class Steps:
         return time.occasions(self.total, self.between_evaluations, self.between_saves)
 
 
-def steps(recipe: Recipe, rows: int, global_batch: int, ledger: Ledger) -> Steps:
+def steps(recipe: Recipe, rows: int, global_batch: int, reasons: Reasons) -> Steps:
     """How long the training is, and when it evaluates and saves."""
     per_epoch = math.ceil(rows / global_batch)
-    epochs, total = _duration(recipe, rows, per_epoch, ledger)
+    epochs, total = _duration(recipe, rows, per_epoch, reasons)
     between = min(total, recipe.train.eval_steps or per_epoch)
     return Steps(epochs, total, between, recipe.train.save_steps or between)
 
 
-def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, ledger: Ledger) -> tuple[float, int]:
+def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, reasons: Reasons) -> tuple[float, int]:
     train = recipe.train
     if train.max_steps is not None:
-        ledger.settle("train.max_steps", train.max_steps)
+        reasons.add("train.max_steps", train.max_steps)
         return train.max_steps / steps_per_epoch, train.max_steps
     epochs, why = defaults.num_train_epochs(recipe.task, rows)
-    epochs = float(ledger.settle("train.num_train_epochs", train.num_train_epochs, epochs, why))
+    epochs = float(reasons.add("train.num_train_epochs", train.num_train_epochs, epochs, why))
     return epochs, math.ceil(epochs * steps_per_epoch)
 
 
-def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, ledger: Ledger) -> int:
+def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -> int:
     train = recipe.train
     if train.warmup_steps is not None and train.warmup_steps >= total_steps:
         raise RecipeError(
             f"train.warmup_steps: {train.warmup_steps}, but the run has {total_steps} steps; the rate would never fall"
         )
     if train.warmup_steps is not None:
-        return int(ledger.settle("train.warmup_steps", train.warmup_steps))
+        return int(reasons.add("train.warmup_steps", train.warmup_steps))
     ratio, why = defaults.warmup_ratio(recipe.task, shapes.head_is_kept)
-    ratio = ledger.settle("train.warmup_ratio", train.warmup_ratio, ratio, why)
+    ratio = reasons.add("train.warmup_ratio", train.warmup_ratio, ratio, why)
     # Rounded down: a warm-up over the whole of a very short run would never leave rate 0.
     return int(ratio * total_steps)
 
 
-def caveats(footprint: Footprint, ledger: Ledger) -> None:
+def caveats(footprint: Footprint, reasons: Reasons) -> None:
     """What the plan's memory rests on, where it is no trace of the model at the data's sizes."""
     if footprint.rough:
         why = f"this model cannot be traced ({footprint.rough}): by a rule of thumb; the dry-run step will tell"
-        ledger.settle("memory", None, "rough", why)
+        reasons.add("memory", None, "rough", why)
     if footprint.assumed:
-        ledger.settle("memory.inputs", None, "assumed", footprint.assumed)
+        reasons.add("memory.inputs", None, "assumed", footprint.assumed)
 
 
 def notes(footprint: Footprint) -> tuple[str, ...]:
     """The same in lines, for what has no plan."""
-    ledger = Ledger()
-    caveats(footprint, ledger)
-    return tuple(f"{one.name}: {one.value}: {one.reason}" for one in ledger.settings)
+    reasons = Reasons()
+    caveats(footprint, reasons)
+    return tuple(f"{one.name}: {one.value}: {one.reason}" for one in reasons.settings)
 
 
-def everything_else(recipe: Recipe, ledger: Ledger) -> None:
+def everything_else(recipe: Recipe, reasons: Reasons) -> None:
     """Fields with a fixed default: recorded so that the report lists every setting."""
-    named = {setting.name for setting in ledger.settings}
+    named = {setting.name for setting in reasons.settings}
     for block in ("model", "data", "method", "train", "evaluate"):
         values = getattr(recipe, block)
         for field in type(values).model_fields:
@@ -213,6 +213,6 @@ def everything_else(recipe: Recipe, ledger: Ledger) -> None:
             if name in named or value is None or name in ("data.train", "data.eval", "data.test"):
                 continue
             given = field in values.model_fields_set
-            ledger.settings.append(
+            reasons.settings.append(
                 Setting(name=name, value=value, reason=FROM_RECIPE if given else "default", chosen=not given)
             )

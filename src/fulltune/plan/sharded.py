@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fulltune.footprint.records import Footprint, Moment
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
-from fulltune.plan.memory import Levers
+from fulltune.plan.memory import MemorySettings
 from fulltune.records.plan import MemoryKind, StateBytes
 from fulltune.system import deepspeed
 
@@ -76,28 +76,30 @@ def _gathered(shared: deepspeed.Zero, per_parameter: tuple[int, int, int], shape
     return buckets + 2 * max(min(parameters, LIVE_VALUES), unit)
 
 
-def passing(footprint: Footprint, precision: str, levers: Levers) -> dict[MemoryKind, int]:
+def passing(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
     """Activations and logits of a micro batch at their highest.
 
     Args:
         footprint: The model's memory.
         precision: A traced one.
-        levers: The micro batch and its treatment.
+        settings: The micro batch and its treatment.
     """
-    moments = footprint.variant(precision, levers.activation_checkpointing).first
-    return _highest(moments, footprint, levers.micro_batch_size, levers)
+    moments = footprint.variant(precision, settings.activation_checkpointing).first
+    return _highest(moments, footprint, settings.micro_batch_size, settings)
 
 
-def scoring(footprint: Footprint, precision: str, levers: Levers) -> dict[MemoryKind, int]:
+def scoring(footprint: Footprint, precision: str, settings: MemorySettings) -> dict[MemoryKind, int]:
     """The same of an eval batch, forward alone."""
-    return _highest(footprint.evaluation[precision], footprint, levers.eval_batch_size, levers)
+    return _highest(footprint.evaluation[precision], footprint, settings.eval_batch_size, settings)
 
 
-def _highest(moments: Sequence[Moment], footprint: Footprint, batch_size: int, levers: Levers) -> dict[MemoryKind, int]:
+def _highest(
+    moments: Sequence[Moment], footprint: Footprint, batch_size: int, settings: MemorySettings
+) -> dict[MemoryKind, int]:
     rows = batch_size * footprint.sequences_per_row
-    part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * levers.longest_tokens)) if levers.chunked_loss else 1.0
+    part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0
     held: list[dict[MemoryKind, int]] = []
     for moment in moments:
-        found = moment.bytes(rows, levers.longest_tokens, levers.trained_share)
+        found = moment.bytes(rows, settings.longest_tokens)
         held.append({"activations": found.get("activations", 0), "logits": round(part * found.get("logits", 0))})
     return max(held, key=lambda one: sum(one.values()))

@@ -12,30 +12,52 @@ a head alone no backward pass through the model. A device does a share of what i
 - GPU, half of the data sheet for models 2,048 wide and more, less for narrow ones. Not measured by us; torchtune's 8B
   on an RTX 4090 reached 0.64 of it, recomputation counted.
 
-The optimizer's update reads and writes its state once and is bound by memory: 36 bytes a parameter for AdamW in fp32
-(weight, gradient and both moments read, three of them written, and two passes of clipping over the gradients).
+Seconds of a step: the longest of three that overlap, and two that follow:
+
+- computing: operations / (devices x rate), on a GPU at least 2 ms for each layer and pass, which launching its kernels
+  takes, and 5 ms a step for the loop around it (usual figures, not measured by us);
+- the link to the host: bf16 weights in, once forward and once backward for each micro batch, gradients out: each
+  device moves its share;
+- the other devices: (N - 1) / N x bytes of each collective; all-reduce counts twice, weights that are shared out are
+  gathered forward and backward for each micro batch;
+- then the optimizer, which reads and writes its state once and is bound by memory: 36 bytes a parameter for AdamW in
+  fp32 (weight, gradient and both moments read, three of them written, and two passes of clipping over the gradients),
+  or on the host 28 (fp32 moments and weights, bf16 gradients and weights) at the bandwidth of its memory; a fixed 5.8 s
+  a step was measured for 8.03 B parameters on a desktop, 28 x 8.03 GB / 5.8 s = 39 GB/s;
+- and the disk: 12 bytes a parameter read at 5 GB/s and written at 3.5 GB/s.
+
+Links are taken at 0.8 of the data sheet (25 of 32 GB/s were measured on PCIe 4, 53 of 64 on PCIe 5).
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan.gpus import Fleet
+from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan, TimeNeed
+from fulltune.system import deepspeed
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
 """Least hidden size, share of the data sheet's rate."""
 GPU_FP32_SHARE = 1 / 8
 """fp32 on a GPU without TF32, against 16-bit: 1/16 on an A100, 1/8 on a V100, 1/2 on an RTX 4090."""
-UPDATE_BYTES = 36
+LINK_SHARE = 0.8
+LAUNCH_SECONDS, LOOP_SECONDS = 0.002, 0.005
+UPDATE_BYTES, HOST_UPDATE_BYTES = 36, 28
+HOST_SHARE = 0.65
+"""Of the host's bandwidth that a CPU optimizer reaches: 39 of 60 GB/s."""
+DISK_READ, DISK_WRITE = 5e9, 3.5e9
+"""Bytes a second of one NVMe disk."""
 PADDING_GROUPED = 1.07
 """Measured with rows of similar length together: 6.6 % (docs/log.md)."""
 DISK_BYTES_PER_SECOND = 10**9
@@ -103,14 +125,78 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
 def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None:
     """Operations a second of one device in training; None when nothing is known of it."""
     if fleet.machine.gpus:
-        if fleet.card is None:
+        if fleet.gpu_model is None:
             return None
         share = next(share for least, share in GPU_UTILISATION if hidden_size >= least)
-        return fleet.card.tflops * 1e12 * share * (GPU_FP32_SHARE if precision == "fp32" else 1.0)
+        return fleet.gpu_model.tflops * 1e12 * share * (GPU_FP32_SHARE if precision == "fp32" else 1.0)
     if not fleet.machine.cpu_flops:
         return None
     speedup = fleet.machine.cpu_bf16_speedup if precision == "bf16" else 1.0
     return fleet.machine.cpu_flops * speedup * CPU_UTILISATION["bf16" if precision == "bf16" else "fp32"]
+
+
+def step_seconds(
+    fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, shared: deepspeed.Zero | None
+) -> dict[str, float]:
+    """Seconds of each part of an optimizer step; empty when the hardware's speed is not known.
+
+    Args:
+        fleet: The hardware.
+        shapes: The model's sizes.
+        work: What a row costs.
+        rows: Of a global batch.
+        settings: Micro batch, precision and the like.
+        shared: What DeepSpeed or FSDP2 share out; None: each device holds everything.
+    """
+    rate = device_flops(fleet, settings.precision, shapes.hidden_size)
+    if rate is None:
+        return {}
+    devices, accumulation = settings.num_processes, settings.gradient_accumulation_steps
+    # Processes on a CPU share its cores.
+    rate *= devices if fleet.machine.gpus else 1
+    computing = work.step_flops(rows, settings.activation_checkpointing) / rate
+    launching = LAUNCH_SECONDS * shapes.num_layers * accumulation if fleet.machine.gpus else 0.0
+    trained = shapes.num_parameters if shapes.num_trained is None else shapes.num_trained
+    parts = {
+        "computing": max(computing, launching) + LOOP_SECONDS,
+        "host link": 0.0,
+        "other devices": 0.0,
+        "optimizer": _optimizer_seconds(trained, fleet, devices, shared),
+        "disk": 0.0,
+    }
+    gpu = fleet.gpu_model
+    if gpu is None:
+        return parts
+    # Only what has gradients is sent to other devices and updated.
+    moved = trained * (devices - 1) / devices
+    peers, link = (rate * 1e9 * LINK_SHARE for rate in (gpu.peer_gb_per_second, gpu.link_gb_per_second))
+    if shared is None or shared.stage == 2:
+        width = 4 if shared is None and settings.weights_dtype == "fp32" else 2
+        parts["other devices"] = 2 * width * moved / peers
+    else:
+        parts["other devices"] = (2 * 2 + 2) * moved * accumulation / peers
+    if shared is not None and shared.offload_optimizer:
+        weights_in = 2 * 2 * accumulation if shared.offload_weights else 2
+        parts["host link"] = (weights_in + 2 * accumulation) * trained / devices / link
+    if shared is not None and shared.optimizer_on_disk:
+        parts["disk"] = 12 * trained * (1 / DISK_READ + 1 / DISK_WRITE)
+    return parts
+
+
+def _optimizer_seconds(trained: int, fleet: Fleet, devices: int, shared: deepspeed.Zero | None) -> float:
+    host = fleet.host_memory_gb_per_second * 1e9
+    if fleet.gpu_model is None:
+        return UPDATE_BYTES * trained / host
+    if shared is not None and shared.offload_optimizer:
+        return HOST_UPDATE_BYTES * trained / (host * HOST_SHARE)
+    held = trained / devices if shared is not None else trained
+    return UPDATE_BYTES * held / (fleet.gpu_model.memory_gb_per_second * 1e9)
+
+
+def together(seconds: Mapping[str, float]) -> float:
+    """Of a whole step: the longest of the parts that overlap, and those that follow."""
+    overlapped = max(seconds[name] for name in ("computing", "host link", "other devices"))
+    return overlapped + seconds["optimizer"] + seconds["disk"]
 
 
 def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: float, forward_flops: float) -> TimeNeed:

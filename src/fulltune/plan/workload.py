@@ -1,4 +1,4 @@
-"""What is to be planned, as numbers that placements can be weighed with."""
+"""What is to be planned, and what its settings are judged by."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import disk, memory, placement, sharded, time
-from fulltune.plan import levers as choosing
-from fulltune.plan import resolve as settle
-from fulltune.plan.budget import LIBRARIES_BYTES
+from fulltune.plan import budget, defaults, resolve, time
+from fulltune.plan.budget import MemoryBudget, Needs
+from fulltune.plan.dotted import with_settings
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.reasons import Ledger
+from fulltune.plan.levers import whole_logits
+from fulltune.plan.memory import MemorySettings
+from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan
 from fulltune.system import deepspeed
-from fulltune.text import parse_bytes
 
 
 @dataclass(frozen=True)
-class Task:
+class Workload:
     """What is to be planned."""
 
     recipe: Recipe
@@ -35,6 +34,120 @@ class Task:
     """The number of processes follows from the hardware."""
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What the settings of a workload on a fleet are judged by: what they need, what there is, how fast they are."""
+
+    recipe: Recipe
+    shapes: Shapes
+    fleet: Fleet
+    num_devices: int
+    """Processes, one per device."""
+    global_batch_size: int
+    steps: resolve.Steps
+    group_by_length: bool
+    start: MemorySettings
+    """What is settled, with no lever taken: a micro batch of one row, nothing recomputed."""
+    needs: Needs
+    budget: MemoryBudget
+    """For the recipe's own placement."""
+    work: time.Work
+
+    @property
+    def rows_per_process(self) -> int:
+        """Share of the global batch."""
+        return max(1, self.global_batch_size // self.num_devices)
+
+    @property
+    def shared(self) -> deepspeed.Zero | None:
+        """What the recipe itself shares out."""
+        return deepspeed.zero_of(self.recipe)
+
+    def on(self, fleet: Fleet, num_devices: int) -> Basis:
+        """The same with more of the same devices, or in another host."""
+        return replace(self, fleet=fleet, num_devices=num_devices)
+
+    def seconds(self, settings: MemorySettings, shared: deepspeed.Zero | None) -> dict[str, float]:
+        """Of each part of an optimizer step; empty where the speed of the hardware is not known."""
+        return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, shared)
+
+    def speed(self, settings: MemorySettings) -> float | None:
+        """Tokens a second over all devices with the recipe's own placement; None where it is not known."""
+        seconds = self.seconds(settings, self.shared)
+        return self.global_batch_size * self.work.tokens_per_row / time.together(seconds) if seconds else None
+
+
+def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
+    """Settle what does not depend on memory, with reasons.
+
+    Args:
+        workload: Recipe, model and data.
+        fleet: The hardware.
+        reasons: Where the reasons are written.
+        own_loss: The user gave `compute_loss`, which needs whole logits.
+
+    Raises:
+        RecipeError: When settings contradict each other or the machine.
+    """
+    recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
+    train, reasons = recipe.train, reasons or Reasons()
+    if train.activation_checkpointing and not shapes.can_recompute:
+        raise RecipeError(
+            f"train.activation_checkpointing: true, but {shapes.model_type} cannot recompute its activations; remove it"
+        )
+    device = resolve.device(recipe, fleet.machine, reasons)
+    precision = resolve.precision(recipe, fleet.machine, device, reasons)
+    optim, rounding = resolve.optimizer(recipe, reasons)
+    global_batch = resolve.global_batch(recipe, summary, reasons)
+    steps = resolve.steps(recipe, summary.splits["train"].rows, global_batch, reasons)
+    grouped, why = defaults.group_by_length(summary.length_explained)
+    grouped = reasons.add("train.group_by_length", train.group_by_length, grouped, why)
+    footprint = workload.footprint(recipe.model.weights_dtype)
+    plain_logits = shapes.plain_logits and not own_loss
+    start = MemorySettings(
+        micro_batch_size=1,
+        longest_tokens=summary.max_length,
+        precision=precision,
+        weights_dtype=recipe.model.weights_dtype,
+        optim=optim,
+        bf16_rounding=rounding,
+        activation_checkpointing=bool(train.activation_checkpointing),
+        can_recompute=shapes.can_recompute,
+        plain_logits=plain_logits,
+        chunked_loss=takes_pieces(recipe, plain_logits),
+        optimizer_in_backward=train.optimizer_in_backward,
+        num_processes=train.num_processes,
+        num_held=shapes.num_held,
+        num_trained=shapes.num_trained,
+        num_saves=steps.num_saves,
+    )
+    return Basis(
+        recipe=recipe,
+        shapes=shapes,
+        fleet=fleet,
+        num_devices=train.num_processes,
+        global_batch_size=global_batch,
+        steps=steps,
+        group_by_length=grouped,
+        start=start,
+        needs=Needs(shapes, footprint, recipe.model.weights_dtype, device),
+        budget=budget.of(recipe, shapes, footprint, fleet.machine, device),
+        work=time.work_of(
+            summary,
+            footprint,
+            grouped,
+            methods.virtual_tokens(recipe),
+            time.backward_of(recipe.method.kind, shapes),
+        ),
+    )
+
+
+def takes_pieces(recipe: Recipe, plain_logits: bool) -> bool:
+    """Whether the loss is computed in pieces: for tasks that write, unless something needs whole logits."""
+    given = recipe.train.chunked_loss
+    return not whole_logits(recipe, plain_logits) if given is None else given
+
+
 def spread_over(recipe: Recipe, fleet: Fleet) -> Recipe:
     """The recipe with a process for each device of hardware that is not here, unless it says how many.
 
@@ -42,9 +155,9 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> Recipe:
         RecipeError: When the recipe's batches cannot be shared by so many.
     """
     train, devices = recipe.train, fleet.num_devices
-    if not fleet.here and fleet.card is not None and train.device == "cpu":
+    if not fleet.here and fleet.gpu_model is not None and train.device == "cpu":
         raise RecipeError("train.device: 'cpu' but --for names a GPU; add --set train.device=auto")
-    if not fleet.here and fleet.card is None and train.device == "cuda":
+    if not fleet.here and fleet.gpu_model is None and train.device == "cuda":
         raise RecipeError("train.device: 'cuda' but --for names no GPU; add --set train.device=auto")
     if fleet.here or devices == 1 or "num_processes" in train.model_fields_set:
         return recipe
@@ -55,103 +168,4 @@ def spread_over(recipe: Recipe, fleet: Fleet) -> Recipe:
             f"train.global_batch_size: {train.global_batch_size} cannot be shared by {devices} devices{micro}; set a "
             f"multiple of {each}, or train.num_processes"
         )
-    return recipe.model_copy(update={"train": train.model_copy(update={"num_processes": devices})})
-
-
-def load_of(task: Task, fleet: Fleet, planned: Plan | None) -> placement.Load:
-    recipe, shapes, summary = choosing.possible(task.recipe, task.shapes), task.shapes, task.summary
-    ledger = Ledger()
-    device = settle.device(recipe, fleet.machine, ledger)
-    precision = settle.precision(recipe, fleet.machine, device, ledger)
-    optim, rounding = settle.optimizer(recipe, ledger)
-    train = recipe.train
-    # Without DeepSpeed: ways that have it are given whole logits.
-    pieces = choosing.chunked_loss(without_deepspeed(recipe), shapes)
-    start = choosing.before_choosing(recipe, shapes, summary, precision, optim, rounding, pieces)
-    given = {
-        "train.num_processes": train.num_processes,
-        "train.optim": train.optim,
-        "train.bf16_rounding": train.bf16_rounding,
-        "train.optimizer_in_backward": train.optimizer_in_backward,
-        "train.chunked_loss": train.chunked_loss,
-        "train.precision": train.precision,
-        "train.extra.deepspeed": train.extra.get("deepspeed"),
-        "model.weights_dtype": recipe.model.weights_dtype,
-    }
-    shared = deepspeed.zero_of(recipe)
-    global_batch = settle.global_batch(recipe, summary, ledger)
-    start = replace(start, num_saves=settle.steps(recipe, summary.splits["train"].rows, global_batch, ledger).num_saves)
-    on_disk = disk.need(recipe, shapes.num_parameters, start)
-    # A way that offloads to disk has DeepSpeed's checkpoints.
-    checkpoints = on_disk.num_checkpoints * disk.DEEPSPEED_BYTES * shapes.num_parameters + 8 * shapes.num_parameters
-    return placement.Load(
-        shapes=shapes,
-        global_batch_size=global_batch,
-        levers=start,
-        checkpointing=(False, True) if train.activation_checkpointing is None else (train.activation_checkpointing,),
-        micro_batch_size=train.micro_batch_size,
-        need=lambda levers: _need(task, start, levers, device),
-        passing=lambda levers: _passing(task, start, levers),
-        work=time.work_of(
-            summary,
-            task.footprint(recipe.model.weights_dtype),
-            planned is None or planned.group_by_length,
-            methods.virtual_tokens(recipe),
-            time.backward_of(recipe.method.kind, shapes),
-        ),
-        available_bytes=_available_bytes(recipe, fleet),
-        given=given,
-        shared=shared,
-        nvme_path=deepspeed.nvme_path(recipe),
-        bf16_rounding=train.bf16_rounding or "stochastic",
-        checkpoints_bytes=checkpoints,
-    )
-
-
-def without_deepspeed(recipe: Recipe) -> Recipe:
-    extra = {name: value for name, value in recipe.train.extra.items() if name != "deepspeed"}
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"extra": extra})})
-
-
-def _available_bytes(recipe: Recipe, fleet: Fleet) -> int:
-    """What one process may take on its device, beyond the libraries' own."""
-    machine, limit = fleet.machine, recipe.train.memory_limit
-    libraries = 0 if machine.gpus else LIBRARIES_BYTES
-    free = machine.gpus[0].available_bytes if machine.gpus else machine.memory_available_bytes
-    available = free if machine.gpus else free // recipe.train.num_processes
-    return max(0, (available if limit is None else min(available, parse_bytes(limit))) - libraries)
-
-
-def _need(task: Task, start: memory.Levers, levers: memory.Levers, device: str) -> MemoryNeed:
-    """What `memory.need` says; for weights or computations of another type than the traced one, a cautious sum."""
-    footprint = task.footprint(start.weights_dtype)
-    if levers.weights_dtype == start.weights_dtype and levers.precision == footprint.traced(levers.precision):
-        return memory.need(task.shapes, footprint, levers, device)
-    parameters = task.shapes.num_parameters
-    state = memory.state_of(parameters, levers)
-    kinds: dict[MemoryKind, int] = {
-        "weights": state.weights,
-        "gradients": state.gradients,
-        "optimizer": state.optimizer,
-        **_passing(task, start, levers),
-    }
-    if levers.optimizer_in_backward:  # each gradient goes as soon as it came
-        largest = footprint.largest_tensor * memory.BYTES[levers.weights_dtype]
-        kinds["gradients"] = min(kinds["gradients"], largest)
-    # fp32 weights are cast for computations in 16 bits; bf16 weights are not.
-    cast = levers.weights_dtype == "fp32" and levers.precision != "fp32"
-    buckets = state.gradients if levers.num_processes > 1 else 0
-    held = memory.FIRST_CALLS_BYTES + round(memory.HELD_SHARE * kinds["activations"])
-    held += round(memory.STATE_SHARE * (state.weights + state.optimizer))
-    beyond = memory.CUDA_CONTEXT_BYTES if device == "cuda" else held
-    kinds["buffers"] = beyond + buckets + (2 * parameters if cast else 0)
-    # Loading and going on from a checkpoint follow from the state alone.
-    like = memory.need(task.shapes, footprint, replace(levers, precision=footprint.traced(start.precision)), device)
-    phases: dict[Phase, int] = {"step": sum(kinds.values())}
-    phases |= {phase: like.phases[phase] for phase in ("loading", "saving", "resuming")}
-    return MemoryNeed(kinds=kinds, phases=phases)
-
-
-def _passing(task: Task, start: memory.Levers, levers: memory.Levers) -> dict[MemoryKind, int]:
-    footprint = task.footprint(start.weights_dtype)
-    return sharded.passing(footprint, footprint.traced(start.precision), levers)
+    return with_settings(recipe, {"train.num_processes": devices})

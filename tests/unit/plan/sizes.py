@@ -6,7 +6,7 @@ from typing import Any
 
 from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.shapes import Shapes
-from fulltune.plan.workload import Task
+from fulltune.plan.workload import Workload
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, SplitSummary
 
@@ -92,15 +92,15 @@ def summary(task: str, rows: int, tokens: int) -> DataSummary:
     )
 
 
-def llama(rows: int = 50_000, tokens: int = 512, **blocks: Any) -> Task:
+def llama(rows: int = 50_000, tokens: int = 512, **blocks: Any) -> Workload:
     """Chat rows for the 7B model; global batch 64 unless another is given."""
     return _task("causal-lm", LLAMA, rows, tokens, {"train": {"global_batch_size": 64}, **blocks})
 
 
-def bert(rows: int = 10_000, tokens: int = 64, **blocks: Any) -> Task:
+def bert(rows: int = 10_000, tokens: int = 64, **blocks: Any) -> Workload:
     return _task("text-classification", BERT, rows, tokens, blocks)
 
 
-def _task(task: Any, shapes: Shapes, rows: int, tokens: int, blocks: dict[str, Any]) -> Task:
+def _task(task: Any, shapes: Shapes, rows: int, tokens: int, blocks: dict[str, Any]) -> Workload:
     recipe = Recipe.model_validate({"model": "m", "task": task, "data": {"train": "a"}, **blocks})
-    return Task(recipe, shapes, lambda weights_dtype: footprint(shapes), summary(task, rows, tokens))
+    return Workload(recipe, shapes, lambda weights_dtype: footprint(shapes), summary(task, rows, tokens))

@@ -65,9 +65,9 @@ def test_planned_checkpoints_are_those_at_the_fullest_moment(
 
 
 def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
-    from fulltune.plan import resolve as settle
-    from fulltune.plan.reasons import Ledger
+    from fulltune.plan import resolve
+    from fulltune.plan.reasons import Reasons
 
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
-        assert settle.steps(recipe, rows, 8, Ledger()).num_saves == expected
+        assert resolve.steps(recipe, rows, 8, Reasons()).num_saves == expected

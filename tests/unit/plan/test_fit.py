@@ -10,16 +10,15 @@ import pytest
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.shapes import Shapes
-from fulltune.plan import defaults, fit, gpus
-from fulltune.plan import levers as choosing
-from fulltune.plan.budget import LIBRARIES_BYTES, Room
-from fulltune.plan.memory import Levers
+from fulltune.plan import choose, defaults, fit, gpus
+from fulltune.plan.budget import LIBRARIES_BYTES, MemoryBudget
+from fulltune.plan.levers import whole_logits
+from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.records.plan import MemoryNeed, Plan, StateBytes
+from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system.hardware import Gpu, Machine
 from tests import plans
-from tests.unit.plan import sizes
 from tests.unit.plan.sizes import BERT
 
 GB = 10**9
@@ -273,16 +272,15 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
     # All gradients of earlier passes beside the next pass's copy of the weights in 16 bits: accumulating needs more.
     need: Any = {1: 12 * GB, 2: 11 * GB, 4: 10 * GB}
 
-    def of(levers: Levers) -> MemoryNeed:
-        size = need[levers.micro_batch_size]
+    def of(settings: MemorySettings) -> MemoryNeed:
+        size = need[settings.micro_batch_size]
         return MemoryNeed(kinds={"weights": size}, phases={"step": size})
 
-    state = StateBytes(weights=1, gradients=1, optimizer=1)
-    room = Room(8 * GB, "7.5 GiB of memory", of, lambda levers: state)
-    start = Levers(micro_batch_size=1, longest_tokens=64, can_recompute=False, num_processes=1)
+    budget = MemoryBudget(8 * GB, "7.5 GiB of memory", of)
+    start = MemorySettings(micro_batch_size=1, longest_tokens=64, can_recompute=False, num_processes=1)
     recipe = plans.recipe(train={"optim": "adafactor", "activation_checkpointing": False})
     with pytest.raises(DoesNotFitError) as raised:
-        choosing.choose(recipe, start, 4, room, lambda levers: None)
+        choose.choose(recipe, start, 4, budget, lambda settings: None)
     assert "needs 9.31 GiB" in raised.value.problems[0]
     assert (
         "even with micro batch 4 (a smaller one needs more, 11.2 GiB with 1: gradients of earlier passes"
@@ -302,11 +300,9 @@ def test_smallest_settings_that_are_no_smallest_batch_say_why() -> None:
 )
 def test_one_reason_keeps_the_logits_whole(train: dict[str, Any], own_loss: bool, plain: bool, reason: str) -> None:
     recipe = plans.recipe("causal-lm", train=train)
-    shapes = sizes.LLAMA.model_copy(update={"plain_logits": plain})
-    found = choosing.needs_whole_logits(recipe, shapes, own_loss)
+    found = whole_logits(recipe, plain, own_loss=own_loss)
     assert reason in found
     assert bool(found) == bool(reason)
-    assert choosing.chunked_loss(recipe, shapes, own_loss) == (not reason)
 
 
 def test_weights_and_state_that_are_shared_out_count_once() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fulltune.footprint.records import Footprint, Moment, Variant
 from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
-from fulltune.plan.memory import Levers, need, state_bytes
+from fulltune.plan.memory import MemorySettings, need, state_bytes
 
 ZERO = (0.0,) * 6
 SHAPES = Shapes(
@@ -56,12 +56,12 @@ FOOTPRINT = Footprint(
     flops_per_token=2e6,
     attention_flops_per_pair=100.0,
 )
-LEVERS = Levers(micro_batch_size=4, longest_tokens=100, eval_batch_size=8)
+SETTINGS = MemorySettings(micro_batch_size=4, longest_tokens=100, eval_batch_size=8)
 
 
-def tensors(levers: Levers) -> dict[str, int]:
+def tensors(settings: MemorySettings) -> dict[str, int]:
     """What is alive, without what a process holds beyond it."""
-    found = need(SHAPES, FOOTPRINT, levers, "cuda").kinds
+    found = need(SHAPES, FOOTPRINT, settings, "cuda").kinds
     return {**found, "buffers": found["buffers"] - memory.CUDA_CONTEXT_BYTES}
 
 
@@ -92,7 +92,7 @@ def test_only_optimizers_of_the_table_are_known() -> None:
 
 def test_the_highest_moment_is_at_the_head() -> None:
     # 400 tokens: 4.0 MB of activations, 9.6 MB of logits.
-    assert tensors(LEVERS) == {
+    assert tensors(SETTINGS) == {
         "weights": 4_000_000,
         "optimizer": 8_000_000,
         "gradients": 0,
@@ -103,41 +103,37 @@ def test_the_highest_moment_is_at_the_head() -> None:
 
 
 def test_a_small_batch_peaks_at_the_update() -> None:
-    found = tensors(replace(LEVERS, micro_batch_size=1, longest_tokens=10))
+    found = tensors(replace(SETTINGS, micro_batch_size=1, longest_tokens=10))
     assert (found["gradients"], found["activations"], found["logits"]) == (4_000_000, 0, 0)
 
 
 def test_accumulation_adds_the_gradients_of_the_micro_batch_before() -> None:
-    assert tensors(replace(LEVERS, accumulation=2))["gradients"] == 4_000_000
-
-
-def test_logits_follow_the_trained_share() -> None:
-    assert tensors(replace(LEVERS, trained_share=0.5))["logits"] == 4_800_000
+    assert tensors(replace(SETTINGS, gradient_accumulation_steps=2))["gradients"] == 4_000_000
 
 
 def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:
-    found = need(SHAPES, FOOTPRINT, replace(LEVERS, chunked_loss=True), "cpu").kinds
+    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, chunked_loss=True), "cpu").kinds
     # 256 tokens x 2,000 words x 4 bytes; 2,000 x 100 x 4 bytes.
     assert (found["logits"], found["gradients"]) == (2_048_000, 800_000)
 
 
 def test_several_processes_have_buckets() -> None:
-    found = need(SHAPES, FOOTPRINT, replace(LEVERS, num_processes=2), "cuda").kinds
+    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, num_processes=2), "cuda").kinds
     assert found["buffers"] == memory.CUDA_CONTEXT_BYTES + 4_000_000
 
 
 def test_without_a_scratch_a_step_of_adafactor_is_smaller() -> None:
-    small = replace(LEVERS, micro_batch_size=1, longest_tokens=10, optim="adafactor")
+    small = replace(SETTINGS, micro_batch_size=1, longest_tokens=10, optim="adafactor")
     assert tensors(small)["buffers"] == 3 * 4 * 200_000
 
 
 def test_update_in_backward_holds_one_gradient() -> None:
-    small = replace(LEVERS, micro_batch_size=1, longest_tokens=10, optimizer_in_backward=True)
+    small = replace(SETTINGS, micro_batch_size=1, longest_tokens=10, optimizer_in_backward=True)
     assert tensors(small)["gradients"] <= 800_000
 
 
 def test_phases() -> None:
-    found = need(SHAPES, FOOTPRINT, LEVERS, "cuda")
+    found = need(SHAPES, FOOTPRINT, SETTINGS, "cuda")
     base = memory.CUDA_CONTEXT_BYTES
     assert found.phases == {
         "loading": 4_000_000 + base,
@@ -155,13 +151,13 @@ AROUND = round(memory.STATE_SHARE * 12_000_000)
 
 
 def test_on_a_cpu_what_the_heap_kept_is_there_when_saving() -> None:
-    found = need(SHAPES, FOOTPRINT, LEVERS, "cpu").phases
+    found = need(SHAPES, FOOTPRINT, SETTINGS, "cpu").phases
     # 13.6 MB of small blocks; one tensor of 200,000 values is compared with what it was.
     assert found["saving"] == 12_000_000 + memory.FIRST_CALLS_BYTES + AROUND + 13_600_000 + 800_000
 
 
 def test_on_a_cpu_freed_blocks_stay() -> None:
-    found = need(SHAPES, FOOTPRINT, LEVERS, "cpu")
+    found = need(SHAPES, FOOTPRINT, SETTINGS, "cpu")
     # 4.0 MB of activations and 9.6 MB of logits, all in small blocks.
     assert found.kinds["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.HELD_SHARE * 13_600_000)
     assert found.phases["step"] == sum(found.kinds.values())
@@ -169,7 +165,7 @@ def test_on_a_cpu_freed_blocks_stay() -> None:
 
 def test_on_a_cpu_large_logits_come_on_top_of_what_small_blocks_left() -> None:
     # 6,400 tokens: 51 MB of logits are a large block, 64 MB of activations are taken to be small ones.
-    found = need(SHAPES, FOOTPRINT, replace(LEVERS, micro_batch_size=64), "cpu").kinds
+    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, micro_batch_size=64), "cpu").kinds
     assert found["buffers"] == memory.FIRST_CALLS_BYTES + AROUND + round(memory.HELD_SHARE * 64_000_000)
 
 
@@ -179,10 +175,10 @@ def test_with_a_large_gradient_the_heap_is_reused() -> None:
 
 
 def test_bf16_weights_are_made_beside_the_file() -> None:
-    found = need(SHAPES, FOOTPRINT, replace(LEVERS, weights_dtype="bf16"), "cpu")
+    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, weights_dtype="bf16"), "cpu")
     assert found.phases["loading"] == 2_000_000 + 4_000_000 + memory.FIRST_CALLS_BYTES
     # For a GPU both lie in the host's memory.
-    found = need(SHAPES, FOOTPRINT, replace(LEVERS, weights_dtype="bf16"), "cuda")
+    found = need(SHAPES, FOOTPRINT, replace(SETTINGS, weights_dtype="bf16"), "cuda")
     assert found.phases["loading"] == 2_000_000 + memory.CUDA_CONTEXT_BYTES
 
 

@@ -7,36 +7,37 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import disk, gpus, placement, ways_out
-from fulltune.plan.memory import Levers
-from fulltune.plan.workload import load_of
+from fulltune.plan import disk, gpus, ways_out
+from fulltune.plan.elsewhere import placement
+from fulltune.plan.memory import MemorySettings
+from fulltune.plan.workload import basis_of
 from fulltune.records.plan import DiskNeed, MemoryNeed
 from tests import plans
 from tests.unit.plan import sizes
 
 GIB = 2**30
-LEVERS = Levers(micro_batch_size=8, longest_tokens=1024, precision="bf16", weights_dtype="fp32")
+SETTINGS = MemorySettings(micro_batch_size=8, longest_tokens=1024, precision="bf16", weights_dtype="fp32")
 
 
-def need(levers: Levers) -> MemoryNeed:
+def need(settings: MemorySettings) -> MemoryNeed:
     """16 GiB of state with AdamW in fp32; 1 GiB a row of 1,024 tokens, an eighth when recomputed; 4 of logits."""
-    size = 4 if levers.weights_dtype == "fp32" else 2
-    moments = {"adamw_torch_fused": 8, "adamw_bf16": 4, "adamw_8bit": 2}[levers.optim]
-    row = levers.longest_tokens / 1024 * (0.125 if levers.activation_checkpointing else 1)
+    size = 4 if settings.weights_dtype == "fp32" else 2
+    moments = {"adamw_torch_fused": 8, "adamw_bf16": 4, "adamw_8bit": 2}[settings.optim]
+    row = settings.longest_tokens / 1024 * (0.125 if settings.activation_checkpointing else 1)
     kinds: dict[Any, int] = {
         "weights": size * GIB,
         "gradients": size * GIB,
         "optimizer": moments * GIB,
-        "activations": round(levers.micro_batch_size * row * GIB),
-        "logits": (0 if levers.chunked_loss else 4) * GIB,
+        "activations": round(settings.micro_batch_size * row * GIB),
+        "logits": (0 if settings.chunked_loss else 4) * GIB,
         "buffers": 0,
     }
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values())})
 
 
-def ways(budget_gib: float, levers: Levers = LEVERS, **train: Any) -> list[tuple[str, float, bool]]:
+def ways(budget_gib: float, settings: MemorySettings = SETTINGS, **train: Any) -> list[tuple[str, float, bool]]:
     recipe = plans.recipe("causal-lm", train=train)
-    found = ways_out.of_memory(recipe, levers, round(budget_gib * GIB), need)
+    found = ways_out.of_memory(recipe, settings, round(budget_gib * GIB), need)
     return [(way.change, way.frees_bytes / GIB, way.enough) for way in found]
 
 
@@ -44,16 +45,16 @@ def ways(budget_gib: float, levers: Levers = LEVERS, **train: Any) -> list[tuple
 def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, is_told: bool) -> None:
     """6 GiB of state and eight rows of a thousandth: a batch of one row helps only where a thousandth is short."""
     small = {"longest_tokens": 1, "weights_dtype": "bf16", "optim": "adamw_8bit", "chunked_loss": True}
-    found = ways(budget, replace(LEVERS, **small))
+    found = ways(budget, replace(SETTINGS, **small))
     assert ("train.micro_batch_size: 1" in [change for change, _, _ in found]) is is_told
 
 
 @pytest.mark.parametrize(
-    ("budget", "levers", "train", "expected"),
+    ("budget", "settings", "train", "expected"),
     [
         (
             23,
-            LEVERS,
+            SETTINGS,
             {},
             [
                 ("train.micro_batch_size: 1", 7, True),
@@ -63,7 +64,7 @@ def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, 
         ),
         (
             20,
-            LEVERS,
+            SETTINGS,
             {"chunked_loss": False},
             [
                 ("model.weights_dtype: bf16", 8, True),
@@ -73,25 +74,25 @@ def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, 
         ),
         (
             24,
-            replace(LEVERS, micro_batch_size=1, activation_checkpointing=True),
+            replace(SETTINGS, micro_batch_size=1, activation_checkpointing=True),
             {"chunked_loss": False},
             [],
         ),
     ],
 )
 def test_ways_that_are_enough_come_first_by_harm(
-    budget: float, levers: Levers, train: dict[str, Any], expected: list[tuple[str, float, bool]]
+    budget: float, settings: MemorySettings, train: dict[str, Any], expected: list[tuple[str, float, bool]]
 ) -> None:
-    found = ways(budget, levers, **train)
+    found = ways(budget, settings, **train)
     assert found[: len(expected)] == [
         (words, pytest.approx(freed, abs=0.01), enough) for words, freed, enough in expected
     ]
 
 
 def test_ways_that_are_not_enough_alone_are_put_together() -> None:
-    found = ways(10, replace(LEVERS, chunked_loss=True))
+    found = ways(10, replace(SETTINGS, chunked_loss=True))
     assert found[0][0] == (
-        "train.micro_batch_size: 1 with train.activation_checkpointing: true with train.optim: adamw_8bit with "
+        "train.micro_batch_size: 1 with train.activation_checkpointing: true, train.optim: adamw_8bit and "
         "model.weights_dtype: bf16"
     )
     assert found[0][2]
@@ -99,19 +100,23 @@ def test_ways_that_are_not_enough_alone_are_put_together() -> None:
 
 
 def test_nothing_that_frees_nothing_is_named() -> None:
-    least = replace(LEVERS, micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit")
+    least = replace(
+        SETTINGS, micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit"
+    )
     names = [words for words, _, _ in ways(1, replace(least, chunked_loss=True, longest_tokens=64))]
     assert names == ["a model of at most about 179 M parameters"]
 
 
 def test_longer_rows_may_be_cut_last() -> None:
-    levers = replace(LEVERS, micro_batch_size=1, optim="adamw_8bit", chunked_loss=True, longest_tokens=16 * 1024)
-    found = ways(7.5, replace(levers, activation_checkpointing=True, weights_dtype="bf16"))
+    settings = replace(SETTINGS, micro_batch_size=1, optim="adamw_8bit", chunked_loss=True, longest_tokens=16 * 1024)
+    found = ways(7.5, replace(settings, activation_checkpointing=True, weights_dtype="bf16"))
     assert found[0] == ("data.max_length: 8192", 1, True)
 
 
 def test_rows_cut_more_than_once_are_named_once() -> None:
-    least = replace(LEVERS, micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit")
+    least = replace(
+        SETTINGS, micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit"
+    )
     found = ways(6.3, replace(least, chunked_loss=True, longest_tokens=8 * 1024))
     assert found[0] == ("data.max_length: 2048", 0.75, True)
 
@@ -119,10 +124,11 @@ def test_rows_cut_more_than_once_are_named_once() -> None:
 def test_other_placements_that_fit_are_ways_out() -> None:
     fleet = gpus.parse("1x RTX 4090, 256GB host")
     task = sizes.llama()
-    load = load_of(task, fleet, None)
-    table = placement.table(load, fleet, 1)
-    least = replace(load.levers, micro_batch_size=1, accumulation=64, activation_checkpointing=True, optim="adamw_8bit")
-    found = ways_out.of_memory(task.recipe, least, load.available_bytes, load.need, table)
+    basis = basis_of(task, fleet)
+    smallest = {"gradient_accumulation_steps": 64, "activation_checkpointing": True, "optim": "adamw_8bit"}
+    budget, table = basis.budget, placement.table(basis)
+    least: Any = replace(basis.start, **smallest)
+    found = ways_out.of_memory(task.recipe, least, budget.available_bytes, budget.need, table)
     assert found[0].enough
     assert "on host" in found[0].change
     assert list(found[0].settings) == ["train.extra.deepspeed"]
@@ -178,13 +184,13 @@ def test_lines_say_what_is_enough() -> None:
 )
 def test_8bit_moments_free_disk_only_where_they_are_smaller(train: dict[str, Any], freed: float | None) -> None:
     recipe = plans.recipe(train={"save_total_limit": 3, **train})
-    levers = replace(LEVERS, optim=recipe.train.optim or LEVERS.optim)
-    found = {way.change: way.frees_bytes for way in disk.ways(recipe, 10**9, levers, 2**30)}
+    settings = replace(SETTINGS, optim=recipe.train.optim or SETTINGS.optim)
+    found = {way.change: way.frees_bytes for way in disk.ways(recipe, 10**9, settings, 2**30)}
     assert found.get("train.optim: adamw_8bit") == (None if freed is None else pytest.approx(freed * 10**9))
 
 
 def test_deepspeed_is_offered_nothing_that_it_cannot_have() -> None:
     recipe = plans.recipe("causal-lm", train={"extra": {"deepspeed": {"zero_optimization": {"stage": 2}}}})
-    found = ways_out.of_memory(recipe, LEVERS, 10 * GIB, need)
+    found = ways_out.of_memory(recipe, SETTINGS, 10 * GIB, need)
     assert found
     assert not any("adamw_8bit" in way.change or "bf16" in way.change or "a model" in way.change for way in found)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fulltune.plan.levers import DOING
+from fulltune.plan.choose import DOING
 from fulltune.plan.reasons import FROM_RECIPE
 from fulltune.plan.ways_out import as_flags
 from fulltune.records.plan import MemoryKind, MemoryNeed, Plan, Setting, TimeNeed, TimePart

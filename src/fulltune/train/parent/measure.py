@@ -21,7 +21,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.training import Measured, Measurements, Outcome
 from fulltune.system import deepspeed
-from fulltune.text import in_words
+from fulltune.text import format_bytes
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child, measure_candidates
 from fulltune.train.parent.measure_candidates import Candidate
@@ -152,7 +152,7 @@ def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: in
             "train_seconds": forecast.train_seconds,
             "tokens_per_second": round(tokens / forecast.train_seconds, 1),
             "loss": outcome.dry_run_loss,
-            "problem": "" if peak <= available_bytes else f"does not fit into {in_words(available_bytes)}",
+            "problem": "" if peak <= available_bytes else f"does not fit into {format_bytes(available_bytes)}",
         }
     )
 

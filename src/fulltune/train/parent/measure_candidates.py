@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fulltune import methods
+from fulltune.plan.levers import LEVERS, SETTING_OF, Changes, plain_optim
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Measured
-from fulltune.text import in_words
+from fulltune.text import format_bytes
 
 MARGIN = 0.03
 """Less than this is no difference: a pass takes a little longer or shorter each time."""
 LEAST_SECONDS_TO_COMPILE = 600.0
 """Compiling takes a minute or two: a run that is shorter than this does not win it back."""
-NAMES = {
-    "precision": "train.precision",
-    "chunked_loss": "train.chunked_loss",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "optim": "train.optim",
-    "optimizer_in_backward": "train.optimizer_in_backward",
-    "micro_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "gradient accumulation",
-    "eval_batch_size": "evaluate.batch_size",
-    "attn_implementation": "model.attn_implementation",
-    "torch_compile": "train.extra.torch_compile",
-}
-"""Field of the plan to the setting that it is."""
-Changes = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,48 +34,29 @@ class Candidate:
 
 def levers(recipe: Recipe, plan: Plan) -> list[Candidate]:
     """One lever more in each row, as far as the recipe leaves them open; those without an effect are left out."""
-    start, rows = _without_levers(recipe, plan), []
-    now = dict(start)
-    precision = now.get("precision", plan.precision)
-    rows.append(Candidate(f"{precision}, as it is", "lever", dict(now)))
-    for name, change in _lever_changes(recipe, plan, start):
-        now |= change
-        rows.append(Candidate(f"+ {name}", "lever", dict(now)))
+    measured = [(lever, lever.apply(recipe, plan)[-1]) for lever in LEVERS if lever.measured]
+    now: Changes = {}
+    for lever, changes in measured:
+        off = {name: _off(name, plan) for name in changes}
+        if not lever.refusal(recipe, plan.model_copy(update=off)):
+            now |= off
+    rows = [Candidate(f"{now.get('precision', plan.precision)}, as it is", "lever", dict(now))]
+    for lever, changes in measured:
+        if not lever.refusal(recipe, plan.model_copy(update=now)):
+            now |= changes
+            rows.append(Candidate(f"+ {lever.measured.format(**changes)}", "lever", dict(now)))
     return rows
 
 
-def _without_levers(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """Everything off that the recipe leaves open."""
-    train = recipe.train
-    start: dict[str, Any] = {}
-    if train.precision == "auto" and plan.weights_dtype == "fp32":
-        start["precision"] = "fp32"
-    if train.chunked_loss is None and FACTS[recipe.task].writes:
-        start["chunked_loss"] = False
-    if train.activation_checkpointing is None and plan.can_recompute:
-        start["activation_checkpointing"] = False
-    if train.optim is None:
-        start["optim"] = "adamw_torch_fused" if plan.weights_dtype == "fp32" else "adamw_bf16"
-    if "optimizer_in_backward" not in train.model_fields_set and train.max_grad_norm == 0:
-        start["optimizer_in_backward"] = False
-    return start
-
-
-def _lever_changes(recipe: Recipe, plan: Plan, start: Changes) -> list[tuple[str, dict[str, Any]]]:
-    half = "fp16" if plan.precision == "fp16" else "bf16"
-    single = plan.gradient_accumulation_steps == 1 and plan.num_processes == 1 and half == "bf16"
-    found: list[tuple[str, dict[str, Any]]] = []
-    if "precision" in start:
-        found.append((f"{half} computations", {"precision": half}))
-    if "chunked_loss" in start and not recipe.train.extra.get("torch_compile"):
-        found.append(("chunked loss", {"chunked_loss": True}))
-    if "activation_checkpointing" in start:
-        found.append(("activation checkpointing", {"activation_checkpointing": True}))
-    if "optim" in start and plan.bf16_rounding != "nearest":
-        found.append(("8-bit AdamW", {"optim": "adamw_8bit"}))
-    if "optimizer_in_backward" in start and single:
-        found.append(("optimizer in backward", {"optimizer_in_backward": True}))
-    return found
+def _off(field: str, plan: Plan) -> Any:
+    """What a plan has where no lever is taken."""
+    match field:
+        case "precision":
+            return "fp32"
+        case "optim":
+            return plain_optim(plan.weights_dtype, plan.bf16_rounding)
+        case _:
+            return False
 
 
 def micro_batches(recipe: Recipe, plan: Plan, best: Changes) -> list[Candidate]:
@@ -153,7 +121,7 @@ def fastest(rows: Sequence[Measured]) -> Measured | None:
 def why(best: Measured, rows: Sequence[Measured], available_bytes: int) -> str:
     """The reason that settings chosen by measurement carry."""
     tried = sum(not row.problem for row in rows)
-    peak = f"{in_words(best.peak_memory_bytes)} of {in_words(available_bytes)}"
+    peak = f"{format_bytes(best.peak_memory_bytes)} of {format_bytes(available_bytes)}"
     return f"measured: the fastest of {tried} that fit, {best.tokens_per_second:,.0f} tokens/s, {peak}"
 
 
@@ -166,7 +134,7 @@ def noted(settings: Sequence[Setting], plan: Plan, changes: Changes, reason: str
         changes: Fields and their values.
         reason: For all of them.
     """
-    new = {NAMES[field]: value for field, value in changes.items()}
+    new = {SETTING_OF[field]: value for field, value in changes.items()}
     derived = {"gradient accumulation", "evaluate.batch_size"}
     known = {setting.name for setting in settings}
     kept = tuple(
@@ -175,7 +143,7 @@ def noted(settings: Sequence[Setting], plan: Plan, changes: Changes, reason: str
         else setting.model_copy(update={"value": new.get(setting.name, setting.value)})
         for setting in settings
     )
-    defaults = {NAMES[field]: getattr(plan, field) for field in changes}
+    defaults = {SETTING_OF[field]: getattr(plan, field) for field in changes}
     # A field that the plan did not settle and that stays as it was needs no line.
     added = [name for name, value in new.items() if name not in known and value != defaults[name]]
     return (*kept, *(Setting(name=name, value=new[name], reason=reason, chosen=True) for name in added))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fulltune.plan.levers import SETTING_OF, Changes, proposal
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryKind, Phase, Plan, Setting
 from fulltune.records.training import Outcome
 from fulltune.system.out_of_memory import asked_bytes
-from fulltune.text import in_words
-from fulltune.train.parent import memory_fallbacks
-from fulltune.train.parent.memory_fallbacks import Need, Rung
+from fulltune.text import format_bytes
+from fulltune.train.parent.memory_fallbacks import Fallback, Need, fallbacks, freed
 
 MOST_KILLS = 4
 _MARK = "; memory ran out"
@@ -32,19 +32,10 @@ _HOLDS: dict[Phase | None, tuple[MemoryKind, ...]] = {
     "saving": _STATE,
     "resuming": _STATE,
 }
-_MOST_LEVERS = 3
+_MOST_PROPOSALS = 3
 _WORTH_NAMING = 2**20
 _TELLING = 64 * 2**20
 """Less growth is in the noise of the libraries, and says nothing about what would fit."""
-CHANGED = {
-    "micro_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "gradient accumulation",
-    "eval_batch_size": "evaluate.batch_size",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "chunked_loss": "train.chunked_loss",
-    "optim": "train.optim",
-}
-"""Fields of a plan that a remedy may change, with the settings' names."""
 _NO_SECOND = "functions of your own train in this process, which allows no second attempt"
 
 
@@ -65,9 +56,9 @@ def unknown(plan: Plan) -> None:
 def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Need = unknown) -> Change | None:
     """Choose the remedy for the last outcome, or None when there is none.
 
-    Out of memory in a step: half the micro batch with the same global batch, then activation checkpointing, a chunked
-    loss, 8-bit states; in an evaluation half its batch, then 8-bit states. While loading, saving or resuming a smaller
-    batch frees nothing: once more as it was, because the shortage may pass, then 8-bit states (not for loading).
+    Out of memory in a step: half the micro batch with the same global batch, then a chunked loss, activation
+    checkpointing, 8-bit states; in an evaluation half its batch, then 8-bit states. While loading, saving or resuming a
+    smaller batch frees nothing: once more as it was, because the shortage may pass, then 8-bit states (but in loading).
     Killed without a word, and not by the kernel: once more as it was, then treated as memory, which it most often is.
 
     Args:
@@ -86,49 +77,53 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
         return None
     seen = sum(outcome.status in ("out_of_memory", "killed") and outcome.phase == last.phase for outcome in history)
     if last.phase in ("loading", "saving", "resuming") and seen == 1:
-        return Change(plan, True, f"{short_of(last, plan)}; the same once more, in case others took it for a moment")
+        return Change(
+            plan, True, f"{short_of(last, plan)}; retrying once unchanged, in case another process used the memory"
+        )
 
-    def fits(changes: memory_fallbacks.Changes) -> bool:
+    def fits(changes: Changes) -> bool:
         if last.memory_growth_bytes < _TELLING:
             return True
         known = need(plan.model_copy(update=changes))
         return known is None or known.phases["step"] <= last.memory_growth_bytes + asked_bytes(last.reason)
 
-    for rung in memory_fallbacks.rungs(recipe, plan, last.phase, fits):
-        if rung.changes is not None:
-            return _changed(plan, last, rung, need)
+    for fallback in fallbacks(recipe, plan, last.phase, fits):
+        if fallback.changes is not None:
+            return _changed(plan, last, fallback, need)
     return None
 
 
-def _changed(plan: Plan, last: Outcome, rung: Rung, need: Need) -> Change:
-    after = plan.model_copy(update=rung.changes)
-    after = after.model_copy(update={"memory": need(after), "time": None, "settings": _noted(plan, after, rung, last)})
+def _changed(plan: Plan, last: Outcome, fallback: Fallback, need: Need) -> Change:
+    after = plan.model_copy(update=fallback.changes)
+    after = after.model_copy(
+        update={"memory": need(after), "time": None, "settings": _noted(plan, after, fallback, last)}
+    )
     if after.memory is not None and after.optim != plan.optim:
         state = plan.state.model_copy(update={"optimizer": after.memory.kinds["optimizer"]})
         after = after.model_copy(update={"state": state})
-    freed = memory_fallbacks.freed(plan.memory, after.memory)
-    return Change(after, True, f"{short_of(last, plan)}; {rung.text}" + (f": {freed}" if freed else ""))
+    less = freed(plan.memory, after.memory)
+    return Change(after, True, f"{short_of(last, plan)}; {fallback.text}" + (f": {less}" if less else ""))
 
 
 def short_of(outcome: Outcome, plan: Plan) -> str:
     """Where memory ran out, what was held and asked for then, and which tensors took most, as far as they are known."""
     parts = [f"memory ran out{_WHERE[outcome.phase]}"]
     if outcome.memory_growth_bytes >= _WORTH_NAMING:
-        parts.append(f"with {in_words(outcome.memory_growth_bytes)} held")
+        parts.append(f"with {format_bytes(outcome.memory_growth_bytes)} held")
     if (asked := asked_bytes(outcome.reason)) >= _WORTH_NAMING:
-        parts.append(f"when {in_words(asked)} more were asked for")
+        parts.append(f"when {format_bytes(asked)} more were asked for")
     words = " ".join(parts)
     if plan.memory is None or outcome.phase not in (None, "step"):
         return words
     largest = plan.memory.largest
-    return f"{words} (by the plan most for {largest}: {in_words(plan.memory.kinds[largest])})"
+    return f"{words} (by the plan most for {largest}: {format_bytes(plan.memory.kinds[largest])})"
 
 
-def _noted(before: Plan, after: Plan, rung: Rung, last: Outcome) -> tuple[Setting, ...]:
+def _noted(before: Plan, after: Plan, fallback: Fallback, last: Outcome) -> tuple[Setting, ...]:
     """The settings with the new values, each with what was planned and why it changed."""
     present = {setting.name: setting for setting in before.settings}
-    for field in rung.changes or ():
-        name, value = CHANGED[field], getattr(after, field)
+    for field in fallback.changes or ():
+        name, value = SETTING_OF[field], getattr(after, field)
         old = present.get(name) or Setting(name=name, value=getattr(before, field), reason="default", chosen=True)
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
         why = f"{planned}{_MARK}{_WHERE[last.phase]} of attempt {last.attempt}"
@@ -147,10 +142,11 @@ def no_way_out(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) 
     """
     lines = [f"{short_of(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
-    offered = memory_fallbacks.rungs(recipe, plan, last.phase, lambda changes: True)
-    lines += [f"not possible: {rung.name}: {rung.text}" for rung in offered if rung.changes is None]
-    lines += [f"not tried: {rung.name}: {_NO_SECOND}" for rung in offered if rung.changes is not None]
-    lines.append(f"not possible: offload: {memory_fallbacks.offload(recipe, plan)}")
+    for fallback in fallbacks(recipe, plan, last.phase, lambda changes: True):
+        if fallback.changes is None:
+            lines.append(f"not possible: {fallback.name}: {fallback.text}")
+        else:
+            lines.append(f"not tried: {fallback.name}: {_NO_SECOND}")
     lines.append(f"what helps: {_what_helps(recipe, plan, last)}")
     return lines
 
@@ -160,8 +156,10 @@ def _what_helps(recipe: Recipe, plan: Plan, last: Outcome) -> str:
     kinds = _HOLDS[last.phase]
     known = {} if plan.memory is None else plan.memory.kinds
     order = sorted(kinds, key=lambda kind: -known.get(kind, 0))
-    levers: dict[str, list[str]] = {}
+    proposals: dict[str, list[str]] = {}
     for kind in order:
-        size = f" {in_words(known[kind])}" if known.get(kind) else ""
-        levers.setdefault(memory_fallbacks.lever(recipe, plan, kind), []).append(kind + size)
-    return "; ".join(f"{lever} (for {', '.join(held)})" for lever, held in list(levers.items())[:_MOST_LEVERS])
+        size = f" {format_bytes(known[kind])}" if known.get(kind) else ""
+        proposals.setdefault(proposal(recipe, plan, kind), []).append(kind + size)
+    return "; ".join(
+        f"{proposed} (for {', '.join(held)})" for proposed, held in list(proposals.items())[:_MOST_PROPOSALS]
+    )

@@ -11,8 +11,9 @@ import pytest
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Moment
 from fulltune.plan import gpus, time, ways_out, workload
+from fulltune.plan.dotted import with_settings
 from fulltune.plan.elsewhere.alternatives import automatic
-from fulltune.plan.elsewhere.survey import Wishes, survey, with_settings, with_time
+from fulltune.plan.elsewhere.survey import Wishes, survey
 from fulltune.plan.fit import fit
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Plan
@@ -24,27 +25,27 @@ ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 
 
 def planned(
-    hardware: str, task: workload.Task | None = None, wishes: Wishes | None = None
+    hardware: str, task: workload.Workload | None = None, wishes: Wishes | None = None
 ) -> tuple[Survey, Plan | None]:
     task, fleet = task or sizes.llama(), gpus.parse(hardware)
     recipe = workload.spread_over(task.recipe, fleet)
     return survey(replace(task, recipe=recipe, spread=recipe is not task.recipe), fleet, wishes or Wishes())
 
 
-@pytest.mark.parametrize("card", gpus.CARDS, ids=lambda card: card.name)
-def test_encoder_is_planned_for_every_card(card: gpus.Card) -> None:
-    found, plan = planned(f"2x {card.name}, 256GB host", sizes.bert())
+@pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)
+def test_encoder_is_planned_for_every_gpu(gpu: gpus.GpuModel) -> None:
+    found, plan = planned(f"2x {gpu.name}, 256GB host", sizes.bert())
     assert plan is not None
     assert plan.time is not None
     assert (plan.device, plan.num_processes, plan.optim) == ("cuda", 2, "adamw_torch_fused")
-    assert plan.precision == ("bf16" if card.bf16 else "fp16")
+    assert plan.precision == ("bf16" if gpu.bf16 else "fp16")
     assert found.placement == "2 copies, AdamW fp32"
     assert plan.global_batch_size == plan.micro_batch_size * plan.gradient_accumulation_steps * 2
 
 
-@pytest.mark.parametrize("card", gpus.CARDS, ids=lambda card: card.name)
-def test_7b_on_eight_of_every_card_fits_or_has_ways_out(card: gpus.Card) -> None:
-    found, plan = planned(f"8x {card.name}")
+@pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)
+def test_7b_on_eight_of_every_gpu_fits_or_has_ways_out(gpu: gpus.GpuModel) -> None:
+    found, plan = planned(f"8x {gpu.name}")
     assert found.fits == (plan is not None)
     if plan is not None:
         chosen = next(one for one in found.placements if one.name == found.placement)
@@ -157,7 +158,7 @@ def test_recomputing_that_is_faster_is_chosen_with_its_reason() -> None:
     assert plan.activation_checkpointing
     assert plan.micro_batch_size > 1
     reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
-    assert re.fullmatch(r"1\.\d\d times as fast as without, where 1 at a time fits", reason)
+    assert re.fullmatch(r"1\.\d\d times as fast as without it, where 1 at a time fits", reason)
 
 
 @pytest.mark.parametrize("micro", [64, None])
@@ -168,7 +169,7 @@ def test_reason_to_recompute_names_the_micro_batch_that_does_not_fit_without(mic
     assert plan.activation_checkpointing
     reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
     # One row needs less than the limit, but a tenth of that is kept free.
-    assert reason.startswith(f"without, a micro batch of {micro or 1} needs more than {'2.2' if not micro else ''}")
+    assert reason.startswith(f"without it, a micro batch of {micro or 1} needs more than {'2.2' if not micro else ''}")
 
 
 def test_model_that_cannot_recompute_is_the_reason_and_not_the_recipe() -> None:
@@ -250,14 +251,14 @@ def test_whole_command_is_foreseen_part_by_part() -> None:
     assert fewer["scoring the trained model"] < parts["scoring the trained model"].seconds
 
 
-def _with_rows(task: workload.Task, rows: int) -> workload.Task:
+def _with_rows(task: workload.Workload, rows: int) -> workload.Workload:
     """So many eval and so many test rows."""
     splits = task.summary.splits
     held_out = {name: splits[name].model_copy(update={"rows": rows}) for name in ("eval", "test")}
     return replace(task, summary=task.summary.model_copy(update={"splits": {**splits, **held_out}}))
 
 
-def _scored(hardware: str, task: workload.Task) -> dict[str, float]:
+def _scored(hardware: str, task: workload.Workload) -> dict[str, float]:
     _, plan = planned(hardware, task)
     assert plan is not None
     assert plan.time is not None
@@ -282,8 +283,7 @@ def test_nothing_is_scored_without_test_rows() -> None:
 def test_start_is_what_the_command_took_up_to_its_plan(spent: float, least: float, most: float) -> None:
     task, fleet = sizes.bert(), gpus.parse("cpu")
     footprint = task.footprint("fp32")
-    plan = fit(task.recipe, task.shapes, footprint, task.summary, fleet)
-    plan = with_time(plan, task.recipe, task.shapes, footprint, task.summary, fleet, spent)
+    plan = fit(task.recipe, task.shapes, footprint, task.summary, fleet, started_seconds=spent)
     assert plan.time is not None
     start = plan.time.around[0]
     assert (start.name, start.basis) == ("starting", "measured")
@@ -305,13 +305,15 @@ def test_dry_run_of_a_method_without_gradients_through_the_model_is_short() -> N
 SMALL = sizes.LLAMA.model_copy(update={"num_parameters": 10**9, "num_trained": 10**6, "num_held": 10**9 + 10**6})
 
 
-def _by(kind: str, shapes: Any = sizes.LLAMA) -> workload.Task | None:
+def _by(kind: str, shapes: Any = sizes.LLAMA) -> workload.Workload | None:
     """The 7B model by full fine-tuning, or as much smaller as LoRA makes it."""
     task = sizes.llama(method={"kind": kind}, train={"global_batch_size": 64})
     return replace(task, shapes=shapes, footprint=lambda weights_dtype: sizes.footprint(shapes))
 
 
-def _survey(task: workload.Task | None, hardware: str, other: workload.Task | None) -> tuple[Survey, Plan | None]:
+def _survey(
+    task: workload.Workload | None, hardware: str, other: workload.Workload | None
+) -> tuple[Survey, Plan | None]:
     assert task is not None
     return survey(task, gpus.parse(hardware), Wishes(), other=lambda kind: other)
 
@@ -349,7 +351,7 @@ def test_what_lora_frees_is_held_against_what_the_recipe_needs_of_what_is_short(
     ("full", "fits", "verdict"), [(_by("full"), False, "leave"), (_by("full", SMALL), True, "try")]
 )
 def test_full_is_advised_beside_another_method_only_where_it_fits(
-    full: workload.Task | None, fits: bool, verdict: str
+    full: workload.Workload | None, fits: bool, verdict: str
 ) -> None:
     found, plan = _survey(_by("lora", SMALL), "1x RTX 4090, 64GB host", full)
     assert plan is not None

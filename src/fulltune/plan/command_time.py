@@ -35,7 +35,7 @@ EMBEDS = ("single_label", "multi_label", "regression", "tags")
 
 
 @dataclass(frozen=True)
-class Rates:
+class Speeds:
     """How fast this hardware is."""
 
     flops: float
@@ -49,17 +49,17 @@ class Rates:
     """What the command has taken up to its plan; None: it does not run here."""
 
 
-def around(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, rates: Rates) -> tuple[TimePart, ...]:
+def around(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, speeds: Speeds) -> tuple[TimePart, ...]:
     """The parts of `fulltune run` before and after the training, in order."""
-    checks = CHECKS_SECONDS + _dry_run_seconds(plan, work, rates)
-    found = [_starting(plan, rates), TimePart(name=DRY_RUN, seconds=checks, basis="arithmetic")]
+    checks = CHECKS_SECONDS + _dry_run_seconds(plan, work, speeds)
+    found = [_starting(plan, speeds), TimePart(name=DRY_RUN, seconds=checks, basis="arithmetic")]
     if not _rows(summary, "test"):
         return tuple(found)
-    answers = _answer_seconds(recipe, plan, summary, work, rates)
+    answers = _answer_seconds(recipe, plan, summary, work, speeds)
 
     def scoring(name: str, lines: int, rows: int) -> TimePart:
         # What reads no row with a model writes no answers either.
-        passing = _forward_seconds(plan, rows, work, rates) + answers if rows else 0.0
+        passing = _forward_seconds(plan, rows, work, speeds) + answers if rows else 0.0
         return TimePart(name=name, seconds=lines * SCORING_SECONDS + passing, basis="arithmetic")
 
     if recipe.evaluate.baselines:
@@ -68,25 +68,25 @@ def around(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, rates: 
     return tuple(found)
 
 
-def _starting(plan: Plan, rates: Rates) -> TimePart:
-    reading, spent = LOADS * plan.state.weights / LOAD_BYTES_PER_SECOND, rates.started_seconds
+def _starting(plan: Plan, speeds: Speeds) -> TimePart:
+    reading, spent = LOADS * plan.state.weights / LOAD_BYTES_PER_SECOND, speeds.started_seconds
     if spent is None:
         return TimePart(name=STARTING, seconds=START_SECONDS + reading, basis="rule of thumb")
     second = min(SECOND_SECONDS, SECOND_SHARE * spent)
     return TimePart(name=STARTING, seconds=spent + second + reading, basis="measured")
 
 
-def _forward_seconds(plan: Plan, rows: int, work: Work, rates: Rates) -> float:
+def _forward_seconds(plan: Plan, rows: int, work: Work, speeds: Speeds) -> float:
     """Of so many rows in batches of the evaluation."""
     batches = -(-rows // plan.eval_batch_size)
-    return max(work.forward_flops(rows) / rates.flops, batches * rates.pass_seconds)
+    return max(work.forward_flops(rows) / speeds.flops, batches * speeds.pass_seconds)
 
 
-def _dry_run_seconds(plan: Plan, work: Work, rates: Rates) -> float:
+def _dry_run_seconds(plan: Plan, work: Work, speeds: Speeds) -> float:
     """Passes of the longest micro batch, and some more as far as they are a small part of the training."""
     tokens = plan.micro_batch_size * (plan.num_processes if plan.device == "cpu" else 1) * work.longest
     passes = 1 + work.backward + plan.activation_checkpointing
-    longest = passes * tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / rates.flops
+    longest = passes * tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / speeds.flops
     training = plan.time.train_seconds if plan.time else 0.0
     return LONGEST_PASSES * longest + min(MOST_EXTRA, max(LEAST_EXTRA, EXTRA_SHARE * training))
 
@@ -112,15 +112,15 @@ def _scored_rows(summary: DataSummary) -> Iterator[int]:
         yield _rows(summary, "eval")
 
 
-def _answer_seconds(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, rates: Rates) -> float:
+def _answer_seconds(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, speeds: Speeds) -> float:
     """Of answers of full length; those that end earlier take less. Each token of a batch is a pass and reads all
     weights once."""
     asked = min(recipe.evaluate.generate_rows, _rows(summary, "test")) if summary.problem_type in WRITES else 0
     if not asked:
         return 0.0
     tokens = recipe.evaluate.max_new_tokens
-    computing = asked * tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / rates.flops
+    computing = asked * tokens * (work.flops_per_token + work.attention_flops_per_pair * work.longest) / speeds.flops
     batches = -(-asked // plan.eval_batch_size)
     size = 4 if plan.weights_dtype == "fp32" else 2
-    reading = batches * tokens * size * plan.num_parameters / rates.bytes_per_second
-    return max(computing, reading) + batches * tokens * rates.pass_seconds
+    reading = batches * tokens * size * plan.num_parameters / speeds.bytes_per_second
+    return max(computing, reading) + batches * tokens * speeds.pass_seconds

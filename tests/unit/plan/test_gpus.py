@@ -11,17 +11,17 @@ from fulltune.system.hardware import Gpu, Machine
 GB, GIB = 10**9, 2**30
 
 
-@pytest.mark.parametrize("card", gpus.CARDS, ids=lambda card: card.name)
-def test_card_is_found_by_each_of_its_names(card: gpus.Card) -> None:
-    for name in (card.name, *card.aliases, card.name.lower(), card.name.replace(" ", "-"), f"NVIDIA {card.name}"):
-        assert gpus.find(name) == card
+@pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)
+def test_card_is_found_by_each_of_its_names(gpu: gpus.GpuModel) -> None:
+    for name in (gpu.name, *gpu.aliases, gpu.name.lower(), gpu.name.replace(" ", "-"), f"NVIDIA {gpu.name}"):
+        assert gpus.find(name) == gpu
 
 
 def test_names_are_those_of_one_card_each() -> None:
-    names = [gpus._key(name) for card in gpus.CARDS for name in (card.name, *card.aliases)]
-    assert len({card.name for card in gpus.CARDS}) == len(gpus.CARDS) >= 25
-    owners = {name: card.name for card in gpus.CARDS for name in map(gpus._key, (card.name, *card.aliases))}
-    assert all(owners[gpus._key(card.name)] == card.name for card in gpus.CARDS)
+    names = [gpus._key(name) for gpu in gpus.GPUS for name in (gpu.name, *gpu.aliases)]
+    assert len({gpu.name for gpu in gpus.GPUS}) == len(gpus.GPUS) >= 25
+    owners = {name: gpu.name for gpu in gpus.GPUS for name in map(gpus._key, (gpu.name, *gpu.aliases))}
+    assert all(owners[gpus._key(gpu.name)] == gpu.name for gpu in gpus.GPUS)
     assert len(set(names)) == len(owners)
 
 
@@ -45,40 +45,40 @@ def test_names_are_those_of_one_card_each() -> None:
     ],
 )
 def test_card_is_found_by_the_drivers_name(driver: str, name: str) -> None:
-    found = gpus.card_of(driver)
+    found = gpus.gpu_model_of(driver)
     assert found is not None
     assert found.name == name
 
 
 def test_unknown_card_of_a_driver_is_none() -> None:
-    assert gpus.card_of("NVIDIA Z9999") is None
+    assert gpus.gpu_model_of("NVIDIA Z9999") is None
 
 
 @pytest.mark.parametrize(
-    ("text", "count", "card", "host", "disk", "assumed"),
+    ("text", "count", "gpu", "host", "disk", "assumed"),
     [
-        ("8x A100-80GB", 8, "A100-80GB", 1024 * GB, None, ("1,024 GB of host memory (128 GB a card is usual)",)),
+        ("8x A100-80GB", 8, "A100-80GB", 1024 * GB, None, ("1,024 GB of host memory (128 GB a GPU is usual)",)),
         ("8 X a100 80gb,1TB host", 8, "A100-80GB", 1000 * GB, None, ()),
         ("1x RTX 4090, 64GB host", 1, "RTX 4090", 64 * GB, None, ()),
         ("geforce rtx-4090, 64GiB RAM", 1, "RTX 4090", 64 * GIB, None, ()),
         ("2x H100, 1TB host, 2TB disk", 2, "H100-80GB", 1000 * GB, 2000 * GB, ()),
-        ("4×L4, 0.5 TB disk", 4, "L4", 192 * GB, 500 * GB, ("192 GB of host memory (48 GB a card is usual)",)),
+        ("4×L4, 0.5 TB disk", 4, "L4", 192 * GB, 500 * GB, ("192 GB of host memory (48 GB a GPU is usual)",)),
     ],
 )
 def test_hardware_in_words_is_read(
-    text: str, count: int, card: str, host: int, disk: int | None, assumed: tuple[str, ...]
+    text: str, count: int, gpu: str, host: int, disk: int | None, assumed: tuple[str, ...]
 ) -> None:
     fleet = gpus.parse(text)
-    assert fleet.card is not None
-    assert (fleet.num_devices, fleet.card.name, len(fleet.machine.gpus)) == (count, card, count)
+    assert fleet.gpu_model is not None
+    assert (fleet.num_devices, fleet.gpu_model.name, len(fleet.machine.gpus)) == (count, gpu, count)
     assert (fleet.machine.memory_bytes, fleet.disk_bytes, fleet.assumed) == (host, disk, assumed)
     assert fleet.machine.memory_available_bytes < host
-    assert fleet.machine.gpus[0].available_bytes == fleet.card.memory_bytes - gpus.DEVICE_RESERVE
+    assert fleet.machine.gpus[0].available_bytes == fleet.gpu_model.memory_bytes - gpus.DEVICE_RESERVE
 
 
 def test_cpu_is_read() -> None:
     fleet = gpus.parse("cpu, 16 cores, 64GB host")
-    assert (fleet.card, fleet.num_devices, fleet.machine.gpus) == (None, 1, ())
+    assert (fleet.gpu_model, fleet.num_devices, fleet.machine.gpus) == (None, 1, ())
     assert (fleet.machine.num_cores, fleet.machine.memory_bytes) == (16, 64 * GB)
     assert fleet.machine.cpu_flops == 16 * gpus.CPU_FLOPS_PER_CORE
     assert fleet.assumed == ("50 GFLOP/s a core in fp32, no fast bf16",)
@@ -90,7 +90,7 @@ def test_checked_memory_of_a_card_is_less() -> None:
     assert gpus.find("L40S").memory_bytes == 45 * GIB
 
 
-KNOWN = ", ".join(card.name for card in gpus.CARDS)
+KNOWN = ", ".join(gpu.name for gpu in gpus.GPUS)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ KNOWN = ", ".join(card.name for card in gpus.CARDS)
         ("8x A100", ("--for: 'A100' comes in several sizes; write A100-40GB or A100-80GB",)),
         ("V100", ("--for: 'V100' comes in several sizes; write V100-16GB or V100-32GB",)),
         ("4060 Ti", ("--for: '4060 Ti' comes in several sizes; write RTX 4060 Ti 8GB or RTX 4060 Ti 16GB",)),
-        ("2x H1000", ("--for: unknown card 'H1000'; did you mean H100-80GB or A100-80GB or A100-40GB?",)),
-        ("abacus", (f"--for: unknown card 'abacus'; known are {KNOWN}, or cpu",)),
-        ("0x H100", ("--for: '0x H100' has no card; write 1x or more, or cpu",)),
-        ("", (f"--for: no card is named; known are {KNOWN}, or cpu",)),
+        ("2x H1000", ("--for: unknown GPU 'H1000'; did you mean H100-80GB or A100-80GB or A100-40GB?",)),
+        ("abacus", (f"--for: unknown GPU 'abacus'; known are {KNOWN}, or cpu",)),
+        ("0x H100", ("--for: '0x H100' has no GPU; write 1x or more, or cpu",)),
+        ("", (f"--for: no GPU is named; known are {KNOWN}, or cpu",)),
         ("2x cpu", ("--for: '2x cpu': a CPU is one device; write cpu, and its cores if you know them",)),
         (
             "H100, 3 bananas, 0GB host",
@@ -114,7 +114,7 @@ KNOWN = ", ".join(card.name for card in gpus.CARDS)
         (
             "RTX 4900, 1TB",
             (
-                "--for: unknown card 'RTX 4900'; did you mean RTX 4090 or RTX 4080 or RTX 4070 Ti?",
+                "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090 or RTX 4080 or RTX 4070 Ti?",
                 "--for: '1TB' cannot be read; write for example '64GB host', '2TB disk' or '16 cores'",
             ),
         ),
@@ -155,7 +155,7 @@ def test_this_machine_is_a_fleet() -> None:
     )
     fleet = gpus.here(machine, 7 * GB)
     assert fleet.name == "this machine: 2x NVIDIA L4, 8 cores, 32 GiB"
-    assert fleet.card == gpus.find("L4")
+    assert fleet.gpu_model == gpus.find("L4")
     assert (fleet.here, fleet.num_devices, fleet.disk_bytes) == (True, 2, 7 * GB)
 
 
@@ -165,11 +165,11 @@ def test_size_of_a_card_here_is_told_by_its_memory(memory_gib: float, name: str)
     machine = Machine(
         cpu="x", num_cores=8, memory_bytes=GIB, memory_available_bytes=GIB, cpu_bf16_speedup=1.0, gpus=(gpu,)
     )
-    assert gpus.here(machine, GB).card == gpus.find(name)
+    assert gpus.here(machine, GB).gpu_model == gpus.find(name)
 
 
 def test_cards_on_pcie_have_no_nvlink() -> None:
     for name in ("A100-80GB-PCIe", "A100-40GB-PCIe", "V100-PCIe-32GB", "V100-PCIe-16GB"):
-        card = gpus.find(name)
-        assert card.peer_gb_per_second == card.link_gb_per_second
+        gpu = gpus.find(name)
+        assert gpu.peer_gb_per_second == gpu.link_gb_per_second
     assert gpus.find("A100 80GB PCIe").memory_gb_per_second == 1935

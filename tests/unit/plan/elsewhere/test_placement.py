@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from fulltune.plan import gpus, placement
-from fulltune.plan.workload import Task, load_of
+from fulltune.plan import gpus
+from fulltune.plan.elsewhere import placement
+from fulltune.plan.workload import Workload, basis_of
 from fulltune.records.survey import Placement
 from tests.unit.plan import sizes
 
@@ -17,11 +18,11 @@ ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
 GIB = 2**30
 
 
-def table(hardware: str, task: Task | None = None, **train: Any) -> dict[str, Placement]:
+def table(hardware: str, task: Workload | None = None, **train: Any) -> dict[str, Placement]:
     fleet = gpus.parse(hardware)
     train = {"global_batch_size": 64, **train, "num_processes": fleet.num_devices}
     task = task or sizes.llama(train=train)
-    found = placement.table(load_of(task, fleet, None), fleet, fleet.num_devices)
+    found = placement.table(basis_of(task, fleet))
     return {one.name: one for one in found}
 
 
@@ -208,9 +209,9 @@ def test_speed_grows_with_devices_and_falls_with_offloading() -> None:
     assert speeds == sorted(speeds, reverse=True)
 
 
-def test_unknown_card_has_bytes_and_no_speed() -> None:
-    fleet = gpus.parse("1x H100").model_copy(update={"card": None})
-    found = placement.table(load_of(sizes.llama(), fleet, None), fleet, 1)
+def test_unknown_gpu_has_bytes_and_no_speed() -> None:
+    fleet = gpus.parse("1x H100").model_copy(update={"gpu_model": None})
+    found = placement.table(basis_of(sizes.llama(), fleet))
     assert all(one.device_bytes > 0 and one.tokens_per_second is None for one in found)
 
 

@@ -1,0 +1,39 @@
+"""Settings of a recipe by their dotted names, such as `train.optim`: read, changed, written as YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fulltune.recipe.fields import Recipe
+
+DEEPSPEED = "train.extra.deepspeed"
+
+
+def given(recipe: Recipe, name: str) -> Any:
+    """What the recipe says of a setting; None where it leaves it open."""
+    block, _, field = name.partition(".")
+    values = getattr(recipe, block)
+    if name == DEEPSPEED:
+        return values.extra.get("deepspeed")
+    value = getattr(values, field) if field in values.model_fields_set else None
+    return None if value == "auto" else value
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values for some settings; without DeepSpeed for None."""
+    for name, value in settings.items():
+        block, _, field = name.partition(".")
+        values = getattr(recipe, block)
+        if name == DEEPSPEED:
+            others = {key: kept for key, kept in values.extra.items() if key != "deepspeed"}
+            field, value = "extra", others if value is None else {**others, "deepspeed": value}
+        recipe = recipe.model_copy(update={block: values.model_copy(update={field: value})})
+    return recipe
+
+
+def in_yaml(value: Any) -> str:
+    """As a recipe or `--set` has it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,211 @@
+"""Where weights, gradients and optimizer state may lie, and what each way needs and gives.
+
+Bytes per parameter (P parameters, N devices):
+
+| way | on each device | on the host |
+|---|---|---|
+| all on each device | what `memory.need` says | - |
+| ZeRO-2 | 2 P weights + (4 + 12) P / N | - |
+| ZeRO-3 | 18 P / N + what is gathered | - |
+| FSDP2 (accelerate keeps weights, gradients and moments in fp32) | 16 P / N + what is gathered | - |
+| ZeRO-2, optimizer on the host | 2 P | 16 P |
+| ZeRO-3, all on the host | what is gathered | 18 P |
+| FSDP2, all on the host | what is gathered | 16 P |
+| ZeRO-3, all on disk | what is gathered | buffers; 18 P on disk |
+
+18 = 2 (bf16 weights) + 4 (fp32 gradients) + 12 (fp32 weights and both moments): DeepSpeed's estimators
+(docs/code-docs/source/memory.rst). Offloaded bytes are multiplied by 1.22 for pinned buffers: 176 GB were measured for
+8.03 B parameters (SlideFormer's DeepSpeed baseline). Seconds of a step: see `plan.time`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fulltune.plan import disk, sharded, time
+from fulltune.plan.choose import COMFORTABLE, candidates, fastest
+from fulltune.plan.dotted import DEEPSPEED, given, in_yaml, with_settings
+from fulltune.plan.levers import plain_optim
+from fulltune.plan.memory import MemorySettings
+from fulltune.plan.workload import Basis, takes_pieces
+from fulltune.records.plan import MemoryKind
+from fulltune.records.survey import Placement
+from fulltune.system.deepspeed import NVME_FOLDER, Zero, nvme_path
+
+NOT_BUILT = "planned here; running it is not built yet"
+NEEDS_PATH = "with the folder of an NVMe disk as nvme_path"
+_DEFAULTS = {
+    "train.num_processes": 1,
+    "model.weights_dtype": "fp32",
+    "train.bf16_rounding": None,
+    "train.optimizer_in_backward": False,
+    DEEPSPEED: None,
+}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A way to place things."""
+
+    name: str
+    settings: dict[str, Any]
+    runs: bool = True
+    weights_dtype: str = "fp32"
+    optim: str = "adamw_torch_fused"
+    shared: Zero | None = None
+    """None: each device holds everything."""
+    per_parameter: tuple[int, int, int] = sharded.DEEPSPEED
+    """Bytes of weights, gradients, optimizer and fp32 weights; with `shared` only."""
+    needs: str = ""
+
+
+def table(basis: Basis) -> tuple[Placement, ...]:
+    """Every way that makes sense on this hardware, with what it needs and how fast it should be."""
+    return tuple(_best(basis, layout) for layout in _layouts(basis))
+
+
+def planned(basis: Basis, name: str, settings: MemorySettings) -> Placement:
+    """The row of that name with a plan's own micro batch, checkpointing and eval batch."""
+    layout = next(one for one in _layouts(basis) if one.name == name)
+    own = _start(basis, layout)
+    same = ("micro_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "eval_batch_size")
+    return _placed(basis, layout, replace(own, **{field: getattr(settings, field) for field in same}))
+
+
+def _layouts(basis: Basis) -> Iterator[_Layout]:
+    gpus, many = basis.fleet.machine.gpus, basis.num_devices > 1
+    each = f"{basis.num_devices} copies" if many else "one device"
+    plain = _DEFAULTS | {"train.num_processes": basis.num_devices, "train.optim": "adamw_torch_fused"}
+    if not many and basis.start.optimizer_in_backward:
+        plain.pop("train.optimizer_in_backward")
+    small = {"train.optim": "adamw_8bit"}
+    yield _Layout(f"{each}, AdamW fp32", plain)
+    yield _Layout(f"{each}, 8-bit AdamW", plain | small, optim="adamw_8bit")
+    if basis.start.precision != "fp16" and (not gpus or gpus[0].bf16):
+        optim = plain_optim("bf16", _rounding(basis))
+        narrow = {name: value for name, value in plain.items() if name != "train.bf16_rounding"}
+        narrow |= {"model.weights_dtype": "bf16", "train.optim": optim}
+        if basis.recipe.train.precision == "fp32":
+            narrow["train.precision"] = "bf16"
+        yield _Layout(f"{each}, bf16 weights", narrow, weights_dtype="bf16", optim=optim)
+        yield _Layout(f"{each}, bf16 + 8-bit", narrow | small, weights_dtype="bf16", optim="adamw_8bit")
+    if gpus and basis.start.num_trained is None:  # DeepSpeed is there for full fine-tuning only
+        yield from _shared_layouts(basis, plain, many)
+
+
+def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator[_Layout]:
+    """With DeepSpeed or FSDP2."""
+    # DeepSpeed updates by itself, and needs whole logits.
+    plain = plain | {"train.optimizer_in_backward": False}
+    if basis.recipe.train.chunked_loss:
+        plain |= {"train.chunked_loss": None}
+
+    def deepspeed(stage: int, **offload: Any) -> dict[str, Any]:
+        return plain | {DEEPSPEED: {"zero_optimization": {"stage": stage, **offload}}}
+
+    path = nvme_path(basis.recipe)
+    host, nvme = {"device": "cpu"}, {"device": "nvme", "nvme_path": path or NVME_FOLDER}
+    if many:
+        yield _Layout("ZeRO-2", deepspeed(2), shared=Zero(2, False, False))
+        yield _Layout("ZeRO-3", deepspeed(3), shared=Zero(3, False, False))
+        yield _Layout("FSDP2", {}, runs=False, shared=Zero(3, False, False), per_parameter=sharded.FSDP2)
+    yield _Layout("ZeRO-2, optimizer on host", deepspeed(2, offload_optimizer=host), shared=Zero(2, True, False))
+    yield _Layout("FSDP2, all on host", {}, runs=False, shared=Zero(3, True, True), per_parameter=sharded.FSDP2)
+    both = deepspeed(3, offload_optimizer=host, offload_param=host)
+    yield _Layout("ZeRO-3, all on host", both, shared=Zero(3, True, True))
+    both = deepspeed(3, offload_optimizer=nvme, offload_param=nvme)
+    needs = "" if path else NEEDS_PATH
+    yield _Layout("ZeRO-3, all on disk", both, shared=Zero(3, True, True, True, True), needs=needs)
+
+
+def _rounding(basis: Basis) -> str:
+    """Of bf16 weights."""
+    return basis.recipe.train.bf16_rounding or "stochastic"
+
+
+def _best(basis: Basis, layout: _Layout) -> Placement:
+    """The fastest micro batch and checkpointing that fit, with some memory to spare if possible; when none does, the
+    smallest."""
+    settings = candidates(basis.recipe, _start(basis, layout), basis.rows_per_process)
+    tried = [_placed(basis, layout, one) for one in settings]
+    fitting = [one for one in tried if one.fits]
+    if not fitting:
+        return min(tried, key=lambda one: one.device_bytes)
+    comfortable = [one for one in fitting if one.device_bytes <= COMFORTABLE * basis.budget.available_bytes]
+    options = comfortable or fitting
+    return fastest(options, [one.tokens_per_second for one in options])
+
+
+def _start(basis: Basis, layout: _Layout) -> MemorySettings:
+    """The settings that the layout fixes; its micro batch and checkpointing are still to be chosen."""
+    start, alone = basis.start, layout.shared is None
+    plain = with_settings(basis.recipe, {DEEPSPEED: None})
+    narrow = layout.weights_dtype == "bf16"
+    return replace(
+        start,
+        weights_dtype=layout.weights_dtype,
+        precision="bf16" if narrow else start.precision,
+        optim=layout.optim,
+        bf16_rounding=_rounding(basis) if narrow else None,
+        chunked_loss=alone and takes_pieces(plain, start.plain_logits),
+        optimizer_in_backward=alone and basis.num_devices == 1 and start.optimizer_in_backward,
+        num_processes=basis.num_devices,
+    )
+
+
+def _placed(basis: Basis, layout: _Layout, settings: MemorySettings) -> Placement:
+    shared, per_parameter, parameters = layout.shared, layout.per_parameter, basis.shapes.num_parameters
+    need = basis.needs.of(settings, shared, per_parameter)
+    kinds = dict(need.kinds)
+    # Evaluation, saving or resuming may have the higher peak.
+    kinds["buffers"] += max(0, need.peak - sum(kinds.values()))
+    host = sharded.host_bytes(shared, parameters, basis.num_devices, per_parameter) if shared else 0
+    on_disk = sharded.disk_bytes(shared, parameters, per_parameter)
+    short = _short(basis, kinds, host, on_disk)
+    seconds = basis.seconds(settings, shared)
+    tokens = basis.global_batch_size * basis.work.tokens_per_row
+    changes = _changes(basis, layout)
+    how = ", ".join(f"{name}: {in_yaml(value)}" for name, value in changes.items()) or "as the recipe is"
+    return Placement(
+        name=layout.name,
+        kinds=kinds,
+        device_bytes=sum(kinds.values()),
+        host_bytes=host,
+        disk_bytes=on_disk,
+        micro_batch_size=settings.micro_batch_size,
+        activation_checkpointing=settings.activation_checkpointing,
+        fits=not short,
+        short=short,
+        tokens_per_second=tokens / time.together(seconds) if seconds else None,
+        bound_by=max(seconds, key=lambda name: seconds[name]) if seconds else "",
+        runs=layout.runs,
+        settings=changes,
+        how=how if layout.runs else NOT_BUILT,
+        needs=layout.needs,
+    )
+
+
+def _changes(basis: Basis, layout: _Layout) -> dict[str, Any]:
+    """What the recipe has otherwise."""
+    recipe = basis.recipe
+    known = _DEFAULTS | {"train.optim": plain_optim(layout.weights_dtype, _rounding(basis))}
+    known |= {name: value for name in layout.settings if (value := given(recipe, name)) is not None}
+    if layout.shared is not None and layout.shared == basis.shared:
+        known[DEEPSPEED] = layout.settings.get(DEEPSPEED)
+    return {name: value for name, value in layout.settings.items() if known.get(name) != value}
+
+
+def _short(basis: Basis, kinds: dict[MemoryKind, int], host: int, on_disk: int) -> str:
+    """What is too little, and by how much; empty when everything fits."""
+    fleet = basis.fleet
+    missing = {"device": sum(kinds.values()) - basis.budget.available_bytes}
+    if host:
+        missing["host"] = host - fleet.machine.memory_available_bytes
+    if on_disk and fleet.disk_bytes is not None:
+        # DeepSpeed's checkpoints and two models lie there as well.
+        parameters = basis.shapes.num_parameters
+        checkpoints = disk.need(basis.recipe, parameters, basis.start).num_checkpoints
+        missing["disk"] = on_disk + (checkpoints * disk.DEEPSPEED_BYTES + 8) * parameters - fleet.disk_bytes
+    return ", ".join(f"{name} +{size / 2**30:,.1f} GiB" for name, size in missing.items() if size > 0)

@@ -1,0 +1,106 @@
+"""The one table of what saves memory: its five users filter and order it, and every setting in it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+
+from fulltune.plan import choose, levers, ways_out
+from fulltune.plan.budget import MemoryBudget
+from fulltune.plan.levers import LEVERS, SETTING_OF, Lever
+from fulltune.plan.memory import MemorySettings
+from fulltune.records.plan import MemoryKind, MemoryNeed, Phase, Plan
+from fulltune.train.parent import measure_candidates
+from fulltune.train.parent.memory_fallbacks import fallbacks
+from tests import plans
+
+RECIPE = plans.recipe("causal-lm", train={"max_grad_norm": 0})
+SETTINGS = MemorySettings(micro_batch_size=8, longest_tokens=1024, eval_batch_size=16)
+PLAN = plans.plan(device="cuda")
+
+
+def needs_less_with(changes: dict[str, Any]) -> Callable[[MemorySettings], MemoryNeed]:
+    """999 bytes with all of these, else 1,000."""
+
+    def need(settings: MemorySettings) -> MemoryNeed:
+        has_all = all(getattr(settings, name) == value for name, value in changes.items())
+        size = 999 if has_all else 1000
+        return MemoryNeed(kinds={"weights": size}, phases={"step": size})
+
+    return need
+
+
+@pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: lever.name)
+def test_settings_of_a_lever_exist(lever: Lever) -> None:
+    for name in filter(None, (lever.setting, lever.also)):
+        block, _, field = name.partition(".")
+        assert field.partition(".")[0] in type(getattr(RECIPE, block)).model_fields, name
+    assert {*lever.frees} <= {*get_args(MemoryKind)}
+    assert {*lever.fallback} <= {*get_args(Phase)}
+    assert len({one.name for one in LEVERS}) == len(LEVERS)
+
+
+@pytest.mark.parametrize("field", SETTING_OF)
+def test_fields_that_levers_change_are_those_of_plans_and_recipes(field: str) -> None:
+    assert field in Plan.model_fields or field == "longest_tokens"
+    block, _, name = SETTING_OF[field].partition(".")
+    assert not name or name.partition(".")[0] in type(getattr(RECIPE, block)).model_fields
+
+
+@pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: lever.name)
+def test_lever_is_where_its_flags_say(lever: Lever, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways_out, "MOST", 99)
+    for phase in get_args(Phase):
+        offered = [one.name for one in fallbacks(RECIPE, PLAN, phase, lambda changes: True)]
+        assert (lever.name in offered) == (phase in lever.fallback)
+    if lever.obstacle(RECIPE, PLAN if lever.fallback else SETTINGS):
+        return
+    changes = lever.apply(RECIPE, SETTINGS)[-1]
+
+    need = needs_less_with(changes)
+    found = choose.smallest(RECIPE, SETTINGS, 8, MemoryBudget(0, "", need))
+    # Every micro batch is tried, and the eval batch follows.
+    assert (found.memory.peak == 999) == (lever.searched or not lever.kept)
+
+    ways = [way.costs for way in ways_out.of_memory(RECIPE, SETTINGS, 999, need)]
+    assert (lever.costs in ways) == lever.way_out
+
+    rows = [row.name for row in measure_candidates.levers(RECIPE, PLAN)]
+    assert (f"+ {lever.measured.format(**changes)}" in rows) == bool(lever.measured)
+
+    for kind in lever.frees:
+        milder = [one for one in LEVERS[: LEVERS.index(lever)] if kind in one.frees]
+        now = PLAN.model_copy(update={name: value for one in milder for name, value in one.changes.items()})
+        assert lever.setting in levers.proposal(RECIPE, now, kind)
+
+
+def test_a_new_lever_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the search, the ways out, what is tried after memory ran out, what is proposed then, and what is measured."""
+    new = Lever(
+        name="half the buffers",
+        setting="train.optimizer_in_backward",
+        costs="patience",
+        changes={"optimizer_in_backward": True},
+        done="half the buffers",
+        frees=("buffers",),
+        searched=True,
+        way_out=True,
+        fallback=("step",),
+        measured="half the buffers",
+    )
+    for module in (choose, ways_out, levers, measure_candidates):
+        monkeypatch.setattr(module, "LEVERS", (new,))
+    monkeypatch.setattr("fulltune.train.parent.memory_fallbacks.LEVERS", (new,))
+
+    assert replace(SETTINGS, micro_batch_size=1, gradient_accumulation_steps=1, optimizer_in_backward=True) in (
+        choose.candidates(RECIPE, SETTINGS, 1)
+    )
+    found = ways_out.of_memory(RECIPE, SETTINGS, 999, needs_less_with(new.changes))
+    assert found[0].change == "train.optimizer_in_backward: true"
+    offered = fallbacks(RECIPE, PLAN, "step", lambda changes: True)
+    assert [(one.name, one.changes) for one in offered] == [(new.name, new.changes)]
+    assert levers.proposal(RECIPE, PLAN, "buffers") == "train.optimizer_in_backward: true"
+    assert [row.name for row in measure_candidates.levers(RECIPE, PLAN)][1:] == ["+ half the buffers"]
