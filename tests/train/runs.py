@@ -18,7 +18,7 @@ from fulltune.context import Run
 from fulltune.footprint import trace
 from fulltune.records.training import Outcome
 from fulltune.report.run.read import read_run
-from fulltune.report.verdict import judge
+from fulltune.report.run.verdict import judge
 from fulltune.system.run_folder import Reached
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent import child

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from fulltune.cli.show import run as display
 from fulltune.records.data import DataSummary, SplitSummary
-from fulltune.report.verdict import Kind, Verdict
+from fulltune.report.format.blocks import Headline
 
+LABEL = "The verdict"
 BRIEF = "On the same 200 test rows, the accuracy of full-seed42 is 13.0 points lower than that of majority class."
 STEPS = (
     "The train loss was still falling at the end (5.01 to 3.6). Train for longer: --set train.num_train_epochs=4.",
@@ -19,24 +20,24 @@ STEPS = (
 )
 
 
-def shown(kind: Kind, steps: tuple[str, ...] = ()) -> list[str]:
+def shown(kind: str, steps: tuple[str, ...] = ()) -> list[str]:
     console = Console(width=80, highlight=False, file=io.StringIO())
-    for line in display.conclusion(Verdict(kind, "the long one", BRIEF, note="This is the first of 2."), steps):
+    for line in display.conclusion(Headline(kind, LABEL, "the long one", BRIEF, note="This is the first of 2."), steps):
         console.print(line)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", ["better", "worse", "unresolved", "unpaired", "alone", "none"])
-def test_verdict_is_said_first_with_its_sentence(kind: Kind) -> None:
+def test_verdict_is_said_first_with_its_sentence(kind: str) -> None:
     text = " ".join(shown(kind))
-    assert text.startswith(f"{Verdict(kind, '', '').label}. {BRIEF}")
+    assert text.startswith(f"{LABEL}. {BRIEF}")
     assert "first of 2" in text
     assert "What to do next" not in text
 
 
 def test_proposals_stand_below_it_with_hanging_lines_in_80_columns() -> None:
     lines = shown("worse", STEPS)
-    assert lines[0].startswith("Worse than without training.")
+    assert lines[0].startswith(f"{LABEL}. ")
     first = lines.index("What to do next, the same recipe with one change at a time:") + 1
     assert lines[first].startswith("  - The train loss")
     assert lines[first + 1].startswith("    ")

@@ -146,7 +146,7 @@ def run(
     """Do the whole line: data, plan, train, evaluate, report. The same command continues an unfinished run."""
     from fulltune import report
     from fulltune.cli.show import run as display
-    from fulltune.report.run import kinds
+    from fulltune.report.run.row_words import row_words
 
     began = time.time()
     recipe, folder = _open(target, set_, run_folder, fresh, "report")
@@ -162,7 +162,7 @@ def run(
         out.print(part)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     if verdict.kind != "worse":
-        asked = kinds.question(reached.summary)
+        asked = row_words(reached.summary).question
         out.print(f"try it:  fulltune predict {escape(str(folder))} {asked}", soft_wrap=True)
 
 
@@ -301,12 +301,12 @@ def report(
     """Write report.md and report.html anew, of a comparison its card; from the run's files alone."""
     from fulltune import pipeline
     from fulltune.context import Run
-    from fulltune.report import write_proof
+    from fulltune.report import write_comparison
     from fulltune.system.run_folder import locked, recipe_of, writing
 
     recipe = recipe_of(run_folder)
     with writing(run_folder), locked(run_folder):
-        written = write_proof(run_folder) if recipe.methods else (pipeline.write_report(Run(recipe, run_folder)),)
+        written = write_comparison(run_folder) if recipe.methods else (pipeline.write_report(Run(recipe, run_folder)),)
     for path in written:
         out.print(escape(str(path)), soft_wrap=True)
 

@@ -165,9 +165,9 @@ def run(job: Run, command: str, budget: str | None = None) -> Compared:
         if known is not None and (why := more_time.refused(known, seconds)):
             # Its models and its table belong together: nothing is touched.
             job.listener({"kind": "comparison", "text": why})
-            return Compared(known, job.folder, report.write_proof(job.folder))
+            return Compared(known, job.folder, report.write_comparison(job.folder))
         comparison = _compare(job, command, seconds, began, known)
-        return Compared(comparison, job.folder, report.write_proof(job.folder))
+        return Compared(comparison, job.folder, report.write_comparison(job.folder))
 
 
 def _budget_seconds(job: Run, budget: str | None) -> float | None:

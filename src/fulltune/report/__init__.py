@@ -1,35 +1,34 @@
-"""Run folder to report: `report.md`, `report.html`, the model's card and the proof card of a comparison, made from the
+"""Run folder to report: `report.md`, `report.html` and the model's card, of a comparison its own card; made from the
 files in the folder alone.
 
-Layer 2, imports layer 0 (errors, records) and jinja2; no torch, no numpy. Only the proof card's picture wants
-matplotlib, where it is installed.
+`format` knows how a page is written, `run` and `comparison` what stands on it. Light: matplotlib, PyYAML and
+huggingface_hub are imported when they are needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace as replace_fields
+from dataclasses import replace
 from pathlib import Path
 
 from fulltune.records.scores import Scores
 from fulltune.report.comparison.many_tasks import write_tasks
-from fulltune.report.comparison.page import write_proof
-from fulltune.report.files import replace
+from fulltune.report.comparison.page import write_comparison
+from fulltune.report.format.blocks import Headline
 from fulltune.report.format.html import page
 from fulltune.report.format.markdown import markdown
-from fulltune.report.model_card import card
+from fulltune.report.format.words import write_harmless
 from fulltune.report.run.content import build
 from fulltune.report.run.content import conclude as _conclude
-from fulltune.report.run.merged import merged_card
+from fulltune.report.run.model_card import merged_card, model_card
 from fulltune.report.run.read import read_run
-from fulltune.report.verdict import Verdict
 
 __all__ = [
     "conclude",
     "write",
     "write_card_of_trial",
+    "write_comparison",
     "write_merged_card",
     "write_model_card",
-    "write_proof",
     "write_tasks",
 ]
 
@@ -53,45 +52,19 @@ def write(folder: Path) -> Path:
     """
     folder = Path(folder)
     report = build(read_run(folder))
-    replace(folder / "report.md", markdown(report))
+    write_harmless(folder / "report.md", markdown(report))
     target = folder / "report.html"
-    replace(target, page(report))
+    write_harmless(target, page(report))
     return target
 
 
-def conclude(folder: Path) -> tuple[Verdict, tuple[str, ...]]:
-    """The report's verdict on a run, and what to change where training was not worth it.
+def conclude(folder: Path) -> tuple[Headline, tuple[str, ...]]:
+    """The report's headline, and what to change where training was not worth it.
 
     Args:
         folder: The run folder.
     """
     return _conclude(read_run(Path(folder)))
-
-
-def write_card_of_trial(folder: Path, model_folder: Path, scores: Scores) -> None:
-    """Write `README.md` beside the weights of one of a comparison's methods, whose scores lie in no file of their own.
-
-    Args:
-        folder: The comparison's folder.
-        model_folder: The model's.
-        scores: Of the trial whose model it is.
-    """
-    view = read_run(Path(folder))
-    view = replace_fields(view, scores=(*(row for row in view.scores if row.kind != "trained"), scores))
-    replace(Path(model_folder) / "README.md", card(view, Path(model_folder)))
-
-
-def write_merged_card(source: Path, model_folder: Path, task: str) -> None:
-    """Write `README.md` into the folder of a merged model, from that of the model it was made of.
-
-    Args:
-        source: The folder with what was trained.
-        model_folder: The merged model's.
-        task: What the model does.
-    """
-    path = Path(source) / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    replace(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))
 
 
 def write_model_card(folder: Path, model_folder: Path) -> None:
@@ -104,7 +77,30 @@ def write_model_card(folder: Path, model_folder: Path) -> None:
     Raises:
         SetupError: If `folder` does not exist or is not a run folder.
     """
-    model_folder = Path(model_folder)
-    text = card(read_run(folder), model_folder)
-    model_folder.mkdir(parents=True, exist_ok=True)
-    replace(model_folder / "README.md", text)
+    write_harmless(Path(model_folder) / "README.md", model_card(read_run(Path(folder)), Path(model_folder)))
+
+
+def write_card_of_trial(folder: Path, model_folder: Path, scores: Scores) -> None:
+    """Write `README.md` beside the weights of one of a comparison's methods, whose scores lie in no file of their own.
+
+    Args:
+        folder: The comparison's folder.
+        model_folder: The model's.
+        scores: Of the trial whose model it is.
+    """
+    view = read_run(Path(folder))
+    view = replace(view, scores=(*(row for row in view.scores if row.kind != "trained"), scores))
+    write_harmless(Path(model_folder) / "README.md", model_card(view, Path(model_folder)))
+
+
+def write_merged_card(source: Path, model_folder: Path, task: str) -> None:
+    """Write `README.md` into the folder of a merged model, from that of the model it was made of.
+
+    Args:
+        source: The folder with what was trained.
+        model_folder: The merged model's.
+        task: What the model does.
+    """
+    path = Path(source) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_harmless(Path(model_folder) / "README.md", merged_card(text, Path(model_folder).name, task))

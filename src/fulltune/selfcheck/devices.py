@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from fulltune.report.format.words import counted
 from fulltune.system import hardware
 from fulltune.system.run_folder import PACKAGES
+from fulltune.text import counted
 
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
 """Named on the page where they are installed."""

@@ -58,7 +58,7 @@ def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
     assert ManyTasks.load(record) == together()
     text = page.read_text(encoding="utf-8")
     said = (
-        "A full model for each of 2 tasks: 173 MiB of weights, on disk and, with all of them loaded, in memory. One "
+        "A full model for each of 2 tasks: 173 MiB of weights, on disk and, with all loaded, in memory. One "
         "base (86.7 MiB) with adapter for each: 89.8 MiB, 0.52×; each further task adds 1.56 MiB instead of 86.7 MiB."
     )
     assert said in text

@@ -12,7 +12,7 @@ import pytest
 
 from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.content import conclude
-from fulltune.report.run.next_steps import Seen, next_steps
+from fulltune.report.run.next_steps import RunFacts, next_steps
 from fulltune.report.run.read import read_run
 
 FLAT = tuple((step, 1.0) for step in range(10, 410, 10))
@@ -24,7 +24,7 @@ RISING = ((200, 0.3), (400, 0.5))
 PASSED = ((100, 0.5), (200, 0.4), (300, 0.4), (400, 0.3))
 STILL = ((200, 0.5), (400, 0.5))
 
-WORSE = Seen("worse", 3e-4, 2.0, 400, 400, train_rows=3000, loss=FLAT, metric=STILL)
+WORSE = RunFacts("worse", 3e-4, 2.0, 400, 400, train_rows=3000, loss=FLAT, metric=STILL)
 LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.0001"
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune.records.scores import Estimate, Scores
-from fulltune.report.verdict import judge
+from fulltune.report.run.verdict import judge
 
 BASELINE = "nearest centroid"
 

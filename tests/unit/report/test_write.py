@@ -282,7 +282,7 @@ def test_import_report_needs_no_heavy_package() -> None:
     assert "import pyplot" not in source
     assert "matplotlib.pyplot" not in source
     assert set(re.findall(r"(?m)^from fulltune\.(\w+)", source)) <= {
-        *("errors", "recipe", "records", "text"),
+        *("errors", "files", "recipe", "records", "text"),
         "report",
     }
 

@@ -12,10 +12,10 @@ from rich.text import Text
 from fulltune.records.comparison import ArmRow, Comparison, Expectation, ManyTasks
 from fulltune.records.differences import VerdictKind
 from fulltune.report.comparison import many_tasks as many
-from fulltune.report.comparison import words as proof_words
-from fulltune.report.comparison.words import NOTHING, Writer
+from fulltune.report.comparison import sentences
+from fulltune.report.comparison.sentences import NOTHING, Writer
 from fulltune.report.format import words
-from fulltune.text import is_share
+from fulltune.text import counted, format_bytes, format_number, format_seconds, is_share
 
 _STYLES: dict[VerdictKind, str] = {
     "FULL": "bold blue",
@@ -38,7 +38,7 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
         metric: That decides.
         margin: That the recipe asks for; left out, it is not compared with what can be found.
     """
-    seeds = words.counted(expected.num_seeds, "seed")
+    seeds = counted(expected.num_seeds, "seed")
     search = ""
     if expected.num_search_trials:
         search = (
@@ -65,10 +65,10 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
 
 
 def _takes(expected: Expectation) -> str:
-    usual, most = words.duration(expected.seconds), words.duration(expected.most_seconds)
+    usual, most = format_seconds(expected.seconds), format_seconds(expected.most_seconds)
     if expected.budget_seconds is not None:
         rest = "the rest is kept for what the forecast errs by"
-        return f"about {usual} of the {words.duration(expected.budget_seconds)} given; {rest}"
+        return f"about {usual} of the {format_seconds(expected.budget_seconds)} given; {rest}"
     return f"about {usual}" if usual == most else f"about {usual}, {most} if every method needs all seeds"
 
 
@@ -96,7 +96,7 @@ def verdict(console: Console, comparison: Comparison) -> None:
 
 def many_tasks(console: Console, found: ManyTasks) -> None:
     """Several tasks on one base: what a full model for each costs against parts side by side."""
-    console.print(Text(f"\n{words.counted(len(found.tasks), 'task')} on one base", style="bold"))
+    console.print(Text(f"\n{counted(len(found.tasks), 'task')} on one base", style="bold"))
     for header, rows in (
         (many.TASK_HEADER, many.task_rows(found)),
         (many.WAY_HEADER, many.way_rows(found)),
@@ -108,15 +108,15 @@ def many_tasks(console: Console, found: ManyTasks) -> None:
             table.add_row(*map(Text, row))
         console.print(table)
         console.print()
-    for sentence in many.sentences(found):
-        console.print(Text(_plain(sentence)))
+    for sentence in many.summary(found):
+        console.print(Text(words.one_line(sentence)))
 
 
 def _parts(comparison: Comparison) -> Iterator[Any]:
     decision = comparison.decision
-    yield Text("\n" + _plain(proof_words.label(decision)), style=_STYLES[decision.verdict])
-    yield Text(_plain(proof_words.headline(comparison)), style="bold")
-    yield Text(_plain(proof_words.terms(comparison)) + "\n", style="dim")
+    yield Text("\n" + words.one_line(sentences.label(decision)), style=_STYLES[decision.verdict])
+    yield Text(words.one_line(sentences.headline(comparison)), style="bold")
+    yield Text(words.one_line(sentences.terms(comparison)) + "\n", style="dim")
     yield _quality(comparison)
     yield Text()
     yield _cost(comparison)
@@ -124,24 +124,24 @@ def _parts(comparison: Comparison) -> Iterator[Any]:
     if found := list(_findings(comparison)):
         yield _grid(found)
         yield Text()
-    if claims := [(proof_words.held(one.holds), "cyan", f"“{one.claim}”: {one.here}") for one in comparison.claims]:
+    if claims := [(sentences.held(one.holds), "cyan", f"“{one.claim}”: {one.here}") for one in comparison.claims]:
         yield Text("what one often reads", style="bold")
         yield _grid(claims)
         yield Text()
-    took, fixed = proof_words.spent(comparison)
+    took, fixed = sentences.spent(comparison)
     yield _grid([("took", "dim", took), ("all seeds", "dim", fixed)])
 
 
 def _findings(comparison: Comparison) -> Iterator[Marked]:
     """What to know before believing it."""
-    for one in proof_words.to_do(comparison):
+    for one in sentences.to_do(comparison):
         yield "what to do", "yellow", one
-    for mark in proof_words.marks(comparison):
+    for mark in sentences.marks(comparison):
         kind, _, what = mark.partition(": ")
         yield kind, "red" if kind == "Unfair" else "yellow", what
     for note in comparison.decision.notes:
         yield "note", "yellow", note
-    if waited := proof_words.waited(comparison):
+    if waited := sentences.waited(comparison):
         yield "note", "dim", waited
 
 
@@ -150,22 +150,27 @@ def _findings(comparison: Comparison) -> Iterator[Marked]:
 
 def _quality(comparison: Comparison) -> Table:
     write = Writer.of(comparison.decision)
-    level = f"{100 * comparison.decision.confidence:g}%"
-    table = _table("updated", f"{write.name} [{level}]", f"full better by{write.unit}", "seeds")
+    table = _table("updated", f"{write.name} [{sentences.level(comparison)}]", f"full better by{write.unit}", "seeds")
     for row in comparison.rows:
-        found = next((one for one in comparison.decision.differences if one.arm == row.arm), None)
-        apart = "reference" if row.kind == "full" else NOTHING if found is None else write.adjusted(found)
         share = row.num_trainable / row.num_parameters if row.num_parameters else 0.0
-        seeds = f"{len(row.seeds)}" if row.seeds else NOTHING
-        _add(table, row, comparison, proof_words.fine_share(share), write.estimate(row.metric), apart, seeds)
+        seeds = str(len(row.seeds) or NOTHING)
+        _add(
+            table,
+            row,
+            comparison,
+            sentences.fine_share(share),
+            write.estimate(row.metric),
+            sentences.behind_full(row, comparison),
+            seeds,
+        )
     return table
 
 
 def _cost(comparison: Comparison) -> Table:
-    full = proof_words.full_of(comparison)
+    full = sentences.full_of(comparison)
 
     def ratio(row: ArmRow, field: str) -> str:
-        return (proof_words.to_full(getattr(row, field), getattr(full, field)) if full else "") or NOTHING
+        return (sentences.to_full(getattr(row, field), getattr(full, field)) if full else "") or NOTHING
 
     table = _table("gain", "time", "time×", "FLOP×", "memory×", "saved", "drift")
     for row in comparison.rows:
@@ -173,17 +178,17 @@ def _cost(comparison: Comparison) -> Table:
             table,
             row,
             comparison,
-            NOTHING if row.gain_share is None else proof_words.fine_share(row.gain_share),
-            words.duration(row.train_seconds) if row.train_seconds else NOTHING,
+            NOTHING if row.gain_share is None else sentences.fine_share(row.gain_share),
+            format_seconds(row.train_seconds) if row.train_seconds else NOTHING,
             *(ratio(row, field) for field in ("train_seconds", "train_flops", "memory_growth_bytes")),
-            words.size(row.saved_bytes) if row.saved_bytes else NOTHING,
-            NOTHING if row.drift is None else words.number(row.drift.value),
+            format_bytes(row.saved_bytes) if row.saved_bytes else NOTHING,
+            NOTHING if row.drift is None else format_number(row.drift.value),
         )
     return table
 
 
 def _legend(comparison: Comparison) -> str:
-    taken = "> the method to take. " if comparison.decision.recommended else ""
+    taken = "> the recommended method. " if comparison.decision.recommended else ""
     return (
         f"{taken}Difference: its interval holds for all methods together. Gain: of what full gains. "
         f"×: of full's; memory: what training adds. Drift: {comparison.drift_unit}, on generic text."
@@ -200,7 +205,7 @@ def _table(*columns: str) -> Table:
 
 def _add(table: Table, row: ArmRow, comparison: Comparison, *cells: str) -> None:
     taken = row.arm == comparison.decision.recommended
-    name = _plain(row.arm)
+    name = words.one_line(row.arm)
     name = name if len(name) <= _WIDEST_NAME else name[: _WIDEST_NAME - 1] + "…"
     texts = (Text(f"{'>' if taken else ' '} {name}"), *map(Text, cells))
     table.add_row(*texts, style="bold" if taken else None)
@@ -212,10 +217,5 @@ def _grid(marks: Sequence[Marked]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, style, sentence in marks:
-        table.add_row(Text(label, style=style), Text(_plain(sentence)))
+        table.add_row(Text(label, style=style), Text(words.one_line(sentence)))
     return table
-
-
-def _plain(text: str) -> str:
-    """On one line, without anything that a terminal would obey."""
-    return " ".join(words.harmless(text).split())

@@ -15,8 +15,8 @@ from rich.text import Text
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
-from fulltune.report.run import kinds
-from fulltune.report.verdict import Verdict
+from fulltune.report.format.blocks import Headline
+from fulltune.report.run.row_words import has_images, row_words
 from fulltune.text import format_bytes, format_metric, format_seconds
 
 if TYPE_CHECKING:
@@ -196,12 +196,12 @@ class Display:
 def data_table(summary: DataSummary) -> Table:
     """Rows of the three splits."""
     labels = f", {len(summary.labels)} labels" if summary.labels else ""
-    images = kinds.has_images(summary)
-    longest = "" if images else f"; {kinds.longest(summary)} kept {summary.max_length} tokens"
-    title = f"data: {kinds.kind(summary)}{labels}{longest}"
+    images = has_images(summary)
+    longest = "" if images else f"; {row_words(summary).longest} kept {summary.max_length} tokens"
+    title = f"data: {row_words(summary).kind}{labels}{longest}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     counts = () if images else ("tokens", "p50/p95/max", "cut")
-    for column in ("split", kinds.row(summary), *counts, "left out", "from"):
+    for column in ("split", f"{row_words(summary).row}s", *counts, "dropped", "from"):
         table.add_column(column, justify="left" if column in ("split", "from") else "right")
     for name, split in summary.splits.items():
         lengths = "/".join(str(split.length_percentiles[key]) for key in ("p50", "p95", "max"))
@@ -273,14 +273,14 @@ def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:
     return lines
 
 
-def conclusion(verdict: Verdict, steps: Sequence[str]) -> list[Text | Table]:
+def conclusion(headline: Headline, steps: Sequence[str]) -> list[Text | Table]:
     """The verdict in words, and what to change where training was not worth it."""
     styles = {"better": "bold green", "worse": "bold red"}
     lines: list[Text | Table] = [
-        Text.assemble((f"{verdict.label}.", styles.get(verdict.kind, "bold yellow")), f" {verdict.brief}")
+        Text.assemble((f"{headline.label}.", styles.get(headline.kind, "bold yellow")), f" {headline.brief}")
     ]
-    if verdict.note:
-        lines.append(Text(verdict.note))
+    if headline.note:
+        lines.append(Text(headline.note))
     if steps:
         lines.append(Text("What to do next, the same recipe with one change at a time:"))
         table = Table.grid(padding=(0, 1))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fulltune.records.comparison import ManyTasks, TaskPart, Way
-from fulltune.report.comparison import words as proof_words
-from fulltune.report.comparison.words import NOTHING, Writer
-from fulltune.report.files import replace
+from fulltune.report.comparison.sentences import NOTHING, Writer, ratio
 from fulltune.report.format import words
 from fulltune.report.format.markdown import escaped, table
+from fulltune.text import counted, format_bytes, format_seconds
 
 RECORD, PAGE = "tasks.json", "tasks.md"
 _MARGIN = 0.01
@@ -21,7 +20,7 @@ WAY_HEADER = ("method", "stored", "one more task", "training", "full better by [
 def write_tasks(folder: Path, found: ManyTasks) -> tuple[Path, ...]:
     """Write `tasks.md` and `tasks.json` into a folder; returns their paths."""
     found.save(folder / RECORD)
-    replace(folder / PAGE, _markdown(found))
+    words.write_harmless(folder / PAGE, _markdown(found))
     return folder / PAGE, folder / RECORD
 
 
@@ -30,11 +29,11 @@ def _markdown(found: ManyTasks) -> str:
         [row[0], *(_score(found, way, place) for way in found.ways)] for place, row in enumerate(task_rows(found))
     ]
     lines = [
-        f"# {words.counted(len(found.tasks), 'task')} on one base",
+        f"# {counted(len(found.tasks), 'task')} on one base",
         "",
         escaped(words.file_name(found.model)),
         "",
-        *sentences(found),
+        *summary(found),
         "",
         table(WAY_HEADER, way_rows(found), frozenset(range(1, len(WAY_HEADER)))),
         "",
@@ -45,18 +44,18 @@ def _markdown(found: ManyTasks) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sentences(found: ManyTasks) -> list[str]:
+def summary(found: ManyTasks) -> list[str]:
     """What the tables come to."""
     full, *others = found.ways
     # A head alone decides nothing; of the rest those that are not known to be worse.
     fair = [way for way in others if way.kind != "head" and (way.behind is None or way.behind.low <= 0)]
     smallest = min(fair or others, key=lambda way: way.stored_bytes)
-    count = words.counted(len(found.tasks), "task")
+    count = counted(len(found.tasks), "task")
     said = [
-        f"A full model for each of {count}: {words.size(full.stored_bytes)} of weights, on disk and, with all of them "
-        f"loaded, in memory. One base ({words.size(found.base_bytes)}) with {smallest.arm} for each: "
-        f"{words.size(smallest.stored_bytes)}, {proof_words.ratio(smallest.stored_bytes / full.stored_bytes)}; each "
-        f"further task adds {words.size(smallest.bytes_per_task)} instead of {words.size(full.bytes_per_task)}."
+        f"A full model for each of {count}: {format_bytes(full.stored_bytes)} of weights, on disk and, with all "
+        f"loaded, in memory. One base ({format_bytes(found.base_bytes)}) with {smallest.arm} for each: "
+        f"{format_bytes(smallest.stored_bytes)}, {ratio(smallest.stored_bytes / full.stored_bytes)}; each "
+        f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
     ]
     for way in others:
         if way.behind is None:
@@ -74,9 +73,9 @@ def way_rows(found: ManyTasks) -> list[list[str]]:
     return [
         [
             words.harmless(way.arm),
-            words.size(way.stored_bytes),
-            words.size(way.bytes_per_task),
-            words.duration(way.train_seconds),
+            format_bytes(way.stored_bytes),
+            format_bytes(way.bytes_per_task),
+            format_seconds(way.train_seconds),
             "reference" if way.kind == "full" else _behind(way),
         ]
         for way in found.ways
@@ -86,7 +85,7 @@ def way_rows(found: ManyTasks) -> list[list[str]]:
 def task_rows(found: ManyTasks) -> list[list[str]]:
     """By `TASK_HEADER`."""
     return [
-        [words.harmless(task.name), words.count(task.train_rows), _verdict(task), words.metric_name(task.metric)]
+        [words.harmless(task.name), f"{task.train_rows:,}", _verdict(task), words.metric_name(task.metric)]
         for task in found.tasks
     ]
 

@@ -1,4 +1,4 @@
-"""The proof card of a comparison: one page as Markdown and HTML, its plot as PNG, and the one JSON it is made from."""
+"""The report of a comparison: one page as Markdown and HTML, its plot as PNG, and the one JSON that it is made from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
-from fulltune.report.comparison import words as proof_words
+from fulltune.report.comparison import sentences
 from fulltune.report.comparison.content import build, plots
-from fulltune.report.files import replace
 from fulltune.report.format.html import page
 from fulltune.report.format.markdown import markdown
 from fulltune.report.format.plots import cost_picture
+from fulltune.report.format.words import write_harmless
 
 RECORD = "compare/comparison.json"
 PROOF = "proof.json"
@@ -20,7 +20,7 @@ PAGE = "card.html"
 PICTURE = "card.png"
 
 
-def write_proof(folder: Path) -> tuple[Path, ...]:
+def write_comparison(folder: Path) -> tuple[Path, ...]:
     """Write `card.md`, `card.html`, `card.png` and `proof.json`.
 
     Args:
@@ -36,17 +36,17 @@ def write_proof(folder: Path) -> tuple[Path, ...]:
     source = _source(Path(folder))
     comparison = Comparison.load(source)
     target = Path(folder) if Path(folder).is_dir() else source.parent
-    found = plots(comparison)
-    picture = target / PICTURE
+    found, picture = plots(comparison), target / PICTURE
     if found:
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
-        cost_picture(proof_words.label(comparison.decision), subtitle, found, picture)
+        cost_picture(sentences.label(comparison.decision), subtitle, found, picture)
     else:
         picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the card
-    replace(target / CARD, markdown(build(comparison, PICTURE if found else "")))
-    replace(target / PAGE, page(build(comparison), "proof.html.j2"))
+    report = build(comparison, PICTURE)
+    write_harmless(target / CARD, markdown(report))
+    write_harmless(target / PAGE, page(report, "comparison.html.j2"))
     comparison.save(target / PROOF)
-    return (target / CARD, target / PAGE, *((picture,) if found else ()), target / PROOF)
+    return (target / CARD, target / PAGE, *[picture] * bool(found), target / PROOF)
 
 
 def _source(folder: Path) -> Path:

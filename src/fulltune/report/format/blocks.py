@@ -1,11 +1,12 @@
-"""What a report is made of. `content` builds these; `markdown` and `html` print the same ones, so the two agree."""
+"""What a report is made of. `run` and `comparison` build it; `markdown` and `html` print the same, so they agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fulltune.records.data import Segment
+from fulltune.report.format.words import clipped, named
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Previews:
     """Rows as the model sees them, trained tokens set apart from the others."""
 
     items: tuple[tuple[tuple[Segment, ...], str | None], ...]
@@ -116,7 +117,7 @@ class Folded:
     blocks: tuple[Block, ...]
 
 
-Block = Paragraph | Bullets | Facts | Table | Figures | Code | Rows | Exchanges | Folded
+Block = Paragraph | Bullets | Facts | Table | Figures | Code | Previews | Exchanges | Folded
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,48 @@ class Section:
     blocks: tuple[Block, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class Headline:
+    """What it all comes to, in the report's box."""
+
+    kind: str
+    """Its colour in `report.css`: `better`, `worse`, `full`, `undecided` and so on."""
+    label: str
+    sentence: str
+    brief: str = ""
+    """The sentence without the figures that stand in the table above it in a terminal."""
+    note: str = ""
+    """Which trial it is about, or on what terms it holds."""
+    warning: str = ""
+    """What to read before it is believed."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is printed, before it becomes Markdown or HTML."""
+
+    title: str
+    subtitle: str
+    headline: Headline
+    key_figures: tuple[tuple[str, str], ...]
+    sections: tuple[Section, ...]
+
+
 def unless_empty(title: str, blocks: Sequence[Block]) -> Section | None:
     """A section, or nothing when there is nothing to say in it."""
     return Section(title.lower().replace(" ", "-"), title, tuple(blocks)) if blocks else None
+
+
+def foreign(text: str, limit: int | None = None) -> Cell:
+    """A cell of text from data or a model, cut after `limit` characters; an empty text is said to be empty."""
+    return Cell(named(text) if limit is None else clipped(named(text), limit), foreign=True)
+
+
+def first_open(parts: Iterable[tuple[str, Sequence[Block]]]) -> list[Block]:
+    """The blocks of the first trial that has any, those of the others folded behind their names.
+
+    Args:
+        parts: Name and blocks of each trial.
+    """
+    (_, first), *others = [(name, blocks) for name, blocks in parts if blocks] or [("", ())]
+    return [*first, *(Folded(f"the same for {name}", tuple(blocks)) for name, blocks in others)]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from fulltune.report.format.blocks import Block
-from fulltune.report.run.content import Report
+from fulltune.report.format.blocks import Block, Report
 
 # Text from data, models and recipes goes through autoescape; only the drawings of `curves`, which escape their own
 # texts, are marked safe in the template.

@@ -17,12 +17,13 @@ from fulltune.report.format.blocks import (
     Figures,
     Folded,
     Paragraph,
-    Rows,
+    Previews,
+    Report,
     Section,
     Table,
 )
-from fulltune.report.format.words import clipped, listed
-from fulltune.report.run.content import Report
+from fulltune.report.format.words import clipped
+from fulltune.text import listed
 
 _CELL_LIMIT = 80
 _BAR_LENGTH = 20
@@ -32,11 +33,11 @@ _TEXT_LIMIT = 600
 def markdown(report: Report) -> str:
     """Print the whole report as Markdown."""
     lines = [f"# {escaped(report.title)}", "", escaped(report.subtitle), ""]
-    lines += [f"**{escaped(report.verdict.label)}.** {escaped(report.verdict.sentence)}", ""]
-    if report.verdict.note:
-        lines += [escaped(report.verdict.note), ""]
-    if report.verdict.warning:
-        lines += [f"**{escaped(report.verdict.warning)}**", ""]
+    lines += [f"**{escaped(report.headline.label)}.** {escaped(report.headline.sentence)}", ""]
+    if report.headline.note:
+        lines += [escaped(report.headline.note), ""]
+    if report.headline.warning:
+        lines += [f"**{escaped(report.headline.warning)}**", ""]
     if report.key_figures:
         lines += [*(f"- {name}: {value}" for name, value in report.key_figures), ""]
     for section in report.sections:
@@ -102,7 +103,7 @@ def _block(block: Block) -> Iterator[str]:
                 yield from (f"![{escaped(listed([figure.title for figure in block.items]))}]({file})", "")
         case Code():
             yield from (fenced(block.text, block.language), "")
-        case Rows():
+        case Previews():
             if block.some_trained:
                 yield from ("Trained tokens stand between ⟦ and ⟧.", "")
             for segments, label in block.items:

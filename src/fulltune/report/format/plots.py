@@ -18,8 +18,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fulltune.files import replacing
 from fulltune.report.format import words
-from fulltune.text import is_share
+from fulltune.text import counted, format_metric, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,7 +156,7 @@ def _draw_curve(
 
 def curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None = None) -> str:
     """Say what a learning curve shows: first and last value, the kept step, values that were not finite."""
-    finite = [(step, words.metric(metric, value)) for step, value in points if math.isfinite(value)]
+    finite = [(step, format_metric(metric, value)) for step, value in points if math.isfinite(value)]
     if not finite:
         return "no finite value was logged."
     (first, start), (last, end) = finite[0], finite[-1]
@@ -164,7 +165,7 @@ def curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None =
     )
     text += "".join(f"; kept: step {step:,} with {value}" for step, value in finite if step == kept_step)
     lost = [step for step, value in points if not math.isfinite(value)]
-    return text + (f"; {words.counted(len(lost), 'value')} not finite, first at step {lost[0]:,}." if lost else ".")
+    return text + (f"; {counted(len(lost), 'value')} not finite, first at step {lost[0]:,}." if lost else ".")
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------
@@ -241,7 +242,6 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
         path: The file.
     """
     head, width = 64, len(plots) * _WIDTH
-    part = path.with_name(path.name + ".part")
     with _figure(width, _COST_HEIGHT + head) as figure:
         figure.set(frameon=True, facecolor=_PAGE)
         for text, size, colour, weight, y in ((title, 15, _INK, "bold", 28), (subtitle, 9.5, _QUIET, "normal", 48)):
@@ -251,8 +251,8 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
         figure.set_layout_engine("constrained", rect=(0, 0, 1, _COST_HEIGHT / (_COST_HEIGHT + head)))
         for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
             _draw_costs(figure, axes, plot)
-        figure.savefig(part, format="png", dpi=_PICTURE_DPI)
-    part.replace(path)
+        with replacing(path) as part:
+            figure.savefig(part, format="png", dpi=_PICTURE_DPI)
 
 
 def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:

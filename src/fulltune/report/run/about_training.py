@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fulltune.records.plan import Plan
-from fulltune.records.training import Moved, Outcome
+from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -20,10 +20,21 @@ from fulltune.report.format.blocks import (
     Row,
     Section,
     Table,
+    first_open,
     unless_empty,
 )
-from fulltune.report.format.plots import curve_in_words, learning_curve
+from fulltune.report.format.plots import Point, curve_in_words, learning_curve
 from fulltune.report.run.read import RunView
+from fulltune.text import (
+    counted,
+    format_bytes,
+    format_metric,
+    format_number,
+    format_seconds,
+    format_share,
+    listed,
+    ordinal,
+)
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 _JOURNAL_OPEN = 10
@@ -31,160 +42,125 @@ _MOST_EVALUATIONS = 20
 
 
 def curves(view: RunView) -> Section | None:
-    """What was measured while training, one drawing per series."""
-    blocks: list[Block] = []
-    for trial in view.trials:
-        figures = _curves_of(view, trial)
-        if not figures:
-            continue
-        restarts = view.history_of(trial).restarts
-        drawn: list[Block] = [Figures(figures)]
-        if restarts:
-            at = words.listed([words.count(step) for step in restarts])
-            drawn.append(
-                Paragraph(f"One curve over {len(restarts) + 1} attempts; tick on the axis: continued, at step {at}.")
-            )
-        drawn += _other_metrics(view, trial)
-        first = not blocks
-        blocks += drawn if first else [Folded(f"the same for {trial}", tuple(drawn))]
-    return unless_empty("Learning curves", blocks)
+    """What was measured while training, one plot per series."""
+    return unless_empty("Learning curves", first_open((trial, _curves_of(view, trial)) for trial in view.trials))
 
 
-def _other_metrics(view: RunView, trial: str) -> list[Block]:
+def _curves_of(view: RunView, trial: str) -> list[Block]:
+    history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
+    kept = outcome.best_step if outcome else None
+    chosen = (plan.metric, "loss") if plan else tuple(history.evaluation)
+    series: list[tuple[str, str, tuple[Point, ...], int | None]] = [
+        (name, _TRAIN_TITLES[name], points, None) for name, points in history.train.items()
+    ]
+    series += [
+        (name, f"{words.metric_name(name)} on the eval rows", points, kept)
+        for name, points in history.evaluation.items()
+        if name in chosen
+    ]
+    if not series:
+        return []
+    figures = (
+        Figure(learning_curve(title, points, name, step, history.restarts), title, curve_in_words(points, name, step))
+        for name, title, points, step in series
+    )
+    blocks: list[Block] = [Figures(tuple(figures))]
+    if history.restarts:
+        at = listed([f"{step:,}" for step in history.restarts])
+        said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: continued, at step {at}."
+        blocks.append(Paragraph(said))
+    return [*blocks, *_all_metrics(history.evaluation, plan)]
+
+
+def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Block]:
     """Every metric of the eval rows as numbers: most of them follow the one that is drawn."""
-    plan, series = view.plan_of(trial), view.history_of(trial).evaluation
     if plan is None or set(series) <= {plan.metric, "loss"}:
         return []
     names = sorted(series, key=lambda name: name != plan.metric)
-    by_step: dict[int, dict[str, float]] = {}
-    for name, points in series.items():
-        for step, value in points:
-            by_step.setdefault(step, {})[name] = value
-    steps = sorted(by_step)
+    values = {name: dict(points) for name, points in series.items()}
+    steps = sorted({step for points in values.values() for step in points})
     every = math.ceil(len(steps) / _MOST_EVALUATIONS)
-    shown = sorted({*steps[::every], steps[-1]})
-    rows: list[Row] = [
-        (
-            words.count(step),
-            *(words.metric(name, by_step[step][name]) if name in by_step[step] else "-" for name in names),
-        )
-        for step in shown
-    ]
+    rows: list[Row] = []
+    for step in sorted({*steps[::every], steps[-1]}):
+        cells = (format_metric(name, values[name][step]) if step in values[name] else "-" for name in names)
+        rows.append((f"{step:,}", *cells))
     header = ("step", *(words.metric_name(name) for name in names))
-    which = "each evaluation" if every == 1 else f"every {words.ordinal(every)} evaluation and the last one"
+    which = "each evaluation" if every == 1 else f"every {ordinal(every)} evaluation and the last one"
     table = Table(f"On the eval rows, {which}", header, tuple(rows), frozenset(range(1, len(header))))
     return [Folded("all metrics on the eval rows", (table,))]
 
 
-def _curves_of(view: RunView, trial: str) -> tuple[Figure, ...]:
-    history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
-    kept = outcome.best_step if outcome else None
-    drawn_ones = (plan.metric, "loss") if plan else tuple(history.evaluation)
-    drawn = [(name, _TRAIN_TITLES[name], points, None) for name, points in history.train.items()]
-    scored = [
-        (name, f"{words.metric_name(name)} on the eval rows", points, kept)
-        for name, points in history.evaluation.items()
-        if name in drawn_ones
-    ]
-    return tuple(
-        Figure(learning_curve(title, points, name, step, history.restarts), title, curve_in_words(points, name, step))
-        for name, title, points, step in (*drawn, *scored)
-    )
-
-
 def training(view: RunView) -> Section | None:
     """How every attempt ended, what it cost, what it changed, and what happened on the way."""
-    blocks: list[Block] = []
-    if view.attempts:
-        blocks += [_attempts(view), *_changes(view)]
-    for trial in view.trials:
-        outcome = next((attempt.outcome for attempt in reversed(view.attempts_of(trial)) if attempt.outcome), None)
-        if outcome is None:
-            continue
-        shown = _facts(outcome, view.plan_of(trial))
-        first = not any(isinstance(block, Facts) for block in blocks)
-        blocks += shown if first else [Folded(f"the same for {trial}", tuple(shown))]
-    blocks += _journal(view)
-    return unless_empty("Training", blocks)
+    blocks: list[Block] = [_attempts(view)] if view.attempts else []
+    if changes := _events(view, "next attempt", "After"):
+        blocks.append(Bullets(changes))
+    ended = {attempt.trial: attempt.outcome for attempt in view.attempts if attempt.outcome}
+    blocks += first_open((trial, _facts(outcome, view.plan_of(trial))) for trial, outcome in sorted(ended.items()))
+    return unless_empty("Training", [*blocks, *_journal(view)])
 
 
 def _attempts(view: RunView) -> Table:
     header = ("attempt", "status", "steps", "time of the process", "tokens/s", "peak memory", "why it ended")
     rows: list[Row] = []
     for attempt in view.attempts:
-        outcome = attempt.outcome
+        outcome, steps = attempt.outcome, f"{attempt.steps:,}"
         if outcome is None:
-            steps = words.count(attempt.steps)
             rows.append((attempt.name, "no outcome", steps, *("-",) * 3, "its process wrote no outcome.json"))
             continue
         rows.append(
             (
                 attempt.name,
                 outcome.status.replace("_", " "),
-                words.count(attempt.steps),
-                words.duration(outcome.train_seconds),
-                words.number(outcome.tokens_per_second) if outcome.tokens_per_second else "-",
-                words.size(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-",
+                steps,
+                format_seconds(outcome.train_seconds),
+                format_number(outcome.tokens_per_second) if outcome.tokens_per_second else "-",
+                format_bytes(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-",
                 Cell(outcome.reason, foreign=True),
             )
         )
     return Table("Attempts; each is a fresh process", header, tuple(rows), numeric=frozenset(range(2, 6)))
 
 
-def _changes(view: RunView) -> list[Block]:
-    """What was changed after an attempt, and why, as its journal says."""
-    found = [
-        f"After {attempt.name}: {line.get('detail', '')}"
+def _events(view: RunView, event: str, lead: str) -> tuple[str, ...]:
+    """The details of a kind of events, each said once, in full: advice stands at their end, and a cell is cut."""
+    found = (
+        f"{lead} {attempt.name}: {line.get('detail', '')}"
         for attempt in view.attempts
         for line in attempt.journal
-        if line.get("event") == "next attempt"
-    ]
-    return [Bullets(tuple(found))] if found else []
+        if line.get("event") == event
+    )
+    return tuple(dict.fromkeys(found))
 
 
 def _facts(outcome: Outcome, plan: Plan | None) -> list[Block]:
     facts = []
     if plan:
-        facts.append(
-            (
-                "parameters",
-                f"{words.count(plan.num_trainable_parameters)} trained of {words.count(plan.num_parameters)}",
-            )
-        )
+        facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
     if outcome.best_step is not None:
-        best = "" if outcome.best_metric is None else f", {_best(outcome.best_metric, plan)} on the eval rows"
-        facts.append(("weights kept from", f"step {words.count(outcome.best_step)}{best}"))
-    if outcome.moved:
-        facts += _moved(outcome.moved)
+        best = ""
+        if outcome.best_metric is not None:
+            value = (
+                f"{words.metric_name(plan.metric)} {format_metric(plan.metric, outcome.best_metric)}" if plan else ""
+            )
+            best = f", {value or format_number(outcome.best_metric)} on the eval rows"
+        facts.append(("weights kept from", f"step {outcome.best_step:,}{best}"))
+    moved = outcome.moved
+    if moved:
+        values = f"{moved.num_values_moved:,} of {moved.num_values_with_gradient:,} that received a gradient"
+        facts.append(("parameter values that moved", f"{format_share(moved.share)} ({values})"))
+        tensors = f"{moved.num_tensors_moved:,} of {moved.num_tensors_with_gradient:,}"
+        facts.append(("parameter tensors that moved", tensors))
     blocks: list[Block] = [Facts(tuple(facts))] if facts else []
-    if outcome.moved and outcome.moved.unmoved_tensors:
-        names = ", ".join(outcome.moved.unmoved_tensors)
+    if moved and moved.unmoved_tensors:
+        names = ", ".join(moved.unmoved_tensors)
         blocks.append(Paragraph(f"Received a gradient and did not change (at most 20 are named): {names}"))
     if outcome.checks:
         rows = tuple((check.name, "passed" if check.passed else "FAILED", check.result) for check in outcome.checks)
         blocks.append(Table(f"Checks before step 1 of attempt {outcome.attempt}", ("check", "verdict", "found"), rows))
     if outcome.log_tail and outcome.status != "done":
-        log = "\n".join(outcome.log_tail)
-        blocks.append(Folded("the last lines of its log", (Code(log),)))
+        blocks.append(Folded("the last lines of its log", (Code("\n".join(outcome.log_tail)),)))
     return blocks
-
-
-def _best(value: float, plan: Plan | None) -> str:
-    return f"{words.metric_name(plan.metric)} {words.metric(plan.metric, value)}" if plan else words.number(value)
-
-
-def _moved(moved: Moved) -> list[tuple[str, str]]:
-    return [
-        (
-            "parameter values that moved",
-            f"{words.share(moved.share)} ({words.count(moved.num_values_moved)} of "
-            f"{words.count(moved.num_values_with_gradient)} that received a gradient)",
-        ),
-        (
-            "parameter tensors that moved",
-            f"{words.count(moved.num_tensors_moved)} of {words.count(moved.num_tensors_with_gradient)}",
-        ),
-    ]
 
 
 def _journal(view: RunView) -> list[Block]:
@@ -200,13 +176,8 @@ def _journal(view: RunView) -> list[Block]:
     )
     if not rows:
         return []
-    warnings = {  # in full: the advice stands at the end of them, and a cell is cut
-        f"Warning of {attempt.name}: {line.get('detail', '')}": None
-        for attempt in view.attempts
-        for line in attempt.journal
-        if line.get("event") == "warning"
-    }
-    shown: list[Block] = [Bullets(tuple(warnings))] if warnings else []
+    warnings = _events(view, "warning", "Warning of")
+    shown: list[Block] = [Bullets(warnings)] if warnings else []
     table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
     return [*shown, table if len(rows) <= _JOURNAL_OPEN else Folded(f"journal of {len(rows)} events", (table,))]
 
@@ -237,17 +208,15 @@ def environment(view: RunView) -> Section | None:
     found = view.environment
     if found is None:
         return None
-    facts = Facts(
-        (
-            ("started", found.started),
-            ("fulltune", found.fulltune + (f", commit {found.commit}" if found.commit else "")),
-            ("Python", found.python),
-            ("platform", found.platform),
-            ("processor", f"{found.cpu}, {words.counted(found.num_cores, 'core')}"),
-            ("memory", words.size(found.memory_bytes)),
-            ("devices", words.listed(found.devices) or "none besides the processor"),
-        )
+    facts = (
+        ("started", found.started),
+        ("fulltune", found.fulltune + (f", commit {found.commit}" if found.commit else "")),
+        ("Python", found.python),
+        ("platform", found.platform),
+        ("processor", f"{found.cpu}, {counted(found.num_cores, 'core')}"),
+        ("memory", format_bytes(found.memory_bytes)),
+        ("devices", listed(found.devices) or "none besides the processor"),
     )
     packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(found.packages.items())))
-    blocks: tuple[Block, ...] = (facts, Folded("package versions", (packages,))) if found.packages else (facts,)
-    return Section("environment", "Environment", blocks)
+    folded = Folded("package versions", (packages,))
+    return Section("environment", "Environment", (Facts(facts), *[folded] * bool(found.packages)))

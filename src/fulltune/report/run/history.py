@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Point = tuple[int, float]
-"""Optimizer step and value; the value may be NaN or infinite."""
+from fulltune.report.format.plots import Point
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,10 @@ def merge(attempts: Sequence[Iterable[Mapping[str, Any]]]) -> History:
     """Join the attempts of one trial into one curve.
 
     A later attempt starts from a checkpoint (or anew), so whatever an earlier one did from that step on was thrown
-    away: those points are not part of the model's history and are left out.
+    away: those points are not part of the model's history and are dropped.
 
     Args:
-        attempts: The parsed lines of each attempt's `metrics.jsonl`, first attempt first.
+        attempts: The parsed lines of each attempt's `metrics.jsonl`, in order.
 
     Returns:
         The history; series without any value are absent.
@@ -61,25 +59,14 @@ def merge(attempts: Sequence[Iterable[Mapping[str, Any]]]) -> History:
             elif isinstance(line.get("metrics"), dict):
                 evaluation[step] = line["metrics"]
     names = dict.fromkeys(name for metrics in evaluation.values() for name in metrics)
-    return History(
-        train=_series(train, _TRAIN_SERIES),
-        evaluation=_series(evaluation, names),
-        restarts=tuple(restarts),
-    )
+    return History(_series(train, _TRAIN_SERIES), _series(evaluation, names), tuple(restarts))
 
 
 def _series(rows: Mapping[int, Mapping[str, Any]], names: Iterable[str]) -> dict[str, tuple[Point, ...]]:
     found = {
-        name: tuple((step, float(rows[step][name])) for step in sorted(rows) if _number(rows[step], name))
+        name: tuple(
+            (step, float(row[name])) for step, row in sorted(rows.items()) if isinstance(row.get(name), int | float)
+        )
         for name in names
     }
     return {name: points for name, points in found.items() if points}
-
-
-def _number(row: Mapping[str, Any], name: str) -> bool:
-    return isinstance(row.get(name), int | float)
-
-
-def not_finite(points: Iterable[Point]) -> tuple[int, ...]:
-    """Steps whose value is NaN or infinite."""
-    return tuple(step for step, value in points if not math.isfinite(value))

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from fulltune.records.scores import Confusion, Scores
 from fulltune.report.format import words
-from fulltune.report.run.history import Point
+from fulltune.report.format.blocks import Headline
+from fulltune.report.format.plots import Point
 from fulltune.report.run.read import RunView
-from fulltune.report.verdict import Kind, Verdict, headline_row
-from fulltune.text import is_share
+from fulltune.report.run.verdict import headline_row
+from fulltune.text import counted, format_number, is_share, listed
 
 _FEW_STEPS = 100
 """A pretrained model with a new head has hardly begun by then."""
@@ -31,10 +32,11 @@ _GREW, _LEAST_READINGS = 1.2, 4
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunFacts:
     """What a finished run shows of itself."""
 
-    verdict: Kind
+    verdict: str
+    """The kind of the headline."""
     learning_rate: float
     epochs: float
     steps: int
@@ -62,7 +64,7 @@ class Seen:
     """It gives the label that by far most rows have, and all classes counted alike."""
 
 
-def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
+def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     """What a run's files show of the trial that the headline is about; None: it was not scored or has no plan."""
     row = headline_row(view.scores)
     plan = view.plan_of(row.name) if row else None
@@ -72,8 +74,8 @@ def seen_in(view: RunView, verdict: Verdict) -> Seen | None:
     given = {setting.name: setting.value for setting in plan.settings if not setting.chosen}
     history = view.history_of(row.name)
     train = view.summary.splits.get("train") if view.summary else None
-    return Seen(
-        verdict=verdict.kind,
+    return RunFacts(
+        verdict=headline.kind,
         learning_rate=plan.learning_rate,
         epochs=plan.num_train_epochs,
         steps=outcome.steps,
@@ -120,78 +122,78 @@ def _gives_the_usual_label(row: Scores) -> bool:
     return usual >= _UNEVEN * statistics.mean(counts)
 
 
-def next_steps(seen: Seen) -> tuple[str, ...]:
+def next_steps(run: RunFacts) -> tuple[str, ...]:
     """What to change, each with what speaks for it and the setting; empty where the model is better as it is.
 
     Changes are named alone: made together, nobody knows which one helped.
     """
-    if seen.verdict not in ("worse", "unresolved"):
+    if run.verdict not in ("worse", "unresolved"):
         return ()
-    if seen.is_faultless:
+    if run.is_faultless:
         return (
             "Every test row is answered right: no other training can do better on them. Take more test rows, or harder "
             "ones.",
         )
     found = []
-    grew, is_sure = _loss_grew(seen.loss)
-    passed = _best_long_ago(seen)
+    grew, is_sure = _loss_grew(run.loss)
+    passed = _best_long_ago(run)
     if grew:
-        found.append(f"{grew}. A likely cause: the learning rate is too high. Take a third: {_rate(seen, 1 / 3)}")
+        found.append(f"{grew}. A likely cause: the learning rate is too high. Take a third: {_rate(run, 1 / 3)}")
     elif passed:
-        found.append(f"{passed}. Take a lower rate: {_rate(seen, 1 / 3)}")
-    if not (is_sure or passed) and (longer := _reasons_to_go_on(seen)):
-        found.append(f"{words.listed(longer)}. Train for longer: {_longer(seen)}")
-    if seen.weights_may_help:
+        found.append(f"{passed}. Take a lower rate: {_rate(run, 1 / 3)}")
+    if not (is_sure or passed) and (longer := _reasons_to_go_on(run)):
+        found.append(f"{listed(longer)}. Train for longer: {_longer(run)}")
+    if run.weights_may_help:
         found.insert(
-            0, f"{seen.blind}, the most frequent one. Let rare labels count more: --set train.class_weights=balanced"
+            0, f"{run.blind}, the most frequent one. Let rare labels count more: --set train.class_weights=balanced"
         )
-    elif seen.blind and found:
-        found[0] = f"{seen.blind}. {found[0]}"
-    elif seen.blind:
-        found.append(f"{seen.blind}. Take a lower rate, {_rate(seen, 1 / 3)}, or a higher one, {_rate(seen, 3)}")
-    if _few_of_each(seen):
-        found.insert(0, f"{_few_of_each(seen)}. {_take_more(seen)}")
-    elif seen.max_rows is not None:
-        found.append(f"Only {words.count(seen.train_rows)} rows are trained on. {_take_more(seen)}")
+    elif run.blind and found:
+        found[0] = f"{run.blind}. {found[0]}"
+    elif run.blind:
+        found.append(f"{run.blind}. Take a lower rate, {_rate(run, 1 / 3)}, or a higher one, {_rate(run, 3)}")
+    if _few_of_each(run):
+        found.insert(0, f"{_few_of_each(run)}. {_take_more(run)}")
+    elif run.max_rows is not None:
+        found.append(f"Only {run.train_rows:,} rows are trained on. {_take_more(run)}")
     if not found:
         found.append(
-            f"The curves show no reason. Try other rates, {_rate(seen, 1 / 3)} or {_rate(seen, 3)}, or more train rows "
-            f"than these {words.count(seen.train_rows)}"
+            f"The curves show no reason. Try other rates, {_rate(run, 1 / 3)} or {_rate(run, 3)}, or more train rows "
+            f"than these {run.train_rows:,}"
         )
-    if seen.verdict == "unresolved":
+    if run.verdict == "unresolved":
         found.append("More test rows narrow the interval: four times as many halve it")
     return tuple(f"{one}." for one in found)
 
 
-def _few_of_each(seen: Seen) -> str:
+def _few_of_each(run: RunFacts) -> str:
     """That the labels have few rows each; empty where they have enough."""
-    if seen.train_rows >= _FEW_ROWS_OF_A_LABEL * seen.labels:
+    if run.train_rows >= _FEW_ROWS_OF_A_LABEL * run.labels:
         return ""
-    each = f"{seen.train_rows / seen.labels:.2g}"
+    each = f"{run.train_rows / run.labels:.2g}"
     return (
-        f"{words.count(seen.train_rows)} train rows are about {each} for each of {words.count(seen.labels)} labels, "
+        f"{run.train_rows:,} train rows are about {each} for each of {run.labels:,} labels, "
         "too few to learn most of them well: more rows help more than more epochs"
     )
 
 
-def _take_more(seen: Seen) -> str:
-    return "Take more: leave data.max_rows out" if seen.max_rows is not None else "Take more if there are any"
+def _take_more(run: RunFacts) -> str:
+    return "Take more: leave data.max_rows out" if run.max_rows is not None else "Take more if there are any"
 
 
-def _reasons_to_go_on(seen: Seen) -> list[str]:
+def _reasons_to_go_on(run: RunFacts) -> list[str]:
     """What speaks for a longer run; one that was stopped early would be stopped there again."""
-    if seen.steps < seen.total_steps:
+    if run.steps < run.total_steps:
         return []
     reasons = []
-    before, last = _last_quarters(seen.loss)
+    before, last = _last_quarters(run.loss)
     if before > 0 and last < (1 - _STILL_FALLING) * before:
-        first = seen.loss[0][1]
-        reasons.append(f"the train loss was still falling at the end ({words.number(first)} to {words.number(last)})")
-    if len(seen.metric) > 1 and _best(seen)[0] == seen.metric[-1][0]:
-        way = "rising" if seen.greater_is_better else "falling"
-        reasons.append(f"{words.metric_name(seen.metric_name)} on the eval rows was still {way} at the last evaluation")
-    if seen.steps < _FEW_STEPS:
-        reasons.append(f"{words.counted(seen.steps, 'step')} are few" if seen.steps > 1 else "one step is little")
+        first = run.loss[0][1]
+        reasons.append(f"the train loss was still falling at the end ({format_number(first)} to {format_number(last)})")
+    if len(run.metric) > 1 and _best(run)[0] == run.metric[-1][0]:
+        way = "rising" if run.greater_is_better else "falling"
+        reasons.append(f"{words.metric_name(run.metric_name)} on the eval rows was still {way} at the last evaluation")
+    if run.steps < _FEW_STEPS:
+        reasons.append(f"{counted(run.steps, 'step')} are few" if run.steps > 1 else "one step is little")
     if reasons:
         reasons[0] = reasons[0][0].upper() + reasons[0][1:]
     return reasons
@@ -207,7 +209,7 @@ def _loss_grew(loss: Sequence[Point]) -> tuple[str, bool]:
     began, ended = statistics.median(values[:size]), statistics.median(values[-size:])
     if not ended > _GREW * began > 0:
         return "", False
-    said = f"The train loss rose from {words.number(began)} to {words.number(ended)}"
+    said = f"The train loss rose from {format_number(began)} to {format_number(ended)}"
     return f"{said} (medians of the first and last quarter)", max(values[:size]) < ended
 
 
@@ -220,30 +222,30 @@ def _last_quarters(loss: Sequence[Point]) -> tuple[float, float]:
     return sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
 
 
-def _best(seen: Seen) -> Point:
+def _best(run: RunFacts) -> Point:
     """The first of the best evaluations."""
-    sign = 1 if seen.greater_is_better else -1
-    finite = [point for point in seen.metric if math.isfinite(point[1])]
+    sign = 1 if run.greater_is_better else -1
+    finite = [point for point in run.metric if math.isfinite(point[1])]
     return max(finite, key=lambda point: sign * point[1], default=(0, math.nan))
 
 
-def _best_long_ago(seen: Seen) -> str:
+def _best_long_ago(run: RunFacts) -> str:
     """That the eval rows were answered best in the run's first half, and worse at its end."""
-    step, value = _best(seen)
-    if len(seen.metric) < 3 or 2 * step > seen.metric[-1][0] or seen.metric[-1][1] == value:
+    step, value = _best(run)
+    if len(run.metric) < 3 or 2 * step > run.metric[-1][0] or run.metric[-1][1] == value:
         return ""
-    name = words.metric_name(seen.metric_name)
-    return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {words.count(step)} and worse at the end"
+    name = words.metric_name(run.metric_name)
+    return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {step:,} and worse at the end"
 
 
-def _longer(seen: Seen) -> str:
+def _longer(run: RunFacts) -> str:
     """Twice as long, or as long as it takes for the steps not to be few."""
-    times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, seen.total_steps))))
-    if seen.by_steps:
-        return f"--set train.max_steps={times * seen.total_steps}"
-    return f"--set train.num_train_epochs={times * seen.epochs:g}"
+    times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, run.total_steps))))
+    if run.by_steps:
+        return f"--set train.max_steps={times * run.total_steps}"
+    return f"--set train.num_train_epochs={times * run.epochs:g}"
 
 
-def _rate(seen: Seen, factor: float) -> str:
-    kind = "" if seen.method_given else "--set method.kind=full "
-    return f"{kind}--set method.learning_rate={float(f'{factor * seen.learning_rate:.2g}'):g}"
+def _rate(run: RunFacts, factor: float) -> str:
+    kind = "" if run.method_given else "--set method.kind=full "
+    return f"{kind}--set method.learning_rate={float(f'{factor * run.learning_rate:.2g}'):g}"

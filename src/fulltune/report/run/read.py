@@ -1,7 +1,7 @@
-"""One frozen view of a run folder: every file that the report needs, and what is missing with the reason.
+"""One frozen view of a run folder: every file that the report needs, and what is missing, with the reason.
 
-A run can end at any line of the pipeline, so each file may be absent, and a killed process may leave half a line. Both
-are facts to report, not errors.
+A run can end at any stage, so each file may be absent, and a killed process may leave half a line. Both are facts to
+report, not errors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.report.run.history import History, merge
+from fulltune.report.run.verdict import headline_row
 
 _AnyRecord = TypeVar("_AnyRecord", bound=Record)
 _MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
@@ -29,7 +31,7 @@ DROPPED_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptFiles:
     """One attempt folder; `outcome` is None when its process ended without writing one."""
 
     name: str
@@ -67,9 +69,9 @@ class RunView:
     environment: Environment | None
     summary: DataSummary | None
     dropped: tuple[dict[str, Any], ...]
-    """The first rows that were left out."""
+    """The first rows that were dropped."""
     plans: tuple[Plan, ...]
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[AttemptFiles, ...]
     scores: tuple[Scores, ...]
     """Baselines first, then the untouched model, then trained ones; by name within a kind."""
     missing: tuple[Missing, ...]
@@ -77,6 +79,12 @@ class RunView:
     """Lines of jsonl files that are not JSON, usually the last one of a killed process."""
     command: Command | None = None
     """What the whole command took; None where it was not one command."""
+
+    @property
+    def main_trial(self) -> str:
+        """The trial that the headline is about: the first one scored, else the first one known; empty: none."""
+        row = headline_row(self.scores)
+        return row.name if row else next(iter(self.trials), "")
 
     @property
     def trained(self) -> tuple[Scores, ...]:
@@ -88,7 +96,7 @@ class RunView:
         names = {plan.trial for plan in self.plans} | {attempt.trial for attempt in self.attempts}
         return tuple(sorted(names | {row.name for row in self.trained}))
 
-    def attempts_of(self, trial: str) -> tuple[Attempt, ...]:
+    def attempts_of(self, trial: str) -> tuple[AttemptFiles, ...]:
         return tuple(attempt for attempt in self.attempts if attempt.trial == trial)
 
     def plan_of(self, trial: str) -> Plan | None:
@@ -105,10 +113,9 @@ class RunView:
 
     def model_folder_of(self, trial: str) -> str | None:
         """The trained model, relative to the run folder; None when it is not there."""
-        outcome = self.outcome_of(trial)
-        plan = self.plan_of(trial)
+        outcome, plan = self.outcome_of(trial), self.plan_of(trial)
         named = (outcome.model_folder if outcome else None) or (plan.model_folder if plan else "models/full")
-        return named if (self.folder / named).is_dir() else None
+        return named if trial and (self.folder / named).is_dir() else None
 
 
 def read_run(folder: Path) -> RunView:
@@ -133,19 +140,19 @@ def read_run(folder: Path) -> RunView:
     plans = _records(Plan, sorted(filter(_may_be_a_plan, (folder / "plan").glob("*.json"))), folder, broken)
     scores = _records(Scores, sorted((folder / "scores").glob("*.json")), folder, broken)
     attempts = tuple(_attempts(folder, broken, torn))
-    recipe_text = _text(folder / "recipe.yaml")
+    recipe = folder / "recipe.yaml"
+    recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     settings = {setting.name: setting.value for plan in plans for setting in plan.settings}
+    task = (summary and summary.task) or settings.get("task") or _from_recipe(recipe_text, "task")
     view = RunView(
         folder=folder,
         name=folder.resolve().name,
         model=str(settings.get("model.name") or _from_recipe(recipe_text, "model") or "unknown model"),
-        task=str(
-            (summary and summary.task) or settings.get("task") or _from_recipe(recipe_text, "task") or "unknown task"
-        ),
+        task=str(task or "unknown task"),
         recipe_text=recipe_text,
         environment=environment,
         summary=summary,
-        dropped=tuple(_json_lines(folder / "data" / "dropped.jsonl", torn, limit=DROPPED_SHOWN)),
+        dropped=tuple(islice(_json_lines(folder / "data" / "dropped.jsonl", torn), DROPPED_SHOWN)),
         plans=tuple(sorted(plans, key=lambda plan: plan.trial)),
         attempts=attempts,
         scores=tuple(sorted(scores, key=lambda row: (_KINDS.index(row.kind), row.name))),
@@ -159,16 +166,16 @@ def read_run(folder: Path) -> RunView:
 
 def _what_is_missing(view: RunView) -> Iterator[Missing]:
     """Say what cannot be shown; the reason is how the run ended, as far as the files tell."""
-    if view.recipe_text is None:
-        yield Missing("the recipe", "recipe.yaml is not in the run folder.")
-    if view.environment is None:
-        yield Missing("the environment", "environment.json is not in the run folder or cannot be read.")
-    if view.summary is None:
-        yield Missing("the data summary", "the run ended before the data were prepared.")
-    if not view.plans:
-        yield Missing("the plan with its settings", "the run ended before it was planned.")
-    if not view.attempts:
-        yield Missing("learning curves and training facts", "there is no attempt in the run's folder.")
+    for present, what, why in (
+        (view.recipe_text is not None, "the recipe", "recipe.yaml is not in the run folder."),
+        (view.environment, "the environment", "environment.json is not in the run folder or cannot be read."),
+        (view.summary, "the data summary", "the run ended before the data were prepared."),
+        (view.plans, "the plan with its settings", "the run ended before it was planned."),
+        (view.attempts, "learning curves and training facts", "there is no attempt in the run's folder."),
+        (view.trials, "the test scores of a trained model", "no trial was planned or started."),
+    ):
+        if not present:
+            yield Missing(what, why)
     for trial in view.trials:
         attempts = view.attempts_of(trial)
         if attempts and attempts[-1].outcome is None:
@@ -180,8 +187,6 @@ def _what_is_missing(view: RunView) -> Iterator[Missing]:
             yield Missing(f"the learning curves of {trial}", "no optimizer step was logged.")
         if trial not in {row.name for row in view.trained}:
             yield Missing(f"the test scores of {trial}", _why_unscored(view, trial))
-    if not view.trials:
-        yield Missing("the test scores of a trained model", "no trial was planned or started.")
     if not any(row.kind != "trained" for row in view.scores):
         yield Missing(
             "baselines to compare with",
@@ -225,11 +230,11 @@ def _may_be_a_plan(path: Path) -> bool:
     return isinstance(found, dict) and {"trial", "settings"} <= found.keys()
 
 
-def _attempts(folder: Path, broken: list[Missing], torn: list[Path]) -> Iterator[Attempt]:
+def _attempts(folder: Path, broken: list[Missing], torn: list[Path]) -> Iterator[AttemptFiles]:
     named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in (folder / "attempts").glob("*"))
     numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
     for trial, _, path in sorted(numbered):
-        yield Attempt(
+        yield AttemptFiles(
             name=path.name,
             trial=trial,
             outcome=_record(Outcome, path / "outcome.json", folder, broken),
@@ -238,34 +243,29 @@ def _attempts(folder: Path, broken: list[Missing], torn: list[Path]) -> Iterator
         )
 
 
-def _json_lines(path: Path, torn: list[Path], limit: int | None = None) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path, torn: list[Path]) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
-    read = 0
     # A process killed in mid-write can cut a character in two: replace it rather than fail.
     with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.strip():
-                continue
+        for line in filter(str.strip, file):
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            if not isinstance(value, dict):
+            if isinstance(value, dict):
+                yield value
+            else:
                 torn.append(path)
-                continue
-            yield value
-            read += 1
-            if read == limit:
-                return
 
 
-def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+def _from_recipe(text: str | None, key: str) -> Any:
+    """A top-level value of the recipe, for the title when no plan was written; None where it cannot be read."""
+    import yaml
 
-
-def _from_recipe(text: str | None, key: str) -> str | None:
-    """Find one top-level value of the recipe, without a YAML parser: enough for a title when no plan was written."""
-    block_or_flow = r"[ \t]*(?:\{.*?\bname:[ \t]*|\n[ \t]+name:[ \t]*)?"
-    match = re.search(rf"^{key}:{block_or_flow}([^\s#{{}},][^#{{}},\n]*)", text or "", re.M)
-    return match[1].strip().strip("'\"") if match else None
+    try:
+        found = yaml.safe_load(text or "")
+    except yaml.YAMLError:
+        return None
+    value = found.get(key) if isinstance(found, dict) else None
+    return value.get("name") if isinstance(value, dict) else value

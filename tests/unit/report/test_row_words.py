@@ -11,8 +11,8 @@ import pytest
 from fulltune import report
 from fulltune.records.data import DataSummary, Preview, Segment
 from fulltune.records.scores import Answer
-from fulltune.report.run import kinds
-from fulltune.report.run.content import loading_code
+from fulltune.report.run.row_words import row_words
+from fulltune.report.run.usage import loading_code
 
 
 def rewritten(folder: Path, labels: tuple[str, ...] = (), counts: Any = None, **changes: Any) -> tuple[str, str]:
@@ -136,4 +136,4 @@ def test_question_fits_what_the_model_reads(
     classification: Path, kind: str, columns: dict[str, str], expected: str
 ) -> None:
     summary = DataSummary.load(classification / "data" / "summary.json")
-    assert kinds.question(summary.model_copy(update={"problem_type": kind, "columns": columns})) == expected
+    assert row_words(summary.model_copy(update={"problem_type": kind, "columns": columns})).question == expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fulltune.report.run.merged import merged_card
+from fulltune.report.run.model_card import merged_card
 
 CARD = """---
 library_name: transformers

@@ -1,4 +1,4 @@
-"""How a comparison's numbers are written, on the card and in the terminal alike."""
+"""A comparison in sentences and numbers, the same in its report and in the terminal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fulltune.records.comparison import ArmRow, Comparison
 from fulltune.records.differences import Decision, Difference
 from fulltune.records.scores import Estimate
 from fulltune.report.format import words
-from fulltune.text import is_share
+from fulltune.text import counted, format_number, format_percent, format_seconds, is_share, listed
 
 NOTHING = "–"
-"""For what an arm does not have: a time of training of the untouched model."""
+"""For what a method does not have, such as a time of training where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Writer:
         return f"{rounded:+,.{self._decimals}f}"
 
     def adjusted(self, found: Difference) -> str:
-        """`+0.62 [-0.35, +1.58]`: the interval that holds for all arms together."""
+        """`+0.62 [-0.35, +1.58]`: the interval that holds for all methods together."""
         low, high = self.difference(found.adjusted_low), self.difference(found.adjusted_high)
         return f"{self.difference(found.estimate)} [{low}, {high}]"
 
@@ -95,20 +95,24 @@ def label(decision: Decision) -> str:
             return verdict
 
 
+def level(comparison: Comparison) -> str:
+    """The confidence of its intervals: `95%`."""
+    return f"{100 * comparison.decision.confidence:g}%"
+
+
 def headline(comparison: Comparison) -> str:
     """The verdict in a sentence; before it, what trains nothing and comes near, because then little was gained."""
-    near = near_without_training(comparison)
-    return f"{near} {comparison.decision.headline}" if near else comparison.decision.headline
+    return f"{_near_without_training(comparison)} {comparison.decision.headline}".lstrip()
 
 
 def to_do(comparison: Comparison) -> tuple[str, ...]:
-    """What would settle what is open."""
+    """What would decide what is open."""
     decision = comparison.decision
     if not comparison.can_go_on:
         return decision.would_decide
     had = comparison.expectation.budget_seconds
-    given = f" (it had {words.duration(had)})" if had else ""
-    more = f"give more time{given}: the same command with a larger --budget goes on from these trials"
+    given = f" (it had {format_seconds(had)})" if had else ""
+    more = f"give more time{given}: the same command with a larger --budget continues from these trials"
     return (more, *decision.would_decide)
 
 
@@ -119,35 +123,34 @@ def terms(comparison: Comparison) -> str:
     together = f" for the {rivals} methods together" if rivals > 1 else ""
     smaller = "" if comparison.greater_is_better else f" Smaller {write.name} is better."
     return (
-        f"Margin: differences below {write.amount(decision.margin)} of {write.name} do not matter. Certainty: "
-        f"{100 * decision.confidence:g}%{together}. Measured on {words.counted(decision.num_rows, 'test row')}."
-        f"{smaller}"
+        f"Margin: differences below {write.amount(decision.margin)} of {write.name} do not matter. Confidence: "
+        f"{level(comparison)}{together}. Measured on {counted(decision.num_rows, 'test row')}.{smaller}"
     )
 
 
 def marks(comparison: Comparison) -> list[str]:
     """All that a reader must know before believing the verdict, what is unfair first."""
     said = [
-        f"{'Unfair' if one.level == 'unfair' else 'Worth knowing'}: {one.where}: {one.what}. To do: {one.to_do}."
+        f"{'Unfair' if one.level == 'unfair' else 'Note'}: {one.where}: {one.what}. To do: {one.to_do}."
         for one in sorted(comparison.findings, key=lambda one: one.level != "unfair")
     ]
     expected, decision = comparison.expectation, comparison.decision
     if expected.length_share < 1:
         said.append(
-            f"Worth knowing: every run took {fine_share(expected.length_share)} of the recipe's steps, to stay within "
-            "the budget: the verdict is about such runs."
+            f"Note: to stay within the budget, every run took {fine_share(expected.length_share)} of the recipe's "
+            "steps: the verdict is about such runs."
         )
     write, known = Writer.of(decision), _known(comparison)
     still_open = [one for one in known if not (one.full_better or one.arm_better or one.equivalent)]
     if any(one.detectable > decision.margin for one in still_open):
         said.append(
-            "Worth knowing: differences that so many test rows and seeds find in 8 of 10 cases: "
+            "Note: differences that so many test rows and seeds find in 8 of 10 cases: "
             f"{_found_from(still_open, write)}; the margin is {write.amount(decision.margin)}."
         )
     if blind := [one.arm for one in known if write.in_points and one.adjusted_high - one.adjusted_low >= 1]:
         said.append(
-            f"Worth knowing: {', '.join(blind)}: so few seeds say next to nothing about their spread, so that the "
-            "difference's interval covers nearly everything; more seeds would change that."
+            f"Note: {listed(blind)}: too few seeds to estimate the spread between seeds, so the difference's interval "
+            "covers nearly everything; add seeds."
         )
     return said
 
@@ -170,8 +173,8 @@ def seeds_known(comparison: Comparison) -> bool:
     return any(one.seeds_known for one in comparison.decision.differences if one.decides)
 
 
-def near_without_training(comparison: Comparison) -> str:
-    """The strongest baseline, where the method to take, else the best one, is not above it by more than its interval.
+def _near_without_training(comparison: Comparison) -> str:
+    """The strongest baseline, where the recommended method (else the best) is not above it by more than its interval.
 
     It says what both have and claims nothing of their difference, whose interval over seeds and clusters of rows is not
     known: a baseline is kept with resamples of single rows only.
@@ -199,14 +202,11 @@ def warning(comparison: Comparison) -> str:
     """The marks in one line beside the verdict; empty when there are none."""
     found = marks(comparison)
     unfair = sum(one.startswith("Unfair") for one in found)
-    parts = []
-    if unfair:
-        parts.append(f"{words.counted(unfair, 'mark')} of unfairness")
-    if len(found) > unfair:
-        parts.append(f"{words.counted(len(found) - unfair, 'thing')} worth knowing")
+    counts = ((unfair, "unfair setting"), (len(found) - unfair, "note"))
+    parts = [counted(count, noun) for count, noun in counts if count]
     opened = len({(one.trials, one.alpha) for one in comparison.openings})  # the same trials again show nothing new
     again = f"The sealed test rows were opened {opened} times. " if opened > 1 else ""
-    return f"{again}{words.listed(parts).capitalize()}: see Fairness." if parts else ""
+    return f"{again}{listed(parts)}: see Fairness." if parts else ""
 
 
 def held(holds: bool | None) -> str:
@@ -216,26 +216,24 @@ def held(holds: bool | None) -> str:
 
 def spent(comparison: Comparison) -> tuple[str, str]:
     """What everything took, and what stopping early saved, in a sentence each."""
-    one = comparison.full_run_seconds
-    took = f"{words.duration(comparison.seconds)} in all"
-    fixed = f"{words.duration(comparison.fixed_design_seconds)} of training"
+    one, design = comparison.full_run_seconds, comparison.fixed_design_seconds
+    took, fixed = f"{format_seconds(comparison.seconds)} in all", f"{format_seconds(design)} of training"
     if one > 0:
         parts = comparison.full_side_by_side
-        beside = f", with 1/{parts} of the cores" if parts > 1 else ""
-        took += f", {ratio(comparison.seconds / one)} one full run ({words.duration(one)}{beside})"
-        fixed += f", {ratio(comparison.fixed_design_seconds / one)} one full run"
-    trained = sum(row.train_seconds * len(row.seeds) + row.search_seconds for row in comparison.rows)
-    saved = comparison.fixed_design_seconds - trained
+        parallel = f", with 1/{parts} of the cores" if parts > 1 else ""
+        took += f", {ratio(comparison.seconds / one)} one full run ({format_seconds(one)}{parallel})"
+        fixed += f", {ratio(design / one)} one full run"
     expected = comparison.expectation
-    seeds = words.counted(expected.recipe_seeds or expected.num_seeds, "seed")
+    seeds = counted(expected.recipe_seeds or expected.num_seeds, "seed")
     searched = ", rate searches included," if any(row.search_seconds for row in comparison.rows) else ""
     said = f"{seeds} of every method{searched} take {fixed}"
-    if saved > 0.005 * comparison.fixed_design_seconds > 0:
-        share = words.percent(saved / comparison.fixed_design_seconds)
-        if _time_was_up(comparison):
-            return took, f"{said}; the budget ended before {words.duration(saved)} of it ({share})"
-        return took, f"{said}; stopping early saved {words.duration(saved)} of it ({share})"
-    return took, f"{said}; stopping early saved nothing"
+    saved = design - sum(row.train_seconds * len(row.seeds) + row.search_seconds for row in comparison.rows)
+    if not saved > 0.005 * design > 0:
+        return took, f"{said}; stopping early saved nothing"
+    amount, share = format_seconds(saved), format_percent(saved / design)
+    if _time_was_up(comparison):
+        return took, f"{said}; the budget ended before {amount} of it ({share})"
+    return took, f"{said}; stopping early saved {amount} of it ({share})"
 
 
 def _time_was_up(comparison: Comparison) -> bool:
@@ -245,12 +243,6 @@ def _time_was_up(comparison: Comparison) -> bool:
     if comparison.looks:
         return not comparison.looks[-1].enough
     return any(0 < len(row.seeds) < comparison.expectation.num_seeds for row in comparison.rows)
-
-
-def seeds_of(row: ArmRow) -> str:
-    if not row.seeds:
-        return NOTHING
-    return str(len(row.seeds))
 
 
 def waited(comparison: Comparison) -> str:
@@ -267,7 +259,16 @@ def waited(comparison: Comparison) -> str:
 
 
 def full_of(comparison: Comparison) -> ArmRow | None:
+    """The row of full fine-tuning."""
     return next((row for row in comparison.rows if row.kind == "full"), None)
+
+
+def behind_full(row: ArmRow, comparison: Comparison) -> str:
+    """By how much full is better than a method, with the interval that holds for all methods together."""
+    if row.kind == "full":
+        return "reference"
+    found = next((one for one in comparison.decision.differences if one.arm == row.arm), None)
+    return NOTHING if found is None else Writer.of(comparison.decision).adjusted(found)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------
@@ -302,15 +303,10 @@ def short(value: float) -> str:
     """`22.7 M`, `1.5 T`, `950`: numbers too long to be read."""
     for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * power:
-            return f"{words.number(value / power)} {letter}"
+            return f"{format_number(value / power)} {letter}"
     return f"{value:,.0f}"
 
 
 def short_count(value: int) -> str:
-    """Parameters: as `short`, but a milliard is called a billion."""
+    """Parameters: as `short`, but 10⁹ of them are a billion: `6.7 B`."""
     return short(value).replace("G", "B")
-
-
-def milliseconds(seconds: float | None) -> str:
-    """`1.24 ms`."""
-    return NOTHING if not seconds else f"{words.number(1000 * seconds)} ms"

@@ -10,9 +10,9 @@ import pytest
 from fulltune import report
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
-from fulltune.report.comparison import words as proof_words
+from fulltune.report.comparison import sentences
 from fulltune.report.comparison.content import plots
-from fulltune.report.comparison.words import Writer
+from fulltune.report.comparison.sentences import Writer
 from tests import comparisons
 from tests.unit.report.test_write import Page
 
@@ -20,7 +20,7 @@ from tests.unit.report.test_write import Page
 def cards(folder: Path, comparison: Comparison) -> tuple[str, str]:
     """Write the card; return Markdown and HTML."""
     comparison.save(folder / "compare" / "comparison.json")
-    report.write_proof(folder)
+    report.write_comparison(folder)
     return (folder / "card.md").read_text(encoding="utf-8"), (folder / "card.html").read_text(encoding="utf-8")
 
 
@@ -37,7 +37,7 @@ def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path)
     markdown, html = cards(tmp_path, comparisons.comparison())
     sentence = "Take lora: as good as full within the margin, and it trains fewer weights."
     terms = (
-        "Margin: differences below 1 point of accuracy do not matter. Certainty: 95% for the 3 methods together. "
+        "Margin: differences below 1 point of accuracy do not matter. Confidence: 95% for the 3 methods together. "
         "Measured on 3,080 test rows."
     )
     assert f"**EQUIVALENT: take lora.** {sentence}" in markdown
@@ -45,7 +45,7 @@ def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path)
     for text in ("EQUIVALENT: take lora", sentence, terms):
         assert text in page.text
         assert text in markdown
-    assert "Nothing was found that makes it unfair." in page.text
+    assert "No unfair setting was found." in page.text
     assert [tag["class"] for tag in page.with_tag("div") if "verdict" in str(tag.get("class"))] == [
         "verdict equivalent"
     ]
@@ -54,7 +54,7 @@ def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path)
 @pytest.mark.parametrize("costs", ["mean", "median"])
 def test_card_says_what_its_costs_are_also_of_an_older_record(costs: str, tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison(**({} if costs == "mean" else {"costs": costs})))
-    assert f"Cost of one whole run, {costs} over seeds" in markdown
+    assert f"Cost of one whole run: {costs} over seeds" in markdown
 
 
 def test_card_full_of_a_language_model_says_that_smaller_is_better(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_waiting_methods_are_named_with_what_is_true_of_the_verdict(
     one = comparisons.comparison()
     rows = tuple(row.model_copy(update={"waited": row.arm in waiting}) for row in one.rows)
     decision = one.decision.model_copy(update={"verdict": verdict, "recommended": recommended})
-    found = proof_words.waited(one.model_copy(update={"rows": rows, "decision": decision}))
+    found = sentences.waited(one.model_copy(update={"rows": rows, "decision": decision}))
     assert found.startswith(said) if said else found == ""
 
 
@@ -161,18 +161,18 @@ def test_rates_that_came_apart_in_whole_runs_are_counted(tmp_path: Path) -> None
 def test_stopping_because_the_time_was_up_is_no_saving() -> None:
     one = comparisons.comparison()
     looks = (*one.looks[:-1], one.looks[-1].model_copy(update={"enough": False}))
-    _, fixed = proof_words.spent(one.model_copy(update={"looks": looks}))
+    _, fixed = sentences.spent(one.model_copy(update={"looks": looks}))
     assert "; the budget ended before " in fixed
     assert "saved" not in fixed
-    assert proof_words.spent(one.model_copy(update={"time_was_up": True}))[1] == fixed
+    assert sentences.spent(one.model_copy(update={"time_was_up": True}))[1] == fixed
 
 
 def test_marks_stand_beside_the_verdict_and_say_what_to_do(tmp_path: Path) -> None:
     found = (comparisons.finding("worth knowing", "lora"), comparisons.finding())
     markdown, html = cards(tmp_path, comparisons.comparison(findings=found))
-    assert "**1 mark of unfairness and 1 thing worth knowing: see Fairness.**" in markdown
+    assert "**1 unfair setting and 1 note: see Fairness.**" in markdown
     text = Page(html).text
-    assert text.index("Unfair: full: the best rate") < text.index("Worth knowing: lora: the best rate")
+    assert text.index("Unfair: full: the best rate") < text.index("Note: lora: the best rate")
     assert "To do: add higher rates to its `learning_rates`." in text
 
 
@@ -180,7 +180,7 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
     markdown, html = cards(
         tmp_path, comparisons.comparison(findings=(comparisons.finding(),), openings=comparisons.openings(2))
     )
-    assert "**The sealed test rows were opened 2 times. 1 mark of unfairness: see Fairness.**" in markdown
+    assert "**The sealed test rows were opened 2 times. 1 unfair setting: see Fairness.**" in markdown
     assert "test rows opened 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
 
 
@@ -189,11 +189,10 @@ def test_marks_budget_and_few_rows_are_named() -> None:
     expected = made.expectation.model_copy(update={"length_share": 0.4})
     lora = made.decision.difference("lora").model_copy(update={"detectable": 0.031, "equivalent": False})
     made = made.model_copy(update={"decision": made.decision.model_copy(update={"differences": (lora,)})})
-    found = proof_words.marks(made.model_copy(update={"expectation": expected}))
+    found = sentences.marks(made.model_copy(update={"expectation": expected}))
     assert found == [
-        "Worth knowing: every run took 40% of the recipe's steps, to stay within the budget: the verdict is about such "
-        "runs.",
-        "Worth knowing: differences that so many test rows and seeds find in 8 of 10 cases: from "
+        "Note: to stay within the budget, every run took 40% of the recipe's steps: the verdict is about such runs.",
+        "Note: differences that so many test rows and seeds find in 8 of 10 cases: from "
         "3.1 points on (lora); the margin is 1 point.",
     ]
     blind = made.decision.model_copy(
@@ -201,9 +200,9 @@ def test_marks_budget_and_few_rows_are_named() -> None:
             "differences": (lora.model_copy(update={"detectable": 1.7, "adjusted_low": -0.4, "adjusted_high": 0.7}),)
         }
     )
-    found = proof_words.marks(made.model_copy(update={"decision": blind}))
+    found = sentences.marks(made.model_copy(update={"decision": blind}))
     assert "find in 8 of 10 cases: none, however large (lora); the margin" in found[0]
-    assert found[1].startswith("Worth knowing: lora: so few seeds say next to nothing about their spread")
+    assert found[1].startswith("Note: lora: too few seeds to estimate the spread between seeds")
 
 
 @pytest.mark.parametrize(
@@ -232,30 +231,30 @@ def test_card_of_a_budget_that_ended_says_how_to_go_on_and_blames_the_budget(tmp
     expected = made.expectation.model_copy(update={"budget_seconds": 360.0, "recipe_seeds": 5, "num_seeds": 2})
     markdown, html = cards(tmp_path, made.model_copy(update={"expectation": expected}))
     for text in (markdown, Page(html).text):
-        assert "What to do: give more time (it had 6 min 0 s): the same command with a larger --budget goes on" in text
+        assert "What to do: give more time (it had 6 min): the same command with a larger --budget continues" in text
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
-def test_write_proof_from_its_json_alone_gives_the_same_card(tmp_path: Path) -> None:
+def test_write_comparison_from_its_json_alone_gives_the_same_card(tmp_path: Path) -> None:
     first, again = tmp_path / "run", tmp_path / "again"
     cards(first, comparisons.comparison())
     again.mkdir()
     (again / "proof.json").write_bytes((first / "proof.json").read_bytes())
-    files = report.write_proof(again / "proof.json")
+    files = report.write_comparison(again / "proof.json")
     assert {path.name for path in files} >= {"card.md", "card.html", "proof.json"}
     for path in files:
         assert path.parent == again
         assert path.read_bytes() == (first / path.name).read_bytes()
 
 
-def test_write_proof_without_a_comparison_says_so(tmp_path: Path) -> None:
+def test_write_comparison_without_a_comparison_says_so(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="has no finished comparison"):
-        report.write_proof(tmp_path)
+        report.write_comparison(tmp_path)
 
 
-def test_write_proof_draws_a_picture_that_markdown_shows(tmp_path: Path) -> None:
+def test_write_comparison_draws_a_picture_that_markdown_shows(tmp_path: Path) -> None:
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert (tmp_path / "card.png").read_bytes().startswith(b"\x89PNG")
     assert "](card.png)" in markdown
@@ -300,7 +299,7 @@ def test_plot_against_time_and_operations_where_they_are_known() -> None:
     [(0.674, "0.67×"), (1.0, "1×"), (0.0065, "0.0065×"), (9.996, "10.0×"), (123.4, "123×"), (0, "0×")],
 )
 def test_ratio_keeps_what_matters(value: float, text: str) -> None:
-    assert proof_words.ratio(value) == text
+    assert sentences.ratio(value) == text
 
 
 @pytest.mark.parametrize(
@@ -308,14 +307,14 @@ def test_ratio_keeps_what_matters(value: float, text: str) -> None:
     [(1.0, "100%"), (0.452, "45.2%"), (0.0065, "0.65%"), (3.4e-5, "0.0034%"), (0, "0%"), (-0.4, "-40%")],
 )
 def test_fine_share_keeps_two_digits(value: float, text: str) -> None:
-    assert proof_words.fine_share(value) == text
+    assert sentences.fine_share(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(22_743_245, "22.7 M"), (6_700_000_000, "6.7 B"), (7680, "7.68 k"), (12, "12")]
 )
 def test_short_count_is_read_at_a_glance(value: int, text: str) -> None:
-    assert proof_words.short_count(value) == text
+    assert sentences.short_count(value) == text
 
 
 def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:

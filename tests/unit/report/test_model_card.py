@@ -28,7 +28,20 @@ def written(folder: Path) -> tuple[dict[str, Any], str]:
 
 def test_card_classification_has_front_matter_numbers_and_no_machine_path(classification: Path) -> None:
     front, body = written(classification)
+    index = front.pop("model-index")
     assert front == {"library_name": "transformers", "pipeline_tag": "text-classification", "tags": ["fulltune"]}
+    assert index == [
+        {
+            "name": "banking-1",
+            "results": [
+                {
+                    "task": {"type": "text-classification"},
+                    "dataset": {"name": "test.csv", "type": "test.csv", "split": "test"},
+                    "metrics": [{"type": "accuracy", "value": 0.921, "name": "accuracy"}],
+                }
+            ],
+        }
+    ]
     for part in ("3,200", "92.1%", "[90.5%, 93.7%]", "divide the logits by 1.31", "split off train.csv",
                  "| 5.24.0 ", "bf16, weights kept in fp32", "AutoModelForSequenceClassification"):  # fmt: skip
         assert part in body

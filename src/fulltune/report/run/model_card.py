@@ -1,0 +1,210 @@
+"""The trained model's card: a README.md that the Hub understands and that names no folder of this machine."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Literal
+
+from fulltune.recipe.tasks import FACTS
+from fulltune.records.plan import Plan
+from fulltune.records.scores import Scores
+from fulltune.report.format import words
+from fulltune.report.format.markdown import escaped, fenced, table
+from fulltune.report.run.about_scores import OF_ANSWERS, about_answers, calibration_in_words
+from fulltune.report.run.read import RunView
+from fulltune.report.run.row_words import has_images, row_words
+from fulltune.report.run.usage import HOW_TO_ASK, HOW_TO_LOAD, how_to_load, loading_code, loading_code_of, method_kind
+from fulltune.report.run.verdict import judge
+from fulltune.text import counted, format_metric, format_number, format_share
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors")
+_LOADING = re.compile(r"^## How to load\n.*?(?=^## |\Z)", re.M | re.S)
+_BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged model\n\n## How to load\n"
+
+
+def model_card(view: RunView, model_folder: Path) -> str:
+    """Write the card's text.
+
+    Args:
+        view: The run.
+        model_folder: Where the model lies; tells which trial it is.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    trial = _trial_of(view, model_folder)
+    plan = view.plan_of(trial)
+    scores = next((row for row in view.trained if row.name == trial), None)
+    trained = "all parameters fine-tuned"
+    if plan and plan.num_frozen_parameters:
+        trained = f"{plan.num_trainable_parameters:,} parameters trained ({escaped(plan.method)})"
+    parts = [
+        _front_matter(view, scores),
+        f"# {escaped(view.name)}",
+        f"{escaped(words.file_name(view.model))} with {trained} by fulltune, for {view.task}.",
+        *_data(view),
+        *_metrics(view, scores),
+        *(_training(view, plan) if plan else ()),
+        *_versions(view),
+        "## How to load",
+        *_loading(view, plan, model_folder),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def merged_card(text: str, name: str, task: str) -> str:
+    """Write the card of a merged model: that of what was trained, with how a whole model is loaded.
+
+    Args:
+        text: The card of what was trained; empty where there is none.
+        name: Of the merged model's folder.
+        task: What the model does.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    what = "What was trained is merged into the pretrained model's own weights. " + HOW_TO_LOAD["full"]
+    section = f"## How to load\n\n{what}\n\n{fenced(loading_code(name, task, None), 'python')}\n\n"
+    return _LOADING.sub(lambda _: section, text or _BARE).rstrip() + "\n"
+
+
+def _loading(view: RunView, plan: Plan | None, model_folder: Path) -> list[str]:
+    said = [HOW_TO_ASK.get(view.summary.problem_type, "") if view.summary else ""]
+    said.append(how_to_load(plan) if method_kind(plan) != "full" else "")
+    if code := loading_code_of(model_folder.name, view.task, view.summary, plan, view.model):
+        said.append(fenced(code, "python"))
+    return [part for part in said if part]
+
+
+def _base_model(view: RunView) -> str | None:
+    """The Hub id of the model that was trained; None for a folder, a file or a package.
+
+    Only the plan is asked: there a relative folder has become an absolute path, so that it cannot pass for a Hub id.
+    """
+    names = (
+        setting.value for plan in view.plans for setting in plan.settings if setting.name in ("model", "model.name")
+    )
+    found = next((name for name in names if isinstance(name, str)), "")
+    return found if _HUB_ID.fullmatch(found) and not found.endswith(".gguf") else None
+
+
+def _trial_of(view: RunView, model_folder: Path) -> str:
+    """The trial whose outcome names this folder, else the one of the report's headline."""
+    for attempt in view.attempts:
+        named = attempt.outcome.model_folder if attempt.outcome else None
+        if named and (view.folder / named).resolve() == model_folder.resolve():
+            return attempt.trial
+    return view.main_trial
+
+
+def _front_matter(view: RunView, scores: Scores | None) -> str:
+    """What the Hub reads: base model, task, and the metrics on the test rows as its model index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    facts = FACTS.get(view.task)
+    tested = _source(view, "test").removeprefix("file ")
+    results = [
+        EvalResult(
+            task_type=facts.hub,
+            dataset_type=re.sub(r"[^\w.-]+", "-", tested).strip("-"),
+            dataset_name=tested,
+            dataset_split="test",
+            metric_type=name,
+            metric_name=words.metric_name(name),
+            metric_value=found.value,
+        )
+        for name, found in (scores.metrics.items() if scores and facts else ())
+        if facts and math.isfinite(found.value)
+    ]
+    data = ModelCardData(
+        base_model=_base_model(view),
+        library_name="transformers",
+        pipeline_tag=facts.hub if facts else None,
+        tags=["fulltune"],
+        model_name=words.one_line(view.name) if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _source(view: RunView, split: Literal["train", "eval", "test"]) -> str:
+    """Where the rows of a split are from, without folders."""
+    found = view.summary.sources.get(split, "-") if view.summary else "-"
+    return re.sub(r"\S*[\\/](?=\S)", "", found)
+
+
+def _data(view: RunView) -> list[str]:
+    summary = view.summary
+    if summary is None:
+        return []
+    rows = [
+        (split, f"{found.rows:,}", f"{found.tokens:,}", _source(view, split)) for split, found in summary.splits.items()
+    ]
+    parts = ["## Data", table(("split", "rows", "tokens", "where from"), rows, frozenset({1, 2}))]
+    if not has_images(summary):
+        parts.append(f"{row_words(summary).longest.capitalize()}: {counted(summary.max_length, 'token')}.")
+    if summary.labels:
+        labels = ", ".join(words.named(label) for label in summary.labels)
+        parts.append(f"{counted(len(summary.labels), 'label')}: {escaped(words.clipped(labels, 2000))}")
+    return parts
+
+
+def _metrics(view: RunView, scores: Scores | None) -> list[str]:
+    if scores is None:
+        return ["## Metrics", "This model was not scored on test rows."]
+    rows = []
+    for name, found in scores.metrics.items():
+        of = found.rows or (len(scores.answers) if name in OF_ANSWERS else scores.rows)
+        value, interval = format_metric(name, found.value), words.interval(name, found)
+        rows.append((words.metric_name(name), value, interval, f"{of:,}"))
+    level = f"{100 * scores.confidence:g}% interval"
+    untrained = [row for row in view.scores if row.kind != "trained"]
+    parts = [
+        "## Metrics",
+        f"On {counted(scores.rows, 'test row')}, which were never used for choosing:",
+        table(("metric", "value", level, "test rows"), rows, frozenset({1, 2, 3})),
+        *((about_answers(scores),) if 0 < len(scores.answers) < scores.rows else ()),
+        escaped(judge([scores, *untrained]).sentence),
+    ]
+    if fitted := scores.calibration:
+        error = format_number(fitted.expected_calibration_error)
+        divide = ""
+        if not fitted.note:
+            divide = f"divide the logits by {format_number(fitted.temperature)} (fitted on the eval rows). "
+            error = f"{error} before, {format_number(fitted.expected_calibration_error_scaled)} after"
+        parts.append(f"Calibration: {divide}{calibration_in_words(fitted)} Expected calibration error: {error}.")
+    return parts
+
+
+def _training(view: RunView, plan: Plan) -> list[str]:
+    facts: list[tuple[str, str]] = [
+        ("method", plan.method),
+        ("trained parameters", f"{plan.num_trainable_parameters:,} of {plan.num_parameters:,}"),
+        ("learning rate", format_number(plan.learning_rate)),
+        ("layerwise learning rate decay", format_number(plan.layerwise_lr_decay)),
+        ("schedule", f"{plan.lr_scheduler_type}, {counted(plan.warmup_steps, 'warm-up step')}"),
+        ("epochs", format_number(plan.num_train_epochs)),
+        ("planned steps", f"{plan.total_steps:,}"),
+        ("global batch size", f"{plan.global_batch_size:,}"),
+        ("precision", f"{plan.precision}, weights kept in {plan.weights_dtype}"),
+        ("seed", str(plan.seed)),
+    ]
+    if outcome := view.outcome_of(plan.trial):
+        facts.append(("steps done", f"{outcome.steps:,}"))
+        if outcome.best_step is not None:
+            facts.append(("weights kept from step", f"{outcome.best_step:,}"))
+        if outcome.moved:
+            facts.append(("parameter values that moved", format_share(outcome.moved.share)))
+    return ["## Training", table(("setting", "value"), facts)]
+
+
+def _versions(view: RunView) -> list[str]:
+    found = view.environment
+    if found is None:
+        return []
+    packages = [(name, found.packages[name]) for name in _PACKAGES if name in found.packages]
+    rows = [("fulltune", found.fulltune), ("Python", found.python), *packages]
+    return ["## Versions", table(("package", "version"), rows)]
