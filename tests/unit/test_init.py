@@ -79,7 +79,7 @@ def test_table_without_header_loses_no_row(tmp_path: Path) -> None:
     _written(tmp_path / "dev.tsv", REVIEWS)
     found, files = write_recipe(data, recipe, None, False)
     assert (found.task, found.num_rows, found.is_guess) == ("text-classification", 20, True)
-    assert files.eval == tmp_path / "dev.tsv"
+    assert files.held_out == {"eval": tmp_path / "dev.tsv"}
     block = load_recipe(recipe).data
     assert (block.columns, block.text, block.label) == (("text", "label"), "text", "label")
 
@@ -88,7 +88,7 @@ def test_held_out_file_with_a_header_beside_train_without_one_is_not_used(tmp_pa
     data, recipe = _written(tmp_path / "train.tsv", REVIEWS), tmp_path / "recipe.yaml"
     _written(tmp_path / "test.tsv", "index\tsentence\n0\ta film that is long\n1\ta film of some length\n")
     _, files = write_recipe(data, recipe, None, False)
-    assert files.left_out == ("test.tsv: has a header line, or other columns, unlike train",)
+    assert files.unused == ("test.tsv: has a header line, or other columns, unlike train",)
 
 
 def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:

