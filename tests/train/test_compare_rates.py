@@ -107,7 +107,7 @@ def whole_runs_given(trained: Callable[[comparing.Line, Trial], Any]) -> Iterato
     with (
         mock.patch.object(trials, "trained", trained),
         mock.patch.object(trials, "keep"),
-        mock.patch.object(trials.evaluate, "bench_of"),
+        mock.patch.object(trials.evaluate, "scoring_of"),
         mock.patch.object(trials.evaluate, "keep_temperature"),
         mock.patch.object(trials, "outputs", rows),
     ):

@@ -82,7 +82,7 @@ def test_multiple_choice_run_beats_the_baselines(kind: str, form: str, tmp_path:
     without_label = {name: value for name, value in held_out[0].items() if name != "label"}
     assert predictor.predict([without_label]) == answers[:1]
     with pytest.raises(DataError, match="give a file with the columns of its choices"):
-        predict.rows_from_texts(["what?"], predictor.notes)
+        predict.row_from_text("what?", predictor.notes)
     if form == "list":
         with pytest.raises(DataError, match="row 1: 3 choices, expected 4"):
             predictor.predict([{**held_out[0], "choices": ["a", "b", "c"]}])

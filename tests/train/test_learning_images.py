@@ -53,7 +53,7 @@ def test_image_run_beats_the_baselines_and_answers_as_transformers_does(tmp_path
     assert "AutoImageProcessor" in (made / "README.md").read_text(encoding="utf-8")
     paths = [str(path) for path in sorted(folder.glob("*/*.png"))[::40]]
     predictor = predict.load(made)
-    answers = predictor.predict(predict.rows_from_texts(paths, predictor.notes))
+    answers = predictor.predict([predict.row_from_text(path, predictor.notes) for path in paths])
     model = AutoModelForImageClassification.from_pretrained(made).eval()
     reader = AutoImageProcessor.from_pretrained(made, backend="pil")
     with torch.no_grad():

@@ -64,7 +64,7 @@ def test_run_learns_to_write_and_to_stop(kind: str, tmp_path: Path) -> None:
 
     question = "7 town soup"
     predictor = predict.load(reached.folder)
-    rows = predict.rows_from_texts([question], predictor.notes)
+    rows = [predict.row_from_text(question, predictor.notes)]
     assert predictor.predict(rows, max_new_tokens=20) == [{"answer": "now we cook soup here"}]
     folder = reached.folder / "models" / "full"
     plain, reader = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_parts_over_one_base_answer_as_each_does_alone(trained: dict[str, Path]) -> None:
     together = predict.load_side_by_side(trained)
     for task, run in trained.items():
-        rows = predict.rows_from_texts(TEXTS, together[task].notes)
+        rows = [predict.row_from_text(text, together[task].notes) for text in TEXTS]
         assert together[task].predict(rows) == predict.load(run).predict(rows)
         assert together[task].predict(rows)[0]["label"].startswith(task)
 

@@ -12,19 +12,20 @@ import pytest
 from fulltune import evaluate
 from fulltune.cli.show.run import _cell
 from fulltune.errors import SetupError
-from fulltune.evaluate.language import _drawn, _left_out
+from fulltune.evaluate.language import drawn_rows, missing_metrics
 from fulltune.recipe.fields import Recipe
 from fulltune.records.scores import Estimate
 from fulltune.report.format import words
 from fulltune.stats.metric_intervals import resample
-from fulltune.tasks import Target, causal_lm, seq2seq
+from fulltune.tasks import Target, causal_lm, seq2seq, written
 
 PAIRS = Target("prompt_completion", {"prompt": "mr", "completion": "ref"})
 
 
 def bench(rows: list[dict[str, Any]], wanted: int, seed: int = 42, target: Target = PAIRS) -> Any:
     recipe = SimpleNamespace(evaluate=SimpleNamespace(generate_rows=wanted), data=SimpleNamespace(split_seed=seed))
-    return SimpleNamespace(recipe=recipe, target=target, texts=rows)
+    task = seq2seq if target.problem_type == "source_target" else causal_lm
+    return SimpleNamespace(recipe=recipe, target=target, texts=rows, task=task)
 
 
 SORTED = [{"mr": f"name[{place // 3:03}]", "ref": f"answer {place}"} for place in range(300)]
@@ -32,7 +33,7 @@ SORTED = [{"mr": f"name[{place // 3:03}]", "ref": f"answer {place}"} for place i
 
 
 def test_answers_are_drawn_among_different_prompts() -> None:
-    drawn = _drawn(bench(SORTED, 20))
+    drawn = drawn_rows(bench(SORTED, 20))
     prompts = [row["mr"] for row in drawn.values()]
     assert len(set(prompts)) == 20
     assert list(drawn) == sorted(drawn)
@@ -41,37 +42,37 @@ def test_answers_are_drawn_among_different_prompts() -> None:
 
 
 def test_draw_depends_on_the_seed_and_the_prompts_alone() -> None:
-    drawn = [row["mr"] for row in _drawn(bench(SORTED, 20)).values()]
-    assert [row["mr"] for row in _drawn(bench(SORTED, 20)).values()] == drawn
-    assert [row["mr"] for row in _drawn(bench(SORTED, 20, seed=1)).values()] != drawn
-    more = {row["mr"] for row in _drawn(bench(SORTED, 25)).values()}
+    drawn = [row["mr"] for row in drawn_rows(bench(SORTED, 20)).values()]
+    assert [row["mr"] for row in drawn_rows(bench(SORTED, 20)).values()] == drawn
+    assert [row["mr"] for row in drawn_rows(bench(SORTED, 20, seed=1)).values()] != drawn
+    more = {row["mr"] for row in drawn_rows(bench(SORTED, 25)).values()}
     assert set(drawn) < more
-    others = {row["mr"] for row in _drawn(bench(SORTED[::-1], 20)).values()}
+    others = {row["mr"] for row in drawn_rows(bench(SORTED[::-1], 20)).values()}
     assert others == set(drawn)
 
 
 def test_all_prompts_where_there_are_fewer_and_none_where_none_is_asked() -> None:
-    assert len(_drawn(bench(SORTED, 1000))) == 100
-    assert _drawn(bench(SORTED, 0)) == {}
-    assert _drawn(bench([{"text": "raw"}], 5, target=Target("text", {"text": "text"}))) == {}
+    assert len(drawn_rows(bench(SORTED, 1000))) == 100
+    assert drawn_rows(bench(SORTED, 0)) == {}
+    assert drawn_rows(bench([{"text": "raw"}], 5, target=Target("text", {"text": "text"}))) == {}
 
 
 def test_conversation_of_several_examples_is_asked_once() -> None:
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
     silent = {"messages": [{"role": "assistant", "content": "nobody asked"}]}
-    assert list(_drawn(bench([silent, row, row], 5, target=Target("chat", {"messages": "messages"})))) == [1]
+    assert list(drawn_rows(bench([silent, row, row], 5, target=Target("chat", {"messages": "messages"})))) == [1]
 
 
 def test_without_the_packages_their_metrics_are_left_out_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal_lm, "can_score", lambda metric: metric == "exact_match")
+    monkeypatch.setattr(written, "can_score", lambda metric: metric == "exact_match")
     target = Target("source_target", {"source": "s", "target": "t"})
     assert set(causal_lm.score_answers(["a"], ["A "])) == {"exact_match"}
     kept = seq2seq.score_answers(["a"], ["A "])
     assert seq2seq.metrics(kept, target) == {"exact_match": 1.0}
-    assert _left_out(bench([], 1, target=target)) == (
+    assert missing_metrics(bench([], 1, target=target)) == (
         "not computed: rougeL, chrf, bleu; pip install 'fulltune[text-metrics]'"
     )
-    assert _left_out(bench([], 1)) == "not computed: rougeL, chrf; pip install 'fulltune[text-metrics]'"
+    assert missing_metrics(bench([], 1)) == "not computed: rougeL, chrf; pip install 'fulltune[text-metrics]'"
 
 
 def test_missing_packages_stop_a_run_only_where_its_metric_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:

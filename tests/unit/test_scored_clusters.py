@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from fulltune import evaluate
-from fulltune.evaluate import classifiers, language, spans
-from fulltune.evaluate.scoring import Bench
+from fulltune.evaluate import classifiers, spans
+from fulltune.evaluate.scoring import Scoring
 from fulltune.inference.store import RowWriter, record_batch, save_clusters, words
 from fulltune.records.scores import Scores
 from fulltune.stats.metric_intervals import Resampled, resample
 from fulltune.stats.paired import paired
-from fulltune.tasks import PLACE, Target, task_named
+from fulltune.tasks import PLACE, Target, task_named, written
 
 RECIPE: Any = SimpleNamespace(evaluate=SimpleNamespace(bootstrap_samples=100, confidence=0.95))
 PLAN: Any = SimpleNamespace(metric="accuracy", greater_is_better=True, trial="full-seed42")
@@ -26,14 +26,14 @@ TEST = [place // 10 % 2 for place in range(120)]
 """Labels of 12 texts with 10 rows each."""
 
 
-def bench(folder: Path, clusters: Any = None, target: Target = LABELS, task: str = "text-classification") -> Bench:
+def bench(folder: Path, clusters: Any = None, target: Target = LABELS, task: str = "text-classification") -> Scoring:
     texts = [words(f"t.csv:{place // 2}", {"text": "x", "question": "?"}) for place in range(len(TEST))]
     for split, labels in (("train", [1, 1, 0]), ("test", TEST)):
         with RowWriter(folder / split) as writer:
             writer.write(record_batch([{"labels": label} for label in labels], texts[: len(labels)]))
     if clusters is not None:
         save_clusters(folder / "test", np.asarray(clusters))
-    return Bench(RECIPE, PLAN, task_named(task), target, folder, None, None)  # type: ignore[arg-type]
+    return Scoring(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]
 
 
 TENS = [place // 10 for place in range(120)]
@@ -41,7 +41,7 @@ TENS = [place // 10 for place in range(120)]
 
 def test_scores_rest_on_clusters_and_those_of_older_data_on_rows(tmp_path: Path) -> None:
     grouped, alone = (
-        classifiers._majority(bench(tmp_path / str(number), clusters)) for number, clusters in enumerate((TENS, None))
+        classifiers.majority(bench(tmp_path / str(number), clusters)) for number, clusters in enumerate((TENS, None))
     )
     one, other = grouped.scores.metrics["accuracy"], alone.scores.metrics["accuracy"]
     assert (one.rows, one.clusters) == (120, 12)
@@ -55,7 +55,7 @@ def test_difference_in_a_run_rests_on_clusters(tmp_path: Path) -> None:
     run = bench(tmp_path / "data", TENS)
     for name, kind, right in (("before-training", "untouched", of < 4), ("full-seed42", "trained", of < 8)):
         kept = {"right": right.astype(float)}
-        found = run.estimates(kept, lambda rows: {"accuracy": float(rows["right"].mean())})
+        found = run.estimates(kept, metrics=lambda rows: {"accuracy": float(rows["right"].mean())})
         scored = run.scores(name, kind, 120, found)  # type: ignore[arg-type]
         evaluate._kept(tmp_path / "scores" / f"{name}.json", lambda scored=scored: scored)
     mine = Scores.load(tmp_path / "scores" / "full-seed42.json")
@@ -67,7 +67,7 @@ def test_difference_in_a_run_rests_on_clusters(tmp_path: Path) -> None:
 def test_answers_to_some_rows_rest_on_the_clusters_of_these(tmp_path: Path) -> None:
     target = Target("prompt_completion", {"prompt": "p", "completion": "c"})
     run = bench(tmp_path, TENS, target, "causal-lm")
-    found = language._compared(run, ["a", "b", "a"], ["a", "a", "a"], [3, 7, 100])["exact_match"]
+    found = run.estimates(written.score_answers(["a", "b", "a"], ["a", "a", "a"]), [3, 7, 100])["exact_match"]
     assert (found.num_rows, found.num_clusters) == (3, 2)
 
 
@@ -75,7 +75,7 @@ def test_questions_rest_on_the_clusters_of_their_windows(tmp_path: Path) -> None
     run = bench(tmp_path, TENS, Target("spans", {}), "question-answering")
     questions = {row[PLACE] for row in run.texts}
     scores = {name: np.linspace(0, 1, len(questions)) for name in ("f1", "exact_match")}
-    found = spans._estimates(run, scores)["f1"]
+    found = run.estimates(scores, spans._first_windows(run.texts))["f1"]
     assert (found.num_rows, found.num_clusters) == (60, 12)
 
 

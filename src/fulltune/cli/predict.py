@@ -1,7 +1,8 @@
-"""What `fulltune predict` reads and how it answers. Layer 4."""
+"""What `fulltune predict` reads and how it answers."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import sys
@@ -9,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from fulltune.errors import DataError, InterruptedRun, SetupError
+from fulltune.text import counted
 
 if TYPE_CHECKING:
     from fulltune.data.readers.read import DataFiles
@@ -50,13 +52,12 @@ class Asked:
         from fulltune import predict
         from fulltune.data.readers import images
 
-        if self.table is None:
-            for row in own:
-                yield predict.rows_from_texts([row["text"]], notes)[0]
-            return
-        image = notes["columns"].get("image")
+        image, folder = notes["columns"].get("image"), self.images_in
         for row in own:
-            yield row if image is None or self.images_in is None else images.beside(row, self.images_in, image)
+            if self.table is None:
+                yield predict.row_from_text(row["text"], notes)
+            else:
+                yield row if image is None or folder is None else images.beside(row, folder, image)
 
     def types(self) -> dict[str, Any]:
         """Types of the columns for parquet: those of the file, if it is one."""
@@ -90,16 +91,15 @@ def asked(texts: Sequence[str], file: Path | None, notes: Mapping[str, Any]) -> 
         SetupError: When there is neither, and nobody would type it into stdin.
         DataError: When the file cannot be read.
     """
-    if file is not None and str(file) == STDIN:
-        texts, file = [STDIN], None
-    if file is not None and file.suffix.lower() != ".txt":
-        return _table(file, notes)
-    if file is not None:
+    reads_stdin = list(texts) == [STDIN] or str(file) == STDIN
+    if file is not None and not reads_stdin:
+        if file.suffix.lower() != ".txt":
+            return _table(file, notes)
         total = sum(1 for _ in _lines(file))
         return Asked(str(file), lambda: _placed(_lines(file), f"{file.name}:"), ("text",), total)
-    if texts and list(texts) != [STDIN]:
+    if texts and not reads_stdin:
         return Asked("predict", lambda: _placed(texts, "text "), ("text",), len(texts))
-    if not texts and sys.stdin.isatty():
+    if not reads_stdin and sys.stdin.isatty():
         raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one a line")
     return Asked("stdin", lambda: _placed(_lines(None), "stdin:"), ("text",), None)
 
@@ -154,18 +154,12 @@ def _lines(file: Path | None) -> Iterator[str]:
     if file is not None and not file.exists():
         raise DataError(f"{file}: no such file")
     try:
-        if file is None:
-            yield from _unended(sys.stdin)
-        else:
-            with file.open(encoding="utf-8-sig") as stream:
-                yield from _unended(stream)
+        with contextlib.nullcontext(sys.stdin) if file is None else file.open(encoding="utf-8-sig") as stream:
+            for line in stream:
+                yield line.rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8; save it as UTF-8"
         raise DataError(f"{file or 'stdin'}: cannot be read: {reason}") from None
-
-
-def _unended(stream: TextIO) -> Iterator[str]:
-    return (line.rstrip("\r\n") for line in stream)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------
@@ -182,44 +176,40 @@ class Tally:
     without: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, place: str, one: Answered) -> str | None:
-        """Count a row.
-
-        Returns:
-            Why it has no answer, or None.
-        """
+    def add(self, place: str, row: Answered) -> str | None:
+        """Count a row; why it has no answer, or None."""
         self.rows += 1
-        self.cut += one.is_cut
-        if one.refused is None:
+        self.cut += row.is_cut
+        if row.refused is None:
             return None
         # A line has no column.
-        reason = one.refused.reason if self.is_table else one.refused.check
+        reason = row.refused.reason if self.is_table else row.refused.check
         self.without += 1
         if self.without <= _LISTED:
             self.first.append(f"{place}: {reason}")
         return reason
 
     def say(self, err: Console, cut_in_words: str, left: str) -> None:
-        """Say what has no answer, and what was not read whole.
-
-        Args:
-            err: Where to.
-            cut_in_words: What happens to a row that is too long.
-            left: What there is in the place of an answer.
+        """Say what has no answer, with what is `left` in its place, and what was not read whole.
 
         Raises:
             DataError: When there is no answer at all.
         """
         for line in self.first:
-            err.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
+            _warn(err, line)
         if self.without > _LISTED:
-            err.print(f"[yellow]... and {self.without - _LISTED:,} more[/yellow]")
+            _warn(err, f"... and {self.without - _LISTED:,} more")
         if self.rows and self.without == self.rows:
-            raise DataError(f"{self.where}: no row can be answered ({self.rows:,} rows)")
+            raise DataError(f"{self.where}: no row can be answered ({counted(self.rows, 'row')})")
+        of = f"of {counted(self.rows, 'row')}"
         if self.without:
-            err.print(f"[yellow]without an answer: {self.without:,} of {self.rows:,} rows; {escape(left)}[/yellow]")
+            _warn(err, f"without an answer: {self.without:,} {of}; {left}")
         if self.cut:
-            err.print(f"[yellow]read in part: {self.cut:,} of {self.rows:,} rows; each {escape(cut_in_words)}[/yellow]")
+            _warn(err, f"read in part: {self.cut:,} {of}; each {cut_in_words}")
+
+
+def _warn(err: Console, line: str) -> None:
+    err.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
 
 
 def say_names(err: Console, what: Asked) -> None:
@@ -232,19 +222,27 @@ def say_names(err: Console, what: Asked) -> None:
 def show(err: Console, predictor: Predictor, what: Asked, max_new_tokens: int, as_json: bool) -> None:
     """Print an answer for each row: a line for people, or an object of JSON with the row's place."""
     tally = Tally(what.where, what.table is not None)
-    placed, again = tee(what.placed())
-    rows = what.rows(predictor.notes, (row for _, row in again))
-    for (place, _), one in zip(placed, predictor.answer_each(rows, max_new_tokens), strict=True):
-        typer.echo(_line(place, one, tally.add(place, one), as_json))
+    for place, _, answered in _answered(predictor, what, max_new_tokens):
+        typer.echo(_line(place, answered, tally.add(place, answered), as_json))
     tally.say(err, predictor.cut_in_words(), _IN_PLACE[as_json])
 
 
-def _line(place: str, one: Answered, reason: str | None, as_json: bool, **more: Any) -> str:
+def _answered(
+    predictor: Predictor, what: Asked, max_new_tokens: int, watch: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[tuple[str, dict[str, Any], Answered]]:
+    """Place and own columns of each row, and what became of it."""
+    placed, again = tee(what.placed())
+    answers = predictor.answer_each(what.rows(predictor.notes, (row for _, row in again)), max_new_tokens, watch)
+    for (place, row), answered in zip(placed, answers, strict=True):
+        yield place, row, answered
+
+
+def _line(place: str, answered: Answered, reason: str | None, as_json: bool, **more: Any) -> str:
     """A row's answer as it is printed; an empty line keeps the lines of texts and answers together."""
     if as_json:
-        answer = {"error": reason} if one.answer is None else one.answer
+        answer = {"error": reason} if answered.answer is None else answered.answer
         return json.dumps({"place": place, **more, **answer}, ensure_ascii=False)
-    said = "" if one.answer is None else in_words(one.answer)
+    said = "" if answered.answer is None else in_words(answered.answer)
     return ": ".join([*map(str, more.values()), said])
 
 
@@ -266,8 +264,6 @@ def write(
     new = files.added(predictor.notes, what.columns)
     types = what.types() if output.suffix.lower() == ".parquet" else {}
     tally = Tally(what.where, what.table is not None)
-    placed, again = tee(what.placed())
-    rows = what.rows(predictor.notes, (row for _, row in again))
 
     def in_window(done: int, _: int) -> None:
         watch(tally.rows + done, what.total)
@@ -275,8 +271,8 @@ def write(
     try:
         with files.into(output, what.columns, new, types) as put:
             watch(0, what.total)
-            for (place, row), one in zip(placed, predictor.answer_each(rows, max_new_tokens, in_window), strict=True):
-                put(row, new.cells(one.answer, tally.add(place, one)))
+            for place, row, answered in _answered(predictor, what, max_new_tokens, in_window):
+                put(row, new.cells(answered.answer, tally.add(place, answered)))
             tally.say(err, predictor.cut_in_words(), f"their columns are empty, '{new.reason}' says why")
     except KeyboardInterrupt:
         raise InterruptedRun(f"interrupted: {output} was not written; the same command starts anew") from None
@@ -285,24 +281,10 @@ def write(
 
 
 def side_by_side(
-    err: Console,
-    runs: list[Path],
-    method: str | None,
-    what: Asked,
-    by: str | None,
-    max_new_tokens: int,
-    as_json: bool,
+    err: Console, runs: list[Path], method: str | None, what: Asked, by: str | None, max_new_tokens: int, as_json: bool
 ) -> None:
-    """Print answers of several models over one base: all of each row, or the one that the row names.
-
-    Args:
-        err: Where to say which rows have no answer.
-        runs: Run folders, or model folders.
-        method: Which of the runs' models.
-        what: Rows or lines.
-        by: Column of the file that names the model of each row, as its folder is called.
-        max_new_tokens: Longest answer of a language model.
-        as_json: Objects of JSON instead of lines for people.
+    """Print answers of several models over one base: all of each row, or the one that the row's column `by` names, as
+    its folder is called.
 
     Raises:
         SetupError: When the models do not go together.
@@ -318,36 +300,31 @@ def side_by_side(
         raise SetupError(
             f"--with: two folders are called '{twice[0]}' ({same}), and answers are told apart by that name; rename one"
         )
-    if by is not None and what.table is None:
-        raise SetupError("--by names a column: give rows with --file")
-    _check_names(what, by, names)
+    if by is not None:
+        _check_names(what, by, names)
     found = predict.load_side_by_side(dict(zip(names, runs, strict=True)), method)
     if what.table is not None:
         for predictor in found.values():
             predict.check_columns(what.columns, predictor.notes, what.where)
-    cut_in_words = " / ".join(dict.fromkeys(predictor.cut_in_words() for predictor in found.values()))
     tally = Tally(what.where, what.table is not None)
     for window in windows(what.placed()):
         answers: dict[int, list[tuple[str, Answered]]] = {number: [] for number in range(len(window))}
         for name, predictor in found.items():
             mine = [number for number, (_, row) in enumerate(window) if by is None or row[by] == name]
             rows = what.rows(predictor.notes, (window[number][1] for number in mine))
-            for number, one in zip(mine, predictor.answer_each(rows, max_new_tokens), strict=True):
-                answers[number].append((name, one))
+            for number, answered in zip(mine, predictor.answer_each(rows, max_new_tokens), strict=True):
+                answers[number].append((name, answered))
         for number, (place, _) in enumerate(window):
-            for name, one in answers[number]:
-                typer.echo(_line(place, one, tally.add(place, one), as_json, model=name))
+            for name, answered in answers[number]:
+                typer.echo(_line(place, answered, tally.add(place, answered), as_json, model=name))
+    cut_in_words = " / ".join(dict.fromkeys(predictor.cut_in_words() for predictor in found.values()))
     tally.say(err, cut_in_words, _IN_PLACE[as_json])
 
 
-def _check_names(what: Asked, by: str | None, names: list[str]) -> None:
-    """Refuse rows that name none of the models.
-
-    Raises:
-        DataError: With the first one.
-    """
-    if by is None:
-        return
+def _check_names(what: Asked, by: str, names: list[str]) -> None:
+    """Refuse rows that name none of the models."""
+    if what.table is None:
+        raise SetupError("--by names a column: give rows with --file")
     if by not in what.columns:
         raise DataError(f"{what.where}: has no column '{by}'; it has {', '.join(what.columns)}")
     unknown = [(place, row.get(by)) for place, row in what.placed() if row.get(by) not in names]
@@ -366,7 +343,7 @@ def no_merge(run: Path, found: Path) -> str:
         kind = folder.notes_of(found)["method"]["kind"]
         why = f"a method of kind {kind} adds to what the model computes and cannot be merged"
     models = predict.models_of(run)
-    can = [name for name, one in models.items() if folder.can_be_merged(one)]
+    can = [name for name, path in models.items() if folder.can_be_merged(path)]
     if can:
         return f"{found}: {why}; what can be merged here, with --method: {', '.join(can)}"
     return f"{found}: {why}" + (f"; {run} has no other model that can be" if models else "")

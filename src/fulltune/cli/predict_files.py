@@ -1,4 +1,4 @@
-"""Answers in a file beside the rows' own columns: csv, tsv, jsonl or parquet, row after row. Layer 4."""
+"""Answers in a file beside the rows' own columns: csv, tsv, jsonl or parquet, row after row."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from itertools import count, islice
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 from fulltune.errors import SetupError
+from fulltune.files import replacing
 from fulltune.inference.store import readable
 from fulltune.system.run_folder import writing
 from fulltune.tasks.columns import BadCell
@@ -45,29 +48,38 @@ def check_output(output: Path, replace: bool) -> None:
 
 @dataclass(frozen=True)
 class Added:
-    """The columns that are added: each with what it holds of an answer, and its type as parquet writes it."""
+    """The columns that are added: each with its path in an answer, and its type as parquet writes it."""
 
     prefix: str
-    columns: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...]
+    columns: tuple[tuple[str, tuple[Any, ...], str], ...]
 
     @property
     def names(self) -> tuple[str, ...]:
+        """What the columns are called."""
         return tuple(f"{self.prefix}_{name}" for name, _, _ in self.columns)
 
     @property
     def reason(self) -> str:
         """The column that says why a row has no answer."""
-        return f"{self.prefix}_{_REASON}"
+        return self.names[-1]
 
     def cells(self, answer: Mapping[str, Any] | None, reason: str | None) -> dict[str, Any]:
         """All of them for one row; without an answer empty but for the reason."""
-        names = self.names
         if answer is None:
-            return {**dict.fromkeys(names), self.reason: reason}
-        return {name: take(answer) for name, (_, take, _) in zip(names, self.columns, strict=True)}
+            return {**dict.fromkeys(self.names), self.reason: reason}
+        taken = [reduce(getitem, path, answer) for _, path, _ in self.columns[:-1]]
+        return dict(zip(self.names, [*taken, None], strict=True))
 
 
-_REASON = "error"
+_PARTS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "single_label": (("label", "string"), ("probability", "double")),
+    "multi_label": (("labels", "list"),),
+    "regression": (("value", "double"),),
+    "choice": (("index", "int64"), ("text", "string"), ("probability", "double")),
+    "tags": (("tokens", "list"), ("tags", "list"), ("entities", "json")),
+    "span": (("answer", "string"), ("start", "int64"), ("probability", "double")),
+}
+"""Problem type to the parts of an answer and their types; models that write give an `answer` alone."""
 
 
 def added(notes: Mapping[str, Any], own: Collection[str]) -> Added:
@@ -77,37 +89,14 @@ def added(notes: Mapping[str, Any], own: Collection[str]) -> Added:
         notes: What fulltune wrote about the model.
         own: The rows' own columns.
     """
-    columns = (*_columns(notes), (_REASON, lambda answer: None, "string"))
-    for number in count(1):
-        found = Added(f"predicted{number if number > 1 else ''}", columns)
-        if not set(found.names) & set(own):
-            return found
-    raise AssertionError("count() has no end")
-
-
-def _columns(notes: Mapping[str, Any]) -> list[tuple[str, Callable[[Mapping[str, Any]], Any], str]]:
-    def part(name: str, kind: str) -> tuple[str, Callable[[Mapping[str, Any]], Any], str]:
-        return name, lambda answer: answer[name], kind
-
-    def chance(key: Any) -> tuple[str, Callable[[Mapping[str, Any]], Any], str]:
-        return f"probability_{key}", lambda answer: answer["probabilities"][key], "double"
-
-    match notes["problem_type"]:
-        case "single_label":
-            return [part("label", "string"), part("probability", "double"), *map(chance, notes["labels"])]
-        case "multi_label":
-            return [part("labels", "list"), *map(chance, notes["labels"])]
-        case "regression":
-            return [part("value", "double")]
-        case "choice":
-            asked = [part("index", "int64"), part("text", "string"), part("probability", "double")]
-            return [*asked, *map(chance, range(notes["num_choices"]))]
-        case "tags":
-            return [part("tokens", "list"), part("tags", "list"), part("entities", "json")]
-        case "span":
-            return [part("answer", "string"), part("start", "int64"), part("probability", "double")]
-        case _:
-            return [part("answer", "string")]
+    kind = notes["problem_type"]
+    parts = [(name, (name,), as_written) for name, as_written in _PARTS.get(kind, (("answer", "string"),))]
+    keys = {"single_label": "labels", "multi_label": "labels"}.get(kind)
+    each = range(notes["num_choices"]) if kind == "choice" else notes[keys] if keys else ()
+    chances = [(f"probability_{key}", ("probabilities", key), "double") for key in each]
+    columns = (*parts, *chances, ("error", (), "string"))
+    prefixes = ("predicted" if number == 1 else f"predicted{number}" for number in count(1))
+    return next(new for prefix in prefixes if not set((new := Added(prefix, columns)).names) & set(own))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -123,22 +112,15 @@ def into(output: Path, own: Sequence[str], new: Added, types: Any) -> Iterator[W
         new: The added ones.
         types: For parquet the types of the own columns, as `arrow_types` gives them.
     """
-    part = output.with_name(f"{output.name}.part")
-    with writing(output):
-        try:
-            match output.suffix.lower():
-                case ".csv" | ".tsv":
-                    with part.open("w", newline="", **_ENCODING) as stream:
-                        yield _separated(stream, "," if output.suffix.lower() == ".csv" else "\t", own, new)
-                case ".parquet":
-                    with _parquet(part, own, new, types) as write:
-                        yield write
-                case _:
-                    with part.open("w", **_ENCODING) as stream:
-                        yield _json_lines(stream)
-            part.replace(output)
-        finally:
-            part.unlink(missing_ok=True)
+    form = output.suffix.lower()
+    with writing(output), replacing(output) as part:
+        if form == ".parquet":
+            with _parquet(part, own, new, types) as write:
+                yield write
+            return
+        with part.open("w", newline="", **_ENCODING) as stream:  # both end their lines themselves
+            delimiter = {".csv": ",", ".tsv": "\t"}.get(form)
+            yield _separated(stream, delimiter, own, new) if delimiter else _json_lines(stream)
 
 
 def _separated(stream: Any, delimiter: str, own: Sequence[str], new: Added) -> Write:
@@ -172,11 +154,6 @@ def _json_lines(stream: Any) -> Write:
     return write
 
 
-def _value(value: Any) -> Any:
-    """A value for a column with a type; one that could not be read has none."""
-    return None if isinstance(value, BadCell) else value
-
-
 @contextmanager
 def _parquet(part: Path, own: Sequence[str], new: Added, types: Any) -> Iterator[Write]:
     import pyarrow as pa
@@ -196,7 +173,13 @@ def _parquet(part: Path, own: Sequence[str], new: Added, types: Any) -> Iterator
             waiting.clear()
 
         def write(row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-            cells = {name: _text(row.get(name)) if name in as_text else _value(row.get(name)) for name in own}
+            cells = {}
+            for name in own:
+                value = row.get(name)
+                if name in as_text:
+                    cells[name] = None if value is None else str(_cell(value))
+                else:  # in a column with a type, what could not be read is empty
+                    cells[name] = None if isinstance(value, BadCell) else value
             cells |= {name: _cell(value) if name in as_json else value for name, value in answer.items()}
             waiting.append(cells)
             if len(waiting) == _ROWS_AT_ONCE:
@@ -205,10 +188,6 @@ def _parquet(part: Path, own: Sequence[str], new: Added, types: Any) -> Iterator
         yield write
         if waiting:
             flush()
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(_cell(value))
 
 
 def arrow_types(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

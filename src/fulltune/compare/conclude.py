@@ -95,9 +95,9 @@ def untouched(line: Line) -> tuple[Scores | None, tuple[Scores, ...]]:
     path = line.folder / SEALED / f"{BASE}.npz"
     generic_path = line.folder / "predictions" / "generic" / f"{BASE}.npz"
     if not (path.exists() if writes else generic_path.exists()):
-        bench = evaluate.bench_of(line.recipe, plan_of_full, line.summary, line.folder, line.job.base)
+        scoring = evaluate.scoring_of(line.recipe, plan_of_full, line.summary, line.folder, line.job.base)
         splits = ("eval", "test") if writes else ()
-        keep(line, BASE, outputs.outputs(bench, None, line.texts[0], line.most_tokens, splits))
+        keep(line, BASE, outputs.outputs(scoring, None, line.texts[0], line.most_tokens, splits))
     baselines = tuple(evaluate.baselines(line.recipe, plan_of_full, line.summary, line.folder, line.job.base))
     return (baselines[0] if baselines else None), baselines
 

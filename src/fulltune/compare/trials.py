@@ -181,10 +181,10 @@ def final(line: Line, trial: Trial) -> TrialResult:
         failed(line, trial, time.monotonic() - began, stop.problems)
         raise
     with line.clocked(f"{trial.name}: rows"):
-        bench = evaluate.bench_of(line.trial_recipe(trial), made, line.summary, line.folder, line.job.base)
-        given = outputs.outputs(bench, line.folder / str(outcome.model_folder), line.texts[0], line.most_tokens)
+        scoring = evaluate.scoring_of(line.trial_recipe(trial), made, line.summary, line.folder, line.job.base)
+        given = outputs.outputs(scoring, line.folder / str(outcome.model_folder), line.texts[0], line.most_tokens)
         keep(line, trial.name, given)
-        evaluate.keep_temperature(bench, line.folder / str(outcome.model_folder), given.kept["eval"])
+        evaluate.keep_temperature(scoring, line.folder / str(outcome.model_folder), given.kept["eval"])
     result = result.model_copy(update={"seconds_per_row": given.seconds_per_row})
     result.save(path)
     return result

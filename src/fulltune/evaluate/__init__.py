@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fulltune import files
 from fulltune.errors import SetupError
-from fulltune.evaluate.scoring import Bench, Scored, UserMetrics
+from fulltune.evaluate.scoring import Scored, Scoring, UserMetrics
 from fulltune.footprint.records import SHAPES
 from fulltune.models.base import Base
 from fulltune.models.shapes import Shapes
@@ -51,6 +52,30 @@ def check_extras(recipe: Recipe) -> None:
         token_classification.seqeval_entities(["O"])
 
 
+def scoring_of(
+    recipe: Recipe,
+    plan: Plan,
+    summary: DataSummary,
+    folder: Path,
+    base: Base,
+    metrics: UserMetrics | None = None,
+    listener: Listener = lambda event: None,
+) -> Scoring:
+    """A run's rows and how they are scored.
+
+    Args:
+        recipe: The checked recipe.
+        plan: The trial's numbers.
+        summary: Of the prepared data.
+        folder: The run folder.
+        base: The model before training.
+        metrics: The user's own.
+        listener: Told how far each pass over the rows is.
+    """
+    recipe = with_attention(recipe, plan.attn_implementation)
+    return Scoring(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, metrics, listener)
+
+
 def baselines(
     recipe: Recipe,
     plan: Plan,
@@ -64,27 +89,26 @@ def baselines(
     Results are kept in `scores/`; those that are there are not made again.
 
     Args:
-        recipe: The checked recipe.
+        recipe: As for `scoring_of`, like all others.
         plan: The trial's numbers.
         summary: Of the prepared data.
         folder: The run folder.
         base: The model before training.
         listener: Told how far each pass over the rows is.
     """
-    bench = _bench(recipe, plan, summary, folder, base, None, listener)
-    scorer = _scorer(recipe.task)
-    made = scorer.baselines(bench)
+    scoring, scorer = scoring_of(recipe, plan, summary, folder, base, None, listener), _scorer(recipe.task)
+
+    def untouched() -> Scored:
+        found: Scored = scorer.trained(scoring, *scoring.load(None))
+        return replace(found, scores=found.scores.model_copy(update={"name": "before training", "kind": "untouched"}))
+
+    made = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
+    made |= scorer.baselines(scoring)
     shapes = folder / "plan" / SHAPES
     # The checkpoint can do the task: it is scored as it came. A comparison has it as its method `base`.
     if not recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
-        made.setdefault(UNTOUCHED, lambda: _untouched(bench, scorer))
+        made.setdefault(UNTOUCHED, untouched)
     return [_kept(folder / "scores" / f"{name}.json", make) for name, make in made.items()]
-
-
-def _untouched(bench: Bench, scorer: ModuleType) -> Scored:
-    """The model before training, by what scores the trained one."""
-    found = scorer.trained(bench, *bench.load_pretrained())
-    return replace(found, scores=found.scores.model_copy(update={"name": "before training", "kind": "untouched"}))
 
 
 def score(
@@ -98,17 +122,17 @@ def score(
     listener: Listener = lambda event: None,
 ) -> Scores:
     """Score the trained model on the test rows; a classifier's temperature is written into its folder."""
-    bench = _bench(recipe, plan, summary, folder, base, metrics, listener)
+    scoring = scoring_of(recipe, plan, summary, folder, base, metrics, listener)
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
     model_folder = folder / outcome.model_folder
     path = folder / "scores" / f"{plan.trial}.json"
     if metrics is not None:
         path.unlink(missing_ok=True)  # the scores that are there may lack these metrics
-    scores = _kept(path, lambda: _scorer(recipe.task).trained(bench, *bench.load_trained(model_folder)))
+    scores = _kept(path, lambda: _scorer(recipe.task).trained(scoring, *scoring.load(model_folder)))
     if scores.calibration is not None:
         _note_temperature(model_folder, scores.calibration.temperature)
-    span = measure_of(recipe.task, bench.target, plan.metric).span
+    span = measure_of(recipe.task, scoring.target, plan.metric).span
     return with_differences(folder, scores, partial(paired, span=span, confidence=scores.confidence))
 
 
@@ -142,19 +166,15 @@ def _resampled(path: Path) -> Resampled | None:
     return Resampled.load(beside) if beside.exists() else None
 
 
-def keep_temperature(bench: Bench, model_folder: Path, eval_rows: Predictions) -> None:
+def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
     """Write the temperature that the eval rows give into a classifier's folder; other models have none."""
-    if bench.target.problem_type in CALIBRATED:
+    if scoring.target.problem_type in CALIBRATED:
         _note_temperature(model_folder, temperature_of(eval_rows["logits"], eval_rows["labels"]))
 
 
 def _note_temperature(model_folder: Path, temperature: float) -> None:
-    notes_path = model_folder / "fulltune.json"
-    notes = json.loads(notes_path.read_text(encoding="utf-8"))
-    notes["temperature"] = temperature
-    part = notes_path.with_name(notes_path.name + ".part")
-    part.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-    part.replace(notes_path)
+    path = model_folder / "fulltune.json"
+    files.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"temperature": temperature})
 
 
 def _scorer(task: TaskName) -> ModuleType:
@@ -179,6 +199,7 @@ def _scorer(task: TaskName) -> ModuleType:
 
 
 def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
+    """The scores at this path; made when they are not there."""
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
@@ -192,28 +213,9 @@ def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
             error,
             "no smaller batch is left; what was trained is kept: free some memory, then run the same command again",
         ) from None
-    beside = path.with_suffix(".npz")
-    beside.unlink(missing_ok=True)
+    path.with_suffix(".npz").unlink(missing_ok=True)
     if made.main is not None:
-        made.main.save(beside)
+        made.main.save(path.with_suffix(".npz"))
     scores = made.scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     scores.save(path)
     return scores
-
-
-def _bench(
-    recipe: Recipe,
-    plan: Plan,
-    summary: DataSummary,
-    folder: Path,
-    base: Base,
-    metrics: UserMetrics | None,
-    listener: Listener = lambda event: None,
-) -> Bench:
-    recipe = with_attention(recipe, plan.attn_implementation)
-    return Bench(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, metrics, listener)
-
-
-def bench_of(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Bench:
-    """A run's rows and how they are run, for what is compared later."""
-    return _bench(recipe, plan, summary, folder, base, None)

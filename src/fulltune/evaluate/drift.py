@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fulltune.inference.run import autocast, batches
 from fulltune.recipe.tasks import ProblemType
+from fulltune.tasks.padding import mask, padded
+
+if TYPE_CHECKING:
+    import torch
 
 WRITERS: tuple[ProblemType, ...] = ("text", "prompt_completion", "chat")
 MOST_TOKENS = 256
@@ -38,34 +42,33 @@ def generic(
     order = sorted(range(len(ids)), key=lambda position: len(ids[position]))
     found: dict[int, Any] = {}
     model.eval()
-    pad = tokenizer.pad_token_id or 0
+    compared = _losses if problem_type in WRITERS else _states
     for positions in batches(order, _BATCH):
-        width = max(len(ids[i]) for i in positions)
-        rows = torch.tensor([[*ids[i], *[pad] * (width - len(ids[i]))] for i in positions], device=device)
-        mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in positions], device=device)
+        chosen = [ids[i] for i in positions]
+        rows, shown = padded(chosen, tokenizer.pad_token_id or 0).to(device), mask(chosen).to(device)
         with torch.no_grad(), autocast(device.type, precision):
-            values = _losses(model, rows, mask) if problem_type in WRITERS else _states(model, rows, mask)
+            values = compared(model, rows, shown)
         for position, value in zip(positions, values, strict=True):
             found[position] = value.double().cpu().numpy()
     return np.stack([found[position] for position in range(len(ids))])
 
 
-def _losses(model: Any, rows: Any, mask: Any) -> Any:
-    """Nats per token of each row: [rows]."""
+def _losses(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Nats per token of each row of `ids[rows, tokens]`, of which `mask[rows, tokens]` says which are none: [rows]."""
     import torch.nn.functional as F
 
-    logits = model(input_ids=rows, attention_mask=mask).logits.float()
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none")
+    logits = model(input_ids=ids, attention_mask=mask).logits.float()
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     counted = mask[:, 1:]
     return (losses * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
-def _states(model: Any, rows: Any, mask: Any) -> Any:
-    """Mean hidden state of each row, scaled to length 1: [rows, hidden]."""
+def _states(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean hidden state of each row of `ids[rows, tokens]`, scaled to length 1: [rows, hidden]."""
     import torch.nn.functional as F
 
     body = model.get_encoder() if model.config.is_encoder_decoder else getattr(model, model.base_model_prefix, model)
-    hidden = body(input_ids=rows, attention_mask=mask).last_hidden_state.float()
+    hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     # Virtual tokens of a prompt stand before the text.
     hidden = hidden[:, hidden.shape[1] - mask.shape[1] :]
     mean = (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -4,108 +4,100 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, cast
 
-from fulltune.evaluate.scoring import Bench, Scored
+from fulltune.evaluate.scoring import Scored, Scoring
 from fulltune.inference.run import generate
 from fulltune.records.scores import Answer
-from fulltune.stats.metric_intervals import Resampled
-from fulltune.tasks import causal_lm, seq2seq
+from fulltune.tasks import WritingTask, written
 
 
-def baselines(bench: Bench) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it: the model before training; where there is a source, also its copy."""
-    made = {"before-training": lambda: _scores(bench, *bench.load_pretrained(), "before training", "untouched")}
-    if bench.target.problem_type == "source_target" and bench.recipe.evaluate.generate_rows:
-        made["baseline-copy"] = lambda: _copy(bench)
-    return made
+def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
+    """File name to what makes it: where there is a source, its copy. (The model before training is one as well.)"""
+    if scoring.target.problem_type != "source_target" or not scoring.recipe.evaluate.generate_rows:
+        return {}
+    return {"baseline-copy": lambda: _copy(scoring)}
 
 
-def trained(bench: Bench, model: Any, tokenizer: Any) -> Scored:
-    return _scores(bench, model, tokenizer, bench.plan.trial, "trained")
-
-
-def _scores(bench: Bench, model: Any, tokenizer: Any, name: str, kind: Literal["untouched", "trained"]) -> Scored:
-    test = bench.rows("test")
-    kept = bench.run(model, tokenizer.pad_token_id, test)
-    estimates = bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target))
+def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
+    """The trained model: its loss, and the answers that it generates."""
+    kept = scoring.run(model, tokenizer)
+    estimates = scoring.estimates(kept)
+    drawn = drawn_rows(scoring)
     answers: tuple[Answer, ...] = ()
-    drawn = _drawn(bench)
     if drawn:
-        rows = list(drawn.values())
-        if bench.target.problem_type == "source_target":  # one example a row: cut as it is in training
-            prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
-        else:
-            prompts = [causal_lm.generation_ids(row, bench.target, tokenizer) for row in rows]
-        made = bench.in_batches(
-            lambda batch_size: generate(
-                model,
-                tokenizer,
-                prompts,
-                max_new_tokens=bench.recipe.evaluate.max_new_tokens,
-                batch_size=batch_size,
-                precision=bench.plan.precision,
-                watch=bench.watch("generating answers"),
-            )
-        )
-        asked, expected = _words(bench, rows)
-        positions = list(drawn)
-        estimates |= _compared(bench, made, expected, positions) | bench.user_estimates(made, expected, positions)
+        made, positions = _generated(scoring, model, tokenizer, drawn), list(drawn)
+        asked, expected = _words(scoring, list(drawn.values()))
+        estimates |= scoring.estimates(_task(scoring).score_answers(made, expected), positions)
+        estimates |= scoring.user_estimates(made, expected, positions)
         answers = tuple(
             Answer(text=text, expected=want, predicted=got)
             for text, want, got in zip(asked, expected, made, strict=True)
         )
-    left_out = _left_out(bench) if drawn else ""
     count = len(next(iter(kept.values())))
-    return bench.scores(name, kind, count, metrics=estimates, answers=answers, left_out=left_out)
+    left_out = missing_metrics(scoring) if drawn else ""
+    return scoring.scores(scoring.plan.trial, "trained", count, metrics=estimates, answers=answers, left_out=left_out)
 
 
-def _copy(bench: Bench) -> Scored:
+def _generated(scoring: Scoring, model: Any, tokenizer: Any, drawn: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Answers to the drawn rows."""
+    if scoring.target.problem_type == "source_target":  # one example a row: cut as it is in training
+        test = scoring.rows("test")
+        prompts = [list(map(int, test[position]["input_ids"])) for position in drawn]
+    else:
+        prompts = [_task(scoring).generation_ids(row, scoring.target, tokenizer) for row in drawn.values()]
+    return scoring.in_batches(
+        lambda batch_size: generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=scoring.recipe.evaluate.max_new_tokens,
+            batch_size=batch_size,
+            precision=scoring.plan.precision,
+            watch=scoring.watch("generating answers"),
+        )
+    )
+
+
+def _copy(scoring: Scoring) -> Scored:
     """The source itself as the answer: what a summary, a correction or a paraphrase has to beat."""
-    drawn = _drawn(bench)
-    sources, expected = _words(bench, list(drawn.values()))
-    metrics = _compared(bench, [source.strip() for source in sources], expected, list(drawn))
-    return bench.scores("copy of the source", "baseline", len(drawn), metrics=metrics)
+    drawn = drawn_rows(scoring)
+    sources, expected = _words(scoring, list(drawn.values()))
+    scores = _task(scoring).score_answers([source.strip() for source in sources], expected)
+    metrics = scoring.estimates(scores, list(drawn))
+    return scoring.scores("copy of the source", "baseline", len(drawn), metrics=metrics)
 
 
-def _drawn(bench: Bench) -> dict[int, dict[str, Any]]:
+def _task(scoring: Scoring) -> WritingTask:
+    return cast(WritingTask, scoring.task)
+
+
+def drawn_rows(scoring: Scoring) -> dict[int, dict[str, Any]]:
     """Position and row of the test rows for which answers are generated, in the order of the file.
 
     Files are often sorted, and a prompt may stand there several times with other answers: the rows are drawn at random
     among different prompts. The draw depends on `data.split_seed` and the prompts alone.
     """
-    wanted = bench.recipe.evaluate.generate_rows
-    if bench.target.problem_type == "text" or not wanted:
+    wanted = scoring.recipe.evaluate.generate_rows
+    if scoring.target.problem_type == "text" or not wanted:
         return {}
-    task = seq2seq if bench.target.problem_type == "source_target" else causal_lm
-    rows = bench.texts
-    first: dict[str, int] = {}
+    rows, first = scoring.texts, dict[str, int]()
     for position, row in enumerate(rows):
         # A conversation can be several examples, and one without a question has nothing to answer.
-        if task.prompt_text(row, bench.target).strip():
-            first.setdefault(task.group_key(row, bench.target), position)
-    seed = bench.recipe.data.split_seed
+        if _task(scoring).prompt_text(row, scoring.target).strip():
+            first.setdefault(scoring.task.group_key(row, scoring.target), position)
+    seed = scoring.recipe.data.split_seed
     order = sorted(first, key=lambda prompt: hashlib.sha256(f"{seed}\0{prompt}".encode()).digest())
     return {position: rows[position] for position in sorted(first[prompt] for prompt in order[:wanted])}
 
 
-def _left_out(bench: Bench) -> str:
+def missing_metrics(scoring: Scoring) -> str:
     """The metrics of answers for which a package is missing here."""
-    names = ("rougeL", "chrf", "bleu") if bench.target.problem_type == "source_target" else ("rougeL", "chrf")
-    missing = [name for name in names if not causal_lm.can_score(name)]
+    missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
     return f"not computed: {', '.join(missing)}; pip install 'fulltune[text-metrics]'" if missing else ""
 
 
-def _words(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+def _words(scoring: Scoring, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     """What is asked, and what should be answered."""
-    task = seq2seq if bench.target.problem_type == "source_target" else causal_lm
-    return [task.prompt_text(row, bench.target) for row in rows], [task.answer_text(row, bench.target) for row in rows]
-
-
-def _compared(
-    bench: Bench, answers: Sequence[str], expected: Sequence[str], positions: Sequence[int]
-) -> dict[str, Resampled]:
-    """The metrics of answers to the test rows at these positions, whoever gave them."""
-    task = seq2seq if bench.target.problem_type == "source_target" else causal_lm
-    kept = task.score_answers(answers, expected)
-    return bench.estimates(kept, lambda rows: bench.task.metrics(rows, bench.target), positions)
+    task, target = _task(scoring), scoring.target
+    return [task.prompt_text(row, target) for row in rows], [task.answer_text(row, target) for row in rows]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fulltune.evaluate.drift import generic
-from fulltune.evaluate.scoring import Bench
-from fulltune.models.processors import opened
+from fulltune.evaluate.scoring import Scoring
+from fulltune.files import replacing
 from fulltune.tasks import Predictions
 
 
@@ -29,7 +29,7 @@ class Outputs:
 
 
 def outputs(
-    bench: Bench,
+    scoring: Scoring,
     model_folder: Path | None,
     texts: Sequence[str],
     most_tokens: int,
@@ -38,35 +38,34 @@ def outputs(
     """Run a model over eval and test rows and over generic texts.
 
     Args:
-        bench: The rows and how they are run.
+        scoring: The rows and how they are run.
         model_folder: A finished model; None: the pretrained model, with the head that training begins with.
         texts: Generic texts.
         most_tokens: Where these are cut.
         splits: Whose rows to run.
     """
-    model, tokenizer = bench.load_pretrained() if model_folder is None else bench.load_trained(model_folder)
+    model, processor = scoring.load(model_folder)
     kept: dict[str, Predictions] = {}
-    seconds, rows = 0.0, 0
+    seconds = 0.0
     for split in splits:
-        present: Any = opened(bench.rows(split), tokenizer)
         began = time.monotonic()
-        kept[split] = bench.run(model, tokenizer.pad_token_id, present, split)
-        seconds, rows = time.monotonic() - began, len(present)
+        kept[split] = scoring.run(model, processor, split)
+        seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
     of_texts = None
-    if bench.task.FACTS.reads == "text":
-        of_texts = generic(model, tokenizer, texts, bench.target.problem_type, bench.plan.precision, most_tokens)
-    return Outputs(kept=kept, generic=of_texts, seconds_per_row=seconds / max(1, rows))
+    if scoring.task.FACTS.reads == "text":
+        kind, precision = scoring.target.problem_type, scoring.plan.precision
+        of_texts = generic(model, processor, texts, kind, precision, most_tokens)
+    return Outputs(kept=kept, generic=of_texts, seconds_per_row=seconds)
 
 
 def save(path: Path, kept: Predictions) -> None:
     """Write the numbers of each row; objects (texts, ragged lists) are left out: only pickle could keep them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, Any] = {name: array for name, array in kept.items() if array.dtype != object}
-    part = path.with_name(path.name + ".part.npz")
-    np.savez_compressed(part, **numbers)
-    part.replace(path)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **numbers)
 
 
 def load(path: Path) -> Predictions:
+    """What `save` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}

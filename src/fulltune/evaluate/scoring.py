@@ -16,16 +16,19 @@ from fulltune.inference.store import CLUSTERS, clusters_of, load_split, load_tex
 from fulltune.methods import folder
 from fulltune.models.base import Base
 from fulltune.models.load import load
+from fulltune.models.processors import opened
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.stats.metric_intervals import Resampled, resample
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task
+from fulltune.tasks.padding import ragged
 
 T = TypeVar("T")
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
+"""Rows that the model got most wrong, for the report."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Scoring:
     """One run's test rows and how they are scored."""
 
     recipe: Recipe
@@ -48,7 +51,7 @@ class Bench:
     data: Path
     base: Base
     """The model before training."""
-    user_metrics: UserMetrics | None
+    user_metrics: UserMetrics | None = None
     listener: Callable[[dict[str, Any]], None] = lambda event: None
 
     def watch(self, name: str) -> Watch:
@@ -68,27 +71,30 @@ class Bench:
 
     def clusters(self, positions: Sequence[int] | None) -> np.ndarray | None:
         """The cluster of each test row, or of those at `positions`; None: data of an earlier version has none."""
-        folder = self.data / "test"
-        if not (folder / CLUSTERS).exists():
+        if not (self.data / "test" / CLUSTERS).exists():
             return None
-        found = clusters_of(folder)
+        found = clusters_of(self.data / "test")
         return found if positions is None else found[np.asarray(positions, np.int64)]
 
     def estimates(
         self,
         kept: Mapping[str, np.ndarray],
-        metrics: Callable[[Any], Mapping[str, float]],
         positions: Sequence[int] | None = None,
+        metrics: Callable[[Any], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
         """Metrics on all rows and on resamples of their clusters.
 
         Args:
             kept: Name to array whose first axis is the row.
-            metrics: From such arrays to numbers.
             positions: Which test rows these are; None: all of them.
+            metrics: From such arrays to numbers; None: those of the task.
         """
-        samples = self.recipe.evaluate.bootstrap_samples
-        return resample(kept, metrics, samples=samples, clusters=self.clusters(positions))
+        return resample(
+            kept,
+            metrics or (lambda rows: self.task.metrics(rows, self.target)),
+            samples=self.recipe.evaluate.bootstrap_samples,
+            clusters=self.clusters(positions),
+        )
 
     def user_estimates(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
@@ -97,24 +103,21 @@ class Bench:
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
-        kept = {
-            "predicted": _objects(predictions) if plain else predictions,
-            "true": _objects(references) if plain else references,
-        }
 
         def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
-            both = (rows["predicted"], rows["true"])
-            one, two = (list(both[0]), list(both[1])) if plain else both
+            predicted, true = (list(rows[name]) if plain else rows[name] for name in ("predicted", "true"))
             try:
-                return {str(name): float(value) for name, value in call(one, two).items()}
+                return {str(name): float(value) for name, value in call(predicted, true).items()}
             except Exception as error:
                 raise SetupError(
-                    f"metrics: your function failed on {len(one)} rows ({type(error).__name__}: {error}); it must "
-                    "return names and numbers for any selection of the test rows; the model is kept, call again with "
-                    "it repaired"
+                    f"metrics: your function failed on {len(predicted)} rows ({type(error).__name__}: {error}); it "
+                    "must return names and numbers for any selection of the test rows; the model is kept, call again "
+                    "with it repaired"
                 ) from error
 
-        return self.estimates(kept, metrics, positions)
+        both = {"predicted": predictions, "true": references}
+        kept = {name: ragged(values) if plain else values for name, values in both.items()}
+        return self.estimates(kept, positions, metrics)
 
     def scores(
         self,
@@ -124,6 +127,7 @@ class Bench:
         metrics: Mapping[str, Resampled],
         **fields: Any,
     ) -> Scored:
+        """The record of a contestant, with the intervals of its metrics."""
         confidence = self.recipe.evaluate.confidence
         scores = Scores(
             name=name,
@@ -137,8 +141,9 @@ class Bench:
         )
         return Scored(scores, metrics.get(self.plan.metric))
 
-    def run(self, model: Any, pad_token_id: int, rows: Any, split: str = "test") -> Predictions:
-        """What the task keeps of each row's logits; `split` says whose rows these are."""
+    def run(self, model: Any, processor: Any, split: str = "test") -> Predictions:
+        """What the task keeps of the logits of each row of a split."""
+        rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
         head = self._selective_head(model, pad_token_id, rows)
         return self.in_batches(
             lambda batch_size: run_rows(
@@ -160,34 +165,29 @@ class Bench:
 
     def _selective_head(self, model: Any, pad_token_id: int, rows: Any) -> SelectiveHead | None:
         """Leaves out the logits of prompts, when the shortest row shows that the others stay the same."""
-        if not hasattr(self.task, "places"):
+        if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[by_length(rows)[-1]]], pad_token_id)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        return verified(model, self.task, batch)[0]
+        return verified(model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()})[0]
 
-    def load_pretrained(self) -> tuple[Any, Any]:
-        """The model before training, on the plan's device, and its tokenizer; a head that it lacks is drawn."""
-        changes = self.task.config_changes(self.target, self.base.processor)
-        model: Any = load(self.base, changes, head_is_new=self.task.FACTS.head_is_new, block=self.recipe.model)
-        return model.to(self.plan.device), self.base.processor
+    def load(self, model_folder: Path | None) -> tuple[Any, Any]:
+        """A model on the plan's device, and its processor.
 
-    def load_trained(self, model_folder: Path) -> tuple[Any, Any]:
-        """The finished model, loaded from its folder as any user would."""
-        if folder.is_partial(model_folder):
+        Args:
+            model_folder: A finished model, loaded from its folder as any user would; None: the pretrained one before
+                training, for which a head that it lacks is drawn.
+        """
+        block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
+        if model_folder is None:
+            processor = self.base.processor
+            changes = self.task.config_changes(self.target, processor)
+            model: Any = load(self.base, changes, head_is_new=head_is_new, block=block)
+        elif folder.is_partial(model_folder):
             processor = folder.processor_of(model_folder)
-            applied = folder.load(model_folder, processor, replace(self.base, block=self.recipe.model))
-            return applied.model.to(self.plan.device), processor
-        # Keeps what the recipe says about remote code and attention; the revision belongs to the model before training.
-        block = self.recipe.model.model_copy(update={"name": str(model_folder), "revision": None})
-        trained = Base.of(block, self.recipe.task)
-        model: Any = load(trained, {}, head_is_new=False)
-        return model.to(self.plan.device), trained.processor
-
-
-def _objects(values: list[Any]) -> np.ndarray:
-    """A list as an array of objects, whatever its members are."""
-    array = np.empty(len(values), dtype=object)
-    for position, value in enumerate(values):  # numpy would take lists of one length for a second axis
-        array[position] = value
-    return array
+            model = folder.load(model_folder, processor, replace(self.base, block=block)).model
+        else:
+            # Keeps what the recipe says about remote code and attention; the revision belongs to the pretrained model.
+            block = block.model_copy(update={"name": str(model_folder), "revision": None})
+            finished = Base.of(block, self.recipe.task)
+            model, processor = load(finished, {}, head_is_new=False), finished.processor
+        return model.to(self.plan.device), processor

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.evaluate.scoring import WORST, Bench, Scored
-from fulltune.stats.metric_intervals import Resampled
+from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.tasks import PLACE, question_answering
+from fulltune.tasks.question_answering import context_of, question_of
 
 _NONE = "(no answer)"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -20,59 +20,66 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def baselines(bench: Bench) -> dict[str, Callable[[], Scored]]:
+def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     """File name to what makes it: the sentence that shares most words with the question; where some test question has
     no answer, also never answering."""
-    made = {"baseline-sentence": lambda: _baseline(bench, "sentence nearest to the question", nearest_sentence)}
-    if any(not accepted for accepted in _accepted(bench, _questions(bench))):
-        made["baseline-none"] = lambda: _baseline(bench, "no answer to any question", lambda question, context: "")
+    made = {"baseline-sentence": lambda: _baseline(scoring, "sentence nearest to the question", nearest_sentence)}
+    if any(not accepted for accepted in _accepted(scoring, _questions(scoring))):
+        made["baseline-none"] = lambda: _baseline(scoring, "no answer to any question", lambda question, context: "")
     return made
 
 
-def trained(bench: Bench, model: Any, tokenizer: Any) -> Scored:
+def trained(scoring: Scoring, model: Any, tokenizer: Any) -> Scored:
     """The trained model; the windows of a long context give one answer."""
-    windows, texts = bench.rows("test"), bench.texts
-    kept = bench.run(model, tokenizer.pad_token_id, windows)
+    target, windows, texts = scoring.target, scoring.rows("test"), scoring.texts
+    kept = scoring.run(model, tokenizer)
     places = [row[PLACE] for row in texts]
-    contexts = [question_answering.context_of(row, bench.target) for row in texts]
+    contexts = [context_of(row, target) for row in texts]
     found = question_answering.find_answers(kept, windows, places, contexts)
-    questions = _questions(bench)
+    questions = _questions(scoring)
     predicted = [found[place]["answer"] for place in questions]
-    accepted = _accepted(bench, questions)
+    accepted = _accepted(scoring, questions)
     scores = compared(predicted, accepted) | {"loss": _mean_of_windows(kept["loss"], places, list(questions))}
     shown = {
         **scores,
         "expected": np.array([" / ".join(dict.fromkeys(texts)) or _NONE for texts in accepted], dtype=object),
         "predicted": np.array([text or _NONE for text in predicted], dtype=object),
     }
-    asked = [question_answering.question_of(row, bench.target) for row in questions.values()]
-    return bench.scores(
-        bench.plan.trial,
+    asked = [question_of(row, target) for row in questions.values()]
+    first = _first_windows(texts)
+    return scoring.scores(
+        scoring.plan.trial,
         "trained",
         len(questions),
-        metrics=_estimates(bench, scores) | bench.user_estimates(predicted, accepted, _first_windows(bench)),
-        worst=tuple(bench.task.worst(shown, asked, bench.target, WORST)),
+        metrics=scoring.estimates(scores, first) | scoring.user_estimates(predicted, accepted, first),
+        worst=tuple(question_answering.worst(shown, asked, target, WORST)),
     )
 
 
-def _questions(bench: Bench) -> dict[str, dict[str, Any]]:
+def _baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) -> Scored:
+    questions = _questions(scoring)
+    predicted = [
+        answer(question_of(row, scoring.target), context_of(row, scoring.target)) for row in questions.values()
+    ]
+    scores = compared(predicted, _accepted(scoring, questions))
+    metrics = scoring.estimates(scores, _first_windows(scoring.texts))
+    return scoring.scores(name, "baseline", len(questions), metrics=metrics)
+
+
+def _questions(scoring: Scoring) -> dict[str, dict[str, Any]]:
     """Place to test row: several windows come from one row."""
-    return {row[PLACE]: row for row in bench.texts}
+    return {row[PLACE]: row for row in scoring.texts}
 
 
-def _accepted(bench: Bench, questions: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def _accepted(scoring: Scoring, questions: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """The accepted answers of each question; none where it has no answer."""
-    return [[text for text, _ in question_answering.answers_of(row, bench.target)] for row in questions.values()]
+    return [[text for text, _ in question_answering.answers_of(row, scoring.target)] for row in questions.values()]
 
 
-def _estimates(bench: Bench, scores: Mapping[str, np.ndarray]) -> dict[str, Resampled]:
-    return bench.estimates(scores, lambda rows: bench.task.metrics(rows, bench.target), _first_windows(bench))
-
-
-def _first_windows(bench: Bench) -> list[int]:
+def _first_windows(texts: Sequence[Mapping[str, Any]]) -> list[int]:
     """Position of each question's first window: all windows of a question are in the same cluster."""
     first: dict[str, int] = {}
-    for position, row in enumerate(bench.texts):
+    for position, row in enumerate(texts):
         first.setdefault(row[PLACE], position)
     return list(first.values())
 
@@ -82,16 +89,6 @@ def _mean_of_windows(values: np.ndarray, places: Sequence[str], questions: Seque
     numbers = {place: number for number, place in enumerate(questions)}
     of = np.array([numbers[place] for place in places])
     return np.bincount(of, values) / np.bincount(of)
-
-
-def _baseline(bench: Bench, name: str, answer: Callable[[str, str], str]) -> Scored:
-    questions = _questions(bench)
-    predicted = [
-        answer(question_answering.question_of(row, bench.target), question_answering.context_of(row, bench.target))
-        for row in questions.values()
-    ]
-    scores = compared(predicted, _accepted(bench, questions))
-    return bench.scores(name, "baseline", len(questions), metrics=_estimates(bench, scores))
 
 
 def nearest_sentence(question: str, context: str) -> str:

@@ -99,7 +99,7 @@ more memory than a step with a loss in pieces."""
 
 def _shortened(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A few tokens of each row, trained ones among them."""
-    from fulltune.tasks.causal_lm import IGNORED
+    from fulltune.tasks.padding import IGNORED
 
     trained = (batch["labels"] != IGNORED).int().argmax(dim=1)
     start, length = max(0, int(trained.min()) - BEFORE), batch["labels"].shape[1]

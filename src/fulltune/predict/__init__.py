@@ -1,8 +1,8 @@
-"""Answer with a finished model: find it, load it, give it texts or rows. Stage: imports layers 0 and 1 only."""
+"""Answer with a finished model: find it, load it, give it texts or rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,11 @@ from fulltune.errors import DataError, SetupError
 from fulltune.methods import folder as folders
 from fulltune.models.base import Base
 from fulltune.models.load import load as load_model
-from fulltune.predict.predictor import Answered, Predictor
+from fulltune.predict.predictor import Answered as Answered
+from fulltune.predict.predictor import Predictor as Predictor
 from fulltune.recipe.model import ModelBlock
 from fulltune.system.run_folder import comparison_of
 from fulltune.tasks import tags
-
-__all__ = [
-    "Answered",
-    "Chosen",
-    "Predictor",
-    "check_columns",
-    "choose",
-    "columns_not_read",
-    "columns_read",
-    "folder_of",
-    "load",
-    "load_side_by_side",
-    "models_of",
-    "rows_from_texts",
-]
-
-NOTES = folders.NOTES
 
 
 def load(run: Path, method: str | None = None) -> Predictor:
@@ -39,7 +23,7 @@ def load(run: Path, method: str | None = None) -> Predictor:
 
     Args:
         run: The folder.
-        method: Which of a run's models; left out, the only one, or what a comparison's verdict recommends.
+        method: Which of a run's models; default: the only one, or the one that a comparison recommends.
 
     Raises:
         SetupError: When there is no such model.
@@ -54,7 +38,7 @@ def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> di
 
     Args:
         runs: Run folders, or model folders that fulltune wrote, by the names that they get.
-        method: Which of the runs' models; left out, the only one of each, or what its verdict recommends.
+        method: Which of the runs' models; default: the only one of each, or the one that its comparison recommends.
 
     Raises:
         SetupError: When one is a whole model, or they are not of the same base.
@@ -84,7 +68,7 @@ def _loaded(folder: Path, shared: dict[str, Any] | None) -> Predictor:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenModel:
     """The folder of one model."""
 
     folder: Path
@@ -97,7 +81,7 @@ def folder_of(run: Path, method: str | None = None) -> Path:
     return choose(run, method).folder
 
 
-def choose(run: Path, method: str | None = None) -> Chosen:
+def choose(run: Path, method: str | None = None) -> ChosenModel:
     """The model that is named, the only one, or the one that a comparison's verdict recommends.
 
     Raises:
@@ -109,13 +93,13 @@ def choose(run: Path, method: str | None = None) -> Chosen:
         if method not in there:
             known = f"; here are: {names}" if there else ""
             raise SetupError(f"{run}: no finished model of method '{method}'{known}")
-        return Chosen(there[method])
-    if (run / NOTES).exists():
-        return Chosen(run)
+        return ChosenModel(there[method])
+    if (run / folders.NOTES).exists():
+        return ChosenModel(run)
     if not there:
         raise SetupError(f"{run}: no finished model here; expected a run folder with models/full, or a model folder")
     if len(there) == 1:
-        return Chosen(next(iter(there.values())))
+        return ChosenModel(next(iter(there.values())))
     found = comparison_of(run)
     if found is None or found.decision.verdict == "UNDECIDED":
         why = "there is no verdict yet" if found is None else "the verdict is UNDECIDED"
@@ -125,29 +109,26 @@ def choose(run: Path, method: str | None = None) -> Chosen:
         raise SetupError(
             f"{run}: {reason} and recommends '{taken}', which is not here; name one with --method: {names}"
         )
-    return Chosen(there[taken], reason)
+    return ChosenModel(there[taken], reason)
 
 
 def models_of(run: Path) -> dict[str, Path]:
     """Folders of a run's finished models, by method."""
-    return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{NOTES}"))}
+    return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{folders.NOTES}"))}
 
 
-def rows_from_texts(texts: Sequence[str], notes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Plain texts as rows in the model's columns."""
+def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain text as a row in the model's columns."""
     columns = notes["columns"]
     if "text_pair" in columns:
         raise DataError("this model reads pairs of texts; give a file with both columns")
-    if "messages" in columns:
-        return [{columns["messages"]: [{"role": "user", "content": text}]} for text in texts]
-    if "tokens" in columns:
-        return [{columns["tokens"]: tags.split_text(text)} for text in texts]
     if notes["task"] == "question-answering":
         raise DataError("this model finds answers in a passage; give a file with the columns of question and context")
     if notes["task"] == "multiple-choice":
         raise DataError("this model chooses among texts; give a file with the columns of its choices")
-    column = next(columns[role] for role in ("prompt", "source", "image", "text") if role in columns)
-    return [{column: text} for text in texts]
+    role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
+    forms = {"messages": [{"role": "user", "content": text}], "tokens": tags.split_text(text)}
+    return {columns[role]: forms.get(role, text)}
 
 
 def check_columns(columns: Collection[str], notes: Mapping[str, Any], where: str) -> None:

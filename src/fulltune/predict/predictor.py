@@ -6,16 +6,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import numpy as np
+from typing import Any, cast
 
 from fulltune.errors import DataError
 from fulltune.inference.run import generate, run_rows
 from fulltune.methods import folder as folders
 from fulltune.models.processors import opened
 from fulltune.recipe.tasks import FACTS
-from fulltune.tasks import Example, Refused, Row, Target, causal_lm, chat, seq2seq, tags, task_named
+from fulltune.tasks import Example, ReadingTask, Refused, Row, Target, Task, WritingTask, chat, task_named
 from fulltune.tasks.columns import unreadable, windows
 
 _log = logging.getLogger(__name__)
@@ -45,6 +43,11 @@ class Predictor:
     model: Any
     tokenizer: Any
     notes: Mapping[str, Any]
+
+    @cached_property
+    def task(self) -> Task:
+        """The model's task."""
+        return task_named(self.notes["task"])
 
     @cached_property
     def target(self) -> Target:
@@ -78,22 +81,19 @@ class Predictor:
             DataError: When a row cannot be answered; `answer_each` goes on with the next one.
         """
         found = list(self.answer_each(rows, max_new_tokens))
-        refused = [(number, one.refused) for number, one in enumerate(found, start=1) if one.refused is not None]
+        refused = [(number, row.refused) for number, row in enumerate(found, start=1) if row.refused is not None]
         if refused:
             number, first = refused[0]
             raise DataError(f"predict: row {number}: {first.reason} ({len(refused)} such rows); remove or repair them")
-        cut = [number for number, one in enumerate(found, start=1) if one.is_cut]
+        cut = [number for number, row in enumerate(found, start=1) if row.is_cut]
         if cut:
             _log.warning("predict: row %d %s (%d such rows)", cut[0], self.cut_in_words(), len(cut))
-        return [one.answer for one in found if one.answer is not None]
+        return [row.answer for row in found if row.answer is not None]
 
     def cut_in_words(self) -> str:
         """What happens to a row that is too long."""
-        beyond = (
-            "the words beyond are not read and get O"
-            if self.notes["task"] == "token-classification"
-            else ("what is beyond is not read")
-        )
+        words = "the words beyond are not read and get O"
+        beyond = words if self.target.problem_type == "tags" else "what is beyond is not read"
         return f"is longer than {self.notes['max_length']} tokens: {beyond}"
 
     def answer_each(
@@ -110,81 +110,31 @@ class Predictor:
         """
         # Models that write take long for each row: their first answers shall not wait for two thousand others.
         for window in windows(rows, _WINDOW_PROMPTS) if self.writes else windows(rows):
-            yield from self._answered(window, max_new_tokens, watch)
-
-    def _answered(self, rows: Sequence[Row], max_new_tokens: int, watch: Watch) -> list[Answered]:
-        filled = [self._filled(row) for row in rows]
-        found = [Answered(None, self._refused(row)) for row in filled]
-        usable = [number for number, one in enumerate(found) if one.refused is None]
-        if self.writes:
-            written = self._write([filled[number] for number in usable], max_new_tokens, watch)
-            for number, answered in zip(usable, written, strict=True):
+            asked = [self.task.as_question(row, self.target) for row in window]
+            found = [Answered(None, self._refused(row)) for row in asked]
+            usable = [number for number, row in enumerate(found) if row.refused is None]
+            rest = [asked[number] for number in usable]
+            answers = self._write(rest, max_new_tokens, watch) if self.writes else self._read(rest, watch)
+            for number, answered in zip(usable, answers, strict=True):
                 found[number] = answered
-            return found
-        task = task_named(self.notes["task"])
-        encoded: dict[int, list[Example]] = {}
-        if usable:
-            asked = [filled[number] for number in usable]
-            made = task.encode(asked, self.target, self.tokenizer, self.notes["max_length"])
-            encoded = dict(zip(usable, made, strict=True))
-        for number, examples in list(encoded.items()):
-            refused = examples[0].refused or _without_tokens(examples[0])
-            if refused is not None:
-                found[number] = Answered(None, refused)
-                del encoded[number]
-        if encoded:
-            chosen = [filled[number] for number in encoded]
-            answers = self._answers(chosen, list(encoded.values()), watch)
-            for (number, examples), answer in zip(encoded.items(), answers, strict=True):
-                found[number] = Answered(answer, is_cut=examples[0].truncated)
-        return found
-
-    def _filled(self, row: Row) -> Row:
-        """The row with something in the place of what is not known yet: the task's checks ask for it, nothing uses
-        it."""
-        target, columns = self.target, self.target.columns
-        match target.problem_type:
-            case "tags":
-                words = tags.words(row.get(columns["tokens"]))
-                given = row.get(columns["tokens"]) if words is None else words
-                return {columns["tokens"]: given, columns["tags"]: ["O"] * len(words or ())}
-            case "span":
-                return {**row, columns["answers"]: None}
-            case "prompt_completion":
-                return {**row, columns["completion"]: "?"}
-            case "source_target":
-                return {**row, columns["target"]: "?"}
-            case "chat" | "text" | "choice":
-                return row
-        unused: Any = {"regression": 0.0, "multi_label": []}.get(target.problem_type, (target.labels or ("",))[0])
-        return {**row, columns["label"]: unused}
+            yield from found
 
     def _refused(self, row: Row) -> Refused | None:
         """Why there can be no answer, as far as the row alone shows it."""
-        from fulltune.tasks import multiple_choice
-
         if reason := unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
-        match self.target.problem_type:
-            case "choice":
-                return multiple_choice.refuse_choices(row, self.target)
-            case "chat":
-                try:
-                    asked = causal_lm.prompt_text(row, self.target)
-                except DataError as error:
-                    return Refused("no conversation", str(error))
-                return None if asked.strip() else Refused("no text", "no message asks anything")
-        return task_named(self.notes["task"]).refuse(row, self.target)
+        return self.task.refuse_question(row, self.target)
 
     def _write(self, rows: Sequence[Row], max_new_tokens: int, watch: Watch) -> list[Answered]:
-        prompts: list[list[int]] = []
-        found: list[Answered | None] = []
+        """Answers that the model generates."""
+        task, prompts = cast(WritingTask, self.task), []
+        refused: list[Refused | None] = []
         for row in rows:
             try:
-                prompts.append(self._prompt(row))
-                found.append(None)
+                prompts.append(task.generation_ids(row, self.target, self.tokenizer, self.notes["max_length"]))
+                refused.append(None)
             except chat.TemplateRefusal as error:
-                found.append(Answered(None, Refused("refused by the chat template", str(error))))
+                refused.append(Refused("refused by the chat template", str(error)))
         answers = iter(
             generate(
                 self.model,
@@ -196,91 +146,39 @@ class Predictor:
                 watch=lambda done, total, share: watch(done, total),
             )
         )
-        return [Answered({"answer": next(answers)}) if one is None else one for one in found]
+        return [Answered(None, why) if why else Answered({"answer": next(answers)}) for why in refused]
 
-    def _prompt(self, row: Row) -> list[int]:
-        if self.notes["task"] == "seq2seq":
-            return seq2seq.generation_ids(row, self.target, self.tokenizer, self.notes["max_length"])
-        return causal_lm.generation_ids(row, self.target, self.tokenizer)
+    def _read(self, rows: Sequence[Row], watch: Watch) -> list[Answered]:
+        """Answers from what a head gives."""
+        if not rows:
+            return []
+        encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
+        refused = [examples[0].refused or _without_tokens(examples[0]) for examples in encoded]
+        chosen = [number for number, why in enumerate(refused) if why is None]
+        answers = iter(self._answers([rows[i] for i in chosen], [encoded[i] for i in chosen], watch))
+        return [
+            Answered(None, why) if why else Answered(next(answers), is_cut=examples[0].truncated)
+            for why, examples in zip(refused, encoded, strict=True)
+        ]
 
     def _answers(
         self, rows: Sequence[Row], encoded: Sequence[Sequence[Example]], watch: Watch
     ) -> Sequence[dict[str, Any]]:
-        """Answers to rows that were tokenised."""
-        from fulltune.tasks import question_answering, token_classification
-
-        target = self.target
+        if not rows:
+            return []
+        task = cast(ReadingTask, self.task)
         features = [dict(example.features) for examples in encoded for example in examples]
         kept = run_rows(
             self.model,
             opened(features, self.tokenizer),
-            task_named(self.notes["task"]),
-            target,
+            task,
+            self.target,
             self.tokenizer.pad_token_id,
             batch_size=_BATCH,
             precision="fp32",
             watch=lambda done, total, share: watch(done * len(rows) // total, len(rows)),
         )
-        match target.problem_type:
-            case "tags":
-                return token_classification.answers(
-                    kept, features, [row[target.columns["tokens"]] for row in rows], target
-                )
-            case "span":
-                # A long context is several windows.
-                numbers = [number for number, examples in enumerate(encoded) for _ in examples]
-                contexts = [question_answering.context_of(rows[number], target) for number in numbers]
-                found = question_answering.find_answers(kept, features, numbers, contexts)
-                return [found[number] for number in range(len(rows))]
-            case "choice":
-                return self._choices(rows, kept["logits"])
-        return self._labels(kept["logits"])
-
-    def _choices(self, rows: Sequence[Row], logits: np.ndarray) -> list[dict[str, Any]]:
-        from fulltune.tasks import multiple_choice
-
-        return [
-            {
-                "index": best,
-                "text": multiple_choice.choice_texts(row, self.target)[best],
-                "probability": chances[best],
-                "probabilities": chances,
-            }
-            for row, best, chances in zip(
-                rows, logits.argmax(axis=-1).tolist(), self._calibrated(logits).tolist(), strict=True
-            )
-        ]
-
-    def _calibrated(self, logits: np.ndarray) -> np.ndarray:
-        """Probabilities of single labels or choices, with the fitted temperature."""
-        from scipy.special import softmax
-
-        found: np.ndarray = softmax(logits.astype(np.float64) / float(self.notes.get("temperature", 1.0)), axis=-1)
-        return found
-
-    def _labels(self, logits: np.ndarray) -> list[dict[str, Any]]:
-        from scipy.special import expit
-
-        labels = self.target.labels
-        match self.target.problem_type:
-            case "regression":
-                return [{"value": value} for value in logits[:, 0].tolist()]
-            case "multi_label":
-                return [
-                    {
-                        "labels": [name for name, chance in zip(labels, chances, strict=True) if chance > 0.5],
-                        "probabilities": dict(zip(labels, chances, strict=True)),
-                    }
-                    for chances in expit(logits.astype(np.float64)).tolist()
-                ]
-        return [
-            {
-                "label": labels[best],
-                "probability": chances[best],
-                "probabilities": dict(zip(labels, chances, strict=True)),
-            }
-            for best, chances in zip(logits.argmax(axis=-1).tolist(), self._calibrated(logits).tolist(), strict=True)
-        ]
+        return task.answers(kept, rows, encoded, self.target, float(self.notes.get("temperature", 1.0)))
 
 
 def _without_tokens(example: Example) -> Refused | None:

@@ -15,7 +15,7 @@ import numpy as np
 from fulltune.errors import SetupError
 from fulltune.recipe.tasks import TaskName, greater_is_better
 from fulltune.tasks import Predictions, Target, question_answering, task_named
-from fulltune.tasks.text_classification import NUMBER_METRICS, predict_labels
+from fulltune.tasks.classes import NUMBER_METRICS, predict_labels
 
 Count = Callable[[Predictions], np.ndarray]
 """From what `reduce` kept to what each row contributes: float64 [rows, k]."""

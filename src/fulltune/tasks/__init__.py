@@ -78,7 +78,7 @@ class Example:
 
 
 class Task(Protocol):
-    """What a task module provides. Tensors are [batch, ...]; `labels` is padded with -100 where it has tokens."""
+    """What a task module provides. Tokens' labels are padded with -100."""
 
     @property
     def FACTS(self) -> TaskFacts:
@@ -119,7 +119,7 @@ class Task(Protocol):
         """Values to set on the model's config."""
 
     def collate(self, features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-        """Pad a batch on the right: int64 `input_ids`, `attention_mask` [batch, length] and `labels`.
+        """Pad a batch on the right: int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`.
 
         Each feature is a number, a text, or a one-dimensional array or list. Features that the model does not read
         (`length` among them) are left out.
@@ -128,8 +128,8 @@ class Task(Protocol):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
         """Loss of each item, summed: a scalar. The caller divides by the number of items.
 
-        `logits` is what `fulltune.inference.run.logits_of` gives: the model's `logits`, or for spans start and end side
-        by side, [batch, length, 2].
+        `logits[batch, ...]` is what `fulltune.inference.run.logits_of` gives: the model's `logits`, or for spans start
+        and end side by side, `logits[batch, tokens, 2]`. `labels[batch, ...]` is what `collate` made.
         """
 
     def count_items(self, labels: torch.Tensor) -> int:
@@ -144,8 +144,57 @@ class Task(Protocol):
     def metrics(self, kept: Predictions, target: Target) -> dict[str, float]:
         """The task's metrics from what `reduce` kept."""
 
+    def as_question(self, row: Row, target: Target) -> Row:
+        """A row to be answered, with something in the place of what is not known: `encode` asks for it."""
+
+    def refuse_question(self, row: Row, target: Target) -> Refused | None:
+        """Why there can be no answer to such a row, as far as it shows that itself, or None."""
+
+
+class ReadingTask(Task, Protocol):
+    """One whose model puts a head on what it has read: answers come from what `reduce` keeps."""
+
+    def answers(
+        self,
+        kept: Predictions,
+        rows: Sequence[Row],
+        examples: Sequence[Sequence[Example]],
+        target: Target,
+        temperature: float,
+    ) -> list[dict[str, Any]]:
+        """What `predict` gives for each row.
+
+        Args:
+            kept: What `reduce` kept of all examples.
+            rows: The questions.
+            examples: What `encode` made of each of them.
+            target: What the model learned.
+            temperature: Divides the logits of labels and choices.
+        """
+
     def worst(self, kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
         """The rows that the model got most wrong."""
+
+
+class WritingTask(Task, Protocol):
+    """One whose model writes its answers."""
+
+    def places(self, labels: torch.Tensor) -> torch.Tensor:
+        """Where the logits of trained tokens stand, for `labels[batch, tokens]`: bool [batch, tokens]."""
+
+    def prompt_text(self, row: Row, target: Target) -> str:
+        """What the model is asked."""
+
+    def answer_text(self, row: Row, target: Target) -> str:
+        """What it should answer."""
+
+    def generation_ids(
+        self, row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    ) -> list[int]:
+        """The tokens after which the model shall answer, or go on; a source is cut at `max_length`."""
+
+    def score_answers(self, answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
+        """Scores of generated answers, for `metrics`: name to array whose first axis is the answer."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +12,9 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.records.scores import Answer
-from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, chat
-from fulltune.tasks.columns import as_text, is_blank, named, normalised, required
-from fulltune.tasks.padding import mask, padded
+from fulltune.tasks import Example, LossSettings, Refused, Row, Target, chat, usual, written
+from fulltune.tasks.columns import as_text, named, normalised, required, without_text
+from fulltune.tasks.padding import IGNORED, collated, padded
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +23,8 @@ if TYPE_CHECKING:
 FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
 """Bound of the default `max_length` for raw text, whose texts are cut into pieces and packed, not truncated."""
-IGNORED = -100
+row_labels, config_changes = usual.row_labels, usual.config_changes
+metrics, score_answers = written.metrics, written.score_answers
 
 # ---- columns ---------------------------------------------------------------------------------------------------
 
@@ -48,8 +46,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
         return {"messages": messages} | ({"tools": tools} if tools else {})
     if form == "data.text" or (form is None and _only_text(columns, where)):
         return {"text": required("text", data.text or "text", columns, where)}
-    found = {"prompt": required("prompt", data.prompt, columns, where)}
-    return found | {"completion": required("completion", data.completion, columns, where, found.values())}
+    return usual.find_columns(("prompt", "completion"), columns, sample, data, where)
 
 
 def _only_text(columns: Sequence[str], where: str) -> bool:
@@ -78,14 +75,8 @@ _ROWS_LOOKED_AT = 200
 
 def refuse(row: Row, target: Target) -> Refused | None:
     """Rows without text or answer are left out, and conversations that are no conversations."""
-    if target.problem_type in ("prompt_completion", "text"):
-        for role in target.columns:
-            value = row.get(target.columns[role])
-            if isinstance(value, (list, tuple, dict)):
-                return Refused(f"no {role}", f"column '{target.columns[role]}' holds a list or an object, not text")
-            if is_blank(as_text(value)):
-                return Refused(f"no {role}", f"column '{target.columns[role]}' is empty")
-        return None
+    if target.problem_type != "chat":
+        return without_text(row, target, *target.columns)
     try:
         messages = chat.clean(row.get(target.columns["messages"]))
     except DataError as error:
@@ -96,18 +87,30 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None
 
 
+def as_question(row: Row, target: Target) -> Row:
+    """The row with some completion."""
+    return {**row, target.columns["completion"]: "?"} if target.problem_type == "prompt_completion" else row
+
+
+def refuse_question(row: Row, target: Target) -> Refused | None:
+    """A conversation needs only to ask something."""
+    if target.problem_type != "chat":
+        return refuse(row, target)
+    try:
+        asks = bool(prompt_text(row, target).strip())
+    except DataError as error:
+        return Refused("no conversation", str(error))
+    return None if asks else Refused("no text", "no message asks anything")
+
+
 def group_key(row: Row, target: Target) -> str:
     """What is asked: the same question with two answers stays in one split. Of raw text, the text."""
     return normalised(prompt_text(row, target))
 
 
-def row_labels(row: Row, target: Target) -> list[str]:
-    return []
-
-
 def prompt_text(row: Row, target: Target) -> str:
     """What the model is asked, as text."""
-    if target.problem_type in ("prompt_completion", "text"):
+    if target.problem_type != "chat":
         return as_text(row.get(target.columns["prompt" if "prompt" in target.columns else "text"]))
     return "\n".join(as_text(message["content"]) for message in _question(row, target))
 
@@ -147,8 +150,8 @@ def encode(
             try:
                 masked = chat.encode(tokenizer, chat.clean(row[target.columns["messages"]]), _tools(row, target))
             except chat.TemplateRefusal as error:
-                nothing: dict[str, list[int]] = {"input_ids": [], "attention_mask": [], "labels": []}
-                encoded.append([Example(nothing, 0, refused=Refused("refused by the chat template", str(error)))])
+                refused = Refused("refused by the chat template", str(error))
+                encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
                 continue
         else:
             masked = [_encode_pair(row, target, tokenizer)]
@@ -204,13 +207,8 @@ def template_as_trained(target: Target, tokenizer: PreTrainedTokenizerBase) -> s
         return None
     opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
     said = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
-    found = (
-        ("{{ bos_token }}" if opening else "")
-        + "{% for message in messages %}"
-        + said
-        + f"{{{{ {json.dumps(target.joint)} }}}}"
-        + "{% endif %}{% endfor %}"
-    )
+    each = f"{said}{{{{ {json.dumps(target.joint)} }}}}{{% endif %}}"
+    found = f"{'{{ bos_token }}' if opening else ''}{{% for message in messages %}}{each}{{% endfor %}}"
     for text in _PROBES:
         asked = text + target.joint
         rendered = tokenizer(f"{opening}{asked}", add_special_tokens=False, verbose=False)["input_ids"]
@@ -222,9 +220,11 @@ def template_as_trained(target: Target, tokenizer: PreTrainedTokenizerBase) -> s
 _PROBES = ("What is 6 x 7?", "Two lines\nof a prompt:", "name[Zizzi], food[French]")
 
 
-def generation_ids(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens after which the model shall answer, or go on."""
-    if target.problem_type in ("prompt_completion", "text"):
+def generation_ids(
+    row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[int]:
+    """The tokens after which the model shall answer, or go on; however many they are: `generate` cuts at the left."""
+    if target.problem_type != "chat":
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     text = chat.render(tokenizer, _question(row, target), _tools(row, target), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -262,125 +262,43 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
 
 
 def check_model(config: PretrainedConfig) -> str | None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+    """Every decoder will do."""
     from fulltune.models.shapes import is_decoder
 
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and is_decoder(config):
-        return None
-    return f"a '{config.model_type}' model does not write text from left to right; take a decoder (GPT-, Llama-like)"
-
-
-def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {}
+    advice = "does not write text from left to right; take a decoder (GPT-, Llama-like)"
+    problem = usual.check_model("CAUSAL_LM", advice, config)
+    return problem or (None if is_decoder(config) else f"a '{config.model_type}' model {advice}")
 
 
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    ids = [row["input_ids"] for row in features]
-    batch = {"input_ids": padded(ids, pad_token_id), "labels": padded([row["labels"] for row in features], IGNORED)}
+    """`input_ids[batch, tokens]` and `labels[batch, tokens]`, with a mask or, for packed texts, `position_ids`."""
+    batch = collated(features, pad_token_id, ("position_ids",), label_per_token=True)
     if "position_ids" not in features[0]:
-        return batch | {"attention_mask": mask(ids)}
+        return batch
     # Packed texts are told apart by positions that begin again, which models look at only when there is no mask:
     # the padding is one more text, of which nothing is trained.
-    width = batch["input_ids"].shape[1]
+    width = batch["attention_mask"].shape[1]
     positions = [np.concatenate((row["position_ids"], np.arange(width - len(row["input_ids"])))) for row in features]
-    return batch | {"position_ids": padded(positions, 0)}
+    return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": padded(positions, 0)}
 
 
 def places(labels: torch.Tensor) -> torch.Tensor:
-    """Where the logits of a trained token stand, one place before it: bool [batch, length]."""
+    """Where the logits of trained tokens of `labels[batch, tokens]` stand, one place before: bool [batch, tokens]."""
     import torch.nn.functional as F
 
     return F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-    """Cross entropy of the trained tokens, summed. Untrained positions are left out before the float32 copy.
-
-    `logits` may be those of `places` only, [tokens, vocabulary], or their pieces.
-    """
-    from fulltune.models.chunked_loss import summed_loss
-
-    wanted = labels[:, 1:]
-    return summed_loss(picked(logits, places(labels)), wanted[wanted != IGNORED], settings.label_smoothing)
-
-
-def picked(logits: Any, chosen: torch.Tensor) -> Any:
-    """Logits [tokens, vocabulary] of the chosen places, which a selective head has picked already."""
-    whole = getattr(logits, "ndim", 2) == 3
-    return logits[chosen] if whole else logits
+    """Cross entropy of the trained tokens of `labels[batch, tokens]`, summed; `logits`: see `written.summed_loss`."""
+    return written.summed_loss(logits, places(labels), labels[:, 1:], settings)
 
 
 def count_items(labels: torch.Tensor) -> int:
+    """Trained tokens of `labels[batch, tokens]`; the first one of a row is never predicted."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------
-
-
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """Keep three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens.
-
-    `logits` may be those of `places` only, [tokens, vocabulary], or their pieces.
-    """
-    import torch
-
-    from fulltune.models.chunked_loss import token_scores
-
-    wanted = labels[:, 1:]
-    chosen = wanted != IGNORED
-    rows = chosen.nonzero()[:, 0]
-    empty = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
-    losses, right = token_scores(picked(logits, places(labels)), wanted[chosen])
-    return {
-        "nll": empty.index_add(0, rows, losses.double()),
-        "tokens": chosen.sum(dim=1).double(),
-        "right": empty.index_add(0, rows, right.double()),
-    }
-
-
-def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """Loss per token in nats, perplexity, accuracy of the next token; each token counts the same.
-
-    With `exact_match`, `rougeL` and `chrf` columns (scores of generated answers), their means as well.
-    """
-    values = {}
-    if "tokens" in kept:
-        tokens = max(1.0, float(kept["tokens"].sum()))
-        loss_per_token = float(kept["nll"].sum()) / tokens
-        values = {
-            "loss": loss_per_token,
-            "perplexity": math.exp(min(loss_per_token, 700.0)),
-            "token_accuracy": float(kept["right"].sum()) / tokens,
-        }
-    return values | {name: float(np.mean(kept[name])) for name in ("exact_match", "rougeL", "chrf") if name in kept}
-
-
-def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """None: a row of text is not simply wrong; the report shows generated answers instead."""
-    return ()
-
-
-_PACKAGES = {"rougeL": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}
-
-
-def can_score(metric: str) -> bool:
-    """Whether the package that a metric of answers needs is installed."""
-    return metric not in _PACKAGES or importlib.util.find_spec(_PACKAGES[metric]) is not None
-
-
-def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Exact match of each generated answer; with their packages also ROUGE-L (0 to 1) and chrF (0 to 100)."""
-    pairs = list(zip(answers, expected, strict=True))
-    kept = {"exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs])}
-    if can_score("rougeL"):
-        from rouge_score.rouge_scorer import RougeScorer
-
-        rouge = RougeScorer(["rougeL"])
-        kept["rougeL"] = np.array([rouge.score(two, one)["rougeL"].fmeasure for one, two in pairs])
-    if can_score("chrf"):
-        from sacrebleu.metrics.chrf import CHRF
-
-        chrf = CHRF()
-        kept["chrf"] = np.array([chrf.sentence_score(one, [two]).score for one, two in pairs])
-    return kept
+    """What `written.token_sums` keeps of `logits[batch, tokens, vocabulary]`, or of those of `places` only."""
+    return written.token_sums(logits, places(labels), labels[:, 1:])

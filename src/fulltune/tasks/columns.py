@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from fulltune.errors import DataError
+from fulltune.tasks import Refused, Row, Target
 
 T = TypeVar("T")
 
@@ -172,6 +173,18 @@ def required(
             f"{where}: no column found for data.{role}; name it in the recipe (columns here: {', '.join(columns)})"
         )
     return column
+
+
+def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
+    """Why a row that needs text in these roles cannot be used, or None."""
+    for role in roles:
+        column = target.columns[role]
+        value = row.get(column)
+        if isinstance(value, (list, tuple, dict)):
+            return Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
+        if is_blank(as_text(value)):
+            return Refused(f"no {role}", f"column '{column}' is empty")
+    return None
 
 
 def as_text(value: object) -> str:

@@ -6,6 +6,7 @@ Where other tasks are given a tokenizer, this one is given an `ImageReader`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -15,32 +16,25 @@ from fulltune.errors import DataError, RecipeError
 from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, where_from
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
-from fulltune.records.data import Preview, Segment
-from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, Target, labels
-from fulltune.tasks.columns import required
+from fulltune.records.data import Preview
+from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, Target, classes, labels, usual
 from fulltune.tasks.labels import is_empty, label_name
-from fulltune.tasks.text_classification import count_items as count_items
-from fulltune.tasks.text_classification import label_words
-from fulltune.tasks.text_classification import loss as loss
-from fulltune.tasks.text_classification import metrics as metrics
-from fulltune.tasks.text_classification import reduce as reduce
-from fulltune.tasks.text_classification import worst as worst
+from fulltune.tasks.padding import stacked_labels
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
 
 FACTS = recipe_tasks.FACTS["image-classification"]
 UNDECODABLE = "undecodable image"
 """The data stage lists rows that were refused for this, and leaves them out only when the recipe says so."""
+loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
+metrics, worst, answers = classes.metrics, classes.worst, classes.answers
+as_question = classes.with_label
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Columns for `image` and `label`."""
-    image = required("image", data.image, columns, where)
-    return {"image": image, "label": required("label", data.label, columns, where, [image])}
+find_columns = partial(usual.find_columns, ("image", "label"))
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -62,12 +56,16 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None
 
 
+refuse_question = refuse
+
+
 def group_key(row: Row, target: Target) -> str:
     """The same file twice, under any name, is one image."""
     return content_hash(*where_from(row.get(target.columns["image"])))
 
 
 def row_labels(row: Row, target: Target) -> list[str]:
+    """The class."""
     return [label_name(row.get(target.columns["label"]))]
 
 
@@ -82,12 +80,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int)
             decode(path, content)
         except DataError as error:
             refused = Refused(UNDECODABLE, str(error))
-        features = {
-            PATH: path,
-            CONTENT: content,
-            "labels": ids[row_labels(row, target)[0]],
-            LENGTH: tokenizer.num_patches,
-        }
+        label = ids[row_labels(row, target)[0]]
+        features = {PATH: path, CONTENT: content, "labels": label, LENGTH: tokenizer.num_patches}
         encoded.append([Example(features, trained_tokens=1, refused=refused)])
     return encoded
 
@@ -96,7 +90,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: Any) -> Prev
     """Where the image is, and its class."""
     path, content = features[PATH], features[CONTENT]
     shown = _last_parts(path) if path else f"image of {len(content):,} bytes"
-    return Preview(segments=(Segment(text=shown, trained=False),), label=label_words(features["labels"], target))
+    return usual.preview(shown, classes.label_words(features["labels"], target))
 
 
 def short_name(row: Row, target: Target) -> str:
@@ -116,29 +110,19 @@ def _last_parts(path: str) -> str:
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def check_model(config: PretrainedConfig) -> str | None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
-    if config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        return None
-    return f"a '{config.model_type}' model cannot classify images; take a ViT, Swin, ConvNeXt or ResNet"
+check_model = partial(
+    usual.check_model, "IMAGE_CLASSIFICATION", "cannot classify images; take a ViT, Swin, ConvNeXt or ResNet"
+)
 
 
 def config_changes(target: Target, tokenizer: Any) -> dict[str, Any]:
     """Head size and class names."""
-    return {
-        "num_labels": len(target.labels),
-        "id2label": dict(enumerate(target.labels)),
-        "label2id": {name: position for position, name in enumerate(target.labels)},
-        "problem_type": "single_label_classification",
-    }
+    return classes.label_config(target.labels) | {"problem_type": "single_label_classification"}
 
 
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """`pixel_values` [batch, channels, height, width] and `labels`; rows come from `ImageRows`, which decodes them."""
+    """`pixel_values[batch, channels, height, width]` and `labels[batch]`; `ImageRows` has decoded the images."""
     import torch
 
-    return {
-        PIXELS: torch.from_numpy(np.stack([row[PIXELS] for row in features])),
-        "labels": torch.tensor([int(row["labels"]) for row in features], dtype=torch.long),
-    }
+    pixels = torch.from_numpy(np.stack([row[PIXELS] for row in features]))
+    return {PIXELS: pixels, "labels": stacked_labels(features)}

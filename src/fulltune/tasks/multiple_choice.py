@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,25 +12,26 @@ import numpy as np
 from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
-from fulltune.records.data import Preview, Segment
-from fulltune.records.scores import Answer
-from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, Target
+from fulltune.records.data import Preview
+from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, Target, classes, usual
 from fulltune.tasks.choices import choice_texts as choice_texts
 from fulltune.tasks.choices import find_columns as find_columns
 from fulltune.tasks.choices import question_text, right_choice
 from fulltune.tasks.columns import as_text, normalised
 from fulltune.tasks.labels import is_empty, label_name
-from fulltune.tasks.text_classification import count_items as count_items
-from fulltune.tasks.text_classification import loss as loss
-from fulltune.tasks.text_classification import reduce as reduce
+from fulltune.tasks.padding import stacked_labels
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
 CHOICE_LENGTHS = "choice_lengths"
 """Feature with the tokens of each choice [choices]: `input_ids` holds them one after another."""
+row_labels = usual.row_labels
+config_changes = usual.config_changes
+loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
+metrics, worst = classes.metrics, classes.worst
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
@@ -75,7 +77,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 def refuse(row: Row, target: Target) -> Refused | None:
     """Rows with an empty choice, another number of choices or without a right one are left out."""
-    if (refused := refuse_choices(row, target)) is not None:
+    if (refused := refuse_question(row, target)) is not None:
         return refused
     texts, column = choice_texts(row, target), target.columns["label"]
     value = row.get(column)
@@ -89,7 +91,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None
 
 
-def refuse_choices(row: Row, target: Target) -> Refused | None:
+def refuse_question(row: Row, target: Target) -> Refused | None:
     """Why nothing can be chosen, whatever the right choice is."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
@@ -106,8 +108,9 @@ def group_key(row: Row, target: Target) -> str:
     return normalised(" \0 ".join([question_text(row, target), *sorted(choice_texts(row, target))]))
 
 
-def row_labels(row: Row, target: Target) -> list[str]:
-    return []
+def as_question(row: Row, target: Target) -> Row:
+    """The row itself: a label that is missing is taken for the first choice."""
+    return row
 
 
 def encode(
@@ -116,12 +119,9 @@ def encode(
     """Tokenise the question with each choice; the longer of the two is cut first."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
-    texts: tuple[list[str], ...]
+    texts = [[text for row in choices for text in row]]
     if any(questions):
-        asked = [question for question, row in zip(questions, choices, strict=True) for _ in row]
-        texts = (asked, [text for row in choices for text in row])
-    else:
-        texts = ([text for row in choices for text in row],)
+        texts.insert(0, [question for question, row in zip(questions, choices, strict=True) for _ in row])
     # Encoded without a limit first: only so can truncation be counted.
     cut = tokenizer(*texts, truncation=False, verbose=False)
     whole = np.array([len(ids) for ids in cut["input_ids"]])
@@ -135,11 +135,8 @@ def encode(
         lengths = [len(cut["input_ids"][i]) for i in members]
         features: dict[str, Any] = {name: [token for i in members for token in cut[name][i]] for name in names}
         # All choices are padded to the longest one. Only rows of `predict` have no right choice: others are refused.
-        features |= {
-            CHOICE_LENGTHS: lengths,
-            "labels": right.index if right else 0,
-            LENGTH: max(lengths) * len(lengths),
-        }
+        label = right.index if right else 0
+        features |= {CHOICE_LENGTHS: lengths, "labels": label, LENGTH: max(lengths) * len(lengths)}
         is_cut = bool((whole[members.start : members.stop] > max_length).any())
         encoded.append([Example(features, trained_tokens=1, truncated=is_cut, longest=max(lengths))])
     return encoded
@@ -150,7 +147,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     ends = np.cumsum(features[CHOICE_LENGTHS])[:-1]
     parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
-    return Preview(segments=(Segment(text=text, trained=False),), label=str(int(features["labels"])))
+    return usual.preview(text, str(int(features["labels"])))
 
 
 def as_shown(row: Row, target: Target) -> str:
@@ -162,21 +159,13 @@ def as_shown(row: Row, target: Target) -> str:
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def check_model(config: PretrainedConfig) -> str | None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
-
-    if config.model_type in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES:
-        return None
-    return f"a '{config.model_type}' model cannot choose among texts; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
-
-
-def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Nothing: the head gives one number for each choice, however many there are."""
-    return {}
+check_model = partial(
+    usual.check_model, "MULTIPLE_CHOICE", "cannot choose among texts; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
+)
 
 
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` ... [batch, choices, length] and `labels` [batch]."""
+    """`input_ids[batch, choices, tokens]`, `attention_mask[batch, choices, tokens]` ... and `labels[batch]`."""
     import torch
 
     lengths = np.array([row[CHOICE_LENGTHS] for row in features])
@@ -188,31 +177,19 @@ def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
             # Row by row and choice by choice, as the tokens lie in the features.
             block[shown] = np.concatenate([row[name] for row in features])
             batch[name] = torch.from_numpy(block)
-    batch["labels"] = torch.tensor([int(row["labels"]) for row in features], dtype=torch.long)
-    return batch
+    return batch | {"labels": stacked_labels(features)}
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------
-
-
-def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """Accuracy and loss from the choices' `logits` [rows, choices]."""
-    return label_metrics(kept["labels"], kept["logits"].argmax(axis=-1)) | {"loss": float(np.mean(kept["loss"]))}
-
-
-def label_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """The metric that needs only the places chosen, so that baselines have it too."""
-    return {"accuracy": float(np.mean(true == predicted))}
-
-
-def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """The wrong rows with the highest loss, with the places of the choices."""
-    predicted = kept["logits"].argmax(axis=-1)
-    order = [row for row in np.argsort(-kept["loss"], kind="stable") if predicted[row] != kept["labels"][row]]
-    for row in order[:count]:
-        yield Answer(
-            text=texts[row],
-            expected=f"({int(kept['labels'][row])})",
-            predicted=f"({int(predicted[row])})",
-            loss=float(kept["loss"][row]),
-        )
+def answers(
+    kept: Predictions, rows: Sequence[Row], examples: Sequence[Sequence[Example]], target: Target, temperature: float
+) -> list[dict[str, Any]]:
+    """`index` and `text` of the most probable choice, its `probability`, and the `probabilities` of all."""
+    return [
+        {
+            "index": best,
+            "text": choice_texts(row, target)[best],
+            "probability": chances[best],
+            "probabilities": chances,
+        }
+        for row, (best, chances) in zip(rows, classes.calibrated(kept["logits"], temperature), strict=True)
+    ]

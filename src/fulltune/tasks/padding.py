@@ -2,27 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune.tasks import LENGTH
+
 if TYPE_CHECKING:
     import torch
 
+IGNORED = -100
+"""Label of a token of which nothing is trained; PyTorch's losses have the same number for it."""
 
-def padded(values: Sequence[Any], fill: int) -> torch.Tensor:
-    """int64 [rows, longest row]."""
+
+def collated(
+    features: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    left_out: Collection[str] = (),
+    *,
+    label_per_token: bool = False,
+) -> dict[str, torch.Tensor]:
+    """A batch: `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `labels`, and the other lists of numbers.
+
+    Args:
+        features: Of each row.
+        pad_token_id: Fills `input_ids`; all others are filled with 0, labels of tokens with -100.
+        left_out: Features that the model does not read.
+        label_per_token: `labels[batch, tokens]`; otherwise those of `stacked_labels`.
+    """
+    fills = {"input_ids": pad_token_id, "labels": IGNORED}
+    skipped = {LENGTH, "attention_mask", *left_out, *(() if label_per_token else ("labels",))}
+    batch = {
+        name: padded([row[name] for row in features], fills.get(name, 0)) for name in features[0] if name not in skipped
+    }
+    batch["attention_mask"] = mask([row["input_ids"] for row in features])
+    return batch if label_per_token else batch | {"labels": stacked_labels(features)}
+
+
+def stacked_labels(features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Each row's class or numbers: int64 or float32 `labels[batch]`, or `labels[batch, n]`."""
     import torch
 
-    made = np.full((len(values), max(len(value) for value in values)), fill, np.int64)
-    for row, value in zip(made, values, strict=True):
+    values = np.array([row["labels"] for row in features])
+    return torch.from_numpy(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
+
+
+def padded(values: Sequence[Any], fill: int) -> torch.Tensor:
+    """Rows, filled up to the longest one: int64 [rows, tokens]."""
+    import torch
+
+    block = np.full((len(values), max(len(value) for value in values)), fill, np.int64)
+    for row, value in zip(block, values, strict=True):
         row[: len(value)] = value
-    return torch.from_numpy(made)
+    return torch.from_numpy(block)
+
+
+def ragged(values: Sequence[Any]) -> np.ndarray:
+    """One object a row, whatever it is: numpy would take lists of one length for a second axis."""
+    array = np.empty(len(values), dtype=object)
+    for position, value in enumerate(values):
+        array[position] = value
+    return array
 
 
 def mask(values: Sequence[Any]) -> torch.Tensor:
-    """1 where a row has a token, 0 where it is padded: int64 [rows, longest row]."""
+    """1 where a row has a token, 0 where it is padded: int64 [rows, tokens]."""
     import torch
 
     lengths = np.array([len(value) for value in values])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,18 +16,19 @@ import numpy as np
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
-from fulltune.records.data import Preview, Segment
+from fulltune.records.data import Preview
 from fulltune.records.scores import Answer
-from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target
+from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, classes, usual
 from fulltune.tasks.answers import NotInContext, accepted
-from fulltune.tasks.columns import as_text, is_blank, normalised, required
-from fulltune.tasks.padding import mask, padded
+from fulltune.tasks.columns import as_text, normalised, without_text
+from fulltune.tasks.padding import collated
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["question-answering"]
+row_labels, config_changes, count_items = usual.row_labels, usual.config_changes, classes.count_items
 MOST_ANSWER_TOKENS = 30
 """Longest answer that is looked for; longer ones can be trained."""
 STARTS, ENDS = "starts", "ends"
@@ -44,12 +46,7 @@ _OTHER_INPUTS = {"layoutlmv2", "layoutlmv3", "lilt", "lxmert", "markuplm", "spli
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Columns for `context`, `question` and `answers`."""
-    found: dict[str, str] = {}
-    for role, given in (("context", data.context), ("question", data.question), ("answers", data.answers)):
-        found[role] = required(role, given, columns, where, list(found.values()))
-    return found
+find_columns = partial(usual.find_columns, ("context", "question", "answers"))
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -69,17 +66,21 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 def refuse(row: Row, target: Target) -> Refused | None:
     """Rows without question or context are left out, and those whose answer does not stand in the context."""
-    for role in ("question", "context"):
-        value, column = row.get(target.columns[role]), target.columns[role]
-        if isinstance(value, (list, tuple, dict)):
-            return Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
-        if is_blank(as_text(value)):
-            return Refused(f"no {role}", f"column '{column}' is empty")
+    if refused := without_text(row, target, "question", "context"):
+        return refused
     try:
         answers_of(row, target)
     except NotInContext as error:
         return Refused("answer not in context", str(error))
     return None
+
+
+def as_question(row: Row, target: Target) -> Row:
+    """The row without answers."""
+    return {**row, target.columns["answers"]: None}
+
+
+refuse_question = refuse
 
 
 def answers_of(row: Row, target: Target) -> list[tuple[str, int]]:
@@ -88,20 +89,18 @@ def answers_of(row: Row, target: Target) -> list[tuple[str, int]]:
 
 
 def context_of(row: Row, target: Target) -> str:
+    """The passage."""
     return as_text(row.get(target.columns["context"]))
 
 
 def question_of(row: Row, target: Target) -> str:
+    """What is asked about it."""
     return as_text(row.get(target.columns["question"])).strip()
 
 
 def group_key(row: Row, target: Target) -> str:
     """The passage alone: its questions say much about each other."""
     return normalised(context_of(row, target))
-
-
-def row_labels(row: Row, target: Target) -> list[str]:
-    return []
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
@@ -204,39 +203,31 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     ids = list(features["input_ids"])
     start, end = features["labels"][START], features["labels"][END]
     answer = str(tokenizer.decode(ids[start : end + 1])).strip()
-    text = str(tokenizer.decode(ids))
     label = "(no answer in this window)" if start == NOWHERE else answer
-    return Preview(segments=(Segment(text=text, trained=False),), label=label)
+    return usual.preview(str(tokenizer.decode(ids)), label)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
 def check_model(config: PretrainedConfig) -> str | None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
-
-    kind = config.model_type
-    if kind in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES and kind not in _OTHER_INPUTS:
-        return None
-    return f"a '{kind}' model cannot find answers in a text; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
-
-
-def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {}
+    """Every model with a head for spans will do that reads nothing but text."""
+    advice = "cannot find answers in a text; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
+    if config.model_type in _OTHER_INPUTS:
+        return f"a '{config.model_type}' model {advice}"
+    return usual.check_model("QUESTION_ANSWERING", advice, config)
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    import torch
-
-    ids = [row["input_ids"] for row in features]
-    left_out = {"input_ids", "labels", STARTS, ENDS, LENGTH}
-    batch = {"input_ids": padded(ids, pad_token_id), "attention_mask": mask(ids)}
-    batch |= {name: padded([row[name] for row in features], 0) for name in features[0] if name not in left_out}
-    return batch | {"labels": torch.from_numpy(np.array([row["labels"] for row in features], np.int64))}
+collate = partial(collated, left_out=(STARTS, ENDS))
 
 
 def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Log probability of each token to be the answer's first or last one, [batch, length, 2]; padding has none."""
+    """Log probability of each token to be the answer's first or last one, [batch, tokens, 2]; padding has none.
+
+    Args:
+        logits: Of first and last token, `logits[batch, tokens, 2]`.
+        labels: `labels[batch, 5]`.
+    """
     import torch
 
     is_token = torch.arange(logits.shape[1], device=logits.device) < labels[:, TOKENS, None]
@@ -244,7 +235,7 @@ def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-    """Mean of the cross entropies of first and last token, summed over windows."""
+    """Mean of the cross entropies of first and last token, summed over windows: see `log_chances`."""
     chances = log_chances(logits, labels)
     plain = -_at_answer(chances, labels).mean(dim=-1)
     if not settings.label_smoothing:
@@ -258,15 +249,11 @@ def _at_answer(chances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return chances.gather(1, labels[:, None, [START, END]])[:, 0]
 
 
-def count_items(labels: torch.Tensor) -> int:
-    return labels.shape[0]
-
-
 # ---- evaluation ------------------------------------------------------------------------------------------------
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """Keep the most probable answer of each window.
+    """Keep the most probable answer of each window, from `logits[batch, tokens, 2]` and `labels[batch, 5]`.
 
     Returns:
         `first` and `last` token of it, its log probability `chance`, that of no answer `nowhere`, the true tokens
@@ -349,6 +336,16 @@ def find_answers(
             answer |= {"answer": "", "probability": nowhere[key], "start": None}
         answer["probability"] = math.exp(answer["probability"])
     return found
+
+
+def answers(
+    kept: Predictions, rows: Sequence[Row], examples: Sequence[Sequence[Example]], target: Target, temperature: float
+) -> list[dict[str, Any]]:
+    """`answer`, its first character `start`, and its `probability`; a long context is several windows."""
+    numbers = [number for number, windows in enumerate(examples) for _ in windows]
+    features = [example.features for windows in examples for example in windows]
+    found = find_answers(kept, features, numbers, [context_of(rows[number], target) for number in numbers])
+    return [found[number] for number in range(len(rows))]
 
 
 def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:

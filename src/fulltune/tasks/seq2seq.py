@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,27 +11,23 @@ import numpy as np
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.records.scores import Answer
-from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, causal_lm
-from fulltune.tasks.causal_lm import IGNORED
-from fulltune.tasks.columns import as_text, is_blank, normalised, required
-from fulltune.tasks.padding import mask, padded
+from fulltune.tasks import LENGTH, Example, LossSettings, Refused, Row, Target, usual, written
+from fulltune.tasks.columns import as_text, normalised, without_text
+from fulltune.tasks.padding import IGNORED, collated
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["seq2seq"]
+row_labels, config_changes, metrics = usual.row_labels, usual.config_changes, written.metrics
 _LANGUAGE_CODES = {"m2m_100", "mbart", "nllb-moe", "plbart", "seamless_m4t", "seamless_m4t_v2"}
 """Models that write the language of a code which the tokenizer is told and generation must be forced to begin with."""
 
 # ---- columns ---------------------------------------------------------------------------------------------------
 
 
-def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Columns for `source` and `target`."""
-    source = required("source", data.source, columns, where)
-    return {"source": source, "target": required("target", data.target, columns, where, [source])}
+find_columns = partial(usual.find_columns, ("source", "target"))
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -42,22 +39,20 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 def refuse(row: Row, target: Target) -> Refused | None:
     """Rows without a source or without a target are left out."""
-    for role in ("source", "target"):
-        value, column = row.get(target.columns[role]), target.columns[role]
-        if isinstance(value, (list, tuple, dict)):
-            return Refused(f"no {role}", f"column '{column}' holds a list or an object, not text")
-        if is_blank(as_text(value)):
-            return Refused(f"no {role}", f"column '{column}' is empty")
-    return None
+    return without_text(row, target, "source", "target")
+
+
+def as_question(row: Row, target: Target) -> Row:
+    """The row with some target."""
+    return {**row, target.columns["target"]: "?"}
+
+
+refuse_question = refuse
 
 
 def group_key(row: Row, target: Target) -> str:
     """What is read: the same source with two targets stays in one split."""
     return normalised(as_text(row.get(target.columns["source"])))
-
-
-def row_labels(row: Row, target: Target) -> list[str]:
-    return []
 
 
 def prompt_text(row: Row, target: Target) -> str:
@@ -108,15 +103,17 @@ def _tokenised(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     return list(tokenizer(texts, truncation=False, verbose=False)["input_ids"])
 
 
-def _cut(ids: Sequence[int], max_length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _cut(ids: Sequence[int], max_length: int | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """At most so many tokens; an end token stays the last one."""
-    if len(ids) <= max_length:
+    if max_length is None or len(ids) <= max_length:
         return list(ids)
     keeps_end = ids[-1] in tokenizer.all_special_ids
     return [*ids[: max_length - 1], ids[-1]] if keeps_end else list(ids[:max_length])
 
 
-def generation_ids(row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+def generation_ids(
+    row: Row, target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[int]:
     """The source's tokens, as in training."""
     return _cut(_tokenised([target.joint + prompt_text(row, target)], tokenizer)[0], max_length, tokenizer)
 
@@ -131,26 +128,21 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
 
 
 def check_model(config: PretrainedConfig) -> str | None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-
+    """Every encoder-decoder will do that needs no code of a language."""
     kind = config.model_type
     if kind in _LANGUAGE_CODES:
         return (
             f"a '{kind}' model writes in the language of a code, which a recipe cannot name yet; take a T5, BART, "
             "Pegasus or Marian model"
         )
+    advice = "does not read one text and write another; take an encoder-decoder (T5, BART, Marian)"
+    problem = usual.check_model("SEQ_TO_SEQ_CAUSAL_LM", advice, config)
     # The list also names models that listen; those are no encoder-decoders.
-    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder:
-        return None
-    return f"a '{kind}' model does not read one text and write another; take an encoder-decoder (T5, BART, Marian)"
-
-
-def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {}
+    return problem or (None if config.is_encoder_decoder else f"a '{kind}' model {advice}")
 
 
 def decoder_input_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """What the decoder reads: at each position the label before it, first the model's start token.
+    """What the decoder reads, [batch, tokens]: the label before each of `labels[batch, tokens]`, first the start token.
 
     Models make this themselves only when they are given the labels, which fulltune's own loss keeps.
     """
@@ -164,85 +156,29 @@ def decoder_input_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Ten
     return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id or 0)
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Without `decoder_input_ids`, for which the model is needed: see `fulltune.inference.run.model_batch`."""
-    ids = [row["input_ids"] for row in features]
-    labels = padded([row["labels"] for row in features], IGNORED)
-    return {"input_ids": padded(ids, pad_token_id), "attention_mask": mask(ids), "labels": labels}
+collate = partial(collated, label_per_token=True)
 
 
 def places(labels: torch.Tensor) -> torch.Tensor:
-    """Where the target's tokens stand: bool [batch, length]."""
+    """Where the target's tokens stand in `labels[batch, target]`: bool [batch, target]."""
     return labels != IGNORED
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-    """Cross entropy of the target's tokens, summed. Padding is left out before the float32 copy.
-
-    `logits` may be those of `places` only, [tokens, vocabulary], or their pieces.
-    """
-    from fulltune.models.chunked_loss import summed_loss
-
-    chosen = places(labels)
-    return summed_loss(causal_lm.picked(logits, chosen), labels[chosen], settings.label_smoothing)
+    """Cross entropy of the tokens in `labels[batch, target]`, summed; `logits`: see `written.summed_loss`."""
+    return written.summed_loss(logits, places(labels), labels, settings)
 
 
 def count_items(labels: torch.Tensor) -> int:
+    """Tokens in `labels[batch, target]`."""
     return int((labels != IGNORED).sum())
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------
-
-
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """Keep three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens."""
-    import torch
-
-    from fulltune.models.chunked_loss import token_scores
-
-    chosen = places(labels)
-    rows = chosen.nonzero()[:, 0]
-    empty = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
-    losses, right = token_scores(causal_lm.picked(logits, chosen), labels[chosen])
-    return {
-        "nll": empty.index_add(0, rows, losses.double()),
-        "tokens": chosen.sum(dim=1).double(),
-        "right": empty.index_add(0, rows, right.double()),
-    }
-
-
-def metrics(kept: Predictions, target: Target) -> dict[str, float]:
-    """Loss per token in nats, perplexity, accuracy of the next token; of generated answers what `score_answers` kept.
-
-    BLEU is that of the whole corpus, made from the sum of the rows' counts as sacrebleu makes it: an order of n-grams
-    without a match is smoothed (`exp`), so that few or short answers do not all get 0.
-    """
-    values = causal_lm.metrics(kept, target)
-    if "bleu_counts" in kept:
-        from sacrebleu.metrics.bleu import BLEU
-
-        orders = BLEU().max_ngram_order
-        sums = kept["bleu_counts"].sum(axis=0).tolist()
-        counts, totals, lengths = sums[:orders], sums[orders : 2 * orders], sums[2 * orders :]
-        written, expected = lengths
-        values["bleu"] = BLEU.compute_bleu(counts, totals, written, expected, smooth_method="exp").score
-    return values
+    """What `written.token_sums` keeps of `logits[batch, target, vocabulary]`, or of those of `places` only."""
+    return written.token_sums(logits, places(labels), labels)
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """What `causal_lm.score_answers` gives, and with sacrebleu the counts that BLEU is made of [rows, 10]: matching
-    n-grams and n-grams of each order, then the lengths of answer and target."""
-    scores = causal_lm.score_answers(answers, expected)
-    if not causal_lm.can_score("bleu"):
-        return scores
-    from sacrebleu.metrics.bleu import BLEU
-
-    bleu = BLEU(effective_order=True)  # the counts do not depend on it; without it each short row would be warned of
-    rows = [bleu.sentence_score(one, [two]) for one, two in zip(answers, expected, strict=True)]
-    counts = [[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows]
-    return scores | {"bleu_counts": np.array(counts, np.int64)}
-
-
-def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """None: a text is not simply wrong; the report shows generated answers instead."""
-    return ()
+    """Scores as those of language models, and what BLEU is made of."""
+    return written.score_answers(answers, expected) | written.bleu_counts(answers, expected)

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fulltune.errors import SetupError
 from fulltune.recipe import tasks as recipe_tasks
-from fulltune.recipe.data import DataBlock
-from fulltune.records.data import Preview, Segment
+from fulltune.records.data import Preview
 from fulltune.records.scores import Answer
-from fulltune.tasks import LENGTH, Example, LossSettings, Predictions, Refused, Row, Target, tags
-from fulltune.tasks.columns import normalised, required
+from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, classes, tags, usual
+from fulltune.tasks.columns import normalised
+from fulltune.tasks.padding import IGNORED, collated, ragged
 from fulltune.tasks.tags import find_target as find_target
 from fulltune.tasks.tags import refuse as refuse
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["token-classification"]
-IGNORED = -100
 TAGS, WORD_IDS = "tags", "word_ids"
 """Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""
-_PER_WORD = ("predicted", "probability")
+refuse_question = refuse
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
-    """Columns for `tokens` and `tags`."""
-    tokens = required("tokens", data.tokens, columns, where)
-    return {"tokens": tokens, "tags": required("tags", data.tags, columns, where, [tokens])}
+find_columns = partial(usual.find_columns, ("tokens", "tags"))
+
+
+def as_question(row: Row, target: Target) -> Row:
+    """The words alone, each with the tag O."""
+    tokens = target.columns["tokens"]
+    words = tags.words(row.get(tokens))
+    return {tokens: row.get(tokens) if words is None else words, target.columns["tags"]: ["O"] * len(words or ())}
 
 
 def group_key(row: Row, target: Target) -> str:
@@ -107,8 +111,7 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     seen = seen_words(features)
     words = [str(tokenizer.decode(ids[word_ids == word].tolist())).strip() for word in seen]
     row_tags = [target.labels[features[TAGS][word]] for word in seen]
-    text = str(tokenizer.decode(ids.tolist()))
-    return Preview(segments=(Segment(text=text, trained=False),), label=tags.bracketed(words, row_tags))
+    return usual.preview(str(tokenizer.decode(ids.tolist())), tags.bracketed(words, row_tags))
 
 
 def seen_words(features: Mapping[str, Any]) -> np.ndarray:
@@ -119,52 +122,27 @@ def seen_words(features: Mapping[str, Any]) -> np.ndarray:
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def check_model(config: PretrainedConfig) -> str | None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
-
-    if config.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
-        return None
-    return f"a '{config.model_type}' model cannot tag words; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
+check_model = partial(
+    usual.check_model, "TOKEN_CLASSIFICATION", "cannot tag words; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
+)
 
 
 def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Head size and label names."""
-    return {
-        "num_labels": len(target.labels),
-        "id2label": dict(enumerate(target.labels)),
-        "label2id": {name: position for position, name in enumerate(target.labels)},
-    }
+    return classes.label_config(target.labels)
 
 
-def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    import torch
-
-    lengths = np.array([len(row["input_ids"]) for row in features])
-    fills = {"input_ids": pad_token_id, "labels": IGNORED}
-    left_out = {TAGS, WORD_IDS, LENGTH, "attention_mask"}
-    batch = {"attention_mask": torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))}
-    for name in features[0]:
-        if name not in left_out:
-            block = np.full((len(features), lengths.max()), fills.get(name, 0), dtype=np.int64)
-            for line, row in zip(block, features, strict=True):
-                line[: len(row[name])] = row[name]
-            batch[name] = torch.from_numpy(block)
-    return batch
+collate = partial(collated, left_out=(TAGS, WORD_IDS), label_per_token=True)
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
-    """Cross entropy of the labelled words, summed."""
-    import torch.nn.functional as F
-
+    """Cross entropy of the labelled words, summed, of `logits[batch, tokens, labels]` and `labels[batch, tokens]`."""
     chosen = labels != IGNORED
-    picked = logits[chosen].float()
-    weights = None if settings.class_weights is None else picked.new_tensor(list(settings.class_weights))
-    return F.cross_entropy(
-        picked, labels[chosen], weight=weights, label_smoothing=settings.label_smoothing, reduction="none"
-    ).sum()
+    return classes.row_losses(logits[chosen], labels[chosen], target, settings).sum()
 
 
 def count_items(labels: torch.Tensor) -> int:
+    """Labelled words of `labels[batch, tokens]`."""
     return int((labels != IGNORED).sum())
 
 
@@ -172,8 +150,8 @@ def count_items(labels: torch.Tensor) -> int:
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, np.ndarray]:
-    """Keep for each row what `counts` gives, summed `nll`, number of words `seen`; for each word the `predicted` label
-    and its `probability` (arrays of arrays)."""
+    """What is kept of `logits[batch, tokens, labels]` and `labels[batch, tokens]`: for each row what `counts` gives,
+    summed `nll`, words `seen`; for each word the `predicted` label and its `probability` (arrays of arrays)."""
     chosen = labels != IGNORED
     wanted = labels[chosen]
     chances = logits[chosen].float().log_softmax(dim=-1)
@@ -192,14 +170,6 @@ def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[s
         "predicted": predicted,
         "probability": by_row(best.values.exp()),
     }
-
-
-def ragged(values: Sequence[Any]) -> np.ndarray:
-    """One object a row, also when all have the same length."""
-    array = np.empty(len(values), dtype=object)
-    for position, value in enumerate(values):
-        array[position] = value
-    return array
 
 
 def counts(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
@@ -246,21 +216,23 @@ def seqeval_entities(row_tags: Sequence[str]) -> list[tuple[str, int, int]]:
 def over_all_words(kept: Predictions, rows: Sequence[Mapping[str, Any]], target: Target) -> dict[str, np.ndarray]:
     """What was kept, counted anew over every word of the rows: a word that the model never saw counts as `O`."""
     gold = [np.asarray(row[TAGS]) for row in rows]
-    everywhere = {name: ragged([np.zeros(len(row), kept[name][0].dtype) for row in gold]) for name in _PER_WORD}
-    for number, row in enumerate(rows):
-        seen = seen_words(row)
-        for name in _PER_WORD:
-            everywhere[name][number][seen] = kept[name][number]
+    seen = [seen_words(row) for row in rows]
+    everywhere = {}
+    for name in ("predicted", "probability"):
+        everywhere[name] = ragged([np.zeros(len(row), kept[name][0].dtype) for row in gold])
+        for values, words, found in zip(everywhere[name], seen, kept[name], strict=True):
+            values[words] = found
     return {**kept, **everywhere, "gold": ragged(gold), **counts(gold, everywhere["predicted"], target)}
 
 
 def answers(
-    kept: Predictions, rows: Sequence[Mapping[str, Any]], sentences: Sequence[Sequence[str]], target: Target
+    kept: Predictions, rows: Sequence[Row], examples: Sequence[Sequence[Example]], target: Target, temperature: float
 ) -> list[dict[str, Any]]:
-    """What `predict` answers: each sentence's tags, and its entities as spans of words."""
-    kept = over_all_words(kept, rows, target)
+    """`tokens`, their `tags`, and `entities` as spans of words."""
+    kept = over_all_words(kept, [example.features for [example] in examples], target)
     found = []
-    for words, labels, chances in zip(sentences, kept["predicted"], kept["probability"], strict=True):
+    for row, labels, chances in zip(rows, kept["predicted"], kept["probability"], strict=True):
+        words = row[target.columns["tokens"]]
         row_tags = [target.labels[label] for label in labels]
         entities = [
             {
@@ -303,8 +275,7 @@ def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -
     their labels as `gold`."""
     right, found, expected = np.moveaxis(kept["entities"].sum(axis=1), -1, 0)
     wrong = found + expected - 2 * right
-    order = [row for row in np.lexsort((-kept["nll"], -wrong)) if wrong[row]][:count]
-    for row in order:
+    for row in [row for row in np.lexsort((-kept["nll"], -wrong)) if wrong[row]][:count]:
         shown = [
             tags.bracketed(kept["tokens"][row], [target.labels[i] for i in kept[name][row]])
             for name in ("gold", "predicted")

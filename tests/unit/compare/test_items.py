@@ -11,7 +11,7 @@ from fulltune.errors import SetupError
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.row_scores import measure_of, right_rows
 from fulltune.tasks import Target, task_named, token_classification
-from fulltune.tasks.token_classification import ragged
+from fulltune.tasks.padding import ragged
 
 ROWS = 200
 Kept = dict[str, np.ndarray]

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as reference
 
-from fulltune.tasks.text_classification import label_metrics
+from fulltune.tasks.classes import label_metrics
 
 
 def target(problem_type: str) -> Any:

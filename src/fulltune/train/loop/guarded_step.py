@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fulltune.errors import Diverged
-from fulltune.tasks.causal_lm import IGNORED
+from fulltune.tasks.padding import IGNORED
 from fulltune.train.loop.guards import WINDOW, not_finite
 from fulltune.train.optim.in_backward import InBackward
 

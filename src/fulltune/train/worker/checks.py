@@ -20,7 +20,8 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check
 from fulltune.tasks import Task
-from fulltune.tasks.causal_lm import IGNORED, end_token
+from fulltune.tasks.causal_lm import end_token
+from fulltune.tasks.padding import IGNORED
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.dry_run import check_of
 from fulltune.train.worker.passes import batch_of

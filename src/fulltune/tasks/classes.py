@@ -1,0 +1,243 @@
+"""Rows with one label, several labels, a number or a right choice: loss, metrics and answers of all of them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.records.scores import Answer
+from fulltune.tasks import Example, LossSettings, Predictions, Row, Target
+
+if TYPE_CHECKING:
+    import torch
+
+
+def label_config(labels: Sequence[str]) -> dict[str, Any]:
+    """Head size and label names, as a model's config has them."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: position for position, name in enumerate(labels)},
+    }
+
+
+def label_words(value: Any, target: Target) -> str:
+    """A label value in words."""
+    match target.problem_type:
+        case "regression":
+            return f"{float(value):g}"
+        case "single_label":
+            return target.labels[int(value)]
+        case "choice":
+            return f"({int(value)})"
+    chosen = [name for name, present in zip(target.labels, value, strict=True) if present >= 0.5]
+    return ", ".join(chosen) or "(none)"
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+    """`row_losses`, summed: a scalar."""
+    return row_losses(logits, labels, target, settings).sum()
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
+    """Cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
+
+    Args:
+        logits: `logits[batch, classes]`; of a number `logits[batch, 1]`.
+        labels: `labels[batch]`, classes or numbers; of several labels 0 or 1, `labels[batch, classes]`.
+        target: Says which of the three.
+        settings: Smoothing and weights of the classes.
+    """
+    import torch.nn.functional as F
+
+    logits = logits.float()
+    weights = None if settings.class_weights is None else logits.new_tensor(list(settings.class_weights))
+    smooth = settings.label_smoothing
+    match target.problem_type:
+        case "regression":
+            return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+        case "multi_label":
+            soft = labels * (1 - smooth) + smooth / 2
+            return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none").mean(dim=-1)
+        case _:
+            return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smooth, reduction="none")
+
+
+def count_items(labels: torch.Tensor) -> int:
+    """Rows of `labels[batch, ...]`."""
+    return labels.shape[0]
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+
+def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
+    """Keep `logits[batch, classes]` as float32, `labels` and the plain `loss[batch]`: small whatever the length."""
+    return {"logits": logits.float(), "labels": labels, "loss": row_losses(logits, labels, target, LossSettings())}
+
+
+def metrics(kept: Predictions, target: Target) -> dict[str, float]:
+    """`label_metrics` of the predicted labels, and the loss."""
+    values = label_metrics(kept["labels"], predict_labels(kept["logits"], target), target)
+    return values | ({"loss": float(np.mean(kept["loss"]))} if "loss" in kept else {})
+
+
+def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
+    """The metrics that need only labels, so that baselines without probabilities have them too.
+
+    A bootstrap computes them a thousand times: those of classes come from counts, with scikit-learn's values at a
+    hundredth of its time. A class that nothing was found of and nothing expected of is left out of the macro mean of
+    single labels, and counts as 0 in that of several labels, as in scikit-learn.
+
+    Args:
+        true: Class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows].
+        predicted: The same, of the model.
+        target: Says which of the three.
+    """
+    match target.problem_type:
+        case "choice":
+            return {"accuracy": float(np.mean(true == predicted))}
+        case "regression":
+            both = true.astype(np.float64), predicted.astype(np.float64)
+            return {name: metric(*both) for name, metric in NUMBER_METRICS.items()}
+        case "multi_label":
+            counts = np.stack([(true * predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0)])
+            return {
+                "f1_micro": float(_f1(counts.sum(axis=1))),
+                "f1_macro": float(_f1(counts).mean()),
+                "accuracy": float((true == predicted).all(axis=1).mean()),
+            }
+    classes = int(max(true.max(), predicted.max())) + 1
+    counts = np.stack(
+        [np.bincount(ids, minlength=classes).astype(np.float64) for ids in (true[true == predicted], predicted, true)]
+    )
+    return {
+        "accuracy": float(counts[0].sum() / len(true)),
+        "f1_macro": float(_f1(counts[:, counts[1] + counts[2] > 0]).mean()),
+        "mcc": _matthews(*counts),
+    }
+
+
+def _f1(counts: np.ndarray) -> np.ndarray:
+    """Of right, found and expected ones, [3, ...]; 0 where there is neither."""
+    both = counts[1] + counts[2]
+    return np.divide(2 * counts[0], both, out=np.zeros(both.shape), where=both != 0)
+
+
+def _matthews(right: np.ndarray, found: np.ndarray, expected: np.ndarray) -> float:
+    """Matthews' coefficient of several classes (Gorodkin 2004), each array [classes]; 0 where only one class occurs."""
+    rows = expected.sum()
+    scale = (rows**2 - (found**2).sum()) * (rows**2 - (expected**2).sum())
+    return float((right.sum() * rows - (found * expected).sum()) / math.sqrt(scale)) if scale > 0 else 0.0
+
+
+def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
+    """As scikit-learn has it: where all targets are equal, 1 for the right answer and 0 for any other."""
+    if len(true) < 2:
+        return math.nan
+    error, spread = ((true - predicted) ** 2).sum(), ((true - true.mean()) ** 2).sum()
+    return float(1 - error / spread) if spread > 0 else float(error == 0)
+
+
+def _spearman(true: np.ndarray, predicted: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    ranks = rankdata(true), rankdata(predicted)
+    one, two = (rank - rank.mean() for rank in ranks)
+    scale = math.sqrt((one**2).sum() * (two**2).sum())
+    return float((one * two).sum() / scale) if scale > 0 else 0.0
+
+
+def _kendall(true: np.ndarray, predicted: np.ndarray) -> float:
+    from scipy.stats import kendalltau
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a constant prediction
+        found = float(kendalltau(true, predicted).statistic)
+    return found if math.isfinite(found) else 0.0
+
+
+def _rmse(true: np.ndarray, predicted: np.ndarray) -> float:
+    return math.sqrt(((true - predicted) ** 2).mean())
+
+
+NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "r2": _r2,
+    "spearman": _spearman,
+    "kendall": _kendall,
+    "rmse": _rmse,
+}
+"""Of targets and predictions, float64 [rows]. A constant prediction has no rank correlation: it counts as 0."""
+
+
+def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
+    """Class ids [rows], a 0/1 matrix [rows, labels], or numbers [rows], from `logits[rows, classes]`."""
+    match target.problem_type:
+        case "regression":
+            return logits[:, 0]
+        case "multi_label":
+            return (logits > 0).astype(np.int64)
+        case _:
+            return logits.argmax(axis=-1)
+
+
+def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
+    """The wrong rows (regression: all rows) with the highest loss."""
+    predicted, true = predict_labels(kept["logits"], target), kept["labels"]
+    differs: Any = np.ones(len(true), bool) if target.problem_type == "regression" else np.asarray(predicted != true)
+    wrong = differs.any(axis=-1) if differs.ndim > 1 else differs
+    order = [position for position in np.argsort(-kept["loss"], kind="stable") if wrong[position]]
+    for position in order[:count]:
+        yield Answer(
+            text=texts[position],
+            expected=label_words(true[position], target),
+            predicted=label_words(predicted[position], target),
+            loss=float(kept["loss"][position]),
+        )
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------
+
+
+def answers(
+    kept: Predictions, rows: Sequence[Row], examples: Sequence[Sequence[Example]], target: Target, temperature: float
+) -> list[dict[str, Any]]:
+    """`label`, `probability` and `probabilities` by label; or `labels` and `probabilities`; or `value`."""
+    if target.problem_type == "regression":
+        return [{"value": value} for value in kept["logits"][:, 0].tolist()]
+    labels = target.labels
+    if target.problem_type == "multi_label":
+        from scipy.special import expit
+
+        return [
+            {
+                "labels": [name for name, chance in zip(labels, chances, strict=True) if chance > 0.5],
+                "probabilities": dict(zip(labels, chances, strict=True)),
+            }
+            for chances in expit(kept["logits"].astype(np.float64)).tolist()
+        ]
+    return [
+        {"label": labels[best], "probability": chances[best], "probabilities": dict(zip(labels, chances, strict=True))}
+        for best, chances in calibrated(kept["logits"], temperature)
+    ]
+
+
+def calibrated(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, list[float]]]:
+    """For each row of `logits[rows, classes]` the most probable class, and the probabilities of all."""
+    from scipy.special import softmax
+
+    chances = softmax(logits.astype(np.float64) / temperature, axis=-1)
+    return zip(logits.argmax(axis=-1).tolist(), chances.tolist(), strict=True)
+
+
+def with_label(row: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    """A row whose label is not known, with some label: checks and tokenising ask for one, no answer depends on it."""
+    some: Any = {"regression": 0.0, "multi_label": []}.get(target.problem_type, (target.labels or ("",))[0])
+    return {**row, target.columns["label"]: some}

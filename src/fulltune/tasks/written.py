@@ -1,0 +1,122 @@
+"""Models that write: loss over trained tokens, and scores of generated answers; for language models and seq2seq."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.tasks import LossSettings, Predictions, Target
+from fulltune.tasks.columns import normalised
+from fulltune.tasks.padding import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+
+
+def summed_loss(logits: Any, places: torch.Tensor, wanted: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    """Cross entropy of the trained tokens, summed: a scalar. Other places are left out before the float32 copy.
+
+    Args:
+        logits: `logits[batch, tokens, vocabulary]`; or those of the places only, `logits[trained, vocabulary]`, or
+            their pieces.
+        places: Where the logits of trained tokens stand: bool [batch, tokens].
+        wanted: Ids of the trained tokens, -100 elsewhere; `wanted[batch, n]` has them in the order of the places.
+        settings: Smoothing.
+    """
+    from fulltune.models import chunked_loss
+
+    return chunked_loss.summed_loss(_picked(logits, places), wanted[wanted != IGNORED], settings.label_smoothing)
+
+
+def token_sums(logits: Any, places: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Three numbers a row: summed `nll` (nats), number of `tokens`, number of `right` greedy tokens: float64 [batch].
+
+    The arguments are those of `summed_loss`.
+    """
+    import torch
+
+    from fulltune.models.chunked_loss import token_scores
+
+    chosen = wanted != IGNORED
+    rows = chosen.nonzero()[:, 0]
+    empty = torch.zeros(len(wanted), dtype=torch.float64, device=wanted.device)
+    losses, right = token_scores(_picked(logits, places), wanted[chosen])
+    return {
+        "nll": empty.index_add(0, rows, losses.double()),
+        "tokens": chosen.sum(dim=1).double(),
+        "right": empty.index_add(0, rows, right.double()),
+    }
+
+
+def _picked(logits: Any, places: torch.Tensor) -> Any:
+    """`logits[trained, vocabulary]` of the chosen places, which a selective head has picked already."""
+    return logits[places] if getattr(logits, "ndim", 2) == 3 else logits
+
+
+def metrics(kept: Predictions, target: Target) -> dict[str, float]:
+    """Loss per token in nats, perplexity, accuracy of the next token; each token counts the same.
+
+    Of what `score_answers` kept, the means; BLEU is that of the whole corpus, made from the sum of the rows' counts as
+    sacrebleu makes it: an order of n-grams without a match is smoothed (`exp`), so that few or short answers do not all
+    get 0.
+    """
+    values = {}
+    if "tokens" in kept:
+        tokens = max(1.0, float(kept["tokens"].sum()))
+        loss_per_token = float(kept["nll"].sum()) / tokens
+        values = {
+            "loss": loss_per_token,
+            "perplexity": math.exp(min(loss_per_token, 700.0)),
+            "token_accuracy": float(kept["right"].sum()) / tokens,
+        }
+    values |= {name: float(np.mean(kept[name])) for name in ("exact_match", "rougeL", "chrf") if name in kept}
+    if "bleu_counts" in kept:
+        from sacrebleu.metrics.bleu import BLEU
+
+        orders = BLEU().max_ngram_order
+        sums = kept["bleu_counts"].sum(axis=0).tolist()
+        counts, totals, (written, expected) = sums[:orders], sums[orders : 2 * orders], sums[2 * orders :]
+        values["bleu"] = BLEU.compute_bleu(counts, totals, written, expected, smooth_method="exp").score
+    return values
+
+
+_PACKAGES = {"rougeL": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}
+
+
+def can_score(metric: str) -> bool:
+    """Whether the package that a metric of answers needs is installed."""
+    return metric not in _PACKAGES or importlib.util.find_spec(_PACKAGES[metric]) is not None
+
+
+def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
+    """Exact match of each generated answer; with their packages also ROUGE-L (0 to 1) and chrF (0 to 100)."""
+    pairs = list(zip(answers, expected, strict=True))
+    kept = {"exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs])}
+    if can_score("rougeL"):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        rouge = RougeScorer(["rougeL"])
+        kept["rougeL"] = np.array([rouge.score(two, one)["rougeL"].fmeasure for one, two in pairs])
+    if can_score("chrf"):
+        from sacrebleu.metrics.chrf import CHRF
+
+        chrf = CHRF()
+        kept["chrf"] = np.array([chrf.sentence_score(one, [two]).score for one, two in pairs])
+    return kept
+
+
+def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
+    """What BLEU is made of, with sacrebleu: matching n-grams and n-grams of each order, then the lengths of answer and
+    target: `bleu_counts[rows, 10]`."""
+    if not can_score("bleu"):
+        return {}
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(effective_order=True)  # the counts do not depend on it; without it each short row would be warned of
+    scores = [bleu.sentence_score(one, [two]) for one, two in zip(answers, expected, strict=True)]
+    counts = [[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in scores]
+    return {"bleu_counts": np.array(counts, np.int64)}
