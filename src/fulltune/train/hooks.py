@@ -63,19 +63,23 @@ class Hooks:
         Raises:
             RecipeError: Naming each such pair.
         """
-        problems = []
-        if self.compute_loss is not None and recipe.train.class_weights is not None:
-            problems.append("compute_loss and train.class_weights are both given; weigh the classes in your loss")
-        if self.compute_loss is not None and recipe.train.chunked_loss:
-            problems.append("compute_loss and train.chunked_loss are both given; your loss is given whole logits")
-        if self.compute_loss is not None and recipe.train.label_smoothing_factor:
-            problems.append("compute_loss and train.label_smoothing_factor are both given; smooth in your loss")
-        if self.needs_this_process and recipe.train.num_processes > 1:
-            problems.append("compute_loss trains in this process; set train.num_processes: 1")
-        if self.needs_this_process and deepspeed.wanted(recipe):
-            problems.append("compute_loss trains in this process; remove train.extra.deepspeed")
-        if self.metrics is not None and FACTS[recipe.task].writes and not recipe.evaluate.generate_rows:
-            problems.append("metrics needs generated answers; set evaluate.generate_rows above 0")
+        train, own = recipe.train, self.compute_loss is not None
+        answers = not FACTS[recipe.task].writes or recipe.evaluate.generate_rows
+        pairs = {
+            "compute_loss and train.class_weights are both given; weigh the classes in your loss": (
+                own and train.class_weights is not None
+            ),
+            "compute_loss and train.chunked_loss are both given; your loss is given whole logits": (
+                own and train.chunked_loss
+            ),
+            "compute_loss and train.label_smoothing_factor are both given; smooth in your loss": (
+                own and train.label_smoothing_factor
+            ),
+            "compute_loss trains in this process; set train.num_processes: 1": own and train.num_processes > 1,
+            "compute_loss trains in this process; remove train.extra.deepspeed": own and deepspeed.wanted(recipe),
+            "metrics needs generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,
+        }
+        problems = [problem for problem, is_so in pairs.items() if is_so]
         if problems:
             raise RecipeError(problems)
 

@@ -13,7 +13,6 @@ import torch
 from transformers import TrainerCallback
 
 from fulltune.errors import Diverged
-from fulltune.records.plan import Phase
 from fulltune.train import checkpoints
 from fulltune.train.loop.guards import diverged, stopped_improving
 from fulltune.train.run_time import TRAINING
@@ -147,28 +146,6 @@ class Seals(TrainerCallback):
         checkpoints.seal(self.folder / f"checkpoint-{state.global_step}")
         self.on_seal()  # now the disk is at its fullest
         checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
-
-
-@dataclass(eq=False)
-class Phases(TrainerCallback):
-    """Notes when the loop takes steps and when it saves; an evaluation notes itself. The last callback: others decide
-    whether to save."""
-
-    at: Callable[[Phase], None]
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.at("step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if control.should_save and not control.should_evaluate:
-            self.at("saving")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if control.should_save:
-            self.at("saving")
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.at("step")
 
 
 @dataclass(eq=False)

@@ -1,8 +1,9 @@
 """transformers' `Trainer` as a run uses it: our order of the rows, evaluation, checkpoints and optimizers.
 
 Overridden are `training_step`, `compute_loss` and `_get_grad_norm` (`guarded_step.py`), and here `compute_loss`,
-`_clip_grad_norm`, `get_train_dataloader`, `_get_num_items_in_batch`, `_load_from_checkpoint`, `_save`, `evaluate` and
-`create_optimizer`. The loop, the schedule of the rate, logging and the choice of the best step stay theirs.
+`_clip_grad_norm`, `get_train_dataloader`, `_get_num_items_in_batch`, `_load_from_checkpoint`, `_save_checkpoint`,
+`_save`, `evaluate` and `create_optimizer`. The loop, the schedule of the rate, logging and the choice of the best step
+stay theirs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.records.plan import Plan
 from fulltune.train import checkpoints
+from fulltune.train.journal import Journal
 from fulltune.train.loop.guarded_step import GuardedStep
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.optim import optimizers
@@ -34,6 +36,7 @@ class FullTrainer(GuardedStep, Trainer):
         lengths: Tokens of each train row.
         plan: The batches, the optimizer, how it rounds, and the factor of the rate from a layer to the one below.
         score: Gives the eval metrics of the current model, without a prefix.
+        journal: Told when a checkpoint is saved.
         count_items: Items in the loss of a batch, from its labels: rows, or trained tokens.
         trained_only: Checkpoints hold what is trained; the rest stays as it was loaded.
         **keywords: As for `transformers.Trainer`.
@@ -51,6 +54,7 @@ class FullTrainer(GuardedStep, Trainer):
         plan: Plan,
         score: Callable[[], Mapping[str, float]],
         count_items: Callable[[torch.Tensor], int],
+        journal: Journal,
         trained_only: bool = False,
         **keywords: Any,
     ) -> None:
@@ -65,6 +69,7 @@ class FullTrainer(GuardedStep, Trainer):
         )
         self._plan = plan
         self._score = score
+        self._journal = journal
         self.count_items = count_items
         self.trained_only = trained_only
         self.add_callback(_Epochs(self.sampler))
@@ -122,6 +127,10 @@ class FullTrainer(GuardedStep, Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             checkpoints.load_weights(self.model, Path(resume_from_checkpoint), self.trained_only)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._journal.during("saving"):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.trained_only:

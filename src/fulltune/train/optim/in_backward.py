@@ -109,6 +109,3 @@ class InBackward(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise NotImplementedError("its hooks are on the tensors that it was made for")
-
-    def __repr__(self) -> str:
-        return f"InBackward({self.behind!r})"

@@ -11,7 +11,6 @@ fixed size, so that beyond the state it needs a few MiB. Moments: see moments.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,38 +26,26 @@ CPU_SLICE = 2**16
 """Values updated at a time: 1.3 MiB of buffers stay in a core's cache; the noise is 8 MiB."""
 GPU_SLICE = 2**20
 """Here each operation costs a launch: 20 MiB of buffers and 16 MiB of noise."""
-_GROUP_KEYS = ("params", "lr", "initial_lr", "betas", "eps", "weight_decay")
+_GROUP_KEYS = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 _WEIGHT, _FIRST, _SECOND = range(3)
 """What a random number is for."""
 
 
 def settings(optim: str, rounding: Rounding | None, seed: int) -> dict[str, Any] | None:
     """Arguments of `AdamW` for one of our own names; None for transformers' optimizers."""
-    match optim:
-        case "adamw_8bit":
-            return {"moments_format": "8bit", "rounding": rounding, "seed": seed}
-        case "adamw_bf16":
-            return {"moments_format": "bf16", "rounding": rounding, "seed": seed}
-    return None
+    formats: dict[str, Format] = {"adamw_8bit": "8bit", "adamw_bf16": "bf16"}
+    return {"moments_format": formats[optim], "rounding": rounding, "seed": seed} if optim in formats else None
 
 
-@dataclass
 class _Buffers:
-    """fp32 scratch of one device."""
+    """fp32 scratch of one device, each [values of a slice]."""
 
-    first: Tensor
-    second: Tensor
-    other: Tensor
-    weights: Tensor
-    gradient: Tensor
-    noise: Noise
-
-    @classmethod
-    def on(cls, device: torch.device, slice_values: int, seed: int) -> _Buffers:
-        def empty() -> Tensor:
-            return torch.empty(slice_values, device=device)
-
-        return cls(empty(), empty(), empty(), empty(), empty(), Noise(seed, slice_values, device))
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.size = CPU_SLICE if device.type == "cpu" else GPU_SLICE
+        self.first, self.second, self.other, self.weights, self.gradient = (
+            torch.empty(self.size, device=device) for _ in range(5)
+        )
+        self.noise = Noise(seed, self.size, device)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -68,7 +55,7 @@ class AdamW(torch.optim.Optimizer):
     moments are converted. What a step rounds at random depends on the seed, the step and the tensor's place alone.
 
     Args:
-        params: Tensors or groups; weights in fp32 or bf16.
+        params: Tensors or groups; weights of any shape in fp32 or bf16.
         lr: Learning rate.
         betas: Decay of the first and the second moment.
         eps: Added to the root of the second moment.
@@ -109,87 +96,75 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel():
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad.reshape(-1), group)
 
-    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        """One tensor by its gradient[values], slice by slice."""
         state = self.state[parameter]
         if not state:
             state.update(self._new_state(parameter))
         state["step"] += 1
-        weights, gradient = parameter.detach().reshape(-1), parameter.grad
-        assert gradient is not None
-        gradient = gradient.reshape(-1)
-        buffers, size = self._buffers(parameter.device)
+        weights, size = parameter.detach().reshape(-1), self._buffers(parameter).size
         for begin in range(0, len(weights), size):
-            end = min(begin + size, len(weights))
-            self._update_slice(weights, gradient[begin:end], state, group, begin, buffers, self._places[parameter])
+            stretch = slice(begin, begin + size)
+            self._update_slice(parameter, weights[stretch], gradient[stretch], group, begin)
         if not parameter.is_contiguous():
             parameter.copy_(weights.view(parameter.shape))
 
     def _update_slice(
-        self,
-        all_weights: Tensor,
-        gradient: Tensor,
-        state: dict[str, Any],
-        group: Mapping[str, Any],
-        begin: int,
-        buffers: _Buffers,
-        place: int,
+        self, parameter: Tensor, kept: Tensor, gradient: Tensor, group: Mapping[str, Any], begin: int
     ) -> None:
-        count, step, noise = len(gradient), int(state["step"]), buffers.noise
-        end = begin + count
-        numbers = (step, place, begin)
+        """Update kept[values of the slice] in place by gradient[the same], and the moments from `begin` on."""
+        state, buffers = self.state[parameter], self._buffers(parameter)
+        end, step = begin + len(kept), int(state["step"])
+        numbers = (step, self._places[parameter], begin)
         beta1, beta2 = group["betas"]
         if gradient.dtype != torch.float32:
-            gradient = buffers.gradient[:count].copy_(gradient)
+            gradient = buffers.gradient[: len(kept)].copy_(gradient)
         first = moments.read_first(state, begin, end, beta1, buffers.first).add_(gradient, alpha=1 - beta1)
         second = moments.read_second(state, begin, end, beta2, buffers.second)
         second.addcmul_(gradient, gradient, value=1 - beta2)
-        square_root = moments.root(second, buffers.other[:count])
-        moments.write_second(state, begin, second, square_root, noise, (*numbers, _SECOND))
+        square_root = moments.root(second, buffers.other[: len(kept)])
+        moments.write_second(state, begin, second, square_root, buffers.noise, (*numbers, _SECOND))
         # lr m' / (sqrt(v') + eps), where m' and v' are divided by 1 - beta^step, with one division less.
         correction = (1 - beta2**step) ** 0.5
         rate = group["lr"] * correction / (1 - beta1**step)
-        kept = all_weights[begin:end]
-        weights = kept if kept.dtype == torch.float32 else self._widened(kept, state, begin, buffers)
+        weights = kept
+        if kept.dtype != torch.float32:
+            weights = buffers.weights[: len(kept)].copy_(kept)
+            if self._rounding == "kahan":
+                weights.add_(state["compensation"][begin:end])
         if group["weight_decay"]:
             weights.mul_(1 - group["lr"] * group["weight_decay"])
         weights.addcdiv_(first, square_root.add_(group["eps"] * correction), value=-rate)
         if kept.dtype != torch.float32:
-            self._narrow(weights, kept, state, begin, buffers, numbers)
-        moments.write_first(state, begin, first, buffers.other, noise, (*numbers, _FIRST))
-
-    def _widened(self, kept: Tensor, state: Mapping[str, Tensor], begin: int, buffers: _Buffers) -> Tensor:
-        """bf16 weights as fp32."""
-        weights = buffers.weights[: len(kept)].copy_(kept)
-        if self._rounding == "kahan":
-            weights.add_(state["compensation"][begin : begin + len(kept)])
-        return weights
+            self._narrow(weights, kept, state.get("compensation"), begin, buffers, numbers)
+        moments.write_first(state, begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
 
     def _narrow(
         self,
         weights: Tensor,
         kept: Tensor,
-        state: Mapping[str, Tensor],
+        compensation: Tensor | None,
         begin: int,
         buffers: _Buffers,
         numbers: tuple[int, ...],
     ) -> None:
-        """Round fp32 weights into the bf16 ones; `weights` is overwritten."""
+        """Round fp32 weights[values] into bf16 kept[values]; `weights` is overwritten."""
         noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
         if self._rounding == "stochastic":
             moments.round_at_random(weights, noise)
         kept.copy_(weights)
-        if self._rounding == "kahan":
+        if compensation is not None:
             lost = weights.sub_(buffers.other[: len(kept)].copy_(kept))
             moments.round_at_random(lost, noise)
-            state["compensation"][begin : begin + len(kept)] = lost
+            compensation[begin : begin + len(kept)] = lost
 
-    def _buffers(self, device: torch.device) -> tuple[_Buffers, int]:
-        size = CPU_SLICE if device.type == "cpu" else GPU_SLICE
+    def _buffers(self, parameter: Tensor) -> _Buffers:
+        device = parameter.device
         if device not in self._scratch:
-            self._scratch[device] = _Buffers.on(device, size, self._seed)
-        return self._scratch[device], size
+            self._scratch[device] = _Buffers(device, self._seed)
+        return self._scratch[device]
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = moments.start(parameter.numel(), self._format, parameter.device)
@@ -208,8 +183,8 @@ class AdamW(torch.optim.Optimizer):
             return None
         count = parameter.numel()
         out = torch.empty(-(-count // moments.GROUP) * moments.GROUP, device=parameter.device)
-        found = {**state, "exp_avg_sq": state["exp_avg_sq"].reshape(-1)}
-        return moments.read_second(found, 0, count, 1.0, out).reshape(parameter.shape).clone()
+        flat = {**state, "exp_avg_sq": state["exp_avg_sq"].reshape(-1)}
+        return moments.read_second(flat, 0, count, 1.0, out).reshape(parameter.shape).clone()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -219,7 +194,7 @@ class AdamW(torch.optim.Optimizer):
         """
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group in self.param_groups:
-            for key in [key for key in group if key not in _GROUP_KEYS]:
+            for key in group.keys() - _GROUP_KEYS:
                 del group[key]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(saved, self._places, strict=True):
@@ -233,41 +208,25 @@ class AdamW(torch.optim.Optimizer):
                 f"checkpoint: the optimizer's state has no {', '.join(sorted(missing))} (found {', '.join(given)}): it "
                 "was not written by an AdamW, and another optimizer cannot go on with it; start a new run"
             )
-        step = float(given["step"])
         source = {
             name: value.to(parameter.device).reshape(-1)
             for name, value in given.items()
             if isinstance(value, Tensor) and name != "step"
         }
         state = self._new_state(parameter)
-        state["step"].fill_(step)
-        if "compensation" in state and "compensation" in source:
-            state["compensation"].copy_(source["compensation"])
-        if source["exp_avg"].dtype == state["exp_avg"].dtype:
-            for name in state.keys() & source.keys():
-                state[name].copy_(source[name])
+        state["step"].fill_(float(given["step"]))
+        same_format = source["exp_avg"].dtype == state["exp_avg"].dtype
+        for name in state.keys() & source.keys() if same_format else state.keys() & source.keys() & {"compensation"}:
+            state[name].copy_(source[name])
+        if same_format:
             return state
-        buffers, size = self._buffers(parameter.device)
-        place = self._places[parameter]
-        for begin in range(0, parameter.numel(), size):
-            end = min(begin + size, parameter.numel())
-            self._convert(source, state, begin, end, buffers, (int(step), place, begin))
+        buffers, step, place = self._buffers(parameter), int(given["step"]), self._places[parameter]
+        for begin in range(0, parameter.numel(), buffers.size):
+            end = min(begin + buffers.size, parameter.numel())
+            numbers = (step, place, begin)
+            second = buffers.second[: end - begin].copy_(moments.read_second(source, begin, end, 1.0, buffers.second))
+            square_root = moments.root(second, buffers.other[: end - begin])
+            moments.write_second(state, begin, second, square_root, buffers.noise, (*numbers, _SECOND))
+            first = buffers.first[: end - begin].copy_(moments.read_first(source, begin, end, 1.0, buffers.first))
+            moments.write_first(state, begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
         return state
-
-    def _convert(
-        self,
-        source: Mapping[str, Tensor],
-        state: dict[str, Tensor],
-        begin: int,
-        end: int,
-        buffers: _Buffers,
-        numbers: tuple[int, ...],
-    ) -> None:
-        noise = buffers.noise
-        second = moments.read_second(source, begin, end, 1.0, buffers.second)
-        second = buffers.second[: end - begin].copy_(second)
-        square_root = moments.root(second, buffers.other[: end - begin])
-        moments.write_second(state, begin, second, square_root, noise, (*numbers, _SECOND))
-        first = moments.read_first(source, begin, end, 1.0, buffers.first)
-        first = buffers.first[: end - begin].copy_(first)
-        moments.write_first(state, begin, first, buffers.other, noise, (*numbers, _FIRST))

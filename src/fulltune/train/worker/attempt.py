@@ -25,7 +25,6 @@ from fulltune.train.worker.best import keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.dry_run import dry_run
-from fulltune.train.worker.evaluation import reduce_rows
 from fulltune.train.worker.loading import early_stopping, make_trainer
 from fulltune.train.worker.observed import Observed
 
@@ -133,7 +132,7 @@ def _dry_run(attempt: AttemptContext, rows: Any, eval_rows: Any) -> None:
 
     def evaluate(positions: Sequence[int]) -> object:
         attempt.journal.at("evaluation")
-        return reduce_rows(attempt, Share(eval_rows, positions))
+        return attempt.reduced(Share(eval_rows, positions))
 
     result = dry_run(
         attempt.trainer,

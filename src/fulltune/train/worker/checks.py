@@ -16,12 +16,12 @@ from fulltune.inference.run import by_length
 from fulltune.inference.store import Rows
 from fulltune.models.dropout import STEPS, SixteenBitDropout, threshold
 from fulltune.models.packing import leak
-from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check
 from fulltune.tasks import Task
 from fulltune.tasks.causal_lm import end_token
 from fulltune.tasks.padding import IGNORED
+from fulltune.text import counted
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.dry_run import check_of
 from fulltune.train.worker.passes import batch_of
@@ -32,39 +32,31 @@ _PIECES = "loss in pieces"
 
 
 def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
-    """Run all checks but the dry run; the caller refuses to train when one did not pass.
-
-    With a loss of the user's own the model gives all its logits. Where the recipe itself asks for the loss in pieces,
-    a model that does not allow it is not trained.
-    """
-    trainer, plan, summary, task = attempt.trainer, attempt.plan, attempt.summary, attempt.task
-    model: Any = trainer.model
-    pieces_asked = attempt.recipe.train.chunked_loss is True
-    checks = [_parameters(model, plan), _world_size(trainer, plan), _truncation(summary), _dropout(model)]
+    """Run all checks but the dry run; the caller refuses to train when one did not pass."""
+    trainer, plan, summary = attempt.trainer, attempt.plan, attempt.summary
+    writes, model = attempt.task.FACTS.writes, trainer.model
+    train, found = summary.splits["train"], trainer.args.world_size
+    truncated = f"{train.truncated_rows} of {train.rows} at {summary.max_length} tokens"
+    processes = f"{found}, asked for {plan.num_processes}"
+    checks = [
+        _parameters(model, plan),
+        Check(name="processes", result=processes, passed=found == plan.num_processes),
+        Check(name="truncated rows", result=truncated, passed=True),
+        _dropout(model),
+    ]
     if attempt.head is not None:
         checks.append(Check(name="head", result=attempt.head.in_words, passed=True))
-    if task.FACTS.writes:
+    if writes:
         checks.append(_trained_tokens(rows))
     if summary.problem_type in ("prompt_completion", "chat", "source_target"):
-        checks.append(_end_tokens(model, trainer.processing_class, rows, task, summary))
-    if trainer.is_deepspeed_enabled:
-        # Only its engine can run the model; it exists when training begins: see `dry_run_in_engine`.
-        if summary.packed:
-            apart = "on a one-layer copy of the model; not tried on its weights, which DeepSpeed shares out"
-            checks.append(Check(name=_APART, result=apart, passed=True))
-        if task.FACTS.writes:
-            checks.append(Check(name=_SELECTIVE, result="off: DeepSpeed shares out the model", passed=True))
-            if plan.chunked_loss:
-                checks.append(Check(name=_PIECES, result="off: DeepSpeed shares out the head", passed=not pieces_asked))
-        return checks
+        checks.append(_end_tokens(attempt, rows))
     if summary.packed:
-        # On the real weights, what the data stage found out on a copy of the architecture.
-        problem = leak(model, model.config.model_type)
-        checks.append(Check(name=_APART, result=problem or "yes", passed=problem is None))
-    if task.FACTS.writes:
-        checks.append(_selective_head(trainer, rows, task, own_loss=attempt.hooks.compute_loss is not None))
+        checks.append(_texts_apart(trainer))
+    if writes:
+        checks.append(_selective_head(trainer, rows, attempt.task, own_loss=attempt.hooks.compute_loss is not None))
         if plan.chunked_loss:
-            checks.append(_loss_in_pieces(trainer, checks[-1].result, pieces_asked))
+            asked = attempt.recipe.train.chunked_loss is True
+            checks.append(_loss_in_pieces(trainer, checks[-1].result, asked))
     return checks
 
 
@@ -95,32 +87,15 @@ def _values(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _world_size(trainer: Any, plan: Plan) -> Check:
-    found = trainer.args.world_size
-    return Check(
-        name="processes", result=f"{found}, asked for {plan.num_processes}", passed=found == plan.num_processes
-    )
-
-
-def _truncation(summary: DataSummary) -> Check:
-    train = summary.splits["train"]
-    return Check(
-        name="truncated rows",
-        result=f"{train.truncated_rows} of {train.rows} at {summary.max_length} tokens",
-        passed=True,
-    )
-
-
 def _dropout(model: Any) -> Check:
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
-    shares = sorted({f"{module.p:g} becomes {threshold(module.p) / STEPS:.6g}" for module in modules})
-    made = f"{len(modules)} modules, with random numbers of 16 bits for speed"
-    result = f"{made} ({', '.join(shares)})" if modules else "torch's own, or none"
-    return Check(name="dropout", result=result, passed=True)
+    shares = ", ".join(sorted({f"{module.p:g} becomes {threshold(module.p) / STEPS:.6g}" for module in modules}))
+    ours = f"{counted(len(modules), 'module')}, with random numbers of 16 bits for speed ({shares})"
+    return Check(name="dropout", result=ours if modules else "torch's own, or none", passed=True)
 
 
 def _last_trained(rows: Rows) -> np.ndarray:
-    """Each row's last trained token, IGNORED where it has none."""
+    """tokens[rows]: each row's last trained token, IGNORED where it has none."""
     found = []
     for flat, offsets in rows.lists("labels"):
         positions = np.where(flat != IGNORED, np.arange(len(flat)), -1)
@@ -134,10 +109,23 @@ def _trained_tokens(rows: Rows) -> Check:
     return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
 
 
+def _texts_apart(trainer: Any) -> Check:
+    """On the real weights, what the data stage found out on a copy of the architecture."""
+    if trainer.is_deepspeed_enabled:
+        result = "on a one-layer copy of the model; not tried on its weights, which DeepSpeed shares out"
+        return Check(name=_APART, result=result, passed=True)
+    problem = leak(trainer.model, trainer.model.config.model_type)
+    return Check(name=_APART, result=problem or "yes", passed=problem is None)
+
+
 def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Check:
     """Give the trainer its selective head; without one, training is slower and the same."""
-    if own_loss or trainer.args.torch_compile:
-        result = "off: compute_loss is your own" if own_loss else "off: with torch.compile hooks are left out"
+    if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists when training begins
+        result = "off: DeepSpeed shares out the model"
+    elif own_loss:  # it is given all logits
+        result = "off: compute_loss is your own"
+    elif trainer.args.torch_compile:
+        result = "off: with torch.compile hooks are left out"
     else:
         batch = batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]])
         trainer.head, result = selective_head.verified(trainer.model, task, batch)
@@ -146,25 +134,26 @@ def _selective_head(trainer: Any, rows: Rows, task: Task, own_loss: bool) -> Che
 
 def _loss_in_pieces(trainer: Any, about_head: str, asked: bool) -> Check:
     """Without it, training takes more memory and is the same; only a recipe that asks for it is refused."""
-    found = about_head if trainer.head is None else trainer.head.about_pieces
+    result = about_head if trainer.head is None else trainer.head.about_pieces
     possible = trainer.head is not None and trainer.head.in_pieces
     if asked and not possible:
-        found += "; remove train.chunked_loss"
-    return Check(name=_PIECES, result=found, passed=possible or not asked)
+        result += "; remove train.chunked_loss"
+    return Check(name=_PIECES, result=result, passed=possible or not asked)
 
 
-def _end_tokens(model: Any, tokenizer: Any, rows: Rows, task: Task, summary: DataSummary) -> Check:
+def _end_tokens(attempt: AttemptContext, rows: Rows) -> Check:
     """Every whole answer must end with a trained end token that survives padding and stops generation."""
+    tokenizer: Any = attempt.trainer.processing_class
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens, counts = np.unique(_last_trained(rows), return_counts=True)
     last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
     ends = {token for token in last if token in special}
     without = sum(count for token, count in last.items() if token not in special)
-    cut = summary.splits["train"].truncated_rows
+    cut = attempt.summary.splits["train"].truncated_rows
     if ends:
-        _stop_generation_at(model, ends)
+        _stop_generation_at(attempt.trainer.model, ends)
     pair = [dict(rows[i]) for i in (by_length(rows)[0], by_length(rows)[-1])]
-    padded = task.collate(pair, tokenizer.pad_token_id)
+    padded = attempt.task.collate(pair, tokenizer.pad_token_id)
     survives = end_token({"labels": padded["labels"][1].tolist()}) == end_token(pair[1])
     names = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "none"
     return Check(

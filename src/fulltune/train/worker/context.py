@@ -1,11 +1,14 @@
-"""What the parts of an attempt share."""
+"""What the parts of an attempt share, and the evaluation of the current weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from fulltune import methods
+from fulltune.inference.run import Share, by_length, run_rows
 from fulltune.models.checkpoint_head import Head
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -18,6 +21,7 @@ from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.request import Request
+from fulltune.train.worker import distributed
 from fulltune.train.worker.observed import Observed
 
 
@@ -63,3 +67,29 @@ class AttemptContext:
     def sharing(self) -> deepspeed.Zero | None:
         """What DeepSpeed shares out; None without it."""
         return deepspeed.zero_of(self.recipe)
+
+    def score(self, rows: Any) -> Mapping[str, float]:
+        """The eval metrics of the current weights; several processes share the rows."""
+        arguments = self.trainer.args
+        if arguments.world_size == 1:
+            return self.task.metrics(self.reduced(rows), self.target)
+        size, rank = self.plan.eval_batch_size, arguments.process_index
+        positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
+        mine = self.reduced(Share(rows, positions))
+        return self.task.metrics(distributed.put_together(mine, positions[:count]), self.target)
+
+    def reduced(self, rows: Any) -> Any:
+        """These rows through the current weights: name to values[rows, ...], a few numbers of each row."""
+        trainer: Any = self.trainer
+        with self.journal.during("evaluation"):
+            return run_rows(
+                # Weights that are shared out are put together by DeepSpeed's engine.
+                trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model,
+                rows,
+                self.task,
+                self.target,
+                trainer.processing_class.pad_token_id,
+                batch_size=self.plan.eval_batch_size,
+                precision=self.plan.precision,
+                head=trainer.head,
+            )

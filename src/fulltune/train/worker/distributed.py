@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.inference.run import Share, batches, by_length
+from fulltune.inference.run import batches
 
 
 def start_deepspeed(arguments: Any) -> None:
@@ -56,17 +56,18 @@ def share(order: Sequence[int], batch_size: int, rank: int, num_processes: int) 
     return positions, count
 
 
-def my_share(rows: Sequence[Mapping[str, Any]], batch_size: int, rank: int, num_processes: int) -> tuple[Share, int]:
-    """See `share`."""
-    positions, count = share(by_length(rows), batch_size, rank, num_processes)
-    return Share(rows, positions), count
+def put_together(mine: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:
+    """What all processes reduced their rows to, in the order of the rows; the same in every process.
 
+    Args:
+        mine: Name to values[rows of this process, ...].
+        positions: Of the rows that count, the first ones.
 
-def put_together(kept: Mapping[str, np.ndarray], mine: Share, count: int) -> dict[str, np.ndarray]:
-    """What all processes reduced their rows to, in the order of the rows; the same in every process."""
+    Returns:
+        Name to values[rows, ...].
+    """
     from accelerate.utils import gather_object
 
-    part = {name: values[:count] for name, values in kept.items()}
-    parts = gather_object([(list(mine.positions[:count]), part)])
+    parts = gather_object([(list(positions), {name: values[: len(positions)] for name, values in mine.items()})])
     place = np.argsort([position for positions, _ in parts for position in positions])
-    return {name: np.concatenate([values[name] for _, values in parts])[place] for name in kept}
+    return {name: np.concatenate([values[name] for _, values in parts])[place] for name in mine}

@@ -76,7 +76,7 @@ def clear_lock(lock: Path, phase: Say, note: Note) -> None:
         waiting = f"waiting for {lock} ({f'process {holder} compiles' if holder else 'its owner is not to be seen'})"
         if waiting != said:
             phase(waiting)
-            said = waiting
+        said = waiting
         time.sleep(_POLL_SECONDS)
 
 

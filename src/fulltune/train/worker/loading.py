@@ -23,9 +23,9 @@ from fulltune.system import deepspeed
 from fulltune.tasks import LossSettings, Target, Task
 from fulltune.tasks.settings import class_weights
 from fulltune.train.loop.arguments import training_arguments
-from fulltune.train.loop.callbacks import Phases, SaveAndStopEarly, Seals, StopWhenDiverged
+from fulltune.train.loop.callbacks import AtBegin, SaveAndStopEarly, Seals, StopWhenDiverged
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.worker import distributed, evaluation, extensions, weights
+from fulltune.train.worker import distributed, extensions, weights
 from fulltune.train.worker.context import AttemptContext
 
 
@@ -90,8 +90,9 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         compute_loss_func=attempt.hooks.compute_loss or compute_loss,
         lengths=rows["length"],
         plan=plan,
-        score=lambda: evaluation.score(attempt, eval_rows),
+        score=lambda: attempt.score(eval_rows),
         count_items=task.count_items,
+        journal=attempt.journal,
         trained_only=recipe.method.kind != "full",
         callbacks=_callbacks(attempt),
     )
@@ -124,4 +125,5 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
     )
     # A loss of the user's own may rise for good reasons.
     guards = [StopWhenDiverged(lambda: observed.dry_run_loss)] if attempt.hooks.compute_loss is None else []
-    return [attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop, Phases(attempt.journal.at)]
+    stepping = AtBegin(lambda: attempt.journal.at("step"))
+    return [stepping, attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop]

@@ -27,7 +27,6 @@ from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.request import Request
-from fulltune.train.worker import memory_limit
 from fulltune.train.worker.observed import Observed
 
 Event = dict[str, Any]
@@ -69,7 +68,7 @@ def _train(
 ) -> dict[str, Any]:
     # Imported here: an error while torch and transformers load becomes an outcome as well.
     from fulltune.train.loop.callbacks import StopWhenAsked
-    from fulltune.train.worker import attempt
+    from fulltune.train.worker import attempt, memory_limit
 
     stop = StopWhenAsked()
     _listen_for_signals(stop)

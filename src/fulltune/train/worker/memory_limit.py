@@ -17,9 +17,11 @@ import contextlib
 import resource
 from collections.abc import Callable, Iterator
 
+import torch
+
 from fulltune.errors import DoesNotFitError
 from fulltune.system.meter import status_bytes
-from fulltune.text import in_words
+from fulltune.text import format_bytes
 
 
 @contextlib.contextmanager
@@ -34,53 +36,28 @@ def held_to(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -
     Raises:
         DoesNotFitError: When more than that is held already.
     """
-    if limit_bytes is None:
+    with contextlib.ExitStack() as undo:  # also what is said about an error needs memory
+        if limit_bytes is not None and device == "cuda":
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
+            undo.callback(torch.cuda.set_per_process_memory_fraction, 1.0)
+        elif limit_bytes is not None and status_bytes("VmData"):
+            before = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (_data_limit(limit_bytes, before), before[1]))
+            undo.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
+        elif limit_bytes is not None:
+            warn("memory limit: only the plan keeps to it, because this system cannot enforce it")
         yield
-    elif device == "cuda":
-        with _on_gpu(limit_bytes):
-            yield
-    elif not status_bytes("VmData"):
-        warn("memory limit: only the plan keeps to it, because this system cannot enforce it")
-        yield
-    else:
-        with _on_host(limit_bytes):
-            yield
 
 
-@contextlib.contextmanager
-def _on_gpu(limit_bytes: int) -> Iterator[None]:
-    import torch
-
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-@contextlib.contextmanager
-def _on_host(limit_bytes: int) -> Iterator[None]:
-    _start_threads()
+def _data_limit(limit_bytes: int, before: tuple[int, int]) -> int:
+    # Has torch start its pool: a thread that finds no memory for its stack later ends the process without a word.
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))
     held = status_bytes("VmRSS")
     if limit_bytes <= held:
         raise DoesNotFitError(
-            f"train.memory_limit: {in_words(limit_bytes)}, but Python and its libraries alone hold {in_words(held)}; "
-            "set a higher limit"
+            f"train.memory_limit: {format_bytes(limit_bytes)}, but Python and its libraries alone hold "
+            f"{format_bytes(held)}; set a higher limit"
         )
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = status_bytes("VmData") + limit_bytes - held
     allowed = [value for value in before if value != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *allowed]), before[1]))
-    try:
-        yield
-    finally:
-        # Also what is said about an error needs memory.
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def _start_threads() -> None:
-    """Have torch start its pool: a thread that finds no memory for its stack later ends the process without a word."""
-    import torch
-
-    torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+    return min([status_bytes("VmData") + limit_bytes - held, *allowed])

@@ -60,11 +60,9 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
             return None
         return safe_get_full_optimizer_state(parameter, "exp_avg_sq").cpu()
     optimizer = getattr(optimizer, "behind", optimizer)
-    if isinstance(optimizer, AdamW):
-        found = optimizer.second_moment(parameter)
-    else:
-        found = optimizer.state.get(parameter, {}).get("exp_avg_sq")
-    return None if found is None else found.cpu()
+    own = isinstance(optimizer, AdamW)
+    second = optimizer.second_moment(parameter) if own else optimizer.state.get(parameter, {}).get("exp_avg_sq")
+    return None if second is None else second.cpu()
 
 
 def _link_all_groups(optimizer: Any) -> None:
@@ -103,8 +101,7 @@ class InitialWeights:
         Only the first process has the weights before and counts.
         """
         _link_all_groups(optimizer)
-        tensors = moved_tensors = values = moved_values = 0
-        unmoved = []
+        counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
         for name, parameter in methods.trained(model).items():
             second = second_moment(parameter, optimizer)
             if second is None and name not in with_gradient:
@@ -115,24 +112,18 @@ class InitialWeights:
             changed = now != self._before(name).to(now.dtype)
             touched = changed.new_ones(changed.shape) if second is None else second > 0
             # Not `sum`, which makes eight bytes of each truth value.
-            count = int((changed & touched).count_nonzero())
-            if not touched.any():
-                continue
-            tensors += 1
-            values += int(touched.count_nonzero())
-            moved_values += count
-            moved_tensors += count > 0
-            if not count:
-                unmoved.append(name)
+            if received := int(touched.count_nonzero()):
+                counts[name] = received, int((changed & touched).count_nonzero())
+        unmoved = [name for name, (_, moved) in counts.items() if not moved]
         return Moved(
-            num_tensors_with_gradient=tensors,
-            num_tensors_moved=moved_tensors,
-            num_values_with_gradient=values,
-            num_values_moved=moved_values,
+            num_tensors_with_gradient=len(counts),
+            num_tensors_moved=len(counts) - len(unmoved),
+            num_values_with_gradient=sum(received for received, _ in counts.values()),
+            num_values_moved=sum(moved for _, moved in counts.values()),
             unmoved_tensors=tuple(unmoved[:20]),
         )
 
-    def _before(self, name: str) -> Any:
+    def _before(self, name: str) -> torch.Tensor:
         """A tensor as it was. The file is opened anew for each, or all of it would stay in memory."""
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
