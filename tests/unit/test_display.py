@@ -16,7 +16,7 @@ LABEL = "The verdict"
 BRIEF = "On the same 200 test rows, the accuracy of full-seed42 is 13.0 points lower than that of majority class."
 STEPS = (
     "The train loss was still falling at the end (5.01 to 3.6). Train for longer: --set train.num_train_epochs=4.",
-    "Only 179 rows are trained on. Take more: leave data.max_rows out.",
+    "Only 179 rows are used for training. Use more: remove data.max_rows.",
 )
 
 
@@ -41,7 +41,7 @@ def test_proposals_stand_below_it_with_hanging_lines_in_80_columns() -> None:
     first = lines.index("What to do next, the same recipe with one change at a time:") + 1
     assert lines[first].startswith("  - The train loss")
     assert lines[first + 1].startswith("    ")
-    assert lines[first + 2] == "  - Only 179 rows are trained on. Take more: leave data.max_rows out."
+    assert lines[first + 2] == "  - Only 179 rows are used for training. Use more: remove data.max_rows."
     assert all(cell_len(line) <= 80 for line in lines)
     assert any("--set train.num_train_epochs=4." in line for line in lines)
 

@@ -84,7 +84,7 @@ def write_model_cards(line: Line, results: Results) -> None:
             if calibrated
             else None,
         )
-        report.write_card_of_trial(line.folder, line.folder / "models" / arm, scores)
+        report.write_model_card(line.folder, line.folder / "models" / arm, scores)
 
 
 def untouched(line: Line) -> tuple[Scores | None, tuple[Scores, ...]]:

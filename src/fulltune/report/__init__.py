@@ -25,7 +25,6 @@ from fulltune.report.run.read import read_run
 __all__ = [
     "conclude",
     "write",
-    "write_card_of_trial",
     "write_comparison",
     "write_merged_card",
     "write_model_card",
@@ -67,29 +66,20 @@ def conclude(folder: Path) -> tuple[Headline, tuple[str, ...]]:
     return _conclude(read_run(Path(folder)))
 
 
-def write_model_card(folder: Path, model_folder: Path) -> None:
+def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
     """Write `README.md` beside the trained weights.
 
     Args:
         folder: The run folder.
         model_folder: The model's folder; created when it is not there.
+        scores: Of the trial whose model it is, where they lie in no file of their own, as in a comparison.
 
     Raises:
         SetupError: If `folder` does not exist or is not a run folder.
     """
-    write_harmless(Path(model_folder) / "README.md", model_card(read_run(Path(folder)), Path(model_folder)))
-
-
-def write_card_of_trial(folder: Path, model_folder: Path, scores: Scores) -> None:
-    """Write `README.md` beside the weights of one of a comparison's methods, whose scores lie in no file of their own.
-
-    Args:
-        folder: The comparison's folder.
-        model_folder: The model's.
-        scores: Of the trial whose model it is.
-    """
     view = read_run(Path(folder))
-    view = replace(view, scores=(*(row for row in view.scores if row.kind != "trained"), scores))
+    if scores:
+        view = replace(view, scores=(*(row for row in view.scores if row.kind != "trained"), scores))
     write_harmless(Path(model_folder) / "README.md", model_card(view, Path(model_folder)))
 
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fulltune.report.format.plots import Bar, CostPlot, Dot, cost_picture, cost_plot, interval_plot, learning_curve
+from fulltune.report.format.plots import CostPlot, Mark, cost_picture, cost_plot, interval_plot, learning_curve
 
 
 def curve(drawing: str) -> str:
@@ -58,13 +58,11 @@ def test_curve_wide_range_uses_a_log_scale_but_not_for_the_learning_rate() -> No
 
 def test_interval_plot_shows_names_whole_and_values_beside_the_marks() -> None:
     names = ["nearest centroid (frozen embeddings of 10,000 train rows)", "a " + "very long name of a method " * 4, "x"]
-    drawing = interval_plot("accuracy", [Bar(name, "trained", 1.0, 0.98, 1.0, "100.0%") for name in names], "accuracy")
+    drawing = interval_plot("accuracy", [Mark(name, 1.0, 0.98, 1.0, "100.0%", "D", True) for name in names], "accuracy")
     written = [text for text in texts(drawing) if "var(--ink)" in str(text.get("style"))]
     values = [text for text in written if text.text == "100.0%"]
     heads = [text for text in written if text.text != "100.0%"]
-    # The lines of a name are written from its last one on.
-    found = sorted(heads, key=lambda text: float(str(text.get("y"))))
-    assert " ".join(str(text.text) for text in found) == " ".join(map(str.strip, names))
+    assert " ".join(str(text.text) for text in heads) == " ".join(map(str.strip, names))
     marks = [float(x) for x in re.findall(r'<use href="#\w+" x="([\d.]+)"', drawing)]
     assert len(values) == len(names)
     # Seven units a letter, to the left of where they end: right of all marks.
@@ -75,7 +73,7 @@ def test_interval_plot_shows_names_whole_and_values_beside_the_marks() -> None:
 
 def test_plots_hostile_names_stay_text() -> None:
     name = '</title><script>alert(1)</script>"& $\\frac{1$'
-    bars = [Bar(name, "trained", 0.9, 0.8, 1.0, "90.0%"), Bar("b", "baseline", math.nan, 0, 1, "not finite")]
+    bars = [Mark(name, 0.9, 0.8, 1.0, "90.0%", "D", True), Mark("b", math.nan, 0, 1, "not finite")]
     dots = (dot("full", 1, 0.92, full=True), dot(name, 0.5, 0.9))
     for drawing in (
         interval_plot(name, bars, "accuracy"),
@@ -107,11 +105,11 @@ def test_plots_twice_are_the_same_whatever_the_user_s_settings_are() -> None:
 # ---- quality against cost --------------------------------------------------------------------------------------
 
 
-def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool = False) -> Dot:
-    return Dot(name, cost, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", full, taken)
+def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool = False) -> Mark:
+    return Mark(name, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", "s" if full else "o", taken, cost)
 
 
-def costs(*dots: Dot, title: str = "title") -> CostPlot:
+def costs(*dots: Mark, title: str = "title") -> CostPlot:
     return CostPlot(title, "training time", "accuracy", True, 0.01, dots)
 
 

@@ -245,7 +245,7 @@ def test_reports_worse_model_is_not_to_be_tried_first(classification: Path, kit:
     for text in both(classification):
         assert "Worse than without training" in text
         ending = text.rpartition("What to do next")[2]
-        assert ending.index("--set ") < ending.index("how to use this model all the same") < ending.index("predict")
+        assert ending.index("--set ") < ending.index("how to use this model anyway") < ending.index("predict")
 
 
 def test_reports_several_trials_show_all_rows(classification: Path, kit: SimpleNamespace) -> None:

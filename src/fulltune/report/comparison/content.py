@@ -25,7 +25,7 @@ from fulltune.report.format.blocks import (
     foreign,
     unless_empty,
 )
-from fulltune.report.format.plots import CostPlot, Dot, cost_plot
+from fulltune.report.format.plots import CostPlot, Mark, cost_plot
 from fulltune.text import counted, format_bytes, format_number, format_seconds
 
 _POINTER = "▸ "
@@ -177,22 +177,18 @@ def plots(comparison: Comparison) -> tuple[CostPlot, ...]:
         whole = getattr(full, field, 0.0)
         if whole <= 0:
             continue
-        dots = tuple(
-            Dot(
-                name=row.arm,
+        marks = tuple(
+            Mark(
+                *(row.arm, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
+                marker="s" if row.kind == "full" else "o",
+                filled=row.arm == comparison.decision.recommended,
                 cost=getattr(row, field) / whole,
-                value=row.metric.value,
-                low=row.metric.low,
-                high=row.metric.high,
-                full=row.kind == "full",
-                taken=row.arm == comparison.decision.recommended,
-                text=write.value(row.metric.value),
             )
             for row in comparison.rows
             if row.kind == "base" or getattr(row, field) > 0
         )
         title, better = f"Quality against {cost_name}", comparison.greater_is_better
-        drawn.append(CostPlot(title, cost_name, write.metric, better, comparison.decision.margin, dots))
+        drawn.append(CostPlot(title, cost_name, write.metric, better, comparison.decision.margin, marks))
     return tuple(drawn)
 
 
@@ -307,7 +303,7 @@ def _searches(comparison: Comparison) -> Table:
 
 def _whole(search: Search, write: Writer) -> str:
     """Whole runs at different rates, and how many were given up before (diverged, or below their short run)."""
-    apart = search.other_runs - max(0, len(search.whole) - 1)
+    apart = max(0, search.other_runs - max(0, len(search.whole) - 1))
     return " · ".join([_tried(search.whole, write)] * bool(search.whole) + [f"{apart} given up"] * bool(apart))
 
 

@@ -292,11 +292,9 @@ def fine_share(value: float) -> str:
     """`100%`, `45.2%`, `0.65%`, `0.0034%`: small shares keep two digits."""
     if not math.isfinite(value):
         return NOTHING
-    if value == 0:
-        return "0%"
-    if value < 0:
-        return f"-{fine_share(-value)}"
-    return f"{100 * value:.1f}".removesuffix(".0") + "%" if value >= 0.1 else f"{100 * value:.2g}%"
+    if abs(value) >= 0.1 or value == 0:
+        return f"{100 * value:.1f}".removesuffix(".0") + "%"
+    return f"{100 * value:.2g}%"
 
 
 def short(value: float) -> str:

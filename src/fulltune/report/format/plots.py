@@ -42,7 +42,6 @@ _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
 _NAME_LETTERS, _NAME_HEIGHT, _ROW_HEIGHT = 52, 16, 28
 """Of the interval plot: letters in a line of a name, its height, and that of what is drawn below."""
-_MARKERS = {"baseline": "o", "untouched": "s", "trained": "D"}
 _LONGEST_NAME = 22
 _MOST_OF_SPAN = 4.0
 """Methods so bad that they would make the axis this many times longer are pointed at instead of shown."""
@@ -50,34 +49,25 @@ _PICTURE_DPI = 160
 
 
 @dataclass(frozen=True)
-class Bar:
-    """One row of the interval plot."""
+class Mark:
+    """A value with its interval, as one mark of a plot."""
 
     name: str
-    kind: str
-    """Shape and colour: `baseline`, `untouched` or `trained`."""
-    value: float
-    low: float
-    high: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A method in the cost plot: what it costs and what it gives."""
-
-    name: str
-    cost: float
-    """Full fine-tuning's is 1."""
     value: float
     low: float
     high: float
     text: str
     """The value in words."""
-    full: bool = False
-    """It is full fine-tuning."""
-    taken: bool = False
-    """It is the recommended one."""
+    marker: str = "o"
+    """Its shape, in matplotlib's letters; in the cost plot full fine-tuning is the square, `s`."""
+    filled: bool = False
+    """Filled and blue: a trained model, or in the cost plot the recommended method."""
+    cost: float = 0.0
+    """Full fine-tuning's is 1."""
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, (self.cost, self.value, self.low, self.high)))
 
 
 @dataclass(frozen=True)
@@ -89,16 +79,12 @@ class CostPlot:
     metric: str
     greater_is_better: bool
     margin: float
-    dots: tuple[Dot, ...]
-
-    @property
-    def finite(self) -> list[Dot]:
-        return [dot for dot in self.dots if all(map(math.isfinite, (dot.cost, dot.value, dot.low, dot.high)))]
+    marks: tuple[Mark, ...]
 
     @property
     def words(self) -> str:
-        """What the plot shows."""
-        return "; ".join(f"{dot.name}: {dot.text} at {dot.cost:.2f}×" for dot in self.finite) + "."
+        """What the plot shows; × is relative to full fine-tuning."""
+        return "; ".join(f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in self.marks if mark.is_finite) + "."
 
 
 # ---- learning curves -------------------------------------------------------------------------------------------
@@ -141,7 +127,7 @@ def _draw_curve(
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_minor_locator(NullLocator())
-    _style(axes, metric, "y", log=logarithmic)
+    _style(axes, metric, "y")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("optimizer step" + (" (value on a log scale)" if logarithmic else ""), color=_QUIET, size=_SMALL)
@@ -171,54 +157,45 @@ def curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None =
 # ---- intervals -------------------------------------------------------------------------------------------------
 
 
-def interval_plot(title: str, bars: Sequence[Bar], metric: str) -> str:
+def interval_plot(title: str, marks: Sequence[Mark], metric: str) -> str:
     """Draw value and interval of every row on one common axis, the name above each, as SVG.
 
     Args:
         title: What is drawn; also the accessible name.
-        bars: Rows from top to bottom; a row that is not finite is named without a mark.
+        marks: Rows from top to bottom; a row that is not finite is named without a mark.
         metric: The metric's name; decides how the axis is written.
     """
-    names = [textwrap.wrap(words.one_line(bar.name), _NAME_LETTERS) or [""] for bar in bars]
+    names = [textwrap.wrap(words.one_line(mark.name), _NAME_LETTERS) or [""] for mark in marks]
     height = sum(_NAME_HEIGHT * len(lines) + _ROW_HEIGHT for lines in names) + _ROW_HEIGHT
     with _figure(_WIDTH, height) as figure:
         figure.set_layout_engine("none")
         # Left room for half a mark, right for the values in words, below for the axis.
         axes = figure.add_axes((0.05, 24 / height, 0.79, 1 - 28 / height))
         axes.set_ylim(height - 28, 0)
-        top = 0
-        for bar, lines in zip(bars, names, strict=True):
-            top += _NAME_HEIGHT * len(lines)
-            for place, line in enumerate(reversed(lines)):
-                _write(axes, -0.06, top - _NAME_HEIGHT * place, line)
-            middle = top + 12
-            _write(axes, 1.2, middle + 5, bar.text, "right")
-            if all(map(math.isfinite, (bar.value, bar.low, bar.high))):
-                _draw_interval(axes, bar.value, middle, _MARKERS[bar.kind], bar.kind == "trained", (bar.low, bar.high))
-            top += _ROW_HEIGHT
+        style: dict[str, Any] = {"color": _INK, "size": _NORMAL, "parse_math": False}
+        style["transform"] = axes.get_yaxis_transform()  # x is 0 and 1 at the axis' ends
+        foot = 0
+        for mark, lines in zip(marks, names, strict=True):
+            for line in lines:
+                foot += _NAME_HEIGHT
+                axes.text(-0.06, foot, line, **style)
+            axes.text(1.2, foot + 17, mark.text, ha="right", **style)
+            if mark.is_finite:
+                _draw_mark(axes, mark, mark.value, foot + 12)
+            foot += _ROW_HEIGHT
         _style(axes, metric, "x")
         axes.set_yticks([])
-        return _svg(figure, title, "; ".join(f"{bar.name}: {bar.text}" for bar in bars) + ".")
+        return _svg(figure, title, "; ".join(f"{mark.name}: {mark.text}" for mark in marks) + ".")
 
 
-def _write(axes: Axes, x: float, y: float, text: str, side: str = "left") -> None:
-    """Write text whose foot is at `y`; `x` is 0 at the left end of the axis and 1 at the right one."""
-    axes.text(
-        x, y, text, transform=axes.get_yaxis_transform(), ha=side, va="baseline", color=_INK, size=_NORMAL,
-        parse_math=False,
-    )  # fmt: skip
-
-
-def _draw_interval(
-    axes: Axes, x: float, y: float, marker: str, filled: bool, ends: tuple[float, float], upright: bool = False
-) -> None:
-    """Draw a mark with its interval, lying or upright; what is filled is blue."""
-    colour = _BLUE if filled else _QUIET
-    at = y if upright else x
-    reach = [[max(0.0, at - ends[0])], [max(0.0, ends[1] - at)]]
+def _draw_mark(axes: Axes, mark: Mark, x: float, y: float, upright: bool = False) -> None:
+    """Draw a mark with its interval, lying or upright."""
+    colour = _BLUE if mark.filled else _QUIET
+    reach = [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]
     axes.errorbar(
-        x, y, yerr=reach if upright else None, xerr=None if upright else reach, fmt=marker, markersize=7, color=colour,
-        elinewidth=1.75, capsize=5, capthick=1.75, mew=1.75, markerfacecolor=colour if filled else _PAGE, zorder=3,
+        x, y, yerr=reach if upright else None, xerr=None if upright else reach, fmt=mark.marker, markersize=7,
+        color=colour, markerfacecolor=colour if mark.filled else _PAGE, elinewidth=1.75, capsize=5, capthick=1.75,
+        mew=1.75, zorder=3,
     )  # fmt: skip
 
 
@@ -259,74 +236,65 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
     """Costs to the right, quality upwards; methods far off are pointed at from the axis' end."""
     from matplotlib.ticker import MaxNLocator
 
-    dots = plot.finite
-    shown = _shown(dots, plot.greater_is_better, plot.margin)
-    if not dots:
+    marks = [mark for mark in plot.marks if mark.is_finite]
+    if not marks:
         _say_nothing_finite(axes, "no finite value")
         return
     _style(axes, plot.metric, "y")
+    shown, better = _shown(marks, plot.greater_is_better, plot.margin), plot.greater_is_better
     span = _span(shown, plot.margin)
-    low, high = min(dot.low for dot in shown) - 0.1 * span, max(dot.high for dot in shown) + 0.1 * span
+    low, high = min(mark.low for mark in shown) - 0.1 * span, max(mark.high for mark in shown) + 0.1 * span
     if is_share(plot.metric):
         low, high = max(0.0, low), min(1.0, high)
-    if full := next((dot for dot in dots if dot.full), None):
-        band = max(low, full.value - plot.margin), min(high, full.value + plot.margin)
-        axes.axhspan(*band, color=_BAND, linewidth=0, zorder=0)
-    edge = low if plot.greater_is_better else high
-    if len(shown) < len(dots):  # a strip for those that are pointed at
-        low, high = (low - 0.12 * span, high) if plot.greater_is_better else (low, high + 0.12 * span)
+    for full in (mark.value for mark in marks if mark.marker == "s"):
+        axes.axhspan(max(low, full - plot.margin), min(high, full + plot.margin), color=_BAND, linewidth=0, zorder=0)
+    edge = low if better else high
+    if len(shown) < len(marks):  # a strip for those that are pointed at
+        low, high = (low - 0.12 * span, high) if better else (low, high + 0.12 * span)
     axes.set_ylim(low, high)
-    axes.set_xlim(-0.06, 1.12 * max(1.0, *(dot.cost for dot in dots)))
-    for dot in reversed(dots):
-        if dot in shown:
-            marker = "s" if dot.full else "o"
-            _draw_interval(axes, dot.cost, dot.value, marker, dot.taken, (dot.low, dot.high), upright=True)
-        else:
-            pointer = "v" if plot.greater_is_better else "^"
-            axes.plot(dot.cost, edge, pointer, markersize=8, color=_QUIET, markerfacecolor=_PAGE, mew=1.75)
+    axes.set_xlim(-0.06, 1.12 * max(1.0, *(mark.cost for mark in marks)))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.set_xlabel(f"{plot.cost_name}, relative to full", color=_QUIET, size=_SMALL)
-    name = words.metric_name(plot.metric) + ("" if plot.greater_is_better else " (smaller is better)")
+    name = words.metric_name(plot.metric) + ("" if better else " (smaller is better)")
     axes.set_title(words.one_line(name), loc="left", color=_QUIET, size=_SMALL, parse_math=False)
+    named = []
     # Names at the edge have the fewest places; then the methods that matter most get the best ones.
-    ordered = sorted(dots, key=lambda dot: dot in shown)
-    _name(
-        figure,
-        axes,
-        [(dot.cost, dot.value if dot in shown else edge, _short(dot, dot in shown)) for dot in ordered],
-        [(dot.cost, dot.low, dot.high) for dot in shown],
-    )
+    for mark in sorted(marks, key=lambda mark: mark in shown):
+        name = words.one_line(mark.name)
+        name = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+        if mark in shown:
+            _draw_mark(axes, mark, mark.cost, mark.value, upright=True)
+            named.append((name, mark.cost, mark.value, mark.low, mark.high))
+        else:
+            axes.plot(mark.cost, edge, "v" if better else "^", ms=8, color=_QUIET, mfc=_PAGE, mew=1.75)
+            named.append((f"{name} {mark.text}", mark.cost, edge, edge, edge))
+    _name(figure, axes, named)
 
 
-def _shown(dots: Sequence[Dot], greater_is_better: bool, margin: float) -> list[Dot]:
+def _shown(marks: Sequence[Mark], greater_is_better: bool, margin: float) -> list[Mark]:
     """Without methods so much worse than the others that these could not be told apart."""
     sign = 1 if greater_is_better else -1
-    ranked = sorted(dots, key=lambda dot: sign * dot.value)
-    needed = next((place for place, dot in enumerate(ranked) if dot.full or dot.taken), len(ranked))
+    ranked = sorted(marks, key=lambda mark: sign * mark.value)
+    needed = next((place for place, mark in enumerate(ranked) if mark.marker == "s" or mark.filled), len(ranked))
     for place in range(min(needed, len(ranked) - 2), 0, -1):
         if _span(ranked[place - 1 :], margin) > _MOST_OF_SPAN * _span(ranked[place:], margin):
             return ranked[place:]
     return ranked
 
 
-def _span(dots: Sequence[Dot], margin: float) -> float:
-    return max(2 * margin, max(dot.high for dot in dots) - min(dot.low for dot in dots))
+def _span(marks: Sequence[Mark], margin: float) -> float:
+    return max(2 * margin, max(mark.high for mark in marks) - min(mark.low for mark in marks))
 
 
-def _short(dot: Dot, is_shown: bool) -> str:
-    name = words.one_line(dot.name)
-    name = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
-    return name if is_shown else f"{name} {dot.text}"
+def _name(figure: Figure, axes: Axes, named: Sequence[tuple[str, float, float, float, float]]) -> None:
+    """Write each name beside its mark where nothing else is; one that had to go farther gets a line to its mark.
 
-
-def _name(
-    figure: Figure,
-    axes: Axes,
-    names: Sequence[tuple[float, float, str]],
-    whiskers: Sequence[tuple[float, float, float]],
-) -> None:
-    """Write each name beside its mark where nothing else is; one that had to go farther gets a line to its mark."""
+    Args:
+        figure: All of it.
+        axes: Where the marks are.
+        named: Name, cost and value of each, and the ends of what is drawn upright there.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
@@ -334,10 +302,8 @@ def _name(
     figure.draw_without_rendering()  # lays the axes out
     place = axes.transData.transform
     inside = axes.get_window_extent(renderer)
-    ends = [(place((x, low)), place((x, high))) for x, low, high in whiskers]
-    taken = [Bbox([lowest - 6, highest + 6]) for lowest, highest in ends]
-    taken += [Bbox([place((x, y)) - 6, place((x, y)) + 6]) for x, y, _ in names]
-    for x, y, name in names:
+    taken = [Bbox([place((x, low)) - 6, place((x, high)) + 6]) for _, x, _, low, high in named]
+    for name, x, y, _, _ in named:
         note = axes.annotate(
             name, (x, y), (0, 0), textcoords="offset points", va="center", color=_INK, size=_NORMAL, parse_math=False,
             in_layout=False, annotation_clip=False,
@@ -355,14 +321,15 @@ def _name(
 
 
 _NEAR = 20.0
+_SIDES = ((1, "left"), (-1, "right"))
 _PLACES = [
-    *((side * 10, up, "left" if side > 0 else "right") for up in (0, 8, -8) for side in (1, -1)),
+    *((10 * way, up, side) for up in (0, 8, -8) for way, side in _SIDES),
     *((0, up, "center") for up in (18, -18)),
     *(
-        (side * (10 + aside), up, "left" if side > 0 else "right")
+        (way * (10 + aside), up, side)
         for aside in (0, 25, 50, 100, 150, 200)
         for up in sorted(range(-160, 161, 8), key=abs)
-        for side in (-1, 1)
+        for way, side in _SIDES
     ),
 ]
 """Where a name may stand, from its mark on in points: across, up, and which side of it is there; near ones first."""
@@ -389,7 +356,7 @@ def _figure(width: int, height: int) -> Iterator[Figure]:
         yield Figure(figsize=(width / 72, height / 72), dpi=72, frameon=False, layout="constrained")
 
 
-def _style(axes: Axes, metric: str, along: Literal["x", "y"], log: bool = False) -> None:
+def _style(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
     """Thin lines across instead of a frame, and the metric's values written as the report writes them."""
     from matplotlib.ticker import MaxNLocator
 
@@ -398,7 +365,7 @@ def _style(axes: Axes, metric: str, along: Literal["x", "y"], log: bool = False)
     axes.grid(axis=along, color=_GRID, linewidth=1)
     axes.tick_params(which="both", length=0, pad=5, labelsize=_SMALL, labelcolor=_QUIET)
     axis = axes.yaxis if along == "y" else axes.xaxis
-    if not log:
+    if axis.get_scale() != "log":
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
     shares = is_share(metric)
     axis.set_major_formatter(lambda value, _: "" if shares and not 0 <= value <= 1 else words.tick(metric, value))

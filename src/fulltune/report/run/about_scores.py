@@ -24,7 +24,7 @@ from fulltune.report.format.blocks import (
     foreign,
     unless_empty,
 )
-from fulltune.report.format.plots import Bar, interval_plot
+from fulltune.report.format.plots import Mark, interval_plot
 from fulltune.report.run.read import RunView
 from fulltune.report.run.row_words import row_words
 from fulltune.report.run.verdict import headline_row
@@ -67,14 +67,18 @@ def results(view: RunView) -> Section | None:
     blocks: list[Block] = [Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))]
     blocks += [Paragraph(sentence) for sentence in said if sentence]
     title = f"{words.metric_name(main)}, {'larger' if leading.greater_is_better else 'smaller'} is better"
-    bars = [
-        Bar(row.name, row.kind, found.value, found.low, found.high, format_metric(main, found.value))
+    marks = [
+        Mark(
+            *(row.name, found.value, found.low, found.high, format_metric(main, found.value)),
+            marker={"baseline": "o", "untouched": "s", "trained": "D"}[row.kind],
+            filled=row.kind == "trained",
+        )
         for row in view.scores
         if (found := row.metrics.get(main)) is not None
     ]
-    if bars:
+    if marks:
         legend = f"Mark and {level} interval; circle: baseline, square: before training, diamond: trained."
-        blocks.append(Figures((Figure(interval_plot(title, bars, main), title, legend),), drawn_only=True))
+        blocks.append(Figures((Figure(interval_plot(title, marks, main), title, legend),), drawn_only=True))
     return Section("results", "Results on the test rows", tuple(blocks))
 
 

@@ -104,21 +104,13 @@ def _attempts(view: RunView) -> Table:
     header = ("attempt", "status", "steps", "time of the process", "tokens/s", "peak memory", "why it ended")
     rows: list[Row] = []
     for attempt in view.attempts:
-        outcome, steps = attempt.outcome, f"{attempt.steps:,}"
-        if outcome is None:
-            rows.append((attempt.name, "no outcome", steps, *("-",) * 3, "its process wrote no outcome.json"))
-            continue
-        rows.append(
-            (
-                attempt.name,
-                outcome.status.replace("_", " "),
-                steps,
-                format_seconds(outcome.train_seconds),
-                format_number(outcome.tokens_per_second) if outcome.tokens_per_second else "-",
-                format_bytes(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-",
-                Cell(outcome.reason, foreign=True),
-            )
-        )
+        status, facts = "no outcome", ("-", "-", "-", "its process wrote no outcome.json")
+        if outcome := attempt.outcome:
+            status = outcome.status.replace("_", " ")
+            speed = format_number(outcome.tokens_per_second) if outcome.tokens_per_second else "-"
+            peak = format_bytes(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-"
+            facts = (format_seconds(outcome.train_seconds), speed, peak, outcome.reason)
+        rows.append((attempt.name, status, f"{attempt.steps:,}", *facts[:3], Cell(facts[3], foreign=True)))
     return Table("Attempts; each is a fresh process", header, tuple(rows), numeric=frozenset(range(2, 6)))
 
 
@@ -157,28 +149,25 @@ def _facts(outcome: Outcome, plan: Plan | None) -> list[Block]:
         blocks.append(Paragraph(f"Received a gradient and did not change (at most 20 are named): {names}"))
     if outcome.checks:
         rows = tuple((check.name, "passed" if check.passed else "FAILED", check.result) for check in outcome.checks)
-        blocks.append(Table(f"Checks before step 1 of attempt {outcome.attempt}", ("check", "verdict", "found"), rows))
+        blocks.append(
+            Table(f"Checks before step 1 of attempt {outcome.attempt}", ("check", "verdict", "details"), rows)
+        )
     if outcome.log_tail and outcome.status != "done":
         blocks.append(Folded("the last lines of its log", (Code("\n".join(outcome.log_tail)),)))
     return blocks
 
 
 def _journal(view: RunView) -> list[Block]:
-    rows = tuple(
-        (
-            attempt.name,
-            str(line.get("time", "-")),
-            str(line.get("event", "-")),
-            Cell(str(line.get("detail", "")), foreign=True),
-        )
-        for attempt in view.attempts
-        for line in attempt.journal
-    )
+    rows: list[Row] = []
+    for attempt in view.attempts:
+        for line in attempt.journal:
+            time, event, detail = (str(line.get(key, "-")) for key in ("time", "event", "detail"))
+            rows.append((attempt.name, time, event, Cell(detail, foreign=True)))
     if not rows:
         return []
     warnings = _events(view, "warning", "Warning of")
     shown: list[Block] = [Bullets(warnings)] if warnings else []
-    table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
+    table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), tuple(rows))
     return [*shown, table if len(rows) <= _JOURNAL_OPEN else Folded(f"journal of {len(rows)} events", (table,))]
 
 
@@ -186,17 +175,12 @@ def settings(view: RunView) -> Section | None:
     """Every setting with its value, who chose it and why."""
     blocks: list[Block] = []
     for plan in view.plans:
-        rows = tuple(
-            (
-                setting.name,
-                Cell(words.setting_value(setting.value), foreign=True),
-                "fulltune" if setting.chosen else "recipe",
-                setting.reason,
-            )
-            for setting in plan.settings
-        )
+        rows = []
+        for setting in plan.settings:
+            value = Cell(words.setting_value(setting.value), foreign=True)
+            rows.append((setting.name, value, "fulltune" if setting.chosen else "recipe", setting.reason))
         if rows:
-            table = Table(f"Settings of {plan.trial}", ("setting", "value", "chosen by", "reason"), rows)
+            table = Table(f"Settings of {plan.trial}", ("setting", "value", "chosen by", "reason"), tuple(rows))
             blocks.append(Folded(f"settings of {plan.trial}", (table,)) if blocks else table)
     if view.recipe_text is not None:
         blocks.append(Folded("the recipe as it was given", (Code(view.recipe_text, "yaml"),)))

@@ -89,7 +89,7 @@ def _next(view: RunView, headline: Headline, steps: tuple[str, ...]) -> Section:
     if steps:
         blocks += [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)]
     use = _use(view)
-    blocks += [Folded("how to use this model all the same", use)] if headline.kind == "worse" else use
+    blocks += [Folded("how to use this model anyway", use)] if headline.kind == "worse" else use
     return Section("next", "What to do next", tuple(blocks))
 
 

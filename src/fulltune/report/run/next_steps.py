@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records.scores import Confusion, Scores
+from fulltune.records.scores import Confusion
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.format.plots import Point
@@ -72,8 +72,14 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     if row is None or plan is None or outcome is None:
         return None
     given = {setting.name: setting.value for setting in plan.settings if not setting.chosen}
-    history = view.history_of(row.name)
-    train = view.summary.splits.get("train") if view.summary else None
+    history, summary = view.history_of(row.name), view.summary
+    train = summary.splits.get("train") if summary else None
+    main = row.metrics.get(row.main_metric)
+    label, is_usual = _one_label(row.confusion) if row.confusion else ("", False)
+    entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
+    blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'" if label else ""
+    if not blind and entities and not any(entities):
+        blind = "Not one entity of the test rows is found"
     return RunFacts(
         verdict=headline.kind,
         learning_rate=plan.learning_rate,
@@ -83,43 +89,28 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         by_steps="train.max_steps" in given,
         method_given=any(name.startswith("method.") for name in given),
         train_rows=train.rows if train else 0,
-        labels=len(view.summary.labels) if view.summary and view.summary.problem_type == "single_label" else 0,
+        labels=len(summary.labels) if summary and summary.problem_type == "single_label" else 0,
         max_rows=given.get("data.max_rows"),
         loss=history.train.get("loss", ()),
         metric=history.evaluation.get(plan.metric, ()),
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
-        blind=_blind(row),
-        is_faultless=is_share(row.main_metric)
-        and row.main_metric in row.metrics
-        and row.metrics[row.main_metric].value == 1,
-        weights_may_help="train.class_weights" not in given and _gives_the_usual_label(row),
+        blind=blind,
+        is_faultless=main is not None and is_share(row.main_metric) and main.value == 1,
+        weights_may_help="train.class_weights" not in given and is_usual,
     )
 
 
-def _blind(row: Scores) -> str:
-    """A classifier that gives one label to nearly all rows although there are others; a tagger that finds nothing."""
-    if row.confusion is not None and (label := _one_label(row.confusion)):
-        return f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'"
-    entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
-    return "Not one entity of the test rows is found" if entities and not any(entities) else ""
-
-
-def _one_label(confusion: Confusion) -> str:
+def _one_label(confusion: Confusion) -> tuple[str, bool]:
+    """The label that nearly all rows get although there are others, empty: none; and whether by far most have it."""
     given = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
     expected = [sum(counts) for counts in confusion.counts]
-    share, label = max(zip(given, confusion.labels, strict=True), default=(0, ""))
+    most, place = max(((count, place) for place, count in enumerate(given)), default=(0, 0))
     several = max(expected, default=0) < _ONE_CLASS * sum(expected)
-    return label if several and share >= _ONE_CLASS * max(1, sum(given)) else ""
-
-
-def _gives_the_usual_label(row: Scores) -> bool:
-    """Nearly all rows get one label, which by far most of them have."""
-    if row.confusion is None or not (label := _one_label(row.confusion)):
-        return False
-    counts = [sum(expected) for expected in row.confusion.counts]
-    usual = counts.pop(row.confusion.labels.index(label))
-    return usual >= _UNEVEN * statistics.mean(counts)
+    if not several or most < _ONE_CLASS * max(1, sum(given)):
+        return "", False
+    usual = expected.pop(place)
+    return confusion.labels[place], usual >= _UNEVEN * statistics.mean(expected)
 
 
 def next_steps(run: RunFacts) -> tuple[str, ...]:
@@ -134,50 +125,39 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
             "Every test row is answered right: no other training can do better on them. Take more test rows, or harder "
             "ones.",
         )
+    lower, higher = _rate(run, 1 / 3), _rate(run, 3)
     found = []
     grew, is_sure = _loss_grew(run.loss)
     passed = _best_long_ago(run)
     if grew:
-        found.append(f"{grew}. A likely cause: the learning rate is too high. Take a third: {_rate(run, 1 / 3)}")
+        found.append(f"{grew}. A likely cause: the learning rate is too high. Try a third of it: {lower}")
     elif passed:
-        found.append(f"{passed}. Take a lower rate: {_rate(run, 1 / 3)}")
+        found.append(f"{passed}. Try a lower rate: {lower}")
     if not (is_sure or passed) and (longer := _reasons_to_go_on(run)):
         found.append(f"{listed(longer)}. Train for longer: {_longer(run)}")
     if run.weights_may_help:
-        found.insert(
-            0, f"{run.blind}, the most frequent one. Let rare labels count more: --set train.class_weights=balanced"
-        )
-    elif run.blind and found:
-        found[0] = f"{run.blind}. {found[0]}"
+        weights = "Let rare labels count more: --set train.class_weights=balanced"
+        found.insert(0, f"{run.blind}, the most frequent one. {weights}")
     elif run.blind:
-        found.append(f"{run.blind}. Take a lower rate, {_rate(run, 1 / 3)}, or a higher one, {_rate(run, 3)}")
-    if _few_of_each(run):
-        found.insert(0, f"{_few_of_each(run)}. {_take_more(run)}")
+        other = found.pop(0) if found else f"Try a lower rate, {lower}, or a higher one, {higher}"
+        found.insert(0, f"{run.blind}. {other}")
+    more = "Use more: remove data.max_rows" if run.max_rows is not None else "Use more if there are any"
+    if run.train_rows < _FEW_ROWS_OF_A_LABEL * run.labels:
+        found.insert(
+            0,
+            f"{run.train_rows:,} train rows are about {run.train_rows / run.labels:.2g} for each of {run.labels:,} "
+            f"labels, too few to learn most of them well: more rows help more than more epochs. {more}",
+        )
     elif run.max_rows is not None:
-        found.append(f"Only {run.train_rows:,} rows are trained on. {_take_more(run)}")
+        found.append(f"Only {counted(run.train_rows, 'row')} are used for training. {more}")
     if not found:
         found.append(
-            f"The curves show no reason. Try other rates, {_rate(run, 1 / 3)} or {_rate(run, 3)}, or more train rows "
-            f"than these {run.train_rows:,}"
+            f"The curves show no reason. Try other rates, {lower} or {higher}, or more train rows than these "
+            f"{run.train_rows:,}"
         )
     if run.verdict == "unresolved":
         found.append("More test rows narrow the interval: four times as many halve it")
     return tuple(f"{one}." for one in found)
-
-
-def _few_of_each(run: RunFacts) -> str:
-    """That the labels have few rows each; empty where they have enough."""
-    if run.train_rows >= _FEW_ROWS_OF_A_LABEL * run.labels:
-        return ""
-    each = f"{run.train_rows / run.labels:.2g}"
-    return (
-        f"{run.train_rows:,} train rows are about {each} for each of {run.labels:,} labels, "
-        "too few to learn most of them well: more rows help more than more epochs"
-    )
-
-
-def _take_more(run: RunFacts) -> str:
-    return "Take more: leave data.max_rows out" if run.max_rows is not None else "Take more if there are any"
 
 
 def _reasons_to_go_on(run: RunFacts) -> list[str]:
@@ -185,10 +165,12 @@ def _reasons_to_go_on(run: RunFacts) -> list[str]:
     if run.steps < run.total_steps:
         return []
     reasons = []
-    before, last = _last_quarters(run.loss)
-    if before > 0 and last < (1 - _STILL_FALLING) * before:
-        first = run.loss[0][1]
-        reasons.append(f"the train loss was still falling at the end ({format_number(first)} to {format_number(last)})")
+    values = [value for _, value in run.loss]
+    if size := len(values) // 4:
+        before, last = sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
+        if before > 0 and last < (1 - _STILL_FALLING) * before:
+            fell = f"{format_number(values[0])} to {format_number(last)}"
+            reasons.append(f"the train loss was still falling at the end ({fell})")
     if len(run.metric) > 1 and _best(run)[0] == run.metric[-1][0]:
         way = "rising" if run.greater_is_better else "falling"
         reasons.append(f"{words.metric_name(run.metric_name)} on the eval rows was still {way} at the last evaluation")
@@ -211,15 +193,6 @@ def _loss_grew(loss: Sequence[Point]) -> tuple[str, bool]:
         return "", False
     said = f"The train loss rose from {format_number(began)} to {format_number(ended)}"
     return f"{said} (medians of the first and last quarter)", max(values[:size]) < ended
-
-
-def _last_quarters(loss: Sequence[Point]) -> tuple[float, float]:
-    """The mean of the last quarter but one, and of the last one; NaN where too little was logged."""
-    values = [value for _, value in loss]
-    size = len(values) // 4
-    if not size:
-        return math.nan, math.nan
-    return sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
 
 
 def _best(run: RunFacts) -> Point:

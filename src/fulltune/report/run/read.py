@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -133,13 +133,10 @@ def read_run(folder: Path) -> RunView:
     if not any((folder / mark).exists() for mark in _MARKS_OF_A_RUN):
         raise SetupError(f"{folder}: not a run folder; expected one of {', '.join(_MARKS_OF_A_RUN)} in it")
 
-    broken: list[Missing] = []
-    torn: list[Path] = []
-    environment = _record(Environment, folder / "environment.json", folder, broken)
-    summary = _record(DataSummary, folder / "data" / "summary.json", folder, broken)
-    plans = _records(Plan, sorted(filter(_may_be_a_plan, (folder / "plan").glob("*.json"))), folder, broken)
-    scores = _records(Scores, sorted((folder / "scores").glob("*.json")), folder, broken)
-    attempts = tuple(_attempts(folder, broken, torn))
+    files = _Files(folder)
+    plans = files.records(Plan, filter(_may_be_a_plan, folder.glob("plan/*.json")))
+    scores = files.records(Scores, folder.glob("scores/*.json"))
+    summary = files.record(DataSummary, folder / "data" / "summary.json")
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     settings = {setting.name: setting.value for plan in plans for setting in plan.settings}
@@ -150,18 +147,17 @@ def read_run(folder: Path) -> RunView:
         model=str(settings.get("model.name") or _from_recipe(recipe_text, "model") or "unknown model"),
         task=str(task or "unknown task"),
         recipe_text=recipe_text,
-        environment=environment,
+        environment=files.record(Environment, folder / "environment.json"),
         summary=summary,
-        dropped=tuple(islice(_json_lines(folder / "data" / "dropped.jsonl", torn), DROPPED_SHOWN)),
+        dropped=tuple(islice(files.lines(folder / "data" / "dropped.jsonl"), DROPPED_SHOWN)),
         plans=tuple(sorted(plans, key=lambda plan: plan.trial)),
-        attempts=attempts,
+        attempts=tuple(files.attempts()),
         scores=tuple(sorted(scores, key=lambda row: (_KINDS.index(row.kind), row.name))),
         missing=(),
         unreadable_lines=0,
-        command=_record(Command, folder / "command.json", folder, broken),
+        command=files.record(Command, folder / "command.json"),
     )
-    missing = (*broken, *_what_is_missing(view))
-    return replace(view, missing=missing, unreadable_lines=len(torn))
+    return replace(view, missing=(*files.damaged, *_what_is_missing(view)), unreadable_lines=files.unreadable_lines)
 
 
 def _what_is_missing(view: RunView) -> Iterator[Missing]:
@@ -206,19 +202,52 @@ def _why_unscored(view: RunView, trial: str) -> str:
     return f"training ended as '{outcome.status.replace('_', ' ')}': {outcome.reason.rstrip('.')}."
 
 
-def _record(kind: type[_AnyRecord], path: Path, folder: Path, broken: list[Missing]) -> _AnyRecord | None:
-    if not path.is_file():
-        return None
-    try:
-        return kind.load(path)
-    except (OSError, SetupError):
-        broken.append(Missing(path.relative_to(folder).as_posix(), "damaged, or of another version of fulltune"))
-        return None
+class _Files:
+    """Reads a run folder's files and notes which of them, and how many lines, cannot be read."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.damaged: list[Missing] = []
+        self.unreadable_lines = 0
 
-def _records(kind: type[_AnyRecord], paths: list[Path], folder: Path, broken: list[Missing]) -> list[_AnyRecord]:
-    found = (_record(kind, path, folder, broken) for path in paths)
-    return [record for record in found if record is not None]
+    def record(self, kind: type[_AnyRecord], path: Path) -> _AnyRecord | None:
+        """A record; None where there is none or it cannot be read."""
+        try:
+            return kind.load(path) if path.is_file() else None
+        except (OSError, SetupError):
+            name = path.relative_to(self.folder).as_posix()
+            self.damaged.append(Missing(name, "damaged, or of another version of fulltune"))
+            return None
+
+    def records(self, kind: type[_AnyRecord], paths: Iterable[Path]) -> list[_AnyRecord]:
+        """All of these that can be read, by name."""
+        found = (self.record(kind, path) for path in sorted(paths))
+        return [record for record in found if record is not None]
+
+    def lines(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The objects of a jsonl file."""
+        if not path.is_file():
+            return
+        # A process killed in mid-write can cut a character in two: replace it rather than fail.
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in filter(str.strip, file):
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError):
+                    value = None
+                if isinstance(value, dict):
+                    yield value
+                else:
+                    self.unreadable_lines += 1
+
+    def attempts(self) -> Iterator[AttemptFiles]:
+        """The attempts of each trial, in order."""
+        named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in self.folder.glob("attempts/*"))
+        numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
+        for trial, _, path in sorted(numbered):
+            outcome = self.record(Outcome, path / "outcome.json")
+            lines = (tuple(self.lines(path / f"{name}.jsonl")) for name in ("metrics", "journal"))
+            yield AttemptFiles(path.name, trial, outcome, *lines)
 
 
 def _may_be_a_plan(path: Path) -> bool:
@@ -228,35 +257,6 @@ def _may_be_a_plan(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return True
     return isinstance(found, dict) and {"trial", "settings"} <= found.keys()
-
-
-def _attempts(folder: Path, broken: list[Missing], torn: list[Path]) -> Iterator[AttemptFiles]:
-    named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in (folder / "attempts").glob("*"))
-    numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
-    for trial, _, path in sorted(numbered):
-        yield AttemptFiles(
-            name=path.name,
-            trial=trial,
-            outcome=_record(Outcome, path / "outcome.json", folder, broken),
-            lines=tuple(_json_lines(path / "metrics.jsonl", torn)),
-            journal=tuple(_json_lines(path / "journal.jsonl", torn)),
-        )
-
-
-def _json_lines(path: Path, torn: list[Path]) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    # A process killed in mid-write can cut a character in two: replace it rather than fail.
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in filter(str.strip, file):
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            if isinstance(value, dict):
-                yield value
-            else:
-                torn.append(path)
 
 
 def _from_recipe(text: str | None, key: str) -> Any:
