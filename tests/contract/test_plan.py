@@ -92,7 +92,7 @@ def test_7b_is_planned_from_its_config_alone() -> None:
         "train.micro_batch_size",
         "\ninstead\n",
         "method: where to start, not a law",
-        "to settle it",
+        "to decide on your own rows",
         "fulltune run",
     ]
     places = [page.find(words) for words in order]
@@ -145,7 +145,7 @@ def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
     assert {one["method"]: one["verdict"] for one in survey["advice"]}["full fine-tuning"] == "leave"
     assert survey["comparison"] == ""
     page = shown(result)
-    assert "there is nothing to settle by a comparison" in page
+    assert "there is nothing to compare with" in page
     assert "23.5 GiB on each GPU, 56.6 GiB (61 GB) of the host's memory" in page
 
 
@@ -386,6 +386,6 @@ def test_plan_says_how_to_compare_what_it_planned(
         max_length=1, fits=True, placements=(), host_free_bytes=1, device_free_bytes=1, settings=settings,
     )  # fmt: skip
 
-    found = cli_plan._settled(survey, Path("r.yaml"), [], load_recipe(Path("r.yaml")))
+    found = cli_plan._with_commands(survey, Path("r.yaml"), [], load_recipe(Path("r.yaml")))
 
     assert (found.comparison, found.comparison_first) == (comparison, first)

@@ -138,8 +138,8 @@ def test_settings_that_agree_with_the_plan_pass() -> None:
 def test_bytes_on_device_and_host_with_two_processes(
     shared: deepspeed.Zero, device_bytes: int, host_bytes: int
 ) -> None:
-    assert shared.device_bytes(STATE, 2) == device_bytes
-    assert shared.host_bytes(STATE, 2) == host_bytes
+    assert sum(shared.parts_at("device", STATE, 2).values()) == device_bytes
+    assert 2 * sum(shared.parts_at("host", STATE, 2).values()) == host_bytes
 
 
 def test_what_goes_to_an_nvme_disk_is_read_from_the_settings() -> None:

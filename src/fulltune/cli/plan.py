@@ -1,10 +1,12 @@
-"""The command `fulltune plan`: what it needs of recipe, model, data and hardware, gathered. Layer 4."""
+"""The command `fulltune plan`: what it needs of recipe, model, data and hardware, gathered."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,16 +15,14 @@ import typer
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.recipe.tasks import FACTS, ProblemType
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan
 from fulltune.records.survey import Survey
 from fulltune.records.training import Measurements
 
 if TYPE_CHECKING:
-    from fulltune.footprint.records import Footprint
     from fulltune.models.base import Base
-    from fulltune.models.shapes import Shapes
     from fulltune.plan.elsewhere.survey import Wishes
     from fulltune.plan.gpus import Fleet
 
@@ -72,7 +72,7 @@ class Checked:
     tokens: int | None
 
 
-def check(options: Options, recipe: Recipe | None = None) -> Checked:
+def check(options: Options) -> Checked:
     """Understand the options.
 
     Raises:
@@ -127,23 +127,23 @@ def without_data(target: Path, overrides: list[str], options: Options) -> tuple[
     recipe, checked = None, None
     if target.is_dir():
         problems.append(f"{target}: is a run folder, whose rows are known; give the recipe to plan without data")
-    else:
-        try:
-            recipe = load_recipe(target, overrides)
-        except RecipeError as error:
-            problems += error.problems
+    try:
+        recipe = None if problems else load_recipe(target, overrides)
+    except RecipeError as error:
+        problems += error.problems
     try:
         checked = check(options)
     except RecipeError as error:
         problems += error.problems
-    if problems or recipe is None or checked is None or checked.rows is None or checked.tokens is None:
+    if recipe is None or checked is None or checked.rows is None or checked.tokens is None:
         raise RecipeError(problems)
     summary = _imagined(recipe, checked.rows, checked.tokens)
     survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), weights=False)
-    return _settled(survey, target, overrides, recipe).model_copy(update={"rows_prepared": False}), plan
+    return _with_commands(survey, target, overrides, recipe).model_copy(update={"rows_prepared": False}), plan
 
 
 def is_prepared(folder: Path) -> bool:
+    """Whether the data stage has done its part."""
     return (folder / "data" / "summary.json").exists()
 
 
@@ -164,7 +164,7 @@ def with_data(
     survey, planned = _survey(recipe, summary, checked, plan, folder)
     if target.is_dir():
         target, overrides = _recipe_of(target, recipe)
-    survey = _settled(survey, target, overrides, recipe)
+    survey = _with_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
 
@@ -183,50 +183,39 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
     return file, [*overrides, *moved]
 
 
-def _settled(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
-    """With the commands that settle the advice: the user's overrides, and what the plan has beyond the recipe."""
-    from fulltune.plan.dotted import in_yaml
-    from fulltune.system import deepspeed
+def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
+    """With the commands that run the plan, and that compare methods: the user's overrides, and what the plan adds."""
+    from fulltune.plan.dotted import DEEPSPEED, given, in_yaml
+
+    def command(verb: str, given: list[str]) -> str:
+        return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
 
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     kept = [one for one in overrides if not one.startswith("train.seed=")]
-    run = _command("run", target, [*kept, *planned, "train.seed=1"])
-    kept = overrides if recipe.methods else [one for one in overrides if not one.startswith("method")]
+    update = {"command": command("run", [*kept, *planned, "train.seed=1"])}
+    # DeepSpeed is for full fine-tuning only, and without that there is nothing to compare with.
+    if not survey.full_fits or given(recipe, DEEPSPEED) or DEEPSPEED in survey.settings:
+        return survey.model_copy(update={**update, "comparison": ""})
+    other = recipe.method.kind if recipe.method.kind in ("adapter", "prompt") else "lora"
     # A recipe that names one method cannot be given several beside it.
     has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
-    listed = [] if recipe.methods or has_block else [f"methods={_methods(recipe)}"]
-    found = {"command": run, "comparison": _command("compare", target, [*kept, *planned, *listed])}
-    if has_block:
-        found["comparison_first"] = f"methods: {_methods(recipe)}"
-    # DeepSpeed is for full fine-tuning only, and without that there is nothing to compare with.
-    if not survey.full_fits or deepspeed.wanted(recipe) or any("deepspeed" in name for name in survey.settings):
-        found["comparison"] = ""
-    return survey.model_copy(update=found)
-
-
-def _methods(recipe: Recipe) -> str:
-    """Full fine-tuning against the recipe's own method, or LoRA."""
-    return f"[full, {recipe.method.kind if recipe.method.kind in ('adapter', 'prompt') else 'lora'}]"
-
-
-def _command(verb: str, target: Path, given: list[str]) -> str:
-    import shlex
-
-    return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
+    if not recipe.methods:
+        overrides = [one for one in overrides if not one.startswith("method")]
+        planned += [] if has_block else [f"methods=[full, {other}]"]
+    update["comparison"] = command("compare", [*overrides, *planned])
+    update["comparison_first"] = f"methods: [full, {other}]" if has_block else ""
+    return survey.model_copy(update=update)
 
 
 def _survey(
-    recipe: Recipe,
-    summary: DataSummary,
-    checked: Checked,
-    plan: Plan | None,
-    place: Path,
-    weights: bool = True,
+    recipe: Recipe, summary: DataSummary, checked: Checked, plan: Plan | None, place: Path, weights: bool = True
 ) -> tuple[Survey, Plan | None]:
-    from functools import cache
-
+    from fulltune.footprint import records
+    from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
-    from fulltune.plan import gpus, workload
+    from fulltune.models.shapes import Shapes
+    from fulltune.plan import device_and_precision, gpus, workload
+    from fulltune.plan.dotted import with_settings
     from fulltune.plan.elsewhere import survey as surveying
     from fulltune.system import hardware
 
@@ -234,18 +223,29 @@ def _survey(
     spread = workload.spread_over(recipe, fleet)
     base = cache(lambda: Base.of(recipe.model, recipe.task, recipe.data.chat_template, weights))
 
-    def task_of(changed: Recipe) -> workload.Workload:
+    def of_a_model(changed: Recipe) -> workload.Workload:
         if not weights:
             _check_config(changed, base(), summary, fleet.here)
-        return workload.Workload(changed, *_model(changed, base(), summary, fleet), summary, spread is not recipe)
+        model = PlannedModel.of(changed, base(), summary)
 
-    def other(kind: str) -> workload.Workload | None:
+        def traced(weights_dtype: str) -> records.Footprint:
+            same = with_settings(changed, {"model.weights_dtype": weights_dtype})
+            return model.footprint(same, *device_and_precision(same, fleet.machine))
+
+        return workload.Workload(changed, model.shapes, traced, summary, spread is not recipe)
+
+    def by_another_method(kind: str) -> workload.Workload | None:
         changed = _by_another_method(spread, kind, base())
-        return None if changed is None else task_of(changed)
+        return None if changed is None else of_a_model(changed)
 
-    known = _kept(place) if fleet.here and plan is not None else None
-    task = workload.Workload(spread, *known, summary, spread is not recipe) if known else task_of(spread)
-    return surveying.survey(task, fleet, checked.wishes, plan, other)
+    files = [place / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
+    if fleet.here and plan is not None and all(file.exists() for file in files):
+        # As this machine's plan was made from them; a plan of an earlier version lacks them.
+        shapes, kept = Shapes.load(files[0]), records.Footprint.load(files[1])
+        load = workload.Workload(spread, shapes, lambda weights_dtype: kept, summary, spread is not recipe)
+    else:
+        load = of_a_model(spread)
+    return surveying.survey(load, fleet, checked.wishes, plan, by_another_method)
 
 
 def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
@@ -260,36 +260,6 @@ def _by_another_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
     except (ValueError, RecipeError):  # a recipe's own checks, and those against the model
         return None
     return changed
-
-
-OfTheModel = tuple["Shapes", Callable[[str], "Footprint"]]
-
-
-def _kept(folder: Path) -> OfTheModel | None:
-    """Shapes and memory as this machine's plan was made from them; None for a plan of an earlier version."""
-    from fulltune.footprint import records
-    from fulltune.models.shapes import Shapes
-
-    paths = [folder / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
-    if not all(path.exists() for path in paths):
-        return None
-    shapes, traced = Shapes.load(paths[0]), records.Footprint.load(paths[1])
-    return shapes, lambda weights_dtype: traced
-
-
-def _model(recipe: Recipe, base: Base, summary: DataSummary, fleet: Fleet) -> OfTheModel:
-    """The model's shapes, and its memory for a type of weights."""
-    from fulltune.footprint.trace import PlannedModel
-    from fulltune.plan import device_and_precision
-
-    model = PlannedModel.of(recipe, base, summary)
-
-    def traced(weights_dtype: str) -> Footprint:
-        block = recipe.model.model_copy(update={"weights_dtype": weights_dtype})
-        same = recipe.model_copy(update={"model": block})
-        return model.footprint(same, *device_and_precision(same, fleet.machine))
-
-    return model.shapes, traced
 
 
 def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
@@ -312,7 +282,7 @@ def _check_config(recipe: Recipe, base: Base, summary: DataSummary, runs_here: b
 
 def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     """A summary of so many rows of so many tokens: what the data stage would make of them."""
-    data = recipe.data
+    data, given = recipe.data, recipe.data.problem_type
     length = min(tokens, data.max_length or tokens)
     held_out = {
         "eval": 0 if data.eval else min(2000, round(rows * data.eval_fraction)),
@@ -334,7 +304,7 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     }
     return DataSummary(
         task=recipe.task,
-        problem_type=_problem_type(recipe),
+        problem_type=FACTS[recipe.task].usual_type if given == "auto" else given,
         columns={},
         labels=("a", "b") if recipe.task.endswith("classification") else (),
         num_choices=choices,
@@ -345,14 +315,6 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
         sources={},
         fingerprint="",
     )
-
-
-def _problem_type(recipe: Recipe) -> ProblemType:
-    """As the recipe says it, else the task's usual one."""
-    given = recipe.data.problem_type
-    if recipe.task == "text-classification" and given != "auto":
-        return given
-    return FACTS[recipe.task].usual_type
 
 
 def as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = None) -> dict[str, Any]:

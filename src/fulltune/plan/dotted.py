@@ -36,4 +36,6 @@ def in_yaml(value: Any) -> str:
     """As a recipe or `--set` has it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {in_yaml(inner)}" for name, inner in value.items()) + "}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -59,8 +59,10 @@ class Lever:
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, Now], list[Changes]] | None = None
     """In place of `changes` where they depend on what is: the mildest first."""
-    obstacle: Callable[[Recipe, Now], str] = _nothing
-    """Why it cannot be had, whatever the recipe's own value of its setting; empty when it can."""
+    unless: Callable[[Recipe, Now], str] = _nothing
+    """What stands against it, beyond what holds for all levers; empty: nothing."""
+    with_deepspeed: str = ""
+    """Why it cannot go with DeepSpeed; empty: it can."""
     needs: Callable[[Recipe, Now], str] = _nothing
     """Other settings that would have to change with it; empty when it can be had at once."""
     done: str = ""
@@ -90,6 +92,15 @@ class Lever:
         named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
         own = (self.setting, self.also)
         return {name: value for name, value in named.items() if name in own or given(recipe, name) not in (None, value)}
+
+    def obstacle(self, recipe: Recipe, now: Now) -> str:
+        """Why it cannot be had, whatever the recipe's own value of its setting; empty when it can."""
+        own = [name for name in self.changes if SETTING_OF[name] == self.setting]
+        if own and all(getattr(now, name) == self.changes[name] for name in own):
+            return "already on"
+        if self.with_deepspeed and deepspeed.wanted(recipe):
+            return self.with_deepspeed
+        return self.unless(recipe, now)
 
     def refusal(self, recipe: Recipe, now: Now) -> str:
         """Why it is not taken without asking; empty when it may be."""
@@ -157,33 +168,15 @@ def _computes_in_16_bits(recipe: Recipe, now: Now) -> str:
 
 
 def _no_pieces(recipe: Recipe, now: Now) -> str:
-    return "it is on already" if now.chunked_loss else whole_logits(recipe, now.plain_logits, now.torch_compile)
+    return whole_logits(recipe, now.plain_logits, now.torch_compile)
 
 
 def _no_recomputing(recipe: Recipe, now: Now) -> str:
-    if now.activation_checkpointing:
-        return "it is on already"
     return "" if now.can_recompute else "this model cannot recompute its activations"
 
 
-def _no_8_bits(recipe: Recipe, now: Now) -> str:
-    if now.optim == "adamw_8bit":
-        return "they are 8-bit already"
-    return "DeepSpeed shares out the optimizer" if deepspeed.wanted(recipe) else ""
-
-
 def _no_narrow_weights(recipe: Recipe, now: Now) -> str:
-    if now.weights_dtype != "fp32":
-        return "they are already"
-    if deepspeed.wanted(recipe):
-        return "DeepSpeed keeps weights in fp32"
     return "this GPU has no fast bf16" if now.precision == "fp16" else ""
-
-
-def _no_update_in_backward(recipe: Recipe, now: Now) -> str:
-    if now.optimizer_in_backward:
-        return "it is on already"
-    return "DeepSpeed updates by itself" if deepspeed.wanted(recipe) else ""
 
 
 def _update_in_backward_needs(recipe: Recipe, now: Now) -> str:
@@ -218,7 +211,7 @@ LEVERS = (
         setting="train.precision",
         costs="rounding",
         options=_half_precision,
-        obstacle=_computes_in_16_bits,
+        unless=_computes_in_16_bits,
         same_result=False,
         measured="{precision} computations",
     ),
@@ -227,7 +220,7 @@ LEVERS = (
         setting="train.micro_batch_size",
         costs="nothing but some speed",
         options=_smaller_batches,
-        obstacle=_no_smaller_batch,
+        unless=_no_smaller_batch,
         done="micro batch {micro_batch_size} instead of {now.micro_batch_size}, the same global batch of "
         "{now.global_batch_size}",
         way_out=True,
@@ -239,7 +232,7 @@ LEVERS = (
         setting="evaluate.batch_size",
         costs="nothing but some speed",
         options=_half_eval_batch,
-        obstacle=_no_smaller_eval_batch,
+        unless=_no_smaller_eval_batch,
         done="eval batch {eval_batch_size} instead of {now.eval_batch_size}",
         fallback=("evaluation",),
         kept=False,
@@ -249,7 +242,7 @@ LEVERS = (
         setting="train.chunked_loss",
         costs="nothing but some speed",
         changes={"chunked_loss": True},
-        obstacle=_no_pieces,
+        unless=_no_pieces,
         done="chunked loss on",
         frees=("logits",),
         way_out=True,
@@ -261,7 +254,7 @@ LEVERS = (
         setting="train.activation_checkpointing",
         costs="a third more operations",
         changes={"activation_checkpointing": True},
-        obstacle=_no_recomputing,
+        unless=_no_recomputing,
         done="activation checkpointing on",
         frees=("activations",),
         searched=True,
@@ -274,7 +267,7 @@ LEVERS = (
         setting="train.optim",
         costs="moments of 8 bits",
         changes={"optim": "adamw_8bit"},
-        obstacle=_no_8_bits,
+        with_deepspeed="DeepSpeed shares out the optimizer",
         done="AdamW's states in 8 bits (train.optim: adamw_8bit), which changes the result a little",
         frees=("optimizer",),
         same_result=False,
@@ -288,7 +281,8 @@ LEVERS = (
         setting="model.weights_dtype",
         costs="weights of 16 bits, rounded at random",
         changes=_NARROW,
-        obstacle=_no_narrow_weights,
+        unless=_no_narrow_weights,
+        with_deepspeed="DeepSpeed keeps weights in fp32",
         frees=("weights", "gradients", "optimizer"),
         same_result=False,
         way_out=True,
@@ -299,7 +293,8 @@ LEVERS = (
         also="train.optim",
         costs="weights of 16 bits, moments of 8",
         changes=_NARROW | {"optim": "adamw_8bit"},
-        obstacle=_no_narrow_weights,
+        unless=_no_narrow_weights,
+        with_deepspeed="DeepSpeed keeps weights in fp32",
         same_result=False,
         way_out=True,
     ),
@@ -308,7 +303,7 @@ LEVERS = (
         setting="train.optimizer_in_backward",
         costs="no clipping of gradients",
         changes={"optimizer_in_backward": True},
-        obstacle=_no_update_in_backward,
+        with_deepspeed="DeepSpeed updates by itself",
         needs=_update_in_backward_needs,
         frees=("gradients",),
         same_result=False,
@@ -319,7 +314,7 @@ LEVERS = (
         setting="data.max_length",
         costs="longer rows are cut",
         options=_half_length,
-        obstacle=_no_shorter_rows,
+        unless=_no_shorter_rows,
         same_result=False,
         way_out=True,
     ),
@@ -327,7 +322,7 @@ LEVERS = (
         name="offload",
         setting=DEEPSPEED,
         costs="speed, and memory of the host",
-        obstacle=_no_offloading,
+        unless=_no_offloading,
         fallback=ANYWHERE,
     ),
 )

@@ -33,7 +33,8 @@ def host_bytes(
 ) -> int:
     """Bytes that all processes together take of the host's memory for what is offloaded."""
     buffers = NVME_HOST_BYTES * num_parameters if shared.optimizer_on_disk or shared.weights_on_disk else 0
-    return buffers + round(HOST_BUFFERS * shared.host_bytes(state(num_parameters, per_parameter), num_devices))
+    each = sum(shared.parts_at("host", state(num_parameters, per_parameter), num_devices).values())
+    return buffers + round(HOST_BUFFERS * num_devices * each)
 
 
 def disk_bytes(
@@ -42,9 +43,7 @@ def disk_bytes(
     """Bytes of what is offloaded to an NVMe disk."""
     if shared is None:
         return 0
-    weights, gradients, optimizer = per_parameter
-    size = (gradients + optimizer if shared.optimizer_on_disk else 0) + (weights if shared.weights_on_disk else 0)
-    return size * num_parameters
+    return sum(shared.parts_at("disk", state(num_parameters, per_parameter), 1).values())
 
 
 def largest_unit(shapes: Shapes) -> int:
@@ -61,7 +60,7 @@ def kinds(
     passing: Mapping[MemoryKind, int],
 ) -> dict[MemoryKind, int]:
     """Bytes by kind on each device in a step."""
-    found = shared.device_parts(state(shapes.num_parameters, per_parameter), num_devices)
+    found = shared.parts_at("device", state(shapes.num_parameters, per_parameter), num_devices)
     return {**found, **passing, "buffers": _gathered(shared, per_parameter, shapes) + memory.CUDA_CONTEXT_BYTES}
 
 

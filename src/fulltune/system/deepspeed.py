@@ -1,4 +1,4 @@
-"""DeepSpeed's settings in a recipe (`train.extra.deepspeed`): read, checked, completed. Layer 1, without frameworks.
+"""DeepSpeed's settings in a recipe (`train.extra.deepspeed`): read, checked, completed.
 
 DeepSpeed shares out what one process would hold alone (ZeRO): stage 1 the optimizer's state, 2 also the gradients,
 3 also the weights; offloading keeps them in the host's memory.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
@@ -31,6 +31,9 @@ _LEFT_TO_THE_RECIPE = {
 }
 
 
+Place = Literal["device", "host", "disk"]
+
+
 @dataclass(frozen=True)
 class Zero:
     """What is shared out, and what lies in the host's memory."""
@@ -42,33 +45,17 @@ class Zero:
     """What is offloaded goes to an NVMe disk, not to the host's memory."""
     weights_on_disk: bool = False
 
-    def device_bytes(self, state: StateBytes, num_processes: int) -> int:
-        """Bytes that one process keeps on its device between steps."""
-        return sum(self.device_parts(state, num_processes).values())
+    def place(self, kind: MemoryKind) -> Place:
+        """Where a kind of tensors lies between steps; gradients lie with the optimizer."""
+        offloaded, on_disk = self.offload_optimizer, self.optimizer_on_disk
+        if kind == "weights":
+            offloaded, on_disk = self.offload_weights, self.weights_on_disk
+        return "disk" if on_disk else "host" if offloaded else "device"
 
-    def device_parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
-        """The same by kind: weights, gradients, optimizer; 0 for what is offloaded."""
+    def parts_at(self, place: Place, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
+        """Bytes of each kind that one process keeps there between steps; 0 for what lies elsewhere."""
         parts = self.parts(state, num_processes)
-        return {name: 0 if name in self.offloaded else size for name, size in parts.items()}
-
-    def host_bytes(self, state: StateBytes, num_processes: int) -> int:
-        """Bytes that all processes together keep in the host's memory."""
-        parts = self.parts(state, num_processes)
-        on_host: set[MemoryKind] = set() if self.optimizer_on_disk else self._optimizer_parts()
-        on_host |= set() if self.weights_on_disk else self._weight_parts()
-        return num_processes * sum(parts[name] for name in on_host)
-
-    @property
-    def offloaded(self) -> set[MemoryKind]:
-        """Kinds that are not on the device between steps."""
-        return self._optimizer_parts() | self._weight_parts()
-
-    def _optimizer_parts(self) -> set[MemoryKind]:
-        """Offloaded with the optimizer, wherever to."""
-        return {"optimizer", "gradients"} if self.offload_optimizer else set()
-
-    def _weight_parts(self) -> set[MemoryKind]:
-        return {"weights"} if self.offload_weights else set()
+        return {kind: size if self.place(kind) == place else 0 for kind, size in parts.items()}
 
     def parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
         """Bytes of each kind that belong to one process, wherever they lie."""
@@ -122,8 +109,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def nvme_path(recipe: Recipe) -> str | None:
     """The folder on a disk that the recipe's settings offload to; None: they do not, or it is left open."""
-    found = _nvme_paths(recipe)
-    return next((path for path in found.values() if path != NVME_FOLDER), None)
+    return next((path for path in _nvme_paths(recipe).values() if path != NVME_FOLDER), None)
 
 
 def missing_folders(recipe: Recipe) -> list[str]:
@@ -169,12 +155,8 @@ def disagreements(
         given = found.get(first, AUTO)
         given = given.get(second, AUTO) if second and isinstance(given, dict) else given
         if given != AUTO and given != value:
-            lines.append(f'{NAME}: {name} is {_json(given)}, but {source} gives {_json(value)}; write "auto"')
+            lines.append(f'{NAME}: {name} is {json.dumps(given)}, but {source} gives {json.dumps(value)}; write "auto"')
     return lines
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value)
 
 
 def _read(given: Any) -> dict[str, Any]:
@@ -197,10 +179,6 @@ def _offload_device(block: Mapping[str, Any], what: str) -> str:
     return str((block.get(f"offload_{what}") or {}).get("device", "none"))
 
 
-def _offloads(block: Mapping[str, Any], what: str) -> bool:
-    return _offload_device(block, what) != "none"
-
-
 def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
     problems = [
         f"{name}: remove it; set by {instead}" if not instead.startswith("nothing") else f"{name}: remove it; {instead}"
@@ -208,7 +186,7 @@ def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
         if name in found
     ]
     problems += [
-        f'{name}: expected a block such as {{"enabled": "auto"}}, found {_json(found[name])}'
+        f'{name}: expected a block such as {{"enabled": "auto"}}, found {json.dumps(found[name])}'
         for name in ("bf16", "fp16", "torch_autocast")
         if not isinstance(found.get(name, {}), dict)
     ]
@@ -217,17 +195,19 @@ def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
     block = found.get("zero_optimization")
     if not isinstance(block, dict) or block.get("stage") not in (0, 1, 2, 3) or isinstance(block.get("stage"), bool):
         stage = block.get("stage") if isinstance(block, dict) else None
-        return [*problems, f"zero_optimization.stage: expected 0, 1, 2 or 3, found {_json(stage)}"]
+        return [*problems, f"zero_optimization.stage: expected 0, 1, 2 or 3, found {json.dumps(stage)}"]
     for what in ("optimizer", "param"):
         offload = block.get(f"offload_{what}") or {}
         if not isinstance(offload, dict) or offload.get("device", "none") not in _DEVICES:
             expected = ", ".join(_DEVICES)
-            problems.append(f"zero_optimization.offload_{what}: expected a device ({expected}), found {_json(offload)}")
+            problems.append(
+                f"zero_optimization.offload_{what}: expected a device ({expected}), found {json.dumps(offload)}"
+            )
         elif offload.get("device") == "nvme" and not str(offload.get("nvme_path") or ""):
             problems.append(f"zero_optimization.offload_{what}: device nvme needs nvme_path, a folder on an NVMe disk")
-        elif what == "param" and _offloads(block, what) and block["stage"] != 3:
+        elif what == "param" and _offload_device(block, what) != "none" and block["stage"] != 3:
             problems.append(f"zero_optimization.offload_param: needs stage 3, found stage {block['stage']}")
-        elif what == "optimizer" and _offloads(block, what) and block["stage"] == 0:
+        elif what == "optimizer" and _offload_device(block, what) != "none" and block["stage"] == 0:
             problems.append("zero_optimization.offload_optimizer: needs stage 1, 2 or 3, found stage 0")
     if block["stage"] == 3 and block.get("stage3_gather_16bit_weights_on_model_save") is False:
         problems.append(

@@ -287,7 +287,7 @@ def test_message_at_the_end_shows_the_whole_ladder() -> None:
         "tried: second change",
         "not possible: smaller micro batch: it is 1 already",
         "not possible: chunked loss: the recipe says train.chunked_loss: false",
-        "not possible: activation checkpointing: it is on already",
+        "not possible: activation checkpointing: already on",
         "not possible: 8-bit AdamW states: the recipe says train.optim: adafactor",
         "not possible: offload: without a GPU everything is in the host's memory",
         "what helps: train.optim: adamw_8bit (for optimizer 200 MiB); model.weights_dtype: bf16 (for weights 100 MiB, "
