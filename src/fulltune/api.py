@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune import pipeline
-from fulltune.context import Listener, Run
+from fulltune.context import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
+from fulltune.records.events import Listener
 from fulltune.system.run_folder import Reached, find_or_make, hide_progress_bars
 from fulltune.train.hooks import Hooks
 
@@ -44,7 +45,7 @@ def job(
             then runs in this process.
         class_weights: In place of the recipe's `train.class_weights`: by name, in the order of the labels, or
             `"balanced"`.
-        listener: Called with each progress event; left out, progress is printed.
+        listener: Called with each event (`fulltune.records.events`) as it happens; default: progress is printed.
 
     Raises:
         FulltuneError: When the recipe or the folder is wrong.
@@ -84,7 +85,7 @@ def run(
         preprocess: `preprocess(row) -> row`.
         compute_loss: `compute_loss(outputs, labels, num_items_in_batch)`.
         class_weights: By name, in the order of the labels, or `"balanced"`.
-        listener: Called with each progress event.
+        listener: Called with each event (`fulltune.records.events`) as it happens.
 
     Returns:
         The records of every stage: `folder`, `summary`, `plan`, `outcome`, `scores` (the trained model last), `report`.

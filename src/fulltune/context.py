@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fulltune import plan
 from fulltune.errors import RecipeError
@@ -14,12 +14,12 @@ from fulltune.footprint.trace import PlannedModel
 from fulltune.models.base import Base
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Listener, PhaseBegan
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system import hardware
 from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
 
-Listener = Callable[[dict[str, Any]], None]
 Until = Literal["data", "plan", "train", "evaluate", "report"]
 """The last stage to do."""
 
@@ -64,7 +64,7 @@ class Run:
 
     def phase(self, name: str) -> None:
         """Tell the listener what begins."""
-        self.listener({"kind": "phase", "name": name})
+        self.listener(PhaseBegan(name=name))
 
     def refuse_several_methods(self) -> None:
         """A run trains one method.

@@ -10,6 +10,7 @@ from fulltune import data, evaluate, methods, plan, report
 from fulltune.context import Run, Until
 from fulltune.errors import DoesNotFitError, GuardStop
 from fulltune.records.data import DataSummary
+from fulltune.records.events import DataPrepared, Planned
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
@@ -86,7 +87,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     )
     check_settings_for(job.recipe, summary)
     job.hooks.check_data(summary)
-    job.listener({"kind": "data", "summary": summary, "is_known": before == path.stat().st_mtime_ns})
+    job.listener(DataPrepared(summary=summary, is_known=before == path.stat().st_mtime_ns))
     return summary
 
 
@@ -105,7 +106,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         trial = plan.fit(job.recipe, model.shapes, footprint, summary, fleet, own_loss, started_seconds)
         run_folder.environment(machine).save(job.folder / "environment.json")
         run_folder.save_plan(job.folder, trial)
-    job.listener({"kind": "plan", "plan": trial})
+    job.listener(Planned(plan=trial))
     return trial
 
 
@@ -115,7 +116,7 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     trial = fastest_here(job.recipe, trial, summary, job.folder, job.hooks, available, job.need(summary), job.listener)
     trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder))
     run_folder.save_plan(job.folder, trial)
-    job.listener({"kind": "plan", "plan": trial})
+    job.listener(Planned(plan=trial))
     return trial
 
 

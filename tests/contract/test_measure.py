@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fulltune.records.events import Listener
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Measurements, Outcome
 from fulltune.train.hooks import Hooks
-from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request
 from fulltune.train.worker import main as worker
 from tests import tiny
@@ -28,10 +28,10 @@ def recipe(tmp_path: Path, tiny_encoder: Path) -> Path:
     return tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, "train.csv", train=train)
 
 
-def answered(seconds: Callable[[Plan], float | None]) -> Callable[[Request, attempts.Listener], Outcome]:
+def answered(seconds: Callable[[Plan], float | None]) -> Callable[[Request, Listener], Outcome]:
     """Instead of probes: this many seconds of training, or memory that runs out."""
 
-    def probe(request: Request, listener: attempts.Listener) -> Outcome:
+    def probe(request: Request, listener: Listener) -> Outcome:
         found = seconds(request.plan)
         ended = {"trial": request.plan.trial, "attempt": request.attempt}
         if found is None:

@@ -27,6 +27,7 @@ from fulltune.cli import predict as cli_predict
 from fulltune.cli import predict_files
 from fulltune.cli.show import run as display
 from fulltune.errors import DataError, InterruptedRun, SetupError
+from fulltune.records.events import RowsRead
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import windows
 from tests import tiny
@@ -459,13 +460,12 @@ def test_memory_for_a_file_does_not_grow_with_its_rows(tmp_path: Path) -> None:
 
 
 def test_scoring_shows_rows_and_time_left_on_a_terminal_and_nothing_in_a_log() -> None:
-    event = {"kind": "rows", "name": "scoring test rows", "total": 4000}
     for is_terminal in (True, False):
         console = Console(width=80, file=io.StringIO(), force_terminal=is_terminal)
         with display.Display(console) as shown:
-            shown({**event, "done": 0, "share": 0.0})
+            shown(RowsRead(name="scoring test rows", total=4000, done=0, share=0.0))
             shown.rows_began -= 30
-            shown({**event, "done": 1000, "share": 0.5})
+            shown(RowsRead(name="scoring test rows", total=4000, done=1000, share=0.5))
             if shown.progress is not None:
                 [task] = shown.progress.tasks
                 assert task.fields["facts"] == "1,000 of 4,000 rows, 30 s left"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fulltune import predict
+from fulltune.records.events import Listener
 from fulltune.records.plan import Plan
 from tests import tiny
 from tests.train import runs
@@ -71,14 +72,13 @@ def test_resume_on_cuda_continues_the_run(tmp_path: Path) -> None:
 
 def test_out_of_memory_on_cuda_is_recognised_and_the_micro_batch_halved(tmp_path: Path) -> None:
     from fulltune.train.hooks import Hooks
-    from fulltune.train.parent import retry as attempts
     from fulltune.train.request import Request
     from fulltune.train.worker import main as worker
 
     model = tiny.save_model(tmp_path / "model", "bert")
     sizes: list[int] = []
 
-    def attempt(request: Request, listener: attempts.Listener) -> worker.Outcome:
+    def attempt(request: Request, listener: Listener) -> worker.Outcome:
         sizes.append(request.plan.micro_batch_size)
 
         def exhaust() -> None:

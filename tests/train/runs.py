@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fulltune import api, pipeline
 from fulltune.context import Run
 from fulltune.footprint import trace
+from fulltune.records.events import Event, Listener, StepLogged
 from fulltune.records.training import Outcome
 from fulltune.report.run.read import read_run
 from fulltune.report.run.verdict import judge
@@ -30,13 +31,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 @contextlib.contextmanager
-def in_this_process(attempt: Callable[[Request, child.Listener], Outcome] | None = None) -> Iterator[None]:
+def in_this_process(attempt: Callable[[Request, Listener], Outcome] | None = None) -> Iterator[None]:
     """Replace the child process by a call of the worker, or by `attempt`."""
 
-    def call(request: Request, listener: child.Listener) -> Outcome:
+    def call(request: Request, listener: Listener) -> Outcome:
         return worker.run(request, Hooks(), listener)
 
-    def without_start(request: Request, listener: child.Listener, start: object = None) -> Outcome:
+    def without_start(request: Request, listener: Listener, start: object = None) -> Outcome:
         return (attempt or call)(request, listener)
 
     with mock.patch.object(child, "run", without_start):
@@ -113,12 +114,12 @@ def assert_report_is_whole(reached: Reached) -> None:
     assert judge(reached.scores).kind in ("better", "worse", "unresolved")
 
 
-def at_step(step: int, action: Callable[[], None]) -> Callable[[Mapping[str, Any]], None]:
+def at_step(step: int, action: Callable[[], None]) -> Listener:
     """A listener that acts once, when the line of this step is written; needs `logging_steps: 1`."""
     waiting = [action]
 
-    def listener(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "train" and event["step"] == step and waiting:
+    def listener(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == step and waiting:
             waiting.pop()()
 
     return listener

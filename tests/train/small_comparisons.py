@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fulltune import pipeline
 from fulltune.compare import run as comparing
 from fulltune.recipe.file import load_recipe
+from fulltune.records.events import Listener
 from fulltune.system.run_folder import find_or_make
 from tests import tiny
 
 METHODS = ["base", {"kind": "full", "learning_rate": 3e-3}, {"kind": "lora", "learning_rate": 1e-2}]
 
 
-def job(
-    folder: Path, methods: list[Any], listener: Callable[[Mapping[str, Any]], None] = lambda event: None, **blocks: Any
-) -> pipeline.Run:
+def job(folder: Path, methods: list[Any], listener: Listener = lambda event: None, **blocks: Any) -> pipeline.Run:
     """A comparison of these methods in `folder/run`."""
     if not (folder / "model").exists():
         tiny.save_model(folder / "model", "bert")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fulltune.compare import timing, trials
 from fulltune.errors import DataError, InterruptedRun, RecipeError
 from fulltune.records.comparison import Comparison, Trial
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Event, Said
 from fulltune.system.run_folder import recipe_of
 from tests.contract.command import fulltune
 from tests.train.runs import in_this_process
@@ -42,10 +43,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     folder = tmp_path_factory.mktemp("compare")
     seen: list[str] = []
 
-    def interrupt(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "comparison":
-            seen.append(event["text"])
-            if event["text"].startswith("lora: seed 2"):
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Said):
+            seen.append(event.text)
+            if event.text.startswith("lora: seed 2"):
                 raise InterruptedRun("interrupted by the test")
 
     with pytest.raises(InterruptedRun):

@@ -16,6 +16,7 @@ from fulltune import pipeline
 from fulltune.errors import SetupError
 from fulltune.models.base import Base
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Event, RowsRead
 from fulltune.records.plan import Plan
 from fulltune.system.run_folder import recipe_of
 from tests import tiny
@@ -130,19 +131,19 @@ def test_plan_that_is_there_is_read_without_looking_at_the_model(
 def test_scoring_says_how_far_it_is(finished: tuple[Path, Result], tmp_path: Path) -> None:
     copy = shutil.copytree(finished[0], tmp_path / "copy")
     shutil.rmtree(copy / "scores")
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     with runs.in_this_process():
         pipeline.run(pipeline.Run(recipe_of(copy), copy, listener=events.append), until="evaluate")
-    passes: dict[str, list[dict[str, Any]]] = {}
+    passes: dict[str, list[RowsRead]] = {}
     for event in events:
-        if event["kind"] == "rows":
-            passes.setdefault(event["name"], []).append(event)
+        if isinstance(event, RowsRead):
+            passes.setdefault(event.name, []).append(event)
     assert list(passes) == ["embedding train rows", "embedding test rows", "scoring test rows", "scoring eval rows"]
     for told in passes.values():
-        assert (told[0]["done"], told[0]["share"]) == (0, 0.0)
-        assert told[-1]["done"] == told[-1]["total"] > 0
-        assert told[-1]["share"] == pytest.approx(1)
-        assert [event["share"] for event in told] == sorted(event["share"] for event in told)
+        assert (told[0].done, told[0].share) == (0, 0.0)
+        assert told[-1].done == told[-1].total > 0
+        assert told[-1].share == pytest.approx(1)
+        assert [event.share for event in told] == sorted(event.share for event in told)
 
 
 def test_train_on_a_finished_folder_starts_no_process(finished: tuple[Path, Result]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fulltune import pipeline
 from fulltune.errors import Diverged, DoesNotFitError, GuardStop, RecipeError
+from fulltune.records.events import Event, StepLogged, Warned
 from fulltune.records.training import Moved, Outcome
 from fulltune.train import checkpoints
 from fulltune.train.loop import callbacks
@@ -521,9 +522,9 @@ def loss_broken_after(step: int, broken: Callable[[torch.Tensor], torch.Tensor])
         loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
         return broken(loss) if done[0] == step else loss
 
-    def listener(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "train":
-            done[0] = event["step"]
+    def listener(event: Event) -> None:
+        if isinstance(event, StepLogged):
+            done[0] = event.step
 
     return {"compute_loss": compute_loss, "listener": listener}
 
@@ -596,7 +597,7 @@ def test_loss_that_ended_high_is_said_or_stops_the_run(
     monkeypatch.setattr(attempt, "ended_high", high)
     said: list[str] = []
     train = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
-    options = {"listener": lambda event: said.append(event["text"]) if event["kind"] == "warning" else None}
+    options = {"listener": lambda event: said.append(event.text) if isinstance(event, Warned) else None}
     with contextlib.nullcontext() if action == "warn" else pytest.raises(Diverged, match=r"ended high at 0\.001"):
         runs.run(tmp_path, tiny_encoder, ROWS, train=train, options=options)
     (found,) = seen

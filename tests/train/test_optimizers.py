@@ -16,6 +16,7 @@ from transformers import Adafactor
 from fulltune import pipeline
 from fulltune.errors import GuardStop, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
+from fulltune.records.events import Event, Listener
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop import arguments
@@ -23,7 +24,6 @@ from fulltune.train.loop.arguments import check_extra
 from fulltune.train.optim import moments
 from fulltune.train.optim.in_backward import InBackward
 from fulltune.train.optim.optimizers import AdamW
-from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request
 from fulltune.train.worker import main as worker
 from fulltune.train.worker.weights import InitialWeights, second_moment
@@ -458,14 +458,14 @@ def test_run_that_began_with_fp32_moments_goes_on_with_8_bits(tmp_path: Path) ->
     block = {**STEPS, "max_steps": 6, "save_steps": 2}
     tried: list[str] = []
 
-    def attempt(request: Request, listener: attempts.Listener) -> Outcome:
+    def attempt(request: Request, listener: Listener) -> Outcome:
         tried.append(request.plan.optim)
         if len(tried) > 1:
             plan = request.plan.model_copy(update={"optim": "adamw_8bit"})
             return worker.run(request.model_copy(update={"plan": plan}), Hooks(), listener)
         inject = runs.at_step(5, no_memory)
 
-        def both(event: dict[str, Any]) -> None:
+        def both(event: Event) -> None:
             listener(event)
             inject(event)
 

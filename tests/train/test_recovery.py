@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from fulltune import pipeline
 from fulltune.errors import DoesNotFitError, InterruptedRun
 from fulltune.evaluate import scoring
 from fulltune.inference.run import run_rows
+from fulltune.records.events import AttemptFailed, Event, Listener
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train import checkpoints
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.parent import retry as attempts
 from fulltune.train.request import Request, number_in
 from fulltune.train.worker import context, loading, weights
 from tests import tiny
@@ -238,11 +238,11 @@ def test_8_bit_states_go_on_from_a_checkpoint_in_fp32(
 
 def test_change_is_heard_journalled_and_reported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put("evaluation", 1, monkeypatch)
-    events: list[Mapping[str, Any]] = []
+    events: list[Event] = []
 
     runs.run(tmp_path, model, ROWS, until="report", options={"listener": events.append}, **BLOCKS)
 
-    said = [event["reason"] for event in events if event["kind"] == "attempt"]
+    said = [event.reason for event in events if isinstance(event, AttemptFailed)]
     assert len(said) == 1
     assert said[0].startswith("memory ran out in an evaluation")
     assert said[0].endswith("; eval batch 8 instead of 16")
@@ -278,7 +278,7 @@ def test_limit_that_no_rung_can_meet_ends_with_exit_code_3_and_the_ladder(model:
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, data, **BLOCKS)
     seen: list[tuple[int, bool, str]] = []
 
-    def attempt(request: Request, listener: attempts.Listener) -> Outcome:
+    def attempt(request: Request, listener: Listener) -> Outcome:
         plan = request.plan
         seen.append((plan.micro_batch_size, plan.activation_checkpointing, plan.optim))
         return outcome("out_of_memory", request.attempt, phase="step", reason="no memory here")

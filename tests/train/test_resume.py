@@ -20,6 +20,7 @@ import torch
 from fulltune import pipeline
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.inference.store import load_split
+from fulltune.records.events import Event, Resumed, Warned
 from fulltune.records.training import Outcome
 from fulltune.tasks import text_classification
 from fulltune.train import checkpoints, run_time
@@ -254,12 +255,12 @@ def test_resume_from_the_checkpoint_before_a_torn_one_gives_the_unbroken_weights
     with pytest.raises(InterruptedRun):
         go(tmp_path, tiny_encoder, listener=runs.at_step(9, ask_to_stop))
     flip_a_bit(tmp_path / "run" / "checkpoints" / "full-seed42" / "checkpoint-10")
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
 
     go(tmp_path, tiny_encoder, listener=events.append)
 
-    assert {"kind": "resume", "step": 8} in events
-    assert any("checkpoint-10" in event["text"] for event in events if event["kind"] == "warning")
+    assert Resumed(step=8) in events
+    assert any("checkpoint-10" in event.text for event in events if isinstance(event, Warned))
     assert_same(runs.final_weights(tmp_path), unbroken)
 
 

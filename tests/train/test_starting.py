@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fulltune.errors import GuardStop, InterruptedRun
+from fulltune.records.events import Event, Listener, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks
@@ -30,10 +31,9 @@ pytestmark = [
 ]
 TRAIN = {"max_steps": 4, "logging_steps": 1, "load_best_model_at_end": False}
 LONG = {**TRAIN, "max_steps": 2000}
-Listener = Callable[[Mapping[str, Any]], None]
 
 
-def silent(event: Mapping[str, Any]) -> None:
+def silent(event: Event) -> None:
     """Listen to nothing."""
 
 
@@ -69,10 +69,10 @@ def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_en
             trained(tmp_path / "run", tiny_encoder, start, stop, LONG)
         seen: list[str] = []
 
-        def stop_again(event: Mapping[str, Any]) -> None:
-            if event["kind"] == "train" and "train" not in seen:
+        def stop_again(event: Event) -> None:
+            if isinstance(event, StepLogged) and "train" not in seen:
                 signal.raise_signal(signal.SIGINT)
-            seen.append(event["kind"])
+            seen.append(event.kind)
 
         with pytest.raises(InterruptedRun, match="stopped on request after step"):
             trained(tmp_path / "run", tiny_encoder, start, stop_again, LONG)
@@ -100,8 +100,8 @@ def test_forked_worker_that_is_killed_alone_or_with_the_fork_server_counts_as_ki
         for name, kill in (("worker", kill_worker), ("server", kill_server)):
             killed: list[int] = []
 
-            def kill_each(event: Mapping[str, Any], kill: Any = kill, killed: list[int] = killed) -> None:
-                if event["kind"] == "train" and children[-1].pid not in killed:
+            def kill_each(event: Event, kill: Any = kill, killed: list[int] = killed) -> None:
+                if isinstance(event, StepLogged) and children[-1].pid not in killed:
                     kill()
                     killed.append(children[-1].pid)
 

@@ -20,6 +20,7 @@ from fulltune.compare import parallel
 from fulltune.compare import run as comparing
 from fulltune.errors import GuardStop
 from fulltune.records.comparison import Trial
+from fulltune.records.events import Said
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
@@ -31,8 +32,8 @@ LORA = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
 
 def line_of(folder: Path, said: list[str] | None = None, **compare: Any) -> comparing.Line:
     def listen(event: Any) -> None:
-        if said is not None and event.get("kind") == "comparison":
-            said.append(event["text"])
+        if said is not None and isinstance(event, Said):
+            said.append(event.text)
 
     one = job(folder, METHODS, listen, compare={"side_by_side": 2, **compare})
     return comparing.Line(one, pipeline.prepare(one), "test")

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fulltune.cli.show import run as display
 from fulltune.records.data import DataSummary, SplitSummary
+from fulltune.records.events import DataPrepared
 from fulltune.report.format.blocks import Headline
 
 LABEL = "The verdict"
@@ -59,5 +60,5 @@ def test_rows_of_a_run_that_goes_on_are_one_line() -> None:
         fingerprint="x",
     )
     console = Console(width=80, highlight=False, file=io.StringIO())
-    display.Display(console)({"kind": "data", "summary": summary, "is_known": True})
+    display.Display(console)(DataPrepared(summary=summary, is_known=True))
     assert console.file.getvalue() == "rows as before: 1,200 train, 1,200 eval, 1,200 test\n"  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from rich.markup import escape
 from fulltune.cli import plan as cli_plan
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.file import load_recipe
+from fulltune.records.events import RowsRead
 from fulltune.text import counted, format_seconds
 
 if TYPE_CHECKING:
@@ -519,7 +520,7 @@ def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
         return
     with Display(err) as display:
         yield lambda done, total: display(
-            {"kind": "rows", "name": name, "done": done, "total": total, "share": done / total if total else None}
+            RowsRead(name=name, done=done, total=total, share=done / total if total else None)
         )
 
 

@@ -24,6 +24,7 @@ from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Trial
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Said
 from fulltune.records.plan import Plan
 from fulltune.stats import row_scores
 from fulltune.system import hardware
@@ -127,7 +128,7 @@ class Line:
         return 1 - self.recipe.evaluate.confidence if self.alpha_left is None else self.alpha_left
 
     def say(self, text: str) -> None:
-        self.job.listener({"kind": "comparison", "text": text})
+        self.job.listener(Said(text=text))
 
     @contextlib.contextmanager
     def clocked(self, what: str) -> Iterator[None]:

@@ -29,6 +29,7 @@ from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.records.comparison import Trial
 from fulltune.records.data import DataSummary
+from fulltune.records.events import AttemptFailed, Event, Said, Warned
 from fulltune.system import hardware, run_folder
 from fulltune.text import in_words
 from fulltune.train.parent.fork_server import fork_server
@@ -240,10 +241,13 @@ def serve() -> None:
             said.clear()
 
 
-def _told(event: dict[str, Any]) -> list[str]:
+def _told(event: Event) -> list[str]:
     """What the line's user should know of a helper's trial."""
-    told = event["kind"] in ("comparison", "warning", "attempt")
-    return [str(event.get("text", event.get("reason")))] if told else []
+    match event:
+        case Said(text=text) | Warned(text=text) | AttemptFailed(reason=text):
+            return [text]
+        case _:
+            return []
 
 
 def _settled(line: Line, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:

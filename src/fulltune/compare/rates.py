@@ -10,6 +10,7 @@ from fulltune.compare.context import FOLDER, Line
 from fulltune.compare.trials import tried
 from fulltune.inference.store import texts
 from fulltune.records.comparison import Expectation, Search, Trial, TrialResult, Tried
+from fulltune.records.events import Designed
 from fulltune.tasks import PLACE
 from fulltune.text import is_share
 
@@ -23,8 +24,7 @@ def expect(line: Line) -> Expectation:
     if found is None or found.budget_seconds != line.budget_seconds or found.length_share < 1:
         found = _settled(line)
         found.save(path)
-    event = {"kind": "expectation", "expectation": found, "metric": line.measure.name}
-    line.job.listener(event | {"margin": line.recipe.compare.margin})
+    line.job.listener(Designed(expectation=found, metric=line.measure.name, margin=line.recipe.compare.margin))
     return found
 
 

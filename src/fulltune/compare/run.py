@@ -35,6 +35,7 @@ from fulltune.recipe.methods import RIVALS
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation, ManyTasks, Search
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
+from fulltune.records.events import Said
 from fulltune.system import run_folder
 from fulltune.text import is_share, parse_seconds
 from fulltune.train.parent.fork_server import fork_server
@@ -164,7 +165,7 @@ def run(job: Run, command: str, budget: str | None = None) -> Compared:
         known = Comparison.load(job.folder / RECORD) if (job.folder / RECORD).exists() else None
         if known is not None and (why := more_time.refused(known, seconds)):
             # Its models and its table belong together: nothing is touched.
-            job.listener({"kind": "comparison", "text": why})
+            job.listener(Said(text=why))
             return Compared(known, job.folder, report.write_comparison(job.folder))
         comparison = _compare(job, command, seconds, began, known)
         return Compared(comparison, job.folder, report.write_comparison(job.folder))

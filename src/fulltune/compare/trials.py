@@ -12,10 +12,10 @@ from typing import Any
 
 from fulltune import evaluate
 from fulltune.compare.context import FOLDER, OPEN, SEALED, Line
-from fulltune.context import Listener
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.records.comparison import Trial, TrialResult
+from fulltune.records.events import AttemptFailed, Listener, Resumed, StepLogged, Warned
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks
@@ -119,8 +119,8 @@ def _weights_bytes(folder: Path) -> int:
 
 def _without_tables(listener: Listener) -> Listener:
     """Of a trial only what moves: the tables of all trials would hide the comparison."""
-    shown = ("train", "warning", "resume", "attempt")
-    return lambda event: listener(event) if event.get("kind") in shown else None
+    shown = (StepLogged, Warned, Resumed, AttemptFailed)
+    return lambda event: listener(event) if isinstance(event, shown) else None
 
 
 def result_of(line: Line, trial: Trial) -> TrialResult:

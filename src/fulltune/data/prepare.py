@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +35,7 @@ from fulltune.models.processors import processor_identity
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, Preview, SplitName, SplitSummary
+from fulltune.records.events import Listener, RowsPrepared
 from fulltune.tasks import Target, Task
 from fulltune.text import counted, format_percent
 
@@ -47,7 +48,6 @@ DROPPED = "dropped.jsonl"
 FORMAT = 5
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
-Listener = Callable[[dict[str, Any]], None]
 
 
 def prepare(
@@ -216,7 +216,7 @@ def _encode(
             now = time.monotonic()
             if now - told > _PROGRESS_SECONDS or done == total:
                 told = now
-                listener({"kind": "progress", "name": "tokenising", "done": done, "total": total})
+                listener(RowsPrepared(name="tokenising", done=done, total=total))
 
         for name, source in sources.items():
             job = Job(

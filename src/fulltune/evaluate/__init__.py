@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from fulltune import files
 from fulltune.errors import SetupError
@@ -23,6 +22,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe, with_attention
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Listener
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
@@ -33,7 +33,6 @@ from fulltune.stats.row_scores import measure_of
 from fulltune.system.out_of_memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named, token_classification
 
-Listener = Callable[[dict[str, Any]], None]
 UNTOUCHED = "before-training"
 """Where the scores of the model before training lie."""
 CALIBRATED = ("single_label", "choice")

@@ -18,6 +18,7 @@ from fulltune.models.base import Base
 from fulltune.models.load import load
 from fulltune.models.processors import opened
 from fulltune.recipe.fields import Recipe
+from fulltune.records.events import Listener, RowsRead
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.stats.metric_intervals import Resampled, resample
@@ -52,13 +53,11 @@ class Scoring:
     base: Base
     """The model before training."""
     user_metrics: UserMetrics | None = None
-    listener: Callable[[dict[str, Any]], None] = lambda event: None
+    listener: Listener = lambda event: None
 
     def watch(self, name: str) -> Watch:
         """Tells the listener how far a pass over rows is."""
-        return lambda done, total, share: self.listener(
-            {"kind": "rows", "name": name, "done": done, "total": total, "share": share}
-        )
+        return lambda done, total, share: self.listener(RowsRead(name=name, done=done, total=total, share=share))
 
     def rows(self, split: str) -> Any:
         """Tokenised rows of a split."""

@@ -11,6 +11,7 @@ import torch
 
 from fulltune.errors import InterruptedRun
 from fulltune.plan import memory
+from fulltune.records.events import Event, StepLogged
 from fulltune.selfcheck import tiny
 from fulltune.selfcheck.devices import Device, NotHere, Result
 from fulltune.selfcheck.precision import relative_error
@@ -130,10 +131,10 @@ def _train(
 
     losses: dict[int, float] = {}
 
-    def listener(event: dict[str, Any]) -> None:
-        if event["kind"] == "train":
-            losses[event["step"]] = event["loss"]
-            if stop and event["step"] == STOP_AFTER:
+    def listener(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.loss is not None:
+            losses[event.step] = event.loss
+            if stop and event.step == STOP_AFTER:
                 raise InterruptedRun("stopped by the self-check")
 
     values = {

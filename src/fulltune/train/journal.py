@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
+from fulltune.records.events import JournalEntry
 from fulltune.records.plan import Phase
 
 PHASE_FILE = "phase"
@@ -59,6 +60,6 @@ class Journal:
     def write(self, event: str, detail: str) -> None:
         if self.path is None:  # not the first process
             return
-        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "detail": detail}
+        entry = JournalEntry(time=datetime.now(UTC).isoformat(timespec="seconds"), event=event, detail=detail)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(entry.model_dump(), ensure_ascii=False) + "\n")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from fulltune.records.events import Evaluated, Event, PhaseBegan, StepLogged, event_of
 from fulltune.records.training import Outcome
 from fulltune.train.request import Request, attempt_folders
 
@@ -34,26 +34,27 @@ def run_seconds(folder: Path, trial: str) -> float:
     return round(seconds, 3)
 
 
-def _events(attempt: Path) -> list[dict[str, Any]]:
+def _events(attempt: Path) -> list[Event]:
     path = attempt / "metrics.jsonl"
-    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [event for line in lines if (event := event_of(json.loads(line))) is not None]
 
 
-def _phase(events: list[dict[str, Any]], name: str) -> float | None:
+def _phase(events: list[Event], name: str) -> float | None:
     """Seconds after the start at which a phase began."""
-    return next((event["seconds"] for event in events if event["kind"] == "phase" and event["name"] == name), None)
+    return next((event.seconds for event in events if isinstance(event, PhaseBegan) and event.name == name), None)
 
 
-def _checks_seconds(events: list[dict[str, Any]]) -> float:
+def _checks_seconds(events: list[Event]) -> float:
     began = _phase(events, CHECKS)
     if began is None:
         return 0.0
-    after = [event["seconds"] for event in events if event["kind"] == "phase" and event["seconds"] > began]
+    after = [event.seconds for event in events if isinstance(event, PhaseBegan) and event.seconds > began]
     return min(after, default=began) - began
 
 
-def _seconds_of_steps(events: list[dict[str, Any]], until: int) -> float:
+def _seconds_of_steps(events: list[Event], until: int) -> float:
     """From the start of training to the last line of these steps."""
     began = _phase(events, TRAINING)
-    done = [event["seconds"] for event in events if event["kind"] in ("train", "eval") and event["step"] <= until]
+    done = [event.seconds for event in events if isinstance(event, StepLogged | Evaluated) and event.step <= until]
     return 0.0 if began is None or not done else max(0.0, done[-1] - began)

@@ -15,6 +15,7 @@ import pytest
 from fulltune import data
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Event, RowsPrepared
 from fulltune.tasks import task_named
 from tests import tiny
 
@@ -82,11 +83,11 @@ def test_second_run_links_to_the_files_of_the_first(runs: Runs) -> None:
 
 
 def test_second_run_is_told_no_progress(runs: Runs) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     runs.prepare("one", listener=events.append)
-    assert events[-1] == {"kind": "progress", "name": "tokenising", "done": 40, "total": 40}
+    assert events[-1] == RowsPrepared(name="tokenising", done=40, total=40)
     runs.prepare("two", listener=events.append)
-    assert len([event for event in events if event["done"] == 40]) == 1
+    assert events.count(RowsPrepared(name="tokenising", done=40, total=40)) == 1
 
 
 def edit(runs: Runs) -> dict[str, Any]:

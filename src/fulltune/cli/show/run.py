@@ -13,16 +13,32 @@ from rich.table import Table
 from rich.text import Text
 
 from fulltune.records.data import DataSummary
+from fulltune.records.events import (
+    AttemptFailed,
+    ChecksDone,
+    DataPrepared,
+    Designed,
+    Evaluated,
+    Event,
+    Forecast,
+    PhaseBegan,
+    Planned,
+    Resumed,
+    RowsPrepared,
+    RowsRead,
+    Said,
+    StepLogged,
+    Warned,
+)
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
+from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.row_words import has_images, row_words
 from fulltune.text import format_bytes, format_metric, format_seconds
 
 if TYPE_CHECKING:
     from fulltune.selfcheck import Page
-
-Event = dict[str, Any]
 
 
 class Display:
@@ -64,38 +80,38 @@ class Display:
             self.progress.stop()
 
     def __call__(self, event: Event) -> None:
-        match event["kind"]:
-            case "phase":
-                self._phase(event["name"])
-            case "progress":
-                self._progress(event)
-            case "rows":
+        match event:
+            case PhaseBegan(name=name):
+                self._phase(name)
+            case RowsPrepared():
+                self._prepared(event)
+            case RowsRead():
                 self._rows(event)
-            case "train":
-                self._train(event)
-            case "eval":
+            case StepLogged():
+                self._step(event)
+            case Evaluated():
                 self._eval(event)
-            case "data":
-                self._data(event["summary"], event.get("is_known", False))
-            case "plan":
-                self.metric = event["plan"].metric
-                self._plan(event["plan"])
-            case "checks":
-                self._checks(event["checks"])
-            case "forecast":
+            case DataPrepared():
+                self._data(event.summary, event.is_known)
+            case Planned(plan=plan):
+                self.metric = plan.metric
+                self._plan(plan)
+            case ChecksDone(checks=checks):
+                self._checks(checks)
+            case Forecast():
                 self._forecast(event)
-            case "comparison":
-                self.print(escape(event["text"]))
-            case "expectation":
+            case Said(text=text):
+                self.print(escape(text))
+            case Designed(expectation=expectation, metric=metric, margin=margin):
                 from fulltune.cli.show import compare as display_compare
 
-                display_compare.expectation(self.console, event["expectation"], event["metric"], event["margin"])
-            case "resume":
-                self.print(f"continuing from the checkpoint of step {event['step']}")
-            case "attempt":
-                self.print(f"[yellow]next attempt:[/yellow] {escape(event['reason'])}")
-            case "warning":
-                self.print(f"[yellow]{escape(event['text'])}[/yellow]")
+                display_compare.expectation(self.console, expectation, metric, margin)
+            case Resumed(step=step):
+                self.print(f"continuing from the checkpoint of step {step}")
+            case AttemptFailed(reason=reason):
+                self.print(f"[yellow]next attempt:[/yellow] {escape(reason)}")
+            case Warned(text=text):
+                self.print(f"[yellow]{escape(text)}[/yellow]")
 
     def print(self, what: Any) -> None:
         self.console.print(what)
@@ -107,36 +123,34 @@ class Display:
         else:
             self.print(f"[dim]{name}[/dim]")
 
-    def _progress(self, event: Event) -> None:
-        done, total = event["done"], event["total"]
+    def _prepared(self, event: RowsPrepared) -> None:
+        done, total = event.done, event.total
         facts = f"{done:,} of {total:,} rows"
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, description=event["name"], completed=done, total=total, facts=facts)
+            self.progress.update(self.task, description=event.name, completed=done, total=total, facts=facts)
         elif time.monotonic() - self.last_line > 5:
             self.last_line = time.monotonic()
-            self.print(f"[dim]{event['name']}: {facts}[/dim]")
+            self.print(f"[dim]{event.name}: {facts}[/dim]")
 
-    def _rows(self, event: Event) -> None:
+    def _rows(self, event: RowsRead) -> None:
         """Rows that a model reads outside of training: on a terminal only, logs have the phases."""
         if self.progress is None or self.task is None:
             return
         now = time.monotonic()
-        if event["done"] == 0 or event["name"] != self.rows_of:
-            self.rows_of, self.rows_began = event["name"], now
-        share = event["share"]
-        facts = f"{event['done']:,} rows" if event["total"] is None else f"{event['done']:,} of {event['total']:,} rows"
+        if event.done == 0 or event.name != self.rows_of:
+            self.rows_of, self.rows_began = event.name, now
+        share = event.share
+        facts = f"{event.done:,} rows" if event.total is None else f"{event.done:,} of {event.total:,} rows"
         if share and share < 1:
             facts += f", {format_seconds(round((now - self.rows_began) * (1 - share) / share))} left"
-        total = None if event["total"] is None else 1.0
-        self.progress.update(self.task, description=event["name"], completed=share or 0.0, total=total, facts=facts)
+        total = None if event.total is None else 1.0
+        self.progress.update(self.task, description=event.name, completed=share or 0.0, total=total, facts=facts)
 
-    def _train(self, event: Event) -> None:
+    def _step(self, event: StepLogged) -> None:
         # Images have no tokens.
-        speed = f"{event['tokens_per_second']:,.0f} tok/s  " if event["tokens_per_second"] else ""
-        facts = (
-            f"loss {event['loss']:.3f}{self.last_metric}  {speed}{format_seconds(round(event['seconds_left']))} left"
-        )
-        step, total = event["step"], event["total_steps"]
+        speed = f"{event.tokens_per_second:,.0f} tok/s  " if event.tokens_per_second else ""
+        facts = f"loss {event.loss:.3f}{self.last_metric}  {speed}{format_seconds(round(event.seconds_left))} left"
+        step, total = event.step, event.total_steps
         if self.progress is not None and self.task is not None:
             self.progress.update(
                 self.task, description=f"step {step}/{total}", completed=step, total=total, facts=facts
@@ -145,13 +159,13 @@ class Display:
             self.last_line = time.monotonic()
             self.print(f"step {step}/{total}  {facts}")
 
-    def _eval(self, event: Event) -> None:
-        metrics = event["metrics"]
+    def _eval(self, event: Evaluated) -> None:
+        metrics = event.metrics
         shown = [self.metric, *[name for name in metrics if name != self.metric]][:3]
         values = "  ".join(f"{name} {format_metric(name, metrics[name])}" for name in shown if name in metrics)
         if self.metric in metrics:
             self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"
-        self.print(f"step {event['step']:>5}  epoch {event['epoch']:.2f}  eval {values}")
+        self.print(f"step {event.step:>5}  epoch {event.epoch:.2f}  eval {values}")
 
     def _data(self, summary: DataSummary, is_known: bool) -> None:
         """All of it when it is new; of a run that goes on, the numbers of rows."""
@@ -175,20 +189,20 @@ class Display:
                 f"state {format_bytes(plan.state.total)}"
             )
 
-    def _checks(self, checks: list[dict[str, Any]]) -> None:
+    def _checks(self, checks: Sequence[Check]) -> None:
         table = Table(title="checks before step 1", title_justify="left", box=None, show_header=False, pad_edge=False)
         for check in checks:
-            mark = "[green]ok[/green]" if check["passed"] else "[red]refused[/red]"
-            table.add_row(mark, check["name"], escape(check["result"]))
+            mark = "[green]ok[/green]" if check.passed else "[red]refused[/red]"
+            table.add_row(mark, check.name, escape(check.result))
         self.print(table)
 
-    def _forecast(self, event: Event) -> None:
-        memory = f", about {format_bytes(event['peak_memory_bytes'])} of memory" if event["peak_memory_bytes"] else ""
+    def _forecast(self, event: Forecast) -> None:
+        memory = f", about {format_bytes(event.peak_memory_bytes)} of memory" if event.peak_memory_bytes else ""
         self.print(
             f"training, with its evaluations and checkpoints, will take about "
-            f"{format_seconds(round(event['total_seconds']))}{memory} (from the dry run)"
+            f"{format_seconds(round(event.total_seconds))}{memory} (from the dry run)"
         )
-        if scoring := [part["seconds"] for part in event.get("around", ())]:
+        if scoring := [part.seconds for part in event.around]:
             each = format_seconds(round(sum(scoring)))
             self.print(f"[dim]then scoring each model on the test rows about {each}, without generated answers[/dim]")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fulltune.records.events import PhaseBegan
 from fulltune.records.plan import BASELINES, DRY_RUN, TRAINED, Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Paragraph, Row, Section, Table, first_open, unless_empty
@@ -42,8 +43,8 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
     outcome = attempt.outcome if attempt else None
     if attempt is None or outcome is None:
         return []
-    phases = {line["name"]: float(line["seconds"]) for line in attempt.lines if line.get("kind") == "phase"}
-    resumed = any(line.get("event") == "resume" for line in attempt.journal)
+    phases = {event.name: event.seconds for event in attempt.events if isinstance(event, PhaseBegan)}
+    resumed = any(entry.event == "resume" for entry in attempt.journal)
     time = None if resumed else plan.time
     rows: list[Row] = []
     if plan.memory or outcome.memory_growth_bytes:

@@ -117,10 +117,10 @@ def _attempts(view: RunView) -> Table:
 def _events(view: RunView, event: str, lead: str) -> tuple[str, ...]:
     """The details of a kind of events, each said once, in full: advice stands at their end, and a cell is cut."""
     found = (
-        f"{lead} {attempt.name}: {line.get('detail', '')}"
+        f"{lead} {attempt.name}: {entry.detail}"
         for attempt in view.attempts
-        for line in attempt.journal
-        if line.get("event") == event
+        for entry in attempt.journal
+        if entry.event == event
     )
     return tuple(dict.fromkeys(found))
 
@@ -158,11 +158,11 @@ def _facts(outcome: Outcome, plan: Plan | None) -> list[Block]:
 
 
 def _journal(view: RunView) -> list[Block]:
-    rows: list[Row] = []
-    for attempt in view.attempts:
-        for line in attempt.journal:
-            time, event, detail = (str(line.get(key, "-")) for key in ("time", "event", "detail"))
-            rows.append((attempt.name, time, event, Cell(detail, foreign=True)))
+    rows = tuple(
+        (attempt.name, entry.time, entry.event, Cell(entry.detail, foreign=True))
+        for attempt in view.attempts
+        for entry in attempt.journal
+    )
     if not rows:
         return []
     warnings = _events(view, "warning", "Warning of")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fulltune.records.events import Evaluated, Event, StepLogged
 from fulltune.report.format.plots import Point
 
 
@@ -28,14 +29,14 @@ class History:
 _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 
 
-def merge(attempts: Sequence[Iterable[Mapping[str, Any]]]) -> History:
+def merge(attempts: Sequence[Iterable[Event]]) -> History:
     """Join the attempts of one trial into one curve.
 
     A later attempt starts from a checkpoint (or anew), so whatever an earlier one did from that step on was thrown
     away: those points are not part of the model's history and are dropped.
 
     Args:
-        attempts: The parsed lines of each attempt's `metrics.jsonl`, in order.
+        attempts: The events of each attempt, in order.
 
     Returns:
         The history; series without any value are absent.
@@ -43,21 +44,20 @@ def merge(attempts: Sequence[Iterable[Mapping[str, Any]]]) -> History:
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts = []
-    for lines in attempts:
-        steps = [(line, line.get("step")) for line in lines if line.get("kind") in ("train", "eval")]
-        rows = [(line, step) for line, step in steps if isinstance(step, int)]
+    for events in attempts:
+        rows = [event for event in events if isinstance(event, StepLogged | Evaluated)]
         if not rows:
             continue
-        first = min(step for _, step in rows)
+        first = min(row.step for row in rows)
         if train or evaluation:
             restarts.append(first)
         train = {step: line for step, line in train.items() if step < first}
         evaluation = {step: line for step, line in evaluation.items() if step < first}
-        for line, step in rows:
-            if line["kind"] == "train":
-                train[step] = line
-            elif isinstance(line.get("metrics"), dict):
-                evaluation[step] = line["metrics"]
+        for row in rows:
+            if isinstance(row, Evaluated):
+                evaluation[row.step] = row.metrics
+            else:
+                train[row.step] = {name: getattr(row, name) for name in _TRAIN_SERIES}
     names = dict.fromkeys(name for metrics in evaluation.values() for name in metrics)
     return History(_series(train, _TRAIN_SERIES), _series(evaluation, names), tuple(restarts))
 

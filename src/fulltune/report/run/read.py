@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from fulltune.errors import SetupError
 from fulltune.records.base import Record
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, event_of
 from fulltune.records.plan import Plan
 from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
@@ -37,14 +38,14 @@ class AttemptFiles:
     name: str
     trial: str
     outcome: Outcome | None
-    lines: tuple[dict[str, Any], ...]
+    events: tuple[Event, ...]
     """What `metrics.jsonl` holds, in order."""
-    journal: tuple[dict[str, Any], ...]
+    journal: tuple[JournalEntry, ...]
 
     @property
     def steps(self) -> int:
         """Steps by the outcome; an attempt that failed before it could say has done those that it logged."""
-        logged = [line["step"] for line in self.lines if isinstance(line.get("step"), int)]
+        logged = [event.step for event in self.events if isinstance(event, StepLogged | Evaluated)]
         return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
 
 
@@ -109,7 +110,7 @@ class RunView:
 
     def history_of(self, trial: str) -> History:
         """The trial's metrics as one curve over all its attempts."""
-        return merge([attempt.lines for attempt in self.attempts_of(trial)])
+        return merge([attempt.events for attempt in self.attempts_of(trial)])
 
     def model_folder_of(self, trial: str) -> str | None:
         """The trained model, relative to the run folder; None when it is not there."""
@@ -246,8 +247,9 @@ class _Files:
         numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
         for trial, _, path in sorted(numbered):
             outcome = self.record(Outcome, path / "outcome.json")
-            lines = (tuple(self.lines(path / f"{name}.jsonl")) for name in ("metrics", "journal"))
-            yield AttemptFiles(path.name, trial, outcome, *lines)
+            events = tuple(filter(None, map(event_of, self.lines(path / "metrics.jsonl"))))
+            journal = tuple(map(JournalEntry.model_validate, self.lines(path / "journal.jsonl")))
+            yield AttemptFiles(path.name, trial, outcome, events, journal)
 
 
 def _may_be_a_plan(path: Path) -> bool:

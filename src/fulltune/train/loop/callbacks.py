@@ -13,11 +13,10 @@ import torch
 from transformers import TrainerCallback
 
 from fulltune.errors import Diverged
+from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, StepLogged, Warned
 from fulltune.train import checkpoints
 from fulltune.train.loop.guards import diverged, stopped_improving
 from fulltune.train.run_time import TRAINING
-
-Event = dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -28,7 +27,7 @@ class Recorder(TrainerCallback):
     """The file; None writes nothing, as all processes but the first must."""
     total_steps: int
     """Optimizer steps of the whole run."""
-    listener: Callable[[Event], None] | None = None
+    listener: Listener | None = None
     """Called with each line as well, for a display in this process."""
     tokens: Callable[[], float] = lambda: 0.0
     """Tokens that the trainer has seen."""
@@ -40,17 +39,17 @@ class Recorder(TrainerCallback):
     def write(self, event: Event) -> None:
         if self.path is None:
             return
-        event["seconds"] = round(time.monotonic() - self.started, 3)
+        event = event.model_copy(update={"seconds": round(time.monotonic() - self.started, 3)})
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(json.dumps(event.line()) + "\n")
         if self.listener is not None:
             self.listener(event)
 
     def phase(self, name: str) -> None:
-        self.write({"kind": "phase", "name": name})
+        self.write(PhaseBegan(name=name))
 
     def warn(self, text: str) -> None:
-        self.write({"kind": "warning", "text": text})
+        self.write(Warned(text=text))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.phase(TRAINING)
@@ -64,17 +63,16 @@ class Recorder(TrainerCallback):
         steps = max(1, state.global_step - first_step)
         self.tokens_per_second = (self.tokens() - first_tokens) / elapsed
         self.write(
-            {
-                "kind": "train",
-                "step": state.global_step,
-                "total_steps": self.total_steps,
-                "epoch": round(state.epoch or 0.0, 4),
-                "loss": logs["loss"],
-                "grad_norm": logs.get("grad_norm"),
-                "learning_rate": logs.get("learning_rate"),
-                "tokens_per_second": round(self.tokens_per_second, 1),
-                "seconds_left": round(elapsed / steps * (self.total_steps - state.global_step), 1),
-            }
+            StepLogged(
+                step=state.global_step,
+                total_steps=self.total_steps,
+                epoch=round(state.epoch or 0.0, 4),
+                loss=logs["loss"],
+                grad_norm=logs.get("grad_norm"),
+                learning_rate=logs.get("learning_rate"),
+                tokens_per_second=round(self.tokens_per_second, 1),
+                seconds_left=round(elapsed / steps * (self.total_steps - state.global_step), 1),
+            )
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -82,7 +80,7 @@ class Recorder(TrainerCallback):
             return
         values = {name.removeprefix("eval_"): value for name, value in given["metrics"].items()}
         epoch = round(state.epoch or 0.0, 4)
-        self.write({"kind": "eval", "step": state.global_step, "epoch": epoch, "metrics": values})
+        self.write(Evaluated(step=state.global_step, epoch=epoch, metrics=values))
 
 
 def logged(state: Any, name: str) -> list[float]:

@@ -7,18 +7,16 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from fulltune.records.events import Event, Listener, event_of
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.train.journal import phase_of
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
 
-Event = dict[str, Any]
-Listener = Callable[[Event], None]
 _POLL_SECONDS = 0.1
 
 
@@ -112,7 +110,8 @@ def _follow(path: Path, child: spawn.Child) -> Iterator[Event]:
                 file.seek(position)
                 while (line := file.readline()).endswith(b"\n"):
                     position += len(line)
-                    yield json.loads(line)
+                    if (event := event_of(json.loads(line))) is not None:
+                        yield event
         if ended:
             return
         time.sleep(_POLL_SECONDS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Listener, PhaseBegan
 from fulltune.records.plan import Plan
 from fulltune.records.training import Measured, Measurements, Outcome
 from fulltune.system import deepspeed
@@ -27,8 +28,6 @@ from fulltune.train.parent import child, measure_candidates
 from fulltune.train.parent.measure_candidates import Candidate
 from fulltune.train.parent.memory_fallbacks import Need
 from fulltune.train.request import Request
-
-Listener = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -54,7 +53,7 @@ class _Probes:
         row = Measured(name=candidate.name, kind=candidate.kind, changes=candidate.changes, problem=candidate.problem)
         if candidate.problem:
             return row
-        self.listener({"kind": "phase", "name": f"measuring: {candidate.name}"})
+        self.listener(PhaseBegan(name=f"measuring: {candidate.name}"))
         outcome = _probe(self.recipe, self.plan.model_copy(update=candidate.changes), self.folder)
         return measured(row, outcome, self.tokens, self.available_bytes)
 

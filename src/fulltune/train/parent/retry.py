@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
+from fulltune.records.events import AttemptFailed, Listener, PhaseBegan, Resumed, Warned
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system.run_folder import lost_weights
@@ -17,7 +18,6 @@ from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal
 from fulltune.train.parent import child
-from fulltune.train.parent.child import Listener
 from fulltune.train.parent.memory_fallbacks import Need
 from fulltune.train.parent.next_attempt import Change, next_attempt, no_way_out, unknown
 from fulltune.train.parent.spawn import Starter, in_new_process
@@ -44,7 +44,7 @@ def train(
         plan: The trial's numbers.
         folder: The run folder, with prepared data.
         hooks: The user's functions; `compute_loss` makes it train in this process.
-        listener: Called with each line of `metrics.jsonl` as it appears, and with `{"kind": "attempt", ...}`.
+        listener: Called with each event of the attempts as it appears in `metrics.jsonl`, and with those between them.
         need: The memory of a changed plan, by the plan stage's arithmetic.
         start: How a worker is started.
         dry_run: False when a trial with the same shapes has passed it: the first attempt leaves it out.
@@ -91,7 +91,7 @@ def train(
         if following is None:
             raise _error(request, outcome, tried)
         _write_down(following, request)
-        listener({"kind": "attempt", "reason": following.reason})
+        listener(AttemptFailed(reason=following.reason))
         tried.append(following.reason)
         change = following
 
@@ -103,14 +103,14 @@ def _with_folders(request: Request, resume: bool, listener: Listener) -> Request
     if resume:
         sound, passed_over = checkpoints.newest_sound(request.checkpoints)
         for line in passed_over:
-            listener({"kind": "warning", "text": line})
+            listener(Warned(text=line))
         if sound is not None:
             request = request.model_copy(update={"checkpoint": str(sound)})
-            listener({"kind": "resume", "step": request.first_step})
+            listener(Resumed(step=request.first_step))
     if request.checkpoint is None:
         checkpoints.drop_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")
-    listener({"kind": "phase", "name": "starting the training process"})
+    listener(PhaseBegan(name="starting the training process"))
     return request
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from fulltune import methods
 from fulltune.errors import Diverged, GuardStop, InterruptedRun
 from fulltune.inference.run import Share
 from fulltune.records.data import DataSummary
+from fulltune.records.events import Forecast, Listener
 from fulltune.records.training import Check
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
-from fulltune.train.loop.callbacks import AtBegin, Event, Recorder, StopWhenAsked, logged
+from fulltune.train.loop.callbacks import AtBegin, Recorder, StopWhenAsked, logged
 from fulltune.train.loop.guards import ended_high, nothing_learned
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS
@@ -34,7 +35,7 @@ def train(
     hooks: Hooks,
     journal: Journal,
     stop: StopWhenAsked,
-    listener: Callable[[Event], None] | None,
+    listener: Listener | None,
     observed: Observed,
 ) -> dict[str, Any]:
     """Load, check, train, keep the best weights, save; a probe ends after the checks.
@@ -152,10 +153,9 @@ def _dry_run(attempt: AttemptContext, rows: Any, eval_rows: Any) -> None:
     observed.dry_run_loss, observed.forecast = result.loss, result.forecast
     if observed.meter is not None:
         observed.dry_run_growth_bytes = observed.meter.growth_bytes()
-    if observed.forecast is not None:
-        peak = {"peak_memory_bytes": observed.dry_run_growth_bytes}
-        total = {"total_seconds": observed.forecast.total_seconds}
-        attempt.recorder.write({"kind": "forecast", **observed.forecast.model_dump(), **total, **peak})
+    if (need := observed.forecast) is not None:
+        peak = observed.dry_run_growth_bytes
+        attempt.recorder.write(Forecast(**need.model_dump(), total_seconds=need.total_seconds, peak_memory_bytes=peak))
 
 
 def _fit(attempt: AttemptContext) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from fulltune.inference.run import by_length
 from fulltune.inference.store import Rows
 from fulltune.models.dropout import STEPS, SixteenBitDropout, threshold
 from fulltune.models.packing import leak
+from fulltune.records.events import ChecksDone
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check
 from fulltune.tasks import Task
@@ -62,7 +63,7 @@ def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
 
 def refuse_failed(checks: Sequence[Check], recorder: Any) -> None:
     """Show the checks; stop when one did not pass."""
-    recorder.write({"kind": "checks", "checks": [check.model_dump() for check in checks]})
+    recorder.write(ChecksDone(checks=tuple(checks)))
     failed = [check for check in checks if not check.passed]
     if failed:
         raise GuardStop([f"{check.name}: {check.result}" for check in failed])

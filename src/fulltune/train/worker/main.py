@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
+from fulltune.records.events import Listener
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
@@ -29,10 +30,8 @@ from fulltune.train.journal import Journal
 from fulltune.train.request import Request
 from fulltune.train.worker.observed import Observed
 
-Event = dict[str, Any]
 
-
-def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None = None) -> Outcome:
+def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Outcome:
     """Run an attempt and turn whatever happens into an outcome, which is also written to `outcome.json`."""
     with _signals_put_back():
         started = time.monotonic()
@@ -64,7 +63,7 @@ def run(request: Request, hooks: Hooks, listener: Callable[[Event], None] | None
 
 
 def _train(
-    request: Request, hooks: Hooks, journal: Journal, listener: Callable[[Event], None] | None, observed: Observed
+    request: Request, hooks: Hooks, journal: Journal, listener: Listener | None, observed: Observed
 ) -> dict[str, Any]:
     # Imported here: an error while torch and transformers load becomes an outcome as well.
     from fulltune.train.loop.callbacks import StopWhenAsked

@@ -1,0 +1,185 @@
+"""What happens while a run works: a record for each kind of event, which its listener gets.
+
+Those of an attempt at training are the lines of its `metrics.jsonl` as well: the event's kind, its fields, and the
+seconds since its process began. A new event is a class here, and a case in `cli.show.run.Display` if it is to be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, ValidationError
+
+from fulltune.records.base import Record
+from fulltune.records.comparison import Expectation
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan, TimePart
+from fulltune.records.training import Check
+
+
+class Event(Record):
+    """Something that happened."""
+
+    model_config = ConfigDict(extra="ignore")  # a line of another version may have more fields
+    kind: ClassVar[str] = ""
+    """What it is called in `metrics.jsonl`."""
+
+    seconds: float = 0.0
+    """In `metrics.jsonl`: since the attempt's process began."""
+
+    def line(self) -> dict[str, Any]:
+        """As a line of `metrics.jsonl`."""
+        return {"kind": self.kind, **self.model_dump(exclude={"seconds"}), "seconds": self.seconds}
+
+
+Listener = Callable[[Event], None]
+
+
+def event_of(line: Mapping[str, Any]) -> Event | None:
+    """The event of a line of `metrics.jsonl`; None for one of another version, or without what it needs."""
+    found = next((event for event in Event.__subclasses__() if event.kind == line.get("kind")), None)
+    try:
+        return None if found is None else found.model_validate(line)
+    except ValidationError:
+        return None
+
+
+class PhaseBegan(Event):
+    """A part of the run began."""
+
+    kind = "phase"
+    name: str
+
+
+class RowsPrepared(Event):
+    """So many rows of the data files are tokenised."""
+
+    kind = "progress"
+    name: str
+    done: int
+    total: int
+
+
+class RowsRead(Event):
+    """A model has read so many rows outside of training: to score them, or to answer them."""
+
+    kind = "rows"
+    name: str
+    """What is done with them."""
+    done: int
+    total: int | None
+    """None: not known."""
+    share: float | None
+    """Of the work: long rows take longer."""
+
+
+class DataPrepared(Event):
+    """Rows are checked, tokenised and split."""
+
+    kind = "data"
+    summary: DataSummary
+    is_known: bool = False
+    """They were already there when the command began."""
+
+
+class Planned(Event):
+    """A trial has its plan."""
+
+    kind = "plan"
+    plan: Plan
+
+
+class ChecksDone(Event):
+    """What was checked before step 1."""
+
+    kind = "checks"
+    checks: tuple[Check, ...]
+
+
+class Forecast(Event):
+    """How long the training will take, measured by a dry run of two steps; the fields of a `TimeNeed`, and more."""
+
+    kind = "forecast"
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    save_seconds: float = 0.0
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    source: str = ""
+    around: tuple[TimePart, ...] = ()
+    total_seconds: float
+    peak_memory_bytes: int = 0
+    """Beyond what was held before the model was loaded."""
+
+
+class StepLogged(Event):
+    """A step whose loss is logged (`train.logging_steps`)."""
+
+    kind = "train"
+    step: int
+    total_steps: int = 0
+    epoch: float = 0.0
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float = 0.0
+    """0: images have none."""
+    seconds_left: float = 0.0
+
+
+class Evaluated(Event):
+    """The eval rows were scored during training."""
+
+    kind = "eval"
+    step: int
+    epoch: float = 0.0
+    metrics: dict[str, Any]
+
+
+class Resumed(Event):
+    """An attempt goes on from a checkpoint."""
+
+    kind = "resume"
+    step: int
+
+
+class AttemptFailed(Event):
+    """An attempt failed in a way that another one, with other settings, may not."""
+
+    kind = "attempt"
+    reason: str
+    """What happened and what is changed."""
+
+
+class Warned(Event):
+    """Something is wrong, and training goes on."""
+
+    kind = "warning"
+    text: str
+
+
+class Designed(Event):
+    """What a comparison will cost and what it can decide."""
+
+    kind = "expectation"
+    expectation: Expectation
+    metric: str
+    margin: float
+
+
+class Said(Event):
+    """A sentence about how a comparison goes on."""
+
+    kind = "comparison"
+    text: str
+
+
+class JournalEntry(Record):
+    """A line of an attempt's `journal.jsonl`: something that happens rarely, for people."""
+
+    model_config = ConfigDict(extra="ignore")
+    time: str = "-"
+    """ISO 8601, in UTC."""
+    event: str = "-"
+    detail: str = ""

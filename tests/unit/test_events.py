@@ -1,0 +1,40 @@
+"""Events as lines of `metrics.jsonl` and back."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from fulltune.records import events
+from fulltune.records.plan import TimePart
+from fulltune.records.training import Check
+
+LINES = (
+    events.PhaseBegan(name="training", seconds=1.5),
+    events.StepLogged(step=3, total_steps=9, loss=math.inf, grad_norm=None, seconds=2.0),
+    events.Evaluated(step=3, epoch=0.5, metrics={"accuracy": 0.5, "rows": 4}),
+    events.ChecksDone(checks=(Check(name="labels", result="all", passed=True),)),
+    events.Forecast(total_seconds=9.0, around=(TimePart(name="starting", seconds=1.0, basis="measured"),)),
+    events.Warned(text="…"),
+)
+
+
+@pytest.mark.parametrize("event", LINES, ids=lambda event: event.kind)
+def test_event_is_read_back_from_its_line(event: events.Event) -> None:
+    line = json.loads(json.dumps(event.line()))
+    assert line["kind"] == event.kind
+    assert events.event_of(line) == event
+    assert events.event_of({**line, "of a later version": 1}) == event
+
+
+def test_every_event_has_a_kind_of_its_own() -> None:
+    kinds = [event.kind for event in events.Event.__subclasses__()]
+    assert all(kinds)
+    assert len(set(kinds)) == len(kinds)
+
+
+@pytest.mark.parametrize("line", [{}, {"kind": "later"}, {"kind": "train", "loss": 1.0}, {"kind": "eval", "step": 1}])
+def test_line_of_another_shape_is_no_event(line: dict[str, object]) -> None:
+    assert events.event_of(line) is None
