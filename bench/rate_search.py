@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fulltune import pipeline
 from fulltune.compare import run as comparing
-from fulltune.compare.context import Line
+from fulltune.compare.context import Context
 from fulltune.compare.trials import trained
 from fulltune.recipe.file import load_recipe
 from fulltune.records.comparison import Trial
@@ -67,7 +67,7 @@ def main() -> None:
     recipe = comparing.recipe_for(load_recipe(path, []))
     folder, _ = run_folder.find_or_make(recipe, path.read_text(encoding="utf-8"), "rates", given.folder / "run", False)
     job = pipeline.Run(recipe, folder)
-    line = Line(job, pipeline.prepare(job), "bench/rate_search.py")
+    line = Context(job, pipeline.prepare(job), "bench/rate_search.py")
     for arm in given.arms:
         for share in sorted(given.shares):
             for rate in given.rates or RATES[arm]:

@@ -24,12 +24,12 @@ from false_verdicts import sequentially
 
 from fulltune import pipeline
 from fulltune.compare import run as comparing
-from fulltune.compare.context import OPEN, SEALED, Line
-from fulltune.compare.trials import final
+from fulltune.compare.context import OPEN, SEALED, Context
+from fulltune.compare.trials import keep_rows, trained
 from fulltune.evaluate import outputs
 from fulltune.recipe.file import load_recipe
 from fulltune.records.comparison import Trial
-from fulltune.stats import row_scores
+from fulltune.stats.row_scores import measure_of
 from fulltune.system import run_folder
 from fulltune.tasks import Target
 from fulltune.train.parent.fork_server import fork_server
@@ -78,16 +78,16 @@ def train_draw(folder: Path, rows: int, draw: int, seeds: int) -> None:
     run, _ = run_folder.find_or_make(recipe, RECIPE, "run", folder / "run", False)
     job = pipeline.Run(recipe, run)
     with fork_server() as start:
-        line = Line(job, pipeline.prepare(job), "bench/same_method.py", start=start)
-        target = Target.of(line.summary)
+        line = Context(job, pipeline.prepare(job), "bench/same_method.py", start=start)
         for seed in missing:
             # As in a rate search, scored once, at its end.
             trial = Trial(name=f"full-seed{seed}", arm="full", learning_rate=RATE, seed=seed, searches=True)
-            final(line, trial)
-            right = {
-                name: row_scores.right_rows(recipe.task, target, outputs.load(run / place / f"{trial.name}.npz"))
-                for name, place in (("right", SEALED), ("right_eval", OPEN))
-            }
+            made, outcome, _ = trained(line, trial)
+            keep_rows(line, trial, made, outcome)
+            right = {}
+            for name, place in (("right", SEALED), ("right_eval", OPEN)):
+                kept = outputs.load(run / place / f"{trial.name}.npz")
+                right[name] = kept["logits"].argmax(axis=-1) == kept["labels"]
             np.savez(folder / f"seed-{seed}.npz", **right)
             shutil.rmtree(run / "models", ignore_errors=True)
             print(f"draw {draw} seed {seed}: {right['right'].mean():.2%} of the test rows", flush=True)
@@ -106,7 +106,7 @@ def main() -> None:
         train_draw(given.folder / f"draw-{draw:02d}", given.rows, draw, given.seeds)
     if given.only:
         return
-    measure = row_scores.measure_of("text-classification", Target("single_label", {}, ("no", "yes")), "accuracy")
+    measure = measure_of("text-classification", Target("single_label", {}, ("no", "yes")), "accuracy")
     half, verdicts = given.seeds // 2, []
     for draw in range(given.draws):
         order = np.random.default_rng(draw).permutation(given.seeds) + 1

@@ -137,8 +137,8 @@ def undecided(**changes: Any) -> Comparison:
         "recommended": "",
         "headline": "These rows and seeds do not tell the methods apart.",
         "would_decide": (
-            "lora: take 9,240 test rows or 12 seeds of each method; that is enough if the difference is as large as it "
-            "looks now",
+            "lora: would be decided by 9,240 test rows or 12 seeds per method, if the true difference equals the "
+            "estimate",
         ),
         "notes": ("adapter: one seed; its spread between seeds is taken from the other methods",),
     }

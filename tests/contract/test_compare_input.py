@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fulltune import pipeline
 from fulltune.cli import compare as cli_compare
-from fulltune.compare import rates, timing
+from fulltune.compare import fairness, timing
 from fulltune.compare import run as comparing
 from fulltune.compare.design import Cost, Fixed
 from fulltune.recipe.file import load_recipe
@@ -92,7 +92,7 @@ def test_lint_with_a_budget_says_what_its_design_will_be_marked_for(tmp_path: Pa
     path = recipe(tmp_path, ["full", "lora", "adapter", "head"])
     costs = {arm: Cost(100, 3, arm != "head") for arm in ("full", "lora", "adapter", "head")}
     with (
-        mock.patch.object(rates, "_measure"),
+        mock.patch.object(timing, "_measure"),
         mock.patch.object(timing, "costs_of", return_value=costs),
         mock.patch.object(timing, "fixed_of", return_value=Fixed(0)),
     ):
@@ -120,8 +120,8 @@ def test_lint_with_a_budget_says_that_test_rows_stand_in_train_and_were_opened_b
     (folder / "compare").mkdir()
     (folder / "compare" / "test-openings.jsonl").write_text("{}\n", encoding="utf-8")
     recipes = [other, other.model_copy(update={"compare": other.compare.model_copy(update={"margin": 0.01})})]
-    with mock.patch.object(rates, "_measure"):
-        goes_on, begins = (comparing.lint_recipe(one, "9h") for one in recipes)
+    with mock.patch.object(timing, "_measure"):
+        goes_on, begins = (fairness.lint_recipe(one, "9h") for one in recipes)
     assert "test-opened-again" not in [one.rule for one in goes_on]  # that is the one that it would go on with
     said = {one.rule: (one.level, one.what) for one in begins}
     assert said["test-opened-again"][0] == said["test-in-train"][0] == "worth knowing"

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from fulltune import pipeline, predict
-from fulltune.compare import conclude as verdict
+from fulltune.compare import fairness, timing, trials
 from fulltune.compare import run as comparing
-from fulltune.compare import timing, trials
 from fulltune.errors import DataError, InterruptedRun, RecipeError
 from fulltune.records.comparison import Comparison, Trial
 from fulltune.records.data import DataSummary
@@ -32,7 +31,7 @@ def compare(job: pipeline.Run, budget: str | None = None) -> comparing.Compared:
         return comparing.run(job, "fulltune compare recipe.yaml", budget)
 
 
-def no_time_for_the_last(line: comparing.Line, trials: Sequence[Trial], keep: float = 0.0) -> bool:
+def no_time_for_the_last(line: comparing.Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
     """As `has_time` where the time is up before the second seed of LoRA."""
     return all(one.name != "lora-seed43" for one in trials)
 
@@ -176,13 +175,13 @@ def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tu
     folder, found = finished
     assert not [one for one in found.findings if one.where == "test rows" and one.level == "unfair"]
     one = pipeline.Run(recipe_of(folder), folder)
-    line = comparing.Line(one, DataSummary.load(folder / "data" / "summary.json"), "test")
+    line = comparing.Context(one, DataSummary.load(folder / "data" / "summary.json"), "test")
     other = folder.parent / "before"
     shutil.copytree(folder, other)
     try:
-        assert verdict.opened_by_others(line) == ["before"]
+        assert fairness.opened_by_others(line) == ["before"]
         (other / "data" / "summary.json").write_text("{}", encoding="utf-8")
-        assert verdict.opened_by_others(line) == []
+        assert fairness.opened_by_others(line) == []
     finally:
         shutil.rmtree(other)
 
@@ -259,10 +258,10 @@ def test_recipe_without_a_comparison_is_refused(tmp_path: Path, methods: list[An
 
 def test_lint_before_training_names_a_single_rate(tmp_path: Path) -> None:
     recipe = job(tmp_path, METHODS).recipe
-    found = comparing.lint_recipe(recipe)
+    found = fairness.lint_recipe(recipe)
     assert {(one.rule, one.where) for one in found} >= {("rate-not-searched", "full"), ("rate-not-searched", "lora")}
     clean = job(tmp_path / "clean", ["base", "full", "lora"], compare={"seeds": 3})
-    assert comparing.lint_recipe(clean.recipe) == ()
+    assert fairness.lint_recipe(clean.recipe) == ()
 
 
 def test_generic_text_that_is_missing_is_said_before_anything_is_trained(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from fulltune import pipeline
-from fulltune.compare import conclude, context, rate_search, rates, seeds, timing, trials
+from fulltune.compare import conclude, context, rate_search, rates, table_rows, timing, trials
 from fulltune.compare import run as comparing
-from fulltune.compare import table_rows as rows
+from fulltune.compare import seeds as whole_runs
+from fulltune.compare.seeds import SeedRuns
 from fulltune.errors import Diverged, GuardStop
 from fulltune.inference import store
 from fulltune.records.comparison import Search, Trial, TrialResult, Tried
@@ -37,7 +38,7 @@ def result_of(trial: Trial, metric: float) -> tuple[Any, Any, TrialResult]:
 def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial], Any]:
     """The trials of a search for LoRA's rate whose metric is this function, and its result."""
     one = job(folder, [METHODS[1], "lora"])
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     asked: list[Trial] = []
 
     def trained(_: Any, trial: Trial) -> tuple[Any, Any, TrialResult]:
@@ -48,7 +49,7 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
         return result_of(trial, value)
 
     with mock.patch.object(trials, "trained", trained):
-        found = rates.search(line, line.trained_arms[1], rates.expect(line))
+        found = rates.search(line, line.trained_arms[1], timing.expect(line))
     return asked, found
 
 
@@ -74,16 +75,17 @@ def test_rate_of_a_search_gives_way_to_the_usual_one_where_whole_runs_do_not_tel
     _, found = searched(tmp_path, lambda trial: short[trial.learning_rate])
     assert found.chosen == 6.3e-3
     one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     searches, asked = {"lora": found}, []
 
     def final(_: Any, trial: Trial) -> TrialResult:
         asked.append(trial.learning_rate)
         return result_of(trial, 0.9 if trial.learning_rate == 6.3e-3 else 0.88)[2]
 
-    with mock.patch.object(seeds, "final", final):
-        first = final(line, Trial(name="lora-seed42", arm="lora", learning_rate=6.3e-3, seed=42))
-        result = seeds._checked(line, searches, first, 0.0)
+    with mock.patch.object(whole_runs, "run_trial", final):
+        ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=6.3e-3, seed=42))
+        ran.check_rate("lora")
+    (result,) = ran.results["lora"]
     assert asked == [6.3e-3, 2e-3]
     assert result.trial.learning_rate == searches["lora"].chosen == 2e-3
 
@@ -101,7 +103,7 @@ def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path
 
 
 @contextlib.contextmanager
-def whole_runs_given(trained: Callable[[comparing.Line, Trial], Any]) -> Iterator[None]:
+def whole_runs_given(trained: Callable[[comparing.Context, Trial], Any]) -> Iterator[None]:
     """Whole runs give what this says, and are kept as those that were trained."""
     rows = mock.Mock(outputs=lambda *given: mock.MagicMock(seconds_per_row=0.1))
     with (
@@ -114,21 +116,29 @@ def whole_runs_given(trained: Callable[[comparing.Line, Trial], Any]) -> Iterato
         yield
 
 
-def made_up(line: comparing.Line, chosen: float = 1e-2) -> dict[str, Search]:
+def with_first(line: comparing.Context, searches: dict[str, Search], trial: Trial) -> SeedRuns:
+    """Whole runs of which an arm has had its first one."""
+    ran = SeedRuns(line, searches, mock.Mock())
+    ran.results = {trial.arm: [ran.first(trial)]}
+    return ran
+
+
+def made_up(line: comparing.Context, chosen: float = 1e-2) -> dict[str, Search]:
     tried = tuple(Tried(learning_rate=rate, share=0.15, metric=0.9) for rate in (1e-3, 1e-2))
     return {"lora": Search(arm="lora", tried=tried, chosen=chosen, reason="made up")}
 
 
 def test_rate_whose_whole_run_ends_below_its_short_trial_is_replaced_by_the_next_lower_one(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     searches = made_up(line)
 
     def final(_: Any, trial: Trial) -> TrialResult:
         return result_of(trial, 0.1 if trial.learning_rate == 1e-2 else 0.95)[2]
 
-    with mock.patch.object(seeds, "final", final):
-        result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
+    with mock.patch.object(whole_runs, "run_trial", final):
+        ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
+    (result,) = ran.results["lora"]
     assert (result.metric, result.trial.learning_rate) == (0.95, 1e-3)
     assert searches["lora"].chosen == 1e-3
     assert searches["lora"].reason == "a whole run with 0.01 ended below its short trial"
@@ -138,8 +148,8 @@ def test_rate_whose_whole_run_ends_below_its_short_trial_is_replaced_by_the_next
 @pytest.mark.parametrize("diverges", [42, 43])
 def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
-    line = comparing.Line(one, pipeline.prepare(one), "test")
-    expectation = rates.expect(line)
+    line = comparing.Context(one, pipeline.prepare(one), "test")
+    expectation = timing.expect(line)
     searches = {"full": rate_search.without_search("full", 3e-3)} | made_up(line)
     asked: list[tuple[str, float]] = []
 
@@ -149,8 +159,8 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
             raise Diverged("the loss diverged")
         return result_of(trial, 0.95)
 
-    with whole_runs_given(trained), mock.patch.object(seeds, "_checked", lambda *given: given[2]):
-        results = seeds.run_seeds(line, searches, expectation).results
+    with whole_runs_given(trained), mock.patch.object(SeedRuns, "check_rate", return_value=False):
+        results = SeedRuns(line, searches, expectation).run().results
     assert [(one.trial.seed, one.trial.learning_rate) for one in results["lora"]] == [(42, 1e-3), (43, 1e-3)]
     assert searches["lora"].reason == f"0.01 diverged in a whole run (seed {diverges})"
     assert len([name for name, _ in asked if name.startswith("full")]) == 2
@@ -158,7 +168,7 @@ def test_rate_at_which_a_seed_diverges_is_replaced_for_all_seeds(diverges: int, 
 
 def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
     searches = {"full": rate_search.without_search("full", 3e-3)}
     searches["lora"] = Search(arm="lora", tried=tried, chosen=1e-3, reason="made up")
@@ -171,7 +181,7 @@ def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(
         return result_of(trial, 0.95 if trial.learning_rate == 1e-2 else 0.9)
 
     with whole_runs_given(trained):
-        results = seeds.run_seeds(line, searches, rates.expect(line)).results
+        results = SeedRuns(line, searches, timing.expect(line)).run().results
     mine = [name for name in begun if name.startswith("lora")]
     # Its first seed is trained again: the model was deleted when the higher rate was better.
     assert mine == ["lora-seed42", "lora-rate0.01-seed42", "lora-seed43", "lora-seed42", "lora-seed43"]
@@ -184,7 +194,7 @@ def test_rate_that_whole_runs_chose_and_that_diverges_later_is_not_chosen_again(
 def time_for(*names: str) -> Any:
     """As `has_time` where there is time for these trials, and for those that are done."""
 
-    def has_time(line: comparing.Line, asked: Sequence[Trial], keep: float = 0.0) -> bool:
+    def has_time(line: comparing.Context, asked: Sequence[Trial], keep: float = 0.0) -> bool:
         return all(one.name in names or trials.is_done(line, one) for one in asked)
 
     return mock.patch.object(timing, "has_time", has_time)
@@ -192,10 +202,10 @@ def time_for(*names: str) -> Any:
 
 def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"], compare={"sequential": False})
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     arms = ("full", "lora")
     tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
-    expectation = rates.expect(line)
+    expectation = timing.expect(line)
     begun: list[str] = []
 
     def trained(_: Any, trial: Trial) -> Any:
@@ -205,7 +215,7 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
     for _ in range(2):  # the second time as when it goes on later
         searches = {arm: Search(arm=arm, tried=tried, chosen=1e-3, reason="made up") for arm in arms}
         with whole_runs_given(trained), time_for("full-rate0.01-seed42"):
-            ran = seeds.run_seeds(line, searches, expectation)
+            ran = SeedRuns(line, searches, expectation).run()
         assert begun == ["full-seed42", "lora-seed42", "full-rate0.01-seed42"]
         assert ran.time_was_up
         assert {arm: [run.trial.learning_rate for run in found] for arm, found in ran.results.items()} == {
@@ -216,7 +226,7 @@ def test_time_is_up_after_a_whole_run_at_another_rate_which_counts(tmp_path: Pat
 
 def test_time_that_is_short_goes_to_the_second_seeds_and_not_to_third_methods(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], METHODS[2], "adapter", "head"], compare={"sequential": False})
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora", "adapter", "head")}
     begun: list[str] = []
 
@@ -225,7 +235,7 @@ def test_time_that_is_short_goes_to_the_second_seeds_and_not_to_third_methods(tm
         return result_of(trial, 0.9)
 
     with whole_runs_given(trained), time_for("full-seed43", "lora-seed43"):
-        ran = seeds.run_seeds(line, searches, rates.expect(line))
+        ran = SeedRuns(line, searches, timing.expect(line)).run()
     assert begun == ["full-seed42", "lora-seed42", "full-seed43", "lora-seed43"]
     assert list(ran.results) == list(searches) == ["full", "lora"]
     assert not ran.time_was_up  # all seeds of the recipe were run
@@ -233,19 +243,19 @@ def test_time_that_is_short_goes_to_the_second_seeds_and_not_to_third_methods(tm
 
 def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are_searched_later(tmp_path: Path) -> None:
     one = job(tmp_path, ["full", "lora", "adapter"])
-    line = comparing.Line(one, pipeline.prepare(one), "test")
-    expectation = rates.expect(line)
+    line = comparing.Context(one, pipeline.prepare(one), "test")
+    expectation = timing.expect(line)
     with time_for():
-        found = comparing._searches(line, expectation, lambda trials: None)
+        found = rates.search_all(line, expectation, lambda trials: None)
     assert {arm: (search.tried, search.time_was_up) for arm, search in found.items()} == {
         "full": ((), True),
         "lora": ((), True),
     }
-    assert found["full"].chosen == line.room("full").plan.learning_rate
+    assert found["full"].chosen == line.setup("full").plan.learning_rate
     with mock.patch.object(
-        rates, "tried", lambda _, trial: 0.9 if trial.learning_rate == found["full"].chosen else 0.5
+        rates, "run_trial", lambda _, one: mock.Mock(metric=0.9 if one.learning_rate == found["full"].chosen else 0.5)
     ):
-        later = comparing._searches(line, expectation, lambda trials: None)
+        later = rates.search_all(line, expectation, lambda trials: None)
     assert {arm: (len(search.tried), search.time_was_up) for arm, search in later.items()} == dict.fromkeys(
         ("full", "lora", "adapter"), (3, False)
     )
@@ -253,9 +263,9 @@ def test_without_time_to_search_full_and_one_rival_get_their_usual_rates_and_are
 
 def test_time_left_is_reckoned_with_what_trials_took_and_with_what_matters_more(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
-    line = comparing.Line(one, pipeline.prepare(one), "test", budget_seconds=1000)
+    line = comparing.Context(one, pipeline.prepare(one), "test", budget_seconds=1000)
     trial = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
-    line.note_time("preparation")
+    line.write_time("preparation", *line.time_passed())
     assert timing.has_time(line, [trial])
     assert not timing.has_time(line, [trial], keep=990)
     # A trial of full that took 100 times as long as planned, all of it before its first step.
@@ -273,7 +283,7 @@ def test_time_left_is_reckoned_with_what_trials_took_and_with_what_matters_more(
 
 def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora", "adapter", "head"])
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     tried = tuple(Tried(learning_rate=r, share=0.15, metric=m) for r, m in ((1e-3, 0.9), (1e-2, 0.5)))
     searches = {"full": rate_search.without_search("full", 3e-3)}
     others = ("lora", "adapter", "head")
@@ -286,7 +296,8 @@ def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_p
         metric = {"full": 0.95, "lora": 0.8, "adapter": 0.7, "head": 0.6}[trial.arm]
         return result_of(trial, metric + (0.2 if (trial.arm, trial.learning_rate) == ("adapter", 1e-2) else 0.0))
 
-    def look(_: Any, results: Any, __: Any, *, again: bool) -> Look:
+    def look(ran: SeedRuns, *, again: bool) -> Look:
+        results = ran.results
         counts.append({arm: len(found) for arm, found in results.items()} | {"again": again})
         wanted = {"full": 2, "lora": 2} if len(counts) == 1 else {"adapter": 2} if again else {}
         steps = tuple(
@@ -297,8 +308,8 @@ def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_p
         count = len(results["full"])
         return Look(num_seeds=count, max_seeds=2, spent=0.01, enough=enough, reason="made up", arms=steps)
 
-    with whole_runs_given(trained), mock.patch.object(seeds, "_look", look):
-        results = seeds.run_seeds(line, searches, rates.expect(line)).results
+    with whole_runs_given(trained), mock.patch.object(SeedRuns, "ask_eval_rows", look):
+        results = SeedRuns(line, searches, timing.expect(line)).run().results
     assert counts == [
         {"full": 1, "lora": 1, "adapter": 1, "head": 1, "again": False},
         {"full": 2, "lora": 2, "adapter": 1, "head": 1, "again": False},
@@ -310,7 +321,7 @@ def test_before_full_is_said_the_others_rates_are_chosen_by_whole_runs_too(tmp_p
 
 def test_what_runs_cost_is_that_of_the_middle_one_and_not_of_a_cold_first_one(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     results = {
         arm: [
             result_of(Trial(name=f"{arm}-seed{seed}", arm=arm, learning_rate=1, seed=seed), 0.9)[2].model_copy(
@@ -322,25 +333,27 @@ def test_what_runs_cost_is_that_of_the_middle_one_and_not_of_a_cold_first_one(tm
     }
     searches = {arm: rate_search.without_search(arm, 1.0) for arm in results}
     scores = [mock.Mock(arm=arm, mean=0.9, low=0.8, high=1.0, values=(0.9,) * 3) for arm in results]
-    found = rows.rows_of(line, searches, results, (), mock.Mock(scores=scores), None)
+    ran = SeedRuns(line, searches, mock.Mock(), results=results)
+    found = table_rows.rows_of(ran, mock.Mock(scores=scores), ())
     assert [one.train_seconds for one in found] == [31.0, 31.0]
 
 
 def test_only_methods_that_waited_are_tested_at_a_part_of_alpha(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     results = {arm: [result_of(Trial(name=arm, arm=arm, learning_rate=1, seed=1), 0.9)[2]] for arm in ("full", "lora")}
     results["full"] *= 3  # the time was up before lora had as many
-    with mock.patch.object(seeds, "outputs"), mock.patch.object(seeds.row_scores, "right_rows", return_value=None):
+    with mock.patch.object(whole_runs, "outputs"):
         shares = [
-            [one.alpha_share for one in seeds.arm_items(line, results, "eval", waited)] for waited in ((), ("lora",))
+            [one.alpha_share for one in whole_runs.arm_items(line, results, "eval", waited)]
+            for waited in ((), ("lora",))
         ]
-    assert shares == [[1.0, 1.0], [1.0, seeds.WAITING_SHARE]]
+    assert shares == [[1.0, 1.0], [1.0, whole_runs.WAITING_SHARE]]
 
 
 def test_further_trials_begin_with_what_memory_left(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     trial = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
     seen: list[tuple[int, int]] = []
 
@@ -350,7 +363,7 @@ def test_further_trials_begin_with_what_memory_left(tmp_path: Path) -> None:
         return Outcome(status="done", reason="", trial=planned.trial, attempt=2, model_folder="models/none")
 
     for seed in (42, 43):
-        again = comparing.Line(one, line.summary, "test")  # also when it goes on later
+        again = comparing.Context(one, line.summary, "test")  # also when it goes on later
         with mock.patch.object(trials, "train", train), mock.patch.object(trials, "run_seconds", return_value=1.0):
             trials.trained(again, trial.model_copy(update={"name": f"lora-seed{seed}", "seed": seed}))
     assert seen[1] == (2, 8) != seen[0]
@@ -361,10 +374,10 @@ def test_further_trials_begin_with_what_memory_left(tmp_path: Path) -> None:
 def test_going_on_keeps_the_design_and_with_another_budget_it_is_made_anew(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
     summary = pipeline.prepare(one)
-    with mock.patch.object(rates, "_measure"):
-        first = rates.expect(comparing.Line(one, summary, "test", budget_seconds=6e4))
-        assert rates.expect(comparing.Line(one, summary, "test", budget_seconds=6e4)) == first
-        assert rates.expect(comparing.Line(one, summary, "test", budget_seconds=7e4)).budget_seconds == 7e4
+    with mock.patch.object(timing, "_measure"):
+        first = timing.expect(comparing.Context(one, summary, "test", budget_seconds=6e4))
+        assert timing.expect(comparing.Context(one, summary, "test", budget_seconds=6e4)) == first
+        assert timing.expect(comparing.Context(one, summary, "test", budget_seconds=7e4)).budget_seconds == 7e4
 
 
 def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path) -> None:
@@ -376,7 +389,7 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
     with in_this_process():
         with (
             mock.patch.object(conclude, "untouched", stop),
-            mock.patch.object(rates, "_measure"),
+            mock.patch.object(timing, "_measure"),
             time_for(),
             pytest.raises(KeyboardInterrupt),
         ):
@@ -396,23 +409,23 @@ def test_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
 
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS)
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     searches = {arm: rate_search.without_search(arm, 1e-2) for arm in ("full", "lora")}
     with (
         mock.patch.object(trials, "trained", mock.Mock(side_effect=Diverged("the loss diverged"))),
         pytest.raises(Diverged, match="the loss diverged"),
     ):
-        seeds.run_seeds(line, searches, rates.expect(line))
+        SeedRuns(line, searches, timing.expect(line)).run()
 
 
 def test_other_guards_are_no_matter_of_the_rate(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     with (
         mock.patch.object(trials, "trained", mock.Mock(side_effect=GuardStop("the process crashed"))),
         pytest.raises(GuardStop, match="the process crashed"),
     ):
-        rates.search(line, line.trained_arms[1], rates.expect(line))
+        rates.search(line, line.trained_arms[1], timing.expect(line))
 
 
 @pytest.mark.parametrize(("lower_metric", "rate"), [(0.91, 1e-3), (0.89, 1e-2)])  # neither clearly better
@@ -420,7 +433,7 @@ def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
     lower_metric: float, rate: float, tmp_path: Path
 ) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-3, 0.5), (1e-2, 0.8)))
     searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-2, reason="best of 2 rates", on_edge=True)}
     asked: list[str] = []
@@ -429,11 +442,11 @@ def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
         asked.append(trial.name)
         return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else lower_metric)[2]
 
-    with mock.patch.object(seeds, "final", final):
-        result = seeds._first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
+    with mock.patch.object(whole_runs, "run_trial", final):
+        ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42))
         assert (asked, searches["lora"].other_runs) == (["lora-seed42"], 0)
-        results = [result]
-        seeds._check(line, searches, results, 0.0)
+        ran.check_rate("lora")
+    results = ran.results["lora"]
     assert asked == ["lora-seed42", "lora-rate0.001-seed42"]
     assert (results[0].trial.learning_rate, searches["lora"].chosen) == (rate, rate)
     assert (searches["lora"].other_runs, searches["lora"].other_seconds) == (1, 1.0)
@@ -441,7 +454,7 @@ def test_best_rate_of_the_search_is_checked_by_a_whole_run_at_the_second_best(
 
 def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora"])
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-4, 0.3), (3e-4, 0.2), (1e-3, 0.2)))
     metrics = {1e-4: 0.05, 3e-4: 0.5, 1e-3: 0.99}
     begun: list[str] = []
@@ -456,8 +469,9 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
     with whole_runs_given(trained):
         for _ in range(2):  # the second time as when it goes on later
             searches = {"lora": Search(arm="lora", tried=tried, chosen=1e-4, reason="best of 3 rates")}
-            first = trials.final(line, Trial(name="lora-seed42", arm="lora", learning_rate=1e-4, seed=42))
-            found.append(seeds._checked(line, searches, first, 0.0))
+            ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=1e-4, seed=42))
+            ran.check_rate("lora")
+            found += ran.results["lora"]
     assert begun == ["lora-seed42", "lora-rate0.0003-seed42", "lora-rate0.001-seed42", "lora-rate0.0032-seed42"]
     assert [one.trial.learning_rate for one in found] == [1e-3, 1e-3]
     search = searches["lora"]
@@ -469,7 +483,7 @@ def test_whole_runs_climb_while_they_get_better_and_one_that_diverged_is_kept(tm
 @pytest.mark.parametrize(("num_seeds", "checked"), [(1, {"full", "lora", "adapter"}), (2, {"full", "lora"})])
 def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str], tmp_path: Path) -> None:
     one = job(tmp_path, [METHODS[1], "lora", "adapter"], compare={"seeds": num_seeds})
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     tried = tuple(Tried(learning_rate=r, share=0.12, metric=m) for r, m in ((1e-3, 0.5), (1e-2, 0.8)))
     arms = ("full", "lora", "adapter")
     searches = {arm: Search(arm=arm, tried=tried, chosen=1e-2, reason="", on_edge=True) for arm in arms}
@@ -479,8 +493,8 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
         asked.append(trial.name)
         return result_of(trial, 0.9 if trial.learning_rate == 1e-2 else 0.91)[2]
 
-    def leader_goes_on(*given: Any, again: bool) -> Look:
-        counts = {arm: len(found) for arm, found in given[1].items()}
+    def leader_goes_on(ran: SeedRuns, *, again: bool) -> Look:
+        counts = {arm: len(found) for arm, found in ran.results.items()}
         more = {} if counts["full"] == num_seeds else {"full": 2, "lora": 2}
         return Look(
             num_seeds=counts["full"],
@@ -494,8 +508,11 @@ def test_rates_are_checked_of_those_that_go_on(num_seeds: int, checked: set[str]
             ),
         )
 
-    with mock.patch.object(seeds, "final", final), mock.patch.object(seeds, "_look", leader_goes_on):
-        results = seeds.run_seeds(line, searches, rates.expect(line)).results
+    with (
+        mock.patch.object(whole_runs, "run_trial", final),
+        mock.patch.object(SeedRuns, "ask_eval_rows", leader_goes_on),
+    ):
+        results = SeedRuns(line, searches, timing.expect(line)).run().results
     assert {name.split("-")[0] for name in asked if "rate0.001" in name} == checked
     assert {arm: found[0].trial.learning_rate for arm, found in results.items()} == {
         arm: 1e-3 if arm in checked else 1e-2 for arm in searches

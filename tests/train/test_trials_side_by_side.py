@@ -30,13 +30,13 @@ ANSWERS = f"import sys; [print({DONE!r}, flush=True) for line in sys.stdin]"
 LORA = Trial(name="lora-seed42", arm="lora", learning_rate=1e-2, seed=42)
 
 
-def line_of(folder: Path, said: list[str] | None = None, **compare: Any) -> comparing.Line:
+def line_of(folder: Path, said: list[str] | None = None, **compare: Any) -> comparing.Context:
     def listen(event: Any) -> None:
         if said is not None and isinstance(event, Said):
             said.append(event.text)
 
     one = job(folder, METHODS, listen, compare={"side_by_side": 2, **compare})
-    return comparing.Line(one, pipeline.prepare(one), "test")
+    return comparing.Context(one, pipeline.prepare(one), "test")
 
 
 @pytest.mark.long
@@ -72,11 +72,11 @@ def test_trials_side_by_side_give_what_they_give_one_after_the_other(tmp_path: P
 def settled() -> Iterator[list[str]]:
     """Names of the trials that the line itself trained."""
     names: list[str] = []
-    with mock.patch.object(parallel, "settle", lambda line, trial: names.append(trial.name)):
+    with mock.patch.object(parallel, "run_trial", lambda line, trial: names.append(trial.name)):
         yield names
 
 
-def with_helper(line: comparing.Line, says: str, trials: list[Trial]) -> None:
+def with_helper(line: comparing.Context, says: str, trials: list[Trial]) -> None:
     """A helper that prints this when it is given trials, and ends."""
     command = f"import sys; sys.stdin.readline(); sys.stdout.write({says!r})"
     with mock.patch.object(parallel, "_COMMAND", command), parallel.helpers(line) as together:
@@ -97,7 +97,7 @@ def test_helper_that_ends_leaves_its_trials_to_the_line(tmp_path: Path, settled:
         parallel.helpers(line) as together,
     ):
         together([FULL, LORA])
-        assert said[-1] == "a process that trained beside ended (see compare/helper.txt); going on without it"
+        assert said[-1] == "a helper process ended (see compare/helper.txt); going on without it"
         assert len(settled) == 1  # the other one has its turn later, as without helpers
         together([FULL, LORA])
         assert len(settled) == 1
@@ -123,13 +123,13 @@ def test_error_of_the_line_ends_the_helper(tmp_path: Path) -> None:
     command = "import time; time.sleep(600)"
     started: list[subprocess.Popen[str]] = []
 
-    def settle(line: comparing.Line, trial: Trial) -> None:
+    def run_trial(line: comparing.Context, trial: Trial) -> None:
         started.extend(helpers_of(together).processes)
         raise KeyboardInterrupt
 
     with (
         mock.patch.object(parallel, "_COMMAND", command),
-        mock.patch.object(parallel, "settle", settle),
+        mock.patch.object(parallel, "run_trial", run_trial),
         pytest.raises(KeyboardInterrupt),
         parallel.helpers(line) as together,
     ):
@@ -141,10 +141,10 @@ def test_error_of_the_line_ends_the_helper(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_killed_helper_takes_its_worker_with_it_before_the_line_goes_on(tmp_path: Path) -> None:
     one = job(tmp_path, METHODS, compare={"side_by_side": 2}, train={"max_steps": 1_000_000, "num_train_epochs": None})
-    line = comparing.Line(one, pipeline.prepare(one), "test")
+    line = comparing.Context(one, pipeline.prepare(one), "test")
     below: list[psutil.Process] = []
 
-    def settle(line: comparing.Line, trial: Trial) -> None:
+    def run_trial(line: comparing.Context, trial: Trial) -> None:
         (helper,) = helpers_of(together).processes
         while not list((line.folder / "attempts").glob("*/metrics.jsonl")):
             time.sleep(0.1)
@@ -152,7 +152,7 @@ def test_killed_helper_takes_its_worker_with_it_before_the_line_goes_on(tmp_path
         below.extend(psutil.Process(helper.pid).children(recursive=True))
         helper.kill()
 
-    with mock.patch.object(parallel, "settle", settle), parallel.helpers(line) as together:
+    with mock.patch.object(parallel, "run_trial", run_trial), parallel.helpers(line) as together:
         together([FULL, LORA])
         assert len(below) == 2  # the fork server and the worker
         assert not psutil.wait_procs(below, timeout=60)[1]
@@ -173,14 +173,17 @@ def test_cores_are_shared_out_and_given_back(tmp_path: Path, settled: list[str])
 def test_fewer_at_a_time_where_memory_or_the_device_say_so(tmp_path: Path) -> None:
     said: list[str] = []
     line = line_of(tmp_path, said, side_by_side=3)
-    made, needs = line.room("full").plan, [line.room(arm).plan.memory for arm in ("full", "lora")]
+    made, needs = line.setup("full").plan, [line.setup(arm).plan.memory for arm in ("full", "lora")]
     each = max(need.peak for need in needs if need is not None) + 2 * parallel.LIBRARIES_BYTES
     line.machine = line.machine.model_copy(update={"memory_available_bytes": 3 * each - 1})
     with parallel.helpers(line):
         assert line.side_by_side == 2
     assert said[0].startswith("compare.side_by_side: 2 at a time instead of 3: each takes 1.42 GiB of 4.27 GiB")
     on_gpu = mock.Mock(plan=made.model_copy(update={"device": "cuda"}))
-    with mock.patch.object(comparing.Line, "room", return_value=on_gpu), parallel.helpers(line) as together:
+    with (
+        mock.patch.object(comparing.Context, "setup", return_value=on_gpu),
+        parallel.helpers(line) as together,
+    ):
         assert line.side_by_side == 1
         together([FULL, LORA])  # nothing: no process is started
     assert said[1:] == ["compare.side_by_side is for CPUs: on cuda one trial at a time"]

@@ -16,7 +16,7 @@ from fulltune.evaluate.language import drawn_rows, missing_metrics
 from fulltune.recipe.fields import Recipe
 from fulltune.records.scores import Estimate
 from fulltune.report.format import words
-from fulltune.stats.metric_intervals import resample
+from fulltune.stats.bootstrap import resample
 from fulltune.tasks import Target, causal_lm, seq2seq, written
 
 PAIRS = Target("prompt_completion", {"prompt": "mr", "completion": "ref"})

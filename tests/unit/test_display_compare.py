@@ -51,7 +51,7 @@ def test_verdict_undecided_says_what_would_decide_and_what_is_unfair() -> None:
     made = comparisons.undecided(openings=comparisons.openings(3), findings=(comparisons.finding(),))
     text = " ".join(shown(made).split())
     assert "UNDECIDED These rows and seeds do not tell the methods apart." in text
-    assert "what to do lora: take 9,240 test rows or 12 seeds of each method; that is enough if the difference" in text
+    assert "what to do lora: would be decided by 9,240 test rows or 12 seeds per method, if the true" in text
     assert "Unfair full: the best rate, 0.0002, is the highest that was tried" in text
     assert "> lora" not in text
 
@@ -79,10 +79,10 @@ def test_expectation_promises_fewer_seeds_only_where_there_may_be(changes: dict[
 def test_expectation_says_cost_and_what_can_be_found() -> None:
     text = expected(comparisons.comparison(), "accuracy")
     assert "methods head, full, lora, adapter, prompt" in text
-    said = "25 short ones to find the rates, more where the best lies at an edge; then 5 seeds of each method at most"
+    said = "25 short ones to find the rates, more where the best is at an edge; then 5 seeds of each method at most"
     assert f"trials {said}; clear answers need fewer" in text
     assert "about 1 h 7 min, 1 h 40 min if every method needs all" in text
-    assert "differences of 0.97 points of accuracy or more where seeds differ by half a point" in text
+    assert "differences of 0.97 points of accuracy or more if seeds differ by half a point" in text
     assert "UNDECIDED" not in text
 
 
@@ -99,7 +99,7 @@ def test_expectation_says_what_the_budget_took_away_and_that_the_margin_is_too_s
 
 
 def test_expectation_of_very_few_rows_says_that_nothing_can_be_found() -> None:
-    assert "can find nothing: so few test rows and seeds" in expected(
+    assert "can find nothing: with so few test rows and seeds" in expected(
         comparisons.comparison(), "accuracy", detectable=1.5
     )
 
@@ -112,6 +112,6 @@ def test_expectation_of_a_budget_is_one_design_that_fits_into_it() -> None:
     changes = {"budget_seconds": 360.0, "seconds": 280.0, "most_seconds": 280.0, "num_seeds": 2, "detectable": None}
     text = expected(comparisons.comparison(), "accuracy", **changes)
     assert "2 seeds of full and of the best of the others, one of the rest" in text
-    assert "about 4 min 40 s of the 6 min 0 s given" in text
+    assert "about 4 min 40 s of the 6 min given" in text
     assert "can find not known before seeds have been run" in text
     assert "if every method" not in text

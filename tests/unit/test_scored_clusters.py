@@ -15,8 +15,8 @@ from fulltune.evaluate import classifiers, spans
 from fulltune.evaluate.scoring import Scoring
 from fulltune.inference.store import RowWriter, record_batch, save_clusters, words
 from fulltune.records.scores import Scores
-from fulltune.stats.metric_intervals import Resampled, resample
-from fulltune.stats.paired import paired
+from fulltune.stats.bootstrap import Resampled, resample
+from fulltune.stats.intervals import paired
 from fulltune.tasks import PLACE, Target, task_named, written
 
 RECIPE: Any = SimpleNamespace(evaluate=SimpleNamespace(bootstrap_samples=100, confidence=0.95))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fulltune.stats.bootstrap import resample
 from fulltune.stats.calibration import calibrate, expected_calibration_error, fit_temperature
-from fulltune.stats.metric_intervals import resample
 
 
 def mean(kept: dict[str, np.ndarray]) -> dict[str, float]:

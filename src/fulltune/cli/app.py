@@ -290,10 +290,7 @@ def compare(
     if lint:
         cli_compare.lint(out, err, targets, set_ or [], budget, as_json)
         return
-    if len(targets) > 1:
-        cli_compare.compare_many(out, err, targets, set_ or [], run_folder, fresh, budget, as_json)
-        return
-    cli_compare.compare(out, err, targets[0], set_ or [], run_folder, fresh, budget, as_json)
+    cli_compare.compare(out, err, targets, set_ or [], run_folder, fresh, budget, as_json)
 
 
 @app.command()

@@ -7,9 +7,9 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -19,35 +19,13 @@ from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Arm
-from fulltune.text import parse_seconds
+from fulltune.text import first_few, parse_seconds
 
 if TYPE_CHECKING:
     from fulltune.compare.run import Compared
-    from fulltune.records.differences import Finding
 
 
 def compare(
-    out: Console,
-    err: Console,
-    target: Path,
-    overrides: list[str],
-    folder: Path | None,
-    fresh: bool,
-    budget: str | None,
-    as_json: bool,
-) -> None:
-    """Compare, or go on with it, and show the verdict."""
-    from fulltune.cli.show import compare as display_compare
-
-    found = _run(err, target, overrides, folder, fresh, _checked(budget))
-    if as_json:
-        typer.echo(found.comparison.model_dump_json(indent=2))
-        return
-    display_compare.verdict(out, found.comparison)
-    _paths(out, found.cards)
-
-
-def compare_many(
     out: Console,
     err: Console,
     targets: list[Path],
@@ -57,10 +35,30 @@ def compare_many(
     budget: str | None,
     as_json: bool,
 ) -> None:
-    """Compare on several tasks with one base, or go on with it, and put the comparisons together."""
+    """Compare, or go on with it, and show the verdict; of several recipes also what they come to on one base."""
+    if len(targets) > 1:
+        _compare_many(out, err, targets, overrides, folder, fresh, budget, as_json)
+        return
+    found = _run(err, targets[0], overrides, folder, fresh, _checked(budget))
+    if as_json:
+        typer.echo(found.comparison.model_dump_json(indent=2))
+    else:
+        _show(out, found)
+
+
+def _compare_many(
+    out: Console,
+    err: Console,
+    targets: list[Path],
+    overrides: list[str],
+    folder: Path | None,
+    fresh: bool,
+    budget: str | None,
+    as_json: bool,
+) -> None:
     from fulltune import report
-    from fulltune.cli.show import compare as display_compare
-    from fulltune.compare import run as comparing
+    from fulltune.cli.show import compare as show
+    from fulltune.compare.many_tasks import many_tasks
     from fulltune.system.run_folder import writing
 
     if fresh:
@@ -75,16 +73,23 @@ def compare_many(
         found[name] = _run(err, target, overrides, parent / name, False, each)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            display_compare.verdict(out, found[name].comparison)
-            _paths(out, found[name].cards)
-    together = comparing.together(found)
+            _show(out, found[name])
+    folders = {name: one.folder.name for name, one in found.items()}
+    together = many_tasks({name: one.comparison for name, one in found.items()}, folders)
     with writing(parent):
         files = report.write_tasks(parent, together)
     if as_json:
         typer.echo(together.model_dump_json(indent=2))
-        return
-    display_compare.many_tasks(out, together)
-    _paths(out, files)
+    else:
+        show.many_tasks(out, together)
+        _paths(out, files)
+
+
+def _show(out: Console, found: Compared) -> None:
+    from fulltune.cli.show import compare as show
+
+    show.verdict(out, found.comparison)
+    _paths(out, found.cards)
 
 
 def _paths(out: Console, files: Sequence[Path]) -> None:
@@ -131,18 +136,16 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
     ):
         if len(set(given.values())) > 1:
             said = ", ".join(f"{value} in {name}" for name, value in given.items())
-            problems.append(
-                f"{what}: several tasks share one base and one report; give all the same one (here: {said})"
-            )
+            problems.append(f"{what}: several tasks share one base and one report; all must give the same ({said})")
     arms = [{one.arm: one for one in recipe.methods if one.kind not in ("base", "full")} for recipe in recipes.values()]
     common = set.intersection(*map(set, arms)) if arms else set()
     if arms and not common:
         problems.append("methods: no method but 'full' is compared in all of these recipes")
-    for name in sorted(common):
-        if len({_apart_from_rates(one[name]) for one in arms}) > 1:
-            problems.append(
-                f"methods: '{name}' has other settings in one recipe than in another; give it another 'name'"
-            )
+    problems += [
+        f"methods: '{name}' has other settings in one recipe than in another; give it another 'name'"
+        for name in sorted(common)
+        if len({_apart_from_rates(one[name]) for one in arms}) > 1
+    ]
     fulls = [next(one for one in recipe.methods if one.kind == "full") for recipe in recipes.values()]
     if len({(one.arm, _apart_from_rates(one)) for one in fulls}) > 1:
         problems.append("methods: 'full' has another name or other settings in one recipe than in another")
@@ -209,12 +212,11 @@ def _run(
     run_folder.hide_progress_bars()
     try:
         from fulltune.cli.show.run import Display
-        from fulltune.compare import run as comparing
+        from fulltune.compare.run import run
         from fulltune.context import Run
 
         with Display(err, details=False) as display:
-            job = Run(recipe, found, listener=display)
-            return comparing.run(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
+            return run(Run(recipe, found, listener=display), shlex.join(["fulltune", *sys.argv[1:]]), budget)
     except KeyboardInterrupt:
         raise InterruptedRun("interrupted; the same command continues it") from None
 
@@ -236,17 +238,16 @@ def _open(err: Console, target: Path, overrides: list[str], folder: Path | None,
         recipe = _recipe_of(target, overrides)
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
         name = recipe.name or target.stem
-        left = "" if folder or fresh else _left_behind(recipe, name)
+        unfinished = "" if folder or fresh else _unfinished_with_other_settings(recipe, name)
         found, resumed = run_folder.find_or_make(recipe, text, name, folder, fresh)
-        if left and not resumed:
-            err.print(left, soft_wrap=True, markup=False, style="yellow")
+        if unfinished and not resumed:
+            err.print(unfinished, soft_wrap=True, markup=False, style="yellow")
     err.print(f"[dim]{'continuing' if resumed else 'run folder'} {found}[/dim]", soft_wrap=True)
     return recipe, found
 
 
-def _left_behind(recipe: Recipe, name: str) -> str:
-    """That the newest comparison of this name that could be gone on with has other settings; empty: there is none."""
-    from fulltune.compare.more_time import differences
+def _unfinished_with_other_settings(recipe: Recipe, name: str) -> str:
+    """That the newest unfinished comparison of this name has other settings; empty: there is none."""
     from fulltune.system import run_folder
 
     names = f"{glob.escape(name)}-[0-9][0-9][0-9][0-9]-*"
@@ -255,9 +256,20 @@ def _left_behind(recipe: Recipe, name: str) -> str:
             before = run_folder.recipe_of(other)
         except SetupError:  # of another version, which this one cannot go on with
             continue
-        if before.methods and (what := differences(before, recipe)):
-            return f"beginning anew: {other} is unfinished, but has other settings ({what})"
+        if before.methods and (found := list(_differences(before.shaping(), recipe.shaping()))):
+            return f"beginning anew: {other} is unfinished, but has other settings ({first_few(found)})"
     return ""
+
+
+def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    """Settings in which two recipes differ, with both values where they are short."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before | now:
+            yield from _differences(before.get(name), now.get(name), f"{where}.{name}" if where else name)
+    elif before != now:
+        values = ["not set" if one is None else str(one) for one in (before, now)]
+        nested = any(isinstance(one, dict | list) for one in (before, now))
+        yield where if nested else f"{where}: {values[0]} there, {values[1]} here"
 
 
 UNFAIR = 2
@@ -272,30 +284,24 @@ def lint(
     Raises:
         typer.Exit: With `UNFAIR`, when something does.
     """
-    from fulltune.compare import run as comparing
+    from fulltune.compare.fairness import lint_recipe
     from fulltune.system.run_folder import hide_progress_bars
 
     hide_progress_bars()
     each = _share_of(_checked(budget), len(targets))
     if budget is not None:
         err.print(f"[dim]reading the rows and measuring ten steps, to know what fits into {budget}[/dim]")
-    recipes = [(target, _recipe_of(target, overrides)) for target in targets]
-    if not (budget or all(recipe.compare.budget for _, recipe in recipes)):
+    recipes = {target: _recipe_of(target, overrides) for target in targets}
+    if not (budget or all(recipe.compare.budget for recipe in recipes.values())):
         err.print("[dim]from the recipe alone; with --budget the rows are read as well[/dim]")
-    found = [(target, comparing.lint_recipe(recipe, each)) for target, recipe in recipes]
+    found = {target: lint_recipe(recipe, each) for target, recipe in recipes.items()}
     if as_json:
-        lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target, several in found for one in several]
+        lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target in found for one in found[target]]
         typer.echo(json.dumps(lines, ensure_ascii=False, indent=2))
-    else:
-        _print_findings(out, found)
-    if any(one.level == "unfair" for _, several in found for one in several):
-        raise typer.Exit(UNFAIR)
-
-
-def _print_findings(out: Console, found: Sequence[tuple[Path, Sequence[Finding]]]) -> None:
-    for target, several in found:
+    for target, several in () if as_json else found.items():
         where = f"{target}: " if len(found) > 1 else ""
-        for one in several:
-            out.print(f"{where}{one.level}: {one.where}: {one.what}; {one.to_do}", soft_wrap=True, markup=False)
-        if not several:
-            out.print(f"{where}nothing found that would make this comparison unfair", soft_wrap=True, markup=False)
+        said = [f"{one.level}: {one.where}: {one.what}; {one.to_do}" for one in several]
+        for one in said or ["nothing found that would make this comparison unfair"]:
+            out.print(f"{where}{one}", soft_wrap=True, markup=False)
+    if any(one.level == "unfair" for several in found.values() for one in several):
+        raise typer.Exit(UNFAIR)

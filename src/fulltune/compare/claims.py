@@ -1,13 +1,16 @@
-"""What one often reads about full fine-tuning and its rivals, and what it comes to on these data: pure functions."""
+"""Common claims about full fine-tuning and its rivals, and what they come to on these data: pure functions.
+
+The claims in circulation are averages over other people's data; docs/evidence.md has what they came to on public data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fulltune.compare.verdict import shown
 from fulltune.records.comparison import ArmRow, Claim
-from fulltune.records.differences import Decision, Difference
-from fulltune.text import in_words
+from fulltune.records.differences import Decision
+from fulltune.text import counted, format_bytes
 
 TENTH = 0.15
 """Up to here one may say "a tenth"."""
@@ -21,88 +24,65 @@ def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int) -> tuple
         decision: The verdict's differences.
         train_rows: How many rows were learned from.
     """
-    full = next(row for row in rows if row.kind == "full")
-    lora = next((row for row in rows if row.kind == "lora"), None)
-    prompt = next((row for row in rows if row.kind == "prompt"), None)
-    rivals = [one for one in decision.differences if one.decides]
-    said: list[Claim | None] = [_best(rivals, train_rows)]
+    first = {row.kind: row for row in reversed(rows)}
+    full, lora, prompt = first["full"], first.get("lora"), first.get("prompt")
+    found = [("full fine-tuning gives the best quality", *_best(decision, train_rows))]
     if lora is not None:
-        base = next((row for row in rows if row.kind == "base"), None)
-        said += [_gain(base, full, lora, decision), _compute(full, lora), _saved(full, lora)]
-        if full.drift is not None and lora.drift is not None:
-            said.append(_forgets(full, lora))
+        found += _of_lora(first.get("base"), full, lora, decision)
     if prompt is not None:
-        weaker = decision.difference(prompt.arm)
-        holds = True if weaker.full_better else False if weaker.not_worse else None
-        share = "" if prompt.gain_share is None else f"; it reaches {prompt.gain_share:.0%} of full's gain"
-        gap, low, high = (
-            shown(value, decision.metric) for value in (weaker.estimate, weaker.adjusted_low, weaker.adjusted_high)
-        )
-        here = f"full minus {prompt.arm}: {gap} of {decision.metric} ({low} to {high}){share}"
-        said.append(Claim(claim="prompt tuning is weaker", here=here, holds=holds))
-    return tuple(one for one in said if one is not None)
+        found.append(("prompt tuning is weaker", *_prompt(prompt, decision)))
+    return tuple(Claim(claim=claim, here=here, holds=holds) for claim, here, holds in found)
 
 
-def _best(rivals: Sequence[Difference], train_rows: int) -> Claim:
-    better = [one.arm for one in rivals if one.full_better]
-    worse = [one.arm for one in rivals if one.arm_better]
-    holds = False if worse else True if len(better) == len(rivals) else None
+def _holds(yes: bool, no: bool) -> bool | None:
+    """None: these data do not tell."""
+    return True if yes else False if no else None
+
+
+def _best(decision: Decision, train_rows: int) -> tuple[str, bool | None]:
+    rivals = [one for one in decision.differences if one.decides]
+    better, worse = [one.arm for one in rivals if one.full_better], [one.arm for one in rivals if one.arm_better]
+    what = "neither full nor another method is known to be better by the margin"
     if worse or better:
         what = f"full is {'beaten by' if worse else 'better than'} {', '.join(worse or better)} by the margin"
-    else:
-        what = "neither full nor another method is known to be better by the margin"
-    compared = f"{len(rivals)} method{'s' if len(rivals) > 1 else ''} compared"
-    here = f"with {train_rows:,} train rows {what} ({compared})"
-    return Claim(claim="full fine-tuning gives the best quality", here=here, holds=holds)
+    here = f"with {counted(train_rows, 'train row')} {what} ({counted(len(rivals), 'method')} compared)"
+    return here, _holds(not worse and len(better) == len(rivals), bool(worse))
 
 
-def _gain(base: ArmRow | None, full: ArmRow, lora: ArmRow, decision: Decision) -> Claim | None:
-    if base is None or lora.gain_share is None:
-        return None
-    sign = 1 if decision.greater_is_better else -1
-    gain = sign * (full.metric.value - base.metric.value)
-    if gain <= 0:
-        return None
-    apart = decision.difference(lora.arm)
-    low, high = 1 - apart.adjusted_high / gain, 1 - apart.adjusted_low / gain
-    return Claim(
-        claim="LoRA reaches 90 to 95 % of full's gain, or more",
-        here=f"{lora.arm} reaches {lora.gain_share:.1%} of what full gains over the untouched model "
-        f"({low:.0%} to {high:.0%})",
-        holds=None if not apart.seeds_known else True if low >= 0.9 else False if high < 0.9 else None,
+def _prompt(prompt: ArmRow, decision: Decision) -> tuple[str, bool | None]:
+    found = decision.difference(prompt.arm)
+    gap, low, high = (
+        shown(value, decision.metric) for value in (found.estimate, found.adjusted_low, found.adjusted_high)
     )
+    share = "" if prompt.gain_share is None else f"; it reaches {prompt.gain_share:.0%} of full's gain"
+    here = f"full minus {prompt.arm}: {gap} of {decision.metric} ({low} to {high}){share}"
+    return here, _holds(found.full_better, found.not_worse)
 
 
-def _compute(full: ArmRow, lora: ArmRow) -> Claim:
-    parts = [f"{lora.train_seconds / max(1e-9, full.train_seconds):.2f} of the time"]
-    if full.train_flops and lora.train_flops:
-        parts.insert(0, f"{lora.train_flops / full.train_flops:.2f} of the operations")
-    parts.append(f"{lora.memory_growth_bytes / max(1, full.memory_growth_bytes):.2f} of the memory")
-    share = lora.train_flops / full.train_flops if full.train_flops else lora.train_seconds / full.train_seconds
-    return Claim(
-        claim="LoRA costs a tenth of the compute", here=f"{lora.arm}: {', '.join(parts)}", holds=share <= TENTH
-    )
-
-
-def _saved(full: ArmRow, lora: ArmRow) -> Claim:
-    share = lora.saved_bytes / max(1, full.saved_bytes)
-    return Claim(
-        claim="a LoRA checkpoint is a small fraction of a full one",
-        here=f"{lora.arm}: {in_words(lora.saved_bytes)}, {share:.1%} of full's {in_words(full.saved_bytes)}",
-        holds=share <= TENTH,
-    )
-
-
-def _forgets(full: ArmRow, lora: ArmRow) -> Claim:
-    assert full.drift is not None
-    assert lora.drift is not None
-    less = lora.drift.high < full.drift.low
-    more = lora.drift.low > full.drift.high
-    # What learned nothing has nothing to forget for.
-    idle = [row.arm for row in (full, lora) if row.gain_share is None or row.gain_share <= 0]
-    here = f"drift on generic text {lora.drift.value:.3g} for {lora.arm}, {full.drift.value:.3g} for full"
-    return Claim(
-        claim="LoRA forgets less",
-        here=f"{here}, but {idle[0]} is not known to have learned anything" if idle else here,
-        holds=None if idle else True if less else False if more else None,
-    )
+def _of_lora(
+    base: ArmRow | None, full: ArmRow, lora: ArmRow, decision: Decision
+) -> Iterator[tuple[str, str, bool | None]]:
+    apart, sign = decision.difference(lora.arm), 1 if decision.greater_is_better else -1
+    gain = 0.0 if base is None else sign * (full.metric.value - base.metric.value)
+    if lora.gain_share is not None and gain > 0:
+        low, high = 1 - apart.adjusted_high / gain, 1 - apart.adjusted_low / gain
+        here = f"{lora.arm} reaches {lora.gain_share:.1%} of what full gains over the untouched model"
+        holds = _holds(low >= 0.9, high < 0.9) if apart.seeds_known else None
+        yield "LoRA reaches 90 to 95 % of full's gain, or more", f"{here} ({low:.0%} to {high:.0%})", holds
+    time = lora.train_seconds / max(1e-9, full.train_seconds)
+    memory = lora.memory_growth_bytes / max(1, full.memory_growth_bytes)
+    work = lora.train_flops / full.train_flops if full.train_flops else 0.0
+    operations = f"{work:.2f} of the operations, " if work else ""
+    here = f"{lora.arm}: {operations}{time:.2f} of the time, {memory:.2f} of the memory"
+    yield "LoRA costs a tenth of the compute", here, (work or time) <= TENTH
+    saved = lora.saved_bytes / max(1, full.saved_bytes)
+    here = f"{lora.arm}: {format_bytes(lora.saved_bytes)}, {saved:.1%} of full's {format_bytes(full.saved_bytes)}"
+    yield "a LoRA checkpoint is a small fraction of a full one", here, saved <= TENTH
+    if full.drift is not None and lora.drift is not None:
+        here = f"drift on generic text {lora.drift.value:.3g} for {lora.arm}, {full.drift.value:.3g} for full"
+        holds = _holds(lora.drift.high < full.drift.low, lora.drift.low > full.drift.high)
+        # What learned nothing has nothing to forget for.
+        idle = [row.arm for row in (full, lora) if row.gain_share is None or row.gain_share <= 0]
+        if idle:
+            here, holds = f"{here}, but {idle[0]} is not known to have learned anything", None
+        yield "LoRA forgets less", here, holds

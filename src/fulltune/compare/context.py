@@ -1,4 +1,7 @@
-"""What the parts of a comparison share: recipe, rows, sizes and plans of each arm, files."""
+"""What the parts of a comparison share: recipe, rows, sizes and plans of each method, files.
+
+An *arm*, as in clinical trials, is one method with its settings; a *trial* is one run of it with a rate and a seed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from fulltune.footprint.trace import PlannedModel
 from fulltune.models.shapes import Shapes
 from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
-from fulltune.records.comparison import Trial
+from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
 from fulltune.records.plan import Plan
@@ -40,7 +43,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Room:
+class ArmSetup:
     """What all trials of an arm share."""
 
     arm: Any
@@ -51,7 +54,7 @@ class Room:
 
 
 @dataclass
-class Line:
+class Context:
     """A comparison on its way."""
 
     job: Run
@@ -65,12 +68,12 @@ class Line:
     passed: set[str] = field(default_factory=set)
     """Arms of which a trial has passed the dry run: their other trials have the same shapes."""
     keeps_time: bool = True
-    """False in a process that works for another one's line."""
+    """False in a process that trains for another one."""
     side_by_side: int = 1
     """Trials at a time; each has its share of the cores, also one that is trained alone."""
     alpha_left: float | None = None
     """By the verdict that was made before more time was given; None: there was none."""
-    _rooms: dict[str, Room] = field(default_factory=dict)
+    _setups: dict[str, ArmSetup] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -91,12 +94,12 @@ class Line:
     @cached_property
     def most_tokens(self) -> int:
         """Of a generic text, for all arms alike."""
-        limit = self.room(self.full.arm).shapes.position_limit or drift.MOST_TOKENS
+        limit = self.setup(self.full.arm).shapes.position_limit or drift.MOST_TOKENS
         return min(drift.MOST_TOKENS, limit - methods.virtual_tokens(self.recipe))
 
     @cached_property
     def measure(self) -> row_scores.Measure:
-        return row_scores.measure_of(self.recipe.task, Target.of(self.summary), self.room(self.full.arm).plan.metric)
+        return row_scores.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.arm).plan.metric)
 
     @property
     def full(self) -> Any:
@@ -106,6 +109,18 @@ class Line:
     def trained_arms(self) -> list[Any]:
         """Full first: the others are compared with it."""
         return [self.full, *(one for one in self.recipe.methods if one.kind not in ("full", "base"))]
+
+    def result_path(self, name: str) -> Path:
+        """Where the result of the trial of this name is kept."""
+        return self.folder / FOLDER / "trials" / f"{name}.json"
+
+    def search_path(self, arm: str) -> Path:
+        """Where the search for an arm's rate is kept."""
+        return self.folder / FOLDER / "searches" / f"{arm}.json"
+
+    def kept_results(self) -> list[TrialResult]:
+        """Of all trials so far, those of earlier commands as well."""
+        return [TrialResult.load(path) for path in sorted(self.result_path("").parent.glob("*.json"))]
 
     @property
     def spent_seconds(self) -> float:
@@ -139,11 +154,7 @@ class Line:
         try:
             yield
         finally:
-            self.note_time(what)
-
-    def note_time(self, what: str) -> None:
-        """Write down the time since it was last written down."""
-        self.write_time(what, *self.time_passed())
+            self.write_time(what, *self.time_passed())
 
     def time_passed(self) -> tuple[float, datetime]:
         """Seconds since time was last written down, which are not to be counted twice, and when that was."""
@@ -155,15 +166,15 @@ class Line:
             entry = {"what": what, "seconds": round(seconds, 3), "ended": ended.isoformat(timespec="seconds")}
             append_line(self.folder / CLOCK, entry)
 
-    def room(self, arm: str) -> Room:
+    def setup(self, arm: str) -> ArmSetup:
         """Sizes, memory and plan of an arm; traced once."""
-        if arm not in self._rooms:
+        if arm not in self._setups:
             method = next(one for one in self.recipe.methods if one.arm == arm)
             recipe = self.recipe.model_copy(update={"method": method, "methods": ()})
             model = PlannedModel.of(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
-            self._rooms[arm] = Room(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
-        return self._rooms[arm]
+            self._setups[arm] = ArmSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
+        return self._setups[arm]
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder))
@@ -171,14 +182,14 @@ class Line:
 
     def trial_recipe(self, trial: Trial) -> Recipe:
         """One run of one arm: the recipe with its rate, its seed and, in a search, fewer steps."""
-        room = self.room(trial.arm)
-        method = room.arm.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
+        setup = self.setup(trial.arm)
+        method = setup.arm.model_copy(update={"learning_rate": trial.learning_rate, "learning_rates": None})
         changes: dict[str, Any] = {"seed": trial.seed}
-        steps = max(2, round(trial.share * room.plan.total_steps))
+        steps = max(2, round(trial.share * setup.plan.total_steps))
         if trial.share < 1:
             changes |= {"max_steps": steps, "num_train_epochs": None}
             if self.recipe.train.warmup_steps is not None:
-                ratio = self.recipe.train.warmup_steps / max(1, room.plan.total_steps)
+                ratio = self.recipe.train.warmup_steps / max(1, setup.plan.total_steps)
                 changes |= {"warmup_steps": None, "warmup_ratio": ratio}
         if trial.searches:
             changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
@@ -187,11 +198,14 @@ class Line:
         return self.recipe.model_copy(update={"method": method, "methods": (), "train": block})
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
-        room = self.room(trial.arm)
-        made = self._fit(recipe, room.shapes, room.traced)
-        if (smaller := self._smaller(trial.arm)) is not None:
-            known = [one for one in smaller.settings if one.name in SETTING_OF.values()]
-            settings = {one.name: one for one in (*made.settings, *known)}
+        """The plan of a trial, with what earlier ones of its arm changed because memory ran out."""
+        setup = self.setup(trial.arm)
+        made = self._fit(recipe, setup.shapes, setup.traced)
+        path = self._smaller_path(trial.arm)
+        if path.exists():
+            smaller = Plan.load(path)
+            known = {one.name: one for one in smaller.settings if one.name in SETTING_OF.values()}
+            settings = {one.name: one for one in made.settings} | known
             fields = (*(SETTING_OF.keys() & Plan.model_fields.keys()), "memory", "state")
             changes = {name: getattr(smaller, name) for name in fields}
             made = made.model_copy(update={**changes, "settings": tuple(settings.values())})
@@ -199,11 +213,10 @@ class Line:
 
     def keep_smaller(self, arm: str, made: Plan) -> None:
         """Memory ran out, and this plan fits: the arm's further trials begin with what it changed."""
-        made.save(self.folder / FOLDER / "smaller" / f"{arm}.json")
+        made.save(self._smaller_path(arm))
 
-    def _smaller(self, arm: str) -> Plan | None:
-        path = self.folder / FOLDER / "smaller" / f"{arm}.json"
-        return Plan.load(path) if path.exists() else None
+    def _smaller_path(self, arm: str) -> Path:
+        return self.folder / FOLDER / "smaller" / f"{arm}.json"
 
 
 def settings_of(method: Any) -> dict[str, Any]:
@@ -213,24 +226,19 @@ def settings_of(method: Any) -> dict[str, Any]:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add an entry to a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Where the disk was full the last line may have no end.
     before = path.read_bytes() if path.exists() else b""
-    broken = bool(before) and not before.endswith(b"\n")
+    broken = before and not before.endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if broken else "") + json.dumps(entry) + "\n")
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [found for line in path.read_text(encoding="utf-8").splitlines() if (found := _whole(line)) is not None]
-
-
-def _whole(line: str) -> dict[str, Any] | None:
-    """A line's entry; None for one that was cut off."""
-    try:
-        found: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
-        return None
+    """The entries of a file of JSON lines, without one that was cut off."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
     return found

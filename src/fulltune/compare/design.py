@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from fulltune.compare.sequential import TIME_UP_SHARE, spent
 from fulltune.errors import RecipeError
-from fulltune.records.comparison import Expectation, Trial
+from fulltune.records.comparison import Comparison, Expectation, Trial
 from fulltune.stats.precision import planned_detectable
+from fulltune.text import typed_seconds
 
 FEW_TRAIN_ROWS = 10_000
 """Below it five seeds: with few rows the seeds differ more (Bouthillier et al. 2021; Mosbach et al. 2020)."""
@@ -251,13 +252,13 @@ def _notes(costs: Mapping[str, Cost], chosen: Choice, wanted: Choice) -> Iterato
 
 
 def _too_short(least: Choice, budget: float, spent_seconds: float, need: float) -> str:
-    enough = round_up(spent_seconds + FORECAST_AGAIN * need / (1 - RESERVE))
+    enough = typed_seconds(round_up(spent_seconds + FORECAST_AGAIN * need / (1 - RESERVE)))
     each = "one run" if least.seeds == 1 else f"{least.seeds} runs"
-    before = f", {in_time(spent_seconds)} of which are spent," if spent_seconds > 1 else ""
+    before = f", {typed_seconds(spent_seconds)} of which are spent," if spent_seconds > 1 else ""
     return (
-        f"--budget {in_time(budget)}{before} is too short for a verdict: {each} each of {' and '.join(least.arms)}, "
-        f"without a rate search, are forecast to take {in_time(need)}; give --budget {in_time(enough)} or more, or "
-        "make runs shorter (train.num_train_epochs, fewer rows)"
+        f"--budget {typed_seconds(budget)}{before} is too short for a verdict: {each} each of "
+        f"{' and '.join(least.arms)}, without a rate search, are forecast to take {typed_seconds(need)}; give --budget "
+        f"{enough} or more, or make runs shorter (train.num_train_epochs, fewer rows)"
     )
 
 
@@ -267,8 +268,33 @@ def round_up(time: float) -> float:
     return float(math.ceil(time / step) * step)
 
 
-def in_time(time: float) -> str:
-    """As `parse_seconds` reads it: `1h30m`, `6m`, `2m30s`."""
-    hours, rest = divmod(round(time), 3600)
-    minutes, left = divmod(rest, 60)
-    return "".join(f"{number}{unit}" for number, unit in ((hours, "h"), (minutes, "m"), (left, "s")) if number) or "0s"
+# ---- more time -------------------------------------------------------------------------------------------------
+
+
+def why_finished(known: Comparison, budget_seconds: float | None) -> str | None:
+    """Why a comparison that has a verdict does not go on with this budget; None: it does.
+
+    Args:
+        known: What it found.
+        budget_seconds: In all; None: no limit.
+    """
+    verdict, had = known.decision.verdict, known.expectation.budget_seconds or 0.0
+    if verdict != "UNDECIDED":
+        why = f"finished: the verdict is {verdict}; more time does not change it"
+    elif any(one.left is None for one in known.openings):
+        why = (
+            "finished by an older version of fulltune, whose verdict left nothing for another one on the same test rows"
+        )
+    elif not known.time_was_up:
+        why = "finished: it ended undecided, but not because its time was up, so more time adds nothing"
+    elif not known.can_go_on:
+        why = (
+            "finished: its time was up after the last seeds, whose verdict took all that was left of the chance of a "
+            "wrong answer, so no other one can follow on the same test rows"
+        )
+    elif budget_seconds is not None and budget_seconds <= had:
+        more = typed_seconds(round_up(2 * had))
+        why = f"its {typed_seconds(had)} are used up; to go on, give more time in all, such as --budget {more}"
+    else:
+        return None
+    return f"{why}; --fresh begins another comparison"

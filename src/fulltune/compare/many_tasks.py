@@ -6,26 +6,27 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from fulltune.errors import RecipeError
 from fulltune.records.comparison import ArmRow, Comparison, ManyTasks, TaskPart, Way
 from fulltune.records.scores import Estimate
+from fulltune.text import is_share
 
 
-def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str], shares: bool) -> ManyTasks:
+def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str]) -> ManyTasks:
     """Put finished comparisons together.
 
     Args:
         comparisons: By the name of the task, all with the same pretrained model and confidence.
         folders: Where each lies.
-        shares: All metrics are shares of rows, so that differences can be averaged.
 
     Raises:
-        ValueError: When no method but `full` was compared in all of them.
+        RecipeError: When a budget left no method that all of them trained.
     """
     rows = [{row.arm: row for row in one.rows} for one in comparisons.values()]
     full = next(row.arm for row in rows[0].values() if row.kind == "full")
     arms = [name for name, row in rows[0].items() if row.kind not in ("base", "full") and all(name in r for r in rows)]
     if not arms:
-        raise ValueError("no method but full was compared in all tasks")
+        raise RecipeError("--budget: too short to train one method beside full for every task; give more time")
     first = next(iter(comparisons.values()))
     # A full model's file is the base with a small head.
     base = min(one[full].saved_bytes for one in rows)
@@ -48,7 +49,7 @@ def many_tasks(comparisons: Mapping[str, Comparison], folders: Mapping[str, str]
         ways=(
             _way(full, [one[full] for one in rows], 0, None),
             *(
-                _way(name, [one[name] for one in rows], base, _behind(name, list(comparisons.values()), shares))
+                _way(name, [one[name] for one in rows], base, _behind(name, list(comparisons.values())))
                 for name in arms
             ),
         ),
@@ -68,13 +69,14 @@ def _way(name: str, rows: Sequence[ArmRow], base: int, behind: Estimate | None) 
     )
 
 
-def _behind(arm: str, comparisons: Sequence[Comparison], shares: bool) -> Estimate | None:
-    """Mean over the tasks; their rows and seeds are independent, so the squares of the half intervals add up.
+def _behind(arm: str, comparisons: Sequence[Comparison]) -> Estimate | None:
+    """Mean over the tasks, where all metrics are shares.
 
+    The tasks' rows and seeds are independent, so the squares of the half intervals add up.
     The tasks' own intervals are taken, which hold for all methods together and after all looks.
     """
     found = [one.decision.difference(arm) for one in comparisons]
-    if not shares or not all(one.seeds_known for one in found):
+    if not all(is_share(one.metric) for one in comparisons) or not all(one.seeds_known for one in found):
         return None
     mean = statistics.mean(one.estimate for one in found)
     halves = (max(one.estimate - one.adjusted_low, one.adjusted_high - one.estimate) for one in found)

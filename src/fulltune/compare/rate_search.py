@@ -22,6 +22,8 @@ STEP = math.sqrt(10)
 MOST_EXTENSIONS = 2
 LEAST_STEPS = 10
 """Of a short trial: with fewer all rates look alike."""
+_USUAL = {True: "the usual rate", False: "of the given rates the nearest to the usual one"}
+"""In words, by whether rates may be tried that the recipe does not name."""
 CLEARLY = 2
 """Standard errors by which a whole run is clearly better than another, of one seed each."""
 
@@ -36,10 +38,8 @@ class Scale:
     """The metric is a share."""
 
     def oriented(self, metric: float) -> float:
-        """So that more is better; NaN, for a trial that came apart, is worse than anything."""
-        if math.isnan(metric):
-            return -math.inf
-        return metric if self.greater_is_better else -metric
+        """So that more is better; NaN, for a trial that diverged, is worse than anything."""
+        return -math.inf if math.isnan(metric) else metric if self.greater_is_better else -metric
 
     def tolerance(self, metric: float) -> float:
         """What trials may differ by without one being known to be better: a standard error of a share, else 1 %."""
@@ -129,13 +129,9 @@ def _why(tried: Mapping[float, float], chosen: float, scale: Scale, may_extend: 
     if chosen != best:
         others = "the other was not" if len(tried) == 2 else f"none of the {len(tried) - 1} others was"
         least = "the eval rows can tell" if scale.is_share else "1 %"
-        return f"{_usual_in_words(may_extend)}: {others} ahead by more than {least}, in {what}"
+        return f"{_USUAL[may_extend]}: {others} ahead by more than {least}, in {what}"
     equal = sum(scale.oriented(metric) == scale.oriented(tried[best]) for metric in tried.values())
     return f"the lower of {equal} rates that were equal in {what}" if equal > 1 else f"the best of {len(tried)} {what}"
-
-
-def _usual_in_words(may_extend: bool) -> str:
-    return "the usual rate" if may_extend else "of the given rates the nearest to the usual one"
 
 
 def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
@@ -167,24 +163,22 @@ def finished(arm: str, tried: Sequence[Tried], scale: Scale, may_extend: bool, u
     """The result of the short trials: the best rate, where it is clearly better than the usual one."""
     found = {one.learning_rate: one.metric for one in tried}
     chosen = choice(found, scale, usual)
-    on_edge = chosen in (min(found), max(found)) and _ahead(found, chosen, scale) > scale.tolerance(found[chosen])
+    ahead = scale.oriented(found[chosen]) - max(scale.oriented(found[rate]) for rate in found if rate != chosen)
+    on_edge = chosen in (min(found), max(found)) and ahead > scale.tolerance(found[chosen])
     how = _why(found, chosen, scale, may_extend, f"short runs of {tried[0].share:.0%} of the steps")
     if on_edge:
         how += ", at the edge of those tried" + ("" if may_extend else " (the recipe's)")
     return Search(arm=arm, tried=tuple(tried), chosen=chosen, reason=how, on_edge=on_edge, usual=usual)
 
 
-def _ahead(found: Mapping[float, float], chosen: float, scale: Scale) -> float:
-    """What the chosen rate has more than the best of the others."""
-    return scale.oriented(found[chosen]) - max(scale.oriented(found[rate]) for rate in found if rate != chosen)
-
-
 def without_search(arm: str, rate: float) -> Search:
+    """Of a rate that the recipe gives."""
     return Search(arm=arm, tried=(), chosen=rate, reason="from the recipe: the only rate, not searched")
 
 
 def without_time(arm: str, rate: float, may_extend: bool) -> Search:
-    reason = f"{_usual_in_words(may_extend)}: no time for a search"
+    """Of the usual rate, where there is no time for others."""
+    reason = f"{_USUAL[may_extend]}: no time for a search"
     return Search(arm=arm, tried=(), chosen=rate, reason=reason, time_was_up=True)
 
 
@@ -195,13 +189,11 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
     """The rate that gets the next whole run; None: no more.
 
     First the usual rate, which another one has to beat in whole runs, too; where the search chose that one, the second
-    best of the short trials, of equal ones the nearest. Short trials flatter high rates: MiniLM-L6 on
-    Banking77 reached 76.6 % with the higher and 61.3 % with the lower rate after 15 % of the steps, and after all of
-    them the lower one was better. And where steps are few they hardly tell rates apart: 19.4 and 18.5 % after 19 of 160
-    steps (docs/log.md). From then on the next rate on the side of the better one, while it is clearly better than its
-    neighbour, but first one that lies between the two; and not a higher one that was worse even in its short trial.
-    Where none learned anything after its short trial, the next lower one. Where the search's rate came apart and was
-    replaced, only lower ones; none where it was whole runs that chose the rate that came apart.
+    best of the short trials, which flatter high rates and hardly tell rates apart where steps are few (docs/log.md).
+    From then on the next rate on the side of the better one, while it is clearly better than its neighbour, but first
+    one that lies between the two; and not a higher one that was worse even in its short trial. Where none learned
+    anything after its short trial, the next lower one. Where the search's rate diverged and was replaced, only lower
+    ones; none where it was whole runs that chose the rate that diverged.
 
     Args:
         search: What the short trials gave.
@@ -277,11 +269,11 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_
     return search.model_copy(update={"chosen": chosen, "whole": runs, "reason": reason, "on_edge": on_edge})
 
 
-# ---- rates that come apart -------------------------------------------------------------------------------------
+# ---- rates that diverge -----------------------------------------------------------------------------------------
 
 
 def slower(search: Search, metric: float, scale: Scale) -> float | None:
-    """The next lower rate that was tried, when a whole run ends below its own rate's short trial: it came apart.
+    """The next lower rate that was tried, when a whole run ends below its own rate's short trial: it diverged.
 
     None when it did not, or no lower rate was tried.
 
@@ -316,7 +308,7 @@ def after_divergence(search: Search) -> float | None:
 
 
 def replaced(search: Search, chosen: float, reason: str, dropped_seconds: Sequence[float] = ()) -> Search:
-    """The search with a lower rate than it found, because that one came apart.
+    """The search with a lower rate than it found, because that one diverged.
 
     Args:
         search: As it was.

@@ -1,4 +1,4 @@
-"""What trials are forecast to take, corrected by what they took, and for which of them there is still time."""
+"""What a comparison is forecast to take, corrected by what its trials took, and for what there is still time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulltune.compare import design, rate_search
-from fulltune.compare.context import CLOCK, FOLDER, Line, lines_of
-from fulltune.compare.trials import is_done
+from fulltune.compare.context import CLOCK, FOLDER, Context, lines_of
+from fulltune.compare.trials import is_done, run_trial
 from fulltune.recipe.methods import RIVALS
-from fulltune.records.comparison import Trial, TrialResult
+from fulltune.records.comparison import Expectation, Search, Trial
+from fulltune.records.events import Designed
+from fulltune.text import is_share
 
+EXPECTATION = f"{FOLDER}/expectation.json"
 START_SECONDS, CHECKS_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 5.0, 10.0
 """Beside steps and rows, of small models on a slow CPU: a trial's process, an arm's checks before step 1, loading a
 model and its generic texts, resampling. What trials take corrects them from the first one on."""
@@ -20,6 +23,79 @@ _LIBRARIES_SECONDS = 8.0
 """Until the process that forks the trials' processes has read the libraries; part of the first trial."""
 _PASSES_PER_STEP = 3
 """Forward passes that a step takes as long as."""
+
+
+# ---- the design ------------------------------------------------------------------------------------------------
+
+
+def expect(context: Context) -> Expectation:
+    """The design and what it costs; settled once for a budget, so that going on later changes nothing."""
+    path = context.folder / EXPECTATION
+    found = Expectation.load(path) if path.exists() else None
+    if found is None or found.budget_seconds != context.budget_seconds or found.length_share < 1:
+        found = _settled(context)
+        found.save(path)
+    margin = context.recipe.compare.margin
+    context.job.listener(Designed(expectation=found, metric=context.measure.name, margin=margin))
+    return found
+
+
+def _settled(context: Context) -> Expectation:
+    """The design for this budget, less what is there."""
+    block = context.recipe.compare
+    steps = context.setup(context.full.arm).plan.total_steps
+    share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
+    prepared, ended = context.time_passed()
+    if context.budget_seconds is not None:
+        _measure(context, least)
+    costs = costs_of(context)
+    found = design.expected(
+        costs,
+        design.num_seeds(block.seeds, context.summary.splits["train"].rows),
+        share,
+        fixed_of(context),
+        context.summary.splits["test"].rows,
+        block.margin if is_share(context.measure.name) else None,
+        context.budget_seconds,
+        sequential=block.sequential,
+        least_search_share=least,
+        alpha=context.alpha,
+        spent_seconds=context.spent_seconds + prepared,
+        done=_done(context, costs),
+    )
+    context.write_time("preparation", prepared, ended)  # not of a command whose budget was refused
+    return found
+
+
+def _measure(context: Context, share: float) -> None:
+    """Before a budget is planned for: a short trial of full, where there is none, because arithmetic alone errs too
+    much; most often the search begins with the same one."""
+    if context.kept_results():
+        return
+    full = context.full
+    trial = rate_search.search_trial(full.arm, usual(context, full), share, context.recipe.train.seed)
+    context.say(f"measuring the speed here before the budget is planned: {trial.share:.0%} of a run of {trial.arm}")
+    run_trial(context, trial)
+
+
+def _done(context: Context, costs: Mapping[str, design.Cost]) -> design.Done:
+    """What an earlier command left.
+
+    Whole runs count that are not made again: at the rate that the search chose, and at those checked beside it. An
+    earlier search may have chosen another one.
+    """
+    searches = {arm: Search.load(context.search_path(arm)) for arm in costs if context.search_path(arm).exists()}
+    runs = dict.fromkeys(searches, 0)
+    kept = [one.trial for one in context.kept_results() if one.trial.arm in searches and not one.trial.searches]
+    for arm, search in searches.items():
+        mine = [one for one in kept if one.arm == arm]
+        checked = (one for one in mine if one == design.final_trial(arm, one.learning_rate, one.seed, check=True))
+        rates = {search.chosen, *(one.learning_rate for one in checked)}
+        runs[arm] = sum(one.learning_rate in rates for one in mine)
+    return design.Done(runs=runs, searched=[arm for arm, found in searches.items() if not found.time_was_up])
+
+
+# ---- what things cost ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -35,118 +111,120 @@ class Pace:
         return self.steps.get(arm, self.steps.get("", 1.0))
 
 
-def costs_of(line: Line) -> dict[str, design.Cost]:
+def costs_of(context: Context) -> dict[str, design.Cost]:
     """Of each trained arm, full first: as planned by arithmetic, corrected by what trials took."""
-    known = pace(line)
-    return {one.arm: _cost(line, one, known) for one in line.trained_arms}
+    known, costs = pace(context), {}
+    rows = sum(context.summary.splits[split].rows for split in ("eval", "test"))
+    for method in context.trained_arms:
+        time, steps = context.setup(method.arm).plan.time, known.of(method.arm)
+        costs[method.arm] = design.Cost(
+            run_seconds=steps * (time.total_seconds if time else 0.0),
+            num_rates=len(grid(context, method)),
+            decides=method.kind in ("full", *RIVALS),
+            scoring_seconds=known.rest * SCORING_SECONDS + steps * rows * _row_seconds(context, method.arm),
+        )
+    return costs
 
 
-def _cost(line: Line, method: Any, known: Pace) -> design.Cost:
-    made, steps = line.room(method.arm).plan, known.of(method.arm)
-    rows = sum(line.summary.splits[split].rows for split in ("eval", "test"))
-    return design.Cost(
-        run_seconds=steps * (made.time.total_seconds if made.time else 0.0),
-        num_rates=len(grid(line, method)),
-        decides=method.kind in ("full", *RIVALS),
-        scoring_seconds=known.rest * SCORING_SECONDS + steps * rows * _row_seconds(line, method.arm),
-    )
-
-
-def _row_seconds(line: Line, arm: str) -> float:
+def _row_seconds(context: Context, arm: str) -> float:
     """To answer a row, as planned."""
-    made = line.room(arm).plan
+    made = context.setup(arm).plan
     if made.time is None or not made.total_steps:
         return 0.0
     return made.time.train_seconds / (made.total_steps * made.global_batch_size) / _PASSES_PER_STEP
 
 
-def grid(line: Line, method: Any) -> tuple[float, ...]:
+def grid(context: Context, method: Any) -> tuple[float, ...]:
     """The rates that a method's search begins with."""
-    usual = line.room(method.arm).plan.learning_rate
+    usual = context.setup(method.arm).plan.learning_rate
     return rate_search.grid(usual, method.learning_rates, method.learning_rate)
 
 
-def usual(line: Line, method: Any) -> float:
+def usual(context: Context, method: Any) -> float:
     """The rate of that grid to keep where trials do not tell, and to take where there is no time for them."""
-    return rate_search.usual_of(grid(line, method), line.room(method.arm).plan.learning_rate)
+    return rate_search.usual_of(grid(context, method), context.setup(method.arm).plan.learning_rate)
 
 
-def fixed_of(line: Line) -> design.Fixed:
+def fixed_of(context: Context) -> design.Fixed:
     """What comes on top of the steps; baselines embed the train rows, too."""
-    known, arm = pace(line), line.full.arm
-    baselines = sum(one.rows for one in line.summary.splits.values()) * _row_seconds(line, arm) * known.of(arm)
-    return design.Fixed(
-        known.rest * START_SECONDS, known.rest * CHECKS_SECONDS, known.rest * VERDICT_SECONDS + baselines
-    )
+    known, arm = pace(context), context.full.arm
+    rows = sum(one.rows for one in context.summary.splits.values())
+    verdict = known.rest * VERDICT_SECONDS + rows * _row_seconds(context, arm) * known.of(arm)
+    return design.Fixed(known.rest * START_SECONDS, known.rest * CHECKS_SECONDS, verdict)
 
 
-def pace(line: Line) -> Pace:
+def pace(context: Context) -> Pace:
     """What the finished trials tell; of trials side by side each counts with its share of the time."""
     took: defaultdict[str, float] = defaultdict(float)
-    for entry in lines_of(line.folder / CLOCK):
+    for entry in lines_of(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
-    kept = (TrialResult.load(path) for path in sorted((line.folder / FOLDER / "trials").glob("*.json")))
-    known = [one for one in kept if one.trial.name in took and not one.problems and one.tokens_per_second > 0]
+    known = [
+        one
+        for one in context.kept_results()
+        if one.trial.name in took and not one.problems and one.tokens_per_second > 0
+    ]
     if not known:
         return Pace({}, 1.0)
     steps: defaultdict[str, float] = defaultdict(float)
     planned: defaultdict[str, float] = defaultdict(float)
     rest = planned_rest = 0.0
     for one in known:
-        arm, need, share = one.trial.arm, line.room(one.trial.arm).plan.time, one.trial.share
+        arm, need, share = one.trial.arm, context.setup(one.trial.arm).plan.time, one.trial.share
         if need is None:
             continue
         trained = share * need.tokens / one.tokens_per_second / one.side_by_side
-        scored = 0.0 if one.trial.searches else SCORING_SECONDS
         for name in (arm, ""):
             steps[name] += trained
             planned[name] += share * need.total_seconds
         rest += max(0.0, took[one.trial.name] / one.side_by_side - trained)
-        planned_rest += START_SECONDS + scored
+        planned_rest += START_SECONDS + (0.0 if one.trial.searches else SCORING_SECONDS)
     planned_rest += _LIBRARIES_SECONDS + CHECKS_SECONDS * len({one.trial.arm for one in known})
     return Pace({name: steps[name] / planned[name] for name in steps if planned[name] > 0}, rest / planned_rest)
 
 
-def _seconds(line: Line, trials: Sequence[Trial]) -> float:
+# ---- what there is time for ------------------------------------------------------------------------------------
+
+
+def _seconds(context: Context, trials: Sequence[Trial]) -> float:
     """Of these trials, one after the other."""
-    costs, start = costs_of(line), fixed_of(line).start
+    costs, start = costs_of(context), fixed_of(context).start
     return sum(
         start + one.share * costs[one.arm].run_seconds + (0.0 if one.searches else costs[one.arm].scoring_seconds)
         for one in trials
     )
 
 
-def has_time(line: Line, trials: Sequence[Trial], keep: float = 0.0) -> bool:
+def has_time(context: Context, trials: Sequence[Trial], keep: float = 0.0) -> bool:
     """Whether these trials, as far as they are not there, what must follow, and the verdict fit into the time left.
 
     Args:
-        line: With its budget.
+        context: With its budget.
         trials: That would be trained now.
         keep: Seconds, as forecast, of what matters more.
     """
-    if line.budget_seconds is None or all(is_done(line, one) for one in trials):
+    asked = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
+    if not asked:
         return True
-    asked = [one for one in trials if not is_done(line, one)]
-    forecast = _alone(line, len(asked)) * _seconds(line, asked) + _alone(line, 2) * keep
-    return forecast + fixed_of(line).verdict <= line.seconds_left
+    forecast = _alone(context, len(asked)) * _seconds(context, asked) + _alone(context, 2) * keep
+    return forecast + fixed_of(context).verdict <= context.seconds_left
 
 
-def _alone(line: Line, count: int) -> float:
+def _alone(context: Context, count: int) -> float:
     """How much longer so many trials take than if as many as can ran side by side."""
-    return line.side_by_side / min(line.side_by_side, count)
+    return context.side_by_side / min(context.side_by_side, count)
 
 
-def to_come(line: Line, counts: Mapping[str, int], seeds: int) -> float:
+def to_come(context: Context, counts: Mapping[str, int], seeds: int) -> float:
     """Seconds, as forecast, until full and one rival have so many seeds; the dearest rival is reckoned with.
 
     Args:
-        line: Knows the costs.
+        context: Knows the costs.
         counts: Seeds that each arm has; arms without a run need not be named.
         seeds: Of both.
     """
-    costs = {arm: cost for arm, cost in costs_of(line).items() if cost.decides and arm in counts}
+    costs = {arm: cost for arm, cost in costs_of(context).items() if cost.decides and arm in counts}
     full, *rivals = costs
-    start = fixed_of(line).start
+    start = fixed_of(context).start
 
     def rest(arm: str) -> float:
         runs = max(0, seeds - counts[arm])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,17 +11,15 @@ from fulltune.recipe.methods import RIVALS
 from fulltune.records.differences import ArmKind, ArmScore, Decision, Difference, VerdictKind
 from fulltune.stats.bootstrap import SAMPLES, Drawn, draw
 from fulltune.stats.intervals import (
+    HolmTest,
     SeedSpread,
     Uncertain,
     difference,
-    discordance,
     holm,
-    holm_levels,
-    mcnemar,
     mean_of_arm,
     seed_spreads,
 )
-from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Needed, Precision, needed
+from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Precision, needed
 from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Predictions
 from fulltune.text import is_share
@@ -40,8 +38,6 @@ class ArmItems:
     """What `reduce` kept, seed by seed in the order of the seeds; arms may have unequal numbers of them."""
     cost: float
     """To tell cheaper arms from dearer ones, of all arms the same: here the parameters that are trained."""
-    right: np.ndarray | None = None
-    """Whether each seed has each row right: bool [seeds, rows]; None: rows are not simply right or wrong."""
     alpha_share: float = 1.0
     """Part of alpha at which this arm is tested; below 1 where it waited and has another chance."""
 
@@ -77,12 +73,15 @@ def decide(
     (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
     drawn = draw(measure, [arm.trials for arm in arms], clusters, samples, seed)
     spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
-    others = [place for place in range(len(arms)) if place != full]
-    found = {place: difference(drawn, full, place, spreads, measure.sign, measure.span) for place in others}
-    deciding = [place for place in others if arms[place].decides]
-    differences = []
-    for group in (deciding, [place for place in others if place not in deciding]):
-        differences += _differences(arms, full, group, found, drawn, margin, confidence, alpha, measure)
+    differences, bounds = [], None if measure.span is None else (-measure.span, measure.span)
+    for decides in (True, False):  # arms that share the chance of a wrong answer
+        group = [place for place, arm in enumerate(arms) if place != full and arm.decides == decides]
+        found = [difference(drawn, full, place, spreads, measure.sign, measure.span) for place in group]
+        tests = holm([one.p_value() for one in found], alpha)
+        equivalence = holm([one.equivalence_p(margin) for one in found], alpha)
+        for place, one, test, equal in zip(group, found, tests, equivalence, strict=True):
+            terms = (drawn.num_rows, margin, confidence, alpha, bounds)
+            differences.append(_difference(arms[full], arms[place], one, test, equal, *terms))
     verdict, recommended = _verdict(differences, arms[full].name, arms)
     return Decision(
         verdict=verdict,
@@ -98,71 +97,57 @@ def decide(
         scores=tuple(_score(arm, place, drawn, spreads, measure, confidence) for place, arm in enumerate(arms)),
         differences=tuple(differences),
         headline=_headline(verdict, recommended, arms[full].name),
-        because=tuple(_because(one, measure) for one in differences if one.decides),
+        because=tuple(_because(one, measure.name) for one in differences if one.decides),
         would_decide=tuple(_would_decide(differences)) if verdict == "UNDECIDED" else (),
         notes=tuple(_notes(differences, verdict, recommended)),
     )
 
 
-def _differences(
-    arms: Sequence[ArmItems],
-    full: int,
-    group: Sequence[int],
-    found: dict[int, Uncertain],
-    drawn: Drawn,
+def _difference(
+    full: ArmItems,
+    arm: ArmItems,
+    found: Uncertain,
+    test: HolmTest,
+    equivalence: HolmTest,
+    num_rows: int,
     margin: float,
     confidence: float,
     alpha: float,
-    measure: Measure,
-) -> list[Difference]:
-    """Of arms that share the chance of a wrong answer."""
-    p_values = [found[place].p_value() for place in group]
-    equivalence = [found[place].equivalence_p(margin) for place in group]
-    adjusted, equivalent = holm(p_values), holm(equivalence)
-    made, bounds = [], None if measure.span is None else (-measure.span, measure.span)
-    levels, equal_levels = holm_levels(p_values, alpha), holm_levels(equivalence, alpha)
-    for number, place in enumerate(group):
-        arm, uncertain = arms[place], found[place]
-        level, equal_level = levels[number] * arm.alpha_share, equal_levels[number] * arm.alpha_share
-        low, high = _within(uncertain.interval(1 - confidence), bounds)
-        adjusted_low, adjusted_high = _within(uncertain.interval(level), bounds)
-        known = uncertain.seeds_known
-        certain = known and adjusted[number] <= alpha * arm.alpha_share
-        is_equivalent = known and equivalent[number] <= alpha * arm.alpha_share
-        decided = needed(uncertain, drawn.num_rows, margin, level, equal_level) if known else Needed(None, None)
-        rights = (arms[full].right, arm.right)
-        made.append(
-            Difference(
-                arm=arm.name,
-                kind=arm.kind,
-                decides=arm.decides,
-                cheaper=arm.cost < arms[full].cost,
-                num_seeds=len(arm.trials),
-                estimate=uncertain.estimate,
-                low=low,
-                high=high,
-                adjusted_low=adjusted_low,
-                adjusted_high=adjusted_high,
-                p_value=p_values[number],
-                adjusted_p=adjusted[number],
-                equivalence_p=equivalence[number],
-                adjusted_equivalence_p=equivalent[number],
-                equivalent=is_equivalent,
-                not_worse=known and 1 - uncertain.below(margin) <= level / 2,
-                full_better=certain and uncertain.estimate >= margin and adjusted_low > 0,
-                arm_better=certain and uncertain.estimate <= -margin and adjusted_high < 0,
-                standard_error=float(np.sqrt(uncertain.variance)),
-                row_variance=uncertain.row_variance,
-                seed_variance=uncertain.seed_variance,
-                seeds_known=known,
-                discordance=None if rights[0] is None or rights[1] is None else discordance(rights[0], rights[1]),
-                detectable=Precision.of(uncertain).detectable(margin, level),
-                mcnemar=None if rights[0] is None or rights[1] is None else mcnemar(rights[0], rights[1]),
-                rows_needed=decided.rows,
-                seeds_needed=decided.seeds,
-            )
-        )
-    return made
+    bounds: tuple[float, float] | None,
+) -> Difference:
+    level, equal_level = test.level * arm.alpha_share, equivalence.level * arm.alpha_share
+    low, high = _within(found.interval(1 - confidence), bounds)
+    adjusted_low, adjusted_high = _within(found.interval(level), bounds)
+    known = found.seeds_known
+    certain = known and test.adjusted_p <= alpha * arm.alpha_share
+    rows, seeds = needed(found, num_rows, margin, level, equal_level) if known else (None, None)
+    return Difference(
+        arm=arm.name,
+        kind=arm.kind,
+        decides=arm.decides,
+        cheaper=arm.cost < full.cost,
+        num_seeds=len(arm.trials),
+        estimate=found.estimate,
+        low=low,
+        high=high,
+        adjusted_low=adjusted_low,
+        adjusted_high=adjusted_high,
+        p_value=test.p_value,
+        adjusted_p=test.adjusted_p,
+        equivalence_p=equivalence.p_value,
+        adjusted_equivalence_p=equivalence.adjusted_p,
+        equivalent=known and equivalence.adjusted_p <= alpha * arm.alpha_share,
+        not_worse=known and 1 - found.below(margin) <= level / 2,
+        full_better=certain and found.estimate >= margin and adjusted_low > 0,
+        arm_better=certain and found.estimate <= -margin and adjusted_high < 0,
+        standard_error=float(np.sqrt(found.variance)),
+        row_variance=found.row_variance,
+        seed_variance=found.seed_variance,
+        seeds_known=known,
+        detectable=Precision.of(found).detectable(margin, level),
+        rows_needed=rows,
+        seeds_needed=seeds,
+    )
 
 
 def _score(
@@ -175,7 +160,6 @@ def _score(
 ) -> ArmScore:
     mean, spread = mean_of_arm(drawn, place, spreads, measure.span), spreads[place]
     low, high = _within(mean.interval(1 - confidence), measure.bounds)
-    several = spread is not None and len(arm.trials) > 1
     return ArmScore(
         arm=arm.name,
         kind=arm.kind,
@@ -183,7 +167,7 @@ def _score(
         mean=mean.estimate,
         low=low,
         high=high,
-        seed_sd=float(np.sqrt(spread.beyond_rows)) if spread is not None and several else None,
+        seed_sd=float(np.sqrt(spread.beyond_rows)) if spread is not None and len(arm.trials) > 1 else None,
     )
 
 
@@ -231,72 +215,58 @@ def shown(value: float, metric: str) -> str:
     return f"{100 * value:+.2f} points" if is_share(metric) else f"{value:+.4g}"
 
 
-def _because(one: Difference, measure: Measure) -> str:
-    gap, low, high = (shown(value, measure.name) for value in (one.estimate, one.adjusted_low, one.adjusted_high))
-    found = f"full minus {one.arm}: {gap} of {measure.name} ({low} to {high})"
+def _because(one: Difference, metric: str) -> str:
+    gap, low, high = (shown(value, metric) for value in (one.estimate, one.adjusted_low, one.adjusted_high))
     if not one.seeds_known:
-        return f"{found}: one seed, so the spread between seeds is not known"
-    if one.full_better:
-        return f"{found}: full is better"
-    if one.arm_better:
-        return f"{found}: {one.arm} is better"
-    if one.equivalent:
-        return f"{found}: equal within the margin"
-    if one.not_worse:
-        return f"{found}: {one.arm} is equal or better"
-    return f"{found}: not decided"
+        answer = "one seed, so the spread between seeds is not known"
+    elif one.full_better:
+        answer = "full is better"
+    elif one.arm_better:
+        answer = f"{one.arm} is better"
+    elif one.equivalent:
+        answer = "equal within the margin"
+    elif one.not_worse:
+        answer = f"{one.arm} is equal or better"
+    else:
+        answer = "not decided"
+    return f"full minus {one.arm}: {gap} of {metric} ({low} to {high}): {answer}"
 
 
-def _would_decide(differences: Sequence[Difference]) -> list[str]:
-    said = []
+def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:
     for one in differences:
         if not one.decides or one.full_better or one.arm_better or one.equivalent:
             continue
+        rows = [] if one.rows_needed is None else [f"{one.rows_needed:,} test rows"]
+        seeds = [] if one.seeds_needed is None else [f"{one.seeds_needed} seeds per method"]
         if not one.seeds_known:
-            said.append(
-                f"{one.arm}: train at least two, better three seeds of full and of {one.arm}; one seed of each does "
-                "not tell how much seeds differ"
+            what = (
+                f"train at least two, better three seeds of full and of {one.arm}; one seed of each does not tell how "
+                "much seeds differ"
             )
-            continue
-        ways = []
-        if one.rows_needed is not None:
-            ways.append(f"{one.rows_needed:,} test rows")
-        if one.seeds_needed is not None:
-            ways.append(f"{one.seeds_needed} seeds of each method")
-        if ways:
-            said.append(
-                f"{one.arm}: take {' or '.join(ways)}; that is enough if the difference is as large as it looks now"
-            )
+        elif rows or seeds:
+            what = f"would be decided by {' or '.join(rows + seeds)}, if the true difference equals the estimate"
         elif one.num_seeds < _FEW_SEEDS:
-            said.append(
-                f"{one.arm}: train three or more seeds of full and of {one.arm}; from fewer it cannot be told how many "
-                "rows or seeds would be enough"
+            what = (
+                f"train three or more seeds of full and of {one.arm}; fewer are too few to estimate how many rows or "
+                "seeds would be enough"
             )
         else:
-            said.append(
-                f"{one.arm}: neither {MOST_ROWS_FACTOR} times the test rows nor {MOST_SEEDS} seeds of each method "
-                "would be enough alone, if the difference is what it looks like now; it takes more of both, or a "
-                "larger compare.margin: the smallest difference that matters to you"
+            what = (
+                f"if the true difference equals the estimate, neither {MOST_ROWS_FACTOR} times the test rows nor "
+                f"{MOST_SEEDS} seeds per method would decide alone; it takes more of both, or a larger compare.margin: "
+                "the smallest difference that matters to you"
             )
-    return said
+        yield f"{one.arm}: {what}"
 
 
-def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> list[str]:
-    said = []
+def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> Iterator[str]:
+    deciding = [one for one in differences if one.decides]
     for one in differences:
-        if one.decides:
-            continue
-        if one.arm_better or one.equivalent or one.estimate <= 0:
+        if not one.decides and (one.arm_better or one.equivalent or one.estimate <= 0):
             how = "is not worse than full" if one.not_worse else "scores no less than full"
-            said.append(f"{one.arm}, which decides nothing, {how}: is there anything to learn here?")
-    fewer = [one.arm for one in differences if one.decides and one.num_seeds == 1 and one.seeds_known]
-    if fewer:
-        said.append(f"{', '.join(fewer)}: one seed; the spread between seeds is taken from the other methods")
-    for one in differences:
-        if one.decides and one.mcnemar is not None and one.full_better and one.mcnemar.p_value > 0.05:
-            said.append(f"{one.arm}: McNemar's test on majority votes does not see the difference")
-    if verdict == "PEFT" and (
-        cheaper := [one.arm for one in differences if one.decides and one.arm_better and one.arm != recommended]
-    ):
-        said.append(f"also better than full: {', '.join(cheaper)}")
-    return said
+            yield f"{one.arm}, which decides nothing, {how}: is there anything to learn here?"
+    if fewer := [one.arm for one in deciding if one.num_seeds == 1 and one.seeds_known]:
+        yield f"{', '.join(fewer)}: one seed; the spread between seeds is taken from the other methods"
+    better = [one.arm for one in deciding if one.arm_better and one.arm != recommended]
+    if verdict == "PEFT" and better:
+        yield f"also better than full: {', '.join(better)}"

@@ -26,9 +26,9 @@ from fulltune.records.events import Listener
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
+from fulltune.stats.bootstrap import Resampled
 from fulltune.stats.calibration import temperature_of
-from fulltune.stats.metric_intervals import Resampled
-from fulltune.stats.paired import paired
+from fulltune.stats.intervals import paired
 from fulltune.stats.row_scores import measure_of
 from fulltune.system.out_of_memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named, token_classification

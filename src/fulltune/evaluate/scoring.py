@@ -21,7 +21,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.events import Listener, RowsRead
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
-from fulltune.stats.metric_intervals import Resampled, resample
+from fulltune.stats.bootstrap import Resampled, resample
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task
 from fulltune.tasks.padding import ragged

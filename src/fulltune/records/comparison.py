@@ -26,25 +26,26 @@ class Trial(Record):
 
 
 class TrialResult(Record):
-    """A finished trial; what is needed to compare it, without its model."""
+    """A finished trial; what is needed to compare it, without its model. What has a default is not known of one that
+    diverged."""
 
     trial: Trial
     metric: float
-    """On the eval rows, of the weights that were kept."""
-    steps: int
-    best_step: int
+    """On the eval rows, of the weights that were kept; NaN where it diverged."""
+    steps: int = 0
+    best_step: int = 0
     train_seconds: float
     """From the first import of its process to the saved model, without the checks before step 1; see `run_seconds`."""
-    tokens_per_second: float
-    peak_memory_bytes: int
-    memory_growth_bytes: int
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    memory_growth_bytes: int = 0
     num_parameters: int
     num_trainable: int
-    tokens: int
+    tokens: int = 0
     """Of the texts, seen in training; without padding and virtual tokens."""
-    train_flops: float
+    train_flops: float = 0.0
     """Floating-point operations of all steps, forward and backward, traced; 0: not known."""
-    saved_bytes: int
+    saved_bytes: int = 0
     """Of what was saved of the model: for PEFT methods the adapter alone. Without tokenizer and notes."""
     device: str
     precision: str
@@ -53,7 +54,7 @@ class TrialResult(Record):
     seconds_per_row: float | None = None
     """To answer a test row, in batches; None: not asked."""
     problems: tuple[str, ...] = ()
-    """Why it diverged; its metric is NaN."""
+    """Why it diverged."""
     side_by_side: int = 1
     """To so many trials at a time the cores were shared out."""
 
@@ -172,7 +173,7 @@ class ArmRow(Record):
 
 
 class Claim(Record):
-    """A sentence that one often reads, and what it comes to here."""
+    """A common claim about methods, and what it comes to here."""
 
     claim: str
     here: str

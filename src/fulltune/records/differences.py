@@ -74,26 +74,29 @@ class ComparisonDesign(Record):
     """What the data stage says of test rows that stand in train as well."""
 
 
+Rule = Literal[
+    "one-rate-for-all",
+    "rate-not-searched",
+    "edge-of-grid",
+    "unequal-search",
+    "few-seeds",
+    "eval-is-test",
+    "unequal-tokens",
+    "attention-only-lora",
+    "bf16-full",
+    "quantised-source",
+    "low-peft-rates",
+    "test-opened-again",
+    "left-out",
+    "few-eval-rows",
+    "test-in-train",
+]
+
+
 class Finding(Record):
     """Something that makes a comparison unfair, or that its reader must know."""
 
-    rule: Literal[
-        "one-rate-for-all",
-        "rate-not-searched",
-        "edge-of-grid",
-        "unequal-search",
-        "few-seeds",
-        "eval-is-test",
-        "unequal-tokens",
-        "attention-only-lora",
-        "bf16-full",
-        "quantised-source",
-        "low-peft-rates",
-        "test-opened-again",
-        "left-out",
-        "few-eval-rows",
-        "test-in-train",
-    ]
+    rule: Rule
     level: Literal["unfair", "worth knowing"]
     where: str
     """The arm, or the part of the design."""
@@ -102,15 +105,6 @@ class Finding(Record):
 
 
 # ---- differences -----------------------------------------------------------------------------------------------
-
-
-class McNemar(Record):
-    """Rows that only one of two arms has right, by the majority of its seeds."""
-
-    only_full: int
-    only_arm: int
-    p_value: float
-    """Two-sided and exact; seeds count as certain, so it is only a second look."""
 
 
 class ArmScore(Record):
@@ -164,15 +158,15 @@ class Difference(Record):
     """Part that only more seeds make smaller."""
     seeds_known: bool
     """False: one seed everywhere, so that the spread between seeds is not known and nothing can be decided."""
-    discordance: float | None = None
-    """Share of rows that one arm has right and the other wrong, of one seed each."""
     detectable: float
     """Smallest true difference that this comparison would have called with a chance of 80 %, never below the margin."""
-    mcnemar: McNemar | None = None
     rows_needed: int | None = None
     """Test rows that would decide, were the difference what it seems; None: rows alone would not."""
     seeds_needed: int | None = None
     """Seeds of both arms that would decide; None: seeds alone would not."""
+    discordance: float | None = None
+    mcnemar: dict[str, float] | None = None
+    """Both in records of older versions only."""
 
 
 VerdictKind = Literal["FULL", "PEFT", "EQUIVALENT", "UNDECIDED"]

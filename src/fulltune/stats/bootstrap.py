@@ -1,12 +1,21 @@
-"""Resamples of the rows: every trial's metric on the same thousands of draws of row clusters."""
+"""The bootstrap: metrics on thousands of resamples of the rows' clusters, drawn with replacement.
+
+Rows of one cluster (the same text, prompt or passage, or nearly so) are right or wrong together: drawn one by one they
+would look like more evidence than they are. `resample` computes any function of the rows anew for each resample, `draw`
+most metrics from sums over clusters (`row_scores`), thousands at a time. The streams of random numbers differ, so that
+scores which were written before can still be compared with new ones. Seeds are not resampled: see `intervals`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fulltune.records.scores import Estimate
 from fulltune.stats.row_scores import Count, Measure, Value
 from fulltune.tasks import Predictions
 
@@ -17,6 +26,116 @@ _MOST_PRODUCTS = 2e10
 """Multiplications that a bootstrap may take; a metric of many counts (F1 of 150 classes) gets fewer draws."""
 _FEWEST = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
+
+
+def percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The interval that leaves out as many draws below it as above it; NaN is left out.
+
+    Args:
+        draws: float64 [samples].
+        confidence: Level, for example 0.95.
+    """
+    tail = (1 - confidence) / 2
+    low, high = (float(np.nanquantile(draws, share)) for share in (tail, 1 - tail))
+    return low, high
+
+
+def weights(num_clusters: int, size: int, seed: int | tuple[int, int]) -> np.ndarray:
+    """How often each cluster was drawn, float64 [size, clusters]."""
+    return _times(np.random.default_rng(seed), num_clusters, size).astype(np.float64)
+
+
+def _times(random: np.random.Generator, num_clusters: int, size: int) -> np.ndarray:
+    """How often each cluster was drawn, int64 [size, clusters]."""
+    chosen = random.integers(0, num_clusters, (size, num_clusters), np.int32)
+    offsets = np.arange(size, dtype=np.int64)[:, None] * num_clusters
+    counts = np.bincount((chosen + offsets).ravel(), minlength=size * num_clusters)
+    return counts.reshape(size, num_clusters)
+
+
+def _numbered(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
+    """Clusters numbered from 0, [rows], and how many there are; None: each row is one."""
+    of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    return of_row, int(of_row.max(initial=-1)) + 1
+
+
+def _resampled_rows(kept: Predictions, of_row: np.ndarray, draws: Iterable[np.ndarray]) -> Iterator[Predictions]:
+    """The rows of each draw: so many of each cluster, [clusters]."""
+    rows = np.arange(len(of_row))
+    for times in draws:
+        chosen = np.repeat(rows, times[of_row])
+        yield {name: array[chosen] for name, array in kept.items()}
+
+
+# ---- one model -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A metric on all rows, and on resamples of them."""
+
+    value: float
+    draws: np.ndarray
+    """float64 [samples]. The same seed and the same clusters draw the same rows, whoever is scored on them."""
+    num_rows: int
+    num_clusters: int
+    """What was drawn: rows that depend on each other come together."""
+
+    def estimate(self, confidence: float) -> Estimate:
+        """The value with its percentile interval at this level, for example 0.95."""
+        low, high = percentiles(self.draws, confidence)
+        return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
+
+    def save(self, path: Path) -> None:
+        part = path.with_name(path.name + ".part.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields: dict[str, Any] = vars(self)
+        np.savez(part, **fields)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Resampled:
+        with np.load(path, allow_pickle=False) as file:
+            num_rows = int(file["num_rows"])
+            # Earlier versions drew rows one by one.
+            num_clusters = int(file["num_clusters"]) if "num_clusters" in file else num_rows
+            return cls(float(file["value"]), file["draws"], num_rows, num_clusters)
+
+
+def resample(
+    kept: Predictions,
+    metrics: Callable[[Predictions], Mapping[str, float]],
+    *,
+    samples: int,
+    clusters: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, Resampled]:
+    """Every metric on all rows, and computed anew on each resample.
+
+    Args:
+        kept: Name to array whose first axis is the row.
+        metrics: From such arrays to numbers.
+        samples: Number of resamples.
+        clusters: Number of the cluster that each row belongs to; None: each row is one.
+        seed: The same seed draws the same rows for every model, so that their draws can be subtracted.
+
+    Raises:
+        ValueError: When there are more or fewer rows than cluster numbers.
+    """
+    value, num_rows = dict(metrics(kept)), len(next(iter(kept.values())))
+    if clusters is not None and len(clusters) != num_rows:
+        raise ValueError(f"{num_rows} rows with the clusters of {len(clusters)}")
+    of_row, num_clusters = _numbered(clusters, num_rows)
+    random = np.random.default_rng(seed)
+    draws = (_times(random, num_clusters, 1)[0] for _ in range(samples))
+    drawn = [metrics(rows) for rows in _resampled_rows(kept, of_row, draws)]
+    return {
+        name: Resampled(value[name], np.array([one[name] for one in drawn], np.float64), num_rows, num_clusters)
+        for name in value
+    }
+
+
+# ---- arms of several trials ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -42,7 +161,7 @@ def draw(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> Drawn:
-    """Resample clusters of rows with replacement.
+    """The metric of all trials on the same resamples.
 
     Args:
         measure: The metric.
@@ -59,58 +178,41 @@ def draw(
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):
         raise ValueError(f"trials of {sorted(rows)} rows cannot be compared row by row")
     num_rows = rows.pop()
-    of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    of_row, num_clusters = _numbered(clusters, num_rows)
     if measure.counts is not None and measure.value is not None:
-        point, drawn = _by_sums(measure.counts, measure.value, trials, of_row, samples, seed)
+        sums = np.stack([_cluster_sums(measure.counts, kept, of_row) for kept in trials], axis=1)
+        point, drawn = measure.value(sums.sum(axis=0)), _by_sums(sums, measure.value, samples, seed)
     else:
-        point, drawn = _anew(measure, trials, of_row, min(samples, SAMPLES_ANEW), seed)
+        point = np.array([measure.whole(kept) for kept in trials])
+        drawn = _anew(measure, trials, of_row, min(samples, SAMPLES_ANEW), seed)
     ends = np.cumsum([len(arm) for arm in arms])[:-1]
-    return Drawn(
-        point=tuple(np.split(point, ends)),
-        draws=tuple(np.split(drawn, ends, axis=1)),
-        num_clusters=int(of_row.max()) + 1,
-        num_rows=num_rows,
-    )
+    return Drawn(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 
 
-def _by_sums(
-    count: Count, value: Value, trials: Sequence[Predictions], of_row: np.ndarray, samples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    sums = np.stack([_cluster_sums(count(kept), of_row) for kept in trials], axis=1)  # [clusters, trials, k]
-    num_clusters, num_trials, width = sums.shape
-    affordable = int(_MOST_PRODUCTS / sums.size)
-    samples = min(samples, max(_FEWEST, affordable))
-    flat = sums.reshape(num_clusters, -1)
-    at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []
-    for start in range(0, samples, at_once):
-        size = min(at_once, samples - start)
-        drawn = weights(num_clusters, size, (seed, start)) @ flat
-        parts.append(value(drawn.reshape(size, num_trials, width)))
-    return value(sums.sum(axis=0)), np.concatenate(parts)
-
-
-def _cluster_sums(counts: np.ndarray, of_row: np.ndarray) -> np.ndarray:
+def _cluster_sums(count: Count, kept: Predictions, of_row: np.ndarray) -> np.ndarray:
+    """What the rows of each cluster contribute, float64 [clusters, k]."""
+    counts = count(kept)
     sums = np.zeros((int(of_row.max()) + 1, counts.shape[1]))
     np.add.at(sums, of_row, counts)
     return sums
 
 
-def weights(num_clusters: int, size: int, seed: tuple[int, int]) -> np.ndarray:
-    """How often each cluster was drawn, float64 [size, clusters]."""
-    chosen = np.random.default_rng(seed).integers(0, num_clusters, (size, num_clusters), np.int32)
-    offsets = np.arange(size, dtype=np.int64)[:, None] * num_clusters
-    counts = np.bincount((chosen + offsets).ravel(), minlength=size * num_clusters)
-    return counts.reshape(size, num_clusters).astype(np.float64)
+def _by_sums(sums: np.ndarray, value: Value, samples: int, seed: int) -> np.ndarray:
+    """The metric on resamples, [draws, trials], from sums [clusters, trials, k]."""
+    num_clusters, *of_trials = sums.shape
+    samples = min(samples, max(_FEWEST, int(_MOST_PRODUCTS / sums.size)))
+    at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []
+    for start in range(0, samples, at_once):
+        size = min(at_once, samples - start)
+        drawn = weights(num_clusters, size, (seed, start)) @ sums.reshape(num_clusters, -1)
+        parts.append(value(drawn.reshape(size, *of_trials)))
+    return np.concatenate(parts)
 
 
-def _anew(
-    measure: Measure, trials: Sequence[Predictions], of_row: np.ndarray, samples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    num_clusters = int(of_row.max()) + 1
-    drawn = np.empty((samples, len(trials)))
-    for number in range(samples):
-        times = weights(num_clusters, 1, (seed, number))[0].astype(np.int64)
-        rows = np.repeat(np.arange(len(of_row)), times[of_row])
-        for place, kept in enumerate(trials):
-            drawn[number, place] = measure.whole({name: array[rows] for name, array in kept.items()})
-    return np.array([measure.whole(kept) for kept in trials]), np.nan_to_num(drawn)
+def _anew(measure: Measure, trials: Sequence[Predictions], of_row: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """The metric on resamples, [draws, trials]; one that a resample leaves undefined counts as 0."""
+    num_clusters, found = int(of_row.max()) + 1, []
+    for kept in trials:
+        draws = (_times(np.random.default_rng((seed, number)), num_clusters, 1)[0] for number in range(samples))
+        found.append([measure.whole(rows) for rows in _resampled_rows(kept, of_row, draws)])
+    return np.nan_to_num(np.array(found, np.float64).T)

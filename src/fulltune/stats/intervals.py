@@ -16,18 +16,21 @@ difference varies a little less; with few seeds, taking them as pairs would cost
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import ndtr
 
-from fulltune.records.differences import McNemar
-from fulltune.stats.bootstrap import Drawn
+from fulltune.records.scores import Estimate
+from fulltune.stats.bootstrap import Drawn, Resampled
 
 _SURPRISES = 2.0
 """Rows that disagree beyond those seen: 0 of 20 rows that differ do not prove that two models are equal. With none
 seen, the interval is about 3 / rows, the rule of three."""
 _BISECTIONS = 60
+_LEAST_CLUSTERS = 2
+"""One tells nothing of others: all its resamples are the same."""
 
 
 # ---- spread between seeds --------------------------------------------------------------------------------------
@@ -78,12 +81,10 @@ def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]
         else:
             found.append(_spread(point, draws, drawn.num_clusters) if len(point) > 1 else None)
     known = [spread for spread in found if spread is not None and not spread.is_none]
-    if known:
-        widest = max(known, key=lambda spread: spread.variance)
-        stand_in: SeedSpread | None = SeedSpread(1, widest.variance, widest.by_rows, widest.degrees, borrowed=True)
-    else:
-        stand_in = None
-    return [stand_in if spread is None else spread for spread in found]
+    if not known:
+        return found
+    widest = replace(max(known, key=lambda spread: spread.variance), num_seeds=1, borrowed=True)
+    return [widest if spread is None else spread for spread in found]
 
 
 def _spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread:
@@ -119,7 +120,7 @@ class Uncertain:
     @property
     def seed_variance(self) -> float:
         """What only more seeds make smaller."""
-        return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
+        return seed_variance(self.seeds)
 
     @property
     def variance(self) -> float:
@@ -127,21 +128,12 @@ class Uncertain:
 
     def below(self, value: float) -> float:
         """Chance that the true number is below `value`."""
-        from scipy.special import ndtr
-
         return float(ndtr((value - self.centres) / self.spreads).mean())
 
     def quantile(self, share: float) -> float:
+        """The number that the true one is below with this chance."""
         low, high = float((self.centres - 40 * self.spreads).min()), float((self.centres + 40 * self.spreads).max())
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            if self.below(middle) < share:
-                low = middle
-            else:
-                high = middle
-            if high - low < 1e-7 * (1 + abs(middle)):
-                break
-        return (low + high) / 2
+        return sum(bisect(lambda value: self.below(value) < share, low, high, 1e-7, 1.0)) / 2
 
     def interval(self, alpha: float) -> tuple[float, float]:
         """Two-sided, wrong in `alpha` of cases."""
@@ -155,6 +147,26 @@ class Uncertain:
     def equivalence_p(self, margin: float) -> float:
         """The larger of the two one-sided tests (TOST)."""
         return max(self.below(-margin), 1 - self.below(margin))
+
+
+def bisect(
+    is_low: Callable[[float], bool], low: float, high: float, exact: float = 0.0, offset: float = 0.0
+) -> tuple[float, float]:
+    """Two numbers with the border between what is low and what is not between them.
+
+    Args:
+        is_low: Whether a number lies below the border.
+        low: Below it.
+        high: Not below it.
+        exact: How near the two must be, in parts of their middle plus `offset`.
+        offset: For borders near 0.
+    """
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_low(middle) else (low, middle)
+        if high - low < exact * (offset + abs(middle)):
+            break
+    return low, high
 
 
 def mean_of_arm(drawn: Drawn, arm: int, spreads: Sequence[SeedSpread | None], span: float | None) -> Uncertain:
@@ -203,21 +215,49 @@ def _uncertain(
     )
 
 
+def paired(one: Resampled, other: Resampled, span: float | None, confidence: float) -> Estimate | None:
+    """The first model minus the second, scored once each, with the interval of their difference over the rows.
+
+    Args:
+        one: A metric of one model.
+        other: The same metric of another one, on the same resamples of the same rows.
+        span: How much the metric can differ at most; None: without bound.
+        confidence: Level of the interval.
+
+    Returns:
+        None when they are not of the same rows, of fewer than two clusters, or have no finite value in common.
+    """
+    sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (one, other)]
+    if sizes[0] != sizes[1] or one.num_clusters < _LEAST_CLUSTERS:
+        return None
+    finite = np.isfinite(one.draws) & np.isfinite(other.draws)
+    if not finite.any() or not np.isfinite([one.value, other.value]).all():
+        return None
+    centres = one.draws[finite] - other.draws[finite]
+    found = _uncertain(one.value - other.value, centres, [NO_SPREAD, NO_SPREAD], one.num_clusters, span)
+    low, high = found.interval(1 - confidence)
+    return Estimate(value=found.estimate, low=low, high=high)
+
+
 def variance_of_mean(arms: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
     """Variance between seeds of the arms' means, or the part of it that comes from the rows."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in arms)
 
 
+def seed_variance(arms: Sequence[SeedSpread]) -> float:
+    """Variance of a difference of the arms' means that only more seeds make smaller."""
+    return max(0.0, variance_of_mean(arms) - variance_of_mean(arms, by_rows=True))
+
+
 def degrees_of_mean(arms: Sequence[SeedSpread]) -> float:
-    """Degrees of freedom of that variance; one that was borrowed is not known any better by being used twice."""
+    """Degrees of freedom of that variance (Welch and Satterthwaite).
+
+    One that was borrowed is not known any better by being used twice.
+    """
     if any(spread.borrowed for spread in arms):
         return min(spread.degrees for spread in arms)
     # Below what the rows alone make, a variance that was found says nothing but that the seeds' part is small.
-    return _satterthwaite([(max(one.variance, one.by_rows) / one.num_seeds, one.degrees) for one in arms])
-
-
-def _satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
-    """Degrees of freedom of a sum of independent variances."""
+    parts = [(max(one.variance, one.by_rows) / one.num_seeds, one.degrees) for one in arms]
     whole = sum(variance for variance, _ in parts)
     scatter = sum(variance**2 / degrees for variance, degrees in parts)
     return whole**2 / scatter if scatter > 0 else math.inf
@@ -233,48 +273,21 @@ def _chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.
 # ---- several tests ---------------------------------------------------------------------------------------------
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values (Holm 1979): together wrong in no more cases than one alone."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = highest
-    return adjusted
+@dataclass(frozen=True)
+class HolmTest:
+    """One of several tests."""
+
+    p_value: float
+    adjusted_p: float
+    level: float
+    """At which it is made, so that its interval says what the adjusted p-value says."""
 
 
-def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
-    """The level at which each of the tests is made, so that its interval says what `holm` says."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    levels = [alpha] * len(p_values)
-    for rank, place in enumerate(order):
-        levels[place] = alpha / (len(p_values) - rank)
-    return levels
-
-
-def mcnemar(full: np.ndarray, arm: np.ndarray) -> McNemar:
-    """Exact test of the rows that only one arm has right.
-
-    Args:
-        full: Whether each seed has each row right: bool [seeds, rows].
-        arm: The same of the other arm.
-    """
-    from scipy.stats import binom
-
-    one, two = majority(full), majority(arm)
-    only_full, only_arm = int((one & ~two).sum()), int((two & ~one).sum())
-    total = only_full + only_arm
-    p_value = min(1.0, 2 * float(binom.cdf(min(only_full, only_arm), total, 0.5))) if total else 1.0
-    return McNemar(only_full=only_full, only_arm=only_arm, p_value=p_value)
-
-
-def majority(right: np.ndarray) -> np.ndarray:
-    """Rows that more than half of the seeds have right; of a tie the first seed decides."""
-    votes, seeds = right.sum(axis=0), len(right)
-    return np.asarray(np.where(2 * votes == seeds, right[0], 2 * votes > seeds), bool)
-
-
-def discordance(full: np.ndarray, arm: np.ndarray) -> float:
-    """Share of rows that one run has right and the other wrong, over all pairs of runs of the two arms."""
-    one, two = full.mean(axis=0), arm.mean(axis=0)
-    return float((one * (1 - two) + two * (1 - one)).mean())
+def holm(p_values: Sequence[float], alpha: float) -> list[HolmTest]:
+    """Several tests that together are wrong in no more than `alpha` of cases (Holm 1979), in the order given."""
+    found, highest = {}, 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        left = len(p_values) - rank
+        highest = max(highest, min(1.0, left * p_values[place]))
+        found[place] = HolmTest(p_values[place], highest, alpha / left)
+    return [found[place] for place in range(len(p_values))]

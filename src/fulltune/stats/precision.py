@@ -1,6 +1,6 @@
 """What a comparison can find, and what would decide it: with more rows, more seeds, or before it starts.
 
-Pure functions of a few variances, where `statistics` has thousands of draws; for the variances of now both say the
+Pure functions of a few variances, where `intervals` has thousands of draws; for the variances of now both say the
 same of the interval, as far as the rows' part is normal.
 """
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import chdtri, chndtrix, ndtr
 
-from fulltune.stats.intervals import SeedSpread, Uncertain, degrees_of_mean, variance_of_mean
+from fulltune.stats.intervals import SeedSpread, Uncertain, bisect, degrees_of_mean, seed_variance, variance_of_mean
 
 POWER = 0.8
 _POWER_QUANTILE = NormalDist().inv_cdf(POWER)
-_BISECTIONS = 60
 MOST_ROWS_FACTOR = 100
 MOST_SEEDS = 30
 
@@ -63,7 +63,7 @@ class Precision:
 
     @property
     def seed_variance(self) -> float:
-        return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
+        return seed_variance(self.seeds)
 
     @property
     def standard_error(self) -> float:
@@ -93,8 +93,6 @@ class Precision:
         Args:
             same_seeds: It is the same trained models; else other seeds, too.
         """
-        from scipy.special import chdtri, chndtrix
-
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]
@@ -111,8 +109,6 @@ class Precision:
 
         Few seeds make the interval's width a matter of luck, which is part of that chance.
         """
-        from scipy.special import ndtr
-
         if math.isinf(self.degrees):
             return max(margin, self.half_width(alpha)) + _POWER_QUANTILE * self.standard_error
         bounds = np.array([max(margin, self.half_width(alpha, seen)) for seen in self.luck(same_seeds=False)])
@@ -121,11 +117,7 @@ class Precision:
         def called(size: float) -> float:
             return float(ndtr((size - bounds) / error).mean()) if error else float((size >= bounds).mean())
 
-        low, high = 0.0, float(bounds.max()) + 5 * error
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if called(middle) < POWER else (low, middle)
-        return high
+        return bisect(lambda size: called(size) < POWER, 0.0, float(bounds.max()) + 5 * error)[1]
 
 
 _LUCK = 20
@@ -134,8 +126,6 @@ _LUCK = 20
 @functools.lru_cache(256)
 def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
     """Nodes of degrees over chi squared with their shares; fine where it is large."""
-    from scipy.special import chdtri
-
     if math.isinf(degrees):
         return np.ones(1), np.ones(1)
     edges = np.concatenate([[0.0], np.geomspace(1e-7, 1.0, 160)])
@@ -145,18 +135,13 @@ def _inverse_chi_squared(degrees: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
     """Where a mixture of normal numbers around 0 leaves alpha / 2 on each side."""
-    from scipy.special import ndtr
-
     if not deviations.any():
         return 0.0
-    low, high = 0.0, 10.0 * float(deviations.max())
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        outside = float((shares * ndtr(-middle / np.maximum(deviations, 1e-300))).sum())
-        low, high = (middle, high) if outside > alpha / 2 else (low, middle)
-        if high - low < 1e-4 * high:
-            break
-    return high
+
+    def outside(value: float) -> float:
+        return float((shares * ndtr(-value / np.maximum(deviations, 1e-300))).sum())
+
+    return bisect(lambda value: outside(value) > alpha / 2, 0.0, 10.0 * float(deviations.max()), 1e-4)[1]
 
 
 def planned_detectable(
@@ -186,18 +171,12 @@ def planned_detectable(
     return Precision(0.0, (one, one)).detectable(margin, alpha / max(1, num_arms))
 
 
-@dataclass(frozen=True)
-class Needed:
-    """What would decide, were the difference what it seems; None: this alone would not."""
-
-    rows: int | None
-    seeds: int | None
-
-
 def needed(
     uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float | None = None
-) -> Needed:
-    """How many test rows, or how many seeds of both arms, would end the doubt; more than there are.
+) -> tuple[int | None, int | None]:
+    """How many test rows, or how many seeds of both arms, would decide, if the true difference equals the estimate.
+
+    Each is more than there are; None: this alone would not.
 
     Args:
         uncertain: The difference.
@@ -218,7 +197,7 @@ def needed(
     fewest = min((one.num_seeds for one in now.seeds if not one.is_none), default=1)
     counts = range(fewest + 1, MOST_SEEDS + 1)
     place = bisect_left(counts, True, key=lambda count: decided(now.with_seeds([count] * len(now.seeds))))
-    return Needed(rows, counts[place] if place < len(counts) else None)
+    return rows, counts[place] if place < len(counts) else None
 
 
 def clear(estimate: float, half: float, half_one_sided: float, margin: float) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from fulltune.errors import SetupError
-from fulltune.recipe.tasks import TaskName, greater_is_better
+from fulltune.recipe.tasks import FACTS, TaskName, greater_is_better
 from fulltune.tasks import Predictions, Target, question_answering, task_named
 from fulltune.tasks.classes import NUMBER_METRICS, predict_labels
 
@@ -21,7 +22,8 @@ Count = Callable[[Predictions], np.ndarray]
 """From what `reduce` kept to what each row contributes: float64 [rows, k]."""
 Value = Callable[[np.ndarray], np.ndarray]
 """From sums [..., k] to the metric [...]."""
-_MEANS = ("exact_match", "rougeL", "chrf")
+_ROWS = ""
+"""In place of an array's name: 1 for each row."""
 _BOUNDS = {
     **dict.fromkeys(("loss", "perplexity", "rmse", "r2")),
     **dict.fromkeys(("mcc", "spearman", "kendall"), (-1.0, 1.0)),
@@ -61,16 +63,16 @@ def measure_of(task_name: TaskName, target: Target, metric: str) -> Measure:
     Raises:
         SetupError: When the task has no such metric.
     """
-    task = task_named(task_name)
-    if metric not in task.FACTS.metrics:
-        raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(task.FACTS.metrics)}")
-    sums = _sums(task_name, target, metric)
+    facts = FACTS[task_name]
+    if metric not in facts.metrics:
+        raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
+    counts, value = _sums(task_name, target, metric).get(metric, (None, None))
     return Measure(
         name=metric,
         greater_is_better=greater_is_better(metric),
         whole=_alone(task_name, target, metric),
-        counts=sums[0] if sums else None,
-        value=sums[1] if sums else None,
+        counts=counts,
+        value=value,
         bounds=_BOUNDS.get(metric, (0.0, 1.0)),
     )
 
@@ -84,94 +86,61 @@ def _alone(task_name: TaskName, target: Target, metric: str) -> Callable[[Predic
     return lambda kept: task_named(task_name).metrics(kept, target)[metric]
 
 
-def _sums(task_name: TaskName, target: Target, metric: str) -> tuple[Count, Value] | None:
+def _sums(task_name: TaskName, target: Target, metric: str) -> dict[str, tuple[Count, Value]]:
+    """Of the task's metrics those that are functions of sums: what a row contributes, and what is made of the sums."""
     match task_name:
-        case "text-classification" | "image-classification":
-            return _classes(target, metric)
-        case "multiple-choice":
-            return _choices(metric)
+        case "text-classification" | "image-classification" | "multiple-choice":
+            return _classes(target)
         case "token-classification":
-            return _entities(metric)
+            return {
+                "f1": (_entities, _f1),
+                "precision": (_entities, lambda sums: _share(sums[..., 0], sums[..., 1])),
+                "recall": (_entities, lambda sums: _share(sums[..., 0], sums[..., 2])),
+                "f1_macro": (lambda kept: _flat(np.asarray(kept["entities"], np.float64)), _f1_of_present),
+                "accuracy": (_arrays("right", "words"), _ratio),
+                "loss": (_arrays("nll", "seen"), _ratio),
+            }
         case "question-answering":
-            return _spans(metric)
+            return {metric: (_mean_of(lambda kept: question_answering.row_scores(kept)[metric]), _ratio)}
         case "causal-lm" | "seq2seq":
-            return _tokens(metric)
+            return {
+                "loss": (_arrays("nll", "tokens"), _per_token),
+                "perplexity": (_arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(_per_token(sums), 700.0))),
+                "token_accuracy": (_arrays("right", "tokens"), _per_token),
+                **{name: (_arrays(name, _ROWS), _ratio) for name in ("exact_match", "rougeL", "chrf")},
+            }
 
 
-def right_rows(task_name: TaskName, target: Target, kept: Predictions) -> np.ndarray | None:
-    """Whether each row is wholly right: bool [rows]; None where rows of the task are not simply right or wrong."""
-    match task_name:
-        case "text-classification" | "image-classification" if target.problem_type != "regression":
-            return _right_classes(target, kept)
-        case "multiple-choice":
-            return np.asarray(kept["logits"].argmax(axis=-1) == kept["labels"])
-        case "token-classification":
-            right, found, expected = np.moveaxis(kept["entities"].sum(axis=1), -1, 0)
-            return np.asarray((right == found) & (right == expected))
-        case "question-answering":
-            return question_answering.row_scores(kept)["exact_match"] == 1
-        case _:
-            return kept["exact_match"] == 1 if "exact_match" in kept else None
-
-
-def _right_classes(target: Target, kept: Predictions) -> np.ndarray:
-    same = predict_labels(kept["logits"], target) == kept["labels"]
-    return np.asarray(same.all(axis=-1) if same.ndim > 1 else same)
-
-
-# ---- ratios ----------------------------------------------------------------------------------------------------
+# ---- what a row contributes ------------------------------------------------------------------------------------
 
 
 def _columns(*columns: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(column, np.float64) for column in columns], axis=-1)
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    """First sum by the second; nothing of nothing is 0."""
-    return _share(sums[..., 0], sums[..., 1])
+def _arrays(*names: str) -> Count:
+    """What `reduce` kept under these names."""
+    return lambda kept: _columns(*(kept[name] if name else np.ones(len(kept[names[0]])) for name in names))
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole != 0)
+def _mean_of(score: Callable[[Predictions], np.ndarray]) -> Count:
+    """A number of each row, and 1."""
 
-
-def _f1(sums: np.ndarray) -> np.ndarray:
-    """Of right, found and expected ones."""
-    return _share(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
-
-
-def _mean(name: str) -> tuple[Count, Value]:
-    return lambda kept: _columns(kept[name], np.ones(len(kept[name]))), _ratio
-
-
-def _mean_of(score: Callable[[Predictions], np.ndarray]) -> tuple[Count, Value]:
     def count(kept: Predictions) -> np.ndarray:
         values = score(kept)
         return _columns(values, np.ones(len(values)))
 
-    return count, _ratio
+    return count
 
 
-# ---- classes and numbers ---------------------------------------------------------------------------------------
+def _entities(kept: Predictions) -> np.ndarray:
+    """Right, found and expected entities of all types: [rows, 3]."""
+    return np.asarray(kept["entities"].sum(axis=1), np.float64)
 
 
-def _classes(target: Target, metric: str) -> tuple[Count, Value] | None:
-    if metric == "loss":
-        return _mean("loss")
-    match target.problem_type, metric:
-        case "regression", _:
-            return _numbers(metric)
-        case "multi_label", "f1_micro":
-            return lambda kept: _matches(kept, target).sum(axis=1), _f1
-        case "multi_label", "f1_macro":
-            return lambda kept: _flat(_matches(kept, target)), lambda sums: _f1(_by_three(sums)).mean(axis=-1)
-        case _, "f1_macro":
-            return lambda kept: _flat(_matches(kept, target)), _f1_of_present
-        case _, "mcc":
-            return lambda kept: _flat(_matches(kept, target)), _mcc
-        case _, "accuracy":
-            return _mean_of(lambda kept: _right_classes(target, kept).astype(float))
-    return None
+def _right_classes(kept: Predictions, target: Target) -> np.ndarray:
+    same = predict_labels(kept["logits"], target) == kept["labels"]
+    return np.asarray(same.all(axis=-1) if same.ndim > 1 else same)
 
 
 def _matches(kept: Predictions, target: Target) -> np.ndarray:
@@ -189,8 +158,56 @@ def _flat(matches: np.ndarray) -> np.ndarray:
     return matches.reshape(len(matches), -1)
 
 
+def _squares(kept: Predictions) -> np.ndarray:
+    """Of numbers: squared errors, 1, targets and their squares: [rows, 4]."""
+    true, predicted = (np.asarray(values, np.float64) for values in (kept["labels"], kept["logits"][:, 0]))
+    # The mean of all rows is taken off first: a sum of squares far from 0 would lose its digits.
+    centred = true - true.mean()
+    return _columns((true - predicted) ** 2, np.ones(len(true)), centred, centred**2)
+
+
+def _classes(target: Target) -> dict[str, tuple[Count, Value]]:
+    """Of rows with a class, several, or a number."""
+    loss: dict[str, tuple[Count, Value]] = {"loss": (_arrays("loss", _ROWS), _ratio)}
+    if target.problem_type == "regression":
+        return loss | {"r2": (_squares, _r2), "rmse": (_squares, lambda sums: np.sqrt(_ratio(sums)))}
+    right, several = partial(_right_classes, target=target), target.problem_type == "multi_label"
+    found = loss | {
+        "accuracy": (_mean_of(right), _ratio),
+        "f1_macro": (lambda kept: _flat(_matches(kept, target)), _f1_of_all if several else _f1_of_present),
+    }
+    if several:
+        return found | {"f1_micro": (lambda kept: _matches(kept, target).sum(axis=1), _f1)}
+    return found | {"mcc": (lambda kept: _flat(_matches(kept, target)), _mcc)}
+
+
+# ---- what is made of the sums ----------------------------------------------------------------------------------
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    """First sum by the second; nothing of nothing is 0."""
+    return _share(sums[..., 0], sums[..., 1])
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole != 0)
+
+
+def _per_token(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / np.maximum(sums[..., 1], 1.0)
+
+
+def _f1(sums: np.ndarray) -> np.ndarray:
+    """Of right, found and expected ones."""
+    return _share(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
+
+
 def _by_three(sums: np.ndarray) -> np.ndarray:
     return sums.reshape(*sums.shape[:-1], -1, 3)
+
+
+def _f1_of_all(sums: np.ndarray) -> np.ndarray:
+    return np.asarray(_f1(_by_three(sums)).mean(axis=-1))
 
 
 def _f1_of_present(sums: np.ndarray) -> np.ndarray:
@@ -209,73 +226,6 @@ def _mcc(sums: np.ndarray) -> np.ndarray:
     return _share(right * rows - (found * expected).sum(axis=-1), np.sqrt(scale))
 
 
-def _numbers(metric: str) -> tuple[Count, Value] | None:
-    def count(kept: Predictions) -> np.ndarray:
-        true, predicted = (np.asarray(values, np.float64) for values in (kept["labels"], kept["logits"][:, 0]))
-        # The mean of all rows is taken off first: a sum of squares far from 0 would lose its digits.
-        centred = true - true.mean()
-        return _columns((true - predicted) ** 2, np.ones(len(true)), centred, centred**2)
-
-    def r2(sums: np.ndarray) -> np.ndarray:
-        errors, rows, values, squares = np.moveaxis(sums, -1, 0)
-        return 1 - _share(errors, squares - values**2 / rows)
-
-    match metric:
-        case "r2":
-            return count, r2
-        case "rmse":
-            return count, lambda sums: np.sqrt(_ratio(sums))
-    return None
-
-
-def _choices(metric: str) -> tuple[Count, Value] | None:
-    if metric == "loss":
-        return _mean("loss")
-    return _mean_of(lambda kept: (kept["logits"].argmax(axis=-1) == kept["labels"]).astype(float))
-
-
-# ---- words, spans, tokens --------------------------------------------------------------------------------------
-
-
-def _entities(metric: str) -> tuple[Count, Value] | None:
-    def over_types(kept: Predictions) -> np.ndarray:
-        return np.asarray(kept["entities"].sum(axis=1), np.float64)
-
-    match metric:
-        case "f1":
-            return over_types, _f1
-        case "precision":
-            return over_types, lambda sums: _share(sums[..., 0], sums[..., 1])
-        case "recall":
-            return over_types, lambda sums: _share(sums[..., 0], sums[..., 2])
-        case "f1_macro":
-            return lambda kept: _flat(np.asarray(kept["entities"], np.float64)), _f1_of_present
-        case "accuracy":
-            return lambda kept: _columns(kept["right"], kept["words"]), _ratio
-        case "loss":
-            return lambda kept: _columns(kept["nll"], kept["seen"]), _ratio
-    return None
-
-
-def _spans(metric: str) -> tuple[Count, Value] | None:
-    return _mean_of(lambda kept: question_answering.row_scores(kept)[metric])
-
-
-def _tokens(metric: str) -> tuple[Count, Value] | None:
-    match metric:
-        case "loss":
-            return lambda kept: _columns(kept["nll"], kept["tokens"]), _per_token
-        case "perplexity":
-            return (
-                lambda kept: _columns(kept["nll"], kept["tokens"]),
-                lambda sums: np.exp(np.minimum(_per_token(sums), 700.0)),
-            )
-        case "token_accuracy":
-            return lambda kept: _columns(kept["right"], kept["tokens"]), _per_token
-        case _ if metric in _MEANS:
-            return _mean(metric)
-    return None
-
-
-def _per_token(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / np.maximum(sums[..., 1], 1.0)
+def _r2(sums: np.ndarray) -> np.ndarray:
+    errors, rows, values, squares = np.moveaxis(sums, -1, 0)
+    return np.asarray(1 - _share(errors, squares - values**2 / rows))

@@ -25,7 +25,7 @@ def kept(right: np.ndarray) -> Predictions:
 
 def arm(name: str, kind: ArmKind, right: np.ndarray, cost: float = 1.0) -> ArmItems:
     """From bool [seeds, rows]."""
-    return ArmItems(name, kind, [kept(row) for row in right], cost, right)
+    return ArmItems(name, kind, [kept(row) for row in right], cost)
 
 
 def drawn_right(

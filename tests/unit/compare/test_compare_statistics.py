@@ -11,7 +11,7 @@ from scipy import stats
 
 from fulltune.stats import bootstrap, intervals
 from fulltune.stats.bootstrap import Drawn, draw
-from fulltune.stats.intervals import difference, holm, holm_levels, mcnemar, seed_spreads
+from fulltune.stats.intervals import difference, holm, seed_spreads
 from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Target
 from tests.unit.compare.arms import ACCURACY, drawn_right, kept, normal_drawn
@@ -179,28 +179,8 @@ def test_quantile_and_below_agree() -> None:
 
 
 def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.6]) == [1.0, 1.0]
-    assert holm([]) == []
-    assert holm_levels([0.01, 0.04, 0.03, 0.005], 0.06) == pytest.approx([0.02, 0.06, 0.03, 0.015])
-
-
-def test_mcnemar_is_scipys_binomial_test() -> None:
-    chance = np.random.default_rng(0)
-    for rows in (5, 40, 300):
-        full, arm = chance.random((2, 1, rows)) < 0.7
-        found = mcnemar(full, arm)
-        total = found.only_full + found.only_arm
-        assert found.p_value == pytest.approx(stats.binomtest(found.only_full, total, 0.5).pvalue)
-    assert mcnemar(full, full).p_value == 1.0
-
-
-def test_majority_of_seeds_decides_and_of_a_tie_the_first() -> None:
-    right = np.array([[1, 1, 0, 0], [1, 0, 1, 0]], bool)
-    assert intervals.majority(right).tolist() == [True, True, False, False]
-    assert intervals.majority(np.vstack([right, [[0, 0, 1, 0]]]).astype(bool)).tolist() == [True, False, True, False]
-
-
-def test_discordance_of_all_pairs_by_hand() -> None:
-    full, arm = np.array([[1, 1], [1, 0]], bool), np.array([[0, 1], [1, 1]], bool)
-    assert intervals.discordance(full, arm) == pytest.approx((0.5 + 0.5) / 2)
+    found = holm([0.01, 0.04, 0.03, 0.005], 0.06)
+    assert [one.adjusted_p for one in found] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [one.level for one in found] == pytest.approx([0.02, 0.06, 0.03, 0.015])
+    assert [one.adjusted_p for one in holm([0.9, 0.6], 0.05)] == [1.0, 1.0]
+    assert holm([], 0.05) == []

@@ -61,7 +61,7 @@ def test_verdict_few_rows_is_undecided_and_says_what_would_decide() -> None:
     (one,) = found.differences
     assert one.seeds_needed is not None
     assert one.seeds_needed > 3
-    assert f"{one.seeds_needed} seeds of each method" in found.would_decide[0]
+    assert f"{one.seeds_needed} seeds per method" in found.would_decide[0]
     assert one.detectable > 0.03
 
 

@@ -13,7 +13,7 @@ from fulltune.compare.sequential import TIME_UP_SHARE, spent
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import Expectation
 from fulltune.stats.precision import planned_detectable
-from fulltune.text import parse_seconds
+from fulltune.text import parse_seconds, typed_seconds
 
 
 @pytest.mark.parametrize(("given", "rows", "seeds"), [(None, 9_999, 5), (None, 10_000, 3), (2, 50, 2)])
@@ -148,7 +148,7 @@ def test_detectable_where_methods_are_left_out_is_that_of_the_part_of_alpha_it_m
 
 
 @pytest.mark.parametrize(
-    ("time", "said", "up"), [(45, "45s", "50s"), (61, "1m1s", "1m10s"), (431, "7m11s", "7m30s"), (3601, "1h1s", "1h5m")]
+    ("time", "said", "up"), [(45, "45s", "50s"), (61, "1m1s", "1m10s"), (431, "7m11s", "7m30s"), (3601, "1h", "1h5m")]
 )
 def test_times_are_written_as_they_are_typed(time: float, said: str, up: str) -> None:
-    assert (design.in_time(time), design.in_time(design.round_up(time))) == (said, up)
+    assert (typed_seconds(time), typed_seconds(design.round_up(time))) == (said, up)

@@ -9,7 +9,7 @@ import pytest
 
 from fulltune.errors import SetupError
 from fulltune.recipe.tasks import TaskName
-from fulltune.stats.row_scores import measure_of, right_rows
+from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Target, task_named, token_classification
 from fulltune.tasks.padding import ragged
 
@@ -158,17 +158,3 @@ def test_measure_knows_between_what_its_values_lie(
 def test_measure_unknown_metric_names_those_there_are() -> None:
     with pytest.raises(SetupError, match="has no metric 'bleu'; choose one of accuracy, loss"):
         measure_of("multiple-choice", Target("choice", {}), "bleu")
-
-
-def test_right_rows_are_those_of_the_task() -> None:
-    kept = single_label(np.random.default_rng(0))
-    target = Target("single_label", {}, tuple("abcdef"))
-    right = right_rows("text-classification", target, kept)
-    assert right is not None
-    assert right.mean() == task_named("text-classification").metrics(kept, target)["accuracy"]
-    labels = multi_label(np.random.default_rng(0))
-    of_several = right_rows("text-classification", Target("multi_label", {}), labels)
-    assert of_several is not None
-    assert of_several.shape == (ROWS,)
-    assert right_rows("causal-lm", Target("text", {}), tokens(np.random.default_rng(0))) is None
-    assert right_rows("text-classification", Target("regression", {}), numbers(np.random.default_rng(0))) is None

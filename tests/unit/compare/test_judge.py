@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
-from fulltune.compare import conclude, rates
+from fulltune.compare import conclude, timing
 from fulltune.compare.context import RECORD
-from fulltune.compare.seeds import Ran
+from fulltune.compare.seeds import SeedRuns
 from fulltune.records.comparison import Search, Trial, TrialResult
 from tests import comparisons
 from tests.unit.compare.arms import looks_of
@@ -46,7 +46,7 @@ def line(tmp_path: Path) -> Any:
 def given() -> Iterator[dict[str, Any]]:
     """What is asked of the verdict's parts."""
     made = {
-        "untouched": mock.Mock(return_value=(None, ())),
+        "untouched": mock.Mock(return_value=()),
         "arm_items": mock.Mock(return_value=[]),
         "decide": mock.Mock(),
         "clusters_of": mock.Mock(),
@@ -56,17 +56,21 @@ def given() -> Iterator[dict[str, Any]]:
         yield made
 
 
+def ran(line: Any, looks: Any = (), searches: Any = None) -> SeedRuns:
+    return SeedRuns(line, searches or {}, mock.Mock(), results=RESULTS, looks=list(looks))
+
+
 RESULTS = {arm: [result(trial(f"{arm}-seed42", 1e-3))] for arm in ("full", "lora")}
 
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:
     """All seeds were run, so that the last look would take all."""
-    conclude.judge(line, mock.Mock(), {}, Ran(RESULTS, looks_of(3, ends=True), False))
+    conclude.judge(ran(line, looks_of(3, ends=True)))
     (opening,) = given["comparison_of"].call_args.args[-1]
     assert given["decide"].call_args.kwargs["alpha"] == opening.alpha > 0
     assert opening.left == pytest.approx(opening.alpha)
     line.trained_arms.pop()
-    conclude.judge(line, mock.Mock(), {}, Ran(RESULTS, looks_of(3, ends=True), False))
+    conclude.judge(ran(line, looks_of(3, ends=True)))
     assert given["decide"].call_args.kwargs["alpha"] == looks_of(3)[-1].spent
 
 
@@ -76,15 +80,15 @@ def test_rate_that_was_not_searched_for_lack_of_time_leaves_a_part_of_alpha_too(
     """The card says that a larger budget would search it, so there must be something left to test with."""
     line.trained_arms.pop()
     unsearched = Search(arm="lora", tried=(), chosen=1e-3, reason="the usual rate", time_was_up=True)
-    conclude.judge(line, mock.Mock(), {"lora": unsearched}, Ran(RESULTS, looks_of(3, ends=True), False))
+    conclude.judge(ran(line, looks_of(3, ends=True), {"lora": unsearched}))
     (opening,) = given["comparison_of"].call_args.args[-1]
     assert opening.left == pytest.approx(opening.alpha)
-    assert conclude._more_time_would_add(Ran(RESULTS, [], False), (), {"lora": unsearched})
-    assert not conclude._more_time_would_add(Ran(RESULTS, [], False), (), {})
+    assert ran(line, searches={"lora": unsearched}).lacks_time
+    assert not ran(line).lacks_time
 
 
 def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: Any) -> None:
-    found = conclude.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))  # there is no models/full, no models/lora
+    found = conclude.judge(ran(line))  # there is no models/full, no models/lora
     assert type(found).load(line.folder / RECORD) == found
     assert line.said[1:] == [
         f"{arm}: its model is no longer in models/{arm}, so it gets no model card" for arm in RESULTS
@@ -92,7 +96,7 @@ def test_record_is_saved_before_the_model_cards_and_lost_models_get_none(line: A
     with mock.patch.object(conclude, "write_model_cards", side_effect=OSError("the disk is full")):
         (line.folder / RECORD).unlink()
         with pytest.raises(OSError, match="the disk is full"):
-            conclude.judge(line, mock.Mock(), {}, Ran(RESULTS, [], False))
+            conclude.judge(ran(line))
     assert (line.folder / RECORD).exists()
 
 
@@ -106,7 +110,9 @@ def test_whole_runs_at_a_rate_that_was_chosen_before_are_forecast_again(chosen: 
     ]
     for one in kept:
         result(one).save(line.folder / "compare" / "trials" / f"{one.name}.json")
+    line.kept_results.return_value = [result(one) for one in kept]
+    line.search_path = lambda arm: line.folder / "compare" / "searches" / f"{arm}.json"
     search = Search(arm="lora", tried=(), chosen=chosen, reason="")
     search.save(line.folder / "compare" / "searches" / "lora.json")
-    found = rates._done(line, {"full": mock.Mock(), "lora": mock.Mock()})
+    found = timing._done(line, {"full": mock.Mock(), "lora": mock.Mock()})
     assert (found.runs, list(found.searched)) == ({"lora": runs}, ["lora"])

@@ -11,14 +11,14 @@ from rich.console import Console
 from fulltune import report
 from fulltune.cli.show import compare as display_compare
 from fulltune.compare.many_tasks import many_tasks
+from fulltune.errors import RecipeError
 from fulltune.records.comparison import ManyTasks
 from tests import comparisons
 
 
 def together(shares: bool = True) -> ManyTasks:
-    one = comparisons.comparison()
-    found = {"intents": one, "topics": one}
-    return many_tasks(found, {"intents": "intents", "topics": "topics"}, shares)
+    one = comparisons.comparison() if shares else comparisons.language()
+    return many_tasks({"intents": one, "topics": one}, {"intents": "intents", "topics": "topics"})
 
 
 def test_full_is_stored_once_a_task_and_parts_beside_one_base() -> None:
@@ -49,8 +49,8 @@ def test_metrics_that_are_no_shares_are_not_averaged() -> None:
 def test_no_method_in_common_is_refused() -> None:
     one = comparisons.comparison()
     other = one.model_copy(update={"rows": tuple(row for row in one.rows if row.kind in ("base", "full"))})
-    with pytest.raises(ValueError, match="no method but full was compared in all tasks"):
-        many_tasks({"a": one, "b": other}, {"a": "a", "b": "b"}, shares=True)
+    with pytest.raises(RecipeError, match="too short to train one method beside full for every task"):
+        many_tasks({"a": one, "b": other}, {"a": "a", "b": "b"})
 
 
 def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fulltune.compare.more_time import refused
+from fulltune.compare.design import why_finished
 from fulltune.records.comparison import Comparison
 from fulltune.report.comparison import sentences
 from tests import comparisons
@@ -31,7 +31,7 @@ def ended(left: float | None, budget_seconds: float = 360.0) -> Comparison:
 def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_left(
     left: float | None, budget: float | None, said: str | None
 ) -> None:
-    found = refused(ended(left), budget)
+    found = why_finished(ended(left), budget)
     assert found is None if said is None else (found or "").startswith(said)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.stats.metric_intervals import Resampled, resample
-from fulltune.stats.paired import paired
+from fulltune.stats.bootstrap import Resampled, resample
+from fulltune.stats.intervals import paired
 
 
 def accuracy(right: np.ndarray) -> Resampled:

@@ -76,7 +76,7 @@ def test_card_undecided_says_what_would_decide(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.undecided())
     for text in (markdown, Page(html).text):
         assert "UNDECIDED" in text
-        assert "What to do: lora: take 9,240 test rows or 12 seeds of each method; that is enough if" in text
+        assert "What to do: lora: would be decided by 9,240 test rows or 12 seeds per method, if" in text
         assert "▸ lora" not in text
 
 

@@ -18,7 +18,7 @@ from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from fulltune.cli.init import infer
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.data import DataBlock
-from fulltune.stats.metric_intervals import resample
+from fulltune.stats.bootstrap import resample
 from fulltune.tasks import LossSettings, Target, tags
 from fulltune.tasks import token_classification as task
 from tests import tiny

@@ -1,4 +1,4 @@
-"""A comparison on the terminal, in 80 columns: what is about to be done, and what came out. Layer 4."""
+"""A comparison on the terminal, in 80 columns: what is about to be done, and what came out."""
 
 from __future__ import annotations
 
@@ -38,20 +38,16 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
         metric: That decides.
         margin: That the recipe asks for; left out, it is not compared with what can be found.
     """
-    seeds = counted(expected.num_seeds, "seed")
-    search = ""
+    search, whose = "", "of each method"
     if expected.num_search_trials:
-        search = (
-            f"{expected.num_search_trials} short ones to find the rates, more where the best lies at an edge; then "
-        )
-    whose = "of each method"
+        search = f"{expected.num_search_trials} short ones to find the rates, more where the best is at an edge; then "
     if expected.sequential and expected.num_seeds > 1:
         whose = "of each method at most; clear answers need fewer"
         if expected.budget_seconds is not None:
             whose = f"of full and of the best of the others{', one of the rest' * (len(expected.arms) > 2)}"
     marks: list[Marked] = [
         ("methods", "dim", ", ".join(expected.arms)),
-        ("trials", "dim", f"{search}{seeds} {whose}"),
+        ("trials", "dim", f"{search}{counted(expected.num_seeds, 'seed')} {whose}"),
         ("takes", "dim", _takes(expected)),
         ("can find", "dim", _can_find(expected, metric, margin)),
     ]
@@ -67,8 +63,8 @@ def expectation(console: Console, expected: Expectation, metric: str, margin: fl
 def _takes(expected: Expectation) -> str:
     usual, most = format_seconds(expected.seconds), format_seconds(expected.most_seconds)
     if expected.budget_seconds is not None:
-        rest = "the rest is kept for what the forecast errs by"
-        return f"about {usual} of the {format_seconds(expected.budget_seconds)} given; {rest}"
+        given = format_seconds(expected.budget_seconds)
+        return f"about {usual} of the {given} given; the rest is a reserve for errors of the forecast"
     return f"about {usual}" if usual == most else f"about {usual}, {most} if every method needs all seeds"
 
 
@@ -77,15 +73,14 @@ def _can_find(expected: Expectation, metric: str, margin: float | None) -> str:
     if expected.num_seeds < 2:
         return "nothing: one seed tells nothing about the spread between seeds"
     if expected.detectable is None:
-        why = "" if is_share(metric) else f": {name} is no share of rows"
-        return f"not known before seeds have been run{why}"
+        return f"not known before seeds have been run{'' if is_share(metric) else f': {name} is no share of rows'}"
     write = Writer(metric, margin or 0.01)
     if write.in_points and expected.detectable >= 1:
-        return "nothing: so few test rows and seeds tell no difference from chance, however large"
-    found = f"differences of {write.amount(expected.detectable)} of {name} or more where seeds differ by half a point"
+        return "nothing: with so few test rows and seeds any difference may be chance, however large"
+    found = f"differences of {write.amount(expected.detectable)} of {name} or more if seeds differ by half a point"
     if expected.detectable_apart is not None:
-        found += f", of {write.amount(expected.detectable_apart)} where they differ by two"
-    return f"{found}; each in 8 of 10 comparisons"
+        found += f", of {write.amount(expected.detectable_apart)} if they differ by two"
+    return f"{found} (power 80 %)"
 
 
 def verdict(console: Console, comparison: Comparison) -> None:
@@ -97,10 +92,7 @@ def verdict(console: Console, comparison: Comparison) -> None:
 def many_tasks(console: Console, found: ManyTasks) -> None:
     """Several tasks on one base: what a full model for each costs against parts side by side."""
     console.print(Text(f"\n{counted(len(found.tasks), 'task')} on one base", style="bold"))
-    for header, rows in (
-        (many.TASK_HEADER, many.task_rows(found)),
-        (many.WAY_HEADER, many.way_rows(found)),
-    ):
+    for header, rows in ((many.TASK_HEADER, many.task_rows(found)), (many.WAY_HEADER, many.way_rows(found))):
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
         for place, name in enumerate(header):
             table.add_column(Text(name), justify="right" if place and header is many.WAY_HEADER else "left")
@@ -125,7 +117,7 @@ def _parts(comparison: Comparison) -> Iterator[Any]:
         yield _grid(found)
         yield Text()
     if claims := [(sentences.held(one.holds), "cyan", f"“{one.claim}”: {one.here}") for one in comparison.claims]:
-        yield Text("what one often reads", style="bold")
+        yield Text("common claims", style="bold")
         yield _grid(claims)
         yield Text()
     took, fixed = sentences.spent(comparison)
