@@ -7,6 +7,9 @@ on in the direction of the better one for as long as that is clearly better.
 
 Which rate is best is asked of few rows, and the winner among several is ahead by luck, too. So the usual rate is kept
 unless another one is ahead of it by more than a standard error (Breiman et al. 1984), by the same rule for all methods.
+
+`tried` and `whole` map rates to metrics on the same eval rows, of short trials and of whole runs; `may_extend` is false
+for a grid that the user gave.
 """
 
 from __future__ import annotations
@@ -53,18 +56,10 @@ class Scale:
 
 
 def grid(usual: float, given: Sequence[float] | None, fixed: float | None) -> tuple[float, ...]:
-    """The rates that a search begins with.
-
-    Args:
-        usual: The method's default here.
-        given: `learning_rates` of the method.
-        fixed: `learning_rate` of the method: no search.
-    """
+    """The rates that a search begins with: those that the recipe gives, else three around the usual one."""
     if fixed is not None:
         return (fixed,)
-    if given is not None:
-        return tuple(sorted(given))
-    return tuple(rounded(usual * STEP**power) for power in (-1, 0, 1))
+    return tuple(sorted(given)) if given is not None else tuple(rounded(usual * STEP**power) for power in (-1, 0, 1))
 
 
 def rounded(rate: float) -> float:
@@ -96,26 +91,14 @@ def search_trial(arm: str, rate: float, share: float, seed: int) -> Trial:
 
 
 def best_of(tried: Mapping[float, float], scale: Scale, near: float | None = None) -> float:
-    """The rate with the best metric. NaN is worse than anything.
-
-    Args:
-        tried: Rate to metric.
-        scale: How it is measured.
-        near: Of equal ones the nearest to this rate is taken, of equally near ones the lower. Left out: the lowest.
-    """
+    """The rate with the best metric; of equal ones the nearest to `near`, by default the lowest."""
     best = max(scale.oriented(metric) for metric in tried.values())
     equal = [rate for rate in tried if scale.oriented(tried[rate]) == best]
     return min(equal) if near is None else _nearest(equal, near)
 
 
 def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> float:
-    """The usual rate, unless the best one is ahead by more than a standard error; where it was not tried the best.
-
-    Args:
-        tried: Rate to metric, all on the same eval rows after as many steps.
-        scale: How it is measured.
-        usual: As `Search.usual`.
-    """
+    """The usual rate, unless the best one is ahead by more than a standard error; where it was not tried the best."""
     best = best_of(tried, scale)
     if usual is None or usual not in tried:
         return best
@@ -138,11 +121,6 @@ def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> floa
     """The next rate to try because the best one lies at an edge; None when it does not.
 
     A rate at the edge that is only as good as its neighbour, by a standard error, says nothing of what lies beyond.
-
-    Args:
-        tried: Rate to metric.
-        scale: How it is measured.
-        may_extend: False for a grid that the user gave.
     """
     if not may_extend or len(tried) < 2:
         return None
@@ -194,12 +172,6 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
     one that lies between the two; and not a higher one that was worse even in its short trial. Where none learned
     anything after its short trial, the next lower one. Where the search's rate diverged and was replaced, only lower
     ones; none where it was whole runs that chose the rate that diverged.
-
-    Args:
-        search: What the short trials gave.
-        whole: Metric of each rate that had a whole run on the eval rows, the search's rate first.
-        scale: How they are measured.
-        may_extend: False for a grid that the user gave.
     """
     short = {one.learning_rate: one.metric for one in search.tried}
     if len(short) < 2 or search.whole or len(whole) >= 2 + MOST_EXTENSIONS:
@@ -253,13 +225,6 @@ def after_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_
     """The search's result after whole runs: the best rate, where it is clearly better than the usual one.
 
     Of equal ones the lowest, which is the safer one.
-
-    Args:
-        search: What the short trials gave.
-        whole: As for `next_whole`, two rates or more.
-        scale: How they are measured.
-        may_extend: As for `next_whole`.
-        share: Of the recipe's steps that they took.
     """
     chosen = choice(whole, scale, search.usual)
     rates = {one.learning_rate for one in search.tried} | set(whole)
@@ -276,11 +241,6 @@ def slower(search: Search, metric: float, scale: Scale) -> float | None:
     """The next lower rate that was tried, when a whole run ends below its own rate's short trial: it diverged.
 
     None when it did not, or no lower rate was tried.
-
-    Args:
-        search: How the rate was found.
-        metric: Of the whole run, on the eval rows.
-        scale: How it is measured.
     """
     tried, lower = {one.learning_rate: one.metric for one in search.tried}, next_lower(search)
     reached = tried.get(search.chosen)
@@ -308,14 +268,7 @@ def after_divergence(search: Search) -> float | None:
 
 
 def replaced(search: Search, chosen: float, reason: str, dropped_seconds: Sequence[float] = ()) -> Search:
-    """The search with a lower rate than it found, because that one diverged.
-
-    Args:
-        search: As it was.
-        chosen: The lower rate.
-        reason: What happened.
-        dropped_seconds: Of each whole run that came to nothing.
-    """
+    """The search with a lower rate than it found, because that one diverged."""
     rates = {one.learning_rate for one in search.tried}
     changes = {"chosen": chosen, "reason": reason, "on_edge": chosen <= min(rates), "came_apart": True}
     return with_dropped(search.model_copy(update=changes), dropped_seconds)

@@ -48,6 +48,11 @@ WAITING_SHARE = 0.25
 they have caught up; full fine-tuning and the leader have the same seeds in both, and so the same test."""
 
 
+TIME_UP_SHARE = 0.5
+"""Part of the unspent alpha at which the sealed rows are tested when the time is up. The rest is kept for the looks and
+the verdict after more time: the sealed rows may be opened again and again, and all together keep alpha (Bonferroni)."""
+
+
 def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
     """Part of alpha that the look after so many seeds may spend; over 1 to `max_seeds` they sum up to alpha.
 
@@ -66,11 +71,6 @@ def spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) 
     this = num_seeds - (max_seeds > 1)
     share = (this / looks) ** _LATE - (max(0, this - 1) / looks) ** _LATE
     return alpha * share * (1 - WAITING_SHARE if again else 1)
-
-
-TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha at which the sealed rows are tested when the time is up. The rest is kept for the looks and
-the verdict after more time: the sealed rows may be opened again and again, and all together keep alpha (Bonferroni)."""
 
 
 @dataclass(frozen=True)
@@ -105,83 +105,12 @@ def left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> L
         again = len(looks) > 1 and looks[-2].num_seeds == looks[-1].num_seeds
         if again or not time_was_up:
             return Left(level, unspent)
-        free = unspent + level
-        now = min(level, TIME_UP_SHARE * free)
-        return Left(now, free - now)
+        now = min(level, TIME_UP_SHARE * (unspent + level))
+        return Left(now, unspent + level - now)
     if not unspent:  # the time was up while others caught up after the last seeds
         return Left((1 - WAITING_SHARE) * looks[-1].spent, 0.0)
     now = TIME_UP_SHARE * unspent if time_was_up else unspent
     return Left(now, unspent - now)
-
-
-def look(
-    arms: Sequence[ArmItems],
-    measure: Measure,
-    *,
-    margin: float,
-    max_seeds: int,
-    again: bool = False,
-    alpha: float = 0.05,
-    clusters: np.ndarray | None = None,
-    test_rows: int | None = None,
-    samples: int = SAMPLES,
-) -> Look:
-    """Decide about each arm after another seed.
-
-    Args:
-        arms: What each arm's trials kept of the development rows. Exactly one is `full`; it and the leader have the
-            most trials.
-        measure: The metric.
-        margin: See the recipe.
-        max_seeds: Planned for each arm.
-        again: With so many seeds of full it was looked before; since then others have caught up.
-        alpha: Chance of a wrong verdict over all looks.
-        clusters: Of the development rows.
-        test_rows: Sealed rows; left out, as many as there are development rows.
-        samples: Draws of the rows.
-    """
-    (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
-    counts = [len(arm.trials) for arm in arms]
-    now = counts[full]
-    drawn = draw(measure, [arm.trials for arm in arms], clusters, samples)
-    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
-    rivals = [place for place, arm in enumerate(arms) if arm.decides]
-    abreast = [place for place in rivals if counts[place] == now]
-    level = spent(now, max_seeds, alpha, again=again)
-    parts = [part / len(rivals) for part in (level, spent(max_seeds, max_seeds, alpha))]
-    rows_factor = (test_rows or drawn.num_rows) / drawn.num_rows
-    outlooks = {}
-    for place in rivals:
-        gap = difference(drawn, full, place, spreads, measure.sign, measure.span)
-        share = 1.0 if place in abreast else WAITING_SHARE
-
-        def chances(level: float, of_full: int, of_rival: int, gap: Uncertain = gap) -> Chances:
-            # One seed each tells nothing about the spread between seeds.
-            return _chances(gap, margin, level, rows_factor, (of_full, of_rival)) if now > 1 else NOTHING_KNOWN
-
-        outlooks[place] = Outlook(
-            name=arms[place].name,
-            score=measure.sign * float(drawn.point[place].mean()),
-            cost=arms[place].cost,
-            abreast=place in abreast,
-            now=chances(share * parts[0], now, counts[place]),
-            with_all=chances(share * parts[1], max_seeds, max_seeds if place in abreast else counts[place]).clear,
-        )
-    asked, reason = _asked(arms[full].name, list(outlooks.values()), now, max_seeds, again=again)
-    steps = []
-    for place, arm in enumerate(arms):
-        found = outlooks.get(place)
-        wanted = asked.get(arm.name, counts[place])
-        decision: Literal["more", "wait", "enough"] = "wait" if asked else "enough"
-        steps.append(
-            ArmStep(
-                arm=arm.name,
-                decision="more" if wanted > counts[place] else decision,
-                seeds=wanted,
-                chance=found.now.clear if found is not None and now > 1 else None,
-            )
-        )
-    return Look(num_seeds=now, max_seeds=max_seeds, spent=level, enough=not asked, reason=reason, arms=tuple(steps))
 
 
 @dataclass(frozen=True)
@@ -223,6 +152,63 @@ class Outlook:
     """Were it stopped now."""
     with_all: float
     """Chance of a clear answer with all seeds that were planned."""
+
+
+def look(
+    arms: Sequence[ArmItems],
+    measure: Measure,
+    *,
+    margin: float,
+    max_seeds: int,
+    again: bool = False,
+    alpha: float = 0.05,
+    clusters: np.ndarray | None = None,
+    test_rows: int | None = None,
+    samples: int = SAMPLES,
+) -> Look:
+    """Decide about each arm after another seed.
+
+    Args:
+        arms: What each arm's trials kept of the development rows. Exactly one is `full`; it and the leader have the
+            most trials.
+        measure: The metric.
+        margin: See the recipe.
+        max_seeds: Planned for each arm.
+        again: With so many seeds of full it was looked before; since then others have caught up.
+        alpha: Chance of a wrong verdict over all looks.
+        clusters: Of the development rows.
+        test_rows: Sealed rows; by default as many as there are development rows.
+        samples: Draws of the rows.
+    """
+    (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
+    counts = [len(arm.trials) for arm in arms]
+    now = counts[full]
+    drawn = draw(measure, [arm.trials for arm in arms], clusters, samples)
+    spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
+    rivals = [place for place, arm in enumerate(arms) if arm.decides]
+    level, last = spent(now, max_seeds, alpha, again=again), spent(max_seeds, max_seeds, alpha)
+    rows_factor = (test_rows or drawn.num_rows) / drawn.num_rows
+    outlooks = {}
+    for place in rivals:
+        gap = difference(drawn, full, place, spreads, measure.sign, measure.span)
+        abreast = counts[place] == now
+        share = 1.0 if abreast else WAITING_SHARE
+        stopped = planned = NOTHING_KNOWN  # one seed each tells nothing about the spread between seeds
+        if now > 1:
+            with_all = (max_seeds, max_seeds if abreast else counts[place])
+            stopped = _chances(gap, margin, share * (level / len(rivals)), rows_factor, (now, counts[place]))
+            planned = _chances(gap, margin, share * (last / len(rivals)), rows_factor, with_all)
+        score = measure.sign * float(drawn.point[place].mean())
+        outlooks[place] = Outlook(arms[place].name, score, arms[place].cost, abreast, stopped, planned.clear)
+    asked, reason = _asked(arms[full].name, list(outlooks.values()), now, max_seeds, again=again)
+    steps = []
+    for place, arm in enumerate(arms):
+        wanted = asked.get(arm.name, counts[place])
+        decision: Literal["more", "wait", "enough"] = "wait" if asked else "enough"
+        decision = "more" if wanted > counts[place] else decision
+        chance = outlooks[place].now.clear if place in outlooks and now > 1 else None
+        steps.append(ArmStep(arm=arm.name, decision=decision, seeds=wanted, chance=chance))
+    return Look(num_seeds=now, max_seeds=max_seeds, spent=level, enough=not asked, reason=reason, arms=tuple(steps))
 
 
 def _asked(
