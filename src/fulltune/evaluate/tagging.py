@@ -13,7 +13,7 @@ import numpy as np
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.inference import store
 from fulltune.inference.run import autocast, lengths_of, longest_first, watched
-from fulltune.stats.metric_intervals import Resampled
+from fulltune.stats.bootstrap import Resampled
 from fulltune.tasks import tags, token_classification
 from fulltune.tasks.padding import ragged
 from fulltune.tasks.token_classification import TAGS, WORD_IDS
