@@ -62,7 +62,7 @@ def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
         "base (86.7 MiB) with adapter for each: 89.8 MiB, 0.52×; each further task adds 1.56 MiB instead of 86.7 MiB."
     )
     assert said in text
-    assert "lora: full minus it +0.34 [" in text
+    assert "Full minus lora: +0.34 [" in text
     console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w", encoding="utf-8"))
     display_compare.many_tasks(console, together())
     shown = console.export_text()

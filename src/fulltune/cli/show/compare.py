@@ -161,9 +161,6 @@ def _quality(comparison: Comparison) -> Table:
 def _cost(comparison: Comparison) -> Table:
     full = sentences.full_of(comparison)
 
-    def ratio(row: ArmRow, field: str) -> str:
-        return (sentences.to_full(getattr(row, field), getattr(full, field)) if full else "") or NOTHING
-
     table = _table("gain", "time", "time×", "FLOP×", "memory×", "saved", "drift")
     for row in comparison.rows:
         _add(
@@ -172,7 +169,10 @@ def _cost(comparison: Comparison) -> Table:
             comparison,
             NOTHING if row.gain_share is None else sentences.fine_share(row.gain_share),
             format_seconds(row.train_seconds) if row.train_seconds else NOTHING,
-            *(ratio(row, field) for field in ("train_seconds", "train_flops", "memory_growth_bytes")),
+            *(
+                sentences.to_full(row, full, field) or NOTHING
+                for field in ("train_seconds", "train_flops", "memory_growth_bytes")
+            ),
             format_bytes(row.saved_bytes) if row.saved_bytes else NOTHING,
             NOTHING if row.drift is None else format_number(row.drift.value),
         )

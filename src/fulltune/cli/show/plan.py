@@ -145,7 +145,7 @@ def _memory(survey: Survey, plan: Plan) -> Iterator[Any]:
     yield table
     need, disk = plan.memory, plan.disk
     if need is not None and not on_host:
-        yield _dim(f"{words.AT_THE_PEAK}: {words.moment(need.kinds)}")
+        yield _dim(words.at_the_peak(need.kinds))
     if need is not None and need.peak_phase != "step":
         yield _dim(f"more than a step needs: {DOING[need.peak_phase]}, {format_bytes(need.peak)}")
     if disk is not None:

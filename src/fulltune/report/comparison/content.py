@@ -123,7 +123,7 @@ def _quality(comparison: Comparison) -> Table:
         )
     level = sentences.level(comparison)
     recommended = f"{_POINTER}the recommended method. " if comparison.decision.recommended else ""
-    spread = "rows and seeds" if sentences.seeds_known(comparison) else "rows alone, since there is one seed"
+    spread = "rows and seeds" if sentences.could_find(comparison) else "rows alone, since there is one seed"
     caption = (
         f"Quality on the sealed test rows. {recommended}{write.name}: mean over seeds, with its {level} interval over "
         f"{spread}. The difference's interval holds for all deciding methods together; above 0 full is better. Drift: "
@@ -141,7 +141,7 @@ def _cost(comparison: Comparison) -> Table:
         value = float(getattr(row, field))
         if value <= 0:
             return NOTHING
-        share = sentences.to_full(value, getattr(full, field)) if full and row is not full else ""
+        share = "" if row is full else sentences.to_full(row, full, field)
         return f"{write(value)} · {share}" if share else write(value)
 
     rows = tuple(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fulltune.records.comparison import ManyTasks, TaskPart, Way
+from fulltune.records.comparison import ManyTasks, Way
 from fulltune.report.comparison.sentences import NOTHING, Writer, ratio
 from fulltune.report.format import words
 from fulltune.report.format.markdown import escaped, table
@@ -25,9 +25,10 @@ def write_tasks(folder: Path, found: ManyTasks) -> tuple[Path, ...]:
 
 
 def _markdown(found: ManyTasks) -> str:
-    scores = [
-        [row[0], *(_score(found, way, place) for way in found.ways)] for place, row in enumerate(task_rows(found))
-    ]
+    scores = []
+    for place, task in enumerate(found.tasks):
+        write = Writer(task.metric, _MARGIN)
+        scores.append([words.harmless(task.name), *(write.estimate(way.scores[place]) for way in found.ways)])
     lines = [
         f"# {counted(len(found.tasks), 'task')} on one base",
         "",
@@ -62,7 +63,7 @@ def summary(found: ManyTasks) -> list[str]:
             continue
         low, high = way.behind.low, way.behind.high
         lost = "full is better" if low > 0 else f"{way.arm} is better" if high < 0 else "no difference is certain"
-        said.append(f"{way.arm}: full minus it {_behind(way)} points, mean over the tasks: {lost}.")
+        said.append(f"Full minus {way.arm}: {_behind(way)} points, mean over the tasks: {lost}.")
     if all(way.behind is None for way in others):
         said.append("The tasks' metrics cannot be averaged, or one seed says too little: see each task's card.")
     return said
@@ -84,15 +85,12 @@ def way_rows(found: ManyTasks) -> list[list[str]]:
 
 def task_rows(found: ManyTasks) -> list[list[str]]:
     """By `TASK_HEADER`."""
-    return [
-        [words.harmless(task.name), f"{task.train_rows:,}", _verdict(task), words.metric_name(task.metric)]
-        for task in found.tasks
-    ]
-
-
-def _verdict(task: TaskPart) -> str:
-    take = f": {words.harmless(task.recommended)}" if task.verdict in ("PEFT", "EQUIVALENT") else ""
-    return f"{task.verdict}{take}"
+    rows = []
+    for task in found.tasks:
+        take = f": {words.harmless(task.recommended)}" if task.verdict in ("PEFT", "EQUIVALENT") else ""
+        verdict, metric = f"{task.verdict}{take}", words.metric_name(task.metric)
+        rows.append([words.harmless(task.name), f"{task.train_rows:,}", verdict, metric])
+    return rows
 
 
 def _behind(way: Way) -> str:
@@ -101,7 +99,3 @@ def _behind(way: Way) -> str:
     write = Writer("accuracy", _MARGIN)
     low, high = write.difference(way.behind.low), write.difference(way.behind.high)
     return f"{write.difference(way.behind.value)} [{low}, {high}]"
-
-
-def _score(found: ManyTasks, way: Way, place: int) -> str:
-    return Writer(found.tasks[place].metric, _MARGIN).estimate(way.scores[place])

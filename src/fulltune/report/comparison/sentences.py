@@ -85,14 +85,9 @@ class Writer:
 
 
 def label(decision: Decision) -> str:
-    """The verdict as it is shouted: with the method's name where it names one."""
-    match decision.verdict:
-        case "PEFT":
-            return f"PEFT: {decision.recommended}"
-        case "EQUIVALENT":
-            return f"EQUIVALENT: take {decision.recommended}"
-        case verdict:
-            return verdict
+    """The verdict in capitals, with the method's name where it names one."""
+    take = {"PEFT": f": {decision.recommended}", "EQUIVALENT": f": take {decision.recommended}"}
+    return decision.verdict + take.get(decision.verdict, "")
 
 
 def level(comparison: Comparison) -> str:
@@ -156,6 +151,7 @@ def marks(comparison: Comparison) -> list[str]:
 
 
 def _known(comparison: Comparison) -> list[Difference]:
+    """The deciding differences of which the spread between seeds is known."""
     return [one for one in comparison.decision.differences if one.decides and one.seeds_known]
 
 
@@ -166,11 +162,6 @@ def could_find(comparison: Comparison) -> str:
 
 def _found_from(differences: Sequence[Difference], write: Writer) -> str:
     return ", ".join(f"{write.found_from(one.detectable)} ({one.arm})" for one in differences)
-
-
-def seeds_known(comparison: Comparison) -> bool:
-    """Whether anything tells how much seeds differ."""
-    return any(one.seeds_known for one in comparison.decision.differences if one.decides)
 
 
 def _near_without_training(comparison: Comparison) -> str:
@@ -283,9 +274,10 @@ def ratio(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") + "×" if value >= 0.095 or value == 0 else f"{value:.2g}×"
 
 
-def to_full(value: float, full: float | None) -> str:
-    """The ratio to full fine-tuning; nothing where either is not known."""
-    return ratio(value / full) if full and value > 0 else ""
+def to_full(row: ArmRow, full: ArmRow | None, field: str) -> str:
+    """A cost relative to full fine-tuning's; empty where either is not known."""
+    value, whole = getattr(row, field), getattr(full, field, 0)
+    return ratio(value / whole) if whole and value > 0 else ""
 
 
 def fine_share(value: float) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jinja2
 
-from fulltune.report.format.blocks import Block, Report
+from fulltune.report.format.blocks import Report
 
-# Text from data, models and recipes goes through autoescape; only the drawings of `curves`, which escape their own
-# texts, are marked safe in the template.
+# Text from data, models and recipes goes through autoescape; only the SVG of `plots`, which escapes its own
+# texts, is marked safe in the template.
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -21,9 +21,4 @@ _TEMPLATES = jinja2.Environment(
 
 def page(report: Report, template: str = "report.html.j2") -> str:
     """Print the whole report as HTML."""
-    return _TEMPLATES.get_template(template).render(report=report, kind=_kind)
-
-
-def _kind(block: Block) -> str:
-    """Which of the template's macros prints this block."""
-    return type(block).__name__
+    return _TEMPLATES.get_template(template).render(report=report)

@@ -19,7 +19,6 @@ from fulltune.report.format.blocks import (
     Paragraph,
     Previews,
     Report,
-    Section,
     Table,
 )
 from fulltune.report.format.words import clipped
@@ -41,7 +40,7 @@ def markdown(report: Report) -> str:
     if report.key_figures:
         lines += [*(f"- {name}: {value}" for name, value in report.key_figures), ""]
     for section in report.sections:
-        lines += _section(section)
+        lines += [f"## {section.title}", "", *(line for block in section.blocks for line in _block(block))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -75,12 +74,6 @@ def fenced(text: str, language: str = "") -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _section(section: Section) -> Iterator[str]:
-    yield from (f"## {section.title}", "")
-    for block in section.blocks:
-        yield from _block(block)
 
 
 def _block(block: Block) -> Iterator[str]:

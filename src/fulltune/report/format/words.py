@@ -42,15 +42,13 @@ def estimate(name: str, value: Estimate) -> str:
     return f"{format_metric(name, value.value)} {interval(name, value)}"
 
 
-AT_THE_PEAK = "Each kind at the moment of a step that needs the most memory"
-"""What stands before `moment`: a kind that is 0 there can be large at another moment."""
-
-
-def moment(kinds: Mapping[MemoryKind, int]) -> str:
+def at_the_peak(kinds: Mapping[MemoryKind, int]) -> str:
     """Where in a step the most memory is held, told by what is held there."""
+    moment = "in the backward pass" if kinds.get("activations") else "in the optimizer's update"
     if not kinds.get("gradients"):
-        return "before the first gradient is made"
-    return "in the backward pass" if kinds.get("activations") else "in the optimizer's update"
+        moment = "before the first gradient is made"
+    # A kind that is 0 there can be large at another moment.
+    return f"Each kind at the moment of a step that needs the most memory: {moment}"
 
 
 def setting_value(value: Any) -> str:

@@ -34,7 +34,7 @@ def _kinds(plan: Plan) -> list[Block]:
         (row,),
         numeric=frozenset(range(len(row))),
     )
-    return [table, Paragraph(f"{words.AT_THE_PEAK}: {words.moment(need.kinds)}.")]
+    return [table, Paragraph(f"{words.at_the_peak(need.kinds)}.")]
 
 
 def _comparison(view: RunView, plan: Plan) -> list[Block]:
