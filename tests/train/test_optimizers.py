@@ -583,7 +583,7 @@ def test_rounding_of_fp32_weights_is_refused() -> None:
 
 
 def test_arguments_that_no_optimizer_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "_package_of", lambda optim: ("", ""))  # whether it is installed or not
+    monkeypatch.setattr(arguments, "package_of", lambda optim: ("", ""))  # whether it is installed or not
     extra = {"optim_args": "a=1"}
 
     assert problems_of(train={"optim": "adamw_8bit", "extra": extra}) == [

@@ -1,7 +1,10 @@
-"""The train stage, from the ground up: what both sides share, optimizers, the loop, the worker, the parent.
+"""The train stage: attempts in processes of their own, under guard.
 
-The modules here are shared by both processes. `optim/` has the optimizers that are not transformers', `loop/` what is
-changed of `transformers.Trainer` (one training step: `loop/guarded_step.py`), `worker/` one attempt in a process of its
-own (`worker/attempt.py` is its line, `worker/best.py` chooses the weights that are kept), `parent/` starts attempts
-and decides what follows one that failed (`parent/retry.py`).
+From the ground up: the modules here are shared by both processes; `optim/` has the optimizers that are not
+transformers'; `loop/` what is changed of `transformers.Trainer`; `worker/` one attempt (`attempt.py` is its line);
+`parent/` starts attempts and decides what follows (`retry.py` is its line).
+
+- One training step: `loop/guarded_step.py`.
+- Which weights are kept: `worker/best.py`.
+- What happens when memory runs out: `parent/next_attempt.py`, with what can be changed in `parent/memory_fallbacks.py`.
 """

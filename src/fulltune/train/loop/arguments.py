@@ -52,7 +52,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
             for name in recipe.train.report_to
             if name not in (*present, *NO_PACKAGES)
         ]
-    package, install = _package_of(recipe.train.optim or "")
+    package, install = package_of(recipe.train.optim or "")
     if package and importlib.util.find_spec(package) is None:
         problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
     if deepspeed.wanted(recipe) and importlib.util.find_spec("deepspeed") is None:
@@ -60,7 +60,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _package_of(optim: str) -> tuple[str, str]:
+def package_of(optim: str) -> tuple[str, str]:
     """The module that one of transformers' optimizers needs, and what to install; empty for torch's and our own."""
     if optim in OWN_OPTIMIZERS:
         return "", ""

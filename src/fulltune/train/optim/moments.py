@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 Format = Literal["fp32", "bf16", "8bit"]
+Name = Literal["exp_avg", "exp_avg_sq"]
 State = dict[str, Tensor]
 
 GROUP = 128
@@ -97,85 +98,71 @@ def start(num_values: int, moments: Format, device: torch.device) -> State:
     return {name: torch.zeros(num_values, dtype=kind, device=device) for name in ("exp_avg", "exp_avg_sq")}
 
 
-def read_first(state: Mapping[str, Tensor], begin: int, end: int, factor: float, out: Tensor) -> Tensor:
-    """`factor` times the first moment of values `begin` to `end`, fp32.
+def read(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
+    """`factor` times a moment, fp32 [end - begin].
 
-    fp32 moments are multiplied in place and returned themselves; the others are written into `out`.
+    Moments kept in fp32 are multiplied in place and returned themselves; others are written into out[whole groups].
     """
-    kept = state["exp_avg"]
-    if kept.dtype == torch.int8:
-        codes, scales = _groups(state, "exp_avg", begin, end)
-        found = out[: len(codes)].copy_(codes)
-        found.mul_(found.abs())
-        found.view(-1, GROUP).mul_((scales * (factor / _FIRST_TOP**2)).unsqueeze(1))
-        return found[: end - begin]
-    return _read_plain(kept, begin, end, factor, out)
+    kept = state[name]
+    if kept.dtype != torch.int8:
+        values = kept[begin:end]
+        return (values if kept.dtype == torch.float32 else out[: end - begin].copy_(values)).mul_(factor)
+    codes, scales = _groups(state, name, begin, end)
+    values = out[: len(codes)].copy_(codes)
+    if name == "exp_avg":
+        values.mul_(values.abs())
+        values.view(-1, GROUP).mul_((scales * (factor / _FIRST_TOP**2)).unsqueeze(1))
+    else:
+        values.add_(_SHIFT).view(-1, GROUP).mul_((scales * (factor**0.25 / _SECOND_TOP)).unsqueeze(1))
+        values.square_().square_()
+    return values[: end - begin]
 
 
-def read_second(state: Mapping[str, Tensor], begin: int, end: int, factor: float, out: Tensor) -> Tensor:
-    """The same of the second moment."""
-    kept = state["exp_avg_sq"]
-    if kept.dtype == torch.int8:
-        codes, scales = _groups(state, "exp_avg_sq", begin, end)
-        found = out[: len(codes)].copy_(codes).add_(_SHIFT)
-        found.view(-1, GROUP).mul_((scales * (factor**0.25 / _SECOND_TOP)).unsqueeze(1))
-        found.square_().square_()
-        return found[: end - begin]
-    return _read_plain(kept, begin, end, factor, out)
-
-
-def _read_plain(kept: Tensor, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
-    found = kept[begin:end]
-    return (found if kept.dtype == torch.float32 else out[: end - begin].copy_(found)).mul_(factor)
-
-
-def write_first(
-    state: State, begin: int, values: Tensor, scratch: Tensor, noise: Noise, numbers: tuple[int, ...]
+def write(
+    state: State, name: Name, begin: int, values: Tensor, other: Tensor, noise: Noise, numbers: tuple[int, ...]
 ) -> None:
-    """Keep the first moment of the values from `begin` on; `values` and `scratch` are overwritten."""
-    if state["exp_avg"].dtype != torch.int8:
-        _write_plain(state["exp_avg"], begin, values, noise, numbers)
+    """Keep a moment's fp32 values[count] from `begin` on; they are overwritten.
+
+    Args:
+        state: Of the tensor.
+        name: The moment.
+        begin: At the start of a group.
+        values: In a buffer of whole groups.
+        other: Of the first moment a buffer to overwrite; of the second one its square_root[count].
+        noise: Random numbers for rounding.
+        numbers: Tell this use of them from others.
+    """
+    place = state[name][begin : begin + len(values)]
+    if place.dtype == torch.bfloat16:
+        round_at_random(values, noise.bits(len(values), *numbers))
+    if place.dtype != torch.int8:
+        if place.data_ptr() != values.data_ptr():
+            place.copy_(values)
         return
-    codes, scales = _groups(state, "exp_avg", begin, begin + len(values))
+    codes, scales = _groups(state, name, begin, begin + len(values))
     values = _padded(values, len(codes))
-    size = torch.abs(values, out=scratch[: len(values)])
-    torch.amax(size.view(-1, GROUP), 1, out=scales)
-    scales.clamp_min_(_LEAST_SCALE)
-    # x / sqrt|x| is the signed root.
-    values.mul_(size.clamp_min_(_TINY).rsqrt_())
-    values.view(-1, GROUP).mul_((_FIRST_TOP * scales.rsqrt()).unsqueeze(1))
-    codes.copy_(values.add_(noise.units(len(values), *numbers)).floor_())
-
-
-def write_second(
-    state: State, begin: int, values: Tensor, square_root: Tensor, noise: Noise, numbers: tuple[int, ...]
-) -> None:
-    """The same of the second moment, whose square root is given too; `values` is overwritten."""
-    if state["exp_avg_sq"].dtype != torch.int8:
-        _write_plain(state["exp_avg_sq"], begin, values, noise, numbers)
+    grouped = values.view(-1, GROUP)
+    if name == "exp_avg":
+        size = torch.abs(values, out=other[: len(values)])
+        torch.amax(size.view(-1, GROUP), 1, out=scales)
+        scales.clamp_min_(_LEAST_SCALE)
+        # x / sqrt|x| is the signed root.
+        values.mul_(size.clamp_min_(_TINY).rsqrt_())
+        grouped.mul_((_FIRST_TOP * scales.rsqrt()).unsqueeze(1))
+        codes.copy_(values.add_(noise.units(len(values), *numbers)).floor_())
         return
-    codes, scales = _groups(state, "exp_avg_sq", begin, begin + len(values))
-    values = root(_padded(square_root, len(codes)), _padded(values, len(codes)))
-    torch.amax(values.view(-1, GROUP), 1, out=scales)
+    root(_padded(other, len(codes)), values)
+    torch.amax(grouped, 1, out=scales)
     scales.clamp_min_(_LEAST_SCALE)
-    values.view(-1, GROUP).mul_((_SECOND_TOP / scales).unsqueeze(1))
-    seen = values.sign()
+    grouped.mul_((_SECOND_TOP / scales).unsqueeze(1))
+    positive = values.sign()
     values.add_(noise.units(len(values), *numbers))
     # At least code 1 where v is positive.
-    codes.copy_(torch.maximum(values, seen, out=values).floor_().sub_(_SHIFT))
-
-
-def _write_plain(kept: Tensor, begin: int, values: Tensor, noise: Noise, numbers: tuple[int, ...]) -> None:
-    place = kept[begin : begin + len(values)]
-    if kept.dtype == torch.bfloat16:
-        round_at_random(values, noise.bits(len(values), *numbers))
-        place.copy_(values)
-    elif place.data_ptr() != values.data_ptr():
-        place.copy_(values)
+    codes.copy_(torch.maximum(values, positive, out=values).floor_().sub_(_SHIFT))
 
 
 def round_at_random(values: Tensor, bits: Tensor) -> None:
-    """Make fp32 values bf16 ones in place, up or down with chances that are right on average.
+    """Make fp32 values[count] bf16 ones in place by bits[count], up or down with chances that are right on average.
 
     The lower 16 bits are what bf16 lacks: random bits are added to them, then they are cut off. A value that bf16 has
     stays as it is.
@@ -184,20 +171,18 @@ def round_at_random(values: Tensor, bits: Tensor) -> None:
 
 
 def root(values: Tensor, out: Tensor) -> Tensor:
-    """Square roots, 0 only of 0; on the CPU torch.sqrt takes five times as long."""
+    """Square roots out[count] of values[count], 0 only of 0; on the CPU torch.sqrt takes five times as long."""
     return torch.clamp_min(values, _TINY, out=out).rsqrt_().mul_(values)
 
 
 def _groups(state: Mapping[str, Tensor], name: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of whole groups; `begin` is at the start of one."""
+    """codes[groups * GROUP] and scales[groups]; `begin` is at the start of one."""
     first, last = begin // GROUP, -(-end // GROUP)
     return state[name][first * GROUP : last * GROUP], state[f"{name}_scale"][first:last]
 
 
 def _padded(values: Tensor, length: int) -> Tensor:
-    """The buffer from the first value on, with zeros up to `length`; `values` lies in a buffer of whole groups."""
-    if len(values) == length:
-        return values
-    longer = values.as_strided((length,), (1,))
+    """values[count], which lie in a buffer of whole groups, with zeros up to [length]."""
+    longer = values if len(values) == length else values.as_strided((length,), (1,))
     longer[len(values) :] = 0.0
     return longer

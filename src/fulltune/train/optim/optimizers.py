@@ -121,11 +121,11 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         if gradient.dtype != torch.float32:
             gradient = buffers.gradient[: len(kept)].copy_(gradient)
-        first = moments.read_first(state, begin, end, beta1, buffers.first).add_(gradient, alpha=1 - beta1)
-        second = moments.read_second(state, begin, end, beta2, buffers.second)
+        first = moments.read(state, "exp_avg", begin, end, beta1, buffers.first).add_(gradient, alpha=1 - beta1)
+        second = moments.read(state, "exp_avg_sq", begin, end, beta2, buffers.second)
         second.addcmul_(gradient, gradient, value=1 - beta2)
         square_root = moments.root(second, buffers.other[: len(kept)])
-        moments.write_second(state, begin, second, square_root, buffers.noise, (*numbers, _SECOND))
+        moments.write(state, "exp_avg_sq", begin, second, square_root, buffers.noise, (*numbers, _SECOND))
         # lr m' / (sqrt(v') + eps), where m' and v' are divided by 1 - beta^step, with one division less.
         correction = (1 - beta2**step) ** 0.5
         rate = group["lr"] * correction / (1 - beta1**step)
@@ -139,7 +139,7 @@ class AdamW(torch.optim.Optimizer):
         weights.addcdiv_(first, square_root.add_(group["eps"] * correction), value=-rate)
         if kept.dtype != torch.float32:
             self._narrow(weights, kept, state.get("compensation"), begin, buffers, numbers)
-        moments.write_first(state, begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
+        moments.write(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
 
     def _narrow(
         self,
@@ -184,7 +184,7 @@ class AdamW(torch.optim.Optimizer):
         count = parameter.numel()
         out = torch.empty(-(-count // moments.GROUP) * moments.GROUP, device=parameter.device)
         flat = {**state, "exp_avg_sq": state["exp_avg_sq"].reshape(-1)}
-        return moments.read_second(flat, 0, count, 1.0, out).reshape(parameter.shape).clone()
+        return moments.read(flat, "exp_avg_sq", 0, count, 1.0, out).reshape(parameter.shape).clone()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,9 +224,11 @@ class AdamW(torch.optim.Optimizer):
         for begin in range(0, parameter.numel(), buffers.size):
             end = min(begin + buffers.size, parameter.numel())
             numbers = (step, place, begin)
-            second = buffers.second[: end - begin].copy_(moments.read_second(source, begin, end, 1.0, buffers.second))
+            second = moments.read(source, "exp_avg_sq", begin, end, 1.0, buffers.second)
+            second = buffers.second[: end - begin].copy_(second)
             square_root = moments.root(second, buffers.other[: end - begin])
-            moments.write_second(state, begin, second, square_root, buffers.noise, (*numbers, _SECOND))
-            first = buffers.first[: end - begin].copy_(moments.read_first(source, begin, end, 1.0, buffers.first))
-            moments.write_first(state, begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
+            moments.write(state, "exp_avg_sq", begin, second, square_root, buffers.noise, (*numbers, _SECOND))
+            first = moments.read(source, "exp_avg", begin, end, 1.0, buffers.first)
+            first = buffers.first[: end - begin].copy_(first)
+            moments.write(state, "exp_avg", begin, first, buffers.other, buffers.noise, (*numbers, _FIRST))
         return state

@@ -16,7 +16,7 @@ from fulltune.errors import SetupError
 QUIET_SECONDS = 120.0
 """A compilation whose owner cannot be seen (another machine, another container) writes nothing for so long at most."""
 LONGEST_SECONDS = 1200.0
-_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0
 Say = Callable[[str], None]
 Note = Callable[[str, str], None]
 
@@ -77,7 +77,7 @@ def clear_lock(lock: Path, phase: Say, note: Note) -> None:
         if waiting != said:
             phase(waiting)
         said = waiting
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _holder(lock: Path) -> int | None:

@@ -61,7 +61,8 @@ def same_buffers(model: Any) -> Iterator[None]:
 
 
 def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """Of those that have one. With a rate of 0 a finite gradient moves nothing; 0 times infinity is not a number.
+    """Of those parameters, of any shape, that have one. With a rate of 0 a finite gradient moves nothing; 0 times
+    infinity is not a number.
 
     NaN goes through both numbers of `aminmax`, which cost no copy of the gradient, as `isfinite` would.
     """

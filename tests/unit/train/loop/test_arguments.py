@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.train.loop.arguments import _package_of, check_extra
+from fulltune.train.loop.arguments import check_extra, package_of
 from tests import plans
 
 
@@ -34,8 +34,8 @@ from tests import plans
         ("stable_adamw", "torch-optimi"),
     ],
 )
-def test_package_of_each_kind_of_optimizer(optim: str, install: str) -> None:
-    assert _package_of(optim)[1] == install
+def testpackage_of_each_kind_of_optimizer(optim: str, install: str) -> None:
+    assert package_of(optim)[1] == install
 
 
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from fulltune.train.worker import extensions
 
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    monkeypatch.setattr(extensions, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(extensions, "POLL_SECONDS", 0.02)
     return []
 
 
