@@ -1,4 +1,4 @@
-"""From Python: a run with the user's own functions. Layer 4, like the command line."""
+"""From Python: a run with the user's own functions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def job(
 
     Args:
         recipe: A recipe, or the path of one.
-        run_folder: Work in this folder; left out, the newest unfinished run of this recipe or a new one in `output`.
+        run_folder: Work in this folder; default: the newest unfinished run of this recipe, or a new one in `output`.
         fresh: Never continue an unfinished run.
         metrics: `metrics(predictions, references) -> {name: value}`, further metrics of the test rows. Classifiers
             give numbers of classes, which are places in `result.summary.labels` (0/1 rows for several labels, numbers
@@ -116,7 +116,7 @@ def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
 
     Args:
         run: A run folder, or the folder of a model that fulltune wrote.
-        method: Which of a run's models; left out, the only one, or what a comparison's verdict recommends.
+        method: Which of a run's models; default: the only one, or the one that the comparison recommends.
 
     Raises:
         SetupError: When there is no such model.

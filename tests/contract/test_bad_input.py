@@ -544,7 +544,7 @@ def test_model_folder_without_model_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, model="./docs"),
         RECIPE,
-        f"model: {case.folder}/docs: is no model folder: config.json is missing (found: readme.txt)",
+        f"model: {case.folder}/docs: is not a model folder: config.json is missing (found: readme.txt)",
     )
 
 
@@ -601,7 +601,7 @@ def test_model_weights_cut_short_are_refused(case: Case, broken_model: Path) -> 
     weights.write_bytes(weights.read_bytes()[:-100])
     result = case.data(CSV, model=broken_model)
     assert result.code == RECIPE
-    assert result.problems[0].startswith(f"model: {broken_model}: model.safetensors is no whole safetensors file (")
+    assert result.problems[0].startswith(f"model: {broken_model}: model.safetensors is not a whole safetensors file (")
     assert result.problems[0].endswith("); copy or download it again")
 
 
@@ -717,7 +717,7 @@ def test_recipe_missing_is_refused(tmp_path: Path) -> None:
 
 
 def test_recipe_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    refused(fulltune("run", tmp_path), RECIPE, f"{tmp_path}: is no run folder of fulltune (recipe.json is missing)")
+    refused(fulltune("run", tmp_path), RECIPE, f"{tmp_path}: is not a run folder of fulltune (recipe.json is missing)")
 
 
 def test_recipe_not_text_is_refused(tmp_path: Path) -> None:
@@ -850,7 +850,7 @@ def test_run_folder_with_other_files_is_refused(case: Case) -> None:
     refused(
         fulltune("data", case.recipe(), "--run-folder", case.folder),
         RECIPE,
-        f"{case.folder}: is not empty and no run folder of fulltune; name another folder",
+        f"{case.folder}: is not empty and not a run folder of fulltune; name another folder",
     )
 
 

@@ -19,7 +19,7 @@ from fulltune import selfcheck
 from fulltune.cli import app as cli
 from fulltune.records.plan import StateBytes
 from fulltune.selfcheck import attention, precision, processes, tiny, training
-from fulltune.selfcheck.devices import Check, Device, NotHere, Result, environment
+from fulltune.selfcheck.devices import Device, NotHere, Result, SelfCheck, environment
 from fulltune.selfcheck.page import without_names
 from tests.contract.command import fulltune
 
@@ -42,7 +42,7 @@ def names_in(text: str) -> list[str]:
     return [name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
 
 
-def only(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> None:
+def only(monkeypatch: pytest.MonkeyPatch, *checks: SelfCheck) -> None:
     monkeypatch.setattr(selfcheck, "CHECKS", checks)
     monkeypatch.setattr(selfcheck, "devices", lambda: (CPU,))
 
@@ -80,7 +80,7 @@ def test_broken_check_is_on_the_page_and_exits_2(broken: str, tmp_path: Path, mo
     def absent(device: Device) -> Result:
         raise NotHere("there is none")
 
-    only(monkeypatch, Check("precision", "a broken one", function), Check("speed", "an absent one", absent))
+    only(monkeypatch, SelfCheck("precision", "a broken one", function), SelfCheck("speed", "an absent one", absent))
     result = fulltune("selfcheck", "--json", "-o", tmp_path / "page.md")
 
     assert result.code == 2

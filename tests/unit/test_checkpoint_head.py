@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from fulltune.models.base import Base
-from fulltune.models.checkpoint_head import Head, by_name, settled
+from fulltune.models.checkpoint_head import Head, by_name, expected_head
 from fulltune.models.load import load
 from fulltune.models.shapes import shapes_of
 from fulltune.plan import defaults
@@ -48,10 +48,10 @@ def test_head_of_another_class_is_not_taken() -> None:
         architectures=["BertForTokenClassification"], id2label=dict(enumerate(LABELS)), label2id={}
     )
     changes = {"id2label": dict(enumerate(LABELS))}
-    assert settled(config, "BertForTokenClassification", changes).order == (0, 1, 2)
-    assert settled(config, "BertForSequenceClassification", changes).order is None
-    assert settled(config, "BertForTokenClassification", {}) == Head((), "")  # has no rows for labels
-    assert settled(config, "BertForMultipleChoice", {}).order is None
+    assert expected_head(config, "BertForTokenClassification", changes).order == (0, 1, 2)
+    assert expected_head(config, "BertForSequenceClassification", changes).order is None
+    assert expected_head(config, "BertForTokenClassification", {}) == Head((), "")  # has no rows for labels
+    assert expected_head(config, "BertForMultipleChoice", {}).order is None
 
 
 def _checkpoint(folder: Path, kind: str, task: str, labels: tuple[str, ...]) -> Any:

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from fulltune.errors import SetupError
-from fulltune.system import hardware
+from fulltune.system import hardware, proc
 
 MEMINFO = "MemTotal: 16000 kB\nMemFree: 1000 kB\nMemAvailable: 8000 kB\n"
 K = 1024
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
-    monkeypatch.setattr(hardware, "_read", lambda path: files.get(str(path), ""))
+    monkeypatch.setattr(proc, "lines_of", lambda path: files.get(path, "").splitlines())
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_bf16_speedup_leaves_the_random_numbers_alone() -> None:
 
 def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {"/proc/meminfo": MEMINFO})
-    unlimited = hardware.resource.RLIM_INFINITY
-    limits = {hardware.resource.RLIMIT_DATA: 3000 * K, hardware.resource.RLIMIT_AS: unlimited}
-    monkeypatch.setattr(hardware.resource, "getrlimit", lambda kind: (limits[kind], unlimited))
+    unlimited = proc.resource.RLIM_INFINITY
+    limits = {proc.resource.RLIMIT_DATA: 3000 * K, proc.resource.RLIMIT_AS: unlimited}
+    monkeypatch.setattr(proc.resource, "getrlimit", lambda kind: (limits[kind], unlimited))
     assert hardware._memory_bytes() == (3000 * K, 3000 * K)
 
 

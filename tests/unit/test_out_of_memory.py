@@ -137,7 +137,7 @@ def test_asked_bytes_reads_what_could_not_be_had(text: str, expected: int) -> No
 def test_kernel_kills_are_counted_as_near_to_the_process_as_possible(
     files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(out_of_memory, "_lines", lambda path: files.get(path, "").splitlines())
+    monkeypatch.setattr(out_of_memory, "lines_of", lambda path: files.get(path, "").splitlines())
 
     assert kernel_kills() == expected
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import os
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import transformers
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
+
+from fulltune.text import did_you_mean
 
 
 class FulltuneNotice(UserWarning):
@@ -122,13 +123,8 @@ def signed(signature: inspect.Signature) -> Callable[[_Function], _Function]:
 
 def _their_signature() -> inspect.Signature:
     theirs = inspect.signature(transformers.TrainingArguments.__init__)
-    ours = {"logging_nan_inf_filter": False}
-    return theirs.replace(
-        parameters=[
-            parameter.replace(default=ours.get(name, parameter.default))
-            for name, parameter in theirs.parameters.items()
-        ]
-    )
+    ours = theirs.parameters["logging_nan_inf_filter"].replace(default=False)
+    return theirs.replace(parameters=list({**theirs.parameters, ours.name: ours}.values()))
 
 
 def _named(positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,9 +179,8 @@ def _names_of_today(given: Mapping[str, Any]) -> dict[str, Any]:
     result = {name: value for name, value in given.items() if name in known and name not in OLD_NAMES}
     for name in given:
         if name not in known and name not in OLD_NAMES:
-            near = difflib.get_close_matches(name, [*known, *OLD_NAMES], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"TrainingArguments: unknown argument {name!r}{hint}")
+            hint = did_you_mean(name, [*known, *OLD_NAMES])
+            raise TypeError(f"TrainingArguments: unknown argument {name!r}" + (f"; {hint}" if hint else ""))
     old = {name: value for name, value in given.items() if name in OLD_NAMES and value is not None}
     _join_organization(old, given)
     _use_logging_dir(old, given)

@@ -94,7 +94,8 @@ def longest(dataset: Any, how_many: int, name: str, length_name: str) -> list[in
     elif (counted := _column_lengths(dataset, name)) is not None:
         lengths = counted
     else:
-        positions = _spread(len(dataset), NUM_MEASURED_ROWS)
+        some = min(len(dataset), NUM_MEASURED_ROWS)
+        positions = [number * len(dataset) // some for number in range(some)]  # evenly spaced
         if positions and _row_length(dataset[positions[0]], name) is None:
             return list(range(min(how_many, len(dataset))))
         lengths = [_row_length(dataset[i], name) or 0 for i in positions]
@@ -110,13 +111,6 @@ def _column_lengths(dataset: Any, name: str) -> list[int] | None:
         return None
     tables = dataset.select_columns([name]).with_format("arrow").iter(10_000)
     return [length or 0 for table in tables for length in pyarrow.compute.list_value_length(table[name]).to_pylist()]
-
-
-def _spread(total: int, limit: int) -> list[int]:
-    """At most `limit` numbers below `total`, evenly spaced."""
-    if total <= limit:
-        return list(range(total))
-    return [index * total // limit for index in range(limit)]
 
 
 def _row_length(row: Any, name: str) -> int | None:

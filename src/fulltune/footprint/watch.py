@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fulltune.footprint.case import Case, batch_of, build, cut
-from fulltune.inference.run import logits_of
+from fulltune.inference.run import autocast, logits_of
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.tasks import LossSettings, Task, seq2seq
 
@@ -30,7 +30,7 @@ _INDEXING = (
 
 
 @dataclass(frozen=True)
-class Change:
+class MemoryChange:
     """A block of memory that came into being, or (negative bytes) went."""
 
     place: str
@@ -42,7 +42,7 @@ class Change:
 class Story:
     """What happened while a model ran."""
 
-    changes: list[Change] = field(default_factory=list)
+    changes: list[MemoryChange] = field(default_factory=list)
     kinds: dict[int, str] = field(default_factory=dict)
     """Block to its kind; the others are activations."""
     flops: float = 0.0
@@ -106,10 +106,10 @@ class Watch(TorchDispatchMode):
             if not self._open:
                 return
             del self._blocks[key]
-            self.story.changes.append(Change(self.place, block, -size))
+            self.story.changes.append(MemoryChange(self.place, block, -size))
 
         self._blocks[key] = (block, size, weakref.ref(storage, gone))
-        self.story.changes.append(Change(self.place, block, size))
+        self.story.changes.append(MemoryChange(self.place, block, size))
         if func is _aten._to_copy.default and tuple(tensor.shape) in self._parameters:
             self.story.kinds[block] = "buffers"
         elif tensor.dim() > 1 and tuple(tensor.shape) in self._trained:
@@ -208,16 +208,6 @@ def stacks_of(model: Any, depths: set[int]) -> list[Any]:
     return [module for _, module in found]
 
 
-@contextlib.contextmanager
-def computing(precision: str) -> Iterator[None]:
-    """As the Trainer computes on a CPU."""
-    if precision == "fp32":
-        yield
-        return
-    with torch.autocast("cpu", dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision]):
-        yield
-
-
 # ---- a whole step ----------------------------------------------------------------------------------------------
 
 
@@ -291,7 +281,7 @@ def _micro_batch(case: Case, model: Any, batch: dict[str, Any], watch: Watch, tr
     if case.task.FACTS is seq2seq.FACTS:
         inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, labels)
     selecting = contextlib.nullcontext() if head is None else head.only(labels)
-    with computing("fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
+    with autocast("cpu", "fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
         logits = logits_of(model(**inputs)).float()
     watch.place = "forward loss"
     loss = case.task.loss(logits, labels, case.target, LossSettings())

@@ -1,6 +1,6 @@
 """Run rows through a model and keep a few numbers each: used during training, for evaluation and for `predict`.
 
-Layer 1. Rows are batched by length and put back in their order; logits are reduced batch by batch, so memory does not
+Rows are batched by length and put back in their order; logits are reduced batch by batch, so memory does not
 grow with the number of rows.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+T = TypeVar("T")
 Watch = Callable[[int, int, float], None]
 """Told how many rows are done, of how many, and which share of the work that is."""
 
@@ -58,29 +59,45 @@ def run_rows(
     Returns:
         Name to array; the first axis is the row, in the given order.
     """
+
+    def kept(positions: Sequence[int]) -> dict[str, np.ndarray]:
+        batch = _on_device(model, model_batch(model, task, [rows[i] for i in positions], pad_token_id))
+        labels = batch.pop("labels")
+        selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
+        with autocast(model.device.type, precision), selecting:
+            logits = logits_of(model(**batch))
+        return {name: _as_array(values) for name, values in task.reduce(logits, labels, target).items()}
+
+    parts, place = _longest_rows_first(model, rows, batch_size, watch, kept)
+    return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
+
+
+def _longest_rows_first(
+    model: PreTrainedModel,
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    watch: Watch,
+    run: Callable[[Sequence[int]], T],
+) -> tuple[list[T], np.ndarray]:
+    """What `run` gives for the positions of each batch, in evaluation mode, and the place of each row in it [rows]."""
     import torch
 
     lengths = lengths_of(rows)
     order = longest_first(lengths)
-    device = next(model.parameters()).device
-    parts: list[dict[str, np.ndarray]] = []
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for positions in watched(order, batch_size, lengths, watch):
-            batch = {
-                name: tensor.to(device)
-                for name, tensor in model_batch(model, task, [rows[i] for i in positions], pad_token_id).items()
-            }
-            labels = batch.pop("labels")
-            selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
-            with autocast(device.type, precision), selecting:
-                logits = logits_of(model(**batch))
-            kept = task.reduce(logits, labels, target)
-            parts.append({name: _as_array(values) for name, values in kept.items()})
+        parts = [run(positions) for positions in watched(order, batch_size, lengths, watch)]
     model.train(was_training)
-    place = np.argsort(order)
-    return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
+    return parts, np.argsort(order)
+
+
+def _as_array(values: Any) -> np.ndarray:
+    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+def _on_device(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def model_batch(
@@ -102,10 +119,6 @@ def logits_of(outputs: Any) -> torch.Tensor:
     return outputs.logits
 
 
-def _as_array(values: Any) -> np.ndarray:
-    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
-
-
 def embeddings(
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Any]],
@@ -117,27 +130,19 @@ def embeddings(
     watch: Watch = unwatched,
 ) -> np.ndarray:
     """Mean of the last hidden states over real tokens, scaled to length 1: float32 [rows, hidden]."""
-    import torch
     import torch.nn.functional as F
 
-    body = getattr(model, model.base_model_prefix, model)
-    device = next(model.parameters()).device
-    lengths = lengths_of(rows)
-    order = longest_first(lengths)
-    parts = []
-    model.eval()
-    with torch.no_grad():
-        for positions in watched(order, batch_size, lengths, watch):
-            batch = {
-                name: tensor.to(device)
-                for name, tensor in task.collate([rows[i] for i in positions], pad_token_id).items()
-                if name != "labels"
-            }
-            with autocast(device.type, precision):
-                hidden = body(**batch).last_hidden_state
-            mean = _mean(hidden.float(), batch.get("attention_mask"))
-            parts.append(F.normalize(mean, dim=-1).cpu().numpy())
-    return np.concatenate(parts)[np.argsort(order)]
+    body: Any = getattr(model, model.base_model_prefix, model)
+
+    def mean(positions: Sequence[int]) -> np.ndarray:
+        batch = _on_device(model, task.collate([rows[i] for i in positions], pad_token_id))
+        del batch["labels"]
+        with autocast(model.device.type, precision):
+            hidden = body(**batch).last_hidden_state
+        return F.normalize(_mean(hidden.float(), batch.get("attention_mask")), dim=-1).cpu().numpy()
+
+    parts, place = _longest_rows_first(model, rows, batch_size, watch, mean)
+    return np.concatenate(parts)[place]
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -158,82 +163,43 @@ def generate(
     precision: str,
     watch: Watch = unwatched,
 ) -> list[str]:
-    """Greedy answers to tokenised prompts, decoded without special tokens. Prompts are padded on the left."""
-    import torch
+    """Greedy answers to tokenised prompts, decoded without special tokens.
 
-    if model.config.is_encoder_decoder:
-        return _write(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            precision=precision,
-            watch=watch,
-        )
-    device = next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = limit and limit - virtual_tokens_of(model)
-    answers = [""] * len(prompts)
-    model.eval()
-    for positions in watched(order, batch_size, np.ones(len(prompts)), watch):
-        # Prompt and answer share the model's positions; a prompt keeps at least half of them.
-        room = max(limit - max_new_tokens, limit // 2) if limit else None
-        chosen = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
-        width = max(len(ids) for ids in chosen)
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in chosen], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in chosen], device=device)
-        with torch.no_grad(), autocast(device.type, precision):
-            made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=min(max_new_tokens, limit - room) if limit and room else max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        for position, row in zip(positions, made[:, width:], strict=True):
-            answers[position] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
-    return answers
-
-
-def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    precision: str,
-    watch: Watch,
-) -> list[str]:
-    """The same for an encoder-decoder. Sources are padded on the right, as in training.
-
-    What the model's own generation settings say about beams and lengths is left out: often it is meant for texts of
-    another kind, such as summaries of at least 56 tokens.
+    A decoder's prompts are padded on the left; an encoder-decoder's on the right, as in training. What the latter's
+    own generation settings say about beams and lengths is left out: often it is meant for texts of another kind, such
+    as summaries of at least 56 tokens.
     """
     import torch
 
-    device = next(model.parameters()).device
+    two_parts = model.config.is_encoder_decoder
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    answers = [""] * len(sources)
+    if two_parts:
+        room, most = None, limit and limit - 1
+        options: dict[str, Any] = {"num_beams": 1, "early_stopping": False, "min_length": 0, "no_repeat_ngram_size": 0}
+    else:
+        # Prompt and answer share the model's positions; a prompt keeps at least half of them.
+        limit = limit and limit - virtual_tokens_of(model)
+        room = max(limit - max_new_tokens, limit // 2) if limit else None
+        most, options = limit and room and limit - room, {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
     model.eval()
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    for positions in watched(order, batch_size, np.ones(len(sources)), watch):
-        chosen = [sources[i] for i in positions]
-        with torch.no_grad(), autocast(device.type, precision):
+    for positions in watched(order, batch_size, np.ones(len(prompts)), watch):
+        chosen = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
+        if two_parts:
+            ids, attention = padded(chosen, tokenizer.pad_token_id), mask(chosen)
+        else:
+            ids, attention = padded([row[::-1] for row in chosen], tokenizer.pad_token_id).flip(1), mask(chosen).flip(1)
+        with torch.no_grad(), autocast(model.device.type, precision):
             made: torch.Tensor = model.generate(  # type: ignore[operator]  # a method of a mixin
-                input_ids=padded(chosen, tokenizer.pad_token_id).to(device),
-                attention_mask=mask(chosen).to(device),
-                max_new_tokens=min(max_new_tokens, limit - 1) if limit else max_new_tokens,
+                input_ids=ids.to(model.device),
+                attention_mask=attention.to(model.device),
+                max_new_tokens=min(max_new_tokens, most) if most else max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-                num_beams=1,
-                early_stopping=False,
-                min_length=0,
-                no_repeat_ngram_size=0,
+                **options,
             )
-        for position, row in zip(positions, made, strict=True):
+        for position, row in zip(positions, made if two_parts else made[:, ids.shape[1] :], strict=True):
             answers[position] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
     return answers
 
@@ -278,11 +244,9 @@ def lengths_of(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Tokens of each row [rows]."""
     # Prepared rows have their lengths in one column: reading them one by one would also decode all images.
     columns: Any = rows
-    return np.asarray([_length(row) for row in rows] if isinstance(rows, (list, tuple)) else columns[LENGTH])
-
-
-def _length(row: Mapping[str, Any]) -> int:
-    return int(row[LENGTH]) if LENGTH in row else len(row["input_ids"])
+    if not isinstance(rows, (list, tuple)):
+        return np.asarray(columns[LENGTH])
+    return np.asarray([row[LENGTH] if LENGTH in row else len(row["input_ids"]) for row in rows])
 
 
 def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:

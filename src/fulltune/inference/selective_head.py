@@ -1,4 +1,4 @@
-"""Apply a model's output head only where a token is trained or scored: logits [tokens, vocabulary]. Layer 1.
+"""Apply a model's output head only where a token is trained or scored: logits [tokens, vocabulary].
 
 The head of a language model is a large part of its work and its logits are most of the memory, yet a prompt's logits
 are thrown away. A hook in front of the head picks the hidden states that are needed; what follows the head in some

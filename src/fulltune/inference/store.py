@@ -1,4 +1,4 @@
-"""Where prepared rows lie: one arrow file per split, memory-mapped, features and words side by side. Layer 1.
+"""Where prepared rows lie: one arrow file per split, memory-mapped, features and words side by side.
 
 The file is an Arrow stream, so `datasets.Dataset.from_file` reads it as well. Reading a row copies nothing: its lists
 are numpy views into the mapped file.

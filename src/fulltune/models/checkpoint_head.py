@@ -1,4 +1,4 @@
-"""What becomes of a head that a checkpoint brings: kept by the names of its labels, or drawn anew. Layer 1.
+"""What becomes of a head that a checkpoint brings: kept by the names of its labels, or drawn anew.
 
 Weights are loaded by name and shape, which says nothing about what a row of a head means: a classifier with as many
 labels as the task would be kept by position, with its classes mixed up.
@@ -41,7 +41,7 @@ _MISSING = Head(None, "the checkpoint has none for this task")
 _AS_IT_IS = Head((), "")
 
 
-def settled(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> Head:
+def expected_head(brought: PretrainedConfig, model_class: str, changes: Mapping[str, Any]) -> Head:
     """What the configs say; whether the checkpoint's weights hold a head is known when they are loaded.
 
     Args:
@@ -79,7 +79,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has_labels: bool) -> Head:
-    """Give a loaded model the head that was settled on; returns what it has got.
+    """Give a loaded model the head that the configs promise; returns what it has got.
 
     Args:
         model: With the checkpoint's values wherever names and shapes fit.

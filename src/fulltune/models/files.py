@@ -137,7 +137,7 @@ def _check_folder(path: Path, name: str, block: ModelBlock, weights: bool) -> No
         if ggufs:
             raise SetupError(f"model: {name}: is a folder with GGUF files; name the file: {path.name}/{ggufs[0]}")
         found = ", ".join(files[:5]) or "nothing"
-        raise SetupError(f"model: {name}: is no model folder: config.json is missing (found: {found})")
+        raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {found})")
     if not weights:
         return
     whole = [file for file in files if file.endswith(".safetensors")]
@@ -167,7 +167,7 @@ def _check_whole(file: Path, name: str) -> None:
         ) from None
     except (SafetensorError, OSError) as error:
         raise SetupError(
-            f"model: {name}: {file.name} is no whole safetensors file ({error}); copy or download it again"
+            f"model: {name}: {file.name} is not a whole safetensors file ({error}); copy or download it again"
         ) from None
 
 

@@ -67,7 +67,7 @@ def load(
         )
     missing = _check_loaded(model, info, block, head_is_new)
     if head_is_new:
-        head = checkpoint_head.settled(base.config, type(model).__name__, config_changes)
+        head = checkpoint_head.expected_head(base.config, type(model).__name__, config_changes)
         on_head(checkpoint_head.put_in_order(model, missing, head, "id2label" in config_changes))
     _forget_gguf(model)
     return model

@@ -1,4 +1,4 @@
-"""Whether a model keeps texts that share a row apart, tried on a one-layer copy with random weights. Layer 1.
+"""Whether a model keeps texts that share a row apart, tried on a one-layer copy with random weights.
 
 transformers builds a block-wise attention mask from position ids that begin again, when there is no attention mask; yet
 not every model uses it (OPT and BLOOM do not), and not every attention kernel.

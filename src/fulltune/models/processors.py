@@ -1,4 +1,4 @@
-"""What turns rows into a model's inputs: its tokenizer, or for images its image processor. Layer 1."""
+"""What turns rows into a model's inputs: its tokenizer, or for images its image processor."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def shapes_of(base: Base, config_changes: Mapping[str, Any], apply: Callable[[An
             apply(model)
         held = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    head = checkpoint_head.settled(base.config, type(model).__name__, config_changes)
+    head = checkpoint_head.expected_head(base.config, type(model).__name__, config_changes)
     return Shapes(
         model_type=config.model_type,
         is_decoder=is_decoder(config),

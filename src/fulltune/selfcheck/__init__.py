@@ -1,6 +1,6 @@
 """`fulltune selfcheck`: what the hardware decides, run on the user's own machine and put on one page.
 
-Layer 4: it goes the whole line. `CHECKS` is the list of what runs, on each device that torch sees.
+It goes the whole line of a run. `CHECKS` is the list of what runs, on each device that torch sees.
 """
 
 from __future__ import annotations
@@ -13,33 +13,36 @@ from functools import partial
 
 from fulltune.errors import InterruptedRun
 from fulltune.selfcheck import attention, precision, processes, training
-from fulltune.selfcheck.devices import Check, Device, NotHere, devices, environment
-from fulltune.selfcheck.page import Finding, Page, Status, markdown, without_names
+from fulltune.selfcheck.devices import Device, NotHere, SelfCheck, devices, environment
+from fulltune.selfcheck.page import CheckResult, Page, Status, markdown, without_names
 from fulltune.system.run_folder import hide_progress_bars
 
-__all__ = ["CHECKS", "Finding", "Page", "markdown", "run"]
+__all__ = ["CHECKS", "CheckResult", "Page", "markdown", "run"]
 
-CHECKS: tuple[Check, ...] = (
+_IN_EACH_TYPE = (
+    ("precision", "{} product of 256 x 256 against float64", precision.product),
+    ("steps", "20 AdamW steps of a tiny Llama in {}", precision.steps),
+)
+CHECKS: tuple[SelfCheck, ...] = (
     *(
-        Check("precision", f"{name} product of 256 x 256 against float64", partial(precision.product, precision=name))
-        for name in precision.TYPES
+        SelfCheck(name, ran.format(kind), partial(function, precision=kind))
+        for name, ran, function in _IN_EACH_TYPE
+        for kind in precision.TYPES
     ),
-    Check("speed", "two linear layers, forward and backward, bf16 against fp32", precision.speed),
+    SelfCheck("speed", "two linear layers, forward and backward, bf16 against fp32", precision.speed),
+    SelfCheck("attention", "sdpa, as torch chooses, against eager", partial(attention.sdpa, backend=None)),
     *(
-        Check("steps", f"20 AdamW steps of a tiny Llama in {name}", partial(precision.steps, precision=name))
-        for name in precision.TYPES
+        SelfCheck("attention", f"sdpa {kind} against eager", partial(attention.sdpa, backend=kind))
+        for kind in attention.BACKENDS
     ),
-    Check("attention", "sdpa, as torch chooses, against eager", partial(attention.sdpa, backend=None)),
-    *(
-        Check("attention", f"sdpa {name} against eager", partial(attention.sdpa, backend=name))
-        for name in attention.BACKENDS
+    SelfCheck("attention", "flash_attention_2 against eager", attention.flash_attention_2),
+    SelfCheck(
+        "checkpointing", "tiny BERT with dropout, with and without activation checkpointing", training.checkpointing
     ),
-    Check("attention", "flash_attention_2 against eager", attention.flash_attention_2),
-    Check("checkpointing", "tiny BERT with dropout, with and without activation checkpointing", training.checkpointing),
-    Check("memory", "planned bytes against measured ones, AdamW on 6 M parameters", training.planned_bytes),
-    Check("resume", "a run that stops and goes on against an unbroken one", training.resume),
-    Check("processes", "all-reduce over two processes (gloo; nccl on GPUs)", processes.all_reduce),
-    Check("compile", "torch.compile of a tiny Llama against eager", processes.compiled),
+    SelfCheck("memory", "planned bytes against measured ones, AdamW on 6 M parameters", training.planned_bytes),
+    SelfCheck("resume", "a run that stops and goes on against an unbroken one", training.resume),
+    SelfCheck("processes", "all-reduce over two processes (gloo; nccl on GPUs)", processes.all_reduce),
+    SelfCheck("compile", "torch.compile of a tiny Llama against eager", processes.compiled),
 )
 
 
@@ -70,7 +73,7 @@ def run(listener: Callable[[str], None] = lambda line: None) -> Page:
     )
 
 
-def _finding(check: Check, device: Device) -> Finding:
+def _finding(check: SelfCheck, device: Device) -> CheckResult:
     started = time.monotonic()
     status: Status
     try:
@@ -82,7 +85,7 @@ def _finding(check: Check, device: Device) -> Finding:
         raise KeyboardInterrupt from None
     except Exception as error:  # whatever breaks here is what the user wants to know
         status, text = "fail", without_names(f"{type(error).__name__}: {error}")
-    return Finding(
+    return CheckResult(
         device=device.label,
         check=check.name,
         ran=check.ran,

@@ -77,10 +77,7 @@ def compare(device: Device, implementation: str, precision: str) -> Result:
 
 
 def _compute(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the real tokens, and all gradients in one vector."""
-    model.zero_grad()
+    """Logits of the real tokens [tokens, vocabulary], and all gradients in one vector."""
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    outputs = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~real, -100))
-    outputs.loss.backward()
-    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    outputs, gradients = tiny.backward(model, input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~real, -100))
     return outputs.logits[real].detach(), gradients

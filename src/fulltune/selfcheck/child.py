@@ -33,28 +33,18 @@ def compiled(device: str) -> dict[str, Any]:
     from fulltune.selfcheck import tiny
     from fulltune.selfcheck.precision import relative_error
 
-    ids = tiny.tokens(device)
-    computed = []
+    ids, model = tiny.tokens(device), tiny.decoder(device, layers=1)
+    plain, plain_gradients = tiny.backward(model, input_ids=ids, labels=ids)
     started = time.monotonic()
-    for wanted in (False, True):
-        model = tiny.decoder(device, layers=1)
-        if wanted:
-            started = time.monotonic()
-        run = torch.compile(model) if wanted else model
-        try:
-            loss = run(input_ids=ids, labels=ids).loss
-            loss.backward()
-        except Exception as error:  # whatever a compiler may say: it is the answer
-            if not wanted:
-                raise
-            # Its first line only names the backend.
-            said = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
-            return {"error": said[0] if said else type(error).__name__}
-        computed.append((loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
-    (loss, plain), (loss_again, again) = computed
+    try:
+        found, gradients = tiny.backward(torch.compile(model), input_ids=ids, labels=ids)
+    except Exception as error:  # whatever a compiler may say: it is the answer
+        # Its first line only names the backend.
+        said = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+        return {"error": said[0] if said else type(error).__name__}
     return {
-        "loss_error": relative_error(loss_again, loss),
-        "gradient_error": relative_error(again, plain),
+        "loss_error": relative_error(found.loss, plain.loss),
+        "gradient_error": relative_error(gradients, plain_gradients),
         "seconds": time.monotonic() - started,
     }
 

@@ -42,7 +42,7 @@ class NotHere(Exception):
 
 
 @dataclass(frozen=True)
-class Check:
+class SelfCheck:
     """A line of the page."""
 
     name: str

@@ -13,7 +13,7 @@ from fulltune.records.base import Record
 Status = Literal["pass", "fail", "not here"]
 
 
-class Finding(Record):
+class CheckResult(Record):
     """One check on one device."""
 
     device: str
@@ -32,11 +32,11 @@ class Page(Record):
 
     date: str
     environment: dict[str, str]
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckResult, ...]
     seconds: float
 
     @property
-    def failed(self) -> tuple[Finding, ...]:
+    def failed(self) -> tuple[CheckResult, ...]:
         return tuple(finding for finding in self.findings if finding.status == "fail")
 
     @property
@@ -63,16 +63,15 @@ def markdown(page: Page) -> str:
             "|---|---|---|---|---:|",
         ]
         lines += [
-            f"| {finding.check} | {_cell(finding.ran)} | {_mark(finding.status)} | {_cell(finding.result)} | "
-            f"{finding.seconds:.1f} |"
+            f"| {finding.check} | {_cell(finding.ran)} | {finding.status.replace('fail', '**FAIL**')} | "
+            f"{_cell(finding.result)} | {finding.seconds:.1f} |"
             for finding in page.findings
             if finding.device == device
         ]
     return "\n".join(lines) + "\n"
 
 
-def _mark(status: Status) -> str:
-    return "**FAIL**" if status == "fail" else status
+_HEAD = ("| check | what was run | status | result | seconds |", "|---|---|---|---|---:|")
 
 
 def _cell(text: str) -> str:

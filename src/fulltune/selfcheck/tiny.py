@@ -44,6 +44,15 @@ def tokens(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) 
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
 
 
+def backward(model: Any, **inputs: Any) -> tuple[Any, torch.Tensor]:
+    """A forward and a backward pass: the model's outputs, and all gradients in one vector."""
+    model.zero_grad()
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    found = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return outputs, torch.cat(found)
+
+
 def bert(**changes: Any) -> Any:
     """A BERT for two classes, with dropout."""
     from transformers import BertConfig, BertForSequenceClassification

@@ -21,19 +21,14 @@ def checkpointing(device: Device) -> Result:
     """Loss and gradients of a model with dropout: the recomputed pass must draw the same numbers again."""
     ids = tiny.tokens(device.type, vocabulary=64)
     labels = torch.arange(len(ids), device=device.type) % 2
-    computed = []
-    for wanted in (False, True):
-        model = tiny.bert().to(device.type).train()
-        if wanted:
-            model.config.use_cache = False
-            model.activation_checkpointing_enable()
-        with tiny.seeded(7):
-            loss = model(input_ids=ids, labels=labels).loss
-            loss.backward()
-        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-        computed.append((loss.detach(), torch.cat(gradients)))
-    (loss, plain), (loss_again, again) = computed
-    errors = relative_error(loss_again, loss), relative_error(again, plain)
+    model = tiny.bert().to(device.type).train()
+    with tiny.seeded(7):
+        plain, plain_gradients = tiny.backward(model, input_ids=ids, labels=labels)
+    model.config.use_cache = False
+    model.activation_checkpointing_enable()
+    with tiny.seeded(7):
+        found, gradients = tiny.backward(model, input_ids=ids, labels=labels)
+    errors = relative_error(found.loss, plain.loss), relative_error(gradients, plain_gradients)
     return Result(max(errors) <= 1e-5, f"loss off by {errors[0]:.0e}, gradients by {errors[1]:.0e}; bound 1e-05")
 
 
@@ -51,7 +46,12 @@ def planned_bytes(device: Device) -> Result:
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     planned = memory.state_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").total
-    measured = _sum_of_tensors(model, optimizer) if device.type == "cpu" else _allocated(device) - before
+    if device.type == "cpu":
+        tensors = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
+        tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        measured = sum(tensor.nbytes for tensor in tensors)
+    else:
+        measured = _allocated(device) - before
     error = measured / planned - 1
     text = f"planned {_mib(planned)}, measured {_mib(measured)} ({error:+.1%})"
     if device.type == "cuda":
@@ -69,12 +69,6 @@ def _allocated(device: Device) -> int:
             return int(torch.mps.current_allocated_memory())
         case _:
             return 0
-
-
-def _sum_of_tensors(model: Any, optimizer: torch.optim.Optimizer) -> int:
-    tensors = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
-    tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _mib(size: int) -> str:

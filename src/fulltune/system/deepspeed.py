@@ -59,18 +59,15 @@ class Zero:
 
     def parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
         """Bytes of each kind that belong to one process, wherever they lie."""
-
-        def share(size: int, from_stage: int) -> int:
-            return -(-size // num_processes) if self.stage >= from_stage else size
-
+        from_stage: dict[MemoryKind, int] = {"weights": 3, "gradients": 2, "optimizer": 1}
         return {
-            "weights": share(state.weights, 3),
-            "gradients": share(state.gradients, 2),
-            "optimizer": share(state.optimizer, 1),
+            name: -(-getattr(state, name) // num_processes) if self.stage >= stage else getattr(state, name)
+            for name, stage in from_stage.items()
         }
 
 
 def wanted(recipe: Recipe) -> bool:
+    """Whether the recipe trains with DeepSpeed."""
     return recipe.train.extra.get("deepspeed") is not None
 
 
@@ -93,12 +90,9 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     problems = _problems(found, recipe)
     if problems:
         raise RecipeError([f"{NAME}: {problem}" for problem in problems])
-    for name in (
-        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
-        # Left out, DeepSpeed would not clip at all.
-        "gradient_clipping",
-    ):
-        found.setdefault(name, AUTO)
+    # Left out, DeepSpeed would not clip at all.
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    found = dict.fromkeys(sizes, AUTO) | found
     for name in ("bf16", "fp16"):
         found.setdefault(name, {}).setdefault("enabled", AUTO)
     found.setdefault("steps_per_print", 10**9)  # progress is in metrics.jsonl
@@ -205,10 +199,9 @@ def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
             )
         elif offload.get("device") == "nvme" and not str(offload.get("nvme_path") or ""):
             problems.append(f"zero_optimization.offload_{what}: device nvme needs nvme_path, a folder on an NVMe disk")
-        elif what == "param" and _offload_device(block, what) != "none" and block["stage"] != 3:
-            problems.append(f"zero_optimization.offload_param: needs stage 3, found stage {block['stage']}")
-        elif what == "optimizer" and _offload_device(block, what) != "none" and block["stage"] == 0:
-            problems.append("zero_optimization.offload_optimizer: needs stage 1, 2 or 3, found stage 0")
+        elif _offload_device(block, what) != "none" and block["stage"] < {"optimizer": 1, "param": 3}[what]:
+            needed = {"optimizer": "1, 2 or 3", "param": "3"}[what]
+            problems.append(f"zero_optimization.offload_{what}: needs stage {needed}, found stage {block['stage']}")
     if block["stage"] == 3 and block.get("stage3_gather_16bit_weights_on_model_save") is False:
         problems.append(
             "zero_optimization.stage3_gather_16bit_weights_on_model_save: false would save no whole model; remove it"

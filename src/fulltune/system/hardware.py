@@ -1,6 +1,6 @@
 """What this machine has: cores, memory, disk, GPUs, and the number formats it computes fast.
 
-Layer 1. Memory and cores respect a container's limits (cgroup v2), which `os.cpu_count` and `/proc/meminfo` do not.
+Memory and cores respect a container's limits (cgroup v2), which `os.cpu_count` and `/proc/meminfo` do not.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import os
 import platform
-import resource
 import shutil
 import time
 from pathlib import Path
 
 from fulltune.errors import SetupError
 from fulltune.records.base import Record
+from fulltune.system import proc
 
 _MEASURED = "FULLTUNE_BF16_SPEEDUP"
 """Variable that keeps the measured ratio for this process and its children."""
@@ -185,47 +185,29 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _cpu() -> str:
-    lines = (line.partition(":") for line in _read("/proc/cpuinfo").splitlines())
+    lines = (line.partition(":") for line in proc.lines_of("/proc/cpuinfo"))
     names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def num_cores() -> int:
+    """Cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    quota = "".join(proc.lines_of("/sys/fs/cgroup/cpu.max")).split()
     if len(quota) == 2 and quota[0] != "max":
         cores = min(cores, max(1, math.ceil(int(quota[0]) / int(quota[1]))))
     return cores
 
 
 def _memory_bytes() -> tuple[int, int]:
-    fields = {line.split(":")[0]: line.split()[1] for line in _read("/proc/meminfo").splitlines() if ":" in line}
-    if "MemTotal" in fields:
-        total = int(fields["MemTotal"]) * 1024
-        available = int(fields.get("MemAvailable", fields["MemTotal"])) * 1024
-    else:  # not Linux
-        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    sizes = proc.sizes_of("/proc/meminfo")
+    total = sizes.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux
+    available = sizes.get("MemAvailable", total)
+    limit, used = ("".join(proc.lines_of(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
     if limit.isdigit() and used.isdigit():
         total = min(total, int(limit))
         # Page cache counts as used in a cgroup although the kernel gives it back on demand.
-        cache = next(
-            (int(x.split()[1]) for x in _read("/sys/fs/cgroup/memory.stat").splitlines() if x[:5] == "file "), 0
-        )
-        available = min(available, int(limit) - int(used) + cache)
-    limit_bytes = _own_limit_bytes()
-    return (total, available) if limit_bytes is None else (min(total, limit_bytes), min(available, limit_bytes))
-
-
-def _own_limit_bytes() -> int | None:
-    """Most that a process of this user may take (`ulimit -d`, `ulimit -v`); None without such a limit."""
-    kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
-    limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
-    return min(limits, default=None)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""
+        counts = dict(line.split(" ", 1) for line in proc.lines_of("/sys/fs/cgroup/memory.stat"))
+        available = min(available, int(limit) - int(used) + int(counts.get("file", 0)))
+    own = proc.limit_bytes() or total
+    return min(total, own), min(available, own)

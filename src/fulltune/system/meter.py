@@ -1,4 +1,4 @@
-"""How much memory this process holds, and its peak since it was last asked to begin. Layer 1.
+"""How much memory this process holds, and its peak since it was last asked to begin.
 
 On the CPU it is the resident set (VmRSS and VmHWM of /proc, which can be reset; elsewhere the highest of the whole life
 of the process), on CUDA what torch's allocator has reserved.
@@ -11,7 +11,7 @@ import resource
 import sys
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
+from fulltune.system.proc import sizes_of
 
 
 class Meter:
@@ -61,11 +61,7 @@ class Meter:
 
 def status_bytes(key: str) -> int:
     """A size of /proc/self/status; 0 where there is none."""
-    try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
+    return sizes_of("/proc/self/status").get(key, 0)
 
 
 def _life_peak_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Recognise that memory ran out, whoever says so, and go on with smaller batches where that is enough. Layer 1.
+"""Recognise that memory ran out, whoever says so, and go on with smaller batches where that is enough.
 
 Each library has words of its own for it, and the kernel has none: it kills.
 """
@@ -9,14 +9,13 @@ import errno
 import gc
 import logging
 import re
-import resource
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from fulltune.errors import DoesNotFitError
+from fulltune.system.proc import limit_bytes, lines_of
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -38,8 +37,8 @@ _LAST_WORDS = re.compile(
 )
 _NO_THREAD = re.compile(r"can't start new thread|Thread creation failed: Resource temporarily unavailable")
 _LOST = re.compile(r"error return without exception set|without setting an exception")
+_UNITS = ("bytes", "KiB", "MiB", "GiB")
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of size (\d+)", re.IGNORECASE)
-_SIZES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -70,8 +69,7 @@ def in_last_words(lines: Sequence[str], limited: bool) -> bool:
 
 def memory_is_limited() -> bool:
     """Whether this process may not take all memory there is (`ulimit -d`, `ulimit -v`)."""
-    kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
-    return any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in kinds)
+    return limit_bytes() is not None
 
 
 def asked_bytes(text: str) -> int:
@@ -79,7 +77,7 @@ def asked_bytes(text: str) -> int:
     found = _ASKED.search(text)
     if found is None:
         return 0
-    return int(found[3]) if found[3] else int(float(found[1]) * _SIZES[found[2] or "bytes"])
+    return int(found[3]) if found[3] else int(float(found[1]) * 1024 ** _UNITS.index(found[2] or "bytes"))
 
 
 def kernel_kills() -> int:
@@ -87,7 +85,7 @@ def kernel_kills() -> int:
 
     Counted before and after, it tells such a kill from somebody else's.
     """
-    groups = dict(line.split(":", 2)[1:] for line in _lines("/proc/self/cgroup"))
+    groups = dict(line.split(":", 2)[1:] for line in lines_of("/proc/self/cgroup"))
     for file in (
         f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",
         "/sys/fs/cgroup/memory.events",  # inside a container the group's own path is hidden
@@ -95,18 +93,11 @@ def kernel_kills() -> int:
         "/sys/fs/cgroup/memory/memory.oom_control",
         "/proc/vmstat",
     ):
-        for line in _lines(file):
+        for line in lines_of(file):
             name, _, count = line.partition(" ")
             if name == "oom_kill":
                 return int(count)
     return 0
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) -> T:
@@ -125,15 +116,11 @@ def with_smaller_batches(what: str, batch_size: int, run: Callable[[int], T]) ->
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch that was too large
         batch_size = batch_size // 2
-        _free_what_is_unused()
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         _log.warning("%s: memory ran out; going on with %d rows in a batch", what, batch_size)
-
-
-def _free_what_is_unused() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def does_not_fit(what: str, error: BaseException, ways_out: str) -> DoesNotFitError:

@@ -1,10 +1,11 @@
-"""Where a run's files lie, which folder a recipe continues, and the lock that keeps two commands apart. Layer 1."""
+"""Where a run's files lie, which folder a recipe continues, and the lock that keeps two commands apart."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
+from fulltune.files import write_json
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Comparison
 from fulltune.records.data import DataSummary
@@ -96,7 +98,7 @@ def plan_to_continue(path: Path, machine: Machine) -> Plan:
 def save_plan(folder: Path, plan: Plan) -> None:
     """Write a plan, and its settings with their reasons alone; the plan last: with it the others are there as well."""
     resolved = [setting.model_dump(mode="json") for setting in plan.settings]
-    (folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "resolved.json", resolved)
     plan.save(folder / plan.file)
 
 
@@ -126,11 +128,8 @@ def find_or_make(
     if not fresh and (found := unfinished(output, fingerprint)):
         return found[-1], True
     stem = f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
-    folder = output / stem
-    number = 2
-    while folder.exists():
-        folder = output / f"{stem}-{number}"
-        number += 1
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    folder = next(output / free for free in names if not (output / free).exists())
     return folder, _adopt(folder, recipe, recipe_text, fingerprint)
 
 
@@ -209,16 +208,14 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
     if folder.is_file():
         raise SetupError(f"{folder}: is a file, expected a folder for the run")
     if folder.exists() and any(folder.iterdir()):
-        raise SetupError(f"{folder}: is not empty and no run folder of fulltune; name another folder")
+        raise SetupError(f"{folder}: is not empty and not a run folder of fulltune; name another folder")
     with writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError:
             raise SetupError(f"{folder}: cannot be made here; choose another place") from None
         values = {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")}
-        part = folder / f"{IDENTITY}.part"
-        part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        part.replace(identity)
+        write_json(identity, values)
         (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
     return False
 
@@ -234,11 +231,11 @@ def recipe_of(folder: Path) -> Recipe:
     """The checked recipe of a run folder.
 
     Raises:
-        SetupError: When this is no run folder.
+        SetupError: When this is not a run folder.
     """
     identity = folder / IDENTITY
     if not identity.exists():
-        raise SetupError(f"{folder}: is no run folder of fulltune ({IDENTITY} is missing)")
+        raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
     try:
         return Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
     except (ValueError, KeyError, TypeError, OSError):  # pydantic's ValidationError is a ValueError
