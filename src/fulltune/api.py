@@ -75,7 +75,7 @@ def run(
     class_weights: Mapping[str, float] | Sequence[float] | str | None = None,
     listener: Listener | None = None,
 ) -> Reached:
-    """Do the whole line.
+    """Do all stages.
 
     Args:
         recipe: A recipe, or the path of one.

@@ -1,33 +1,43 @@
-"""The command line: the verbs are the lines of the pipeline. Layer 4; stages are imported inside the commands.
+"""The command line: the verbs are the lines of the pipeline. Stages are imported inside the commands.
 
 Results go to stdout, progress and errors to stderr. `--help` and a recipe error never import torch.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from fulltune.cli import plan as cli_plan
-from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, RecipeError, SetupError
-from fulltune.recipe.file import load_recipe
-from fulltune.records.events import RowsRead
+from fulltune.cli import stages
+from fulltune.cli.options import (
+    Column,
+    Force,
+    Fresh,
+    Goal,
+    Hardware,
+    Json,
+    Measure,
+    MethodName,
+    ModelFolder,
+    NumRows,
+    NumTasks,
+    NumTokens,
+    Overrides,
+    Preserve,
+    Price,
+    RunFolder,
+    Target,
+)
+from fulltune.cli.stages import err, out
+from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.text import counted, format_seconds
-
-if TYPE_CHECKING:
-    from fulltune.context import Until
-    from fulltune.recipe.fields import Recipe
-    from fulltune.system.run_folder import Reached
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,32 +46,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Fine-tune every parameter of a pretrained model, and see with numbers whether it was worth it.",
 )
-# No emoji: `a.csv:100:` would lose its line.
-err = Console(stderr=True, highlight=False, emoji=False)
-out = Console(highlight=False, emoji=False)
-
-Target = Annotated[
-    Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML), or the folder of a run.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change a setting: block.name=value. Repeatable.", metavar="NAME=VALUE"),
-]
-RunFolder = Annotated[
-    Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
-MethodName = Annotated[
-    str | None,
-    typer.Option("--method", help="Which of the run's models; left out, what a comparison's verdict recommends."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
-
-
-Column = Annotated[
-    str | None,
-    typer.Option(metavar="COLUMN", rich_help_panel="Columns, where their names are not the usual ones"),
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -92,7 +76,7 @@ def init(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or package:NAME/PATH.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
+    force: Force = False,
     task: Annotated[str | None, typer.Option(help="The task, where the columns leave it open.")] = None,
     columns: Annotated[
         str | None,
@@ -145,16 +129,16 @@ def init(
 def run(
     target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
-    """Do the whole line: data, plan, train, evaluate, report. The same command continues an unfinished run."""
+    """Do all stages: data, plan, train, evaluate, report. The same command continues an unfinished run."""
     from fulltune import report
     from fulltune.cli.show import run as display
     from fulltune.report.run.row_words import row_words
 
     began = time.time()
-    recipe, folder = _open(target, set_, run_folder, fresh, "report")
-    reached = _finished(recipe, folder) or _reach(recipe, folder, "report", details=True, began=began)
+    recipe, folder = stages.open_run(target, set_, run_folder, fresh, "report")
+    reached = stages.finished(recipe, folder) or stages.reach(recipe, folder, "report", details=True, began=began)
     if as_json:
-        _print_json([entry.model_dump(mode="json") for entry in reached.scores])
+        stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
     out.print(display.scores_table(reached.scores))
     for line in display.answers(reached.scores):
@@ -175,10 +159,10 @@ def data(
     """Read, check, split and tokenise; show what the model will see."""
     from fulltune.cli.show import run as display
 
-    folder, reached = _go("data", target, set_, run_folder, fresh, details=False)
+    folder, reached = stages.go("data", target, set_, run_folder, fresh, details=False)
     summary = reached.summary
     if as_json:
-        _print_json(summary.model_dump(mode="json"))
+        stages.print_json(summary.model_dump(mode="json"))
         return
     out.print(display.data_table(summary))
     for line in display.previews(summary):
@@ -195,16 +179,17 @@ def plan(
     run_folder: RunFolder = None,
     fresh: Fresh = False,
     as_json: Json = False,
-    hardware: cli_plan.For = None,
-    rows: cli_plan.Rows = None,
-    tokens: cli_plan.Tokens = None,
-    price: cli_plan.PriceText = None,
-    tasks: cli_plan.Tasks = 1,
-    measure: cli_plan.Measure = False,
-    preserve: cli_plan.Preserve = False,
-    goal: cli_plan.GoalText = None,
+    hardware: Hardware = None,
+    rows: NumRows = None,
+    tokens: NumTokens = None,
+    price: Price = None,
+    tasks: NumTasks = 1,
+    measure: Measure = False,
+    preserve: Preserve = False,
+    goal: Goal = None,
 ) -> None:
     """Settle every number, each with its reason; show memory, placements, time and what else could be done."""
+    from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import measure as display_measure
     from fulltune.cli.show import plan as display_plan
     from fulltune.records.training import Measurements
@@ -216,17 +201,19 @@ def plan(
         survey, planned = cli_plan.without_data(target, set_ or [], options)
     else:
         checked = cli_plan.check(options)
-        recipe, folder = _open(target, set_, run_folder, fresh, "plan")
+        recipe, folder = stages.open_run(target, set_, run_folder, fresh, "plan")
         planned = None
         try:
-            planned = _reach(recipe, folder, "data" if checked.fleet else "plan", details=False, measure=measure).plan
+            planned = stages.reach(
+                recipe, folder, "data" if checked.fleet else "plan", details=False, measure=measure
+            ).plan
         except DoesNotFitError:  # shown below, with what else is possible
             if measure or not cli_plan.is_prepared(folder):
                 raise
         survey, planned = cli_plan.with_data(target, set_ or [], recipe, folder, checked, planned)
     measured = Measurements.load(folder / "plan" / "measured.json") if measure else None
     if as_json:
-        _print_json(cli_plan.as_json(survey, planned, measured))
+        stages.print_json(cli_plan.as_json(survey, planned, measured))
     else:
         display_plan.show(out, survey, planned)
         if measured is not None:
@@ -242,11 +229,11 @@ def train(
     """Train, and keep the best weights in the run's folder models."""
     from fulltune.train.run_time import run_seconds
 
-    folder, reached = _go("train", target, set_, run_folder, fresh)
+    folder, reached = stages.go("train", target, set_, run_folder, fresh)
     outcome = reached.outcome
     assert outcome is not None
     if as_json:
-        _print_json(outcome.model_dump(mode="json"))
+        stages.print_json(outcome.model_dump(mode="json"))
         return
     moved = f", {outcome.moved.share:.1%} of the values moved" if outcome.moved else ""
     took = format_seconds(round(run_seconds(folder, outcome.trial)))
@@ -262,9 +249,9 @@ def evaluate(
     from fulltune import report
     from fulltune.cli.show import run as display
 
-    folder, reached = _go("evaluate", target, set_, run_folder, fresh)
+    folder, reached = stages.go("evaluate", target, set_, run_folder, fresh)
     if as_json:
-        _print_json([entry.model_dump(mode="json") for entry in reached.scores])
+        stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
     out.print(display.scores_table(reached.scores))
     for part in display.conclusion(*report.conclude(folder)):
@@ -312,7 +299,7 @@ def report(
 
 @app.command()
 def predict(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")],
+    run_folder: ModelFolder,
     text: Annotated[
         list[str] | None, typer.Argument(help="Texts; without any, or for '-', stdin is read line by line.")
     ] = None,
@@ -321,7 +308,7 @@ def predict(
         Path | None,
         typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output file.")] = False,
+    force: Force = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
     method: MethodName = None,
     with_: Annotated[
@@ -339,14 +326,14 @@ def predict(
     if text and file is not None:
         raise SetupError("predict: texts and --file are both given; keep one")
     if with_ and output is not None:
-        raise SetupError("--output takes the answers of one model: leave out --with, and call it once for each")
+        raise SetupError("--output takes the answers of one model: remove --with, and call it once for each")
     if by is not None and not with_:
         raise SetupError("--by tells models apart: name the others with --with")
     if output is not None:
         from fulltune.cli.predict_files import check_output
 
         check_output(output, force)
-    chosen = [_chosen(run, method) for run in (run_folder, *(with_ or ()))]
+    chosen = [stages.chosen_model(run, method) for run in (run_folder, *(with_ or ()))]
     notes = folders.notes_of(chosen[0])
     what = cli_predict.asked(text or [], file, notes)
     cli_predict.say_names(err, what)
@@ -359,17 +346,17 @@ def predict(
     if output is None:
         cli_predict.show(err, predictor, what, max_new_tokens, as_json)
         return
-    with _bar("answering", shown=not as_json) as watch:
+    with stages.bar("answering", shown=not as_json) as watch:
         written = cli_predict.write(err, predictor, what, output, max_new_tokens, watch)
     if as_json:
-        _print_json(written)
+        stages.print_json(written)
     else:
-        out.print(f"wrote {escape(str(output))}: {written['rows']:,} rows", soft_wrap=True)
+        out.print(f"wrote {escape(str(output))}: {counted(written['rows'], 'row')}", soft_wrap=True)
 
 
 @app.command()
 def merge(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")],
+    run_folder: ModelFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     method: MethodName = None,
 ) -> None:
@@ -379,7 +366,7 @@ def merge(
     from fulltune.report import write_merged_card
     from fulltune.system.run_folder import hide_progress_bars, writing
 
-    found = _chosen(run_folder, method)
+    found = stages.chosen_model(run_folder, method)
     if not folder.can_be_merged(found):
         raise SetupError(cli_predict.no_merge(run_folder, found))
     hide_progress_bars()
@@ -418,6 +405,7 @@ def selfcheck(
     """Check what this machine decides (precision, kernels, resume ...); offline, about 1.5 minutes on 2 cores."""
     from fulltune import selfcheck as checking
     from fulltune.cli.show import run as display
+    from fulltune.files import write_text
     from fulltune.system.run_folder import writing
 
     # What libraries print must not run into the page: DeepSpeed, for one, greets on stdout when it is imported.
@@ -425,9 +413,9 @@ def selfcheck(
         page = checking.run(lambda line: status.update(escape(line)))
     if output is not None:
         with writing(output):
-            output.write_text(checking.markdown(page), encoding="utf-8")
+            write_text(output, checking.markdown(page))
     if as_json:
-        _print_json(page.model_dump(mode="json"))
+        stages.print_json(page.model_dump(mode="json"))
     else:
         out.print(display.selfcheck_table(page))
         out.print(page.verdict)
@@ -435,105 +423,6 @@ def selfcheck(
         out.print(escape(share), soft_wrap=True)
     if page.failed:
         raise SetupError([f"selfcheck: {finding.device}: {finding.ran}: {finding.result}" for finding in page.failed])
-
-
-def _go(
-    until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
-) -> tuple[Path, Reached]:
-    """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
-    recipe, found = _open(target, overrides, folder, fresh, until)
-    return found, _reach(recipe, found, until, details)
-
-
-def _open(
-    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
-) -> tuple[Recipe, Path]:
-    """The recipe and its run folder.
-
-    Raises:
-        RecipeError: When one method is to be trained and the recipe names several.
-        SetupError: When more than looking at the rows is asked of a comparison's folder.
-    """
-    from fulltune.system import run_folder
-
-    if target.is_dir():
-        if overrides or folder or fresh:
-            raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
-        recipe, found, resumed = run_folder.recipe_of(target), target, True
-        if until != "data":
-            run_folder.refuse_comparison(target)
-        run_folder.refuse_with_functions(target, recipe)
-    else:
-        recipe = load_recipe(target, overrides or [])
-        if recipe.methods and until not in ("data", "plan"):
-            raise RecipeError(
-                f"{target}: methods: names what to compare; run 'fulltune compare {target}', or remove 'methods' and "
-                "give one 'method'"
-            )
-        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
-        found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
-    goes_on = resumed and not run_folder.is_complete(found)
-    err.print(f"[dim]{'continuing' if goes_on else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
-    return recipe, found
-
-
-def _finished(recipe: Recipe, folder: Path) -> Reached | None:
-    """The results of a run that has nothing left to do."""
-    from fulltune.system import run_folder
-
-    reached = run_folder.finished(recipe, folder)
-    if reached is not None:
-        err.print(f"finished already, at {run_folder.finished_at(folder):%Y-%m-%d %H:%M}; its results:")
-    return reached
-
-
-def _reach(
-    recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, began: float | None = None
-) -> Reached:
-    """Run the pipeline; `began` is when the command did, before it imported anything: None for now."""
-    from fulltune.system import run_folder
-
-    began = began or time.time()
-    run_folder.hide_progress_bars()
-    try:
-        from fulltune import pipeline
-        from fulltune.cli.show.run import Display
-        from fulltune.context import Run
-
-        with Display(err, details) as display:
-            return pipeline.run(Run(recipe, folder, listener=display, began=began), until, measure)
-    except KeyboardInterrupt:
-        # Typer would turn it into exit code 130, which says nothing of continuing.
-        raise InterruptedRun("interrupted; the same command continues it") from None
-
-
-@contextmanager
-def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar with rows and time left, on a terminal only."""
-    from fulltune.cli.show.run import Display
-
-    if not shown or not err.is_terminal:
-        yield lambda done, total: None
-        return
-    with Display(err) as display:
-        yield lambda done, total: display(
-            RowsRead(name=name, done=done, total=total, share=done / total if total else None)
-        )
-
-
-def _chosen(run: Path, method: str | None) -> Path:
-    """The folder of a run's model; which one a comparison's verdict chose is said on stderr."""
-    from fulltune import predict as predicting
-
-    chosen = predicting.choose(run, method)
-    if chosen.reason:
-        said = f"{run}: taking '{chosen.folder.name}': {chosen.reason} (another one: --method)"
-        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
-    return chosen.folder
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def main() -> None:

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
 from fulltune.recipe.fields import Recipe
@@ -25,24 +23,6 @@ if TYPE_CHECKING:
     from fulltune.models.base import Base
     from fulltune.plan.elsewhere.survey import Wishes
     from fulltune.plan.gpus import Fleet
-
-For = Annotated[
-    str | None,
-    typer.Option("--for", help='Hardware that is not here: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".'),
-]
-Rows = Annotated[int | None, typer.Option("--rows", help="Plan without data: so many train rows ...")]
-Tokens = Annotated[int | None, typer.Option("--tokens", help="... of so many tokens each.")]
-PriceText = Annotated[
-    str | None, typer.Option("--price", help="What one device costs in an hour: 2.5 or '2.5 USD'.", metavar="PRICE")
-]
-Tasks = Annotated[int, typer.Option("--tasks", help="For the advice: models to keep, one for each task.")]
-Measure = Annotated[
-    bool, typer.Option("--measure", help="Try the settings for a step each, here; take the fastest that fit.")
-]
-Preserve = Annotated[bool, typer.Option("--preserve", help="For the advice: what the model can do already must stay.")]
-GoalText = Annotated[
-    str | None, typer.Option("--goal", help="For the advice: knowledge, language, style or updates.", metavar="GOAL")
-]
 
 SURVEY = "survey.json"
 USUAL_CHOICES = 4

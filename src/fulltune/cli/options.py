@@ -1,0 +1,49 @@
+"""Options of the command line: their names and help texts, each once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Target = Annotated[
+    Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML), or the folder of a run.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting: block.name=value. Repeatable.", metavar="NAME=VALUE"),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="Which of the run's models; default: the method that the comparison recommends."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
+Column = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", rich_help_panel="Columns, where their names are not the usual ones"),
+]
+ModelFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+
+# ---- of `plan` --------------------------------------------------------------------------------------------------
+
+Hardware = Annotated[
+    str | None,
+    typer.Option("--for", help='Hardware that is not here: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".'),
+]
+NumRows = Annotated[int | None, typer.Option("--rows", help="Plan without data: so many train rows ...")]
+NumTokens = Annotated[int | None, typer.Option("--tokens", help="... of so many tokens each.")]
+Price = Annotated[
+    str | None, typer.Option("--price", help="What one device costs in an hour: 2.5 or '2.5 USD'.", metavar="PRICE")
+]
+NumTasks = Annotated[int, typer.Option("--tasks", help="For the advice: models to keep, one for each task.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Try the settings for a step each, here; take the fastest that fit.")
+]
+Preserve = Annotated[bool, typer.Option("--preserve", help="For the advice: what the model can do already must stay.")]
+Goal = Annotated[
+    str | None, typer.Option("--goal", help="For the advice: knowledge, language, style or updates.", metavar="GOAL")
+]

@@ -1,0 +1,130 @@
+"""What several verbs do: open a recipe or a run's folder, go through the pipeline up to a stage, choose a model.
+
+Results go to stdout, progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fulltune.errors import InterruptedRun, RecipeError, SetupError
+
+if TYPE_CHECKING:
+    from fulltune.context import Until
+    from fulltune.recipe.fields import Recipe
+    from fulltune.system.run_folder import Reached
+
+# No emoji: `a.csv:100:` would lose its line.
+err = Console(stderr=True, highlight=False, emoji=False)
+out = Console(highlight=False, emoji=False)
+
+
+def go(
+    until: Until, target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, details: bool = True
+) -> tuple[Path, Reached]:
+    """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
+    recipe, found = open_run(target, overrides, folder, fresh, until)
+    return found, reach(recipe, found, until, details)
+
+
+def open_run(
+    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
+) -> tuple[Recipe, Path]:
+    """The recipe and its run folder.
+
+    Raises:
+        RecipeError: When one method is to be trained and the recipe names several.
+        SetupError: When more than looking at the rows is asked of a comparison's folder.
+    """
+    from fulltune.recipe.file import load_recipe
+    from fulltune.system import run_folder
+
+    if target.is_dir():
+        if overrides or folder or fresh:
+            raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
+        recipe, found, resumed = run_folder.recipe_of(target), target, True
+        if until != "data":
+            run_folder.refuse_comparison(target)
+        run_folder.refuse_with_functions(target, recipe)
+    else:
+        recipe = load_recipe(target, overrides or [])
+        if recipe.methods and until not in ("data", "plan"):
+            raise RecipeError(
+                f"{target}: methods: names what to compare; run 'fulltune compare {target}', or remove 'methods' and "
+                "give one 'method'"
+            )
+        text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides or [])
+        found, resumed = run_folder.find_or_make(recipe, text, recipe.name or target.stem, folder, fresh)
+    goes_on = resumed and not run_folder.is_complete(found)
+    err.print(f"[dim]{'continuing' if goes_on else 'run folder'} {escape(str(found))}[/dim]", soft_wrap=True)
+    return recipe, found
+
+
+def finished(recipe: Recipe, folder: Path) -> Reached | None:
+    """The results of a run that has nothing left to do."""
+    from fulltune.system import run_folder
+
+    reached = run_folder.finished(recipe, folder)
+    if reached is not None:
+        err.print(f"finished already, at {run_folder.finished_at(folder):%Y-%m-%d %H:%M}; its results:")
+    return reached
+
+
+def reach(
+    recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, began: float | None = None
+) -> Reached:
+    """Run the pipeline; `began` is when the command did, before it imported anything: None for now."""
+    from fulltune.system import run_folder
+
+    began = began or time.time()
+    run_folder.hide_progress_bars()
+    try:
+        from fulltune import pipeline
+        from fulltune.cli.show.run import Display
+        from fulltune.context import Run
+
+        with Display(err, details) as display:
+            return pipeline.run(Run(recipe, folder, listener=display, began=began), until, measure)
+    except KeyboardInterrupt:
+        # Typer would turn it into exit code 130, which says nothing of continuing.
+        raise InterruptedRun("interrupted; the same command continues it") from None
+
+
+@contextmanager
+def bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar with rows and time left, on a terminal only."""
+    from fulltune.cli.show.run import Display
+    from fulltune.records.events import RowsRead
+
+    if not shown or not err.is_terminal:
+        yield lambda done, total: None
+        return
+    with Display(err) as display:
+        yield lambda done, total: display(
+            RowsRead(name=name, done=done, total=total, share=done / total if total else None)
+        )
+
+
+def chosen_model(run: Path, method: str | None) -> Path:
+    """The folder of a run's model; which one a comparison's verdict chose is said on stderr."""
+    from fulltune import predict as predicting
+
+    chosen = predicting.choose(run, method)
+    if chosen.reason:
+        said = f"{run}: taking '{chosen.folder.name}': {chosen.reason} (another one: --method)"
+        err.print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
+    return chosen.folder
+
+
+def print_json(value: Any) -> None:
+    """A record, on stdout."""
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
