@@ -185,7 +185,7 @@ def test_run_that_ran_out_of_memory_while_resuming_goes_on_from_the_same_checkpo
     assert_same_result(tmp_path, unlimited, exactly=True)
 
 
-def test_every_rung_that_keeps_the_mathematics_gives_the_same_result(
+def test_every_fallback_that_keeps_the_mathematics_gives_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A language model down to one row, recomputed, with a chunked loss: five attempts."""
@@ -211,7 +211,7 @@ def test_every_rung_that_keeps_the_mathematics_gives_the_same_result(
         (4, False, False),
         (2, False, False),
         (1, False, False),
-        (1, True, False),
+        (1, False, True),
         (1, True, True),
     ]
     assert_same_result(tmp_path / "short", tmp_path / "whole", exactly=False)
@@ -273,7 +273,7 @@ def test_changed_plan_is_kept_by_a_later_command(
     assert_same_result(tmp_path, unlimited, exactly=False)
 
 
-def test_limit_that_no_rung_can_meet_ends_with_exit_code_3_and_the_ladder(model: Path, tmp_path: Path) -> None:
+def test_limit_that_no_fallback_can_meet_ends_with_exit_code_3_and_all_of_them(model: Path, tmp_path: Path) -> None:
     data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, data, **BLOCKS)
     seen: list[tuple[int, bool, str]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import memory, sharded, ways_out
@@ -60,7 +61,20 @@ def short_by(recipe: Recipe, needed: DiskNeed, free_bytes: int) -> str:
 def ways(recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int) -> tuple[WayOut, ...]:
     """The nearest ways to bring the run onto its disk."""
     needed = need(recipe, num_parameters, settings)
-    eighth = need(recipe, num_parameters, replace(settings, optim="adamw_8bit"))
+    missing = needed.total - free_bytes
+    found: list[tuple[dict[str, Any], int, str]] = []
+    # One that is kept, the best one, and the one being written; a short run writes no more anyway.
+    fewer = max(0, needed.num_checkpoints - 3) * needed.one_checkpoint
+    if fewer and recipe.train.save_total_limit > 1:
+        found.append(({"train.save_total_limit": 1}, fewer, "fewer checkpoints to go back to"))
     # Inside DeepSpeed our optimizers cannot run, so nothing is freed.
-    freed = 0 if deepspeed.wanted(recipe) else needed.total - eighth.total
-    return ways_out.of_disk(needed, free_bytes, recipe.train.save_total_limit, recipe.output, freed)
+    smaller = needed.total - need(recipe, num_parameters, replace(settings, optim="adamw_8bit")).total
+    if smaller > 0 and not deepspeed.wanted(recipe):
+        found.append(({"train.optim": "adamw_8bit"}, smaller, "moments of 8 bits"))
+    found.append(({}, missing, "nothing"))
+    by_hand = f"free {format_bytes(missing)} under {recipe.output}, or choose another output"
+    ways = [
+        ways_out.way(named, freed, freed >= missing, costs, change="" if named else by_hand, where="disk")
+        for named, freed, costs in found
+    ]
+    return tuple(sorted(ways, key=lambda way: not way.enough))[: ways_out.MOST]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from typing import Literal
+from dataclasses import dataclass
 
 from fulltune.errors import RecipeError
 from fulltune.records.base import Record
@@ -22,7 +22,8 @@ PCIE3, PCIE4, PCIE5 = 16.0, 32.0, 64.0
 """GB/s of 16 lanes, one direction."""
 
 
-class GpuModel(Record):
+@dataclass(frozen=True)
+class GpuModel:
     """A kind of GPU."""
 
     name: str
@@ -32,14 +33,19 @@ class GpuModel(Record):
     memory_gb_per_second: float
     link_gb_per_second: float
     """To the host, one direction."""
-    peer_gb_per_second: float
-    """To the other GPUs of the machine, one direction: NVLink, Infinity Fabric, or the link to the host."""
+    nvlink_gb_per_second: float | None
+    """To the other GPUs of the machine, one direction, by NVLink or Infinity Fabric."""
     usual_host_gb: int
     """Memory of the host that machines with it usually have for each GPU."""
-    kind: Literal["server", "desktop"]
+    aliases: tuple[str, ...] = ()
+    desktop: bool = False
     bf16: bool = True
     ecc: bool = False
-    aliases: tuple[str, ...] = ()
+
+    @property
+    def peer_gb_per_second(self) -> float:
+        """To the other GPUs of the machine, one direction."""
+        return self.nvlink_gb_per_second or self.link_gb_per_second
 
     @property
     def memory_bytes(self) -> int:
@@ -48,68 +54,57 @@ class GpuModel(Record):
     @property
     def host_memory_gb_per_second(self) -> float:
         """Usual bandwidth of the host's memory: two channels of DDR5, or a server's eight and more."""
-        return 60.0 if self.kind == "desktop" else 200.0
-
-
-def _model(
-    name: str, gib: float, tflops: float, memory: float, link: float, peer: float | None, host: int, *aliases: str,
-    desktop: bool = False, bf16: bool = True, ecc: bool = False,
-) -> GpuModel:  # fmt: skip
-    return GpuModel(
-        name=name, memory_gib=gib, tflops=tflops, memory_gb_per_second=memory, link_gb_per_second=link,
-        peer_gb_per_second=peer or link, usual_host_gb=host, kind="desktop" if desktop else "server",
-        bf16=bf16, ecc=ecc, aliases=aliases,
-    )  # fmt: skip
+        return 60.0 if self.desktop else 200.0
 
 
 # fmt: off
 GPUS: tuple[GpuModel, ...] = (
     # name, GiB, TFLOP/s, memory GB/s, link GB/s, peer GB/s, host GB a GPU, other names
-    _model("B200", 180, 2250, 8000, PCIE5, 900, 256, "B200-180GB"),
-    _model("H200", 141, 989, 4800, PCIE5, 450, 256, "H200-141GB", "H200-SXM"),
-    _model("H100-80GB", 80, 989, 3350, PCIE5, 450, 256, "H100", "H100-SXM", "H100-SXM5-80GB", "H100-80GB-HBM3"),
-    _model("H100-PCIe", 80, 756, 2000, PCIE5, 300, 128, "H100-PCIe-80GB", "H100-80GB-PCIe"),
-    _model("H100-NVL", 94, 835, 3900, PCIE5, 300, 128, "H100-NVL-94GB"),
-    _model("A100-80GB", 80, 312, 2039, PCIE4, 300, 128, "A100-SXM4-80GB", "A100-SXM-80GB"),
-    _model("A100-40GB", 40, 312, 1555, PCIE4, 300, 128, "A100-SXM4-40GB", "A100-SXM-40GB"),
-    _model("A100-PCIe-80GB", 80, 312, 1935, PCIE4, None, 128, "A100-80GB-PCIe"),
-    _model("A100-PCIe-40GB", 40, 312, 1555, PCIE4, None, 128, "A100-40GB-PCIe"),
-    _model("A30", 24, 165, 933, PCIE4, 100, 64, "A30-24GB"),
-    _model("L40S", 48, 362, 864, PCIE4, None, 128, "L40S-48GB", ecc=True),
-    _model("L40", 48, 181, 864, PCIE4, None, 128, "L40-48GB", ecc=True),
-    _model("L4", 24, 121, 300, PCIE4, None, 48, "L4-24GB", ecc=True),
-    _model("A10", 24, 125, 600, PCIE4, None, 64, "A10-24GB", ecc=True),
-    _model("A10G", 24, 70, 600, PCIE4, None, 64, "A10G-24GB", ecc=True),
-    _model("A40", 48, 149.7, 696, PCIE4, 56, 128, "A40-48GB", ecc=True),
-    _model("V100-32GB", 32, 125, 900, PCIE3, 150, 64, "V100-SXM2-32GB", bf16=False),
-    _model("V100-16GB", 16, 125, 900, PCIE3, 150, 64, "V100-SXM2-16GB", bf16=False),
-    _model("V100-PCIe-32GB", 32, 112, 900, PCIE3, None, 64, "V100-32GB-PCIe", bf16=False),
-    _model("V100-PCIe-16GB", 16, 112, 900, PCIE3, None, 64, "V100-16GB-PCIe", bf16=False),
-    _model("P100", 16, 21.2, 732, PCIE3, 80, 64, "P100-16GB", "P100-SXM2-16GB", "P100-PCIe-16GB", bf16=False),
-    _model("T4", 16, 65, 320, PCIE3, None, 32, "T4-16GB", bf16=False, ecc=True),
-    _model("RTX A6000", 48, 154.8, 768, PCIE4, 56, 128, "A6000-48GB", desktop=True),
-    _model("RTX A5000", 24, 111.1, 768, PCIE4, 56, 64, "A5000-24GB", desktop=True),
-    _model("RTX 6000 Ada", 48, 364, 960, PCIE4, None, 128, "6000-Ada-48GB", "RTX 6000 Ada Generation", desktop=True),
-    _model("RTX PRO 6000", 96, 503, 1792, PCIE5, None, 128, "PRO 6000 Blackwell", "PRO-6000-96GB",
-          "RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell Server Edition", desktop=True),
-    _model("RTX 2080 Ti", 11, 53.8, 616, PCIE3, None, 64, "2080-Ti-11GB", desktop=True, bf16=False),
-    _model("RTX 3060 12GB", 12, 25.5, 360, PCIE4, None, 64, "3060", desktop=True),
-    _model("RTX 3080", 10, 59.5, 760, PCIE4, None, 64, "3080-10GB", desktop=True),
-    _model("RTX 3090", 24, 71, 936, PCIE4, None, 64, "3090-24GB", desktop=True),
-    _model("RTX 4060 Ti 16GB", 16, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
-    _model("RTX 4060 Ti 8GB", 8, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
-    _model("RTX 4070 Ti", 12, 80.2, 504, PCIE4, None, 64, "4070-Ti-12GB", desktop=True),
-    _model("RTX 4080", 16, 97.5, 717, PCIE4, None, 64, "4080-16GB", desktop=True),
-    _model("RTX 4090", 24, 165.2, 1008, PCIE4, None, 64, "4090-24GB", desktop=True),
-    _model("RTX 5060 Ti 16GB", 16, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
-    _model("RTX 5060 Ti 8GB", 8, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
-    _model("RTX 5070 Ti", 16, 87.9, 896, PCIE5, None, 64, "5070-Ti-16GB", desktop=True),
-    _model("RTX 5080", 16, 112.6, 960, PCIE5, None, 64, "5080-16GB", desktop=True),
-    _model("RTX 5090", 32, 209.5, 1792, PCIE5, None, 64, "5090-32GB", desktop=True),
-    _model("MI210", 64, 181, 1638, PCIE4, 100, 128, "MI210-64GB"),
-    _model("MI250X", 64, 191.5, 1638, PCIE4, 100, 64, "MI250X-64GB", "MI250X GCD"),  # one of its two dies
-    _model("MI300X", 192, 1307, 5300, PCIE5, 448, 256, "MI300X-192GB"),
-    _model("MI325X", 256, 1307, 6000, PCIE5, 448, 256, "MI325X-256GB"),
+    GpuModel("B200", 180, 2250, 8000, PCIE5, 900, 256, ("B200-180GB",)),
+    GpuModel("H200", 141, 989, 4800, PCIE5, 450, 256, ("H200-141GB", "H200-SXM")),
+    GpuModel("H100-80GB", 80, 989, 3350, PCIE5, 450, 256, ("H100", "H100-SXM", "H100-SXM5-80GB", "H100-80GB-HBM3")),
+    GpuModel("H100-PCIe", 80, 756, 2000, PCIE5, 300, 128, ("H100-PCIe-80GB", "H100-80GB-PCIe")),
+    GpuModel("H100-NVL", 94, 835, 3900, PCIE5, 300, 128, ("H100-NVL-94GB",)),
+    GpuModel("A100-80GB", 80, 312, 2039, PCIE4, 300, 128, ("A100-SXM4-80GB", "A100-SXM-80GB")),
+    GpuModel("A100-40GB", 40, 312, 1555, PCIE4, 300, 128, ("A100-SXM4-40GB", "A100-SXM-40GB")),
+    GpuModel("A100-PCIe-80GB", 80, 312, 1935, PCIE4, None, 128, ("A100-80GB-PCIe",)),
+    GpuModel("A100-PCIe-40GB", 40, 312, 1555, PCIE4, None, 128, ("A100-40GB-PCIe",)),
+    GpuModel("A30", 24, 165, 933, PCIE4, 100, 64, ("A30-24GB",)),
+    GpuModel("L40S", 48, 362, 864, PCIE4, None, 128, ("L40S-48GB",), ecc=True),
+    GpuModel("L40", 48, 181, 864, PCIE4, None, 128, ("L40-48GB",), ecc=True),
+    GpuModel("L4", 24, 121, 300, PCIE4, None, 48, ("L4-24GB",), ecc=True),
+    GpuModel("A10", 24, 125, 600, PCIE4, None, 64, ("A10-24GB",), ecc=True),
+    GpuModel("A10G", 24, 70, 600, PCIE4, None, 64, ("A10G-24GB",), ecc=True),
+    GpuModel("A40", 48, 149.7, 696, PCIE4, 56, 128, ("A40-48GB",), ecc=True),
+    GpuModel("V100-32GB", 32, 125, 900, PCIE3, 150, 64, ("V100-SXM2-32GB",), bf16=False),
+    GpuModel("V100-16GB", 16, 125, 900, PCIE3, 150, 64, ("V100-SXM2-16GB",), bf16=False),
+    GpuModel("V100-PCIe-32GB", 32, 112, 900, PCIE3, None, 64, ("V100-32GB-PCIe",), bf16=False),
+    GpuModel("V100-PCIe-16GB", 16, 112, 900, PCIE3, None, 64, ("V100-16GB-PCIe",), bf16=False),
+    GpuModel("P100", 16, 21.2, 732, PCIE3, 80, 64, ("P100-16GB", "P100-SXM2-16GB", "P100-PCIe-16GB"), bf16=False),
+    GpuModel("T4", 16, 65, 320, PCIE3, None, 32, ("T4-16GB",), bf16=False, ecc=True),
+    GpuModel("RTX A6000", 48, 154.8, 768, PCIE4, 56, 128, ("A6000-48GB",), desktop=True),
+    GpuModel("RTX A5000", 24, 111.1, 768, PCIE4, 56, 64, ("A5000-24GB",), desktop=True),
+    GpuModel("RTX 6000 Ada", 48, 364, 960, PCIE4, None, 128, ("6000-Ada-48GB",), desktop=True),
+    GpuModel("RTX PRO 6000", 96, 503, 1792, PCIE5, None, 128, ("PRO 6000 Blackwell", "PRO-6000-96GB",
+             "RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell Server Edition"), desktop=True),
+    GpuModel("RTX 2080 Ti", 11, 53.8, 616, PCIE3, None, 64, ("2080-Ti-11GB",), desktop=True, bf16=False),
+    GpuModel("RTX 3060 12GB", 12, 25.5, 360, PCIE4, None, 64, ("3060",), desktop=True),
+    GpuModel("RTX 3080", 10, 59.5, 760, PCIE4, None, 64, ("3080-10GB",), desktop=True),
+    GpuModel("RTX 3090", 24, 71, 936, PCIE4, None, 64, ("3090-24GB",), desktop=True),
+    GpuModel("RTX 4060 Ti 16GB", 16, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
+    GpuModel("RTX 4060 Ti 8GB", 8, 44.1, 288, PCIE4 / 2, None, 64, desktop=True),
+    GpuModel("RTX 4070 Ti", 12, 80.2, 504, PCIE4, None, 64, ("4070-Ti-12GB",), desktop=True),
+    GpuModel("RTX 4080", 16, 97.5, 717, PCIE4, None, 64, ("4080-16GB",), desktop=True),
+    GpuModel("RTX 4090", 24, 165.2, 1008, PCIE4, None, 64, ("4090-24GB",), desktop=True),
+    GpuModel("RTX 5060 Ti 16GB", 16, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
+    GpuModel("RTX 5060 Ti 8GB", 8, 47.4, 448, PCIE5 / 2, None, 64, desktop=True),
+    GpuModel("RTX 5070 Ti", 16, 87.9, 896, PCIE5, None, 64, ("5070-Ti-16GB",), desktop=True),
+    GpuModel("RTX 5080", 16, 112.6, 960, PCIE5, None, 64, ("5080-16GB",), desktop=True),
+    GpuModel("RTX 5090", 32, 209.5, 1792, PCIE5, None, 64, ("5090-32GB",), desktop=True),
+    GpuModel("MI210", 64, 181, 1638, PCIE4, 100, 128, ("MI210-64GB",)),
+    GpuModel("MI250X", 64, 191.5, 1638, PCIE4, 100, 64, ("MI250X-64GB", "MI250X GCD")),  # one of its two dies
+    GpuModel("MI300X", 192, 1307, 5300, PCIE5, 448, 256, ("MI300X-192GB",)),
+    GpuModel("MI325X", 256, 1307, 6000, PCIE5, 448, 256, ("MI325X-256GB",)),
 )
 # fmt: on
 
@@ -259,6 +254,10 @@ def _fleet(model: GpuModel | None, count: int, host: int | None, disk: int | Non
             assumed.append(f"{cores} cores")
     if model is None:
         assumed.append(f"{CPU_FLOPS_PER_CORE / GB:.0f} GFLOP/s a core in fp32, no fast bf16")
+    gpus: tuple[Gpu, ...] = ()
+    if model is not None:
+        free = model.memory_bytes - DEVICE_RESERVE
+        gpus = (Gpu(name=model.name, memory_bytes=model.memory_bytes, bf16=model.bf16, free_bytes=free),) * count
     name = f"{count}x {model.name}" if model else f"CPU with {cores} cores"
     machine = Machine(
         cpu="not here",
@@ -266,7 +265,7 @@ def _fleet(model: GpuModel | None, count: int, host: int | None, disk: int | Non
         memory_bytes=host,
         memory_available_bytes=_left_by_others(host),
         cpu_bf16_speedup=1.0,
-        gpus=(_gpu(model),) * count if model else (),
+        gpus=gpus,
         cpu_flops=0.0 if model else float(cores * CPU_FLOPS_PER_CORE),
     )
     return Fleet(
@@ -309,11 +308,6 @@ def asked(fleet: Fleet) -> str:
     disk = f", {fleet.disk_bytes / GB:.6g}GB disk" if fleet.disk_bytes else ""
     host = f", {fleet.machine.memory_bytes / GB:.6g}GB host" if fleet.host_is_given else ""
     return f"{fleet.num_devices}x {fleet.gpu_model.name}{host}{disk}"
-
-
-def _gpu(model: GpuModel) -> Gpu:
-    free = model.memory_bytes - DEVICE_RESERVE
-    return Gpu(name=model.name, memory_bytes=model.memory_bytes, bf16=model.bf16, free_bytes=free)
 
 
 def here(machine: Machine, disk_free_bytes: int) -> Fleet:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from fulltune.plan.dotted import in_yaml
 from fulltune.plan.levers import LEVERS, Lever
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import DiskNeed, MemoryNeed
+from fulltune.records.plan import MemoryNeed
 from fulltune.records.survey import Placement, WayOut
 from fulltune.system import deepspeed
 from fulltune.text import format_bytes, listed
@@ -44,7 +44,7 @@ def of_memory(
     found, mild = [], 0
     for lever, changed, settings in _possible(recipe, smallest):
         peak = need(changed).peak
-        found.append(_way_out(_words(settings), now - peak, peak <= budget_bytes, lever.costs, settings))
+        found.append(way(settings, now - peak, peak <= budget_bytes, lever.costs))
         mild += lever.same_result
     others = [one for one in placements if _is_another(one)]
     if others:
@@ -73,11 +73,21 @@ def _as_way_out(placement: Placement, now: int) -> WayOut:
         host += f", {format_bytes(placement.disk_bytes)} on disk"
     speed = f"about {placement.tokens_per_second:,.0f} tokens/s{host}" if placement.tokens_per_second else host[2:]
     costs = speed or "other numbers in the last digits"
-    return _way_out(f"{placement.name}{needs}", now - placement.device_bytes, True, costs, placement.settings)
+    return way(placement.settings, now - placement.device_bytes, True, costs, f"{placement.name}{needs}")
 
 
-def _way_out(change: str, frees_bytes: int, enough: bool, costs: str, settings: dict[str, Any]) -> WayOut:
-    return WayOut(change=change, frees_bytes=frees_bytes, where="device", enough=enough, costs=costs, settings=settings)
+def way(
+    settings: dict[str, Any],
+    frees_bytes: int,
+    enough: bool,
+    costs: str,
+    change: str = "",
+    where: Literal["device", "disk"] = "device",
+) -> WayOut:
+    """A way out by settings, named by them unless it has words of its own."""
+    first, *others = [f"{name}: {in_yaml(value)}" for name, value in settings.items()] or [""]
+    words = change or (f"{first} with {listed(others)}" if others else first)
+    return WayOut(change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings)
 
 
 def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, MemorySettings, dict[str, Any]]]:
@@ -87,11 +97,6 @@ def _possible(recipe: Recipe, now: MemorySettings) -> Iterator[tuple[Lever, Memo
         if lever.way_out and not lever.obstacle(recipe, now):
             changes = lever.apply(recipe, now)[-1]
             yield lever, replace(now, **changes), lever.settings(recipe, changes)
-
-
-def _words(settings: dict[str, Any]) -> str:
-    first, *others = (f"{name}: {in_yaml(value)}" for name, value in settings.items())
-    return f"{first} with {listed(others)}" if others else first
 
 
 def _together(
@@ -107,7 +112,7 @@ def _together(
         costs += [lever.costs] if lever.costs not in costs else []
         peak = need(now).peak
         if peak <= budget_bytes:
-            return [_way_out(_words(named), needed - peak, True, "; ".join(costs), named)]
+            return [way(named, needed - peak, True, "; ".join(costs))]
     return []
 
 
@@ -118,35 +123,7 @@ def _smaller_model(
     weights = need(settings).kinds["weights"]
     parameters = weights / (4 if settings.weights_dtype == "fp32" else 2) * budget_bytes / now
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
-    return _way_out(f"a model of at most about {size} parameters", now - budget_bytes, True, "another model", {})
-
-
-def of_disk(need: DiskNeed, free_bytes: int, kept: int, output: str, freed_by_8bit: int) -> tuple[WayOut, ...]:
-    """The nearest ways to bring a run onto its disk.
-
-    Args:
-        need: What the run takes.
-        free_bytes: What there is.
-        kept: `train.save_total_limit`.
-        output: The recipe's output folder.
-        freed_by_8bit: What 8-bit moments would free; 0 where they cannot be.
-    """
-    missing = need.total - free_bytes
-    ways: list[tuple[str, int, str, dict[str, Any]]] = []
-    # One that is kept, the best one, and the one being written; a short run writes no more anyway.
-    freed = max(0, need.num_checkpoints - 3) * need.one_checkpoint if kept > 1 else 0
-    if freed:
-        ways.append(
-            ("train.save_total_limit: 1", freed, "fewer checkpoints to go back to", {"train.save_total_limit": 1})
-        )
-    if freed_by_8bit > 0:
-        ways.append(("train.optim: adamw_8bit", freed_by_8bit, "moments of 8 bits", {"train.optim": "adamw_8bit"}))
-    ways.append((f"free {format_bytes(missing)} under {output}, or choose another output", missing, "nothing", {}))
-    found = [
-        WayOut(change=words, frees_bytes=freed, where="disk", enough=freed >= missing, costs=costs, settings=settings)
-        for words, freed, costs, settings in ways
-    ]
-    return tuple(sorted(found, key=lambda way: not way.enough))[:MOST]
+    return way({}, now - budget_bytes, True, "another model", f"a model of at most about {size} parameters")
 
 
 def in_lines(ways: Sequence[WayOut]) -> list[str]:

@@ -11,7 +11,9 @@ from fulltune.plan import disk, gpus, ways_out
 from fulltune.plan.elsewhere import placement
 from fulltune.plan.memory import MemorySettings
 from fulltune.plan.workload import basis_of
+from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed, MemoryNeed
+from fulltune.records.survey import WayOut
 from tests import plans
 from tests.unit.plan import sizes
 
@@ -158,15 +160,26 @@ def test_other_placements_that_fit_are_ways_out() -> None:
         ),
     ],
 )
-def test_ways_out_of_a_full_disk(kept: int, free: int, expected: list[tuple[str, int, bool]]) -> None:
-    disk = DiskNeed(one_checkpoint=12 * GIB, num_checkpoints=4, model=8 * GIB)
-    found = ways_out.of_disk(disk, free * GIB, kept, "runs", 24 * GIB)
+def test_ways_out_of_a_full_disk(
+    kept: int, free: int, expected: list[tuple[str, int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = of_disk(monkeypatch, free * GIB, kept)
     assert [(way.change, way.frees_bytes / GIB, way.enough) for way in found] == expected
 
 
-def test_lines_say_what_is_enough() -> None:
-    disk = DiskNeed(one_checkpoint=12 * GIB, num_checkpoints=4, model=8 * GIB)
-    lines = ways_out.in_lines(ways_out.of_disk(disk, 20 * GIB, 1, "runs", 24 * GIB))
+def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[WayOut, ...]:
+    """Ways out for four checkpoints of 12 GiB (6 with 8-bit moments) and 8 GiB of models."""
+
+    def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
+        one = 6 if settings.optim == "adamw_8bit" else 12
+        return DiskNeed(one_checkpoint=one * GIB, num_checkpoints=4, model=8 * GIB)
+
+    monkeypatch.setattr(disk, "need", need)
+    return disk.ways(plans.recipe(train={"save_total_limit": kept}), 1, SETTINGS, free)
+
+
+def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ways_out.in_lines(of_disk(monkeypatch, 20 * GIB, 1))
     assert lines == [
         "enough: free 36 GiB under runs, or choose another output: frees 36 GiB (nothing)",
         "helps: train.optim: adamw_8bit: frees 24 GiB (moments of 8 bits)",

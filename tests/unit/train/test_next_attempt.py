@@ -1,4 +1,4 @@
-"""What is tried after an attempt that failed, as tables: the ladder, its order, what the recipe keeps, what is said."""
+"""What is tried after an attempt that failed, as tables: fallbacks, their order, what is kept, what is said."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.training import Outcome
-from fulltune.train.parent.next_attempt import MOST_KILLS, Change, next_attempt, no_way_out, unknown
+from fulltune.train.parent.next_attempt import MOST_KILLS, NextAttempt, next_attempt, no_way_out, unknown
 from tests.plans import MIB, need, outcome, plan, recipe
 
 TRIED = ("micro_batch_size", "eval_batch_size", "activation_checkpointing", "chunked_loss", "optim")
 
 
-def walk(given: Any, start: Plan, phase: str | None = "step", **known: Any) -> list[Change]:
+def walk(given: Any, start: Plan, phase: str | None = "step", **known: Any) -> list[NextAttempt]:
     """All changes until nothing is left, when every attempt runs out at the same place."""
     present, history, changes = start, [], []
     while True:
@@ -31,7 +31,7 @@ def walk(given: Any, start: Plan, phase: str | None = "step", **known: Any) -> l
         assert len(changes) < 20, "no end"
 
 
-def steps(changes: list[Change], start: Plan) -> list[Any]:
+def steps(changes: list[NextAttempt], start: Plan) -> list[Any]:
     """What each change changed: the new micro or eval batch, or the name of the field."""
     found: list[Any] = []
     before = start
@@ -171,7 +171,7 @@ def test_without_the_plans_arithmetic_the_micro_batch_is_halved() -> None:
 def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
     history = [outcome("killed", phase="step")]
     first = next_attempt(recipe(), plan(), history)
-    assert first == Change(plan(), True, "the process was killed; going on from the last whole checkpoint")
+    assert first == NextAttempt(plan(), True, "the process was killed; going on from the last whole checkpoint")
 
     second = next_attempt(recipe(), first.plan, [*history, outcome("killed", 2, phase="evaluation")])
     assert second is not None
@@ -273,7 +273,7 @@ def test_settings_keep_what_was_planned_with_its_reason() -> None:
     )
 
 
-def test_message_at_the_end_shows_the_whole_ladder() -> None:
+def test_message_at_the_end_shows_every_fallback() -> None:
     given = recipe("causal-lm", train={"optim": "adafactor", "chunked_loss": False})
     last = plan(micro_batch_size=1, gradient_accumulation_steps=8, activation_checkpointing=True, optim="adafactor")
     last = last.model_copy(update={"memory": need(last)})

@@ -40,7 +40,7 @@ _NO_SECOND = "functions of your own train in this process, which allows no secon
 
 
 @dataclass(frozen=True)
-class Change:
+class NextAttempt:
     """The next attempt: its plan, whether it continues from the last whole checkpoint, and why."""
 
     plan: Plan
@@ -53,7 +53,7 @@ def unknown(plan: Plan) -> None:
     return None
 
 
-def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Need = unknown) -> Change | None:
+def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: Need = unknown) -> NextAttempt | None:
     """Choose the remedy for the last outcome, or None when there is none.
 
     Out of memory in a step: half the micro batch with the same global batch, then a chunked loss, activation
@@ -72,12 +72,12 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
         return None
     kills = sum(outcome.status == "killed" for outcome in history)
     if last.status == "killed" and kills == 1:
-        return Change(plan, resume=True, reason="the process was killed; going on from the last whole checkpoint")
+        return NextAttempt(plan, resume=True, reason="the process was killed; going on from the last whole checkpoint")
     if kills > MOST_KILLS:
         return None
     seen = sum(outcome.status in ("out_of_memory", "killed") and outcome.phase == last.phase for outcome in history)
     if last.phase in ("loading", "saving", "resuming") and seen == 1:
-        return Change(
+        return NextAttempt(
             plan, True, f"{short_of(last, plan)}; retrying once unchanged, in case another process used the memory"
         )
 
@@ -93,7 +93,7 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
     return None
 
 
-def _changed(plan: Plan, last: Outcome, fallback: Fallback, need: Need) -> Change:
+def _changed(plan: Plan, last: Outcome, fallback: Fallback, need: Need) -> NextAttempt:
     after = plan.model_copy(update=fallback.changes)
     after = after.model_copy(
         update={"memory": need(after), "time": None, "settings": _noted(plan, after, fallback, last)}
@@ -102,7 +102,7 @@ def _changed(plan: Plan, last: Outcome, fallback: Fallback, need: Need) -> Chang
         state = plan.state.model_copy(update={"optimizer": after.memory.kinds["optimizer"]})
         after = after.model_copy(update={"state": state})
     less = freed(plan.memory, after.memory)
-    return Change(after, True, f"{short_of(last, plan)}; {fallback.text}" + (f": {less}" if less else ""))
+    return NextAttempt(after, True, f"{short_of(last, plan)}; {fallback.text}" + (f": {less}" if less else ""))
 
 
 def short_of(outcome: Outcome, plan: Plan) -> str:

@@ -19,7 +19,7 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal
 from fulltune.train.parent import child
 from fulltune.train.parent.memory_fallbacks import Need
-from fulltune.train.parent.next_attempt import Change, next_attempt, no_way_out, unknown
+from fulltune.train.parent.next_attempt import NextAttempt, next_attempt, no_way_out, unknown
 from fulltune.train.parent.spawn import Starter, in_new_process
 from fulltune.train.request import INITIAL_WEIGHTS, Request, attempt_folders, number_in
 
@@ -65,7 +65,7 @@ def train(
     (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # of a model that is no longer there
     history: list[Outcome] = []
     tried: list[str] = []
-    change = Change(plan, resume=True)
+    change = NextAttempt(plan, resume=True)
     while True:
         request = Request(
             run_folder=str(folder),
@@ -114,7 +114,7 @@ def _with_folders(request: Request, resume: bool, listener: Listener) -> Request
     return request
 
 
-def _write_down(change: Change, failed: Request) -> None:
+def _write_down(change: NextAttempt, failed: Request) -> None:
     """Note what is tried next and why, before it is tried."""
     Journal(failed.folder / "journal.jsonl").write(NEXT, change.reason)
     if change.plan == failed.plan:
