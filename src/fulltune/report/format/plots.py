@@ -195,7 +195,7 @@ def _draw_mark(axes: Axes, mark: Mark, x: float, y: float, upright: bool = False
     axes.errorbar(
         x, y, yerr=reach if upright else None, xerr=None if upright else reach, fmt=mark.marker, markersize=7,
         color=colour, markerfacecolor=colour if mark.filled else _PAGE, elinewidth=1.75, capsize=5, capthick=1.75,
-        mew=1.75, zorder=3,
+        mew=1.75, zorder=4 if mark.filled else 3,
     )  # fmt: skip
 
 
