@@ -34,13 +34,13 @@ STANDARD_DEVIATION = 1e-2
 
 
 class Bottleneck(nn.Module):
-    """Down, a bend, up, and the input itself: [..., size] to [..., size]."""
+    """Down, a non-linearity, up, and the input itself."""
 
     def __init__(self, size: int, bottleneck: int, non_linearity: str) -> None:
         super().__init__()
         self.down = nn.Linear(size, bottleneck)
         self.up = nn.Linear(bottleneck, size)
-        self.bend = nn.ReLU() if non_linearity == "relu" else nn.GELU()
+        self.non_linearity = nn.ReLU() if non_linearity == "relu" else nn.GELU()
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(
                 linear.weight, std=STANDARD_DEVIATION, a=-2 * STANDARD_DEVIATION, b=2 * STANDARD_DEVIATION
@@ -48,9 +48,10 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden[..., size]` to [..., size]."""
         # In its own type: weights in bf16 beside it are frozen, its own would lose small updates.
-        bent = self.up(self.bend(self.down(hidden.to(self.down.weight.dtype))))
-        return hidden + bent.to(hidden.dtype)
+        added = self.up(self.non_linearity(self.down(hidden.to(self.down.weight.dtype))))
+        return hidden + added.to(hidden.dtype)
 
 
 def put_into(model: Any, method: AdapterMethod, heads: tuple[str, ...]) -> None:
@@ -71,7 +72,7 @@ def put_into(model: Any, method: AdapterMethod, heads: tuple[str, ...]) -> None:
         module.add_module("adapter", added.to(weight.device))
         module.register_forward_hook(_adapted)
     for name, module in model.named_modules():
-        if _is_norm(module) and not any(name == one or name.startswith(f"{one}.") for one in heads):
+        if "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm) and not _is_inside(name, heads):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(True)
 
@@ -84,10 +85,10 @@ def _adapted(module: Any, _: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _is_projection(name: str, module: Any, heads: tuple[str, ...]) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    in_head = any(name == one or name.startswith(f"{one}.") for one in heads)
     ends = any(name.endswith(f".{end}") for end in PROJECTIONS)
-    return isinstance(module, (nn.Linear, Conv1D)) and ends and not in_head and _IN_LAYER.search(name) is not None
+    in_layer = _IN_LAYER.search(name) is not None and not _is_inside(name, heads)
+    return isinstance(module, (nn.Linear, Conv1D)) and ends and in_layer
 
 
-def _is_norm(module: Any) -> bool:
-    return "Norm" in type(module).__name__ and not isinstance(module, _BatchNorm)
+def _is_inside(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

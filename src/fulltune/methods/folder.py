@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.methods import PROMPT_MODULE, Applied, apply, trained
 from fulltune.models.base import Base
@@ -57,7 +58,7 @@ def save(applied: Applied, folder: Path, task: TaskName, base: str) -> None:
         else:
             config = {"fulltune_method": applied.method.kind, "base_model_name_or_path": base}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        files.write_json(folder / CONFIG, config)
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -256,5 +257,5 @@ def merge(folder: Path, output: Path) -> None:
     model.save_pretrained(output)
     processor.save_pretrained(output)
     plain = {name: value for name, value in notes.items() if name not in ("method", "base_model")}
-    (output / NOTES).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    files.write_json(output / NOTES, plain)
     share(output)

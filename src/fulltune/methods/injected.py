@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from typing import Any
 
@@ -10,6 +9,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.methods import LoraMethod, PeftMethod
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system.out_of_memory import is_out_of_memory
+from fulltune.text import did_you_mean
 
 _FROM_VALUES = "what it trains follows from the weights' values, which the plan does not read"
 UNUSABLE = {
@@ -37,8 +37,7 @@ def problems(method: PeftMethod) -> list[str]:
     usable = [one for one, config in known.items() if not issubclass(config, PromptLearningConfig)]
     usable = sorted({one for one in usable if one not in UNUSABLE})
     if name not in known:
-        near = difflib.get_close_matches(name, usable, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(usable)}"
+        hint = did_you_mean(name, usable) or f"known here: {', '.join(usable)}"
         return [f"type: PEFT has no '{method.type}'; {hint}"]
     if issubclass(known[name], PromptLearningConfig):
         return [f"type: {name} puts tokens before the text instead of modules into layers; take 'kind: prompt'"]
@@ -50,8 +49,7 @@ def problems(method: PeftMethod) -> list[str]:
         if field in _OURS:
             found.append(f"config.{field}: follows from the recipe; remove it")
         elif field not in fields:
-            near = difflib.get_close_matches(field, sorted(fields), n=1, cutoff=0.6)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(sorted(fields - set(_OURS)))}"
+            hint = did_you_mean(field, sorted(fields)) or f"it has {', '.join(sorted(fields - set(_OURS)))}"
             found.append(f"config.{field}: {name} has no such field; {hint}")
     return found
 

@@ -24,7 +24,7 @@ _TOKEN_TASKS = ("token-classification", "question-answering", "causal-lm")
 
 
 class Prompt(nn.Module):
-    """The trained vectors, float32 [tokens, size]."""
+    """The trained vectors, float32 `weight[tokens, size]`."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def put_before(model: Any, method: PromptMethod, task: TaskName) -> None:
     model.add_module(PROMPT_MODULE, prompt)
     size = method.num_virtual_tokens
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    filler = 1 if pad == 0 else 0  # RoBERTa counts positions by what is no padding
+    filler = 1 if pad == 0 else 0  # RoBERTa counts positions by what is not padding
     signature = inspect.signature(body.forward)
 
     def before_body(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -110,7 +110,7 @@ def _embeddings(module: Any) -> Any:
 
 
 def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
-    """The vectors of tokens drawn from the vocabulary, or random numbers of their spread."""
+    """Vectors of tokens drawn from the vocabulary, or random numbers of their spread: float32 [tokens, size]."""
     weight, size = embeddings.weight.detach(), method.num_virtual_tokens
     if method.init == "vocabulary":
         return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()
@@ -119,7 +119,14 @@ def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
 
 
 def _with_virtual(given: dict[str, Any], size: int, filler: int, prompt: Prompt) -> dict[str, Any]:
-    """The body's inputs with so many tokens more in front, or, when it goes on from a cache, behind them."""
+    """The body's inputs with so many tokens more in front, or, when it goes on from a cache, behind them.
+
+    Args:
+        given: `input_ids[batch, tokens]`, `attention_mask[batch, tokens]`, `position_ids` ... by name.
+        size: Number of virtual tokens.
+        filler: Their id, whose embedding is replaced.
+        prompt: Told that they stand in front.
+    """
     ids = given["input_ids"]
     rows, cache = len(ids), given.get("past_key_values")
     begins = cache is None or not cache.get_seq_length()

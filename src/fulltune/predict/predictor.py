@@ -13,7 +13,7 @@ from fulltune.inference.run import generate, run_rows
 from fulltune.methods import folder as folders
 from fulltune.models.processors import opened
 from fulltune.recipe.tasks import FACTS
-from fulltune.tasks import Example, ReadingTask, Refused, Row, Target, Task, WritingTask, chat, task_named
+from fulltune.tasks import Encoded, Example, ReadingTask, Refused, Row, Target, Task, WritingTask, chat, task_named
 from fulltune.tasks.columns import unreadable, windows
 
 _log = logging.getLogger(__name__)
@@ -161,9 +161,7 @@ class Predictor:
             for why, examples in zip(refused, encoded, strict=True)
         ]
 
-    def _answers(
-        self, rows: Sequence[Row], encoded: Sequence[Sequence[Example]], watch: Watch
-    ) -> Sequence[dict[str, Any]]:
+    def _answers(self, rows: Sequence[Row], encoded: Encoded, watch: Watch) -> Sequence[dict[str, Any]]:
         if not rows:
             return []
         task = cast(ReadingTask, self.task)

@@ -77,6 +77,10 @@ class Example:
     """Longest sequence that the model reads, in tokens, where that is not the length of `input_ids`."""
 
 
+Encoded = list[list[Example]]
+"""The examples of each row."""
+
+
 class Task(Protocol):
     """What a task module provides. Tokens' labels are padded with -100."""
 
@@ -106,7 +110,7 @@ class Task(Protocol):
 
     def encode(
         self, rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> list[list[Example]]:
+    ) -> Encoded:
         """Tokenise rows; a row can give several examples (a conversation whose template rewrites earlier turns)."""
 
     def preview(self, features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
@@ -155,19 +159,14 @@ class ReadingTask(Task, Protocol):
     """One whose model puts a head on what it has read: answers come from what `reduce` keeps."""
 
     def answers(
-        self,
-        kept: Predictions,
-        rows: Sequence[Row],
-        examples: Sequence[Sequence[Example]],
-        target: Target,
-        temperature: float,
+        self, kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
     ) -> list[dict[str, Any]]:
         """What `predict` gives for each row.
 
         Args:
             kept: What `reduce` kept of all examples.
             rows: The questions.
-            examples: What `encode` made of each of them.
+            encoded: What `encode` made of them.
             target: What the model learned.
             temperature: Divides the logits of labels and choices.
         """

@@ -12,7 +12,7 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import Example, LossSettings, Refused, Row, Target, chat, usual, written
+from fulltune.tasks import Encoded, Example, LossSettings, Refused, Row, Target, chat, usual, written
 from fulltune.tasks.columns import as_text, named, normalised, required, without_text
 from fulltune.tasks.padding import IGNORED, collated, padded
 
@@ -32,11 +32,11 @@ metrics, score_answers = written.metrics, written.score_answers
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
     """A `messages` column, or `prompt` and `completion`, or raw `text`."""
     forms = {
-        "data.messages": data.messages is not None,
-        "data.prompt/completion": data.prompt is not None or data.completion is not None,
-        "data.text": data.text is not None,
+        "data.messages": data.messages,
+        "data.prompt/completion": data.completion if data.prompt is None else data.prompt,
+        "data.text": data.text,
     }
-    given = [name for name, is_given in forms.items() if is_given]
+    given = [name for name, column in forms.items() if column is not None]
     if len(given) > 1:
         raise DataError(f"{where}: {' and '.join(given)} are both given; keep one form")
     form = given[0] if given else None
@@ -58,9 +58,9 @@ def _only_text(columns: Sequence[str], where: str) -> bool:
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
     """Chat, raw text or pairs; for pairs, what stands between prompt and completion."""
-    glued, seen = False, 0
-    for seen, row in enumerate(rows, start=1):
-        if "prompt" in columns and not glued and seen <= _ROWS_LOOKED_AT:
+    glued = False
+    for number, row in enumerate(rows):
+        if "prompt" in columns and not glued and number < 200:
             one, two = as_text(row.get(columns["prompt"])), as_text(row.get(columns["completion"]))
             glued = bool(one and two) and not one[-1].isspace() and not two[0].isspace()
     if "messages" in columns:
@@ -70,11 +70,8 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     return Target("prompt_completion", columns, joint="\n" if glued else "")
 
 
-_ROWS_LOOKED_AT = 200
-
-
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without text or answer are left out, and conversations that are no conversations."""
+    """Rows without text or answer are left out, and what is not a conversation."""
     if target.problem_type != "chat":
         return without_text(row, target, *target.columns)
     try:
@@ -134,9 +131,7 @@ def _question(row: Row, target: Target) -> list[dict[str, Any]]:
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
 
-def encode(
-    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[Example]]:
+def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise; `labels` repeat the ids where something is trained and hold -100 elsewhere."""
     if target.problem_type == "chat" and not tokenizer.chat_template:
         raise SetupError(

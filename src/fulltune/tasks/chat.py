@@ -36,7 +36,7 @@ def clean(messages: Any) -> list[dict[str, Any]]:
     Keys without a value are dropped: a parquet file gives every message the keys of all messages.
 
     Raises:
-        DataError: When this is no list of messages.
+        DataError: When this is not a list of messages.
     """
     messages = parsed(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
@@ -107,6 +107,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tool
 
 
 def has_generation_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template marks what the assistant says."""
     return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)))
 
 
@@ -154,7 +155,7 @@ def _applied(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], to
     try:
         return tokenizer.apply_chat_template([dict(message) for message in messages], tools=tools, **options)
     except jinja2.TemplateSyntaxError as error:
-        raise SetupError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
+        raise SetupError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
     except NotImplementedError:
         raise SetupError("the tokenizer does not say where its tokens stand in the text; take a fast one") from None
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:

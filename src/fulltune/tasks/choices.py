@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import Row, Target
-from fulltune.tasks.columns import as_text, named, usual
+from fulltune.tasks.columns import as_text, missing_column, named
 from fulltune.tasks.labels import is_empty, label_name, parsed_list
 
 NAMES = {
@@ -50,35 +50,25 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
         DataError: For each role without a column, and when texts are left that may be the question.
     """
     found: dict[str, str] = {}
-    rest = list(columns)
-
-    def take(role: str, given: str | None) -> None:
-        column = named(role, given, rest, where) if given is not None else usual(NAMES[role], rest, where)
+    for role in ("choices", "label", "context", "question"):
+        rest = [column for column in columns if column not in found.values()]
+        column = named(role, getattr(data, role), rest, where, NAMES[role])
         if column is not None:
             found[role] = column
-            rest.remove(column)
-
-    take("choices", data.choices)
-    if "choices" not in found:
-        for number, column in enumerate(_numbered(rest)):
-            found[f"choice{number}"] = column
-            rest.remove(column)
-    problems = [] if found else [_missing("choices", where, columns, " (one with lists, or several: choice0, choice1)")]
-    take("label", data.label)
+        elif role == "choices":
+            found |= {f"choice{number}": column for number, column in enumerate(_numbered(rest))}
+    missing = []
+    if not any(role.startswith("choice") for role in found):
+        missing.append(missing_column("choices (one with lists, or several: choice0, choice1)", columns, where))
     if "label" not in found:
-        problems.append(_missing("label", where, columns))
-    take("context", data.context)
-    take("question", data.question)
+        missing.append(missing_column("label", columns, where))
+    rest = [column for column in columns if column not in found.values()]
     if not {"question", "context"} & set(found) and _has_sentences(rest, sample):
         # A question under another name must not be left out in silence.
-        problems.append(_missing("question", where, columns))
-    if problems:
-        raise DataError(problems)
+        missing.append(missing_column("question", columns, where))
+    if missing:
+        raise DataError(missing)
     return found
-
-
-def _missing(role: str, where: str, columns: Sequence[str], form: str = "") -> str:
-    return f"{where}: no column found for data.{role}{form}; name it in the recipe (columns here: {', '.join(columns)})"
 
 
 def _numbered(columns: Sequence[str]) -> list[str]:
@@ -97,11 +87,11 @@ def _numbered(columns: Sequence[str]) -> list[str]:
 
 def _has_sentences(columns: Sequence[str], sample: Sequence[Row]) -> bool:
     """True when a column holds words with spaces between them in most rows."""
-    for column in columns:
-        spaced = sum(isinstance(row.get(column), str) and " " in row[column].strip() for row in sample)
-        if sample and spaced > len(sample) / 2:
-            return True
-    return False
+
+    def has_words(cell: Any) -> bool:
+        return isinstance(cell, str) and " " in cell.strip()
+
+    return any(sum(has_words(row.get(column)) for row in sample) > len(sample) / 2 for column in columns)
 
 
 def choice_texts(row: Row, target: Target) -> list[str]:

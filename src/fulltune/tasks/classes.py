@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.records.scores import Answer
-from fulltune.tasks import Example, LossSettings, Predictions, Row, Target
+from fulltune.tasks import Encoded, LossSettings, Predictions, Row, Target
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +36,6 @@ def label_words(value: Any, target: Target) -> str:
             return f"({int(value)})"
     chosen = [name for name, present in zip(target.labels, value, strict=True) if present >= 0.5]
     return ", ".join(chosen) or "(none)"
-
-
-# ---- loss ------------------------------------------------------------------------------------------------------
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
@@ -73,9 +70,6 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor, target: Target, setti
 def count_items(labels: torch.Tensor) -> int:
     """Rows of `labels[batch, ...]`."""
     return labels.shape[0]
-
-
-# ---- evaluation ------------------------------------------------------------------------------------------------
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
@@ -203,11 +197,8 @@ def worst(kept: Predictions, texts: Sequence[str], target: Target, count: int) -
         )
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------
-
-
 def answers(
-    kept: Predictions, rows: Sequence[Row], examples: Sequence[Sequence[Example]], target: Target, temperature: float
+    kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
 ) -> list[dict[str, Any]]:
     """`label`, `probability` and `probabilities` by label; or `labels` and `probabilities`; or `value`."""
     if target.problem_type == "regression":

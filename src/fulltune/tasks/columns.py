@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import io
 import json
 import re
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from fulltune.errors import DataError
 from fulltune.tasks import Refused, Row, Target
+from fulltune.text import did_you_mean
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def unreadable(row: Mapping[str, object], columns: Mapping[str, str]) -> str | N
         if isinstance(cell, BadCell):
             return f"column '{column}' holds {cell.reason}"
         if isinstance(cell, bytes) and role != "image":
-            return f"column '{column}' holds bytes that are no text in UTF-8"
+            return f"column '{column}' holds bytes that are not text in UTF-8"
     return None
 
 
@@ -148,19 +148,18 @@ def usual(names: Sequence[str], columns: Sequence[str], where: str) -> str | Non
     return None
 
 
-def named(role: str, given: str | None, columns: Sequence[str], where: str) -> str | None:
-    """The column that the recipe names for a role, or one with a usual name, or None.
+def named(role: str, given: str | None, columns: Sequence[str], where: str, names: Sequence[str] = ()) -> str | None:
+    """The column that the recipe names for a role, or one with a usual name (by default `USUAL_NAMES`), or None.
 
     Raises:
         DataError: When the recipe names a column that is not there.
     """
     if given is not None:
         if given not in columns:
-            near = difflib.get_close_matches(given, columns, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"columns here: {', '.join(columns)}"
+            hint = did_you_mean(given, columns) or f"columns here: {', '.join(columns)}"
             raise DataError(f"{where}: no column '{given}' (data.{role}); {hint}")
         return given
-    return usual(USUAL_NAMES[role], columns, where)
+    return usual(names or USUAL_NAMES[role], columns, where)
 
 
 def required(
@@ -169,10 +168,13 @@ def required(
     """Like `named`, for a role that the task cannot do without; `besides` are columns that have another role."""
     column = named(role, given, [column for column in columns if column not in besides], where)
     if column is None:
-        raise DataError(
-            f"{where}: no column found for data.{role}; name it in the recipe (columns here: {', '.join(columns)})"
-        )
+        raise DataError(missing_column(role, columns, where))
     return column
+
+
+def missing_column(role: str, columns: Sequence[str], where: str) -> str:
+    """What is said of a role without a column."""
+    return f"{where}: no column found for data.{role}; name it in the recipe (columns here: {', '.join(columns)})"
 
 
 def without_text(row: Row, target: Target, *roles: str) -> Refused | None:

@@ -17,7 +17,7 @@ from fulltune.models.pixels import CONTENT, PATH, PIXELS, content_hash, decode, 
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, PLACE, Example, Refused, Row, Target, classes, labels, usual
+from fulltune.tasks import LENGTH, PLACE, Encoded, Example, Refused, Row, Target, classes, labels, usual
 from fulltune.tasks.labels import is_empty, label_name
 from fulltune.tasks.padding import stacked_labels
 
@@ -25,20 +25,19 @@ if TYPE_CHECKING:
     import torch
 
 FACTS = recipe_tasks.FACTS["image-classification"]
+find_columns = partial(usual.find_columns, ("image", "label"))
+check_model = partial(
+    usual.check_model, "IMAGE_CLASSIFICATION", "cannot classify images; take a ViT, Swin, ConvNeXt or ResNet"
+)
 UNDECODABLE = "undecodable image"
 """The data stage lists rows that were refused for this, and leaves them out only when the recipe says so."""
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst, answers = classes.metrics, classes.worst, classes.answers
 as_question = classes.with_label
 
-# ---- rows ------------------------------------------------------------------------------------------------------
-
-
-find_columns = partial(usual.find_columns, ("image", "label"))
-
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
-    """The class names, sorted. Fractions and lists are no classes."""
+    """The class names, sorted. Fractions and lists are not classes."""
     if data.problem_type not in ("auto", "single_label"):
         raise RecipeError(f"data.problem_type: {data.problem_type} is not possible for images; remove the setting")
     return labels.find_target(rows, columns, data.model_copy(update={"problem_type": "single_label"}), where)
@@ -69,7 +68,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
     return [label_name(row.get(target.columns["label"]))]
 
 
-def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> list[list[Example]]:
+def encode(rows: Sequence[Row], target: Target, tokenizer: Any, max_length: int) -> Encoded:
     """Decode each image once, to know that it can be; the row keeps its path, or its bytes when it has no path."""
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
@@ -105,14 +104,6 @@ def short_name(row: Row, target: Target) -> str:
 
 def _last_parts(path: str) -> str:
     return "/".join(PurePath(path).parts[-2:])
-
-
-# ---- model -----------------------------------------------------------------------------------------------------
-
-
-check_model = partial(
-    usual.check_model, "IMAGE_CLASSIFICATION", "cannot classify images; take a ViT, Swin, ConvNeXt or ResNet"
-)
 
 
 def config_changes(target: Target, tokenizer: Any) -> dict[str, Any]:

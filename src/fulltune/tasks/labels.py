@@ -24,13 +24,13 @@ MOST_DISTINCT = 100_000
 
 
 @dataclass(frozen=True)
-class Seen:
+class LabelValues:
     """The different values of a label column, in the order of their first row, and how often each occurs."""
 
     values: tuple[Any, ...]
     counts: tuple[int, ...]
     total: int
-    places: tuple[str, ...] = ()
+    places: tuple[str, ...]
     """Where each value stands first: file and line, or empty."""
 
     def count(self, wrong: Callable[[Any], bool]) -> int:
@@ -43,7 +43,7 @@ class Seen:
         return f", first: {place}" if place else ""
 
 
-def seen(rows: Iterable[Row], column: str, where: str) -> Seen:
+def label_values(rows: Iterable[Row], column: str, where: str) -> LabelValues:
     """Read a label column; memory grows with the number of different values only.
 
     Raises:
@@ -69,13 +69,13 @@ def seen(rows: Iterable[Row], column: str, where: str) -> Seen:
     if not found:
         raise DataError(f"{where}: column '{column}' holds no label in any row")
     values, counts, places = zip(*found.values(), strict=True)
-    return Seen(values, counts, sum(counts) + beyond, places)
+    return LabelValues(values, counts, sum(counts) + beyond, places)
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
     """Problem type and class names, sorted; whole-number labels sort by value."""
     column = columns["label"]
-    found = seen(rows, column, where)
+    found = label_values(rows, column, where)
     strange = [value for value in found.values if isinstance(value, (dict, date, time, timedelta))]
     if strange:
         kind = "objects" if isinstance(strange[0], dict) else "dates or times"
@@ -92,7 +92,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
             return _classes(found, columns, where)
 
 
-def _numbers(found: Seen, columns: Mapping[str, str], where: str) -> Target:
+def _numbers(found: LabelValues, columns: Mapping[str, str], where: str) -> Target:
     def is_word(value: Any) -> bool:
         return parsed_number(value) is None and not is_beyond(value)
 
@@ -108,7 +108,7 @@ def _numbers(found: Seen, columns: Mapping[str, str], where: str) -> Target:
     return Target("regression", columns)
 
 
-def _several_labels(found: Seen, columns: Mapping[str, str], where: str) -> Target:
+def _several_labels(found: LabelValues, columns: Mapping[str, str], where: str) -> Target:
     column, values = columns["label"], [value for value in found.values if not is_broken_list(value)]
     labels = sorted({label for value in values for label in label_list(value)})
     if not labels:
@@ -122,7 +122,7 @@ def _several_labels(found: Seen, columns: Mapping[str, str], where: str) -> Targ
     return Target("multi_label", columns, tuple(labels))
 
 
-def _classes(found: Seen, columns: Mapping[str, str], where: str) -> Target:
+def _classes(found: LabelValues, columns: Mapping[str, str], where: str) -> Target:
     column, values = columns["label"], found.values
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
@@ -146,10 +146,10 @@ def _classes(found: Seen, columns: Mapping[str, str], where: str) -> Target:
     return Target("single_label", columns, tuple(ordered))
 
 
-def _problem_type(found: Seen) -> str:
+def _problem_type(found: LabelValues) -> str:
     values = found.values
     # A few broken lists do not make class names of the others: they are left out row by row, and listed.
-    if any(isinstance(value, (list, tuple)) for value in values) or found.count(_is_json_list) > found.total / 2:
+    if any(isinstance(value, (list, tuple)) for value in values) or found.count(_is_listed) > found.total / 2:
         return "multi_label"
     numbers = [parsed_number(value) for value in values if not is_beyond(value)]
     if all(number is not None for number in numbers) and any(number != round(number) for number in numbers if number):
@@ -157,7 +157,7 @@ def _problem_type(found: Seen) -> str:
     return "single_label"
 
 
-def _refuse_mixed(found: Seen, column: str, where: str) -> None:
+def _refuse_mixed(found: LabelValues, column: str, where: str) -> None:
     """Numbers among words are most often a broken export: `1`, `2`, `positive`."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
@@ -166,8 +166,8 @@ def _refuse_mixed(found: Seen, column: str, where: str) -> None:
     if beyond and num_numbers and num_numbers + len(beyond) == len(found.values):
         raise DataError(
             f"{where}: column '{column}' holds whole numbers and {str(beyond[0])[:60]!r} "
-            f"({found.count(is_beyond)} such rows{found.at(beyond[0])}), which is no number that can be a class or a "
-            "target; expected class names or numbers up to 3.4e38: repair or remove these rows"
+            f"({found.count(is_beyond)} such rows{found.at(beyond[0])}), which cannot be a class or a target; "
+            " expected class names or numbers up to 3.4e38: repair or remove these rows"
         )
     for value, count in zip(found.values, found.counts, strict=True):
         (words if parsed_number(value) is None else numbers)[str(value)] += count
@@ -186,9 +186,10 @@ def _few(counts: Counter[str]) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    return (
-        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
-    )
+    """No value: a missing cell, white space, pandas' empty cell."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def parsed_number(value: Any) -> float | None:
@@ -216,7 +217,7 @@ def _as_float(value: Any) -> float | None:
         return math.inf
 
 
-def _is_json_list(value: Any) -> bool:
+def _is_listed(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("[") and value.endswith("]") and parsed_list(value) is not None
 
 
@@ -228,11 +229,13 @@ def is_broken_list(value: Any) -> bool:
 
 
 def parsed_list(value: str) -> list[Any] | None:
+    """The list that a cell holds as JSON or as Python writes it; None: it holds none."""
     found = literal(value)
     return found if isinstance(found, list) else None
 
 
 def label_list(value: Any) -> list[str]:
+    """The class names of a row with several."""
     if isinstance(value, str):
         parsed = parsed_list(value)
         # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
@@ -243,6 +246,7 @@ def label_list(value: Any) -> list[str]:
 
 
 def label_name(value: Any) -> str:
+    """A class name: `1`, `1.0` and `[1]` are the same."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and value.is_integer():

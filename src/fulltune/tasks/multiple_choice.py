@@ -13,7 +13,7 @@ from fulltune.errors import DataError, RecipeError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import LENGTH, Example, Predictions, Refused, Row, Target, classes, usual
+from fulltune.tasks import LENGTH, Encoded, Example, Predictions, Refused, Row, Target, classes, usual
 from fulltune.tasks.choices import choice_texts as choice_texts
 from fulltune.tasks.choices import find_columns as find_columns
 from fulltune.tasks.choices import question_text, right_choice
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
+check_model = partial(
+    usual.check_model, "MULTIPLE_CHOICE", "cannot choose among texts; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
+)
 CHOICE_LENGTHS = "choice_lengths"
 """Feature with the tokens of each choice [choices]: `input_ids` holds them one after another."""
 row_labels = usual.row_labels
 config_changes = usual.config_changes
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst = classes.metrics, classes.worst
-
-# ---- rows ------------------------------------------------------------------------------------------------------
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -113,9 +114,7 @@ def as_question(row: Row, target: Target) -> Row:
     return row
 
 
-def encode(
-    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[Example]]:
+def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise the question with each choice; the longer of the two is cut first."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
@@ -156,14 +155,6 @@ def as_shown(row: Row, target: Target) -> str:
     return " ".join(part for part in (question_text(row, target), *choices) if part)
 
 
-# ---- model -----------------------------------------------------------------------------------------------------
-
-
-check_model = partial(
-    usual.check_model, "MULTIPLE_CHOICE", "cannot choose among texts; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
-)
-
-
 def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """`input_ids[batch, choices, tokens]`, `attention_mask[batch, choices, tokens]` ... and `labels[batch]`."""
     import torch
@@ -181,7 +172,7 @@ def collate(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
 
 
 def answers(
-    kept: Predictions, rows: Sequence[Row], examples: Sequence[Sequence[Example]], target: Target, temperature: float
+    kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
 ) -> list[dict[str, Any]]:
     """`index` and `text` of the most probable choice, its `probability`, and the `probabilities` of all."""
     return [

@@ -18,7 +18,7 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.records.scores import Answer
-from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, classes, usual
+from fulltune.tasks import Encoded, Example, LossSettings, Predictions, Refused, Row, Target, classes, usual
 from fulltune.tasks.answers import NotInContext, accepted
 from fulltune.tasks.columns import as_text, normalised, without_text
 from fulltune.tasks.padding import collated
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["question-answering"]
+find_columns = partial(usual.find_columns, ("context", "question", "answers"))
 row_labels, config_changes, count_items = usual.row_labels, usual.config_changes, classes.count_items
 MOST_ANSWER_TOKENS = 30
 """Longest answer that is looked for; longer ones can be trained."""
 STARTS, ENDS = "starts", "ends"
 """Features beside those of the model: each token's first character in the context and the one after its last; -1
 outside of the context [tokens]."""
+collate = partial(collated, left_out=(STARTS, ENDS))
 ONLY_FOR_TEST_ROWS = (STARTS, ENDS)
 """What only answers as texts need: it would be half of the train rows' bytes."""
 START, END, FIRST, LAST, TOKENS = range(5)
@@ -44,9 +46,6 @@ NOWHERE = 0
 _OTHER_INPUTS = {"layoutlmv2", "layoutlmv3", "lilt", "lxmert", "markuplm", "splinter"}
 
 # ---- rows ------------------------------------------------------------------------------------------------------
-
-
-find_columns = partial(usual.find_columns, ("context", "question", "answers"))
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -106,9 +105,7 @@ def group_key(row: Row, target: Target) -> str:
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
 
-def encode(
-    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[Example]]:
+def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise question and context together; one example per window.
 
     Windows overlap by the stride, by less where a long question leaves too little room for it. A row whose answer is
@@ -216,9 +213,6 @@ def check_model(config: PretrainedConfig) -> str | None:
     if config.model_type in _OTHER_INPUTS:
         return f"a '{config.model_type}' model {advice}"
     return usual.check_model("QUESTION_ANSWERING", advice, config)
-
-
-collate = partial(collated, left_out=(STARTS, ENDS))
 
 
 def log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -339,11 +333,11 @@ def find_answers(
 
 
 def answers(
-    kept: Predictions, rows: Sequence[Row], examples: Sequence[Sequence[Example]], target: Target, temperature: float
+    kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
 ) -> list[dict[str, Any]]:
     """`answer`, its first character `start`, and its `probability`; a long context is several windows."""
-    numbers = [number for number, windows in enumerate(examples) for _ in windows]
-    features = [example.features for windows in examples for example in windows]
+    numbers = [number for number, windows in enumerate(encoded) for _ in windows]
+    features = [example.features for windows in encoded for example in windows]
     found = find_answers(kept, features, numbers, [context_of(rows[number], target) for number in numbers])
     return [found[number] for number in range(len(rows))]
 

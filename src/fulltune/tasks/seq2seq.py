@@ -11,7 +11,7 @@ import numpy as np
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
-from fulltune.tasks import LENGTH, Example, LossSettings, Refused, Row, Target, usual, written
+from fulltune.tasks import LENGTH, Encoded, Example, LossSettings, Refused, Row, Target, usual, written
 from fulltune.tasks.columns import as_text, normalised, without_text
 from fulltune.tasks.padding import IGNORED, collated
 
@@ -20,14 +20,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["seq2seq"]
+find_columns = partial(usual.find_columns, ("source", "target"))
+collate = partial(collated, label_per_token=True)
 row_labels, config_changes, metrics = usual.row_labels, usual.config_changes, written.metrics
 _LANGUAGE_CODES = {"m2m_100", "mbart", "nllb-moe", "plbart", "seamless_m4t", "seamless_m4t_v2"}
 """Models that write the language of a code which the tokenizer is told and generation must be forced to begin with."""
-
-# ---- columns ---------------------------------------------------------------------------------------------------
-
-
-find_columns = partial(usual.find_columns, ("source", "target"))
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
@@ -65,12 +62,7 @@ def answer_text(row: Row, target: Target) -> str:
     return as_text(row.get(target.columns["target"])).strip()
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------
-
-
-def encode(
-    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[Example]]:
+def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise; source and target are each cut at `max_length`.
 
     A cut source keeps its end token, as when the model answers. A cut target loses it, so that the model does not
@@ -124,9 +116,6 @@ def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTo
     return Preview(segments=(Segment(text=f"{read}\n", trained=False), Segment(text=written, trained=True)))
 
 
-# ---- model -----------------------------------------------------------------------------------------------------
-
-
 def check_model(config: PretrainedConfig) -> str | None:
     """Every encoder-decoder will do that needs no code of a language."""
     kind = config.model_type
@@ -137,7 +126,7 @@ def check_model(config: PretrainedConfig) -> str | None:
         )
     advice = "does not read one text and write another; take an encoder-decoder (T5, BART, Marian)"
     problem = usual.check_model("SEQ_TO_SEQ_CAUSAL_LM", advice, config)
-    # The list also names models that listen; those are no encoder-decoders.
+    # The list also names models that listen; those are not encoder-decoders.
     return problem or (None if config.is_encoder_decoder else f"a '{kind}' model {advice}")
 
 
@@ -154,9 +143,6 @@ def decoder_input_ids(model: PreTrainedModel, labels: torch.Tensor) -> torch.Ten
     shifted = labels.roll(1, dims=1)
     shifted[:, 0] = start
     return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id or 0)
-
-
-collate = partial(collated, label_per_token=True)
 
 
 def places(labels: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import PLACE, Refused, Row, Target
-from fulltune.tasks.columns import is_blank, literal
+from fulltune.tasks.columns import is_blank
+from fulltune.tasks.labels import parsed_list
 
 _log = logging.getLogger(__name__)
 _BIO = re.compile(r"O|[BI]-\S+")
@@ -19,27 +20,18 @@ _WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
 _SHOWN = 5
 """Places that are named one by one."""
 
-# ---- cells -----------------------------------------------------------------------------------------------------
-
 
 def words(value: Any) -> list[str] | None:
     """A cell with the words (or tags) of a sentence: a list, a list as JSON, or words between spaces; else None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, str):
-        listed = _list_in(value.strip())
+        text = value.strip()
+        listed = parsed_list(text) if text.startswith("[") and text.endswith("]") else None
         value = value.split() if listed is None else listed
     if not isinstance(value, (list, tuple)) or any(isinstance(part, (list, tuple, dict)) for part in value):
         return None
     return ["" if part is None else str(part) for part in value]
-
-
-def _list_in(text: str) -> list[Any] | None:
-    """A list written as JSON, or as Python writes it (what pandas makes of a column of lists)."""
-    if not (text.startswith("[") and text.endswith("]")):
-        return None
-    parsed = literal(text)
-    return parsed if isinstance(parsed, list) else None
 
 
 def _cells(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
@@ -73,9 +65,6 @@ def refuse(row: Row, target: Target) -> Refused | None:
         return Refused("counts differ", f"{len(found)} tokens and {len(tags)} tags; expected one tag for each token")
     wrong = next((tag for tag in tags if not _BIO.fullmatch(tag)), None)
     return None if wrong is None else Refused("not BIO", f"tag {wrong!r}, expected O, B-TYPE or I-TYPE")
-
-
-# ---- BIO -------------------------------------------------------------------------------------------------------
 
 
 def strict(tags: Sequence[str]) -> list[str]:
@@ -122,9 +111,6 @@ def types(labels: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
 
 
-# ---- target ----------------------------------------------------------------------------------------------------
-
-
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, where: str) -> Target:
     """`O`, then `B-` and `I-` of every entity type, sorted.
 
@@ -138,7 +124,8 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
         num_rows += 1
         at = str(row.get(PLACE, f"{where}: row {num_rows}"))
         sentence, tags = (cell or [] for cell in _cells(row, columns))
-        bad = [(at, place, tag) for place, tag in enumerate(tags, start=1) if tag not in found and not _is_bio(tag)]
+        unknown = [(place, tag) for place, tag in enumerate(tags, start=1) if tag not in found]
+        bad = [(at, place, tag) for place, tag in unknown if not _BIO.fullmatch(tag)]
         num_wrong += len(bad)
         wrong += bad[: _SHOWN - len(wrong)]
         if bad or len(tags) != len(sentence):
@@ -163,10 +150,6 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
             *(where, num_begun, num_rows, first_begun),
         )
     return Target("tags", columns, ("O", *sorted(f"{mark}-{kind}" for mark in "BI" for kind in kinds)))
-
-
-def _is_bio(tag: str) -> bool:
-    return _BIO.fullmatch(tag) is not None
 
 
 def _not_bio(wrong: Sequence[tuple[str, int, str]], count: int, column: str, where: str) -> list[str]:

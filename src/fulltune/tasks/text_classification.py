@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import Example, Refused, Row, Target, classes, usual
+from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, usual
 from fulltune.tasks.columns import as_text, named, normalised, required, without_text
 from fulltune.tasks.labels import find_target as find_target
 from fulltune.tasks.labels import is_beyond, is_broken_list, is_empty, label_list, label_name, parsed_number
@@ -19,23 +19,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["text-classification"]
+check_model = partial(
+    usual.check_model,
+    "SEQUENCE_CLASSIFICATION",
+    "cannot classify texts; take an encoder (BERT-like) or a decoder (GPT-like)",
+)
 loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
 metrics, worst, answers = classes.metrics, classes.worst, classes.answers
 as_question = classes.with_label
-
-# ---- columns and labels ----------------------------------------------------------------------------------------
+_WANTED: Any = {"return_attention_mask": False, "verbose": False}
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, where: str) -> dict[str, str]:
     """Columns for `text`, `label` and, when there is one, `text_pair`."""
     label = required("label", data.label, columns, where)
     rest = [column for column in columns if column != label]
-    if data.text is None and data.text_pair is None and (pair := _usual_pair(rest)) is not None:
-        return {"text": pair[0], "text_pair": pair[1], "label": label}
-    text = data.text
-    if text is None and named("text", None, rest, where) is None:
-        text = _longest_text_column(rest, sample)
-    found = {"text": required("text", text, rest, where), "label": label}
+    if data.text is None and data.text_pair is None:
+        by_lower = {column.lower().strip(): column for column in rest} | {column: column for column in rest}
+        for text, pair in USUAL_PAIRS:
+            if text in by_lower and pair in by_lower:
+                return {"text": by_lower[text], "text_pair": by_lower[pair], "label": label}
+    wanted = data.text
+    if wanted is None and named("text", None, rest, where) is None:
+        wanted = _longest_text_column(rest, sample)
+    found = {"text": required("text", wanted, rest, where), "label": label}
     if data.text_pair is not None:
         found["text_pair"] = required("text_pair", data.text_pair, rest, where)
     return found
@@ -53,20 +60,12 @@ USUAL_PAIRS = (
 """Names of two columns that are read together: those of GLUE and its like."""
 
 
-def _usual_pair(columns: Sequence[str]) -> tuple[str, str] | None:
-    by_lower = {column.lower().strip(): column for column in columns} | {column: column for column in columns}
-    return next(((by_lower[one], by_lower[two]) for one, two in USUAL_PAIRS if {one, two} <= set(by_lower)), None)
-
-
 def _longest_text_column(columns: Sequence[str], sample: Sequence[Row]) -> str | None:
     def length(column: str) -> int:
         return sum(len(row[column]) for row in sample if isinstance(row.get(column), str))
 
     best = max(columns, key=length, default=None)
     return best if best is not None and length(best) >= 10 * max(1, len(sample)) else None
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
@@ -101,6 +100,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 
 def group_key(row: Row, target: Target) -> str:
+    """The text, or both texts."""
     return normalised(" \0 ".join(_texts(row, target)))
 
 
@@ -108,14 +108,16 @@ def _texts(row: Row, target: Target) -> list[str]:
     return [as_text(row.get(target.columns[role])) for role in ("text", "text_pair") if role in target.columns]
 
 
-def encode(
-    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[Example]]:
+def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise texts (or pairs) and turn the label into an id, a 0/1 vector [labels] or a float."""
     texts = [_texts(row, target) for row in rows]
     # Encoded without a limit first: only so can truncation be counted.
     tokens = tokenizer(*map(list, zip(*texts, strict=True)), **_WANTED)
-    names = [name for name in tokenizer.model_input_names if name in tokens and _says_something(tokens[name], target)]
+    # Token types of a single text are 0 everywhere, which is what models assume without them.
+    is_pair = "text_pair" in target.columns
+    names = [
+        name for name in tokenizer.model_input_names if name in tokens and (is_pair or any(map(any, tokens[name])))
+    ]
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for position, row in enumerate(rows):
@@ -127,14 +129,6 @@ def encode(
         features["labels"] = _label_value(row, target, ids)
         encoded.append([Example(features, trained_tokens=1, truncated=is_cut)])
     return encoded
-
-
-_WANTED: Any = {"return_attention_mask": False, "verbose": False}
-
-
-def _says_something(values: Sequence[Sequence[int]], target: Target) -> bool:
-    """Token types of a single text are 0 everywhere, which is what models assume without them."""
-    return "text_pair" in target.columns or any(any(row) for row in values)
 
 
 def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float]:
@@ -152,16 +146,6 @@ def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | floa
 def preview(features: Mapping[str, Any], target: Target, tokenizer: PreTrainedTokenizerBase) -> Preview:
     """The text and its label."""
     return usual.preview(str(tokenizer.decode(features["input_ids"])), classes.label_words(features["labels"], target))
-
-
-# ---- model -----------------------------------------------------------------------------------------------------
-
-
-check_model = partial(
-    usual.check_model,
-    "SEQUENCE_CLASSIFICATION",
-    "cannot classify texts; take an encoder (BERT-like) or a decoder (GPT-like)",
-)
 
 
 def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fulltune.errors import SetupError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.records.data import Preview
 from fulltune.records.scores import Answer
-from fulltune.tasks import Example, LossSettings, Predictions, Refused, Row, Target, classes, tags, usual
+from fulltune.tasks import Encoded, Example, LossSettings, Predictions, Refused, Row, Target, classes, tags, usual
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED, collated, ragged
 from fulltune.tasks.tags import find_target as find_target
@@ -20,17 +20,17 @@ from fulltune.tasks.tags import refuse as refuse
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 FACTS = recipe_tasks.FACTS["token-classification"]
+find_columns = partial(usual.find_columns, ("tokens", "tags"))
+check_model = partial(
+    usual.check_model, "TOKEN_CLASSIFICATION", "cannot tag words; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
+)
 TAGS, WORD_IDS = "tags", "word_ids"
 """Features beside those of the model: label of each word, lost ones too [words]; word of each token, or -1 [tokens]."""
+collate = partial(collated, left_out=(TAGS, WORD_IDS), label_per_token=True)
 refuse_question = refuse
-
-# ---- rows ------------------------------------------------------------------------------------------------------
-
-
-find_columns = partial(usual.find_columns, ("tokens", "tags"))
 
 
 def as_question(row: Row, target: Target) -> Row:
@@ -41,6 +41,7 @@ def as_question(row: Row, target: Target) -> Row:
 
 
 def group_key(row: Row, target: Target) -> str:
+    """The words."""
     return normalised(" ".join(tags.words(row.get(target.columns["tokens"])) or []))
 
 
@@ -49,21 +50,24 @@ def row_labels(row: Row, target: Target) -> list[str]:
     return sorted(tags.types(tags.words(row.get(target.columns["tags"])) or []))
 
 
-def encode(
-    rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[Example]]:
+def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise word by word; the first sub-word of a word carries its label, every other token -100.
 
     Raises:
         SetupError: When the tokenizer cannot say which word a token belongs to.
     """
+    if not tokenizer.is_fast:
+        raise SetupError(
+            f"{type(tokenizer).__name__} cannot say which word a token belongs to (it is a slow tokenizer, without "
+            "tokenizer.json); token-classification needs a fast one: take another model, or convert its tokenizer"
+        )
     parsed = [tags.words_and_tags(row, target.columns) for row in rows]
     sentences = as_in_text([words for words, _ in parsed], tokenizer)
-    cut = _tokenised(sentences, tokenizer)
+    cut = tokenizer(sentences, is_split_into_words=True, verbose=False)
     # Encoded without a limit first: only so can truncation be counted.
     lengths = [len(ids) for ids in cut["input_ids"]]
     if max(lengths) > max_length:
-        cut = _tokenised(sentences, tokenizer, truncation=True, max_length=max_length)
+        cut = tokenizer(sentences, is_split_into_words=True, verbose=False, truncation=True, max_length=max_length)
     ids = {label: position for position, label in enumerate(target.labels)}
     names = [name for name in tokenizer.model_input_names if name in cut and name != "attention_mask"]
     encoded = []
@@ -78,15 +82,6 @@ def encode(
         features |= {"labels": labels, TAGS: values, WORD_IDS: word_ids}
         encoded.append([Example(features, sum(firsts), truncated=lengths[position] > max_length, refused=refused)])
     return encoded
-
-
-def _tokenised(sentences: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, **limit: Any) -> BatchEncoding:
-    if not tokenizer.is_fast:
-        raise SetupError(
-            f"{type(tokenizer).__name__} cannot say which word a token belongs to (it is a slow tokenizer, without "
-            "tokenizer.json); token-classification needs a fast one: take another model, or convert its tokenizer"
-        )
-    return tokenizer(list(sentences), is_split_into_words=True, verbose=False, **limit)
 
 
 def as_in_text(sentences: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
@@ -119,20 +114,9 @@ def seen_words(features: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 
-# ---- model -----------------------------------------------------------------------------------------------------
-
-
-check_model = partial(
-    usual.check_model, "TOKEN_CLASSIFICATION", "cannot tag words; take an encoder (BERT-, RoBERTa-, DeBERTa-like)"
-)
-
-
 def config_changes(target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Head size and label names."""
     return classes.label_config(target.labels)
-
-
-collate = partial(collated, left_out=(TAGS, WORD_IDS), label_per_token=True)
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
@@ -144,9 +128,6 @@ def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: L
 def count_items(labels: torch.Tensor) -> int:
     """Labelled words of `labels[batch, tokens]`."""
     return int((labels != IGNORED).sum())
-
-
-# ---- evaluation ------------------------------------------------------------------------------------------------
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, np.ndarray]:
@@ -226,10 +207,10 @@ def over_all_words(kept: Predictions, rows: Sequence[Mapping[str, Any]], target:
 
 
 def answers(
-    kept: Predictions, rows: Sequence[Row], examples: Sequence[Sequence[Example]], target: Target, temperature: float
+    kept: Predictions, rows: Sequence[Row], encoded: Encoded, target: Target, temperature: float
 ) -> list[dict[str, Any]]:
     """`tokens`, their `tags`, and `entities` as spans of words."""
-    kept = over_all_words(kept, [example.features for [example] in examples], target)
+    kept = over_all_words(kept, [example.features for [example] in encoded], target)
     found = []
     for row, labels, chances in zip(rows, kept["predicted"], kept["probability"], strict=True):
         words = row[target.columns["tokens"]]

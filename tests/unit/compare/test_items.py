@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fulltune.errors import SetupError
-from fulltune.recipe.tasks import TaskName
+from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Target, task_named, token_classification
 from fulltune.tasks.padding import ragged
@@ -86,9 +86,18 @@ CASES: list[tuple[TaskName, Target, Any, str]] = [
     ("causal-lm", Target("text", {}), tokens, "loss perplexity token_accuracy"),
     ("causal-lm", Target("chat", {}), generated, "exact_match rougeL chrf"),
     ("seq2seq", Target("source_target", {}), tokens, "loss perplexity token_accuracy"),
+    ("seq2seq", Target("source_target", {}), generated, "exact_match rougeL chrf"),
 ]
 EACH = [(task, target, make, metric) for task, target, make, metrics in CASES for metric in metrics.split()]
 ANEW = {"spearman", "kendall"}
+
+
+def test_every_metric_of_every_task_is_compared() -> None:
+    """BLEU is of the whole corpus, and no comparison is made of it."""
+    for name, facts in FACTS.items():
+        assert set(facts.metrics) == {metric for task, _, _, metric in EACH if task == name} | (
+            {"bleu"} & set(facts.metrics)
+        )
 
 
 @pytest.mark.parametrize(
