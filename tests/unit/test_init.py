@@ -133,7 +133,7 @@ def _recipe(data: Path, **block: object) -> Recipe:
 def test_recipe_that_names_the_columns_reads_every_row(tmp_path: Path) -> None:
     recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), columns=["text", "label"])
     given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
-    target, counts = describe(recipe, task_named(recipe.task), given)
+    target, counts = describe(recipe.data, task_named(recipe.task), given)
     assert (counts, target.labels) == ({"train": 20}, ("0", "1"))
 
 
@@ -141,7 +141,7 @@ def test_first_row_is_not_taken_for_names_in_silence(tmp_path: Path) -> None:
     recipe = _recipe(_written(tmp_path / "rows.tsv", REVIEWS), label="0")
     given = {"train": read_rows(recipe, find_files(recipe)["train"], None)}
     with pytest.raises(DataError, match=r"rows.tsv:1: looks like a row, .* write data.columns: \[text, label\]"):
-        describe(recipe, task_named(recipe.task), given)
+        describe(recipe.data, task_named(recipe.task), given)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,8 @@ from fulltune.data.readers import by_name
 from fulltune.data.readers.files import data_files
 from fulltune.data.readers.header import names_without_header
 from fulltune.data.readers.images import is_image_folder
-from fulltune.data.readers.read import DataFiles, locate
+from fulltune.data.readers.read import locate
+from fulltune.data.sources import SourceRows, describe
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
 from fulltune.recipe.data import DataBlock
@@ -209,14 +210,11 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     Raises:
         DataError: When no task's columns are found; it lists what was looked for.
     """
-    names = tuple(map(str, paths))
     # Who names columns of the file says that it has a header.
     guessed = None if hints.columns or hints.roles else names_without_header(paths[0])
     named = hints.columns or guessed
-    files, block = (
-        locate(names, columns=named),
-        DataBlock.model_validate({"train": names, "columns": named, **hints.roles}),
-    )
+    block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **hints.roles})
+    files = locate(tuple(map(str, paths)), columns=named)
     head = [row for _, row in islice(files.rows(), _HEAD)]
     columns = tuple(dict.fromkeys(name for row in head for name in row))
     for role, column in hints.roles.items():
@@ -234,11 +232,11 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         except DataError as refusal:
             refusals.append(refusal)  # another form may fit
             continue
-        target, num_rows = _target(task, files, roles, block)
+        target, counts = describe(block, task_named(task), {"train": SourceRows(files.where, files.rows)})
         if unfit := _unfit(task, target, head[:_FEW]):
             refusals.append(DataError(f"{files.where}: {unfit}"))
             continue
-        return Inferred(task, target, files.where, num_rows, named, is_guess=guessed is not None)
+        return Inferred(task, target, files.where, counts["train"], named, is_guess=guessed is not None)
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
     hinted = " and ".join(f"--{_option(role)} {column}" for role, column in hints.roles.items())
@@ -260,20 +258,6 @@ def _forms(columns: Sequence[str], hints: Hints) -> list[tuple[TaskName, str]]:
         for task, role in (*first, *FORMS)
         if hints.task in (None, task) and all(task in READ_BY[named] for named in hints.roles)
     ]
-
-
-def _target(task: TaskName, files: DataFiles, roles: Mapping[str, str], block: DataBlock) -> tuple[Target, int]:
-    """The target of all rows, and their number."""
-    num_rows = 0
-
-    def rows() -> Iterator[dict[str, Any]]:
-        nonlocal num_rows
-        for _, row in files.rows():
-            num_rows += 1
-            if unreadable(row, roles) is None:
-                yield row
-
-    return task_named(task).find_target(rows(), roles, block, files.where), num_rows
 
 
 def _unfit(task: TaskName, target: Target, head: Sequence[dict[str, Any]]) -> str | None:

@@ -13,10 +13,7 @@ from pathlib import Path
 
 KEPT = 5
 """Prepared data sets that stay; a run that was linked to an older one keeps its files."""
-
 _ABANDONED_SECONDS = 24 * 3600
-
-
 _ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
 
 
@@ -57,7 +54,6 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def prune(folder: Path) -> None:
     """Delete all but the last used data sets, and what killed runs left half done; nothing else that lies there."""
-
     entries = [path for path in folder.iterdir() if _ENTRY.fullmatch(path.name)]
     for path in entries:
         if ".part-" in path.name and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:

@@ -6,7 +6,7 @@ import os
 import sys
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
@@ -158,6 +158,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
             dropped["unusable"].append(Dropped(job.split, place, refused.check, refused.reason, dict(row)))
     examples: list[Example] = []
     row_of: list[int] = []
+    texts: list[str] = []
     rows: list[PlacedRow] = []
     num_too_long = 0
     for (place, row), of_row in zip(usable, _examples(job, [row for _, row in usable]), strict=True):
@@ -173,19 +174,24 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
             Dropped(job.split, place, problem.check, problem.reason, {} if i else dict(row))
             for i, problem in enumerate(problems)
         ]
-        if good:
-            examples += good
-            row_of += [len(rows)] * len(good)
-            rows.append((place, row))
-            dropped["part"] += lost
-        else:
+        if not good:
             dropped["unfit"].append(lost[0])
-    features = [_features(example) for example in examples]
+            continue
+        dropped["part"] += lost
+        examples += good
+        row_of += [len(rows)] * len(good)
+        # The row is kept beside its first example, beside the others only its place.
+        texts += [words(place, row), *[words(place, {})] * (len(good) - 1)]
+        rows.append((place, row))
+    features = [
+        {**example.features, LENGTH: example.features.get(LENGTH, len(example.features.get("input_ids", ())))}
+        for example in examples
+    ]
     keys = [task.group_key(row, job.target) for _, row in rows]
     wholes = [_whole(job, key, row) for key, (_, row) in zip(keys, rows, strict=True)]
     return Chunk(
         num_read=len(chunk),
-        batch=record_batch(features, _words(rows, row_of)) if examples else None,
+        batch=record_batch(features, texts) if examples else None,
         row_of=np.array(row_of, np.int64),
         lengths=np.array([row[LENGTH] for row in features], np.int32),
         trained_tokens=np.array([example.trained_tokens for example in examples], np.int32),
@@ -196,17 +202,8 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         labels=[task.row_labels(row, job.target) for _, row in rows],
         dropped=dropped,
         num_too_long=num_too_long,
-        longest=max((_longest(example) for example in examples), default=0),
+        longest=max((one.longest or row[LENGTH] for one, row in zip(examples, features, strict=True)), default=0),
     )
-
-
-def _words(rows: Sequence[PlacedRow], row_of: Sequence[int]) -> list[str]:
-    """What is kept beside each example: the row beside its first one, beside the others only its place."""
-    texts = []
-    for before, number in zip((-1, *row_of), row_of, strict=False):
-        place, row = rows[number]
-        texts.append(words(place, {} if number == before else row))
-    return texts
 
 
 def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
@@ -223,18 +220,6 @@ def _examples(job: Job, rows: list[dict[str, Any]]) -> list[list[Example] | None
     wanted = [row for row, known_here in zip(rows, is_known, strict=True) if known_here]
     encoded = iter(task.encode(wanted, job.target, job.tokenizer, job.max_length) if wanted else ())
     return [next(encoded) if known_here else None for known_here in is_known]
-
-
-def _features(example: Example) -> dict[str, Any]:
-    features = dict(example.features)
-    return features if LENGTH in features else {**features, LENGTH: len(features["input_ids"])}
-
-
-def _longest(example: Example) -> int:
-    if example.longest is not None:
-        return example.longest
-    ids = example.features.get("input_ids")
-    return len(ids) if ids is not None else int(example.features[LENGTH])
 
 
 def _refusal(example: Example, drop_truncated: bool) -> Refused | None:

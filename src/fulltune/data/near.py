@@ -4,6 +4,9 @@ A text's *signature* is, for each of 128 hash functions, the smallest hash of it
 equal places in two signatures estimates the share of 5-grams that the texts have in common (Jaccard), with a standard
 error of at most 4.5 %. Signatures are made where rows are tokenised, in the workers; the parent keeps 256 bytes a row
 and compares only rows that agree in a whole band of places. Everything is a function of the texts alone.
+
+Kept by hand: of 200,000 rows of 20 words datasketch 2.0 takes 41 s and 1.3 GiB, this 6 s and 0.1 GiB; and its index
+compares each row of a template with every other (3,000 rows: 24 s, this less than 1 s).
 """
 
 from __future__ import annotations
@@ -12,25 +15,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fulltune.tasks.columns import windows
+
 NUM_HASHES = 128
 _SHINGLE = 5
 _BASE = np.uint64(0x9E3779B97F4A7C15)
-_TEXTS_AT_ONCE = 200_000
+_CHARACTERS_AT_ONCE = 200_000
 """Characters whose 5-grams are hashed at a time: 128 numbers each."""
+_PAIRS_AT_ONCE = 100_000
 _NEIGHBOURS = 16
 """In a band that many rows share, each is compared with so many that follow it in the order of their signatures."""
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
     """MinHash of each text's 5-grams: uint16 [texts, 128]. A shorter text is one gram."""
-    made = np.empty((len(texts), NUM_HASHES), np.uint16)
-    start, size = 0, 0
-    for end, text in enumerate(texts, start=1):
-        size += max(_SHINGLE, len(text))
-        if size >= _TEXTS_AT_ONCE or end == len(texts):
-            made[start:end] = _signatures(texts[start:end])
-            start, size = end, 0
-    return made
+    none = np.empty((0, NUM_HASHES), np.uint16)
+    return np.concatenate([none, *map(_signatures, windows(texts, most_characters=_CHARACTERS_AT_ONCE))])
 
 
 def _signatures(texts: Sequence[str]) -> np.ndarray:
@@ -43,13 +43,13 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
         grams = grams * _BASE + letters[place : place + count]
     grams = _mixed(grams)
     starts = np.cumsum(lengths) - lengths
-    # A gram that reaches into the next text is left out, by standing for its text's first one.
+    # A gram that reaches into the next text does not count: it stands for its text's first one.
     of_text = np.repeat(np.arange(len(texts)), lengths)[:count]
     reaches = np.arange(count) > (starts + lengths - _SHINGLE)[of_text]
     grams[reaches] = grams[starts[of_text[reaches]]]
     low, high = (grams & np.uint64(0xFFFFFFFF)).astype(np.uint32), (grams >> np.uint64(32)).astype(np.uint32)
     high |= np.uint32(1)
-    made = np.empty((len(texts), NUM_HASHES), np.uint16)
+    signed = np.empty((len(texts), NUM_HASHES), np.uint16)
     for number in range(NUM_HASHES):
         # Double hashing: as good as 128 functions of their own (Kirsch and Mitzenmacher 2006), once mixed.
         hashes = low + high * np.uint32(number)
@@ -58,8 +58,8 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
         hashes ^= hashes >> np.uint32(12)
         # The smallest hash itself is not uniform: of long texts all would begin with zeros.
         smallest = np.minimum.reduceat(hashes, starts) * np.uint32(0x297A2D39)
-        made[:, number] = (smallest ^ (smallest >> np.uint32(15))) >> np.uint32(8)
-    return made
+        signed[:, number] = (smallest ^ (smallest >> np.uint32(15))) >> np.uint32(8)
+    return signed
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
@@ -84,9 +84,8 @@ def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
     count = len(signed)
     if count < 2:
         return np.arange(count)
-    found = [_near_pairs(signed, places, threshold) for places in _bands(threshold)]
-    one, two = np.concatenate(found, axis=1)
-    graph = coo_array((np.ones(len(one), bool), (one, two)), shape=(count, count))
+    pairs = np.concatenate([_near_pairs(signed, places, threshold) for places in _bands(threshold)], axis=1)
+    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(count, count))
     _, labels = connected_components(graph, directed=False)
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return first[inverse].astype(np.int64)
@@ -94,10 +93,7 @@ def clusters(signed: np.ndarray, threshold: float) -> np.ndarray:
 
 def _bands(threshold: float) -> list[slice]:
     """Few places in a band find more distant rows, many cost less: at least 99 % of pairs at the threshold."""
-    width = next(
-        (size for size in (16, 8, 4, 2) if 1 - (1 - threshold**size) ** (NUM_HASHES // size) >= 0.99),
-        1,
-    )
+    width = next((size for size in (16, 8, 4, 2) if 1 - (1 - threshold**size) ** (NUM_HASHES // size) >= 0.99), 1)
     return [slice(start, start + width) for start in range(0, NUM_HASHES, width)]
 
 
@@ -109,25 +105,16 @@ def _near_pairs(signed: np.ndarray, places: slice, threshold: float) -> np.ndarr
     # Within a band by another part of the signature, so that the most similar rows stand side by side.
     further = signed[:, (places.stop) % NUM_HASHES]
     order = np.lexsort((further, keys))
-    ordered, found = keys[order], []
+    ordered, pairs = keys[order], [np.zeros((2, 0), np.int64)]
     for distance in range(1, _NEIGHBOURS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
         if not len(same):
             break
-        one, two = order[same], order[same + distance]
-        near = _shared(signed, one, two) >= threshold
-        found.append(np.stack([one[near], two[near]]))
-    return np.concatenate(found, axis=1) if found else np.zeros((2, 0), np.int64)
-
-
-def _shared(signed: np.ndarray, one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Share of equal places, of many pairs in pieces."""
-    piece = 100_000
-    parts = [
-        (signed[one[start : start + piece]] == signed[two[start : start + piece]]).mean(axis=1)
-        for start in range(0, len(one), piece)
-    ]
-    return np.concatenate(parts)
+        for place in np.array_split(same, 1 + len(same) // _PAIRS_AT_ONCE):
+            pair = np.stack([order[place], order[place + distance]])
+            shared = (signed[pair[0]] == signed[pair[1]]).mean(axis=1)
+            pairs.append(pair[:, shared >= threshold])
+    return np.concatenate(pairs, axis=1)
 
 
 def joined(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarray:

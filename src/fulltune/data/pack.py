@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +20,15 @@ OPEN_BLOCKS = 64
 _BLOCKS_PER_BATCH = 256
 
 
+@dataclass
 class _Block:
     """Texts that share a row."""
 
-    def __init__(self) -> None:
-        self.ids: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
-        self.size = 0
-        self.words = ""
-
-    def add(self, ids: np.ndarray, labels: np.ndarray, words: str) -> None:
-        self.ids.append(ids)
-        self.labels.append(labels)
-        self.size += len(ids)
-        self.words = self.words or words
+    words: str
+    """Of the first text."""
+    ids: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
 
     def features(self) -> dict[str, Any]:
         # Position ids that begin again are what tells transformers' models where a text ends.
@@ -71,9 +67,11 @@ def _fill(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[_Block]:
                 fullest = max(opened, key=lambda block: block.size)
                 opened.remove(fullest)
                 yield fullest
-            block = _Block()
+            block = _Block(words)
             opened.append(block)
-        block.add(ids, labels, words)
+        block.ids.append(ids)
+        block.labels.append(labels)
+        block.size += len(ids)
         if block.size == max_length:
             opened.remove(block)
             yield block

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,10 +132,20 @@ def _make(
 ) -> DataSummary:
     """The data stage itself, into an empty folder."""
     block = recipe.data
-    target, counts = describe(recipe, task, sources)
+    target, counts = describe(block, task, sources)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
     packed, remarks = packing(recipe, target, limits)
-    encoded = _encode(recipe, folder, target, tokenizer, limit, sources, counts, listener)
+    job = Job(
+        task=recipe.task,
+        target=target,
+        tokenizer=tokenizer,
+        max_length=limit,
+        split="train",
+        split_seed=block.split_seed,
+        drop_truncated=block.truncation_strategy == "drop",
+        signs=block.near_duplicates < 1,
+    )
+    encoded = _encode(job, folder, sources, counts, listener)
     refuse_unusable(recipe, encoded, sources)
     encoded = join_near(encoded, block.near_duplicates)
     splits = assign(recipe, encoded, sources)
@@ -192,11 +202,8 @@ def _make(
 
 
 def _encode(
-    recipe: Recipe,
+    job: Job,
     folder: Path,
-    target: Target,
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
     sources: Mapping[SplitName, SourceRows],
     counts: Mapping[SplitName, int],
     listener: Listener,
@@ -219,17 +226,8 @@ def _encode(
                 listener(RowsPrepared(name="tokenising", done=done, total=total))
 
         for name, source in sources.items():
-            job = Job(
-                task=recipe.task,
-                target=target,
-                tokenizer=tokenizer,
-                max_length=limit,
-                split=name,
-                split_seed=recipe.data.split_seed,
-                drop_truncated=recipe.data.truncation_strategy == "drop",
-                known_labels=None if name == "train" else frozenset(encoded["train"].names),
-                signs=recipe.data.near_duplicates < 1,
-            )
+            known = None if name == "train" else frozenset(encoded["train"].names)
+            job = replace(job, split=name, known_labels=known)
             encoded[name] = encode(job, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
     return encoded
 

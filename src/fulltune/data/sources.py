@@ -12,6 +12,7 @@ from fulltune.data.readers.header import SEPARATED
 from fulltune.data.readers.read import DataFiles, PlacedRow, locate
 from fulltune.data.sampling import sample
 from fulltune.errors import DataError
+from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import SplitName
@@ -87,7 +88,7 @@ def read_rows(recipe: Recipe, files: DataFiles, preprocess: Preprocess | None) -
 
 
 def describe(
-    recipe: Recipe, task: Task, sources: Mapping[SplitName, SourceRows]
+    block: DataBlock, task: Task, sources: Mapping[SplitName, SourceRows]
 ) -> tuple[Target, dict[SplitName, int]]:
     """Read everything once: find columns, problem type and labels, count the rows.
 
@@ -110,9 +111,9 @@ def describe(
 
     first_columns, first_rows = _head(train)
     try:
-        roles = task.find_columns(first_columns, first_rows, recipe.data, train.where)
+        roles = task.find_columns(first_columns, first_rows, block, train.where)
         _refuse_row_as_header(roles, first_rows, train.where)
-        target = task.find_target(usable("train"), roles, recipe.data, train.where)
+        target = task.find_target(usable("train"), roles, block, train.where)
     except DataError as error:
         # Broken files come first: what is missing may stand in them.
         refusal, roles = error, {}
@@ -124,10 +125,10 @@ def describe(
         raise DataError(list(dict.fromkeys(problems)))
     if len(columns["train"]) > len(first_columns):
         # Some columns appear only later, in a second file for example: the same again, with all of them.
-        in_all = task.find_columns(tuple(columns["train"]), first_rows, recipe.data, train.where)
+        in_all = task.find_columns(tuple(columns["train"]), first_rows, block, train.where)
         if in_all != roles:
             roles, refusal = in_all, None
-            target = task.find_target(usable("train"), roles, recipe.data, train.where)
+            target = task.find_target(usable("train"), roles, block, train.where)
     if refusal is not None:
         raise refusal
     missing = [

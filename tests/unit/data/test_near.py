@@ -52,7 +52,7 @@ def test_signatures_do_not_depend_on_neighbours_or_pieces(monkeypatch: pytest.Mo
     ]
     together = near.signatures(texts)
     assert (together == np.concatenate([near.signatures([text]) for text in texts])).all()
-    monkeypatch.setattr(near, "_TEXTS_AT_ONCE", 100)
+    monkeypatch.setattr(near, "_CHARACTERS_AT_ONCE", 100)
     assert (near.signatures(texts) == together).all()
     assert near.signatures([]).shape == (0, near.NUM_HASHES)
 

@@ -231,5 +231,5 @@ def test_few_rows_are_held_while_columns_are_looked_for() -> None:
 
     task: Any = SimpleNamespace(find_columns=find_columns, find_target=find_target)
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": "a.jsonl"}})
-    _, counts = describe(recipe, task, {"train": SourceRows("a", rows)})
+    _, counts = describe(recipe.data, task, {"train": SourceRows("a", rows)})
     assert counts == {"train": 1000}
