@@ -308,3 +308,13 @@ def test_report_says_that_intervals_rest_on_groups_where_rows_depend_on_each_oth
     metrics = {name: one.model_copy(update={"rows": 400, "clusters": 40}) for name, one in row.metrics.items()}
     kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
     assert "The 400 test rows are 40 groups" in both(classification)[0]
+
+
+def test_parts_of_the_report_import_in_one_direction() -> None:
+    root = Path(str(report.__file__)).parent
+    above = {"format": ("run", "comparison"), "run": ("comparison",), "comparison": ("run",)}
+    for part, others in above.items():
+        files = list((root / part).glob("*.py"))
+        assert len(files) > 1
+        found = "".join(path.read_text(encoding="utf-8") for path in files)
+        assert not [other for other in others if f"fulltune.report.{other}" in found], part
