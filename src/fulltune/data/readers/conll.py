@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fulltune.text import counted
+
 _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
@@ -49,7 +51,7 @@ def rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _problem(columns: list[str], expected: int) -> str | None:
     """What is wrong with a line."""
     if len(columns) != expected:
-        found = f"{len(columns)} column{'s' * (len(columns) != 1)}, expected {expected} as in the first line"
+        found = f"{counted(len(columns), 'column')}, expected {expected} as in the first line"
         if columns[0].startswith("#"):
             return f"{found}; remove lines with comments"
         return f"{found}; write a word and its tag on each line, all separated by tabs or all by spaces"
