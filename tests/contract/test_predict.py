@@ -255,7 +255,7 @@ def test_table_without_header_and_with_other_cells_than_in_training_is_refused(
     (tmp_path / "in.csv").write_text("sun\nrain\n", encoding="utf-8")
     said = fulltune("predict", trained_without_header, "--file", tmp_path / "in.csv")
     assert said.code == DataError.exit_code
-    assert "in.csv:1: 1 cells, expected 3 as in data.columns" in said.err
+    assert "in.csv:1: 1 cell, expected 3 as in data.columns" in said.err
 
 
 def test_column_of_several_types_is_text_in_parquet_and_types_of_a_parquet_file_stay(
@@ -319,7 +319,7 @@ def test_broken_file_is_refused_before_a_row_is_answered(classifier: Path, tmp_p
     (tmp_path / "in.csv").write_text("text,id\nsun,1\nrain\n", encoding="utf-8")
     said = fulltune("predict", classifier, "--file", tmp_path / "in.csv", "-o", tmp_path / "out.csv")
     assert said.code == DataError.exit_code
-    assert "in.csv:3: 1 cells, expected 2" in said.err
+    assert "in.csv:3: 1 cell, expected 2" in said.err
     assert not (tmp_path / "out.csv").exists()
 
 

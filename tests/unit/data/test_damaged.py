@@ -310,7 +310,7 @@ def test_csv_broken_rows_are_all_named(tmp_path: Path) -> None:
     problems = refusal(tmp_path / "a.csv").splitlines()
     assert [problem.split(": ")[1] for problem in problems] == [
         "3 cells, expected 2 as in the header; put a text with commas or line ends in double quotes",
-        "1 cells, expected 2 as in the header; put a text with commas or line ends in double quotes",
+        "1 cell, expected 2 as in the header; put a text with commas or line ends in double quotes",
     ]
 
 

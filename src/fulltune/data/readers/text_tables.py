@@ -14,7 +14,10 @@ from typing import Any
 from fulltune.data.readers.header import csv_reader, delimiter_of
 from fulltune.errors import DataError
 from fulltune.tasks.columns import BadCell, fault, may_be_faulty
+from fulltune.text import counted
 
+_UNCLOSED = "a double quote is opened in this row and never closed, expected one at the cell's end; close it"
+_DOUBLED = "write a double quote inside of a quoted text twice"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -29,6 +32,7 @@ def separated(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
         DataError: When the first line is no header.
     """
     delimiter, line = delimiter_of(file), 1
+    remedy = f"put a text with {_NAMES[delimiter]} or line ends in double quotes"
     with csv_reader(file, delimiter, strict=True) as reader:
         try:
             header, source = (columns, "data.columns") if columns else (next(reader, []), "the header")
@@ -36,22 +40,12 @@ def separated(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
             line = reader.line_num + 1
             for cells in reader:
                 if cells and len(cells) != len(header):
-                    yield (
-                        line,
-                        f"{len(cells)} cells, expected {len(header)} as in {source}; put a text with "
-                        f"{_NAMES[delimiter]} or line ends in double quotes",
-                    )
+                    yield line, f"{counted(len(cells), 'cell')}, expected {len(header)} as in {source}; {remedy}"
                 elif cells:
                     yield line, dict(zip(header, cells, strict=True))
                 line = reader.line_num + 1
         except csv.Error as error:
-            if "unexpected end of data" in str(error):
-                yield (
-                    line,
-                    "a double quote is opened in this row and never closed, expected one at the cell's end; close it",
-                )
-            else:
-                yield line, f"not valid csv: {error}; write a double quote inside of a quoted text twice"
+            yield line, _UNCLOSED if "unexpected end of data" in str(error) else f"not valid csv: {error}; {_DOUBLED}"
 
 
 def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
