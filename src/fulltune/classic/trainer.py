@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 
+from fulltune import methods
 from fulltune.classic.arguments import notice, signed
 from fulltune.classic.dry_run import copied, dry_run
 from fulltune.errors import GuardStop
@@ -236,7 +237,7 @@ class Trainer(GuardedStep, transformers.Trainer):
             notice(f"what training moves will not be counted: {folder} cannot be written to ({error.strerror})")
             return
         try:
-            self._initial = InitialWeights(_Trainable(self.model), Path(name))
+            self._initial = InitialWeights(self.model, Path(name))
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             Path(name).unlink(missing_ok=True)
             notice(f"what training moves will not be counted: the weights could not be kept in {folder} ({error})")
@@ -246,7 +247,7 @@ class Trainer(GuardedStep, transformers.Trainer):
             return
         # A wrapper (DDP, torch.compile) puts its own prefix before the names.
         names = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in self.tensors_with_gradient}
-        self.moved = self._initial.moved(_Trainable(self.model), self.optimizer, frozenset(names))
+        self.moved = self._initial.moved(self.model, self.optimizer, frozenset(names))
         if not self._rate_was_above_zero and self.args.learning_rate > 0:
             _log.info("what moved is not judged: the schedule's learning rate was 0 in each step of this run")
             return
@@ -259,12 +260,7 @@ class Trainer(GuardedStep, transformers.Trainer):
         share = f"{self.moved.share:.1%} of the {self.moved.num_values_with_gradient:,} values that got a gradient"
         _log.info("%s moved", share)
         if self.moved.share < 0.5:
-            kinds = sorted(
-                {
-                    str(parameter.dtype).removeprefix("torch.")
-                    for _, parameter in _Trainable(self.model).named_parameters()
-                }
-            )
+            kinds = sorted({str(one.dtype).removeprefix("torch.") for one in methods.trained(self.model).values()})
             notice(
                 f"only {share} moved ({', '.join(kinds)} weights): the updates are too small for the weights' type; "
                 "load the model with dtype=torch.float32 or raise learning_rate"
@@ -286,16 +282,6 @@ class _Guards(transformers.TrainerCallback):
 
     def on_log(self, *_: Any, **__: Any) -> None:
         self._trainer.judge_logged()
-
-
-class _Trainable:
-    """The parameters of a model that training may change; frozen ones need no copy."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def named_parameters(self) -> Iterator[tuple[str, Any]]:
-        return ((name, value) for name, value in self._model.named_parameters() if value.requires_grad)
 
 
 def _set_pad_token_id(model: Any, tokenizer: Any) -> None:

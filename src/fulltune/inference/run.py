@@ -47,7 +47,7 @@ def run_rows(
 
     Args:
         model: In evaluation or training mode; the mode is put back.
-        rows: Tokenised rows with `labels`.
+        rows: Tokenised rows with `labels`; lists of `length` ids each.
         task: Gives `collate` and `reduce`.
         target: Problem type and labels.
         pad_token_id: Fills shorter rows on the right.
@@ -103,7 +103,8 @@ def _on_device(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dic
 def model_batch(
     model: PreTrainedModel, task: Task, features: Sequence[Mapping[str, Any]], pad_token_id: int
 ) -> dict[str, torch.Tensor]:
-    """A collated batch with everything that the model reads: an encoder-decoder also reads the labels before."""
+    """A collated batch with everything that the model reads, tensors [rows, length]: an encoder-decoder also reads the
+    labels before."""
     batch = task.collate(features, pad_token_id)
     if task.FACTS is seq2seq.FACTS:
         batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
@@ -111,7 +112,8 @@ def model_batch(
 
 
 def logits_of(outputs: Any) -> torch.Tensor:
-    """A model's `logits`; for a span its start and end logits side by side, [batch, length, 2]."""
+    """A model's `logits`: [rows, labels], [rows, length, vocabulary or tags] or, picked by a selective head, [tokens,
+    vocabulary]; for a span its start and end logits side by side, [rows, length, 2]."""
     import torch
 
     if getattr(outputs, "start_logits", None) is not None:

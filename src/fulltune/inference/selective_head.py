@@ -71,7 +71,8 @@ class SelectiveHead:
 
 
 def _as_computed(hidden: torch.Tensor) -> torch.Tensor:
-    """In the type that autocast would give the head's product: where the loss is computed it is no longer known."""
+    """`hidden[tokens, hidden]` in the type that autocast would give the head's product: where the loss is computed it is
+    no longer known."""
     import torch
 
     kind = hidden.device.type
@@ -79,6 +80,7 @@ def _as_computed(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _pieces(model: Any, head: Any, hidden: torch.Tensor, nothing: torch.Tensor) -> Any:
+    """Logits of `hidden[tokens, hidden]` in pieces; `nothing[0, vocabulary]` are the head's of no token."""
     from fulltune.models.chunked_loss import Pieces
 
     biases = [bias for bias in (head.bias, _later_bias(model)) if bias is not None]
@@ -117,7 +119,8 @@ def verified(model: Any, task: Task, batch: Mapping[str, torch.Tensor]) -> tuple
     Args:
         model: Its mode is put back.
         task: One with `places` has logits for each token.
-        batch: A real, collated batch on the model's device, with `labels`; a few tokens of each row are tried.
+        batch: A real, collated batch on the model's device, tensors [rows, length] with `labels`; a few tokens of each
+            row are tried.
     """
     import torch
 

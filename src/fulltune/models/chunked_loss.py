@@ -61,14 +61,16 @@ class Pieces:
 
 
 def summed_loss(logits: torch.Tensor | Pieces, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Cross entropy of picked logits [tokens, vocabulary], whole or in pieces, summed."""
+    """Cross entropy of picked `logits[tokens, vocabulary]`, whole or in pieces, at `targets[tokens]`, summed: float32
+    scalar."""
     if isinstance(logits, Pieces):
         return logits.loss(targets, label_smoothing)
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="sum")
 
 
 def token_scores(logits: torch.Tensor | Pieces, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy of each token and whether its logit is the highest, from whole logits or pieces; no gradients."""
+    """Cross entropy of each token, float32 [tokens], and whether its logit is the highest, bool [tokens], of
+    `logits[tokens, vocabulary]`, whole or in pieces; no gradients."""
     if isinstance(logits, Pieces):
         return logits.scores(targets)
     picked = logits.float()
@@ -158,7 +160,8 @@ def _sum_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smoothi
 
 
 def _times_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """`gradient` @ `weight` into `out`, a few columns at a time: each number is one sum, rounded once."""
+    """`gradient[rows, vocabulary]` @ `weight[vocabulary, hidden]` into `out[rows, hidden]`, a few columns at a time:
+    each number is one sum, rounded once."""
     if gradient.dtype == torch.float32:
         torch.mm(gradient, weight, out=out)
         return
