@@ -16,7 +16,7 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.tasks import task_named
-from tests.unit.data.table import read
+from tests.unit.data.readers.table import read
 
 TEXTS = ("a stirring and finally very moving film", "far too long for what it has", "a film that i like a lot")
 REVIEWS = "".join(f"{TEXTS[number % 3]} {number}\t{number % 2}\n" for number in range(20))

@@ -41,16 +41,17 @@ def refuse_unusable(
         broken = unfit.counts[UNDECODABLE_IMAGE]
         if broken and recipe.data.undecodable_images == "error":
             problems += [f"{item.place}: {item.reason}" for item in unfit.first[UNDECODABLE_IMAGE]]
+            them = "it" if broken == 1 else "them"
             problems.append(
-                f"{where}: {counted(broken, 'image')} cannot be decoded; repair {'it' if broken == 1 else 'them'}, "
-                f"or drop {'it' if broken == 1 else 'them'} with data.undecodable_images: drop"
+                f"{where}: {counted(broken, 'image')} cannot be decoded; repair {them}, or drop {them} with "
+                "data.undecodable_images: drop"
             )
         problems += _too_many(unusable, (), whole.num_read, where)
         problems += _too_many(unfit, allowed, whole.num_read - unusable.counts.total(), where)
         if strategy == "error" and whole.num_too_long:
-            is_one = whole.num_too_long == 1
+            verb = "is" if whole.num_too_long == 1 else "are"
             problems.append(
-                f"{where}: {counted(whole.num_too_long, 'row')} of {name} {'is' if is_one else 'are'} longer than "
+                f"{where}: {counted(whole.num_too_long, 'row')} of {name} {verb} longer than "
                 "data.max_length; raise it, or set data.truncation_strategy to truncate or drop"
             )
     if problems:
@@ -135,8 +136,9 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
         remarks.append(f"{_part(repeated, train, 'train')} {verb} another train row, answer or label included")
     # Questions about the same passage belong together; that is how such rows are, and nothing to note.
     if shared != "passage" and (count := _num_with_others(train.groups, wholes)):
-        kept = "" if dev.is_file and test.is_file else "; kept on one side of the split"
-        remarks.append(f"{_part(count, train, 'train')} share their {shared} with another one{nearly}{kept}")
+        side = "" if dev.is_file and test.is_file else "; kept on one side of the split"
+        verb = "shares its" if count == 1 else "share their"
+        remarks.append(f"{_part(count, train, 'train')} {verb} {shared} with another one{nearly}{side}")
     flatters = f"train{nearly}: their scores flatter the model"
     chooses = f"eval{nearly}, which chooses the checkpoint"
     overlaps: tuple[tuple[SplitName, Split, str], ...] = (

@@ -319,11 +319,11 @@ def _length_explained(target: Target, train: Split, folder: Path) -> float:
 
 
 def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple[Preview, ...]:
-    previews = []
-    for row in load_split(folder)[:5]:
-        plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-        previews.append(task.preview(plain, target, tokenizer))
-    return tuple(previews)
+    rows = (
+        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+        for row in load_split(folder)[:5]
+    )
+    return tuple(task.preview(row, target, tokenizer) for row in rows)
 
 
 def _fingerprint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fulltune.files import write_text
 from fulltune.quickstart.samples import write_docstring_chat, write_docstring_topics
 
 TOPICS = """\
@@ -43,15 +44,12 @@ output: .
 def write_topics(output: Path) -> Path:
     """Write data and recipe of the classifier; return the recipe."""
     write_docstring_topics(output / "quickstart-data")
-    return _write(output / "quickstart.yaml", TOPICS)
+    write_text(output / "quickstart.yaml", TOPICS)
+    return output / "quickstart.yaml"
 
 
 def write_chat(output: Path) -> Path:
     """Write data and recipe of the chat model; return the recipe."""
     write_docstring_chat(output / "chat-data")
-    return _write(output / "chat.yaml", CHAT)
-
-
-def _write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
+    write_text(output / "chat.yaml", CHAT)
+    return output / "chat.yaml"

@@ -9,6 +9,7 @@ import ast
 import csv
 import hashlib
 import importlib.util
+import io
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fulltune.errors import DataError
+from fulltune.files import write_text
 
 # The label of a row is the topic whose entry holds its source file. An entry is a top-level module or package,
 # optionally followed by a sub-path that may hold wildcards; a folder stands for everything below it.
@@ -289,11 +291,11 @@ def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
 
 
 def _write_csv(path: Path, rows: list[_Row]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["text", "label"])
-        writer.writerows([text, doc.topic] for doc, text in _first_by_digest(rows, len(rows)))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["text", "label"])
+    writer.writerows([text, doc.topic] for doc, text in _first_by_digest(rows, len(rows)))
+    write_text(path, buffer.getvalue())
     return path
 
 
@@ -358,10 +360,10 @@ def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
 
 
 def _write_chat(path: Path, rows: list[_Row]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        for doc, answer in rows:
-            question = f"What does `{_public_name(doc)}` do?"
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    lines = []
+    for doc, answer in rows:
+        question = f"What does `{_public_name(doc)}` do?"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    write_text(path, "".join(lines))
     return path

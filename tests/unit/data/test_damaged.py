@@ -28,7 +28,7 @@ from fulltune.records.data import DataSummary
 from fulltune.system.run_folder import writing
 from fulltune.tasks import PLACE, task_named
 from tests import tiny
-from tests.unit.data.table import read
+from tests.unit.data.readers.table import read
 
 ROWS = tiny.topic_rows(40)
 SURROGATE = "\ud83d"

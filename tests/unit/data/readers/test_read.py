@@ -11,7 +11,7 @@ from pyarrow import feather, parquet
 
 from fulltune.data.readers.read import content_hash, locate
 from fulltune.errors import DataError
-from tests.unit.data.table import read
+from tests.unit.data.readers.table import read
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "é 😀", "label": "b"}]
 
