@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fulltune.errors import DataError, InterruptedRun, SetupError
-from fulltune.text import counted
+from fulltune.text import counted, listed
 
 if TYPE_CHECKING:
     from fulltune.data.readers.read import DataFiles
@@ -162,9 +162,6 @@ def _lines(file: Path | None) -> Iterator[str]:
         raise DataError(f"{file or 'stdin'}: cannot be read: {reason}") from None
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Tally:
     """Rows that have been answered, and those that have not."""
@@ -294,11 +291,11 @@ def side_by_side(
     from fulltune.tasks.columns import windows
 
     names = [run.resolve().name for run in runs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        same = " and ".join(str(run) for run, name in zip(runs, names, strict=True) if name == twice[0])
+    twice = min((name for name in names if names.count(name) > 1), default=None)
+    if twice is not None:
+        same = listed([str(run) for run, name in zip(runs, names, strict=True) if name == twice])
         raise SetupError(
-            f"--with: two folders are called '{twice[0]}' ({same}), and answers are told apart by that name; rename one"
+            f"--with: two folders are called '{twice}' ({same}), and answers are told apart by that name; rename one"
         )
     if by is not None:
         _check_names(what, by, names)

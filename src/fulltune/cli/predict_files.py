@@ -43,9 +43,6 @@ def check_output(output: Path, replace: bool) -> None:
         raise SetupError(f"{output}: exists already; name another file, or replace it with --force")
 
 
-# ---- columns ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Added:
     """The columns that are added: each with its path in an answer, and its type as parquet writes it."""
@@ -99,9 +96,6 @@ def added(notes: Mapping[str, Any], own: Collection[str]) -> Added:
     return next(new for prefix in prefixes if not set((new := Added(prefix, columns)).names) & set(own))
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def into(output: Path, own: Sequence[str], new: Added, types: Any) -> Iterator[Write]:
     """Write rows into a file, which has its name only when all are there.
@@ -128,14 +122,13 @@ def _separated(stream: Any, delimiter: str, own: Sequence[str], new: Added) -> W
     writer.writerow([*own, *new.names])
 
     def write(row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        writer.writerow([*(_cell(row.get(name)) for name in own), *(_rounded(answer[name]) for name in new.names)])
+        cells = [_cell(row.get(name)) for name in own]
+        for name in new.names:  # seven digits are more than a model's numbers hold
+            value = answer[name]
+            cells.append(f"{value:.7g}" if isinstance(value, float) else _cell(value))
+        writer.writerow(cells)
 
     return write
-
-
-def _rounded(value: Any) -> Any:
-    """Seven digits are more than a model's numbers hold."""
-    return f"{value:.7g}" if isinstance(value, float) else _cell(value)
 
 
 def _cell(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The evaluate stage: the same test rows and metrics for baselines and results. Stage: imports layers 0 and 1 only.
+"""The evaluate stage: the same test rows and metrics for baselines and results.
 
 Three sets that never mix: train; eval (best checkpoint, early stopping, temperature); test (these scores).
 """
@@ -42,7 +42,7 @@ CALIBRATED = ("single_label", "choice")
 def check_extras(recipe: Recipe) -> None:
     """Fail before training, not after it, when its metric needs a package that is missing.
 
-    Metrics of generated answers choose nothing: those that cannot be computed are left out.
+    Metrics of generated answers choose nothing: those that cannot be computed are missing.
 
     Raises:
         SetupError: Naming the package.

@@ -1,4 +1,4 @@
-"""Texts that have nothing to do with the task, to see how much of what a model could do is left. Layer 1: no torch.
+"""Texts that have nothing to do with the task, to see how much of what a model could do is left.
 
 Without a file of the user's own they are paragraphs of the standard library's documentation, which every installation
 has: plain technical English.

@@ -1,4 +1,4 @@
-"""How the parameters of a model are trained: all of them, or few on a frozen body. Layer 1.
+"""How the parameters of a model are trained: all of them, or few on a frozen body.
 
 The model stays the plain Hugging Face class: LoRA and its relatives put modules into its layers, adapters and prompts
 work by hooks. What is trained is exactly what has `requires_grad`; only that is kept in checkpoints and, but for

@@ -139,7 +139,7 @@ def load(folder: Path, processor: Any, base: Base | None = None, shared: dict[st
     Args:
         folder: Written by `save`, with notes and tokenizer.
         processor: What `processor_of` reads there.
-        base: The pretrained model; left out, as the notes say.
+        base: The pretrained model; default: as the notes say.
         shared: Tensors of models that were loaded before, by name: equal ones are kept in memory once. Filled.
 
     Raises:

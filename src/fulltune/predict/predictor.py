@@ -150,7 +150,7 @@ class Predictor:
 
     def _read(self, rows: Sequence[Row], watch: Watch) -> list[Answered]:
         """Answers from what a head gives."""
-        if not rows:
+        if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
         refused = [examples[0].refused or _without_tokens(examples[0]) for examples in encoded]

@@ -1,6 +1,7 @@
-"""One file per task; each is a module with the functions of `Task`.
+"""One module per task, with the functions of `Task`; what is known without torch stands in `fulltune.recipe.tasks`.
 
-Layer 1: imports layer 0 only.
+What several tasks share: `classes` (labels, numbers and choices), `written` (models that write), `usual` (what most do
+alike), `padding` (rows as tensors), `columns` (which column plays which role).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Refused:
-    """A row that is left out: which check, and why."""
+    """A row that is dropped: which check, and why."""
 
     check: str
     reason: str

@@ -71,7 +71,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without text or answer are left out, and what is not a conversation."""
+    """Rows without text or answer are dropped, and what is not a conversation."""
     if target.problem_type != "chat":
         return without_text(row, target, *target.columns)
     try:

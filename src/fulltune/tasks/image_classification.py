@@ -44,7 +44,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without an image or without a class are left out."""
+    """Rows without an image or without a class are dropped."""
     image = row.get(target.columns["image"])
     if not isinstance(image, (str, bytes, Mapping, type(None))):
         return Refused("no image", f"column '{target.columns['image']}' holds {type(image).__name__}, not an image")

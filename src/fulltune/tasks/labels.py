@@ -102,7 +102,7 @@ def _numbers(found: LabelValues, columns: Mapping[str, str], where: str) -> Targ
             f"{where}: column '{columns['label']}' must hold numbers for regression; found {str(wrong[0])[:60]!r} "
             f"({found.count(is_word)} such rows{found.at(wrong[0])}); repair or remove these rows"
         )
-    # Numbers that are too large are left out row by row.
+    # Numbers that are too large are dropped row by row.
     if len({number for value in found.values if (number := parsed_number(value)) is not None}) == 1:
         raise DataError(f"{where}: every row has the same target {found.values[0]!r}; there is nothing to learn")
     return Target("regression", columns)
@@ -148,7 +148,7 @@ def _classes(found: LabelValues, columns: Mapping[str, str], where: str) -> Targ
 
 def _problem_type(found: LabelValues) -> str:
     values = found.values
-    # A few broken lists do not make class names of the others: they are left out row by row, and listed.
+    # A few broken lists do not make class names of the others: they are dropped row by row, and listed.
     if any(isinstance(value, (list, tuple)) for value in values) or found.count(_is_listed) > found.total / 2:
         return "multi_label"
     numbers = [parsed_number(value) for value in values if not is_beyond(value)]

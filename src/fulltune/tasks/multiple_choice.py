@@ -77,7 +77,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows with an empty choice, another number of choices or without a right one are left out."""
+    """Rows with an empty choice, another number of choices or without a right one are dropped."""
     if (refused := refuse_question(row, target)) is not None:
         return refused
     texts, column = choice_texts(row, target), target.columns["label"]

@@ -64,7 +64,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without question or context are left out, and those whose answer does not stand in the context."""
+    """Rows without question or context are dropped, and those whose answer does not stand in the context."""
     if refused := without_text(row, target, "question", "context"):
         return refused
     try:

@@ -35,7 +35,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without a source or without a target are left out."""
+    """Rows without a source or without a target are dropped."""
     return without_text(row, target, "source", "target")
 
 

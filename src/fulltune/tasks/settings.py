@@ -56,14 +56,12 @@ def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
                 f"{', '.join(labels[:3])} ..."
             )
         counts = summary.splits["train"].label_counts
-        # A class without a train row (all of them were left out) cannot count at all.
+        # A class without a train row (all of them were dropped) cannot count at all.
         return [sum(counts.values()) / (len(labels) * counts[label]) if label in counts else 0.0 for label in labels]
     if isinstance(given, dict):
         by_label = {str(label): weight for label, weight in given.items()}
-        missing, unknown = (
-            [one for one in labels if one not in by_label],
-            [one for one in by_label if one not in labels],
-        )
+        missing = [label for label in labels if label not in by_label]
+        unknown = [label for label in by_label if label not in labels]
         if missing or unknown:
             wrong = f"no weight for {', '.join(missing[:5])}" if missing else f"no such label: {unknown[0]}"
             raise RecipeError(f"{name}: {wrong}; the labels are {', '.join(labels[:5])}{' ...' if labels[5:] else ''}")

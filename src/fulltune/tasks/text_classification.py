@@ -69,7 +69,7 @@ def _longest_text_column(columns: Sequence[str], sample: Sequence[Row]) -> str |
 
 
 def refuse(row: Row, target: Target) -> Refused | None:
-    """Rows without text or without a target are left out."""
+    """Rows without text or without a target are dropped."""
     if refused := without_text(row, target, "text"):
         return refused
     if isinstance(row.get(target.columns.get("text_pair", "")), (list, tuple, dict)):
