@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fulltune import methods
+from fulltune import files, methods
 from fulltune.errors import SetupError
 from fulltune.methods.folder import load_trained
 from fulltune.train.request import number_in
@@ -30,12 +30,7 @@ def seal(checkpoint: Path) -> None:
             with file.open("rb") as stream:
                 sums[str(file.relative_to(checkpoint))] = hashlib.file_digest(stream, "sha256").hexdigest()
                 os.fsync(stream.fileno())
-    part = checkpoint / (SEAL + ".part")
-    with part.open("w", encoding="utf-8") as out:
-        json.dump(sums, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(checkpoint / SEAL)
+    files.write_json(checkpoint / SEAL, sums, indent=1)
 
 
 def flaw(checkpoint: Path) -> str | None:

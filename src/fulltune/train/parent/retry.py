@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
+from fulltune.files import write_json
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import AttemptFailed, Listener, PhaseBegan, Resumed, Warned
 from fulltune.records.plan import Plan
@@ -122,7 +122,7 @@ def _write_down(change: NextAttempt, failed: Request) -> None:
     folder = Path(failed.run_folder)
     change.plan.save(folder / change.plan.file)
     resolved = [setting.model_dump(mode="json") for setting in change.plan.settings]
-    (folder / "resolved.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "resolved.json", resolved)
 
 
 def _tidy(folder: Path, trial: str) -> None:
