@@ -100,7 +100,9 @@ class Lever:
             return "already on"
         if self.with_deepspeed and deepspeed.wanted(recipe):
             return self.with_deepspeed
-        return self.unless(recipe, now)
+        if problem := self.unless(recipe, now):
+            return problem
+        return "" if self.apply(recipe, now) else "it is the smallest already"
 
     def refusal(self, recipe: Recipe, now: Now) -> str:
         """Why it is not taken without asking; empty when it may be."""
@@ -145,18 +147,14 @@ def _smaller_batches(recipe: Recipe, now: Now) -> list[Changes]:
 
 def _no_smaller_batch(recipe: Recipe, now: Now) -> str:
     if now.micro_batch_size == 1:
-        return "it is 1 already"
+        return ""  # told as of every lever
     if now.optimizer_in_backward:
         return "train.optimizer_in_backward needs each step's rows in one pass"
     return "" if _smaller_batches(recipe, now) else f"{DEEPSPEED} gives the micro batch; write {deepspeed.AUTO!r} there"
 
 
 def _half_eval_batch(recipe: Recipe, now: Now) -> list[Changes]:
-    return [{"eval_batch_size": now.eval_batch_size // 2}]
-
-
-def _no_smaller_eval_batch(recipe: Recipe, now: Now) -> str:
-    return "it is 1 already" if now.eval_batch_size == 1 else ""
+    return [{"eval_batch_size": now.eval_batch_size // 2}] if now.eval_batch_size > 1 else []
 
 
 def _half_precision(recipe: Recipe, now: Now) -> list[Changes]:
@@ -186,12 +184,8 @@ def _update_in_backward_needs(recipe: Recipe, now: Now) -> str:
 
 def _half_length(recipe: Recipe, now: Now) -> list[Changes]:
     assert isinstance(now, MemorySettings), "a plan's rows are cut already"
-    return [{"longest_tokens": now.longest_tokens // 2}]
-
-
-def _no_shorter_rows(recipe: Recipe, now: Now) -> str:
-    assert isinstance(now, MemorySettings)
-    return "they are short already" if now.longest_tokens < 2 * SHORTEST else ""
+    half = now.longest_tokens // 2
+    return [{"longest_tokens": half}] if half >= SHORTEST else []
 
 
 def _no_offloading(recipe: Recipe, now: Now) -> str:
@@ -232,7 +226,6 @@ LEVERS = (
         setting="evaluate.batch_size",
         costs="nothing but some speed",
         options=_half_eval_batch,
-        unless=_no_smaller_eval_batch,
         done="eval batch {eval_batch_size} instead of {now.eval_batch_size}",
         fallback=("evaluation",),
         kept=False,
@@ -314,7 +307,6 @@ LEVERS = (
         setting="data.max_length",
         costs="longer rows are cut",
         options=_half_length,
-        unless=_no_shorter_rows,
         same_result=False,
         way_out=True,
     ),

@@ -285,7 +285,7 @@ def test_message_at_the_end_shows_every_fallback() -> None:
         "memory ran out in a training step with 400 MiB held (by the plan most for optimizer: 200 MiB): MemoryError",
         "tried: first change",
         "tried: second change",
-        "not possible: smaller micro batch: it is 1 already",
+        "not possible: smaller micro batch: it is the smallest already",
         "not possible: chunked loss: the recipe says train.chunked_loss: false",
         "not possible: activation checkpointing: already on",
         "not possible: 8-bit AdamW states: the recipe says train.optim: adafactor",

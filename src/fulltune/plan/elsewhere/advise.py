@@ -7,9 +7,9 @@ one's own rows decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fulltune.records.survey import Advice
 
@@ -42,22 +42,26 @@ class Situation:
     """The model's weights alone fit in 16 bits."""
 
 
+Rule = tuple[Literal["take", "try", "leave"], str, str]
+"""The verdict, why, and what that rests on."""
+
+
 def advise(here: Situation) -> tuple[Advice, ...]:
     """One line for each method: take, try or leave, the rule, and what it rests on. Best first."""
-    found = [_full(here), _lora(here), _adapters(here), _prompts(here)]
-    order = ("take", "try", "leave")
-    return tuple(sorted(found, key=lambda one: order.index(one.verdict)))
+    found = []
+    methods: dict[Any, Callable[[Situation], Iterator[Rule]]] = {
+        "full fine-tuning": _full,
+        "LoRA": _lora,
+        "adapters": _adapters,
+        "prompt tuning": _prompts,
+    }
+    for method, rules in methods.items():
+        verdict, rule, evidence = next(rules(here))  # the first that applies
+        found.append(Advice(method=method, verdict=verdict, rule=rule, evidence=evidence))
+    return tuple(sorted(found, key=lambda one: ("take", "try", "leave").index(one.verdict)))
 
 
-def _full(here: Situation) -> Advice:
-    verdict, rule, evidence = next(_for_full(here))
-    return Advice(method="full fine-tuning", verdict=verdict, rule=rule, evidence=evidence)
-
-
-Line = tuple[Literal["take", "try", "leave"], str, str]
-
-
-def _for_full(here: Situation) -> Iterator[Line]:
+def _full(here: Situation) -> Iterator[Rule]:
     if not here.fits:
         where = "see the ways out" if here.own == "full" else "for its ways out see its plan: --set method=full"
         yield "leave", f"it does not fit here; {where}", "The plan's arithmetic"
@@ -106,12 +110,7 @@ def _for_full(here: Situation) -> Iterator[Line]:
     )
 
 
-def _lora(here: Situation) -> Advice:
-    verdict, rule, evidence = next(_for_lora(here))
-    return Advice(method="LoRA", verdict=verdict, rule=rule, evidence=evidence)
-
-
-def _for_lora(here: Situation) -> Iterator[Line]:
+def _lora(here: Situation) -> Iterator[Rule]:
     size, either = 2 * here.num_parameters / 2**30, "" if here.fits else " either"
     where = either or " on one device"
     if not here.frozen_fits:  # only full fine-tuning can be shared out
@@ -158,26 +157,21 @@ def _for_lora(here: Situation) -> Iterator[Line]:
     yield "try", "two thirds of the operations, far less state", "Schulman et al. 2025; 2602.04998: tune its rate"
 
 
-def _adapters(here: Situation) -> Advice:
-    many = here.tasks >= MANY_TASKS
-    return Advice(
-        method="adapters",
-        verdict="take" if many else "leave",
-        rule=f"{here.tasks} tasks: one model and a small file for each" if many else "worth it with 5 tasks or more",
-        evidence="Ding et al. 2023 (delta tuning), RoBERTa-large on GLUE: adapters 87.4, biases alone (BitFit) 86.6, "
-        "prompts 77.7",
-    )
+def _adapters(here: Situation) -> Iterator[Rule]:
+    evidence = "Ding et al. 2023, RoBERTa-large on GLUE: adapters 87.4, biases alone (BitFit) 86.6, prompts 77.7"
+    if here.tasks >= MANY_TASKS:
+        yield "take", f"{here.tasks} tasks: one model and a small file for each", evidence
+    yield "leave", f"worth it with {MANY_TASKS} tasks or more", evidence
 
 
-def _prompts(here: Situation) -> Advice:
-    large = here.num_parameters >= LARGE
-    return Advice(
-        method="prompt tuning",
-        verdict="try" if large else "leave",
-        rule="on a par with full at about 11 B parameters, with prompts in every layer in smaller models too"
-        if large
-        else "far behind full below 1 B parameters, on a par at about 11 B; prompts in every layer come close to it",
-        evidence="Lester et al. 2021 (2104.08691); P-tuning v2 (2110.07602); Ding et al. 2023: prompts 77.7 on GLUE. "
-        "PEFT's comparison (3B, GSM8K): prompt tuning 34 % right, LoRA 48 %, full 47 %, but full in bf16 without a "
-        "master copy and at one rate",
+def _prompts(here: Situation) -> Iterator[Rule]:
+    evidence = (
+        "Lester et al. 2021 (2104.08691); P-tuning v2 (2110.07602); Ding et al. 2023: prompts 77.7 on GLUE. PEFT's "
+        "comparison (3B, GSM8K): prompt tuning 34 % right, LoRA 48 %, full 47 %, but full in bf16 without a master "
+        "copy and at one rate"
     )
+    if here.num_parameters >= LARGE:
+        rule = "on a par with full at about 11 B parameters, with prompts in every layer in smaller models too"
+        yield "try", rule, evidence
+    rule = "far behind full below 1 B parameters, on a par at about 11 B; prompts in every layer come close to it"
+    yield "leave", rule, evidence

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
@@ -99,8 +98,11 @@ def measure(
     probes = _Probes(recipe, plan, folder, tokens, available_bytes, listener, [])
     levers = probes.all(measure_candidates.levers(recipe, plan))
     best = measure_candidates.fastest(levers)
-    smallest = best.changes if best else levers[-1].changes  # nothing fits: with all levers, fewer rows may
-    best = measure_candidates.fastest([*([best] if best else []), *_micro_batches(probes, smallest, best is None)])
+    # Where nothing fits: with all levers, fewer rows may.
+    batches = measure_candidates.micro_batches(recipe, plan, best.changes if best else levers[-1].changes)
+    if best is None:
+        batches = [one for one in batches if one.changes["micro_batch_size"] < plan.micro_batch_size]
+    best = measure_candidates.fastest([*([best] if best else []), *probes.all(batches)])
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in probes.rows])
     others = measure_candidates.attentions(recipe, best.changes, summary.packed, _has_flash(plan))
@@ -112,11 +114,9 @@ def measure(
     return _taken(plan, best, probes, need)
 
 
-def _micro_batches(probes: _Probes, changes: dict[str, Any], only_smaller: bool) -> list[Measured]:
-    found = measure_candidates.micro_batches(probes.recipe, probes.plan, changes)
-    if only_smaller:
-        found = [one for one in found if one.changes["micro_batch_size"] < probes.plan.micro_batch_size]
-    return probes.all(found)
+def _short(reason: str) -> str:
+    first = " ".join(reason.split())
+    return first if len(first) <= 120 else first[:117] + "..."
 
 
 def _taken(plan: Plan, best: Measured, probes: _Probes, need: Need) -> Plan:
@@ -154,11 +154,6 @@ def measured(row: Measured, outcome: Outcome, tokens: float, available_bytes: in
             "problem": "" if peak <= available_bytes else f"does not fit into {format_bytes(available_bytes)}",
         }
     )
-
-
-def _short(reason: str) -> str:
-    first = " ".join(reason.split())
-    return first if len(first) <= 120 else first[:117] + "..."
 
 
 def _probe(recipe: Recipe, plan: Plan, folder: Path) -> Outcome:
