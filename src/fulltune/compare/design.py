@@ -28,9 +28,7 @@ SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
 
 def num_seeds(given: int | None, train_rows: int) -> int:
     """How many seeds at most; clear answers need fewer."""
-    if given is not None:
-        return given
-    return 5 if train_rows < FEW_TRAIN_ROWS else 3
+    return given if given is not None else 5 if train_rows < FEW_TRAIN_ROWS else 3
 
 
 def final_trial(arm: str, rate: float, seed: int, *, check: bool = False) -> Trial:
@@ -114,19 +112,11 @@ def runs_of(costs: Mapping[str, Cost], choice: Choice, sequential: bool) -> dict
 def seconds(
     costs: Mapping[str, Cost], choice: Choice, fixed: Fixed, sequential: bool = True, done: Done | None = None
 ) -> float:
-    """What is still to be done of a design takes so long.
-
-    Args:
-        costs: Of each arm.
-        choice: What is trained.
-        fixed: What comes on top of the steps.
-        sequential: Methods wait as long as the verdict does not hinge on them.
-        done: What is there.
-    """
+    """What is still to be done of a design takes so long; with `sequential` most methods wait after their first one."""
     done, total = done or Done(), fixed.verdict
     for arm, runs in runs_of(costs, choice, sequential).items():
         cost = costs[arm]
-        short = 0 if arm in done.searched or not choice.search_share else search_runs(cost.num_rates)
+        short = search_runs(cost.num_rates) if choice.search_share and arm not in done.searched else 0
         had = 0 if short else done.runs.get(arm, 0)  # a search may choose another rate, for which all are made again
         whole = max(0, runs - had)
         total += whole * (fixed.start + cost.run_seconds + cost.scoring_seconds)
@@ -190,19 +180,18 @@ def expected(
     Raises:
         RecipeError: When not even two seeds of full and of one other method fit, with the budget that they need.
     """
+
+    def takes(choice: Choice, waits: bool = sequential) -> float:
+        return seconds(costs, choice, fixed, waits, done)
+
     ordered = list(choices(costs, seeds, search_share, least_search_share))
-    if budget_seconds is None:
-        chosen = ordered[0]
-    else:
+    chosen = ordered[0]
+    if budget_seconds is not None:
         planned = (1 - RESERVE) * (budget_seconds - spent_seconds)
-        fitting = (one for one in ordered if seconds(costs, one, fixed, sequential, done) <= planned)
-        found = next(fitting, None)
-        if found is None:
-            need = seconds(costs, ordered[-1], fixed, sequential, done)
-            raise RecipeError(_too_short(ordered[-1], budget_seconds, spent_seconds, need))
-        chosen = found
-    takes = spent_seconds + seconds(costs, chosen, fixed, sequential, done)
-    most = takes if budget_seconds is not None else spent_seconds + seconds(costs, chosen, fixed, False, done)
+        fitting = next((one for one in ordered if takes(one) <= planned), None)
+        if fitting is None:
+            raise RecipeError(_too_short(ordered[-1], budget_seconds, spent_seconds, takes(ordered[-1])))
+        chosen = fitting
     limited = chosen.seeds < seeds
 
     def detectable(seed_sd: float) -> float | None:
@@ -219,8 +208,8 @@ def expected(
         arms=chosen.arms,
         num_seeds=chosen.seeds,
         num_search_trials=sum(search_runs(costs[arm].num_rates) for arm in chosen.arms if chosen.search_share),
-        seconds=round(takes, 1),
-        most_seconds=round(most, 1),
+        seconds=round(spent_seconds + takes(chosen), 1),
+        most_seconds=round(spent_seconds + takes(chosen, sequential and budget_seconds is not None), 1),
         detectable=detectable(SEEDS_ALIKE),
         detectable_apart=detectable(SEEDS_APART),
         notes=tuple(_notes(costs, chosen, ordered[0])),

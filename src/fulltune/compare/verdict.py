@@ -55,7 +55,6 @@ def decide(
     confidence: float = 0.95,
     alpha: float | None = None,
     samples: int = SAMPLES,
-    seed: int = 0,
 ) -> Decision:
     """Compare full fine-tuning with every other arm.
 
@@ -67,11 +66,10 @@ def decide(
         confidence: Of the intervals that stand alone.
         alpha: Chance of a wrong verdict; left out, 1 - confidence. After a sequential rule, what its last look spends.
         samples: Draws of the rows.
-        seed: Of these draws.
     """
     alpha = 1 - confidence if alpha is None else alpha
     (full,) = (place for place, arm in enumerate(arms) if arm.kind == "full")
-    drawn = draw(measure, [arm.trials for arm in arms], clusters, samples, seed)
+    drawn = draw(measure, [arm.trials for arm in arms], clusters, samples)
     spreads = seed_spreads(drawn, [arm.kind == "base" for arm in arms])
     differences, bounds = [], None if measure.span is None else (-measure.span, measure.span)
     for decides in (True, False):  # arms that share the chance of a wrong answer

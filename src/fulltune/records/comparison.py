@@ -82,7 +82,7 @@ class Search(Record):
     came_apart: bool = False
     """A higher rate was chosen first, and did not hold for a whole run."""
     other_runs: int = 0
-    """Whole runs, of these and of rates that came apart, that came to nothing else."""
+    """Whole runs that count for nothing else: of other rates, and of rates that diverged."""
     other_seconds: float = 0.0
     """Of those."""
     on_edge: bool = False

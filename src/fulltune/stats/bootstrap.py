@@ -26,6 +26,7 @@ _MOST_PRODUCTS = 2e10
 """Multiplications that a bootstrap may take; a metric of many counts (F1 of 150 classes) gets fewer draws."""
 _FEWEST = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
+_SEED = 0
 
 
 def percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -40,7 +41,7 @@ def percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
     return low, high
 
 
-def weights(num_clusters: int, size: int, seed: int | tuple[int, int]) -> np.ndarray:
+def weights(num_clusters: int, size: int, seed: tuple[int, int]) -> np.ndarray:
     """How often each cluster was drawn, float64 [size, clusters]."""
     return _times(np.random.default_rng(seed), num_clusters, size).astype(np.float64)
 
@@ -159,16 +160,14 @@ def draw(
     arms: Sequence[Sequence[Predictions]],
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
-    seed: int = 0,
 ) -> Drawn:
-    """The metric of all trials on the same resamples.
+    """The metric of all trials on the same resamples, which are the same in every call.
 
     Args:
         measure: The metric.
         arms: For each arm what its trials kept of the same rows.
         clusters: Number of the cluster that each row belongs to; None: each row is one.
         samples: Number of draws; fewer for metrics that are costly.
-        seed: The same one draws the same rows.
 
     Raises:
         ValueError: When trials have other numbers of rows than there are cluster numbers.
@@ -181,10 +180,10 @@ def draw(
     of_row, num_clusters = _numbered(clusters, num_rows)
     if measure.counts is not None and measure.value is not None:
         sums = np.stack([_cluster_sums(measure.counts, kept, of_row) for kept in trials], axis=1)
-        point, drawn = measure.value(sums.sum(axis=0)), _by_sums(sums, measure.value, samples, seed)
+        point, drawn = measure.value(sums.sum(axis=0)), _by_sums(sums, measure.value, samples)
     else:
         point = np.array([measure.whole(kept) for kept in trials])
-        drawn = _anew(measure, trials, of_row, min(samples, SAMPLES_ANEW), seed)
+        drawn = _anew(measure, trials, of_row, min(samples, SAMPLES_ANEW))
     ends = np.cumsum([len(arm) for arm in arms])[:-1]
     return Drawn(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 
@@ -197,22 +196,22 @@ def _cluster_sums(count: Count, kept: Predictions, of_row: np.ndarray) -> np.nda
     return sums
 
 
-def _by_sums(sums: np.ndarray, value: Value, samples: int, seed: int) -> np.ndarray:
+def _by_sums(sums: np.ndarray, value: Value, samples: int) -> np.ndarray:
     """The metric on resamples, [draws, trials], from sums [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
     samples = min(samples, max(_FEWEST, int(_MOST_PRODUCTS / sums.size)))
     at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []
     for start in range(0, samples, at_once):
         size = min(at_once, samples - start)
-        drawn = weights(num_clusters, size, (seed, start)) @ sums.reshape(num_clusters, -1)
+        drawn = weights(num_clusters, size, (_SEED, start)) @ sums.reshape(num_clusters, -1)
         parts.append(value(drawn.reshape(size, *of_trials)))
     return np.concatenate(parts)
 
 
-def _anew(measure: Measure, trials: Sequence[Predictions], of_row: np.ndarray, samples: int, seed: int) -> np.ndarray:
+def _anew(measure: Measure, trials: Sequence[Predictions], of_row: np.ndarray, samples: int) -> np.ndarray:
     """The metric on resamples, [draws, trials]; one that a resample leaves undefined counts as 0."""
     num_clusters, found = int(of_row.max()) + 1, []
     for kept in trials:
-        draws = (_times(np.random.default_rng((seed, number)), num_clusters, 1)[0] for number in range(samples))
+        draws = (_times(np.random.default_rng((_SEED, number)), num_clusters, 1)[0] for number in range(samples))
         found.append([measure.whole(rows) for rows in _resampled_rows(kept, of_row, draws)])
     return np.nan_to_num(np.array(found, np.float64).T)

@@ -58,6 +58,10 @@ class Precision:
         return Precision(self.shared, tuple(map(changed, self.seeds, counts)))
 
     @property
+    def degrees(self) -> float:
+        return degrees_of_mean(self.seeds)
+
+    @property
     def row_variance(self) -> float:
         return self.shared + variance_of_mean(self.seeds, by_rows=True)
 
@@ -76,16 +80,12 @@ class Precision:
             alpha: How often the interval may be wrong.
             seen: Variance between seeds that is found, over the true one.
         """
-        shares, inverse = _inverse_chi_squared(degrees_of_mean(self.seeds))
+        shares, inverse = _inverse_chi_squared(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
         # What will be found lies around the true variance, which cannot be less than what the rows alone make.
         found = seen * max(variance_of_mean(self.seeds), by_rows)
         beyond = np.maximum(0.0, found * inverse - by_rows)
         return _quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
-
-    @property
-    def degrees(self) -> float:
-        return degrees_of_mean(self.seeds)
 
     def luck(self, *, same_seeds: bool) -> list[float]:
         """Variances between seeds that other rows may show, over the one here, each equally likely.
@@ -172,7 +172,7 @@ def planned_detectable(
 
 
 def needed(
-    uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float | None = None
+    uncertain: Uncertain, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
     """How many test rows, or how many seeds of both arms, would decide, if the true difference equals the estimate.
 
@@ -183,12 +183,14 @@ def needed(
         num_rows: There are.
         margin: See the recipe.
         alpha: At which a difference is tested.
-        equivalence_alpha: At which equivalence is tested; left out, the same.
+        equivalence_alpha: At which equivalence is tested.
     """
-    now, equal = Precision.of(uncertain), alpha if equivalence_alpha is None else equivalence_alpha
+    now = Precision.of(uncertain)
 
     def decided(precision: Precision) -> bool:
-        return clear(uncertain.estimate, precision.half_width(alpha), precision.half_width(2 * equal), margin)
+        return clear(
+            uncertain.estimate, precision.half_width(alpha), precision.half_width(2 * equivalence_alpha), margin
+        )
 
     # Both only make the interval narrower, so the first that decides is found by halving.
     factors: list[float] = np.geomspace(1, MOST_ROWS_FACTOR, 100).tolist()[1:]

@@ -211,7 +211,7 @@ def _claims(comparison: Comparison) -> Section | None:
     rows = tuple(
         (f"“{one.claim}”", f"{sentences.held(one.holds).capitalize()}: {one.here}") for one in comparison.claims
     )
-    return unless_empty("What one often reads", [Facts(rows)] if rows else [])
+    return unless_empty("Common claims", [Facts(rows)] if rows else [])
 
 
 def _fairness(comparison: Comparison) -> Section:

@@ -51,15 +51,17 @@ def test_needed_rows_or_seeds_would_decide() -> None:
     found = difference(drawn, 0, 1, seed_spreads(drawn, [False, False]), 1.0, 1.0)
     now = Precision.of(found)
     assert now.half_width(0.05) > abs(found.estimate) > 0.02
-    rows, seeds = needed(found, 400, 0.01, 0.05)
+    rows, seeds = needed(found, 400, 0.01, 0.05, 0.05)
     assert seeds is not None
     assert seeds > 3
     assert now.with_seeds([seeds] * 2).half_width(0.05) < found.estimate
     assert now.with_seeds([seeds - 1] * 2).half_width(0.05) >= found.estimate
     # Where equivalence alone is open, the level at which it is tested counts.
-    plain, strict = (needed(found, 400, 0.07, 0.05, level)[1] for level in (None, 0.001))
+    plain, strict = (needed(found, 400, 0.07, 0.05, level)[1] for level in (0.05, 0.001))
     assert plain is not None
     assert strict is None or strict > plain
-    assert needed(found, 400, 0.5, 0.05)[0] == 420  # it is decided as it is: the next step up, never what there is
+    assert (
+        needed(found, 400, 0.5, 0.05, 0.05)[0] == 420
+    )  # it is decided as it is: the next step up, never what there is
     if rows is not None:
         assert now.with_rows(rows / 400).half_width(0.05) < found.estimate
