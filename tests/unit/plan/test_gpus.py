@@ -12,12 +12,12 @@ GB, GIB = 10**9, 2**30
 
 
 @pytest.mark.parametrize("gpu", gpus.GPUS, ids=lambda gpu: gpu.name)
-def test_card_is_found_by_each_of_its_names(gpu: gpus.GpuModel) -> None:
+def test_gpu_is_found_by_each_of_its_names(gpu: gpus.GpuModel) -> None:
     for name in (gpu.name, *gpu.aliases, gpu.name.lower(), gpu.name.replace(" ", "-"), f"NVIDIA {gpu.name}"):
         assert gpus.find(name) == gpu
 
 
-def test_names_are_those_of_one_card_each() -> None:
+def test_names_are_those_of_one_gpu_each() -> None:
     names = [gpus._key(name) for gpu in gpus.GPUS for name in (gpu.name, *gpu.aliases)]
     assert len({gpu.name for gpu in gpus.GPUS}) == len(gpus.GPUS) >= 25
     owners = {name: gpu.name for gpu in gpus.GPUS for name in map(gpus._key, (gpu.name, *gpu.aliases))}
@@ -44,13 +44,13 @@ def test_names_are_those_of_one_card_each() -> None:
         ("NVIDIA GeForce RTX 5060 Ti", "RTX 5060 Ti 16GB"),
     ],
 )
-def test_card_is_found_by_the_drivers_name(driver: str, name: str) -> None:
+def test_gpu_is_found_by_the_drivers_name(driver: str, name: str) -> None:
     found = gpus.gpu_model_of(driver)
     assert found is not None
     assert found.name == name
 
 
-def test_unknown_card_of_a_driver_is_none() -> None:
+def test_unknown_gpu_of_a_driver_is_none() -> None:
     assert gpus.gpu_model_of("NVIDIA Z9999") is None
 
 
@@ -84,7 +84,7 @@ def test_cpu_is_read() -> None:
     assert fleet.assumed == ("50 GFLOP/s a core in fp32, no fast bf16",)
 
 
-def test_checked_memory_of_a_card_is_less() -> None:
+def test_checked_memory_of_a_gpu_is_less() -> None:
     # nvidia-smi shows 15,360 MiB on a T4 and 46,068 MiB on an L40S.
     assert gpus.find("T4").memory_bytes == 15 * GIB
     assert gpus.find("L40S").memory_bytes == 45 * GIB
@@ -126,7 +126,7 @@ def test_hardware_that_cannot_be_read_is_refused_with_all_problems(text: str, pr
     assert raised.value.problems == problems
 
 
-def test_more_of_the_same_cards_are_in_the_host_that_was_given_or_in_a_usual_one() -> None:
+def test_more_of_the_same_gpus_are_in_the_host_that_was_given_or_in_a_usual_one() -> None:
     fleet = gpus.with_count(gpus.parse("2x L4, 100GB host, 1TB disk"), 4)
     assert (fleet.num_devices, fleet.machine.memory_bytes, fleet.disk_bytes) == (4, 100 * GB, 1000 * GB)
     assert gpus.asked(fleet) == "4x L4, 100GB host, 1000GB disk"
@@ -160,7 +160,7 @@ def test_this_machine_is_a_fleet() -> None:
 
 
 @pytest.mark.parametrize(("memory_gib", "name"), [(7.6, "RTX 4060 Ti 8GB"), (15.6, "RTX 4060 Ti 16GB")])
-def test_size_of_a_card_here_is_told_by_its_memory(memory_gib: float, name: str) -> None:
+def test_size_of_a_gpu_here_is_told_by_its_memory(memory_gib: float, name: str) -> None:
     gpu = Gpu(name="NVIDIA GeForce RTX 4060 Ti", memory_bytes=int(memory_gib * GIB), bf16=True, free_bytes=GIB)
     machine = Machine(
         cpu="x", num_cores=8, memory_bytes=GIB, memory_available_bytes=GIB, cpu_bf16_speedup=1.0, gpus=(gpu,)
@@ -168,7 +168,7 @@ def test_size_of_a_card_here_is_told_by_its_memory(memory_gib: float, name: str)
     assert gpus.here(machine, GB).gpu_model == gpus.find(name)
 
 
-def test_cards_on_pcie_have_no_nvlink() -> None:
+def test_gpus_on_pcie_have_no_nvlink() -> None:
     for name in ("A100-80GB-PCIe", "A100-40GB-PCIe", "V100-PCIe-32GB", "V100-PCIe-16GB"):
         gpu = gpus.find(name)
         assert gpu.peer_gb_per_second == gpu.link_gb_per_second
