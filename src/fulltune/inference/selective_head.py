@@ -71,8 +71,8 @@ class SelectiveHead:
 
 
 def _as_computed(hidden: torch.Tensor) -> torch.Tensor:
-    """`hidden[tokens, hidden]` in the type that autocast would give the head's product: where the loss is computed it is
-    no longer known."""
+    """`hidden[tokens, hidden]` in the type that autocast would give the head's product: where the loss is computed it
+    is no longer known."""
     import torch
 
     kind = hidden.device.type
