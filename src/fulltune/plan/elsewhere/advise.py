@@ -42,14 +42,14 @@ class Situation:
     """The model's weights alone fit in 16 bits."""
 
 
-Rule = tuple[Literal["take", "try", "leave"], str, str]
+AdviceRule = tuple[Literal["take", "try", "leave"], str, str]
 """The verdict, why, and what that rests on."""
 
 
 def advise(here: Situation) -> tuple[Advice, ...]:
     """One line for each method: take, try or leave, the rule, and what it rests on. Best first."""
     found = []
-    methods: dict[Any, Callable[[Situation], Iterator[Rule]]] = {
+    methods: dict[Any, Callable[[Situation], Iterator[AdviceRule]]] = {
         "full fine-tuning": _full,
         "LoRA": _lora,
         "adapters": _adapters,
@@ -61,7 +61,7 @@ def advise(here: Situation) -> tuple[Advice, ...]:
     return tuple(sorted(found, key=lambda one: ("take", "try", "leave").index(one.verdict)))
 
 
-def _full(here: Situation) -> Iterator[Rule]:
+def _full(here: Situation) -> Iterator[AdviceRule]:
     if not here.fits:
         where = "see the ways out" if here.own == "full" else "for its ways out see its plan: --set method=full"
         yield "leave", f"it does not fit here; {where}", "The plan's arithmetic"
@@ -110,7 +110,7 @@ def _full(here: Situation) -> Iterator[Rule]:
     )
 
 
-def _lora(here: Situation) -> Iterator[Rule]:
+def _lora(here: Situation) -> Iterator[AdviceRule]:
     size, either = 2 * here.num_parameters / 2**30, "" if here.fits else " either"
     where = either or " on one device"
     if not here.frozen_fits:  # only full fine-tuning can be shared out
@@ -157,14 +157,14 @@ def _lora(here: Situation) -> Iterator[Rule]:
     yield "try", "two thirds of the operations, far less state", "Schulman et al. 2025; 2602.04998: tune its rate"
 
 
-def _adapters(here: Situation) -> Iterator[Rule]:
+def _adapters(here: Situation) -> Iterator[AdviceRule]:
     evidence = "Ding et al. 2023, RoBERTa-large on GLUE: adapters 87.4, biases alone (BitFit) 86.6, prompts 77.7"
     if here.tasks >= MANY_TASKS:
         yield "take", f"{here.tasks} tasks: one model and a small file for each", evidence
     yield "leave", f"worth it with {MANY_TASKS} tasks or more", evidence
 
 
-def _prompts(here: Situation) -> Iterator[Rule]:
+def _prompts(here: Situation) -> Iterator[AdviceRule]:
     evidence = (
         "Lester et al. 2021 (2104.08691); P-tuning v2 (2110.07602); Ding et al. 2023: prompts 77.7 on GLUE. PEFT's "
         "comparison (3B, GSM8K): prompt tuning 34 % right, LoRA 48 %, full 47 %, but full in bf16 without a master "

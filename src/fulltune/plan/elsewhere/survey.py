@@ -36,7 +36,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class _Planned:
+class _PlacedPlan:
     """A plan, and what it has that the recipe has not."""
 
     plan: Plan
@@ -52,7 +52,7 @@ class _Methods:
     full_fits: bool
     lora_fits: bool | None
     """None: not asked."""
-    lora: _Planned | None = None
+    lora: _PlacedPlan | None = None
     """Its plan, where the recipe's own method does not fit."""
 
 
@@ -73,7 +73,7 @@ def survey(
     """
     basis = basis_of(workload, fleet)
     placements = placement.table(basis)
-    found = _planned(workload, fleet, placements) if planned is None else _Planned(planned)
+    found = _planned(workload, fleet, placements) if planned is None else _PlacedPlan(planned)
     methods = _methods(workload, fleet, not isinstance(found, DoesNotFitError), other)
     seen = _seen(workload, basis, wishes, placements, methods)
     if isinstance(found, DoesNotFitError):
@@ -147,7 +147,7 @@ def _seen(
 # ---- the plan --------------------------------------------------------------------------------------------------
 
 
-def _planned(workload: Workload, fleet: Fleet, placements: Sequence[Placement]) -> _Planned | DoesNotFitError:
+def _planned(workload: Workload, fleet: Fleet, placements: Sequence[Placement]) -> _PlacedPlan | DoesNotFitError:
     """The recipe as it is; on hardware that is not here also with the best other placement that fulltune can run.
 
     On this machine the plan is what `fulltune run` would do: other placements are ways out.
@@ -157,13 +157,13 @@ def _planned(workload: Workload, fleet: Fleet, placements: Sequence[Placement]) 
     except DoesNotFitError as error:
         return error if fleet.here else _elsewhere(workload, fleet, placements) or error
     if fleet.here or workload.recipe.train.optim is not None or own.optim != "adamw_8bit" or own.num_processes == 1:
-        return _Planned(own)
+        return _PlacedPlan(own)
     # Sharing out the state of several devices leaves the arithmetic as it is; 8-bit moments do not.
     exact = [one for one in placements if not (alternatives.preference(one)[0] or one.host_bytes or one.disk_bytes)]
-    return _elsewhere(workload, fleet, exact) or _Planned(own)
+    return _elsewhere(workload, fleet, exact) or _PlacedPlan(own)
 
 
-def _elsewhere(workload: Workload, fleet: Fleet, placements: Sequence[Placement]) -> _Planned | None:
+def _elsewhere(workload: Workload, fleet: Fleet, placements: Sequence[Placement]) -> _PlacedPlan | None:
     """With the best of these placements."""
     for one in sorted(placements, key=alternatives.preference):
         if not (alternatives.automatic(one) and one.settings) or _overrides(workload.recipe, one.settings):
@@ -173,7 +173,7 @@ def _elsewhere(workload: Workload, fleet: Fleet, placements: Sequence[Placement]
         except DoesNotFitError:  # of the ways that fit by the table, the next one
             continue
         names = {"train.extra" if name == DEEPSPEED else name for name in one.settings}
-        return _Planned(_explained(plan, names, f"placement: {one.name}"), one.name, one.settings)
+        return _PlacedPlan(_explained(plan, names, f"placement: {one.name}"), one.name, one.settings)
     return None
 
 
@@ -239,7 +239,7 @@ def _methods(workload: Workload, fleet: Fleet, fits: bool, other: Other) -> _Met
     return _Methods(full_fits, None if lora is None else plan is not None, None if fits else plan)
 
 
-def _alone(workload: Workload | None, fleet: Fleet) -> _Planned | None:
+def _alone(workload: Workload | None, fleet: Fleet) -> _PlacedPlan | None:
     """The plan of another method, with whatever placement fits; None when none does."""
     if workload is None:
         return None
@@ -266,7 +266,7 @@ def _needs_narrow_weights(workload: Workload, fleet: Fleet) -> bool:
 
 
 def _ways_out(
-    workload: Workload, basis: Basis, placements: Sequence[Placement], problem: str, lora: _Planned | None
+    workload: Workload, basis: Basis, placements: Sequence[Placement], problem: str, lora: _PlacedPlan | None
 ) -> tuple[str, tuple[WayOut, ...]]:
     """What is short, with the ways out: of the disk, when a larger one would do, else of memory; LoRA where it fits."""
     fleet, summary = basis.fleet, workload.summary
@@ -303,7 +303,7 @@ def _tried(workload: Workload, fleet: Fleet, way: WayOut) -> WayOut:
     return way.model_copy(update={"enough": False, "costs": f"{way.costs}; {short}"})
 
 
-def _as_way_out(lora: _Planned, where: Literal["device", "disk"], now_bytes: int) -> WayOut:
+def _as_way_out(lora: _PlacedPlan, where: Literal["device", "disk"], now_bytes: int) -> WayOut:
     """In place of the recipe's method, which needs so much of what is short."""
     plan = lora.plan
     need = (plan.disk.total if plan.disk else 0) if where == "disk" else (plan.memory.peak if plan.memory else 0)
