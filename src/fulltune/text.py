@@ -39,9 +39,6 @@ def format_bytes(num_bytes: float) -> str:
     return f"{format_number(num_bytes / bytes_in_unit)} {unit}"
 
 
-in_words = format_bytes
-
-
 _TIME = re.compile(
     r"(?:(\d+(?:\.\d+)?)\s*d)?\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)\s*s)?"
 )

@@ -142,7 +142,7 @@ def _why_recomputed(chosen: Option, tried: Sequence[Option], most_bytes: float, 
         micro = min((one.settings.micro_batch_size for one in others), default=1)
         return f"without it, a micro batch of {micro} needs more than {format_bytes(int(most_bytes))}"
     micro = max(speeds, key=lambda size: (speeds[size], size))
-    return f"{own / speeds[micro]:.2f} times as fast as without it, where {micro} at a time fit{'s' * (micro == 1)}"
+    return f"{own / speeds[micro]:.2f} times as fast as without it, with a micro batch of {micro}"
 
 
 def note(

@@ -8,7 +8,6 @@ is checked (ECC) has 15/16 of it to give.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from fulltune.errors import RecipeError
 from fulltune.records.base import Record
 from fulltune.system.hardware import Gpu, Machine
+from fulltune.text import listed, near_names
 
 GB, GIB = 10**9, 2**30
 PCIE3, PCIE4, PCIE5 = 16.0, 32.0, 64.0
@@ -184,9 +184,8 @@ def find(name: str) -> GpuModel:
     variants = [model.name for model in _variants(key)]
     if len(variants) > 1:
         raise RecipeError(f"--for: '{name}' comes in several sizes; write {' or '.join(reversed(variants))}")
-    near = [_BY_KEY[found].name for found in difflib.get_close_matches(key, _BY_KEY, n=6, cutoff=0.5)]
-    near = list(dict.fromkeys(near))[:3]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {_known()}, or cpu"
+    near = list(dict.fromkeys(_BY_KEY[found].name for found in near_names(key, _BY_KEY, most=6, cutoff=0.5)))[:3]
+    hint = f"did you mean {listed(near, 'or')}?" if near else f"known are {_known()}, or cpu"
     raise RecipeError(f"--for: unknown GPU '{name}'; {hint}")
 
 

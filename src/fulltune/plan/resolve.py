@@ -17,6 +17,7 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Setting
 from fulltune.system.hardware import Machine
+from fulltune.text import counted
 
 LEAST_BF16_SPEEDUP = 1.2
 """Below it bf16's rounding buys too little."""
@@ -35,7 +36,7 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
         raise RecipeError("train.device: 'cuda' but torch sees no GPU here; set 'auto' or 'cpu'")
     found = "cuda" if machine.gpus else "cpu"
     count = len(machine.gpus)
-    reason = f"{count} GPU{'s' * (count > 1)} found" if count else "no GPU found"
+    reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, found, reason))
     if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
         raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but the number of GPUs is {count}")

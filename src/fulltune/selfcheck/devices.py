@@ -13,7 +13,7 @@ import torch
 
 from fulltune.system import hardware
 from fulltune.system.run_folder import PACKAGES
-from fulltune.text import counted
+from fulltune.text import counted, format_bytes
 
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
 """Named on the page where they are installed."""
@@ -71,14 +71,14 @@ def environment() -> dict[str, str]:
         "packages": ", ".join(installed),
         "cpu": f"{machine.cpu}, {counted(machine.num_cores, 'core')}, {counted(torch.get_num_threads(), 'thread')}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
-        "memory": f"{machine.memory_bytes / 2**30:.1f} GiB, {machine.memory_available_bytes / 2**30:.1f} GiB free",
+        "memory": f"{format_bytes(machine.memory_bytes)}, {format_bytes(machine.memory_available_bytes)} free",
     }
     for index, gpu in enumerate(machine.gpus):
         driver = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         major, minor = torch.cuda.get_device_capability(index)
-        facts[f"gpu {index}"] = f"{gpu.name}, {gpu.memory_bytes / 2**30:.1f} GiB, capability {major}.{minor}, {driver}"
+        facts[f"gpu {index}"] = f"{gpu.name}, {format_bytes(gpu.memory_bytes)}, capability {major}.{minor}, {driver}"
     if torch.backends.mps.is_available():
-        facts["gpu"] = f"Apple, {torch.mps.recommended_max_memory() / 2**30:.1f} GiB usable"
+        facts["gpu"] = f"Apple, {format_bytes(torch.mps.recommended_max_memory())} usable"
     if len(facts) == 5:
         facts["gpu"] = "torch sees none"
     variables = [

@@ -15,6 +15,7 @@ from fulltune.records.events import Event, StepLogged
 from fulltune.selfcheck import tiny
 from fulltune.selfcheck.devices import Device, NotHere, Result
 from fulltune.selfcheck.precision import relative_error
+from fulltune.text import format_bytes
 
 
 def checkpointing(device: Device) -> Result:
@@ -53,9 +54,9 @@ def planned_bytes(device: Device) -> Result:
     else:
         measured = _allocated(device) - before
     error = measured / planned - 1
-    text = f"planned {_mib(planned)}, measured {_mib(measured)} ({error:+.1%})"
+    text = f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({error:+.1%})"
     if device.type == "cuda":
-        text += f", {_mib(torch.cuda.max_memory_allocated() - before)} with activations"
+        text += f", {format_bytes(torch.cuda.max_memory_allocated() - before)} with activations"
     return Result(abs(error) <= 0.05, f"{text}; bound 5%")
 
 
@@ -69,10 +70,6 @@ def _allocated(device: Device) -> int:
             return int(torch.mps.current_allocated_memory())
         case _:
             return 0
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 LAST_STEP, STOP_AFTER, SAVE_EVERY = 12, 8, 3

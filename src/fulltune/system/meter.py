@@ -35,7 +35,7 @@ class Meter:
             import torch
 
             return int(torch.cuda.memory_reserved())
-        return status_bytes("VmRSS") or _life_peak_bytes()
+        return status_bytes("VmRSS") or life_peak_bytes()
 
     def peak_bytes(self) -> int:
         """Most that was held since `begin`."""
@@ -43,7 +43,7 @@ class Meter:
             import torch
 
             return int(torch.cuda.max_memory_reserved())
-        return status_bytes("VmHWM") or _life_peak_bytes()
+        return status_bytes("VmHWM") or life_peak_bytes()
 
     def growth_bytes(self) -> int:
         """Most that was held since `begin`, beyond what was held then."""
@@ -64,6 +64,7 @@ def status_bytes(key: str) -> int:
     return sizes_of("/proc/self/status").get(key, 0)
 
 
-def _life_peak_bytes() -> int:
+def life_peak_bytes() -> int:
+    """Most that this process has held since it began."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

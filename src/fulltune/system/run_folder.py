@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
-from fulltune.files import write_json
+from fulltune.files import write_json, write_text
 from fulltune.recipe.fields import Recipe
 from fulltune.records.comparison import Comparison
 from fulltune.records.data import DataSummary
@@ -216,7 +216,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
             raise SetupError(f"{folder}: cannot be made here; choose another place") from None
         values = {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")}
         write_json(identity, values)
-        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        write_text(folder / "recipe.yaml", recipe_text)
     return False
 
 

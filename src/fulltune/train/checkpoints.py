@@ -30,7 +30,7 @@ def seal(checkpoint: Path) -> None:
             with file.open("rb") as stream:
                 sums[str(file.relative_to(checkpoint))] = hashlib.file_digest(stream, "sha256").hexdigest()
                 os.fsync(stream.fileno())
-    files.write_json(checkpoint / SEAL, sums, indent=1)
+    files.write_json(checkpoint / SEAL, sums)
 
 
 def flaw(checkpoint: Path) -> str | None:

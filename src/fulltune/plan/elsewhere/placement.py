@@ -33,6 +33,7 @@ from fulltune.plan.workload import Basis, takes_pieces
 from fulltune.records.plan import MemoryKind
 from fulltune.records.survey import Placement
 from fulltune.system.deepspeed import NVME_FOLDER, Zero, nvme_path
+from fulltune.text import format_bytes
 
 NOT_BUILT = "planned here; running it is not built yet"
 NEEDS_PATH = "with the folder of an NVMe disk as nvme_path"
@@ -208,4 +209,4 @@ def _short(basis: Basis, kinds: dict[MemoryKind, int], host: int, on_disk: int) 
         parameters = basis.shapes.num_parameters
         checkpoints = disk.need(basis.recipe, parameters, basis.start).num_checkpoints
         missing["disk"] = on_disk + (checkpoints * disk.DEEPSPEED_BYTES + 8) * parameters - fleet.disk_bytes
-    return ", ".join(f"{name} +{size / 2**30:,.1f} GiB" for name, size in missing.items() if size > 0)
+    return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0)

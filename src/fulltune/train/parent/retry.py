@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, SetupError
-from fulltune.files import write_json
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import AttemptFailed, Listener, PhaseBegan, Resumed, Warned
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.system.run_folder import lost_weights
+from fulltune.system.run_folder import lost_weights, save_plan
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal
@@ -119,10 +118,7 @@ def _write_down(change: NextAttempt, failed: Request) -> None:
     Journal(failed.folder / "journal.jsonl").write(NEXT, change.reason)
     if change.plan == failed.plan:
         return
-    folder = Path(failed.run_folder)
-    change.plan.save(folder / change.plan.file)
-    resolved = [setting.model_dump(mode="json") for setting in change.plan.settings]
-    write_json(folder / "resolved.json", resolved)
+    save_plan(Path(failed.run_folder), change.plan)
 
 
 def _tidy(folder: Path, trial: str) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -23,6 +22,7 @@ from typing import Any
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
 from fulltune.records.events import Listener
 from fulltune.records.training import Outcome, OutcomeStatus
+from fulltune.system.meter import life_peak_bytes
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
@@ -140,8 +140,7 @@ def _peak_memory_bytes() -> int:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return life_peak_bytes()
 
 
 def main(file: str) -> int:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fulltune import methods
+from fulltune.files import write_json
 from fulltune.methods.folder import save, share
 from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
@@ -210,7 +211,7 @@ def save_model(
     if recipe.method.kind != "full":
         notes["method"] = recipe.method.model_dump(mode="json")
         notes["base_model"] = recipe.model.model_dump(mode="json")
-    (part / "fulltune.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+    write_json(part / "fulltune.json", notes)
     share(part)
     if folder.exists():
         shutil.rmtree(folder)
@@ -223,4 +224,4 @@ def _note_type(config: Path, state: Mapping[str, Any]) -> None:
     values = json.loads(config.read_text(encoding="utf-8"))
     if len(kinds) == 1:
         values["dtype"] = kinds.pop()
-    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(config, dict(sorted(values.items())))

@@ -18,7 +18,7 @@ from fulltune.plan.fit import fit
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Plan
 from fulltune.records.survey import Survey
-from fulltune.text import in_words
+from fulltune.text import format_bytes
 from tests.unit.plan import sizes
 
 ZERO2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
@@ -158,7 +158,7 @@ def test_recomputing_that_is_faster_is_chosen_with_its_reason() -> None:
     assert plan.activation_checkpointing
     assert plan.micro_batch_size > 1
     reason = next(one.reason for one in plan.settings if one.name == "train.activation_checkpointing")
-    assert re.fullmatch(r"1\.\d\d times as fast as without it, where 1 at a time fits", reason)
+    assert re.fullmatch(r"1\.\d\d times as fast as without it, with a micro batch of 1", reason)
 
 
 @pytest.mark.parametrize("micro", [64, None])
@@ -211,7 +211,7 @@ def test_row_of_other_weights_and_the_reason_have_one_number() -> None:
     assert row.device_bytes == plan.memory.peak
     assert row.kinds == plan.memory.kinds
     reason = next(one.reason for one in plan.settings if one.name == "train.micro_batch_size")
-    assert in_words(sum(row.kinds.values())) in reason
+    assert format_bytes(sum(row.kinds.values())) in reason
 
 
 def _with_buffers(moment: Moment, more: int) -> Moment:
