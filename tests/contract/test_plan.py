@@ -280,7 +280,7 @@ def test_advice_listens_to_what_data_cannot_tell(recipe: Path, options: list[obj
         (
             ["--rows", -5, "--for", "RTX 4900", "--price", "much"],
             [
-                "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090 or RTX 4080 or RTX 4070 Ti?",
+                "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090, RTX 4080 or RTX 4070 Ti?",
                 "--price: 'much' is no price; write what one device costs in an hour, such as 2.5",
                 "--rows: -5, but the number of train rows must be at least 1",
                 "--rows: a plan without data needs --tokens as well",

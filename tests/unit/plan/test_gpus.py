@@ -99,7 +99,7 @@ KNOWN = ", ".join(gpu.name for gpu in gpus.GPUS)
         ("8x A100", ("--for: 'A100' comes in several sizes; write A100-40GB or A100-80GB",)),
         ("V100", ("--for: 'V100' comes in several sizes; write V100-16GB or V100-32GB",)),
         ("4060 Ti", ("--for: '4060 Ti' comes in several sizes; write RTX 4060 Ti 8GB or RTX 4060 Ti 16GB",)),
-        ("2x H1000", ("--for: unknown GPU 'H1000'; did you mean H100-80GB or A100-80GB or A100-40GB?",)),
+        ("2x H1000", ("--for: unknown GPU 'H1000'; did you mean H100-80GB, A100-80GB or A100-40GB?",)),
         ("abacus", (f"--for: unknown GPU 'abacus'; known are {KNOWN}, or cpu",)),
         ("0x H100", ("--for: '0x H100' has no GPU; write 1x or more, or cpu",)),
         ("", (f"--for: no GPU is named; known are {KNOWN}, or cpu",)),
@@ -114,7 +114,7 @@ KNOWN = ", ".join(gpu.name for gpu in gpus.GPUS)
         (
             "RTX 4900, 1TB",
             (
-                "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090 or RTX 4080 or RTX 4070 Ti?",
+                "--for: unknown GPU 'RTX 4900'; did you mean RTX 4090, RTX 4080 or RTX 4070 Ti?",
                 "--for: '1TB' cannot be read; write for example '64GB host', '2TB disk' or '16 cores'",
             ),
         ),
