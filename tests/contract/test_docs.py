@@ -150,11 +150,3 @@ def test_readme_lists_every_exit_code() -> None:
     assert kinds
     for kind in kinds:
         assert f"| {kind.exit_code} |" in text, kind.__name__
-
-
-def test_architecture_page_names_every_room() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    source = Path(fulltune.__file__).parent
-    rooms = [path.name for path in source.glob("*.py") if path.name != "__init__.py"]
-    rooms += [f"{path.parent.name}/" for path in source.glob("*/__init__.py")]
-    assert not [room for room in rooms if f"`{room}`" not in text]

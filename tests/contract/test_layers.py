@@ -1,94 +1,120 @@
-"""Who may import whom: floors without circles, and what must stay light imports no framework."""
+"""Who may import whom: floors without circles, few modules at the top; what must stay light imports no framework."""
 
 from __future__ import annotations
 
-import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import fulltune
+from tests.contract import house
 
-SOURCE = Path(fulltune.__file__).parent
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "scipy", "sklearn", "safetensors", "pyarrow"}
-FLOORS = (
-    ("errors", "text", "files"),
-    ("recipe",),
-    ("records",),
-    ("system",),
-    ("models",),
-    ("tasks",),
-    ("methods",),
-    ("inference",),
-    ("footprint",),
-    ("stats",),
-    ("plan",),
-    ("data/readers",),
-    ("data", "evaluate", "train", "report", "predict", "quickstart"),
-    ("context",),
-    ("pipeline",),
-    ("compare", "selfcheck"),
-    ("cli/show", "classic"),
-    ("api",),
-    ("cli",),
+FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("errors.py",), ("text.py",), ("files.py",)),
+    (("recipe", "records"),),
+    (("system",),),
+    (("models",),),
+    (("tasks",),),
+    (("methods",),),
+    (("inference",),),
+    (("footprint",),),
+    (("stats",),),
+    (("plan", "plan/__init__", "plan/elsewhere"),),
+    (
+        ("data/readers", "data", "data/__init__"),
+        ("train", "train/optim", "train/loop", "train/worker", "train/parent", "train/__init__"),
+        ("evaluate",),
+        ("report/format", "report/run", "report/comparison", "report/__init__"),
+        ("predict",),
+        ("quickstart",),
+    ),
+    (("context.py",),),
+    (("pipeline.py",),),
+    (("compare",), ("selfcheck",)),
+    (("cli/show",), ("classic",)),
+    (("api.py",),),
+    (("cli", "cli/__init__"),),
 )
-"""From the ground up: a room imports rooms of lower floors only, never one beside it."""
-LIGHT = ("errors", "text", "files", "recipe", "records", "plan", "report")
+"""From the ground up. On a floor stand stacks, and in a stack rooms: one imports from lower floors, and from what is
+below it in its own stack, never from a stack beside it."""
+LIGHT = (
+    *("errors.py", "text.py", "files.py", "recipe", "records", "plan", "plan/elsewhere"),
+    *("report/format", "report/run", "report/comparison", "report/__init__"),
+)
 """Rooms that import no framework: help, errors of recipes, plans and reports answer at once."""
+ROOMS = [room for floor in FLOORS for stack in floor for room in stack]
 
 
-def room(path: Path) -> str:
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return "/".join(parts[:2]) if "/".join(parts[:2]) in sum(FLOORS, ()) else parts[0]
+def below(room: str) -> set[str]:
+    """The rooms from which one may import."""
+    allowed: set[str] = set()
+    for floor in FLOORS:
+        for stack in floor:
+            if room in stack:
+                return allowed | set(stack[: stack.index(room)])
+        allowed |= {name for stack in floor for name in stack}
+    raise AssertionError(f"{room} has no floor")
 
 
-def modules() -> list[Path]:
-    return sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+def test_every_room_stands_on_one_floor() -> None:
+    assert len(set(ROOMS)) == len(ROOMS)
+    assert {house.room(module) for module in house.modules()} == set(ROOMS)
 
 
-def imports(path: Path, *, inside_functions: bool = True) -> Iterator[str]:
-    """Dotted names that a file imports; what is imported for type checkers only does not count."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not inside_functions:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        waiting += ast.iter_child_nodes(node)
+@pytest.mark.parametrize("module", house.modules())
+def test_imports_of_each_module_go_down_only(module: str) -> None:
+    upward = house.rooms_imported(module) - below(house.room(module))
+    assert not upward, f"{house.room(module)} imports {sorted(upward)}"
 
 
-def rooms_imported(path: Path) -> set[str]:
-    names = (name.split(".")[1:] for name in imports(path) if name.startswith("fulltune."))
-    return {room(SOURCE.joinpath(*parts)) for parts in names} - {room(path)}
+def test_no_room_is_in_a_circle() -> None:
+    assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert house.circles(house.arrows()) == []
 
 
-def test_every_room_has_its_floor() -> None:
-    assert {room(path) for path in modules()} == set(sum(FLOORS, ()))
+def test_top_level_has_few_modules() -> None:
+    assert sum(room.endswith(".py") for room in ROOMS) <= 8
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_of_each_module_go_down_only(path: Path) -> None:
-    floor = next(number for number, floor in enumerate(FLOORS) if room(path) in floor)
-    below = set(sum(FLOORS[:floor], ()))
-    assert rooms_imported(path) <= below, f"{room(path)} imports {sorted(rooms_imported(path) - below)}"
+def test_a_class_name_means_one_thing() -> None:
+    assert house.classes_of_one_name() == {}
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_light_room_imports_no_framework(name: str) -> None:
-    files = [path for path in modules() if room(path) == name]
-    assert files
-    found = {f"{path.name}: {name}" for path in files for name in imports(path) if name.split(".")[0] in HEAVY}
-    assert not found
+def test_functions_and_files_stay_short() -> None:
+    length, name = house.longest_function()
+    assert length <= 80, name
+    length, name = house.longest_file()
+    assert length <= 450, name
+
+
+def test_architecture_page_has_these_floors_and_no_others() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| *(\d*) *\| `([^|]+?)` *\|", page, flags=re.MULTILINE)
+    number, told = "", {}
+    for given, names in rows:
+        number = given or number
+        told |= {name.rstrip("/"): int(number) for name in names.split("`, `")}
+    floors = {
+        room.removesuffix("/__init__"): number
+        for number, floor in enumerate(FLOORS)
+        for stack in floor
+        for room in stack
+    }
+    assert told == floors
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_room_imports_no_framework(room: str) -> None:
+    names = [name for module in house.modules() if house.room(module) == room for name in _roots(module)]
+    assert names
+    assert not set(names) & HEAVY
+
+
+def _roots(module: str) -> list[str]:
+    return [name.split(".")[0] for name in house.imports(house.modules()[module])]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["run", "bad.yaml"]], ids=" ".join)
