@@ -48,9 +48,9 @@ def prepared(recipe: Path, folder: Path) -> Path:
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The train rows, tokenised by fulltune, as plain lists: `input_ids` and `labels`."""
-    from fulltune.inference.store import load_split
+    from fulltune.inference.store import Rows
 
-    rows = load_split(run / "data" / "train")
+    rows = Rows(run / "data" / "train")
     plain = []
     for row in rows:
         ids, labels = row["input_ids"].tolist(), row["labels"]

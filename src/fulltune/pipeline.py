@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from fulltune import data, evaluate, methods, plan, report
-from fulltune.context import Run, Until
 from fulltune.errors import DoesNotFitError, GuardStop
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Planned
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
+from fulltune.run_context import Run, Until
 from fulltune.system import hardware, run_folder
 from fulltune.system.run_folder import Reached
 from fulltune.tasks.settings import check_model, check_settings_for

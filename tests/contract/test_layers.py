@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("predict",),
         ("quickstart",),
     ),
-    (("context.py",),),
+    (("run_context.py",),),
     (("pipeline.py",),),
     (("compare",), ("selfcheck",)),
     (("cli/show",), ("classic",)),

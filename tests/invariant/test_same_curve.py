@@ -97,7 +97,7 @@ def test_any_micro_batch_and_recomputing_give_the_same_curve(case: str, tmp_path
 @pytest.mark.parametrize("case", ["multi_label", "single_label", "regression", "answers"])
 def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path: Path) -> None:
     """The loss of step 1, computed anew by hand on the untrained model and the first global batch."""
-    from fulltune.inference.store import load_split
+    from fulltune.inference.store import Rows
     from fulltune.tasks import LossSettings, Target, task_named
     from fulltune.train.loop.sampler import GlobalBatchSampler
     from fulltune.train.worker.loading import load_for_training
@@ -112,7 +112,7 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     torch.manual_seed(42)
     applied, tokenizer = load_for_training(job.recipe, task, target)
     untrained = applied.model
-    split = load_split(tmp_path / "run" / "data" / "train")
+    split = Rows(tmp_path / "run" / "data" / "train")
     first = GlobalBatchSampler(split["length"], 8, 8, 42, True).global_batches()[0]
     batch = task.collate([split[i] for i in first], tokenizer.pad_token_id)
     labels = batch.pop("labels")

@@ -14,7 +14,7 @@ from transformers import AutoModel
 import fulltune
 from fulltune.errors import FulltuneError, RecipeError
 from fulltune.inference.run import run_rows
-from fulltune.inference.store import load_split, load_texts
+from fulltune.inference.store import Rows, load_texts
 from fulltune.models.base import Base
 from fulltune.models.load import load
 from fulltune.recipe.model import ModelBlock
@@ -191,7 +191,7 @@ def eval_metrics(folder: Path) -> dict[str, float]:
     notes = json.loads((folder / "run" / "models" / "full" / "fulltune.json").read_text(encoding="utf-8"))
     target = Target(notes["problem_type"], notes["columns"], tuple(notes["labels"]))
     model = load(Base.of(block), {}, head_is_new=False)
-    rows = load_split(folder / "run" / "data" / "eval")
+    rows = Rows(folder / "run" / "data" / "eval")
     kept = run_rows(model, rows, text_classification, target, 0, batch_size=8, precision="fp32")
     return text_classification.metrics(kept, target)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from fulltune import predict
 from fulltune.evaluate.spans import compared
-from fulltune.inference.store import load_split, load_texts
+from fulltune.inference.store import Rows, load_texts
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
@@ -64,7 +64,7 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
         best = max(sentence.metrics[metric].value, none.metrics[metric].value)
         assert trained.metrics[metric].value > best + 0.3
     texts = {row["fulltune:place"]: row for row in load_texts(reached.folder / "data" / "test")}
-    windows = load_split(reached.folder / "data" / "test")
+    windows = Rows(reached.folder / "data" / "test")
     assert trained.rows == len(texts) < len(windows)
 
     rows = list(texts.values())

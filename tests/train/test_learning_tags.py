@@ -13,7 +13,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from fulltune import predict
 from fulltune.errors import DataError
-from fulltune.inference.store import load_split, load_texts
+from fulltune.inference.store import Rows, load_texts
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
@@ -74,7 +74,7 @@ def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(
     expected = [row["tags"] for row in texts]
     assert trained.metrics["f1"].value == pytest.approx(f1_score(expected, ours))
     assert plain_transformers(folder, [row["tokens"] for row in texts[:5]]) == ours[:5]
-    assert len(load_split(reached.folder / "data" / "test")) == len(texts)
+    assert len(Rows(reached.folder / "data" / "test")) == len(texts)
 
     predictor = predict.load(reached.folder)
     limit = predictor.notes["max_length"]

@@ -163,9 +163,9 @@ def expected_values(name: str, kind: str) -> int:
 
 
 def features(found: Done) -> list[dict[str, Any]]:
-    from fulltune.inference.store import load_split
+    from fulltune.inference.store import Rows
 
-    rows = load_split(found.folder / "run" / "data" / "eval")
+    rows = Rows(found.folder / "run" / "data" / "eval")
     order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
     return [dict(rows[order[0]]), dict(rows[order[-1]])]
 

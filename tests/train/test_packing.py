@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fulltune.errors import RecipeError
-from fulltune.inference.store import Rows, load_split
+from fulltune.inference.store import Rows
 from fulltune.system.run_folder import Reached
 from fulltune.tasks import LossSettings, Target, causal_lm
 from tests import tiny
@@ -73,7 +73,7 @@ def test_packed_rows_have_the_losses_of_texts_alone(kind: str, tmp_path: Path) -
     folder = tiny.save_model(tmp_path / "model", kind)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     packed, alone = (
-        token_losses(model, load_split(go(tmp_path / str(on), folder, data={"packing": on}).folder / "data" / "train"))
+        token_losses(model, Rows(go(tmp_path / str(on), folder, data={"packing": on}).folder / "data" / "train"))
         for on in (None, False)
     )
 
@@ -88,7 +88,7 @@ def test_packed_gradient_is_that_of_texts_alone(tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / "model", "llama")
     gradients = []
     for on in (None, False):
-        rows = load_split(go(tmp_path / str(on), folder, data={"packing": on}).folder / "data" / "train")
+        rows = Rows(go(tmp_path / str(on), folder, data={"packing": on}).folder / "data" / "train")
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         batch = causal_lm.collate([dict(row) for row in rows], 0)
         labels = batch.pop("labels")
@@ -110,7 +110,7 @@ def test_model_that_does_not_keep_texts_apart_is_not_packed_and_the_note_says_wh
     (note,) = (note for note in summary.notes if "packing" in note)
     assert note.startswith("packing is off: ")
     assert "'opt' model" in note
-    assert "position_ids" not in load_split(tmp_path / "run" / "data" / "train").features
+    assert "position_ids" not in Rows(tmp_path / "run" / "data" / "train").features
 
 
 def test_packing_asked_for_where_it_cannot_be_had_is_refused(opt: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_long_text_becomes_several_pieces_and_none_of_it_is_lost(tmp_path: Path)
     pieces = [ids[start : start + 64] for start in range(0, len(ids), 64)]
     assert len(pieces) > 8
     for split in ("train", "eval", "test"):
-        found = [row.tolist() for row in load_split(reached.folder / "data" / split)["input_ids"]]
+        found = [row.tolist() for row in Rows(reached.folder / "data" / split)["input_ids"]]
         held = [piece in found for piece in pieces[:-1]]
         assert all(held) or not any(held)  # one text never lies in two splits
         if all(held):

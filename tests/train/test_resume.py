@@ -19,7 +19,7 @@ import torch
 
 from fulltune import pipeline
 from fulltune.errors import FulltuneError, InterruptedRun
-from fulltune.inference.store import load_split
+from fulltune.inference.store import Rows
 from fulltune.records.events import Event, Resumed, Warned
 from fulltune.records.training import Outcome
 from fulltune.tasks import text_classification
@@ -146,7 +146,7 @@ def test_resume_in_the_middle_of_an_epoch_reads_the_remaining_rows_only(
     go(tmp_path, tiny_encoder)
 
     epochs, steps = divmod(step, STEPS_PER_EPOCH)
-    assert len(read) == len(load_split(tmp_path / "run" / "data" / "train")) * (3 - epochs) - 8 * steps
+    assert len(read) == len(Rows(tmp_path / "run" / "data" / "train")) * (3 - epochs) - 8 * steps
     assert_same(runs.final_weights(tmp_path), unbroken)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fulltune.inference import store
-from fulltune.inference.store import Rows, RowWriter, batches, load_split, load_texts, record_batch, words
+from fulltune.inference.store import Rows, RowWriter, batches, load_texts, record_batch, words
 
 
 def features(number: int) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], at_once: int) -> Rows
             part = rows[start : start + at_once]
             texts = [words(f"train.csv:{start + place}", {"text": "é"}) for place in range(len(part))]
             writer.write(record_batch(part, texts))
-    return load_split(folder)
+    return Rows(folder)
 
 
 @pytest.fixture(params=[8192, 7], ids=["one batch", "many batches"])

@@ -286,8 +286,8 @@ def report(
 ) -> None:
     """Write report.md and report.html anew, of a comparison its card; from the run's files alone."""
     from fulltune import pipeline
-    from fulltune.context import Run
     from fulltune.report import write_comparison
+    from fulltune.run_context import Run
     from fulltune.system.run_folder import locked, recipe_of, writing
 
     recipe = recipe_of(run_folder)

@@ -213,7 +213,7 @@ def _run(
     try:
         from fulltune.cli.show.run import Display
         from fulltune.compare.run import run
-        from fulltune.context import Run
+        from fulltune.run_context import Run
 
         with Display(err, details=False) as display:
             return run(Run(recipe, found, listener=display), shlex.join(["fulltune", *sys.argv[1:]]), budget)

@@ -19,8 +19,8 @@ from rich.markup import escape
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 
 if TYPE_CHECKING:
-    from fulltune.context import Until
     from fulltune.recipe.fields import Recipe
+    from fulltune.run_context import Until
     from fulltune.system.run_folder import Reached
 
 # No emoji: `a.csv:100:` would lose its line.
@@ -90,7 +90,7 @@ def reach(
     try:
         from fulltune import pipeline
         from fulltune.cli.show.run import Display
-        from fulltune.context import Run
+        from fulltune.run_context import Run
 
         with Display(err, details) as display:
             return pipeline.run(Run(recipe, folder, listener=display, began=began), until, measure)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from fulltune import methods, plan
-from fulltune.context import Run
 from fulltune.evaluate import drift
 from fulltune.evaluate.generic_text import generic_texts
 from fulltune.footprint.records import Footprint
@@ -29,6 +28,7 @@ from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
 from fulltune.records.plan import Plan
+from fulltune.run_context import Run
 from fulltune.stats import row_scores
 from fulltune.system import hardware
 from fulltune.tasks import Target

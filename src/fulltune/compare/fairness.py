@@ -16,7 +16,6 @@ from fulltune.compare.lint import lint
 from fulltune.compare.rates import scale_of
 from fulltune.compare.seeds import SeedRuns, most_seeds, waiting
 from fulltune.compare.timing import expect
-from fulltune.context import Run
 from fulltune.models.base import Base
 from fulltune.models.files import is_quantised
 from fulltune.models.shapes import shapes_of
@@ -24,6 +23,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import RIVALS
 from fulltune.records.comparison import Expectation, Opening, Search
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding
+from fulltune.run_context import Run
 from fulltune.system import run_folder
 from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server

@@ -24,12 +24,12 @@ from typing import Any
 from fulltune import errors
 from fulltune.compare.context import FOLDER, Context
 from fulltune.compare.trials import is_done, run_trial
-from fulltune.context import Run
 from fulltune.errors import FulltuneError, InterruptedRun
 from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.records.comparison import Trial
 from fulltune.records.data import DataSummary
 from fulltune.records.events import AttemptFailed, Event, Warned
+from fulltune.run_context import Run
 from fulltune.system import hardware, run_folder
 from fulltune.text import first_few, format_bytes
 from fulltune.train.parent.fork_server import fork_server

@@ -19,13 +19,13 @@ from fulltune.compare.design import why_finished
 from fulltune.compare.rates import search_all
 from fulltune.compare.seeds import SeedRuns
 from fulltune.compare.timing import EXPECTATION, expect
-from fulltune.context import Run
 from fulltune.errors import RecipeError
 from fulltune.evaluate.generic_text import generic_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation
 from fulltune.records.events import Said
+from fulltune.run_context import Run
 from fulltune.system import run_folder
 from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server

@@ -30,7 +30,7 @@ from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.sources import Preprocess, SourceRows, describe, find_files, read_rows
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.inference.store import RowWriter, batches, load_split, readable, save_clusters
+from fulltune.inference.store import Rows, RowWriter, batches, readable, save_clusters
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
@@ -164,7 +164,7 @@ def _make(
         _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
         if name != "train":
             save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
-        summaries[name] = _summarise(split, load_split(folder / name)["length"], asked.get(name))
+        summaries[name] = _summarise(split, Rows(folder / name)["length"], asked.get(name))
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
     remarks += [
@@ -307,7 +307,7 @@ def _length_explained(target: Target, train: Split, folder: Path) -> float:
     whole, chosen = train.source, train.examples
     lengths = whole.lengths[chosen]
     if target.problem_type == "regression":
-        return explained_by_value(lengths, load_split(folder)["labels"])
+        return explained_by_value(lengths, Rows(folder)["labels"])
     if not target.labels:
         return 0.0
     numbers: dict[bytes, int] = {}  # of each set of labels
@@ -321,7 +321,7 @@ def _length_explained(target: Target, train: Split, folder: Path) -> float:
 def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple[Preview, ...]:
     rows = (
         {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-        for row in load_split(folder)[:5]
+        for row in Rows(folder)[:5]
     )
     return tuple(task.preview(row, target, tokenizer) for row in rows)
 

@@ -12,7 +12,7 @@ import numpy as np
 from fulltune.errors import SetupError
 from fulltune.inference.run import Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
-from fulltune.inference.store import CLUSTERS, clusters_of, load_split, load_texts
+from fulltune.inference.store import CLUSTERS, Rows, clusters_of, load_texts
 from fulltune.methods import folder
 from fulltune.models.base import Base
 from fulltune.models.load import load
@@ -61,7 +61,7 @@ class Scoring:
 
     def rows(self, split: str) -> Any:
         """Tokenised rows of a split."""
-        return load_split(self.data / split)
+        return Rows(self.data / split)
 
     @property
     def texts(self) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def batches(folder: Path) -> Iterator[pa.RecordBatch]:
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The features of a split.
+    """The features of a split, memory-mapped.
 
     `rows[i]` is a dictionary: numpy arrays (views into the file) for lists, plain values for everything else.
     `rows["length"]` is that feature of all rows: one array, or a list of arrays.
@@ -202,11 +202,6 @@ def _views(batch: pa.RecordBatch) -> dict[str, _Lists | _Numbers | _Objects]:
         return _Numbers(array) if pa.types.is_primitive(array.type) else _Objects(array)
 
     return {name: view(batch.column(name)) for name in batch.schema.names if name != WORDS}
-
-
-def load_split(folder: Path) -> Rows:
-    """The features of a split, memory-mapped."""
-    return Rows(folder)
 
 
 def texts(folder: Path) -> Iterator[dict[str, Any]]:

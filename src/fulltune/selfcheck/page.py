@@ -48,6 +48,7 @@ class Page(Record):
 
 
 _ORDER: dict[Status, str] = {"pass": "passed", "fail": "failed", "not here": "not here"}
+_HEAD = ("| check | what was run | status | result | seconds |", "|---|---|---|---|---:|")
 
 
 def markdown(page: Page) -> str:
@@ -55,13 +56,7 @@ def markdown(page: Page) -> str:
     lines = ["# fulltune selfcheck", "", f"{page.date}: {page.verdict}.", "", "| here | |", "|---|---|"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in page.environment.items()]
     for device in dict.fromkeys(finding.device for finding in page.findings):
-        lines += [
-            "",
-            f"## {device}",
-            "",
-            "| check | what was run | status | result | seconds |",
-            "|---|---|---|---|---:|",
-        ]
+        lines += ["", f"## {device}", "", *_HEAD]
         lines += [
             f"| {finding.check} | {_cell(finding.ran)} | {finding.status.replace('fail', '**FAIL**')} | "
             f"{_cell(finding.result)} | {finding.seconds:.1f} |"
@@ -69,9 +64,6 @@ def markdown(page: Page) -> str:
             if finding.device == device
         ]
     return "\n".join(lines) + "\n"
-
-
-_HEAD = ("| check | what was run | status | result | seconds |", "|---|---|---|---|---:|")
 
 
 def _cell(text: str) -> str:

@@ -114,9 +114,9 @@ def _train(
     # Imported here: the processes that this package starts need none of it.
     from safetensors.torch import load_file
 
-    from fulltune.context import Run
     from fulltune.pipeline import run
     from fulltune.recipe.fields import Recipe
+    from fulltune.run_context import Run
     from fulltune.system.run_folder import find_or_make
     from fulltune.train.hooks import Hooks
 

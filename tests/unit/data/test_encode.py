@@ -17,7 +17,7 @@ from fulltune.data import encode
 from fulltune.data.encode import Encoded, Job
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import SetupError
-from fulltune.inference.store import load_split, load_texts
+from fulltune.inference.store import Rows, load_texts
 from fulltune.tasks import Target
 from fulltune.tasks.columns import windows
 from tests import tiny
@@ -91,7 +91,7 @@ def test_order_is_the_files(job: Job, tmp_path: Path) -> None:
     assert np.asarray(found.row_of).tolist() == list(range(59))
     assert found.label_numbers[:4].tolist() == [0, 1, 0, 1]
     kept = [row["label"] for row in ROWS if row["text"].strip()]
-    assert [TARGET.labels[label] for label in load_split(tmp_path)["labels"]] == kept
+    assert [TARGET.labels[label] for label in Rows(tmp_path)["labels"]] == kept
 
 
 def test_rows_dropped_are_named_with_their_places(job: Job, tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_rows_dropped_are_named_with_their_places(job: Job, tmp_path: Path) -> N
     assert [dict(tally.counts) for tally in found.dropped.values()] == [{"no text": 1}, {"too long": 1}, {}]
     assert found.num_dropped == 2
     assert (found.num_read, found.num_rows, found.num_too_long) == (60, 58, 1)
-    assert len(load_split(tmp_path)) == len(found.lengths) == 58
-    assert load_split(tmp_path)["length"].tolist() == found.lengths.tolist()
+    assert len(Rows(tmp_path)) == len(found.lengths) == 58
+    assert Rows(tmp_path)["length"].tolist() == found.lengths.tolist()
     assert found.longest == max(found.lengths) <= 48
 
 
@@ -121,7 +121,7 @@ def test_row_with_a_label_that_train_lacks_is_counted_and_not_tokenised(job: Job
     assert set(found.names) == {"food", "weather", "sport"}
     assert found.num_rows == 6
     assert np.asarray(found.row_of).tolist() == [0, 1, 2, 4, 5]
-    assert len(load_split(tmp_path)) == 5
+    assert len(Rows(tmp_path)) == 5
 
 
 @pytest.mark.usefixtures("in_processes")

@@ -12,7 +12,7 @@ import pytest
 from fulltune import data
 from fulltune.data import near
 from fulltune.errors import RecipeError
-from fulltune.inference.store import clusters_of, load_split, load_texts
+from fulltune.inference.store import Rows, clusters_of, load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
@@ -130,7 +130,7 @@ def test_prepare_near_duplicates_stay_on_one_side_and_share_a_cluster(tmp_path: 
         families[name] = [row["family"] for row in load_texts(folder)]
         if name != "train":
             numbers = clusters_of(folder)
-            assert len(numbers) == len(load_split(folder))
+            assert len(numbers) == len(Rows(folder))
             assert len(set(zip(numbers.tolist(), families[name], strict=True))) == len(set(families[name]))
             assert len(set(numbers.tolist())) == len(set(families[name]))
     assert not set(families["train"]) & set(families["eval"])

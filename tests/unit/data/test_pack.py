@@ -13,7 +13,7 @@ import pytest
 
 from fulltune.data import pack as packing
 from fulltune.data.pack import pack
-from fulltune.inference.store import Rows, RowWriter, load_split, load_texts, record_batch, words
+from fulltune.inference.store import Rows, RowWriter, load_texts, record_batch, words
 
 LIMIT = 100
 
@@ -35,7 +35,7 @@ def packed(lengths: list[int], folder: Path) -> Rows:
     with RowWriter(folder) as writer:
         for batch in pack(parts(lengths), LIMIT):
             writer.write(batch)
-    return load_split(folder)
+    return Rows(folder)
 
 
 def drawn(count: int, longest: int, seed: int = 0) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 
 from fulltune import data
 from fulltune.data.sources import SourceRows, describe
-from fulltune.inference.store import WORDS, batches, load_split, load_texts
+from fulltune.inference.store import WORDS, Rows, batches, load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import Target, question_answering, task_named
@@ -98,7 +98,7 @@ def test_prepare_every_row_trains_its_end_token(tmp_path: Path, rows: list[dict[
     tokenizer = tiny.decoder_tokenizer(pad=pad)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prepare(tmp_path, rows, tokenizer, "causal-lm")
-    features = [dict(row) for row in load_split(tmp_path / "data" / "train")]
+    features = [dict(row) for row in Rows(tmp_path / "data" / "train")]
     end = tokenizer.eos_token_id
     for row in features:
         assert [label for label in row["labels"] if label != -100][-1] == end
@@ -186,7 +186,7 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
     rows = _passages(40, 30)
     prepare(tmp_path, rows, encoder_tokenizer, "question-answering", max_length=64)
     folder = tmp_path / "data" / "test"
-    windows, texts = load_split(folder), load_texts(folder)
+    windows, texts = Rows(folder), load_texts(folder)
     places = [row["fulltune:place"] for row in texts]
     assert len(set(places)) * 5 < len(places)
     labels = np.stack([row["labels"] for row in windows])
@@ -202,7 +202,7 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
         row["fulltune:place"]: row["answers"] for row in texts
     }
     # Training reads no places of characters.
-    assert set(load_split(folder).features) - set(load_split(tmp_path / "data" / "train").features) == {
+    assert set(Rows(folder).features) - set(Rows(tmp_path / "data" / "train").features) == {
         question_answering.STARTS,
         question_answering.ENDS,
     }

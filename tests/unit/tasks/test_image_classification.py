@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, ConvNextConfig
 from fulltune.data.readers import images
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.run import Share, by_length
-from fulltune.inference.store import RowWriter, load_split, record_batch
+from fulltune.inference.store import Rows, RowWriter, record_batch
 from fulltune.models import processors
 from fulltune.models.base import Base
 from fulltune.models.load import load
@@ -275,7 +275,7 @@ def test_lengths_are_known_without_decoding(tmp_path: Path, reader: ImageReader)
     rows = [{"path": f"missing{n}.png", "content": b"", "labels": n % 2, "length": 4} for n in range(3)]
     with RowWriter(tmp_path) as writer:
         writer.write(record_batch(rows, ["{}"] * 3))
-    opened = processors.opened(load_split(tmp_path), reader)
+    opened = processors.opened(Rows(tmp_path), reader)
     assert by_length(opened) == [0, 1, 2]
     assert by_length(Share(opened, [2, 0])) == [0, 1]
     assert opened["labels"].tolist() == [0, 1, 0]

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods
 from fulltune.inference.run import logits_of, model_batch
-from fulltune.inference.store import load_split
+from fulltune.inference.store import Rows
 from fulltune.models import dropout
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head
@@ -69,7 +69,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     if plan.device == "cpu":
         dropout.install(model)
     data_folder = Path(attempt.request.run_folder) / "data"
-    rows, eval_rows = (opened(load_split(data_folder / split), tokenizer) for split in ("train", "eval"))
+    rows, eval_rows = (opened(Rows(data_folder / split), tokenizer) for split in ("train", "eval"))
     settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(recipe, attempt.summary))
 
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
