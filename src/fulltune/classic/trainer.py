@@ -173,12 +173,9 @@ class Trainer(GuardedStep, transformers.Trainer):
             _log.info("the loss is a mean over each micro batch: it is divided by the gradient accumulation steps")
             self._treat_loss_as_mean()
 
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers)
-
     def before_first_step(self) -> None:
         """Keep the weights on disk for the count of what moved, and run the dry-run step."""
-        if self._is_sharded():
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
             _log.info("the model is sharded: no dry-run step, and what moved is not counted")
             return
         if self._initial is None:

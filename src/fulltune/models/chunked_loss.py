@@ -54,7 +54,7 @@ class Pieces:
         """Cross entropy of each token, float32 [tokens], and whether its logit is the highest, bool [tokens]."""
         losses = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
         right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
-        for piece, logits in _pieces(self.hidden, _cast(self.weight, self.hidden.dtype), self.bias):
+        for piece, logits in _pieces(self.hidden, self.weight.detach().to(self.hidden.dtype), self.bias):
             right[piece] = logits.argmax(dim=-1) == targets[piece]
             losses[piece] = logits.logsumexp(dim=-1) - logits.gather(1, targets[piece, None])[:, 0]
         return losses, right
@@ -97,7 +97,7 @@ class _Loss(torch.autograd.Function):
         bias_grad = weight.new_zeros(len(weight), dtype=torch.float32) if of_bias else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            cast = _cast(weight, hidden.dtype)
+            cast = weight.detach().to(hidden.dtype)  # once for all pieces
             for piece, logits in _pieces(hidden, cast, bias):
                 # From here on `logits` becomes their gradient, in place.
                 loss += _sum_and_gradient(logits, targets[piece], label_smoothing)
@@ -183,8 +183,3 @@ def _blocks(length: int, width: int, like: torch.Tensor) -> Iterator[slice]:
     products are a waste."""
     size = max(64, _BLOCK_NUMBERS // width) if like.device.type == "cpu" else length
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
-def _cast(weight: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """Once for all pieces."""
-    return weight.detach().to(kind)

@@ -78,8 +78,7 @@ def _pair(size: Any) -> tuple[int, int] | None:
 def where_from(value: Any) -> tuple[str, bytes]:
     """Path and content of an image cell, of which one is empty: a path, bytes, or `{"bytes": ..., "path": ...}`."""
     if isinstance(value, Mapping):
-        content, path = value.get("bytes"), value.get("path")
-        value = content or path
+        value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)):
         return "", bytes(value)
     return ("", b"") if value is None else (str(value).strip(), b"")

@@ -214,8 +214,7 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
             folder.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError:
             raise SetupError(f"{folder}: cannot be made here; choose another place") from None
-        values = {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")}
-        write_json(identity, values)
+        write_json(identity, {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")})
         write_text(folder / "recipe.yaml", recipe_text)
     return False
 
