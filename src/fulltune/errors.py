@@ -1,6 +1,6 @@
 """What can go wrong, each with the exit code that tells a script which kind it was.
 
-Layer 0: imports nothing of ours, no torch, no transformers.
+Imports nothing of ours, no torch, no transformers.
 """
 
 from __future__ import annotations
