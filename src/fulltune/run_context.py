@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fulltune import plan
 from fulltune.errors import RecipeError
-from fulltune.footprint.trace import PlannedModel
 from fulltune.models.base import Base
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
@@ -19,6 +18,9 @@ from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system import hardware
 from fulltune.tasks import Task, task_named
 from fulltune.train.hooks import Hooks
+
+if TYPE_CHECKING:
+    from fulltune.footprint.trace import PlannedModel
 
 Until = Literal["data", "plan", "train", "evaluate", "report"]
 """The last stage to do."""
@@ -55,6 +57,8 @@ class Run:
 
     def model(self, summary: DataSummary) -> PlannedModel:
         """The model as it is trained on these rows."""
+        from fulltune.footprint.trace import PlannedModel  # imports torch
+
         return PlannedModel.of(self.recipe, self.base, summary)
 
     def need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:

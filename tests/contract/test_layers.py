@@ -128,3 +128,9 @@ def test_command_that_needs_no_model_imports_no_framework(tmp_path: Path, argume
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_line_of_a_run_imports_torch_only_when_a_model_is_planned() -> None:
+    code = "import sys, fulltune.pipeline\nprint(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
