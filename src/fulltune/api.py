@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fulltune import pipeline
 from fulltune.recipe.fields import Recipe
@@ -17,9 +16,6 @@ from fulltune.train.hooks import Hooks
 
 if TYPE_CHECKING:
     from fulltune.predict import Predictor
-
-_Arguments = ParamSpec("_Arguments")
-_T = TypeVar("_T")
 
 
 def job(
@@ -68,24 +64,28 @@ def job(
     return Run(recipe, found, hooks, listener or _printing())
 
 
-def _with_arguments_of(function: Callable[_Arguments, Any]) -> Callable[[Callable[..., _T]], Callable[_Arguments, _T]]:
-    """Give a function the arguments of another one, for type checkers, editors and `help`."""
-
-    def give(own: Callable[..., _T]) -> Callable[_Arguments, _T]:
-        returned = inspect.signature(own).return_annotation
-        own.__signature__ = inspect.signature(function).replace(return_annotation=returned)  # type: ignore[attr-defined]
-        return own
-
-    return give
-
-
-@_with_arguments_of(job)
-def run(*recipe: Any, **options: Any) -> Reached:
+def run(
+    recipe: Recipe | str | Path,
+    *,
+    run_folder: str | Path | None = None,
+    fresh: bool = False,
+    metrics: Callable[[Any, Any], Mapping[str, float]] | None = None,
+    preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    compute_loss: Callable[..., Any] | None = None,
+    class_weights: Mapping[str, float] | Sequence[float] | str | None = None,
+    listener: Listener | None = None,
+) -> Reached:
     """Do all stages.
 
     Args:
-        *recipe: A recipe, or the path of one.
-        **options: As for `job`.
+        recipe: A recipe, or the path of one.
+        run_folder: As for `job`, like all that follow.
+        fresh: Never continue an unfinished run.
+        metrics: `metrics(predictions, references) -> {name: value}`, called once for each resample of the rows, too.
+        preprocess: `preprocess(row) -> row`.
+        compute_loss: `compute_loss(outputs, labels, num_items_in_batch)`.
+        class_weights: By name, in the order of the labels, or `"balanced"`.
+        listener: Called with each event (`fulltune.records.events`) as it happens.
 
     Returns:
         The records of every stage: `folder`, `summary`, `plan`, `outcome`, `scores` (the trained model last), `report`.
@@ -97,7 +97,18 @@ def run(*recipe: Any, **options: Any) -> Reached:
         >>> result = fulltune.run("banking77.yaml", class_weights="balanced")  # doctest: +SKIP
         >>> result.scores[-1].metrics["accuracy"].value  # doctest: +SKIP
     """
-    return pipeline.run(job(*recipe, **options))
+    return pipeline.run(
+        job(
+            recipe,
+            run_folder=run_folder,
+            fresh=fresh,
+            metrics=metrics,
+            preprocess=preprocess,
+            compute_loss=compute_loss,
+            class_weights=class_weights,
+            listener=listener,
+        )
+    )
 
 
 def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
