@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune.plan import changed
+from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Seals
 from tests import plans
 from tests.unit.plan import sizes
@@ -23,7 +24,7 @@ def saves(total: int, between_evaluations: int, between_saves: int) -> list[int]
 def most_at_once(folder: Path, steps: list[int], limit: int, best: int) -> int:
     """Sealed checkpoints at the fullest, when the best is that of one step."""
     counts: list[int] = []
-    seals = Seals(folder, limit, lambda: counts.append(len(list(folder.glob("checkpoint-*")))))
+    seals = Seals(folder, limit, lambda: counts.append(len(list(folder.glob("checkpoint-*")))), Journal(None))
     for step in steps:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
@@ -71,3 +72,13 @@ def test_partial_epochs_are_counted_by_the_plan_of_a_recipe() -> None:
     for (epochs, rows), expected in zip(product((1.0, 1.25, 2.0), (96,)), (1, 2, 2), strict=True):
         recipe = plans.recipe(train={"num_train_epochs": epochs, "global_batch_size": 8})
         assert resolve.steps(recipe, rows, 8, Reasons()).num_saves == expected
+
+
+def test_a_checkpoint_is_sealed_in_the_phase_saving(tmp_path: Path) -> None:
+    journal, seen = Journal(None), []
+    journal.at("step")
+    seals = Seals(tmp_path, 2, lambda: seen.append(journal.phase), journal)
+    (tmp_path / "checkpoint-1").mkdir()
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1, best_global_step=1)
+    seals.on_save(SimpleNamespace(world_size=1), state, None)
+    assert (seen, journal.phase) == (["saving"], "step")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from fulltune.errors import Diverged
 from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, StepLogged, Warned
 from fulltune.train import checkpoints
+from fulltune.train.journal import Journal
 from fulltune.train.loop.guards import diverged, stopped_improving
 from fulltune.train.run_time import TRAINING
 
@@ -135,15 +136,17 @@ class Seals(TrainerCallback):
     folder: Path
     limit: int
     on_seal: Callable[[], None]
+    journal: Journal
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.world_size > 1:
-            torch.distributed.barrier()  # each process writes its own random state
-        if not state.is_world_process_zero:
-            return
-        checkpoints.seal(self.folder / f"checkpoint-{state.global_step}")
-        self.on_seal()  # now the disk is at its fullest
-        checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
+        with self.journal.during("saving"):
+            if args.world_size > 1:
+                torch.distributed.barrier()  # each process writes its own random state
+            if not state.is_world_process_zero:
+                return
+            checkpoints.seal(self.folder / f"checkpoint-{state.global_step}")
+            self.on_seal()  # now the disk is at its fullest
+            checkpoints.keep_few(self.folder, self.limit, state.best_global_step)
 
 
 @dataclass(eq=False)

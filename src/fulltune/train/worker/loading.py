@@ -122,6 +122,7 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
         request.checkpoints,
         attempt.recipe.train.save_total_limit,
         lambda: observed.disk(request.checkpoints, request.initial_weights),
+        attempt.journal,
     )
     # A loss of the user's own may rise for good reasons.
     guards = [StopWhenDiverged(lambda: observed.dry_run_loss)] if attempt.hooks.compute_loss is None else []
