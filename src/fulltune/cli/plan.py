@@ -48,8 +48,6 @@ class Checked:
     fleet: Fleet | None
     """None: this machine."""
     wishes: Wishes
-    rows: int | None
-    tokens: int | None
 
 
 def check(options: Options) -> Checked:
@@ -86,7 +84,7 @@ def check(options: Options) -> Checked:
     if problems:
         raise RecipeError(problems)
     goal: Any = options.goal
-    return Checked(fleet, Wishes(price, options.tasks, options.preserve, goal), options.rows, options.tokens)
+    return Checked(fleet, Wishes(price, options.tasks, options.preserve, goal))
 
 
 def check_measure(options: Options) -> None:
@@ -115,9 +113,9 @@ def without_data(target: Path, overrides: list[str], options: Options) -> tuple[
         checked = check(options)
     except RecipeError as error:
         problems += error.problems
-    if recipe is None or checked is None or checked.rows is None or checked.tokens is None:
+    if recipe is None or checked is None or options.rows is None or options.tokens is None:
         raise RecipeError(problems)
-    summary = _imagined(recipe, checked.rows, checked.tokens)
+    summary = _imagined(recipe, options.rows, options.tokens)
     survey, plan = _survey(recipe, summary, checked, None, Path(recipe.output), weights=False)
     return _with_commands(survey, target, overrides, recipe).model_copy(update={"rows_prepared": False}), plan
 

@@ -159,11 +159,8 @@ def note(
         reasons: Where it is written.
     """
     train, settings, memory = recipe.train, chosen.settings, chosen.memory
-    part = (
-        "the whole global batch fits"
-        if settings.micro_batch_size == rows_per_process
-        else ("the largest part of the global batch that fits")
-    )
+    whole = settings.micro_batch_size == rows_per_process
+    part = "the whole global batch fits" if whole else "the largest part of the global batch that fits"
     why = f"{part}: a step needs {format_bytes(memory.phases['step'])} of {budget.where}"
     reasons.add("train.micro_batch_size", train.micro_batch_size, settings.micro_batch_size, why)
     why = "global batch / (micro batch x processes)"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from fulltune.plan.dotted import in_yaml
+from fulltune.plan.dotted import DEEPSPEED, in_yaml
 from fulltune.plan.levers import LEVERS, Lever
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
@@ -46,7 +46,7 @@ def of_memory(
         peak = need(changed).peak
         found.append(way(settings, now - peak, peak <= budget_bytes, lever.costs))
         mild += lever.same_result
-    others = [one for one in placements if _is_another(one)]
+    others = [one for one in placements if one.fits and one.runs and DEEPSPEED in one.settings]
     if others:
         # After what leaves the result as it is, before what changes its numbers.
         fastest = max(others, key=lambda one: one.tokens_per_second or 0.0)
@@ -60,10 +60,6 @@ def of_memory(
         enough.append(_smaller_model(now, budget_bytes, smallest, need))
     rest = sorted((way for way in found if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MOST])
-
-
-def _is_another(placement: Placement) -> bool:
-    return placement.fits and placement.runs and "train.extra.deepspeed" in placement.settings
 
 
 def _as_way_out(placement: Placement, now: int) -> WayOut:

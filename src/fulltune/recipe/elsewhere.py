@@ -1,6 +1,6 @@
 """Settings that people know from elsewhere, such as transformers, TRL, LLaMA-Factory and Axolotl: what to write here.
 
-Layer 0. Each answer follows "unknown setting; " or "cannot be set here; ".
+Each answer follows "unknown setting; " or "cannot be set here; ".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read a recipe file: YAML, `${NAME}`, `--set` overrides, and every problem at once with its line.
 
-Layer 0: no torch, no transformers; a recipe error answers in well under half a second.
+No torch, no transformers; a recipe error answers in well under half a second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a recipe alone shows to be impossible: settings that its task does not read, names that transformers does not
 know, pairs that do not go together.
 
-Layer 0: no torch, no transformers; the names that transformers knows are read from its source, which takes a tenth of
+No torch, no transformers: the names that transformers knows are read from its source, which takes a tenth of
 the time that importing it takes. Refused together with what does not fit the fields' types, before anything is read.
 """
 
