@@ -5,9 +5,9 @@
 
 Each run trains a small random model twice: as it likes, and with RLIMIT_DATA of its worker between what the state and
 what the whole run needs (`prlimit`; Linux). Family, width, depth, batch and length are drawn by the number of the run;
-dropout is 0 and computations are fp32, so that all rungs but 8-bit states keep the mathematics. Prints one line per
-run: the rungs that were taken and how far the last loss is from that of the unlimited run. Exits 1 when a run does not
-finish, when its first attempt fits, or when a loss differs by more than 1e-4 although only such rungs were taken.
+dropout is 0 and computations are fp32, so that all fallbacks but 8-bit states keep the mathematics. Prints one line per
+run: the fallbacks taken and how far the last loss is from that of the unlimited run. Exits 1 when a run does
+not finish, when its first attempt fits, or when a loss differs by more than 1e-4 although only such were taken.
 
 With `--eight-bit` nothing but the optimizer's states can be made smaller (`micro_batch_size: 1`, no checkpointing): the
 eval losses of all seeds are compared with those of fp32 states, by their mean and its standard error (the larger one of
@@ -49,7 +49,7 @@ TOKENS_PER_WORD = 4
 """About, of the tokenizer that the models share."""
 MIB = 2**20
 LOADED_LATER = 90 * MIB
-"""Libraries that a worker loads while it works, and kernels that it makes: no rung frees them."""
+"""Libraries that a worker loads while it works, and kernels that it makes: no fallback frees them."""
 HELD = """
 import torch
 from fulltune.system.meter import status_bytes
@@ -142,7 +142,7 @@ def outcomes(run: Path) -> list[Outcome]:
     return [Outcome.load(path) for path in sorted(run.glob("attempts/*/outcome.json"))]
 
 
-def rungs(run: Path) -> list[str]:
+def fallbacks(run: Path) -> list[str]:
     """What was changed, in short."""
     plans = [Request.load(path).plan for path in sorted(run.glob("attempts/*/request.json"))]
     found = []
@@ -193,7 +193,7 @@ def one_run(number: int, folder: Path, held: int) -> bool:
         print(line + f"FAILED: {error}", flush=True)
         return False
     short = folder / "limited"
-    taken, difference = rungs(short), abs(last_loss(short, "train") - last_loss(whole, "train"))
+    taken, difference = fallbacks(short), abs(last_loss(short, "train") - last_loss(whole, "train"))
     good = outcomes(short)[0].status == "out_of_memory" and (difference <= MOST_DIFFERENT or "8-bit" in taken)
     seconds = time.monotonic() - began
     print(line + f"{', '.join(taken) or 'FITS'}; loss off by {difference:.1e}; {seconds:.0f} s", flush=True)
@@ -229,8 +229,8 @@ def eight_bit(seeds: int, folder: Path, held: int) -> bool:
             pipeline.run(job(here, "limited", recipe), "train")
         for name, found in losses.items():
             found.append(last_loss(here / name, "eval"))
-        print(seed, rungs(here / "limited"), {name: found[-1] for name, found in losses.items()}, flush=True)
-        assert rungs(here / "limited")[-1:] == ["8-bit"], "another rung was enough"
+        print(seed, fallbacks(here / "limited"), {name: found[-1] for name, found in losses.items()}, flush=True)
+        assert fallbacks(here / "limited")[-1:] == ["8-bit"], "another fallback was enough"
     off = [one - other for one, other in zip(losses["limited"], losses["unlimited"], strict=True)]
     root = seeds**0.5
     error = max(statistics.stdev(losses["unlimited"]) / root, statistics.stdev(off) / root)

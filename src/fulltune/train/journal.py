@@ -14,8 +14,6 @@ from fulltune.records.plan import Phase
 
 PHASE_FILE = "phase"
 """What the attempt was doing, for the parent of a process that was killed and could not say it."""
-
-
 NEXT = "next attempt"
 """The event with which the parent notes, in the journal of an attempt that failed, what it tries next and why."""
 

@@ -89,7 +89,9 @@ def train(
         following = None if hooks.needs_this_process else next_attempt(recipe, change.plan, history, need)
         if following is None:
             raise _error(request, outcome, tried)
-        _write_down(following, request)
+        Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
+        if following.plan != request.plan:
+            save_plan(folder, following.plan)
         listener(AttemptFailed(reason=following.reason))
         tried.append(following.reason)
         change = following
@@ -113,14 +115,6 @@ def _with_folders(request: Request, resume: bool, listener: Listener) -> Request
     return request
 
 
-def _write_down(change: NextAttempt, failed: Request) -> None:
-    """Note what is tried next and why, before it is tried."""
-    Journal(failed.folder / "journal.jsonl").write(NEXT, change.reason)
-    if change.plan == failed.plan:
-        return
-    save_plan(Path(failed.run_folder), change.plan)
-
-
 def _tidy(folder: Path, trial: str) -> None:
     """Delete what only serves to continue; with optimizer state each checkpoint is three times the model.
 
@@ -138,13 +132,8 @@ def outcomes(folder: Path, trial: str) -> list[Outcome]:
     """Outcomes of a trial's earlier attempts; an attempt without one was killed together with its parent."""
     found = []
     for attempt in attempt_folders(folder, trial):
-        path = attempt / "outcome.json"
-        killed = Outcome(
-            status="killed",
-            reason="killed together with its parent",
-            trial=trial,
-            attempt=number_in(attempt),
-        )
+        path, reason = attempt / "outcome.json", "killed together with its parent"
+        killed = Outcome(status="killed", reason=reason, trial=trial, attempt=number_in(attempt))
         found.append(Outcome.load(path) if path.exists() else killed)
     return found
 
