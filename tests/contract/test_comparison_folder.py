@@ -181,7 +181,7 @@ def test_model_is_the_one_that_the_verdict_recommends(verdict: str, recommended:
 
 def test_record_beside_the_card_is_enough(unfinished: Path) -> None:
     comparisons.comparison(decision={"verdict": "PEFT", "recommended": "lora"}).save(unfinished / "proof.json")
-    assert predict.folder_of(unfinished).name == "lora"
+    assert predict.choose(unfinished).folder.name == "lora"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_model_without_a_recommendation_must_be_named(
     if verdict is not None:
         decided(unfinished, verdict, recommended)
     with pytest.raises(SetupError) as caught:
-        predict.folder_of(unfinished)
+        predict.choose(unfinished)
     assert str(caught.value).startswith(f"{unfinished}: {problem}")
 
 

@@ -1,4 +1,4 @@
-"""Look at a data file and write a commented recipe for it. Stage: imports layers 0 and 1, and the readers."""
+"""Look at a data file and write a commented recipe for it."""
 
 from __future__ import annotations
 

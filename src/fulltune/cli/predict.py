@@ -129,14 +129,14 @@ def _names_without_header(source: DataFiles, notes: Mapping[str, Any]) -> tuple[
     model does not read, such as the label.
     """
     from fulltune import predict
-    from fulltune.data.readers.header import SEPARATED, delimiter_of
+    from fulltune.data.readers.header import SEPARATED, csv_reader, delimiter_of
 
     names = tuple(notes.get("table_columns") or ())
     if not names or any(file.suffix.lower() not in SEPARATED for file in source.files):
         return None
     try:
-        with source.files[0].open(encoding="utf-8-sig", newline="") as stream:
-            first = next(csv.reader(stream, delimiter=delimiter_of(source.files[0])), [])
+        with csv_reader(source.files[0], delimiter_of(source.files[0])) as reader:
+            first: list[str] = next(reader, [])
     except (OSError, ValueError, csv.Error):
         return None  # the reader says what is wrong with the file
     if set(predict.columns_read(notes)) <= set(first):
@@ -151,8 +151,6 @@ def _placed(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, A
 
 def _lines(file: Path | None) -> Iterator[str]:
     """Lines of a text file, or of stdin, one by one; an empty line is a text like any other."""
-    if file is not None and not file.exists():
-        raise DataError(f"{file}: no such file")
     try:
         with contextlib.nullcontext(sys.stdin) if file is None else file.open(encoding="utf-8-sig") as stream:
             for line in stream:

@@ -1,4 +1,4 @@
-"""The data stage: files in, checked, split and tokenised rows out. Stage: imports layers 0 and 1 only."""
+"""The data stage: files in, checked, split and tokenised rows out."""
 
 from fulltune.data.limits import Limits
 from fulltune.data.prepare import DROPPED, SUMMARY, prepare

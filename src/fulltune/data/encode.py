@@ -226,10 +226,9 @@ def _refusal(example: Example, drop_truncated: bool) -> Refused | None:
     """Why an example is dropped; one without a trained token is, whatever the strategy."""
     if example.refused is not None:
         return example.refused
-    if example.trained_tokens == 0 and example.truncated:
-        return Refused("answer cut off", "the whole answer lies beyond data.max_length")
     if example.trained_tokens == 0:
-        return Refused("nothing to train", "no token is trained")
+        cut_off = Refused("answer cut off", "the whole answer lies beyond data.max_length")
+        return cut_off if example.truncated else Refused("nothing to train", "no token is trained")
     if example.truncated and drop_truncated:
         return Refused("too long", "longer than data.max_length")
     return None

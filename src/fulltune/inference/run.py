@@ -66,7 +66,8 @@ def run_rows(
         selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
         with autocast(model.device.type, precision), selecting:
             logits = logits_of(model(**batch))
-        return {name: _as_array(values) for name, values in task.reduce(logits, labels, target).items()}
+        reduced = task.reduce(logits, labels, target)
+        return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in reduced.items()}
 
     parts, place = _longest_rows_first(model, rows, batch_size, watch, kept)
     return {name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]}
@@ -90,10 +91,6 @@ def _longest_rows_first(
         parts = [run(positions) for positions in watched(order, batch_size, lengths, watch)]
     model.train(was_training)
     return parts, np.argsort(order)
-
-
-def _as_array(values: Any) -> np.ndarray:
-    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
 def _on_device(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

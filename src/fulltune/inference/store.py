@@ -61,7 +61,6 @@ class RowWriter:
         self.path = folder / FILE
         self._writer: Any = None
         self._waiting: list[Any] = []
-        self._waiting_rows = 0
 
     def __enter__(self) -> RowWriter:
         return self
@@ -73,16 +72,16 @@ class RowWriter:
             self._file = pa.OSFile(str(self.path), "wb")
             self._writer = pa.ipc.new_stream(self._file, batch.schema)
         self._waiting.append(batch)
-        self._waiting_rows += len(batch)
-        if self._waiting_rows >= _ROWS_PER_BATCH or sum(b.nbytes for b in self._waiting) >= _BYTES_PER_BATCH:
+        num_rows, num_bytes = sum(map(len, self._waiting)), sum(part.nbytes for part in self._waiting)
+        if num_rows >= _ROWS_PER_BATCH or num_bytes >= _BYTES_PER_BATCH:
             self._flush()
 
     def _flush(self) -> None:
         import pyarrow as pa
 
-        if self._waiting_rows:
+        if self._waiting:
             self._writer.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
-        self._waiting, self._waiting_rows = [], 0
+        self._waiting = []
 
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
@@ -165,22 +164,8 @@ class _Lists:
         return [self[i] for i in range(self.size)]
 
 
-class _Numbers:
-    """A column of numbers."""
-
-    def __init__(self, array: pa.Array) -> None:
-        self.values = array.to_numpy()
-        self.size = len(array)
-
-    def __getitem__(self, i: int) -> int | float:
-        return self.values[i].item()
-
-    def all(self) -> np.ndarray:
-        return self.values
-
-
-class _Objects:
-    """A column of texts or bytes, which are copied when they are read."""
+class _Values:
+    """A column of numbers, texts or bytes, which are copied when one is read."""
 
     def __init__(self, array: pa.Array) -> None:
         self.array = array
@@ -189,19 +174,17 @@ class _Objects:
     def __getitem__(self, i: int) -> Any:
         return self.array[i].as_py()
 
-    def all(self) -> list[Any]:
-        return self.array.to_pylist()
+    def all(self) -> np.ndarray | list[Any]:
+        import pyarrow as pa
+
+        return self.array.to_numpy() if pa.types.is_primitive(self.array.type) else self.array.to_pylist()
 
 
-def _views(batch: pa.RecordBatch) -> dict[str, _Lists | _Numbers | _Objects]:
+def _views(batch: pa.RecordBatch) -> dict[str, _Lists | _Values]:
     import pyarrow as pa
 
-    def view(array: pa.Array) -> _Lists | _Numbers | _Objects:
-        if pa.types.is_list(array.type):
-            return _Lists(array)
-        return _Numbers(array) if pa.types.is_primitive(array.type) else _Objects(array)
-
-    return {name: view(batch.column(name)) for name in batch.schema.names if name != WORDS}
+    columns = {name: batch.column(name) for name in batch.schema.names if name != WORDS}
+    return {name: _Lists(array) if pa.types.is_list(array.type) else _Values(array) for name, array in columns.items()}
 
 
 def texts(folder: Path) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from fulltune import files
 from fulltune.errors import SetupError
-from fulltune.methods import PROMPT_MODULE, Applied, apply, trained
+from fulltune.methods import BY_HOOKS, PROMPT_MODULE, Applied, apply, trained
 from fulltune.models.base import Base
 from fulltune.models.load import load as load_model
 from fulltune.recipe.methods import Method
@@ -104,7 +104,7 @@ def is_partial(folder: Path) -> bool:
 
 def can_be_merged(folder: Path) -> bool:
     """Whether what was trained can go into the pretrained model's own weights, as far as its kind tells."""
-    return is_partial(folder) and notes_of(folder)["method"]["kind"] not in ("adapter", "prompt")
+    return is_partial(folder) and notes_of(folder)["method"]["kind"] not in BY_HOOKS
 
 
 def notes_of(folder: Path) -> dict[str, Any]:

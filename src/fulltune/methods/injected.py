@@ -34,12 +34,12 @@ def problems(method: PeftMethod) -> list[str]:
 
     known = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = method.type.upper()
-    usable = [one for one, config in known.items() if not issubclass(config, PromptLearningConfig)]
-    usable = sorted({one for one in usable if one not in UNUSABLE})
+    in_layers = {one for one, config in known.items() if not issubclass(config, PromptLearningConfig)}
+    usable = sorted(in_layers - UNUSABLE.keys())
     if name not in known:
         hint = did_you_mean(name, usable) or f"known here: {', '.join(usable)}"
         return [f"type: PEFT has no '{method.type}'; {hint}"]
-    if issubclass(known[name], PromptLearningConfig):
+    if name not in in_layers:
         return [f"type: {name} puts tokens before the text instead of modules into layers; take 'kind: prompt'"]
     if name in UNUSABLE:
         return [f"type: {name} cannot be used here: {UNUSABLE[name]}; take another one"]

@@ -127,8 +127,7 @@ def _with_virtual(given: dict[str, Any], size: int, filler: int, prompt: Prompt)
         filler: Their id, whose embedding is replaced.
         prompt: Told that they stand in front.
     """
-    ids = given["input_ids"]
-    rows, cache = len(ids), given.get("past_key_values")
+    cache = given.get("past_key_values")
     begins = cache is None or not cache.get_seq_length()
     changed = dict(given)
 
@@ -145,10 +144,9 @@ def _with_virtual(given: dict[str, Any], size: int, filler: int, prompt: Prompt)
             first = torch.arange(size, device=moved.device, dtype=moved.dtype).expand(*moved.shape[:-1], size)
             moved = torch.cat((first, moved), dim=-1)
         changed[name] = moved
-    prompt.in_front = begins
+    prompt.in_front = prompt.waiting = begins
     if begins:
-        changed["input_ids"] = torch.cat((ids.new_full((rows, size), filler), ids), dim=1)
+        changed["input_ids"] = ahead(given["input_ids"], filler)
         if given.get("token_type_ids") is not None:
             changed["token_type_ids"] = ahead(given["token_type_ids"], 0)
-        prompt.waiting = True
     return changed

@@ -28,7 +28,7 @@ def load(run: Path, method: str | None = None) -> Predictor:
     Raises:
         SetupError: When there is no such model.
     """
-    return _loaded(folder_of(run, method), None)
+    return _loaded(choose(run, method).folder, None)
 
 
 def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> dict[str, Predictor]:
@@ -43,7 +43,7 @@ def load_side_by_side(runs: Mapping[str, Path], method: str | None = None) -> di
     Raises:
         SetupError: When one is a whole model, or they are not of the same base.
     """
-    found = {name: folder_of(run, method) for name, run in runs.items()}
+    found = {name: choose(run, method).folder for name, run in runs.items()}
     whole = [name for name, folder in found.items() if not folders.is_partial(folder)]
     if whole:
         raise SetupError(
@@ -74,11 +74,6 @@ class ChosenModel:
     folder: Path
     reason: str = ""
     """Why this one of several; empty: it was named, or is the only one."""
-
-
-def folder_of(run: Path, method: str | None = None) -> Path:
-    """The folder of a run's model, as `choose` chooses it."""
-    return choose(run, method).folder
 
 
 def choose(run: Path, method: str | None = None) -> ChosenModel:
@@ -117,15 +112,19 @@ def models_of(run: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{folders.NOTES}"))}
 
 
+_NEEDS_COLUMNS = {
+    "text_pair": "reads pairs of texts; give a file with both columns",
+    "question-answering": "finds answers in a passage; give a file with the columns of question and context",
+    "multiple-choice": "chooses among texts; give a file with the columns of its choices",
+}
+"""Why one text is not enough for a model that has this column, or does this task."""
+
+
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     """A plain text as a row in the model's columns."""
     columns = notes["columns"]
-    if "text_pair" in columns:
-        raise DataError("this model reads pairs of texts; give a file with both columns")
-    if notes["task"] == "question-answering":
-        raise DataError("this model finds answers in a passage; give a file with the columns of question and context")
-    if notes["task"] == "multiple-choice":
-        raise DataError("this model chooses among texts; give a file with the columns of its choices")
+    if problem := _NEEDS_COLUMNS.get("text_pair" if "text_pair" in columns else notes["task"]):
+        raise DataError(f"this model {problem}")
     role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
     forms = {"messages": [{"role": "user", "content": text}], "tokens": tags.split_text(text)}
     return {columns[role]: forms.get(role, text)}
