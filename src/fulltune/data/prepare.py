@@ -161,9 +161,7 @@ def _make(
         if not split.examples.any():
             raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
         parts = _examples(split, () if name == "test" else getattr(task, "ONLY_FOR_TEST_ROWS", ()))
-        with RowWriter(folder / name) as writer:
-            for part in pack(parts, limit) if packed and name == "train" else parts:
-                writer.write(part)
+        _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
         if name != "train":
             save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
         summaries[name] = _summarise(split, Rows(folder / name)["length"], asked.get(name))
@@ -267,6 +265,12 @@ def _examples(split: Split, without: Collection[str]) -> Iterator[pa.RecordBatch
         if mask.any():
             batch = batch.select([feature for feature in batch.schema.names if feature not in without])
             yield batch if mask.all() else batch.filter(pa.array(mask))
+
+
+def _write(folder: Path, parts: Iterator[pa.RecordBatch]) -> None:
+    with RowWriter(folder) as writer:
+        for part in parts:
+            writer.write(part)
 
 
 def _summarise(split: Split, lengths: np.ndarray, asked: int | None) -> SplitSummary:
