@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fulltune.compare.claims import claims
+from fulltune.compare.verdict import in_words
 from fulltune.records.comparison import ArmRow, Comparison, Expectation, Opening, Search, Tried
 from fulltune.records.differences import ArmScore, ArmStep, Decision, Difference, Finding, Look
 from fulltune.records.scores import Estimate, Scores
+from fulltune.report.comparison.sentences import Writer
 
 HOSTILE = (
     "\"</script><img src=x onerror=alert(1)>\" & 'l' | `x` $\\frac{1$ [red]😀 \x1b[31m\u202e שלום\nsecond **line**"
@@ -80,7 +82,7 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         ),
         differences=differences,
         headline="Take lora: as good as full within the margin, and it trains fewer weights.",
-        because=tuple(f"full minus {one.arm}: {one.estimate:+.4g}" for one in differences if one.decides),
+        because=tuple(in_words(one, Writer(metric, 0.01)) for one in differences if one.decides),
     ).model_copy(update=changes.pop("decision", {}))  # fmt: skip
     values: dict[str, Any] = {
         "name": "banking77-2026-11-24-1530",

@@ -65,7 +65,8 @@ def test_command_of_a_single_run_refuses_it_and_touches_nothing(
     assert said.code == 2
     assert said.problems == [
         f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' goes on with it, "
-        f"'fulltune report {folder}' writes its card again, 'fulltune predict {folder} --method METHOD' uses its models"
+        f"'fulltune report {folder}' writes its report again, "
+        f"'fulltune predict {folder} --method METHOD' uses its models"
     ]
     assert content(folder) == before
 

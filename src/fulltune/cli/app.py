@@ -271,7 +271,7 @@ def compare(
     ] = None,
     lint: Annotated[bool, typer.Option("--lint", help="Only say what would make it unfair: then exit code 2.")] = False,
 ) -> None:
-    """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a proof card."""
+    """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a report."""
     from fulltune.cli import compare as cli_compare
 
     if lint:
@@ -284,7 +284,7 @@ def compare(
 def report(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
 ) -> None:
-    """Write report.md and report.html anew, of a comparison its card; from the run's files alone."""
+    """Write report.md and report.html anew, of a comparison card.md and card.html; from the run's files alone."""
     from fulltune import pipeline
     from fulltune.report import write_comparison
     from fulltune.run_context import Run

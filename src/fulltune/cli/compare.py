@@ -1,4 +1,4 @@
-"""The command `fulltune compare`. Layer 4."""
+"""The command `fulltune compare`. What reads the libraries is imported only when the recipes are known to be right."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fulltune import report
+from fulltune.cli.show import compare as show
+from fulltune.cli.show.run import Display
+from fulltune.compare.many_tasks import many_tasks
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Arm
+from fulltune.system import run_folder
 from fulltune.text import first_few, parse_seconds
 
 if TYPE_CHECKING:
@@ -39,7 +44,7 @@ def compare(
     if len(targets) > 1:
         _compare_many(out, err, targets, overrides, folder, fresh, budget, as_json)
         return
-    found = _run(err, targets[0], overrides, folder, fresh, _checked(budget))
+    found = _run(err, targets[0], overrides, folder, fresh, _share_of(budget, 1))
     if as_json:
         typer.echo(found.comparison.model_dump_json(indent=2))
     else:
@@ -56,16 +61,11 @@ def _compare_many(
     budget: str | None,
     as_json: bool,
 ) -> None:
-    from fulltune import report
-    from fulltune.cli.show import compare as show
-    from fulltune.compare.many_tasks import many_tasks
-    from fulltune.system.run_folder import writing
-
     if fresh:
         raise SetupError("--fresh: with several recipes name a new --run-folder instead")
     _refuse_run(folder)
     recipes = _of_one_base(targets, overrides)
-    each = _share_of(_checked(budget), len(targets))
+    each = _share_of(budget, len(targets))
     parent = folder or _folder_of_all(recipes)
     found = {}
     for name, target in zip(recipes, targets, strict=True):
@@ -76,7 +76,7 @@ def _compare_many(
             _show(out, found[name])
     folders = {name: one.folder.name for name, one in found.items()}
     together = many_tasks({name: one.comparison for name, one in found.items()}, folders)
-    with writing(parent):
+    with run_folder.writing(parent):
         files = report.write_tasks(parent, together)
     if as_json:
         typer.echo(together.model_dump_json(indent=2))
@@ -86,8 +86,6 @@ def _compare_many(
 
 
 def _show(out: Console, found: Compared) -> None:
-    from fulltune.cli.show import compare as show
-
     show.verdict(out, found.comparison)
     _paths(out, found.cards)
 
@@ -103,8 +101,6 @@ def _refuse_run(folder: Path | None) -> None:
     Raises:
         SetupError: When it is the folder of one.
     """
-    from fulltune.system import run_folder
-
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
@@ -160,9 +156,9 @@ def _recipe_of(target: Path, overrides: list[str]) -> Recipe:
     Raises:
         RecipeError: With the file, when it compares nothing.
     """
-    from fulltune.compare.run import recipe_for
-
     recipe = load_recipe(target, overrides)
+    from fulltune.compare.run import recipe_for  # reads the libraries: an error of the recipe does not wait for it
+
     try:
         return recipe_for(recipe)
     except RecipeError as error:
@@ -184,34 +180,24 @@ def _folder_of_all(recipes: Mapping[str, Recipe]) -> Path:
     return Path(next(iter(recipes.values())).output) / name
 
 
-def _checked(budget: str | None) -> str | None:
-    """Refuse a budget that is no time.
+def _share_of(budget: str | None, count: int) -> str | None:
+    """Each comparison's part of the time.
 
     Raises:
-        RecipeError: With what was expected.
+        RecipeError: When it is no time, with what was expected.
     """
-    if budget is not None:
-        try:
-            parse_seconds(budget)
-        except ValueError as error:
-            raise RecipeError(f"--budget: {error}") from None
-    return budget
-
-
-def _share_of(budget: str | None, count: int) -> str | None:
-    """Each comparison's part of the time."""
-    return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
+    try:
+        return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
+    except ValueError as error:
+        raise RecipeError(f"--budget: {error}") from None
 
 
 def _run(
     err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool, budget: str | None
 ) -> Compared:
-    from fulltune.system import run_folder
-
     recipe, found = _open(err, target, overrides, folder, fresh)
     run_folder.hide_progress_bars()
     try:
-        from fulltune.cli.show.run import Display
         from fulltune.compare.run import run
         from fulltune.run_context import Run
 
@@ -223,8 +209,6 @@ def _run(
 
 def _open(err: Console, target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
     """The comparison's recipe and its folder."""
-    from fulltune.system import run_folder
-
     if target.is_dir():
         if overrides or folder or fresh:
             raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
@@ -248,8 +232,6 @@ def _open(err: Console, target: Path, overrides: list[str], folder: Path | None,
 
 def _unfinished_with_other_settings(recipe: Recipe, name: str) -> str:
     """That the newest unfinished comparison of this name has other settings; empty: there is none."""
-    from fulltune.system import run_folder
-
     names = f"{glob.escape(name)}-[0-9][0-9][0-9][0-9]-*"
     for other in reversed(run_folder.unfinished(Path(recipe.output), None, names)):
         try:
@@ -284,16 +266,15 @@ def lint(
     Raises:
         typer.Exit: With `UNFAIR`, when something does.
     """
-    from fulltune.compare.fairness import lint_recipe
-    from fulltune.system.run_folder import hide_progress_bars
-
-    hide_progress_bars()
-    each = _share_of(_checked(budget), len(targets))
+    run_folder.hide_progress_bars()
+    each = _share_of(budget, len(targets))
     if budget is not None:
         err.print(f"[dim]reading the rows and measuring ten steps, to know what fits into {budget}[/dim]")
     recipes = {target: _recipe_of(target, overrides) for target in targets}
     if not (budget or all(recipe.compare.budget for recipe in recipes.values())):
         err.print("[dim]from the recipe alone; with --budget the rows are read as well[/dim]")
+    from fulltune.compare.fairness import lint_recipe
+
     found = {target: lint_recipe(recipe, each) for target, recipe in recipes.items()}
     if as_json:
         lines = [{"recipe": str(target), **one.model_dump(mode="json")} for target in found for one in found[target]]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fulltune.compare.verdict import shown
+from fulltune.compare.verdict import in_words
 from fulltune.records.comparison import ArmRow, Claim
 from fulltune.records.differences import Decision
+from fulltune.report.comparison.sentences import Writer, fine_share
 from fulltune.text import counted, format_bytes
 
 TENTH = 0.15
@@ -51,12 +52,8 @@ def _best(decision: Decision, train_rows: int) -> tuple[str, bool | None]:
 
 def _prompt(prompt: ArmRow, decision: Decision) -> tuple[str, bool | None]:
     found = decision.difference(prompt.arm)
-    gap, low, high = (
-        shown(value, decision.metric) for value in (found.estimate, found.adjusted_low, found.adjusted_high)
-    )
     share = "" if prompt.gain_share is None else f"; it reaches {prompt.gain_share:.0%} of full's gain"
-    here = f"full minus {prompt.arm}: {gap} of {decision.metric} ({low} to {high}){share}"
-    return here, _holds(found.full_better, found.not_worse)
+    return in_words(found, Writer.of(decision)) + share, _holds(found.full_better, found.not_worse)
 
 
 def _of_lora(
@@ -72,11 +69,13 @@ def _of_lora(
     time = lora.train_seconds / max(1e-9, full.train_seconds)
     memory = lora.memory_growth_bytes / max(1, full.memory_growth_bytes)
     work = lora.train_flops / full.train_flops if full.train_flops else 0.0
-    operations = f"{work:.2f} of the operations, " if work else ""
-    here = f"{lora.arm}: {operations}{time:.2f} of the time, {memory:.2f} of the memory"
+    operations = f"{fine_share(work)} of the operations, " if work else ""
+    here = f"{lora.arm}: {operations}{fine_share(time)} of the time, {fine_share(memory)} of the memory"
     yield "LoRA costs a tenth of the compute", here, (work or time) <= TENTH
     saved = lora.saved_bytes / max(1, full.saved_bytes)
-    here = f"{lora.arm}: {format_bytes(lora.saved_bytes)}, {saved:.1%} of full's {format_bytes(full.saved_bytes)}"
+    here = (
+        f"{lora.arm}: {format_bytes(lora.saved_bytes)}, {fine_share(saved)} of full's {format_bytes(full.saved_bytes)}"
+    )
     yield "a LoRA checkpoint is a small fraction of a full one", here, saved <= TENTH
     if full.drift is not None and lora.drift is not None:
         here = f"drift on generic text {lora.drift.value:.3g} for {lora.arm}, {full.drift.value:.3g} for full"

@@ -1,4 +1,4 @@
-"""The test rows are opened, once: the verdict, and the record that the proof card is made from."""
+"""The test rows are opened, once: the verdict, and the record that the comparison's report is made from."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def untouched(context: Context) -> tuple[Scores, ...]:
 def comparison_of(
     ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
 ) -> Comparison:
-    """The record that the proof card is made from."""
+    """The record that the report is made from."""
     context, summary, expectation = ran.context, ran.context.summary, ran.expectation
     rows = rows_of(ran, decision, baselines)
     full = ran.results[context.full.arm]

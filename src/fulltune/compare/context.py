@@ -201,7 +201,7 @@ class Context:
         """The plan of a trial, with what earlier ones of its arm changed because memory ran out."""
         setup = self.setup(trial.arm)
         made = self._fit(recipe, setup.shapes, setup.traced)
-        path = self._smaller_path(trial.arm)
+        path = self.smaller_path(trial.arm)
         if path.exists():
             smaller = Plan.load(path)
             known = {one.name: one for one in smaller.settings if one.name in SETTING_OF.values()}
@@ -211,28 +211,23 @@ class Context:
             made = made.model_copy(update={**changes, "settings": tuple(settings.values())})
         return made.model_copy(update={"trial": trial.name, "model_name": trial.name})
 
-    def keep_smaller(self, arm: str, made: Plan) -> None:
-        """Memory ran out, and this plan fits: the arm's further trials begin with what it changed."""
-        made.save(self._smaller_path(arm))
-
-    def _smaller_path(self, arm: str) -> Path:
+    def smaller_path(self, arm: str) -> Path:
+        """Of the plan that fits after memory ran out: the arm's further trials begin with what it changed."""
         return self.folder / FOLDER / "smaller" / f"{arm}.json"
 
 
 def settings_of(method: Any) -> dict[str, Any]:
     """A method's own settings."""
-    found: dict[str, Any] = method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"})
-    return found
+    return dict(method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"}))
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
     """Add an entry to a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Where the disk was full the last line may have no end.
-    before = path.read_bytes() if path.exists() else b""
-    broken = before and not before.endswith(b"\n")
+    whole = not path.exists() or path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if broken else "") + json.dumps(entry) + "\n")
+        file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

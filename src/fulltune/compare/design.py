@@ -63,7 +63,7 @@ class Fixed:
     checks: float = 0.0
     """Before step 1 of an arm's first trial."""
     verdict: float = 0.0
-    """Baselines, resampling, card."""
+    """Baselines, resampling, report."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _notes(costs: Mapping[str, Cost], chosen: Choice, wanted: Choice) -> Iterato
         yield f"{chosen.seeds} seeds are planned instead of up to {wanted.seeds}; where time is left, more are run"
     searched = any(costs[arm].num_rates > 1 for arm in chosen.arms)
     if searched and not chosen.search_share:
-        yield "no rate search: each method is trained at its usual rate, which the card will mark as unfair"
+        yield "no rate search: each method is trained at its usual rate, which the report will mark as unfair"
     elif searched and chosen.second_rates < wanted.second_rates:
         yield "each method's rate comes from its short runs alone, without whole runs at a second rate"
     if 0 < chosen.search_share < wanted.search_share:

@@ -168,8 +168,7 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
                 bf16_rounding=recipe.train.bf16_rounding or "stochastic",
             )
         )
-    source = _weights_source(base)
-    return lint(ComparisonDesign(arms=tuple(arms), left_out=left_out, weights_source=source, **of_rows))
+    return lint(ComparisonDesign(arms=tuple(arms), left_out=left_out, weights_source=_weights_source(base), **of_rows))
 
 
 def _foreseen(recipe: Recipe, budget_seconds: float) -> tuple[Expectation, dict[str, Any]]:

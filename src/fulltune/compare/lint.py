@@ -172,7 +172,7 @@ def _test_opened_again(design: ComparisonDesign) -> Found:
             f"opened {design.test_openings} times, because the time was up before and more was given; each verdict has "
             "a part of the permitted error only, so that together they keep the certainty"
         )
-        to_do = "nothing, as long as the recipe was not changed because of the earlier card"
+        to_do = "nothing, as long as the recipe was not changed because of the earlier report"
         yield "worth knowing", "test rows", what, to_do
     elif design.test_openings > 1:
         what = f"scored {design.test_openings} times: what was seen before may have shaped the comparison"

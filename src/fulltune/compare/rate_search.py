@@ -67,13 +67,8 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 
-def usual_of(rates: Sequence[float], usual: float) -> float:
-    """The rate to keep where trials do not tell: the usual one, of given rates the nearest to it."""
-    return _nearest(rates, rounded(usual))
-
-
-def _nearest(rates: Sequence[float], near: float) -> float:
-    """Of equally near ones the lower; rates are rounded, too."""
+def nearest(rates: Sequence[float], near: float) -> float:
+    """Of these rates the one nearest to another; of equally near ones, as rates are rounded, the lower."""
     return min(sorted(rates), key=lambda rate: round(abs(math.log(rate / near)) / math.log(STEP), 1))
 
 
@@ -94,7 +89,7 @@ def best_of(tried: Mapping[float, float], scale: Scale, near: float | None = Non
     """The rate with the best metric; of equal ones the nearest to `near`, by default the lowest."""
     best = max(scale.oriented(metric) for metric in tried.values())
     equal = [rate for rate in tried if scale.oriented(tried[rate]) == best]
-    return min(equal) if near is None else _nearest(equal, near)
+    return min(equal) if near is None else nearest(equal, near)
 
 
 def choice(tried: Mapping[float, float], scale: Scale, usual: float | None) -> float:

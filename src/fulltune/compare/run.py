@@ -1,6 +1,6 @@
 """A comparison on one screen.
 
-    data → rates (halving, on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → proof card
+    data → rates (halving, on eval rows) → seeds (looks at eval rows) → test rows, once → verdict → report
 
 Everything is kept in files as it comes, so that the same command goes on where it was stopped.
 """

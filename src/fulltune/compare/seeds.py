@@ -277,17 +277,14 @@ def waiting(looks: Sequence[Look]) -> set[str]:
 
 def arm_items(context: Context, results: Results, place: str, waited: Collection[str]) -> list[ArmItems]:
     """What the trials of all arms gave for the rows of a split; those that waited are tested at a part of alpha."""
-    found = []
-    for arm, trials in results.items():
-        kept = [outputs.load(context.folder / place / f"{one.trial.name}.npz") for one in trials]
-        setup = context.setup(arm)
-        found.append(
-            ArmItems(
-                name=arm,
-                kind=setup.arm.kind,
-                trials=kept,
-                cost=float(setup.plan.num_trainable_parameters),
-                alpha_share=WAITING_SHARE if arm in waited else 1.0,
-            )
+    folder, setups = context.folder / place, {arm: context.setup(arm) for arm in results}
+    return [
+        ArmItems(
+            name=arm,
+            kind=setups[arm].arm.kind,
+            trials=[outputs.load(folder / f"{one.trial.name}.npz") for one in trials],
+            cost=float(setups[arm].plan.num_trainable_parameters),
+            alpha_share=WAITING_SHARE if arm in waited else 1.0,
         )
-    return found
+        for arm, trials in results.items()
+    ]

@@ -130,13 +130,6 @@ class Chances:
         """The answer is clear, and it is most likely that full is better."""
         return self.clear >= _SURE and self.full >= max(self.equal, self.rival)
 
-    @property
-    def full_does_not_win(self) -> bool:
-        return self.clear >= _SURE and not self.full_wins
-
-
-NOTHING_KNOWN = Chances(0.0, 0.0, 0.0)
-
 
 @dataclass(frozen=True)
 class Outlook:
@@ -193,7 +186,7 @@ def look(
         gap = difference(drawn, full, place, spreads, measure.sign, measure.span)
         abreast = counts[place] == now
         share = 1.0 if abreast else WAITING_SHARE
-        stopped = planned = NOTHING_KNOWN  # one seed each tells nothing about the spread between seeds
+        stopped = planned = Chances(0.0, 0.0, 0.0)  # one seed each tells nothing about the spread between seeds
         if now > 1:
             with_all = (max_seeds, max_seeds if abreast else counts[place])
             stopped = _chances(gap, margin, share * (level / len(rivals)), rows_factor, (now, counts[place]))
@@ -204,8 +197,8 @@ def look(
     steps = []
     for place, arm in enumerate(arms):
         wanted = asked.get(arm.name, counts[place])
-        decision: Literal["more", "wait", "enough"] = "wait" if asked else "enough"
-        decision = "more" if wanted > counts[place] else decision
+        others: Literal["wait", "enough"] = "wait" if asked else "enough"
+        decision: Literal["more", "wait", "enough"] = "more" if wanted > counts[place] else others
         chance = outlooks[place].now.clear if place in outlooks and now > 1 else None
         steps.append(ArmStep(arm=arm.name, decision=decision, seeds=wanted, chance=chance))
     return Look(num_seeds=now, max_seeds=max_seeds, spent=level, enough=not asked, reason=reason, arms=tuple(steps))
@@ -222,7 +215,7 @@ def _asked(
         best = f"of the methods beside {full} the best is {leader}; " if len(rivals) > 1 else ""
         return {full: 2, leader: 2}, f"{best}one seed tells nothing about the spread between seeds"
     abreast = [one for one in rivals if one.abreast]
-    if any(one.now.full_does_not_win for one in abreast):
+    if any(one.now.clear >= _SURE and not one.now.full_wins for one in abreast):
         return {}, _CLEAR
     late = [one.name for one in rivals if not one.abreast and not one.now.full_wins]
     beaten = all(one.now.full_wins for one in abreast)

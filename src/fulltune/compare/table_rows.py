@@ -35,16 +35,17 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
     base = _base(context, scores.get(BASE), baselines)
     rows = []
     if base is not None and any(one.kind == "base" for one in context.recipe.methods):
-        untrained = ArmRow(
-            arm=BASE,
-            kind="base",
-            num_parameters=num_parameters,
-            num_trainable=0,
-            metric=base,
-            values=(base.value,),
-            gain_share=0.0,
+        rows.append(
+            ArmRow(
+                arm=BASE,
+                kind="base",
+                num_parameters=num_parameters,
+                num_trainable=0,
+                metric=base,
+                values=(base.value,),
+                gain_share=0.0,
+            )
         )
-        rows.append(untrained)
     gain = 0.0 if base is None else scores[context.full.arm].mean - base.value
     for arm, found in ran.results.items():
         score, search, method = scores[arm], ran.searches[arm], context.setup(arm).arm

@@ -46,7 +46,7 @@ def _settled(context: Context) -> Expectation:
     steps = context.setup(context.full.arm).plan.total_steps
     share, least = (rate_search.share_of_steps(one, steps) for one in (block.search_share, 0.0))
     prepared, ended = context.time_passed()
-    if context.budget_seconds is not None:
+    if context.budget_seconds is not None and not context.kept_results():
         _measure(context, least)
     costs = costs_of(context)
     found = design.expected(
@@ -68,10 +68,8 @@ def _settled(context: Context) -> Expectation:
 
 
 def _measure(context: Context, share: float) -> None:
-    """Before a budget is planned for: a short trial of full, where there is none, because arithmetic alone errs too
-    much; most often the search begins with the same one."""
-    if context.kept_results():
-        return
+    """Before a budget is planned for: a short trial of full, because arithmetic alone errs too much; most often the
+    search begins with the same one."""
     full = context.full
     trial = rate_search.search_trial(full.arm, usual(context, full), share, context.recipe.train.seed)
     context.say(f"measuring the speed here before the budget is planned: {trial.share:.0%} of a run of {trial.arm}")
@@ -142,7 +140,8 @@ def grid(context: Context, method: Any) -> tuple[float, ...]:
 
 def usual(context: Context, method: Any) -> float:
     """The rate of that grid to keep where trials do not tell, and to take where there is no time for them."""
-    return rate_search.usual_of(grid(context, method), context.setup(method.arm).plan.learning_rate)
+    planned = context.setup(method.arm).plan.learning_rate
+    return rate_search.nearest(grid(context, method), rate_search.rounded(planned))
 
 
 def fixed_of(context: Context) -> design.Fixed:

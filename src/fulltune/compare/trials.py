@@ -71,7 +71,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     if made == planned:
         context.passed.add(trial.arm)
     else:
-        context.keep_smaller(trial.arm, made)
+        made.save(context.smaller_path(trial.arm))
     setup, split = context.setup(trial.arm), context.summary.splits["train"]
     # Rows and tokens of all steps, padding left out: each takes a global batch of rows of the mean length.
     rows = outcome.steps * min(setup.plan.global_batch_size, split.rows)
@@ -105,8 +105,7 @@ def _result(trial: Trial, made: Plan, **fields: object) -> TrialResult:
 
 def _without_tables(listener: Listener) -> Listener:
     """Of a trial only what moves: the tables of all trials would hide the comparison."""
-    shown = (StepLogged, Warned, Resumed, AttemptFailed)
-    return lambda event: listener(event) if isinstance(event, shown) else None
+    return lambda event: listener(event) if isinstance(event, StepLogged | Warned | Resumed | AttemptFailed) else None
 
 
 def keep_rows(context: Context, trial: Trial, made: Plan, outcome: Outcome) -> float:

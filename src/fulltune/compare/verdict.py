@@ -9,6 +9,7 @@ import numpy as np
 
 from fulltune.recipe.methods import RIVALS
 from fulltune.records.differences import ArmKind, ArmScore, Decision, Difference, VerdictKind
+from fulltune.report.comparison.sentences import Writer
 from fulltune.stats.bootstrap import SAMPLES, Drawn, draw
 from fulltune.stats.intervals import (
     HolmTest,
@@ -22,7 +23,6 @@ from fulltune.stats.intervals import (
 from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Precision, needed
 from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Predictions
-from fulltune.text import is_share
 
 _FEW_SEEDS = 3
 """From fewer the spread between seeds is hardly known."""
@@ -95,7 +95,7 @@ def decide(
         scores=tuple(_score(arm, place, drawn, spreads, measure, confidence) for place, arm in enumerate(arms)),
         differences=tuple(differences),
         headline=_headline(verdict, recommended, arms[full].name),
-        because=tuple(_because(one, measure.name) for one in differences if one.decides),
+        because=tuple(_because(one, Writer(measure.name, margin)) for one in differences if one.decides),
         would_decide=tuple(_would_decide(differences)) if verdict == "UNDECIDED" else (),
         notes=tuple(_notes(differences, verdict, recommended)),
     )
@@ -208,13 +208,12 @@ def _headline(verdict: VerdictKind, recommended: str, full: str) -> str:
 # ---- in words --------------------------------------------------------------------------------------------------
 
 
-def shown(value: float, metric: str) -> str:
-    """A difference with its sign: in points where the metric is a share, else as it is."""
-    return f"{100 * value:+.2f} points" if is_share(metric) else f"{value:+.4g}"
+def in_words(one: Difference, write: Writer) -> str:
+    """`full minus lora: +0.62 [-0.35, +1.58] points of accuracy`: with the interval that holds for all together."""
+    return f"full minus {one.arm}: {write.adjusted(one)}{' points' if write.in_points else ''} of {write.name}"
 
 
-def _because(one: Difference, metric: str) -> str:
-    gap, low, high = (shown(value, metric) for value in (one.estimate, one.adjusted_low, one.adjusted_high))
+def _because(one: Difference, write: Writer) -> str:
     if not one.seeds_known:
         answer = "one seed, so the spread between seeds is not known"
     elif one.full_better:
@@ -227,7 +226,7 @@ def _because(one: Difference, metric: str) -> str:
         answer = f"{one.arm} is equal or better"
     else:
         answer = "not decided"
-    return f"full minus {one.arm}: {gap} of {metric} ({low} to {high}): {answer}"
+    return f"{in_words(one, write)}: {answer}"
 
 
 def _would_decide(differences: Sequence[Difference]) -> Iterator[str]:

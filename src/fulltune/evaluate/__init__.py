@@ -27,7 +27,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled
-from fulltune.stats.calibration import temperature_of
+from fulltune.stats.calibration import fit_temperature
 from fulltune.stats.intervals import paired
 from fulltune.stats.row_scores import measure_of
 from fulltune.system.out_of_memory import does_not_fit, is_out_of_memory
@@ -168,7 +168,7 @@ def _resampled(path: Path) -> Resampled | None:
 def keep_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
     """Write the temperature that the eval rows give into a classifier's folder; other models have none."""
     if scoring.target.problem_type in CALIBRATED:
-        _note_temperature(model_folder, temperature_of(eval_rows["logits"], eval_rows["labels"]))
+        _note_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
 
 
 def _note_temperature(model_folder: Path, temperature: float) -> None:

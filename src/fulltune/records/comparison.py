@@ -1,4 +1,4 @@
-"""The trials of a comparison and what became of them: frozen records, one JSON file each. Layer 0."""
+"""The trials of a comparison and what became of them: frozen records, one JSON file each."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Claim(Record):
 
 
 class Comparison(Record):
-    """All of a comparison: the proof card is made from this alone."""
+    """All of a comparison: its report is made from this alone."""
 
     name: str
     model: str

@@ -1,4 +1,4 @@
-"""What a comparison of methods writes to disk: its design, what is unfair about it, differences, verdict. Layer 0.
+"""What a comparison of methods writes to disk: its design, what is unfair about it, differences, verdict.
 
 Differences are always *oriented*: full fine-tuning minus the other arm in units of the metric, with the sign turned
 for metrics where smaller is better, so that a positive number means that full fine-tuning is better.

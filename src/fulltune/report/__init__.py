@@ -1,5 +1,5 @@
-"""Run folder to report: `report.md`, `report.html` and the model's card, of a comparison its own card; made from the
-files in the folder alone.
+"""Run folder to report: `report.md`, `report.html` and the model card, of a comparison `card.md` and `card.html`; made
+from the files in the folder alone.
 
 `format` knows how a page is written, `run` and `comparison` what stands on it. Light: matplotlib, PyYAML and
 huggingface_hub are imported when they are needed.

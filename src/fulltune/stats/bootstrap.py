@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fulltune.files import replacing
 from fulltune.records.scores import Estimate
 from fulltune.stats.row_scores import Count, Measure, Value
 from fulltune.tasks import Predictions
@@ -88,11 +89,9 @@ class Resampled:
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 
     def save(self, path: Path) -> None:
-        part = path.with_name(path.name + ".part.npz")
-        path.parent.mkdir(parents=True, exist_ok=True)
         fields: dict[str, Any] = vars(self)
-        np.savez(part, **fields)
-        part.replace(path)
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, **fields)
 
     @classmethod
     def load(cls, path: Path) -> Resampled:

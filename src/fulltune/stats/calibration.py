@@ -1,6 +1,6 @@
 """Can the probabilities be believed? Expected calibration error, and a temperature fitted on rows for choosing.
 
-Layer 1. Guo et al. 2017, arXiv 1706.04599: one parameter, which never changes the predicted class.
+Guo et al. 2017, arXiv 1706.04599: one parameter, which never changes the predicted class.
 """
 
 from __future__ import annotations
@@ -31,11 +31,17 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
 ALL_RIGHT = "every eval row is answered rightly, so that nothing tells how sure to be: the temperature stays 1"
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
     """The number that logits are divided by to make the labels most likely; between 0.05 and 20.
 
-    Some row must be answered wrongly: else the smallest temperature is always the most likely one.
+    None where every row is answered rightly: there the smallest temperature is always the most likely one.
+
+    Args:
+        logits: [rows, classes].
+        labels: Class ids [rows].
     """
+    if (logits.argmax(axis=-1) == labels).all():
+        return None
 
     def loss(log_temperature: float) -> float:
         scaled = log_softmax(logits / np.exp(log_temperature), axis=-1)
@@ -45,20 +51,14 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def temperature_of(eval_logits: np.ndarray, eval_labels: np.ndarray) -> float:
-    """The temperature that eval rows give; 1 where every one is answered rightly."""
-    all_right = bool((eval_logits.argmax(axis=-1) == eval_labels).all())
-    return 1.0 if all_right else fit_temperature(eval_logits, eval_labels)
-
-
 def calibrate(
     eval_logits: np.ndarray, eval_labels: np.ndarray, test_logits: np.ndarray, test_labels: np.ndarray
 ) -> Calibration:
-    """Fit on the eval rows, where they allow it, and measure on the test rows."""
-    all_right = bool((eval_logits.argmax(axis=-1) == eval_labels).all())
-    temperature = temperature_of(eval_logits, eval_labels)
+    """Fit on the eval rows, where they allow it, and measure on the test rows; logits[rows, classes], labels[rows]."""
+    fitted = fit_temperature(eval_logits, eval_labels)
+    temperature = fitted or 1.0
     return Calibration(
-        note=ALL_RIGHT if all_right else "",
+        note="" if fitted else ALL_RIGHT,
         temperature=temperature,
         expected_calibration_error=expected_calibration_error(test_logits, test_labels),
         expected_calibration_error_scaled=expected_calibration_error(test_logits / temperature, test_labels),

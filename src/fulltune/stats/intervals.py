@@ -74,12 +74,10 @@ def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]
     Returns:
         None where nothing is known.
     """
-    found: list[SeedSpread | None] = []
-    for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True):
-        if is_fixed:
-            found.append(NO_SPREAD)
-        else:
-            found.append(_spread(point, draws, drawn.num_clusters) if len(point) > 1 else None)
+    found = [
+        NO_SPREAD if is_fixed else _spread(point, draws, drawn.num_clusters)
+        for point, draws, is_fixed in zip(drawn.point, drawn.draws, fixed, strict=True)
+    ]
     known = [spread for spread in found if spread is not None and not spread.is_none]
     if not known:
         return found
@@ -87,8 +85,11 @@ def seed_spreads(drawn: Drawn, fixed: Sequence[bool]) -> list[SeedSpread | None]
     return [widest if spread is None else spread for spread in found]
 
 
-def _spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread:
+def _spread(point: np.ndarray, draws: np.ndarray, num_clusters: int) -> SeedSpread | None:
+    """Of an arm with `point[seeds]` and `draws[draws, seeds]`; None: one seed tells nothing."""
     seeds = len(point)
+    if seeds == 1:
+        return None
     # Rows move each seed's metric and the seeds' mean; the part that differs from seed to seed is what averages out.
     of_one, of_mean = float(draws.var(axis=0).mean()), float(draws.mean(axis=1).var())
     by_rows = max(0.0, of_one - of_mean) * seeds / (seeds - 1) * _unbiased(num_clusters)

@@ -185,12 +185,11 @@ def needed(
         alpha: At which a difference is tested.
         equivalence_alpha: At which equivalence is tested.
     """
-    now = Precision.of(uncertain)
+    now, size = Precision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: Precision) -> bool:
-        return clear(
-            uncertain.estimate, precision.half_width(alpha), precision.half_width(2 * equivalence_alpha), margin
-        )
+        differs = size >= margin and size > precision.half_width(alpha)
+        return differs or size + precision.half_width(2 * equivalence_alpha) < margin
 
     # Both only make the interval narrower, so the first that decides is found by halving.
     factors: list[float] = np.geomspace(1, MOST_ROWS_FACTOR, 100).tolist()[1:]
@@ -200,9 +199,3 @@ def needed(
     counts = range(fewest + 1, MOST_SEEDS + 1)
     place = bisect_left(counts, True, key=lambda count: decided(now.with_seeds([count] * len(now.seeds))))
     return rows, counts[place] if place < len(counts) else None
-
-
-def clear(estimate: float, half: float, half_one_sided: float, margin: float) -> bool:
-    """The verdict on a difference with an interval of such a half width is not UNDECIDED."""
-    differs = abs(estimate) >= margin and abs(estimate) > half
-    return differs or abs(estimate) + half_one_sided < margin

@@ -37,7 +37,7 @@ COMMAND = "command.json"
 CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
-"""The record of a finished comparison: where it is written first, and beside the card."""
+"""The record of a finished comparison: where it is written first, and beside its report."""
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
@@ -148,7 +148,7 @@ def unfinished(output: Path, fingerprint: str | None, names: str = "*") -> list[
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the report was written with the trained model's scores in it, or the card of a comparison, unless its
+    """True when the report was written with the trained model's scores in it, or that of a comparison, unless its
     time was up."""
     if (folder / CARD).exists():
         return not _can_go_on(folder)
@@ -190,7 +190,7 @@ def _can_go_on(folder: Path) -> bool:
     """A comparison that ended undecided because its time was up, which more time continues."""
     try:
         found = comparison_of(folder)
-    except SetupError:  # of another version: its card stays as it is
+    except SetupError:  # of another version: its report stays as it is
         return False
     return found is not None and found.can_go_on
 
@@ -267,7 +267,7 @@ def refuse_comparison(folder: Path) -> None:
     if is_comparison(folder):
         raise SetupError(
             f"{folder}: is the folder of a comparison, not of a single run; 'fulltune compare {folder}' goes on with "
-            f"it, 'fulltune report {folder}' writes its card again, 'fulltune predict {folder} --method METHOD' uses "
+            f"it, 'fulltune report {folder}' writes its report again, 'fulltune predict {folder} --method METHOD' uses "
             "its models"
         )
 

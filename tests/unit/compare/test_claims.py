@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fulltune.compare.claims import claims
 from fulltune.records.comparison import Claim
+from fulltune.report.comparison.sentences import fine_share
 from tests import comparisons
 
 
@@ -13,7 +14,7 @@ def test_claims_are_judged_from_the_rows() -> None:
     lora = next(row for row in one.rows if row.kind == "lora")
     full = next(row for row in one.rows if row.kind == "full")
     compute = found["LoRA costs a tenth of the compute"]
-    assert f"{lora.train_flops / full.train_flops:.2f} of the operations" in compute.here
+    assert f"{fine_share(lora.train_flops / full.train_flops)} of the operations" in compute.here
     assert compute.holds is (lora.train_flops / full.train_flops <= 0.15)
     base = next(row for row in one.rows if row.kind == "base")
     apart, gain = one.decision.difference("lora"), full.metric.value - base.metric.value

@@ -59,7 +59,7 @@ def test_best_of_equal_rates_is_the_lowest() -> None:
 def test_usual_rate_is_the_default_or_the_nearest_of_given_ones(
     rates: tuple[float, ...], usual: float, kept: float
 ) -> None:
-    assert rate_search.usual_of(rates, usual) == kept
+    assert rate_search.nearest(rates, rate_search.rounded(usual)) == kept
 
 
 FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)

@@ -323,5 +323,5 @@ def _baselines(comparison: Comparison) -> Table:
 
 
 def _again(comparison: Comparison) -> Section:
-    said = Paragraph("This card is made from proof.json alone, which lies beside it and holds every number.")
+    said = Paragraph("This report is made from proof.json alone, which lies beside it and holds every number.")
     return Section("again", "Make it again", (Code(comparison.command, "sh"), said))

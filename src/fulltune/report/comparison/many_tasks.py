@@ -65,7 +65,7 @@ def summary(found: ManyTasks) -> list[str]:
         lost = "full is better" if low > 0 else f"{way.arm} is better" if high < 0 else "no difference is certain"
         said.append(f"Full minus {way.arm}: {_behind(way)} points, mean over the tasks: {lost}.")
     if all(way.behind is None for way in others):
-        said.append("The tasks' metrics cannot be averaged, or one seed says too little: see each task's card.")
+        said.append("The tasks' metrics cannot be averaged, or one seed says too little: see each task's report.")
     return said
 
 

@@ -24,8 +24,8 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
     """Write `card.md`, `card.html`, `card.png` and `proof.json`.
 
     Args:
-        folder: A run folder with a finished comparison, or the JSON of one (`proof.json`): then the card is written
-            beside it.
+        folder: A run folder with a finished comparison, or the JSON of one (`proof.json`): then the report is
+            written beside it.
 
     Returns:
         What was written; without `card.png` where there is nothing to plot.
@@ -41,7 +41,7 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
         cost_picture(sentences.label(comparison.decision), subtitle, found, picture)
     else:
-        picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the card
+        picture.unlink(missing_ok=True)  # one of an earlier comparison would contradict the report
     report = build(comparison, PICTURE)
     write_harmless(target / CARD, markdown(report))
     write_harmless(target / PAGE, page(report, "comparison.html.j2"))

@@ -107,10 +107,10 @@ def about_answers(row: Scores) -> str:
 
 def answers(view: RunView) -> Section | None:
     """What a text generator said before and after training, to the same test rows."""
-    before = next((row for row in view.scores if row.kind == "untouched" and row.answers), None)
+    before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
 
     def shown(row: Scores) -> list[Block]:
-        exchanges = _pair_answers(before.answers if before else (), row.answers)
+        exchanges = _pair_answers(before, row.answers)
         rest = exchanges[_ANSWERS_OPEN:]
         folded = Folded(f"{counted(len(rest), 'more answer')} of {row.name}", (Exchanges(rest),))
         return [Exchanges(exchanges[:_ANSWERS_OPEN]), *[folded] * bool(rest)] if row.answers else []
@@ -118,7 +118,7 @@ def answers(view: RunView) -> Section | None:
     blocks = _of_each(view, shown)
     if not blocks and before:
         blocks.append(Paragraph("Only the untouched model has answers; there are none after training."))
-        blocks.append(Exchanges(_pair_answers(before.answers, ())[:_ANSWERS_OPEN]))
+        blocks.append(Exchanges(_pair_answers(before, ())[:_ANSWERS_OPEN]))
     return unless_empty("Answers before and after training", blocks)
 
 

@@ -52,20 +52,24 @@ def loading_code_of(folder: str, task: str, summary: DataSummary | None, plan: P
         base: The pretrained model.
     """
     kind = method_kind(plan)
-    if kind in ONLY_OURS:
-        return ""
-    code = loading_code(folder, task, summary)
-    return code if kind == "full" else _around_base(code, base)
+    return "" if kind in ONLY_OURS else loading_code(folder, task, summary, "" if kind == "full" else base)
 
 
-def loading_code(folder: str, task: str, summary: DataSummary | None) -> str:
-    """Python that loads a whole model with plain transformers; what else one must know stands in comments."""
+def loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
+    """Python that loads a model with transformers, with PEFT around `base`; what else one must know is in comments."""
     facts = FACTS.get(task, FACTS["text-classification"])
     head = facts.auto_class
     kind, name = ("AutoImageProcessor", "processor") if facts.reads == "image" else ("AutoTokenizer", "tokenizer")
-    where = json.dumps(folder, ensure_ascii=False)
-    loading = f"model = {head}.from_pretrained({where})\n{name} = {kind}.from_pretrained({where})\n"
-    more, imports = "", f"{head}, {kind}"
+    where, pretrained = (json.dumps(place, ensure_ascii=False) for place in (folder, words.file_name(base)))
+    imports, loading = f"from transformers import {head}, {kind}", f"model = {head}.from_pretrained({where})\n"
+    if base:
+        imports = f"from peft import PeftModel\nfrom transformers import AutoConfig, {head}, {kind}"
+        loading = (
+            f"base = {head}.from_pretrained({pretrained}, config=AutoConfig.from_pretrained({where}))\n"
+            f"model = PeftModel.from_pretrained(base, {where})\n"
+        )
+    loading += f"{name} = {kind}.from_pretrained({where})\n"
+    more = ""
     if task == "token-classification":
         # Tags are learned at the first token of each word.
         more = (
@@ -74,26 +78,10 @@ def loading_code(folder: str, task: str, summary: DataSummary | None) -> str:
     elif facts.reads == "image":
         more = 'classify = pipeline("image-classification", model=model, image_processor=processor)\n'
     elif task == "causal-lm" and summary:
-        return f"from transformers import {imports}\n\n{loading}{_asking(summary)}"
+        more = _asking(summary)
     elif task == "seq2seq" and summary and summary.joint:
         more = f"# As in training, {json.dumps(summary.joint, ensure_ascii=False)} belongs before each text.\n"
-    return f"from transformers import {imports}{', pipeline' * ('pipeline(' in more)}\n\n{loading}{more}"
-
-
-def _around_base(code: str, base: str) -> str:
-    """The code that loads a whole model, for one that PEFT puts around a pretrained one."""
-    lines = []
-    for line in code.splitlines():
-        if line.startswith("model = "):
-            head, _, folder = line.removeprefix("model = ").removesuffix(")").partition("(")
-            config = f"AutoConfig.from_pretrained({folder})"
-            lines.append(f"base = {head}({json.dumps(words.file_name(base), ensure_ascii=False)}, config={config})")
-            line = f"model = PeftModel.from_pretrained(base, {folder})"
-        elif line.startswith("from transformers import "):
-            lines.append("from peft import PeftModel")
-            line = line.replace("import ", "import AutoConfig, ", 1)
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    return f"{imports}{', pipeline' * ('pipeline(' in more)}\n\n{loading}{more}"
 
 
 def _asking(summary: DataSummary) -> str:
