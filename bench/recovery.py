@@ -201,7 +201,7 @@ def one_run(number: int, folder: Path, held: int) -> bool:
 
 
 def eight_bit(seeds: int, folder: Path, held: int) -> bool:
-    """Eval losses with 8-bit states, reached through the ladder, against those with fp32 states."""
+    """Eval losses with 8-bit states, reached through the fallbacks, against those with fp32 states."""
     size = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = tiny.save_model(folder / "model", "bert", **size, **dropout)

@@ -128,6 +128,20 @@ def test_options_of_every_verb_are_known() -> None:
 
 
 @each_page
+def test_modules_in_backquotes_exist(page: Path) -> None:
+    if "log" in page.relative_to(ROOT).parts or page.name in ("log.md", "CHANGELOG.md"):
+        return  # what was, under the names that it had
+    text = page.read_text(encoding="utf-8")
+    files = {
+        f"/{path.relative_to(ROOT).as_posix()}"
+        for top in ("src", "bench", "tests", "docs", "examples")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    named = re.findall(r"`([a-z_0-9/]+\.py)\b", text)
+    assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
+
+
+@each_page
 def test_whole_recipes_are_accepted(page: Path) -> None:
     if page.name == "how-do-i.md":
         return  # parts of recipes: tests/contract/test_how_do_i.py
