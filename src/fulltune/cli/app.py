@@ -226,7 +226,7 @@ def plan(
 def train(
     target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
-    """Train, and keep the best weights in the run's folder models."""
+    """Train, and keep the best weights in the folder models of the run."""
     from fulltune.train.run_time import run_seconds
 
     folder, reached = stages.go("train", target, set_, run_folder, fresh)
@@ -284,7 +284,7 @@ def compare(
 def report(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
 ) -> None:
-    """Write report.md and report.html anew, of a comparison card.md and card.html; from the run's files alone."""
+    """Write report.md and report.html again (for a comparison card.md and card.html), from its files alone."""
     from fulltune import pipeline
     from fulltune.report import write_comparison
     from fulltune.run_context import Run

@@ -2,8 +2,8 @@
 
 Overridden are `training_step`, `compute_loss` and `_get_grad_norm` (`guarded_step.py`), and here `compute_loss`,
 `_clip_grad_norm`, `get_train_dataloader`, `_get_num_items_in_batch`, `_load_from_checkpoint`, `_save_checkpoint`,
-`_save`, `evaluate` and `create_optimizer`. The loop, the schedule of the rate, logging and the choice of the best step
-stay theirs.
+`_save`, `evaluate`, `create_optimizer` and `floating_point_ops`. The loop, the schedule of the rate, logging and the
+choice of the best step stay theirs.
 """
 
 from __future__ import annotations
