@@ -740,6 +740,7 @@ def test_override_broken_is_refused_with_the_recipes_problems(case: Case) -> Non
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "problem"),
     [

@@ -139,6 +139,7 @@ def test_data_json_is_the_summary_and_alone_on_stdout(recipe: Path) -> None:
     assert {name: split["rows"] for name, split in summary["splits"].items()} == {"train": 32, "eval": 4, "test": 4}
 
 
+@pytest.mark.slow
 def test_plan_json_is_the_plan_and_gives_a_reason_for_each_value(recipe: Path) -> None:
     plan = json.loads(fulltune("plan", recipe, "--json").out)
     assert plan["global_batch_size"] == 8

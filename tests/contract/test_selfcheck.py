@@ -170,6 +170,7 @@ def less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(precision.TYPES, "fp32", torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "check", "words"),
     [

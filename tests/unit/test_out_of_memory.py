@@ -218,6 +218,7 @@ print("free again")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux can hold a process to a limit")
 def test_held_to_counts_the_whole_process_and_ends_with_the_block() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)

@@ -46,6 +46,7 @@ time.sleep(60)
 """Like torchrun: its worker is in a session of its own."""
 
 
+@pytest.mark.slow
 def test_end_reaches_a_worker_in_a_session_of_its_own() -> None:
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, start_new_session=True)
     assert launcher.stdout is not None
