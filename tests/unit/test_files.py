@@ -20,7 +20,7 @@ def test_text_and_json_are_written_into_folders_that_are_made(tmp_path: Path) ->
 def test_writing_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     files.write_text(path, "old")
-    with pytest.raises(OSError, match="full"), files.replacing(path) as part:  # noqa: PT012
+    with pytest.raises(OSError, match="full"), files.replacing(path) as part:  # noqa: PT012  # what fails in the block
         part.write_text("ne")
         assert path.read_text() == "old"
         raise OSError("disk full")

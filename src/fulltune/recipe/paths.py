@@ -65,7 +65,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             update={"extra": {**train.extra, "deepspeed": absolute(file, "train.extra.deepspeed")}}
         )
     name = recipe.model.name
-    local = os.path.exists(base / _expanded(name))  # noqa: PTH110
+    local = os.path.exists(base / _expanded(name))  # noqa: PTH110  # as `_expanded`
     looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or local
     model = recipe.model
     if looks_like_path and not name.startswith("package:"):
