@@ -93,6 +93,48 @@ def test_metric_must_be_one_of_the_tasks(task: str, data: dict[str, str], metric
     assert (problem is None and not found) or (problem is not None and problem in found[0])
 
 
+@pytest.mark.parametrize(
+    ("blocks", "problem"),
+    [
+        (
+            "task: causal-lm\nmethod:\n  head_learning_rate: 0.1",
+            "4  method.head_learning_rate: has no effect for causal-lm",
+        ),
+        (
+            "task: seq2seq\nmethod: {kind: lora, head_learning_rate: 0.1}",
+            "3  method.head_learning_rate: has no effect for seq2seq",
+        ),
+        (
+            "task: text-classification\nmethod: {kind: head, head_learning_rate: 0.1}",
+            "3  method.head_learning_rate: method head trains nothing but the head; write learning_rate",
+        ),
+        (
+            "task: text-classification\nmethods:\n- full\n- lora\n- {kind: head, head_learning_rate: 0.1}",
+            "6  methods.2.head_learning_rate: method head trains nothing but the head",
+        ),
+        (
+            "task: text-classification\nmethod: {head_learning_rate: 0.1}\ntrain: {optim: galore_adamw}",
+            "3  method.head_learning_rate: cannot go with train.optim: 'galore_adamw'",
+        ),
+        (
+            "task: causal-lm\nmethod: {layerwise_lr_decay: 0.9}\ntrain: {optim: lomo}",
+            "3  method.layerwise_lr_decay: cannot go with train.optim: 'lomo'",
+        ),
+        (
+            "task: text-classification\nmethod: {head_learning_rate: 1}",
+            "3  method.head_learning_rate: expected less than 1",
+        ),
+    ],
+)
+def test_rate_of_the_head_that_cannot_be_is_refused_with_its_line(blocks: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: m\n{blocks}\ndata: {{train: x.csv}}\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(path)
+    assert len(refusal.value.problems) == 1
+    assert refusal.value.problems[0].startswith(f"{path}:{problem}")
+
+
 def test_every_task_has_facts_and_a_module_with_the_same() -> None:
     assert tuple(FACTS) == get_args(TaskName)
     for name in get_args(TaskName):

@@ -107,8 +107,8 @@ class Preparing:
 
     @classmethod
     def of(cls, recipe: Recipe, on_cpu: bool) -> Preparing:
-        """Of a recipe's method, whatever its rate."""
-        same = {"name": None, "learning_rate": None, "learning_rates": None}
+        """Of a recipe's method, whatever its rates."""
+        same = {"name": None, "learning_rate": None, "learning_rates": None, "head_learning_rate": None}
         return cls(recipe.method.model_copy(update=same), recipe.task, on_cpu)
 
     def __call__(self, built: Any) -> None:

@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any
 
 from fulltune.errors import RecipeError
+from fulltune.methods import PROMPT_MODULE
 from fulltune.recipe.tasks import FACTS, TaskName
 
 
 def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
-    """Paths of the modules above the body, in order; empty for tasks that use the pretrained head.
+    """Paths of the modules above the body, in order, before a method is applied and after; empty for tasks that use the
+    pretrained head.
 
     A pooler counts as part of the head: many checkpoints lack it, and then it is as new as the rest.
 
@@ -22,9 +24,13 @@ def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
     prefix = model.base_model_prefix
     body = getattr(model, prefix, None)
     if body is None:
-        raise RecipeError(f"method {arm}: {type(model).__name__} does not tell its body from its head; take full")
+        raise RecipeError(
+            f"method {arm}: {type(model).__name__} does not tell its body from its head; take full, without "
+            "head_learning_rate"
+        )
     pooler = [f"{prefix}.pooler"] if _has_weights(getattr(body, "pooler", None)) else []
-    return (*pooler, *(name for name, child in model.named_children() if name != prefix and _has_weights(child)))
+    others = (prefix, PROMPT_MODULE)
+    return (*pooler, *(name for name, child in model.named_children() if name not in others and _has_weights(child)))
 
 
 def _has_weights(module: Any) -> bool:

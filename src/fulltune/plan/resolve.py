@@ -173,6 +173,13 @@ def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, reasons: Reasons)
     return epochs, math.ceil(epochs * steps_per_epoch)
 
 
+def head_rate(recipe: Recipe, rate: float, reasons: Reasons) -> None:
+    """Note the rate of the task's head, where there is one beside other trained values."""
+    method = recipe.method
+    if FACTS[recipe.task].head_is_new and method.kind != "head":
+        reasons.add("method.head_learning_rate", method.head_learning_rate, rate, "the same as method.learning_rate")
+
+
 def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -> int:
     train = recipe.train
     if train.warmup_steps is not None and train.warmup_steps >= total_steps:

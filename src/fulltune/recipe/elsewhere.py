@@ -127,7 +127,8 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         "completion_only_loss assistant_only_loss mask_prompt mask_history mask_inputs",
     ),
     # method
-    ("write method.learning_rate", "lr base_lr max_lr peak_lr init_lr"),
+    ("write method.learning_rate", "lr base_lr max_lr peak_lr init_lr body_lr body_learning_rate"),
+    ("write method.head_learning_rate", "head_lr lr_head classifier_lr classifier_learning_rate"),
     (
         "not yet: method: head trains only the head, method: lora little beside frozen weights, and "
         "method.layerwise_lr_decay slows lower layers down",

@@ -114,7 +114,12 @@ def _without(places: Iterable[tuple[Any, ...]], values: dict[str, Any]) -> Recip
 
 def _placed(problems: Iterable[str], path: Path, lines: Lines) -> list[str]:
     """Problems that begin with the name of their setting, with its file and line."""
-    return [f"{_where(path, lines, tuple(text.partition(':')[0].split('.')))}  {text}" for text in problems]
+    return [f"{_where(path, lines, _place(text.partition(':')[0]))}  {text}" for text in problems]
+
+
+def _place(name: str) -> tuple[str | int, ...]:
+    """Of a setting's dotted name, such as `train.optim` or `methods.1.rank`."""
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
 def _one_method_or_several(values: dict[str, Any], path: Path, lines: Lines) -> Iterable[str]:

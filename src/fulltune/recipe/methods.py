@@ -42,6 +42,9 @@ class _Trained(_Named):
     """Peak learning rate. Left out, chosen by method, model family and size."""
     learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
     """Grid of a comparison's rate search. Left out: three rates around the usual one."""
+    head_learning_rate: float | None = Field(default=None, gt=0, lt=1)
+    """Peak learning rate of the task's head and its pooler; everything else keeps `learning_rate`, also in a rate
+    search. Left out: the same. Not for `head`, which trains nothing else, nor for tasks without a new head."""
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _Trained:

@@ -17,6 +17,7 @@ from typing import Any
 from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import PINNED, answer
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.methods import Arm
 from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.text import did_you_mean
 
@@ -32,6 +33,9 @@ OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
 
 PER_TENSOR = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 """Optimizers that update a tensor from its own gradient and state alone: they can do it in the backward pass."""
+
+OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
+"""Beginnings of optimizers that transformers gives tensors in groups of their own."""
 
 
 def check(recipe: Recipe) -> None:
@@ -55,6 +59,7 @@ def of_settings(recipe: Recipe) -> list[str]:
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
         *_weights_without_classes(recipe),
+        *_rate_without_head(recipe),
         *_impossible_metric(recipe),
         *_unknown_fields(recipe),
         *_unknown_optimizer(recipe),
@@ -64,7 +69,7 @@ def of_settings(recipe: Recipe) -> list[str]:
 
 def of_pairs(recipe: Recipe) -> list[str]:
     """Settings that do not go together."""
-    problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe)]
+    problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe), *_rates_by_tensor(recipe)]
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(SMOOTHING)
     if recipe.train.chunked_loss:
@@ -84,6 +89,27 @@ def _weights_without_classes(recipe: Recipe) -> list[str]:
     if recipe.train.class_weights is None or FACTS[recipe.task].has_classes:
         return []
     return [f"train.class_weights: has no effect for {recipe.task}, which has no classes; remove it"]
+
+
+def _rate_without_head(recipe: Recipe) -> list[str]:
+    """A rate of the head's own where there is no new head, or nothing but the head."""
+    problems = []
+    for place, method in _methods(recipe):
+        name = f"{place}.head_learning_rate"
+        if getattr(method, "head_learning_rate", None) is None:
+            continue
+        if not FACTS[recipe.task].head_is_new:
+            problems.append(f"{name}: has no effect for {recipe.task}, which has no new head; remove it")
+        elif method.kind == "head":
+            problems.append(f"{name}: method head trains nothing but the head; write learning_rate")
+    return problems
+
+
+def _methods(recipe: Recipe) -> list[tuple[str, Arm]]:
+    """Each method, and where it stands."""
+    if not recipe.methods:
+        return [("method", recipe.method)]
+    return [(f"methods.{place}", method) for place, method in enumerate(recipe.methods)]
 
 
 def _impossible_metric(recipe: Recipe) -> list[str]:
@@ -240,6 +266,19 @@ def _in_backward(recipe: Recipe) -> list[str]:
             f"'{train.optim}'"
         )
     return problems
+
+
+def _rates_by_tensor(recipe: Recipe) -> list[str]:
+    """Rates that differ between tensors, with an optimizer that puts the tensors into groups of its own."""
+    optim = recipe.train.optim or ""
+    if not optim.startswith(OWN_GROUPS):
+        return []
+    return [
+        f"{place}.{name}: cannot go with train.optim: '{optim}', which has one rate for all tensors; remove one of them"
+        for place, method in _methods(recipe)
+        for name in ("head_learning_rate", "layerwise_lr_decay")
+        if getattr(method, name, None) not in (None, 1.0)
+    ]
 
 
 def _unknown_trackers(recipe: Recipe) -> list[str]:

@@ -132,6 +132,8 @@ class Plan(Record):
     """Of a trial among others: its model's folder in `models`; empty for a run's only trial, named by its method."""
     seed: int
     learning_rate: float
+    head_learning_rate: float | None = None
+    """Of the task's head with its pooler; None: the same as everything else's."""
     layerwise_lr_decay: float
     num_train_epochs: float
     total_steps: int

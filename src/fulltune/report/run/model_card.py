@@ -184,6 +184,7 @@ def _training(view: RunView, plan: Plan) -> list[str]:
         ("method", plan.method),
         ("trained parameters", f"{plan.num_trainable_parameters:,} of {plan.num_parameters:,}"),
         ("learning rate", format_number(plan.learning_rate)),
+        *_head_rate(plan),
         ("layerwise learning rate decay", format_number(plan.layerwise_lr_decay)),
         ("schedule", f"{plan.lr_scheduler_type}, {counted(plan.warmup_steps, 'warm-up step')}"),
         ("epochs", format_number(plan.num_train_epochs)),
@@ -199,6 +200,11 @@ def _training(view: RunView, plan: Plan) -> list[str]:
         if outcome.moved:
             facts.append(("parameter values that moved", format_share(outcome.moved.share)))
     return ["## Training", table(("setting", "value"), facts)]
+
+
+def _head_rate(plan: Plan) -> list[tuple[str, str]]:
+    rate = plan.head_learning_rate
+    return [] if rate is None else [("learning rate of the head", format_number(rate))]
 
 
 def _versions(view: RunView) -> list[str]:

@@ -34,11 +34,13 @@ class FullTrainer(GuardedStep, Trainer):
 
     Args:
         lengths: Tokens of each train row.
-        plan: The batches, the optimizer, how it rounds, and the factor of the rate from a layer to the one below.
+        plan: The batches, the optimizer, how it rounds, the factor of the rate from a layer to the one below, and the
+            head's rate.
         score: Gives the eval metrics of the current model, without a prefix.
         journal: Told when a checkpoint is saved.
         count_items: Items in the loss of a batch, from its labels: rows, or trained tokens.
         trained_only: Checkpoints hold what is trained; the rest stays as it was loaded.
+        head_modules: Paths of the modules that have the head's rate; empty where the plan has none.
         **keywords: As for `transformers.Trainer`.
 
     Attributes:
@@ -56,6 +58,7 @@ class FullTrainer(GuardedStep, Trainer):
         count_items: Callable[[torch.Tensor], int],
         journal: Journal,
         trained_only: bool = False,
+        head_modules: Sequence[str] = (),
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
@@ -72,6 +75,7 @@ class FullTrainer(GuardedStep, Trainer):
         self._journal = journal
         self.count_items = count_items
         self.trained_only = trained_only
+        self._head_modules = head_modules
         self.add_callback(_Epochs(self.sampler))
 
     def selecting(self, labels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
@@ -189,7 +193,7 @@ class FullTrainer(GuardedStep, Trainer):
     def _make_optimizer(self, model: Any) -> torch.optim.Optimizer:
         plan = self._plan
         own = optimizers.settings(plan.optim, plan.bf16_rounding, plan.seed)
-        if own is None and plan.layerwise_lr_decay == 1.0:
+        if own is None and plan.layerwise_lr_decay == 1.0 and plan.head_learning_rate is None:
             optimizer = super().create_optimizer(model)
         else:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -203,9 +207,16 @@ class FullTrainer(GuardedStep, Trainer):
 
     def _groups(self, model: Any) -> list[dict[str, Any]]:
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        decayed = set(self.get_decay_parameter_names(model))
-        factor = self._plan.layerwise_lr_decay
-        groups = parameter_groups(list(parameters), decayed, self.args.learning_rate, factor, self.args.weight_decay)
+        begins = tuple(f"{path}." for path in self._head_modules)
+        groups = parameter_groups(
+            list(parameters),
+            set(self.get_decay_parameter_names(model)),
+            self.args.learning_rate,
+            self._plan.layerwise_lr_decay,
+            self.args.weight_decay,
+            {name for name in parameters if name.startswith(begins)},
+            self._plan.head_learning_rate or 0.0,
+        )
         return [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
 
 

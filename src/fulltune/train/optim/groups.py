@@ -1,4 +1,4 @@
-"""Groups of parameters: by weight decay and, with `layerwise_lr_decay`, by depth."""
+"""Groups of parameters: by weight decay, with `layerwise_lr_decay` by depth, and the head with a rate of its own."""
 
 from __future__ import annotations
 
@@ -11,24 +11,45 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed|wte|wpe|word_embeddings|shared)")
 
 
 def parameter_groups(
-    names: Sequence[str], decayed: Collection[str], learning_rate: float, factor: float, weight_decay: float
+    names: Sequence[str],
+    decayed: Collection[str],
+    learning_rate: float,
+    factor: float,
+    weight_decay: float,
+    head: Collection[str] = (),
+    head_learning_rate: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Names in groups as an optimizer takes them.
+    """Names in groups as an optimizer takes them; the first one's rate is the one that is logged.
 
     Args:
         names: Of the trained parameters.
         decayed: Those that weight decay applies to.
         learning_rate: At the top.
         factor: From a layer's rate to the one below. With 1 there are two groups in transformers' order, so that an
-            optimizer can go on with another one's checkpoint; else a group per depth, the top first (its rate is the
-            one that is logged).
+            optimizer can go on with another one's checkpoint; else a group per depth, the top first.
         weight_decay: For `decayed`.
+        head: Those that have a rate of their own, whatever the factor; their groups come last.
+        head_learning_rate: Theirs.
     """
+    body = [name for name in names if name not in head]
     if factor == 1.0:
-        return [
-            {"params": [name for name in names if name in decayed], "weight_decay": weight_decay},
-            {"params": [name for name in names if name not in decayed], "weight_decay": 0.0},
-        ]
+        groups = _by_decay(body, decayed, weight_decay)
+    else:
+        groups = _by_depth(body, decayed, learning_rate, factor, weight_decay)
+    of_head = _by_decay([name for name in names if name in head], decayed, weight_decay)
+    return [*groups, *({**group, "lr": head_learning_rate} for group in of_head if group["params"])]
+
+
+def _by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
+    return [
+        {"params": [name for name in names if name in decayed], "weight_decay": weight_decay},
+        {"params": [name for name in names if name not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def _by_depth(
+    names: Sequence[str], decayed: Collection[str], learning_rate: float, factor: float, weight_decay: float
+) -> list[dict[str, Any]]:
     num_layers = max((int(found.group(1)) + 1 for name in names if (found := _LAYER.search(name))), default=0)
     groups: dict[tuple[int, bool], list[str]] = {}
     for name in names:

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from fulltune import methods
 from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import Rows
+from fulltune.methods.head import names_of
 from fulltune.models import dropout
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head
@@ -94,6 +95,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         count_items=task.count_items,
         journal=attempt.journal,
         trained_only=recipe.method.kind != "full",
+        head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.arm),
         callbacks=_callbacks(attempt),
     )
     attempt.trainer.remove_callback(transformers.PrinterCallback)

@@ -1,0 +1,183 @@
+"""`method.head_learning_rate`: the head, with its pooler, has a rate of its own; everything else keeps the method's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fulltune import methods
+from fulltune.train.optim.groups import parameter_groups
+from fulltune.train.optim.in_backward import InBackward
+from fulltune.train.worker.weights import InitialWeights
+from tests import tiny
+from tests.train import runs
+
+BODY, HEAD = 1e-5, 1e-2
+RATES = {"learning_rate": BODY, "head_learning_rate": HEAD}
+FIRST = {"max_steps": 1, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant", "logging_steps": 1}
+BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0.0, "micro_batch_size": 4, "global_batch_size": 4}
+FULL: dict[str, Any] = {"kind": "full"}
+
+NAMES = [
+    "m.embeddings.weight",
+    "m.layer.0.w.weight",
+    "m.layer.1.w.weight",
+    "m.layer.1.w.bias",
+    "top.weight",
+    "top.bias",
+]
+DECAYED = {name for name in NAMES if name.endswith("weight")}
+
+
+# ---- groups ------------------------------------------------------------------------------------------------------
+
+
+def test_groups_without_a_rate_of_the_head_are_transformers_own() -> None:
+    assert parameter_groups(NAMES, DECAYED, 1e-3, 1.0, 0.1) == [
+        {"params": [name for name in NAMES if name in DECAYED], "weight_decay": 0.1},
+        {"params": ["m.layer.1.w.bias", "top.bias"], "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_groups_of_the_head_come_last_and_leave_the_bodys_rates(factor: float) -> None:
+    head = {"top.weight", "top.bias"}
+    before = parameter_groups(NAMES, DECAYED, 1e-3, factor, 0.1)
+    groups = parameter_groups(NAMES, DECAYED, 1e-3, factor, 0.1, head, 0.2)
+
+    assert groups[-2:] == [
+        {"params": ["top.weight"], "weight_decay": 0.1, "lr": 0.2},
+        {"params": ["top.bias"], "weight_decay": 0.0, "lr": 0.2},
+    ]
+    kept = [{**one, "params": [name for name in one["params"] if name not in head]} for one in before]
+    assert groups[:-2] == [one for one in kept if one["params"]]
+
+
+def test_group_of_the_head_without_members_is_left_out() -> None:
+    groups = parameter_groups(
+        ["m.w.weight", "m.w.bias", "score.weight"],
+        {"m.w.weight", "score.weight"},
+        1e-3,
+        1.0,
+        0.1,
+        {"score.weight"},
+        0.2,
+    )
+    assert [group["params"] for group in groups] == [["m.w.weight"], ["m.w.bias"], ["score.weight"]]
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def first_step(folder: Path, model: Path, **blocks: Any) -> dict[str, float]:
+    """Name to the longest way of a value of each trained tensor; of AdamW's first step it is the rate itself."""
+    ways: dict[str, float] = {}
+    original = InitialWeights.moved
+
+    def moved(self: InitialWeights, model: Any, optimizer: Any, with_gradient: frozenset[str]) -> Any:
+        behind = optimizer.optimizer
+        ways["in backward"] = float(isinstance(behind, InBackward))
+        for name, parameter in methods.trained(model).items():
+            ways[name] = float((parameter.detach().float() - self._before(name).float()).abs().max())
+        return original(self, model, optimizer, with_gradient)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InitialWeights, "moved", moved)
+        reached = runs.run(folder, model, tiny.topic_rows(), **blocks)
+    assert reached.plan is not None
+    assert (reached.plan.learning_rate, reached.plan.head_learning_rate) == (BODY, HEAD)
+    assert [line["learning_rate"] for line in runs.events(folder, "train")] == pytest.approx([BODY])
+    return ways
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "train"),
+    [
+        ("bert", FULL, {}),
+        ("llama", FULL, {}),
+        ("bert", FULL, {"optim": "adamw_torch"}),
+        ("bert", FULL, {"optim": "adamw_bf16"}),
+        ("bert", FULL, BACKWARD),
+        ("bert", {"kind": "lora"}, {}),
+        ("llama", {"kind": "lora"}, {"optim": "adamw_8bit"}),
+        ("bert", {"kind": "adapter"}, {}),
+        ("bert", {"kind": "prompt"}, {}),
+        ("bert", {"kind": "peft", "type": "IA3"}, {}),
+    ],
+)
+def test_head_moves_by_its_rate_and_everything_else_by_the_methods(
+    kind: str, method: dict[str, Any], train: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny.save_model(tmp_path / "model", kind)
+    ways = first_step(tmp_path, model, method={**method, **RATES}, train={**FIRST, **train})
+
+    assert bool(ways.pop("in backward")) == ("optimizer_in_backward" in train)
+    of_head = {name: way for name, way in ways.items() if name.startswith(("classifier.", "score.", "bert.pooler."))}
+    body = {name: way for name, way in ways.items() if name not in of_head}
+    assert of_head
+    assert body
+    assert {name for name, way in of_head.items() if not 0.5 * HEAD < way < 1.1 * HEAD} == set()
+    assert max(body.values()) == pytest.approx(BODY, rel=0.1)
+
+
+def test_rate_by_layer_stays_the_bodys(tiny_encoder: Path, tmp_path: Path) -> None:
+    runs.run(
+        tmp_path,
+        tiny_encoder,
+        tiny.topic_rows(),
+        method={**FULL, "learning_rate": 1e-3, "head_learning_rate": HEAD, "layerwise_lr_decay": 0.1},
+        train=FIRST,
+    )
+    before, after = load_file(tiny_encoder / "model.safetensors"), runs.final_weights(tmp_path)
+
+    def way(name: str) -> float:
+        return float((after[f"bert.{name}"] - before[name]).abs().max())
+
+    assert way("pooler.dense.weight") == pytest.approx(HEAD, rel=0.05)
+    assert way("encoder.layer.1.output.dense.weight") == pytest.approx(1e-4, rel=0.05)
+    assert way("embeddings.word_embeddings.weight") == pytest.approx(1e-6, rel=0.05)
+
+
+@pytest.mark.parametrize("method", [{**FULL, "layerwise_lr_decay": 0.9}, {"kind": "lora"}])
+def test_run_interrupted_and_continued_equals_an_unbroken_one(method: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    train = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 1}
+    blocks: dict[str, Any] = {"method": {**method, "learning_rate": 1e-3, "head_learning_rate": HEAD}, "train": train}
+    whole = runs.run(tmp_path / "whole", model, tiny.topic_rows(), **blocks)
+    with pytest.raises(Exception, match="a fault"):
+        runs.run(
+            tmp_path / "broken",
+            model,
+            tiny.topic_rows(),
+            options={"listener": runs.at_step(5, runs.fail)},
+            **blocks,
+        )
+    runs.run(tmp_path / "broken", model, tiny.topic_rows(), **blocks)
+    assert len(runs.events(tmp_path / "broken", "train")) < 8 + 5
+    assert whole.plan is not None
+    one, other = (
+        load_file(next((tmp_path / side / "run" / whole.plan.model_folder).glob("*model.safetensors")))
+        for side in ("whole", "broken")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- plan --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "value", "reason"), [(0.01, 0.01, "from the recipe"), (None, 2e-3, "the same as")])
+def test_plan_says_the_heads_rate_and_why(
+    given: float | None, value: float, reason: str, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    method = {**FULL, "learning_rate": 2e-3, "head_learning_rate": given}
+    plan = runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), method=method, until="plan").plan
+    assert plan is not None
+    assert plan.head_learning_rate == given
+    noted = next(one for one in plan.settings if one.name == "method.head_learning_rate")
+    assert (noted.value, noted.chosen) == (value, given is None)
+    assert noted.reason.startswith(reason)
