@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_logged_loss_is_the_mean_over_rows_or_trained_tokens(case: str, tmp_path
     job = runs.job(tmp_path, model, rows(), train=train, **blocks)
     reached = runs.run(tmp_path, model, rows(), train=train, **blocks)
     summary, task = reached.summary, task_named(job.recipe.task)
-    target = Target(summary.problem_type, summary.columns, summary.labels, summary.joint)
+    target = replace(Target.of(summary), logit_scale=summary.scale or (0.0, 1.0))
     torch.manual_seed(42)
     applied, tokenizer = load_for_training(job.recipe, task, target)
     untrained = applied.model

@@ -49,8 +49,8 @@ TRAIN: dict[str, Any] = {
 }
 
 
-def recipe_in(folder: Path, model: Path, settings: Any, **train: Any) -> Path:
-    data = tiny.write_csv(folder / "rows.csv", tiny.topic_rows(50))
+def recipe_in(folder: Path, model: Path, settings: Any, rows: runs.Rows = (), **train: Any) -> Path:
+    data = tiny.write_jsonl(folder / "rows.jsonl", rows or tiny.topic_rows(50))
     (folder / "zero.json").write_text(json.dumps(settings), encoding="utf-8")
     train = {**TRAIN, "num_processes": 2, "extra": {"deepspeed": "zero.json"}, **train}
     return tiny.write_recipe(folder / "recipe.yaml", model, data, train=train)
@@ -112,6 +112,30 @@ def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_proc
     loaded = AutoModelForSequenceClassification.from_pretrained(folder / "run" / "models" / "full")
     assert loaded.dtype == torch.float32
     assert list((folder / "run" / "checkpoints").glob("*/*")) == []
+
+
+def test_numbers_are_given_in_the_users_units(tmp_path: Path) -> None:
+    """A head that is kept gets other units before training, and the user's again in the finished model."""
+    rows = [
+        {"text": row["text"], "label": 1e6 + 1e3 * (number % 7) + 0.5} for number, row in enumerate(tiny.topic_rows(50))
+    ]
+    pretrained = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    first = runs.run(tmp_path / "first", pretrained, rows, train={"max_steps": 2})
+    model, train = first.folder / "models" / "full", {"max_steps": 6, "num_train_epochs": None}
+    runs.run(tmp_path / "one", model, rows, train={**TRAIN, **train})
+    folder = tmp_path / "two"
+    folder.mkdir()
+    shared = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    recipe = recipe_in(folder, model, shared, rows, **train)
+    running = start(folder, recipe)
+    log = finish(folder, running)
+
+    assert running.returncode == 0, log
+    assert losses(folder) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    expected, found = runs.final_weights(tmp_path / "one"), runs.final_weights(folder)
+    assert float(found["classifier.bias"]) == pytest.approx(1e6, rel=0.01)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=0.1, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_example_runs_from_rows_to_report(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def test_not_finite_stops_unless_the_loss_scale_is_to_blame(
         ([4.0] * 10 + [1.5] * 20 + [9.0] * 8 + [1.5] * 12, "go on"),  # a spike that passed
         ([4.0] * 10 + [1.5] * 20 + [3.9] * 20, "go on"),  # still better than at the beginning
         ([2.0] * 10 + [1.6] * 20 + [2.5] * 20, "go on"),  # it had not fallen much
+        ([1.2, 0.4] * 5 + [0.8, 0.2] * 5 + [1.2, 0.6] * 10, "go on"),  # as batches of a regression differ by chance
+        ([1.2, 0.8] * 5 + [0.2, 0.1] * 5 + [1.6, 0.9] * 10, "stop"),
         ([4.0] * 60, "go on"),
         ([0.0] * 60, "go on"),  # learned by heart
         ([-1.0] * 60, "go on"),  # a loss of another kind
@@ -86,7 +88,7 @@ def test_diverged_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float
     decision = diverged(losses, 6.3e-3)
 
     assert decision.action == action
-    if action == "stop":
+    if action == "stop" and losses[0] == 4:
         assert decision.reason == (
             "the loss diverged: it fell from 4 to 1.5, but the median of the last 20 values is 4.5. "
             "Usual cause: a learning rate that is too high (here 0.0063); take a third of it"

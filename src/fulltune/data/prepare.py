@@ -27,6 +27,7 @@ from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
 from fulltune.data.readers.read import DataFiles, content_hash
+from fulltune.data.scale import far_off, scale_of
 from fulltune.data.sources import Preprocess, SourceRows, describe, find_files, read_rows
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.errors import DataError, RecipeError, SetupError
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 DROPPED = "dropped.jsonl"
-FORMAT = 5
+FORMAT = 6
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
 
@@ -167,11 +168,9 @@ def _make(
         summaries[name] = _summarise(split, Rows(folder / name)["length"], asked.get(name))
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
-    remarks += [
-        f"{counted(splits[name].num_rows, f'{name} row')} where data.{name}_fraction asks for {few:,}: each label that "
-        "has several texts gives at least one, with all rows that are equal to it or nearly so"
-        for name, few in asked.items()
-    ]
+    remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
+    scale, explained, far = _of_target(target, train, folder / "train")
+    remarks += far
     if packed:
         remarks.append(_packing_note(train, summaries["train"], limit))
     longest = max(whole.longest for whole in encoded.values())
@@ -188,7 +187,8 @@ def _make(
         max_length=longest if shrinks else limit,
         max_length_reason="the longest row" if shrinks else reason,
         limit=limit,
-        length_explained=_length_explained(target, train, folder / "train"),
+        scale=scale,
+        length_explained=explained,
         splits=summaries,
         sources={name: f"file {split.where}" if split.is_file else off_train for name, split in splits.items()},
         dropped=_dropped(encoded),
@@ -293,6 +293,13 @@ def _summarise(split: Split, lengths: np.ndarray, asked: int | None) -> SplitSum
     )
 
 
+def _asked_note(name: SplitName, num_rows: int, few: int) -> str:
+    return (
+        f"{counted(num_rows, f'{name} row')} where data.{name}_fraction asks for {few:,}: each label that has several "
+        "texts gives at least one, with all rows that are equal to it or nearly so"
+    )
+
+
 def _packing_note(train: Split, summary: SplitSummary, limit: int) -> str:
     texts, pieces = train.num_rows, int(train.examples.sum())
     share = summary.tokens / max(1, summary.rows * limit)
@@ -303,19 +310,22 @@ def _packing_note(train: Split, summary: SplitSummary, limit: int) -> str:
     )
 
 
-def _length_explained(target: Target, train: Split, folder: Path) -> float:
+def _of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float, list[str]]:
+    """What follows from the train rows' targets: `scale` and `length_explained` of the summary, and notes."""
     whole, chosen = train.source, train.examples
     lengths = whole.lengths[chosen]
     if target.problem_type == "regression":
-        return explained_by_value(lengths, Rows(folder)["labels"])
+        values = np.asarray(Rows(folder)["labels"])
+        scale = scale_of(values, train.where, target.columns["label"])
+        return scale, explained_by_value(lengths, values), far_off(values, scale)
     if not target.labels:
-        return 0.0
+        return None, 0.0, []
     numbers: dict[bytes, int] = {}  # of each set of labels
     sets = [
         numbers.setdefault(whole.label_numbers[start:end].tobytes(), len(numbers))
         for start, end in pairwise(whole.label_ends)
     ]
-    return explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]])
+    return None, explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]]), []
 
 
 def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple[Preview, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.methods import virtual_tokens_of
+from fulltune.methods.head import output_layer_of
 from fulltune.tasks import LENGTH, Predictions, Target, Task, seq2seq
 from fulltune.tasks.padding import mask, padded
 
@@ -64,7 +65,7 @@ def run_rows(
         batch = _on_device(model, model_batch(model, task, [rows[i] for i in positions], pad_token_id))
         labels = batch.pop("labels")
         selecting = contextlib.nullcontext() if head is None else head.only(labels, in_pieces=head.in_pieces)
-        with autocast(model.device.type, precision), selecting:
+        with autocast(model.device.type, precision), selecting, whole_numbers(model, target):
             logits = logits_of(model(**batch))
         reduced = task.reduce(logits, labels, target)
         return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in reduced.items()}
@@ -210,6 +211,34 @@ def autocast(device_type: str, precision: str) -> contextlib.AbstractContextMana
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device_type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+@contextlib.contextmanager
+def whole_numbers(model: Any, target: Target) -> Iterator[None]:
+    """Inside, the last layer of a head that gives numbers computes in float32, as long as its weights are: in bf16
+    526,580 and 528,000 are the same, and fp16 ends at 65,504."""
+    layer = None
+    if target.problem_type == "regression":
+        layer = output_layer_of(getattr(model, "module", model), 1)  # DeepSpeed's engine has the model inside
+    if layer is None:
+        yield
+        return
+    # Before the hook of DeepSpeed that takes the weights away again.
+    hook = layer.register_forward_hook(_in_float32, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _in_float32(layer: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    """In place of what a linear layer has given for inputs[..., features]."""
+    import torch
+
+    if layer.weight.dtype != torch.float32 or output.dtype == torch.float32:
+        return output
+    with torch.autocast(output.device.type, enabled=False):
+        return torch.nn.functional.linear(inputs[0].float(), layer.weight, layer.bias)
 
 
 class Share(Sequence[Mapping[str, Any]]):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
 from fulltune.methods import PROMPT_MODULE
+from fulltune.models import output_layer
 from fulltune.recipe.tasks import FACTS, TaskName
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
@@ -21,14 +25,27 @@ def names_of(model: Any, task: TaskName, arm: str) -> tuple[str, ...]:
     """
     if not FACTS[task].head_is_new:
         return ()
-    prefix = model.base_model_prefix
-    body = getattr(model, prefix, None)
-    if body is None:
+    if _body_of(model) is None:
         raise RecipeError(
             f"method {arm}: {type(model).__name__} does not tell its body from its head; take full, without "
             "head_learning_rate"
         )
-    pooler = [f"{prefix}.pooler"] if _has_weights(getattr(body, "pooler", None)) else []
+    return _above_body(model)
+
+
+def output_layer_of(model: Any, num_outputs: int) -> nn.Linear | None:
+    """A new head's last linear layer of this size, before a method is applied and after; None where there is none, or
+    where the model does not tell its body from its head."""
+    return None if _body_of(model) is None else output_layer.linear_of(model, _above_body(model), num_outputs)
+
+
+def _body_of(model: Any) -> Any:
+    return getattr(model, model.base_model_prefix, None)
+
+
+def _above_body(model: Any) -> tuple[str, ...]:
+    prefix = model.base_model_prefix
+    pooler = [f"{prefix}.pooler"] if _has_weights(getattr(_body_of(model), "pooler", None)) else []
     others = (prefix, PROMPT_MODULE)
     return (*pooler, *(name for name, child in model.named_children() if name not in others and _has_weights(child)))
 

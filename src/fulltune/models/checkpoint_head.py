@@ -106,7 +106,7 @@ def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has
             "which label; take a checkpoint without a head"
         )
     parameters = {name: model.get_parameter(name) for name in rows}
-    with torch.no_grad(), _put_together(list(parameters.values())):
+    with torch.no_grad(), put_together(list(parameters.values())):
         if head.order is None:
             _draw(model, parameters)
         else:
@@ -142,7 +142,7 @@ def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) 
         model._init_weights(model.get_submodule(owner))
 
 
-def _put_together(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+def put_together(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
     """Whole tensors where DeepSpeed's stage 3 has shared them out; the first process changes them for all."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()

@@ -63,6 +63,8 @@ class DataSummary(Record):
     max_length_reason: str
     limit: int = 0
     """Longest row that could have been kept, in tokens: `max_length` is less when all rows are shorter."""
+    scale: tuple[float, float] | None = None
+    """Mean and standard deviation of the train rows' numbers; None: the target is no number."""
     length_explained: float = 0.0
     """Share of the variance of the train rows' length that the target explains, 0 to 1."""
     splits: dict[SplitName, SplitSummary]

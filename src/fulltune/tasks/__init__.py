@@ -45,11 +45,23 @@ class Target:
     """Choices of each row (multiple-choice)."""
     stride: int | None = None
     """Tokens by which the windows of a long context overlap; None: a third of a window. Only tokenising asks."""
+    scale: tuple[float, float] | None = None
+    """Mean and standard deviation of the train rows' numbers: losses are in units of the latter. None: not known."""
+    logit_scale: tuple[float, float] = (0.0, 1.0)
+    """Shift and factor that make the number of a logit, `factor * logit + shift`: others than these while a model is
+    trained whose head is not yet in the user's units (`train/worker/scaling.py`)."""
 
     @classmethod
     def of(cls, summary: DataSummary) -> Target:
         """The target of prepared data."""
-        return cls(summary.problem_type, summary.columns, summary.labels, summary.joint, summary.num_choices)
+        return cls(
+            summary.problem_type,
+            summary.columns,
+            summary.labels,
+            summary.joint,
+            summary.num_choices,
+            scale=summary.scale,
+        )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ def loss(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: L
 def row_losses(logits: torch.Tensor, labels: torch.Tensor, target: Target, settings: LossSettings) -> torch.Tensor:
     """Cross entropy, binary cross entropy averaged over labels, or squared error: [batch].
 
+    The error of a number is in units of the train rows' standard deviation, where that is known, whatever the logits'
+    own units are: 1 is what the mean of the train rows gets.
+
     Args:
         logits: `logits[batch, classes]`; of a number `logits[batch, 1]`.
         labels: `labels[batch]`, classes or numbers; of several labels 0 or 1, `labels[batch, classes]`.
@@ -59,7 +62,10 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor, target: Target, setti
     smooth = settings.label_smoothing
     match target.problem_type:
         case "regression":
-            return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+            shift, factor = target.logit_scale
+            expected = ((labels.double() - shift) / factor).float()  # in the logits' units: near 1e8 fp32 has no ones
+            unit = target.scale[1] if target.scale else 1.0
+            return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
         case "multi_label":
             soft = labels * (1 - smooth) + smooth / 2
             return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none").mean(dim=-1)
@@ -73,8 +79,13 @@ def count_items(labels: torch.Tensor) -> int:
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
-    """Keep `logits[batch, classes]` as float32, `labels` and the plain `loss[batch]`: small whatever the length."""
-    return {"logits": logits.float(), "labels": labels, "loss": row_losses(logits, labels, target, LossSettings())}
+    """Keep `logits[batch, classes]` as float32, of numbers in the user's units, `labels` and the plain `loss[batch]`:
+    small whatever the length."""
+    kept = logits.float()
+    if target.problem_type == "regression":
+        shift, factor = target.logit_scale
+        kept = (factor * logits.double() + shift).float()
+    return {"logits": kept, "labels": labels, "loss": row_losses(logits, labels, target, LossSettings())}
 
 
 def metrics(kept: Predictions, target: Target) -> dict[str, float]:

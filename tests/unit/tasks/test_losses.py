@@ -52,6 +52,25 @@ def test_loss_regression_is_squared_error() -> None:
     assert text_classification.loss(outputs, labels, NUMBER, LossSettings()) == pytest.approx(1.25)
 
 
+@pytest.mark.parametrize(
+    ("mean", "spread", "logit_scale"),
+    [(1e6, 1e3, (1e6, 1e3)), (1e6, 1e3, (0.0, 1e6)), (1e6, 1e3, (0.0, 1.0)), (2e-4, 1e-5, (2e-4, 1e-5))],
+)
+def test_loss_of_numbers_is_in_units_of_their_spread_whatever_the_logits_are_in(
+    mean: float, spread: float, logit_scale: tuple[float, float]
+) -> None:
+    target = Target("regression", {}, scale=(mean, spread), logit_scale=logit_scale)
+    shift, factor = logit_scale
+    given, true = (mean + spread * torch.tensor(values, dtype=torch.float64) for values in ([-1.0, 0.5], [0.0, 2.0]))
+    logits = ((given - shift) / factor).float().unsqueeze(-1)
+
+    kept = text_classification.reduce(logits, true.float(), target)
+
+    assert kept["loss"] == pytest.approx([1.0, 2.25], rel=1e-3)
+    assert kept["logits"].squeeze(-1) == pytest.approx(given.tolist(), abs=1e-3 * spread)
+    assert text_classification.loss(logits, true.float(), target, LossSettings()) == pytest.approx(3.25, rel=1e-3)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_of_tokens_is_shifted_and_masked(smoothing: float) -> None:
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))

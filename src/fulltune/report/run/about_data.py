@@ -19,7 +19,7 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.run.read import RunView
 from fulltune.report.run.row_words import has_images, has_untrained_tokens, row_words
-from fulltune.text import counted
+from fulltune.text import counted, format_number
 
 _PREVIEWS = 5
 _LABELS_OPEN = 12
@@ -37,6 +37,9 @@ def data(view: RunView) -> Section | None:
     if not has_images(summary):
         longest = f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}"
         facts.append((row_words(summary).longest, longest))
+    if summary.scale is not None:
+        mean, spread = map(format_number, summary.scale)
+        facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
     facts.append(("fingerprint of files and settings", summary.fingerprint))
     blocks: list[Block] = [_splits(summary), Facts(tuple(facts))]
     if summary.notes:

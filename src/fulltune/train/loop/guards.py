@@ -69,6 +69,8 @@ def nothing_learned(moved: Moved, reached: bool, largest_grad_norm: float | None
 WINDOW = 10
 """Logged losses that are taken together: single ones jump."""
 _FELL = 0.75
+_SURE = 4.0
+"""Standard errors of a window's mean."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
 _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
 _LEAST_READINGS = 4
@@ -91,14 +93,17 @@ def diverged(losses: Sequence[float], learning_rate: float, untrained: float | N
 def fell_and_rose(losses: Sequence[float], learning_rate: float) -> GuardDecision:
     """Stop when the loss had fallen well, and is back where it began.
 
-    Judged over the last `2 * WINDOW` logged losses, so that a spike that passes stops nothing. MiniLM-L6 with LoRA at
+    Judged over the last `2 * WINDOW` logged losses, so that a spike that passes stops nothing. It had fallen when that
+    was no chance of a few batches, whose squared errors differ by half and more (regression). MiniLM-L6 with LoRA at
     6.3e-3 fell from 4.3 to 1.6, spiked to 7.7, and then gave one class for the rest of the run (docs/log.md).
     """
     first, now = statistics.fmean(losses[:WINDOW] or [0.0]), statistics.median(losses[-2 * WINDOW :] or [0.0])
     if len(losses) < 4 * WINDOW or first <= 0 or now < first:
         return GO_ON
-    lowest = min(statistics.fmean(losses[place : place + WINDOW]) for place in range(len(losses) - WINDOW + 1))
-    if lowest > _FELL * first:
+    windows = (losses[place : place + WINDOW] for place in range(len(losses) - WINDOW + 1))
+    low = min(windows, key=statistics.fmean)
+    lowest, error = statistics.fmean(low), math.hypot(*map(statistics.stdev, (losses[:WINDOW], low))) / WINDOW**0.5
+    if lowest > _FELL * first or first - lowest < _SURE * error:
         return GO_ON
     return GuardDecision(
         "stop",

@@ -94,6 +94,8 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     whole_state = weights.whole_state(trainer)
     if not attempt.is_main:
         return {}
+    if attempt.scaled is not None:
+        attempt.scaled.fold(trainer.model, whole_state)
     weights.save_model(attempt.applied, trainer.processing_class, request, attempt.summary, whole_state)
     attempt.observed.disk(request.checkpoints, request.initial_weights, request.model_folder)
     return {
@@ -182,7 +184,7 @@ def _judge_end(attempt: AttemptContext, state: Any) -> None:
     if attempt.hooks.compute_loss is not None:
         return
     losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
-    decision = ended_high(losses, eval_losses, attempt.plan.learning_rate, attempt.observed.dry_run_loss)
+    decision = ended_high(losses, eval_losses, attempt.plan.learning_rate, attempt.untrained_loss)
     if decision.action == "stop":
         raise Diverged(decision.reason)
     if decision.action == "warn":

@@ -23,6 +23,7 @@ from fulltune.tasks import Task
 from fulltune.tasks.causal_lm import end_token
 from fulltune.tasks.padding import IGNORED
 from fulltune.text import counted
+from fulltune.train.worker import scaling
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.dry_run import check_of
 from fulltune.train.worker.passes import batch_of
@@ -46,7 +47,7 @@ def before_training(attempt: AttemptContext, rows: Rows) -> list[Check]:
         _dropout(model),
     ]
     if attempt.head is not None:
-        checks.append(Check(name="head", result=attempt.head.in_words, passed=True))
+        checks.append(scaling.check(attempt, attempt.head.in_words))
     if writes:
         checks.append(_trained_tokens(rows))
     if summary.problem_type in ("prompt_completion", "chat", "source_target"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fulltune import methods
 from fulltune.inference.run import Share, by_length, run_rows
@@ -24,6 +24,9 @@ from fulltune.train.request import Request
 from fulltune.train.worker import distributed
 from fulltune.train.worker.observed import Observed
 
+if TYPE_CHECKING:
+    from fulltune.train.worker.scaling import Scaled
+
 
 @dataclass
 class AttemptContext:
@@ -40,6 +43,10 @@ class AttemptContext:
     applied: methods.Applied = field(init=False)
     head: Head | None = None
     """What became of the head, for tasks that may need a new one."""
+    scaled: Scaled | None = None
+    """The last layer of a head that learns numbers in other units than the user's."""
+    about_scale: str = ""
+    """Those units in words, or why they are the user's; empty: no numbers are learned."""
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -59,9 +66,20 @@ class AttemptContext:
     def task(self) -> Task:
         return task_named(self.recipe.task)
 
-    @cached_property
+    @property
     def target(self) -> Target:
-        return Target.of(self.summary)
+        """What is learned, with the units of the logits as they are now."""
+        target, scaled = Target.of(self.summary), self.scaled
+        return target if scaled is None else replace(target, logit_scale=(scaled.shift, scaled.factor))
+
+    @property
+    def untrained_loss(self) -> float | None:
+        """A loss before any update, for what judges a loss that rises: that of the dry run. A new head's squared errors
+        begin at 1 and more (`tasks.classes.row_losses`), but those of one batch of similar rows far below."""
+        measured = self.observed.dry_run_loss
+        if self.summary.scale is None or self.head is None or self.head.order is not None:
+            return measured
+        return max(measured or 0.0, 1.0)
 
     @cached_property
     def sharing(self) -> deepspeed.Zero | None:

@@ -26,7 +26,7 @@ from fulltune.tasks.settings import class_weights
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.callbacks import AtBegin, SaveAndStopEarly, Seals, StopWhenDiverged
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.worker import distributed, extensions, weights
+from fulltune.train.worker import distributed, extensions, scaling, weights
 from fulltune.train.worker.context import AttemptContext
 
 
@@ -78,7 +78,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
 
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
-        summed = task.loss(logits_of(outputs), labels, target, settings)
+        summed = task.loss(logits_of(outputs), labels, attempt.target, settings)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
 
     attempt.trainer = FullTrainer(
@@ -103,6 +103,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         # Beside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR goes first.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(attempt.request.tensorboard)
+    scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows
 
@@ -127,6 +128,6 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
         attempt.journal,
     )
     # A loss of the user's own may rise for good reasons.
-    guards = [StopWhenDiverged(lambda: observed.dry_run_loss)] if attempt.hooks.compute_loss is None else []
+    guards = [StopWhenDiverged(lambda: attempt.untrained_loss)] if attempt.hooks.compute_loss is None else []
     stepping = AtBegin(lambda: attempt.journal.at("step"))
     return [stepping, attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop]

@@ -1,0 +1,49 @@
+"""The spread of the train rows' numbers: regression is trained in units of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fulltune.errors import DataError
+
+FAR = 30.0
+"""Standard deviations."""
+
+
+def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float]:
+    """Mean and standard deviation.
+
+    Args:
+        numbers: The train rows' targets, float64 [rows].
+        where: Their file.
+        column: Their column.
+
+    Raises:
+        DataError: When they are all the same, or as good as the same for numbers of 32 bits, which models give.
+    """
+    mean, spread = float(numbers.mean()), float(numbers.std())
+    rows = f"{where}: all {len(numbers):,} train rows have"
+    if numbers.min() == numbers.max():
+        raise DataError(
+            f"{rows} the same target {numbers[0]:g} in column '{column}'; there is nothing to learn: give rows with "
+            "other targets (data.train), or name another column (data.label)"
+        )
+    apart = float(np.spacing(np.float32(abs(mean))))
+    if spread < apart:
+        raise DataError(
+            f"{rows} nearly the same target in column '{column}': {mean:.9g}, give or take {spread:.3g}, where numbers "
+            f"of 32 bits lie {apart:.3g} apart; subtract {mean:.3g} from all targets"
+        )
+    return mean, spread
+
+
+def far_off(numbers: np.ndarray, scale: tuple[float, float]) -> list[str]:
+    """A note about a target that is so far away from all others that these are nearly the same beside it."""
+    mean, spread = scale
+    farthest = float(numbers[np.argmax(np.abs(numbers - mean))])
+    if abs(farthest - mean) < FAR * spread:
+        return []
+    return [
+        f"the train target {farthest:g} is {abs(farthest - mean) / spread:,.0f} standard deviations ({spread:.3g}) "
+        f"from the mean ({mean:.3g}), and targets are learned in units of that: remove the row if it is a mistake"
+    ]

@@ -1,0 +1,112 @@
+"""Regression in units of the targets' spread: the head's last layer learns them, and gets the user's when it is saved.
+
+A head starts near 0, and a step of AdamW moves a value by the rate at most: targets near 500,000 are out of its reach,
+and their loss is of the order of 1e11. So the layer learns (number - mean) / spread of the train rows, and the finished
+model has `spread * weight` and `spread * bias + mean`, which is the same function for anyone who loads it. Checkpoints
+and the weights before step 1 keep what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fulltune.inference.run import autocast, by_length
+from fulltune.inference.store import Rows
+from fulltune.methods import head
+from fulltune.models import output_layer
+from fulltune.records.training import Check
+from fulltune.train.worker.passes import batch_of
+
+if TYPE_CHECKING:
+    from fulltune.train.worker.context import AttemptContext
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The last layer of a head that learns (number - shift) / factor."""
+
+    layer: torch.nn.Linear
+    shift: float
+    factor: float
+
+    def fold(self, model: Any, state: MutableMapping[str, torch.Tensor] | None) -> None:
+        """Give the finished model the user's units.
+
+        Args:
+            model: It is changed where it is whole.
+            state: The whole weights of a model that DeepSpeed shares out, which are changed instead; None without it.
+        """
+        if state is None:
+            output_layer.rescale(self.layer, self.shift, self.factor)
+            return
+        path = next(name for name, module in model.named_modules() if module is self.layer)
+        tensors = {name: state[f"{path}.{name}"] for name, _ in self.layer.named_parameters()}
+        values = output_layer.rescaled(tensors, self.shift, self.factor)
+        state.update({f"{path}.{name}": one for name, one in values.items()})
+
+
+def settle(attempt: AttemptContext, rows: Rows) -> None:
+    """Have a head learn numbers in units of their spread, where that can be undone; a kept one goes on in them."""
+    if attempt.summary.scale is None:
+        return
+    mean, spread = attempt.summary.scale
+    layer = head.output_layer_of(attempt.applied.model, 1)
+    problem = _problem(attempt, rows, layer)
+    if problem or layer is None:
+        attempt.about_scale = f"it learns the numbers as they are: {problem}"
+        return
+    # Without a bias nothing can be added: what is left is their size.
+    shift, factor = (mean, spread) if layer.bias is not None else (0.0, math.hypot(mean, spread))
+    attempt.scaled = Scaled(layer, shift, factor)
+    minus = f"(number - {shift:.6g})" if shift else "number"
+    attempt.about_scale = f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved"
+    if attempt.head is not None and attempt.head.order is not None:
+        output_layer.rescale(layer, -shift / factor, 1 / factor)
+
+
+def _problem(attempt: AttemptContext, rows: Rows, layer: torch.nn.Linear | None) -> str | None:
+    """Why the numbers are learned as they are."""
+    if attempt.hooks.compute_loss is not None:
+        return "compute_loss is your own"
+    if layer is None or not layer.weight.requires_grad:
+        return "no last layer with one output was found in the head"
+    if attempt.sharing is None and not _ends_with(attempt, layer, rows):
+        return "the model changes what its head's last layer gives"
+    return None
+
+
+def _ends_with(attempt: AttemptContext, layer: torch.nn.Linear, rows: Rows) -> bool:
+    """Whether the model's logits are what this layer gives, for two short rows."""
+    trainer, seen = attempt.trainer, list[torch.Tensor]()
+    hook = layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    batch = batch_of(trainer, [rows[i] for i in by_length(rows)[-2:]])
+    del batch["labels"]
+    model: Any = trainer.model
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), autocast(model.device.type, attempt.plan.precision):
+        logits = model(**batch).logits
+    model.train(was_training)
+    hook.remove()
+    return len(seen) == 1 and bool(torch.isin(logits.float(), seen[0].float()).all())
+
+
+def check(attempt: AttemptContext, found: str) -> Check:
+    """What became of the head, and its units; weights in bf16 must be able to tell the numbers apart."""
+    if attempt.about_scale:
+        found = f"{found}; {attempt.about_scale}"
+    scale, scaled = attempt.summary.scale, attempt.scaled
+    if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
+        return Check(name="head", result=found, passed=True)
+    size, spread = max(abs(scale[0]), scale[1]), scale[1]
+    apart = 2.0 ** (math.frexp(size)[1] - 8)  # bf16 has 8 digits
+    lie = f"near {size:.3g} the numbers of bf16 weights (model.weights_dtype) lie {apart:.3g} apart"
+    if apart <= spread:
+        return Check(name="head", result=f"{found}; {lie}", passed=True)
+    why = f"{lie}, and the targets' spread is {spread:.3g}; set weights_dtype: fp32"
+    return Check(name="head", result=why, passed=False)

@@ -1,0 +1,273 @@
+"""Regression: what is learned does not depend on the targets' units, and the finished model gives the user's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from fulltune import predict
+from fulltune.errors import DataError, GuardStop
+from fulltune.methods import head
+from fulltune.system.run_folder import Reached
+from fulltune.train.worker import scaling
+from tests import tiny
+from tests.train import runs
+from tests.train.test_learning import NO_DROPOUT, labelled
+
+SIGNAL = (-1.5, -0.5, 0.25, 1.75)
+SCALES = {"standard": (0.0, 1.0), "large": (1e6, 1e3), "small": (2e-4, 1e-5), "far": (1e8, 1e4)}
+RUN: dict[str, Any] = {
+    "data": {"label": "score", "problem_type": "regression"},
+    "method": {"kind": "full", "learning_rate": 2e-3},
+    "train": {"num_train_epochs": 8, "eval_strategy": "steps", "eval_steps": 30, "group_by_length": False},
+    "evaluate": {"metric": "r2", "bootstrap_samples": 100, "generate_rows": 0},
+}
+METHODS: list[dict[str, Any]] = [
+    {"kind": "full", "learning_rate": 2e-3},
+    *({"kind": kind, "learning_rate": 1e-2} for kind in ("head", "lora", "adapter", "prompt")),
+    {"kind": "peft", "type": "IA3", "learning_rate": 1e-2},
+]
+
+
+def rows_in(scale: tuple[float, float], count: int = 240) -> list[dict[str, Any]]:
+    mean, spread = scale
+    return labelled(count, lambda word: mean + spread * SIGNAL[word], "score")
+
+
+def go(folder: Path, model: Path, scale: tuple[float, float], until: Any = "evaluate", /, **blocks: Any) -> Reached:
+    return runs.run(folder, model, rows_in(scale), until=until, **{**RUN, **blocks})
+
+
+def about_head(folder: Path) -> str:
+    return next(one["result"] for one in runs.events(folder, "checks")[0]["checks"] if one["name"] == "head")
+
+
+def answers(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([one["value"] for one in predict.load(folder).predict([{"text": row["text"]} for row in rows])])
+
+
+def plain(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
+    """What anyone gets from a whole model's folder."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(**batch).logits[:, 0].numpy()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("encoder"), "bert", **NO_DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def large(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reached:
+    """A run on targets around a million."""
+    return go(tmp_path_factory.mktemp("large"), encoder, SCALES["large"])
+
+
+@pytest.fixture(scope="module")
+def body(large: Reached, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder without a head that has learned to tell the rows apart."""
+    folder, trained = tmp_path_factory.mktemp("body"), large.folder / "models" / "full"
+    AutoModel.from_pretrained(trained).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(trained).save_pretrained(folder)
+    return folder
+
+
+# ---- units -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_targets_of_any_size_are_learned_alike(name: str, encoder: Path, large: Reached, tmp_path: Path) -> None:
+    mean, spread = SCALES[name]
+    reached = go(tmp_path, encoder, SCALES[name])
+
+    found = {metric: one.value for metric, one in reached.scores[-1].metrics.items()}
+    expected = {metric: one.value for metric, one in large.scores[-1].metrics.items()}
+    assert found["r2"] > 0.9
+    assert found["r2"] == pytest.approx(expected["r2"], abs=0.03)
+    assert found["loss"] == pytest.approx(expected["loss"], abs=0.03)
+    assert found["rmse"] / spread == pytest.approx(expected["rmse"] / SCALES["large"][1], abs=0.1)
+    assert found["loss"] < 0.1
+    assert reached.summary.scale == pytest.approx((mean, spread * np.std(SIGNAL)), rel=0.05, abs=0.2 * spread)
+
+    rows, folder = rows_in(SCALES[name])[:12], reached.folder / "models" / "full"
+    given = answers(folder, rows)
+    np.testing.assert_allclose(given, plain(folder, rows), atol=1e-3 * spread, rtol=1e-6)
+    np.testing.assert_allclose(given, [row["score"] for row in rows], atol=spread)
+
+
+def test_losses_of_training_evaluation_and_test_rows_have_one_unit(large: Reached, encoder: Path) -> None:
+    folder = large.folder.parent
+    losses = [event["loss"] for event in runs.events(folder, "train")]
+    evaluated = [event["metrics"]["loss"] for event in runs.events(folder, "eval")]
+    assert 0.3 < losses[0] < 4
+    assert max(losses[-1], min(evaluated), large.scores[-1].metrics["loss"].value) < 0.2
+    trained = large.scores[-1].metrics
+    assert large.summary.scale is not None
+    in_spreads = (trained["rmse"].value / large.summary.scale[1]) ** 2
+    assert trained["loss"].value == pytest.approx(in_spreads, rel=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda one: one["kind"])
+def test_every_method_gives_the_users_numbers(method: dict[str, Any], body: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 60, "num_train_epochs": None}
+    reached = go(tmp_path, body, SCALES["large"], method=method, train={**RUN["train"], **train})
+    assert about_head(tmp_path).startswith("new, drawn at random")
+    assert reached.scores[-1].metrics["r2"].value > 0.8
+    assert reached.plan is not None
+    rows = rows_in(SCALES["large"])[:12]
+    given = answers(reached.folder / reached.plan.model_folder, rows)
+    np.testing.assert_allclose(given, [row["score"] for row in rows], atol=1.5e3)
+
+
+def test_head_without_a_bias_learns_their_size(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "llama")
+    reached = go(tmp_path, model, (3.0, 1.0))
+    assert reached.summary.scale is not None
+    size = np.hypot(*reached.summary.scale)
+    assert f"it learns number / {size:.6g}, and gives the numbers themselves when it is saved" in about_head(tmp_path)
+    rows, folder = rows_in((3.0, 1.0))[:8], reached.folder / "models" / "full"
+    np.testing.assert_allclose(answers(folder, rows), plain(folder, rows), atol=1e-4)
+    assert reached.scores[-1].metrics["r2"].value > 0.8
+
+
+# ---- going on ----------------------------------------------------------------------------------------------------
+
+
+def test_finished_model_goes_on_with_what_it_knows(large: Reached, tmp_path: Path) -> None:
+    model = large.folder / "models" / "full"
+    method = {"kind": "full", "learning_rate": 1e-9}
+    reached = go(tmp_path, model, SCALES["large"], method=method, train={"max_steps": 1, "warmup_steps": 0})
+    assert "kept from the checkpoint; it learns (number - 99" in about_head(tmp_path)
+    assert runs.events(tmp_path, "train")[0]["loss"] < 0.2
+    rows = rows_in(SCALES["large"])[:12]
+    np.testing.assert_allclose(answers(reached.folder / "models" / "full", rows), answers(model, rows), atol=5)
+    untouched = next(row for row in reached.scores if row.kind == "untouched")
+    assert untouched.metrics["rmse"].value == pytest.approx(reached.scores[-1].metrics["rmse"].value, rel=0.05)
+
+
+def test_lora_on_a_finished_model_goes_on_with_what_it_knows(large: Reached, tmp_path: Path) -> None:
+    model = large.folder / "models" / "full"
+    method = {"kind": "lora", "learning_rate": 1e-9}
+    reached = go(tmp_path, model, SCALES["large"], method=method, train={"max_steps": 1, "warmup_steps": 0})
+    rows = rows_in(SCALES["large"])[:12]
+    assert reached.plan is not None
+    folder = reached.folder / reached.plan.model_folder
+    np.testing.assert_allclose(answers(folder, rows), answers(model, rows), atol=5)
+
+
+@pytest.mark.parametrize("method", [{"kind": "full", "learning_rate": 1e-3}, {"kind": "lora", "learning_rate": 1e-2}])
+def test_run_interrupted_and_continued_equals_an_unbroken_one(
+    method: dict[str, Any], large: Reached, tmp_path: Path
+) -> None:
+    """From a model with a head, whose units are changed at each beginning."""
+    model = large.folder / "models" / "full"
+    train = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 1}
+    blocks: dict[str, Any] = {"method": method, "train": train}
+    whole = go(tmp_path / "whole", model, SCALES["far"], "train", **blocks)
+    options = {"listener": runs.at_step(5, runs.fail)}
+    with pytest.raises(Exception, match="a fault"):
+        go(tmp_path / "broken", model, SCALES["far"], "train", options=options, **blocks)
+    go(tmp_path / "broken", model, SCALES["far"], "train", **blocks)
+
+    assert len(runs.events(tmp_path / "broken", "train")) < 8 + 5
+    assert whole.plan is not None
+    one, other = (weights(tmp_path / side / "run" / whole.plan.model_folder) for side in ("whole", "broken"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_run_whose_last_step_is_saved_is_finished_in_the_users_units(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the last checkpoint and the finished model."""
+    train = {"max_steps": 4}
+    whole = go(tmp_path / "whole", encoder, SCALES["large"], "train", train=train)
+    with monkeypatch.context() as patch:
+        patch.setattr(scaling.Scaled, "fold", lambda *_: runs.fail())
+        with pytest.raises(Exception, match="a fault"):
+            go(tmp_path / "broken", encoder, SCALES["large"], "train", train=train)
+    go(tmp_path / "broken", encoder, SCALES["large"], "train", train=train)
+    one, other = (weights(tmp_path / side / "run" / "models" / "full") for side in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert whole.outcome is not None
+    assert whole.outcome.moved is not None
+    assert whole.outcome.moved.num_tensors_moved == whole.outcome.moved.num_tensors_with_gradient
+
+
+def weights(folder: Path) -> Mapping[str, torch.Tensor]:
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+# ---- where it cannot be ------------------------------------------------------------------------------------------
+
+
+def test_own_loss_is_given_the_users_units(encoder: Path, tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        seen.append(labels)
+        return torch.nn.functional.mse_loss(outputs.logits[:, 0], labels)
+
+    options = {"compute_loss": compute_loss}
+    go(tmp_path, encoder, (3.0, 1.0), "train", train={"max_steps": 2}, options=options)
+    assert about_head(tmp_path).endswith("it learns the numbers as they are: compute_loss is your own")
+    assert 1 <= float(seen[-1].min()) < float(seen[-1].max()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced", "said"),
+    [
+        ("output_layer_of", lambda model, num_outputs: None, "no last layer with one output was found in the head"),
+        (
+            "output_layer_of",
+            lambda model, num_outputs: model.bert.encoder.layer[0].output.dense,
+            "the model changes what its head's last layer gives",
+        ),
+    ],
+)
+def test_head_whose_last_layer_is_not_found_learns_the_numbers_as_they_are(
+    name: str, replaced: Any, said: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(head, name, replaced)
+        reached = go(tmp_path, encoder, (1.0, 1.0), "train")
+    assert about_head(tmp_path).endswith(f"it learns the numbers as they are: {said}")
+    rows, folder = rows_in((1.0, 1.0))[:8], reached.folder / "models" / "full"
+    np.testing.assert_allclose(answers(folder, rows), [row["score"] for row in rows], atol=1)
+    assert reached.outcome is not None
+
+
+def test_bf16_weights_that_cannot_tell_the_targets_apart_are_refused(encoder: Path, tmp_path: Path) -> None:
+    blocks: dict[str, Any] = {"model": {"weights_dtype": "bf16"}, "train": {"max_steps": 2, "precision": "bf16"}}
+    with pytest.raises(
+        GuardStop, match=r"lie 4.1e[+]03 apart, and the targets' spread is 1.*; set weights_dtype: fp32"
+    ):
+        go(tmp_path / "far", encoder, SCALES["large"], "train", **blocks)
+    go(tmp_path / "near", encoder, (1.0, 1.0), "train", **blocks)
+    assert "the numbers of bf16 weights (model.weights_dtype) lie 0.00781 apart" in about_head(tmp_path / "near")
+
+
+def test_targets_that_32_bits_cannot_tell_apart_are_refused(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: all \d+ train rows have nearly the same target in column 'score'"
+    ):
+        go(tmp_path, encoder, (1e12, 1.0), "data")
+
+
+def test_notes_of_a_model_say_nothing_of_it(large: Reached) -> None:
+    """Whoever reads the folder needs no scale."""
+    notes = json.loads((large.folder / "models" / "full" / "fulltune.json").read_text(encoding="utf-8"))
+    assert "scale" not in notes
+    copy = shutil.copytree(large.folder / "models" / "full", large.folder / "copy")
+    assert answers(copy, rows_in(SCALES["large"])[:2]) == pytest.approx(SCALES["large"][0], rel=0.01)
