@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("tasks",),),
     (("methods",),),
     (("inference",),),
-    (("footprint",),),
+    (("footprint",), ("probe",)),
     (("stats",),),
     (("plan", "plan/__init__", "plan/elsewhere"),),
     (

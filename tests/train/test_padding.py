@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fulltune.inference.run import embeddings, generate, run_rows
+from fulltune.inference.run import generate, run_rows
 from fulltune.models.base import Base
 from fulltune.models.load import load
+from fulltune.probe import Looker
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, causal_lm, text_classification
 from tests import tiny
@@ -94,9 +95,10 @@ def test_frozen_embeddings_alone_equal_those_in_a_padded_batch(classifier: tuple
     encoded = [dict(one[0].features) for one in text_classification.encode(rows, TARGET, tokenizer, 64)]
 
     def embed(rows: Any, batch_size: int) -> np.ndarray:
-        return embeddings(
-            model, rows, text_classification, tokenizer.pad_token_id, batch_size=batch_size, precision="fp32"
-        )
+        looker = Looker(model, "text-classification", TARGET, tokenizer.pad_token_id, batch_size, "fp32")
+        found = looker.features(rows, layers=None).mean
+        assert found is not None
+        return found
 
     np.testing.assert_allclose(embed(encoded, 5), np.concatenate([embed([row], 1) for row in encoded]), atol=1e-5)
 

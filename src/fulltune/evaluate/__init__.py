@@ -15,6 +15,7 @@ from types import ModuleType
 
 from fulltune import files
 from fulltune.errors import SetupError
+from fulltune.evaluate import untouched as of_untouched
 from fulltune.evaluate.scoring import Scored, Scoring, UserMetrics
 from fulltune.footprint.records import SHAPES
 from fulltune.models.base import Base
@@ -32,6 +33,7 @@ from fulltune.stats.intervals import paired
 from fulltune.stats.row_scores import measure_of
 from fulltune.system.out_of_memory import does_not_fit, is_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named, token_classification
+from fulltune.tasks.settings import class_weights
 
 UNTOUCHED = "before-training"
 """Where the scores of the model before training lie."""
@@ -72,7 +74,8 @@ def scoring_of(
         listener: Told how far each pass over the rows is.
     """
     recipe = with_attention(recipe, plan.attn_implementation)
-    return Scoring(recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, metrics, listener)
+    task, target, weights = task_named(recipe.task), Target.of(summary), class_weights(recipe, summary)
+    return Scoring(recipe, plan, task, target, folder / "data", base, metrics, listener, weights)
 
 
 def baselines(
@@ -103,6 +106,8 @@ def baselines(
 
     made = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
     made |= scorer.baselines(scoring)
+    if scoring.task.FACTS.head_is_new:
+        made |= of_untouched.baselines(scoring, scorer)
     shapes = folder / "plan" / SHAPES
     # The checkpoint can do the task: it is scored as it came. A comparison has it as its method `base`.
     if not recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
-from fulltune.inference.run import Share, embeddings
-from fulltune.models.processors import opened
-from fulltune.records.plan import MOST_EMBEDDED
 from fulltune.records.scores import Confusion
 from fulltune.stats.calibration import calibrate
 from fulltune.tasks import ReadingTask, classes, image_classification, multiple_choice
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it: the majority class, and the simplest classifier on frozen embeddings.
+    """File name to what makes it: the majority class.
 
     Choices have no classes: what costs nothing there is the usual position of the right one, and the longest choice.
     """
+    made: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(majority, scoring)}
     if scoring.target.problem_type == "choice":
-        return {"baseline-majority": partial(majority, scoring), "baseline-longest": partial(_longest, scoring)}
-    return {"baseline-majority": partial(majority, scoring), "baseline-frozen": partial(_frozen, scoring)}
+        made["baseline-longest"] = partial(_longest, scoring)
+    return made
 
 
 def trained(scoring: Scoring, model: Any, processor: Any) -> Scored:
@@ -85,34 +83,12 @@ def _longest(scoring: Scoring) -> Scored:
     return _label_scores(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 
 
-def _frozen(scoring: Scoring) -> Scored:
-    """The pretrained model left as it is: mean-pooled embeddings and the simplest classifier on them."""
-    from sklearn.linear_model import LogisticRegression, RidgeCV
-    from sklearn.multiclass import OneVsRestClassifier
-    from sklearn.neighbors import NearestCentroid
-
-    model, processor = scoring.load(None)
-    train, test = (opened(scoring.rows(split), processor) for split in ("train", "test"))
-
-    def embed(rows: Any, split: str) -> np.ndarray:
-        call = partial(embeddings, model, rows, scoring.task, processor.pad_token_id, precision=scoring.plan.precision)
-        watch = scoring.watch(f"embedding {split} rows")
-        return scoring.in_batches(lambda batch_size: call(batch_size=batch_size, watch=watch))
-
-    match scoring.target.problem_type:
-        case "regression":
-            name, head = "ridge regression", RidgeCV(alphas=np.logspace(-3, 3, 7))
-        case "multi_label":
-            name, head = "logistic regression", OneVsRestClassifier(LogisticRegression(max_iter=1000))
-        case _:
-            name, head = "nearest centroid", NearestCentroid()
-    labels, of = np.array(train["labels"]), ""
-    if len(train) > MOST_EMBEDDED:
-        chosen = np.random.default_rng(0).choice(len(train), MOST_EMBEDDED, replace=False)
-        train, labels = Share(train, chosen.tolist()), labels[chosen]
-        of = f" of {MOST_EMBEDDED:,} train rows"
-    head.fit(embed(train, "train"), labels)
-    return _label_scores(scoring, f"{name} (frozen embeddings{of})", np.asarray(head.predict(embed(test, "test"))))
+def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
+    """What a classifier on embeddings gives: for each row its number, and the outputs of its items [items, outputs]."""
+    outputs = [values for _, values in sorted(predicted, key=lambda found: found[0])]
+    if scoring.target.problem_type == "choice":
+        return _label_scores(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
+    return _label_scores(scoring, name, classes.predict_labels(np.concatenate(outputs), scoring.target))
 
 
 def _confusion(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:

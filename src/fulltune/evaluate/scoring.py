@@ -54,6 +54,8 @@ class Scoring:
     """The model before training."""
     user_metrics: UserMetrics | None = None
     listener: Listener = lambda event: None
+    class_weights: Sequence[float] | None = None
+    """In the order of the labels."""
 
     def watch(self, name: str) -> Watch:
         """Tells the listener how far a pass over rows is."""

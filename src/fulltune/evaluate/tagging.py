@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,21 +12,19 @@ import numpy as np
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.inference import store
-from fulltune.inference.run import autocast, lengths_of, longest_first, watched
 from fulltune.stats.bootstrap import Resampled
 from fulltune.tasks import tags, token_classification
 from fulltune.tasks.padding import ragged
-from fulltune.tasks.token_classification import TAGS, WORD_IDS
+from fulltune.tasks.token_classification import TAGS
 
 _log = logging.getLogger(__name__)
 
 
 def baselines(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """File name to what makes it: no entity at all, a lexicon, and the simplest tagger on frozen embeddings."""
+    """File name to what makes it: no entity at all, and a lexicon."""
     return {
         "baseline-no-entity": lambda: _tagged(scoring, "every word O", _nothing(scoring)),
         "baseline-lexicon": partial(_lexicon, scoring),
-        "baseline-frozen": partial(_frozen, scoring),
     }
 
 
@@ -90,50 +88,10 @@ def _lexicon(scoring: Scoring) -> Scored:
     return _tagged(scoring, "most frequent tag of each word", predicted)
 
 
-def _frozen(scoring: Scoring) -> Scored:
-    """The pretrained model left as it is: each word's mean hidden state, and the tag whose mean is nearest."""
-    model, tokenizer = scoring.load(None)
-    return scoring.in_batches(lambda batch_size: _nearest(scoring, model, tokenizer.pad_token_id, batch_size))
-
-
-def _nearest(scoring: Scoring, model: Any, pad_token_id: int, batch_size: int) -> Scored:
-    vectors_of = partial(_word_vectors, scoring, model, pad_token_id, batch_size)
-    num_labels, rows = len(scoring.target.labels), scoring.rows("train")
-    sums, seen = np.zeros((num_labels, 1)), np.zeros(num_labels)
-    for position, words, vectors in vectors_of("train"):
-        marks = np.eye(num_labels)[np.asarray(rows[position][TAGS])[words]]
-        sums, seen = sums + marks.T @ vectors, seen + marks.sum(axis=0)
-    known = np.flatnonzero(seen)
-    centres = sums[known] / seen[known, None]
-    predicted = _nothing(scoring)
-    for position, words, vectors in vectors_of("test"):
-        # The squared distance without the part that is the same for all centres.
-        distances = (centres**2).sum(axis=1) - 2 * vectors @ centres.T
-        predicted[position][words] = known[distances.argmin(axis=1)]
-    return _tagged(scoring, "nearest centroid (frozen embeddings)", predicted)
-
-
-def _word_vectors(
-    scoring: Scoring, model: Any, pad_token_id: int, batch_size: int, split: str
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each row its position, the words seen, and the mean of their sub-words' last hidden states, scaled to length
-    1: float32 [words, hidden]."""
-    import torch
-    import torch.nn.functional as F
-
-    body = getattr(model, model.base_model_prefix, model).eval()
-    device, rows = next(model.parameters()).device, scoring.rows(split)
-    lengths, watch = lengths_of(rows), scoring.watch(f"embedding {split} rows")
-    for positions in watched(longest_first(lengths), batch_size, lengths, watch):
-        chosen = [rows[i] for i in positions]
-        batch = scoring.task.collate(chosen, pad_token_id)
-        batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-        with torch.no_grad(), autocast(device.type, scoring.plan.precision):
-            hidden = body(**batch).last_hidden_state.float().cpu()
-        for position, row, states in zip(positions, chosen, hidden, strict=True):
-            word_ids = torch.from_numpy(np.array(row[WORD_IDS], np.int64))
-            inside = word_ids >= 0
-            words, places = word_ids[inside].unique(return_inverse=True)
-            # Scaled to length 1, the sum of a word's sub-words is their mean.
-            total = torch.zeros(len(words), states.shape[-1]).index_add_(0, places, states[: len(inside)][inside])
-            yield position, words.numpy(), F.normalize(total, dim=-1).numpy()
+def frozen(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
+    """What a tagger on embeddings gives: for each row its number, and the outputs of its words that have a token,
+    [words, labels]."""
+    rows, tagged = scoring.rows("test"), _nothing(scoring)
+    for position, outputs in predicted:
+        tagged[position][token_classification.seen_words(rows[position])] = outputs.argmax(axis=1)
+    return _tagged(scoring, name, tagged)

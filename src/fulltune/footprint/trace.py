@@ -108,7 +108,7 @@ class Preparing:
     @classmethod
     def of(cls, recipe: Recipe, on_cpu: bool) -> Preparing:
         """Of a recipe's method, whatever its rates."""
-        same = {"name": None, "learning_rate": None, "learning_rates": None, "head_learning_rate": None}
+        same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
         return cls(recipe.method.model_copy(update=same), recipe.task, on_cpu)
 
     def __call__(self, built: Any) -> None:

@@ -119,33 +119,7 @@ def logits_of(outputs: Any) -> torch.Tensor:
     return outputs.logits
 
 
-def embeddings(
-    model: PreTrainedModel,
-    rows: Sequence[Mapping[str, Any]],
-    task: Task,
-    pad_token_id: int,
-    *,
-    batch_size: int,
-    precision: str,
-    watch: Watch = unwatched,
-) -> np.ndarray:
-    """Mean of the last hidden states over real tokens, scaled to length 1: float32 [rows, hidden]."""
-    import torch.nn.functional as F
-
-    body: Any = getattr(model, model.base_model_prefix, model)
-
-    def mean(positions: Sequence[int]) -> np.ndarray:
-        batch = _on_device(model, task.collate([rows[i] for i in positions], pad_token_id))
-        del batch["labels"]
-        with autocast(model.device.type, precision):
-            hidden = body(**batch).last_hidden_state
-        return F.normalize(_mean(hidden.float(), batch.get("attention_mask")), dim=-1).cpu().numpy()
-
-    parts, place = _longest_rows_first(model, rows, batch_size, watch, mean)
-    return np.concatenate(parts)[place]
-
-
-def _mean(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def mean_hidden(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over real tokens, or over all places of an image, whose model gives [batch, hidden, height, width] or
     [batch, patches, hidden]: float32 [batch, hidden]."""
     if mask is not None:

@@ -16,6 +16,7 @@ from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Setting
+from fulltune.system import deepspeed
 from fulltune.system.hardware import Machine
 from fulltune.text import counted
 
@@ -178,6 +179,31 @@ def head_rate(recipe: Recipe, rate: float, reasons: Reasons) -> None:
     method = recipe.method
     if FACTS[recipe.task].head_is_new and method.kind != "head":
         reasons.add("method.head_learning_rate", method.head_learning_rate, rate, "the same as method.learning_rate")
+
+
+def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:
+    """Where the task's head starts: `probe` or `random`; None where it is not new.
+
+    Raises:
+        RecipeError: When the recipe says what cannot be.
+    """
+    given, name = recipe.method.head_init, "method.head_init"
+    if not FACTS[recipe.task].head_is_new:
+        return None
+    if shapes.head_is_kept:
+        if given is not None:
+            raise RecipeError(f"{name}: {given}, but the checkpoint brings a head for these labels; remove it")
+        return None
+    shared = deepspeed.zero_of(recipe)
+    if shared is not None and shared.stage == 3:
+        if given == "probe":
+            raise RecipeError(
+                f"{name}: probe, but DeepSpeed's stage 3 shares out the model before it can be looked at; set random, "
+                "or a stage below 3"
+            )
+        return reasons.add(name, given, "random", "DeepSpeed's stage 3 shares out the model before it is looked at")
+    why = "a new head that starts at random drags the body away (Kumar et al. 2022)"
+    return reasons.add(name, given, "probe", why)
 
 
 def warmup(recipe: Recipe, shapes: Shapes, total_steps: int, reasons: Reasons) -> int:

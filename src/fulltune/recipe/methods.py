@@ -45,6 +45,10 @@ class _Trained(_Named):
     head_learning_rate: float | None = Field(default=None, gt=0, lt=1)
     """Peak learning rate of the task's head and its pooler; everything else keeps `learning_rate`, also in a rate
     search. Left out: the same. Not for `head`, which trains nothing else, nor for tasks without a new head."""
+    head_init: Literal["probe", "random"] | None = None
+    """Where a new head starts. probe: at the linear classifier that scikit-learn finds on the untouched model; random:
+    at random numbers, which drag the body away in the first steps. Left out: probe. Not for tasks without a new
+    head."""
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _Trained:

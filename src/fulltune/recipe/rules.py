@@ -60,6 +60,7 @@ def of_settings(recipe: Recipe) -> list[str]:
         ),
         *_weights_without_classes(recipe),
         *_rate_without_head(recipe),
+        *_init_without_head(recipe),
         *_impossible_metric(recipe),
         *_unknown_fields(recipe),
         *_unknown_optimizer(recipe),
@@ -103,6 +104,15 @@ def _rate_without_head(recipe: Recipe) -> list[str]:
         elif method.kind == "head":
             problems.append(f"{name}: method head trains nothing but the head; write learning_rate")
     return problems
+
+
+def _init_without_head(recipe: Recipe) -> list[str]:
+    """A start of a new head where there is none."""
+    return [
+        f"{place}.head_init: has no effect for {recipe.task}, which has no new head; remove it"
+        for place, method in _methods(recipe)
+        if getattr(method, "head_init", None) is not None and not FACTS[recipe.task].head_is_new
+    ]
 
 
 def _methods(recipe: Recipe) -> list[tuple[str, Arm]]:

@@ -134,6 +134,8 @@ class Plan(Record):
     learning_rate: float
     head_learning_rate: float | None = None
     """Of the task's head with its pooler; None: the same as everything else's."""
+    head_init: Literal["probe", "random"] | None = None
+    """Where the task's head starts; None: it is not new."""
     layerwise_lr_decay: float
     num_train_epochs: float
     total_steps: int

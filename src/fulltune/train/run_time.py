@@ -9,22 +9,23 @@ from fulltune.records.events import Evaluated, Event, PhaseBegan, StepLogged, ev
 from fulltune.records.training import Outcome
 from fulltune.train.request import Request, attempt_folders
 
+PROBING = "fitting a linear probe of the untouched model"
 CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
 """Phases as they stand in `metrics.jsonl`."""
 
 
 def run_seconds(folder: Path, trial: str) -> float:
-    """Seconds from the first import of its process to the saved model, without the checks before step 1.
+    """Seconds from the first import of its process to the saved model, without the probe and the checks before step 1.
 
-    The checks are left out because only the first run of a method in a command has the dry run. Where the last attempt
-    went on from a checkpoint, the steps that earlier ones did up to it count as well.
+    They are left out because only the first run of a comparison has the probe, and of a method the dry run. Where the
+    last attempt went on from a checkpoint, the steps that earlier ones did up to it count as well.
 
     Args:
         folder: The run folder.
         trial: Finished.
     """
     *earlier, last = attempt_folders(folder, trial)
-    seconds = Outcome.load(last / "outcome.json").train_seconds - _checks_seconds(_events(last))
+    seconds = Outcome.load(last / "outcome.json").train_seconds - _seconds_before(_events(last))
     until = Request.load(last / "request.json").first_step
     for attempt in reversed(earlier):
         if not until:
@@ -45,12 +46,15 @@ def _phase(events: list[Event], name: str) -> float | None:
     return next((event.seconds for event in events if isinstance(event, PhaseBegan) and event.name == name), None)
 
 
-def _checks_seconds(events: list[Event]) -> float:
-    began = _phase(events, CHECKS)
-    if began is None:
-        return 0.0
-    after = [event.seconds for event in events if isinstance(event, PhaseBegan) and event.seconds > began]
-    return min(after, default=began) - began
+def _seconds_before(events: list[Event]) -> float:
+    """Of the probe and the checks."""
+    phases = [event for event in events if isinstance(event, PhaseBegan)]
+    ends = [*phases[1:], phases[-1]] if phases else []
+    return sum(
+        after.seconds - phase.seconds
+        for phase, after in zip(phases, ends, strict=True)
+        if phase.name in (PROBING, CHECKS)
+    )
 
 
 def _seconds_of_steps(events: list[Event], until: int) -> float:

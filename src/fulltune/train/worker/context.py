@@ -13,6 +13,7 @@ from fulltune.models.checkpoint_head import Head
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
+from fulltune.records.probe import Probe
 from fulltune.records.training import Check
 from fulltune.system import deepspeed
 from fulltune.tasks import Target, Task, task_named
@@ -47,6 +48,8 @@ class AttemptContext:
     """The last layer of a head that learns numbers in other units than the user's."""
     about_scale: str = ""
     """Those units in words, or why they are the user's; empty: no numbers are learned."""
+    head_start: Probe | None = None
+    """What was fitted for a new head to start from."""
     checks: list[Check] = field(default_factory=list)
 
     @property

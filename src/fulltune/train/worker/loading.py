@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from fulltune import methods
+from fulltune import methods, probe
 from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import Rows
 from fulltune.methods.head import names_of
@@ -26,6 +26,7 @@ from fulltune.tasks.settings import class_weights
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.callbacks import AtBegin, SaveAndStopEarly, Seals, StopWhenDiverged
 from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.run_time import PROBING
 from fulltune.train.worker import distributed, extensions, scaling, weights
 from fulltune.train.worker.context import AttemptContext
 
@@ -36,8 +37,18 @@ def load_for_training(
     target: Target,
     before_weights: Callable[[], None] = lambda: None,
     on_head: Callable[[Head], None] = lambda head: None,
+    before_method: Callable[[Any, Any], None] = lambda model, processor: None,
 ) -> tuple[methods.Applied, Any]:
-    """The pretrained model with the task's head and the recipe's method, and the tokenizer."""
+    """The pretrained model with the task's head and the recipe's method, and the tokenizer.
+
+    Args:
+        recipe: The checked recipe.
+        task: Of the recipe.
+        target: What the model learns.
+        before_weights: Called when the libraries are loaded.
+        on_head: Told what became of the head.
+        before_method: Called with the untouched model and its tokenizer.
+    """
     base = Base.of(recipe.model, recipe.task, recipe.data.chat_template)
     model = load(
         base,
@@ -48,6 +59,7 @@ def load_for_training(
     )
     if deepspeed.wanted(recipe):
         weights.forget_unused_conversions(model)
+    before_method(model, base.processor)
     return methods.apply(model, recipe.method, recipe.task), base.processor
 
 
@@ -65,12 +77,13 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         distributed.start_deepspeed(arguments)
     transformers.set_seed(plan.seed)
     begin = partial(attempt.observed.measure, plan.device, target.problem_type)
-    attempt.applied, tokenizer = load_for_training(recipe, task, target, begin, partial(setattr, attempt, "head"))
+    attempt.applied, tokenizer = load_for_training(
+        recipe, task, target, begin, partial(setattr, attempt, "head"), partial(_start_head, attempt, arguments.device)
+    )
     model = attempt.applied.model
     if plan.device == "cpu":
         dropout.install(model)
-    data_folder = Path(attempt.request.run_folder) / "data"
-    rows, eval_rows = (opened(Rows(data_folder / split), tokenizer) for split in ("train", "eval"))
+    rows, eval_rows = _rows(attempt, tokenizer)
     settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(recipe, attempt.summary))
 
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -106,6 +119,39 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows
+
+
+def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:
+    """The prepared train and eval rows."""
+    folder = Path(attempt.request.run_folder) / "data"
+    return [opened(Rows(folder / split), tokenizer) for split in ("train", "eval")]
+
+
+def _start_head(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
+    """Have a new head start from a linear probe of the untouched model, which is fitted once in a run folder."""
+    request, plan = attempt.request, attempt.plan
+    if plan.head_init != "probe" or request.probe or attempt.head is None or attempt.head.order is not None:
+        return
+    attempt.recorder.phase(PROBING)
+    folder = Path(request.run_folder)
+
+    def looker() -> probe.Looker:
+        return probe.Looker(
+            model.to(device),
+            attempt.recipe.task,
+            attempt.target,
+            tokenizer.pad_token_id,
+            plan.eval_batch_size,
+            plan.precision,
+            class_weights(attempt.recipe, attempt.summary),
+        )
+
+    with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
+        attempt.head_start = probe.fitted(folder, looker, *_rows(attempt, tokenizer))
+    if attempt.head_start.head is None:
+        attempt.recorder.warn(f"no linear probe ({attempt.head_start.why_not}): the head starts at random")
+    else:
+        probe.put_head(model, folder)
 
 
 def early_stopping(attempt: AttemptContext) -> SaveAndStopEarly:

@@ -1,0 +1,79 @@
+"""Baselines that read the rows with the untouched model: a linear probe as its head, and a classifier on embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+
+from fulltune import probe
+from fulltune.evaluate.scoring import Scored, Scoring
+from fulltune.models.processors import opened
+from fulltune.records.probe import FrozenRival, Probe
+
+LINEAR_PROBE = "linear probe of the untouched model"
+Predicted = Iterator[tuple[int, np.ndarray]]
+"""Number of each test row, and the outputs of its items [items, outputs]: itself, its words, its choices."""
+
+
+def baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
+    """File name to what makes it.
+
+    Args:
+        scoring: The run.
+        scorer: The task's; its `trained` scores the probe as the model's head, its `frozen` what embeddings give.
+    """
+    found, made = _probe(scoring), {}
+    if found.frozen is not None:
+        made["baseline-frozen"] = lambda: _frozen(scoring, scorer, found)
+    if found.head is not None and scoring.plan.head_init is not None:
+        made["baseline-probe"] = lambda: _as_head(scoring, scorer)
+    return made
+
+
+def _looker(scoring: Scoring) -> probe.Looker:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scoring.plan.seed)  # what the head lacks is drawn
+        model, processor = scoring.load(None)
+    return probe.Looker(
+        model,
+        scoring.recipe.task,
+        scoring.target,
+        processor.pad_token_id,
+        scoring.plan.eval_batch_size,
+        scoring.plan.precision,
+        scoring.class_weights,
+        scoring.watch("reading rows with the untouched model"),
+    )
+
+
+def _probe(scoring: Scoring) -> Probe:
+    """The run folder's; fitted here where no training needed it."""
+    rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
+    return probe.fitted(scoring.data.parent, lambda: _looker(scoring), rows, eval_rows)
+
+
+def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe) -> Scored:
+    assert found.frozen is not None, "asked before"
+    rival, rows = found.frozen, opened(scoring.rows("test"), scoring.base.processor)
+    predicted = probe.predicted(_looker(scoring), rows, rival, probe.rival_of(scoring.data.parent))
+    scored: Scored = scorer.frozen(scoring, name_of(rival, found), predicted)
+    return scored
+
+
+def name_of(rival: FrozenRival, found: Probe) -> str:
+    """`logistic regression (frozen embeddings of 20,000 train rows)`."""
+    of = f" of {found.train_rows:,} train rows" if found.train_rows < found.of_rows else ""
+    return f"{rival.kind} (frozen embeddings{of})"
+
+
+def _as_head(scoring: Scoring, scorer: ModuleType) -> Scored:
+    model, processor = scoring.load(None)
+    probe.put_head(model, scoring.data.parent)
+    found: Scored = scorer.trained(scoring, model, processor)
+    changes = {"name": LINEAR_PROBE, "kind": "baseline", "calibration": None, "worst": ()}
+    return replace(found, scores=found.scores.model_copy(update=changes))

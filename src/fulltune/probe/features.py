@@ -1,0 +1,210 @@
+"""What the untouched model knows of each item: a row, a word with a tag, a choice, a token that may begin an answer.
+
+One pass over the rows, batch by batch; in memory stays what scikit-learn is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
+from fulltune.probe.layers import HeadLayers, NoProbe, Seen, see
+from fulltune.recipe.tasks import ProblemType
+from fulltune.tasks import Task, question_answering
+from fulltune.tasks.padding import IGNORED
+from fulltune.tasks.token_classification import WORD_IDS
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_ROWS, MOST_BYTES = 20_000, 2**28
+"""Train rows that are looked at, and bytes of their features; more change a linear classifier little."""
+OTHER_TOKENS = 8
+"""Of each window, drawn at random, beside those at which the answer begins and ends."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of items, in the order of their rows; float32 [items, hidden] each."""
+
+    last: np.ndarray | None
+    """What the head's last layer reads; None: it was not looked at."""
+    dense: np.ndarray | None
+    """What its dense layer reads; None: it has none."""
+    mean: np.ndarray | None
+    """Mean of the last hidden states over tokens, scaled to length 1; None: an item is a token itself."""
+    labels: np.ndarray
+    """Class or number [items]; 0 or 1 for each label [items, labels]; of a choice whether it is right [items]; of a
+    token whether the answer begins and ends there [items, 2]."""
+    rows: np.ndarray
+    """The row of each item [items]."""
+
+
+def sampled(rows: Any, kind: ProblemType, num_choices: int, hidden_size: int, most: int = MOST_ROWS) -> Any:
+    """As many rows as may be looked at, drawn at random; the rows themselves where these are all.
+
+    Args:
+        rows: Prepared ones.
+        kind: What an item is follows from it.
+        num_choices: Items of a row, where it has choices.
+        hidden_size: Values of each feature.
+        most: Rows.
+    """
+    items = {"choice": num_choices, "span": OTHER_TOKENS + 2}.get(kind, 1)
+    per_row = lengths_of(rows).mean() if kind == "tags" else items
+    most = max(1, min(most, int(MOST_BYTES / (3 * 4 * max(1, hidden_size) * per_row))))
+    if len(rows) <= most:
+        return rows
+    return Share(rows, np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)).tolist())
+
+
+def passes(
+    model: Any,
+    layers: HeadLayers | None,
+    rows: Any,
+    task: Task,
+    kind: ProblemType,
+    pad_token_id: int,
+    *,
+    batch_size: int,
+    precision: str,
+    watch: Watch,
+) -> Iterator[Features]:
+    """Run the rows through the model, longest first, and give the features of each batch.
+
+    Args:
+        model: As it was loaded, on its device.
+        layers: Of its head; None: only means are looked at.
+        rows: Prepared ones, with labels.
+        task: Collates them.
+        kind: The problem's type.
+        pad_token_id: Fills shorter rows.
+        batch_size: Rows of a pass.
+        precision: Of the computations.
+        watch: Told how far it is.
+
+    Raises:
+        NoProbe: When the head does not show what it reads, or a feature is not finite.
+    """
+    import torch
+
+    lengths = lengths_of(rows)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), autocast(model.device.type, precision):
+        for positions in watched(longest_first(lengths), batch_size, lengths, watch):
+            chosen = [rows[i] for i in positions]
+            batch = {name: one.to(model.device) for name, one in task.collate(chosen, pad_token_id).items()}
+            labels = batch.pop("labels").cpu()
+            yield _of_items(see(model, layers, batch), batch, labels, chosen, kind, np.asarray(positions))
+    model.train(was_training)
+
+
+def joined(parts: Iterable[Features]) -> Features:
+    """The features of several batches, in the order of their rows."""
+    several = list(parts)
+    order = np.argsort(np.concatenate([part.rows for part in several]), kind="stable")
+
+    def whole(name: str) -> Any:
+        found = [getattr(part, name) for part in several]
+        return None if found[0] is None else np.concatenate(found)[order]
+
+    return Features(*(whole(field.name) for field in fields(Features)))
+
+
+def _of_items(
+    seen: Seen,
+    batch: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    chosen: Sequence[Mapping[str, Any]],
+    kind: ProblemType,
+    positions: np.ndarray,
+) -> Features:
+    """What `see` has seen, item by item."""
+    picked: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    match kind:
+        case "tags":
+            picked = labels != IGNORED
+            mean, found = _words(seen.hidden, chosen), labels[picked].numpy()
+            counts = picked.sum(dim=1).numpy()
+        case "choice":
+            mean = _mean(seen.hidden, {name: one.flatten(0, 1) for name, one in batch.items()})
+            counts = np.full(len(positions), mean.shape[0] // len(positions))
+            found = np.zeros((len(positions), counts[0]), np.int64)
+            found[np.arange(len(positions)), labels.numpy()] = 1
+            found = found.ravel()
+        case "span":
+            places, found = _tokens(labels.numpy(), positions)
+            picked = torch.zeros(seen.hidden.shape[:2], dtype=torch.bool)
+            picked[places] = True
+            counts = picked.sum(dim=1).numpy()
+        case _:
+            mean, found = _mean(seen.hidden, batch), labels.numpy()
+            counts = np.ones(len(positions), np.int64)
+
+    def items(values: torch.Tensor | None) -> np.ndarray | None:
+        if values is None:
+            return None
+        flat = values[picked.to(values.device)] if picked is not None else values.reshape(-1, values.shape[-1])
+        return _finite(flat.cpu().numpy())
+
+    return Features(
+        items(seen.last),
+        items(seen.dense),
+        None if mean is None else _finite(mean.cpu().numpy()),
+        found,
+        np.repeat(positions, counts),
+    )
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise NoProbe("features of the untouched model are not finite")
+    return values
+
+
+def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    import torch.nn.functional as F
+
+    return F.normalize(mean_hidden(hidden, batch.get("attention_mask")), dim=-1)
+
+
+def _words(hidden: torch.Tensor, chosen: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Mean over the sub-words of each word that has one, scaled to length 1: [words of all rows, hidden]."""
+    import torch
+    import torch.nn.functional as F
+
+    found = []
+    for row, states in zip(chosen, hidden, strict=True):
+        word_ids = torch.from_numpy(np.array(row[WORD_IDS], np.int64)).to(states.device)
+        inside = word_ids >= 0
+        words, places = word_ids[inside].unique(return_inverse=True)
+        # Scaled to length 1, the sum of a word's sub-words is their mean.
+        total = torch.zeros(len(words), states.shape[-1], device=states.device)
+        found.append(total.index_add_(0, places, states[: len(inside)][inside]))
+    return F.normalize(torch.cat(found), dim=-1)
+
+
+def _tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Which tokens of each window are looked at, and whether the answer begins and ends there, [tokens, 2].
+
+    Args:
+        labels: labels[windows, 5], as `question_answering` has them.
+        positions: Numbers of the windows, from which the other tokens are drawn.
+    """
+    start, end, first, last = (
+        labels[:, getattr(question_answering, name)] for name in ("START", "END", "FIRST", "LAST")
+    )
+    windows, tokens = [], []
+    for number, position in enumerate(positions):
+        others = np.random.default_rng(int(position)).integers(first[number], last[number] + 1, OTHER_TOKENS)
+        looked_at = np.unique(np.concatenate([others, [start[number], end[number], question_answering.NOWHERE]]))
+        windows.append(np.full(len(looked_at), number))
+        tokens.append(looked_at)
+    window, token = np.concatenate(windows), np.concatenate(tokens)
+    return (window, token), np.stack([token == start[window], token == end[window]], axis=1).astype(np.int64)

@@ -1,0 +1,265 @@
+"""Linear classifiers on features, by scikit-learn: fitted at several strengths, judged on rows they did not see."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fulltune.probe.layers import NoProbe
+from fulltune.recipe.tasks import ProblemType
+
+Key = TypeVar("Key", bound=Hashable)
+FOLDS = 5
+STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
+"""scikit-learn's C times the number of features, which have the spread 1."""
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Ridge regression's alpha over the number of items."""
+MOST_STEPS, TOLERANCE = 300, 1e-4
+MOST_BYTES = 2**30
+"""Of what the solver keeps of weights and their changes."""
+_LEAST_CHANCE = 1e-4
+"""Below it a held-out class that a part of the rows does not have would decide alone."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """weight[outputs, hidden] and bias[outputs] for features as they come."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """outputs[items, outputs] of features[items, hidden]."""
+        return features @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a classifier is fitted on, or judged by."""
+
+    kind: ProblemType
+    features: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+    """The row of each item: choices and tokens of a row exclude each other."""
+    num_outputs: int
+    class_weights: Sequence[float] | None = None
+
+    def part(self, chosen: np.ndarray) -> Items:
+        """Some of the items, bool [items]."""
+        return replace(self, features=self.features[chosen], labels=self.labels[chosen], rows=self.rows[chosen])
+
+
+def fits(items: Items, has_bias: bool = True) -> Iterator[tuple[float, Linear]]:
+    """Each strength with its classifier, the most regularised first.
+
+    Args:
+        items: To fit on.
+        has_bias: Whether the layer that will hold it has one.
+
+    Raises:
+        NoProbe: When nothing can be fitted.
+    """
+    if 8 * 25 * items.num_outputs * items.features.shape[1] > MOST_BYTES:
+        raise NoProbe(f"{items.num_outputs:,} classes of {items.features.shape[1]:,} features are too many to fit")
+    shift, scale = _standard(items.features, has_bias and items.kind not in ("choice", "span"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the solver stopped early: held-out rows judge what it found
+        for strength, found in _fitted(items, (items.features - shift) * scale, has_bias):
+            weight = found.weight * scale
+            yield strength, Linear(weight.astype(np.float32), (found.bias - weight @ shift).astype(np.float32))
+
+
+def _standard(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What is taken off each feature, and what it is then multiplied by, so that its spread is 1. A feature that is
+    always the same is left out."""
+    centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
+    spread = np.sqrt(((features - centre) ** 2).mean(axis=0))
+    varies = spread > 1e-4 * np.sqrt((features.astype(np.float64) ** 2).mean())
+    return centre, np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
+
+
+def _fitted(items: Items, features: np.ndarray, has_bias: bool) -> Iterator[tuple[float, Linear]]:
+    match items.kind:
+        case "regression":
+            yield from _ridge(features, items.labels, has_bias)
+        case "multi_label":
+            yield from _each_label(items, features, has_bias)
+        case "choice" | "span":
+            yield from _within_rows(items, features)
+        case _:
+            yield from _logistic(features, items.labels, items.num_outputs, items.class_weights, has_bias)
+
+
+def _logistic(
+    features: np.ndarray, labels: np.ndarray, num_outputs: int, class_weights: Sequence[float] | None, has_bias: bool
+) -> Iterator[tuple[float, Linear]]:
+    from sklearn.linear_model import LogisticRegression
+
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise NoProbe("all train rows have the same class")
+    weights = None if class_weights is None else {int(one): class_weights[one] for one in present}
+    model = LogisticRegression(
+        max_iter=MOST_STEPS, tol=TOLERANCE, warm_start=True, fit_intercept=has_bias, class_weight=weights
+    )
+    for strength in STRENGTHS:
+        model.C = strength / features.shape[1]
+        model.fit(features, labels)
+        weight, bias = model.coef_, np.broadcast_to(model.intercept_, len(model.coef_))
+        if len(present) == 2:  # one row, for the second class against the first
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        whole = np.zeros((num_outputs, features.shape[1])), np.full(num_outputs, bias.min() - 1 if has_bias else 0.0)
+        whole[0][present], whole[1][present] = weight, bias
+        yield strength, Linear(*whole)
+
+
+def _each_label(items: Items, features: np.ndarray, has_bias: bool) -> Iterator[tuple[float, Linear]]:
+    """A classifier for each label; one that all rows have, or none, gets a constant."""
+    labels = items.labels.astype(np.int64)
+    constant = [label for label in range(items.num_outputs) if len(np.unique(labels[:, label])) == 1]
+    if len(constant) == items.num_outputs:
+        raise NoProbe("each label is the same in all train rows")
+    paths = []
+    for label in range(items.num_outputs):
+        if label in constant:
+            bias = np.array([2.0 if labels[0, label] else -2.0]) if has_bias else np.zeros(1)
+            paths.append([(one, Linear(np.zeros((1, features.shape[1])), bias)) for one in STRENGTHS])
+            continue
+        weights = None if items.class_weights is None else (1.0, items.class_weights[label])
+        paths.append(
+            [
+                (one, Linear(2 * found.weight[1:], 2 * found.bias[1:]))
+                for one, found in _logistic(features, labels[:, label], 2, weights, has_bias)
+            ]
+        )
+    for several in zip(*paths, strict=True):
+        found = [one for _, one in several]
+        yield several[0][0], Linear(np.concatenate([f.weight for f in found]), np.concatenate([f.bias for f in found]))
+
+
+def _ridge(features: np.ndarray, numbers: np.ndarray, has_bias: bool) -> Iterator[tuple[float, Linear]]:
+    from sklearn.linear_model import Ridge
+
+    for penalty in PENALTIES:
+        model = Ridge(alpha=penalty * len(features), fit_intercept=has_bias)
+        model.fit(features, numbers.astype(np.float64))
+        yield penalty, Linear(model.coef_[None], np.broadcast_to(model.intercept_, 1))
+
+
+def _within_rows(items: Items, features: np.ndarray) -> Iterator[tuple[float, Linear]]:
+    """The right item of each row against each other one: a logistic regression on their differences, without a bias,
+    which all items of a row would share."""
+    outputs = [_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
+    paths = []
+    for differences in outputs:
+        if not len(differences):
+            raise NoProbe("no train row has a right and a wrong choice")
+        signs = np.where(np.arange(len(differences)) % 2, 1, -1)
+        paths.append(list(_logistic(differences * signs[:, None], (signs > 0).astype(np.int64), 2, None, False)))
+    for several in zip(*paths, strict=True):
+        weight = np.concatenate([2 * found.weight[1:] for _, found in several])
+        yield several[0][0], Linear(weight, np.zeros(len(weight)))
+
+
+def _differences(features: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Features of a row's right item less those of each wrong one: [wrong items, hidden]."""
+    of_row = dict(zip(rows[right == 1].tolist(), np.flatnonzero(right == 1).tolist(), strict=True))
+    wrong = np.array([i for i in np.flatnonzero(right == 0) if int(rows[i]) in of_row], np.int64)
+    return features[[of_row[int(rows[i])] for i in wrong]] - features[wrong]
+
+
+def centroids(items: Items) -> Linear:
+    """The class whose mean is nearest, as a linear classifier: the squared distance without what all classes share."""
+    from sklearn.neighbors import NearestCentroid
+
+    model = NearestCentroid().fit(items.features, items.labels)
+    weight = np.zeros((items.num_outputs, items.features.shape[1]), np.float32)
+    bias = np.full(items.num_outputs, -1e30, np.float32)
+    weight[model.classes_], bias[model.classes_] = model.centroids_, -(model.centroids_**2).sum(axis=1) / 2
+    return Linear(weight, bias)
+
+
+Candidates = Callable[[Items], Iterable[tuple[Key, Linear]]]
+Measure = Callable[[Items, Linear], float]
+
+
+def best(
+    items: Items, held_out: Items | None, candidates: Candidates[Key], measure: Measure
+) -> tuple[float, Key, Linear]:
+    """Of several classifiers the one that is best on rows it did not see; fitted on all of `items`.
+
+    Args:
+        items: Of the train rows.
+        held_out: Of other rows; None: parts of the train rows are held out in turn.
+        candidates: Fits them, each with a key that tells it from the others.
+        measure: The less the better.
+
+    Returns:
+        The measure, the key, and the classifier.
+
+    Raises:
+        NoProbe: When nothing can be fitted.
+    """
+    if held_out is not None:
+        return min(((measure(held_out, one), key, one) for key, one in candidates(items)), key=lambda found: found[0])
+    _, row = np.unique(items.rows, return_inverse=True)
+    if row.max() == 0:
+        raise NoProbe("there is one train row")
+    fold = np.random.default_rng(0).permutation(row.max() + 1)[row] % FOLDS
+    sums: dict[Key, float] = {}
+    for number in range(min(FOLDS, row.max() + 1)):
+        left_out = items.part(fold == number)
+        for key, one in candidates(items.part(fold != number)):
+            sums[key] = sums.get(key, 0.0) + measure(left_out, one) * len(left_out.rows) / len(items.rows)
+    chosen = min(sums, key=lambda key: sums[key])
+    return sums[chosen], chosen, next(one for key, one in candidates(items) if key == chosen)
+
+
+def loss(items: Items, found: Linear) -> float:
+    """Mean cross entropy in nats; of numbers the mean squared error over their variance."""
+    outputs = found(items.features).astype(np.float64)
+    match items.kind:
+        case "regression":
+            return float(((outputs[:, 0] - items.labels) ** 2).mean() / max(items.labels.var(), 1e-30))
+        case "multi_label":
+            return float(np.logaddexp(0, np.where(items.labels > 0.5, -outputs, outputs)).mean())
+        case "choice" | "span":
+            right = items.labels.reshape(len(outputs), -1) == 1
+            return float(
+                np.mean([_row_losses(outputs[:, i], right[:, i], items.rows).mean() for i in range(outputs.shape[1])])
+            )
+    chances = np.exp(outputs - _log_sum(outputs))[np.arange(len(outputs)), items.labels]
+    return float(-np.log(np.maximum(chances, _LEAST_CHANCE)).mean())
+
+
+def wrong(items: Items, found: Linear) -> float:
+    """Share of items (of choices: of rows) whose best output is not the right one; where items have no class, the
+    loss."""
+    if items.kind in ("regression", "multi_label"):
+        return loss(items, found)
+    outputs = found(items.features)
+    if items.kind == "choice":
+        order = np.lexsort((outputs[:, 0], items.rows))
+        last = np.append(items.rows[order][1:] != items.rows[order][:-1], True)
+        return float((items.labels[order][last] != 1).mean())
+    return float((outputs.argmax(axis=1) != items.labels).mean())
+
+
+def _row_losses(outputs: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Cross entropy of each right item among those of its row."""
+    _, row = np.unique(rows, return_inverse=True)
+    highest = np.full(row.max() + 1, -np.inf)
+    np.maximum.at(highest, row, outputs)
+    sums = np.bincount(row, np.exp(outputs - highest[row]))
+    losses: np.ndarray = (highest + np.log(sums))[row[right]] - outputs[right]
+    return losses
+
+
+def _log_sum(outputs: np.ndarray) -> Any:
+    highest = outputs.max(axis=1, keepdims=True)
+    return highest + np.log(np.exp(outputs - highest).sum(axis=1, keepdims=True))

@@ -1,0 +1,61 @@
+"""What linear classifiers on the untouched model found: where a new head starts, and a rival that trains nothing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fulltune.records.base import Record
+
+Pooling = Literal["head", "mean"]
+
+
+class HeadStart(Record):
+    """What a new head starts from."""
+
+    dense: Literal["kept", "scaled", "mean"] | None
+    """What became of the dense layer before the last one. `kept`: as it was loaded, or drawn; `scaled`: the identity,
+    each feature scaled; `mean`: it gives, as far as it can, the mean over all tokens. None: there is none."""
+    strength: float
+    """scikit-learn's C of the logistic regression; of a ridge regression its alpha."""
+    loss: float
+    """On held-out rows: cross entropy in nats, of numbers the share of the variance that is left."""
+
+
+class FrozenRival(Record):
+    """The best simple classifier on pooled embeddings of the untouched model."""
+
+    pooling: Pooling
+    """`mean`: over all tokens (of a word, of a choice); `head`: what the model's class reads, such as its first
+    token."""
+    kind: Literal["logistic regression", "ridge regression", "nearest centroid"]
+    loss: float
+    """On held-out rows: the share that it gets wrong; of numbers the share of the variance that is left."""
+
+
+class Probe(Record):
+    """What was fitted on the untouched model."""
+
+    head: HeadStart | None
+    frozen: FrozenRival | None
+    why_not: str = ""
+    """Why the head has no such start."""
+    train_rows: int = 0
+    """Rows behind it; `of_rows` are there."""
+    of_rows: int = 0
+    held_out: Literal["eval rows", "cross-validation"] = "eval rows"
+    """What chose strength and features."""
+    seconds: float = 0.0
+
+    @property
+    def rows_in_words(self) -> str:
+        """`500 train rows`, `20,000 of 100,000 train rows`."""
+        few = f"{self.train_rows:,} of " if self.train_rows < self.of_rows else ""
+        return f"{few}{self.of_rows:,} train rows"
+
+    @property
+    def in_words(self) -> str:
+        """What becomes of the head, for a check line and the report."""
+        if self.head is None:
+            return f"drawn at random: {self.why_not}"
+        dense = {"kept": "", "scaled": ", pooler scaled", "mean": ", pooler set to the mean of all tokens", None: ""}
+        return f"starts from a linear probe of the untouched model ({self.rows_in_words}{dense[self.head.dense]})"
