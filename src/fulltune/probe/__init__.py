@@ -132,7 +132,13 @@ def fit(looker: Looker, rows: Any, eval_rows: Any) -> tuple[Probe, dict[str, np.
     held = sampled(eval_rows, looker.kind, looker.target.num_choices, hidden_size, MOST_HELD_OUT)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT
     try:
-        train = looker.features(chosen, layers)
+        try:
+            train = looker.features(chosen, layers)
+        except NoProbe as no:
+            if layers is None or looker.kind == "span":
+                raise
+            layers, why_not = None, str(no)  # means may still be seen
+            train = looker.features(chosen, layers)
         held_out = looker.features(held, layers) if by_eval else None
         rival = _rival(looker, train, held_out)
         head, tensors = (None, {}) if layers is None else _head(looker, layers, chosen, train, held_out)
@@ -261,6 +267,8 @@ def predicted(looker: Looker, rows: Any, rival: FrozenRival, found: Linear) -> l
     def run(size: int) -> list[tuple[int, np.ndarray]]:
         answers: list[tuple[int, np.ndarray]] = []
         for part in looker.passes(rows, layers, size):
+            if not len(part.rows):  # no word of these rows has a token
+                continue
             numbers, begins = np.unique(part.rows, return_index=True)
             order = np.argsort(begins)
             outputs = np.split(found(_pooled(part)[rival.pooling]), np.sort(begins)[1:])

@@ -125,6 +125,8 @@ def _of_items(
     positions: np.ndarray,
 ) -> Features:
     """What `see` has seen, item by item."""
+    import torch
+
     picked: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     match kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,41 +85,46 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
     says where its logits come from.
 
     Raises:
-        NoProbe: When the logits are no selection of the last layer's values.
+        NoProbe: When the logits are no selection of the last layer's values, or the body is not to be seen.
     """
     import torch
 
-    body = getattr(model, model.base_model_prefix, model)
-    if layers is None:
-        return Seen(body(**batch)[0].float())
-    read: dict[str, torch.Tensor] = {}
-    last_layer = model.get_submodule(layers.last)
+    body = getattr(model, model.base_model_prefix, None)
+    if body is None:
+        raise NoProbe(f"{type(model).__name__} does not tell its body from its head")
+    parts = {"body": body}
+    if layers is not None:
+        parts |= {"last": model.get_submodule(layers.last)}
+        parts |= {} if layers.dense is None else {"dense": model.get_submodule(layers.dense)}
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in parts}
 
-    def numbered(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        read["last"] = inputs[0]
+    def keep(name: str, module: Any, inputs: Any, output: Any) -> torch.Tensor | None:
+        read[name].append(output[0] if name == "body" else inputs[0])
+        if name != "last":
+            return None
         return torch.arange(output.numel(), dtype=torch.float64, device=output.device).reshape(output.shape)
 
-    def states(module: Any, inputs: Any, output: Any) -> None:
-        read["hidden"] = output[0]
-
-    hooks = [
-        last_layer.register_forward_hook(numbered),
-        body.register_forward_hook(states),
-    ]
-    if layers.dense is not None:
-        dense_layer = model.get_submodule(layers.dense)
-        hooks.append(dense_layer.register_forward_hook(lambda module, inputs, output: read.update(dense=inputs[0])))
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in parts.items()]
     try:
-        numbers = logits_of(model(**batch))
+        outputs = model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
-    flat = {name: values.float().flatten(0, -2) for name, values in read.items() if name != "hidden"}
-    places = _places(numbers, last_layer.out_features)
-    if places is None or "last" not in flat or int(places.max()) >= len(flat["last"]):
+    if len(read["body"]) != 1:
+        raise NoProbe(f"{type(model).__name__} does not run its body once")
+    hidden = read["body"][0].float()
+    if layers is None:
+        return Seen(hidden)
+    places = _places(logits_of(outputs), parts["last"].out_features)
+    last, dense = (_once(read.get(name, [])) for name in ("last", "dense"))
+    if places is None or last is None or not 0 <= int(places.min()) <= int(places.max()) < len(last):
         raise NoProbe(f"the logits of {type(model).__name__} are not just those of its last layer")
-    in_same_places = "dense" in flat and len(flat["dense"]) == len(flat["last"])
-    return Seen(read["hidden"].float(), flat["last"][places], flat["dense"][places] if in_same_places else None)
+    return Seen(hidden, last[places], dense[places] if dense is not None and len(dense) == len(last) else None)
+
+
+def _once(read: list[torch.Tensor]) -> torch.Tensor | None:
+    """What a layer has read, float32 [items, hidden]; None: it was not called once."""
+    return read[0].float().flatten(0, -2) if len(read) == 1 else None
 
 
 def _places(numbers: torch.Tensor, num_outputs: int) -> torch.Tensor | None:

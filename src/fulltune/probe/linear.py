@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -175,12 +176,11 @@ def _differences(features: np.ndarray, right: np.ndarray, rows: np.ndarray) -> n
 
 def centroids(items: Items) -> Linear:
     """The class whose mean is nearest, as a linear classifier: the squared distance without what all classes share."""
-    from sklearn.neighbors import NearestCentroid
-
-    model = NearestCentroid().fit(items.features, items.labels)
     weight = np.zeros((items.num_outputs, items.features.shape[1]), np.float32)
     bias = np.full(items.num_outputs, -1e30, np.float32)
-    weight[model.classes_], bias[model.classes_] = model.centroids_, -(model.centroids_**2).sum(axis=1) / 2
+    for one in np.unique(items.labels):
+        weight[one] = items.features[items.labels == one].mean(axis=0)
+        bias[one] = -(weight[one] ** 2).sum() / 2
     return Linear(weight, bias)
 
 
@@ -212,12 +212,18 @@ def best(
         raise NoProbe("there is one train row")
     fold = np.random.default_rng(0).permutation(row.max() + 1)[row] % FOLDS
     sums: dict[Key, float] = {}
+    measured = 0
     for number in range(min(FOLDS, row.max() + 1)):
         left_out = items.part(fold == number)
-        for key, one in candidates(items.part(fold != number)):
-            sums[key] = sums.get(key, 0.0) + measure(left_out, one) * len(left_out.rows) / len(items.rows)
+        with contextlib.suppress(NoProbe):  # what is left may have one class alone; nothing was given then
+            for key, one in candidates(items.part(fold != number)):
+                sums[key] = sums.get(key, 0.0) + measure(left_out, one) * len(left_out.rows)
+            measured += len(left_out.rows)
+    if not measured:  # nothing tells them apart: the first is the most regularised
+        key, one = next(iter(candidates(items)))
+        return measure(items, one), key, one
     chosen = min(sums, key=lambda key: sums[key])
-    return sums[chosen], chosen, next(one for key, one in candidates(items) if key == chosen)
+    return sums[chosen] / measured, chosen, next(one for key, one in candidates(items) if key == chosen)
 
 
 def loss(items: Items, found: Linear) -> float:

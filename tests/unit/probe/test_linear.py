@@ -1,0 +1,286 @@
+"""Linear classifiers on features: planted ones are found for each kind of label; what cannot be fitted says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune.probe.layers import NoProbe
+from fulltune.probe.linear import FOLDS, MOST_BYTES, Items, Linear, best, centroids, fits, loss, wrong
+from fulltune.recipe.tasks import ProblemType
+
+HIDDEN = 16
+
+
+def items(kind: ProblemType, features: np.ndarray, labels: Any, num_outputs: int, **others: Any) -> Items:
+    others.setdefault("rows", np.arange(len(features)))
+    return Items(kind, features.astype(np.float32), np.asarray(labels), num_outputs=num_outputs, **others)
+
+
+def drawn(*shape: int, seed: int = 0) -> np.ndarray:
+    """Features as models give them: each with a mean and a spread of its own."""
+    random = np.random.default_rng(seed)
+    scale, shift = np.random.default_rng(99).uniform(0.1, 5.0, (2, shape[-1]))
+    return (random.normal(size=shape) * scale + shift).astype(np.float32)
+
+
+def planted(num_outputs: int, has_bias: bool = True) -> Linear:
+    random = np.random.default_rng(7)
+    weight = random.normal(size=(num_outputs, HIDDEN)) / np.random.default_rng(99).uniform(0.1, 5.0, (2, HIDDEN))[0]
+    centre = drawn(2000, HIDDEN).mean(axis=0)
+    return Linear(weight, -weight @ centre if has_bias else np.zeros(num_outputs))
+
+
+def splits(kind: ProblemType, num_outputs: int, label: Any, has_bias: bool = True) -> tuple[Items, Items]:
+    """Rows of which a planted classifier gives the labels, and others."""
+    given = planted(num_outputs, has_bias)
+    found = []
+    for seed, count in ((1, 600), (2, 400)):
+        features = drawn(count, HIDDEN, seed=seed)
+        found.append(items(kind, features, label(given(features)), num_outputs))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("num_outputs", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["single_label", "tags"])
+def test_planted_classes_are_found(kind: ProblemType, num_outputs: int, has_bias: bool) -> None:
+    train, others = splits(kind, num_outputs, lambda outputs: outputs.argmax(axis=1), has_bias)
+    least, _, found = best(train, others, lambda one: fits(one, has_bias), loss)
+    assert wrong(others, found) < 0.04 * num_outputs
+    assert least == pytest.approx(loss(others, found))
+    assert found.weight.shape == (num_outputs, HIDDEN)
+    assert found.weight.dtype == found.bias.dtype == np.float32
+    if not has_bias:
+        np.testing.assert_array_equal(found.bias, 0)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_each_label_of_several_is_found_and_a_constant_one_stays_constant(has_bias: bool) -> None:
+    def label(outputs: np.ndarray) -> np.ndarray:
+        labels = (outputs > 0).astype(np.float32)
+        labels[:, 1], labels[:, 3] = 0, 1
+        return labels
+
+    train, others = splits("multi_label", 4, label, has_bias)
+    _, _, found = best(train, others, lambda one: fits(one, has_bias), loss)
+    outputs = found(others.features)
+    assert ((outputs[:, [0, 2]] > 0) == others.labels[:, [0, 2]]).mean() > 0.95
+    np.testing.assert_array_equal(found.weight[[1, 3]], 0)
+    if has_bias:
+        assert (outputs[:, 1] < -1).all()
+        assert (outputs[:, 3] > 1).all()
+    else:
+        np.testing.assert_array_equal(found.bias, 0)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_numbers_are_found_at_their_own_scale(has_bias: bool) -> None:
+    train, others = splits("regression", 1, lambda outputs: (outputs[:, 0] * 1e4).astype(np.float32), has_bias)
+    least, _, found = best(train, others, lambda one: fits(one, has_bias), loss)
+    assert least < 0.01  # of the variance
+    assert np.corrcoef(found(others.features)[:, 0], others.labels)[0, 1] > 0.99
+
+
+def choices(count: int, seed: int, choices_of_row: int = 4) -> Items:
+    """The right choice is the highest by a planted direction; a row's choices share what says nothing."""
+    features = drawn(count * choices_of_row, HIDDEN, seed=seed).reshape(count, choices_of_row, HIDDEN)
+    features += 20 * np.random.default_rng(seed).normal(size=(count, 1, HIDDEN))
+    scores = features @ planted(1).weight[0]
+    right = np.eye(choices_of_row, dtype=np.int64)[scores.argmax(axis=1)]
+    rows = np.repeat(np.arange(count), choices_of_row)
+    return items("choice", features.reshape(-1, HIDDEN), right.ravel(), 1, rows=rows)
+
+
+def test_the_right_choice_is_found_among_those_of_its_row() -> None:
+    train, others = choices(300, 1), choices(200, 2)
+    least, _, found = best(train, others, fits, loss)
+    assert wrong(others, found) < 0.1
+    assert least < np.log(4) / 2
+    assert found.weight.shape == (1, HIDDEN)
+    assert found.bias.tolist() == [0]
+
+
+def test_begin_and_end_of_a_span_are_found() -> None:
+    def spans(seed: int) -> Items:
+        count, tokens = 300, 9
+        features = drawn(count * tokens, HIDDEN, seed=seed)
+        scores = (features @ planted(2).weight.T).reshape(count, tokens, 2)
+        labels = (scores == scores.max(axis=1, keepdims=True)).astype(np.int64)
+        return items("span", features, labels.reshape(-1, 2), 2, rows=np.repeat(np.arange(count), tokens))
+
+    train, others = spans(1), spans(2)
+    least, _, found = best(train, others, fits, loss)
+    assert least < np.log(9) / 3
+    outputs = found(others.features).reshape(-1, 9, 2)
+    assert (outputs.argmax(axis=1) == others.labels.reshape(-1, 9, 2).argmax(axis=1)).mean() > 0.85
+
+
+def test_class_weights_move_the_border_towards_the_others() -> None:
+    """Overlapping classes, one of them rare: with its weight it is found more often."""
+    random = np.random.default_rng(0)
+    labels = (random.random(1000) < 0.1).astype(np.int64)
+    features = random.normal(size=(1000, HIDDEN)) + labels[:, None] * 0.3
+    rare = labels == 1
+
+    def found(weights: list[float] | None) -> float:
+        train = items("single_label", features, labels, 2, class_weights=weights)
+        return float((next(one for _, one in fits(train))(train.features)[rare].argmax(axis=1) == 1).mean())
+
+    assert found([1.0, 9.0]) > found(None) + 0.2
+    assert found([1.0, 1.0]) == pytest.approx(found(None))
+
+    def label_found(weights: list[float] | None) -> float:
+        train = items("multi_label", features, np.stack([labels, 1 - labels], axis=1), 2, class_weights=weights)
+        return float((next(one for _, one in fits(train))(train.features)[rare, 0] > 0).mean())
+
+    assert label_found([9.0, 1.0]) > label_found(None) + 0.2
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (items("single_label", drawn(9, HIDDEN), np.ones(9, np.int64), 3), "all train rows have the same class"),
+        (items("tags", drawn(9, HIDDEN), np.zeros(9, np.int64), 3), "all train rows have the same class"),
+        (
+            items("multi_label", drawn(9, HIDDEN), np.tile([0, 1], (9, 1)), 2),
+            "each label is the same in all train rows",
+        ),
+        (items("choice", drawn(4, HIDDEN), np.zeros(4, np.int64), 1), "no train row has a right and a wrong choice"),
+        (
+            items("single_label", drawn(9, HIDDEN), np.arange(9), MOST_BYTES // 25 // 8 // HIDDEN + 1),
+            "classes of 16 features are too many to fit",
+        ),
+    ],
+)
+@pytest.mark.parametrize("held_out", [True, False])
+def test_what_cannot_be_fitted_says_why(made: Items, reason: str, held_out: bool) -> None:
+    with pytest.raises(NoProbe, match=reason):
+        best(made, made if held_out else None, fits, loss)
+
+
+def test_one_row_is_not_enough_to_hold_rows_out() -> None:
+    tokens = items("tags", drawn(6, HIDDEN), [0, 1, 0, 1, 0, 1], 2, rows=np.zeros(6, np.int64))
+    with pytest.raises(NoProbe, match="one train row"):
+        best(tokens, None, fits, loss)
+
+
+def test_a_class_without_a_row_is_never_the_best() -> None:
+    features = drawn(200, HIDDEN, seed=1)
+    labels = np.where(features[:, 0] > features[:, 0].mean(), 4, 1)
+    for _, found in fits(items("single_label", features, labels, 6)):
+        assert set(found(features).argmax(axis=1)) == {1, 4}
+        np.testing.assert_array_equal(found.weight[[0, 2, 3, 5]], 0)
+    found = centroids(items("single_label", features, labels, 6))
+    assert set(found(features).argmax(axis=1)) == {1, 4}
+
+
+def test_features_that_never_vary_are_left_out_and_change_nothing() -> None:
+    train, others = splits("single_label", 3, lambda outputs: outputs.argmax(axis=1))
+
+    def constant(of: Items) -> Items:
+        return items(of.kind, np.insert(of.features, [0, 5], [1e3, -0.2], axis=1), of.labels, of.num_outputs)
+
+    for (_, plain), (_, more) in zip(fits(train), fits(constant(train)), strict=True):
+        assert np.isfinite(more.weight).all()
+        np.testing.assert_array_equal(more.weight[:, [0, 6]], 0)
+        assert abs(wrong(constant(others), more) - wrong(others, plain)) < 0.03
+
+
+def test_scale_and_place_of_features_change_nothing() -> None:
+    train, others = splits("single_label", 3, lambda outputs: outputs.argmax(axis=1))
+
+    def moved(of: Items) -> Items:
+        return items(of.kind, of.features * 100 + 30, of.labels, of.num_outputs)
+
+    for (_, plain), (_, other) in zip(fits(train), fits(moved(train)), strict=True):
+        np.testing.assert_allclose(other(moved(others).features), plain(others.features), atol=0.05)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 9, 40])
+@pytest.mark.parametrize("kind", ["single_label", "multi_label", "regression"])
+def test_few_rows_are_held_out_in_turn(count: int, kind: ProblemType) -> None:
+    """Also where a part lacks a class: rows of a rare class lie in one part."""
+    labels: np.ndarray = np.arange(count) % 2
+    features = drawn(count, HIDDEN) + 50 * labels[:, None]
+    if kind == "multi_label":
+        labels = np.stack([labels, 1 - labels], axis=1)
+    train = items(kind, features, labels.astype(np.float32) if kind == "regression" else labels, 2)
+    train = items(kind, features, train.labels, 1) if kind == "regression" else train
+    _, _, found = best(train, None, fits, loss)
+    assert np.isfinite(found.weight).all()
+    outputs = found(train.features)
+    right = {
+        "single_label": lambda: outputs.argmax(axis=1) == labels,
+        "multi_label": lambda: (outputs > 0) == (labels == 1),
+        "regression": lambda: (outputs[:, 0] > 0.5) == (labels == 1),
+    }[kind]()
+    assert right.all()
+
+
+def test_a_class_with_one_row_does_not_stop_the_others() -> None:
+    labels = np.zeros(20, np.int64)
+    labels[3] = 1
+    features = drawn(20, HIDDEN) + 50 * labels[:, None]
+    _, _, found = best(items("single_label", features, labels, 2), None, fits, loss)
+    assert (found(features).argmax(axis=1) == labels).all()
+
+
+def test_items_of_a_row_are_held_out_together() -> None:
+    """Each row has a mark of its own that tells its class: seen or not decides whether that helps."""
+    rows = np.repeat(np.arange(20), 5)
+    seen: list[tuple[set[int], int]] = []
+
+    def candidates(of: Items) -> Any:
+        seen.append((set(of.rows.tolist()), len(of.rows)))
+        yield 1.0, Linear(np.zeros((2, HIDDEN)), np.zeros(2))
+
+    best(items("tags", drawn(100, HIDDEN), rows % 2, 2, rows=rows), None, candidates, loss)
+    *parts, whole = seen
+    assert len(parts) == FOLDS
+    assert all(count == 5 * len(part) for part, count in parts)
+    assert set.union(*(set(range(20)) - part for part, _ in parts)) == set(range(20))
+    assert whole == (set(range(20)), 100)
+
+
+def test_noise_asks_for_the_strongest_hold_and_a_clear_signal_for_a_weaker_one() -> None:
+    random = np.random.default_rng(3)
+    features = random.normal(size=(300, HIDDEN))
+    noise, signal = random.integers(0, 2, 300), (features @ random.normal(size=HIDDEN) > 0).astype(np.int64)
+    strengths = [best(items("single_label", features, labels, 2), None, fits, loss)[1] for labels in (noise, signal)]
+    assert strengths[0] < strengths[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "features", "labels", "rows", "expected_loss", "expected_wrong"),
+    [
+        ("single_label", [[2.0, 0.0], [0.0, 0.0]], [0, 1], [0, 1], (np.log1p(np.exp(-2)) + np.log(2)) / 2, 0.5),
+        ("multi_label", [[0.0, 3.0]], [[1.0, 0.0]], [0], (np.log(2) + np.log1p(np.exp(3))) / 2, None),
+        ("choice", [[1.0, 0.0], [0.0, 0.0]], [1, 0], [5, 5], np.log1p(np.exp(-1)), 0.0),
+        ("choice", [[1.0, 0.0], [0.0, 0.0]], [0, 1], [5, 5], np.log1p(np.exp(1)), 1.0),
+        ("span", [[1.0, 0.0], [0.0, 0.0]], [[1, 0], [0, 1]], [5, 5], (np.log1p(np.exp(-1)) + np.log(2)) / 2, None),
+        ("regression", [[1.0, 0.0], [3.0, 0.0]], [1.0, 5.0], [0, 1], 0.5, 0.5),
+    ],
+)
+def test_losses_by_hand(
+    kind: ProblemType,
+    features: list[list[float]],
+    labels: Any,
+    rows: list[int],
+    expected_loss: float,
+    expected_wrong: float | None,
+) -> None:
+    """The outputs are the features themselves."""
+    outputs = 1 if kind in ("choice", "regression") else 2
+    given = items(kind, np.array(features), labels, outputs, rows=np.array(rows))
+    found = Linear(np.eye(2)[:outputs], np.zeros(outputs))
+    assert loss(given, found) == pytest.approx(expected_loss)
+    if expected_wrong is not None:
+        assert wrong(given, found) == pytest.approx(expected_wrong)
+
+
+def test_a_class_that_a_part_lacks_does_not_decide_alone() -> None:
+    given = items("single_label", np.array([[0.0, 500.0]]), [0], 2)
+    assert loss(given, Linear(np.eye(2), np.zeros(2))) < 10
