@@ -13,7 +13,8 @@ from fulltune.plan.time import Work
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import BASELINES, DRY_RUN, MOST_EMBEDDED, STARTING, TRAINED, Plan, TimePart
+from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, Plan, TimePart
+from fulltune.records.probe import LEAST_HELD_OUT, MOST_HELD_OUT, MOST_ROWS
 
 START_SECONDS = 20.0
 """Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores."""
@@ -25,13 +26,13 @@ LOADS, LOAD_BYTES_PER_SECOND = 3, 10**9
 CHECKS_SECONDS, SCORING_SECONDS = 0.5, 0.4
 """Of the checks, and of each line of the scores, whatever the rows: further imports, the model put in place, intervals
 of the metrics. On one free core; more on busy ones."""
-BASELINE_LINES = 2
-"""One without a model and one with it, or two without."""
+BASELINE_LINES = 3
+"""One without a model and two with it; or one with it, or two without."""
 LONGEST_PASSES, EXTRA_SHARE, LEAST_EXTRA, MOST_EXTRA = 2, 0.05, 0.5, 20.0
 """Of a dry run: passes of the longest micro batch; further timed passes as a share of the training, within bounds."""
+FITTING_SECONDS = 2.0
+"""Of the linear classifiers, with scikit-learn's import; those of many classes and rows take some more."""
 WRITES = ("prompt_completion", "chat", "source_target")
-EMBEDS = ("single_label", "multi_label", "regression", "tags")
-"""Problems whose baseline is the untouched model's embeddings; choices and spans have baselines without a model."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class Speeds:
 def around(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, speeds: Speeds) -> tuple[TimePart, ...]:
     """The parts of `fulltune run` before and after the training, in order."""
     checks = CHECKS_SECONDS + _dry_run_seconds(plan, work, speeds)
-    found = [_starting(plan, speeds), TimePart(name=DRY_RUN, seconds=checks, basis="arithmetic")]
+    found = [_starting(plan, speeds)]
+    if plan.head_init == "probe":
+        seconds = FITTING_SECONDS + _forward_seconds(plan, _probed_rows(summary), work, speeds)
+        found.append(TimePart(name=PROBE, seconds=seconds, basis="arithmetic"))
+    found.append(TimePart(name=DRY_RUN, seconds=checks, basis="arithmetic"))
     if not _rows(summary, "test"):
         return tuple(found)
     answers = _answer_seconds(recipe, plan, summary, work, speeds)
@@ -63,7 +68,7 @@ def around(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, speeds:
         return TimePart(name=name, seconds=lines * SCORING_SECONDS + passing, basis="arithmetic")
 
     if recipe.evaluate.baselines:
-        found.append(scoring(BASELINES, BASELINE_LINES, sum(_baseline_rows(summary))))
+        found.append(scoring(BASELINES, BASELINE_LINES, sum(_baseline_rows(plan, summary))))
     found.append(scoring(TRAINED, 1, sum(_scored_rows(summary))))
     return tuple(found)
 
@@ -95,14 +100,23 @@ def _rows(summary: DataSummary, split: str) -> int:
     return next((one.rows for name, one in summary.splits.items() if name == split), 0)
 
 
-def _baseline_rows(summary: DataSummary) -> Iterator[int]:
+def _probed_rows(summary: DataSummary) -> int:
+    """Rows that linear classifiers are fitted on, and judged by."""
+    held_out = _rows(summary, "eval")
+    return min(_rows(summary, "train"), MOST_ROWS) + (min(held_out, MOST_HELD_OUT) if held_out >= LEAST_HELD_OUT else 0)
+
+
+def _baseline_rows(plan: Plan, summary: DataSummary) -> Iterator[int]:
     """Rows that go through the untouched model."""
-    if summary.problem_type in EMBEDS:
-        train = _rows(summary, "train")
-        yield train if summary.problem_type == "tags" else min(train, MOST_EMBEDDED)
+    if FACTS[summary.task].writes:
         yield _rows(summary, "test")
-    elif FACTS[summary.task].writes:
-        yield _rows(summary, "test")
+        return
+    if plan.head_init != "probe":
+        yield _probed_rows(summary)
+    if summary.problem_type != "span":
+        yield _rows(summary, "test")  # for the classifier on embeddings
+    if plan.head_init is not None:
+        yield from _scored_rows(summary)  # with the probe as its head
 
 
 def _scored_rows(summary: DataSummary) -> Iterator[int]:

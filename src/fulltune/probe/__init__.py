@@ -28,14 +28,12 @@ from fulltune.probe.features import Features, joined, passes, sampled
 from fulltune.probe.layers import HeadLayers, NoProbe, after_dense
 from fulltune.probe.linear import Items, Linear, best, centroids, fits, loss, wrong
 from fulltune.recipe.tasks import ProblemType, TaskName
-from fulltune.records.probe import FrozenRival, HeadStart, Pooling, Probe
+from fulltune.records.probe import LEAST_HELD_OUT, MOST_HELD_OUT, FrozenRival, HeadStart, Pooling, Probe
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Target, Task, task_named
 
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, FROZEN = "head.safetensors", "frozen.safetensors"
-LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
-"""Eval rows that choose strength and features; with fewer, parts of train are held out in turn."""
 _VALUES_AT_A_TIME, _USUAL_HIDDEN_SIZE = 4_096, 1_024
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
 from fulltune.probe.layers import HeadLayers, NoProbe, Seen, see
 from fulltune.recipe.tasks import ProblemType
+from fulltune.records.probe import MOST_ROWS
 from fulltune.tasks import Task, question_answering
 from fulltune.tasks.padding import IGNORED
 from fulltune.tasks.token_classification import WORD_IDS
@@ -21,8 +22,8 @@ from fulltune.tasks.token_classification import WORD_IDS
 if TYPE_CHECKING:
     import torch
 
-MOST_ROWS, MOST_BYTES = 20_000, 2**28
-"""Train rows that are looked at, and bytes of their features; more change a linear classifier little."""
+MOST_BYTES = 2**28
+"""Of the features of all items."""
 OTHER_TOKENS = 8
 """Of each window, drawn at random, beside those at which the answer begins and ends."""
 

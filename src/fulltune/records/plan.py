@@ -78,18 +78,15 @@ class DiskNeed(Record):
         return self.one_checkpoint * self.num_checkpoints + self.model + self.offloaded
 
 
-STARTING, DRY_RUN = "starting", "checks and dry run"
+STARTING, PROBE, DRY_RUN = "starting", "linear probe", "checks and dry run"
 BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
-MOST_EMBEDDED = 10_000
-"""Train rows behind a classifier's baseline of frozen embeddings, at most; more would change its scores little and cost
-minutes."""
 
 
 class TimePart(Record):
     """A part of the command that is not training."""
 
     name: str
-    """`STARTING`, `DRY_RUN`, `BASELINES` or `TRAINED`."""
+    """`STARTING`, `PROBE`, `DRY_RUN`, `BASELINES` or `TRAINED`."""
     seconds: float
     basis: Literal["arithmetic", "rule of thumb", "measured"]
 

@@ -7,6 +7,10 @@ from typing import Literal
 from fulltune.records.base import Record
 
 Pooling = Literal["head", "mean"]
+MOST_ROWS = 20_000
+"""Train rows that are looked at; more change a linear classifier little."""
+LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
+"""Eval rows that choose strength and features; with fewer, parts of train are held out in turn."""
 
 
 class HeadStart(Record):

@@ -51,7 +51,8 @@ class Scaled:
 
 
 def settle(attempt: AttemptContext, rows: Rows) -> None:
-    """Have a head learn numbers in units of their spread, where that can be undone; a kept one goes on in them."""
+    """Have a head learn numbers in units of their spread, where that can be undone; one that gives the numbers themselves,
+    because it was kept or starts from a linear probe, is changed to them."""
     if attempt.summary.scale is None:
         return
     mean, spread = attempt.summary.scale
@@ -65,7 +66,9 @@ def settle(attempt: AttemptContext, rows: Rows) -> None:
     attempt.scaled = Scaled(layer, shift, factor)
     minus = f"(number - {shift:.6g})" if shift else "number"
     attempt.about_scale = f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved"
-    if attempt.head is not None and attempt.head.order is not None:
+    kept = attempt.head is not None and attempt.head.order is not None
+    probed = attempt.head_start is not None and attempt.head_start.head is not None
+    if kept or probed:  # it gives the numbers themselves
         output_layer.rescale(layer, -shift / factor, 1 / factor)
 
 
