@@ -26,7 +26,7 @@ from fulltune.models.checkpoint_head import put_together
 from fulltune.probe.dense import DenseLayer
 from fulltune.probe.features import Features, joined, passes, sampled
 from fulltune.probe.layers import HeadLayers, NoProbe, after_dense
-from fulltune.probe.linear import Items, Linear, best, centroids, fits, loss, wrong
+from fulltune.probe.linear import STRENGTHS, Items, Linear, best_space, centroids, fits, loss, wrong
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import LEAST_HELD_OUT, MOST_HELD_OUT, FrozenRival, HeadStart, Pooling, Probe
 from fulltune.system.out_of_memory import with_smaller_batches
@@ -169,12 +169,11 @@ def _head(
         assert of.last is not None, "it was looked at"
         return looker.items(of.last if dense is None or of.dense is None else after(dense(of.dense)), of)
 
-    found = {}
-    for name, dense in options.items():
-        held = None if held_out is None else read(held_out, dense)
-        found[name] = best(read(train, dense), held, lambda items: fits(items, has_bias), loss)
-    name = min(found, key=lambda one: found[one][0])
-    least, strength, last = found[name]
+    spaces = {
+        name: (read(train, dense), None if held_out is None else read(held_out, dense))
+        for name, dense in options.items()
+    }
+    name, least, strength, last = best_space(spaces, partial(fits, has_bias=has_bias), loss)
     tensors = _tensors(layers.last, last, has_bias)
     if (dense := options[name]) is not None:
         tensors |= _tensors(str(layers.dense), dense, f"{layers.dense}.bias" in parameters)
@@ -207,18 +206,20 @@ def _rival(looker: Looker, train: Features, held_out: Features | None) -> tuple[
         return None
     usual = "ridge regression" if looker.kind == "regression" else "logistic regression"
 
-    def candidates(items: Items) -> Iterator[tuple[tuple[str, float], Linear]]:
-        yield from (((usual, strength), one) for strength, one in fits(items))
+    def candidates(items: Items, strengths: Sequence[float] = STRENGTHS) -> Iterator[tuple[tuple[str, float], Linear]]:
+        yield from (((usual, strength), one) for strength, one in fits(items, strengths=strengths))
         if looker.kind in ("single_label", "tags"):
             yield ("nearest centroid", 0.0), centroids(items)
 
-    pooled, held = _pooled(train), None if held_out is None else _pooled(held_out)
-    found = {}
-    for name, features in pooled.items():
-        others = None if held is None or held_out is None else looker.items(held[name], held_out)
-        found[name] = best(looker.items(features, train), others, candidates, wrong)
-    pooling = min(found, key=lambda one: found[one][0])
-    least, (kind, _), classifier = found[pooling]
+    held = None if held_out is None else _pooled(held_out)
+    spaces = {
+        name: (
+            looker.items(features, train),
+            None if held is None or held_out is None else looker.items(held[name], held_out),
+        )
+        for name, features in _pooled(train).items()
+    }
+    pooling, least, (kind, _), classifier = best_space(spaces, candidates, wrong)
     return FrozenRival.model_validate({"pooling": pooling, "kind": kind, "loss": least}), classifier
 
 

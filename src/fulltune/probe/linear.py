@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,11 +15,12 @@ from fulltune.probe.layers import NoProbe
 from fulltune.recipe.tasks import ProblemType
 
 Key = TypeVar("Key", bound=Hashable)
+Name = TypeVar("Name", bound=Hashable)
 FOLDS = 5
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
-"""scikit-learn's C times the number of features, which have the spread 1."""
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Ridge regression's alpha over the number of items."""
+"""scikit-learn's C times the number of features, which have the spread 1; `RIDGE` over it is a ridge regression's alpha
+for each item."""
+MIDDLE, RIDGE = 16.0, 16.0
 MOST_STEPS, TOLERANCE = 300, 1e-4
 MOST_BYTES = 2**30
 """Of what the solver keeps of weights and their changes."""
@@ -55,12 +57,13 @@ class Items:
         return replace(self, features=self.features[chosen], labels=self.labels[chosen], rows=self.rows[chosen])
 
 
-def fits(items: Items, has_bias: bool = True) -> Iterator[tuple[float, Linear]]:
-    """Each strength with its classifier, the most regularised first.
+def fits(items: Items, has_bias: bool = True, strengths: Sequence[float] = STRENGTHS) -> Iterator[tuple[float, Linear]]:
+    """Each strength with its classifier.
 
     Args:
         items: To fit on.
         has_bias: Whether the layer that will hold it has one.
+        strengths: The most regularised first: each fit goes on from the one before.
 
     Raises:
         NoProbe: When nothing can be fitted.
@@ -70,7 +73,8 @@ def fits(items: Items, has_bias: bool = True) -> Iterator[tuple[float, Linear]]:
     shift, scale = _standard(items.features, has_bias and items.kind not in ("choice", "span"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the solver stopped early: held-out rows judge what it found
-        for strength, found in _fitted(items, (items.features - shift) * scale, has_bias):
+        features = ((items.features - shift) * scale).astype(np.float32)
+        for strength, found in _fitted(items, features, has_bias, strengths):
             weight = found.weight * scale
             yield strength, Linear(weight.astype(np.float32), (found.bias - weight @ shift).astype(np.float32))
 
@@ -84,20 +88,27 @@ def _standard(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarr
     return centre, np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
 
 
-def _fitted(items: Items, features: np.ndarray, has_bias: bool) -> Iterator[tuple[float, Linear]]:
+def _fitted(
+    items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
+) -> Iterator[tuple[float, Linear]]:
     match items.kind:
         case "regression":
-            yield from _ridge(features, items.labels, has_bias)
+            yield from _ridge(features, items.labels, has_bias, strengths)
         case "multi_label":
-            yield from _each_label(items, features, has_bias)
+            yield from _each_label(items, features, has_bias, strengths)
         case "choice" | "span":
-            yield from _within_rows(items, features)
+            yield from _within_rows(items, features, strengths)
         case _:
-            yield from _logistic(features, items.labels, items.num_outputs, items.class_weights, has_bias)
+            yield from _logistic(features, items.labels, items.num_outputs, strengths, items.class_weights, has_bias)
 
 
 def _logistic(
-    features: np.ndarray, labels: np.ndarray, num_outputs: int, class_weights: Sequence[float] | None, has_bias: bool
+    features: np.ndarray,
+    labels: np.ndarray,
+    num_outputs: int,
+    strengths: Sequence[float],
+    class_weights: Sequence[float] | None = None,
+    has_bias: bool = False,
 ) -> Iterator[tuple[float, Linear]]:
     from sklearn.linear_model import LogisticRegression
 
@@ -108,7 +119,7 @@ def _logistic(
     model = LogisticRegression(
         max_iter=MOST_STEPS, tol=TOLERANCE, warm_start=True, fit_intercept=has_bias, class_weight=weights
     )
-    for strength in STRENGTHS:
+    for strength in strengths:
         model.C = strength / features.shape[1]
         model.fit(features, labels)
         weight, bias = model.coef_, np.broadcast_to(model.intercept_, len(model.coef_))
@@ -119,7 +130,9 @@ def _logistic(
         yield strength, Linear(*whole)
 
 
-def _each_label(items: Items, features: np.ndarray, has_bias: bool) -> Iterator[tuple[float, Linear]]:
+def _each_label(
+    items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
+) -> Iterator[tuple[float, Linear]]:
     """A classifier for each label; one that all rows have, or none, gets a constant."""
     labels = items.labels.astype(np.int64)
     constant = [label for label in range(items.num_outputs) if len(np.unique(labels[:, label])) == 1]
@@ -129,13 +142,13 @@ def _each_label(items: Items, features: np.ndarray, has_bias: bool) -> Iterator[
     for label in range(items.num_outputs):
         if label in constant:
             bias = np.array([2.0 if labels[0, label] else -2.0]) if has_bias else np.zeros(1)
-            paths.append([(one, Linear(np.zeros((1, features.shape[1])), bias)) for one in STRENGTHS])
+            paths.append([(one, Linear(np.zeros((1, features.shape[1])), bias)) for one in strengths])
             continue
         weights = None if items.class_weights is None else (1.0, items.class_weights[label])
         paths.append(
             [
                 (one, Linear(2 * found.weight[1:], 2 * found.bias[1:]))
-                for one, found in _logistic(features, labels[:, label], 2, weights, has_bias)
+                for one, found in _logistic(features, labels[:, label], 2, strengths, weights, has_bias)
             ]
         )
     for several in zip(*paths, strict=True):
@@ -143,16 +156,18 @@ def _each_label(items: Items, features: np.ndarray, has_bias: bool) -> Iterator[
         yield several[0][0], Linear(np.concatenate([f.weight for f in found]), np.concatenate([f.bias for f in found]))
 
 
-def _ridge(features: np.ndarray, numbers: np.ndarray, has_bias: bool) -> Iterator[tuple[float, Linear]]:
+def _ridge(
+    features: np.ndarray, numbers: np.ndarray, has_bias: bool, strengths: Sequence[float]
+) -> Iterator[tuple[float, Linear]]:
     from sklearn.linear_model import Ridge
 
-    for penalty in PENALTIES:
-        model = Ridge(alpha=penalty * len(features), fit_intercept=has_bias)
+    for strength in strengths:
+        model = Ridge(alpha=len(features) * RIDGE / strength, fit_intercept=has_bias)
         model.fit(features, numbers.astype(np.float64))
-        yield penalty, Linear(model.coef_[None], np.broadcast_to(model.intercept_, 1))
+        yield strength, Linear(model.coef_[None], np.broadcast_to(model.intercept_, 1))
 
 
-def _within_rows(items: Items, features: np.ndarray) -> Iterator[tuple[float, Linear]]:
+def _within_rows(items: Items, features: np.ndarray, strengths: Sequence[float]) -> Iterator[tuple[float, Linear]]:
     """The right item of each row against each other one: a logistic regression on their differences, without a bias,
     which all items of a row would share."""
     outputs = [_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
@@ -161,7 +176,7 @@ def _within_rows(items: Items, features: np.ndarray) -> Iterator[tuple[float, Li
         if not len(differences):
             raise NoProbe("no train row has a right and a wrong choice")
         signs = np.where(np.arange(len(differences)) % 2, 1, -1)
-        paths.append(list(_logistic(differences * signs[:, None], (signs > 0).astype(np.int64), 2, None, False)))
+        paths.append(list(_logistic(differences * signs[:, None], (signs > 0).astype(np.int64), 2, strengths)))
     for several in zip(*paths, strict=True):
         weight = np.concatenate([2 * found.weight[1:] for _, found in several])
         yield several[0][0], Linear(weight, np.zeros(len(weight)))
@@ -224,6 +239,26 @@ def best(
         return measure(items, one), key, one
     chosen = min(sums, key=lambda key: sums[key])
     return sums[chosen] / measured, chosen, next(one for key, one in candidates(items) if key == chosen)
+
+
+def best_space(
+    spaces: Mapping[Name, tuple[Items, Items | None]], candidates: Callable[..., Any], measure: Measure
+) -> tuple[Name, float, Any, Linear]:
+    """The features that are best at a middle strength, and the best classifier on them.
+
+    Args:
+        spaces: Name to items, and to held-out ones, as for `best`.
+        candidates: Fits items at strengths.
+        measure: The less the better.
+
+    Returns:
+        The name, the measure, the key, and the classifier.
+    """
+    middle = partial(candidates, strengths=(MIDDLE,))
+    name = next(iter(spaces))
+    if len(spaces) > 1:
+        name = min(spaces, key=lambda one: best(*spaces[one], middle, measure)[0])
+    return name, *best(*spaces[name], candidates, measure)
 
 
 def loss(items: Items, found: Linear) -> float:
