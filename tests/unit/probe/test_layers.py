@@ -1,0 +1,232 @@
+"""What a head's layers read is found for the plain classes of many architectures, and the head can be set by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fulltune.probe import fitted, put_head
+from fulltune.probe.layers import HeadLayers, NoProbe, after_dense, see
+from fulltune.probe.linear import Items, Linear, loss
+from fulltune.recipe.tasks import ProblemType, TaskName
+from tests.unit.probe.models import PAD, image_rows, logits_alone, looker_of, model_of, rows_of
+
+CASES: list[tuple[str, TaskName, ProblemType, str, str | None]] = [
+    ("Albert", "text-classification", "single_label", "classifier", "albert.pooler"),
+    ("Bart", "text-classification", "single_label", "classification_head.out_proj", "classification_head.dense"),
+    ("Bert", "text-classification", "single_label", "classifier", "bert.pooler.dense"),
+    ("Bert", "text-classification", "multi_label", "classifier", "bert.pooler.dense"),
+    ("Bert", "text-classification", "regression", "classifier", "bert.pooler.dense"),
+    ("Bert", "token-classification", "tags", "classifier", None),
+    ("Bert", "question-answering", "span", "qa_outputs", None),
+    ("Bert", "multiple-choice", "choice", "classifier", "bert.pooler.dense"),
+    ("DebertaV2", "text-classification", "single_label", "classifier", "pooler.dense"),
+    ("DebertaV2", "multiple-choice", "choice", "classifier", "pooler.dense"),
+    ("DistilBert", "text-classification", "single_label", "classifier", "pre_classifier"),
+    ("DistilBert", "question-answering", "span", "qa_outputs", None),
+    ("Electra", "text-classification", "single_label", "classifier.out_proj", "classifier.dense"),
+    ("GPT2", "text-classification", "single_label", "score", None),
+    ("Llama", "text-classification", "single_label", "score", None),
+    ("Llama", "token-classification", "tags", "score", None),
+    ("MPNet", "text-classification", "single_label", "classifier.out_proj", "classifier.dense"),
+    ("ModernBert", "text-classification", "single_label", "classifier", "head.dense"),
+    ("ModernBert", "token-classification", "tags", "classifier", "head.dense"),
+    ("ResNet", "image-classification", "single_label", "classifier.1", None),
+    ("Roberta", "text-classification", "single_label", "classifier.out_proj", "classifier.dense"),
+    ("Roberta", "text-classification", "regression", "classifier.out_proj", "classifier.dense"),
+    ("Roberta", "multiple-choice", "choice", "classifier", "roberta.pooler.dense"),
+    ("T5", "text-classification", "single_label", "classification_head.out_proj", "classification_head.dense"),
+    ("ViT", "image-classification", "single_label", "classifier", None),
+]
+ALONE = 24
+"""Rows that are also run one by one."""
+OUTPUTS = {"regression": 1, "choice": 1, "span": 2}
+
+
+def rows_for(task: TaskName, kind: ProblemType, count: int, seed: int = 0) -> Any:
+    return image_rows(count, seed) if task == "image-classification" else rows_of(kind, count, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "task", "kind", "last", "dense"), CASES)
+def test_what_the_head_reads_gives_the_models_own_logits(
+    name: str, task: TaskName, kind: ProblemType, last: str, dense: str | None, tmp_path: Path
+) -> None:
+    """Padded as they are: rows of different lengths lie in one batch. After `put_head` the plain model's loss is the
+    one that was measured on its features."""
+    outputs = OUTPUTS.get(kind, 3)
+    model = model_of(name, task, outputs)
+    layers = HeadLayers.of(model, task, outputs)
+    assert layers == HeadLayers(last, dense)
+    looker = looker_of(model, task, kind)
+    eval_rows = rows_for(task, kind, 200, seed=1)
+
+    def compare() -> np.ndarray:
+        features = looker.features(eval_rows, layers)
+        assert features.last is not None
+        parameters = dict(model.named_parameters())
+        bias = parameters.get(f"{last}.bias", torch.zeros(outputs))
+        linear = Linear(parameters[f"{last}.weight"].detach().numpy(), bias.detach().numpy())
+        found, alone = linear(features.last), logits_alone(looker, eval_rows[:ALONE])
+        if kind == "span":  # only some of the tokens are looked at
+            for row, logits in enumerate(alone):
+                start, end, *_ = eval_rows[row]["labels"]
+                here, labels = found[features.rows == row], features.labels[features.rows == row]
+                for column, token in enumerate((start, end)):
+                    [value] = here[labels[:, column] == 1, column]
+                    assert value == pytest.approx(logits[token, column], abs=1e-4)
+            return found
+        np.testing.assert_allclose(found[features.rows < ALONE], np.concatenate(alone), atol=1e-4)
+        if features.dense is not None:
+            kept = model.get_submodule(layers.dense)(torch.from_numpy(features.dense)).detach().numpy()
+            batch = {n: one for n, one in looker.task.collate(eval_rows[:1], PAD).items() if n != "labels"}
+            after = after_dense(model, layers, batch, kept, precision="fp32")
+            np.testing.assert_allclose(after, features.last, atol=1e-5)
+        return found
+
+    compare()
+    probe = fitted(tmp_path, lambda: looker, rows_for(task, kind, 60), eval_rows)
+    assert probe.head is not None, probe.why_not
+    assert probe.why_not == ""
+    assert (probe.head.dense is None) == (dense is None)
+    assert probe.held_out == "eval rows"
+    put_head(model, tmp_path)
+    logits = compare()
+    features = looker.features(eval_rows, layers)
+    given = Items(kind, logits, features.labels, features.rows, outputs)
+    assert loss(given, Linear(np.eye(outputs), np.zeros(outputs))) == pytest.approx(probe.head.loss, abs=2e-3)
+
+
+@pytest.mark.parametrize(("name", "task", "kind", "last", "dense"), CASES)
+def test_the_mean_over_tokens_is_seen_without_the_head(
+    name: str, task: TaskName, kind: ProblemType, last: str, dense: str | None
+) -> None:
+    outputs = OUTPUTS.get(kind, 3)
+    model = model_of(name, task, outputs)
+    looker, rows = looker_of(model, task, kind), rows_for(task, kind, 20)
+    one, other = looker.features(rows, None), looker.features(rows, HeadLayers.of(model, task, outputs))
+    assert one.last is None
+    assert one.dense is None
+    if kind == "span":
+        assert one.mean is None
+        return
+    assert one.mean is not None
+    assert other.mean is not None
+    np.testing.assert_allclose(one.mean, other.mean, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(one.mean, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(one.rows, other.rows)
+    alone = looker_of(model, task, kind, batch_size=1).features(rows, None)
+    assert alone.mean is not None
+    np.testing.assert_allclose(one.mean, alone.mean, atol=1e-4)
+
+
+def test_items_stand_in_the_order_of_their_rows_with_their_labels() -> None:
+    model = model_of("Bert", "token-classification")
+    rows = rows_of("tags", 30)
+    features = looker_of(model, "token-classification", "tags").features(rows, None)
+    np.testing.assert_array_equal(features.labels, np.concatenate([row["tags"] for row in rows]))
+    np.testing.assert_array_equal(features.rows, np.repeat(np.arange(30), [len(row["tags"]) for row in rows]))
+    chosen = rows_of("choice", 30)
+    features = looker_of(model_of("Bert", "multiple-choice"), "multiple-choice", "choice").features(chosen, None)
+    np.testing.assert_array_equal(features.labels.reshape(30, 4).argmax(axis=1), [row["labels"] for row in chosen])
+
+
+class Scaled(nn.Module):
+    """A head that makes something else of its last layer's values."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = nn.Linear(32, 3), factor
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner(features)) * self.factor
+
+
+class Twice(nn.Module):
+    """A head that asks its last layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 3)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.inner(features) if self.inner(features).shape else features
+
+
+class Alone(nn.Module):
+    """A head whose last layer does not give the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(32, 3), nn.Linear(32, 3)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.one(features) + 0 * self.two(features)
+        return logits
+
+
+@pytest.mark.parametrize("head", [Scaled(30), Twice(), Alone()])
+def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival(
+    head: nn.Module, tmp_path: Path
+) -> None:
+    model = model_of("Bert", "text-classification")
+    model.classifier = head
+    layers = HeadLayers.of(model, "text-classification", 3)
+    rows = rows_of("single_label", 40)
+    batch = looker_of(model, "text-classification", "single_label").task.collate(rows[:4], PAD)
+    del batch["labels"]
+    with pytest.raises(
+        NoProbe, match="the logits of BertForSequenceClassification are not just those of its last layer"
+    ):
+        see(model, layers, batch)
+    probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    assert probe.head is None
+    assert "not just those of its last layer" in probe.why_not
+    assert probe.frozen is not None
+    assert probe.frozen.pooling == "mean"
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    put_head(model, tmp_path)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("task", "kind"), [("multiple-choice", "choice"), ("question-answering", "span")])
+def test_other_tasks_with_a_head_that_cannot_be_seen(task: TaskName, kind: ProblemType, tmp_path: Path) -> None:
+    model = model_of("Bert", task)
+    name = "classifier" if kind == "choice" else "qa_outputs"
+    setattr(model, name, nn.Sequential(nn.Linear(32, OUTPUTS[kind]), nn.Sigmoid()))
+    probe = fitted(tmp_path, lambda: looker_of(model, task, kind), rows_of(kind, 40), rows_of(kind, 10))
+    assert probe.head is None
+    assert "not just those of its last layer" in probe.why_not
+    assert (probe.frozen is None) == (kind == "span")
+
+
+def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path: Path) -> None:
+    model = model_of("Bert", "text-classification")
+    model.classifier = nn.Bilinear(1, 1, 3)
+    with pytest.raises(NoProbe, match="does not end in a linear layer"):
+        HeadLayers.of(model, "text-classification", 3)
+    model = model_of("Bert", "text-classification")
+    model.base_model_prefix = "elsewhere"
+    with pytest.raises(NoProbe, match="does not tell its body from its head"):
+        HeadLayers.of(model, "text-classification", 3)
+    rows = rows_of("single_label", 20)
+    probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    assert (probe.head, probe.frozen) == (None, None)
+    assert "does not tell its body from its head" in probe.why_not
+
+
+def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
+    model = model_of("Bert", "text-classification")
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[17] = torch.nan
+    rows = rows_of("single_label", 40)
+    rows[7]["input_ids"][0] = 17
+    probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    assert (probe.head, probe.frozen) == (None, None)
+    assert probe.why_not == "features of the untouched model are not finite"
+    assert probe.in_words == "drawn at random: features of the untouched model are not finite"
