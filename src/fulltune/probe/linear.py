@@ -20,7 +20,7 @@ FOLDS = 5
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
 """scikit-learn's C times the number of features, which have the spread 1; `RIDGE` over it is a ridge regression's alpha
 for each item."""
-MIDDLE, RIDGE = 16.0, 16.0
+MIDDLE, RIDGE = 16.0, 4.0
 MOST_STEPS, TOLERANCE = 300, 1e-4
 MOST_BYTES = 2**30
 """Of what the solver keeps of weights and their changes."""
