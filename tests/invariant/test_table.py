@@ -40,7 +40,8 @@ CELLS: dict[str, dict[str, Any]] = {
 def trained(folder: Path, family: str, train: dict[str, Any], method: str = "full") -> Path:
     """A run of this family in `folder`: in this process, or through the command line when there are two."""
     kind, changes, rows, given = CASES[FAMILIES[family]]
-    blocks = {"method": {"kind": method, "learning_rate": 3e-3 if method == "full" else 3e-2}, **given}
+    rate = {"kind": method, "learning_rate": 3e-3 if method == "full" else 3e-2}
+    blocks = {**given, "method": {**given.get("method", {}), **rate}}
     model = tiny.save_model(folder / "model", kind, **changes)
     train = {**TRAIN, **train}
     if train.get("num_processes", 1) == 1:

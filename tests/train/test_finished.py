@@ -134,12 +134,16 @@ def test_scoring_says_how_far_it_is(finished: tuple[Path, Result], tmp_path: Pat
     events: list[Event] = []
     with runs.in_this_process():
         pipeline.run(pipeline.Run(recipe_of(copy), copy, listener=events.append), until="evaluate")
-    passes: dict[str, list[RowsRead]] = {}
+    passes: list[tuple[str, list[RowsRead]]] = []
     for event in events:
         if isinstance(event, RowsRead):
-            passes.setdefault(event.name, []).append(event)
-    assert list(passes) == ["embedding train rows", "embedding test rows", "scoring test rows", "scoring eval rows"]
-    for told in passes.values():
+            if event.done == 0:
+                passes.append((event.name, []))
+            assert event.name == passes[-1][0]
+            passes[-1][1].append(event)
+    scored = ["scoring test rows", "scoring eval rows"]  # with the linear probe as its head, and trained
+    assert [name for name, _ in passes] == ["reading rows with the untouched model", *scored, *scored]
+    for _, told in passes:
         assert (told[0].done, told[0].share) == (0, 0.0)
         assert told[-1].done == told[-1].total > 0
         assert told[-1].share == pytest.approx(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -21,14 +22,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tup
     """The folder of a classifier that was trained here, and its accuracy on the eval rows."""
     folder = tmp_path_factory.mktemp("first")
     reached = runs.run(folder, tiny_encoder, tiny.topic_rows(), train={"num_train_epochs": 12})
-    assert _checks(folder)["head"] == "new, drawn at random: the checkpoint has none for this task"
+    assert _checks(folder)["head"].startswith("new, starts from a linear probe of the untouched model (52 train rows")
+    assert _checks(folder)["head"].endswith("; the checkpoint has none for this task")
     assert reached.outcome is not None
     assert reached.outcome.model_folder is not None
     assert reached.outcome.best_metric is not None
     return reached.folder / reached.outcome.model_folder, reached.outcome.best_metric
 
 
-_AS_IT_IS = {"method": {"kind": "full", "learning_rate": 1e-9}, "train": {"max_steps": 1, "warmup_steps": 0}}
+_AS_IT_IS: dict[str, dict[str, Any]] = {
+    "method": {"kind": "full", "learning_rate": 1e-9},
+    "train": {"max_steps": 1, "warmup_steps": 0},
+}
 
 
 def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned(
@@ -55,7 +60,8 @@ def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned
 def test_checkpoint_with_other_labels_begins_with_a_new_head(tmp_path: Path, trained: tuple[Path, float]) -> None:
     names = {"weather": "a_sky", "food": "b_meal"}
     rows = [{**row, "label": names[row["label"]]} for row in tiny.topic_rows()]
-    runs.run(tmp_path, trained[0], rows, **_AS_IT_IS)
+    blocks = {**_AS_IT_IS, "method": {**_AS_IT_IS["method"], "head_init": "random"}}
+    runs.run(tmp_path, trained[0], rows, **blocks)
     expected = "new, drawn at random: the checkpoint's 2 labels are not these (food, weather)"
     assert _checks(tmp_path)["head"] == expected
 

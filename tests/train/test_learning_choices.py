@@ -14,6 +14,7 @@ from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from fulltune import predict
 from fulltune.errors import DataError
+from fulltune.evaluate.untouched import LINEAR_PROBE
 from fulltune.inference.store import load_texts
 from tests import tiny
 from tests.train import runs
@@ -54,8 +55,9 @@ def test_multiple_choice_run_beats_the_baselines(kind: str, form: str, tmp_path:
     )
 
     runs.assert_report_is_whole(reached)
-    position, longest, trained = reached.scores
+    position, longest, frozen, as_head, trained = reached.scores
     assert (position.name, longest.name) == ("most frequent position", "longest choice")
+    assert (frozen.name, as_head.name) == ("logistic regression (frozen embeddings)", LINEAR_PROBE)
     assert trained.metrics["accuracy"].value > 0.9
     assert max(position.metrics["accuracy"].value, longest.metrics["accuracy"].value) < 0.6
     assert trained.confusion is None
@@ -113,7 +115,7 @@ def test_pairs_of_sentences_are_read_together_and_learned(tmp_path: Path) -> Non
                 "label": ("none", "one", "both")[one + two],
             }
         )
-    reached = runs.run(tmp_path, model, rows, until="report", method={"learning_rate": 5e-3}, train=TRAIN)
+    reached = runs.run(tmp_path, model, rows, until="report", method={"learning_rate": 1e-3}, train=TRAIN)
     assert reached.summary.columns == {"text": "premise", "text_pair": "hypothesis", "label": "label"}
     *baselines, trained = reached.scores
     assert trained.metrics["accuracy"].value > 0.9

@@ -12,6 +12,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from fulltune import predict
 from fulltune.evaluate.spans import compared
+from fulltune.evaluate.untouched import LINEAR_PROBE
 from fulltune.inference.store import Rows, load_texts
 from tests import tiny
 from tests.contract.command import fulltune
@@ -58,8 +59,9 @@ def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None
     runs.assert_report_is_whole(reached)
     assert reached.plan is not None
     assert reached.plan.metric == "f1"
-    sentence, none, trained = reached.scores
+    sentence, none, as_head, trained = reached.scores
     assert [sentence.name, none.name] == ["sentence nearest to the question", "no answer to any question"]
+    assert as_head.name == LINEAR_PROBE
     for metric in ("f1", "exact_match"):
         best = max(sentence.metrics[metric].value, none.metrics[metric].value)
         assert trained.metrics[metric].value > best + 0.3

@@ -13,6 +13,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from fulltune import predict
 from fulltune.errors import DataError
+from fulltune.evaluate.untouched import LINEAR_PROBE
 from fulltune.inference.store import Rows, load_texts
 from tests import tiny
 from tests.contract.command import fulltune
@@ -60,7 +61,8 @@ def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(
     assert [scores.name for scores in baselines] == [
         "every word O",
         "most frequent tag of each word",
-        "nearest centroid (frozen embeddings)",
+        "logistic regression (frozen embeddings)",
+        LINEAR_PROBE,
     ]
     assert baselines[0].metrics["f1"].value == 0
     assert trained.metrics["f1"].value > 0.9

@@ -118,7 +118,10 @@ def test_method_after_four_steps_moved_equals_requires_grad(done: Any, name: str
     counted = found.reached.outcome.moved
     assert counted.num_tensors_moved == counted.num_tensors_with_gradient == len(moved)
     original = load_file(found.folder / "model" / "model.safetensors")
-    frozen = {plain_name(key): one.detach() for key, one in now.items() if key not in moved}
+    # Of a module that is trained whole PEFT keeps another copy, as it was before the first step: with the head's start.
+    frozen = {
+        plain_name(key): one.detach() for key, one in now.items() if key not in moved and ".original_module." not in key
+    }
     shared = frozen.keys() & original.keys()
     assert len(shared) > 10
     assert all(torch.equal(frozen[key], original[key]) for key in shared)
@@ -126,7 +129,7 @@ def test_method_after_four_steps_moved_equals_requires_grad(done: Any, name: str
 
 def plain_name(name: str) -> str:
     """As in the pretrained model's file: without PEFT's wrappers, and without the body's name."""
-    return name.replace(".base_layer", "").replace(".original_module", "").removeprefix("bert.")
+    return name.replace(".base_layer", "").removeprefix("bert.")
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)

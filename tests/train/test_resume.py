@@ -110,13 +110,14 @@ def test_time_of_a_resumed_run_is_that_of_an_unbroken_one(tiny_encoder: Path, tm
         return {"kind": "train", "step": step, "seconds": seconds}
 
     names = [event["name"] for event in runs.events(tmp_path, "phase")]
-    assert names[:3] == ["loading the model", run_time.CHECKS, run_time.TRAINING]
-    begins = phase(names[0], 0.0), phase(run_time.CHECKS, 5.0), phase(run_time.TRAINING, 25.0)
+    assert names[:4] == ["loading the model", run_time.PROBING, run_time.CHECKS, run_time.TRAINING]
+    begun = phase(names[0], 0.0), phase(run_time.PROBING, 2.0), phase(run_time.CHECKS, 5.0)
+    begins = *begun, phase(run_time.TRAINING, 25.0)
     # Asked to stop in step 10 it saves step 11; step 12 stands for one that was done and not saved.
     (first / "metrics.jsonl").write_text(lines(*begins, trained(10, 30.0), trained(11, 40.0), trained(12, 45.0)))
     (second / "metrics.jsonl").write_text(lines(*begins, trained(21, 90.0)))
     outcome.model_copy(update={"train_seconds": 100.0}).save(second / "outcome.json")
-    assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 5)
+    assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
 
 
 @pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 2, 2 * STEPS_PER_EPOCH + 5])
