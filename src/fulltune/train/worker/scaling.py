@@ -51,8 +51,8 @@ class Scaled:
 
 
 def settle(attempt: AttemptContext, rows: Rows) -> None:
-    """Have a head learn numbers in units of their spread, where that can be undone; one that gives the numbers themselves,
-    because it was kept or starts from a linear probe, is changed to them."""
+    """Have a head learn numbers in units of their spread, where that can be undone; one that gives the numbers as they
+    are, because it was kept or starts from a linear probe, is changed to them."""
     if attempt.summary.scale is None:
         return
     mean, spread = attempt.summary.scale
