@@ -6,12 +6,13 @@ a large part, and found without labels: a classifier on it needs fewer rows (doc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from fulltune.probe.linear import Linear
+from fulltune.probe.linear import LEAST_SPREAD, Linear, standard
 
 SPREAD = 0.4
 """Of the values that the layer gives, so that the activation after it is nearly linear."""
@@ -54,7 +55,7 @@ class DenseLayer:
 
 
 def _scaled(reads: np.ndarray, has_bias: bool, shift: float) -> Linear:
-    centre, scale = _standard(reads, has_bias)
+    centre, scale = standard(reads, has_bias)
     return _linear(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)
 
 
@@ -62,21 +63,14 @@ def _towards(reads: np.ndarray, wanted: np.ndarray, has_bias: bool, shift: float
     """The ridge regression of `wanted`, scaled to the layer's spread."""
     from sklearn.linear_model import RidgeCV
 
-    centre, scale = _standard(reads, has_bias)
+    centre, scale = standard(reads, has_bias)
     middle = wanted.mean(axis=0) if has_bias else np.zeros(wanted.shape[1])
-    spread = max(float(np.sqrt(((wanted - middle) ** 2).mean())), 1e-30)
+    size = LEAST_SPREAD**2 * float((wanted**2).mean())
+    spread = math.sqrt(max(float(((wanted - middle) ** 2).mean()), size, 1e-30))
     model = RidgeCV(alphas=_RIDGE, fit_intercept=False)
     model.fit((reads - centre) * scale, (wanted - middle) * (SPREAD / spread))
     weight = model.coef_ * scale
     return _linear(weight, shift - weight @ centre)
-
-
-def _standard(reads: np.ndarray, has_bias: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What is taken off each feature, and what gives it the spread 1; one that is always the same gets 0."""
-    centre = reads.mean(axis=0, dtype=np.float64) if has_bias else np.zeros(reads.shape[1])
-    spread = np.sqrt(((reads - centre) ** 2).mean(axis=0))
-    varies = spread > 1e-4 * np.sqrt((reads.astype(np.float64) ** 2).mean())
-    return centre, np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
 
 
 def _linear(weight: np.ndarray, bias: np.ndarray) -> Linear:

@@ -21,6 +21,8 @@ STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
 """scikit-learn's C times the number of features, which have the spread 1; `RIDGE` over it is a ridge regression's alpha
 for each item."""
 MIDDLE, RIDGE = 16.0, 4.0
+LEAST_SPREAD = 0.1
+"""Of a feature, over the size of most features: what varies less is magnified as if it varied so much."""
 MOST_STEPS, TOLERANCE = 300, 1e-4
 MOST_BYTES = 2**30
 """Of what the solver keeps of weights and their changes."""
@@ -70,7 +72,7 @@ def fits(items: Items, has_bias: bool = True, strengths: Sequence[float] = STREN
     """
     if 8 * 25 * items.num_outputs * items.features.shape[1] > MOST_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes of {items.features.shape[1]:,} features are too many to fit")
-    shift, scale = _standard(items.features, has_bias and items.kind not in ("choice", "span"))
+    shift, scale = standard(items.features, has_bias and items.kind not in ("choice", "span"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the solver stopped early: held-out rows judge what it found
         features = ((items.features - shift) * scale).astype(np.float32)
@@ -79,13 +81,18 @@ def fits(items: Items, has_bias: bool = True, strengths: Sequence[float] = STREN
             yield strength, Linear(weight.astype(np.float32), (found.bias - weight @ shift).astype(np.float32))
 
 
-def _standard(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What is taken off each feature, and what it is then multiplied by, so that its spread is 1. A feature that is
-    always the same is left out."""
+def standard(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What is taken off each feature, and what it is then multiplied by, so that its spread is 1, or less where it
+    hardly varies: a classifier that magnifies such features is thrown off by the first steps of training.
+
+    Args:
+        features: features[items, hidden].
+        centred: Whether something may be taken off.
+    """
     centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
-    spread = np.sqrt(((features - centre) ** 2).mean(axis=0))
-    varies = spread > 1e-4 * np.sqrt((features.astype(np.float64) ** 2).mean())
-    return centre, np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0)
+    variance = ((features - centre) ** 2).mean(axis=0)
+    size = np.median((features.astype(np.float64) ** 2).mean(axis=0))  # not the mean: few may be far larger
+    return centre, 1.0 / np.sqrt(np.maximum(variance, max(LEAST_SPREAD**2 * size, 1e-30)))
 
 
 def _fitted(
