@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -77,12 +78,12 @@ class AttemptContext:
 
     @property
     def untrained_loss(self) -> float | None:
-        """A loss before any update, for what judges a loss that rises: that of the dry run. A new head's squared errors
-        begin at 1 and more (`tasks.classes.row_losses`), but those of one batch of similar rows far below."""
+        """A loss before any update, for what judges a loss that rises: that of the dry run. A new head's is at least
+        that of chance: one that starts from a linear probe begins low, and so does a batch of similar numbers."""
         measured = self.observed.dry_run_loss
-        if self.summary.scale is None or self.head is None or self.head.order is not None:
+        if self.head is None or self.head.order is not None:
             return measured
-        return max(measured or 0.0, 1.0)
+        return max(measured or 0.0, _chance(self.summary))
 
     @cached_property
     def sharing(self) -> deepspeed.Zero | None:
@@ -114,3 +115,17 @@ class AttemptContext:
                 precision=self.plan.precision,
                 head=trainer.head,
             )
+
+
+def _chance(summary: DataSummary) -> float:
+    """The loss of guessing, in the units of `loss`."""
+    match summary.problem_type:
+        case "regression":
+            return 1.0  # what the mean of the train rows gets
+        case "multi_label":
+            return math.log(2)
+        case "choice":
+            return math.log(summary.num_choices)
+        case "span":
+            return math.log(summary.max_length)
+    return math.log(max(2, len(summary.labels)))
