@@ -120,13 +120,23 @@ def test_metric_must_be_one_of_the_tasks(task: str, data: dict[str, str], metric
             "task: causal-lm\nmethod: {layerwise_lr_decay: 0.9}\ntrain: {optim: lomo}",
             "3  method.layerwise_lr_decay: cannot go with train.optim: 'lomo'",
         ),
+        ("task: causal-lm\nmethod: {head_init: probe}", "3  method.head_init: has no effect for causal-lm"),
+        ("task: seq2seq\nmethod: {kind: lora, head_init: random}", "3  method.head_init: has no effect for seq2seq"),
+        (
+            "task: causal-lm\nmethods: [base, full, {kind: lora, head_init: probe}]",
+            "3  methods.2.head_init: has no effect for causal-lm",
+        ),
+        (
+            "task: text-classification\nmethod: {head_init: zeros}",
+            "3  method.head_init: expected",
+        ),
         (
             "task: text-classification\nmethod: {head_learning_rate: 1}",
             "3  method.head_learning_rate: expected less than 1",
         ),
     ],
 )
-def test_rate_of_the_head_that_cannot_be_is_refused_with_its_line(blocks: str, problem: str, tmp_path: Path) -> None:
+def test_setting_of_the_head_that_cannot_be_is_refused_with_its_line(blocks: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"model: m\n{blocks}\ndata: {{train: x.csv}}\n", encoding="utf-8")
     with pytest.raises(RecipeError) as refusal:

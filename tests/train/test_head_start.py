@@ -1,0 +1,389 @@
+"""With few rows and few steps a head that starts from a linear probe is there, and one that starts at random is not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fulltune import api, pipeline, probe
+from fulltune.compare import run as comparing
+from fulltune.errors import RecipeError
+from fulltune.evaluate.untouched import LINEAR_PROBE
+from fulltune.probe import features
+from fulltune.records.events import Event, PhaseBegan
+from fulltune.records.probe import Probe
+from fulltune.records.scores import Scores
+from fulltune.records.training import Outcome
+from fulltune.system.run_folder import Reached
+from fulltune.train.run_time import PROBING
+from tests import tiny
+from tests.train import runs
+from tests.train.small_comparisons import METHODS, job
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FEW_STEPS: dict[str, Any] = {"max_steps": 4, "group_by_length": False}
+STANDING: dict[str, Any] = {"max_steps": 1, "warmup_steps": 0, "weight_decay": 0.0}
+"""With a rate of 1e-9: what is saved is what training began with."""
+RATE, ALMOST_NONE = 1e-5, 1e-9
+
+
+def words_and(signal: str, number: int) -> str:
+    """The signal somewhere among words that say nothing."""
+    words = [tiny.PLACES[(number * step + step) % 10] for step in (1, 3, 7)]
+    words.insert(number % 4, signal)
+    return " ".join([*words, str(number)])
+
+
+def single_label(number: int) -> dict[str, Any]:
+    kind = number % 3
+    return {"text": words_and(("rain", "apple", "cheese")[kind], number // 3), "label": ("wet", "sweet", "salty")[kind]}
+
+
+def multi_label(number: int) -> dict[str, Any]:
+    kind = number % 4
+    labels: list[list[str]] = [["wet"], ["wet", "cold"], ["cold"], []]
+    return {"text": words_and(("rain", "rain cheese", "cheese", "")[kind], number // 4), "labels": labels[kind]}
+
+
+def regression(number: int) -> dict[str, Any]:
+    kind = number % 3
+    return {
+        "text": words_and(("rain", "apple", "cheese")[kind], number // 3),
+        "score": (1.5, -0.5, 0.25)[kind] + number % 7 / 100,
+    }
+
+
+def pairs(number: int) -> dict[str, Any]:
+    one, two = number % 2, number // 2 % 2
+    return {
+        "premise": words_and(("rain", "town")[one], number),
+        "hypothesis": f"we eat {('apple', 'cheese')[two]} {number}",
+        "label": ("none", "one", "both")[one + two],
+    }
+
+
+def tags(number: int) -> dict[str, Any]:
+    """A word's type follows from its first sub-word."""
+    random = np.random.default_rng(number)
+    words = random.choice(["soup", "snow", "bread", "bean", "rain", "town", "apple", "cheese"], 6).tolist()
+    kinds = {"soup": "B-X", "snow": "B-X", "bread": "B-Y", "bean": "B-Y"}
+    return {"tokens": [*words, str(number)], "tags": [*(kinds.get(word, "O") for word in words), "O"]}
+
+
+def spans(number: int) -> dict[str, Any]:
+    random = np.random.default_rng(number)
+    words = [str(number), *random.choice(["town", "apple", "cheese", "bread"], 7)]
+    words.insert(int(random.integers(1, 8)), "rain")
+    context = " ".join(words)
+    return {
+        "question": "what falls?",
+        "context": context,
+        "answers": {"text": ["rain"], "answer_start": [context.index("rain")]},
+    }
+
+
+def choices(number: int) -> dict[str, Any]:
+    random = np.random.default_rng(number)
+    texts = [f"the {random.choice(['town', 'bread', 'soup'])} {random.integers(100)}" for _ in range(3)]
+    right = int(random.integers(0, 4))
+    texts.insert(right, f"the {random.choice(['apple', 'cheese'])} {random.integers(100)}")
+    return {"question": f"what do we eat on day {number}?", "choices": texts, "label": right}
+
+
+TASKS: dict[str, tuple[Callable[[int], dict[str, Any]], str, dict[str, Any]]] = {
+    "single label": (single_label, "accuracy", {}),
+    "multi label": (multi_label, "f1_micro", {}),
+    "regression": (regression, "pearson", {"data": {"label": "score", "problem_type": "regression"}}),
+    "pairs": (pairs, "accuracy", {}),
+    "tags": (tags, "f1", {"task": "token-classification"}),
+    "spans": (spans, "exact_match", {"task": "question-answering"}),
+    "choices": (choices, "accuracy", {"task": "multiple-choice"}),
+}
+ROWS = [single_label(number) for number in range(64)]
+
+
+def row(reached: Reached, name: str) -> Scores:
+    [found] = [scores for scores in reached.scores if name in (scores.name, scores.kind)]
+    return found
+
+
+def started(folder: Path) -> dict[str, str]:
+    """Name to result of the first attempt's checks."""
+    return {check["name"]: check["result"] for check in runs.events(folder, "checks")[0]["checks"]}
+
+
+def probe_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "run" / "probe").iterdir())}
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """How often a probe is fitted: the number of rows of each."""
+    calls: list[int] = []
+    original = probe.fit
+
+    def fit(looker: Any, rows: Any, eval_rows: Any) -> Any:
+        calls.append(len(rows))
+        return original(looker, rows, eval_rows)
+
+    with mock.patch.object(probe, "fit", fit):
+        yield calls
+
+
+# ---- what it is good for ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_few_steps_are_enough_from_a_probe_and_not_from_random(name: str, tmp_path: Path) -> None:
+    make, metric, blocks = TASKS[name]
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    rows = [make(number) for number in range(200)]
+    found = {}
+    for start in ("probe", "random"):
+        found[start] = runs.run(
+            tmp_path / start,
+            model,
+            rows,
+            until="evaluate",
+            method={"head_init": start, "learning_rate": RATE},
+            train=FEW_STEPS,
+            **{**blocks, "data": {**blocks.get("data", {}), "test_fraction": 0.4}},
+        )
+    values = {start: row(reached, "trained").metrics for start, reached in found.items()}
+    floor = found["random"].scores[0].metrics
+    if name == "regression":
+        # A head that starts at random has hardly begun to move.
+        assert values["probe"]["rmse"].value < 0.9 * floor["rmse"].value
+        assert values["random"]["rmse"].value > 0.97 * floor["rmse"].value
+        return
+    assert values["probe"][metric].value > 0.7
+    assert values["probe"][metric].value > values["random"][metric].value + 0.25
+    assert values["probe"][metric].value > row(found["probe"], LINEAR_PROBE).metrics[metric].value - 0.1
+    assert LINEAR_PROBE in [scores.name for scores in found["random"].scores]
+
+
+@pytest.mark.slow
+def test_few_steps_are_enough_for_images(tmp_path: Path) -> None:
+    """A class is the colour of the left half."""
+    model = tiny.save_image_model(tmp_path / "model")
+    folder = tiny.write_images(tmp_path / "images", 200)
+    for number, image in enumerate(sorted(folder.glob("*/*.png"))):
+        pixels = np.asarray(Image.open(image))[:, :8]
+        kind = "red" if pixels[..., 0].mean() > pixels[..., 2].mean() else "blue"
+        place = tmp_path / "coloured" / kind / f"{number:03}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        image.rename(place)
+    values = {}
+    for start in ("probe", "random"):
+        recipe = tiny.write_recipe(
+            tmp_path / start / "recipe.yaml",
+            model,
+            tmp_path / "coloured",
+            task="image-classification",
+            method={"head_init": start, "learning_rate": RATE},
+            train=FEW_STEPS,
+            data={"test_fraction": 0.4},
+        )
+        with runs.in_this_process():
+            job = api.job(recipe, run_folder=tmp_path / start / "run", listener=lambda event: None)
+            reached = pipeline.run(job, "evaluate")
+        values[start] = row(reached, "trained").metrics["accuracy"].value
+    assert values["probe"] > 0.7, values
+    assert values["probe"] > values["random"] + 0.2, values
+
+
+# ---- every method ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "head", "lora", "adapter", "prompt"])
+def test_each_method_begins_with_the_heads_start(kind: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    reached = runs.run(
+        tmp_path,
+        tiny_encoder,
+        ROWS,
+        until="evaluate",
+        method={"kind": kind, "learning_rate": ALMOST_NONE},
+        train=STANDING,
+    )
+    assert reached.plan is not None
+    assert reached.plan.head_init == "probe"
+    wanted = load_file(tmp_path / "run" / "probe" / "head.safetensors")
+    assert set(wanted) == {
+        f"{layer}.{part}" for layer in ("classifier", "bert.pooler.dense") for part in ("weight", "bias")
+    }
+    saved: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "run" / reached.plan.model_folder).glob("*.safetensors"):
+        saved |= load_file(path)
+    for name, values in wanted.items():
+        [found] = [key for key in saved if key.endswith(name)]
+        torch.testing.assert_close(saved[found], values, atol=1e-6, rtol=1e-6)
+    if kind != "prompt":  # whose virtual tokens change the features
+        mine, its = (row(reached, name).metrics["loss"].value for name in ("trained", LINEAR_PROBE))
+        assert mine == pytest.approx(its, rel=1e-3)
+    assert started(tmp_path)["head"].startswith("new, starts from a linear probe of the untouched model (52 train rows")
+
+
+@pytest.mark.slow
+def test_trials_of_a_comparison_share_it(tmp_path: Path) -> None:
+    one = job(tmp_path, METHODS[1:], train={"max_steps": 3})
+    with runs.in_this_process(), counted() as calls:
+        comparing.run(one, "test")
+    assert len(calls) == 1
+    trials = {path.parent.name.rpartition("-")[0] for path in one.folder.glob("attempts/*/request.json")}
+    assert {"full-seed42", "full-seed43", "lora-seed42", "lora-seed43"} <= trials
+    heads = [
+        line["result"]
+        for event in runs.events(tmp_path, "checks")
+        for line in event["checks"]
+        if line["name"] == "head"
+    ]
+    assert heads
+    assert all("starts from a linear probe" in said for said in heads)
+
+
+# ---- again, and with little memory -----------------------------------------------------------------------------
+
+
+def no_memory() -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+
+def test_second_attempt_does_not_fit_it_again(tiny_encoder: Path, tmp_path: Path) -> None:
+    files: list[dict[str, bytes]] = []
+
+    def fail() -> None:
+        files.append(probe_files(tmp_path))
+        no_memory()
+
+    listener = runs.at_step(3, fail)
+    train = {"max_steps": 6, "logging_steps": 1, "micro_batch_size": 8, "global_batch_size": 8}
+    with counted() as calls:
+        runs.run(tmp_path, tiny_encoder, ROWS, options={"listener": listener}, train=train)
+    attempts = sorted(path.parent.name for path in (tmp_path / "run").glob("attempts/*/outcome.json"))
+    assert attempts == ["full-seed42-01", "full-seed42-02"]
+    assert len(calls) == 1
+    assert files == [probe_files(tmp_path)]
+    said = [
+        check["result"]
+        for event in runs.events(tmp_path, "checks")
+        for check in event["checks"]
+        if check["name"] == "head"
+    ]
+    assert len(said) == 2
+    assert said[0] == said[1]
+    assert Probe.load(tmp_path / "run" / "probe" / "probe.json").head is not None
+
+
+@pytest.mark.parametrize("most", [8, 1, 0])
+def test_memory_that_runs_out_while_it_is_fitted(most: int, tiny_encoder: Path, tmp_path: Path) -> None:
+    """Smaller batches are tried at once; when none is left, the attempt ends as one whose evaluation does not fit."""
+    original, largest = features.see, [most]
+
+    def see(model: Any, layers: Any, batch: Any) -> Any:
+        size = len(batch["input_ids"])
+        if size > largest[0]:
+            if size == 1:
+                largest[0] = 8  # from now on
+            no_memory()
+        return original(model, layers, batch)
+
+    with mock.patch.object(features, "see", see), counted() as calls:
+        reached = runs.run(tmp_path, tiny_encoder, ROWS, train=FEW_STEPS, evaluate={"batch_size": 16})
+    assert reached.outcome is not None
+    assert reached.outcome.status == "done"
+    assert "starts from a linear probe" in started(tmp_path)["head"]
+    attempts = sorted((tmp_path / "run").glob("attempts/*/outcome.json"))
+    assert len(attempts) == len(calls) == (1 if most else 2)
+    if not most:
+        first = Outcome.load(attempts[0])
+        assert (first.status, first.phase) == ("out_of_memory", "evaluation")
+
+
+def test_test_rows_are_out_of_reach_while_it_is_fitted(tiny_encoder: Path, tmp_path: Path) -> None:
+    split, away = tmp_path / "run" / "data" / "test", tmp_path / "away"
+    seen: list[str] = []
+
+    def listener(event: Event) -> None:
+        if isinstance(event, PhaseBegan):
+            seen.append(event.name)
+            if event.name == PROBING:
+                split.rename(away)
+            elif away.exists():
+                away.rename(split)
+
+    reached = runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", train=FEW_STEPS, options={"listener": listener})
+    assert PROBING in seen
+    assert row(reached, LINEAR_PROBE).rows == reached.summary.splits["test"].rows
+
+
+# ---- where there is none ---------------------------------------------------------------------------------------
+
+
+def test_random_start_fits_none_until_the_baselines(tiny_encoder: Path, tmp_path: Path) -> None:
+    blocks: dict[str, Any] = {"method": {"head_init": "random"}, "train": FEW_STEPS}
+    with counted() as calls:
+        reached = runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
+        assert calls == []
+        assert reached.plan is not None
+        assert reached.plan.head_init == "random"
+        assert started(tmp_path)["head"] == "new, drawn at random: the checkpoint has none for this task"
+        reached = runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", **blocks)
+    assert len(calls) == 1
+    assert row(reached, LINEAR_PROBE).metrics["accuracy"].value > 0.5
+
+
+@pytest.mark.parametrize("start", ["probe", None])
+def test_head_that_cannot_be_seen_starts_at_random_and_says_so(start: str | None, tmp_path: Path) -> None:
+    """EuroBERT's logits are the mean over those of all tokens."""
+    save_eurobert(tmp_path / "model")
+    method = {} if start is None else {"head_init": start}
+    reached = runs.run(tmp_path, tmp_path / "model", ROWS, until="report", method=method, train=FEW_STEPS)
+    why = "the logits of EuroBertForSequenceClassification are not just those of its last layer"
+    said = started(tmp_path)["head"]
+    assert said == f"new, drawn at random: {why}; the checkpoint has none for this task"
+    warnings = [event["text"] for event in runs.events(tmp_path, "warning")]
+    assert f"no linear probe ({why}): the head starts at random" in warnings
+    report = (reached.folder / "report.md").read_text(encoding="utf-8")
+    assert why in report
+    assert LINEAR_PROBE not in [scores.name for scores in reached.scores]
+    assert any("frozen embeddings" in scores.name for scores in reached.scores)
+    assert reached.outcome is not None
+    assert reached.outcome.status == "done"
+
+
+def save_eurobert(folder: Path) -> None:
+    from transformers import EuroBertConfig, EuroBertModel
+
+    tokenizer = tiny.encoder_tokenizer(token_types=False)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer), "num_key_value_heads": 4}
+    config = EuroBertConfig(**size, **ids, max_position_embeddings=tiny.POSITIONS, classifier_pooling="late")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        EuroBertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_start_of_a_head_that_is_kept_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    first = runs.run(tmp_path / "first", tiny_encoder, ROWS, train=FEW_STEPS)
+    assert first.outcome is not None
+    assert first.outcome.model_folder is not None
+    model = first.folder / first.outcome.model_folder
+    with pytest.raises(RecipeError, match=r"method\.head_init: random, but the checkpoint brings a head"):
+        runs.run(tmp_path / "second", model, ROWS, until="plan", method={"head_init": "random"})
+    reached = runs.run(tmp_path / "third", model, ROWS, until="evaluate", train=FEW_STEPS)
+    assert reached.plan is not None
+    assert reached.plan.head_init is None
+    assert started(tmp_path / "third")["head"] == "kept from the checkpoint: its 3 labels are the same"
+    assert LINEAR_PROBE not in [scores.name for scores in reached.scores]
+    assert any("frozen embeddings" in scores.name for scores in reached.scores)

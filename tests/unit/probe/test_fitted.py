@@ -1,0 +1,98 @@
+"""A run folder's probe is fitted once, whoever asks first, and test rows take no part."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fulltune.probe import Looker, fitted, predicted, put_head, rival_of
+from fulltune.recipe.tasks import ProblemType, TaskName
+from fulltune.records.probe import Probe
+from tests.unit.probe.models import looker_of, model_of, rows_of
+
+
+def test_several_who_ask_at_once_get_the_same(tmp_path: Path) -> None:
+    rows, looked, found = rows_of("single_label", 40), [], []
+
+    def look() -> Looker:
+        looked.append(threading.get_ident())
+        return looker_of(model_of("Bert", "text-classification"), "text-classification", "single_label")
+
+    threads = [threading.Thread(target=lambda: found.append(fitted(tmp_path, look, rows, rows[:9]))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(looked) == 1
+    assert len(found) == 4
+    assert len({probe.model_dump_json() for probe in found}) == 1
+    assert found[0] == Probe.load(tmp_path / "probe" / "probe.json")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_one_that_broke_off_is_fitted_again(tmp_path: Path) -> None:
+    rows = rows_of("single_label", 40)
+
+    def broken() -> Looker:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path, broken, rows, rows)
+    model = model_of("Bert", "text-classification")
+    assert (
+        fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows).head is not None
+    )
+
+
+def test_the_same_rows_give_the_same_bytes_and_draw_no_random_number(tmp_path: Path) -> None:
+    """Also with another random state, and when nothing has to be fitted: what is drawn later is the same."""
+    rows, written = rows_of("single_label", 40), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        model = model_of("Bert", "text-classification")
+        before = torch.get_rng_state()
+        fitted(tmp_path / str(seed), lambda: looker_of(model, "text-classification", "single_label"), rows, rows[:9])  # noqa: B023
+        put_head(model, tmp_path / str(seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        written.append((tmp_path / str(seed) / "probe" / "head.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = model_of("Bert", "text-classification").train()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    rows = rows_of("single_label", 40)
+    fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("text-classification", "single_label"), ("token-classification", "tags"), ("multiple-choice", "choice")],
+)
+def test_rival_answers_each_row_by_its_number(task: TaskName, kind: ProblemType, tmp_path: Path) -> None:
+    """In whatever batches the rows are read, and whatever the pooling; rows without an item have no answer."""
+    model = model_of("Bert", task)
+    rows = rows_of(kind, 40)
+    probe = fitted(tmp_path, lambda: looker_of(model, task, kind), rows, rows[:9])
+    rival = rival_of(tmp_path)
+    assert probe.frozen is not None
+    if kind == "tags":
+        rows[5]["labels"] = [-100] * len(rows[5]["labels"])
+        rows[5]["word_ids"] = [-1] * len(rows[5]["word_ids"])
+    found = {}
+    for batch_size in (7, 1):
+        answers = predicted(looker_of(model, task, kind, batch_size=batch_size), rows, probe.frozen, rival)
+        found[batch_size] = dict(answers)
+        assert len(answers) == len(found[batch_size]) == (39 if kind == "tags" else 40)
+    for number, outputs in found[7].items():
+        items = {"tags": len(rows[number].get("tags", ())), "choice": 4}.get(kind, 1)
+        assert outputs.shape == (items, 1 if kind == "choice" else 3)
+        np.testing.assert_allclose(outputs, found[1][number], atol=1e-3)
