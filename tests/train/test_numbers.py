@@ -27,7 +27,7 @@ SIGNAL = (-1.5, -0.5, 0.25, 1.75)
 SCALES = {"standard": (0.0, 1.0), "large": (1e6, 1e3), "small": (2e-4, 1e-5), "far": (1e8, 1e4)}
 RUN: dict[str, Any] = {
     "data": {"label": "score", "problem_type": "regression"},
-    "method": {"kind": "full", "learning_rate": 2e-3},
+    "method": {"kind": "full", "learning_rate": 2e-3, "head_init": "random"},
     "train": {"num_train_epochs": 8, "eval_strategy": "steps", "eval_steps": 30, "group_by_length": False},
     "evaluate": {"metric": "r2", "bootstrap_samples": 100, "generate_rows": 0},
 }
@@ -122,7 +122,7 @@ def test_losses_of_training_evaluation_and_test_rows_have_one_unit(large: Reache
 def test_every_method_gives_the_users_numbers(method: dict[str, Any], body: Path, tmp_path: Path) -> None:
     train = {"max_steps": 60, "num_train_epochs": None}
     reached = go(tmp_path, body, SCALES["large"], method=method, train={**RUN["train"], **train})
-    assert about_head(tmp_path).startswith("new, drawn at random")
+    assert about_head(tmp_path).startswith("new, starts from a linear probe")
     assert reached.scores[-1].metrics["r2"].value > 0.8
     assert reached.plan is not None
     rows = rows_in(SCALES["large"])[:12]
