@@ -322,11 +322,21 @@ def _predicted(point: Point, head: Any, vectors: Any) -> Any:
 
 def embeddings(point: Point, split: str) -> np.ndarray:
     """Mean of the last states of each row, both texts of a pair read together: [rows, hidden]."""
-    from fulltune.inference.run import embeddings as embed
-
     model, tokenizer = point.scoring.load(None)
-    rows, task = point.scoring.rows(split), point.scoring.task
-    return embed(model, rows, task, tokenizer.pad_token_id, batch_size=SCORED_TOGETHER, precision=point.precision)
+    return _means(point, model, tokenizer, point.scoring.rows(split))
+
+
+def _means(point: Point, model: Any, tokenizer: Any, rows: Any) -> np.ndarray:
+    """Mean of the last states of tokenised rows, scaled to length 1: [rows, hidden]."""
+    from fulltune.probe import Looker
+
+    scoring = point.scoring
+    looker = Looker(
+        model, scoring.recipe.task, scoring.target, tokenizer.pad_token_id, SCORED_TOGETHER, point.precision
+    )
+    found = looker.features(rows, layers=None).mean
+    assert found is not None, "rows have a mean"
+    return found
 
 
 def twin_embeddings(point: Point, split: str) -> np.ndarray:
@@ -340,18 +350,9 @@ def twin_embeddings(point: Point, split: str) -> np.ndarray:
 
 def _embedded(point: Point, model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
     """Mean of the last states of texts, scaled to length 1: [texts, hidden]."""
-    from fulltune.inference.run import embeddings as embed
-
     ids = tokenizer(list(texts), truncation=True, max_length=128)["input_ids"]
     rows = [{"input_ids": one, "labels": 0} for one in ids]
-    return embed(
-        model,
-        rows,
-        point.scoring.task,
-        tokenizer.pad_token_id,
-        batch_size=SCORED_TOGETHER,
-        precision=point.precision,
-    )
+    return _means(point, model, tokenizer, rows)
 
 
 def word_states(point: Point, split: str) -> list[np.ndarray]:
