@@ -21,6 +21,7 @@ from fulltune.compare import run as comparing
 from fulltune.errors import GuardStop
 from fulltune.records.comparison import Trial
 from fulltune.records.events import Said
+from fulltune.records.probe import Probe
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
@@ -66,6 +67,11 @@ def test_trials_side_by_side_give_what_they_give_one_after_the_other(tmp_path: P
     assert len(parents) == 4
     card = (tmp_path / "2" / "run" / "card.md").read_text()
     assert "2 trials side by side" in card
+    one, two = (Probe.load(tmp_path / str(count) / "run" / "probe" / "probe.json") for count in (1, 2))
+    assert one.head is not None
+    assert two.model_copy(update={"seconds": one.seconds}) == one
+    heads = [(tmp_path / str(count) / "run" / "probe" / "head.safetensors").read_bytes() for count in (1, 2)]
+    assert heads[0] == heads[1]
 
 
 @pytest.fixture
