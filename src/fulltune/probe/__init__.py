@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from fulltune.tasks import Target, Task, task_named
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, FROZEN = "head.safetensors", "frozen.safetensors"
 _VALUES_AT_A_TIME, _USUAL_HIDDEN_SIZE = 4_096, 1_024
+_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _head(
     has_bias = f"{layers.last}.bias" in parameters
     options: dict[str | None, Linear | None] = {"kept" if layers.dense else None: None}
     after = _after(looker, layers, rows)
-    if train.dense is not None:
+    if train.dense is not None and _follows(parameters, layers, train, after):
         layer = DenseLayer(f"{layers.dense}.bias" in parameters, after)
         options.update(layer.options(train.dense, train.mean))
 
@@ -181,6 +182,24 @@ def _head(
         own = {one: parameters[one] for one in parameters if one.startswith(f"{layers.dense}.")}
         tensors |= {one: values.detach().float().cpu().numpy() for one, values in own.items()}
     return HeadStart.model_validate({"dense": name, "strength": strength, "loss": least}), tensors
+
+
+def _follows(
+    parameters: Mapping[str, Any], layers: HeadLayers, train: Features, after: Callable[[np.ndarray], np.ndarray]
+) -> bool:
+    """Whether what the last layer reads follows from what the dense one gives, by some items: a pooler may be there and
+    not be read, or not alone."""
+    assert train.last is not None, "it was looked at"
+    assert train.dense is not None, "asked before"
+    weight, bias = (parameters.get(f"{layers.dense}.{part}") for part in ("weight", "bias"))
+    assert weight is not None, "it is linear"
+    values = train.dense[:_TRIED] @ weight.detach().float().cpu().numpy().T
+    try:
+        found = after(values if bias is None else values + bias.detach().float().cpu().numpy())
+    except NoProbe:
+        return False
+    wanted = train.last[:_TRIED]
+    return bool(np.abs(found - wanted).max() <= 0.05 * np.abs(wanted).max())  # bf16 has three digits
 
 
 def _after(looker: Looker, layers: HeadLayers, rows: Any) -> Callable[[np.ndarray], np.ndarray]:

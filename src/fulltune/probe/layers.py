@@ -13,6 +13,7 @@ import numpy as np
 from fulltune.inference.run import autocast, logits_of
 from fulltune.methods import head as heads
 from fulltune.recipe.tasks import TaskName
+from fulltune.system.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -161,6 +162,9 @@ def after_dense(
 
     Returns:
         float32 [items, hidden].
+
+    Raises:
+        NoProbe: When it reads other things as well.
     """
     import torch
 
@@ -181,8 +185,15 @@ def after_dense(
     try:
         with torch.no_grad(), autocast(model.device.type, precision), contextlib.suppress(_Enough):
             model(**batch)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise NoProbe(f"{layers.last} reads more than what {layers.dense} gives ({error})") from error
     finally:
         for hook in hooks:
             hook.remove()
-    model.train(was_training)
-    return read[0].float().reshape(len(values), -1).cpu().numpy()
+        model.train(was_training)
+    flat = [one.float().flatten(0, -2) for one in read]
+    if len(flat) != 1 or len(flat[0]) != len(values):
+        raise NoProbe(f"{layers.last} does not read what {layers.dense} gives")
+    return flat[0].cpu().numpy()

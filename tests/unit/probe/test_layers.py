@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fulltune.probe import fitted, put_head
 from fulltune.probe.layers import HeadLayers, NoProbe, after_dense, see
@@ -218,6 +220,49 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
     probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.frozen) == (None, None)
     assert "does not tell its body from its head" in probe.why_not
+
+
+class Unread(BertForSequenceClassification):
+    """Its pooler is there, and the classifier reads the mean over all tokens."""
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        outputs = self.bert(**batch)
+        return SequenceClassifierOutput(logits=self.classifier(outputs[0].mean(dim=1)))
+
+
+class ReadBeside(BertForSequenceClassification):
+    """Its classifier reads the pooler and the mean."""
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        outputs = self.bert(**batch)
+        return SequenceClassifierOutput(logits=self.classifier(outputs[1] + outputs[0].mean(dim=1)))
+
+
+class ReadStacked(BertForSequenceClassification):
+    """The same, as a stack of both."""
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        outputs = self.bert(**batch)
+        both = torch.stack([outputs[1], outputs[0].mean(dim=1)])
+        return SequenceClassifierOutput(logits=self.classifier(both.mean(dim=0)))
+
+
+@pytest.mark.parametrize("kind", [Unread, ReadBeside, ReadStacked])
+def test_pooler_that_the_last_layer_does_not_read_alone_is_kept(kind: Any, tmp_path: Path) -> None:
+    plain = model_of("Bert", "text-classification")
+    model = kind(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    looker = looker_of(model, "text-classification", "single_label")
+    eval_rows = rows_of("single_label", 200, seed=1)
+    probe = fitted(tmp_path, lambda: looker, rows_of("single_label", 60), eval_rows)
+    assert probe.head is not None
+    assert probe.head.dense == "kept"
+    put_head(model, tmp_path)
+    features = looker.features(eval_rows, HeadLayers.of(model, "text-classification", 3))
+    assert features.last is not None
+    classifier = Linear(model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy())
+    assert loss(looker.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)
+    assert torch.equal(model.bert.pooler.dense.weight, plain.bert.pooler.dense.weight)
 
 
 def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
