@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Target, Task, task_named
 
 FOLDER, RECORD = "probe", "probe.json"
-HEAD, FROZEN = "head.safetensors", "frozen.safetensors"
+HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
+EASED = 8.0
+"""The start is fitted at the strength that held-out rows prefer over this: a head that fits the train rows as well as
+it can leaves no gradient to the body (docs/quality.md)."""
 _VALUES_AT_A_TIME, _USUAL_HIDDEN_SIZE = 4_096, 1_024
 _TRIED = 16
 
@@ -105,27 +108,36 @@ def fitted(folder: Path, look: Callable[[], Looker], rows: Any, eval_rows: Any) 
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (place / RECORD).exists():
             started = time.monotonic()
-            probe, tensors, rival = fit(look(), rows, eval_rows)
-            _save(place / HEAD, tensors)
-            _save(place / FROZEN, {"weight": rival.weight, "bias": rival.bias} if rival else {})
+            found = fit(look(), rows, eval_rows)
+            _save(place / HEAD, found.head)
+            _save(place / START, found.start)
+            _save(place / FROZEN, {"weight": found.rival.weight, "bias": found.rival.bias} if found.rival else {})
             seconds = round(time.monotonic() - started, 3)
-            probe.model_copy(update={"seconds": seconds}).save(place / RECORD)
+            found.probe.model_copy(update={"seconds": seconds}).save(place / RECORD)
     return Probe.load(place / RECORD)
 
 
-def fit(looker: Looker, rows: Any, eval_rows: Any) -> tuple[Probe, dict[str, np.ndarray], Linear | None]:
-    """Fit the head's start and the rival.
+@dataclass(frozen=True)
+class Fitted:
+    """What was found, and its values by their names in the model."""
 
-    Returns:
-        What was found, the values of the head's layers by their names in the model, and the rival.
-    """
+    probe: Probe
+    head: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of the head's layers, as the best classifier."""
+    start: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of its last layer, as training starts with it; empty: the same."""
+    rival: Linear | None = None
+
+
+def fit(looker: Looker, rows: Any, eval_rows: Any) -> Fitted:
+    """Fit the probe, the head's start and the rival."""
     layers, why_not = None, ""
     try:
         layers = HeadLayers.of(looker.model, looker.task_name, looker.num_outputs)
     except NoProbe as no:
         why_not = str(no)
     if layers is None and looker.kind == "span":  # a token has no mean
-        return Probe(head=None, frozen=None, why_not=why_not), {}, None
+        return Fitted(Probe(head=None, frozen=None, why_not=why_not))
     hidden_size = getattr(looker.model.config.get_text_config(), "hidden_size", None) or _USUAL_HIDDEN_SIZE
     chosen = sampled(rows, looker.kind, looker.target.num_choices, hidden_size)
     held = sampled(eval_rows, looker.kind, looker.target.num_choices, hidden_size, MOST_HELD_OUT)
@@ -140,9 +152,9 @@ def fit(looker: Looker, rows: Any, eval_rows: Any) -> tuple[Probe, dict[str, np.
             train = looker.features(chosen, layers)
         held_out = looker.features(held, layers) if by_eval else None
         rival = _rival(looker, train, held_out)
-        head, tensors = (None, {}) if layers is None else _head(looker, layers, chosen, train, held_out)
+        head, values, start = (None, {}, {}) if layers is None else _head(looker, layers, chosen, train, held_out)
     except NoProbe as no:
-        return Probe(head=None, frozen=None, why_not=str(no)), {}, None
+        return Fitted(Probe(head=None, frozen=None, why_not=str(no)))
     found = Probe(
         head=head,
         frozen=rival[0] if rival else None,
@@ -151,13 +163,13 @@ def fit(looker: Looker, rows: Any, eval_rows: Any) -> tuple[Probe, dict[str, np.
         of_rows=len(rows),
         held_out="eval rows" if by_eval else "cross-validation",
     )
-    return found, tensors, rival[1] if rival else None
+    return Fitted(found, values, start, rival[1] if rival else None)
 
 
 def _head(
     looker: Looker, layers: HeadLayers, rows: Any, train: Features, held_out: Features | None
-) -> tuple[HeadStart, dict[str, np.ndarray]]:
-    """The best start of the head's layers, and their values."""
+) -> tuple[HeadStart, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The best classifier as the head's layers, their values, and those of the last one at the start."""
     parameters = dict(looker.model.named_parameters())
     has_bias = f"{layers.last}.bias" in parameters
     options: dict[str | None, Linear | None] = {"kept" if layers.dense else None: None}
@@ -175,13 +187,17 @@ def _head(
         for name, dense in options.items()
     }
     name, least, strength, last = best_space(spaces, partial(fits, has_bias=has_bias), loss)
+    start: dict[str, np.ndarray] = {}
+    if looker.kind != "regression":  # a ridge regression leaves enough
+        [(_, eased)] = fits(spaces[name][0], has_bias, [strength / EASED])
+        start = _tensors(layers.last, eased, has_bias)
     tensors = _tensors(layers.last, last, has_bias)
     if (dense := options[name]) is not None:
         tensors |= _tensors(str(layers.dense), dense, f"{layers.dense}.bias" in parameters)
     elif layers.dense is not None:  # it may have been drawn: the last layer belongs to it
         own = {one: parameters[one] for one in parameters if one.startswith(f"{layers.dense}.")}
         tensors |= {one: values.detach().float().cpu().numpy() for one, values in own.items()}
-    return HeadStart.model_validate({"dense": name, "strength": strength, "loss": least}), tensors
+    return HeadStart.model_validate({"dense": name, "strength": strength, "loss": least}), tensors, start
 
 
 def _follows(
@@ -258,12 +274,20 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
         save_file({name: np.ascontiguousarray(one) for name, one in arrays.items()}, part)
 
 
-def put_head(model: Any, folder: Path) -> None:
-    """Set the values of a loaded model's head to those of the run folder's probe; no method is applied yet."""
+def put_head(model: Any, folder: Path, *, eased: bool = False) -> None:
+    """Set the values of a loaded model's head to those of the run folder's probe; no method is applied yet.
+
+    Args:
+        model: As it was loaded.
+        folder: The run folder.
+        eased: For training to start with.
+    """
     import torch
     from safetensors.torch import load_file
 
     values = load_file(folder / FOLDER / HEAD)
+    if eased:
+        values |= load_file(folder / FOLDER / START)
     parameters = {name: model.get_parameter(name) for name in values}
     with torch.no_grad(), put_together(list(parameters.values())):
         for name, parameter in parameters.items():

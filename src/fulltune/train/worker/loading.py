@@ -151,7 +151,7 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
     if attempt.head_start.head is None:
         attempt.recorder.warn(f"no linear probe ({attempt.head_start.why_not}): the head starts at random")
     else:
-        probe.put_head(model, folder)
+        probe.put_head(model, folder, eased=attempt.recipe.method.kind != "head")
 
 
 def early_stopping(attempt: AttemptContext) -> SaveAndStopEarly:
