@@ -57,7 +57,8 @@ def sampled(rows: Any, kind: ProblemType, num_choices: int, hidden_size: int, mo
     """
     items = {"choice": num_choices, "span": OTHER_TOKENS + 2}.get(kind, 1)
     per_row = lengths_of(rows).mean() if kind == "tags" else items
-    most = max(1, min(most, int(MOST_BYTES / (3 * 4 * max(1, hidden_size) * per_row))))
+    kinds = 2 if kind == "tags" else 3  # a tagger's head has no dense layer
+    most = max(1, min(most, int(MOST_BYTES / (kinds * 4 * max(1, hidden_size) * per_row))))
     if len(rows) <= most:
         return rows
     return Share(rows, np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)).tolist())
