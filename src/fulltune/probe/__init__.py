@@ -34,6 +34,8 @@ from fulltune.tasks import Target, Task, task_named
 
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
+AS_GOOD = 0.02
+"""Of the loss on held-out rows: the most regularised probe that is as good as the best but for this share is taken."""
 EASED = 8.0
 """The start is fitted at the strength that held-out rows prefer over this: a head that fits the train rows as well as
 it can leaves no gradient to the body (docs/quality.md)."""
@@ -186,7 +188,7 @@ def _head(
         name: (read(train, dense), None if held_out is None else read(held_out, dense))
         for name, dense in options.items()
     }
-    name, least, strength, last = best_space(spaces, partial(fits, has_bias=has_bias), loss)
+    name, least, strength, last = best_space(spaces, partial(fits, has_bias=has_bias), loss, AS_GOOD)
     start: dict[str, np.ndarray] = {}
     if looker.kind != "regression":  # a ridge regression leaves enough
         [(_, eased)] = fits(spaces[name][0], has_bias, [strength / EASED])

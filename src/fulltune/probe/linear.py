@@ -211,7 +211,7 @@ Measure = Callable[[Items, Linear], float]
 
 
 def best(
-    items: Items, held_out: Items | None, candidates: Candidates[Key], measure: Measure
+    items: Items, held_out: Items | None, candidates: Candidates[Key], measure: Measure, tolerance: float = 0.0
 ) -> tuple[float, Key, Linear]:
     """Of several classifiers the one that is best on rows it did not see; fitted on all of `items`.
 
@@ -220,6 +220,7 @@ def best(
         held_out: Of other rows; None: parts of the train rows are held out in turn.
         candidates: Fits them, each with a key that tells it from the others.
         measure: The less the better.
+        tolerance: The first one is taken whose measure is above the least by no more than this share.
 
     Returns:
         The measure, the key, and the classifier.
@@ -228,7 +229,8 @@ def best(
         NoProbe: When nothing can be fitted.
     """
     if held_out is not None:
-        return min(((measure(held_out, one), key, one) for key, one in candidates(items)), key=lambda found: found[0])
+        found = [(measure(held_out, one), key, one) for key, one in candidates(items)]
+        return _first(found, tolerance)
     _, row = np.unique(items.rows, return_inverse=True)
     if row.max() == 0:
         raise NoProbe("there is one train row")
@@ -244,12 +246,21 @@ def best(
     if not measured:  # nothing tells them apart: the first is the most regularised
         key, one = next(iter(candidates(items)))
         return measure(items, one), key, one
-    chosen = min(sums, key=lambda key: sums[key])
-    return sums[chosen] / measured, chosen, next(one for key, one in candidates(items) if key == chosen)
+    least, chosen = _first([(total, key) for key, total in sums.items()], tolerance)
+    return least / measured, chosen, next(one for key, one in candidates(items) if key == chosen)
+
+
+def _first(found: Sequence[Any], tolerance: float) -> Any:
+    """The first of several, each with its measure in front, that is as good as the best but for the tolerance."""
+    most = min(one[0] for one in found) * (1 + tolerance)
+    return next(one for one in found if one[0] <= most)
 
 
 def best_space(
-    spaces: Mapping[Name, tuple[Items, Items | None]], candidates: Callable[..., Any], measure: Measure
+    spaces: Mapping[Name, tuple[Items, Items | None]],
+    candidates: Callable[..., Any],
+    measure: Measure,
+    tolerance: float = 0.0,
 ) -> tuple[Name, float, Any, Linear]:
     """The features that are best at a middle strength, and the best classifier on them.
 
@@ -257,6 +268,7 @@ def best_space(
         spaces: Name to items, and to held-out ones, as for `best`.
         candidates: Fits items at strengths.
         measure: The less the better.
+        tolerance: As for `best`.
 
     Returns:
         The name, the measure, the key, and the classifier.
@@ -265,7 +277,7 @@ def best_space(
     name = next(iter(spaces))
     if len(spaces) > 1:
         name = min(spaces, key=lambda one: best(*spaces[one], middle, measure)[0])
-    return name, *best(*spaces[name], candidates, measure)
+    return name, *best(*spaces[name], candidates, measure, tolerance)
 
 
 def loss(items: Items, found: Linear) -> float:
