@@ -166,9 +166,9 @@ def test_few_steps_are_enough_from_a_probe_and_not_from_random(name: str, tmp_pa
         assert values["probe"]["rmse"].value < 0.9 * floor["rmse"].value
         assert values["random"]["rmse"].value > 0.97 * floor["rmse"].value
         return
-    assert values["probe"][metric].value > 0.7
+    assert values["probe"][metric].value > 0.6
     assert values["probe"][metric].value > values["random"][metric].value + 0.25
-    assert values["probe"][metric].value > row(found["probe"], LINEAR_PROBE).metrics[metric].value - 0.1
+    assert values["probe"][metric].value > row(found["probe"], LINEAR_PROBE).metrics[metric].value - 0.2
     assert LINEAR_PROBE in [scores.name for scores in found["random"].scores]
 
 
