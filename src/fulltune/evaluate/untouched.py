@@ -60,7 +60,10 @@ def _probe(scoring: Scoring) -> Probe:
 def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe) -> Scored:
     assert found.frozen is not None, "asked before"
     rival, rows = found.frozen, opened(scoring.rows("test"), scoring.base.processor)
-    predicted = probe.predicted(_looker(scoring), rows, rival, probe.rival_of(scoring.data.parent))
+    looker, folder = _looker(scoring), scoring.data.parent
+    if found.head is not None:
+        probe.put_head(looker.model, folder)  # embeddings as they were: layers that the checkpoint lacks give some
+    predicted = probe.predicted(looker, rows, rival, probe.rival_of(folder))
     scored: Scored = scorer.frozen(scoring, name_of(rival, found), predicted)
     return scored
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from fulltune.files import replacing
 from fulltune.inference.run import Watch
+from fulltune.methods.head import names_of
 from fulltune.models.checkpoint_head import put_together
 from fulltune.probe.dense import DenseLayer
 from fulltune.probe.features import Features, joined, passes, sampled
@@ -125,7 +126,7 @@ class Fitted:
 
     probe: Probe
     head: dict[str, np.ndarray] = field(default_factory=dict)
-    """Of the head's layers, as the best classifier."""
+    """Of the whole head, its layers as the best classifier."""
     start: dict[str, np.ndarray] = field(default_factory=dict)
     """Of its last layer, as training starts with it; empty: the same."""
     rival: Linear | None = None
@@ -193,12 +194,13 @@ def _head(
     if looker.kind != "regression":  # a ridge regression leaves enough
         [(_, eased)] = fits(spaces[name][0], has_bias, [strength / EASED])
         start = _tensors(layers.last, eased, has_bias)
-    tensors = _tensors(layers.last, last, has_bias)
+    # The rest of the head may have been drawn, and the last layer belongs to it.
+    inside = tuple(f"{one}." for one in names_of(looker.model, looker.task_name, ""))
+    own = {one: values for one, values in parameters.items() if one.startswith(inside)}
+    tensors = {one: values.detach().float().cpu().numpy() for one, values in own.items()}
+    tensors |= _tensors(layers.last, last, has_bias)
     if (dense := options[name]) is not None:
         tensors |= _tensors(str(layers.dense), dense, f"{layers.dense}.bias" in parameters)
-    elif layers.dense is not None:  # it may have been drawn: the last layer belongs to it
-        own = {one: parameters[one] for one in parameters if one.startswith(f"{layers.dense}.")}
-        tensors |= {one: values.detach().float().cpu().numpy() for one, values in own.items()}
     return HeadStart.model_validate({"dense": name, "strength": strength, "loss": least}), tensors, start
 
 

@@ -37,7 +37,8 @@ class Features:
     dense: np.ndarray | None
     """What its dense layer reads; None: it has none."""
     mean: np.ndarray | None
-    """Mean of the last hidden states over tokens, scaled to length 1; None: an item is a token itself."""
+    """Mean of the last hidden states over tokens, scaled to length 1; None: an item is a token itself, or the body
+    gives fewer states than there are tokens."""
     labels: np.ndarray
     """Class or number [items]; 0 or 1 for each label [items, labels]; of a choice whether it is right [items]; of a
     token whether the answer begins and ends there [items, 2]."""
@@ -97,13 +98,16 @@ def passes(
     lengths = lengths_of(rows)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), autocast(model.device.type, precision):
+    try:
         for positions in watched(longest_first(lengths), batch_size, lengths, watch):
             chosen = [rows[i] for i in positions]
             batch = {name: one.to(model.device) for name, one in task.collate(chosen, pad_token_id).items()}
             labels = batch.pop("labels").cpu()
-            yield _of_items(see(model, layers, batch), batch, labels, chosen, kind, np.asarray(positions))
-    model.train(was_training)
+            with torch.no_grad(), autocast(model.device.type, precision):
+                found = _of_items(see(model, layers, batch), batch, labels, chosen, kind, np.asarray(positions))
+            yield found
+    finally:
+        model.train(was_training)
 
 
 def joined(parts: Iterable[Features]) -> Features:
@@ -113,7 +117,7 @@ def joined(parts: Iterable[Features]) -> Features:
 
     def whole(name: str) -> Any:
         found = [getattr(part, name) for part in several]
-        return None if found[0] is None else np.concatenate(found)[order]
+        return None if any(one is None for one in found) else np.concatenate(found)[order]
 
     return Features(*(whole(field.name) for field in fields(Features)))
 
@@ -138,7 +142,7 @@ def _of_items(
             counts = picked.sum(dim=1).numpy()
         case "choice":
             mean = _mean(seen.hidden, {name: one.flatten(0, 1) for name, one in batch.items()})
-            counts = np.full(len(positions), mean.shape[0] // len(positions))
+            counts = np.full(len(positions), len(seen.hidden) // len(positions))
             found = np.zeros((len(positions), counts[0]), np.int64)
             found[np.arange(len(positions)), labels.numpy()] = 1
             found = found.ravel()
@@ -172,10 +176,14 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _mean(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Over real tokens, scaled to length 1; None: a body that pools, such as Funnel's, has fewer states than tokens."""
     import torch.nn.functional as F
 
-    return F.normalize(mean_hidden(hidden, batch.get("attention_mask")), dim=-1)
+    mask = batch.get("attention_mask")
+    if mask is not None and hidden.shape[:2] != mask.shape:
+        return None
+    return F.normalize(mean_hidden(hidden, mask), dim=-1)
 
 
 def _words(hidden: torch.Tensor, chosen: Sequence[Mapping[str, Any]]) -> torch.Tensor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from fulltune.probe import Looker, fitted, predicted, put_head, rival_of
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import Probe
-from tests.unit.probe.models import looker_of, model_of, rows_of
+from tests.unit.probe.models import logits_alone, looker_of, model_of, rows_of
 
 
 def test_several_who_ask_at_once_get_the_same(tmp_path: Path) -> None:
@@ -71,6 +73,44 @@ def test_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert model.training
+
+
+def test_layers_that_the_checkpoint_lacks_are_the_same_wherever_the_start_is_taken(tmp_path: Path) -> None:
+    """A head may have more layers than are fitted, drawn anew in each trial; the last one was fitted on the first's."""
+    config = transformers.BigBirdConfig(
+        vocab_size=100,
+        pad_token_id=1,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        attention_type="original_full",
+        max_position_embeddings=64,
+        num_labels=3,
+    )
+    first, other = (transformers.BigBirdForSequenceClassification(config).eval() for _ in range(2))
+    other.bert.load_state_dict(
+        {name: one for name, one in first.bert.state_dict().items() if "pooler" not in name}, False
+    )
+    rows, task = rows_of("single_label", 40), "text-classification"
+    probe = fitted(tmp_path, lambda: looker_of(first, "text-classification", "single_label"), rows, rows[:9])
+    assert probe.head is not None
+    assert probe.head.dense is None
+    for model in (first, other):
+        put_head(model, tmp_path)
+    one, another = (logits_alone(looker_of(model, task, "single_label"), rows[:5]) for model in (first, other))
+    np.testing.assert_array_equal(one, another)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_left_as_it_was_when_a_pass_breaks_off(training: bool, tmp_path: Path) -> None:
+    model = model_of("Bert", "text-classification").train(training)
+    rows: list[Any] = [*rows_of("single_label", 40), {"labels": 0, "input_ids": [1000] * 3}]
+    with pytest.raises(IndexError):
+        fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert model.training is training
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, FunnelConfig, FunnelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fulltune.probe import fitted, put_head
@@ -275,3 +275,13 @@ def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
     assert (probe.head, probe.frozen) == (None, None)
     assert probe.why_not == "features of the untouched model are not finite"
     assert probe.in_words == "drawn at random: features of the untouched model are not finite"
+
+
+def test_body_with_fewer_states_than_tokens_has_no_mean_and_still_a_probe(tmp_path: Path) -> None:
+    size = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_labels": 3}
+    config = FunnelConfig(vocab_size=100, pad_token_id=PAD, **size)
+    model = FunnelForSequenceClassification(config).eval()
+    rows = rows_of("single_label", 40)
+    probe = fitted(tmp_path, lambda: looker_of(model, "text-classification", "single_label"), rows, rows)
+    assert probe.head is not None
+    assert probe.frozen is None
