@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fulltune import api, pipeline, probe
 from fulltune.compare import run as comparing
@@ -251,6 +252,25 @@ def test_trials_of_a_comparison_share_it(tmp_path: Path) -> None:
     ]
     assert heads
     assert all("starts from a linear probe" in said for said in heads)
+
+
+def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path) -> None:
+    """Also where the pooler that was drawn is kept: trials side by side ask in any order."""
+    files, bare = [], tmp_path / "bare"
+    shutil.copytree(tiny_encoder, bare)
+    values = load_file(bare / "model.safetensors")
+    kept = {name: one for name, one in values.items() if "pooler" not in name}
+    assert len(kept) < len(values)
+    save_file(kept, bare / "model.safetensors", {"format": "pt"})
+    for seed in (1, 2):
+        with mock.patch.object(probe, "_follows", return_value=False):
+            runs.run(tmp_path / str(seed), bare, ROWS, train={**STANDING, "seed": seed})
+        head = Probe.load(tmp_path / str(seed) / "run" / "probe" / "probe.json").head
+        assert head is not None
+        assert head.dense == "kept"
+        found = probe_files(tmp_path / str(seed))
+        files.append([found[name] for name in ("head.safetensors", "start.safetensors", "frozen.safetensors")])
+    assert files[0] == files[1]
 
 
 # ---- again, and with little memory -----------------------------------------------------------------------------

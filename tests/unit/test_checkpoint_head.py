@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from fulltune.models.base import Base
-from fulltune.models.checkpoint_head import Head, by_name, expected_head
+from fulltune.models.checkpoint_head import Head, by_name, draw_again, expected_head
 from fulltune.models.load import load
 from fulltune.models.shapes import shapes_of
 from fulltune.plan import defaults
@@ -181,3 +181,18 @@ def test_plan_gives_a_kept_head_no_reason_of_a_new_one(tmp_path: Path, tiny_enco
     assert not new
     assert "new head" in defaults.warmup_ratio("text-classification", new)[1]
     assert "new head" not in defaults.warmup_ratio("text-classification", kept)[1]
+
+
+def test_what_a_checkpoint_lacks_is_drawn_again_and_nothing_else(tiny_encoder: Path) -> None:
+    models = []
+    for seed in (0, 1):
+        model, head = _loaded(tiny_encoder, "text-classification", LABELS, seed)
+        assert {"classifier.weight", "classifier.bias"} <= set(head.drawn)
+        before = {name: one.clone() for name, one in model.state_dict().items()}
+        state = torch.get_rng_state()
+        draw_again(model, head, 7)
+        assert torch.equal(torch.get_rng_state(), state)
+        changed = {name for name, one in model.state_dict().items() if not torch.equal(one, before[name])}
+        assert "classifier.weight" in changed <= set(head.drawn)
+        models.append(model.state_dict())
+    assert all(torch.equal(one, models[1][name]) for name, one in models[0].items())

@@ -37,7 +37,7 @@ def _looker(scoring: Scoring) -> probe.Looker:
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(scoring.plan.seed)  # what the head lacks is drawn
+        torch.manual_seed(probe.SEED)  # what the head lacks is drawn
         model, processor = scoring.load(None)
     return probe.Looker(
         model,

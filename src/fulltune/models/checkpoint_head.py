@@ -31,6 +31,8 @@ class Head:
     """For each label of the task its row in the checkpoint's head; empty: the head has no rows for labels, and is kept
     as it is. None: a new one is drawn."""
     why: str
+    drawn: tuple[str, ...] = ()
+    """Parameters that the checkpoint did not have, or had in another shape, in the model's order."""
 
     @property
     def in_words(self) -> str:
@@ -140,6 +142,25 @@ def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) 
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers 5 leaves others alone
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
         model._init_weights(model.get_submodule(owner))
+
+
+def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
+    """Draw what the checkpoint lacks by this seed; the random state is left as it is.
+
+    Args:
+        model: On the CPU, as it was loaded with this head.
+        head: Of the model.
+        seed: Of the new values.
+    """
+    import torch
+
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        with torch.no_grad():
+            _draw(model, {name: model.get_parameter(name) for name in head.drawn})
+    finally:
+        torch.set_rng_state(state)
 
 
 def put_together(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:

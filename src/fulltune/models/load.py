@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
@@ -68,7 +69,8 @@ def load(
     missing = _check_loaded(model, info, block, head_is_new)
     if head_is_new:
         head = checkpoint_head.expected_head(base.config, type(model).__name__, config_changes)
-        on_head(checkpoint_head.put_in_order(model, missing, head, "id2label" in config_changes))
+        found = checkpoint_head.put_in_order(model, missing, head, "id2label" in config_changes)
+        on_head(replace(found, drawn=tuple(name for name, _ in model.named_parameters() if name in missing)))
     _forget_gguf(model)
     return model
 

@@ -35,6 +35,8 @@ from fulltune.tasks import Target, Task, task_named
 
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
+SEED = 0
+"""Of what the checkpoint lacks while rows are looked at: any trial of a comparison may be the one that fits."""
 AS_GOOD = 0.02
 """Of the loss on held-out rows: the most regularised probe that is as good as the best but for this share is taken."""
 EASED = 8.0

@@ -17,7 +17,7 @@ from fulltune.inference.store import Rows
 from fulltune.methods.head import names_of
 from fulltune.models import dropout
 from fulltune.models.base import Base
-from fulltune.models.checkpoint_head import Head
+from fulltune.models.checkpoint_head import Head, draw_again
 from fulltune.models.load import load
 from fulltune.models.processors import opened
 from fulltune.system import deepspeed
@@ -129,13 +129,14 @@ def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:
 
 def _start_head(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
     """Have a new head start from a linear probe of the untouched model, which is fitted once in a run folder."""
-    request, plan = attempt.request, attempt.plan
-    if plan.head_init != "probe" or request.probe or attempt.head is None or attempt.head.order is not None:
+    request, plan, head = attempt.request, attempt.plan, attempt.head
+    if plan.head_init != "probe" or request.probe or head is None or head.order is not None:
         return
     attempt.recorder.phase(PROBING)
     folder = Path(request.run_folder)
 
     def looker() -> probe.Looker:
+        draw_again(model, head, probe.SEED)
         return probe.Looker(
             model.to(device),
             attempt.recipe.task,
@@ -148,7 +149,9 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
 
     with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
         attempt.head_start = probe.fitted(folder, looker, *_rows(attempt, tokenizer))
+    model.to("cpu")  # where the method draws its values, whoever has fitted the probe
     if attempt.head_start.head is None:
+        draw_again(model, head, plan.seed)
         attempt.recorder.warn(f"no linear probe ({attempt.head_start.why_not}): the head starts at random")
     else:
         probe.put_head(model, folder, eased=attempt.recipe.method.kind != "head")
