@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fulltune import api, pipeline, probe
 from fulltune.compare import run as comparing
-from fulltune.errors import RecipeError
+from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate.untouched import LINEAR_PROBE
 from fulltune.probe import features
 from fulltune.records.events import Event, PhaseBegan
@@ -396,6 +396,17 @@ def save_eurobert(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def test_memory_that_runs_out_while_a_baseline_is_fitted(tiny_encoder: Path, tmp_path: Path) -> None:
+    def fit(looker: Any, rows: Any, eval_rows: Any) -> Any:
+        no_memory()
+
+    with (
+        mock.patch.object(probe, "fit", fit),
+        pytest.raises(DoesNotFitError, match=r"linear probe.*what was trained is"),
+    ):
+        runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", method={"head_init": "random"}, train=FEW_STEPS)
+
+
 def test_start_of_a_head_that_is_kept_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
     first = runs.run(tmp_path / "first", tiny_encoder, ROWS, train=FEW_STEPS)
     assert first.outcome is not None
@@ -409,3 +420,8 @@ def test_start_of_a_head_that_is_kept_is_refused(tiny_encoder: Path, tmp_path: P
     assert started(tmp_path / "third")["head"] == "kept from the checkpoint: its 3 labels are the same"
     assert LINEAR_PROBE not in [scores.name for scores in reached.scores]
     assert any("frozen embeddings" in scores.name for scores in reached.scores)
+    shutil.rmtree(reached.folder / "probe")  # as in a run of an earlier version
+    with counted() as calls:
+        again = runs.run(tmp_path / "third", model, ROWS, until="evaluate", train=FEW_STEPS)
+    assert calls == []
+    assert [scores.name for scores in again.scores] == [scores.name for scores in reached.scores]

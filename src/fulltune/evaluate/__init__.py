@@ -5,9 +5,10 @@ Three sets that never mix: train; eval (best checkpoint, early stopping, tempera
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -107,7 +108,8 @@ def baselines(
     made = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
     made |= scorer.baselines(scoring)
     if scoring.task.FACTS.head_is_new:
-        made |= of_untouched.baselines(scoring, scorer)
+        with _as_what_does_not_fit("the linear probe of the untouched model"):
+            made |= of_untouched.baselines(scoring, scorer)
     shapes = folder / "plan" / SHAPES
     # The checkpoint can do the task: it is scored as it came. A comparison has it as its method `base`.
     if not recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
@@ -207,19 +209,26 @@ def _kept(path: Path, make: Callable[[], Scored]) -> Scores:
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
-    try:
+    with _as_what_does_not_fit(f"scoring {path.stem}"):
         made = make()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise does_not_fit(
-            f"scoring {path.stem}",
-            error,
-            "no smaller batch is left; what was trained is kept: free some memory, then run the same command again",
-        ) from None
     path.with_suffix(".npz").unlink(missing_ok=True)
     if made.main is not None:
         made.main.save(path.with_suffix(".npz"))
     scores = made.scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     scores.save(path)
     return scores
+
+
+@contextlib.contextmanager
+def _as_what_does_not_fit(what: str) -> Iterator[None]:
+    """Memory that runs out inside is said, with what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise does_not_fit(
+            what,
+            error,
+            "no smaller batch is left; what was trained is kept: free some memory, then run the same command again",
+        ) from None

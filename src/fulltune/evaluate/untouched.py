@@ -13,6 +13,7 @@ from fulltune.evaluate.scoring import Scored, Scoring
 from fulltune.models.processors import opened
 from fulltune.records.probe import FrozenRival, Probe
 
+FROZEN = "baseline-frozen"
 LINEAR_PROBE = "linear probe of the untouched model"
 Predicted = Iterator[tuple[int, np.ndarray]]
 """Number of each test row, and the outputs of its items [items, outputs]: itself, its words, its choices."""
@@ -25,9 +26,14 @@ def baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Sc
         scoring: The run.
         scorer: The task's; its `trained` scores the probe as the model's head, its `frozen` what embeddings give.
     """
+    if scoring.plan.head_init is None:  # a head that is kept, or a run of an earlier version
+        if scoring.target.problem_type == "span":
+            return {}
+        if (scoring.data.parent / "scores" / f"{FROZEN}.json").exists():  # nothing has to be fitted for it
+            return {FROZEN: lambda: _frozen(scoring, scorer, _probe(scoring))}
     found, made = _probe(scoring), {}
     if found.frozen is not None:
-        made["baseline-frozen"] = lambda: _frozen(scoring, scorer, found)
+        made[FROZEN] = lambda: _frozen(scoring, scorer, found)
     if found.head is not None and scoring.plan.head_init is not None:
         made["baseline-probe"] = lambda: _as_head(scoring, scorer)
     return made

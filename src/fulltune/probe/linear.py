@@ -25,7 +25,7 @@ LEAST_SPREAD = 0.1
 """Of a feature, over the size of most features: what varies less is magnified as if it varied so much."""
 MOST_STEPS, TOLERANCE = 300, 1e-4
 MOST_BYTES = 2**30
-"""Of what the solver keeps of weights and their changes."""
+"""Of what the solver keeps of weights and their changes, and of all items' logits."""
 _LEAST_CHANCE = 1e-4
 """Below it a held-out class that a part of the rows does not have would decide alone."""
 
@@ -70,7 +70,8 @@ def fits(items: Items, has_bias: bool = True, strengths: Sequence[float] = STREN
     Raises:
         NoProbe: When nothing can be fitted.
     """
-    if 8 * 25 * items.num_outputs * items.features.shape[1] > MOST_BYTES:
+    logits = 2 * len(items.features) if items.kind in ("single_label", "tags") else 0  # and their gradients
+    if 8 * items.num_outputs * (25 * items.features.shape[1] + logits) > MOST_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes of {items.features.shape[1]:,} features are too many to fit")
     shift, scale = standard(items.features, has_bias and items.kind not in ("choice", "span"))
     with warnings.catch_warnings():

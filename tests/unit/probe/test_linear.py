@@ -150,6 +150,10 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
         ),
         (items("choice", drawn(4, HIDDEN), np.zeros(4, np.int64), 1), "no train row has a right and a wrong choice"),
         (
+            items("single_label", drawn(20_000, HIDDEN), np.arange(20_000) % 5_000, 5_000),
+            "5,000 classes of 16 features are too many to fit",
+        ),
+        (
             items("single_label", drawn(9, HIDDEN), np.arange(9), MOST_BYTES // 25 // 8 // HIDDEN + 1),
             "classes of 16 features are too many to fit",
         ),

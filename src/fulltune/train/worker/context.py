@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from fulltune.records.probe import Probe
 from fulltune.records.training import Check
 from fulltune.system import deepspeed
 from fulltune.tasks import Target, Task, task_named
+from fulltune.tasks.settings import class_weights
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
@@ -83,7 +85,7 @@ class AttemptContext:
         measured = self.observed.dry_run_loss
         if self.head is None or self.head.order is not None:
             return measured
-        return max(measured or 0.0, _chance(self.summary))
+        return max(measured or 0.0, chance(self.summary, class_weights(self.recipe, self.summary)))
 
     @cached_property
     def sharing(self) -> deepspeed.Zero | None:
@@ -117,15 +119,34 @@ class AttemptContext:
             )
 
 
-def _chance(summary: DataSummary) -> float:
-    """The loss of guessing, in the units of `loss`."""
+def chance(summary: DataSummary, weights: Sequence[float] | None) -> float:
+    """The loss of guessing, in the units of `loss`.
+
+    Args:
+        summary: Of the prepared data.
+        weights: `train.class_weights`, in the order of the labels.
+    """
     match summary.problem_type:
         case "regression":
             return 1.0  # what the mean of the train rows gets
         case "multi_label":
-            return math.log(2)
+            return math.log(2) * _mean_weight(summary, weights)
         case "choice":
             return math.log(summary.num_choices)
         case "span":
             return math.log(summary.max_length)
-    return math.log(max(2, len(summary.labels)))
+    return math.log(max(2, len(summary.labels))) * _mean_weight(summary, weights)
+
+
+def _mean_weight(summary: DataSummary, weights: Sequence[float] | None) -> float:
+    """Of the train rows; of words, whose tags are not counted, at most."""
+    if weights is None:
+        return 1.0
+    if summary.problem_type == "tags":
+        return max(weights)
+    train = summary.splits["train"]
+    counts = [train.label_counts.get(label, 0) for label in summary.labels]
+    if summary.problem_type == "single_label":
+        return sum(map(math.prod, zip(weights, counts, strict=True))) / sum(counts)
+    shares = [count / train.rows for count in counts]
+    return statistics.fmean(1 + (weight - 1) * share for weight, share in zip(weights, shares, strict=True))
