@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -329,6 +330,21 @@ def test_memory_that_runs_out_while_it_is_fitted(most: int, tiny_encoder: Path, 
     if not most:
         first = Outcome.load(attempts[0])
         assert (first.status, first.phase) == ("out_of_memory", "evaluation")
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset")
+def test_its_memory_is_not_counted_as_that_of_the_training(tiny_encoder: Path, tmp_path: Path) -> None:
+    """Only one trial of a comparison fits it."""
+    original, size = probe.fit, 2**29
+
+    def fit(looker: Any, rows: Any, eval_rows: Any) -> Any:
+        np.ones(size, np.uint8)
+        return original(looker, rows, eval_rows)
+
+    with mock.patch.object(probe, "fit", fit):
+        outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=FEW_STEPS).outcome
+    assert outcome is not None
+    assert 0 < outcome.memory_growth_bytes < size
 
 
 def test_test_rows_are_out_of_reach_while_it_is_fitted(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class TrainBlock(Block):
     """How much each class counts in the training loss (classification): `balanced`, so that all classes count alike
     in total, or the weight of each, such as `{rare: 5, usual: 1}`, or a list in the order of the labels."""
     seed: int = Field(default=42, ge=0)
-    """Seed of a new head's weights, of dropout and of the order of the rows."""
+    """Seed of a head that starts at random, of dropout and of the order of the rows."""
     precision: Precision = "auto"
     """Type of the computations. auto: bf16 where the processor is fast at it, else fp32. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None

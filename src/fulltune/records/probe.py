@@ -20,7 +20,7 @@ class HeadStart(Record):
     """What became of the dense layer before the last one. `kept`: as it was loaded, or drawn; `scaled`: the identity,
     each feature scaled; `mean`: it gives, as far as it can, the mean over all tokens. None: there is none."""
     strength: float
-    """scikit-learn's C of the logistic regression; of a ridge regression its alpha."""
+    """Of those in `fulltune.probe.linear.STRENGTHS`; the larger, the less regularised."""
     loss: float
     """On held-out rows: cross entropy in nats, of numbers the share of the variance that is left."""
 
@@ -58,7 +58,7 @@ class Probe(Record):
 
     @property
     def in_words(self) -> str:
-        """What becomes of the head, for a check line and the report."""
+        """What becomes of the head, for a check line."""
         if self.head is None:
             return f"drawn at random: {self.why_not}"
         dense = {"kept": "", "scaled": ", pooler scaled", "mean": ", pooler set to the mean of all tokens", None: ""}

@@ -27,7 +27,7 @@ class Meter:
 
     def begin(self) -> None:
         """Take what is held now as the ground, and forget the peak until now."""
-        self._forget_peak()
+        self.forget_peak()
         self.base_bytes = self.held_bytes()
 
     def held_bytes(self) -> int:
@@ -49,10 +49,12 @@ class Meter:
         """Most that was held since `begin`, beyond what was held then."""
         return max(0, self.peak_bytes() - self.base_bytes)
 
-    def _forget_peak(self) -> None:
+    def forget_peak(self) -> None:
+        """As if no more had been held than is held now."""
         if self.on_gpu:
             import torch
 
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return
         with contextlib.suppress(OSError):  # not Linux, or not permitted: the peak is that of the whole life

@@ -150,6 +150,8 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
     with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
         attempt.head_start = probe.fitted(folder, looker, *_rows(attempt, tokenizer))
     model.to("cpu")  # where the method draws its values, whoever has fitted the probe
+    if attempt.observed.meter is not None:
+        attempt.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
     if attempt.head_start.head is None:
         draw_again(model, head, plan.seed)
         attempt.recorder.warn(f"no linear probe ({attempt.head_start.why_not}): the head starts at random")
