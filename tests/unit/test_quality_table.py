@@ -131,7 +131,7 @@ def test_rate_is_taken_by_eval_rows_and_further_seeds_have_it(tables: ModuleType
     assert found.rate == 2e-4
     assert found.seeds == (1, 2)
     assert found.values.mean(axis=1).tolist() == [0.0, 1.0]
-    assert found.failed == 1
+    assert found.failed == ()
     assert not found.at_the_edge
 
 
@@ -144,7 +144,26 @@ def test_newest_settings_count(tables: ModuleType) -> None:
 
 def test_bars_say_what_is_missing_and_what_falls_short(tables: ModuleType) -> None:
     outcomes = np.array([1] * 75 + [0] * 25, np.uint8)
-    made = line(tables, outcomes, set="banking77", rows=500, contestant="fulltune")
-    text = tables.bars([made], [("banking77", 500, 5)])
-    assert "| banking77 500: fulltune at least 76.0 | 75.00 (1 of 5 seeds) | FAIL |" in text
+    lines = [
+        line(tables, outcomes, set="banking77", rows=500, contestant="fulltune", seed=seed, settings="x")
+        for seed in (1, 2)
+    ]
+    bar = "| banking77 500: fulltune at least 76.0 | 75.00 |"
+    text = tables.bars(lines, [("banking77", 500, 2)])
+    assert f"{bar} FAIL |" in text
     assert text.count("not measured") == 2
+    assert f"{bar} not measured: FAIL with 2 of 5 seeds |" in tables.bars(lines, [("banking77", 500, 5)])
+    lost = {**lines[1], "value": None}
+    assert f"{bar} FAIL: no model with seed 2 |" in tables.bars([*lines, lost], [("banking77", 500, 2)])
+
+
+def test_what_costs_no_training_has_one_run(tables: ModuleType) -> None:
+    good, bad = np.array([1] * 75 + [0] * 25, np.uint8), np.array([1] * 70 + [0] * 30, np.uint8)
+    ours = [line(tables, good, set="s", rows=5, contestant="fulltune", seed=seed) for seed in (1, 2, 3)]
+    free = [
+        line(tables, outcomes, set="s", rows=5, contestant=name, seed=0)
+        for name, outcomes in (("frozen-logreg", bad), ("frozen-centroid", bad[::-1] * 0))
+    ]
+    text = tables.bars([*ours, *free], [("s", 5, 3)])
+    assert "fulltune minus frozen-logreg, at least 0 | +5.00 ± " in text
+    assert text.count("PASS") == 1
