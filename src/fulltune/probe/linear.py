@@ -124,6 +124,8 @@ def _logistic(
     if len(present) < 2:
         raise NoProbe("all train rows have the same class")
     weights = None if class_weights is None else {int(one): class_weights[one] for one in present}
+    if weights is not None and not any(weights.values()):
+        raise NoProbe("all train rows have a class that train.class_weights leaves out")
     model = LogisticRegression(
         max_iter=MOST_STEPS, tol=TOLERANCE, warm_start=True, fit_intercept=has_bias, class_weight=weights
     )
@@ -169,10 +171,11 @@ def _ridge(
 ) -> Iterator[tuple[float, Linear]]:
     from sklearn.linear_model import Ridge
 
+    middle = numbers.mean(dtype=np.float64) if has_bias else 0.0  # scikit-learn takes numbers to the features' type
     for strength in strengths:
         model = Ridge(alpha=len(features) * RIDGE / strength, fit_intercept=has_bias)
-        model.fit(features, numbers.astype(np.float64))
-        yield strength, Linear(model.coef_[None], np.broadcast_to(model.intercept_, 1))
+        model.fit(features, numbers - middle)
+        yield strength, Linear(model.coef_[None], np.broadcast_to(model.intercept_ + middle, 1))
 
 
 def _within_rows(items: Items, features: np.ndarray, strengths: Sequence[float]) -> Iterator[tuple[float, Linear]]:

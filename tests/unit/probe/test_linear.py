@@ -145,6 +145,10 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
         (items("single_label", drawn(9, HIDDEN), np.ones(9, np.int64), 3), "all train rows have the same class"),
         (items("tags", drawn(9, HIDDEN), np.zeros(9, np.int64), 3), "all train rows have the same class"),
         (
+            items("single_label", drawn(40, HIDDEN), np.arange(40) % 2, 3, class_weights=(0.0, 0.0, 1.0)),
+            "all train rows have a class that train.class_weights leaves out",
+        ),
+        (
             items("multi_label", drawn(9, HIDDEN), np.tile([0, 1], (9, 1)), 2),
             "each label is the same in all train rows",
         ),
@@ -288,3 +292,10 @@ def test_losses_by_hand(
 def test_a_class_that_a_part_lacks_does_not_decide_alone() -> None:
     given = items("single_label", np.array([[0.0, 500.0]]), [0], 2)
     assert loss(given, Linear(np.eye(2), np.zeros(2))) < 10
+
+
+def test_numbers_that_differ_little_beside_their_size_are_found() -> None:
+    features = drawn(600, HIDDEN, seed=1)
+    numbers = 1e9 + 100 * (features[:, 0] - features[:, 0].mean()).astype(np.float64) / features[:, 0].std()
+    made = items("regression", features, numbers, 1)
+    assert min(loss(made, one) for _, one in fits(made)) < 0.2  # 32 bits lie 64 apart there
