@@ -86,19 +86,20 @@ def diverged(losses: Sequence[float], learning_rate: float, untrained: float | N
         untrained: Another loss before any update, that of the dry run; the larger one counts, because one batch may be
             easy by chance.
     """
-    fell = fell_and_rose(losses, learning_rate)
+    fell = fell_and_rose(losses, learning_rate, untrained)
     return fell if fell.action == "stop" else ran_away(losses, learning_rate, untrained)
 
 
-def fell_and_rose(losses: Sequence[float], learning_rate: float) -> GuardDecision:
-    """Stop when the loss had fallen well, and is back where it began.
+def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
+    """Stop when the loss had fallen well, and is back where it began, and where guessing is, which a head that starts
+    from a linear probe begins below: Banking77, 2,000 rows, went 0.55, 0.35, 0.55 and on to 89 % accuracy.
 
     Judged over the last `2 * WINDOW` logged losses, so that a spike that passes stops nothing. It had fallen when that
     was no chance of a few batches, whose squared errors differ by half and more (regression). MiniLM-L6 with LoRA at
     6.3e-3 fell from 4.3 to 1.6, spiked to 7.7, and then gave one class for the rest of the run (docs/log.md).
     """
     first, now = statistics.fmean(losses[:WINDOW] or [0.0]), statistics.median(losses[-2 * WINDOW :] or [0.0])
-    if len(losses) < 4 * WINDOW or first <= 0 or now < first:
+    if len(losses) < 4 * WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
     windows = (losses[place : place + WINDOW] for place in range(len(losses) - WINDOW + 1))
     low = min(windows, key=statistics.fmean)
