@@ -53,7 +53,7 @@ def functions(file: Path) -> Iterator[Function]:
     """Those of a source file whose docstring begins with a sentence of 4 to 25 words."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # invalid escapes in other packages' sources
             tree = ast.parse(file.read_text(encoding="utf-8", errors="ignore"))
     except (SyntaxError, ValueError, RecursionError):
         return

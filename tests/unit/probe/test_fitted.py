@@ -58,7 +58,8 @@ def test_the_same_rows_give_the_same_bytes_and_draw_no_random_number(tmp_path: P
         np.random.seed(seed)
         model = model_of("Bert", "text-classification")
         before = torch.get_rng_state()
-        fitted(tmp_path / str(seed), lambda: looker_of(model, "text-classification", "single_label"), rows, rows[:9])  # noqa: B023
+        looker = looker_of(model, "text-classification", "single_label")
+        fitted(tmp_path / str(seed), lambda looker=looker: looker, rows, rows[:9])
         put_head(model, tmp_path / str(seed))
         assert torch.equal(torch.get_rng_state(), before)
         written.append((tmp_path / str(seed) / "probe" / "head.safetensors").read_bytes())
