@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fulltune import api, pipeline, probe
+from fulltune import api, pipeline
 from fulltune.compare import run as comparing
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate.untouched import LINEAR_PROBE
-from fulltune.probe import features
+from fulltune.probe import features, rivals, run_folder
+from fulltune.probe import fit as fitting
 from fulltune.records.events import Event, PhaseBegan
 from fulltune.records.probe import Probe
 from fulltune.records.scores import Scores
@@ -131,13 +132,13 @@ def probe_files(folder: Path) -> dict[str, bytes]:
 def counted() -> Iterator[list[int]]:
     """How often a probe is fitted: the number of rows of each."""
     calls: list[int] = []
-    original = probe.fit
+    original = run_folder.fit
 
-    def fit(looker: Any, rows: Any, eval_rows: Any) -> Any:
+    def fit(looker: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
         calls.append(len(rows))
-        return original(looker, rows, eval_rows)
+        return original(looker, rows, eval_rows, with_head)
 
-    with mock.patch.object(probe, "fit", fit):
+    with mock.patch.object(run_folder, "fit", fit):
         yield calls
 
 
@@ -264,7 +265,7 @@ def test_same_files_whichever_seed_fits_first(tiny_encoder: Path, tmp_path: Path
     assert len(kept) < len(values)
     save_file(kept, bare / "model.safetensors", {"format": "pt"})
     for seed in (1, 2):
-        with mock.patch.object(probe, "_follows", return_value=False):
+        with mock.patch.object(fitting, "_follows", return_value=False):
             runs.run(tmp_path / str(seed), bare, ROWS, train={**STANDING, "seed": seed})
         head = Probe.load(tmp_path / str(seed) / "run" / "probe" / "probe.json").head
         assert head is not None
@@ -335,13 +336,13 @@ def test_memory_that_runs_out_while_it_is_fitted(most: int, tiny_encoder: Path, 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset")
 def test_its_memory_is_not_counted_as_that_of_the_training(tiny_encoder: Path, tmp_path: Path) -> None:
     """Only one trial of a comparison fits it."""
-    original, size = probe.fit, 2**29
+    original, size = run_folder.fit, 2**29
 
-    def fit(looker: Any, rows: Any, eval_rows: Any) -> Any:
+    def fit(looker: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
         np.ones(size, np.uint8)
-        return original(looker, rows, eval_rows)
+        return original(looker, rows, eval_rows, with_head)
 
-    with mock.patch.object(probe, "fit", fit):
+    with mock.patch.object(run_folder, "fit", fit):
         outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=FEW_STEPS).outcome
     assert outcome is not None
     assert 0 < outcome.memory_growth_bytes < size
@@ -399,6 +400,37 @@ def test_head_that_cannot_be_seen_starts_at_random_and_says_so(start: str | None
     assert reached.outcome.status == "done"
 
 
+def test_memory_that_runs_out_in_the_solver_leaves_a_random_head(tiny_encoder: Path, tmp_path: Path) -> None:
+    """The training may fit; nothing is tried again."""
+    with mock.patch.object(rivals, "best_space", side_effect=MemoryError), counted() as calls:
+        reached = runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", train=FEW_STEPS)
+    why = "memory ran out while it was fitted"
+    assert started(tmp_path)["head"].startswith(f"new, drawn at random: {why}")
+    assert f"no linear probe ({why}): the head starts at random" in [
+        event["text"] for event in runs.events(tmp_path, "warning")
+    ]
+    assert len(calls) == 1
+    assert reached.outcome is not None
+    assert reached.outcome.status == "done"
+    assert LINEAR_PROBE not in [scores.name for scores in reached.scores]
+
+
+def test_head_that_a_config_promises_and_the_weights_lack_starts_from_a_probe(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    first = runs.run(tmp_path / "first", tiny_encoder, ROWS, train=FEW_STEPS)
+    assert first.outcome is not None
+    assert first.outcome.model_folder is not None
+    model = first.folder / first.outcome.model_folder
+    values = load_file(model / "model.safetensors")
+    bare = {name: one for name, one in values.items() if not name.startswith("classifier")}
+    save_file(bare, model / "model.safetensors", {"format": "pt"})
+    reached = runs.run(tmp_path / "second", model, ROWS, until="evaluate", train=FEW_STEPS)
+    assert reached.plan is not None
+    assert reached.plan.head_init is None
+    assert started(tmp_path / "second")["head"].startswith("new, starts from a linear probe of the untouched model")
+
+
 def save_eurobert(folder: Path) -> None:
     from transformers import EuroBertConfig, EuroBertModel
 
@@ -413,11 +445,11 @@ def save_eurobert(folder: Path) -> None:
 
 
 def test_memory_that_runs_out_while_a_baseline_is_fitted(tiny_encoder: Path, tmp_path: Path) -> None:
-    def fit(looker: Any, rows: Any, eval_rows: Any) -> Any:
+    def fit(looker: Any, rows: Any, eval_rows: Any, with_head: bool) -> Any:
         no_memory()
 
     with (
-        mock.patch.object(probe, "fit", fit),
+        mock.patch.object(run_folder, "fit", fit),
         pytest.raises(DoesNotFitError, match=r"linear probe.*what was trained is"),
     ):
         runs.run(tmp_path, tiny_encoder, ROWS, until="evaluate", method={"head_init": "random"}, train=FEW_STEPS)
@@ -436,6 +468,8 @@ def test_start_of_a_head_that_is_kept_is_refused(tiny_encoder: Path, tmp_path: P
     assert started(tmp_path / "third")["head"] == "kept from the checkpoint: its 3 labels are the same"
     assert LINEAR_PROBE not in [scores.name for scores in reached.scores]
     assert any("frozen embeddings" in scores.name for scores in reached.scores)
+    assert Probe.load(reached.folder / "probe" / "probe.json").head is None
+    assert Probe.load(reached.folder / "probe" / "probe.json").frozen is not None
     shutil.rmtree(reached.folder / "probe")  # as in a run of an earlier version
     with counted() as calls:
         again = runs.run(tmp_path / "third", model, ROWS, until="evaluate", train=FEW_STEPS)

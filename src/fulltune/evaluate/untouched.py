@@ -60,7 +60,8 @@ def _looker(scoring: Scoring) -> probe.Looker:
 def _probe(scoring: Scoring) -> Probe:
     """The run folder's; fitted here where no training needed it."""
     rows, eval_rows = (opened(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
-    return probe.fitted(scoring.data.parent, lambda: _looker(scoring), rows, eval_rows)
+    with_head = scoring.plan.head_init is not None
+    return probe.fitted(scoring.data.parent, lambda: _looker(scoring), rows, eval_rows, with_head)
 
 
 def _frozen(scoring: Scoring, scorer: ModuleType, found: Probe) -> Scored:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fulltune.plan import probing
 from fulltune.plan.time import Work
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, Plan, TimePart
-from fulltune.records.probe import LEAST_HELD_OUT, MOST_HELD_OUT, MOST_ROWS
 
 START_SECONDS = 20.0
 """Two processes that import torch and transformers, where nothing was measured: 12 to 25 s on two cores."""
@@ -30,8 +30,6 @@ BASELINE_LINES = 3
 """One without a model and two with it; or one with it, or two without."""
 LONGEST_PASSES, EXTRA_SHARE, LEAST_EXTRA, MOST_EXTRA = 2, 0.05, 0.5, 20.0
 """Of a dry run: passes of the longest micro batch; further timed passes as a share of the training, within bounds."""
-FITTING_SECONDS = 2.0
-"""Of the linear classifiers, with scikit-learn's import; those of many classes and rows take some more."""
 WRITES = ("prompt_completion", "chat", "source_target")
 
 
@@ -50,12 +48,14 @@ class Speeds:
     """What the command has taken up to its plan; None: it does not run here."""
 
 
-def around(recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, speeds: Speeds) -> tuple[TimePart, ...]:
+def around(
+    recipe: Recipe, plan: Plan, summary: DataSummary, work: Work, speeds: Speeds, hidden_size: int
+) -> tuple[TimePart, ...]:
     """The parts of `fulltune run` before and after the training, in order."""
     checks = CHECKS_SECONDS + _dry_run_seconds(plan, work, speeds)
     found = [_starting(plan, speeds)]
     if plan.head_init == "probe":
-        seconds = FITTING_SECONDS + _forward_seconds(plan, _probed_rows(summary), work, speeds)
+        seconds = probing.seconds(summary, hidden_size) + _forward_seconds(plan, probing.rows(summary), work, speeds)
         found.append(TimePart(name=PROBE, seconds=seconds, basis="arithmetic"))
     found.append(TimePart(name=DRY_RUN, seconds=checks, basis="arithmetic"))
     if not _rows(summary, "test"):
@@ -100,19 +100,13 @@ def _rows(summary: DataSummary, split: str) -> int:
     return next((one.rows for name, one in summary.splits.items() if name == split), 0)
 
 
-def _probed_rows(summary: DataSummary) -> int:
-    """Rows that linear classifiers are fitted on, and judged by."""
-    held_out = _rows(summary, "eval")
-    return min(_rows(summary, "train"), MOST_ROWS) + (min(held_out, MOST_HELD_OUT) if held_out >= LEAST_HELD_OUT else 0)
-
-
 def _baseline_rows(plan: Plan, summary: DataSummary) -> Iterator[int]:
     """Rows that go through the untouched model."""
     if FACTS[summary.task].writes:
         yield _rows(summary, "test")
         return
     if plan.head_init != "probe":
-        yield _probed_rows(summary)
+        yield probing.rows(summary)
     if summary.problem_type != "span":
         yield _rows(summary, "test")  # for the classifier on embeddings
     if plan.head_init is not None:

@@ -142,5 +142,5 @@ def with_time(
     bandwidth = 1e9 * (gpu.memory_gb_per_second if gpu else fleet.host_memory_gb_per_second)
     launching = time.LAUNCH_SECONDS / 3 * shapes.num_layers  # a step has three passes
     speeds = command_time.Speeds(rate, bandwidth, launching, started_seconds)
-    around = command_time.around(basis.recipe, timed, summary, work, speeds)
+    around = command_time.around(basis.recipe, timed, summary, work, speeds, shapes.hidden_size)
     return timed.model_copy(update={"time": found.model_copy(update={"around": around})})

@@ -36,6 +36,8 @@ class MemorySettings:
     num_processes: int = 1
     num_saves: int | None = None
     """Checkpoints that the run writes; for the disk. None: many."""
+    probe_bytes: int = 0
+    """Of a linear probe of the untouched model, beside its weights; 0: none is fitted."""
     num_held: int | None = None
     """Parameters with what the method adds; None: it adds none."""
     num_trained: int | None = None
@@ -90,7 +92,8 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     phases: dict[Phase, int] = {
         "loading": state.weights + read + base,
         "step": sum(kinds.values()),
-        "evaluation": kept + sum(passing.values()) + base + around,
+        # The untouched model has no optimizer's state yet, and a linear probe of it holds its features.
+        "evaluation": max(kept + around, state.weights + settings.probe_bytes) + sum(passing.values()) + base,
         # Tensors are written from where they lie (safetensors 0.8, torch.save); one is compared with what it was.
         "saving": kept + base + around + heap + (4 * footprint.largest_tensor if on_cpu else 0),
         # A second model reads the checkpoint's weights and is gone when the optimizer's state is read.

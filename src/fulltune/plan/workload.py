@@ -9,7 +9,7 @@ from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, defaults, resolve, time
+from fulltune.plan import budget, defaults, probing, resolve, time
 from fulltune.plan.budget import MemoryBudget, Needs
 from fulltune.plan.dotted import with_settings
 from fulltune.plan.gpus import Fleet
@@ -120,6 +120,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         num_held=shapes.num_held,
         num_trained=shapes.num_trained,
         num_saves=steps.num_saves,
+        probe_bytes=probing.num_bytes(summary, shapes.hidden_size) if probing.is_fitted(recipe, shapes) else 0,
     )
     return Basis(
         recipe=recipe,

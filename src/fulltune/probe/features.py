@@ -14,7 +14,7 @@ import numpy as np
 from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
 from fulltune.probe.layers import HeadLayers, NoProbe, Seen, see
 from fulltune.recipe.tasks import ProblemType
-from fulltune.records.probe import MOST_ROWS
+from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_ROWS
 from fulltune.tasks import Task, question_answering
 from fulltune.tasks.padding import IGNORED
 from fulltune.tasks.token_classification import WORD_IDS
@@ -22,8 +22,6 @@ from fulltune.tasks.token_classification import WORD_IDS
 if TYPE_CHECKING:
     import torch
 
-MOST_BYTES = 2**28
-"""Of the features of all items."""
 OTHER_TOKENS = 8
 """Of each window, drawn at random, beside those at which the answer begins and ends."""
 
@@ -46,20 +44,20 @@ class Features:
     """The row of each item [items]."""
 
 
-def sampled(rows: Any, kind: ProblemType, num_choices: int, hidden_size: int, most: int = MOST_ROWS) -> Any:
+def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: int = MOST_ROWS) -> Any:
     """As many rows as may be looked at, drawn at random; the rows themselves where these are all.
 
     Args:
         rows: Prepared ones.
         kind: What an item is follows from it.
         num_choices: Items of a row, where it has choices.
-        hidden_size: Values of each feature.
+        width: Values of what is kept of an item.
         most: Rows.
     """
     items = {"choice": num_choices, "span": OTHER_TOKENS + 2}.get(kind, 1)
     per_row = lengths_of(rows).mean() if kind == "tags" else items
     kinds = 2 if kind == "tags" else 3  # a tagger's head has no dense layer
-    most = max(1, min(most, int(MOST_BYTES / (kinds * 4 * max(1, hidden_size) * per_row))))
+    most = max(1, min(most, int(MOST_FEATURE_BYTES / (kinds * 4 * max(1, width) * per_row))))
     if len(rows) <= most:
         return rows
     return Share(rows, np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)).tolist())

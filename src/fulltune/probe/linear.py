@@ -299,20 +299,24 @@ def best_space(
 
 
 def loss(items: Items, found: Linear) -> float:
-    """Mean cross entropy in nats; of numbers the mean squared error over their variance."""
+    """Mean cross entropy in nats, by the weights of the classes; of numbers the mean squared error over their
+    variance."""
+    weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = found(items.features).astype(np.float64)
     match items.kind:
         case "regression":
             return float(((outputs[:, 0] - items.labels) ** 2).mean() / max(items.labels.var(), 1e-30))
         case "multi_label":
-            return float(np.logaddexp(0, np.where(items.labels > 0.5, -outputs, outputs)).mean())
+            losses = np.logaddexp(0, np.where(items.labels > 0.5, -outputs, outputs))
+            return float((losses if weights is None else losses * np.where(items.labels > 0.5, weights, 1.0)).mean())
         case "choice" | "span":
             right = items.labels.reshape(len(outputs), -1) == 1
             return float(
                 np.mean([_row_losses(outputs[:, i], right[:, i], items.rows).mean() for i in range(outputs.shape[1])])
             )
     chances = np.exp(outputs - _log_sum(outputs))[np.arange(len(outputs)), items.labels]
-    return float(-np.log(np.maximum(chances, _LEAST_CHANCE)).mean())
+    losses = -np.log(np.maximum(chances, _LEAST_CHANCE))
+    return float(losses.mean() if weights is None else (losses * weights[items.labels]).mean())
 
 
 def wrong(items: Items, found: Linear) -> float:

@@ -9,6 +9,8 @@ from fulltune.records.base import Record
 Pooling = Literal["head", "mean"]
 MOST_ROWS = 20_000
 """Train rows that are looked at; more change a linear classifier little."""
+MOST_FEATURE_BYTES = 2**28
+"""Of what is kept of all items that are looked at."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
 """Eval rows that choose strength and features; with fewer, parts of train are held out in turn."""
 

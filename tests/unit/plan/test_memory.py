@@ -146,6 +146,13 @@ def test_phases() -> None:
     assert (found.peak_phase, found.largest) == ("step", "buffers")
 
 
+def test_a_linear_probe_lies_beside_weights_alone() -> None:
+    passing, base = 80_000 + 12_800_000, memory.CUDA_CONTEXT_BYTES
+    for probe_bytes, kept in ((7_000_000, 12_000_000), (9_000_000, 13_000_000)):
+        found = need(SHAPES, FOOTPRINT, replace(SETTINGS, probe_bytes=probe_bytes), "cuda")
+        assert found.phases["evaluation"] == kept + passing + base
+
+
 AROUND = round(memory.STATE_SHARE * 12_000_000)
 """Gaps beside weights and moments."""
 

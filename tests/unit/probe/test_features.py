@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fulltune.inference.run import Share
-from fulltune.probe.features import MOST_BYTES, MOST_ROWS, OTHER_TOKENS, sampled
+from fulltune.probe.features import OTHER_TOKENS, sampled
 from fulltune.recipe.tasks import ProblemType
+from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_ROWS
 
 
 class Rows:
@@ -36,11 +37,11 @@ def numbers(rows: Any) -> list[int]:
         ("single_label", MOST_ROWS, 384, 30, MOST_ROWS),
         ("single_label", MOST_ROWS + 1, 384, 30, MOST_ROWS),
         ("regression", 1_000_000, 768, 2000, MOST_ROWS),  # one item a row, however long it is
-        ("single_label", 100_000, 4096, 30, MOST_BYTES // (12 * 4096)),
-        ("choice", 100_000, 768, 30, MOST_BYTES // (12 * 768 * 5)),
-        ("span", 100_000, 768, 400, MOST_BYTES // (12 * 768 * (OTHER_TOKENS + 2))),
-        ("tags", 100_000, 768, 30, MOST_BYTES // (8 * 768 * 30)),
-        ("tags", 100_000, 384, 10, MOST_BYTES // (8 * 384 * 10)),
+        ("single_label", 100_000, 4096, 30, MOST_FEATURE_BYTES // (12 * 4096)),
+        ("choice", 100_000, 768, 30, MOST_FEATURE_BYTES // (12 * 768 * 5)),
+        ("span", 100_000, 768, 400, MOST_FEATURE_BYTES // (12 * 768 * (OTHER_TOKENS + 2))),
+        ("tags", 100_000, 768, 30, MOST_FEATURE_BYTES // (8 * 768 * 30)),
+        ("tags", 100_000, 384, 10, MOST_FEATURE_BYTES // (8 * 384 * 10)),
         ("tags", 200, 384, 30, 200),
         ("tags", 3, 10**9, 30, 1),
     ],
@@ -59,7 +60,7 @@ def test_rows_looked_at(kind: ProblemType, count: int, hidden_size: int, length:
     assert chosen == numbers(sampled(Rows(count, length), kind, 5, hidden_size))
     items = {"choice": 5, "span": OTHER_TOKENS + 2, "tags": length}.get(kind, 1)
     kinds = 2 if kind == "tags" else 3
-    assert len(found) == 1 or kinds * 4 * len(found) * items * hidden_size <= MOST_BYTES
+    assert len(found) == 1 or kinds * 4 * len(found) * items * hidden_size <= MOST_FEATURE_BYTES
 
 
 def test_fewer_rows_may_be_asked_for() -> None:

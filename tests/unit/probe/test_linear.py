@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -299,3 +300,17 @@ def test_numbers_that_differ_little_beside_their_size_are_found() -> None:
     numbers = 1e9 + 100 * (features[:, 0] - features[:, 0].mean()).astype(np.float64) / features[:, 0].std()
     made = items("regression", features, numbers, 1)
     assert min(loss(made, one) for _, one in fits(made)) < 0.2  # 32 bits lie 64 apart there
+
+
+def test_loss_is_weighted_as_the_training_is() -> None:
+    features, labels = np.eye(2, dtype=np.float32), np.array([0, 1])
+    found = Linear(np.eye(2, dtype=np.float32), np.array([1.0, 0.0], np.float32))
+    plain = items("single_label", features, labels, 2)
+    weighted = replace(plain, class_weights=[3.0, 0.5])
+    losses = np.log1p(np.exp([-2.0, 0.0]))
+    assert loss(plain, found) == pytest.approx(losses.mean(), rel=1e-5)
+    assert loss(weighted, found) == pytest.approx((losses * [3.0, 0.5]).mean(), rel=1e-5)
+    several = replace(plain, kind="multi_label", labels=np.eye(2, dtype=np.float32))
+    outputs = np.array([[2.0, 0.0], [1.0, 1.0]])
+    each = np.logaddexp(0, np.where(np.eye(2) > 0, -outputs, outputs)) * np.where(np.eye(2) > 0, [3.0, 0.5], 1.0)
+    assert loss(replace(several, class_weights=[3.0, 0.5]), found) == pytest.approx(each.mean(), rel=1e-5)

@@ -130,8 +130,10 @@ def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:
 def _start_head(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
     """Have a new head start from a linear probe of the untouched model, which is fitted once in a run folder."""
     request, plan, head = attempt.request, attempt.plan, attempt.head
-    if plan.head_init != "probe" or request.probe or head is None or head.order is not None:
+    if plan.head_init == "random" or request.probe or head is None or head.order is not None:
         return
+    if attempt.sharing is not None and attempt.sharing.stage == 3:
+        return  # a config may promise a head that the weights lack, and the plan cannot know
     attempt.recorder.phase(PROBING)
     folder = Path(request.run_folder)
 

@@ -92,10 +92,12 @@ def _ends_with(attempt: AttemptContext, layer: torch.nn.Linear, rows: Rows) -> b
     model: Any = trainer.model
     was_training = model.training
     model.eval()
-    with torch.no_grad(), autocast(model.device.type, attempt.plan.precision):
-        logits = model(**batch).logits
-    model.train(was_training)
-    hook.remove()
+    try:
+        with torch.no_grad(), autocast(model.device.type, attempt.plan.precision):
+            logits = model(**batch).logits
+    finally:
+        model.train(was_training)
+        hook.remove()
     return len(seen) == 1 and bool(torch.isin(logits.float(), seen[0].float()).all())
 
 

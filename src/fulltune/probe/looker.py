@@ -1,0 +1,69 @@
+"""How rows go through the untouched model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fulltune.inference.run import Watch
+from fulltune.probe.features import Features, joined, passes
+from fulltune.probe.layers import HeadLayers
+from fulltune.probe.linear import Items
+from fulltune.recipe.tasks import ProblemType, TaskName
+from fulltune.system.out_of_memory import with_smaller_batches
+from fulltune.tasks import Target, Task, task_named
+
+
+@dataclass(frozen=True)
+class Looker:
+    """How rows go through the untouched model."""
+
+    model: Any
+    """As it was loaded, on its device, before a method was applied."""
+    task_name: TaskName
+    target: Target
+    pad_token_id: int
+    batch_size: int
+    precision: str
+    class_weights: Sequence[float] | None = None
+    watch: Watch = lambda done, total, share: None
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.task_name)
+
+    @property
+    def kind(self) -> ProblemType:
+        return self.target.problem_type
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits of an item."""
+        return {"choice": 1, "regression": 1, "span": 2}.get(self.kind, len(self.target.labels))
+
+    def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int) -> Iterator[Features]:
+        """The features of each batch."""
+        return passes(
+            self.model,
+            layers,
+            rows,
+            self.task,
+            self.kind,
+            self.pad_token_id,
+            batch_size=batch_size,
+            precision=self.precision,
+            watch=self.watch,
+        )
+
+    def features(self, rows: Any, layers: HeadLayers | None) -> Features:
+        """Of all these rows, in smaller batches when memory runs out."""
+        return with_smaller_batches(
+            "linear probe", self.batch_size, lambda size: joined(self.passes(rows, layers, size))
+        )
+
+    def items(self, features: np.ndarray, of: Features) -> Items:
+        """What a classifier is fitted on."""
+        return Items(self.kind, features, of.labels, of.rows, self.num_outputs, self.class_weights)
