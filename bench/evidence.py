@@ -6,6 +6,8 @@
 Each point is `fulltune compare` of full and LoRA (rank 16, all linear layers), each with a rate search of its own, with
 3 seeds (2 where so is said) and no early end. Smaller sets are parts of the larger ones; eval and test rows are the
 same for all sizes. A finished point is not done again, and `plot` keeps those of docs/evidence.json that FOLDER lacks.
+These heads start at random. Points with the head start of both methods are taken from `bench/quality.py`, which
+searches four rates by whole runs; the verdict is fulltune's own rule in both.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -50,6 +54,8 @@ class Set:
     batch: int = 32
     panel: str = ""
     """The set in whose panel it is drawn; empty: its own."""
+    from_quality: str = ""
+    """The set of `bench/quality.py` that has its runs; empty: they are made here."""
 
 
 def data() -> Path:
@@ -152,6 +158,24 @@ SETS = {
         lambda rows: {1000: 8, 10_000: 2}.get(rows, 1),
         seeds=lambda rows: 3 if rows < 100_000 else 2,
     ),
+    "banking77-probe": Set(
+        "the head starts from a linear probe",
+        MINILM + CLASSES.format(label="category"),
+        (500, 2000, 0),
+        banking77,
+        lambda rows: 10 if rows == 500 else 5 if rows else 4,
+        panel="banking77",
+        from_quality="banking77",
+    ),
+    "wnut17-probe": Set(
+        "the head starts from a linear probe",
+        MINILM + "task: token-classification\ndata: {train: train.conll, eval: eval.conll, test: test.conll}\n",
+        (1000, 0),
+        wnut17,
+        lambda rows: 8,
+        panel="wnut17",
+        from_quality="wnut17",
+    ),
     "gsm8k": Set(
         "GSM8K: worked answers, SmolLM2-135M-Instruct, one epoch, loss on the answers",
         SMOLLM
@@ -169,6 +193,8 @@ def run(name: str, rows: int, parent: Path) -> None:
     """One point; nothing when it is there."""
     one = SETS[name]
     folder = parent / f"{name}-{rows or 'all'}"
+    if one.from_quality:
+        return
     if (folder / "run" / "proof.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +212,9 @@ def points(parent: Path) -> Iterator[dict[str, Any]]:
     """What is there, by set and size."""
     for name, one in SETS.items():
         for size in one.sizes:
+            if one.from_quality:
+                yield from _of_quality(name, size, one)
+                continue
             path = parent / f"{name}-{size or 'all'}" / "run" / "proof.json"
             if path.exists():
                 yield _point(name, size, json.loads(path.read_text(encoding="utf-8")))
@@ -214,6 +243,48 @@ def _point(name: str, size: int, proof: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_quality(name: str, size: int, one: Set) -> Iterator[dict[str, Any]]:
+    """The point of `bench/quality.py`, both methods with the head start and at the best of four rates."""
+    import quality_table as tables
+
+    from fulltune.compare.verdict import ArmItems, decide
+    from fulltune.stats.row_scores import measure_of
+    from fulltune.tasks import Target
+
+    lines = [json.loads(line) for line in (HERE / "quality_points.jsonl").read_text(encoding="utf-8").splitlines()]
+    both = [tables.entry(lines, one.from_quality, size, arm) for arm in ("fulltune-searched", "lora-probe")]
+    full, lora = both
+    if full is None or lora is None:
+        return
+    if full.metric == "f1":
+        measure = measure_of("token-classification", Target("tags", {}), "f1")
+        kept = [[{"entities": rows[:, None]} for rows in each.outcomes] for each in (full, lora)]
+    else:
+        measure = measure_of("text-classification", Target("single_label", {}, ("wrong", "right")), "accuracy")
+        rows = len(full.outcomes[0])
+        right = [[np.eye(2)[values.astype(int)] for values in each.outcomes] for each in (full, lora)]
+        kept = [[{"labels": np.ones(rows, int), "logits": one} for one in each] for each in right]
+    arms = [ArmItems("full", "full", kept[0], 1.0), ArmItems("lora", "lora", kept[1], 0.1)]
+    decision = decide(arms, measure, margin=one.margin)
+    (found,), scores = decision.differences, {score.arm: score for score in decision.scores}
+    yield {
+        "set": name,
+        "size": size,
+        "rows": size or {"banking77": 9003, "wnut17": 3394}[one.from_quality],
+        "metric": full.metric,
+        "verdict": decision.verdict,
+        "difference": [found.estimate, found.low, found.high],
+        **{arm: [scores[arm].mean, scores[arm].low, scores[arm].high] for arm in ("full", "lora")},
+        "rates": [full.rate, lora.rate],
+        "seeds": [len(full.seeds), len(lora.seeds)],
+        "time": lora.train_seconds / full.train_seconds if lora.train_seconds and full.train_seconds else None,
+        "flops": None,
+        "memory": None,
+        "stored": None,
+        "drift": [None, None],
+    }
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """The points as Markdown."""
     lines = [
@@ -227,10 +298,11 @@ def table(found: list[dict[str, Any]]) -> str:
         scale, digits = (100, 2) if share else (1, 3)
         gap, low, high = (f"{scale * number:+.{digits}f}" for number in one["difference"])
         times = [f"{one[name]:.2f}x" if one[name] else "–" for name in ("time", "flops", "memory")]
+        stored = f"{one['stored']:.3f}x" if one["stored"] else "–"
         lines.append(
             f"| {one['set']} | {one['rows']:,} | {value(one['full'][0])} | {value(one['lora'][0])} "
             f"| {gap} [{low}, {high}] | {one['verdict']} | {one['rates'][0]:g}, {one['rates'][1]:g} "
-            f"| {one['seeds'][0]}, {one['seeds'][1]} | {' | '.join(times)} | {one['stored']:.3f}x |"
+            f"| {one['seeds'][0]}, {one['seeds'][1]} | {' | '.join(times)} | {stored} |"
         )
     return "\n".join(lines)
 
@@ -255,8 +327,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     for panel, name in zip(panels.flat, names, strict=False):
         several = [name, *(other for other in there if SETS[other].panel == name)]
         sizes = sorted({one["rows"] for one in found if one["set"] in several})
-        for other, style in zip(several, ("o-", "s--"), strict=False):
-            label = SETS[other].title if SETS[other].panel else "one rate for all layers"
+        for other, style in zip(several, ("o-", "s--", "^-."), strict=False):
+            label = SETS[other].title if SETS[other].panel else "one rate, a head that starts at random"
             _draw(panel, [one for one in found if one["set"] == other], style, label)
         scale = _scale(found, name)
         panel.axhline(0, color="#888888", linewidth=0.8)
@@ -285,7 +357,7 @@ def _draw(panel: Any, points: list[dict[str, Any]], style: str, label: str) -> N
         [scale * (one["difference"][0] - one["difference"][1]) for one in points],
         [scale * (one["difference"][2] - one["difference"][0]) for one in points],
     )
-    color = "#1f4e9c" if style[0] == "o" else "#c05a00"
+    color = {"o": "#1f4e9c", "s": "#c05a00", "^": "#1a7f37"}[style[0]]
     panel.errorbar([one["rows"] for one in points], middle, [low, high], fmt=style, capsize=4, color=color, label=label)
 
 

@@ -63,6 +63,10 @@ class Entry:
     seeds: tuple[int, ...]
     values: np.ndarray
     """What each row adds: [seeds, rows]."""
+    outcomes: tuple[np.ndarray, ...]
+    """What came out of each row, by seed."""
+    train_seconds: float | None
+    """Of the training alone, the median."""
     rate: float | None
     rates: tuple[float, ...]
     """That were tried."""
@@ -102,10 +106,15 @@ def entry(lines: Sequence[Line], name: str, rows: int, contestant: str) -> Entry
         return None
     chosen = [final[seed] for seed in sorted(final)]
     metric = latest["metric"]
+    outcomes = tuple(unpacked(metric, one["outcomes"]) for one in chosen)
+    notes = [one.get("notes", {}) for one in chosen]
+    trained = [one["train_seconds"] for one in notes if "train_seconds" in one]
     return Entry(
         metric,
         tuple(sorted(final)),
-        np.stack([row_values(metric, unpacked(metric, one["outcomes"])) for one in chosen]),
+        np.stack([row_values(metric, one) for one in outcomes]),
+        outcomes,
+        float(np.median(trained)) if trained else None,
         rate,
         tuple(sorted({one["rate"] for one in trials})),
         float(np.median([one["seconds"] for one in chosen])),
