@@ -151,13 +151,19 @@ def possible(names: Sequence[str]) -> list[str]:
 
 def prepared(wanted: Wanted, folder: Path) -> Point:
     """The files of a point, and fulltune's data and plan."""
-    place = folder / f"{wanted.name}-{wanted.rows or 'all'}"
-    recipe = f"{wanted.recipe}output: .\n"
+    return prepared_at(folder, wanted.name, wanted.rows, wanted.epochs, wanted.metric, wanted.recipe, wanted.write)
+
+
+def prepared_at(
+    folder: Path, name: str, rows: int, epochs: float, metric: str, recipe: str, write: Callable[[Path, int], None]
+) -> Point:
+    """The same of any set."""
+    place, recipe = folder / f"{name}-{rows or 'all'}", f"{recipe}output: .\n"
     if not (place / "recipe.yaml").exists():
         place.mkdir(parents=True, exist_ok=True)
-        wanted.write(place, wanted.rows)
+        write(place, rows)
         (place / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    return Point(wanted.name, wanted.rows, wanted.epochs, wanted.metric, recipe, place)
+    return Point(name, rows, epochs, metric, recipe, place)
 
 
 def short_hash(*parts: Any) -> str:

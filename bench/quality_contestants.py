@@ -245,17 +245,22 @@ def our_settings(name: str, point: Point) -> dict[str, dict[str, Any]]:
 
 
 def ours(name: str, point: Point, seed: int, rate: float | None) -> Result:
-    """`fulltune train` with the recipe of this contestant, then its model on eval and test rows."""
-    import yaml
-
-    from fulltune import api, evaluate, pipeline
-
+    """A run of fulltune with the recipe of this contestant."""
     blocks = our_settings(name, point)
-    blocks.setdefault("train", {})["seed"] = seed
     if rate is not None:
         blocks["method"]["learning_rate"] = rate
     if not head_starts():
         blocks["method"].pop("head_init", None)  # every head starts at random there
+    return trained(point, blocks, seed)
+
+
+def trained(point: Point, blocks: dict[str, dict[str, Any]], seed: int) -> Result:
+    """`fulltune train` with these blocks, then its model on eval and test rows."""
+    import yaml
+
+    from fulltune import api, evaluate, pipeline
+
+    blocks.setdefault("train", {})["seed"] = seed
     folder = point.folder / "ours"
     shutil.rmtree(folder, ignore_errors=True)
     recipe = point.folder / "ours.yaml"
