@@ -3,9 +3,10 @@
     python bench/defaults.py run FOLDER [--sets topics] [--rows 250 1000] [--settings default decay-0.9] [--minutes 60]
     python bench/defaults.py table
 
-Tuning sets are sentences of docstrings (`bench/corpus.py`) and the quickstart's topics: no bar is ever measured on them,
-and nothing here reads the sets of `bench/quality.py`. Each run is `fulltune train` with all else left to the plan; it is
-a line of `defaults_points.jsonl`, with what came out of each test row, and is not done again. FOLDER holds the rows.
+Tuning sets are sentences of docstrings (`bench/corpus.py`) and the quickstart's topics: no bar is measured on them, and
+nothing here reads the sets of `bench/quality.py`. Language models, which have no new head, by the loss of the answers:
+rows of the chat example, and GSM8K (it needs FULLTUNE_BENCH_DATA). Each run leaves all else to the plan; it is a line
+of `defaults_points.jsonl`, with what came out of each test row, and is not done again. FOLDER holds the rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import copy
 import csv
 import json
 import math
+import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +28,18 @@ from typing import Any
 import numpy as np
 import quality_contestants as contestants
 import quality_table as tables
-from evidence import MINILM, SETS, docstrings, shuffled, with_each_label, write_csv
+from evidence import MINILM, SETS, SMOLLM, docstrings, gsm8k, shuffled, with_each_label, write_csv
 from quality import data_hash, prepared_at, versions
 from quality_contestants import Point
 
 POINTS = Path(__file__).with_name("defaults_points.jsonl")
-RATE, TOPICS_EVAL = 2e-4, "data: {train: train.csv, test: test.csv, text: text, label: label}\n"
-"""The default rate of this model."""
+RATE, DECODER_RATE = 2e-4, 5e-5
+"""The default rates of these models when this was measured."""
+TOPICS = MINILM + "task: text-classification\ndata: {train: train.csv, test: test.csv, text: text, label: label}\n"
+CHAT = SMOLLM + (
+    "task: causal-lm\ndata: {train: train.jsonl, test: test.jsonl, messages: messages, max_length: 128}\n"
+    "evaluate: {generate_rows: 0, baselines: false}\n"
+)
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
@@ -44,6 +52,10 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "rate-double": {"method": {"learning_rate": 2 * RATE}},
     "batch-16": {"train": {"global_batch_size": 16}},
     "smoothing-0.1": {"train": {"label_smoothing_factor": 0.1}},
+    "rate-1e-4": {"method": {"learning_rate": 1e-4}},
+    "rate-1.6e-4": {"method": {"learning_rate": 1.6e-4}},
+    "rate-3.2e-4": {"method": {"learning_rate": 3.2e-4}},
+    "epochs-1": {"train": {"num_train_epochs": 1}},
     "epochs-3": {"train": {"num_train_epochs": 3}},
     "epochs-5": {"train": {"num_train_epochs": 5}},
     "epochs-10": {"train": {"num_train_epochs": 10}},
@@ -62,6 +74,16 @@ def topics(folder: Path, rows: int) -> None:
     test.rename(folder / "test.csv")
 
 
+def chat(folder: Path, rows: int) -> None:
+    """The chat example's rows, of train so many."""
+    from fulltune.quickstart.samples import write_docstring_chat
+
+    train, test = write_docstring_chat(folder / "whole")
+    lines = shuffled(train.read_text(encoding="utf-8").splitlines())
+    (folder / "train.jsonl").write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
+    test.rename(folder / "test.jsonl")
+
+
 @dataclass(frozen=True)
 class Tuning:
     """A tuning set with so many rows."""
@@ -71,15 +93,20 @@ class Tuning:
     """0: all."""
     write: Callable[[Path, int], None]
     recipe: str
+    metric: str = "accuracy"
 
 
 WANTED = (
     Tuning("docstrings", 1000, docstrings, SETS["docstrings"].recipe),
-    Tuning("topics", 400, topics, MINILM + "task: text-classification\n" + TOPICS_EVAL),
+    Tuning("topics", 400, topics, TOPICS),
     Tuning("docstrings", 250, docstrings, SETS["docstrings"].recipe),
-    Tuning("topics", 0, topics, MINILM + "task: text-classification\n" + TOPICS_EVAL),
+    Tuning("topics", 0, topics, TOPICS),
     Tuning("docstrings", 4000, docstrings, SETS["docstrings"].recipe),
+    Tuning("chat", 200, chat, CHAT, "loss"),
+    Tuning("gsm8k", 100, gsm8k, SETS["gsm8k"].recipe, "loss"),
 )
+_ENCODERS = ("random-head", "head-x5", "head-x10", "decay-0.9", "decay-0.8", "rate-half", "rate-double", "epochs-20")
+_DECODERS = ("rate-1e-4", "rate-1.6e-4", "rate-3.2e-4", "epochs-1")
 
 
 def read() -> list[dict[str, Any]]:
@@ -92,32 +119,54 @@ def jobs(given: argparse.Namespace) -> Iterator[tuple[Tuning, str, int]]:
     for seed in given.seeds:
         for wanted in WANTED:
             if wanted.name in given.sets and (given.rows is None or wanted.rows in given.rows):
-                yield from ((wanted, name, seed) for name in given.settings)
+                useless = _ENCODERS if wanted.metric == "loss" else _DECODERS
+                names = [name for name in given.settings if name not in useless]
+                yield from ((wanted, name, seed) for name in names if name != "frozen" or wanted.metric != "loss")
 
 
 def do(point: Point, name: str, seed: int) -> dict[str, Any]:
     began = time.monotonic()
-    if name == "frozen":
-        found = contestants.run("frozen-logreg", point, seed, None)
+    line: dict[str, Any] = {"set": point.name, "rows": point.rows, "setting": name, "seed": seed}
+    if point.metric == "loss":
+        line |= _language(point, name, seed)
     else:
-        blocks = copy.deepcopy(SETTINGS[name])
-        blocks["method"] = {"kind": "full"} | blocks.get("method", {})
-        blocks["evaluate"] = {"metric": point.metric, "baselines": False}
-        found = contestants.trained(point, blocks, seed)
-    return {
-        "set": point.name,
-        "rows": point.rows,
-        "setting": name,
-        "seed": seed,
-        "value": round(contestants.value_of(point.metric, found.outcomes), 6),
-        "eval_value": round(found.eval_value, 6),
-        "seconds": round(time.monotonic() - began, 1),
-        "notes": dict(found.notes),
-        "precision": point.precision,
-        "data": data_hash(point),
-        "versions": versions(),
-        "outcomes": tables.packed(point.metric, found.outcomes),
-    }
+        found = _classifier(point, name, seed)
+        line |= {
+            "value": round(contestants.value_of(point.metric, found.outcomes), 6),
+            "eval_value": round(found.eval_value, 6),
+            "notes": dict(found.notes),
+            "precision": point.precision,
+            "outcomes": tables.packed(point.metric, found.outcomes),
+        }
+    after = {"seconds": round(time.monotonic() - began, 1), "data": data_hash(point), "versions": versions()}
+    return line | after
+
+
+def _classifier(point: Point, name: str, seed: int) -> contestants.Result:
+    if name == "frozen":
+        return contestants.run("frozen-logreg", point, seed, None)
+    blocks = copy.deepcopy(SETTINGS[name])
+    blocks["method"] = {"kind": "full"} | blocks.get("method", {})
+    blocks["evaluate"] = {"metric": point.metric, "baselines": False}
+    return contestants.trained(point, blocks, seed)
+
+
+def _language(point: Point, name: str, seed: int) -> dict[str, Any]:
+    """Loss of the answers, by fulltune's own scores."""
+    from fulltune import api, load_recipe, pipeline
+
+    folder = point.folder / "ours"
+    shutil.rmtree(folder, ignore_errors=True)
+    chosen = [f"{block}.{key}={value}" for block, values in SETTINGS[name].items() for key, value in values.items()]
+    overrides = [*chosen, f"train.seed={seed}", "evaluate.baselines=false"]
+    recipe = load_recipe(point.folder / "recipe.yaml", overrides)
+    job = api.job(recipe, run_folder=folder, listener=lambda event: None)
+    reached = pipeline.run(job, until="evaluate")
+    [trained] = [one for one in reached.scores if one.kind == "trained"]
+    assert reached.plan is not None
+    notes = {"learning_rate": reached.plan.learning_rate, "epochs": reached.plan.num_train_epochs}
+    shutil.rmtree(folder)
+    return {"value": round(trained.metrics["loss"].value, 6), "notes": notes, "precision": reached.plan.precision}
 
 
 def run(given: argparse.Namespace) -> None:
@@ -128,7 +177,7 @@ def run(given: argparse.Namespace) -> None:
         place = (wanted.name, wanted.rows)
         if place not in points:
             where = given.folder.absolute()
-            points[place] = prepared_at(where, *place, 0.0, "accuracy", wanted.recipe, wanted.write)
+            points[place] = prepared_at(where, *place, 0.0, wanted.metric, wanted.recipe, wanted.write)
         point = points[place]
         told = (wanted.name, wanted.rows, name, seed, data_hash(point))
         if any((one["set"], one["rows"], one["setting"], one["seed"], one["data"]) == told for one in read()):
@@ -155,8 +204,11 @@ def show() -> None:
 
 
 def _cell(lines: Sequence[dict[str, Any]], place: tuple[str, int], name: str) -> str:
+    if any(one["value"] and "outcomes" not in one for one in lines if (one["set"], one["rows"]) == place):
+        losses = [one["value"] for one in lines if (one["set"], one["rows"], one["setting"]) == (*place, name)]
+        return f"loss {statistics.mean(losses):.3f} ({len(losses)})" if losses else ""
     mine, default = _of(lines, place, name), _of(lines, place, "default")
-    if not mine:
+    if not mine or not default:
         return ""
     if name in ("default", "frozen"):
         return f"{100 * np.mean([each.mean() for each in mine.values()]):.1f}"
