@@ -314,3 +314,14 @@ def test_loss_is_weighted_as_the_training_is() -> None:
     outputs = np.array([[2.0, 0.0], [1.0, 1.0]])
     each = np.logaddexp(0, np.where(np.eye(2) > 0, -outputs, outputs)) * np.where(np.eye(2) > 0, [3.0, 0.5], 1.0)
     assert loss(replace(several, class_weights=[3.0, 0.5]), found) == pytest.approx(each.mean(), rel=1e-5)
+
+
+def test_a_sample_has_whole_rows() -> None:
+    rows = np.repeat(np.arange(30), 4)
+    whole = items("choice", drawn(120, HIDDEN), np.tile([1, 0, 0, 0], 30), 1, rows=rows)
+    found = whole.sampled(50)
+    assert len(found.rows) == 48
+    assert (np.unique(found.rows, return_counts=True)[1] == 4).all()
+    for row, features in zip(found.rows[::4], found.features[::4], strict=True):
+        np.testing.assert_array_equal(features, whole.features[4 * row])
+    assert whole.sampled(120) is whole
