@@ -229,6 +229,46 @@ def test_keep_last_saves_the_last_weights(tiny_encoder: Path, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "kept"),
+    [
+        ("accuracy", (0.5, 0.8, 0.6, 0.7), "last"),  # 8 eval rows: one standard error of 0.8 is 0.14
+        ("accuracy", (0.5, 0.8, 0.6, 0.65), "best"),
+        ("f1_macro", (0.5, 0.8, 0.6, 0.7), "last"),
+        ("mcc", (0.5, 0.8, 0.6, 0.79), "best"),  # no share of rows
+        ("loss", (0.5, 0.2, 0.4, 0.21), "best"),
+    ],
+)
+def test_last_weights_are_kept_where_eval_rows_cannot_tell_them_from_the_best(
+    metric: str,
+    values: tuple[float, ...],
+    kept: str,
+    tiny_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    coming = iter(values)
+    monkeypatch.setattr(text_classification, "metrics", lambda kept, target: {metric: next(coming)})
+    reached = runs.run(
+        tmp_path,
+        tiny_encoder,
+        ROWS,
+        train={"num_train_epochs": 4, "save_total_limit": 1},
+        evaluate={"metric": metric},
+        data={"eval_fraction": 0.125},
+    )
+    outcome = reached.outcome
+    assert outcome is not None
+    assert reached.summary.splits["eval"].rows == 8
+    if kept == "best":
+        assert (outcome.best_step, outcome.best_metric) == (outcome.steps // 2, values[1])
+        assert outcome.kept_because == ""
+    else:
+        assert (outcome.best_step, outcome.best_metric) == (outcome.steps, values[-1])
+        said = f"the best {metric} was 80.0% at step {outcome.steps // 2}, within one standard error (14.1% of 8 eval"
+        assert outcome.kept_because.startswith(said)
+
+
 @pytest.mark.parametrize(("metric", "values"), [("accuracy", (0.5, 0.7, 0.6, 0.7)), ("f1_macro", (0.5, 0.7, 0.7, 0.6))])
 def test_early_stopping_follows_the_task_metric_and_keeps_the_best(
     metric: str, values: tuple[float, ...], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,9 +48,6 @@ data:
 method:
   kind: full                    # every parameter is trained
 
-train:
-  early_stopping_patience: 3    # stop after 3 evaluations without a better {metric}
-
 evaluate:
   metric: {metric}              # chooses the checkpoint to keep, on eval rows; test rows only report
 

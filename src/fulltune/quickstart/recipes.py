@@ -18,9 +18,7 @@ data:
   text: text
   label: label
   max_length: 64
-method: {kind: full, learning_rate: 2e-4}
-train: {num_train_epochs: 3, global_batch_size: 32}
-evaluate: {metric: accuracy}
+method: full
 output: .
 """
 

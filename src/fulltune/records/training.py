@@ -55,7 +55,11 @@ class Outcome(Record):
     attempt: int
     steps: int = 0
     best_step: int | None = None
+    """Whose weights are kept."""
     best_metric: float | None = None
+    """Theirs, on the eval rows."""
+    kept_because: str = ""
+    """Why they are not those of the best evaluation."""
     moved: Moved | None = None
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0

@@ -136,7 +136,8 @@ def _facts(outcome: Outcome, plan: Plan | None) -> list[Block]:
                 f"{words.metric_name(plan.metric)} {format_metric(plan.metric, outcome.best_metric)}" if plan else ""
             )
             best = f", {value or format_number(outcome.best_metric)} on the eval rows"
-        facts.append(("weights kept from", f"step {outcome.best_step:,}{best}"))
+        why = f"; {outcome.kept_because}" if outcome.kept_because else ""
+        facts.append(("weights kept from", f"step {outcome.best_step:,}{best}{why}"))
     moved = outcome.moved
     if moved:
         values = f"{moved.num_values_moved:,} of {moved.num_values_with_gradient:,} that received a gradient"

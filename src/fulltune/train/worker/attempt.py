@@ -89,7 +89,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     decision = nothing_learned(moved, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
     if decision.action == "stop":
         raise GuardStop(decision.reason)
-    best, best_metric = keep_best(attempt, state)
+    kept = keep_best(attempt, state)
     recorder.phase("saving the model")
     whole_state = weights.whole_state(trainer)
     if not attempt.is_main:
@@ -101,8 +101,9 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     return {
         "reason": "early stopping" if state.global_step < attempt.plan.total_steps else "all steps done",
         "steps": state.global_step,
-        "best_step": best or state.global_step,
-        "best_metric": best_metric,
+        "best_step": kept.step or state.global_step,
+        "best_metric": kept.metric,
+        "kept_because": kept.why,
         "moved": moved,
         "checks": tuple(attempt.checks),
         "tokens_per_second": round(recorder.tokens_per_second, 1),
