@@ -336,7 +336,7 @@ def test_finished_run_called_again_trains_nothing_and_leaves_no_checkpoints(tiny
 def test_best_checkpoint_that_was_damaged_is_not_taken_and_the_run_says_so(
     tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    falling = iter((0.9, 0.8, 0.7))
+    falling = iter((0.9, 0.5, 0.1))
     monkeypatch.setattr(text_classification, "metrics", lambda kept, target: {"accuracy": next(falling)})
     train = {**TRAIN, "eval_steps": 3, "max_steps": 9, "num_train_epochs": None}
 

@@ -54,6 +54,8 @@ class RunFacts:
     """Of the train rows, as logged."""
     metric: tuple[Point, ...] = ()
     """The one that chooses the weights, on the eval rows."""
+    last_as_good: bool = False
+    """The eval rows do not tell the last weights from the best ones."""
     metric_name: str = "accuracy"
     greater_is_better: bool = True
     blind: str = ""
@@ -83,6 +85,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     return RunFacts(
         verdict=headline.kind,
         learning_rate=plan.learning_rate,
+        last_as_good=bool(outcome.kept_because),
         epochs=plan.num_train_epochs,
         steps=outcome.steps,
         total_steps=plan.total_steps,
@@ -205,7 +208,7 @@ def _best(run: RunFacts) -> Point:
 def _best_long_ago(run: RunFacts) -> str:
     """That the eval rows were answered best in the run's first half, and worse at its end."""
     step, value = _best(run)
-    if len(run.metric) < 3 or 2 * step > run.metric[-1][0] or run.metric[-1][1] == value:
+    if run.last_as_good or len(run.metric) < 3 or 2 * step > run.metric[-1][0] or run.metric[-1][1] == value:
         return ""
     name = words.metric_name(run.metric_name)
     return f"{name[0].upper()}{name[1:]} on the eval rows was best at step {step:,} and worse at the end"

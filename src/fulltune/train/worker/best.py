@@ -5,8 +5,8 @@ transformers compares `metric_for_best_model` at each evaluation (`Trainer._dete
 checkpoint without looking whether it is whole.
 
 The best of several evaluations is the best by luck, too, and the rate has not fallen to 0 yet where it stands in the
-middle of a run. So the last weights of a whole run are kept when they are as good for all that the eval rows can tell:
-within one standard error of the best metric, where that is a share of rows (docs/quality.md).
+middle of a run. So the last weights of a whole run are kept unless the eval rows tell that they are worse: by more than
+two standard errors of the best metric, where that is a share of rows (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from fulltune.text import counted
 from fulltune.train import checkpoints
 from fulltune.train.loop.guards import error_of_share
 from fulltune.train.worker.context import AttemptContext
+
+ERRORS = 2.0
+"""Standard errors that the best metric must be ahead by."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,11 @@ def _last(attempt: AttemptContext, state: Any) -> Kept | None:
     evaluated = [(entry["step"], entry[f"eval_{metric}"]) for entry in state.log_history if f"eval_{metric}" in entry]
     if bounds != (0.0, 1.0) or state.global_step < attempt.plan.total_steps or evaluated[-1][0] != state.global_step:
         return None
-    last, error = evaluated[-1][1], error_of_share(state.best_metric, rows)
-    if last < state.best_metric - error:
+    last, errors = evaluated[-1][1], ERRORS * error_of_share(state.best_metric, rows)
+    if last < state.best_metric - errors:
         return None
     why = (
-        f"the best {metric} was {state.best_metric:.1%} at step {state.best_global_step:,}, within one standard error "
-        f"({error:.1%} of {counted(rows, 'eval row')}), and the rate had not fallen to 0 there"
+        f"the best {metric} was {state.best_metric:.1%} at step {state.best_global_step:,}, where the rate had not "
+        f"fallen to 0: {counted(rows, 'eval row')} tell no difference below {errors:.1%}"
     )
     return Kept(state.global_step, last, why)
