@@ -20,6 +20,8 @@ FALLING = tuple((step, 4.0 * 0.97 ** (step / 10)) for step in range(10, 410, 10)
 GROWING = tuple((step, 1.0 + step / 10) for step in range(10, 410, 10))
 UNSURE = tuple((10 * place, 1.0 + place / 40 + (place % 3 == 0)) for place in range(1, 41))
 """Growing, but a third of the first readings lie where the last ones do."""
+KNOWN = tuple((step, 0.5 * 0.98**step) for step in range(1, 401, 10))
+"""Halved and halved again to the end, but of train rows that are known long since."""
 RISING = ((200, 0.3), (400, 0.5))
 PASSED = ((100, 0.5), (200, 0.4), (300, 0.4), (400, 0.3))
 STILL = ((200, 0.5), (400, 0.5))
@@ -32,6 +34,7 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
     ("changes", "wanted", "unwanted"),
     [
         ({"loss": FALLING}, ["still falling at the end (3.88 to", LONGER], ["learning_rate", "few"]),
+        ({"loss": KNOWN}, ["The curves show no reason"], ["still falling"]),
         ({"metric": RISING}, ["Accuracy on the eval rows was still rising", LONGER], ["learning_rate"]),
         ({"metric_name": "loss", "greater_is_better": False, "metric": RISING}, [], ["still"]),
         ({"loss": FALLING, "metric": RISING}, ["at the end", "and accuracy on the eval rows"], []),
@@ -45,6 +48,7 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
         ({"loss": GROWING, "metric": RISING}, [LOWER], [LONGER]),
         ({"metric": PASSED}, ["was best at step 100 and worse at the end", LOWER], [LONGER]),
         ({"metric": PASSED, "loss": FALLING}, ["was best at step 100", LOWER], [LONGER]),  # overfitting
+        ({"metric": PASSED, "last_as_good": True, "loss": FALLING}, [LONGER], ["was best", LOWER]),
         ({"metric": tuple((step, 0.5) for step in (100, 200, 300))}, ["The curves show no reason"], ["at the end"]),
         ({"loss": FALLING, "metric": RISING, "steps": 300}, ["The curves show no reason"], [LONGER]),
         ({"blind": "All is b"}, ["All is b. Try a lower", LOWER, "learning_rate=0.0009"], [LONGER]),

@@ -23,6 +23,8 @@ _FEW_ROWS_OF_A_LABEL = 10
 """Fewer on average teach a label poorly, however often they are repeated."""
 _STILL_FALLING = 0.05
 """Share of the train loss by which the last quarter lies below the one before."""
+_LEARNED = 0.05
+"""Share of the first train loss below which the train rows are known: there is nothing left to fall."""
 _ONE_CLASS = 0.98
 """Share of the test rows that get the same label from a model that tells nothing apart."""
 _UNEVEN = 2.0
@@ -171,7 +173,7 @@ def _reasons_to_go_on(run: RunFacts) -> list[str]:
     values = [value for _, value in run.loss]
     if size := len(values) // 4:
         before, last = sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
-        if before > 0 and last < (1 - _STILL_FALLING) * before:
+        if before > 0 and _LEARNED * values[0] < last < (1 - _STILL_FALLING) * before:
             fell = f"{format_number(values[0])} to {format_number(last)}"
             reasons.append(f"the train loss was still falling at the end ({fell})")
     if len(run.metric) > 1 and _best(run)[0] == run.metric[-1][0]:
