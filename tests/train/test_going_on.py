@@ -12,6 +12,10 @@ import transformers
 from tests import tiny
 from tests.train import runs
 
+ROWS = tiny.topic_rows(120)
+DATA: dict[str, Any] = {"eval_fraction": 0.2}
+"""24 eval rows."""
+
 
 def _checks(folder: Path) -> dict[str, str]:
     return {check["name"]: check["result"] for check in runs.events(folder, "checks")[0]["checks"]}
@@ -21,8 +25,10 @@ def _checks(folder: Path) -> dict[str, str]:
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, float]:
     """The folder of a classifier that was trained here, and its accuracy on the eval rows."""
     folder = tmp_path_factory.mktemp("first")
-    reached = runs.run(folder, tiny_encoder, tiny.topic_rows(), train={"num_train_epochs": 12})
-    assert _checks(folder)["head"].startswith("new, starts from a linear probe of the untouched model (52 train rows")
+    reached = runs.run(
+        folder, tiny_encoder, ROWS, method={"learning_rate": 3e-3}, train={"num_train_epochs": 12}, data=DATA
+    )
+    assert _checks(folder)["head"].startswith("new, starts from a linear probe of the untouched model")
     assert _checks(folder)["head"].endswith("; the checkpoint has none for this task")
     assert reached.outcome is not None
     assert reached.outcome.model_folder is not None
@@ -33,6 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tup
 _AS_IT_IS: dict[str, dict[str, Any]] = {
     "method": {"kind": "full", "learning_rate": 1e-9},
     "train": {"max_steps": 1, "warmup_steps": 0},
+    "data": DATA,
 }
 
 
@@ -48,7 +55,7 @@ def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned
     before.config.id2label, before.config.label2id = {0: "weather", 1: "food"}, {"weather": 0, "food": 1}
     before.save_pretrained(turned)
     transformers.AutoTokenizer.from_pretrained(model).save_pretrained(turned)
-    reached = runs.run(tmp_path, turned, tiny.topic_rows(), **_AS_IT_IS)
+    reached = runs.run(tmp_path, turned, ROWS, **_AS_IT_IS)
     assert reached.outcome is not None
     assert reached.outcome.best_metric == accuracy
     expected = "kept from the checkpoint: its 2 labels are the same, put into this order by their names"
@@ -59,7 +66,7 @@ def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned
 
 def test_checkpoint_with_other_labels_begins_with_a_new_head(tmp_path: Path, trained: tuple[Path, float]) -> None:
     names = {"weather": "a_sky", "food": "b_meal"}
-    rows = [{**row, "label": names[row["label"]]} for row in tiny.topic_rows()]
+    rows = [{**row, "label": names[row["label"]]} for row in ROWS]
     blocks = {**_AS_IT_IS, "method": {**_AS_IT_IS["method"], "head_init": "random"}}
     runs.run(tmp_path, trained[0], rows, **blocks)
     expected = "new, drawn at random: the checkpoint's 2 labels are not these (food, weather)"
@@ -67,7 +74,7 @@ def test_checkpoint_with_other_labels_begins_with_a_new_head(tmp_path: Path, tra
 
 
 def test_checkpoint_that_can_do_the_task_is_a_row_to_beat(tmp_path: Path, trained: tuple[Path, float]) -> None:
-    reached = runs.run(tmp_path, trained[0], tiny.topic_rows(), until="report", **_AS_IT_IS)
+    reached = runs.run(tmp_path, trained[0], ROWS, until="report", **_AS_IT_IS)
     before = next(row for row in reached.scores if row.kind == "untouched")
     after = reached.scores[-1]
     assert before.metrics["accuracy"].value == after.metrics["accuracy"].value  # a step of 1e-9
