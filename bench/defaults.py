@@ -49,6 +49,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "decay-0.9": {"method": {"layerwise_lr_decay": 0.9}},
     "decay-0.8": {"method": {"layerwise_lr_decay": 0.8}},
     "rate-half": {"method": {"learning_rate": RATE / 2}},
+    "rate-quarter": {"method": {"learning_rate": RATE / 4}},
+    "rate-half-epochs-10": {"method": {"learning_rate": RATE / 2}, "train": {"num_train_epochs": 10}},
     "rate-double": {"method": {"learning_rate": 2 * RATE}},
     "batch-16": {"train": {"global_batch_size": 16}},
     "smoothing-0.1": {"train": {"label_smoothing_factor": 0.1}},
@@ -105,7 +107,18 @@ WANTED = (
     Tuning("chat", 200, chat, CHAT, "loss"),
     Tuning("gsm8k", 100, gsm8k, SETS["gsm8k"].recipe, "loss"),
 )
-_ENCODERS = ("random-head", "head-x5", "head-x10", "decay-0.9", "decay-0.8", "rate-half", "rate-double", "epochs-20")
+_ENCODERS = (
+    "random-head",
+    "rate-quarter",
+    "rate-half-epochs-10",
+    "head-x5",
+    "head-x10",
+    "decay-0.9",
+    "decay-0.8",
+    "rate-half",
+    "rate-double",
+    "epochs-20",
+)
 _DECODERS = ("rate-1e-4", "rate-1.6e-4", "rate-3.2e-4", "epochs-1")
 
 
