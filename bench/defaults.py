@@ -53,6 +53,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "rate-half-epochs-10": {"method": {"learning_rate": RATE / 2}, "train": {"num_train_epochs": 10}},
     "rate-double": {"method": {"learning_rate": 2 * RATE}},
     "batch-16": {"train": {"global_batch_size": 16}},
+    "keep-last": {"train": {"load_best_model_at_end": False}},
     "smoothing-0.1": {"train": {"label_smoothing_factor": 0.1}},
     "rate-1e-4": {"method": {"learning_rate": 1e-4}},
     "rate-1.6e-4": {"method": {"learning_rate": 1.6e-4}},
