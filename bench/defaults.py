@@ -49,8 +49,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "decay-0.9": {"method": {"layerwise_lr_decay": 0.9}},
     "decay-0.8": {"method": {"layerwise_lr_decay": 0.8}},
     "rate-half": {"method": {"learning_rate": RATE / 2}},
+    "rate-quarter": {"method": {"learning_rate": RATE / 4}},
+    "rate-half-epochs-10": {"method": {"learning_rate": RATE / 2}, "train": {"num_train_epochs": 10}},
     "rate-double": {"method": {"learning_rate": 2 * RATE}},
     "batch-16": {"train": {"global_batch_size": 16}},
+    "keep-last": {"train": {"load_best_model_at_end": False}},
     "smoothing-0.1": {"train": {"label_smoothing_factor": 0.1}},
     "rate-1e-4": {"method": {"learning_rate": 1e-4}},
     "rate-1.6e-4": {"method": {"learning_rate": 1.6e-4}},
@@ -72,6 +75,13 @@ def topics(folder: Path, rows: int) -> None:
         found = shuffled(list(csv.DictReader(file)))  # they stand by topic
     write_csv(folder / "train.csv", with_each_label(found, "label")[: rows or None])
     test.rename(folder / "test.csv")
+
+
+def few_docstrings(folder: Path, rows: int) -> None:
+    """With as few eval rows as who has few rows can spare."""
+    docstrings(folder, rows)
+    with (folder / "eval.csv").open(encoding="utf-8") as file:
+        write_csv(folder / "eval.csv", list(csv.DictReader(file))[: rows // 8])
 
 
 def chat(folder: Path, rows: int) -> None:
@@ -99,13 +109,24 @@ class Tuning:
 WANTED = (
     Tuning("docstrings", 1000, docstrings, SETS["docstrings"].recipe),
     Tuning("topics", 400, topics, TOPICS),
-    Tuning("docstrings", 250, docstrings, SETS["docstrings"].recipe),
+    Tuning("docstrings", 250, few_docstrings, SETS["docstrings"].recipe),
     Tuning("topics", 0, topics, TOPICS),
     Tuning("docstrings", 4000, docstrings, SETS["docstrings"].recipe),
     Tuning("chat", 200, chat, CHAT, "loss"),
     Tuning("gsm8k", 100, gsm8k, SETS["gsm8k"].recipe, "loss"),
 )
-_ENCODERS = ("random-head", "head-x5", "head-x10", "decay-0.9", "decay-0.8", "rate-half", "rate-double", "epochs-20")
+_ENCODERS = (
+    "random-head",
+    "rate-quarter",
+    "rate-half-epochs-10",
+    "head-x5",
+    "head-x10",
+    "decay-0.9",
+    "decay-0.8",
+    "rate-half",
+    "rate-double",
+    "epochs-20",
+)
 _DECODERS = ("rate-1e-4", "rate-1.6e-4", "rate-3.2e-4", "epochs-1")
 
 
