@@ -71,7 +71,7 @@ class FullMethod(_Trained):
     """full: every parameter is trained."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
     """Each layer below the head learns this much slower than the one above it. 0.8 to 0.95 can help encoders with few
-    rows whose head starts at random; from a linear probe 0.8 and 0.9 lost a point (docs/quality.md). 1: the same rate
+    rows whose head starts at random; from a linear probe 0.8 and 0.9 gained nothing (docs/quality.md). 1: the same rate
     everywhere."""
 
 
