@@ -15,7 +15,6 @@ import argparse
 import copy
 import csv
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -49,12 +48,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "decay-0.9": {"method": {"layerwise_lr_decay": 0.9}},
     "decay-0.8": {"method": {"layerwise_lr_decay": 0.8}},
     "rate-half": {"method": {"learning_rate": RATE / 2}},
-    "rate-quarter": {"method": {"learning_rate": RATE / 4}},
-    "rate-half-epochs-10": {"method": {"learning_rate": RATE / 2}, "train": {"num_train_epochs": 10}},
     "rate-double": {"method": {"learning_rate": 2 * RATE}},
     "batch-16": {"train": {"global_batch_size": 16}},
     "keep-last": {"train": {"load_best_model_at_end": False}},
-    "smoothing-0.1": {"train": {"label_smoothing_factor": 0.1}},
     "rate-1e-4": {"method": {"learning_rate": 1e-4}},
     "rate-1.6e-4": {"method": {"learning_rate": 1.6e-4}},
     "rate-3.2e-4": {"method": {"learning_rate": 3.2e-4}},
@@ -234,9 +230,10 @@ def _cell(lines: Sequence[dict[str, Any]], place: tuple[str, int], name: str) ->
     if name in ("default", "frozen"):
         return f"{100 * np.mean([each.mean() for each in mine.values()]):.1f}"
     both = sorted(mine.keys() & default.keys())
-    table = np.stack([mine[seed] - default[seed] for seed in both])
-    error = table.mean(axis=0).std(ddof=1) / math.sqrt(table.shape[1])
-    return f"{100 * table.mean():+.1f} ± {100 * error:.1f} ({len(both)})"
+    if not both:
+        return ""
+    found = tables.error_of(np.stack([mine[seed] - default[seed] for seed in both]))
+    return f"{100 * found.value:+.1f} ± {100 * found.error:.1f} ({len(both)})"
 
 
 def _of(lines: Sequence[dict[str, Any]], place: tuple[str, int], name: str) -> dict[int, np.ndarray]:

@@ -155,6 +155,11 @@ def difference(one: Entry, other: Entry) -> Difference | None:
         table = (one.values if one.trained else one.values.mean(axis=0)) - (
             other.values if other.trained else other.values.mean(axis=0)
         )
+    return error_of(table)
+
+
+def error_of(table: np.ndarray) -> Difference:
+    """The mean of differences[seeds, rows], and its standard error."""
     seeds, rows = table.shape
     of_rows, of_seeds = table.mean(axis=0), table.mean(axis=1)
     variance = of_rows.var(ddof=1) / rows

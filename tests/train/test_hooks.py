@@ -232,9 +232,10 @@ def test_keep_last_saves_the_last_weights(tiny_encoder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("metric", "values", "kept"),
     [
-        ("accuracy", (0.5, 0.8, 0.4, 0.55), "last"),  # 8 eval rows: two standard errors of 0.8 are 0.28
+        ("accuracy", (0.5, 0.8, 0.4, 0.6), "last"),  # 8 eval rows: two standard errors of 0.8 are 0.27
         ("accuracy", (0.5, 0.8, 0.6, 0.5), "best"),
-        ("f1_macro", (0.5, 0.8, 0.4, 0.55), "last"),
+        ("accuracy", (0.5, 1.0, 0.6, 0.875), "last"),  # one row less than all
+        ("f1_macro", (0.5, 0.8, 0.4, 0.6), "last"),
         ("mcc", (0.5, 0.8, 0.6, 0.79), "best"),  # no share of rows
         ("loss", (0.5, 0.2, 0.4, 0.21), "best"),
     ],
@@ -265,10 +266,19 @@ def test_last_weights_are_kept_where_eval_rows_cannot_tell_them_from_the_best(
         assert outcome.kept_because == ""
     else:
         assert (outcome.best_step, outcome.best_metric) == (outcome.steps, values[-1])
-        assert outcome.kept_because == (
-            f"the best {metric} was 80.0% at step {outcome.steps // 2}, where the rate had not fallen to 0: "
-            "8 eval rows tell no difference below 28.3%"
-        )
+        said = f"the best {metric} was {values[1]:.1%} at step {outcome.steps // 2}, above by less than two standard "
+        assert outcome.kept_because.startswith(said + "errors of a share of 8 eval rows (")
+
+
+def test_a_rate_that_does_not_fall_leaves_the_best_weights(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coming = iter((0.5, 0.8, 0.4, 0.79))
+    monkeypatch.setattr(text_classification, "metrics", lambda kept, target: {"accuracy": next(coming)})
+    train = {"num_train_epochs": 4, "lr_scheduler_type": "constant"}
+    outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=train).outcome
+    assert outcome is not None
+    assert (outcome.best_step, outcome.best_metric) == (outcome.steps // 2, 0.8)
 
 
 @pytest.mark.parametrize(("metric", "values"), [("accuracy", (0.5, 0.7, 0.6, 0.7)), ("f1_macro", (0.5, 0.7, 0.7, 0.6))])

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fulltune.records.comparison import Search, Trial, Tried
+from fulltune.stats.intervals import error_of_share
 
 STEP = math.sqrt(10)
 """Between two rates of a grid."""
@@ -50,9 +51,7 @@ class Scale:
             return 0.0
         if not self.is_share:
             return 0.01 * abs(metric)
-        # A success and a failure are added (Laplace): where all rows are right, one row more says little as well.
-        share = (metric * self.eval_rows + 1) / (self.eval_rows + 2)
-        return math.sqrt(max(0.0, share * (1 - share)) / (self.eval_rows + 2))
+        return error_of_share(metric, self.eval_rows)
 
 
 def grid(usual: float, given: Sequence[float] | None, fixed: float | None) -> tuple[float, ...]:

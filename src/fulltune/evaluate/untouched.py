@@ -34,7 +34,7 @@ def baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Sc
     found, made = _probe(scoring), {}
     if found.frozen is not None:
         made[FROZEN] = lambda: _frozen(scoring, scorer, found)
-    if found.head is not None and scoring.plan.head_init is not None:
+    if found.head is not None:
         made["baseline-probe"] = lambda: _as_head(scoring, scorer)
     return made
 

@@ -55,7 +55,8 @@ def around(
     checks = CHECKS_SECONDS + _dry_run_seconds(plan, work, speeds)
     found = [_starting(plan, speeds)]
     if plan.head_init == "probe":
-        seconds = probing.seconds(summary, hidden_size) + _forward_seconds(plan, probing.rows(summary), work, speeds)
+        passing = _forward_seconds(plan, probing.rows(summary, hidden_size), work, speeds)
+        seconds = passing + probing.seconds(summary, hidden_size)
         found.append(TimePart(name=PROBE, seconds=seconds, basis="arithmetic"))
     found.append(TimePart(name=DRY_RUN, seconds=checks, basis="arithmetic"))
     if not _rows(summary, "test"):
@@ -68,7 +69,7 @@ def around(
         return TimePart(name=name, seconds=lines * SCORING_SECONDS + passing, basis="arithmetic")
 
     if recipe.evaluate.baselines:
-        found.append(scoring(BASELINES, BASELINE_LINES, sum(_baseline_rows(plan, summary))))
+        found.append(scoring(BASELINES, BASELINE_LINES, sum(_baseline_rows(plan, summary, hidden_size))))
     found.append(scoring(TRAINED, 1, sum(_scored_rows(summary))))
     return tuple(found)
 
@@ -100,13 +101,13 @@ def _rows(summary: DataSummary, split: str) -> int:
     return next((one.rows for name, one in summary.splits.items() if name == split), 0)
 
 
-def _baseline_rows(plan: Plan, summary: DataSummary) -> Iterator[int]:
+def _baseline_rows(plan: Plan, summary: DataSummary, hidden_size: int) -> Iterator[int]:
     """Rows that go through the untouched model."""
     if FACTS[summary.task].writes:
         yield _rows(summary, "test")
         return
     if plan.head_init != "probe":
-        yield probing.rows(summary)
+        yield probing.rows(summary, hidden_size)
     if summary.problem_type != "span":
         yield _rows(summary, "test")  # for the classifier on embeddings
     if plan.head_init is not None:

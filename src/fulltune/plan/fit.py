@@ -54,7 +54,6 @@ def fit(
     rate, why = defaults.learning_rate_of(recipe.method, shapes.num_parameters, shapes.is_decoder)
     rate = reasons.add("method.learning_rate", recipe.method.learning_rate, rate, why)
     resolve.head_rate(recipe, rate, reasons)
-    head_init = resolve.head_init(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
     chosen, on_disk = _fitting(basis, summary, own_loss, reasons)
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
@@ -74,7 +73,7 @@ def fit(
         seed=train.seed,
         learning_rate=rate,
         head_learning_rate=recipe.method.head_learning_rate,
-        head_init=head_init,
+        head_init=basis.head_init,
         layerwise_lr_decay=recipe.method.layerwise_lr_decay if recipe.method.kind == "full" else 1.0,
         num_train_epochs=steps.epochs,
         total_steps=steps.total,

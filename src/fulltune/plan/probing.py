@@ -2,66 +2,62 @@
 
 from __future__ import annotations
 
-from fulltune.models.shapes import Shapes
-from fulltune.recipe.fields import Recipe
-from fulltune.recipe.tasks import FACTS
+from fulltune.records import probe
 from fulltune.records.data import DataSummary
-from fulltune.records.probe import LEAST_HELD_OUT, MOST_FEATURE_BYTES, MOST_HELD_OUT, MOST_ROWS
-from fulltune.system import deepspeed
 
 PARTS = 3.5
 """Times the features, at most: beside them lie their scaled copies, in 64 bits for a while, and what the dense layer
 before the last one may become."""
-SOLVER_VECTORS = 25
-"""Of all weights, in 64 bits: L-BFGS keeps ten changes of them and of their gradients."""
-SECONDS, PASSES, FLOPS = 2.0, 300, 2e10
+SECONDS, PASSES, FLOPS = 2.0, 220, 2e10
 """scikit-learn's import; passes over all features in all fits, and operations a second of one core: 9,003 rows of 77
-classes took 17 s (docs/log.md)."""
-SPAN_TOKENS = 10
+classes took 12.6 s (docs/log.md)."""
 
 
-def is_new(recipe: Recipe, shapes: Shapes) -> bool:
-    """Whether the head has no values yet."""
-    return FACTS[recipe.task].head_is_new and not shapes.head_is_kept
-
-
-def is_fitted(recipe: Recipe, shapes: Shapes) -> bool:
-    """Whether the training begins with it."""
-    shared = deepspeed.zero_of(recipe)
-    return is_new(recipe, shapes) and recipe.method.head_init != "random" and (shared is None or shared.stage < 3)
-
-
-def rows(summary: DataSummary) -> int:
-    """Rows that linear classifiers are fitted on, and judged by."""
-    train, held_out = (summary.splits[name].rows if name in summary.splits else 0 for name in ("train", "eval"))
-    return min(train, MOST_ROWS) + (min(held_out, MOST_HELD_OUT) if held_out >= LEAST_HELD_OUT else 0)
-
-
-def num_bytes(summary: DataSummary, hidden_size: int) -> int:
-    """Beside the untouched model's weights.
+def rows(summary: DataSummary, width: int) -> int:
+    """Rows that linear classifiers are fitted on, and judged by.
 
     Args:
         summary: Of the prepared data.
-        hidden_size: Of the model.
+        width: Values of what is kept of an item: the model's hidden size.
     """
+    held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
+    return _train_rows(summary, width) + (min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0)
+
+
+def num_bytes(summary: DataSummary, width: int) -> int:
+    """Beside the untouched model's weights, in the host's memory."""
+    items = _items(summary, width)
     kinds = 2 if summary.problem_type == "tags" else 3
-    features = min(MOST_FEATURE_BYTES, 4 * kinds * hidden_size * _items(summary))
-    logits = 2 * _items(summary) if summary.problem_type in ("single_label", "tags") else 0
-    solver = 8 * _outputs(summary) * (SOLVER_VECTORS * hidden_size + logits)
-    return round(PARTS * features) + solver
+    return round(PARTS * 4 * kinds * width * items) + (_solver_bytes(summary, width) or 0)
 
 
-def seconds(summary: DataSummary, hidden_size: int) -> float:
+def seconds(summary: DataSummary, width: int) -> float:
     """Of the fits, without the passes through the model."""
-    return SECONDS + 4 * PASSES * _items(summary) * _outputs(summary) * hidden_size / FLOPS
+    if _solver_bytes(summary, width) is None:
+        return SECONDS
+    return SECONDS + 4 * PASSES * _items(summary, width) * _outputs(summary) * width / FLOPS
 
 
-def _items(summary: DataSummary) -> int:
-    """Rows, words, choices or tokens that are fitted on."""
+def _solver_bytes(summary: DataSummary, width: int) -> int | None:
+    """None: it is too much, and nothing is fitted."""
+    found = probe.solver_bytes(summary.problem_type, _items(summary, width), _outputs(summary), width)
+    return found if found <= probe.MOST_SOLVER_BYTES else None
+
+
+def _items(summary: DataSummary, width: int) -> int:
+    """Train rows, words, choices or tokens that are looked at."""
+    return round(_train_rows(summary, width) * _per_row(summary))
+
+
+def _train_rows(summary: DataSummary, width: int) -> int:
+    return min(summary.splits["train"].rows, probe.rows_within(summary.problem_type, _per_row(summary), width))
+
+
+def _per_row(summary: DataSummary) -> float:
     train = summary.splits["train"]
-    of_row = {"choice": summary.num_choices, "span": SPAN_TOKENS}.get(summary.problem_type, 1)
-    each = train.trained_tokens / max(1, train.rows) if summary.problem_type == "tags" else of_row
-    return round(min(train.rows, MOST_ROWS) * each)
+    return probe.items_per_row(
+        summary.problem_type, max(1.0, train.trained_tokens / max(1, train.rows)), summary.num_choices
+    )
 
 
 def _outputs(summary: DataSummary) -> int:

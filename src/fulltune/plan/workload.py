@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fulltune import methods
 from fulltune.errors import RecipeError
@@ -45,6 +46,8 @@ class Basis:
     """Processes, one per device."""
     global_batch_size: int
     steps: resolve.Steps
+    head_init: Literal["probe", "random"] | None
+    """Where a new head starts; None: it is kept, or the task has none of its own."""
     group_by_length: bool
     start: MemorySettings
     """What is settled, with no lever taken: a micro batch of one row, nothing recomputed."""
@@ -103,6 +106,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
     grouped, why = defaults.group_by_length(summary.length_explained)
     grouped = reasons.add("train.group_by_length", train.group_by_length, grouped, why)
     footprint = workload.footprint(recipe.model.weights_dtype)
+    head_init = resolve.head_init(recipe, shapes, reasons)
     plain_logits = shapes.plain_logits and not own_loss
     start = MemorySettings(
         micro_batch_size=1,
@@ -120,7 +124,8 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         num_held=shapes.num_held,
         num_trained=shapes.num_trained,
         num_saves=steps.num_saves,
-        probe_bytes=probing.num_bytes(summary, shapes.hidden_size) if probing.is_fitted(recipe, shapes) else 0,
+        # scikit-learn works in the host's memory.
+        probe_bytes=probing.num_bytes(summary, shapes.hidden_size) if (head_init, device) == ("probe", "cpu") else 0,
     )
     return Basis(
         recipe=recipe,
@@ -129,6 +134,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         num_devices=train.num_processes,
         global_batch_size=global_batch,
         steps=steps,
+        head_init=head_init,
         group_by_length=grouped,
         start=start,
         needs=Needs(shapes, footprint, recipe.model.weights_dtype, device),

@@ -14,16 +14,13 @@ import numpy as np
 from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
 from fulltune.probe.layers import HeadLayers, NoProbe, Seen, see
 from fulltune.recipe.tasks import ProblemType
-from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_ROWS
+from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, rows_within
 from fulltune.tasks import Task, question_answering
 from fulltune.tasks.padding import IGNORED
 from fulltune.tasks.token_classification import WORD_IDS
 
 if TYPE_CHECKING:
     import torch
-
-OTHER_TOKENS = 8
-"""Of each window, drawn at random, beside those at which the answer begins and ends."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,8 @@ def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: in
         width: Values of what is kept of an item.
         most: Rows.
     """
-    items = {"choice": num_choices, "span": OTHER_TOKENS + 2}.get(kind, 1)
-    per_row = lengths_of(rows).mean() if kind == "tags" else items
-    kinds = 2 if kind == "tags" else 3  # a tagger's head has no dense layer
-    most = max(1, min(most, int(MOST_FEATURE_BYTES / (kinds * 4 * max(1, width) * per_row))))
+    words = float(lengths_of(rows).mean()) if kind == "tags" else 0.0
+    most = rows_within(kind, items_per_row(kind, words, num_choices), width, most)
     if len(rows) <= most:
         return rows
     return Share(rows, np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False)).tolist())

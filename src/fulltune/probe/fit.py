@@ -48,14 +48,13 @@ def fit(looker: Looker, rows: Any, eval_rows: Any, with_head: bool = True) -> Fi
         looker: Looks at rows.
         rows: Prepared train rows.
         eval_rows: Prepared eval rows.
-        with_head: Whether the head is new; else there is the rival alone.
+        with_head: Whether the head is new; a kept one shows what it reads, and the rival alone is fitted.
     """
-    layers, why_not = None, "" if with_head else "the head is kept"
-    if with_head:
-        try:
-            layers = HeadLayers.of(looker.model, looker.task_name, looker.num_outputs)
-        except NoProbe as no:
-            why_not = str(no)
+    layers, why_not = None, ""
+    try:
+        layers = HeadLayers.of(looker.model, looker.task_name, looker.num_outputs)
+    except NoProbe as no:
+        why_not = str(no)
     if layers is None and looker.kind == "span":  # a token has no mean
         return Fitted(Probe(head=None, frozen=None, why_not=why_not))
     width = _width(looker.model, layers)
@@ -73,9 +72,15 @@ def fit(looker: Looker, rows: Any, eval_rows: Any, with_head: bool = True) -> Fi
         held_out = looker.features(held, layers) if by_eval else None
         with _no_probe_without_memory():
             rival = rivals.best_rival(looker, train, held_out)
-            head, values, start = (None, {}, {}) if layers is None else _head(looker, layers, chosen, train, held_out)
     except NoProbe as no:
         return Fitted(Probe(head=None, frozen=None, why_not=str(no)))
+    head, values, start = None, dict[str, np.ndarray](), dict[str, np.ndarray]()
+    if layers is not None and with_head:
+        try:
+            with _no_probe_without_memory():
+                head, values, start = _head(looker, layers, chosen, train, held_out)
+        except NoProbe as no:
+            why_not = str(no)
     found = Probe(
         head=head,
         frozen=rival[0] if rival else None,

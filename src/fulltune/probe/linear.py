@@ -13,6 +13,7 @@ import numpy as np
 
 from fulltune.probe.layers import NoProbe
 from fulltune.recipe.tasks import ProblemType
+from fulltune.records.probe import MOST_SOLVER_BYTES, solver_bytes
 
 Key = TypeVar("Key", bound=Hashable)
 Name = TypeVar("Name", bound=Hashable)
@@ -26,8 +27,6 @@ LEAST_SPREAD = 0.1
 MOST_COMPARED = 4_000
 """Items on which features are compared with others; the classifier on the best of them is fitted on all."""
 MOST_STEPS, TOLERANCE = 300, 1e-4
-MOST_BYTES = 2**30
-"""Of what the solver keeps of weights and their changes, and of all items' logits."""
 _MANY_MULTIPLICATIONS = 10**9
 """Of a product of all features with all weights: one thread takes about a second for five."""
 _LEAST_CHANCE = 1e-4
@@ -82,9 +81,9 @@ def fits(items: Items, has_bias: bool = True, strengths: Sequence[float] = STREN
     Raises:
         NoProbe: When nothing can be fitted.
     """
-    logits = 2 * len(items.features) if items.kind in ("single_label", "tags") else 0  # and their gradients
-    if 8 * items.num_outputs * (25 * items.features.shape[1] + logits) > MOST_BYTES:
-        raise NoProbe(f"{items.num_outputs:,} classes of {items.features.shape[1]:,} features are too many to fit")
+    count, width = items.features.shape
+    if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
+        raise NoProbe(f"{items.num_outputs:,} classes of {width:,} features are too many to fit")
     shift, scale = standard(items.features, has_bias and items.kind not in ("choice", "span"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the solver stopped early: held-out rows judge what it found
@@ -304,9 +303,15 @@ def best_space(
     middle = partial(candidates, strengths=(MIDDLE,))
     name = next(iter(spaces))
     if len(spaces) > 1:
-        some = {one: (items.sampled(MOST_COMPARED), held_out) for one, (items, held_out) in spaces.items()}
-        name = min(some, key=lambda one: best(*some[one], middle, measure)[0])
+        name = min(spaces, key=lambda one: _compared(*spaces[one], middle, measure))
     return name, *best(*spaces[name], candidates, measure, tolerance)
+
+
+def _compared(items: Items, held_out: Items | None, candidates: Candidates[Any], measure: Measure) -> float:
+    """How good features are, by some of the items; by all where some say nothing, for example without a rare class."""
+    with contextlib.suppress(NoProbe):
+        return best(items.sampled(MOST_COMPARED), held_out, candidates, measure)[0]
+    return best(items, held_out, candidates, measure)[0]
 
 
 def loss(items: Items, found: Linear) -> float:

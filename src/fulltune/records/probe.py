@@ -11,8 +11,29 @@ MOST_ROWS = 20_000
 """Train rows that are looked at; more change a linear classifier little."""
 MOST_FEATURE_BYTES = 2**28
 """Of what is kept of all items that are looked at."""
+MOST_SOLVER_BYTES = 2**30
+"""Of what the solver keeps of weights and their changes, and of all items' logits."""
+OTHER_TOKENS = 8
+"""Of each window of a passage, drawn at random, beside those at which the answer begins and ends."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
 """Eval rows that choose strength and features; with fewer, parts of train are held out in turn."""
+
+
+def items_per_row(kind: str, words: float, num_choices: int) -> float:
+    """What is looked at of a row: itself, its words (`words` on average), its choices, tokens of a window."""
+    return {"tags": words, "choice": num_choices, "span": OTHER_TOKENS + 2}.get(kind, 1)
+
+
+def rows_within(kind: str, per_row: float, width: int, most: int = MOST_ROWS) -> int:
+    """Rows that may be looked at, `per_row` items of `width` values each."""
+    kinds = 2 if kind == "tags" else 3  # a tagger's head has no dense layer
+    return max(1, min(most, int(MOST_FEATURE_BYTES / (kinds * 4 * max(1, width) * per_row))))
+
+
+def solver_bytes(kind: str, num_items: int, num_outputs: int, width: int) -> int:
+    """L-BFGS keeps ten changes of all weights and of their gradients, in 64 bits; and logits with their gradients."""
+    logits = 2 * num_items if kind in ("single_label", "tags") else 0
+    return 8 * num_outputs * (25 * width + logits)
 
 
 class HeadStart(Record):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fulltune.inference.run import Share
-from fulltune.probe.features import OTHER_TOKENS, sampled
+from fulltune.probe.features import sampled
 from fulltune.recipe.tasks import ProblemType
-from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_ROWS
+from fulltune.records.probe import MOST_FEATURE_BYTES, MOST_ROWS, OTHER_TOKENS
 
 
 class Rows:

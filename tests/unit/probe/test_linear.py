@@ -9,8 +9,20 @@ import numpy as np
 import pytest
 
 from fulltune.probe.layers import NoProbe
-from fulltune.probe.linear import FOLDS, MOST_BYTES, Items, Linear, best, centroids, fits, loss, wrong
+from fulltune.probe.linear import (
+    FOLDS,
+    MOST_COMPARED,
+    Items,
+    Linear,
+    best,
+    best_space,
+    centroids,
+    fits,
+    loss,
+    wrong,
+)
 from fulltune.recipe.tasks import ProblemType
+from fulltune.records.probe import MOST_SOLVER_BYTES
 
 HIDDEN = 16
 
@@ -159,7 +171,7 @@ def test_class_weights_move_the_border_towards_the_others() -> None:
             "5,000 classes of 16 features are too many to fit",
         ),
         (
-            items("single_label", drawn(9, HIDDEN), np.arange(9), MOST_BYTES // 25 // 8 // HIDDEN + 1),
+            items("single_label", drawn(9, HIDDEN), np.arange(9), MOST_SOLVER_BYTES // 25 // 8 // HIDDEN + 1),
             "classes of 16 features are too many to fit",
         ),
     ],
@@ -325,3 +337,16 @@ def test_a_sample_has_whole_rows() -> None:
     for row, features in zip(found.rows[::4], found.features[::4], strict=True):
         np.testing.assert_array_equal(features, whole.features[4 * row])
     assert whole.sampled(120) is whole
+
+
+def test_a_class_that_no_sample_has_is_learned_all_the_same() -> None:
+    count = 5 * MOST_COMPARED
+    labels = np.zeros(count, np.int64)
+    labels[7] = 1
+    features = drawn(count, HIDDEN)
+    features[7] += 30
+    whole = items("single_label", features, labels, 2)
+    assert len(np.unique(whole.sampled(MOST_COMPARED).labels)) == 1
+    name, _, _, found = best_space({"a": (whole, whole), "b": (whole, whole)}, fits, loss)
+    assert name in ("a", "b")
+    assert wrong(whole, found) == 0

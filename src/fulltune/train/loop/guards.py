@@ -185,12 +185,6 @@ def _cause(learning_rate: float, share: str = "tenth") -> str:
     return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); take a {share} of it"
 
 
-def error_of_share(share: float, num_rows: int) -> float:
-    """The standard error of a share of so many rows."""
-    inside = min(1.0, max(0.0, share))
-    return math.sqrt(inside * (1 - inside) / max(1, num_rows))
-
-
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
     """True when the last `patience` evaluations brought nothing better than the best one before them.
 

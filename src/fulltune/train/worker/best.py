@@ -1,12 +1,12 @@
-"""Which weights are kept: transformers chose the step, here its checkpoint is put back into the model.
+"""Which weights are kept: the last ones, or those of the step that transformers chose, put back into the model.
 
 transformers compares `metric_for_best_model` at each evaluation (`Trainer._determine_best_metric`) and keeps
 `best_global_step` and `best_metric` in the Trainer's state. Its own `load_best_model_at_end` is off: it takes a
 checkpoint without looking whether it is whole.
 
-The best of several evaluations is the best by luck, too, and the rate has not fallen to 0 yet where it stands in the
-middle of a run. So the last weights of a whole run are kept unless the eval rows tell that they are worse: by more than
-two standard errors of the best metric, where that is a share of rows (docs/quality.md).
+The best of several evaluations is the best by luck, too, and in the middle of a run the rate has not fallen yet. So
+where the rate falls to 0 the last weights of a whole run are kept, unless they are worse by more than two standard
+errors of the best metric, of tasks in which a row is right or wrong (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fulltune.stats.row_scores import measure_of
-from fulltune.text import counted
+from fulltune.stats.intervals import error_of_share
+from fulltune.text import counted, is_share
 from fulltune.train import checkpoints
-from fulltune.train.loop.guards import error_of_share
 from fulltune.train.worker.context import AttemptContext
 
 ERRORS = 2.0
 """Standard errors that the best metric must be ahead by."""
+COUNTED = ("single_label", "multi_label", "choice", "tags")
+"""Problems whose shares are of as many things as there are rows, or about as many entities."""
+FALLING = ("linear", "cosine", "polynomial")
+"""Schedules that end near 0."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,17 @@ def keep_best(attempt: AttemptContext, state: Any) -> Kept:
 
 def _last(attempt: AttemptContext, state: Any) -> Kept | None:
     """The last weights, when they are as good as the best ones for all that the eval rows can tell."""
-    metric, rows = attempt.plan.metric, attempt.summary.splits["eval"].rows
-    bounds = measure_of(attempt.recipe.task, attempt.target, metric).bounds
-    evaluated = [(entry["step"], entry[f"eval_{metric}"]) for entry in state.log_history if f"eval_{metric}" in entry]
-    if bounds != (0.0, 1.0) or state.global_step < attempt.plan.total_steps or evaluated[-1][0] != state.global_step:
+    plan, kind, rows = attempt.plan, attempt.summary.problem_type, attempt.summary.splits["eval"].rows
+    if kind not in COUNTED or not is_share(plan.metric) or (kind, plan.metric) == ("tags", "accuracy"):  # of words
         return None
-    last, errors = evaluated[-1][1], ERRORS * error_of_share(state.best_metric, rows)
-    if last < state.best_metric - errors:
+    name = f"eval_{plan.metric}"
+    step, last = next((one["step"], one[name]) for one in reversed(state.log_history) if name in one)
+    whole = step == state.global_step >= plan.total_steps
+    errors = ERRORS * error_of_share(state.best_metric, rows)
+    if not whole or plan.lr_scheduler_type not in FALLING or last < state.best_metric - errors:
         return None
     why = (
-        f"the best {metric} was {state.best_metric:.1%} at step {state.best_global_step:,}, where the rate had not "
-        f"fallen to 0: {counted(rows, 'eval row')} tell no difference below {errors:.1%}"
+        f"the best {plan.metric} was {state.best_metric:.1%} at step {state.best_global_step:,}, above by less than "
+        f"two standard errors of a share of {counted(rows, 'eval row')} ({errors:.1%})"
     )
-    return Kept(state.global_step, last, why)
+    return Kept(step, last, why)
