@@ -226,7 +226,7 @@ def plan(
 def train(
     target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
-    """Train, and keep the best weights in the folder models of the run."""
+    """Train, and leave the model in the folder models of the run."""
     from fulltune.train.run_time import run_seconds
 
     folder, reached = stages.go("train", target, set_, run_folder, fresh)

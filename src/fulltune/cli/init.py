@@ -49,7 +49,7 @@ method:
   kind: full                    # every parameter is trained
 
 evaluate:
-  metric: {metric}              # chooses the checkpoint to keep, on eval rows; test rows only report
+  metric: {metric}              # helps to choose the weights to keep, on eval rows; test rows only report
 
 output: runs
 

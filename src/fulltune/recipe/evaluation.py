@@ -12,7 +12,7 @@ class EvaluateBlock(Block):
     """How the result is measured, on rows that were never used for choosing."""
 
     metric: str | None = None
-    """The metric that chooses the best checkpoint and heads the report. Left out: accuracy, f1_micro (multi_label),
+    """The metric that chooses the weights to keep and heads the report. Left out: accuracy, f1_micro (multi_label),
     spearman (regression), f1 (entities, answers in a context) or loss (causal-lm, seq2seq)."""
     batch_size: int | None = Field(default=None, ge=1)
     """Rows per forward pass. Left out: twice the micro batch. Halved when memory runs out; the scores stay the same."""

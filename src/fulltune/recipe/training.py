@@ -91,9 +91,9 @@ class TrainBlock(Block):
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept besides the best one."""
     load_best_model_at_end: bool = True
-    """Keep the weights with the best eval metric, not the last ones. After a whole run the last ones are kept all the
-    same where they are within two standard errors of the best: few eval rows cannot tell them apart
-    (docs/quality.md)."""
+    """Keep the weights with the best eval metric, not the last ones. After a whole run of a classifier or tagger whose
+    rate falls to 0 the last ones are kept all the same where accuracy or F1 is within two standard errors of the best:
+    few eval rows cannot tell them apart (docs/quality.md)."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a better eval metric. The rate has not fallen to 0 then, which costs
     quality, and few eval rows call a stop by chance: it is for saving time."""

@@ -89,8 +89,8 @@ def _full(here: Situation) -> Iterator[AdviceRule]:
         yield (
             "try" if few else "take",
             "a small encoder: full is cheap" + (", but with few rows take several seeds" if few else ""),
-            "Chen et al. 2022 (2202.07962): best with medium and many rows, behind with few; level with LoRA from 500 "
-            "rows on where both heads start from a linear probe (docs/evidence.md)",
+            "Chen et al. 2022 (2202.07962): best with medium and many rows, behind with few; on Banking77 level with "
+            "LoRA from 500 rows on where both heads start from a linear probe (docs/evidence.md)",
         )
     if here.train_rows >= MANY_ROWS:
         yield (

@@ -196,7 +196,8 @@ def _training(view: RunView, plan: Plan) -> list[str]:
     if outcome := view.outcome_of(plan.trial):
         facts.append(("steps done", f"{outcome.steps:,}"))
         if outcome.best_step is not None:
-            facts.append(("weights kept from step", f"{outcome.best_step:,}"))
+            why = f"; {outcome.kept_because}" if outcome.kept_because else ""
+            facts.append(("weights kept from step", f"{outcome.best_step:,}{why}"))
         if outcome.moved:
             facts.append(("parameter values that moved", format_share(outcome.moved.share)))
     return ["## Training", table(("setting", "value"), facts)]

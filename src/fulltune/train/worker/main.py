@@ -1,4 +1,4 @@
-"""One attempt: model, dry-run step, training, the best weights saved, the outcome written.
+"""One attempt: model, dry-run step, training, the weights that are kept saved, the outcome written.
 
 Run by the parent as `python -m fulltune.train.worker.main request.json` in a process group of its own, or called in the
 parent's process when the user gave functions of their own.
