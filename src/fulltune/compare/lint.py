@@ -204,6 +204,14 @@ def _unequal_tokens(design: ComparisonDesign) -> Found:
 # ---- methods ---------------------------------------------------------------------------------------------------
 
 
+def _unequal_heads(design: ComparisonDesign) -> Found:
+    arms = _trained(design)
+    random = [arm for arm in arms if arm.settings.get("head_init") == "random"]
+    if random and len(random) < len(arms):
+        what = f"the head of {_named(random)} starts at random, that of the others from a linear probe"
+        yield "unfair", "methods", what, "give all methods the same `head_init`"
+
+
 def _attention_only(design: ComparisonDesign) -> Found:
     for arm in design.arms:
         names = _targets(arm.settings) if arm.kind in ("lora", "peft") else []
@@ -256,6 +264,7 @@ _RULES: dict[Rule, Callable[[ComparisonDesign], Found]] = {
     "test-opened-again": _test_opened_again,
     "left-out": _left_out,
     "unequal-tokens": _unequal_tokens,
+    "unequal-heads": _unequal_heads,
     "attention-only-lora": _attention_only,
     "bf16-full": _bf16_full,
     "quantised-source": _quantised_source,

@@ -127,8 +127,8 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
     unit = "text" if set(target.columns) == {"text"} else "row"
     if dev.num_rows < FEW_EVAL_ROWS:
         remarks.append(
-            f"only {counted(dev.num_rows, f'eval {unit}')}: which checkpoint is best is close to chance; more {unit}s "
-            "would tell better"
+            f"only {counted(dev.num_rows, f'eval {unit}')}: they hardly tell which weights are better; more {unit}s "
+            "would"
         )
     wholes = train.source.wholes[train.rows]
     if repeated := train.num_rows - len(np.unique(wholes)):

@@ -53,7 +53,7 @@ def num_train_epochs(task: str, num_rows: int) -> Chosen:
     if FACTS[task].writes:
         return (3.0, "few rows (below 10,000)") if num_rows < 10_000 else (2.0, "10,000 rows or more")
     if num_rows < 2_000:
-        return 10.0, "few rows (below 2,000): encoders gain from longer training"
+        return 10.0, "few rows (below 2,000)"
     if num_rows < 10_000:
         return 5.0, "2,000 to 10,000 rows"
     return 3.0, "10,000 rows or more"
@@ -63,7 +63,7 @@ def warmup_ratio(task: str, head_is_kept: bool) -> Chosen:
     """Share of the steps with a rising rate."""
     if FACTS[task].writes:
         return 0.03, "usual for language models"
-    return 0.1, "usual for this kind of task" if head_is_kept else "a new head needs a gentle start"
+    return 0.1, "usual for this kind of task" if head_is_kept else "usual with a new head"
 
 
 MOST_LENGTH_EXPLAINED = 0.25

@@ -192,7 +192,9 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:
         return None
     if shapes.head_is_kept:
         if given is not None:
-            raise RecipeError(f"{name}: {given}, but the checkpoint brings a head for these labels; remove it")
+            raise RecipeError(
+                f"{name}: {given}, but the checkpoint brings a head for these labels, which goes on; leave {name} out"
+            )
         return None
     shared = deepspeed.zero_of(recipe)
     if shared is not None and shared.stage == 3:

@@ -82,6 +82,7 @@ Rule = Literal[
     "few-seeds",
     "eval-is-test",
     "unequal-tokens",
+    "unequal-heads",
     "attention-only-lora",
     "bf16-full",
     "quantised-source",

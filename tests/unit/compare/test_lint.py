@@ -91,6 +91,7 @@ def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
         ("few-eval-rows", "eval rows", "worth knowing", {"eval_rows": 28, "rates_told": 0.065, "margin": 0.01}),
         ("test-in-train", "test rows", "worth knowing", {"test_in_train": "3 of 28 test rows have a text ..."}),
         ("unequal-tokens", "full, lora", "unfair", {"lora": {"train_tokens": 700_000}}),
+        ("unequal-heads", "methods", "unfair", {"full": {"settings": {"head_init": "random"}}}),
         ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["q_proj", "v_proj"]}}}),
         ("attention-only-lora", "lora", "unfair", {"lora": {"settings": {"target_modules": ["attention.self.query"]}}}),
         (

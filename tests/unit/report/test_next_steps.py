@@ -22,6 +22,8 @@ UNSURE = tuple((10 * place, 1.0 + place / 40 + (place % 3 == 0)) for place in ra
 """Growing, but a third of the first readings lie where the last ones do."""
 KNOWN = tuple((step, 0.5 * 0.98**step) for step in range(1, 401, 10))
 """Halved and halved again to the end, but of train rows that are known long since."""
+ROSE_AND_FELL = tuple(zip(range(1, 9), (0.1, 0.1, 0.3, 0.3, 0.4, 0.4, 0.2, 0.2), strict=True))
+"""Its last quarter lies below the one before, and above its begin."""
 RISING = ((200, 0.3), (400, 0.5))
 PASSED = ((100, 0.5), (200, 0.4), (300, 0.4), (400, 0.3))
 STILL = ((200, 0.5), (400, 0.5))
@@ -35,6 +37,7 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
     [
         ({"loss": FALLING}, ["still falling at the end (3.88 to", LONGER], ["learning_rate", "few"]),
         ({"loss": KNOWN}, ["The curves show no reason"], ["still falling"]),
+        ({"loss": ROSE_AND_FELL}, ["The curves show no reason"], ["still falling"]),
         ({"metric": RISING}, ["Accuracy on the eval rows was still rising", LONGER], ["learning_rate"]),
         ({"metric_name": "loss", "greater_is_better": False, "metric": RISING}, [], ["still"]),
         ({"loss": FALLING, "metric": RISING}, ["at the end", "and accuracy on the eval rows"], []),

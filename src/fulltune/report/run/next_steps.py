@@ -173,7 +173,7 @@ def _reasons_to_go_on(run: RunFacts) -> list[str]:
     values = [value for _, value in run.loss]
     if size := len(values) // 4:
         before, last = sum(values[-2 * size : -size]) / size, sum(values[-size:]) / size
-        if before > 0 and _LEARNED * values[0] < last < (1 - _STILL_FALLING) * before:
+        if before > 0 and _LEARNED * values[0] < last < min(values[0], (1 - _STILL_FALLING) * before):
             fell = f"{format_number(values[0])} to {format_number(last)}"
             reasons.append(f"the train loss was still falling at the end ({fell})")
     if len(run.metric) > 1 and _best(run)[0] == run.metric[-1][0]:

@@ -122,9 +122,11 @@ class StopWhenDiverged(TrainerCallback):
 
     untrained: Callable[[], float | None]
     """Gives the dry run's loss, when there is one."""
+    highest_rate: float
+    """Of body and head."""
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        decision = diverged(logged(state, "loss"), args.learning_rate, self.untrained())
+        decision = diverged(logged(state, "loss"), self.highest_rate, self.untrained())
         if decision.action == "stop":
             raise Diverged(decision.reason)
 

@@ -185,7 +185,7 @@ def _judge_end(attempt: AttemptContext, state: Any) -> None:
     if attempt.hooks.compute_loss is not None:
         return
     losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
-    decision = ended_high(losses, eval_losses, attempt.plan.learning_rate, attempt.untrained_loss)
+    decision = ended_high(losses, eval_losses, attempt.highest_rate, attempt.untrained_loss)
     if decision.action == "stop":
         raise Diverged(decision.reason)
     if decision.action == "warn":

@@ -76,6 +76,6 @@ def _last(attempt: AttemptContext, state: Any) -> Kept | None:
         return None
     why = (
         f"the best {plan.metric} was {state.best_metric:.1%} at step {state.best_global_step:,}, above by less than "
-        f"two standard errors of a share of {counted(rows, 'eval row')} ({errors:.1%})"
+        f"two standard errors of a share of {counted(rows, 'eval row')} ({100 * errors:.1f} points)"
     )
-    return Kept(step, last, why)
+    return Kept(step, last, why if last < state.best_metric else "")

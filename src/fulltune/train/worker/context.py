@@ -87,6 +87,11 @@ class AttemptContext:
             return measured
         return max(measured or 0.0, chance(self.summary, class_weights(self.recipe, self.summary)))
 
+    @property
+    def highest_rate(self) -> float:
+        """Peak of body or head, whichever learns faster."""
+        return max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
+
     @cached_property
     def sharing(self) -> deepspeed.Zero | None:
         """What DeepSpeed shares out; None without it."""

@@ -181,6 +181,7 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
         attempt.journal,
     )
     # A loss of the user's own may rise for good reasons.
-    guards = [StopWhenDiverged(lambda: attempt.untrained_loss)] if attempt.hooks.compute_loss is None else []
+    judged = attempt.hooks.compute_loss is None
+    guards = [StopWhenDiverged(lambda: attempt.untrained_loss, attempt.highest_rate)] if judged else []
     stepping = AtBegin(lambda: attempt.journal.at("step"))
     return [stepping, attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop]
