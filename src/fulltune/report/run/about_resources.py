@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fulltune.records.events import PhaseBegan
-from fulltune.records.plan import BASELINES, DRY_RUN, TRAINED, Plan
+from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, TRAINED, Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Paragraph, Row, Section, Table, first_open, unless_empty
 from fulltune.report.run.read import RunView
@@ -86,7 +86,9 @@ def _row(what: str, planned: float, tried: float, actual: float, shown: Callable
 def _around(view: RunView, plan: Plan, phases: dict[str, float]) -> dict[str, float]:
     """Seconds of the command's other parts, by the names that the plan has for them."""
     began = next((seconds for name, seconds in phases.items() if name.startswith("checking")), None)
+    probed = next((seconds for name, seconds in phases.items() if name.startswith("fitting a linear probe")), None)
     return {
+        PROBE: began - probed if began is not None and probed is not None else 0.0,
         DRY_RUN: phases["training"] - began if began is not None and "training" in phases else 0.0,
         BASELINES: sum(row.seconds for row in view.scores if row.kind != "trained"),
         TRAINED: next((row.seconds for row in view.scores if row.name == plan.trial), 0.0),
