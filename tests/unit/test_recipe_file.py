@@ -69,6 +69,22 @@ def test_override_has_the_type_of_its_value(
     assert getattr(getattr(load_recipe(path, [override]), block), name) == value
 
 
+def test_problem_of_an_override_is_found_at_the_override(tmp_path: Path) -> None:
+    path = written(tmp_path, SMALL + "train: {num_train_epochs: 3}\n")
+    assert problems(path, "train.num_train_epochs=ten", "trian.seed=1") == [
+        "--set train.num_train_epochs=ten  train.num_train_epochs: expected number, found 'ten'",
+        "--set trian.seed=1  trian: unknown setting; did you mean 'train'?",
+    ]
+
+
+@pytest.mark.parametrize("share", ["0.1", "10%", "10 %"])
+def test_share_in_the_place_of_a_file_names_the_fraction(tmp_path: Path, share: str) -> None:
+    found = problems(written(tmp_path, SMALL + f"  eval: {share}\n"))
+    assert found == [
+        f"recipe.yaml:5  data.eval: expected a file, found {share}; for a part of train write eval_fraction: 0.1"
+    ]
+
+
 def test_override_of_the_rate_needs_no_method_in_the_recipe(tmp_path: Path) -> None:
     method = load_recipe(written(tmp_path), ["method.learning_rate=1e-4"]).method
     assert (method.kind, method.learning_rate) == ("full", 1e-4)

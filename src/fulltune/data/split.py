@@ -137,11 +137,16 @@ def assign(
     small = [f"{name} has {splits[name].num_rows}" for name in SPLITS if splits[name].num_rows < 2]
     if small:
         different = len(np.unique(train.groups))
-        alike = f", {different} of them different" if different < train.num_read else ""
-        ways = ["give more rows", "files for eval and test"]
-        ways += ["larger data.eval_fraction and data.test_fraction"] if different >= 2 * len(SPLITS) else []
+        alike = f", only {different} of them different" if different < train.num_read else ""
+        # A label is shared out among the splits by itself, so that no fraction helps where its rows are fewer.
+        scarce = different < len(SPLITS) * len(train.names)
+        of_labels = f" of {counted(len(train.names), 'label')}" if scarce else ""
+        ways = [f"give more rows of each label (at least {len(SPLITS)})" if scarce else "give more rows"]
+        ways += ["files for eval and test"]
+        if different >= 2 * len(SPLITS) and not scarce:
+            ways += ["larger data.eval_fraction and data.test_fraction"]
         raise DataError(
-            f"{where}: {counted(train.num_read, 'row')}{alike}: too few for three splits of at least 2 rows "
+            f"{where}: {counted(train.num_read, 'row')}{of_labels}{alike}: too few for three splits of at least 2 rows "
             f"({', '.join(small)}); {', '.join(ways[:-1])}, or {ways[-1]}{_sections(recipe)}"
         )
     return splits

@@ -8,9 +8,9 @@ from fulltune.records.data import DataSummary
 PARTS = 3.5
 """Times the features, at most: beside them lie their scaled copies, in 64 bits for a while, and what the dense layer
 before the last one may become."""
-SECONDS, PASSES, FLOPS = 2.0, 220, 2e10
+SECONDS, PASSES, FLOPS = 2.0, 150, 2e10
 """scikit-learn's import; passes over all features in all fits, and operations a second of one core: 9,003 rows of 77
-classes took 12.6 s (docs/log.md)."""
+classes took 8.5 s after the import (docs/log.md)."""
 
 
 def rows(summary: DataSummary, width: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from fulltune.recipe.block import Block
 
+_SHARE = re.compile(r"[0-9.]+ *%?")
+"""How other tools name a part of the train rows; no file is called so."""
 TextRows = Literal["auto", "line", "paragraph", "section"]
 
 
@@ -18,9 +21,9 @@ class DataBlock(Block):
     """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow, CoNLL, txt; for images a folder with one
     folder per class. A folder with files named `dev`, `valid` or `test` is refused: name the files. `${NAME}` is taken
     from the environment; a relative path starts at the recipe's folder."""
-    eval: str | None = None
+    eval: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Rows for choosing: best checkpoint, early stopping, calibration. Left out, they are split off train."""
-    test: str | None = None
+    test: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Rows for reporting, never used for choosing. Left out, they are split off train."""
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the columns of csv and tsv files that have no header line, from left to right, such as `[text, label]`.
@@ -103,9 +106,13 @@ class DataBlock(Block):
             problems.append("train: names no file")
         held_out = [(role, path) for role, path in (("eval", self.eval), ("test", self.test)) if path is not None]
         for role, path in held_out:
-            if path in train:
+            if _SHARE.fullmatch(path):
+                problems.append(
+                    f"{role}: expected a file, found {path}; for a part of train write {role}_fraction: 0.1"
+                )
+            elif path in train:
                 problems.append(f"{role}: is the file of train; rows for scoring must not be trained on")
-        if self.test is not None and self.test == self.eval:
+        if self.test is not None and self.test == self.eval and not _SHARE.fullmatch(self.test):
             problems.append("test: is the file of eval; rows for reporting must not choose the checkpoint")
         if len(set(self.columns or ())) != len(self.columns or ()):
             problems.append("columns: names a column twice; give each a name of its own")

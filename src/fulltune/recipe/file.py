@@ -24,7 +24,7 @@ from fulltune.recipe.paths import resolve_paths
 from fulltune.text import did_you_mean, near_names
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-Lines = Mapping[tuple[str | int, ...], int]
+Lines = Mapping[tuple[str | int, ...], int | str]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -64,11 +64,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}{line}  not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected settings such as 'model: ...', found {_kind(values)}")
-    lines = dict(_lines(node))
+    lines: dict[tuple[str | int, ...], int | str] = dict(_lines(node))
     problems = [f"{_where(path, lines, at)}  {_dotted(at)}: given twice; keep one" for at in _duplicates(node)]
     values = _substitute(values, (), problems, path, lines)
     for override in overrides:
-        _override(values, override, problems)
+        if at := _override(values, override, problems):
+            blocks = {at[:depth]: f"--set {override}" for depth in range(1, len(at))}
+            kept = {place: line for place, line in lines.items() if place[: len(at)] != at}
+            lines = {**blocks, **kept, at: f"--set {override}"}
     try:
         recipe = check(values, path, lines)
     except RecipeError as error:
@@ -292,7 +295,9 @@ def _dotted(at: tuple[str | int, ...]) -> str:
 def _where(path: Path, lines: Lines, at: tuple[str | int, ...]) -> str:
     while at and at not in lines:
         at = at[:-1]
-    return f"{path}:{lines[at]}" if at in lines and at else f"{path}"
+    if not at:
+        return str(path)
+    return f"{path}:{line}" if isinstance(line := lines[at], int) else line
 
 
 def _lines(node: Any, at: tuple[str | int, ...] = ()) -> Iterable[tuple[tuple[str | int, ...], int]]:
@@ -342,17 +347,18 @@ _SHORT = {"model": "name", "method": "kind"}
 """Blocks that a plain text is short for, and the setting that it is."""
 
 
-def _override(values: dict[str, Any], override: str, problems: list[str]) -> None:
-    """Apply one `block.name=value`; the value is YAML, so `8`, `true` and `[a, b]` have their types."""
+def _override(values: dict[str, Any], override: str, problems: list[str]) -> tuple[str, ...]:
+    """Apply one `block.name=value` and return its place; the value is YAML, so `8`, `true` and `[a, b]` have their
+    types."""
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         problems.append(f"--set {override}: expected block.name=value, for example train.num_train_epochs=3")
-        return
+        return ()
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         problems.append(f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}")
-        return
+        return ()
     *blocks, last = name.strip().split(".")
     place = values
     for block in blocks:
@@ -363,3 +369,4 @@ def _override(values: dict[str, Any], override: str, problems: list[str]) -> Non
         place[block] = inner
         place = inner
     place[last] = value
+    return (*blocks, last)
