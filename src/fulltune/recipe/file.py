@@ -347,7 +347,7 @@ _SHORT = {"model": "name", "method": "kind"}
 """Blocks that a plain text is short for, and the setting that it is."""
 
 
-def _override(values: dict[str, Any], override: str, problems: list[str]) -> tuple[str, ...]:
+def _override(values: dict[str, Any], override: str, problems: list[str]) -> tuple[str | int, ...]:
     """Apply one `block.name=value` and return its place; the value is YAML, so `8`, `true` and `[a, b]` have their
     types."""
     name, separator, text = override.partition("=")
