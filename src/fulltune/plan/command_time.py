@@ -109,7 +109,7 @@ def _baseline_rows(plan: Plan, summary: DataSummary, hidden_size: int) -> Iterat
     if plan.head_init != "probe":
         yield probing.rows(summary, hidden_size)
     if summary.problem_type != "span":
-        yield _rows(summary, "test")  # for the classifier on embeddings
+        yield probing.passes(summary) * _rows(summary, "test")  # for the classifier on embeddings
     if plan.head_init is not None:
         yield from _scored_rows(summary)  # with the probe as its head
 

@@ -7,7 +7,8 @@ model stays the plain class: only values of its head are set. Test rows are neve
 """
 
 from fulltune.probe.looker import Looker
+from fulltune.probe.pairs import separators
 from fulltune.probe.rivals import predicted
 from fulltune.probe.run_folder import SEED, fitted, put_head, rival_of
 
-__all__ = ["SEED", "Looker", "fitted", "predicted", "put_head", "rival_of"]
+__all__ = ["SEED", "Looker", "fitted", "predicted", "put_head", "rival_of", "separators"]

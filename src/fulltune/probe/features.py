@@ -6,13 +6,14 @@ One pass over the rows, batch by batch; in memory stays what scikit-learn is giv
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fulltune.inference.run import Share, Watch, autocast, lengths_of, longest_first, mean_hidden, watched
 from fulltune.probe.layers import HeadLayers, NoProbe, Seen, see
+from fulltune.probe.pairs import compared, each_alone
 from fulltune.recipe.tasks import ProblemType
 from fulltune.records.probe import MOST_ROWS, OTHER_TOKENS, items_per_row, rows_within
 from fulltune.tasks import Task, question_answering
@@ -39,6 +40,9 @@ class Features:
     token whether the answer begins and ends there [items, 2]."""
     rows: np.ndarray
     """The row of each item [items]."""
+    apart: np.ndarray | None = None
+    """Of a pair, what the means over each text read alone say of each other, [items, 2 hidden + 1]; None: it is no
+    pair, or its texts cannot be told apart."""
 
 
 def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: int = MOST_ROWS) -> Any:
@@ -65,6 +69,7 @@ def passes(
     task: Task,
     kind: ProblemType,
     pad_token_id: int,
+    separators: frozenset[int],
     *,
     batch_size: int,
     precision: str,
@@ -79,6 +84,7 @@ def passes(
         task: Collates them.
         kind: The problem's type.
         pad_token_id: Fills shorter rows.
+        separators: Around the texts of a pair; empty: they are not read apart.
         batch_size: Rows of a pass.
         precision: Of the computations.
         watch: Told how far it is.
@@ -94,13 +100,22 @@ def passes(
     try:
         for positions in watched(longest_first(lengths), batch_size, lengths, watch):
             chosen = [rows[i] for i in positions]
-            batch = {name: one.to(model.device) for name, one in task.collate(chosen, pad_token_id).items()}
-            labels = batch.pop("labels").cpu()
+            batch, labels = _on_device(task.collate(chosen, pad_token_id), model.device)
+            texts = each_alone(chosen, separators) if separators else None
             with torch.no_grad(), autocast(model.device.type, precision):
                 found = _of_items(see(model, layers, batch), batch, labels, chosen, kind, np.asarray(positions))
+                if texts is not None:
+                    batch, _ = _on_device(task.collate(texts, pad_token_id), model.device)
+                    means = _mean(see(model, None, batch).hidden, batch)
+                    found = replace(found, apart=None if means is None else _finite(compared(means).cpu().numpy()))
             yield found
     finally:
         model.train(was_training)
+
+
+def _on_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What the model reads, and the labels, which stay on the host."""
+    return {name: one.to(device) for name, one in batch.items() if name != "labels"}, batch["labels"].cpu()
 
 
 def joined(parts: Iterable[Features]) -> Features:

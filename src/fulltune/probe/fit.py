@@ -17,7 +17,7 @@ from fulltune.probe.features import Features, sampled
 from fulltune.probe.layers import HeadLayers, NoProbe, after_dense
 from fulltune.probe.linear import Items, Linear, best_space, fits, loss
 from fulltune.probe.looker import Looker
-from fulltune.records.probe import LEAST_HELD_OUT, MOST_HELD_OUT, HeadStart, Probe
+from fulltune.records.probe import LEAST_HELD_OUT, MOST_HELD_OUT, PAIRS, HeadStart, Probe
 from fulltune.system.out_of_memory import is_out_of_memory
 
 AS_GOOD = 0.02
@@ -57,7 +57,7 @@ def fit(looker: Looker, rows: Any, eval_rows: Any, with_head: bool = True) -> Fi
         why_not = str(no)
     if layers is None and looker.kind == "span":  # a token has no mean
         return Fitted(Probe(head=None, frozen=None, why_not=why_not))
-    width = _width(looker.model, layers)
+    width = round(_width(looker.model, layers) * (PAIRS if looker.separators else 1))
     chosen = sampled(rows, looker.kind, looker.target.num_choices, width)
     held = sampled(eval_rows, looker.kind, looker.target.num_choices, width, MOST_HELD_OUT)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT

@@ -29,6 +29,8 @@ class Looker:
     batch_size: int
     precision: str
     class_weights: Sequence[float] | None = None
+    separators: frozenset[int] = frozenset()
+    """Around the texts of a pair; empty: rows are no pairs."""
     watch: Watch = lambda done, total, share: None
 
     @property
@@ -44,8 +46,8 @@ class Looker:
         """Logits of an item."""
         return {"choice": 1, "regression": 1, "span": 2}.get(self.kind, len(self.target.labels))
 
-    def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int) -> Iterator[Features]:
-        """The features of each batch."""
+    def passes(self, rows: Any, layers: HeadLayers | None, batch_size: int, apart: bool = True) -> Iterator[Features]:
+        """The features of each batch, of pairs also those of their texts apart if `apart`."""
         return passes(
             self.model,
             layers,
@@ -53,6 +55,7 @@ class Looker:
             self.task,
             self.kind,
             self.pad_token_id,
+            self.separators if apart else frozenset(),
             batch_size=batch_size,
             precision=self.precision,
             watch=self.watch,

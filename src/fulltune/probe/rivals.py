@@ -39,21 +39,23 @@ def best_rival(looker: Looker, train: Features, held_out: Features | None) -> tu
 
 
 def _pooled(features: Features) -> dict[Pooling, np.ndarray]:
-    """Embeddings of length 1, [items, hidden] each."""
+    """Embeddings of length 1, [items, hidden] each, and how those of a pair's texts differ."""
     found: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
     position = features.last if features.dense is None else features.dense
     if position is not None:
         found["head"] = position / np.maximum(np.linalg.norm(position, axis=1, keepdims=True), 1e-12)
+    if features.apart is not None:
+        found["apart"] = features.apart
     return found
 
 
 def predicted(looker: Looker, rows: Any, rival: FrozenRival, found: Linear) -> list[tuple[int, np.ndarray]]:
     """What the rival gives: for each row its number, and the outputs of its items, [items, outputs]."""
-    layers = None if rival.pooling == "mean" else HeadLayers.of(looker.model, looker.task_name, looker.num_outputs)
+    layers = None if rival.pooling != "head" else HeadLayers.of(looker.model, looker.task_name, looker.num_outputs)
 
     def run(size: int) -> list[tuple[int, np.ndarray]]:
         answers: list[tuple[int, np.ndarray]] = []
-        for part in looker.passes(rows, layers, size):
+        for part in looker.passes(rows, layers, size, apart=rival.pooling == "apart"):
             if not len(part.rows):  # no word of these rows has a token
                 continue
             numbers, begins = np.unique(part.rows, return_index=True)

@@ -147,6 +147,7 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
             plan.eval_batch_size,
             plan.precision,
             class_weights(attempt.recipe, attempt.summary),
+            probe.separators(tokenizer, attempt.target),
         )
 
     with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out

@@ -1,0 +1,91 @@
+"""The two texts of a pair, each read alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fulltune.probe import Looker, fitted, predicted, rival_of, separators
+from fulltune.probe.pairs import compared, each_alone
+from fulltune.tasks import Target
+from tests.unit.probe.models import LABELS, PAD, model_of
+
+CLS, SEP = 2, 3
+TARGET = Target("single_label", {"text": "a", "text_pair": "b", "label": "same"}, LABELS[:2])
+
+
+@pytest.mark.parametrize(
+    ("ids", "first", "second"),
+    [
+        ([CLS, 10, 11, SEP, 12, SEP], [CLS, 10, 11, SEP], [CLS, 12, SEP]),
+        ([CLS, 10, SEP, SEP, 12, 13, SEP], [CLS, 10, SEP], [CLS, 12, 13, SEP]),  # RoBERTa's
+        ([10, 11, SEP, 12, SEP], [10, 11, SEP], [12, SEP]),  # T5's
+        ([10, SEP, 12, SEP, CLS], [10, SEP, CLS], [12, SEP, CLS]),  # XLNet's
+    ],
+)
+def test_each_text_stands_between_what_stood_around_the_pair(
+    ids: list[int], first: list[int], second: list[int]
+) -> None:
+    found = each_alone([{"input_ids": np.array(ids), "token_type_ids": ids, "labels": 1}], frozenset({CLS, SEP}))
+    assert found is not None
+    assert [{**row, "input_ids": row["input_ids"].tolist()} for row in found] == [
+        {"input_ids": first, "labels": 1},
+        {"input_ids": second, "labels": 1},
+    ]
+
+
+@pytest.mark.parametrize("ids", [[CLS, 10, 11, SEP], [CLS, SEP, 12, SEP], [CLS, 10, SEP, SEP], [10, 11], [CLS, SEP]])
+def test_texts_without_a_border_are_not_read_apart(ids: list[int]) -> None:
+    whole = {"input_ids": np.array([CLS, 10, SEP, 11, SEP]), "labels": 0}
+    assert each_alone([whole, {"input_ids": np.array(ids), "labels": 0}], frozenset({CLS, SEP})) is None
+
+
+def test_only_pairs_have_separators() -> None:
+    tokenizer = SimpleNamespace(cls_token_id=CLS, sep_token_id=SEP, bos_token_id=None, eos_token_id=SEP)
+    assert separators(tokenizer, TARGET) == {CLS, SEP}
+    assert separators(tokenizer, Target("single_label", {"text": "a", "label": "same"}, LABELS)) == set()
+
+
+def test_compared_by_hand() -> None:
+    found = compared(torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.6, -0.8], [0.0, 1.0]]))
+    expected = [[0.0, 1.6, 0.36, -0.64, -0.28], [1.0, 1.0, 0.0, 0.0, 0.0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def _pairs(count: int) -> list[dict[str, Any]]:
+    """The same words twice, or others: whether it is so stands in no text alone."""
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        one, other = random.integers(10, 90, (2, 6))
+        second = other if number % 2 else one
+        ids = np.concatenate([[CLS], one, [SEP], second, [SEP]])
+        rows.append({"input_ids": ids, "token_type_ids": [0] * 8 + [1] * 7, "labels": number % 2})
+    return rows
+
+
+@pytest.mark.parametrize("name", ["Bert", "ModernBert"])
+def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str, tmp_path: Path) -> None:
+    """Read together, an untouched model that never saw pairs does not."""
+    model, rows = model_of(name, "text-classification", 2), _pairs(400)
+    if name != "Bert":
+        rows = [{key: value for key, value in row.items() if key != "token_type_ids"} for row in rows]
+
+    def looker(around: frozenset[int]) -> Looker:
+        return Looker(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
+
+    together = fitted(tmp_path / "together", lambda: looker(frozenset()), rows[:300], rows[300:]).frozen
+    apart = fitted(tmp_path / "apart", lambda: looker(frozenset({CLS, SEP})), rows[:300], rows[300:]).frozen
+    assert together is not None
+    assert apart is not None
+    assert together.pooling != "apart"
+    assert apart.pooling == "apart"
+    assert apart.loss < 0.1 < together.loss
+    answers = dict(predicted(looker(frozenset({CLS, SEP})), rows[300:], apart, rival_of(tmp_path / "apart")))
+    right = [answers[number][0].argmax() == row["labels"] for number, row in enumerate(rows[300:])]
+    assert np.mean(right) > 0.9
