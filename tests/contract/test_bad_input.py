@@ -318,7 +318,7 @@ def test_two_rows_are_too_few(case: Case) -> None:
         case.data("text,label\na,x\nb,y\n"),
         DATA,
         "train.csv: 2 rows of 2 labels: too few for three splits of at least 2 rows (eval has 0, test has "
-        "0); give more rows of each label (at least 3), or files for eval and test",
+        "0); give more rows of each label, at least 3 different ones, or files for eval and test",
     )
 
 
@@ -328,7 +328,7 @@ def test_two_rows_of_each_label_are_too_few(case: Case) -> None:
         case.data([{"text": f"text {number}", "label": f"label {number % 20}"} for number in range(40)]),
         DATA,
         "train.csv: 40 rows of 20 labels: too few for three splits of at least 2 rows (eval has 0); give more rows of "
-        "each label (at least 3), or files for eval and test",
+        "each label, at least 3 different ones, or files for eval and test",
     )
 
 
@@ -337,8 +337,8 @@ def test_rows_all_the_same_text_are_refused(case: Case) -> None:
     refused(
         case.data(rows),
         DATA,
-        "train.csv: 40 rows of 2 labels, only 1 of them different: too few for three splits of at least 2 rows (eval "
-        "has 0, test has 0); give more rows of each label (at least 3), or files for eval and test",
+        "train.csv: 40 rows, only 1 of them different, of 2 labels: too few for three splits of at least 2 rows (eval "
+        "has 0, test has 0); give more rows of each label, at least 3 different ones, or files for eval and test",
     )
 
 

@@ -137,16 +137,18 @@ def assign(
     small = [f"{name} has {splits[name].num_rows}" for name in SPLITS if splits[name].num_rows < 2]
     if small:
         different = len(np.unique(train.groups))
-        alike = f", only {different} of them different" if different < train.num_read else ""
-        # A label is shared out among the splits by itself, so that no fraction helps where its rows are fewer.
-        scarce = different < len(SPLITS) * len(train.names)
+        alike = f", only {different} of them different," if different < train.num_read else ""
+        # A label is shared out among the splits by itself: no fraction helps where none has a row for each of them.
+        of_each = np.bincount(np.unique(np.stack([strata + 1, train.groups.view(np.int64)]), axis=1)[0])
+        parts = 1 + sum(not split.is_file for split in splits.values())
+        scarce = len(train.names) > 1 and of_each.max() < parts
         of_labels = f" of {counted(len(train.names), 'label')}" if scarce else ""
-        ways = [f"give more rows of each label (at least {len(SPLITS)})" if scarce else "give more rows"]
+        ways = [f"give more rows of each label, at least {parts} different ones" if scarce else "give more rows"]
         ways += ["files for eval and test"]
         if different >= 2 * len(SPLITS) and not scarce:
             ways += ["larger data.eval_fraction and data.test_fraction"]
         raise DataError(
-            f"{where}: {counted(train.num_read, 'row')}{of_labels}{alike}: too few for three splits of at least 2 rows "
+            f"{where}: {counted(train.num_read, 'row')}{alike}{of_labels}: too few for three splits of at least 2 rows "
             f"({', '.join(small)}); {', '.join(ways[:-1])}, or {ways[-1]}{_sections(recipe)}"
         )
     return splits

@@ -26,7 +26,8 @@ def rows(summary: DataSummary, width: int) -> int:
 
 
 def passes(summary: DataSummary) -> int:
-    """Of each row through the untouched model: a pair's texts are read together, and apart."""
+    """Of each row through the untouched model, at most: a pair's texts are read together, and apart where the tokenizer
+    tells them apart."""
     return 2 if "text_pair" in summary.columns else 1
 
 

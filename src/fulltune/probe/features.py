@@ -1,6 +1,6 @@
 """What the untouched model knows of each item: a row, a word with a tag, a choice, a token that may begin an answer.
 
-One pass over the rows, batch by batch; in memory stays what scikit-learn is given.
+One pass over the rows, of pairs three, batch by batch; in memory stays what scikit-learn is given.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Features:
     rows: np.ndarray
     """The row of each item [items]."""
     apart: np.ndarray | None = None
-    """Of a pair, what the means over each text read alone say of each other, [items, 2 hidden + 1]; None: it is no
-    pair, or its texts cannot be told apart."""
+    """`pairs.compared` of a pair's texts, each read alone, [items, 2 hidden + 1]; None: items are no pairs, or their
+    texts are not told apart."""
 
 
 def sampled(rows: Any, kind: ProblemType, num_choices: int, width: int, most: int = MOST_ROWS) -> Any:
@@ -101,13 +101,14 @@ def passes(
         for positions in watched(longest_first(lengths), batch_size, lengths, watch):
             chosen = [rows[i] for i in positions]
             batch, labels = _on_device(task.collate(chosen, pad_token_id), model.device)
-            texts = each_alone(chosen, separators) if separators else None
             with torch.no_grad(), autocast(model.device.type, precision):
                 found = _of_items(see(model, layers, batch), batch, labels, chosen, kind, np.asarray(positions))
-                if texts is not None:
-                    batch, _ = _on_device(task.collate(texts, pad_token_id), model.device)
-                    means = _mean(see(model, None, batch).hidden, batch)
-                    found = replace(found, apart=None if means is None else _finite(compared(means).cpu().numpy()))
+                if separators and found.mean is not None:
+                    texts, means = each_alone(chosen, separators), list[Any]()
+                    for part in (texts[: len(chosen)], texts[len(chosen) :]):  # no pass is larger than the pair's
+                        batch, _ = _on_device(task.collate(part, pad_token_id), model.device)
+                        means.append(_mean(see(model, None, batch).hidden, batch))
+                    found = replace(found, apart=_finite(compared(*means).cpu().numpy()))
             yield found
     finally:
         model.train(was_training)

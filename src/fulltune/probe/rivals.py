@@ -11,7 +11,7 @@ from fulltune.probe.features import Features
 from fulltune.probe.layers import HeadLayers
 from fulltune.probe.linear import STRENGTHS, Items, Linear, best_space, centroids, fits, wrong
 from fulltune.probe.looker import Looker
-from fulltune.records.probe import FrozenRival, Pooling
+from fulltune.records.probe import MOST_SOLVER_BYTES, FrozenRival, Pooling, solver_bytes
 from fulltune.system.out_of_memory import with_smaller_batches
 
 
@@ -33,9 +33,14 @@ def best_rival(looker: Looker, train: Features, held_out: Features | None) -> tu
             None if held is None or held_out is None else looker.items(held[name], held_out),
         )
         for name, features in _pooled(train).items()
+        if name != "apart" or _fits_memory(looker, features)  # twice as wide as the others
     }
     pooling, least, (kind, _), classifier = best_space(spaces, candidates, wrong)
     return FrozenRival.model_validate({"pooling": pooling, "kind": kind, "loss": least}), classifier
+
+
+def _fits_memory(looker: Looker, features: np.ndarray) -> bool:
+    return solver_bytes(looker.kind, len(features), looker.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
 
 
 def _pooled(features: Features) -> dict[Pooling, np.ndarray]:

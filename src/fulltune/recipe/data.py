@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from fulltune.recipe.block import Block
 
-_SHARE = re.compile(r"[0-9.]+ *%?")
-"""How other tools name a part of the train rows; no file is called so."""
+_SHARE = re.compile(r"0?\.\d+|\d+(\.\d+)? *%")
+"""How other tools name a part of the train rows."""
 TextRows = Literal["auto", "line", "paragraph", "section"]
 
 
@@ -107,9 +107,9 @@ class DataBlock(Block):
         held_out = [(role, path) for role, path in (("eval", self.eval), ("test", self.test)) if path is not None]
         for role, path in held_out:
             if _SHARE.fullmatch(path):
-                problems.append(
-                    f"{role}: expected a file, found {path}; for a part of train write {role}_fraction: 0.1"
-                )
+                share = float(path.rstrip(" %")) / (100 if path.endswith("%") else 1)
+                instead = f"for a part of train write {role}_fraction: {share:g}"
+                problems.append(f"{role}: expected a file, found {path}; {instead}")
             elif path in train:
                 problems.append(f"{role}: is the file of train; rows for scoring must not be trained on")
         if self.test is not None and self.test == self.eval and not _SHARE.fullmatch(self.test):

@@ -360,11 +360,17 @@ def _override(values: dict[str, Any], override: str, problems: list[str]) -> tup
         problems.append(f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}")
         return ()
     *blocks, last = name.strip().split(".")
+    if not all((*blocks, last)):
+        problems.append(f"--set {override}: a name is missing beside a '.'")
+        return ()
     place = values
     for block in blocks:
         inner = place.get(block)
         if isinstance(inner, str) and block in _SHORT:
             inner = {_SHORT[block]: inner}
+        if isinstance(inner, list):
+            problems.append(f"--set {override}: {block} is a list; give all of it, such as --set '{block}=[...]'")
+            return ()
         inner = dict(inner) if isinstance(inner, dict) else {}
         place[block] = inner
         place = inner
