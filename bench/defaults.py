@@ -49,6 +49,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "decay-0.8": {"method": {"layerwise_lr_decay": 0.8}},
     "rate-half": {"method": {"learning_rate": RATE / 2}},
     "rate-double": {"method": {"learning_rate": 2 * RATE}},
+    "lora-x2": {"method": {"kind": "lora", "learning_rate": 2 * RATE}},
+    "lora-x4": {"method": {"kind": "lora", "learning_rate": 4 * RATE}},
+    "lora-x10": {"method": {"kind": "lora", "learning_rate": 10 * RATE}},
     "batch-16": {"train": {"global_batch_size": 16}},
     "keep-last": {"train": {"load_best_model_at_end": False}},
     "rate-1e-4": {"method": {"learning_rate": 1e-4}},
@@ -113,8 +116,9 @@ WANTED = (
 )
 _ENCODERS = (
     "random-head",
-    "rate-quarter",
-    "rate-half-epochs-10",
+    "lora-x2",
+    "lora-x4",
+    "lora-x10",
     "head-x5",
     "head-x10",
     "decay-0.9",

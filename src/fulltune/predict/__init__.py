@@ -124,7 +124,8 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     """A plain text as a row in the model's columns."""
     columns = notes["columns"]
     if problem := _NEEDS_COLUMNS.get("text_pair" if "text_pair" in columns else notes["task"]):
-        raise DataError(f"this model {problem}")
+        names = ", ".join(column for role, column in columns.items() if role not in _NOT_READ)
+        raise DataError(f"this model {problem}: {names}")
     role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
     forms = {"messages": [{"role": "user", "content": text}], "tokens": tags.split_text(text)}
     return {columns[role]: forms.get(role, text)}

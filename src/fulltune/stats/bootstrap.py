@@ -84,8 +84,12 @@ class Resampled:
     """What was drawn: rows that depend on each other come together."""
 
     def estimate(self, confidence: float) -> Estimate:
-        """The value with its percentile interval at this level, for example 0.95."""
+        """The value with its percentile interval at this level, for example 0.95; without a single mistake down to the
+        share that so many rows leave possible."""
         low, high = percentiles(self.draws, confidence)
+        if low == high == self.value == 1.0:
+            # No resample has a mistake that no row has (Clopper and Pearson 1934).
+            low = ((1 - confidence) / 2) ** (1 / max(1, self.num_clusters))
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 
     def save(self, path: Path) -> None:

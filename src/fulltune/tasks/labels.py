@@ -17,6 +17,7 @@ from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import PLACE, Row, Target
 from fulltune.tasks.columns import literal
+from fulltune.text import counted
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
@@ -181,7 +182,7 @@ def _refuse_mixed(found: LabelValues, column: str, where: str) -> None:
 
 
 def _few(counts: Counter[str]) -> str:
-    shown = ", ".join(f"'{name}' in {count} rows" for name, count in counts.most_common(2))
+    shown = ", ".join(f"'{name}' in {counted(count, 'row')}" for name, count in counts.most_common(2))
     return shown + (f", {len(counts) - 2} more" if len(counts) > 2 else "")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
@@ -34,10 +35,13 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     """Columns for `text`, `label` and, when there is one, `text_pair`."""
     label = required("label", data.label, columns, where)
     rest = [column for column in columns if column != label]
-    if data.text is None and data.text_pair is None:
+    texts = [column for column in (data.text, data.text_pair) if column is not None]
+    if twice := next((column for column in texts if [*texts, label].count(column) > 1), None):
+        raise DataError(f"{where}: column '{twice}' has two of the roles text, text_pair and label; name another one")
+    if data.text_pair is None:
         by_lower = {column.lower().strip(): column for column in rest} | {column: column for column in rest}
         for text, pair in USUAL_PAIRS:
-            if text in by_lower and pair in by_lower:
+            if text in by_lower and pair in by_lower and data.text in (None, by_lower[text]):
                 return {"text": by_lower[text], "text_pair": by_lower[pair], "label": label}
     wanted = data.text
     if wanted is None and named("text", None, rest, where) is None:

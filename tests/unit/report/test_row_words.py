@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,6 +114,17 @@ def test_loading_code_of_each_task_compiles_and_names_its_class(task: str, parts
     code = loading_code('a "folder"', task, None)
     compile(code, task, "exec")
     assert all(part in code for part in parts)
+
+
+def test_loading_code_finds_a_base_in_a_package() -> None:
+    code = loading_code("m", "text-classification", None, "package:json/tool.py")
+    [place] = [
+        line.partition("from_pretrained(")[2].partition(", config=")[0]
+        for line in code.splitlines()
+        if "base =" in line
+    ]
+    assert eval(place, {"files": files}) == str(Path(json.__file__).parent / "tool.py")
+    assert "from importlib.resources import files\n" in code
 
 
 def test_loading_code_names_the_prefix_that_each_source_had(causal_lm: Path) -> None:

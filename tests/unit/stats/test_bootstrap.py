@@ -30,6 +30,13 @@ def test_interval_is_about_as_wide_as_the_formula() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 1000), rel=0.1)
 
 
+@pytest.mark.parametrize(("count", "low"), [(31, 0.888), (300, 0.988)])
+def test_interval_without_a_mistake_is_clopper_and_pearsons(count: int, low: float) -> None:
+    found = resample({"right": np.ones(count)}, mean, samples=100)["mean"].estimate(0.95)
+    assert (found.value, found.high) == (1, 1)
+    assert found.low == pytest.approx(low, abs=1e-3)
+
+
 def test_interval_same_seed_draws_the_same_rows() -> None:
     kept = {"right": np.arange(50.0)}
     one, two = (resample(kept, mean, samples=100)["mean"].draws for _ in range(2))

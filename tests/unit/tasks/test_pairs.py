@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import text_classification
 
@@ -14,6 +15,8 @@ from fulltune.tasks import text_classification
         (("idx", "premise", "hypothesis", "label"), "premise", "hypothesis"),
         (("Sentence1", "Sentence2", "label"), "Sentence1", "Sentence2"),
         (("question1", "question2", "label"), "question1", "question2"),
+        (("question1", "question2", "is_duplicate"), "question1", "question2"),
+        (("sentence1", "sentence2", "similarity"), "sentence1", "sentence2"),
         (("text_a", "text_b", "label"), "text_a", "text_b"),
         (("text", "text_pair", "label"), "text", "text_pair"),
         (("query", "passage", "score"), "query", "passage"),
@@ -26,6 +29,22 @@ def test_usual_pairs_of_columns_are_read_together(columns: tuple[str, ...], text
     found = text_classification.find_columns(columns, [], DataBlock(train="rows.csv"), "rows.csv")
     assert (found["text"], found.get("text_pair")) == (text, text_pair)
     assert found["label"] == columns[-1]
+
+
+def test_first_of_a_usual_pair_is_read_with_the_second() -> None:
+    """Half of what a pair's label depends on would be left out in silence."""
+    data = DataBlock(train="rows.csv", text="question1")
+    found = text_classification.find_columns(("question1", "question2", "label"), [], data, "rows.csv")
+    assert found == {"text": "question1", "text_pair": "question2", "label": "label"}
+
+
+@pytest.mark.parametrize(
+    "roles", [{"text": "label"}, {"text_pair": "label"}, {"text": "premise", "text_pair": "premise"}]
+)
+def test_column_with_two_roles_is_refused(roles: dict[str, str]) -> None:
+    data = DataBlock(train="rows.csv", **roles)
+    with pytest.raises(DataError, match=rf"rows.csv: column '{next(iter(roles.values()))}' has two of the roles"):
+        text_classification.find_columns(("premise", "hypothesis", "label"), [], data, "rows.csv")
 
 
 def test_named_text_is_read_alone() -> None:

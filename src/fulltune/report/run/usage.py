@@ -60,10 +60,14 @@ def loading_code(folder: str, task: str, summary: DataSummary | None, base: str 
     facts = FACTS.get(task, FACTS["text-classification"])
     head = facts.auto_class
     kind, name = ("AutoImageProcessor", "processor") if facts.reads == "image" else ("AutoTokenizer", "tokenizer")
-    where, pretrained = (json.dumps(place, ensure_ascii=False) for place in (folder, words.file_name(base)))
+    where, pretrained = json.dumps(folder, ensure_ascii=False), json.dumps(words.file_name(base), ensure_ascii=False)
     imports, loading = f"from transformers import {head}, {kind}", f"model = {head}.from_pretrained({where})\n"
     if base:
         imports = f"from peft import PeftModel\nfrom transformers import AutoConfig, {head}, {kind}"
+        if base.startswith("package:"):
+            package, _, inner = base.removeprefix("package:").partition("/")
+            imports = f"from importlib.resources import files\n\n{imports}"
+            pretrained = f"str(files({json.dumps(package)}) / {json.dumps(inner)})"
         loading = (
             f"base = {head}.from_pretrained({pretrained}, config=AutoConfig.from_pretrained({where}))\n"
             f"model = PeftModel.from_pretrained(base, {where})\n"
