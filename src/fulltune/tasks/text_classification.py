@@ -76,8 +76,11 @@ def refuse(row: Row, target: Target) -> Refused | None:
     """Rows without text or without a target are dropped."""
     if refused := without_text(row, target, "text"):
         return refused
-    if isinstance(row.get(target.columns.get("text_pair", "")), (list, tuple, dict)):
-        return Refused("no text", f"column '{target.columns['text_pair']}' holds a list or an object, not text")
+    if (pair := target.columns.get("text_pair")) is not None:
+        if row.get(pair) is None:  # one that is empty is a text
+            return Refused("no text", f"column '{pair}' is missing")
+        if isinstance(row[pair], (list, tuple, dict)):
+            return Refused("no text", f"column '{pair}' holds a list or an object, not text")
     column = target.columns["label"]
     value = row.get(column)
     is_list = target.problem_type == "multi_label"  # an empty list says that no label holds

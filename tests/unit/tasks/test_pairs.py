@@ -6,7 +6,7 @@ import pytest
 
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
-from fulltune.tasks import text_classification
+from fulltune.tasks import Refused, Target, text_classification
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,21 @@ def test_named_text_is_read_alone() -> None:
     data = DataBlock(train="rows.csv", text="hypothesis")
     found = text_classification.find_columns(columns, [], data, "rows.csv")
     assert found == {"text": "hypothesis", "label": "label"}
+
+
+@pytest.mark.parametrize(
+    ("row", "refused"),
+    [
+        ({"a": "one", "b": "other", "same": "x"}, None),
+        ({"a": "one", "b": "", "same": "x"}, None),
+        ({"a": "one", "b": None, "same": "x"}, Refused("no text", "column 'b' is missing")),
+        ({"a": "one", "same": "x"}, Refused("no text", "column 'b' is missing")),
+        (
+            {"a": "one", "b": ["other"], "same": "x"},
+            Refused("no text", "column 'b' holds a list or an object, not text"),
+        ),
+    ],
+)
+def test_second_text_may_be_empty_and_not_missing(row: dict[str, object], refused: Refused | None) -> None:
+    target = Target("single_label", {"text": "a", "text_pair": "b", "label": "same"}, ("x", "y"))
+    assert text_classification.refuse(row, target) == refused

@@ -37,6 +37,8 @@ _CONFUSED_PAIRS = 20
 _ANSWERS_OPEN = 5
 _MISTAKES_OPEN = 10
 _ANSWER_LIMIT = 1200
+_HARDLY = 0.05
+"""Share of the calibration error; less is rounding and a few rows."""
 _MISTAKE_LIMIT = 500
 _LABEL_LIMIT = 60
 
@@ -244,13 +246,16 @@ def calibration_in_words(found: Calibration) -> str:
     if found.note:
         return f"{found.note[0].upper()}{found.note[1:]}."
     if found.temperature > 1.02:
-        sure = "The model is overconfident: it is right less often than its probabilities say (temperature above 1)"
+        sure = "On the eval rows the model is overconfident: it is right less often than its probabilities say (temperature above 1)"
     elif found.temperature < 0.98:
-        sure = "The model is underconfident: it is right more often than its probabilities say (temperature below 1)"
+        sure = "On the eval rows the model is underconfident: it is right more often than its probabilities say (temperature below 1)"
     else:
-        sure = "The model is right about as often as its probabilities say (temperature near 1)"
+        sure = "On the eval rows the model is right about as often as its probabilities say (temperature near 1)"
     before, after = found.expected_calibration_error, found.expected_calibration_error_scaled
-    effect = "brings its probabilities closer to" if after < before else "does not bring its probabilities closer to"
+    if abs(after - before) < _HARDLY * before:
+        effect = "hardly changes how close its probabilities are to"
+    else:
+        effect = "brings its probabilities closer to" if after < before else "takes its probabilities further from"
     return f"{sure}; dividing the logits by the temperature {effect} how often it is right on the test rows."
 
 
