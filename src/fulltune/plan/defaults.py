@@ -13,8 +13,9 @@ from fulltune.recipe.tasks import FACTS
 Chosen = tuple[float, str]
 ADAPTER_TIMES = 20.0
 """1e-3 where full takes 5e-5 (Houlsby et al. 2019: up to 3e-3); MiniLM-L6, 2e-4, was best at 1e-2 (docs/log.md)."""
-LORA_TIMES = 10.0
-"""Its best rate over full fine-tuning's, on average (Schulman et al. 2025)."""
+LORA_TIMES, MOST_LORA = 10.0, 8e-4
+"""Its best rate over full fine-tuning's, on average (Schulman et al. 2025), and the highest: at 2e-3 MiniLM-L6 loses
+what a head from a probe gives it, and in many steps it learned nothing (docs/quality.md)."""
 
 
 def learning_rate(num_parameters: int, is_decoder: bool) -> Chosen:
@@ -37,7 +38,8 @@ def learning_rate_of(method: Method, num_parameters: int, is_decoder: bool) -> C
         case "full":
             return full, why
         case "lora":
-            return LORA_TIMES * full, f"{LORA_TIMES:g} times full fine-tuning's, {full:g}: {why}"
+            rate = min(LORA_TIMES * full, MOST_LORA)
+            return rate, f"{rate / full:g} times full fine-tuning's, {full:g}: {why}"
         case "head":
             return 1e-3, "usual for a head alone"
         case "adapter":

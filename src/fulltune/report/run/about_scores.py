@@ -246,17 +246,18 @@ def calibration_in_words(found: Calibration) -> str:
     if found.note:
         return f"{found.note[0].upper()}{found.note[1:]}."
     if found.temperature > 1.02:
-        sure = "On the eval rows the model is overconfident: it is right less often than its probabilities say (temperature above 1)"
+        sure = "is overconfident: it is right less often than its probabilities say (temperature above 1)"
     elif found.temperature < 0.98:
-        sure = "On the eval rows the model is underconfident: it is right more often than its probabilities say (temperature below 1)"
+        sure = "is underconfident: it is right more often than its probabilities say (temperature below 1)"
     else:
-        sure = "On the eval rows the model is right about as often as its probabilities say (temperature near 1)"
+        sure = "is right about as often as its probabilities say (temperature near 1)"
     before, after = found.expected_calibration_error, found.expected_calibration_error_scaled
     if abs(after - before) < _HARDLY * before:
         effect = "hardly changes how close its probabilities are to"
     else:
         effect = "brings its probabilities closer to" if after < before else "takes its probabilities further from"
-    return f"{sure}; dividing the logits by the temperature {effect} how often it is right on the test rows."
+    said = f"On the eval rows the model {sure}"
+    return f"{said}; dividing the logits by the temperature {effect} how often it is right on the test rows."
 
 
 def _of_each(view: RunView, shown: Callable[[Scores], list[Block]]) -> list[Block]:
