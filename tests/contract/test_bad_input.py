@@ -703,7 +703,7 @@ def test_recipe_problems_are_all_named_with_lines(case: Case) -> None:
             ":3  data.train: environment variable NO_SUCH_NAME is not set",
         ),
         ("model: x\ntask: causal-lm\ndata: {train: []}\n", ":3  data.train: names no file"),
-        ("model: x\ntask: causal-lm\ndata: {train: 5}\n", ":3  data.train: expected string, found 5"),
+        ("model: x\ntask: causal-lm\ndata: {train: 5}\n", ":3  data.train: expected text, found 5"),
         (
             "model: x\ntask: causal-lm\ndata:\n  train: a\n  test: a\n",
             ":5  data.test: is the file of train; rows for scoring must not be trained on",

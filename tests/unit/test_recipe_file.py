@@ -121,7 +121,9 @@ def test_override_of_the_model_keeps_its_name(tmp_path: Path) -> None:
         ("train: {max_stepz: 1}", "recipe.yaml:5  train.max_stepz: unknown setting; did you mean 'max_steps'?"),
         ("learning_rate: 1", "recipe.yaml:5  learning_rate: unknown setting; write method.learning_rate"),
         ("train: {seed: -1}", "recipe.yaml:5  train.seed: expected greater than or equal to 0, found -1"),
-        ("train: {max_steps: 1.5}", "recipe.yaml:5  train.max_steps: expected integer, found 1.5"),
+        ("train: {max_steps: 1.5}", "recipe.yaml:5  train.max_steps: expected whole number, found 1.5"),
+        ("train: {seed: }", "recipe.yaml:5  train.seed: expected whole number, found nothing"),
+        ("train: {weight_decay: 1%}", "recipe.yaml:5  train.weight_decay: expected number, found '1%'; write 0.01"),
         ("train: 3", "recipe.yaml:5  train: expected settings (a block), found a number"),
         (
             "train: {max_steps: 1, num_train_epochs: 2}",

@@ -175,7 +175,17 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
         case _:
             message = item["msg"][0].lower() + item["msg"][1:]
             message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
-            yield f"{where}  {name}: expected {message}, found {given!r}"
+            expected, found = _IN_WORDS.get(message, message), "nothing" if given is None else repr(given)
+            yield f"{where}  {name}: expected {expected}, found {found}{_share(given)}"
+
+
+_IN_WORDS = {"integer": "whole number", "string": "text"}
+"""What pydantic calls otherwise than docs/recipe.md does."""
+
+
+def _share(given: Any) -> str:
+    """How to write a percentage."""
+    return f"; write {float(given.rstrip(' %')) / 100:g}" if re.fullmatch(r"\d+(\.\d+)? *%", str(given)) else ""
 
 
 _FEW = 12
