@@ -54,40 +54,40 @@ def searched(folder: Path, metric: Callable[[Trial], float]) -> tuple[list[Trial
 
 
 def test_search_best_in_the_middle_ends_it(tmp_path: Path) -> None:
-    asked, found = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 2e-3)))
+    asked, found = searched(tmp_path, lambda trial: 1 - abs(np.log10(trial.learning_rate / 8e-4)))
     # 24 steps: ten of them is what a trial needs.
-    assert [(one.learning_rate, round(one.share, 2)) for one in asked] == [(6.3e-4, 0.42), (2e-3, 0.42), (6.3e-3, 0.42)]
-    assert (found.chosen, found.on_edge) == (2e-3, False)
+    assert [(one.learning_rate, round(one.share, 2)) for one in asked] == [(2.5e-4, 0.42), (8e-4, 0.42), (2.5e-3, 0.42)]
+    assert (found.chosen, found.on_edge) == (8e-4, False)
     assert all(one.searches for one in asked)
 
 
 def test_search_best_at_the_edge_goes_beyond_it_and_survives_divergence(tmp_path: Path) -> None:
     asked, found = searched(
-        tmp_path, lambda trial: float("nan") if trial.learning_rate > 0.015 else 100 * trial.learning_rate
+        tmp_path, lambda trial: float("nan") if trial.learning_rate > 5e-3 else 100 * trial.learning_rate
     )
-    assert [one.learning_rate for one in asked] == [6.3e-4, 2e-3, 6.3e-3, 0.02]
-    assert (found.chosen, found.on_edge) == (6.3e-3, False)
+    assert [one.learning_rate for one in asked] == [2.5e-4, 8e-4, 2.5e-3, 7.9e-3]
+    assert (found.chosen, found.on_edge) == (2.5e-3, False)
 
 
 def test_rate_of_a_search_gives_way_to_the_usual_one_where_whole_runs_do_not_tell_them_apart(tmp_path: Path) -> None:
     # The usual rate is the third best of the short trials, and has a whole run before the second best.
-    short = {6.3e-4: 0.1, 2e-3: 0.3, 6.3e-3: 0.95, 0.02: 0.8}
+    short = {2.5e-4: 0.1, 8e-4: 0.3, 2.5e-3: 0.95, 7.9e-3: 0.8}
     _, found = searched(tmp_path, lambda trial: short[trial.learning_rate])
-    assert found.chosen == 6.3e-3
+    assert found.chosen == 2.5e-3
     one = job(tmp_path, [METHODS[1], "lora"])
     line = comparing.Context(one, pipeline.prepare(one), "test")
     searches, asked = {"lora": found}, []
 
     def final(_: Any, trial: Trial) -> TrialResult:
         asked.append(trial.learning_rate)
-        return result_of(trial, 0.9 if trial.learning_rate == 6.3e-3 else 0.88)[2]
+        return result_of(trial, 0.9 if trial.learning_rate == 2.5e-3 else 0.88)[2]
 
     with mock.patch.object(whole_runs, "run_trial", final):
-        ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=6.3e-3, seed=42))
+        ran = with_first(line, searches, Trial(name="lora-seed42", arm="lora", learning_rate=2.5e-3, seed=42))
         ran.check_rate("lora")
     (result,) = ran.results["lora"]
-    assert asked == [6.3e-3, 2e-3]
-    assert result.trial.learning_rate == searches["lora"].chosen == 2e-3
+    assert asked == [2.5e-3, 8e-4]
+    assert result.trial.learning_rate == searches["lora"].chosen == 8e-4
 
 
 def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path) -> None:
