@@ -334,7 +334,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         panel.axhline(0, color="#888888", linewidth=0.8)
         panel.axhspan(-scale * SETS[name].margin, scale * SETS[name].margin, color="#dddddd", alpha=0.6, linewidth=0)
         panel.set_xscale("log")
-        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        apart = [size for size in sizes if not any(size < other < 1.05 * size for other in sizes)]
+        panel.set_xticks(apart, [f"{size:,}" for size in apart])
         panel.minorticks_off()
         panel.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
         panel.set_title(SETS[name].title.replace(", ", ",\n", 1), fontsize=9)
