@@ -18,7 +18,7 @@ $(VENV)/chat: $(VENV)/quickstart
 	touch $@
 
 $(VENV)/dev: $(VENV)/quickstart
-	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,dev]'
+	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,search,dev]'
 	touch $@
 
 quickstart: $(VENV)/quickstart

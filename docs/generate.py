@@ -140,6 +140,8 @@ def _type(annotation: Any) -> tuple[str, bool]:
         return " or ".join(kinds), types.NoneType in inner
     if origin is typing.Literal:
         return " | ".join(f"`{value}`" for value in inner), False
+    if origin is typing.Annotated:
+        return _type(inner[0])
     if origin is tuple:
         return f"list of {_type(inner[0])[0]}", False
     if origin is dict:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune import pipeline
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import check, load_recipe
 from fulltune.records.events import Listener
 from fulltune.run_context import Run
+from fulltune.search import run as searching
 from fulltune.system.run_folder import Reached, find_or_make, hide_progress_bars
 from fulltune.train.hooks import Hooks
 
@@ -97,7 +97,7 @@ def run(
         >>> result = fulltune.run("banking77.yaml", class_weights="balanced")  # doctest: +SKIP
         >>> result.scores[-1].metrics["accuracy"].value  # doctest: +SKIP
     """
-    return pipeline.run(
+    return searching.run(
         job(
             recipe,
             run_folder=run_folder,

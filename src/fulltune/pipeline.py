@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fulltune import data, evaluate, methods, plan, report
-from fulltune.errors import DoesNotFitError, GuardStop
+from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Planned
 from fulltune.records.plan import Plan
@@ -121,7 +121,13 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
 
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
-    """The train stage: attempts under guard, until one succeeds or nothing is left to try."""
+    """The train stage: attempts under guard, until one succeeds or nothing is left to try.
+
+    Raises:
+        RecipeError: When the recipe asks for a search, which is made of several runs.
+    """
+    if job.recipe.is_searched:
+        raise RecipeError("search: is a line of its own, and this is one run; call fulltune.run, or name the settings")
     return train(job.recipe, trial, job.folder, job.hooks, job.listener, job.need(summary))
 
 

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
     (("run_context.py",),),
     (("pipeline.py",),),
-    (("compare",), ("selfcheck",)),
+    (("compare", "search"), ("selfcheck",)),
     (("cli/show",), ("classic",)),
     (("api.py",),),
     (("cli", "cli/__init__"),),

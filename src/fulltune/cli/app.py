@@ -33,6 +33,8 @@ from fulltune.cli.options import (
     Preserve,
     Price,
     RunFolder,
+    SearchBudget,
+    SearchRate,
     Target,
 )
 from fulltune.cli.stages import err, out
@@ -127,7 +129,13 @@ def init(
 
 @app.command()
 def run(
-    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+    target: Target,
+    set_: Overrides = None,
+    run_folder: RunFolder = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    search: SearchRate = False,
+    budget: SearchBudget = None,
 ) -> None:
     """Do all stages: data, plan, train, evaluate, report. The same command continues an unfinished run."""
     from fulltune import report
@@ -135,7 +143,9 @@ def run(
     from fulltune.report.run.row_words import row_words
 
     began = time.time()
-    recipe, folder = stages.open_run(target, set_, run_folder, fresh, "report")
+    overrides = [*(set_ or []), *["method.learning_rate=search"] * search]
+    overrides += [f"search.budget={budget}"] if budget is not None else []
+    recipe, folder = stages.open_run(target, overrides, run_folder, fresh, "report")
     reached = stages.finished(recipe, folder) or stages.reach(recipe, folder, "report", details=True, began=began)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])

@@ -16,6 +16,12 @@ RunFolder = Annotated[
     Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
+SearchRate = Annotated[
+    bool, typer.Option("--search", help="Find the learning rate first: short for --set method.learning_rate=search.")
+]
+SearchBudget = Annotated[
+    str | None, typer.Option("--budget", help="Most time for a search, its best run included: 20m, 2h.", metavar="TIME")
+]
 MethodName = Annotated[
     str | None,
     typer.Option("--method", help="Which of the run's models; default: the method that the comparison recommends."),

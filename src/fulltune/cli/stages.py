@@ -88,12 +88,12 @@ def reach(
     began = began or time.time()
     run_folder.hide_progress_bars()
     try:
-        from fulltune import pipeline
         from fulltune.cli.show.run import Display
         from fulltune.run_context import Run
+        from fulltune.search.run import run
 
         with Display(err, details) as display:
-            return pipeline.run(Run(recipe, folder, listener=display, began=began), until, measure)
+            return run(Run(recipe, folder, listener=display, began=began), until, measure)
     except KeyboardInterrupt:
         # Typer would turn it into exit code 130, which says nothing of continuing.
         raise InterruptedRun("interrupted; the same command continues it") from None

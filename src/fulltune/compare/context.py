@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune import methods, plan
+from fulltune.compare import rate_search
 from fulltune.evaluate import drift
 from fulltune.evaluate.generic_text import generic_texts
 from fulltune.footprint.records import Footprint
@@ -71,6 +72,10 @@ class Context:
     """False in a process that trains for another one."""
     side_by_side: int = 1
     """Trials at a time; each has its share of the cores, also one that is trained alone."""
+    most_whole_runs: int = rate_search.MOST_WHOLE_RUNS
+    """At different rates, of an arm."""
+    finds_ceiling: bool = False
+    """Short trials go on upwards until one is clearly worse: from there on rates are too high."""
     alpha_left: float | None = None
     """By the verdict that was made before more time was given; None: there was none."""
     _setups: dict[str, ArmSetup] = field(default_factory=dict)
@@ -102,13 +107,19 @@ class Context:
         return row_scores.measure_of(self.recipe.task, Target.of(self.summary), self.setup(self.full.arm).plan.metric)
 
     @property
+    def arms(self) -> tuple[Any, ...]:
+        """The recipe's methods; of a run whose rate is searched its only one."""
+        return self.recipe.methods or (self.recipe.method,)
+
+    @property
     def full(self) -> Any:
-        return next(one for one in self.recipe.methods if one.kind == "full")
+        """What the others are compared with: full fine-tuning, or the only method that there is."""
+        return next((one for one in self.arms if one.kind == "full"), self.arms[0])
 
     @property
     def trained_arms(self) -> list[Any]:
         """Full first: the others are compared with it."""
-        return [self.full, *(one for one in self.recipe.methods if one.kind not in ("full", "base"))]
+        return [self.full, *(one for one in self.arms if one is not self.full and one.kind != "base")]
 
     def result_path(self, name: str) -> Path:
         """Where the result of the trial of this name is kept."""
@@ -169,7 +180,7 @@ class Context:
     def setup(self, arm: str) -> ArmSetup:
         """Sizes, memory and plan of an arm; traced once."""
         if arm not in self._setups:
-            method = next(one for one in self.recipe.methods if one.arm == arm)
+            method = next(one for one in self.arms if one.arm == arm)
             recipe = self.recipe.model_copy(update={"method": method, "methods": ()})
             model = PlannedModel.of(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))

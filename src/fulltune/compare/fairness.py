@@ -147,7 +147,7 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
         if method.kind == "base" or method.arm in left_out:
             continue
         usual, _ = plan.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
-        rates = rate_search.grid(usual, method.learning_rates, method.learning_rate)
+        rates = rate_search.grid(usual, method.learning_rates, method.fixed_learning_rate)
         seeds, waits, time_was_up, time_to_search = planned, False, False, True
         if expected:
             waits = expected.sequential and (method.kind == "head" or method.arm in rivals[1:])

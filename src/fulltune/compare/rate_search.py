@@ -24,6 +24,7 @@ from fulltune.stats.intervals import error_of_share
 STEP = math.sqrt(10)
 """Between two rates of a grid."""
 MOST_EXTENSIONS = 2
+MOST_WHOLE_RUNS = 2 + MOST_EXTENSIONS
 LEAST_STEPS = 10
 """Of a short trial: with fewer all rates look alike."""
 _USUAL = {True: "the usual rate", False: "of the given rates the nearest to the usual one"}
@@ -131,6 +132,20 @@ def beyond(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> floa
     return None
 
 
+def above(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
+    """The next higher rate to try in order to see where rates are too high; None: one was, or the grid was given."""
+    if not may_extend or ceiling(tried, scale) is not None:
+        return None
+    return rounded(max(tried) * STEP)
+
+
+def ceiling(tried: Mapping[float, float], scale: Scale) -> float | None:
+    """The lowest rate above the best one whose trial diverged or was clearly worse; None: none was."""
+    best = best_of(tried, scale)
+    least = scale.oriented(tried[best]) - CLEARLY * scale.tolerance(tried[best])
+    return min((rate for rate in tried if rate > best and scale.oriented(tried[rate]) < least), default=None)
+
+
 def finished(arm: str, tried: Sequence[Tried], scale: Scale, may_extend: bool, usual: float) -> Search:
     """The result of the short trials: the best rate, where it is clearly better than the usual one."""
     found = {one.learning_rate: one.metric for one in tried}
@@ -157,7 +172,9 @@ def without_time(arm: str, rate: float, may_extend: bool) -> Search:
 # ---- whole runs ------------------------------------------------------------------------------------------------
 
 
-def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool) -> float | None:
+def next_whole(
+    search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int = MOST_WHOLE_RUNS
+) -> float | None:
     """The rate that gets the next whole run; None: no more.
 
     First the usual rate, which another one has to beat in whole runs, too; where the search chose that one, the second
@@ -168,7 +185,7 @@ def next_whole(search: Search, whole: Mapping[float, float], scale: Scale, may_e
     ones; none where it was whole runs that chose the rate that diverged.
     """
     short = {one.learning_rate: one.metric for one in search.tried}
-    if len(short) < 2 or search.whole or len(whole) >= 2 + MOST_EXTENSIONS:
+    if len(short) < 2 or search.whole or len(whole) >= most:
         return None
     left = {rate: metric for rate, metric in short.items() if rate not in whole and not math.isnan(metric)}
     usual = search.usual

@@ -20,7 +20,7 @@ def search_all(context: Context, expectation: Expectation, run_together: paralle
     Full and the first rival are trained at the usual one where there is no time to search, others only with a search.
     """
     methods = [one for one in context.trained_arms if one.arm in expectation.arms]
-    pair = [one.arm for one in methods if one.kind in ("full", *RIVALS)][:2]
+    pair = [one.arm for one in methods if one is context.full or one.kind in RIVALS][:2]
     seeds = min(design.LEAST_SEEDS, expectation.num_seeds)
     keep = timing.to_come(context, dict.fromkeys((one.arm for one in methods), 0), seeds)
     trials = [trial for one in methods for trial in grid_trials(context, one, expectation)]
@@ -81,7 +81,10 @@ def search(context: Context, method: Any, expectation: Expectation, keep: float 
             rate = trial.learning_rate
             context.say(f"{method.arm}: trying the rate {rate:g} for {trial.share:.1%} of the steps")
             tried[rate] = Tried(learning_rate=rate, share=trial.share, metric=run_trial(context, trial).metric)
-        further = rate_search.beyond({rate: one.metric for rate, one in tried.items()}, scale, may_extend)
+        metrics = {rate: one.metric for rate, one in tried.items()}
+        further = rate_search.beyond(metrics, scale, may_extend)
+        if further is None and context.finds_ceiling:
+            further = rate_search.above(metrics, scale, may_extend)
         if further is None or len(tried) >= len(rates) + rate_search.MOST_EXTENSIONS:
             break
         trials = [rate_search.search_trial(method.arm, further, trials[0].share, seed)]

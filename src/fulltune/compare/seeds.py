@@ -74,6 +74,19 @@ class SeedRuns:
                 asked = self._before_full()
         return self
 
+    def best_rate(self, arm: str) -> TrialResult:
+        """One seed of one arm, at the best rate that whole runs show; its model is kept as `models/<arm>`.
+
+        Raises:
+            Diverged: At the lowest rate that was left to try as well.
+        """
+        self.results[arm] = []
+        while (result := self.first(self._next_trial(arm))).problems:
+            self._after_divergence(result)
+        self.results[arm].append(result)
+        self.check_rate(arm)
+        return self.results[arm][0]
+
     def _train(self, asked: Mapping[str, int]) -> bool:
         """Whole runs until each arm has the seeds asked for; False when the time is up first."""
         while arms := self._fewest(asked):
@@ -258,7 +271,8 @@ class SeedRuns:
         if any(one.share >= trial.share for one in search.tried):
             return None
         whole = {search.chosen: runs[0].metric} | {one.trial.learning_rate: one.metric for one in runs[1:]}
-        rate = rate_search.next_whole(search, whole, scale_of(self.context), self._may_extend(arm))
+        most = self.context.most_whole_runs
+        rate = rate_search.next_whole(search, whole, scale_of(self.context), self._may_extend(arm), most)
         return None if rate is None else design.final_trial(arm, rate, trial.seed, check=True)
 
     def _may_extend(self, arm: str) -> bool:

@@ -118,7 +118,7 @@ def costs_of(context: Context) -> dict[str, design.Cost]:
         costs[method.arm] = design.Cost(
             run_seconds=steps * (time.total_seconds if time else 0.0),
             num_rates=len(grid(context, method)),
-            decides=method.kind in ("full", *RIVALS),
+            decides=method is context.full or method.kind in RIVALS,
             scoring_seconds=known.rest * SCORING_SECONDS + steps * rows * _row_seconds(context, method.arm),
         )
     return costs
@@ -135,7 +135,7 @@ def _row_seconds(context: Context, arm: str) -> float:
 def grid(context: Context, method: Any) -> tuple[float, ...]:
     """The rates that a method's search begins with."""
     usual = context.setup(method.arm).plan.learning_rate
-    return rate_search.grid(usual, method.learning_rates, method.learning_rate)
+    return rate_search.grid(usual, method.learning_rates, method.fixed_learning_rate)
 
 
 def usual(context: Context, method: Any) -> float:

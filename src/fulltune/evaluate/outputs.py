@@ -40,7 +40,7 @@ def outputs(
     Args:
         scoring: The rows and how they are run.
         model_folder: A finished model; None: the pretrained model, with the head that training begins with.
-        texts: Generic texts.
+        texts: Generic texts; without any nothing is asked of them.
         most_tokens: Where these are cut.
         splits: Whose rows to run.
     """
@@ -52,7 +52,7 @@ def outputs(
         kept[split] = scoring.run(model, processor, split)
         seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
     of_texts = None
-    if scoring.task.FACTS.reads == "text":
+    if texts and scoring.task.FACTS.reads == "text":
         kind, precision = scoring.target.problem_type, scoring.plan.precision
         of_texts = generic(model, processor, texts, kind, precision, most_tokens)
     return Outputs(kept=kept, generic=of_texts, seconds_per_row=seconds)

@@ -52,7 +52,7 @@ def fit(
     steps = basis.steps
     metric = resolve.metric(recipe, summary, reasons)
     rate, why = defaults.learning_rate_of(recipe.method, shapes.num_parameters, shapes.is_decoder)
-    rate = reasons.add("method.learning_rate", recipe.method.learning_rate, rate, why)
+    rate = reasons.add("method.learning_rate", recipe.method.fixed_learning_rate, rate, why)
     resolve.head_rate(recipe, rate, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
     chosen, on_disk = _fitting(basis, summary, own_loss, reasons)

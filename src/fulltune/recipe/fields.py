@@ -17,6 +17,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.recipe.evaluation import CompareBlock, EvaluateBlock
 from fulltune.recipe.methods import RIVALS, Arm, FullMethod, Method
 from fulltune.recipe.model import ModelBlock
+from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.recipe.training import TrainBlock
 
@@ -34,6 +35,7 @@ class Recipe(Block):
     methods: tuple[Arm, ...] = ()
     """What `fulltune compare` compares, in place of `method`: each as there, or its kind alone."""
     train: TrainBlock = TrainBlock()
+    search: SearchBlock = SearchBlock()
     evaluate: EvaluateBlock = EvaluateBlock()
     compare: CompareBlock = CompareBlock()
     output: str = "runs"
@@ -89,8 +91,13 @@ class Recipe(Block):
     def shaping(self) -> dict[str, Any]:
         """All settings that shape a run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
-        settings["compare"]["budget"] = None  # more time goes on with the same comparison
+        settings["compare"]["budget"] = settings["search"]["budget"] = None  # more time goes on with the same one
         return settings
+
+    @property
+    def is_searched(self) -> bool:
+        """Several runs find the settings of this one."""
+        return not self.methods and (self.method.is_searched or bool(self.search.settings))
 
     def train_files(self) -> tuple[str, ...]:
         return (self.data.train,) if isinstance(self.data.train, str) else self.data.train

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fulltune.recipe.block import NAME, Block
 
 TAKEN = ("footprint", "measured", "shapes", "survey")
 """What a method must not be called: its plan would lie where the run folder's `plan` has another file."""
+
+
+SEARCH: Literal["search"] = "search"
+"""A learning rate that is to be found."""
+
+
+def _rate_or_search(given: Any) -> Any:
+    """One message for both kinds of values: those of a union's branches come one by one."""
+    if given == SEARCH:
+        return given
+    try:
+        rate = float(given)
+    except (TypeError, ValueError):
+        rate = 0.0
+    if isinstance(given, bool) or not 0 < rate < 1:
+        raise ValueError(f"expected a number above 0 and below 1, or {SEARCH}; found {given!r}")
+    return rate
 
 
 class _Named(Block):
@@ -38,10 +55,11 @@ class _Named(Block):
 class _Trained(_Named):
     """What every method that trains has."""
 
-    learning_rate: float | None = Field(default=None, gt=0, lt=1)
-    """Peak learning rate. Left out, chosen by method, model family and size."""
+    learning_rate: Annotated[float | Literal["search"], BeforeValidator(_rate_or_search)] | None = None
+    """Peak learning rate, above 0 and below 1. Left out, chosen by method, model family and size. search: found by short
+    trials and whole runs on the eval rows, at the cost of two to three and a half runs ([search](search.md))."""
     learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
-    """Grid of a comparison's rate search. Left out: three rates around the usual one."""
+    """Grid of a rate search. Left out: three rates around the usual one."""
     head_learning_rate: float | None = Field(default=None, gt=0, lt=1)
     """Peak learning rate of the task's head and its pooler; everything else keeps `learning_rate`, also in a rate
     search. Left out: the same. Not for `head`, which trains nothing else, nor for tasks without a new head."""
@@ -53,8 +71,10 @@ class _Trained(_Named):
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _Trained:
         problems = []
-        if self.learning_rate is not None and self.learning_rates is not None:
+        if self.fixed_learning_rate is not None and self.learning_rates is not None:
             problems.append("learning_rate and learning_rates are both given; remove one")
+        if self.is_searched and self.learning_rates is not None and len(self.learning_rates) == 1:
+            problems.append("learning_rates: a search needs two or more; write the one as learning_rate")
         if any(not 0 < rate < 1 for rate in self.learning_rates or ()):
             problems.append("learning_rates: expected numbers above 0 and below 1")
         if len(set(self.learning_rates or ())) != len(self.learning_rates or ()):
@@ -62,6 +82,16 @@ class _Trained(_Named):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def is_searched(self) -> bool:
+        """The rate is to be found by a search."""
+        return self.learning_rate == SEARCH
+
+    @property
+    def fixed_learning_rate(self) -> float | None:
+        """The rate that the recipe gives; None: it is chosen, or searched."""
+        return None if self.learning_rate == SEARCH else self.learning_rate
 
 
 class FullMethod(_Trained):

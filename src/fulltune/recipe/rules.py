@@ -14,10 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import PINNED, answer
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
+from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.text import did_you_mean
 
@@ -71,11 +74,71 @@ def of_settings(recipe: Recipe) -> list[str]:
 def of_pairs(recipe: Recipe) -> list[str]:
     """Settings that do not go together."""
     problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe), *_rates_by_tensor(recipe)]
+    problems += [*_wrong_search(recipe)]
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(SMOOTHING)
     if recipe.train.chunked_loss:
         problems += [f"train.chunked_loss: {reason}; remove it" for reason in _whole_logits(recipe)]
     return problems
+
+
+def _wrong_search(recipe: Recipe) -> Iterable[str]:
+    """A search that searches nothing, or what is searched already, and values that a setting cannot have."""
+    search = recipe.search
+    if recipe.methods:
+        given = [place for place, method in _methods(recipe) if getattr(method, "is_searched", False)]
+        for place in given:
+            yield f"{place}.learning_rate: a comparison searches each method's rate anyway; remove it"
+        if search != SearchBlock():
+            yield "search: has no effect on a comparison; see 'compare' for its rates and its budget"
+        return
+    if recipe.method.is_searched and search.settings:
+        yield (
+            "search: settings are tried in whole runs, and method.learning_rate: search has a search of its own; give "
+            "rates as one of the settings (search: {method.learning_rate: [1e-4, 3e-4]}), or remove one of the two"
+        )
+    if not recipe.is_searched and search.budget is not None:
+        yield "search.budget: nothing is searched; add 'learning_rate: search' to the block method"
+    if not recipe.is_searched and recipe.method.learning_rates is not None:
+        yield (
+            "method.learning_rates: rates to search among have no effect on a single rate; add 'learning_rate: search', "
+            "or use 'fulltune compare'"
+        )
+    for name, values in search.settings.items():
+        if name == "method.learning_rate" and recipe.method.fixed_learning_rate is not None:
+            yield f"search.{name}: is given as method.learning_rate, too; remove one of them"
+        for value in values:
+            if problem := _refused(recipe, name, value):
+                yield f"search.{name}: {problem}"
+
+
+def _refused(recipe: Recipe, name: str, value: Any) -> str:
+    """Why a recipe with this value is none; empty: it is one."""
+    try:
+        other = with_settings(recipe, {name: value})
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "extra_forbidden":
+            return "unknown setting"
+        return f"{value!r}: {first['msg'].removeprefix('Value error, ')}"
+    return next(iter(found for found in [*of_settings(other), *of_pairs(other)]), "")
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run with these settings, such as `{"train.num_train_epochs": 2}`, and nothing left to search.
+
+    Raises:
+        pydantic.ValidationError: When it is none.
+    """
+    values = recipe.model_dump(exclude_unset=True, exclude={"search"})
+    # The method's folder is called the same in all trials, whatever differs.
+    values["method"] = {**values.get("method", {"kind": "full"}), "name": recipe.method.arm}
+    if "method.learning_rate" in settings:
+        values["method"].pop("learning_rates", None)  # one of them is found
+    for name, value in settings.items():
+        block, field = name.split(".", 1)
+        values[block] = {**values.get(block, {}), field: value}
+    return Recipe.model_validate(values)
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:

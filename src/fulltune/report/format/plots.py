@@ -11,7 +11,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -40,6 +40,8 @@ _WIDTH, _CURVE_HEIGHT, _COST_HEIGHT = 400, 220, 280
 _SMALL, _NORMAL = 12, 13
 _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
+_MOST_RATES = 4
+"""More are written with one digit."""
 _NAME_LETTERS, _NAME_HEIGHT, _ROW_HEIGHT = 52, 16, 28
 """Of the interval plot: letters in a line of a name, its height, and that of what is drawn below."""
 _LONGEST_NAME = 22
@@ -152,6 +154,45 @@ def curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None =
     text += "".join(f"; kept: step {step:,} with {value}" for step, value in finite if step == kept_step)
     lost = [step for step, value in points if not math.isfinite(value)]
     return text + (f"; {counted(len(lost), 'value')} not finite, first at step {lost[0]:,}." if lost else ".")
+
+
+# ---- rates -----------------------------------------------------------------------------------------------------
+
+Series = tuple[str, Mapping[float, float]]
+"""A name, and values by learning rate."""
+
+
+def rates_plot(title: str, series: Sequence[Series], metric: str, chosen: float) -> str:
+    """Draw a metric over learning rates, which are on a log scale, as SVG; the second series is filled."""
+    from matplotlib.ticker import NullLocator
+
+    rates = sorted({rate for _, values in series for rate in values})
+    with _figure(_WIDTH, _CURVE_HEIGHT) as figure:
+        axes = figure.subplots()
+        for filled, (name, values) in enumerate(series):
+            points = sorted((rate, value) for rate, value in values.items() if math.isfinite(value))
+            if points:
+                face = _BLUE if filled else _PAGE
+                look: dict[str, Any] = {"color": _BLUE, "markerfacecolor": face, "linewidth": 1.25}
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=6, label=name, **look)
+        axes.set_xscale("log")
+        _style(axes, metric, "y")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(rates, [f"{rate:.1g}" if len(rates) > _MOST_RATES else f"{rate:g}" for rate in rates])
+        axes.set_xlabel("learning rate", color=_QUIET, size=_SMALL)
+        axes.axvline(chosen, color=_AMBER, linewidth=1.25, dashes=(4, 3))
+        axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_QUIET)
+        return _svg(figure, title, rates_in_words(series, metric))
+
+
+def rates_in_words(series: Sequence[Series], metric: str) -> str:
+    """Each value, by series."""
+    parts = []
+    for name, values in series:
+        known = ((rate, values[rate]) for rate in sorted(values) if math.isfinite(values[rate]))
+        if said := ", ".join(f"{format_metric(metric, value)} at {rate:g}" for rate, value in known):
+            parts.append(f"{name}: {said}")
+    return "; ".join(parts) + "."
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------

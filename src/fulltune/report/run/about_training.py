@@ -24,6 +24,7 @@ from fulltune.report.format.blocks import (
     unless_empty,
 )
 from fulltune.report.format.plots import Point, curve_in_words, learning_curve
+from fulltune.report.run.fitting import Curves, Fitting, fitting
 from fulltune.report.run.read import RunView
 from fulltune.text import (
     counted,
@@ -65,11 +66,30 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
         for name, title, points, step in series
     )
     blocks: list[Block] = [Figures(tuple(figures))]
+    if sentences := fitting_of(view, trial).sentences:
+        blocks.insert(0, Paragraph(" ".join(sentences)))
     if history.restarts:
         at = listed([f"{step:,}" for step in history.restarts])
         said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: continued, at step {at}."
         blocks.append(Paragraph(said))
     return [*blocks, *_all_metrics(history.evaluation, plan)]
+
+
+def fitting_of(view: RunView, trial: str) -> Fitting:
+    """Whether the trial was over- or under-fitted, from its curves."""
+    history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
+    if plan is None or outcome is None or view.summary is None or "eval" not in view.summary.splits:
+        return Fitting("not known")
+    curves = Curves(
+        train_loss=history.train.get("loss", ()),
+        eval_loss=history.evaluation.get("loss", ()),
+        metric=history.evaluation.get(plan.metric, ()),
+        metric_name=plan.metric,
+        greater_is_better=plan.greater_is_better,
+        eval_rows=view.summary.splits["eval"].rows,
+        kept_step=outcome.best_step,
+    )
+    return fitting(curves)
 
 
 def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Block]:

@@ -11,6 +11,7 @@ from fulltune.records.scores import Confusion
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.format.plots import Point
+from fulltune.report.run.about_training import fitting_of
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import headline_row
 from fulltune.text import counted, format_number, is_share, listed
@@ -58,6 +59,8 @@ class RunFacts:
     """The one that chooses the weights, on the eval rows."""
     last_as_good: bool = False
     """The eval rows do not tell the last weights from the best ones."""
+    over_fitted_from: int | None = None
+    """The step after which the eval rows were answered worse while the train rows were still learned."""
     metric_name: str = "accuracy"
     greater_is_better: bool = True
     blind: str = ""
@@ -84,8 +87,10 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     blind = f"Nearly every test row gets the same label, '{words.clipped(label, 40)}'" if label else ""
     if not blind and entities and not any(entities):
         blind = "Not one entity of the test rows is found"
+    fit = fitting_of(view, row.name)
     return RunFacts(
         verdict=headline.kind,
+        over_fitted_from=fit.turn if fit.kind == "over-fitted" else None,
         learning_rate=plan.learning_rate,
         last_as_good=bool(outcome.kept_because),
         epochs=plan.num_train_epochs,
@@ -138,7 +143,11 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
         found.append(f"{grew}. A likely cause: the learning rate is too high. Try a third of it: {lower}")
     elif passed:
         found.append(f"{passed}. Try a lower rate: {lower}")
-    if not (is_sure or passed) and (longer := _reasons_to_go_on(run)):
+    if (turn := run.over_fitted_from) is not None:
+        found.append(
+            f"The run is over-fitted from step {turn:,} on (see 'Learning curves'). Stop there: {_shorter(run, turn)}"
+        )
+    elif not (is_sure or passed) and (longer := _reasons_to_go_on(run)):
         found.append(f"{listed(longer)}. Train for longer: {_longer(run)}")
     if run.weights_may_help:
         weights = "Let rare labels count more: --set train.class_weights=balanced"
@@ -222,6 +231,14 @@ def _longer(run: RunFacts) -> str:
     if run.by_steps:
         return f"--set train.max_steps={times * run.total_steps}"
     return f"--set train.num_train_epochs={times * run.epochs:g}"
+
+
+def _shorter(run: RunFacts, step: int) -> str:
+    """As long as it takes to this step, so that the rate falls to 0 there."""
+    if run.by_steps:
+        return f"--set train.max_steps={step}"
+    epochs = float(f"{run.epochs * step / run.total_steps:.2g}")
+    return f"--set train.num_train_epochs={epochs:g}"
 
 
 def _rate(run: RunFacts, factor: float) -> str:

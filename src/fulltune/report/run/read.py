@@ -21,6 +21,7 @@ from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, 
 from fulltune.records.plan import Plan
 from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
+from fulltune.records.search import Searched
 from fulltune.records.training import Outcome
 from fulltune.report.run.history import History, merge
 from fulltune.report.run.verdict import headline_row
@@ -80,6 +81,8 @@ class RunView:
     """Lines of jsonl files that are not JSON, usually the last one of a killed process."""
     command: Command | None = None
     """What the whole command took; None where it was not one command."""
+    searched: Searched | None = None
+    """How its settings were searched."""
 
     @property
     def main_trial(self) -> str:
@@ -157,6 +160,7 @@ def read_run(folder: Path) -> RunView:
         missing=(),
         unreadable_lines=0,
         command=files.record(Command, folder / "command.json"),
+        searched=files.record(Searched, folder / "search.json"),
     )
     return replace(view, missing=(*files.damaged, *_what_is_missing(view)), unreadable_lines=files.unreadable_lines)
 

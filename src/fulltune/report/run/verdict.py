@@ -88,14 +88,14 @@ def judge(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     kind = "better" if (ahead.value > 0) == row.greater_is_better else "worse"
     if ahead.low <= 0 <= ahead.high:
         kind = "unresolved"
-    bounds = f"{100 * row.confidence:g}% interval: {_bounds(name, ahead)}"
-    compared = f"the {words.metric_name(name)} of {row.name} is {_difference(name, ahead)}"
+    within = f"{100 * row.confidence:g}% interval: {bounds(name, ahead)}"
+    compared = f"the {words.metric_name(name)} of {row.name} is {difference(name, ahead)}"
     than = "as" if ahead.value == 0 else "than"
-    brief = f"On the same {counted(row.rows, 'test row')}, {compared} {than} that of {which}; {bounds}"
+    brief = f"On the same {counted(row.rows, 'test row')}, {compared} {than} that of {which}; {within}"
     ending = _ending(kind, bar)
     return _headline(
         kind,
-        f"{claim}. On the same rows, {compared} ({bounds}){ending}.",
+        f"{claim}. On the same rows, {compared} ({within}){ending}.",
         f"{brief}{ending if kind == 'unresolved' else ''}.",
         note,
     )
@@ -111,12 +111,12 @@ def _ending(kind: str, bar: Scores) -> str:
     return "; these rows do not tell which is better" if kind == "unresolved" else ""
 
 
-def _difference(metric: str, found: Estimate) -> str:
+def difference(metric: str, found: Estimate) -> str:
     """`13.0 points lower`."""
     return "the same" if found.value == 0 else f"{_amount(metric, found.value)} {_side(found.value)}"
 
 
-def _bounds(metric: str, found: Estimate) -> str:
+def bounds(metric: str, found: Estimate) -> str:
     """`6.5 to 19.5 points lower`, `from 2.0 points lower to 4.1 points higher`."""
     if found.low <= 0 <= found.high:
         return f"from {_amount(metric, found.low)} lower to {_amount(metric, found.high)} higher"

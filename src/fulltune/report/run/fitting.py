@@ -1,0 +1,141 @@
+"""Did the run fit its train rows too well, too little, or as it should? A pure function of its curves.
+
+An *over-fitted* run goes on learning its train rows while it gets worse on rows that it does not see: from some
+evaluation on the train loss falls and the eval loss rises, or the metric gets worse by more than chance explains. An
+*under-fitted* one knows its train rows no better than the others and was still getting better when it ended.
+`bench/planted_fits.py` measures how often this is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fulltune.report.format import words
+from fulltune.report.format.plots import Point
+from fulltune.stats.intervals import error_of_share
+from fulltune.text import format_metric, format_number, is_share
+
+Kind = Literal["over-fitted", "over-confident", "under-fitted", "sound", "not known"]
+
+LEAST_EVALUATIONS = 3
+ROSE = 1.1
+"""The last eval loss over the least one: smaller rises come and go with the order of the rows."""
+FELL = 0.97
+"""The last train loss over the one at the turn: it was still being learned."""
+ERRORS = 2.0
+"""Standard errors by which a share has to fall before it is said to have fallen."""
+CHANGED = 0.02
+"""The same of other metrics, as a share of the best value."""
+NO_GAP = 0.9
+"""Train loss over eval loss above which the train rows are known no better than the others."""
+STILL_BETTER = 0.99
+"""The last eval loss over the one of half the run, below which it was still falling."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What was measured while training, in order of steps."""
+
+    train_loss: tuple[Point, ...]
+    eval_loss: tuple[Point, ...]
+    metric: tuple[Point, ...]
+    metric_name: str
+    greater_is_better: bool
+    eval_rows: int
+    kept_step: int | None = None
+    """Whose weights the model has."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How well the run fits its rows."""
+
+    kind: Kind
+    turn: int | None = None
+    """The step after which the eval rows were answered worse."""
+    sentences: tuple[str, ...] = ()
+
+
+def fitting(curves: Curves) -> Fitting:
+    """What the curves say about over- and under-fitting, in words.
+
+    `over-confident` is an over-fitted run whose answers did not suffer: its eval loss rises because wrong answers are
+    given with more certainty, while as many are right as before.
+    """
+    evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
+    trained = _train_loss(curves.train_loss, [step for step, _ in evaluations])
+    if len(evaluations) < LEAST_EVALUATIONS or len(trained) < len(evaluations):
+        return Fitting("not known")
+    turn, least = min(evaluations, key=lambda point: point[1])
+    end, last = evaluations[-1]
+    gap = f"At the end the loss is {format_number(trained[end])} on train rows and {format_number(last)} on eval rows"
+    still_learned = trained[end] < FELL * trained[turn] or trained[end] < FELL * _at_half(trained)
+    worse = _metric_fell(curves)
+    rose = least > 0 and last >= ROSE * least and still_learned and turn < end
+    if worse is not None and still_learned and last > least:
+        at, said = worse
+        return Fitting("over-fitted", at, (f"Over-fitted: {said}, while the train loss still fell.", f"{gap}."))
+    if rose:
+        rise = f"the eval loss was least at step {turn:,} ({format_number(least)}) and rose from there"
+        if _is_loss(curves):
+            return Fitting("over-fitted", turn, (f"Over-fitted: {rise}, while the train loss still fell.", f"{gap}."))
+        name = words.metric_name(curves.metric_name)
+        unharmed = (
+            f"Over-confident: {rise}, while the train loss still fell; {name} did not suffer. The answers are as good "
+            "as before, but their probabilities are too extreme until they are calibrated."
+        )
+        return Fitting("over-confident", turn, (unharmed, f"{gap}."))
+    if _is_unfinished(curves, evaluations, trained):
+        said = "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
+        return Fitting("under-fitted", None, (f"Under-fitted: {said}.", f"{gap}."))
+    return Fitting("sound", None, (f"No sign of over- or under-fitting. {gap}.",))
+
+
+def _is_loss(curves: Curves) -> bool:
+    return curves.metric_name in ("loss", "perplexity")
+
+
+def _train_loss(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
+    """The mean train loss of the steps up to each evaluation, since the one before."""
+    found: dict[int, float] = {}
+    before = 0
+    for end in steps:
+        values = [value for step, value in train if before < step <= end and math.isfinite(value)]
+        if values:
+            found[end] = sum(values) / len(values)
+        before = end
+    return found
+
+
+def _at_half(trained: dict[int, float]) -> float:
+    values = list(trained.values())
+    return values[(len(values) - 1) // 2]
+
+
+def _metric_fell(curves: Curves) -> tuple[int, str] | None:
+    """The best evaluation and what was lost since, where that is more than chance; None: nothing was."""
+    points = [point for point in curves.metric if math.isfinite(point[1])]
+    if len(points) < LEAST_EVALUATIONS or _is_loss(curves):
+        return None
+    sign = 1 if curves.greater_is_better else -1
+    step, best = max(points, key=lambda point: sign * point[1])
+    last = points[-1][1]
+    chance = (
+        ERRORS * error_of_share(best, curves.eval_rows) if is_share(curves.metric_name) else CHANGED * abs(best)
+    )
+    if sign * (best - last) <= chance:
+        return None
+    name, shown = words.metric_name(curves.metric_name), (format_metric(curves.metric_name, one) for one in (best, last))
+    first, end = shown
+    return step, f"{name} on the eval rows was best at step {step:,} ({first}) and {end} at the end"
+
+
+def _is_unfinished(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float]) -> bool:
+    """The eval rows were answered better to the end, and the train rows are known no better than they."""
+    (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
+    if last > min(value for _, value in evaluations) or half <= 0:
+        return False
+    return trained[end] > NO_GAP * last and last < STILL_BETTER * half

@@ -1,0 +1,175 @@
+"""The search for a run's learning rate: that of a comparison, for one method and one seed.
+
+Short trials at three rates and beyond, upwards until one is too high; whole runs of the best, the usual rate among
+them, which is kept unless another one is ahead by more than a standard error on the eval rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fulltune.compare import design, parallel, rate_search, timing
+from fulltune.compare.context import SEALED, Context
+from fulltune.compare.rates import scale_of, search_all
+from fulltune.compare.seeds import SeedRuns
+from fulltune.compare.trials import clear
+from fulltune.errors import RecipeError
+from fulltune.evaluate import outputs
+from fulltune.inference.store import clusters_of
+from fulltune.records.comparison import Expectation, Trial
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan, Setting
+from fulltune.records.scores import Estimate
+from fulltune.records.search import Searched
+from fulltune.run_context import Run
+from fulltune.search.folder import FOLDER, adopt, make
+from fulltune.stats.bootstrap import resample
+from fulltune.stats.intervals import paired
+from fulltune.text import counted, format_seconds, parse_seconds, typed_seconds
+from fulltune.train.parent.fork_server import fork_server
+
+MOST_WHOLE_RUNS = 3
+"""With the short trials that is at most three and a half runs."""
+_NO_TEXTS: tuple[list[str], str] = ([], "")
+"""How far a model moved away from where it began is asked in comparisons."""
+
+
+def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
+    """Find the rate, and put the run at this rate into the run folder.
+
+    Args:
+        job: The recipe in its run folder.
+        summary: Of its prepared rows.
+        planned: The plan at the usual rate.
+
+    Raises:
+        RecipeError: When the budget is too short for a search.
+        FulltuneError: Of a trial.
+    """
+    folder = job.folder / FOLDER
+    make(folder, job.recipe, job.folder / "data")
+    budget = job.recipe.search.budget
+    with fork_server() as start:
+        context = Context(
+            replace(job, folder=folder),
+            summary,
+            "",
+            None if budget is None else parse_seconds(budget),
+            start,
+            most_whole_runs=MOST_WHOLE_RUNS,
+            finds_ceiling=True,
+        )
+        context.texts = _NO_TEXTS
+        arm = context.full.arm
+        expectation = expected(context)
+        with parallel.helpers(context) as run_together:
+            searches = search_all(context, expectation, run_together)
+            ran = SeedRuns(context, searches, expectation, run_together)
+            kept = ran.best_rate(arm)
+    found, scale = ran.searches[arm], scale_of(context)
+    made = Plan.load(folder / "plan" / f"{kept.trial.name}.json")
+    reason = f"searched: {found.reason}"
+    setting = Setting(name="method.learning_rate", value=found.chosen, reason=reason, chosen=True)
+    metrics = {one.learning_rate: one.metric for one in found.tried}
+    result = Searched(
+        trial=kept.trial.name,
+        settings={"method.learning_rate": found.chosen},
+        metric_name=context.measure.name,
+        greater_is_better=context.measure.greater_is_better,
+        eval_rows=scale.eval_rows,
+        rate=found,
+        ceiling=rate_search.ceiling(metrics, scale) if metrics else None,
+        bought=bought(context, ran, kept.trial),
+        confidence=job.recipe.evaluate.confidence,
+        seconds=round(context.spent_seconds, 1),
+        run_seconds=round(kept.train_seconds, 1),
+        budget_seconds=context.budget_seconds,
+        time_was_up=found.time_was_up,
+    )
+    adopt(folder, made, job.folder, planned.method, (setting,))
+    for one in context.kept_results():
+        if one.trial.name != kept.trial.name:
+            clear(context, one.trial)
+    return result
+
+
+def expected(context: Context) -> Expectation:
+    """What the search will cost; said before it starts.
+
+    Raises:
+        RecipeError: When the budget holds less than two short trials and a whole run.
+    """
+    arm, block = context.full.arm, context.recipe.compare
+    steps = context.setup(arm).plan.total_steps
+    share = rate_search.share_of_steps(block.search_share, steps)
+    costs, fixed = timing.costs_of(context), timing.fixed_of(context)
+    cost = costs[arm]
+    short = fixed.start + share * cost.run_seconds
+    whole = fixed.start + cost.run_seconds + cost.scoring_seconds
+    seconds = fixed.checks + cost.num_rates * short + 2 * whole
+    most = fixed.checks + (cost.num_rates + rate_search.MOST_EXTENSIONS) * short + context.most_whole_runs * whole
+    if context.budget_seconds is not None and not context.kept_results():
+        least = fixed.checks + 2 * short + whole
+        if context.budget_seconds < least:
+            raise RecipeError(_too_short(context.budget_seconds - fixed.checks, short, whole, least))
+    context.say(
+        f"rate search: {counted(cost.num_rates, 'short trial')} of {share:.0%} of the steps, then 2 to "
+        f"{context.most_whole_runs} whole runs; about {format_seconds(round(seconds))}, at most about "
+        f"{format_seconds(round(most))}"
+        + (f" (budget: {typed_seconds(context.budget_seconds)})" if context.budget_seconds else "")
+    )
+    return Expectation(
+        arms=(arm,),
+        num_seeds=1,
+        num_search_trials=design.search_runs(cost.num_rates),
+        seconds=seconds,
+        most_seconds=most,
+        detectable=None,
+        search_share=share,
+        budget_seconds=context.budget_seconds,
+        recipe_seeds=1,
+    )
+
+
+def _too_short(budget: float, short: float, whole: float, least: float) -> str:
+    """What a budget buys, when that is no search."""
+    number = max(0, int(budget / short))
+    buys = counted(number, "short trial") if budget < whole else "a whole run at one rate"
+    enough = typed_seconds(design.round_up(design.FORECAST_AGAIN * least))
+    return (
+        f"search.budget: is too short for a search: it buys {buys} (a short trial is forecast to take "
+        f"{typed_seconds(short)}, a whole run {typed_seconds(whole)}), and two short trials and a whole run are the "
+        f"least; give --budget {enough} or more, or leave out the search"
+    )
+
+
+def bought(context: Context, ran: SeedRuns, kept: Trial) -> Estimate | None:
+    """The kept run's metric on the test rows less that of the whole run at the usual rate, which decides nothing."""
+    search = ran.searches[kept.arm]
+    usual = next(
+        (
+            one.trial
+            for one in context.kept_results()
+            if not one.trial.searches and one.trial.learning_rate == search.usual and not one.problems
+        ),
+        None,
+    )
+    if usual is None or usual.learning_rate == kept.learning_rate:
+        return None
+    measure, clusters = context.measure, clusters_of(context.folder / "data" / "test")
+    block = context.recipe.evaluate
+    mine, other = (
+        resample(
+            outputs.load(_sealed(context, one)),
+            lambda rows: {measure.name: measure.whole(rows)},
+            samples=block.bootstrap_samples,
+            clusters=clusters,
+        )[measure.name]
+        for one in (kept, usual)
+    )
+    return paired(mine, other, measure.span, block.confidence)
+
+
+def _sealed(context: Context, trial: Trial) -> Path:
+    return context.folder / SEALED / f"{trial.name}.npz"

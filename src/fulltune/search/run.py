@@ -1,0 +1,54 @@
+"""A run whose settings are searched, on one screen.
+
+    plan → search, in a folder of its own → the best run takes the place of the run's training → evaluate → report
+
+The test rows decide nothing: every choice is made on the eval rows, and the report says what it bought on test rows.
+Everything is kept in files as it comes, so that the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fulltune import pipeline
+from fulltune.errors import RecipeError
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.rules import with_settings
+from fulltune.records.search import Searched
+from fulltune.run_context import Run, Until
+from fulltune.search import rate, settings
+from fulltune.search.folder import RECORD
+from fulltune.system import run_folder
+from fulltune.system.run_folder import Reached
+
+
+def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
+    """The line of a run, with a search before its training where the recipe asks for one.
+
+    Args:
+        job: As for `pipeline.run`, like the others.
+        until: The last stage to do; nothing is searched before the training.
+        measure: Try the plan's settings on this machine.
+
+    Raises:
+        FulltuneError: One of its kinds; the same command goes on.
+    """
+    if not job.recipe.is_searched or until in ("data", "plan"):
+        return pipeline.run(job, until, measure)
+    if job.hooks.compute_loss is not None:
+        raise RecipeError(
+            "search: trains in processes of its own, which a loss from Python cannot reach; name the learning rate"
+        )
+    record = job.folder / RECORD
+    if not record.exists():
+        planned = pipeline.run(job, "plan")
+        assert planned.plan is not None, "asked for"
+        with run_folder.writing(job.folder), run_folder.locked(job.folder):
+            by = settings if job.recipe.search.settings else rate
+            by.search(job, planned.summary, planned.plan).save(record)
+    return pipeline.run(replace(job, recipe=found_recipe(job.recipe, Searched.load(record))), until)
+
+
+def found_recipe(recipe: Recipe, found: Searched) -> Recipe:
+    """The recipe of the run that a search chose."""
+    return with_settings(recipe, found.settings)

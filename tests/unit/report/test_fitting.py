@@ -1,0 +1,53 @@
+"""Over- and under-fitting, told from curves that are given."""
+
+from __future__ import annotations
+
+import pytest
+
+from fulltune.report.run.fitting import Curves, fitting
+
+STEPS = (10, 20, 30, 40)
+
+
+def curves(train: list[float], held_out: list[float], metric: list[float] | None = None, **changes: object) -> Curves:
+    """With an evaluation every ten steps, and train losses in the middle between them."""
+    name = "accuracy" if metric else "loss"
+    given: dict[str, object] = {
+        "train_loss": tuple((step - 5, value) for step, value in zip(STEPS, train, strict=False)),
+        "eval_loss": tuple(zip(STEPS, held_out, strict=False)),
+        "metric": tuple(zip(STEPS, metric or held_out, strict=False)),
+        "metric_name": name,
+        "greater_is_better": bool(metric),
+        "eval_rows": 400,
+    }
+    return Curves(**{**given, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "turn"),
+    [
+        (curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9]), "over-fitted", 20),
+        (curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.6, 0.6, 0.6]), "over-confident", 20),
+        (curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.7, 0.6, 0.5]), "over-fitted", 20),
+        # Within two standard errors of 400 rows: 4.9 points.
+        (curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.60, 0.58, 0.56]), "over-confident", 20),
+        (curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.22, 1.25]), "sound", None),  # a rise of 4 %
+        (curves([2.0, 2.0, 2.0, 2.0], [1.5, 1.2, 1.5, 1.9]), "sound", None),  # nothing was learned meanwhile
+        (curves([2.0, 1.8, 1.7, 1.6], [2.0, 1.8, 1.7, 1.6]), "under-fitted", None),
+        (curves([2.0, 1.5, 1.0, 0.7], [2.0, 1.6, 1.2, 1.0]), "sound", None),  # the train rows are known better
+        (curves([2.0, 1.8, 1.8, 1.8], [2.0, 1.8, 1.8, 1.8]), "sound", None),  # nothing is left to learn
+        (curves([2.0, 1.0], [1.5, 1.9]), "not known", None),
+        (curves([2.0, 1.0, 0.4, 0.1], [1.5, float("nan"), 1.5, float("nan")]), "not known", None),
+    ],
+)
+def test_kind_follows_from_the_curves(given: Curves, kind: str, turn: int | None) -> None:
+    found = fitting(given)
+    assert (found.kind, found.turn) == (kind, turn)
+    assert bool(found.sentences) == (kind != "not known")
+
+
+def test_over_fitted_run_is_told_with_its_numbers() -> None:
+    found = fitting(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.7, 0.6, 0.5]))
+    said = " ".join(found.sentences)
+    assert "accuracy on the eval rows was best at step 20 (70.0%) and 50.0% at the end" in said
+    assert "0.1 on train rows and 1.9 on eval rows" in said
