@@ -126,7 +126,15 @@ def main() -> int:
             folder.mkdir(exist_ok=True)
             write_rows(design, seed, corpus, folder)
             (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(design, seed)), encoding="utf-8")
-            command = [sys.executable, "-m", "fulltune.cli.app", "run", str(folder / "recipe.yaml"), "--run-folder", str(run)]
+            command = [
+                sys.executable,
+                "-m",
+                "fulltune.cli.app",
+                "run",
+                str(folder / "recipe.yaml"),
+                "--run-folder",
+                str(run),
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         kind, said = verdict(run)
         is_right = kind in design.wanted

@@ -52,9 +52,7 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(tmp_path: 
     assert record.bought is not None
     assert record.bought.value > 0.1
     with in_this_process():
-        alone = pipeline.run(
-            search_job(tmp_path / "b", model, method={"kind": "full", "learning_rate": GOOD})
-        )
+        alone = pipeline.run(search_job(tmp_path / "b", model, method={"kind": "full", "learning_rate": GOOD}))
     mine, other = final_weights(tmp_path / "a"), final_weights(tmp_path / "b")
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
@@ -142,7 +140,5 @@ def test_search_from_python(tmp_path: Path, model: Path) -> None:
     made = search_job(tmp_path, model)
     assert made.recipe.is_searched
     with in_this_process():
-        found = api.run(
-            tmp_path / "recipe.yaml", run_folder=tmp_path / "run", listener=lambda event: None
-        )
+        found = api.run(tmp_path / "recipe.yaml", run_folder=tmp_path / "run", listener=lambda event: None)
     assert found.scores[-1].kind == "trained"

@@ -173,7 +173,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ),
         (
             {"methods": ["full", {"kind": "lora", "learning_rates": []}]},
-            ["methods.1.learning_rates: is empty; expected: Grid of a comparison's rate search"],
+            ["methods.1.learning_rates: is empty; expected: Grid of a rate search"],
         ),
         (
             {"methods": ["full", "bse", {"kind": "adapter", "reduction_faktor": 4}]},

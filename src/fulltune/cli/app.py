@@ -18,6 +18,7 @@ from rich.markup import escape
 from fulltune.cli import stages
 from fulltune.cli.options import (
     Column,
+    CompareBudget,
     Force,
     Fresh,
     Goal,
@@ -36,6 +37,7 @@ from fulltune.cli.options import (
     SearchBudget,
     SearchRate,
     Target,
+    Version,
 )
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
@@ -50,19 +52,9 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        from importlib import metadata
-
-        typer.echo(metadata.version("fulltune"))
-        raise typer.Exit
-
-
 @app.callback()
 def _common(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
-    ] = False,
+    version: Version = False,
 ) -> None:
     pass
 
@@ -275,10 +267,7 @@ def compare(
     run_folder: RunFolder = None,
     fresh: Fresh = False,
     as_json: Json = False,
-    budget: Annotated[
-        str | None,
-        typer.Option("--budget", help="Most time in all: 30m, 2h; with more of it later it goes on.", metavar="TIME"),
-    ] = None,
+    budget: CompareBudget = None,
     lint: Annotated[bool, typer.Option("--lint", help="Only say what would make it unfair: then exit code 2.")] = False,
 ) -> None:
     """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a report."""

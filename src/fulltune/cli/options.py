@@ -5,6 +5,16 @@ from typing import Annotated
 
 import typer
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        typer.echo(metadata.version("fulltune"))
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)]
 Target = Annotated[
     Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML), or the folder of a run.", show_default=False)
 ]
@@ -21,6 +31,10 @@ SearchRate = Annotated[
 ]
 SearchBudget = Annotated[
     str | None, typer.Option("--budget", help="Most time for a search, its best run included: 20m, 2h.", metavar="TIME")
+]
+CompareBudget = Annotated[
+    str | None,
+    typer.Option("--budget", help="Most time in all: 30m, 2h; with more of it later it goes on.", metavar="TIME"),
 ]
 MethodName = Annotated[
     str | None,

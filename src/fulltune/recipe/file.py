@@ -151,7 +151,9 @@ def _describe(item: Any, path: Path, lines: Lines, values: dict[str, Any]) -> It
             for text in str(item["ctx"]["error"]).splitlines():
                 first = re.match(r"([a-z_]+)\b", text)
                 inner = (*at, first.group(1)) if first and (*at, first.group(1)) in lines else at
-                prefix = f"{_dotted(at)}." if at else ""
+                # Of one setting, or of a block, whose text begins with the setting's name.
+                joint = ": " if text.startswith("expected ") else "."
+                prefix = f"{_dotted(at)}{joint}" if at else ""
                 yield f"{_where(path, lines, inner)}  {prefix}{text}"
         case "literal_error":
             yield f"{where}  {name}: {_expected(item['ctx']['expected'], given)}"

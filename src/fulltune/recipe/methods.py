@@ -56,8 +56,8 @@ class _Trained(_Named):
     """What every method that trains has."""
 
     learning_rate: Annotated[float | Literal["search"], BeforeValidator(_rate_or_search)] | None = None
-    """Peak learning rate, above 0 and below 1. Left out, chosen by method, model family and size. search: found by short
-    trials and whole runs on the eval rows, at the cost of two to three and a half runs ([search](search.md))."""
+    """Peak learning rate, above 0 and below 1. Left out, chosen by method, model family and size. search: found by
+    short trials and whole runs on the eval rows, for two to three and a half times the time of a run."""
     learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
     """Grid of a rate search. Left out: three rates around the usual one."""
     head_learning_rate: float | None = Field(default=None, gt=0, lt=1)

@@ -101,15 +101,14 @@ def _wrong_search(recipe: Recipe) -> Iterable[str]:
         yield "search.budget: nothing is searched; add 'learning_rate: search' to the block method"
     if not recipe.is_searched and recipe.method.learning_rates is not None:
         yield (
-            "method.learning_rates: rates to search among have no effect on a single rate; add 'learning_rate: search', "
-            "or use 'fulltune compare'"
+            "method.learning_rates: rates to search among have no effect on a single rate; add 'learning_rate: "
+            "search', or use 'fulltune compare'"
         )
     for name, values in search.settings.items():
         if name == "method.learning_rate" and recipe.method.fixed_learning_rate is not None:
             yield f"search.{name}: is given as method.learning_rate, too; remove one of them"
-        for value in values:
-            if problem := _refused(recipe, name, value):
-                yield f"search.{name}: {problem}"
+        problems = dict.fromkeys(_refused(recipe, name, value) for value in values)
+        yield from (f"search.{name}: {problem}" for problem in problems if problem)
 
 
 def _refused(recipe: Recipe, name: str, value: Any) -> str:
@@ -119,9 +118,15 @@ def _refused(recipe: Recipe, name: str, value: Any) -> str:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":
-            return "unknown setting"
-        return f"{value!r}: {first['msg'].removeprefix('Value error, ')}"
-    return next(iter(found for found in [*of_settings(other), *of_pairs(other)]), "")
+            block, field = name.split(".", 1)
+            known = list(type(getattr(recipe, block)).model_fields)
+            whose = f"method {recipe.method.kind}" if block == "method" else block
+            return f"no setting of {whose}{'; ' * bool(hint := did_you_mean(field, known))}{hint}"
+        said = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        return f"{said.split(', unable')[0]}; found {value!r}"
+    before = {*of_settings(recipe), *of_pairs(recipe.model_copy(update={"search": SearchBlock()}))}
+    found = next((one for one in [*of_settings(other), *of_pairs(other)] if one not in before), "")
+    return f"{value!r}: {found}" if found else ""
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

@@ -33,6 +33,13 @@ class SearchBlock(Block):
         own = {name: value for name, value in values.items() if name in _OWN}
         more = {name: value for name, value in values.items() if name not in _OWN}
         found = {name: value for name, value in _flat(more) if "." in name}
+        problems = [
+            f"{name}: expected a list of values, found {value!r}; write [{value}, ...]"
+            for name, value in found.items()
+            if not isinstance(value, (list, tuple))
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
         unknown = {name: value for name, value in more.items() if "." not in str(name) and not isinstance(value, dict)}
         if found and isinstance(own.get("settings", {}), dict):
             own["settings"] = {**own.get("settings", {}), **found}

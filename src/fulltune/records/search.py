@@ -9,7 +9,7 @@ from fulltune.records.comparison import Search
 from fulltune.records.scores import Estimate
 
 
-class Candidate(Record):
+class TriedSettings(Record):
     """One combination of settings, in a whole run."""
 
     name: str
@@ -35,7 +35,7 @@ class Searched(Record):
     """How the learning rate was found; None: other settings were searched."""
     ceiling: float | None = None
     """The lowest rate above the best one at which a short trial diverged or was clearly worse; None: none was."""
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[TriedSettings, ...] = ()
     """Whole runs with other settings, in the order of their metric."""
     num_combinations: int = 0
     """Of the settings' values."""

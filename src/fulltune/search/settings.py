@@ -25,7 +25,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Event, Listener, Said
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.scores import Estimate
-from fulltune.records.search import Candidate, Searched
+from fulltune.records.search import Searched, TriedSettings
 from fulltune.run_context import Run
 from fulltune.search.folder import FOLDER, adopt, make
 from fulltune.stats.bootstrap import Resampled
@@ -66,10 +66,10 @@ class _Trials:
         make(folder, recipe, self.job.folder / "data")
         return replace(self.job, recipe=recipe, folder=folder, listener=_quiet(self.job.listener), began=None)
 
-    def run(self, name: str, settings: dict[str, Any]) -> Candidate:
+    def run(self, name: str, settings: dict[str, Any]) -> TriedSettings:
         """Train with these settings and score the test rows, which nothing here reads; done before, it is known."""
         if (path := self.record(name)).exists():
-            return Candidate.load(path)
+            return TriedSettings.load(path)
         began = time.monotonic()
         try:
             reached = pipeline.run(self.job_of(name, settings), "evaluate")
@@ -77,7 +77,7 @@ class _Trials:
             metric = reached.outcome.best_metric
         except Diverged:
             metric = None
-        found = Candidate(
+        found = TriedSettings(
             name=name,
             settings=settings,
             metric=math.nan if metric is None else metric,
@@ -145,7 +145,9 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
     best = choice(found, scale)
     if math.isnan(best.metric):
         raise Diverged("search: the training diverged with all settings that were tried; lower the learning rate")
-    reason = "searched: the best of" if best.settings else "kept by the search: none of the others was clearly better in"
+    reason = (
+        "searched: the best of" if best.settings else "kept by the search: none of the others was clearly better in"
+    )
     chosen = tuple(
         Setting(name=name, value=value, reason=f"{reason} {counted(len(found), 'whole run')}", chosen=True)
         for name, value in best.settings.items()
@@ -172,7 +174,7 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
     return result
 
 
-def choice(found: list[Candidate], scale: rate_search.Scale) -> Candidate:
+def choice(found: list[TriedSettings], scale: rate_search.Scale) -> TriedSettings:
     """The best run, where it is ahead of the first one, with the usual settings, by more than a standard error."""
     usual, *_ = found
     best = max(found, key=lambda one: scale.oriented(one.metric))
@@ -194,13 +196,11 @@ def rate_up(seconds: float) -> float:
     return float(10 * math.ceil(seconds / 10))
 
 
-def _bought(trials: _Trials, best: Candidate) -> Estimate | None:
+def _bought(trials: _Trials, best: TriedSettings) -> Estimate | None:
     """The best run's metric on the test rows less that of the usual settings; None: they are the same."""
     if best.name == USUAL:
         return None
-    files = [
-        trials.folder / name / "scores" / f"{trials.plan(name).trial}.npz" for name in (best.name, USUAL)
-    ]
+    files = [trials.folder / name / "scores" / f"{trials.plan(name).trial}.npz" for name in (best.name, USUAL)]
     if not all(file.exists() for file in files):  # the usual settings diverged
         return None
     recipe, metric = trials.job.recipe, trials.plan(best.name).metric
@@ -225,7 +225,7 @@ def combinations_of(values: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, A
         yield dict(zip(values, chosen, strict=True))
 
 
-def _drawn(job: Run, folder: Path, found: list[Candidate], scale: rate_search.Scale) -> Iterator[dict[str, Any]]:
+def _drawn(job: Run, folder: Path, found: list[TriedSettings], scale: rate_search.Scale) -> Iterator[dict[str, Any]]:
     """Combinations that Optuna draws, each when the one before is in `found`.
 
     Raises:
@@ -248,4 +248,8 @@ def _drawn(job: Run, folder: Path, found: list[Candidate], scale: rate_search.Sc
         yield settings
         metric = next(one.metric for one in found if one.settings == settings)
         told = scale.oriented(metric)
-        study.tell(trial, told if math.isfinite(told) else None, state=None if math.isfinite(told) else optuna.trial.TrialState.FAIL)
+        study.tell(
+            trial,
+            told if math.isfinite(told) else None,
+            state=None if math.isfinite(told) else optuna.trial.TrialState.FAIL,
+        )

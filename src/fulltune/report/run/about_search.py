@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fulltune.records.comparison import Search
-from fulltune.records.search import Candidate, Searched
+from fulltune.records.search import Searched, TriedSettings
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Cell, Figure, Figures, Paragraph, Row, Section, Table
 from fulltune.report.format.plots import rates_in_words, rates_plot
@@ -44,7 +44,11 @@ def _bought(found: Searched) -> str:
     """What it brought on rows that decided nothing."""
     usual = "the usual rate" if found.rate is not None else "the recipe's own settings"
     if found.bought is None:
-        return "" if found.rate is not None and not found.rate.whole else "So the scores are those of a run without the search."
+        return (
+            ""
+            if found.rate is not None and not found.rate.whole
+            else "So the scores are those of a run without the search."
+        )
     name, ahead = found.metric_name, found.bought
     level = f"{100 * found.confidence:g}% interval"
     return (
@@ -93,7 +97,7 @@ def _settings(found: Searched) -> Table:
     return Table(caption, (*names, f"{said} on the eval rows", "time", ""), rows, frozenset({width, width + 1}))
 
 
-def _value(one: Candidate, name: str) -> Cell:
+def _value(one: TriedSettings, name: str) -> Cell:
     return Cell(words.setting_value(one.settings[name]) if name in one.settings else "as planned", foreign=True)
 
 

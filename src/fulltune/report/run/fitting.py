@@ -89,7 +89,9 @@ def fitting(curves: Curves) -> Fitting:
         )
         return Fitting("over-confident", turn, (unharmed, f"{gap}."))
     if _is_unfinished(curves, evaluations, trained):
-        said = "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
+        said = (
+            "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
+        )
         return Fitting("under-fitted", None, (f"Under-fitted: {said}.", f"{gap}."))
     return Fitting("sound", None, (f"No sign of over- or under-fitting. {gap}.",))
 
@@ -123,12 +125,13 @@ def _metric_fell(curves: Curves) -> tuple[int, str] | None:
     sign = 1 if curves.greater_is_better else -1
     step, best = max(points, key=lambda point: sign * point[1])
     last = points[-1][1]
-    chance = (
-        ERRORS * error_of_share(best, curves.eval_rows) if is_share(curves.metric_name) else CHANGED * abs(best)
-    )
+    chance = ERRORS * error_of_share(best, curves.eval_rows) if is_share(curves.metric_name) else CHANGED * abs(best)
     if sign * (best - last) <= chance:
         return None
-    name, shown = words.metric_name(curves.metric_name), (format_metric(curves.metric_name, one) for one in (best, last))
+    name, shown = (
+        words.metric_name(curves.metric_name),
+        (format_metric(curves.metric_name, one) for one in (best, last)),
+    )
     first, end = shown
     return step, f"{name} on the eval rows was best at step {step:,} ({first}) and {end} at the end"
 
