@@ -31,7 +31,8 @@ import numpy as np
 
 from fulltune.compare.sequential import WAITING_SHARE, look
 from fulltune.compare.verdict import ArmItems, decide
-from fulltune.records.differences import ArmKind, Decision, Difference
+from fulltune.recipe.methods import ArmKind
+from fulltune.records.differences import Decision, Difference
 from fulltune.stats import bootstrap
 from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Target

@@ -3,9 +3,9 @@
     python bench/planted_fits.py FOLDER [--seeds 1 2 3 ...]
 
 MiniLM-L6 on sentences of docstrings (`bench/corpus.py`: which package is it from?) and on how many characters they
-have. *Over-fitted*: few rows, most often with wrong answers among them, trained until they are known by heart.
-*Under-fitted*: clean rows, a new head that starts at random, a rate at which little is learned. *Sound*: ten times the
-rows, clean, at the plan's own settings. A run that is there is not done again, and the verdicts are always made anew.
+have, from the first words. *Over-fitted*: few rows, most often with wrong answers among them, trained until they are
+known by heart. *Under-fitted*: a new head that starts at random, a rate at which little is learned. *Sound*: ten times
+the rows, at rates that suit them. A run that is there is not done again, and the verdicts are always made anew.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 import yaml
 
 LABELS = ("numpy", "pandas", "scipy", "sklearn", "sympy", "torch", "transformers", "matplotlib")
+SHOWN = 6
+"""Words of a sentence whose length is to be told, so that it cannot be known for certain."""
 HELD_OUT = {"eval": 300, "test": 100}
 
 
@@ -50,7 +52,7 @@ DESIGNS = (
     Design("noise-by-heart", OVER, "lengths", 120, 4, 1.0, {EPOCHS: 25, RATE: 2e-4}),
     Design("labels-low", UNDER, "labels", 800, 5, 0.0, {EPOCHS: 4, RATE: 1e-5}),
     Design("lengths-low", UNDER, "lengths", 800, 5, 0.0, {EPOCHS: 4, RATE: 5e-6}),
-    Design("labels-sound", SOUND, "labels", 2400, 5, 0.0, {EPOCHS: 3}),
+    Design("labels-sound", SOUND, "labels", 2400, 5, 0.0, {EPOCHS: 3, RATE: 5e-5}),
     Design("lengths-sound", SOUND, "lengths", 2400, 5, 0.0, {EPOCHS: 4}),
 )
 
@@ -61,7 +63,8 @@ def write_rows(design: Design, seed: int, corpus: Path, folder: Path) -> None:
     with corpus.open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["label"] in LABELS]
     if design.task == "lengths":
-        rows = [{"text": row["text"], "label": f"{math.log(len(row['text'])):.4f}"} for row in rows]
+        shown = {row["text"]: " ".join(row["text"].split()[:SHOWN]) for row in rows}
+        rows = [{"text": part, "label": f"{math.log(len(text)):.4f}"} for text, part in shown.items()]
     rows = draw.sample(rows, design.rows + sum(HELD_OUT.values()))
     held_out = {name: [rows.pop() for _ in range(count)] for name, count in HELD_OUT.items()}
     train = rows

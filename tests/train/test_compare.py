@@ -239,6 +239,28 @@ def test_time_is_counted_whole_and_from_the_first_command_on(finished: tuple[Pat
     assert 0.6 * wall <= found.seconds <= wall + 2
 
 
+# ---- the same method with other settings ------------------------------------------------------------------------
+
+
+def test_other_settings_of_full_are_compared_with_its_own(tmp_path: Path) -> None:
+    given = {"kind": "full", "learning_rate": 3e-3}
+    longer = {**given, "name": "longer", "train": {"num_train_epochs": 4, "label_smoothing_factor": 0.1}}
+    one = job(tmp_path, [given, longer])
+    with in_this_process():
+        found = comparing.run(one, "test").comparison
+    assert [(row.arm, row.kind) for row in found.rows] == [("full", "full"), ("longer", "variant")]
+    steps = {
+        arm: json.loads((one.folder / f"plan/{arm}-seed42.json").read_text())["total_steps"]
+        for arm in ("full", "longer")
+    }
+    assert steps["longer"] == 2 * steps["full"]
+    request = json.loads((one.folder / "attempts" / "longer-seed42-01" / "request.json").read_text())
+    assert request["recipe"]["train"]["label_smoothing_factor"] == 0.1
+    assert found.decision.difference("longer").decides
+    assert found.decision.verdict in ("FULL", "VARIANT", "EQUIVALENT", "UNDECIDED")
+    assert "longer" in (one.folder / "card.md").read_text(encoding="utf-8")
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +270,7 @@ def test_time_is_counted_whole_and_from_the_first_command_on(finished: tuple[Pat
         ([], "methods: names nothing to compare"),
         (["base", "full"], "methods: names nothing to compare full fine-tuning with"),
         (["base", "full", "head"], "methods: names nothing to compare full fine-tuning with"),
-        (["base", "lora"], "methods: a comparison has 'full' exactly once"),
+        (["base", "lora"], "methods: a comparison has 'full', because"),
     ],
 )
 def test_recipe_without_a_comparison_is_refused(tmp_path: Path, methods: list[Any], problem: str) -> None:

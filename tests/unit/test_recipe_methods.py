@@ -66,7 +66,18 @@ def test_methods_mixed_forms_are_read_and_written_back() -> None:
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("methods: [full, full, lora]", "4  methods: a comparison has 'full' exactly once"),
+        ("methods: [full, full, lora]", "4  methods: two are called 'full'"),
+        ("methods: [full, {kind: full, name: b}, lora]", "4  methods: 'b' is the same as 'full' but for its name"),
+        ("methods: [full, {name: b, kind: full, train: {seed: 3}}]", "4  methods.1.train.seed: all arms"),
+        (
+            "methods: [full, {name: b, kind: full, train: {weight_decoy: 3}}]",
+            "4  methods.1.train.weight_decoy: unknown",
+        ),
+        (
+            "methods: [full, {name: b, kind: full, train: {weight_decay: lots}}]",
+            "4  methods.1.train.weight_decay: expect",
+        ),
+        ("method: {kind: full, train: {weight_decay: 0.1}}", "4  method.train: is for an arm of a comparison"),
         ("methods: [full, head]", "4  methods: names nothing to compare"),
         ("methods: [full, lora]\nmethod: lora", "5  method and methods are both given"),
     ],
@@ -133,27 +144,23 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         (
             {"methods": ["lora", {"kind": "lora", "learning_rate": 1e-3}, "full", "full"]},
             [
-                "methods: a comparison has 'full' exactly once, because the others are compared with it; found 2: keep "
-                "one of them",
+                "methods: two are called 'full'; give one of them another 'name'",
                 "methods: two are called 'lora'; give one of them another 'name'",
             ],
         ),
         (
-            {"methods": ["full", {"kind": "full", "name": "slow", "layerwise_lr_decay": 0.9}, "lora"]},
-            [
-                "methods: a comparison has 'full' exactly once, because the others are compared with it; found 2: keep "
-                "one of them"
-            ],
+            {"methods": ["full", {"kind": "full", "name": "alike"}, "lora"]},
+            ["methods: 'alike' is the same as 'full' but for its name; change a setting of it, or remove it"],
         ),
         (
             {"methods": ["base", "lora"]},
-            ["methods: a comparison has 'full' exactly once, because the others are compared with it; found 0: add it"],
+            ["methods: a comparison has 'full', because the others are compared with it; add it"],
         ),
         (
             {"methods": ["base", "full", "head"]},
             [
                 "methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
-                "orientation); add one of lora, adapter, prompt, peft"
+                "orientation); add one of lora, adapter, prompt, peft, or another full with settings of its own"
             ],
         ),
         (

@@ -133,7 +133,10 @@ def _of_one_base(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]
         if len(set(given.values())) > 1:
             said = ", ".join(f"{value} in {name}" for name, value in given.items())
             problems.append(f"{what}: several tasks share one base and one report; all must give the same ({said})")
-    arms = [{one.arm: one for one in recipe.methods if one.kind not in ("base", "full")} for recipe in recipes.values()]
+    arms = [
+        {one.arm: one for one in recipe.methods if recipe.compared_kind(one) not in ("base", "full")}
+        for recipe in recipes.values()
+    ]
     common = set.intersection(*map(set, arms)) if arms else set()
     if arms and not common:
         problems.append("methods: no method but 'full' is compared in all of these recipes")

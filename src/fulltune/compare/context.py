@@ -181,7 +181,7 @@ class Context:
         """Sizes, memory and plan of an arm; traced once."""
         if arm not in self._setups:
             method = next(one for one in self.arms if one.arm == arm)
-            recipe = self.recipe.model_copy(update={"method": method, "methods": ()})
+            recipe = self.recipe.with_method(method)
             model = PlannedModel.of(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
             self._setups[arm] = ArmSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
@@ -199,14 +199,14 @@ class Context:
         steps = max(2, round(trial.share * setup.plan.total_steps))
         if trial.share < 1:
             changes |= {"max_steps": steps, "num_train_epochs": None}
-            if self.recipe.train.warmup_steps is not None:
-                ratio = self.recipe.train.warmup_steps / max(1, setup.plan.total_steps)
+            if (given := self.recipe.with_method(method).train.warmup_steps) is not None:
+                ratio = given / max(1, setup.plan.total_steps)
                 changes |= {"warmup_steps": None, "warmup_ratio": ratio}
         if trial.searches:
             changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
             changes["save_steps"] = None
-        block = self.recipe.train.model_copy(update=changes)
-        return self.recipe.model_copy(update={"method": method, "methods": (), "train": block})
+        recipe = self.recipe.with_method(method)
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         """The plan of a trial, with what earlier ones of its arm changed because memory ran out."""

@@ -40,7 +40,7 @@ def design_of(ran: SeedRuns, openings: Sequence[Opening], *, full_wins: bool) ->
         arms.append(
             ArmDesign(
                 name=arm,
-                kind=setup.arm.kind,
+                kind=context.recipe.compared_kind(setup.arm),
                 settings=settings_of(setup.arm),
                 rates_searched=_rates_searched(search),
                 whole_runs=len(search.whole),
@@ -141,7 +141,7 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
         expected, of_rows = _foreseen(recipe, parse_seconds(text))
     planned = recipe.compare.seeds or design.num_seeds(None, design.FEW_TRAIN_ROWS)
     left_out = expected.left_out if expected else ()
-    rivals = [one.arm for one in recipe.methods if one.kind in RIVALS and one.arm not in left_out]
+    rivals = [one.arm for one in recipe.methods if recipe.compared_kind(one) in RIVALS and one.arm not in left_out]
     arms = []
     for method in recipe.methods:
         if method.kind == "base" or method.arm in left_out:
@@ -156,7 +156,7 @@ def lint_recipe(recipe: Recipe, budget: str | None = None) -> tuple[Finding, ...
         arms.append(
             ArmDesign(
                 name=method.arm,
-                kind=method.kind,
+                kind=recipe.compared_kind(method),
                 settings=settings_of(method),
                 rates_searched=rates if len(rates) > 1 and time_to_search else (),
                 learning_rate=rates[0] if len(rates) == 1 else None,

@@ -20,7 +20,7 @@ def search_all(context: Context, expectation: Expectation, run_together: paralle
     Full and the first rival are trained at the usual one where there is no time to search, others only with a search.
     """
     methods = [one for one in context.trained_arms if one.arm in expectation.arms]
-    pair = [one.arm for one in methods if one is context.full or one.kind in RIVALS][:2]
+    pair = [one.arm for one in methods if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     seeds = min(design.LEAST_SEEDS, expectation.num_seeds)
     keep = timing.to_come(context, dict.fromkeys((one.arm for one in methods), 0), seeds)
     trials = [trial for one in methods for trial in grid_trials(context, one, expectation)]

@@ -16,7 +16,7 @@ from fulltune.compare.verdict import ArmItems
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
-from fulltune.recipe.methods import RIVALS
+from fulltune.recipe.methods import RIVALS, ArmKind
 from fulltune.records.comparison import Expectation, Search, Trial, TrialResult
 from fulltune.records.differences import Look
 from fulltune.text import counted
@@ -139,7 +139,7 @@ class SeedRuns:
         Full and the first rival of the recipe always get a run: without them there is nothing to compare.
         """
         context = self.context
-        pair = (context.full.arm, next(arm for arm in self.results if context.setup(arm).arm.kind in RIVALS))
+        pair = (context.full.arm, next(arm for arm in self.results if self._kind(arm) in RIVALS))
         keep = self._keep(min(design.LEAST_SEEDS, context.recipe.compare.seeds or design.LEAST_SEEDS))
         others = (arm for arm, found in self.results.items() if not found and arm not in pair)
         return next((arm for arm in others if not timing.has_time(context, [self._next_trial(arm)], keep)), None)
@@ -180,7 +180,7 @@ class SeedRuns:
         """
         context, scale = self.context, scale_of(self.context)
         kinds = ("full", *RIVALS)
-        decisive = {arm: found for arm, found in self.results.items() if context.setup(arm).arm.kind in kinds}
+        decisive = {arm: found for arm, found in self.results.items() if self._kind(arm) in kinds}
         full = decisive[context.full.arm]
         means = {
             arm: statistics.mean(scale.oriented(one.metric) for one in found)
@@ -275,6 +275,9 @@ class SeedRuns:
         rate = rate_search.next_whole(search, whole, scale_of(self.context), self._may_extend(arm), most)
         return None if rate is None else design.final_trial(arm, rate, trial.seed, check=True)
 
+    def _kind(self, arm: str) -> ArmKind:
+        return self.context.recipe.compared_kind(self.context.setup(arm).arm)
+
     def _may_extend(self, arm: str) -> bool:
         """The recipe names no rates to search among."""
         return self.context.setup(arm).arm.learning_rates is None
@@ -295,7 +298,7 @@ def arm_items(context: Context, results: Results, place: str, waited: Collection
     return [
         ArmItems(
             name=arm,
-            kind=setups[arm].arm.kind,
+            kind=context.recipe.compared_kind(setups[arm].arm),
             trials=[outputs.load(folder / f"{one.trial.name}.npz") for one in trials],
             cost=float(setups[arm].plan.num_trainable_parameters),
             alpha_share=WAITING_SHARE if arm in waited else 1.0,

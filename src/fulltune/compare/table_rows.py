@@ -53,7 +53,7 @@ def rows_of(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> t
         rows.append(
             ArmRow(
                 arm=arm,
-                kind=method.kind,
+                kind=context.recipe.compared_kind(method),
                 settings=settings_of(method),
                 num_parameters=num_parameters,
                 num_trainable=found[0].num_trainable,

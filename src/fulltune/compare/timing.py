@@ -118,7 +118,7 @@ def costs_of(context: Context) -> dict[str, design.Cost]:
         costs[method.arm] = design.Cost(
             run_seconds=steps * (time.total_seconds if time else 0.0),
             num_rates=len(grid(context, method)),
-            decides=method is context.full or method.kind in RIVALS,
+            decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
             scoring_seconds=known.rest * SCORING_SECONDS + steps * rows * _row_seconds(context, method.arm),
         )
     return costs

@@ -1,4 +1,4 @@
-"""FULL, PEFT, EQUIVALENT or UNDECIDED: a pure function of what the arms' trials kept of the same rows."""
+"""FULL, PEFT, VARIANT, EQUIVALENT or UNDECIDED: a pure function of what the arms' trials kept of the same rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fulltune.recipe.methods import RIVALS
-from fulltune.records.differences import ArmKind, ArmScore, Decision, Difference, VerdictKind
+from fulltune.recipe.methods import RIVALS, VARIANT, ArmKind
+from fulltune.records.differences import ArmScore, Decision, Difference, VerdictKind
 from fulltune.report.comparison.sentences import Writer
 from fulltune.stats.bootstrap import SAMPLES, Drawn, draw
 from fulltune.stats.intervals import (
@@ -94,7 +94,7 @@ def decide(
         num_draws=drawn.num_draws,
         scores=tuple(_score(arm, place, drawn, spreads, measure, confidence) for place, arm in enumerate(arms)),
         differences=tuple(differences),
-        headline=_headline(verdict, recommended, arms[full].name),
+        headline=_headline(verdict, recommended, arms[full].name, differences),
         because=tuple(_because(one, Writer(measure.name, margin)) for one in differences if one.decides),
         would_decide=tuple(_would_decide(differences)) if verdict == "UNDECIDED" else (),
         notes=tuple(_notes(differences, verdict, recommended)),
@@ -182,21 +182,28 @@ def _verdict(differences: Sequence[Difference], full: str, arms: Sequence[ArmIte
     cost = {arm.name: arm.cost for arm in arms}
     rivals = [one for one in differences if one.decides]
     if better := [one for one in rivals if one.arm_better]:
-        return "PEFT", min(better, key=lambda one: one.estimate).arm
+        best = min(better, key=lambda one: one.estimate)
+        return "VARIANT" if best.kind == VARIANT else "PEFT", best.arm
     if rivals and all(one.full_better and not one.equivalent for one in rivals):
         return "FULL", full
     if equal := [one for one in rivals if one.equivalent and one.cheaper]:
         return "EQUIVALENT", min(equal, key=lambda one: cost[one.arm]).arm
+    if rivals and all(one.full_better or one.equivalent for one in rivals):
+        return "EQUIVALENT", full  # only variants are equal, which cost as much: the plain one is simpler
     good = [one.arm for one in rivals if one.not_worse and one.cheaper]
     return "UNDECIDED", min(good, key=cost.__getitem__) if good else ""
 
 
-def _headline(verdict: VerdictKind, recommended: str, full: str) -> str:
+def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Sequence[Difference]) -> str:
     match verdict:
+        case "FULL" if all(one.kind == VARIANT for one in differences if one.decides):
+            return f"Keep {full} as it is: it is better than with any of the other settings by the margin."
         case "FULL":
             return f"Updating every parameter is worth it here: {full} is better than every other method by the margin."
-        case "PEFT":
+        case "PEFT" | "VARIANT":
             return f"Take {recommended}: it is better than {full} by the margin."
+        case "EQUIVALENT" if recommended == full:
+            return f"Take {full}: no other settings are better or worse by the margin, and it is the plain one."
         case "EQUIVALENT":
             return f"Take {recommended}: as good as {full} within the margin, and it trains fewer weights."
     if recommended:
@@ -265,5 +272,5 @@ def _notes(differences: Sequence[Difference], verdict: VerdictKind, recommended:
     if fewer := [one.arm for one in deciding if one.num_seeds == 1 and one.seeds_known]:
         yield f"{', '.join(fewer)}: one seed; the spread between seeds is taken from the other methods"
     better = [one.arm for one in deciding if one.arm_better and one.arm != recommended]
-    if verdict == "PEFT" and better:
+    if verdict in ("PEFT", "VARIANT") and better:
         yield f"also better than full: {', '.join(better)}"

@@ -109,6 +109,8 @@ class Preparing:
     def of(cls, recipe: Recipe, on_cpu: bool) -> Preparing:
         """Of a recipe's method, whatever its rates."""
         same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
+        if recipe.method.kind == "full":
+            same["train"] = {}
         return cls(recipe.method.model_copy(update=same), recipe.task, on_cpu)
 
     def __call__(self, built: Any) -> None:

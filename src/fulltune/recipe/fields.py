@@ -15,11 +15,13 @@ from pydantic import Field, model_validator
 from fulltune.recipe.block import NAME, Block
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.evaluation import CompareBlock, EvaluateBlock
-from fulltune.recipe.methods import RIVALS, Arm, FullMethod, Method
+from fulltune.recipe.methods import RIVALS, VARIANT, Arm, ArmKind, FullMethod, Method
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.recipe.training import TrainBlock
+
+_OTHERS = tuple(kind for kind in RIVALS if kind != VARIANT)
 
 
 class Recipe(Block):
@@ -65,21 +67,24 @@ class Recipe(Block):
         if not self.methods:
             return self
         problems = []
-        kinds = [one.kind for one in self.methods]
-        if (count := kinds.count("full")) != 1:
-            to_do = "keep one of them" if count else "add it"
-            problems.append(
-                f"methods: a comparison has 'full' exactly once, because the others are compared with it; found "
-                f"{count}: {to_do}"
-            )
-        if not set(kinds) & set(RIVALS):
+        kinds = [self.compared_kind(one) for one in self.methods]
+        if "full" not in kinds:
+            problems.append("methods: a comparison has 'full', because the others are compared with it; add it")
+        elif not set(kinds) & set(RIVALS):
             problems.append(
                 f"methods: names nothing to compare full fine-tuning with ('base' and 'head' are only shown for "
-                f"orientation); add one of {', '.join(RIVALS)}"
+                f"orientation); add one of {', '.join(_OTHERS)}, or another full with settings of its own"
             )
-        names = [one.arm for one in self.methods if one.kind != "full" or count == 1]
+        names = [one.arm for one in self.methods]
         twice = sorted({name for name in names if names.count(name) > 1})
         problems += [f"methods: two are called '{name}'; give one of them another 'name'" for name in twice]
+        alike = [one.model_dump(exclude={"name"}) for one in self.methods]
+        problems += [
+            f"methods: '{one.arm}' is the same as '{self.methods[alike.index(mine)].arm}' but for its name; change a "
+            "setting of it, or remove it"
+            for place, (one, mine) in enumerate(zip(self.methods, alike, strict=True))
+            if alike.index(mine) < place and one.arm not in twice
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -93,6 +98,19 @@ class Recipe(Block):
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         settings["compare"]["budget"] = settings["search"]["budget"] = None  # more time goes on with the same one
         return settings
+
+    def compared_kind(self, method: Any) -> ArmKind:
+        """What a comparison takes a method for: its kind; of several `full` all but the first are variants."""
+        first = next((one for one in self.methods if one.kind == "full"), method)
+        kind: ArmKind = method.kind
+        return VARIANT if kind == "full" and method != first else kind
+
+    def with_method(self, method: Any) -> Recipe:
+        """The recipe of a run with one of several methods, and with what that changes of the block `train`."""
+        changes = {"method": method, "methods": (), "train": self.train}
+        if own := getattr(method, "train", {}):
+            changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **own})
+        return self.model_copy(update=changes)
 
     @property
     def is_searched(self) -> bool:

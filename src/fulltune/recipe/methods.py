@@ -103,6 +103,9 @@ class FullMethod(_Trained):
     """Each layer below the head learns this much slower than the one above it. 0.8 to 0.95 can help encoders with few
     rows whose head starts at random; from a linear probe 0.8 and 0.9 gained nothing (docs/quality.md). 1: the same rate
     everywhere."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """In a comparison, what this arm has otherwise than the recipe's block `train`, such as
+    `{label_smoothing_factor: 0.1}`: does it help here? The first `full` is what the others are compared with."""
 
 
 class HeadMethod(_Trained):
@@ -210,6 +213,9 @@ Arm = Annotated[
     Field(discriminator="kind"),
 ]
 """What a comparison compares."""
-RIVALS = ("lora", "adapter", "prompt", "peft")
+ArmKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
+"""What a comparison takes a method for. `variant`: full fine-tuning with other settings than its first `full` has."""
+VARIANT: ArmKind = "variant"
+RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)
 """Kinds that full fine-tuning is compared with. `base` and `head` decide nothing: nobody doubts that training more than
 a head helps, but how much is worth seeing."""

@@ -22,6 +22,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
 from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.tasks import FACTS, READ_BY
+from fulltune.recipe.training import TrainBlock
 from fulltune.text import did_you_mean
 
 SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
@@ -74,12 +75,41 @@ def of_settings(recipe: Recipe) -> list[str]:
 def of_pairs(recipe: Recipe) -> list[str]:
     """Settings that do not go together."""
     problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe), *_rates_by_tensor(recipe)]
-    problems += [*_wrong_search(recipe)]
+    problems += [*_wrong_search(recipe), *_own_train(recipe)]
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(SMOOTHING)
     if recipe.train.chunked_loss:
         problems += [f"train.chunked_loss: {reason}; remove it" for reason in _whole_logits(recipe)]
     return problems
+
+
+SHARED = ("seed", "device", "num_processes", "precision", "memory_limit", "report_to")
+"""Of the block `train`: what arms of a comparison have in common."""
+
+
+def _own_train(recipe: Recipe) -> Iterable[str]:
+    """What an arm cannot have otherwise than the block `train`."""
+    for place, method in _methods(recipe):
+        own = getattr(method, "train", {})
+        if own and not recipe.methods:
+            yield f"{place}.train: is for an arm of a comparison; write these settings into the block train"
+            continue
+        yield from (
+            f"{place}.train.{name}: all arms of a comparison have the same; write it into the block train"
+            for name in own
+            if name in SHARED
+        )
+        try:
+            recipe.with_method(method)
+        except ValidationError as error:
+            for one in error.errors():
+                name = ".".join(map(str, one["loc"]))
+                if one["type"] == "extra_forbidden":
+                    hint = did_you_mean(name, list(TrainBlock.model_fields))
+                    yield f"{place}.train.{name}: unknown setting{'; ' * bool(hint)}{hint}"
+                else:
+                    said = one["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+                    yield f"{place}.train{'.' * bool(name)}{name}: {said}; found {own.get(name)!r}"
 
 
 def _wrong_search(recipe: Recipe) -> Iterable[str]:

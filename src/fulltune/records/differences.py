@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fulltune.recipe.methods import ArmKind
 from fulltune.records.base import Record
-
-ArmKind = Literal["base", "head", "full", "lora", "adapter", "prompt", "peft"]
 
 # ---- design ----------------------------------------------------------------------------------------------------
 
@@ -170,7 +169,8 @@ class Difference(Record):
     """Both in records of older versions only."""
 
 
-VerdictKind = Literal["FULL", "PEFT", "EQUIVALENT", "UNDECIDED"]
+VerdictKind = Literal["FULL", "PEFT", "VARIANT", "EQUIVALENT", "UNDECIDED"]
+"""`VARIANT`: full fine-tuning with other settings is better than that with the recipe's own."""
 
 
 class Decision(Record):
@@ -185,7 +185,7 @@ class Decision(Record):
     margin: float
     confidence: float
     alpha: float
-    """Chance of a wrong FULL or PEFT: 1 - confidence, or the part of it that this look may spend."""
+    """Chance of a wrong FULL, PEFT or VARIANT: 1 - confidence, or the part of it that this look may spend."""
     num_rows: int
     num_clusters: int
     num_draws: int

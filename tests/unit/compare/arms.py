@@ -9,7 +9,8 @@ import numpy as np
 
 from fulltune.compare.sequential import spent
 from fulltune.compare.verdict import ArmItems
-from fulltune.records.differences import ArmKind, Look
+from fulltune.recipe.methods import ArmKind
+from fulltune.records.differences import Look
 from fulltune.stats.bootstrap import Drawn
 from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Predictions, Target

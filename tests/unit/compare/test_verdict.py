@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fulltune.compare.verdict import ArmItems, decide
-from fulltune.records.differences import ArmKind, Decision
+from fulltune.recipe.methods import ArmKind
+from fulltune.records.differences import Decision
 from fulltune.stats.row_scores import measure_of
 from fulltune.tasks import Target
 from tests.unit.compare.arms import ACCURACY, arm, drawn_right
@@ -19,6 +20,8 @@ KINDS: dict[str, tuple[ArmKind, float]] = {
     "lora": ("lora", 10),
     "adapter": ("adapter", 5),
     "prompt": ("prompt", 1),
+    "smoothed": ("variant", 100),
+    "longer": ("variant", 100),
     "head": ("head", 0.5),
 }
 
@@ -42,6 +45,13 @@ def decision(accuracies: dict[str, float], rows: int = ROWS, seeds: int = 3, mar
         ({"full": 0.95, "lora": 0.85, "adapter": 0.9505}, "EQUIVALENT", "adapter"),
         # PEFT goes before EQUIVALENT.
         ({"full": 0.91, "lora": 0.95, "adapter": 0.9105}, "PEFT", "lora"),
+        # Full fine-tuning with other settings costs the same: it is taken only where it is better.
+        ({"full": 0.89, "smoothed": 0.93}, "VARIANT", "smoothed"),
+        ({"full": 0.89, "smoothed": 0.93, "lora": 0.96}, "PEFT", "lora"),
+        ({"full": 0.95, "smoothed": 0.9505}, "EQUIVALENT", "full"),
+        ({"full": 0.95, "smoothed": 0.9505, "longer": 0.85}, "EQUIVALENT", "full"),
+        ({"full": 0.95, "smoothed": 0.9505, "lora": 0.9503}, "EQUIVALENT", "lora"),
+        ({"full": 0.93, "smoothed": 0.89}, "FULL", "full"),
         # What only serves for orientation decides nothing.
         ({"full": 0.93, "lora": 0.89, "head": 0.9305}, "FULL", "full"),
     ],

@@ -20,6 +20,7 @@ from fulltune.text import counted, format_bytes, format_number, format_seconds, 
 _STYLES: dict[VerdictKind, str] = {
     "FULL": "bold blue",
     "PEFT": "bold green",
+    "VARIANT": "bold green",
     "EQUIVALENT": "bold green",
     "UNDECIDED": "bold yellow",
 }

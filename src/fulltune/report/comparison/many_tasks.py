@@ -87,7 +87,7 @@ def task_rows(found: ManyTasks) -> list[list[str]]:
     """By `TASK_HEADER`."""
     rows = []
     for task in found.tasks:
-        take = f": {words.harmless(task.recommended)}" if task.verdict in ("PEFT", "EQUIVALENT") else ""
+        take = f": {words.harmless(task.recommended)}" if task.verdict in ("PEFT", "VARIANT", "EQUIVALENT") else ""
         verdict, metric = f"{task.verdict}{take}", words.metric_name(task.metric)
         rows.append([words.harmless(task.name), f"{task.train_rows:,}", verdict, metric])
     return rows

@@ -86,7 +86,8 @@ class Writer:
 
 def label(decision: Decision) -> str:
     """The verdict in capitals, with the method's name where it names one."""
-    take = {"PEFT": f": {decision.recommended}", "EQUIVALENT": f": take {decision.recommended}"}
+    name = decision.recommended
+    take = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": take {name}"}
     return decision.verdict + take.get(decision.verdict, "")
 
 
