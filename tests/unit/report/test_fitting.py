@@ -19,6 +19,7 @@ def curves(train: list[float], held_out: list[float], metric: list[float] | None
         "metric_name": name,
         "greater_is_better": bool(metric),
         "eval_rows": 400,
+        "epochs_per_step": 0.1,
     }
     return Curves(**{**given, **changes})  # type: ignore[arg-type]
 
@@ -47,7 +48,9 @@ def test_kind_follows_from_the_curves(given: Curves, kind: str, turn: int | None
 
 
 def test_over_fitted_run_is_told_with_its_numbers() -> None:
-    found = fitting(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.7, 0.6, 0.5]))
+    for kept, where in ((20, "from then, step 20"), (10, "from before, step 10"), (40, "from after that, step 40")):
+        found = fitting(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.7, 0.6, 0.5], kept_step=kept))
+        assert f"The weights kept are {where}." in found.sentences
     said = " ".join(found.sentences)
-    assert "accuracy on the eval rows was best at step 20 (70.0%) and 50.0% at the end" in said
+    assert "accuracy on the eval rows was best at step 20 (epoch 2), 70.0%, and 50.0% at the end" in said
     assert "0.1 on train rows and 1.9 on eval rows" in said

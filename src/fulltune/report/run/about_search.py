@@ -44,15 +44,12 @@ def _bought(found: Searched) -> str:
     """What it brought on rows that decided nothing."""
     usual = "the usual rate" if found.rate is not None else "the recipe's own settings"
     if found.bought is None:
-        return (
-            ""
-            if found.rate is not None and not found.rate.whole
-            else "So the scores are those of a run without the search."
-        )
+        kept = not found.settings if found.rate is None else found.rate.chosen == found.rate.usual
+        return f"The scores are those of a run with {usual}, without a search." if kept else ""
     name, ahead = found.metric_name, found.bought
-    level = f"{100 * found.confidence:g}% interval"
+    level, than = f"{100 * found.confidence:g}% interval", "as" if ahead.value == 0 else "than"
     return (
-        f"On the test rows, which chose nothing, the {words.metric_name(name)} is {difference(name, ahead)} than with "
+        f"On the test rows, which chose nothing, the {words.metric_name(name)} is {difference(name, ahead)} {than} with "
         f"{usual} ({level}: {bounds(name, ahead)})."
     )
 

@@ -67,7 +67,7 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
     )
     blocks: list[Block] = [Figures(tuple(figures))]
     if sentences := fitting_of(view, trial).sentences:
-        blocks.insert(0, Paragraph(" ".join(sentences)))
+        blocks.insert(0, Paragraph(" ".join(filter(None, sentences))))
     if history.restarts:
         at = listed([f"{step:,}" for step in history.restarts])
         said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: continued, at step {at}."
@@ -87,6 +87,7 @@ def fitting_of(view: RunView, trial: str) -> Fitting:
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
         eval_rows=view.summary.splits["eval"].rows,
+        epochs_per_step=plan.num_train_epochs / max(1, plan.total_steps),
         kept_step=outcome.best_step,
     )
     return fitting(curves)

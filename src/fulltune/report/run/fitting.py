@@ -45,6 +45,7 @@ class Curves:
     metric_name: str
     greater_is_better: bool
     eval_rows: int
+    epochs_per_step: float = 0.0
     kept_step: int | None = None
     """Whose weights the model has."""
 
@@ -71,29 +72,47 @@ def fitting(curves: Curves) -> Fitting:
         return Fitting("not known")
     turn, least = min(evaluations, key=lambda point: point[1])
     end, last = evaluations[-1]
-    gap = f"At the end the loss is {format_number(trained[end])} on train rows and {format_number(last)} on eval rows"
+    gap = f"At the end the loss is {format_number(trained[end])} on train rows and {format_number(last)} on eval rows."
     still_learned = trained[end] < FELL * trained[turn] or trained[end] < FELL * _at_half(trained)
     worse = _metric_fell(curves)
-    rose = least > 0 and last >= ROSE * least and still_learned and turn < end
     if worse is not None and still_learned and last > least:
         at, said = worse
-        return Fitting("over-fitted", at, (f"Over-fitted: {said}, while the train loss still fell.", f"{gap}."))
-    if rose:
-        rise = f"the eval loss was least at step {turn:,} ({format_number(least)}) and rose from there"
-        if _is_loss(curves):
-            return Fitting("over-fitted", turn, (f"Over-fitted: {rise}, while the train loss still fell.", f"{gap}."))
-        name = words.metric_name(curves.metric_name)
-        unharmed = (
-            f"Over-confident: {rise}, while the train loss still fell; {name} did not suffer. The answers are as good "
-            "as before, but their probabilities are too extreme until they are calibrated."
+        kept = _kept(curves, at)
+        return Fitting("over-fitted", at, (f"Over-fitted: {said}, while the train loss still fell.", gap, kept, _FEWER))
+    if least > 0 and last >= ROSE * least and still_learned and turn < end:
+        rise = (
+            f"the eval loss was least at {_place(curves, turn)} ({format_number(least)}) and rose from there, while "
+            "the train loss still fell"
         )
-        return Fitting("over-confident", turn, (unharmed, f"{gap}."))
+        if _is_loss(curves):
+            return Fitting("over-fitted", turn, (f"Over-fitted: {rise}.", gap, _kept(curves, turn), _FEWER))
+        unharmed = f"Over-confident: {rise}; {words.metric_name(curves.metric_name)} did not suffer. {_EXTREME}"
+        return Fitting("over-confident", turn, (unharmed, gap, _kept(curves, turn)))
     if _is_unfinished(curves, evaluations, trained):
         said = (
             "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
         )
-        return Fitting("under-fitted", None, (f"Under-fitted: {said}.", f"{gap}."))
-    return Fitting("sound", None, (f"No sign of over- or under-fitting. {gap}.",))
+        return Fitting("under-fitted", None, (f"Under-fitted: {said}.", gap, _MORE))
+    return Fitting("sound", None, (f"No sign of over- or under-fitting: the eval loss {_EVEN}.", gap))
+
+
+_FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
+_MORE = "What helps: more epochs, or a higher rate."
+_EXTREME = "The answers are as good as before; their probabilities are too extreme until they are calibrated."
+_EVEN = "did not rise by a tenth, nor was it still falling with the train rows known no better"
+
+
+def _place(curves: Curves, step: int) -> str:
+    """`step 300 (epoch 2)`."""
+    return f"step {step:,} (epoch {format_number(step * curves.epochs_per_step)})"
+
+
+def _kept(curves: Curves, turn: int) -> str:
+    """Whether the weights that the model has are from before it got worse."""
+    if curves.kept_step is None:
+        return ""
+    side = "from then" if curves.kept_step == turn else "from before" if curves.kept_step < turn else "from after that"
+    return f"The weights kept are {side}, step {curves.kept_step:,}."
 
 
 def _is_loss(curves: Curves) -> bool:
@@ -133,7 +152,7 @@ def _metric_fell(curves: Curves) -> tuple[int, str] | None:
         (format_metric(curves.metric_name, one) for one in (best, last)),
     )
     first, end = shown
-    return step, f"{name} on the eval rows was best at step {step:,} ({first}) and {end} at the end"
+    return step, f"{name} on the eval rows was best at {_place(curves, step)}, {first}, and {end} at the end"
 
 
 def _is_unfinished(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float]) -> bool:
