@@ -93,9 +93,9 @@ def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(t
         search={"method.layerwise_lr_decay": [0.1, 0.001], "train.label_smoothing_factor": [0.0, 0.1]},
     )
     record = Searched.load(found.folder / "search.json")
-    assert len(record.candidates) == 5
-    assert record.candidates[0].metric >= record.candidates[-1].metric
-    assert record.settings == record.candidates[0].settings != {}
+    assert len(record.tried) == 5
+    assert record.tried[0].metric >= record.tried[-1].metric
+    assert record.settings == record.tried[0].settings != {}
     left = sorted(path.relative_to(found.folder).as_posix() for path in found.folder.rglob("model.safetensors"))
     assert left == ["models/full/model.safetensors"]
     assert found.plan is not None
@@ -113,9 +113,9 @@ def test_optuna_draws_where_there_are_more_combinations_than_trials(tmp_path: Pa
         search={"train.weight_decay": [0.0, 0.1], "train.warmup_ratio": [0.0, 0.1, 0.2, 0.3], "trials": 3},
     )
     record = Searched.load(found.folder / "search.json")
-    assert len(record.candidates) == 4, "three, and the recipe's own settings"
+    assert len(record.tried) == 4, "three, and the recipe's own settings"
     assert record.num_combinations == 8
-    assert len({str(one.settings) for one in record.candidates}) == 4
+    assert len({str(one.settings) for one in record.tried}) == 4
 
 
 def test_budget_that_buys_no_search_is_refused_with_what_it_buys(tmp_path: Path, model: Path) -> None:
@@ -132,7 +132,7 @@ def test_single_stages_do_not_pass_a_search_over(tmp_path: Path, model: Path) ->
 
 
 def test_loss_from_python_cannot_be_searched_with(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(RecipeError, match="a loss from Python cannot reach"):
+    with pytest.raises(RecipeError, match="which a loss from Python cannot reach"):
         search(tmp_path, model, {"compute_loss": lambda outputs, labels, num_items_in_batch: outputs.loss})
 
 

@@ -9,7 +9,7 @@ import pytest
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.recipe.rules import with_settings
+from fulltune.recipe.several_runs import with_settings
 
 
 def read(folder: Path, lines: str, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+from fulltune.recipe.methods import VARIANT
 from fulltune.records.differences import ArmDesign, ComparisonDesign, Finding, Rule
 
 FEWEST_SEEDS = 3
@@ -46,7 +47,7 @@ def _full(design: ComparisonDesign) -> list[ArmDesign]:
 
 
 def _peft(design: ComparisonDesign) -> list[ArmDesign]:
-    return [arm for arm in design.arms if arm.kind not in ("base", "head", "full")]
+    return [arm for arm in design.arms if arm.kind not in ("base", "head", "full", VARIANT)]
 
 
 def _named(arms: Iterable[ArmDesign]) -> str:
@@ -190,7 +191,8 @@ def _left_out(design: ComparisonDesign) -> Found:
 
 
 def _unequal_tokens(design: ComparisonDesign) -> Found:
-    known = [arm for arm in _trained(design) if arm.train_tokens]
+    # What a variant has otherwise is what is asked about.
+    known = [arm for arm in _trained(design) if arm.train_tokens and arm.kind != VARIANT]
     known.sort(key=lambda arm: (arm.train_tokens, arm.kind == "full"))
     if not known:
         return
@@ -205,7 +207,7 @@ def _unequal_tokens(design: ComparisonDesign) -> Found:
 
 
 def _unequal_heads(design: ComparisonDesign) -> Found:
-    arms = _trained(design)
+    arms = [arm for arm in _trained(design) if arm.kind != VARIANT]
     random = [arm for arm in arms if arm.settings.get("head_init") == "random"]
     if random and len(random) < len(arms):
         what = f"the head of {_named(random)} starts at random, that of the others from a linear probe"

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fulltune.records.comparison import Search, Trial, Tried
-from fulltune.stats.intervals import error_of_share
+from fulltune.stats.shares import error_of_share
 
 STEP = math.sqrt(10)
 """Between two rates of a grid."""
@@ -141,6 +141,8 @@ def above(tried: Mapping[float, float], scale: Scale, may_extend: bool) -> float
 
 def ceiling(tried: Mapping[float, float], scale: Scale) -> float | None:
     """The lowest rate above the best one whose trial diverged or was clearly worse; None: none was."""
+    if not tried:
+        return None
     best = best_of(tried, scale)
     least = scale.oriented(tried[best]) - CLEARLY * scale.tolerance(tried[best])
     return min((rate for rate in tried if rate > best and scale.oriented(tried[rate]) < least), default=None)

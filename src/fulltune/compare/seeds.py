@@ -81,6 +81,12 @@ class SeedRuns:
             Diverged: At the lowest rate that was left to try as well.
         """
         self.results[arm] = []
+        first, search = self._next_trial(arm), self.searches[arm]
+        # Which whole run is the second does not depend on how the first one ends.
+        other = rate_search.next_whole(search, {search.chosen: 0.0}, scale_of(self.context), self._may_extend(arm))
+        checks = [] if other is None else [design.final_trial(arm, other, first.seed, check=True)]
+        if timing.has_time(self.context, [first, *checks]):
+            self.run_together([first, *checks])
         while (result := self.first(self._next_trial(arm))).problems:
             self._after_divergence(result)
         self.results[arm].append(result)

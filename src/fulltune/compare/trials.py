@@ -65,7 +65,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     made.save(context.folder / made.file)
     planned = Plan.load(context.folder / made.file)
     with context.clocked(trial.name):
-        listener, dry_run = _without_tables(context.job.listener), trial.arm not in context.passed
+        listener, dry_run = without_tables(context.job.listener), trial.arm not in context.passed
         outcome = train(recipe, made, context.folder, Hooks(), listener, start=context.start, dry_run=dry_run)
     made = Plan.load(context.folder / made.file)  # changed when memory ran out
     if made == planned:
@@ -103,7 +103,7 @@ def _result(trial: Trial, made: Plan, **fields: object) -> TrialResult:
     return TrialResult.model_validate({"trial": trial, **known, **more, **fields})
 
 
-def _without_tables(listener: Listener) -> Listener:
+def without_tables(listener: Listener) -> Listener:
     """Of a trial only what moves: the tables of all trials would hide the comparison."""
     return lambda event: listener(event) if isinstance(event, StepLogged | Warned | Resumed | AttemptFailed) else None
 

@@ -23,6 +23,7 @@ from fulltune.stats.intervals import (
 from fulltune.stats.precision import MOST_ROWS_FACTOR, MOST_SEEDS, Precision, needed
 from fulltune.stats.row_scores import Measure
 from fulltune.tasks import Predictions
+from fulltune.text import listed
 
 _FEW_SEEDS = 3
 """From fewer the spread between seeds is hardly known."""
@@ -203,7 +204,8 @@ def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Se
         case "PEFT" | "VARIANT":
             return f"Take {recommended}: it is better than {full} by the margin."
         case "EQUIVALENT" if recommended == full:
-            return f"Take {full}: no other settings are better or worse by the margin, and it is the plain one."
+            equal = listed([one.arm for one in differences if one.equivalent])
+            return f"Take {full}: {equal} {'are' if ' and ' in equal else 'is'} as good within the margin, and no more."
         case "EQUIVALENT":
             return f"Take {recommended}: as good as {full} within the margin, and it trains fewer weights."
     if recommended:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from fulltune.errors import RecipeError
 from fulltune.recipe import elsewhere as recipe_elsewhere
 from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import several_runs
 from fulltune.recipe.block import NAME
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.paths import resolve_paths
@@ -91,7 +92,8 @@ def check(values: dict[str, Any], path: Path, lines: Lines | None = None) -> Rec
         rest = _without([item["loc"] for item in error.errors()], values)
         found = recipe_rules.of_settings(rest) if rest is not None else []
         raise RecipeError([*problems, *_placed(found, path, lines or {})]) from None
-    problems += _placed([*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe)], path, lines or {})
+    found = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe), *several_runs.problems_of(recipe)]
+    problems += _placed(found, path, lines or {})
     if problems:
         raise RecipeError(problems)
     return recipe

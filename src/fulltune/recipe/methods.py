@@ -57,7 +57,8 @@ class _Trained(_Named):
 
     learning_rate: Annotated[float | Literal["search"], BeforeValidator(_rate_or_search)] | None = None
     """Peak learning rate, above 0 and below 1. Left out, chosen by method, model family and size. search: found by
-    short trials and whole runs on the eval rows, for two to three and a half times the time of a run."""
+    short trials and whole runs on the eval rows, in two to three and a half times the time of a run, or more where
+    it has fewer than 150 steps."""
     learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
     """Grid of a rate search. Left out: three rates around the usual one."""
     head_learning_rate: float | None = Field(default=None, gt=0, lt=1)

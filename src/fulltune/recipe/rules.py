@@ -14,15 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import PINNED, answer
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
-from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.tasks import FACTS, READ_BY
-from fulltune.recipe.training import TrainBlock
 from fulltune.text import did_you_mean
 
 SMOOTHING = "train.label_smoothing_factor: has no effect for regression; remove it"
@@ -75,105 +71,11 @@ def of_settings(recipe: Recipe) -> list[str]:
 def of_pairs(recipe: Recipe) -> list[str]:
     """Settings that do not go together."""
     problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe), *_rates_by_tensor(recipe)]
-    problems += [*_wrong_search(recipe), *_own_train(recipe)]
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(SMOOTHING)
     if recipe.train.chunked_loss:
         problems += [f"train.chunked_loss: {reason}; remove it" for reason in _whole_logits(recipe)]
     return problems
-
-
-SHARED = ("seed", "device", "num_processes", "precision", "memory_limit", "report_to")
-"""Of the block `train`: what arms of a comparison have in common."""
-
-
-def _own_train(recipe: Recipe) -> Iterable[str]:
-    """What an arm cannot have otherwise than the block `train`."""
-    for place, method in _methods(recipe):
-        own = getattr(method, "train", {})
-        if own and not recipe.methods:
-            yield f"{place}.train: is for an arm of a comparison; write these settings into the block train"
-            continue
-        yield from (
-            f"{place}.train.{name}: all arms of a comparison have the same; write it into the block train"
-            for name in own
-            if name in SHARED
-        )
-        try:
-            recipe.with_method(method)
-        except ValidationError as error:
-            for one in error.errors():
-                name = ".".join(map(str, one["loc"]))
-                if one["type"] == "extra_forbidden":
-                    hint = did_you_mean(name, list(TrainBlock.model_fields))
-                    yield f"{place}.train.{name}: unknown setting{'; ' * bool(hint)}{hint}"
-                else:
-                    said = one["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-                    yield f"{place}.train{'.' * bool(name)}{name}: {said}; found {own.get(name)!r}"
-
-
-def _wrong_search(recipe: Recipe) -> Iterable[str]:
-    """A search that searches nothing, or what is searched already, and values that a setting cannot have."""
-    search = recipe.search
-    if recipe.methods:
-        given = [place for place, method in _methods(recipe) if getattr(method, "is_searched", False)]
-        for place in given:
-            yield f"{place}.learning_rate: a comparison searches each method's rate anyway; remove it"
-        if search != SearchBlock():
-            yield "search: has no effect on a comparison; see 'compare' for its rates and its budget"
-        return
-    if recipe.method.is_searched and search.settings:
-        yield (
-            "search: settings are tried in whole runs, and method.learning_rate: search has a search of its own; give "
-            "rates as one of the settings (search: {method.learning_rate: [1e-4, 3e-4]}), or remove one of the two"
-        )
-    if not recipe.is_searched and search.budget is not None:
-        yield "search.budget: nothing is searched; add 'learning_rate: search' to the block method"
-    if not recipe.is_searched and recipe.method.learning_rates is not None:
-        yield (
-            "method.learning_rates: rates to search among have no effect on a single rate; add 'learning_rate: "
-            "search', or use 'fulltune compare'"
-        )
-    for name, values in search.settings.items():
-        if name == "method.learning_rate" and recipe.method.fixed_learning_rate is not None:
-            yield f"search.{name}: is given as method.learning_rate, too; remove one of them"
-        problems = dict.fromkeys(_refused(recipe, name, value) for value in values)
-        yield from (f"search.{name}: {problem}" for problem in problems if problem)
-
-
-def _refused(recipe: Recipe, name: str, value: Any) -> str:
-    """Why a recipe with this value is none; empty: it is one."""
-    try:
-        other = with_settings(recipe, {name: value})
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "extra_forbidden":
-            block, field = name.split(".", 1)
-            known = list(type(getattr(recipe, block)).model_fields)
-            whose = f"method {recipe.method.kind}" if block == "method" else block
-            return f"no setting of {whose}{'; ' * bool(hint := did_you_mean(field, known))}{hint}"
-        said = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        return f"{said.split(', unable')[0]}; found {value!r}"
-    before = {*of_settings(recipe), *of_pairs(recipe.model_copy(update={"search": SearchBlock()}))}
-    found = next((one for one in [*of_settings(other), *of_pairs(other)] if one not in before), "")
-    return f"{value!r}: {found}" if found else ""
-
-
-def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe of a run with these settings, such as `{"train.num_train_epochs": 2}`, and nothing left to search.
-
-    Raises:
-        pydantic.ValidationError: When it is none.
-    """
-    values = recipe.model_dump(exclude_unset=True, exclude={"search"})
-    # The method's folder is called the same in all trials, whatever differs.
-    values["method"] = {**values.get("method", {"kind": "full"}), "name": recipe.method.arm}
-    if "method.learning_rate" in settings:
-        values["method"].pop("learning_rates", None)  # one of them is found
-    for name, value in settings.items():
-        block, field = name.split(".", 1)
-        values[block] = {**values.get(block, {}), field: value}
-    return Recipe.model_validate(values)
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
@@ -193,7 +95,7 @@ def _weights_without_classes(recipe: Recipe) -> list[str]:
 def _rate_without_head(recipe: Recipe) -> list[str]:
     """A rate of the head's own where there is no new head, or nothing but the head."""
     problems = []
-    for place, method in _methods(recipe):
+    for place, method in methods_of(recipe):
         name = f"{place}.head_learning_rate"
         if getattr(method, "head_learning_rate", None) is None:
             continue
@@ -208,12 +110,12 @@ def _init_without_head(recipe: Recipe) -> list[str]:
     """A start of a new head where there is none."""
     return [
         f"{place}.head_init: has no effect for {recipe.task}, which has no new head; remove it"
-        for place, method in _methods(recipe)
+        for place, method in methods_of(recipe)
         if getattr(method, "head_init", None) is not None and not FACTS[recipe.task].head_is_new
     ]
 
 
-def _methods(recipe: Recipe) -> list[tuple[str, Arm]]:
+def methods_of(recipe: Recipe) -> list[tuple[str, Arm]]:
     """Each method, and where it stands."""
     if not recipe.methods:
         return [("method", recipe.method)]
@@ -383,7 +285,7 @@ def _rates_by_tensor(recipe: Recipe) -> list[str]:
         return []
     return [
         f"{place}.{name}: cannot go with train.optim: '{optim}', which has one rate for all tensors; remove one of them"
-        for place, method in _methods(recipe)
+        for place, method in methods_of(recipe)
         for name in ("head_learning_rate", "layerwise_lr_decay")
         if getattr(method, name, None) not in (None, 1.0)
     ]

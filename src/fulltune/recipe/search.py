@@ -19,10 +19,11 @@ class SearchBlock(Block):
     budget: str | None = None
     """Most time that a search may take in all, such as `20m`; the run at the best settings is part of it."""
     trials: int = Field(default=12, ge=2)
-    """Whole runs at most. Where the values make no more combinations than that each is tried, else Optuna draws."""
+    """Whole runs at most, besides one with the recipe's own settings. Where the values make no more combinations than
+    that each is tried, else Optuna draws some, which needs the extra `search`."""
     settings: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Settings of the blocks `method` and `train`, each with two or more values, written beside the other keys:
-    `{train.num_train_epochs: [2, 4], method.layerwise_lr_decay: [0.9, 1.0]}`. Needs the extra `search` (Optuna)."""
+    `{train.num_train_epochs: [2, 4], method.layerwise_lr_decay: [0.9, 1.0]}`."""
 
     @model_validator(mode="before")
     @classmethod

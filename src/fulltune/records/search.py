@@ -17,8 +17,10 @@ class TriedSettings(Record):
     settings: dict[str, Any]
     """Dotted names to values; empty: the recipe's own."""
     metric: float
-    """On the eval rows; NaN: it diverged."""
+    """On the eval rows; NaN: it failed."""
     seconds: float
+    problem: str = ""
+    """Why it failed."""
 
 
 class Searched(Record):
@@ -26,17 +28,21 @@ class Searched(Record):
 
     trial: str
     """The run whose weights are kept, as it is called in `attempts` and `scores`."""
+    place: str
+    """The folder in which it was trained, relative to the run folder."""
     settings: dict[str, Any]
     """What the search chose."""
+    reason: str
+    """Why, in words."""
     metric_name: str
     greater_is_better: bool
     eval_rows: int
     rate: Search | None = None
     """How the learning rate was found; None: other settings were searched."""
     ceiling: float | None = None
-    """The lowest rate above the best one at which a short trial diverged or was clearly worse; None: none was."""
-    candidates: tuple[TriedSettings, ...] = ()
-    """Whole runs with other settings, in the order of their metric."""
+    """The lowest rate above the chosen one at which a short trial diverged or was clearly worse; None: none was."""
+    tried: tuple[TriedSettings, ...] = ()
+    """Whole runs with other settings and with the recipe's own, the best first."""
     num_combinations: int = 0
     """Of the settings' values."""
     bought: Estimate | None = None

@@ -9,7 +9,9 @@ from pathlib import Path
 from fulltune.data.cache import link
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Plan, Setting
+from fulltune.records.search import Searched
 from fulltune.records.training import Outcome
+from fulltune.run_context import Run
 from fulltune.system import run_folder
 
 FOLDER, RECORD = "search", "search.json"
@@ -28,30 +30,52 @@ def make(folder: Path, recipe: Recipe, data: Path) -> None:
         link(data, folder / "data")
 
 
-def adopt(trial: Path, plan: Plan, run: Path, arm: str, settings: tuple[Setting, ...]) -> None:
-    """Move a finished trial into the run, as if it had been trained there; what was moved before is left alone.
+def move_into_run(job: Run, found: Searched) -> None:
+    """Move the run that a search chose into the run folder, as if it had been trained there.
+
+    What was moved before is left alone, so that it can be called again after it was killed on its way. The plan comes
+    last: until then the run folder has that of the usual settings.
 
     Args:
-        trial: The run folder in which it was trained.
-        plan: The trial's.
-        run: The run folder that gets it.
-        arm: The method's name there.
-        settings: What the search chose, each with its reason.
+        job: The recipe in its run folder.
+        found: What the search chose.
     """
-    chosen = {one.name: one for one in settings}
-    kept = tuple(chosen.get(one.name, one) for one in plan.settings)
-    run_folder.save_plan(run, plan.model_copy(update={"model_name": "", "method": arm, "settings": kept}))
+    run, trial, arm = job.folder, job.folder / found.place, job.recipe.method.arm
+    planned = Plan.load(job.plan_path)
     (run / "attempts").mkdir(exist_ok=True)
-    of_trial = re.compile(re.escape(plan.trial) + r"-\d+")
-    for attempt in sorted((trial / "attempts").glob(f"{plan.trial}-*")):
-        if of_trial.fullmatch(attempt.name):
+    for attempt in sorted((trial / "attempts").glob(f"{found.trial}-*")):
+        if _is_of(found.trial, attempt):
             attempt.rename(run / "attempts" / attempt.name)
-    for path in (run / "attempts").glob(f"{plan.trial}-*/outcome.json"):
+    for path in (run / "attempts").glob(f"{found.trial}-*/outcome.json"):
         outcome = Outcome.load(path)
-        if outcome.model_folder is not None:
+        if outcome.model_folder not in (None, f"models/{arm}"):
             outcome.model_copy(update={"model_folder": f"models/{arm}"}).save(path)
     for source, target in ((trial / "models" / arm, run / "models" / arm), (trial / "probe", run / "probe")):
         if source.exists():
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
+    names = (f"{found.trial}.json", f"{arm}.json")
+    made = next(Plan.load(path) for name in names if (path := trial / "plan" / name).exists())
+    changes = {"model_name": "", "method": arm, "settings": tuple(_settings(made, planned, found))}
+    if (adopted := made.model_copy(update=changes)) != planned:
+        run_folder.save_plan(run, adopted)
+
+
+def _is_of(trial: str, attempt: Path) -> bool:
+    return re.fullmatch(re.escape(trial) + r"-\d+", attempt.name) is not None
+
+
+def _settings(made: Plan, planned: Plan, found: Searched) -> list[Setting]:
+    """The trial's settings; what it was given only in order to be a trial is as it was planned for the run."""
+    before = {one.name: one for one in planned.settings}
+    settings = []
+    for one in made.settings:
+        known = before.get(one.name)
+        if one.name in found.settings:
+            settings.append(Setting(name=one.name, value=one.value, reason=found.reason, chosen=True))
+        elif known is not None and (known.value == one.value or not one.chosen):
+            settings.append(known)
+        elif one.chosen:
+            settings.append(one)
+    return settings

@@ -17,26 +17,26 @@ from fulltune.compare.trials import clear
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
-from fulltune.records.comparison import Expectation, Trial
+from fulltune.records.comparison import Expectation, Trial, Tried
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import Plan, Setting
+from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
 from fulltune.records.search import Searched
 from fulltune.run_context import Run
-from fulltune.search.folder import FOLDER, adopt, make
+from fulltune.search.folder import FOLDER, make
 from fulltune.stats.bootstrap import resample
 from fulltune.stats.intervals import paired
 from fulltune.text import counted, format_seconds, parse_seconds, typed_seconds
 from fulltune.train.parent.fork_server import fork_server
 
 MOST_WHOLE_RUNS = 3
-"""With the short trials that is at most three and a half runs."""
+"""With short trials of 6 % of the steps that is at most three and a half runs."""
 _NO_TEXTS: tuple[list[str], str] = ([], "")
 """How far a model moved away from where it began is asked in comparisons."""
 
 
 def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
-    """Find the rate, and put the run at this rate into the run folder.
+    """Find the rate.
 
     Args:
         job: The recipe in its run folder.
@@ -44,9 +44,14 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
         planned: The plan at the usual rate.
 
     Raises:
-        RecipeError: When the budget is too short for a search.
+        RecipeError: When the budget is too short for a search, or the loss is one from Python.
         FulltuneError: Of a trial.
     """
+    if job.hooks.compute_loss is not None:
+        raise RecipeError(
+            "method.learning_rate: search trains in processes of its own, which a loss from Python cannot reach; name "
+            "the rate, or try rates with search: {method.learning_rate: [...]}"
+        )
     folder = job.folder / FOLDER
     make(folder, job.recipe, job.folder / "data")
     budget = job.recipe.search.budget
@@ -61,25 +66,28 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
             finds_ceiling=True,
         )
         context.texts = _NO_TEXTS
-        arm = context.full.arm
         expectation = expected(context)
         with parallel.helpers(context) as run_together:
             searches = search_all(context, expectation, run_together)
             ran = SeedRuns(context, searches, expectation, run_together)
-            kept = ran.best_rate(arm)
-    found, scale = ran.searches[arm], scale_of(context)
-    made = Plan.load(folder / "plan" / f"{kept.trial.name}.json")
-    reason = f"searched: {found.reason}"
-    setting = Setting(name="method.learning_rate", value=found.chosen, reason=reason, chosen=True)
-    metrics = {one.learning_rate: one.metric for one in found.tried}
-    result = Searched(
+            kept = ran.best_rate(context.full.arm)
+    found, scale = ran.searches[kept.trial.arm], scale_of(context)
+    if not found.whole:  # there was time for one
+        found = found.model_copy(update={"whole": (Tried(learning_rate=found.chosen, share=1.0, metric=kept.metric),)})
+    for one in context.kept_results():
+        if one.trial.name != kept.trial.name:
+            clear(context, one.trial)
+    ceiling = rate_search.ceiling({one.learning_rate: one.metric for one in found.tried}, scale)
+    return Searched(
         trial=kept.trial.name,
+        place=FOLDER,
         settings={"method.learning_rate": found.chosen},
+        reason=f"searched: {found.reason}",
         metric_name=context.measure.name,
         greater_is_better=context.measure.greater_is_better,
         eval_rows=scale.eval_rows,
         rate=found,
-        ceiling=rate_search.ceiling(metrics, scale) if metrics else None,
+        ceiling=ceiling if ceiling is not None and ceiling > found.chosen else None,
         bought=bought(context, ran, kept.trial),
         confidence=job.recipe.evaluate.confidence,
         seconds=round(context.spent_seconds, 1),
@@ -87,11 +95,6 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
         budget_seconds=context.budget_seconds,
         time_was_up=found.time_was_up,
     )
-    adopt(folder, made, job.folder, planned.method, (setting,))
-    for one in context.kept_results():
-        if one.trial.name != kept.trial.name:
-            clear(context, one.trial)
-    return result
 
 
 def expected(context: Context) -> Expectation:
@@ -107,7 +110,8 @@ def expected(context: Context) -> Expectation:
     cost = costs[arm]
     short = fixed.start + share * cost.run_seconds
     whole = fixed.start + cost.run_seconds + cost.scoring_seconds
-    seconds = fixed.checks + cost.num_rates * short + 2 * whole
+    # One beyond the grid shows where rates are too high.
+    seconds = fixed.checks + (cost.num_rates + 1) * short + 2 * whole
     most = fixed.checks + (cost.num_rates + rate_search.MOST_EXTENSIONS) * short + context.most_whole_runs * whole
     if context.budget_seconds is not None and not context.kept_results():
         least = fixed.checks + 2 * short + whole

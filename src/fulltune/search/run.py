@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fulltune import pipeline
-from fulltune.errors import RecipeError
-from fulltune.recipe.fields import Recipe
-from fulltune.recipe.rules import with_settings
+from fulltune.errors import SetupError
+from fulltune.recipe.several_runs import with_settings
 from fulltune.records.search import Searched
 from fulltune.run_context import Run, Until
 from fulltune.search import rate, settings
-from fulltune.search.folder import RECORD
+from fulltune.search.folder import RECORD, move_into_run
 from fulltune.system import run_folder
 from fulltune.system.run_folder import Reached
 
@@ -28,17 +27,20 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     Args:
         job: As for `pipeline.run`, like the others.
         until: The last stage to do; nothing is searched before the training.
-        measure: Try the plan's settings on this machine.
+        measure: Try the plan's settings on this machine; a search plans each of its runs anew.
 
     Raises:
         FulltuneError: One of its kinds; the same command goes on.
     """
-    if not job.recipe.is_searched or until in ("data", "plan"):
+    if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
-    if job.hooks.compute_loss is not None:
-        raise RecipeError(
-            "search: trains in processes of its own, which a loss from Python cannot reach; name the learning rate"
+    if measure or (job.folder / "plan" / "measured.json").exists():
+        raise SetupError(
+            "search: plans each of its runs itself, and does not take what 'plan --measure' found; write the measured "
+            "settings into the recipe, which 'plan --measure' of a recipe without a search shows"
         )
+    if until in ("data", "plan"):
+        return pipeline.run(job, until)
     record = job.folder / RECORD
     if not record.exists():
         planned = pipeline.run(job, "plan")
@@ -46,9 +48,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
         with run_folder.writing(job.folder), run_folder.locked(job.folder):
             by = settings if job.recipe.search.settings else rate
             by.search(job, planned.summary, planned.plan).save(record)
-    return pipeline.run(replace(job, recipe=found_recipe(job.recipe, Searched.load(record))), until)
-
-
-def found_recipe(recipe: Recipe, found: Searched) -> Recipe:
-    """The recipe of the run that a search chose."""
-    return with_settings(recipe, found.settings)
+    found = Searched.load(record)
+    with run_folder.writing(job.folder), run_folder.locked(job.folder):
+        move_into_run(job, found)
+    return pipeline.run(replace(job, recipe=with_settings(job.recipe, found.settings)), until)

@@ -150,15 +150,6 @@ class Uncertain:
         return max(self.below(-margin), 1 - self.below(margin))
 
 
-def error_of_share(share: float, count: int) -> float:
-    """The standard error of a share of so many rows.
-
-    A success and a failure are added (Laplace): where all rows are right, one row more says little as well.
-    """
-    more = (share * count + 1) / (count + 2)
-    return math.sqrt(max(0.0, more * (1 - more)) / (count + 2))
-
-
 def bisect(
     is_low: Callable[[float], bool], low: float, high: float, exact: float = 0.0, offset: float = 0.0
 ) -> tuple[float, float]:

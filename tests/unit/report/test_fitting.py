@@ -33,7 +33,10 @@ def curves(train: list[float], held_out: list[float], metric: list[float] | None
         # Within two standard errors of 400 rows: 4.9 points.
         (curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.60, 0.58, 0.56]), "over-confident", 20),
         (curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.22, 1.25]), "sound", None),  # a rise of 4 %
-        (curves([2.0, 2.0, 2.0, 2.0], [1.5, 1.2, 1.5, 1.9]), "sound", None),  # nothing was learned meanwhile
+        (curves([2.0, 2.0, 2.0, 2.0], [1.5, 1.2, 1.5, 1.9]), "got worse", 20),  # nothing was learned meanwhile
+        (curves([1.0, 1.0, 2.0, 8.0], [1.5, 1.2, 5.0, 9.0], [0.5, 0.7, 0.3, 0.1]), "got worse", 20),
+        # Answers that got worse while the loss fell: the metric is what is asked for.
+        (curves([2.0, 1.5, 1.0, 0.7], [2.0, 1.6, 1.2, 1.0], [0.5, 0.7, 0.6, 0.5]), "over-fitted", 20),
         (curves([2.0, 1.8, 1.7, 1.6], [2.0, 1.8, 1.7, 1.6]), "under-fitted", None),
         (curves([2.0, 1.5, 1.0, 0.7], [2.0, 1.6, 1.2, 1.0]), "sound", None),  # the train rows are known better
         (curves([2.0, 1.8, 1.8, 1.8], [2.0, 1.8, 1.8, 1.8]), "sound", None),  # nothing is left to learn
@@ -53,4 +56,4 @@ def test_over_fitted_run_is_told_with_its_numbers() -> None:
         assert f"The weights kept are {where}." in found.sentences
     said = " ".join(found.sentences)
     assert "accuracy on the eval rows was best at step 20 (epoch 2), 70.0%, and 50.0% at the end" in said
-    assert "0.1 on train rows and 1.9 on eval rows" in said
+    assert "0.1 on train rows, with dropout, and 1.9 on eval rows" in said

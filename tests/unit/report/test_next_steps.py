@@ -54,6 +54,8 @@ LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.
         ({"metric": PASSED, "last_as_good": True, "loss": FALLING}, [LONGER], ["was best", LOWER]),
         ({"metric": tuple((step, 0.5) for step in (100, 200, 300))}, ["The curves show no reason"], ["at the end"]),
         ({"loss": FALLING, "metric": RISING, "steps": 300}, ["The curves show no reason"], [LONGER]),
+        ({"loss": GROWING, "searched": frozenset({"method.learning_rate"})}, ["no reason. Try more train"], [LOWER]),
+        ({"loss": FALLING, "searched": frozenset({"train.num_train_epochs"})}, ["no reason"], [LONGER]),
         ({"over_fitted_from": 100, "loss": FALLING}, ["from step 100 on", "num_train_epochs=0.5"], [LONGER, LOWER]),
         ({"over_fitted_from": 100, "by_steps": True}, ["train.max_steps=100"], ["num_train_epochs"]),
         ({"blind": "All is b"}, ["All is b. Try a lower", LOWER, "learning_rate=0.0009"], [LONGER]),

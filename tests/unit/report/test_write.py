@@ -282,9 +282,10 @@ def test_import_report_needs_no_heavy_package() -> None:
     assert "import pyplot" not in source
     assert "matplotlib.pyplot" not in source
     assert set(re.findall(r"(?m)^from fulltune\.(\w+)", source)) <= {
-        *("errors", "files", "recipe", "records", "text"),
+        *("errors", "files", "recipe", "records", "stats", "text"),
         "report",
     }
+    assert set(re.findall(r"(?m)^from fulltune\.stats(?:\.(\w+))?", source)) == {"shares"}, "the others need NumPy"
 
 
 def test_warning_is_written_in_full_because_its_advice_stands_at_the_end(

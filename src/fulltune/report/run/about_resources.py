@@ -59,7 +59,7 @@ def _comparison(view: RunView, plan: Plan) -> list[Block]:
     if time is not None:
         around = _around(view, plan, phases)
         rows += [_row(part.name, part.seconds, 0, around.get(part.name, 0.0), format_seconds) for part in time.around]
-        if time.around and view.command:
+        if time.around and view.command and not view.searched:  # which takes several runs
             rows.append(_row("the whole command", time.whole_seconds, 0, view.command.seconds, format_seconds))
     if plan.disk or outcome.disk_bytes:
         rows.append(_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes))

@@ -37,7 +37,7 @@ def _chosen(found: Searched) -> str:
     if not found.settings:
         return "The recipe's own settings are kept: no others were ahead of them by more than the eval rows can tell."
     said = listed([f"{name} {words.setting_value(value)}" for name, value in found.settings.items()])
-    return f"The best of {counted(len(found.candidates), 'whole run')} had {said}."
+    return f"The best of {counted(len(found.tried), 'whole run')} had {said}."
 
 
 def _bought(found: Searched) -> str:
@@ -49,8 +49,8 @@ def _bought(found: Searched) -> str:
     name, ahead = found.metric_name, found.bought
     level, than = f"{100 * found.confidence:g}% interval", "as" if ahead.value == 0 else "than"
     return (
-        f"On the test rows, which chose nothing, the {words.metric_name(name)} is {difference(name, ahead)} {than} with "
-        f"{usual} ({level}: {bounds(name, ahead)})."
+        f"On the test rows, which chose nothing, the {words.metric_name(name)} is {difference(name, ahead)} {than} "
+        f"with {usual} ({level}: {bounds(name, ahead)})."
     )
 
 
@@ -77,18 +77,18 @@ def _rates(found: Searched, search: Search) -> list[Block]:
 
 
 def _settings(found: Searched) -> Table:
-    names = list(dict.fromkeys(name for one in found.candidates for name in one.settings))
+    names = list(dict.fromkeys(name for one in found.tried for name in one.settings))
     rows = tuple(
         (
             *(_value(one, name) for name in names),
-            _metric(found.metric_name, one.metric),
+            Cell(one.problem, foreign=True) if one.problem else _metric(found.metric_name, one.metric),
             format_seconds(one.seconds),
             "chosen" if one.settings == found.settings else "",
         )
-        for one in found.candidates
+        for one in found.tried
     )
     said = words.metric_name(found.metric_name)
-    tried = f"{counted(len(found.candidates) - 1, 'combination')} of {found.num_combinations:,}"
+    tried = f"{counted(len(found.tried) - 1, 'combination')} of {found.num_combinations:,}"
     caption = f"Whole runs with other settings, {tried}, and the recipe's own"
     width = len(names)
     return Table(caption, (*names, f"{said} on the eval rows", "time", ""), rows, frozenset({width, width + 1}))
@@ -104,5 +104,7 @@ def _metric(name: str, value: float) -> str:
 
 def _cost(found: Searched) -> str:
     took = f"It took {format_seconds(found.seconds)} in all, as long as {found.cost:.1f} runs at one setting"
-    late = "; its budget was used up before it ended, and with more time it would try more" if found.time_was_up else ""
+    late = (
+        "; its budget was used up before it ended: a new run with a larger one tries more" if found.time_was_up else ""
+    )
     return f"{took}{late}. {found.eval_rows:,} eval rows chose."

@@ -15,10 +15,10 @@ from typing import Literal
 
 from fulltune.report.format import words
 from fulltune.report.format.plots import Point
-from fulltune.stats.intervals import error_of_share
+from fulltune.stats.shares import error_of_share
 from fulltune.text import format_metric, format_number, is_share
 
-Kind = Literal["over-fitted", "over-confident", "under-fitted", "sound", "not known"]
+Kind = Literal["over-fitted", "over-confident", "under-fitted", "got worse", "sound", "not known"]
 
 LEAST_EVALUATIONS = 3
 ROSE = 1.1
@@ -72,34 +72,35 @@ def fitting(curves: Curves) -> Fitting:
         return Fitting("not known")
     turn, least = min(evaluations, key=lambda point: point[1])
     end, last = evaluations[-1]
-    gap = f"At the end the loss is {format_number(trained[end])} on train rows and {format_number(last)} on eval rows."
-    still_learned = trained[end] < FELL * trained[turn] or trained[end] < FELL * _at_half(trained)
-    worse = _metric_fell(curves)
-    if worse is not None and still_learned and last > least:
-        at, said = worse
-        kept = _kept(curves, at)
-        return Fitting("over-fitted", at, (f"Over-fitted: {said}, while the train loss still fell.", gap, kept, _FEWER))
-    if least > 0 and last >= ROSE * least and still_learned and turn < end:
-        rise = (
-            f"the eval loss was least at {_place(curves, turn)} ({format_number(least)}) and rose from there, while "
-            "the train loss still fell"
-        )
-        if _is_loss(curves):
-            return Fitting("over-fitted", turn, (f"Over-fitted: {rise}.", gap, _kept(curves, turn), _FEWER))
-        unharmed = f"Over-confident: {rise}; {words.metric_name(curves.metric_name)} did not suffer. {_EXTREME}"
-        return Fitting("over-confident", turn, (unharmed, gap, _kept(curves, turn)))
-    if _is_unfinished(curves, evaluations, trained):
-        said = (
-            "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
-        )
-        return Fitting("under-fitted", None, (f"Under-fitted: {said}.", gap, _MORE))
-    return Fitting("sound", None, (f"No sign of over- or under-fitting: the eval loss {_EVEN}.", gap))
+    gap = (
+        f"Towards the end the loss was {format_number(trained[end])} on train rows, with dropout, and "
+        f"{format_number(last)} on eval rows."
+    )
+    learned = trained[end] < FELL * trained[turn] or trained[end] < FELL * _at_half(trained)
+    fell = _metric_fell(curves)
+    rose = turn < end and last >= ROSE * least > 0
+    if not (rose or fell):
+        if _is_unfinished(evaluations, trained):
+            return Fitting("under-fitted", None, (f"Under-fitted: {_UNFINISHED}.", gap, _MORE))
+        return Fitting("sound", None, (f"No sign of over- or under-fitting: {_EVEN}.", gap))
+    at, said = fell or (turn, f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose")
+    kept = _kept(curves, at)
+    if not learned:
+        worse = f"Got worse: {said}, and the train loss did not fall meanwhile, either."
+        return Fitting("got worse", at, (worse, gap, kept, _LOWER))
+    said = f"{said}, while the train loss still fell"
+    if fell or _is_loss(curves):
+        return Fitting("over-fitted", at, (f"Over-fitted: {said}.", gap, kept, _FEWER))
+    unharmed = f"Over-confident: {said}; {words.metric_name(curves.metric_name)} did not suffer. {_EXTREME}"
+    return Fitting("over-confident", at, (unharmed, gap, kept))
 
 
+_UNFINISHED = "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
+_EVEN = "the eval loss did not rise by a tenth, nor was it still falling with the train rows known no better"
 _FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
 _MORE = "What helps: more epochs, or a higher rate."
+_LOWER = "What helps: a lower rate."
 _EXTREME = "The answers are as good as before; their probabilities are too extreme until they are calibrated."
-_EVEN = "did not rise by a tenth, nor was it still falling with the train rows known no better"
 
 
 def _place(curves: Curves, step: int) -> str:
@@ -141,21 +142,20 @@ def _metric_fell(curves: Curves) -> tuple[int, str] | None:
     points = [point for point in curves.metric if math.isfinite(point[1])]
     if len(points) < LEAST_EVALUATIONS or _is_loss(curves):
         return None
-    sign = 1 if curves.greater_is_better else -1
+    name, sign = curves.metric_name, 1 if curves.greater_is_better else -1
     step, best = max(points, key=lambda point: sign * point[1])
     last = points[-1][1]
-    chance = ERRORS * error_of_share(best, curves.eval_rows) if is_share(curves.metric_name) else CHANGED * abs(best)
+    chance = ERRORS * error_of_share(best, curves.eval_rows) if is_share(name) else CHANGED * abs(best)
     if sign * (best - last) <= chance:
         return None
-    name, shown = (
-        words.metric_name(curves.metric_name),
-        (format_metric(curves.metric_name, one) for one in (best, last)),
+    before, after = (format_metric(name, value) for value in (best, last))
+    return step, (
+        f"{words.metric_name(name)} on the eval rows was best at {_place(curves, step)}, {before}, and {after} at the "
+        "end"
     )
-    first, end = shown
-    return step, f"{name} on the eval rows was best at {_place(curves, step)}, {first}, and {end} at the end"
 
 
-def _is_unfinished(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float]) -> bool:
+def _is_unfinished(evaluations: Sequence[Point], trained: dict[int, float]) -> bool:
     """The eval rows were answered better to the end, and the train rows are known no better than they."""
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
     if last > min(value for _, value in evaluations) or half <= 0:

@@ -34,6 +34,9 @@ _GREW, _LEAST_READINGS = 1.2, 4
 """The last quarter's median loss over the first one's, each of so many readings: single batches differ by a third."""
 
 
+_RATE, _LENGTH = "method.learning_rate", {"train.num_train_epochs", "train.max_steps"}
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What a finished run shows of itself."""
@@ -59,6 +62,8 @@ class RunFacts:
     """The one that chooses the weights, on the eval rows."""
     last_as_good: bool = False
     """The eval rows do not tell the last weights from the best ones."""
+    searched: frozenset[str] = frozenset()
+    """Settings that a search has tried: it is not for a reader to try them again."""
     over_fitted_from: int | None = None
     """The step after which the eval rows were answered worse while the train rows were still learned."""
     metric_name: str = "accuracy"
@@ -88,8 +93,10 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
     if not blind and entities and not any(entities):
         blind = "Not one entity of the test rows is found"
     fit = fitting_of(view, row.name)
+    tried = [view.searched.settings, *(one.settings for one in view.searched.tried)] if view.searched else []
     return RunFacts(
         verdict=headline.kind,
+        searched=frozenset(name for settings in tried for name in settings),
         over_fitted_from=fit.turn if fit.kind == "over-fitted" else None,
         learning_rate=plan.learning_rate,
         last_as_good=bool(outcome.kept_because),
@@ -139,11 +146,14 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
     found = []
     grew, is_sure = _loss_grew(run.loss)
     passed = _best_long_ago(run)
-    if grew:
+    has_free_rate, has_free_length = _RATE not in run.searched, not run.searched & _LENGTH
+    if grew and has_free_rate:
         found.append(f"{grew}. A likely cause: the learning rate is too high. Try a third of it: {lower}")
-    elif passed:
+    elif passed and has_free_rate:
         found.append(f"{passed}. Try a lower rate: {lower}")
-    if (turn := run.over_fitted_from) is not None:
+    if not has_free_length:
+        pass  # a search chose it
+    elif (turn := run.over_fitted_from) is not None:
         found.append(
             f"The run is over-fitted from step {turn:,} on (see 'Learning curves'). Stop there: {_shorter(run, turn)}"
         )
@@ -153,7 +163,8 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
         weights = "Let rare labels count more: --set train.class_weights=balanced"
         found.insert(0, f"{run.blind}, the most frequent one. {weights}")
     elif run.blind:
-        other = found.pop(0) if found else f"Try a lower rate, {lower}, or a higher one, {higher}"
+        rates = f"Try a lower rate, {lower}, or a higher one, {higher}" if has_free_rate else "More train rows may help"
+        other = found.pop(0) if found else rates
         found.insert(0, f"{run.blind}. {other}")
     more = "Use more: remove data.max_rows" if run.max_rows is not None else "Use more if there are any"
     if run.train_rows < _FEW_ROWS_OF_A_LABEL * run.labels:
@@ -165,10 +176,8 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
     elif run.max_rows is not None:
         found.append(f"Only {counted(run.train_rows, 'row')} are used for training. {more}")
     if not found:
-        found.append(
-            f"The curves show no reason. Try other rates, {lower} or {higher}, or more train rows than these "
-            f"{run.train_rows:,}"
-        )
+        others = f"other rates, {lower} or {higher}, or " if has_free_rate else ""
+        found.append(f"The curves show no reason. Try {others}more train rows than these {run.train_rows:,}")
     if run.verdict == "unresolved":
         found.append("More test rows narrow the interval: four times as many halve it")
     return tuple(f"{one}." for one in found)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe import several_runs
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import NO_PACKAGES, OWN_OPTIMIZERS, as_arguments
 from fulltune.records.plan import Plan
@@ -26,7 +27,7 @@ def check_extra(recipe: Recipe, *, runs_here: bool = True) -> None:
         RecipeError: Naming each such setting.
         SetupError: When a package is missing.
     """
-    problems = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe)]
+    problems = [*recipe_rules.of_settings(recipe), *recipe_rules.of_pairs(recipe), *several_runs.problems_of(recipe)]
     if deepspeed.wanted(recipe):
         try:
             deepspeed.settings(recipe)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fulltune.stats.intervals import error_of_share
+from fulltune.stats.shares import error_of_share
 from fulltune.text import counted, is_share
 from fulltune.train import checkpoints
 from fulltune.train.worker.context import AttemptContext
@@ -41,7 +41,7 @@ def keep_best(attempt: AttemptContext, state: Any) -> Kept:
     """Put the best weights into the model, unless the last ones are as good."""
     best, best_metric = state.best_global_step, state.best_metric
     if not attempt.recipe.train.load_best_model_at_end:
-        return Kept()
+        return _at_end(attempt, state)
     if best is None or best == state.global_step:
         return Kept(best, best_metric)
     if as_good := _last(attempt, state):
@@ -52,7 +52,7 @@ def keep_best(attempt: AttemptContext, state: Any) -> Kept:
         warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
         attempt.journal.write("best weights lost", warning)
         attempt.recorder.warn(warning)
-        return Kept()
+        return _at_end(attempt, state)
     trainer: Any = attempt.trainer
     if trainer.is_deepspeed_enabled:
         from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -61,6 +61,13 @@ def keep_best(attempt: AttemptContext, state: Any) -> Kept:
     else:
         checkpoints.load_weights(trainer.model, folder, trainer.trained_only)
     return Kept(best, best_metric)
+
+
+def _at_end(attempt: AttemptContext, state: Any) -> Kept:
+    """The last weights, with their metric where the eval rows were scored at the last step."""
+    name = f"eval_{attempt.plan.metric}"
+    scored = [one[name] for one in state.log_history if name in one and one["step"] == state.global_step]
+    return Kept(state.global_step, scored[-1]) if scored else Kept()
 
 
 def _last(attempt: AttemptContext, state: Any) -> Kept | None:
