@@ -100,7 +100,7 @@ def _wrong_search(recipe: Recipe) -> Iterable[str]:
         )
     if not recipe.is_searched and search.budget is not None:
         yield "search.budget: nothing is searched; add 'learning_rate: search' to the block method"
-    if not search.settings and "trials" in search.model_fields_set:
+    if not search.settings and search.trials != SearchBlock().trials:
         yield "search.trials: is the number of runs with other settings, and names none; remove it, or name settings"
     if not method.is_searched and method.learning_rates is not None:
         yield (
