@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from fulltune import api, pipeline
-from fulltune.errors import FulltuneError, RecipeError
+from fulltune import api, pipeline, predict, report
+from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError, SetupError
 from fulltune.records.events import Event, Said, StepLogged
+from fulltune.records.plan import Plan
 from fulltune.records.search import Searched
 from fulltune.report.run.read import read_run
 from fulltune.run_context import Run
 from fulltune.search import run as searching
-from fulltune.system.run_folder import Reached
+from fulltune.search import settings as trying
+from fulltune.system.run_folder import Reached, recipe_of
 from tests import tiny
 from tests.train.runs import final_weights, in_this_process, job
 
@@ -42,25 +45,79 @@ def search(folder: Path, model: Path, /, options: Mapping[str, Any] | None = Non
         return searching.run(search_job(folder, model, options, **blocks))
 
 
-def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(tmp_path: Path, model: Path) -> None:
-    found = search(tmp_path / "a", model)
-    record = Searched.load(found.folder / "search.json")
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Reached:
+    return search(tmp_path_factory.mktemp("searched"), model)
+
+
+def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
+    searched: Reached, tmp_path: Path, model: Path
+) -> None:
+    record = Searched.load(searched.folder / "search.json")
     assert record.settings == {"method.learning_rate": GOOD}
     assert record.rate is not None
     assert [one.learning_rate for one in record.rate.tried] == [GOOD, BAD]
-    assert record.rate.whole, "the usual rate, here the higher one, gets a whole run as well"
+    assert len(record.rate.whole) == 2, "the usual rate, here the higher one, gets a whole run as well"
     assert record.bought is not None
     assert record.bought.value > 0.1
     with in_this_process():
-        alone = pipeline.run(search_job(tmp_path / "b", model, method={"kind": "full", "learning_rate": GOOD}))
-    mine, other = final_weights(tmp_path / "a"), final_weights(tmp_path / "b")
+        alone = pipeline.run(search_job(tmp_path, model, method={"kind": "full", "learning_rate": GOOD}))
+    mine, other = final_weights(searched.folder.parent), final_weights(tmp_path)
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
-    assert found.scores[-1].metrics == alone.scores[-1].metrics
-    report = (found.folder / "report.md").read_text(encoding="utf-8")
+    assert searched.scores[-1].metrics == alone.scores[-1].metrics
+    report = (searched.folder / "report.md").read_text(encoding="utf-8")
     assert "## Search" in report
     assert "than with the usual rate" in report
-    assert read_run(found.folder).missing == ()
+    assert read_run(searched.folder).missing == ()
+    settings = {one.name: one for one in Plan.load(searched.folder / "plan" / "full.json").settings}
+    assert settings["method.learning_rate"].reason.startswith("searched: ")
+    before = {one.name for one in Plan.load(tmp_path / "run" / "plan" / "full.json").settings if not one.chosen}
+    given = {one.name for one in settings.values() if not one.chosen}
+    assert given <= before | {"method.learning_rates"}, "what only makes it a trial is nobody's setting"
+
+
+def test_folder_of_a_searched_run_is_a_run_folder(searched: Reached) -> None:
+    before = (searched.folder / "report.md").read_text(encoding="utf-8")
+    report.write(searched.folder)
+    assert (searched.folder / "report.md").read_text(encoding="utf-8") == before
+    assert predict.load(searched.folder).predict([{"text": ROWS[0]["text"]}])
+    for until in ("train", "evaluate"):
+        with in_this_process():
+            again = searching.run(Run(recipe_of(searched.folder), searched.folder), until)
+        assert again.outcome is not None
+        assert again.outcome.model_folder == "models/full"
+
+
+def test_killed_while_the_winner_is_moved_it_is_moved_by_the_next_command(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.parent.name == "models" and "search" in self.parts and self.name == "full":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        # keep_best_model renames to this name, and does not rename it again.
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path, model)
+    assert (tmp_path / "run" / "search.json").exists()
+    steps: list[Event] = []
+    found = search(tmp_path, model, {"listener": steps.append})
+    assert not any(isinstance(event, StepLogged) for event in steps)
+    assert found.outcome is not None
+    assert (found.folder / "models" / "full" / "model.safetensors").exists()
+
+
+def test_lora_is_searched_by_a_metric_that_is_better_when_smaller(tmp_path: Path, model: Path) -> None:
+    method = {"kind": "lora", "learning_rate": "search", "learning_rates": [1e-5, 0.5]}
+    found = search(tmp_path, model, method=method, evaluate={"metric": "loss"})
+    record = Searched.load(found.folder / "search.json")
+    assert (record.settings, record.greater_is_better) == ({"method.learning_rate": 1e-5}, False)
+    assert (found.folder / "models" / "lora" / "adapter_model.safetensors").exists()
 
 
 def test_search_that_is_interrupted_goes_on_with_what_it_has(tmp_path: Path, model: Path) -> None:
@@ -90,12 +147,12 @@ def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(t
         tmp_path,
         model,
         method={"kind": "full", "learning_rate": BAD},
+        train={"num_train_epochs": 1},
         search={"method.layerwise_lr_decay": [0.1, 0.001], "train.label_smoothing_factor": [0.0, 0.1]},
     )
     record = Searched.load(found.folder / "search.json")
-    assert len(record.tried) == 5
-    assert record.tried[0].metric >= record.tried[-1].metric
-    assert record.settings == record.tried[0].settings != {}
+    assert sorted(one.name for one in record.tried) == ["1-1", "1-2", "2-1", "2-2", "usual"]
+    assert record.settings == max(record.tried, key=lambda one: one.metric).settings != {}
     left = sorted(path.relative_to(found.folder).as_posix() for path in found.folder.rglob("model.safetensors"))
     assert left == ["models/full/model.safetensors"]
     assert found.plan is not None
@@ -116,6 +173,54 @@ def test_optuna_draws_where_there_are_more_combinations_than_trials(tmp_path: Pa
     assert len(record.tried) == 4, "three, and the recipe's own settings"
     assert record.num_combinations == 8
     assert len({str(one.settings) for one in record.tried}) == 4
+
+
+def test_settings_with_which_a_run_fails_count_as_tried(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline.run
+
+    def failing(job: Run, until: pipeline.Until = "report", measure: bool = False) -> Reached:
+        if job.recipe.train.weight_decay == 0.5:
+            raise DoesNotFitError("no room for it")
+        return whole(job, until, measure)
+
+    monkeypatch.setattr(pipeline, "run", failing)
+    found = search(tmp_path, model, method={"kind": "full"}, search={"train.weight_decay": [0.5, 0.0]})
+    record = Searched.load(found.folder / "search.json")
+    assert {one.name: one.problem for one in record.tried} == {"usual": "", "1": "no room for it", "2": ""}
+    assert "no room for it" in (found.folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_budget_ends_a_search_with_the_best_so_far(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each run takes 25 minutes.
+    monkeypatch.setattr(trying, "lines_of", lambda path: [{"seconds": 1500.0}])
+    said: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Said):
+            said.append(event.text)
+
+    values = {"train.weight_decay": [0.0, 0.1, 0.2, 0.3], "train.warmup_ratio": [0.0, 0.1, 0.2]}
+    found = search(tmp_path, model, {"listener": listen}, method={"kind": "full"}, search={**values, "budget": "1h"})
+    record = Searched.load(found.folder / "search.json")
+    assert record.time_was_up
+    assert len(record.tried) == 2, "a third one would end after an hour"
+    assert record.seconds == 3000
+    assert "the budget is used up: the best of the runs so far is taken" in said
+
+
+def test_optuna_that_is_missing_is_said_before_anything_is_trained(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else found(name))
+    values = {"train.weight_decay": [0.0, 0.1], "train.warmup_ratio": [0.0, 0.1, 0.2, 0.3]}
+    with pytest.raises(SetupError, match=r"Optuna.*fulltune\[search\]"):
+        search(tmp_path, model, method={"kind": "full"}, search={**values, "trials": 3})
+    assert not (tmp_path / "run" / "attempts").exists()
 
 
 def test_budget_that_buys_no_search_is_refused_with_what_it_buys(tmp_path: Path, model: Path) -> None:
