@@ -32,6 +32,8 @@ class MemorySettings:
     torch_compile: bool = False
     chunked_loss: bool = False
     optimizer_in_backward: bool = False
+    passes_per_row: int = 1
+    """Times that each train row goes through the model, all held together."""
     eval_batch_size: int = 1
     num_processes: int = 1
     num_saves: int | None = None
@@ -104,6 +106,11 @@ def need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, device:
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
+def train_sequences(footprint: Footprint, settings: MemorySettings) -> int:
+    """Texts of a micro batch that go through the model together."""
+    return settings.micro_batch_size * settings.passes_per_row * footprint.sequences_per_row
+
+
 def _beyond_tensors(
     moments: Sequence[Mapping[MemoryKind, int]],
     shapes: Shapes,
@@ -118,7 +125,7 @@ def _beyond_tensors(
     """
     if device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
-    tokens = settings.micro_batch_size * footprint.sequences_per_row * settings.longest_tokens
+    tokens = train_sequences(footprint, settings) * settings.longest_tokens
     if settings.chunked_loss:
         tokens = min(tokens, CHUNK_TOKENS[device])
     logits_are_large = 4 * tokens * shapes.vocab_size >= SMALL_BYTES
@@ -157,7 +164,7 @@ def _moments(
 ) -> list[dict[MemoryKind, int]]:
     """Bytes by kind at each moment of a step that may be the highest."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
-    rows = settings.micro_batch_size * footprint.sequences_per_row
+    rows = train_sequences(footprint, settings)
     held: dict[MemoryKind, int] = {"weights": state.weights, "optimizer": state.optimizer}
     found: list[dict[MemoryKind, int]] = []
     for moments, already in ((variant.first, 0), (variant.later, state.gradients)):

@@ -154,7 +154,7 @@ def step_seconds(
     devices, accumulation = settings.num_processes, settings.gradient_accumulation_steps
     # Processes on a CPU share its cores.
     rate *= devices if fleet.machine.gpus else 1
-    computing = work.step_flops(rows, settings.activation_checkpointing) / rate
+    computing = work.step_flops(rows * settings.passes_per_row, settings.activation_checkpointing) / rate
     launching = LAUNCH_SECONDS * shapes.num_layers * accumulation if fleet.machine.gpus else 0.0
     trained = shapes.num_parameters if shapes.num_trained is None else shapes.num_trained
     parts = {

@@ -120,6 +120,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         plain_logits=plain_logits,
         chunked_loss=takes_pieces(recipe, plain_logits),
         optimizer_in_backward=train.optimizer_in_backward,
+        passes_per_row=2 if train.r_drop else 1,
         num_processes=train.num_processes,
         num_held=shapes.num_held,
         num_trained=shapes.num_trained,

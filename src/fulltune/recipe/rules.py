@@ -59,6 +59,7 @@ def of_settings(recipe: Recipe) -> list[str]:
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
         *_weights_without_classes(recipe),
+        *_r_drop_without_one_label(recipe),
         *_rate_without_head(recipe),
         *_init_without_head(recipe),
         *_impossible_metric(recipe),
@@ -90,6 +91,17 @@ def _weights_without_classes(recipe: Recipe) -> list[str]:
     if recipe.train.class_weights is None or FACTS[recipe.task].has_classes:
         return []
     return [f"train.class_weights: has no effect for {recipe.task}, which has no classes; remove it"]
+
+
+ONE_LABEL = ("text-classification", "image-classification", "multiple-choice")
+R_DROP = "train.r_drop: is for classifiers with one label a row; remove it"
+
+
+def _r_drop_without_one_label(recipe: Recipe) -> list[str]:
+    has_one = recipe.task in ONE_LABEL and recipe.data.problem_type not in ("multi_label", "regression")
+    if has_one or not recipe.train.r_drop:
+        return []
+    return [R_DROP]
 
 
 def _rate_without_head(recipe: Recipe) -> list[str]:

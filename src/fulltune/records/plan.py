@@ -168,6 +168,8 @@ class Plan(Record):
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     optimizer_in_backward: bool = False
     chunked_loss: bool = False
+    passes_per_row: int = 1
+    """Times that each train row goes through the model in a step, all held together: 2 with R-Drop."""
     attn_implementation: str | None = None
     """Chosen by measurement; None: as the recipe says."""
     torch_compile: bool = False

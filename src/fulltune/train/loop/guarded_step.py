@@ -36,6 +36,8 @@ class GuardedStep:
     state: Any
     is_deepspeed_enabled: Any
 
+    passes_per_row: int = 1
+    """A batch has its rows so many times."""
     in_backward: InBackward | None = None
     """The optimizer, when it updates in the backward pass."""
     tokens_seen: torch.Tensor | int = 0
@@ -55,9 +57,9 @@ class GuardedStep:
             The loss, a number.
         """
         if "attention_mask" in inputs:
-            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
+            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum() // self.passes_per_row
         elif "input_ids" in inputs:  # packed texts fill their rows
-            self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel()
+            self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel() // self.passes_per_row
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's

@@ -71,6 +71,7 @@ class FullTrainer(GuardedStep, Trainer):
             self.args.world_size,
         )
         self._plan = plan
+        self.passes_per_row = plan.passes_per_row
         self._score = score
         self._journal = journal
         self.count_items = count_items

@@ -12,6 +12,7 @@ import transformers
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods, probe
+from fulltune.errors import SetupError
 from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import Rows
 from fulltune.methods.head import names_of
@@ -27,7 +28,7 @@ from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.callbacks import AtBegin, SaveAndStopEarly, Seals, StopWhenDiverged
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.run_time import PROBING
-from fulltune.train.worker import distributed, extensions, scaling, weights
+from fulltune.train.worker import distributed, extensions, r_drop, scaling, weights
 from fulltune.train.worker.context import AttemptContext
 
 
@@ -86,12 +87,21 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     rows, eval_rows = _rows(attempt, tokenizer)
     settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(recipe, attempt.summary))
 
+    alike = recipe.train.r_drop
+    if alike and not r_drop.has_dropout(model):
+        raise SetupError(
+            "train.r_drop: compares answers under dropout, and this model has none; set model.dropout, such as 0.1"
+        )
+
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return model_batch(model, task, features, tokenizer.pad_token_id)
+        return model_batch(model, task, features * plan.passes_per_row, tokenizer.pad_token_id)
 
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
-        summed = task.loss(logits_of(outputs), labels, attempt.target, settings)
+        logits = logits_of(outputs)
+        summed = task.loss(logits, labels, attempt.target, settings)
+        if alike:
+            summed = summed + alike * r_drop.disagreement(logits)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
 
     attempt.trainer = FullTrainer(
