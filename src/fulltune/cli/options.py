@@ -30,7 +30,8 @@ SearchRate = Annotated[
     bool, typer.Option("--search", help="Find the learning rate first: short for --set method.learning_rate=search.")
 ]
 SearchBudget = Annotated[
-    str | None, typer.Option("--budget", help="Most time for a search, its best run included: 20m, 2h.", metavar="TIME")
+    str | None,
+    typer.Option("--budget", help="About the most time for a search, its best run included: 20m, 2h.", metavar="TIME"),
 ]
 CompareBudget = Annotated[
     str | None,

@@ -57,8 +57,11 @@ class SearchBlock(Block):
         for name, values in self.settings.items():
             if not name.startswith(("method.", "train.")):
                 problems.append(f"{name}: only settings of 'method' and 'train' can be searched")
-            if len({repr(value) for value in values}) < max(2, len(values)):
-                problems.append(f"{name}: expected two or more different values, found {list(values)}")
+            twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
+            if twice is not None:
+                problems.append(f"{name}: names {twice} twice")
+            elif len(values) < 2:
+                problems.append(f"{name}: expected two or more values, found {list(values)}")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -95,11 +95,15 @@ def _wrong_search(recipe: Recipe) -> Iterable[str]:
         return
     if method.is_searched and search.settings:
         yield (
-            "search: settings are tried in whole runs, and method.learning_rate: search has a search of its own; give "
-            "rates as one of the settings (search: {method.learning_rate: [1e-4, 3e-4]}), or remove one of the two"
+            "search: names settings to try, and the learning rate is to be searched as well (--search), which is "
+            "another search; give rates among the settings, {method.learning_rate: [1e-4, 3e-4]}, or remove one of "
+            "the two"
         )
     if not recipe.is_searched and search.budget is not None:
-        yield "search.budget: nothing is searched; add 'learning_rate: search' to the block method"
+        yield (
+            "search.budget: nothing is searched; add 'learning_rate: search' to the block method (--search), or "
+            "settings to the block search"
+        )
     if not search.settings and search.trials != SearchBlock().trials:
         yield "search.trials: is the number of runs with other settings, and names none; remove it, or name settings"
     if not method.is_searched and method.learning_rates is not None:
@@ -136,7 +140,7 @@ def _wrong_setting(recipe: Recipe, name: str) -> Iterable[str]:
         yield "give rates as values of method.learning_rate"
         return
     if block == "train" and field in SHARED:
-        yield "all runs of a search have the same"
+        yield f"cannot be searched, because all its runs have the same {field}; seeds are for 'fulltune compare'"
         return
     if block == "train" and field in HOW_SCORED:
         yield "how the eval rows are asked cannot be searched: the run that is asked most often looks best by luck"

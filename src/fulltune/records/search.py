@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from fulltune.records.base import Record
 from fulltune.records.comparison import Search
 from fulltune.records.scores import Estimate
@@ -32,6 +34,8 @@ class Searched(Record):
     """The folder in which it was trained, relative to the run folder."""
     settings: dict[str, Any]
     """What the search chose."""
+    own: dict[str, Any] = Field(default_factory=dict)
+    """What the recipe, or else the plan, has for the settings that were searched."""
     reason: str
     """Why, in words."""
     metric_name: str
@@ -56,6 +60,12 @@ class Searched(Record):
     """Of the kept run."""
     budget_seconds: float | None = None
     time_was_up: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """What was chosen, and why."""
+        chosen = ", ".join(f"{name} {value}" for name, value in self.settings.items()) or "the recipe's own settings"
+        return f"search: taking {chosen}: {self.reason.removeprefix('searched: ')}"
 
     @property
     def cost(self) -> float:

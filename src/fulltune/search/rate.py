@@ -97,6 +97,12 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
     )
 
 
+def in_words(job: Run) -> str:
+    """What it consists of."""
+    rates = job.recipe.method.learning_rates
+    return f"{len(rates) if rates else 3} short trials and 2 to {MOST_WHOLE_RUNS} whole runs"
+
+
 def expected(context: Context) -> Expectation:
     """What the search will cost; said before it starts.
 
@@ -116,7 +122,7 @@ def expected(context: Context) -> Expectation:
     if context.budget_seconds is not None and not context.kept_results():
         least = fixed.checks + 2 * short + whole
         if context.budget_seconds < least:
-            raise RecipeError(_too_short(context.budget_seconds - fixed.checks, short, whole, least))
+            raise RecipeError(_too_short(context.budget_seconds - fixed.checks, short, whole, seconds))
     context.say(
         f"rate search: {counted(cost.num_rates, 'short trial')} of {share:.0%} of the steps, then 2 to "
         f"{context.most_whole_runs} whole runs; about {format_seconds(round(seconds))}, at most about "
@@ -136,15 +142,15 @@ def expected(context: Context) -> Expectation:
     )
 
 
-def _too_short(budget: float, short: float, whole: float, least: float) -> str:
+def _too_short(budget: float, short: float, whole: float, seconds: float) -> str:
     """What a budget buys, when that is no search."""
     number = max(0, int(budget / short))
     buys = counted(number, "short trial") if budget < whole else "a whole run at one rate"
-    enough = typed_seconds(design.round_up(design.FORECAST_AGAIN * least))
+    enough = typed_seconds(design.round_up(design.FORECAST_AGAIN * seconds))
     return (
         f"search.budget: is too short for a search: it buys {buys} (a short trial is forecast to take "
         f"{typed_seconds(short)}, a whole run {typed_seconds(whole)}), and two short trials and a whole run are the "
-        f"least; give --budget {enough} or more, or leave out the search"
+        f"least; give --budget {enough}, for all trials and two whole runs, or leave out the search"
     )
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fulltune import pipeline
-from fulltune.errors import SetupError
+from fulltune.errors import InterruptedRun, SetupError
 from fulltune.recipe.several_runs import with_settings
+from fulltune.records.events import Said
 from fulltune.records.search import Searched
 from fulltune.run_context import Run, Until
 from fulltune.search import rate, settings
@@ -40,14 +41,27 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
             "settings into the recipe, which 'plan --measure' of a recipe without a search shows"
         )
     if until in ("data", "plan"):
-        return pipeline.run(job, until)
+        reached = pipeline.run(job, until)
+        if until == "plan":
+            by = settings if job.recipe.search.settings else rate
+            job.listener(
+                Said(text=f"'fulltune run' begins with a search, {by.in_words(job)}: its time is not in the plan")
+            )
+        return reached
     record = job.folder / RECORD
     if not record.exists():
         planned = pipeline.run(job, "plan")
         assert planned.plan is not None, "asked for"
+        by = settings if job.recipe.search.settings else rate
         with run_folder.writing(job.folder), run_folder.locked(job.folder):
-            by = settings if job.recipe.search.settings else rate
-            by.search(job, planned.summary, planned.plan).save(record)
+            try:
+                found = by.search(job, planned.summary, planned.plan)
+            except InterruptedRun:
+                raise InterruptedRun(
+                    "interrupted during the search; what is finished of it is kept, and the same command continues it"
+                ) from None
+            found.save(record)
+        job.listener(Said(text=found.in_words))
     found = Searched.load(record)
     with run_folder.writing(job.folder), run_folder.locked(job.folder):
         move_into_run(job, found)

@@ -123,13 +123,25 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
     most, draws = min(block.trials, possible), possible > block.trials
     _check_first(draws, budget, planned, trials)
     run_seconds = planned.time.whole_seconds if planned.time else 0.0
+    left = 1 + most - len(list(trials.record(USUAL).parent.glob("*.json")))
     say(
-        f"search among {counted(possible, 'combination')} of {listed(list(block.settings))}: the recipe's own settings "
-        f"and {counted(most, 'run')}, about {format_seconds(round((1 + most) * run_seconds))}"
+        f"search: {counted(1 + most, 'whole run')}, with the recipe's own settings and {most} of "
+        f"{counted(possible, 'combination')} of {listed(list(block.settings))}; {left} to do, about "
+        f"{format_seconds(round(left * run_seconds))}"
         + (f" (budget: {typed_seconds(budget)})" if budget is not None else "")
     )
+
+    def run(number: int, settings: dict[str, Any]) -> TriedSettings:
+        what = (
+            listed([f"{key.split('.')[-1]} {value}" for key, value in settings.items()]) or "the recipe's own settings"
+        )
+        say(f"run {number} of {1 + most}: {what}")
+        one = trials.run(settings)
+        say(f"  {one.problem or f'{planned.metric} {format_metric(planned.metric, one.metric)} on the eval rows'}")
+        return one
+
     scale = Scale(planned.greater_is_better, summary.splits["eval"].rows, is_share(planned.metric))
-    found, time_was_up = [trials.run({})], False
+    found, time_was_up = [run(1, {})], False
     for settings, tell in _drawn(job, scale) if draws else ((one, None) for one in combinations(block.settings)):
         known = next((one for one in found if _is_the_same(job, one.settings, settings)), None)
         if known is None:
@@ -138,9 +150,7 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
             if time_was_up := begins and budget is not None and spent + longest > budget:
                 say("the budget is used up: the best of the runs so far is taken")
                 break
-            found.append(known := trials.run(settings))
-            said = listed([f"{key.split('.')[-1]} {value}" for key, value in settings.items()])
-            say(f"{said}: {known.problem or f'{planned.metric} {format_metric(planned.metric, known.metric)}'}")
+            found.append(known := run(1 + len(found), settings))
             kept = choice(found, scale)
             for one in found:
                 if one.name != kept.name:
@@ -149,28 +159,48 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
             tell(scale.oriented(known.metric))
         if len(found) > most:
             break
+    return _searched(trials, found, planned, scale).model_copy(
+        update={"budget_seconds": budget, "time_was_up": time_was_up}
+    )
+
+
+def _searched(trials: _Trials, found: Sequence[TriedSettings], planned: Plan, scale: Scale) -> Searched:
+    """The record of these runs; the first had the recipe's own settings.
+
+    Raises:
+        GuardStop: When every run failed.
+    """
+    block = trials.job.recipe.search
     best = choice(found, scale)
     if math.isnan(best.metric):
         raise GuardStop([f"search: {one.name}: {one.problem}" for one in found])
-    runs = counted(len(found), "whole run")
-    reason = f"searched: the best of {runs}" if best.settings else f"searched: none of {runs} was clearly better"
+    others = counted(len(found) - 1, "other")
+    reason = (
+        f"the best of {counted(len(found), 'whole run')}" if best.settings else f"none of {others} was clearly better"
+    )
+    values = {one.name: one.value for one in planned.settings}
     return Searched(
         trial=trials.plan(best.name).trial,
         place=f"{FOLDER}/{best.name}",
         settings=best.settings,
-        reason=reason,
+        own={name: values.get(name) for name in block.settings},
+        reason=f"searched: {reason}",
         metric_name=planned.metric,
         greater_is_better=planned.greater_is_better,
         eval_rows=scale.eval_rows,
         tried=tuple(sorted(found, key=lambda one: scale.oriented(one.metric), reverse=True)),
-        num_combinations=possible,
+        num_combinations=num_combinations(block.settings),
         bought=_bought(trials, best),
-        confidence=job.recipe.evaluate.confidence,
+        confidence=trials.job.recipe.evaluate.confidence,
         seconds=round(sum(one.seconds for one in found), 1),
         run_seconds=best.seconds,
-        budget_seconds=budget,
-        time_was_up=time_was_up,
     )
+
+
+def in_words(job: Run) -> str:
+    """What it consists of."""
+    block = job.recipe.search
+    return counted(1 + min(block.trials, num_combinations(block.settings)), "whole run")
 
 
 def choice(found: Sequence[TriedSettings], scale: Scale) -> TriedSettings:

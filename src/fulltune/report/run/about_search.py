@@ -77,10 +77,10 @@ def _rates(found: Searched, search: Search) -> list[Block]:
 
 
 def _settings(found: Searched) -> Table:
-    names = list(dict.fromkeys(name for one in found.tried for name in one.settings))
+    names = list(found.own)
     rows = tuple(
         (
-            *(_value(one, name) for name in names),
+            *(_value(one, name, found) for name in names),
             Cell(one.problem, foreign=True) if one.problem else _metric(found.metric_name, one.metric),
             format_seconds(one.seconds),
             "chosen" if one.settings == found.settings else "",
@@ -88,14 +88,17 @@ def _settings(found: Searched) -> Table:
         for one in found.tried
     )
     said = words.metric_name(found.metric_name)
-    tried = f"{counted(len(found.tried) - 1, 'combination')} of {found.num_combinations:,}"
-    caption = f"Whole runs with other settings, {tried}, and the recipe's own"
+    caption = (
+        f"Whole runs: the recipe's own settings, and {len(found.tried) - 1} of {found.num_combinations:,} combinations"
+    )
     width = len(names)
     return Table(caption, (*names, f"{said} on the eval rows", "time", ""), rows, frozenset({width, width + 1}))
 
 
-def _value(one: TriedSettings, name: str) -> Cell:
-    return Cell(words.setting_value(one.settings[name]) if name in one.settings else "as planned", foreign=True)
+def _value(one: TriedSettings, name: str, found: Searched) -> Cell:
+    if one.settings:
+        return Cell(words.setting_value(one.settings[name]), foreign=True)
+    return Cell(f"{words.setting_value(found.own[name])} (the recipe's own)", foreign=True)
 
 
 def _metric(name: str, value: float) -> str:
@@ -103,8 +106,7 @@ def _metric(name: str, value: float) -> str:
 
 
 def _cost(found: Searched) -> str:
-    took = f"It took {format_seconds(found.seconds)} in all, as long as {found.cost:.1f} runs at one setting"
-    late = (
-        "; its budget was used up before it ended: a new run with a larger one tries more" if found.time_was_up else ""
-    )
+    took = f"The search took {format_seconds(found.seconds)}, {found.cost:.1f} times the run that was taken"
+    late = "; its budget was used up before it ended: 'fulltune run' with a larger --budget and --fresh tries more"
+    late *= found.time_was_up
     return f"{took}{late}. {found.eval_rows:,} eval rows chose."

@@ -69,7 +69,8 @@ def fitting(curves: Curves) -> Fitting:
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
     trained = _train_loss(curves.train_loss, [step for step, _ in evaluations])
     if len(evaluations) < LEAST_EVALUATIONS or len(trained) < len(evaluations):
-        return Fitting("not known")
+        few = f"Too few evaluations ({len(evaluations)}) to tell whether the run was over-fitted: it takes three."
+        return Fitting("not known", None, (few,) if evaluations else ())
     turn, least = min(evaluations, key=lambda point: point[1])
     end, last = evaluations[-1]
     gap = (
