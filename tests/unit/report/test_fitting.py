@@ -39,6 +39,7 @@ def curves(train: list[float], held_out: list[float], metric: list[float] | None
         (curves([2.0, 1.5, 1.0, 0.7], [2.0, 1.6, 1.2, 1.0], [0.5, 0.7, 0.6, 0.5]), "over-fitted", 20),
         (curves([2.0, 1.8, 1.7, 1.6], [2.0, 1.8, 1.7, 1.6]), "under-fitted", None),
         (curves([2.0, 1.5, 1.0, 0.7], [2.0, 1.6, 1.2, 1.0]), "sound", None),  # the train rows are known better
+        (curves([2.0, 1.99, 1.98, 1.98], [2.0, 1.99, 1.985, 1.98]), "under-fitted", None),  # it had hardly begun
         (curves([2.0, 1.8, 1.8, 1.8], [2.0, 1.8, 1.8, 1.8]), "sound", None),  # nothing is left to learn
         (curves([2.0, 1.0], [1.5, 1.9]), "not known", None),
         (curves([2.0, 1.0, 0.4, 0.1], [1.5, float("nan"), 1.5, float("nan")]), "not known", None),

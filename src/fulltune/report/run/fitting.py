@@ -35,6 +35,10 @@ STILL_BETTER = 0.99
 """The last eval loss over the one of half the run, below which it was still falling."""
 
 
+HARDLY = 0.97
+"""The last train loss over the first one, above which hardly anything was learned."""
+
+
 @dataclass(frozen=True)
 class Curves:
     """What was measured while training, in order of steps."""
@@ -81,8 +85,8 @@ def fitting(curves: Curves) -> Fitting:
     fell = _metric_fell(curves)
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
-        if _is_unfinished(evaluations, trained):
-            return Fitting("under-fitted", None, (f"Under-fitted: {_UNFINISHED}.", gap, _MORE))
+        if why := _unfinished(evaluations, trained):
+            return Fitting("under-fitted", None, (f"Under-fitted: {why}.", gap, _MORE))
         return Fitting("sound", None, (f"No sign of over- or under-fitting: {_EVEN}.", gap))
     at, said = fell or (turn, f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose")
     kept = _kept(curves, at)
@@ -96,7 +100,6 @@ def fitting(curves: Curves) -> Fitting:
     return Fitting("over-confident", at, (unharmed, gap, kept))
 
 
-_UNFINISHED = "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
 _EVEN = "the eval loss did not rise by a tenth, nor was it still falling with the train rows known no better"
 _FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
 _MORE = "What helps: more epochs, or a higher rate."
@@ -156,9 +159,16 @@ def _metric_fell(curves: Curves) -> tuple[int, str] | None:
     )
 
 
-def _is_unfinished(evaluations: Sequence[Point], trained: dict[int, float]) -> bool:
-    """The eval rows were answered better to the end, and the train rows are known no better than they."""
+def _unfinished(evaluations: Sequence[Point], trained: dict[int, float]) -> str:
+    """That the run could have gone on, in words: the train rows are known no better than the others, and it was still
+    getting better, or had hardly begun; empty: it is not so."""
     (end, last), half = evaluations[-1], evaluations[(len(evaluations) - 1) // 2][1]
-    if last > min(value for _, value in evaluations) or half <= 0:
-        return False
-    return trained[end] > NO_GAP * last and last < STILL_BETTER * half
+    if last > min(value for _, value in evaluations) or half <= 0 or trained[end] <= NO_GAP * last:
+        return ""
+    if trained[end] > HARDLY * next(iter(trained.values())):
+        return "the train loss hardly fell, and the eval loss was least at the end"
+    if last < STILL_BETTER * half:
+        return (
+            "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
+        )
+    return ""
