@@ -16,38 +16,24 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import functions
-from defaults import TOPICS, topics
+from defaults import TOPICS, Tuning, topics
 from evidence import MINILM, SETS, banking77, docstrings, wnut17
 from quality import PAIRS, data_hash, prepared_at, versions
 
 POINTS = Path(__file__).with_name("searched_points.jsonl")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A set with so many train rows."""
-
-    name: str
-    rows: int
-    """0: all."""
-    write: Callable[[Path, int], None]
-    recipe: str
-    metric: str = "accuracy"
-
-
 WANTED = (
-    Wanted("topics", 400, topics, TOPICS),
-    Wanted("banking77", 500, banking77, SETS["banking77"].recipe),
-    Wanted("docstrings", 1000, docstrings, SETS["docstrings"].recipe),
-    Wanted("wnut17", 1000, wnut17, SETS["wnut17"].recipe, "f1"),
-    Wanted("topics", 0, topics, TOPICS),
-    Wanted("pairs", 1500, lambda folder, rows: functions.write("pairs", folder), MINILM + PAIRS),
+    Tuning("topics", 400, topics, TOPICS),
+    Tuning("banking77", 500, banking77, SETS["banking77"].recipe),
+    Tuning("docstrings", 1000, docstrings, SETS["docstrings"].recipe),
+    Tuning("wnut17", 1000, wnut17, SETS["wnut17"].recipe, "f1"),
+    Tuning("topics", 0, topics, TOPICS),
+    Tuning("pairs", 1500, lambda folder, rows: functions.write("pairs", folder), MINILM + PAIRS),
 )
 
 
@@ -57,7 +43,7 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in POINTS.read_text(encoding="utf-8").splitlines()]
 
 
-def do(folder: Path, wanted: Wanted, seed: int) -> None:
+def do(folder: Path, wanted: Tuning, seed: int) -> None:
     """One search, unless it is there."""
     point = prepared_at(folder, wanted.name, wanted.rows, 0.0, wanted.metric, wanted.recipe, wanted.write)
     key = {"set": wanted.name, "rows": wanted.rows, "seed": seed, "data": data_hash(point)}

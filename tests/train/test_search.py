@@ -161,7 +161,7 @@ def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(t
 
 
 def test_optuna_draws_where_there_are_more_combinations_than_trials(tmp_path: Path, model: Path) -> None:
-    pytest.importorskip("optuna")
+    pytest.importorskip("optuna", reason="the extra search is not installed")
     found = search(
         tmp_path,
         model,

@@ -238,6 +238,10 @@ def notes(footprint: Footprint) -> tuple[str, ...]:
     return tuple(f"{one.name}: {one.value}: {one.reason}" for one in reasons.settings)
 
 
+_NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
+"""The files stand in the data's own record; `method.train` is part of the block `train` of a comparison's trial."""
+
+
 def everything_else(recipe: Recipe, reasons: Reasons) -> None:
     """Fields with a fixed default: recorded so that the report lists every setting."""
     named = {setting.name for setting in reasons.settings}
@@ -246,7 +250,7 @@ def everything_else(recipe: Recipe, reasons: Reasons) -> None:
         for field in type(values).model_fields:
             name = f"{block}.{field}"
             value = getattr(values, field)
-            if name in named or value is None or name in ("data.train", "data.eval", "data.test"):
+            if name in named or value is None or name in _NOT_SHOWN:
                 continue
             given = field in values.model_fields_set
             reasons.settings.append(

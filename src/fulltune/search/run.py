@@ -40,10 +40,10 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
             "search: plans each of its runs itself, and does not take what 'plan --measure' found; write the measured "
             "settings into the recipe, which 'plan --measure' of a recipe without a search shows"
         )
+    by = settings if job.recipe.search.settings else rate
     if until in ("data", "plan"):
         reached = pipeline.run(job, until)
         if until == "plan":
-            by = settings if job.recipe.search.settings else rate
             job.listener(
                 Said(text=f"'fulltune run' begins with a search, {by.in_words(job)}: its time is not in the plan")
             )
@@ -52,7 +52,6 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     if not record.exists():
         planned = pipeline.run(job, "plan")
         assert planned.plan is not None, "asked for"
-        by = settings if job.recipe.search.settings else rate
         with run_folder.writing(job.folder), run_folder.locked(job.folder):
             try:
                 found = by.search(job, planned.summary, planned.plan)

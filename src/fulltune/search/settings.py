@@ -117,7 +117,11 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
         RecipeError: When the budget is too short for two runs.
         GuardStop: When every run failed.
     """
-    block, trials, say = job.recipe.search, _Trials(job, summary), _sayer(job)
+    block, trials = job.recipe.search, _Trials(job, summary)
+
+    def say(text: str) -> None:
+        job.listener(Said(text=text))
+
     budget = None if block.budget is None else parse_seconds(block.budget)
     possible = num_combinations(block.settings)
     most, draws = min(block.trials, possible), possible > block.trials
@@ -209,10 +213,6 @@ def choice(found: Sequence[TriedSettings], scale: Scale) -> TriedSettings:
     best = max(found, key=lambda one: scale.oriented(one.metric))
     ahead = scale.oriented(best.metric) - scale.oriented(usual.metric)
     return best if ahead > scale.tolerance(best.metric) else usual
-
-
-def _sayer(job: Run) -> Callable[[str], None]:
-    return lambda text: job.listener(Said(text=text))
 
 
 def _check_first(draws: bool, budget: float | None, planned: Plan, trials: _Trials) -> None:
