@@ -21,9 +21,10 @@ STEPS = (
 )
 
 
-def shown(kind: str, steps: tuple[str, ...] = ()) -> list[str]:
+def shown(kind: str, steps: tuple[str, ...] = (), unfit: str = "") -> list[str]:
     console = Console(width=80, highlight=False, file=io.StringIO())
-    for line in display.conclusion(Headline(kind, LABEL, "the long one", BRIEF, note="This is the first of 2."), steps):
+    headline = Headline(kind, LABEL, "the long one", BRIEF, note="This is the first of 2.")
+    for line in display.conclusion(headline, unfit, steps):
         console.print(line)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
 
@@ -34,6 +35,13 @@ def test_verdict_is_said_first_with_its_sentence(kind: str) -> None:
     assert text.startswith(f"{LABEL}. {BRIEF}")
     assert "first of 2" in text
     assert "What to do next" not in text
+
+
+def test_over_fitted_run_is_said_between_verdict_and_proposals() -> None:
+    lines = shown("worse", STEPS, "Over-fitted: the eval loss rose.")
+    assert lines.index("Over-fitted: the eval loss rose.") + 1 == next(
+        place for place, line in enumerate(lines) if line.startswith("What to do next")
+    )
 
 
 def test_proposals_stand_below_it_with_hanging_lines_in_80_columns() -> None:

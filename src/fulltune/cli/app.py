@@ -145,8 +145,8 @@ def run(
     out.print(display.scores_table(reached.scores))
     for line in display.answers(reached.scores):
         out.print(line)
-    verdict, steps = report.conclude(folder)
-    for part in display.conclusion(verdict, steps):
+    verdict, unfit, steps = report.conclude(folder)
+    for part in display.conclusion(verdict, unfit, steps):
         out.print(part)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     if verdict.kind != "worse":

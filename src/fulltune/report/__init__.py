@@ -17,7 +17,7 @@ from fulltune.report.format.blocks import Headline
 from fulltune.report.format.html import page
 from fulltune.report.format.markdown import markdown
 from fulltune.report.format.words import write_harmless
-from fulltune.report.run.content import build
+from fulltune.report.run.content import build, unfit
 from fulltune.report.run.content import conclude as _conclude
 from fulltune.report.run.model_card import merged_card, model_card
 from fulltune.report.run.read import read_run
@@ -57,13 +57,15 @@ def write(folder: Path) -> Path:
     return target
 
 
-def conclude(folder: Path) -> tuple[Headline, tuple[str, ...]]:
-    """The report's headline, and what to change where training was not worth it.
+def conclude(folder: Path) -> tuple[Headline, str, tuple[str, ...]]:
+    """The report's headline, whether the run was over- or under-fitted, and what to change where it was not worth it.
 
     Args:
         folder: The run folder.
     """
-    return _conclude(read_run(Path(folder)))
+    view = read_run(Path(folder))
+    headline, steps = _conclude(view)
+    return headline, unfit(view), steps
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:

@@ -97,10 +97,16 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
     )
 
 
-def in_words(job: Run) -> str:
-    """What it consists of."""
+def in_words(job: Run, planned: Plan) -> str:
+    """What it consists of, and about how long it takes."""
     rates = job.recipe.method.learning_rates
-    return f"{len(rates) if rates else 3} short trials and 2 to {MOST_WHOLE_RUNS} whole runs"
+    number, seconds = len(rates) if rates else 3, 0.0
+    if need := planned.time:
+        share = rate_search.share_of_steps(job.recipe.compare.search_share, planned.total_steps)
+        short = timing.START_SECONDS + share * need.total_seconds
+        seconds = (number + 1) * short + 2 * (timing.START_SECONDS + need.total_seconds)
+    said = f"{number} short trials and 2 to {MOST_WHOLE_RUNS} whole runs"
+    return f"{said}, about {format_seconds(round(seconds))}"
 
 
 def expected(context: Context) -> Expectation:

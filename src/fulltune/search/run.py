@@ -43,10 +43,9 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> Reached:
     by = settings if job.recipe.search.settings else rate
     if until in ("data", "plan"):
         reached = pipeline.run(job, until)
-        if until == "plan":
-            job.listener(
-                Said(text=f"'fulltune run' begins with a search, {by.in_words(job)}: its time is not in the plan")
-            )
+        if reached.plan is not None:
+            said = by.in_words(job, reached.plan)
+            job.listener(Said(text=f"'fulltune run' begins with a search, which the plan leaves out: {said}"))
         return reached
     record = job.folder / RECORD
     if not record.exists():

@@ -63,16 +63,14 @@ class _Trials:
         return self.folder / "trials" / f"{name}.json"
 
     def run(self, settings: dict[str, Any]) -> TriedSettings:
-        """Train with these settings and score the test rows, which nothing here reads; done before, it is known.
-
-        That it diverged or does not fit is a result, too.
-        """
+        """Train with these settings; done before, it is known. That it diverged or does not fit is a result, too."""
         name = self.name(settings)
         if (path := self.record(name)).exists():
             return TriedSettings.load(path)
         began, metric, problem = time.monotonic(), None, ""
         try:
-            reached = pipeline.run(self._job(name, settings), "evaluate")
+            # What the best settings bought is asked of the usual run's weights, which do not stay on the disk.
+            reached = pipeline.run(self._job(name, settings), "train" if settings else "evaluate")
             assert reached.outcome is not None, "asked for"
             metric = reached.outcome.best_metric
             problem = "" if metric is not None else "its eval rows were never scored"
@@ -95,6 +93,10 @@ class _Trials:
         folder = self.folder / name
         make(folder, recipe, self.job.folder / "data")
         return replace(self.job, recipe=recipe, folder=folder, listener=without_tables(self.job.listener), began=None)
+
+    def score(self, one: TriedSettings) -> None:
+        """The test rows of a run whose weights are there."""
+        pipeline.run(self._job(one.name, one.settings), "evaluate")
 
     def plan(self, name: str) -> Plan:
         return Plan.load(self.folder / name / "plan" / f"{self.job.recipe.method.arm}.json")
@@ -178,6 +180,8 @@ def _searched(trials: _Trials, found: Sequence[TriedSettings], planned: Plan, sc
     best = choice(found, scale)
     if math.isnan(best.metric):
         raise GuardStop([f"search: {one.name}: {one.problem}" for one in found])
+    if best.name != USUAL:
+        trials.score(best)
     others = counted(len(found) - 1, "other")
     reason = (
         f"the best of {counted(len(found), 'whole run')}" if best.settings else f"none of {others} was clearly better"
@@ -201,10 +205,12 @@ def _searched(trials: _Trials, found: Sequence[TriedSettings], planned: Plan, sc
     )
 
 
-def in_words(job: Run) -> str:
-    """What it consists of."""
+def in_words(job: Run, planned: Plan) -> str:
+    """What it consists of, and about how long it takes."""
     block = job.recipe.search
-    return counted(1 + min(block.trials, num_combinations(block.settings)), "whole run")
+    runs = 1 + min(block.trials, num_combinations(block.settings))
+    seconds = runs * planned.time.whole_seconds if planned.time else 0.0
+    return f"{counted(runs, 'whole run')}, about {format_seconds(round(seconds))} at the recipe's own settings"
 
 
 def choice(found: Sequence[TriedSettings], scale: Scale) -> TriedSettings:

@@ -287,14 +287,16 @@ def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:
     return lines
 
 
-def conclusion(headline: Headline, steps: Sequence[str]) -> list[Text | Table]:
-    """The verdict in words, and what to change where training was not worth it."""
+def conclusion(headline: Headline, unfit: str, steps: Sequence[str]) -> list[Text | Table]:
+    """The verdict in words, how the run fits its rows, and what to change where training was not worth it."""
     styles = {"better": "bold green", "worse": "bold red"}
     lines: list[Text | Table] = [
         Text.assemble((f"{headline.label}.", styles.get(headline.kind, "bold yellow")), f" {headline.brief}")
     ]
     if headline.note:
         lines.append(Text(headline.note))
+    if unfit:
+        lines.append(Text(unfit))
     if steps:
         lines.append(Text("What to do next, the same recipe with one change at a time:"))
         table = Table.grid(padding=(0, 1))

@@ -11,7 +11,7 @@ from fulltune.report.run.next_steps import facts_of, next_steps
 from fulltune.report.run.read import RunView
 from fulltune.report.run.row_words import row_words
 from fulltune.report.run.usage import how_to_load, loading_code_of
-from fulltune.report.run.verdict import judge
+from fulltune.report.run.verdict import headline_row, judge
 from fulltune.text import counted, format_number, format_seconds, format_share
 
 
@@ -49,6 +49,13 @@ def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     headline = judge(view.scores, why)
     facts = facts_of(view, headline)
     return headline, next_steps(facts) if facts else ()
+
+
+def unfit(view: RunView) -> str:
+    """That the run was over- or under-fitted, in a sentence; empty: it was not, or it is not known."""
+    row = headline_row(view.scores)
+    fit = about_training.fitting_of(view, row.name) if row else None
+    return fit.sentences[0] if fit and fit.kind not in ("sound", "not known") else ""
 
 
 def _key_figures(view: RunView) -> list[tuple[str, str]]:
