@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "lora-x10": {"method": {"kind": "lora", "learning_rate": 10 * RATE}},
     "batch-16": {"train": {"global_batch_size": 16}},
     "r-drop-1": {"train": {"r_drop": 1.0}},
+    "neftune-5": {"train": {"extra.neftune_noise_alpha": 5}},
     "smoothing-0.1": {"train": {"label_smoothing_factor": 0.1}},
     "keep-last": {"train": {"load_best_model_at_end": False}},
     "rate-1e-4": {"method": {"learning_rate": 1e-4}},
@@ -129,7 +130,7 @@ _ENCODERS = (
     "rate-double",
     "epochs-20",
 )
-_DECODERS = ("rate-1e-4", "rate-1.6e-4", "rate-3.2e-4", "epochs-1")
+_DECODERS = ("neftune-5", "rate-1e-4", "rate-1.6e-4", "rate-3.2e-4", "epochs-1")
 
 
 def read() -> list[dict[str, Any]]:
