@@ -57,6 +57,19 @@ class Diverged(GuardStop):
     """The loss or a gradient is not finite, or the loss is back where it began, or far above it: often by the rate."""
 
 
+class Spiked(Diverged):
+    """The training went wrong at some step; a checkpoint from before it may still be good.
+
+    Args:
+        problems: As of each of these errors.
+        since: The optimizer step from which on the weights are not trusted.
+    """
+
+    def __init__(self, problems: str | list[str], since: int) -> None:
+        super().__init__(problems)
+        self.since = since
+
+
 class InterruptedRun(FulltuneError):
     """The user or the system interrupted the run; the same command continues it."""
 

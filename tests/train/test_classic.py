@@ -320,20 +320,27 @@ class _BreaksAtStep(Trainer):
 
 
 class _Keeps(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.after: dict[int, Any] = {}
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.after, self.step = weights(model), state.global_step
+        self.after[state.global_step] = weights(model)
 
 
-def test_nan_loss_stops_before_update_and_leaves_finite_weights(tokenizer: Any, tmp_path: Path) -> None:
+def test_nan_loss_is_left_out_then_stops_and_leaves_finite_weights(tokenizer: Any, tmp_path: Path) -> None:
     keeps, model = _Keeps(), tiny_model(tokenizer)
     args = TrainingArguments(str(tmp_path), max_steps=6, per_device_train_batch_size=4, **QUIET)
     data = rows(tokenizer, 32)
     trainer = _BreaksAtStep(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[keeps])
-    with pytest.raises(GuardStop, match="the loss is nan at step 3"):
+    with (
+        pytest.warns(FulltuneNotice, match="the update of step 3 is left out: the loss is nan"),
+        pytest.raises(GuardStop, match="step 5, before the update: the loss is nan, and 2 of the steps just before it"),
+    ):
         trainer.train()
-    assert keeps.step == 2
+    assert sorted(keeps.after) == [1, 2, 3, 4]
     assert all(bool(value.isfinite().all()) for value in weights(model).values())
-    assert_same_weights(weights(model), keeps.after)
+    for after in (weights(model), keeps.after[3], keeps.after[4]):
+        assert_same_weights(after, keeps.after[2])
     assert not list(tmp_path.glob("_fulltune*"))
 
 

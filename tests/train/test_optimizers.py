@@ -543,7 +543,8 @@ def test_guard_stays_sharp_in_backward(
 
     options = {"compute_loss": compute_loss, "listener": runs.at_step(2, lambda: spoilt.append(True))}
     with pytest.raises(GuardStop, match=message):
-        runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), train={**STEPS, **BACKWARD}, options=options)
+        train = {**STEPS, **BACKWARD, "max_rollbacks": 0}
+        runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), train=train, options=options)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------

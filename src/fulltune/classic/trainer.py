@@ -25,6 +25,7 @@ from fulltune.records.training import Moved
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import GuardedStep
 from fulltune.train.loop.guards import diverged, ended_high, nothing_learned
+from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.worker.no_trace import same_randomness
 from fulltune.train.worker.weights import InitialWeights
 
@@ -39,10 +40,10 @@ _WITH_TOKENIZER = _THEIRS.replace(parameters=[*_THEIRS.parameters.values(), _TOK
 class Trainer(GuardedStep, transformers.Trainer):
     """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
 
-    A loss or gradient that is not finite stops the run before the update. A loss that left the place where it began
-    gives a `FulltuneNotice`, unless the script computes its own. One step at the longest length runs before
-    training, without changing its result, unless `dry_run` is set to False. After training it is counted how many
-    values moved: see `moved`.
+    The update of a step whose loss or gradient is not finite is left out with a `FulltuneNotice`, and three in a row
+    stop the run. A loss that left the place where it began gives a notice, unless the script computes its own. One step
+    at the longest length runs before training, without changing its result, unless `dry_run` is set to False. After
+    training it is counted how many values moved: see `moved`.
 
     Args:
         *positional: As for `transformers.Trainer`.
@@ -95,13 +96,13 @@ class Trainer(GuardedStep, transformers.Trainer):
         """Train as transformers does, then judge where the loss ended and count what moved.
 
         Raises:
-            GuardStop: The loss or a gradient is not finite, or nothing moved.
+            GuardStop: The loss or a gradient was not finite in several steps, or nothing moved.
         """
         if "model_path" in keywords:
             keywords["resume_from_checkpoint"] = keywords.pop("model_path")
             notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
-        self.first_loss, self.last_losses, self._untrained_loss = None, (), None
+        self.first_loss, self.last_losses, self._untrained_loss, self.seen = None, (), None, StepMemory()
         self._rate_was_above_zero, self._rise_was_said = False, False
         try:
             result = super().train(*positional, **keywords)
@@ -112,6 +113,13 @@ class Trainer(GuardedStep, transformers.Trainer):
                 self._initial.delete()
                 self._initial = None
         return result
+
+    def on_skip(self, step: int, reason: str) -> None:
+        notice(f"the update of step {step} is left out: {reason}")
+
+    @property
+    def judges_finite_only(self) -> bool:
+        return True
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if num_items_in_batch is not None and not self._loss_scaling_known:

@@ -60,6 +60,7 @@ def of_settings(recipe: Recipe) -> list[str]:
         ),
         *_weights_without_classes(recipe),
         *_r_drop_without_one_label(recipe),
+        *_mixup_without_images(recipe),
         *_rate_without_head(recipe),
         *_init_without_head(recipe),
         *_impossible_metric(recipe),
@@ -102,6 +103,14 @@ def _r_drop_without_one_label(recipe: Recipe) -> list[str]:
     if has_one or not recipe.train.r_drop:
         return []
     return [R_DROP]
+
+
+def _mixup_without_images(recipe: Recipe) -> list[str]:
+    if not recipe.train.mixup:
+        return []
+    if recipe.task != "image-classification":
+        return ["train.mixup: is for image-classification; remove it"]
+    return ["train.mixup and train.r_drop: give one of them"] if recipe.train.r_drop else []
 
 
 def _rate_without_head(recipe: Recipe) -> list[str]:

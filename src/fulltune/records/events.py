@@ -128,6 +128,16 @@ class StepLogged(Event):
     seconds_left: float = 0.0
 
 
+class StepSkipped(Event):
+    """A step whose update was left out."""
+
+    kind = "skipped"
+    step: int
+    reason: str
+    rows: tuple[int, ...] = ()
+    """Its rows' places in the prepared train rows, from 0."""
+
+
 class Evaluated(Event):
     """The eval rows were scored during training."""
 

@@ -168,6 +168,9 @@ class Plan(Record):
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     optimizer_in_backward: bool = False
     chunked_loss: bool = False
+    rollbacks: tuple[int, ...] = ()
+    """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the learning
+    rate is half of what it was, after a short warm-up, and the rows come in another order."""
     passes_per_row: int = 1
     """Times that each train row goes through the model in a step, all held together: 2 with R-Drop."""
     attn_implementation: str | None = None

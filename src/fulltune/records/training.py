@@ -12,6 +12,7 @@ OutcomeStatus = Literal[
     "interrupted",
     "stopped_by_guard",
     "diverged",
+    "spiked",
     "out_of_memory",
     "does_not_fit",
     "disk_full",
@@ -70,6 +71,8 @@ class Outcome(Record):
     """The same beyond what it held before the model was loaded: what `Plan.memory` predicts."""
     phase: Phase | None = None
     """What it was doing when it ended."""
+    trouble_since: int | None = None
+    """Of one that spiked: the step from which on the weights are not trusted."""
     forecast: TimeNeed | None = None
     """Made after the dry-run step."""
     dry_run_growth_bytes: int = 0

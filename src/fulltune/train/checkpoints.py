@@ -19,6 +19,8 @@ from fulltune.methods.folder import load_trained
 from fulltune.train.request import number_in
 
 SEAL = "checksums.json"
+GUARD = "guard.json"
+"""What the guard of single steps remembered."""
 WEIGHTS = "model.safetensors"
 
 
@@ -60,6 +62,21 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint.name}: {problem}; going back to the one before")
     return None, passed_over
+
+
+def guard_state(checkpoint: Path) -> dict[str, Any] | None:
+    """What the guard remembered; None in a checkpoint of an earlier version."""
+    path = checkpoint / GUARD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def newest_healthy(folder: Path, before: int) -> Path | None:
+    """The newest whole checkpoint of an earlier step, saved when none of the steps just before it was skipped."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
+        is_clean = number_in(checkpoint) < before and flaw(checkpoint) is None
+        if is_clean and not (guard_state(checkpoint) or {}).get("skipped"):
+            return checkpoint
+    return None
 
 
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:

@@ -76,6 +76,7 @@ class Hooks:
                 own and train.label_smoothing_factor
             ),
             "compute_loss and train.r_drop are both given; put it into your loss": own and train.r_drop > 0,
+            "compute_loss and train.mixup are both given; your loss would get probabilities": own and train.mixup > 0,
             "compute_loss trains in this process; set train.num_processes: 1": own and train.num_processes > 1,
             "compute_loss trains in this process; remove train.extra.deepspeed": own and deepspeed.wanted(recipe),
             "metrics needs generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from fulltune.errors import Diverged
+from fulltune.errors import Spiked
 from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, StepLogged, Warned
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
-from fulltune.train.loop.guards import diverged, stopped_improving
+from fulltune.train.loop.guards import WINDOW, diverged, stopped_improving
 from fulltune.train.run_time import TRAINING
 
 
@@ -128,7 +128,7 @@ class StopWhenDiverged(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         decision = diverged(logged(state, "loss"), self.highest_rate, self.untrained())
         if decision.action == "stop":
-            raise Diverged(decision.reason)
+            raise Spiked(decision.reason, max(1, state.global_step - 2 * WINDOW * int(args.logging_steps)))
 
 
 @dataclass(eq=False)

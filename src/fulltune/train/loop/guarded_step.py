@@ -3,30 +3,37 @@
 The loop is transformers' (`Trainer._run_epoch`, 5.24). For each micro batch it calls `training_step`, which calls
 `compute_loss` and runs the backward pass; after a global batch's last one it clips, calls `_get_grad_norm` and takes
 the optimizer's step. These three methods are overridden here, so that no loss or gradient that is not finite reaches
-the weights; what else of the Trainer differs is in `trainer.py`.
+the weights, and no step that `step_guard.py` suspects; what else of the Trainer differs is in `trainer.py`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fulltune.errors import Diverged
+from fulltune.errors import Spiked
 from fulltune.tasks.padding import IGNORED
-from fulltune.train.loop.guards import WINDOW, not_finite
+from fulltune.train.loop import step_guard
+from fulltune.train.loop.guards import WINDOW
+from fulltune.train.loop.step_guard import Judged, StepMemory
 from fulltune.train.optim.in_backward import InBackward
+
+_log = logging.getLogger(__name__)
 
 
 class GuardedStep:
-    """Mixin for a `Trainer`: sees each loss and gradient norm and stops before a bad update.
+    """Mixin for a `Trainer`: sees each loss and gradient norm, and skips or stops before a bad update.
 
-    A callback could not do this: it sees the norm only after clipping and after the update. With several processes the
-    loss is reduced over all of them once per optimizer step, so that all stop together; otherwise the healthy ones
-    would wait for the broken one. DeepSpeed updates inside its backward pass: there each loss is judged before it, and
-    a gradient norm that is not finite makes DeepSpeed itself leave the update out. With `InBackward` each loss is
-    judged before it as well, and each gradient by its hook.
+    A callback could not do this: it sees the norm only after clipping, and has no veto. With several processes loss and
+    norm are reduced over all of them once per optimizer step, so that all decide alike; otherwise the healthy ones
+    would wait for the broken one. A step is skipped by freeing its gradients: an optimizer leaves out what has none,
+    and its moments stay. DeepSpeed updates inside its backward pass: there each loss is judged before it, nothing can
+    be skipped, and a gradient norm that is not finite makes DeepSpeed itself leave the update out. With `InBackward`
+    each loss is judged before it as well, and each gradient by its hook.
     """
 
     # What the `Trainer` beside this mixin has.
@@ -47,8 +54,14 @@ class GuardedStep:
     """Of the first step here, before its update."""
     last_losses: tuple[float, ...] = ()
     """Of the last `2 * WINDOW` steps."""
+    seen: StepMemory = StepMemory()
+    """What the guard remembers."""
+    skips: bool = True
+    """Leave out the updates of suspect steps; False: only of those that are not finite."""
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
+    _usual_loss: float = 0.0
+    """What is logged in the place of a loss that is not finite."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro batch (`input_ids[rows, tokens]`); after the last one its step is judged.
@@ -63,33 +76,32 @@ class GuardedStep:
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
-        if self._updates_in_backward:
-            return loss
         self._losses = self._losses + loss.detach().float()
-        if self.accelerator.sync_gradients:
-            losses, self._losses = self._losses, 0.0
-            self._judge(loss=self._summed(losses))
-        return loss
+        # The Trainer adds the losses up for its log, where one that is not a number would hide the others.
+        return torch.where(loss.isfinite(), loss, self._usual_loss)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         """The Trainer's loss of one micro batch, a number; judged here where the backward pass updates."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
-            self._stop_unless_finite(self._summed(loss.detach().float()))
+            (total,) = self._summed(loss.detach().float())
+            if not math.isfinite(total):
+                step = self.state.global_step + 1
+                said = f"the loss is {total} at step {step}, before the update: the weights are still good"
+                raise Spiked(f"{said}. Usual cause: a learning rate that is too high", step)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called after clipping, with the norm before clipping (pinned by a contract test), before the update."""
+        losses, self._losses = self._losses, 0.0
         if self.in_backward is not None:
             # The gradients are gone; each was judged before its tensor was updated.
             self.tensors_with_gradient |= frozenset(self.in_backward.updated)
+            self._judge(losses, None)
             return None
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
-        scaled = getattr(self.accelerator, "scaler", None) is not None
-        if self.is_deepspeed_enabled:
-            scaled = self.args.fp16
-            if self.accelerator.optimizer_step_was_skipped:
-                norm = float("nan")
+        if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+            norm = float("nan")
         if self.is_deepspeed_enabled or not self.tensors_with_gradient:
             self.tensors_with_gradient = frozenset(
                 name
@@ -98,29 +110,54 @@ class GuardedStep:
                 # DeepSpeed has taken the gradients; the optimizer's second moments say which were there.
                 if self.is_deepspeed_enabled or parameter.grad is not None
             )
-        known = None if norm is None else float(norm)
-        self._stop_unless_finite(0.0, known, scaled)
-        if known is not None and math.isfinite(known):
+        judged, known = self._judge(losses, norm)
+        if judged.action == "skip":
+            model.zero_grad(set_to_none=True)
+        elif known is not None and math.isfinite(known):
             self.largest_grad_norm = max(self.largest_grad_norm or 0.0, known)
-        return norm
+        return known if known is None or math.isfinite(known) else None
+
+    def on_skip(self, step: int, reason: str) -> None:
+        """Say that a step is skipped."""
+        _log.warning("step %d is skipped: %s", step, reason)
+
+    @property
+    def judges_finite_only(self) -> bool:
+        """The loss may rise for good reasons."""
+        return not self.skips
 
     @property
     def _updates_in_backward(self) -> bool:
         return self.is_deepspeed_enabled or self.in_backward is not None
 
-    def _summed(self, loss: Any) -> float:
-        """Over all processes."""
+    def _summed(self, *values: Any) -> list[float]:
+        """Over all processes; the host waits for the device once."""
         several = self.accelerator.num_processes > 1
-        return float(self.accelerator.reduce(loss, reduction="sum") if several else loss)
+        found = torch.stack([torch.as_tensor(one, device=self.args.device).float() for one in values])
+        return (self.accelerator.reduce(found, reduction="sum") if several else found).tolist()
 
-    def _judge(self, loss: float) -> None:
-        """A step's loss, summed over all processes, before its update."""
-        self._stop_unless_finite(loss)
-        as_logged = loss / self.accelerator.num_processes
-        self.first_loss = as_logged if self.first_loss is None else self.first_loss
-        self.last_losses = (*self.last_losses, as_logged)[-2 * WINDOW :]
+    def _judge(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float | None]:
+        """A step before its update; returns what becomes of it, and its norm."""
+        if hasattr(norm, "full_tensor"):  # sharded by FSDP2
+            norm = norm.full_tensor()
+        values = [losses] if norm is None else [losses, norm]
+        # A norm is the same in each process.
+        loss, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:2]
+        step = self.state.global_step + 1
+        scaled = self.args.fp16 if self.is_deepspeed_enabled else getattr(self.accelerator, "scaler", None) is not None
+        judged = step_guard.judge(self.seen, step, loss, known, scaled=scaled, own=self.judges_finite_only)
+        self.seen = judged.seen
+        if judged.action == "skip" and self._updates_in_backward:
+            judged = replace(judged, action="stop", since=step)
+        if judged.action == "stop":
+            raise Spiked(self._before(judged.reason), judged.since or step)
+        if judged.action == "skip":
+            self.on_skip(step, judged.reason)
+            return judged, known
+        self._usual_loss = loss / self.args.gradient_accumulation_steps
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_losses = (*self.last_losses, loss)[-2 * WINDOW :]
+        return judged, known
 
-    def _stop_unless_finite(self, loss: float, grad_norm: float | None = None, loss_scaled: bool = False) -> None:
-        decision = not_finite(self.state.global_step + 1, loss, grad_norm, loss_scaled)
-        if decision.action == "stop":
-            raise Diverged(decision.reason)
+    def _before(self, reason: str) -> str:
+        return f"step {self.state.global_step + 1}, before the update: {reason}"

@@ -1,4 +1,4 @@
-"""Guards: pure functions from what was seen to what to do. Their tests are tables of numbers."""
+"""Guards of a whole run: pure functions from what was seen to what to do. Those of a step are in `step_guard.py`."""
 
 from __future__ import annotations
 
@@ -20,28 +20,6 @@ class GuardDecision:
 
 
 GO_ON = GuardDecision("go on")
-
-
-def not_finite(step: int, loss: float, grad_norm: float | None = None, loss_scaled: bool = False) -> GuardDecision:
-    """Stop before a loss or gradient that is not a number reaches the weights.
-
-    Args:
-        step: The optimizer step.
-        loss: Its loss.
-        grad_norm: Before clipping; None where there is none.
-        loss_scaled: With fp16 an infinite norm only means that the loss scale is too high: the scaler skips the step.
-    """
-    if not math.isfinite(loss):
-        what, usual = f"loss is {loss}", "rows without a trained token, values out of range"
-    elif grad_norm is not None and not math.isfinite(grad_norm) and not loss_scaled:
-        what, usual = f"gradient norm is {grad_norm}", "or a type with too small a range"
-    else:
-        return GO_ON
-    return GuardDecision(
-        "stop",
-        f"the {what} at step {step}, before the update: the weights are still good. "
-        f"Usual causes: a learning rate that is too high, {usual}",
-    )
 
 
 def nothing_learned(moved: Moved, reached: bool, largest_grad_norm: float | None) -> GuardDecision:
@@ -183,6 +161,22 @@ def _far(begin: float, last: Sequence[float], learning_rate: float) -> str:
 
 def _cause(learning_rate: float, share: str = "tenth") -> str:
     return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); take a {share} of it"
+
+
+_RATE_SHARE, _WARM_UP_STEPS = 0.5, 20
+
+
+def rate_factor(step: int, rollbacks: Sequence[int]) -> float:
+    """What the schedule's rate is multiplied by: half for each time that the run went back, after a short warm-up.
+
+    Args:
+        step: Optimizer steps that are done.
+        rollbacks: Those that were done where the run went on, oldest first.
+    """
+    began = [one for one in rollbacks if one <= step]
+    if not began:
+        return 1.0
+    return float(_RATE_SHARE ** len(began) * min(1.0, (step - began[-1] + 1) / _WARM_UP_STEPS))
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:

@@ -43,6 +43,8 @@ class GlobalBatchSampler:
     """Put rows of similar length into one batch."""
     num_processes: int = 1
     """Processes that share the micro batches."""
+    rollbacks: tuple[int, ...] = ()
+    """Optimizer steps after which the rest of an epoch comes in another order."""
     epoch: int = 0
 
     def __post_init__(self) -> None:
@@ -73,10 +75,29 @@ class GlobalBatchSampler:
         """Over all processes, each taking the same number."""
         return -(-num_rows // (self.micro_batch_size * self.num_processes)) * self.num_processes
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.global_batch_size)
+
+    def rows_of(self, step: int) -> list[int]:
+        """The rows of an optimizer step, from 1."""
+        epochs = copy.copy(self)
+        epochs.set_epoch((step - 1) // self.steps_per_epoch)
+        return epochs.global_batches()[(step - 1) % self.steps_per_epoch]
+
     def global_batches(self) -> list[list[int]]:
         """The epoch's global batches; only the last may be smaller."""
-        draw = random.Random(f"{self.seed}:{self.epoch}")
-        order = list(range(len(self.lengths)))
+        batches = self._drawn(list(range(len(self.lengths))), f"{self.seed}:{self.epoch}")
+        for number, step in enumerate(self.rollbacks, start=1):
+            if step // self.steps_per_epoch == self.epoch:
+                done = step % self.steps_per_epoch
+                rest = sorted(row for batch in batches[done:] for row in batch)
+                batches[done:] = self._drawn(rest, f"{self.seed}:{self.epoch}:{number}")
+        return batches
+
+    def _drawn(self, order: list[int], seed: str) -> list[list[int]]:
+        """These rows as global batches in a random order."""
+        draw = random.Random(seed)
         draw.shuffle(order)
         size = self.global_batch_size
         if not self.group_by_length:
@@ -95,7 +116,7 @@ class GlobalBatchSampler:
 
         Of the micro batches that several processes take at the same time, the one with the longest row.
         """
-        steps_per_epoch = -(-len(self.lengths) // self.global_batch_size)
+        steps_per_epoch = self.steps_per_epoch
         epochs = copy.copy(self)
         for epoch in range(first_step // steps_per_epoch, -(-last_step // steps_per_epoch)):
             epochs.set_epoch(epoch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,13 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
+from fulltune import files
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.records.plan import Plan
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.loop.guarded_step import GuardedStep
+from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.optim import optimizers
 from fulltune.train.optim.groups import parameter_groups
@@ -41,6 +44,8 @@ class FullTrainer(GuardedStep, Trainer):
         count_items: Items in the loss of a batch, from its labels: rows, or trained tokens.
         trained_only: Checkpoints hold what is trained; the rest stays as it was loaded.
         head_modules: Paths of the modules that have the head's rate; empty where the plan has none.
+        skips: Leave out the updates of suspect steps.
+        on_skip: Told each step that is skipped, why, and its rows.
         **keywords: As for `transformers.Trainer`.
 
     Attributes:
@@ -59,6 +64,8 @@ class FullTrainer(GuardedStep, Trainer):
         journal: Journal,
         trained_only: bool = False,
         head_modules: Sequence[str] = (),
+        skips: bool = True,
+        on_skip: Callable[[int, str, list[int]], None] = lambda step, reason, rows: None,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
@@ -69,8 +76,11 @@ class FullTrainer(GuardedStep, Trainer):
             self.args.seed,
             plan.group_by_length,
             self.args.world_size,
+            plan.rollbacks,
         )
         self._plan = plan
+        self.skips = skips
+        self._on_skip = on_skip
         self.passes_per_row = plan.passes_per_row
         self._score = score
         self._journal = journal
@@ -78,6 +88,21 @@ class FullTrainer(GuardedStep, Trainer):
         self.trained_only = trained_only
         self._head_modules = head_modules
         self.add_callback(_Epochs(self.sampler))
+        if plan.rollbacks:
+            self.add_callback(_LowerRate(self))
+
+    def on_skip(self, step: int, reason: str) -> None:
+        self._on_skip(step, reason, self.sampler.rows_of(step))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Theirs; lower where the run went back to a checkpoint."""
+        schedule: Any = super().create_scheduler(num_training_steps, optimizer)
+        if rollbacks := self._plan.rollbacks:
+            schedule.lr_lambdas = [
+                lambda step, theirs=theirs: theirs(step) * rate_factor(step, rollbacks)
+                for theirs in schedule.lr_lambdas
+            ]
+        return schedule
 
     def selecting(self, labels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         """Inside, the model gives only the logits that the loss uses, when it can: whole, or in pieces by the plan.
@@ -136,6 +161,9 @@ class FullTrainer(GuardedStep, Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._journal.during("saving"):
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+                files.write_json(folder / checkpoints.GUARD, self.seen.as_json())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.trained_only:
@@ -219,6 +247,21 @@ class FullTrainer(GuardedStep, Trainer):
             self._plan.head_learning_rate or 0.0,
         )
         return [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
+
+
+@dataclass(eq=False)
+class _LowerRate(TrainerCallback):
+    """Before the first step after a rollback: a checkpoint's optimizer has the rate of before."""
+
+    trainer: FullTrainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        schedule: Any = self.trainer.lr_scheduler
+        schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper
+        groups = cast("Any", self.trainer.optimizer).param_groups
+        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in groups]  # what is logged
 
 
 class _Epochs(TrainerCallback):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fulltune.errors import Diverged, SetupError
+from fulltune.errors import SetupError, Spiked
 
 
 class InBackward(torch.optim.Optimizer):
@@ -53,7 +53,7 @@ class InBackward(torch.optim.Optimizer):
         # NaN goes through both; the two numbers cost no copy of the gradient, as isfinite would.
         least, most = gradient.aminmax()
         if not bool((least.isfinite() & most.isfinite()).item()):
-            raise Diverged(self._not_finite(name))
+            raise Spiked(self._not_finite(name), self._step())
         groups = self.behind.param_groups
         self.behind.param_groups = [{**groups[index], "params": [parameter]}]
         try:

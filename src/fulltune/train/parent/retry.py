@@ -19,6 +19,7 @@ from fulltune.train.journal import NEXT, Journal
 from fulltune.train.parent import child
 from fulltune.train.parent.memory_fallbacks import Need
 from fulltune.train.parent.next_attempt import NextAttempt, next_attempt, no_way_out, unknown
+from fulltune.train.parent.roll_back import roll_back
 from fulltune.train.parent.spawn import Starter, in_new_process
 from fulltune.train.request import INITIAL_WEIGHTS, Request, attempt_folders, number_in
 
@@ -32,8 +33,9 @@ def train(
     need: Need = unknown,
     start: Starter = in_new_process,
     dry_run: bool = True,
+    most_rollbacks: int | None = None,
 ) -> Outcome:
-    """Train one trial, in as many attempts as `next_attempt` allows.
+    """Train one trial, in as many attempts as `next_attempt` and `roll_back` allow.
 
     A changed plan takes the place of the old one in the run folder, so that a later command does not start with what
     ran out; its settings say what was planned first.
@@ -47,6 +49,7 @@ def train(
         need: The memory of a changed plan, by the plan stage's arithmetic.
         start: How a worker is started.
         dry_run: False when a trial with the same shapes has passed it: the first attempt leaves it out.
+        most_rollbacks: Instead of the recipe's.
 
     Returns:
         The outcome of the last attempt, with status `done`.
@@ -86,7 +89,9 @@ def train(
         if outcome.status == "done":
             _tidy(folder, plan.trial)
             return outcome
-        following = None if hooks.needs_this_process else next_attempt(recipe, change.plan, history, need)
+        following = _rolled_back(request, outcome, most_rollbacks)
+        if following is None and not hooks.needs_this_process:
+            following = next_attempt(recipe, change.plan, history, need)
         if following is None:
             raise _error(request, outcome, tried)
         Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
@@ -95,6 +100,17 @@ def train(
         listener(AttemptFailed(reason=following.reason))
         tried.append(following.reason)
         change = following
+
+
+def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAttempt | None:
+    """The next attempt after one that spiked, with nothing left of what came after the checkpoint it goes back to."""
+    most = request.recipe.train.max_rollbacks if most is None else most
+    healthy = checkpoints.newest_healthy(request.checkpoints, outcome.trouble_since or 0)
+    step = 0 if healthy is None else number_in(healthy)
+    following = roll_back(request.plan, most, outcome, step)
+    if following is not None:
+        checkpoints.drop_after(request.checkpoints, step or -1)
+    return following
 
 
 def _with_folders(request: Request, resume: bool, listener: Listener) -> Request:
@@ -139,7 +155,6 @@ def outcomes(folder: Path, trial: str) -> list[Outcome]:
 
 
 _ERRORS: dict[str, type[FulltuneError]] = {
-    "diverged": Diverged,
     "stopped_by_guard": GuardStop,
     "does_not_fit": DoesNotFitError,
     "refused": SetupError,
@@ -162,6 +177,8 @@ def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fulltune
             )
         case "killed" | "crashed":
             return GuardStop([logged, *outcome.log_tail])
+    if outcome.status in ("diverged", "spiked"):
+        return Diverged([outcome.reason, *(f"tried: {reason}" for reason in tried)])
     if outcome.status in _ERRORS:
         return _ERRORS[outcome.status](outcome.reason)
     return FulltuneError(logged)

@@ -19,6 +19,7 @@ from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import AtBegin, Recorder, StopWhenAsked, logged
 from fulltune.train.loop.guards import ended_high, nothing_learned
+from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS
 from fulltune.train.worker import distributed, weights
@@ -174,6 +175,8 @@ def _fit(attempt: AttemptContext) -> tuple[Any, Any]:
         if attempt.is_main:
             checkpoints.drop_after(request.checkpoints, request.first_step)
         attempt.journal.write("resume", f"from {checkpoint.name}")
+        if remembered := checkpoints.guard_state(checkpoint):
+            trainer.seen = StepMemory.from_json(remembered)
     trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if attempt.stop.asked:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step}, which is saved")

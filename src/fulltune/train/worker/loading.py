@@ -21,15 +21,20 @@ from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, draw_again
 from fulltune.models.load import load
 from fulltune.models.processors import opened
+from fulltune.records.events import StepSkipped
 from fulltune.system import deepspeed
 from fulltune.tasks import LossSettings, Target, Task
 from fulltune.tasks.settings import class_weights
+from fulltune.text import first_few
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.callbacks import AtBegin, SaveAndStopEarly, Seals, StopWhenDiverged
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.run_time import PROBING
-from fulltune.train.worker import distributed, extensions, r_drop, scaling, weights
+from fulltune.train.worker import distributed, extensions, mixup, r_drop, scaling, weights
 from fulltune.train.worker.context import AttemptContext
+
+_MOST_NAMED = 32
+"""Rows of a skipped step."""
 
 
 def load_for_training(
@@ -94,7 +99,10 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         )
 
     def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return model_batch(model, task, features * plan.passes_per_row, tokenizer.pad_token_id)
+        batch = model_batch(model, task, features * plan.passes_per_row, tokenizer.pad_token_id)
+        if blends := recipe.train.mixup:
+            return mixup.mixed(batch, blends, len(target.labels), plan.seed)
+        return batch
 
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """labels[rows] or [rows, tokens]; the model's logits[rows, ..., classes or vocabulary]."""
@@ -119,6 +127,8 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         journal=attempt.journal,
         trained_only=recipe.method.kind != "full",
         head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.arm),
+        skips=recipe.train.skip_suspect_steps and attempt.hooks.compute_loss is None,
+        on_skip=partial(_say_skipped, attempt),
         callbacks=_callbacks(attempt),
     )
     attempt.trainer.remove_callback(transformers.PrinterCallback)
@@ -170,6 +180,13 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
         attempt.recorder.warn(f"no linear probe ({attempt.head_start.why_not}): the head starts at random")
     else:
         probe.put_head(model, folder, eased=attempt.recipe.method.kind != "head")
+
+
+def _say_skipped(attempt: AttemptContext, step: int, reason: str, rows: list[int]) -> None:
+    """In the journal, and to whoever listens."""
+    named = first_few([f"{row + 1:,}" for row in sorted(rows)], _MOST_NAMED)
+    attempt.journal.write("skipped", f"step {step}: {reason}; train rows {named}")
+    attempt.recorder.write(StepSkipped(step=step, reason=reason, rows=tuple(sorted(rows))))
 
 
 def early_stopping(attempt: AttemptContext) -> SaveAndStopEarly:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun
+from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, Spiked
 from fulltune.records.events import Listener
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.meter import life_peak_bytes
@@ -46,7 +46,8 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
                 traceback.print_exc()
             if status == "disk_full":
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
-            ended = {"status": status, "reason": reason, "phase": journal.phase}
+            since = error.since if isinstance(error, Spiked) else None
+            ended = {"status": status, "reason": reason, "phase": journal.phase, "trouble_since": since}
         finally:
             if rank == 0:
                 request.initial_weights.unlink(missing_ok=True)
@@ -80,6 +81,8 @@ def meaning_of(error: BaseException) -> tuple[OutcomeStatus, str]:
     """What an exception means for the next attempt."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
+    if isinstance(error, Spiked):
+        return "spiked", text
     if isinstance(error, Diverged):
         return "diverged", text
     if isinstance(error, GuardStop):

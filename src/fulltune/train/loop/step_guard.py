@@ -1,0 +1,173 @@
+"""The guard of a single step: skip it, stop the attempt, or go on. Pure functions of losses and gradient norms.
+
+A step is *suspect* when its gradient norm and its loss are both far above those of the last clean steps, by robust
+scores (median and median absolute deviation, of the norm's logarithm). One of them alone is no sign: norms of clean
+runs have heavy tails (ZClip's rule on norms alone calls 3 to 4 % of clean steps spikes), and a batch may be hard. What
+comes before the median is left out on the other side as well: nothing is skipped because it is good. A skipped step
+changes no weight and no moment, and is not counted among the clean ones. Trouble that stays is no matter of a batch:
+the weights are harmed, and the attempt ends, so that the next one can go back (`parent/next_attempt.py`).
+
+`bench/clean_steps.py` counts how often clean steps are called suspect, `bench/faults.py` how many faults are found.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+WINDOW = 128
+"""Clean steps that a step is compared with."""
+LEAST = 32
+"""Clean steps below which nothing is suspect but what is not finite."""
+NORM_SCORE, LOSS_SCORE = 5.0, 6.0
+"""Robust standard deviations above the median."""
+LEAST_NORM_SPREAD = 0.15
+"""Of the norm's logarithm, so that five of them are twice the median."""
+LEAST_LOSS_SPREAD = 0.05
+"""Of the loss, as a share of the median loss of the first clean steps: a model that has learned its rows by heart has
+losses near 0, and a hard row is no spike."""
+STAYS, STAY_SCORE = 20, 5.0
+"""So many steps whose median loss lies so far above the clean ones before them, and none of them below their median."""
+LEAST_RISE = 0.3
+"""The same as a share of the median loss of the first clean steps."""
+MOST_IN_A_ROW = 3
+"""Steps that are not finite, one after the other."""
+MOST_SKIPPED = 5
+"""Skipped steps among the last `STAYS`."""
+MAD = 1.4826
+"""Makes a median absolute deviation a standard deviation, of normal values."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What the guard remembers of the steps so far; it lies in each checkpoint."""
+
+    losses: tuple[float, ...] = ()
+    """Of the last clean steps, oldest first."""
+    log_norms: tuple[float, ...] = ()
+    """Natural logarithms of their gradient norms; none where there is no norm."""
+    first: float | None = None
+    """Median loss of the first `LEAST` clean steps, once there are so many."""
+    skipped: tuple[int, ...] = ()
+    """The last steps that were skipped."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {name: getattr(self, name) for name in ("losses", "log_norms", "first", "skipped")}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> StepMemory:
+        """The same as it was saved."""
+        lists = {name: tuple(values[name]) for name in ("losses", "log_norms", "skipped")}
+        return cls(first=values["first"], **lists)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What becomes of a step, why, and what is remembered."""
+
+    action: Literal["go on", "skip", "stop"]
+    seen: StepMemory
+    reason: str = ""
+    since: int | None = None
+    """Of a stop: the step from which on the weights are not trusted."""
+
+
+def judge(
+    seen: StepMemory, step: int, loss: float, norm: float | None, *, scaled: bool = False, own: bool = False
+) -> Judged:
+    """Judge a step before its update.
+
+    Args:
+        seen: What came before.
+        step: The optimizer step, from 1.
+        loss: Its loss, over all processes.
+        norm: Of its gradients, before clipping; None where there is none.
+        scaled: With fp16 an infinite norm only means that the loss scale is too high: the scaler skips the step.
+        own: The loss is the user's own and may rise for good reasons: only what is not finite is judged.
+    """
+    if scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
+        return Judged("go on", seen)
+    if what := _not_finite(loss, norm):
+        causes = "rows without a trained token, values out of range or a type with too small a range"
+        return _skipped(seen, step, f"the {what}", causes, MOST_IN_A_ROW)
+    if own:
+        return Judged("go on", replace(seen, skipped=seen.skipped[-MOST_SKIPPED:]))
+    if reason := _suspect(seen, loss, norm):
+        return _skipped(seen, step, reason, "corrupted rows")
+    log_norm = () if not norm else (math.log(norm),)
+    losses = (*seen.losses, loss)
+    first = statistics.median(losses) if seen.first is None and len(losses) == LEAST else seen.first
+    # The steps that are judged below, too, have to be remembered.
+    now = replace(
+        seen,
+        losses=losses[-WINDOW - STAYS :],
+        log_norms=(*seen.log_norms, *log_norm)[-WINDOW:],
+        first=first,
+        skipped=tuple(one for one in seen.skipped if one > step - STAYS),
+    )
+    if reason := _stayed_high(now):
+        return Judged("stop", now, reason, step - STAYS + 1)
+    return Judged("go on", now)
+
+
+def _not_finite(loss: float, norm: float | None) -> str:
+    if not math.isfinite(loss):
+        return f"loss is {loss}"
+    return f"gradient norm is {norm}" if norm is not None and not math.isfinite(norm) else ""
+
+
+def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: int = STAYS) -> Judged:
+    """Skip the step; stop where too many were skipped already.
+
+    Args:
+        seen: What came before.
+        step: This one.
+        reason: Why it is skipped.
+        causes: What it usually comes from, beside the rate.
+        in_a_row: So many one after the other are too many.
+    """
+    skipped = (*(one for one in seen.skipped if one > step - STAYS), step)
+    now = replace(seen, skipped=skipped)
+    row = sum(one > step - in_a_row for one in skipped)
+    if len(skipped) < MOST_SKIPPED and row < in_a_row:
+        return Judged("skip", now, reason)
+    said = (
+        f"{reason}, and {len(skipped) - 1} of the steps just before it were skipped as well, so that the weights are "
+        f"as they were. Usual causes: a learning rate that is too high, {causes}"
+    )
+    return Judged("stop", now, said, skipped[0])
+
+
+def _suspect(seen: StepMemory, loss: float, norm: float | None) -> str:
+    """Why a step is suspect; empty: it is not."""
+    if norm is None or norm <= 0 or seen.first is None or len(seen.log_norms) < LEAST:
+        return ""
+    norms, losses = seen.log_norms, seen.losses[-WINDOW:]
+    usual, spread = _usual(norms, LEAST_NORM_SPREAD)
+    usual_loss, loss_spread = _usual(losses, LEAST_LOSS_SPREAD * abs(seen.first))
+    if math.log(norm) - usual <= NORM_SCORE * spread or loss - usual_loss <= LOSS_SCORE * loss_spread:
+        return ""
+    times = math.exp(math.log(norm) - usual)
+    return f"gradient norm {times:.3g} times the median, loss {loss:.3g} where {usual_loss:.3g} is usual"
+
+
+def _stayed_high(seen: StepMemory) -> str:
+    """That the loss rose and stayed above what it was; empty: it did not."""
+    before, last = seen.losses[:-STAYS], seen.losses[-STAYS:]
+    if seen.first is None or len(before) < LEAST:
+        return ""
+    usual, spread = _usual(before, 0.0)
+    now = statistics.median(last)
+    if min(last) <= usual or now - usual <= max(STAY_SCORE * spread, LEAST_RISE * abs(seen.first)):
+        return ""
+    return f"the loss rose and stays: {usual:.3g} was usual, and the median of the last {STAYS} steps is {now:.3g}"
+
+
+def _usual(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Median and robust standard deviation, at least `least`."""
+    middle = statistics.median(values)
+    return middle, max(least, MAD * statistics.median(abs(one - middle) for one in values))

@@ -1,0 +1,39 @@
+"""Going back to the last healthy checkpoint when the training went wrong: a pure function.
+
+The same rows from the same weights would spike again, or not: spikes come from weights and rows together (PaLM's
+authors skipped 200 to 500 batches, and the same rows did no harm later). So the rows that follow come in another order,
+and the rate is halved, with a short warm-up for moments that are younger than the weights.
+"""
+
+from __future__ import annotations
+
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome
+from fulltune.train.loop.guards import rate_factor
+from fulltune.train.parent.next_attempt import NextAttempt
+
+_WARM = 10**9
+
+
+def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
+    """The attempt after one that spiked; None: going back does not help, or was done often enough.
+
+    Args:
+        plan: Of the attempt that spiked.
+        most: Rollbacks allowed in all.
+        outcome: The attempt's.
+        healthy_step: Of the last checkpoint from before the trouble; 0: there is none, and the run begins anew.
+    """
+    since = outcome.trouble_since
+    if outcome.status != "spiked" or since is None or len(plan.rollbacks) >= most:
+        return None
+    if since <= 1:  # nothing was ever well
+        return None
+    rollbacks = (*plan.rollbacks, healthy_step)
+    rate = plan.learning_rate * rate_factor(_WARM, rollbacks)
+    where = f"to the checkpoint of step {healthy_step:,}" if healthy_step else "to the beginning"
+    said = (
+        f"{outcome.reason}; going back {where}, on with half the rate ({rate:.3g}) and the rows in another order "
+        f"(rollback {len(rollbacks)} of at most {most})"
+    )
+    return NextAttempt(plan.model_copy(update={"rollbacks": rollbacks}), resume=healthy_step > 0, reason=said)

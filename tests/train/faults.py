@@ -1,0 +1,99 @@
+"""Faults that are planted in a run of this process: each at given optimizer steps, counted as they are taken.
+
+    with in_this_process(), planted(corrupted_labels, range(60, 66).__contains__):
+        pipeline.run(job)
+
+A step that is taken again, after going back to a checkpoint, is another one: a fault comes once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fulltune.tasks.padding import IGNORED
+from fulltune.train.loop.trainer import FullTrainer
+
+Fault = Callable[[Any, dict[str, Any]], Callable[[], None]]
+"""Is given the trainer and a micro batch, which it may change; what it returns is called when the gradients are there,
+before they are clipped."""
+
+
+@contextlib.contextmanager
+def planted(fault: Fault, steps: Callable[[int], bool]) -> Iterator[list[int]]:
+    """Plant a fault at these steps, from 1; yields the steps at which it was."""
+    taken, met = [1], []
+    after: list[Callable[[], None]] = []
+    step, clip = FullTrainer.training_step, FullTrainer._clip_grad_norm
+
+    def training_step(trainer: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        if steps(taken[0]):
+            after.append(fault(trainer, inputs))
+            met.append(taken[0])
+        return step(trainer, model, inputs, *rest)
+
+    def clipped(trainer: Any, model: Any) -> Any:
+        for act in after:
+            act()
+        after.clear()
+        taken[0] += 1
+        return clip(trainer, model)
+
+    with (
+        mock.patch.object(FullTrainer, "training_step", training_step),
+        mock.patch.object(FullTrainer, "_clip_grad_norm", clipped),
+    ):
+        yield met
+
+
+def nan_gradient(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    return lambda: _first_gradient(trainer).mul_(torch.nan)
+
+
+def infinite_gradient(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    return lambda: _first_gradient(trainer).add_(torch.inf)
+
+
+def large_gradient(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    def act() -> None:
+        for parameter in trainer.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(10)
+
+    return act
+
+
+def high_rate(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    def act() -> None:
+        for group in trainer.optimizer.param_groups:
+            group["lr"] *= 30  # until the schedule sets it anew
+
+    return act
+
+
+def corrupted_labels(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    """Each label is the next class, each token another one, each number another's with its sign changed."""
+    labels = inputs["labels"]
+    if labels.is_floating_point():
+        inputs["labels"] = -labels.roll(1, 0) * 3
+    else:
+        config = trainer.model.config
+        count = config.num_labels if int(labels.max()) < config.num_labels else config.vocab_size
+        inputs["labels"] = torch.where(labels == IGNORED, labels, (labels + 1 + count // 2) % count)
+    return lambda: None
+
+
+def infinite_logits(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    """The weights are as before when the gradients are there."""
+    weight = next(one for name, one in reversed(list(trainer.model.named_parameters())) if one.dim() > 1)
+    before = weight.detach().clone()
+    weight.data.fill_(torch.inf)
+    return lambda: weight.data.copy_(before)
+
+
+def _first_gradient(trainer: Any) -> torch.Tensor:
+    return next(one.grad for one in trainer.model.parameters() if one.grad is not None)

@@ -1,0 +1,344 @@
+"""The guard of single steps as tables of numbers; then faults planted in whole runs: skipped, gone back, or stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fulltune import pipeline
+from fulltune.errors import Diverged, GuardStop
+from fulltune.records.events import AttemptFailed, Event, StepLogged, StepSkipped
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome
+from fulltune.system.run_folder import Reached
+from fulltune.train import checkpoints
+from fulltune.train.loop.guards import rate_factor
+from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.loop.step_guard import LEAST, MOST_SKIPPED, STAYS, WINDOW, Judged, StepMemory, judge
+from fulltune.train.parent.roll_back import roll_back
+from tests import tiny
+from tests.plans import outcome, plan
+from tests.train import faults, runs
+
+INF, NAN = math.inf, math.nan
+
+# ---- a step ----------------------------------------------------------------------------------------------------
+
+
+def after(steps: int, loss: float = 1.0, norm: float | None = 2.0) -> StepMemory:
+    """What is remembered after so many clean steps, whose losses and norms differ by a tenth or so."""
+    draw, seen = random.Random(0), StepMemory()
+    for step in range(1, steps + 1):
+        values = loss * draw.gauss(1, 0.1), None if norm is None else norm * math.exp(draw.gauss(0, 0.2))
+        judged = judge(seen, step, *values)
+        assert judged.action == "go on"
+        seen = judged.seen
+    return seen
+
+
+def several(
+    seen: StepMemory, steps: list[tuple[float, float | None]], first: int = 201, **options: Any
+) -> list[Judged]:
+    """These steps one after the other, until one stops."""
+    found: list[Judged] = []
+    for number, (loss, norm) in enumerate(steps, start=first):
+        found.append(judge(found[-1].seen if found else seen, number, loss, norm, **options))
+        if found[-1].action == "stop":
+            break
+    return found
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "scaled", "action"),
+    [
+        (1.0, 2.0, False, "go on"),
+        (0.0, 0.0, False, "go on"),
+        (1.0, None, False, "go on"),
+        (NAN, None, False, "skip"),
+        (INF, None, False, "skip"),
+        (-INF, 1.0, True, "skip"),
+        (1.0, NAN, False, "skip"),
+        (1.0, INF, False, "skip"),
+        (1.0, INF, True, "go on"),  # the loss scale is to blame, and the scaler skips it
+        (NAN, INF, True, "skip"),
+        (9.0, 2.0, False, "go on"),  # hard rows
+        (1.0, 200.0, False, "go on"),  # clipped
+        (0.0, 200.0, False, "go on"),
+        (9.0, 200.0, False, "skip"),
+        (9.0, None, False, "go on"),
+    ],
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_above_the_usual(
+    loss: float, norm: float | None, scaled: bool, action: str, own: bool
+) -> None:
+    seen = after(200)
+    judged = judge(seen, 201, loss, norm, scaled=scaled, own=own)
+    is_finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
+    assert judged.action == ("go on" if own and is_finite else action)
+    assert bool(judged.reason) == (judged.action == "skip")
+    if judged.action == "skip":
+        assert (judged.seen.losses, judged.seen.log_norms) == (seen.losses, seen.log_norms), "it was not clean"
+        assert judged.seen.skipped == (201,)
+
+
+def test_nothing_is_suspect_before_there_is_something_to_compare_with() -> None:
+    assert judge(after(LEAST - 1), 40, 9.0, 200.0).action == "go on"
+    assert judge(after(LEAST), 40, 9.0, 200.0).action == "skip"
+    assert judge(StepMemory(), 1, NAN, 1.0).action == "skip"
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
+    found = several(after(200), [(NAN, 1.0)] * 5)
+    assert [one.action for one in found] == ["skip", "skip", "stop"]
+    assert found[-1].since == 201
+    assert found[-1].reason == (
+        "the loss is nan, and 2 of the steps just before it were skipped as well, so that the weights are as they "
+        "were. Usual causes: a learning rate that is too high, rows without a trained token, values out of range or a "
+        "type with too small a range"
+    )
+    found = several(after(200), [(NAN, 1.0), (NAN, 1.0), (1.0, 2.0)] * 6)
+    assert [one.action for one in found] == ["skip", "skip", "go on"] * 2 + ["stop"], "the fifth of twenty"
+
+
+def test_too_many_suspect_steps_stop() -> None:
+    found = several(after(200), [(9.0, 200.0), (1.0, 2.0)] * 10)
+    assert sum(one.action == "skip" for one in found) == MOST_SKIPPED - 1
+    assert found[-1].action == "stop"
+    assert found[-1].since == 201
+    seldom: list[tuple[float, float | None]] = [(9.0, 200.0), *[(1.0, 2.0)] * 6]
+    assert {one.action for one in several(after(200), seldom * 10)} == {"skip", "go on"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "stops"),
+    [
+        ([3.0] * STAYS, True),
+        ([3.0] * (STAYS - 1) + [0.9], False),  # one is as before
+        ([1.2] * STAYS, False),  # a little
+        ([0.2] * STAYS, False),
+        ([3.0] * (STAYS - 1), False),
+    ],
+)
+def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float], stops: bool) -> None:
+    found = several(after(200), [(loss, 2.0) for loss in losses])
+    assert (found[-1].action == "stop") == stops
+    if stops:
+        assert found[-1].since == 201
+        assert found[-1].reason.startswith("the loss rose and stays: ")
+    assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
+
+
+def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> None:
+    """The loss began at 1 and is 0.001 by now; a loss of 0.2 is 200 times the usual one."""
+    seen = StepMemory((*after(LEAST).losses, *[0.001] * WINDOW)[-WINDOW:], (-3.0,) * WINDOW, first=1.0)
+    assert judge(seen, 300, 0.2, 2.0).action == "go on"
+    assert judge(seen, 300, 4.0, 2.0).action == "skip"
+
+
+def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
+    seen = judge(after(1000), 1001, NAN, 1.0).seen
+    assert (len(seen.losses), len(seen.log_norms)) == (WINDOW + STAYS, WINDOW)
+    assert StepMemory.from_json(json.loads(json.dumps(seen.as_json()))) == seen
+    later = several(seen, [(1.0, 2.0)] * STAYS, first=1002)[-1].seen
+    assert later.skipped == (), "clean for long enough"
+
+
+# ---- going back ------------------------------------------------------------------------------------------------
+
+
+def test_run_goes_back_so_often_and_each_time_at_half_the_rate() -> None:
+    spiked = outcome("spiked", reason="step 412: the loss is nan", trouble_since=410)
+    first = roll_back(plan(), 3, spiked, 300)
+    assert first is not None
+    assert (first.plan.rollbacks, first.resume) == ((300,), True)
+    assert first.reason == (
+        "step 412: the loss is nan; going back to the checkpoint of step 300, on with half the rate (0.0005) and the "
+        "rows in another order (rollback 1 of at most 3)"
+    )
+    anew = roll_back(first.plan, 3, spiked, 0)
+    assert anew is not None
+    assert (anew.plan.rollbacks, anew.resume) == ((300, 0), False)
+    assert "going back to the beginning, on with half the rate (0.00025)" in anew.reason
+    assert roll_back(plan(rollbacks=(1, 2, 3)), 3, spiked, 300) is None
+    assert roll_back(plan(), 0, spiked, 300) is None
+    assert roll_back(plan(), 3, outcome("diverged"), 300) is None
+    assert roll_back(plan(), 3, outcome("spiked", trouble_since=1), 0) is None, "nothing was ever well"
+
+
+@pytest.mark.parametrize(
+    ("step", "rollbacks", "factor"),
+    [
+        (100, (), 1.0),
+        (99, (100,), 1.0),
+        (100, (100,), 0.5 / 20),
+        (109, (100,), 0.25),
+        (119, (100,), 0.5),
+        (500, (100,), 0.5),
+        (500, (100, 100), 0.25),
+        (150, (100, 200), 0.5),
+        (0, (0,), 0.5 / 20),
+        (300, (200, 100), 0.25),
+    ],
+)
+def test_rate_is_halved_after_a_short_warm_up(step: int, rollbacks: tuple[int, ...], factor: float) -> None:
+    assert rate_factor(step, rollbacks) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_rows_that_follow_come_in_another_order_and_each_once(grouped: bool) -> None:
+    lengths = [(number * 37) % 50 + 1 for number in range(83)]
+    usual, again, twice = (
+        GlobalBatchSampler(lengths, 8, 8, 1, grouped, rollbacks=rollbacks) for rollbacks in ((), (15,), (15, 15))
+    )
+    assert usual.steps_per_epoch == 11
+    for epoch in range(3):
+        for one in (usual, again, twice):
+            one.set_epoch(epoch)
+        before, after_it, after_both = (one.global_batches() for one in (usual, again, twice))
+        if epoch != 1:
+            assert before == after_it == after_both
+            continue
+        assert before[:4] == after_it[:4] == after_both[:4]
+        assert len({str(one[4:]) for one in (before, after_it, after_both)}) == 3
+        assert sorted(row for batch in after_it for row in batch) == list(range(83))
+        assert [len(batch) for batch in after_it] == [len(batch) for batch in before]
+    assert again.rows_of(16) == after_epoch(again, 1)[4]
+    assert usual.rows_of(11) == after_epoch(usual, 0)[10]
+
+
+def after_epoch(sampler: GlobalBatchSampler, epoch: int) -> list[list[int]]:
+    sampler.set_epoch(epoch)
+    return sampler.global_batches()
+
+
+# ---- faults in whole runs --------------------------------------------------------------------------------------
+
+ROWS = tiny.topic_rows(240)
+BLOCKS: dict[str, Any] = {
+    "data": {"eval_fraction": 0.2, "test_fraction": 0.2},
+    "train": {"num_train_epochs": 5, "logging_steps": 1, "save_steps": 20},
+}
+"""18 steps an epoch."""
+
+
+def run(
+    folder: Path,
+    model: Path,
+    fault: faults.Fault = faults.nan_gradient,
+    steps: Container[int] | Callable[[int], bool] = (),
+    listener: Any = lambda event: None,
+    **blocks: Any,
+) -> Reached:
+    """A run with this fault at these steps; the dry run takes the first two."""
+    train = {**BLOCKS["train"], **blocks.pop("train", {})}
+    job = runs.job(folder, model, ROWS, options={"listener": listener}, **{**BLOCKS, **blocks, "train": train})
+    met = steps if callable(steps) else steps.__contains__
+    with runs.in_this_process(), faults.planted(fault, lambda step: met(step - 2)):
+        return pipeline.run(job, "train")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("model"), "bert")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Reached:
+    return run(tmp_path_factory.mktemp("clean"), model)
+
+
+@pytest.mark.parametrize("fault", [faults.nan_gradient, faults.infinite_gradient, faults.infinite_logits])
+def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(
+    fault: faults.Fault, model: Path, clean: Reached, tmp_path: Path
+) -> None:
+    seen: list[Event] = []
+    found = run(tmp_path, model, fault, [30], seen.append)
+    assert found.outcome is not None
+    assert clean.outcome is not None
+    assert (found.outcome.status, found.outcome.steps) == ("done", clean.outcome.steps)
+    [skipped] = [event for event in seen if isinstance(event, StepSkipped)]
+    assert skipped.step == 30
+    assert "is nan" in skipped.reason or "is inf" in skipped.reason
+    assert len(skipped.rows) == 8
+    losses = {event.step: event.loss for event in seen if isinstance(event, StepLogged)}
+    assert sorted(losses) == list(range(1, clean.outcome.steps + 1))
+    assert all(loss is not None and math.isfinite(loss) for loss in losses.values())
+    assert runs.final_weights(tmp_path)
+    journal = (tmp_path / "run/attempts/full-seed42-01/journal.jsonl").read_text(encoding="utf-8")
+    assert f"step 30: {skipped.reason}; train rows " in journal
+
+
+def test_skipped_step_changes_no_weight_and_no_moment(model: Path, tmp_path: Path) -> None:
+    """Of a run of one step that is skipped nothing moves, with weight decay on."""
+    with pytest.raises(GuardStop, match="no parameter moved"):
+        run(tmp_path, model, faults.nan_gradient, [1], train={"num_train_epochs": None, "max_steps": 1})
+
+
+def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    found = run(tmp_path, model, faults.nan_gradient, range(40, 45), seen.append)
+    made = Plan.load(tmp_path / "run" / "plan" / "full.json")
+    assert made.rollbacks == (36,), "the epoch's end, before the trouble"
+    [failed] = [event for event in seen if isinstance(event, AttemptFailed)]
+    assert "going back to the checkpoint of step 36" in failed.reason
+    assert found.outcome is not None
+    assert (found.outcome.status, found.outcome.attempt, found.outcome.steps) == ("done", 2, 90)
+    first = Outcome.load(tmp_path / "run/attempts/full-seed42-01/outcome.json")
+    assert (first.status, first.trouble_since) == ("spiked", 40)
+    rates = [(event.step, event.learning_rate) for event in seen if isinstance(event, StepLogged)]
+    usual = dict(rates[:40])
+    later = dict(rates[rates.index((39, usual[39])) + 1 :])
+    assert usual[39] is not None
+    assert later[37] == pytest.approx(usual[37] / 40)
+    assert later[39] == pytest.approx(usual[39] * 3 / 40)
+    assert later[60] == pytest.approx(0.5 * 1e-3 * (90 - 59) / 81), "9 steps of warm-up"
+
+
+def test_trouble_that_comes_again_ends_after_so_many_rollbacks_with_what_was_tried(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step \d+, before the update: the loss is nan") as caught:
+        run(tmp_path, model, faults.infinite_logits, lambda step: step > 30, train={"max_rollbacks": 1})
+    assert caught.value.exit_code == 5
+    assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == (20,)
+
+
+def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="step 33"):
+        run(tmp_path, model, faults.nan_gradient, range(31, 34), train={"max_rollbacks": 0})
+    folder = tmp_path / "run/checkpoints/full-seed42"
+    sound, _ = checkpoints.newest_sound(folder)
+    assert sound is not None
+    assert all(bool(one.isfinite().all()) for one in load_file(sound / "model.safetensors").values())
+
+
+def test_checkpoint_saved_among_skipped_steps_is_not_gone_back_to(model: Path, tmp_path: Path) -> None:
+    run(tmp_path, model, faults.nan_gradient, [38, 39, 41, 43, 44, 45])
+    assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == (36,), "that of step 40 is not healthy"
+
+
+def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: Reached, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def listener(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == 50 and not asked:
+            asked.append(event.step)
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(BaseException):
+        run(tmp_path, model, listener=listener)
+    assert asked == [50]
+    remembered = checkpoints.guard_state(tmp_path / "run/checkpoints/full-seed42/checkpoint-40")
+    assert remembered is not None
+    assert len(remembered["losses"]) == 40
+    run(tmp_path, model)
+    weights, other = runs.final_weights(tmp_path), runs.final_weights(clean.folder.parent)
+    assert all(torch.equal(weights[name], other[name]) for name in other)
