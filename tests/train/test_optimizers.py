@@ -542,8 +542,8 @@ def test_guard_stays_sharp_in_backward(
         return broken(loss) if spoilt else loss
 
     options = {"compute_loss": compute_loss, "listener": runs.at_step(2, lambda: spoilt.append(True))}
+    train = {**STEPS, **BACKWARD, "max_rollbacks": 0}
     with pytest.raises(GuardStop, match=message):
-        train = {**STEPS, **BACKWARD, "max_rollbacks": 0}
         runs.run(tmp_path, tiny_encoder, tiny.topic_rows(), train=train, options=options)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
 
 from fulltune import pipeline
 from fulltune.errors import Diverged, GuardStop
@@ -21,6 +22,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
 from fulltune.train import checkpoints
+from fulltune.train.loop.explain import explain
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.step_guard import LEAST, MOST_SKIPPED, STAYS, WINDOW, Judged, StepMemory, judge
@@ -342,3 +344,41 @@ def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: Reached, t
     run(tmp_path, model)
     weights, other = runs.final_weights(tmp_path), runs.final_weights(clean.folder.parent)
     assert all(torch.equal(weights[name], other[name]) for name in other)
+
+
+# ---- why it was not finite -------------------------------------------------------------------------------------
+
+
+def spoilt(layer: Any) -> None:
+    layer.register_forward_hook(lambda module, given, output: output * INF)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model, batch: None, "in fp32 each module's output is finite"),
+        (lambda model, batch: batch.update(labels=torch.full((2,), -100)), "all its labels are masked"),
+        (
+            lambda model, batch: batch.update(labels=torch.tensor([0.0, NAN])),
+            "labels of row 2 of its batch is not finite",
+        ),
+        (
+            lambda model, batch: model.bert.encoder.layer[1].output.dense.bias.data.fill_(NAN),
+            "the weights of bert.encoder.layer.1.output.dense.bias are not finite",
+        ),
+        (
+            lambda model, batch: spoilt(model.bert.encoder.layer[1].output.dense),
+            "bert.encoder.layer.1.output.dense (Linear) is the first module whose output is not finite in fp32",
+        ),
+        (lambda model, batch: batch.update(input_ids=torch.tensor([[10**6]])), "could not be found (IndexError"),
+    ],
+)
+def test_batch_is_looked_at_and_run_again(change: Callable[[Any, dict[str, Any]], None], said: str) -> None:
+    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2)).train()
+    batch = {"input_ids": torch.tensor([[2, 11, 3], [2, 12, 3]]), "labels": torch.tensor([0, 1])}
+    change(model, batch)
+    before = torch.get_rng_state()
+    assert said in explain(model, [batch])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(one.grad is None for one in model.parameters())

@@ -25,7 +25,7 @@ from fulltune.records.training import Moved
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import GuardedStep
 from fulltune.train.loop.guards import diverged, ended_high, nothing_learned
-from fulltune.train.loop.step_guard import StepMemory
+from fulltune.train.loop.step_guard import Judged, StepMemory
 from fulltune.train.worker.no_trace import same_randomness
 from fulltune.train.worker.weights import InitialWeights
 
@@ -114,8 +114,8 @@ class Trainer(GuardedStep, transformers.Trainer):
                 self._initial = None
         return result
 
-    def on_skip(self, step: int, reason: str) -> None:
-        notice(f"the update of step {step} is left out: {reason}")
+    def on_skip(self, step: int, judged: Judged) -> None:
+        notice(f"the update of step {step} is left out: {judged.reason}")
 
     @property
     def judges_finite_only(self) -> bool:

@@ -28,6 +28,7 @@ from fulltune.records.events import (
     RowsRead,
     Said,
     StepLogged,
+    StepSkipped,
     Warned,
 )
 from fulltune.records.plan import Plan
@@ -35,10 +36,14 @@ from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.row_words import has_images, row_words
-from fulltune.text import format_bytes, format_metric, format_seconds
+from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 if TYPE_CHECKING:
     from fulltune.selfcheck import Page
+
+
+_MOST_ROWS = 8
+"""Of a skipped step."""
 
 
 class Display:
@@ -110,6 +115,9 @@ class Display:
                 self.print(f"continuing from the checkpoint of step {step}")
             case AttemptFailed(reason=reason):
                 self.print(f"[yellow]next attempt:[/yellow] {escape(reason)}")
+            case StepSkipped(step=step, reason=reason, rows=rows):
+                named = first_few([f"{row + 1:,}" for row in rows], _MOST_ROWS)
+                self.print(f"[yellow]step {step}: skipped:[/yellow] {escape(reason)}; train rows {named}")
             case Warned(text=text):
                 self.print(f"[yellow]{escape(text)}[/yellow]")
 

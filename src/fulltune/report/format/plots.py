@@ -93,7 +93,12 @@ class CostPlot:
 
 
 def learning_curve(
-    title: str, points: Sequence[Point], metric: str, kept_step: int | None = None, restarts: Sequence[int] = ()
+    title: str,
+    points: Sequence[Point],
+    metric: str,
+    kept_step: int | None = None,
+    restarts: Sequence[int] = (),
+    skipped: Sequence[int] = (),
 ) -> str:
     """Draw one series over the optimizer steps, as SVG.
 
@@ -103,21 +108,21 @@ def learning_curve(
         metric: Name of the series; decides how values are written.
         kept_step: Step whose weights were kept, marked with a ring and a vertical line.
         restarts: Steps at which a later attempt took over, marked with short ticks on the axis.
+        skipped: Steps whose update was left out, marked with short ticks at the top.
     """
     values = [value if math.isfinite(value) else math.nan for _, value in points]
     finite = [value for value in values if not math.isnan(value)]
     with _figure(_WIDTH, _CURVE_HEIGHT) as figure:
         axes = figure.subplots()
         if finite:
-            _draw_curve(axes, [step for step, _ in points], values, metric, kept_step, restarts)
+            _draw_curve(axes, [step for step, _ in points], values, metric, kept_step)
+            _draw_ticks(axes, [step for step, _ in points], restarts, skipped)
         else:
             _say_nothing_finite(axes, "no finite value was logged")
         return _svg(figure, title, curve_in_words(points, metric, kept_step))
 
 
-def _draw_curve(
-    axes: Axes, steps: list[int], values: list[float], metric: str, kept_step: int | None, restarts: Sequence[int]
-) -> None:
+def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str, kept_step: int | None) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     marker = "o" if len(values) <= _MOST_DOTS else "None"
@@ -133,13 +138,17 @@ def _draw_curve(
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("optimizer step" + (" (value on a log scale)" if logarithmic else ""), color=_QUIET, size=_SMALL)
-    for step in restarts:
-        if steps[0] <= step <= steps[-1]:
-            axes.axvline(step, -0.03, 0.05, color=_INK, linewidth=2)
     for step, value in zip(steps, values, strict=True):
         if step == kept_step and not math.isnan(value):
             axes.axvline(step, color=_AMBER, linewidth=1.25, dashes=(4, 3))
             axes.plot(step, value, "o", markersize=12, color=_AMBER, markerfacecolor="none", mew=2)
+
+
+def _draw_ticks(axes: Axes, steps: list[int], restarts: Sequence[int], skipped: Sequence[int]) -> None:
+    for marked, low, high, color in ((restarts, -0.03, 0.05, _INK), (skipped, 0.94, 1.0, _AMBER)):
+        for step in marked:
+            if steps[0] <= step <= steps[-1]:
+                axes.axvline(step, low, high, color=color, linewidth=2)
 
 
 def curve_in_words(points: Sequence[Point], metric: str, kept_step: int | None = None) -> str:

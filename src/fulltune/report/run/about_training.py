@@ -28,6 +28,7 @@ from fulltune.report.run.fitting import Curves, Fitting, fitting
 from fulltune.report.run.read import RunView
 from fulltune.text import (
     counted,
+    first_few,
     format_bytes,
     format_metric,
     format_number,
@@ -40,6 +41,7 @@ from fulltune.text import (
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
 _JOURNAL_OPEN = 10
 _MOST_EVALUATIONS = 20
+_MOST_SKIPPED = 12
 
 
 def curves(view: RunView) -> Section | None:
@@ -62,7 +64,11 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
     if not series:
         return []
     figures = (
-        Figure(learning_curve(title, points, name, step, history.restarts), title, curve_in_words(points, name, step))
+        Figure(
+            learning_curve(title, points, name, step, history.restarts, history.skipped),
+            title,
+            curve_in_words(points, name, step),
+        )
         for name, title, points, step in series
     )
     blocks: list[Block] = [Figures(tuple(figures))]
@@ -72,6 +78,10 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
         at = listed([f"{step:,}" for step in history.restarts])
         said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: continued, at step {at}."
         blocks.append(Paragraph(said))
+    if history.skipped:
+        at = first_few([f"{step:,}" for step in history.skipped], _MOST_SKIPPED)
+        said = f"The update of {counted(len(history.skipped), 'step')} was left out (ticks at the top; see the journal)"
+        blocks.append(Paragraph(f"{said}: {at}."))
     return [*blocks, *_all_metrics(history.evaluation, plan)]
 
 

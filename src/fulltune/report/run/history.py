@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fulltune.records.events import Evaluated, Event, StepLogged
+from fulltune.records.events import Evaluated, Event, StepLogged, StepSkipped
 from fulltune.report.format.plots import Point
 
 
@@ -21,6 +21,9 @@ class History:
     restarts: tuple[int, ...]
     """First logged step of every attempt after the first."""
 
+    skipped: tuple[int, ...] = ()
+    """Steps whose update was left out, in any attempt."""
+
     @property
     def has_points(self) -> bool:
         return bool(self.train or self.evaluation)
@@ -29,7 +32,7 @@ class History:
 _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 
 
-def merge(attempts: Sequence[Iterable[Event]]) -> History:
+def merge(attempts: Sequence[Sequence[Event]]) -> History:
     """Join the attempts of one trial into one curve.
 
     A later attempt starts from a checkpoint (or anew), so whatever an earlier one did from that step on was thrown
@@ -43,7 +46,8 @@ def merge(attempts: Sequence[Iterable[Event]]) -> History:
     """
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
-    restarts = []
+    restarts: list[int] = []
+    skipped = {event.step for events in attempts for event in events if isinstance(event, StepSkipped)}
     for events in attempts:
         rows = [event for event in events if isinstance(event, StepLogged | Evaluated)]
         if not rows:
@@ -59,7 +63,7 @@ def merge(attempts: Sequence[Iterable[Event]]) -> History:
             else:
                 train[row.step] = {name: getattr(row, name) for name in _TRAIN_SERIES}
     names = dict.fromkeys(name for metrics in evaluation.values() for name in metrics)
-    return History(_series(train, _TRAIN_SERIES), _series(evaluation, names), tuple(restarts))
+    return History(_series(train, _TRAIN_SERIES), _series(evaluation, names), tuple(restarts), tuple(sorted(skipped)))
 
 
 def _series(rows: Mapping[int, Mapping[str, Any]], names: Iterable[str]) -> dict[str, tuple[Point, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from fulltune.errors import Spiked
 from fulltune.tasks.padding import IGNORED
 from fulltune.train.loop import step_guard
+from fulltune.train.loop.explain import explain
 from fulltune.train.loop.guards import WINDOW
 from fulltune.train.loop.step_guard import Judged, StepMemory
 from fulltune.train.optim.in_backward import InBackward
@@ -58,6 +60,8 @@ class GuardedStep:
     """What the guard remembers."""
     skips: bool = True
     """Leave out the updates of suspect steps; False: only of those that are not finite."""
+    batches: Sequence[dict[str, Any]] = ()
+    """The micro batches of this step so far."""
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
     _usual_loss: float = 0.0
@@ -75,6 +79,7 @@ class GuardedStep:
             self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel() // self.passes_per_row
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
+        self.batches = [*self.batches, inputs]
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
         self._losses = self._losses + loss.detach().float()
         # The Trainer adds the losses up for its log, where one that is not a number would hide the others.
@@ -117,9 +122,9 @@ class GuardedStep:
             self.largest_grad_norm = max(self.largest_grad_norm or 0.0, known)
         return known if known is None or math.isfinite(known) else None
 
-    def on_skip(self, step: int, reason: str) -> None:
-        """Say that a step is skipped."""
-        _log.warning("step %d is skipped: %s", step, reason)
+    def on_skip(self, step: int, judged: Judged) -> None:
+        """Say that a step is skipped; its micro batches are in `batches`."""
+        _log.warning("step %d is skipped: %s", step, judged.reason)
 
     @property
     def judges_finite_only(self) -> bool:
@@ -146,13 +151,16 @@ class GuardedStep:
         step = self.state.global_step + 1
         scaled = self.args.fp16 if self.is_deepspeed_enabled else getattr(self.accelerator, "scaler", None) is not None
         judged = step_guard.judge(self.seen, step, loss, known, scaled=scaled, own=self.judges_finite_only)
+        if not judged.is_finite and self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled:
+            judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
+        self.batches = []
         self.seen = judged.seen
         if judged.action == "skip" and self._updates_in_backward:
             judged = replace(judged, action="stop", since=step)
         if judged.action == "stop":
             raise Spiked(self._before(judged.reason), judged.since or step)
         if judged.action == "skip":
-            self.on_skip(step, judged.reason)
+            self.on_skip(step, judged)
             return judged, known
         self._usual_loss = loss / self.args.gradient_accumulation_steps
         self.first_loss = loss if self.first_loss is None else self.first_loss

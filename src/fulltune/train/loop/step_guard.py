@@ -74,6 +74,8 @@ class Judged:
     reason: str = ""
     since: int | None = None
     """Of a stop: the step from which on the weights are not trusted."""
+    is_finite: bool = True
+    """Loss and norm are."""
 
 
 def judge(
@@ -93,7 +95,7 @@ def judge(
         return Judged("go on", seen)
     if what := _not_finite(loss, norm):
         causes = "rows without a trained token, values out of range or a type with too small a range"
-        return _skipped(seen, step, f"the {what}", causes, MOST_IN_A_ROW)
+        return replace(_skipped(seen, step, f"the {what}", causes, MOST_IN_A_ROW), is_finite=False)
     if own:
         return Judged("go on", replace(seen, skipped=seen.skipped[-MOST_SKIPPED:]))
     if reason := _suspect(seen, loss, norm):

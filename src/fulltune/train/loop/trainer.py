@@ -27,6 +27,7 @@ from fulltune.train.journal import Journal
 from fulltune.train.loop.guarded_step import GuardedStep
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.loop.step_guard import Judged
 from fulltune.train.optim import optimizers
 from fulltune.train.optim.groups import parameter_groups
 from fulltune.train.optim.in_backward import InBackward
@@ -91,8 +92,8 @@ class FullTrainer(GuardedStep, Trainer):
         if plan.rollbacks:
             self.add_callback(_LowerRate(self))
 
-    def on_skip(self, step: int, reason: str) -> None:
-        self._on_skip(step, reason, self.sampler.rows_of(step))
+    def on_skip(self, step: int, judged: Judged) -> None:
+        self._on_skip(step, judged.reason, self.sampler.rows_of(step))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Theirs; lower where the run went back to a checkpoint."""

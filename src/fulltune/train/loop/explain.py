@@ -1,0 +1,100 @@
+"""Why a loss or a gradient was not finite: the batch is looked at, then run once more in fp32 with a hook on each module.
+
+Bad rows are told apart from numerics, and a type that is too small from values that no type holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fulltune.tasks.padding import IGNORED
+
+
+def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
+    """What the first thing is that is not finite, in words.
+
+    Args:
+        model: With the weights that the step began with; its gradients are left alone.
+        batches: The micro batches of the step, as the model gets them: `input_ids[rows, tokens]` and so on.
+    """
+    for batch in batches:
+        if bad := _bad_rows(batch):
+            return bad
+    ruined = next((name for name, one in model.named_parameters() if not bool(one.isfinite().all())), None)
+    if ruined is not None:
+        return f"the weights of {ruined} are not finite"
+    for batch in batches:
+        try:
+            found = _first_not_finite(model, batch)
+        except Exception as error:  # a model that cannot be called without labels, or memory that runs out
+            return f"which module it came from could not be found ({type(error).__name__}: {str(error)[:80]})"
+        if found:
+            return f"with finite weights, {found} is the first module whose output is not finite in fp32"
+    small = {str(one.dtype).removeprefix("torch.") for one in model.parameters() if one.dtype != torch.float32}
+    if small:
+        return (
+            f"each module's output is finite, computed in {', '.join(sorted(small))}: it is the loss or the gradients"
+        )
+    return "in fp32 each module's output is finite: it is the loss, the gradients, or a type with too small a range"
+
+
+def _bad_rows(batch: Mapping[str, Any]) -> str:
+    """What is wrong with the rows themselves; empty: nothing that can be seen."""
+    for name, values in batch.items():
+        if isinstance(values, torch.Tensor) and values.is_floating_point():
+            rows = (~values.reshape(len(values), -1).isfinite()).any(1).nonzero().flatten().tolist()
+            if rows:
+                return f"{name} of row {rows[0] + 1} of its batch is not finite"
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all()):
+        return "all its labels are masked, so that there is nothing to learn from"
+    return ""
+
+
+def _first_not_finite(model: Any, batch: Mapping[str, Any]) -> str:
+    """The first module, in the order of the computation, whose output is not finite; empty: none is."""
+    found: list[str] = []
+
+    def look(name: str, module: Any) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            if not found and any(not bool(one.isfinite().all()) for one in _tensors(output)):
+                found.append(f"{name or 'the model'} ({type(module).__name__})")
+
+        return module.register_forward_hook(hook)
+
+    device = next(model.parameters()).device
+    inputs = {name: one.to(device) for name, one in batch.items() if isinstance(one, torch.Tensor) and name != "labels"}
+    hooks = [look(name, module) for name, module in model.named_modules()]
+    try:
+        with _as_in_evaluation(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ""
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The numbers in what a module gives; masks hold infinities on purpose, but no module gives a mask alone."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(tuple(output.values()))
+    elif isinstance(output, (tuple, list)):
+        for one in output:
+            yield from _tensors(one)
+
+
+@contextlib.contextmanager
+def _as_in_evaluation(model: Any) -> Iterator[None]:
+    """Without dropout, so that no random number is drawn."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
