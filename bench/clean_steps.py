@@ -81,15 +81,20 @@ KINDS = {
 TUNING = ("classes-bert", "classes-minilm", "prompts-llama", "classes-minilm-few", "tags-distilbert")
 
 
-def train(folder: Path, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """One run's steps."""
-    kind = KINDS[name]
-    place = folder / name
+def prepared(folder: Path, name: str) -> Path:
+    """The folder of a kind, with its rows, model and recipe."""
+    kind, place = KINDS[name], folder / name
     if not (place / "recipe.yaml").exists():
         place.mkdir(parents=True, exist_ok=True)
         kind.write(place, kind.rows)
         model = MINILM if kind.model == "minilm" else f"model: {tiny.save_model(place / 'model', kind.model)}\n"
         (place / "recipe.yaml").write_text(model + kind.recipe, encoding="utf-8")
+    return place
+
+
+def train(folder: Path, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """One run's steps."""
+    kind, place = KINDS[name], prepared(folder, name)
     run = place / f"{rate:g}-{seed}"
     settings = {
         "method.kind": kind.method,

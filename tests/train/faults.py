@@ -87,6 +87,12 @@ def corrupted_labels(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]
     return lambda: None
 
 
+def shuffled_inputs(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    """Each row's tokens are another row's, backwards."""
+    inputs["input_ids"] = inputs["input_ids"].roll(1, 0).flip(1)
+    return lambda: None
+
+
 def infinite_logits(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
     """The weights are as before when the gradients are there."""
     weight = next(one for name, one in reversed(list(trainer.model.named_parameters())) if one.dim() > 1)

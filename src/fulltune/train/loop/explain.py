@@ -1,4 +1,4 @@
-"""Why a loss or a gradient was not finite: the batch is looked at, then run once more in fp32 with a hook on each module.
+"""Why a loss or a gradient was not finite: the batch is looked at, then run again in fp32, with hooks on its modules.
 
 Bad rows are told apart from numerics, and a type that is too small from values that no type holds.
 """
@@ -37,7 +37,7 @@ def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
     small = {str(one.dtype).removeprefix("torch.") for one in model.parameters() if one.dtype != torch.float32}
     if small:
         return (
-            f"each module's output is finite, computed in {', '.join(sorted(small))}: it is the loss or the gradients"
+            f"each module's output is finite, computed in {', '.join(sorted(small))}: it is the loss or gradients"
         )
     return "in fp32 each module's output is finite: it is the loss, the gradients, or a type with too small a range"
 
