@@ -63,9 +63,9 @@ class Kind:
 TINY_RATES = (1e-3, 3e-3)
 KINDS = {
     "classes-bert": Kind("bert", CLASSES, banking77, 2000, TINY_RATES),
-    "classes-roberta-few": Kind("roberta", CLASSES, banking77, 100, (1e-3,)),
+    "classes-roberta-few": Kind("roberta", CLASSES, banking77, 200, (1e-3,)),
     "classes-minilm": Kind("minilm", CLASSES, banking77, 2000, (5e-5, 2e-4, 8e-4), 315),
-    "classes-minilm-few": Kind("minilm", CLASSES, banking77, 120, (2e-4,), 300, batch=16),
+    "classes-minilm-few": Kind("minilm", CLASSES, banking77, 200, (2e-4,), 300, batch=16),
     "classes-minilm-lora": Kind("minilm", CLASSES, banking77, 2000, (8e-4,), 315, "lora"),
     "tags-distilbert": Kind("distilbert", TAGS, wnut17, 1000, TINY_RATES),
     "tags-minilm": Kind("minilm", TAGS, wnut17, 1000, (2e-4,), 320),

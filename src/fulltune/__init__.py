@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from fulltune.pipeline import make_plan, prepare, score_baselines, score_trial, train_trial, write_report
     from fulltune.recipe.fields import Recipe
     from fulltune.recipe.file import load_recipe
+    from fulltune.train.loop.guarded_step import Guarded
 
 _HOMES = {
     "job": "api",
     "run": "api",
     "load_predictor": "api",
+    "Guarded": "train.loop.guarded_step",
     "Trainer": "classic",
     "TrainingArguments": "classic",
     "FulltuneError": "errors",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "FulltuneError",
+    "Guarded",
     "Recipe",
     "Trainer",
     "TrainingArguments",

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification
 
+import fulltune
 from fulltune import pipeline
 from fulltune.errors import Diverged, GuardStop
 from fulltune.records.events import AttemptFailed, Event, StepLogged, StepSkipped
@@ -382,3 +384,40 @@ def test_batch_is_looked_at_and_run_again(change: Callable[[Any, dict[str, Any]]
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(one.grad is None for one in model.parameters())
+
+
+# ---- with a Trainer of one's own -------------------------------------------------------------------------------
+
+
+class Theirs(transformers.Trainer):
+    """As libraries do it: a loss of its own, and what it does before a step."""
+
+    spoilt: Container[int] = ()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = model(**inputs).loss
+        return loss * NAN if self.state.global_step + 1 in self.spoilt else loss
+
+
+class Mine(fulltune.Guarded, Theirs):
+    pass
+
+
+@pytest.mark.parametrize(("spoilt", "stops"), [([3], False), ([3, 4, 5], True)])
+def test_mixin_guards_a_trainer_of_ones_own(
+    spoilt: list[int], stops: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2))
+    rows = [{"input_ids": [2, 10 + number, 3], "labels": number % 2} for number in range(32)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=8, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    trainer = Mine(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.spoilt = spoilt
+    with pytest.raises(Diverged, match="step 5, before the update") if stops else contextlib.nullcontext():
+        trainer.train()
+    assert "step 3 is skipped: the loss is nan" in caplog.text
+    assert all(bool(one.isfinite().all()) for one in model.parameters())

@@ -23,7 +23,7 @@ from fulltune.classic.dry_run import copied, dry_run
 from fulltune.errors import GuardStop
 from fulltune.records.training import Moved
 from fulltune.train.loop.callbacks import logged
-from fulltune.train.loop.guarded_step import GuardedStep
+from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import diverged, ended_high, nothing_learned
 from fulltune.train.loop.step_guard import Judged, StepMemory
 from fulltune.train.worker.no_trace import same_randomness
@@ -37,7 +37,7 @@ _TOKENIZER = inspect.Parameter("tokenizer", inspect.Parameter.KEYWORD_ONLY, defa
 _WITH_TOKENIZER = _THEIRS.replace(parameters=[*_THEIRS.parameters.values(), _TOKENIZER])
 
 
-class Trainer(GuardedStep, transformers.Trainer):
+class Trainer(Guarded, transformers.Trainer):
     """`transformers.Trainer` for scripts of transformers 3 and 4, with fulltune's guards.
 
     The update of a step whose loss or gradient is not finite is left out with a `FulltuneNotice`, and three in a row

@@ -36,9 +36,7 @@ def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
             return f"with finite weights, {found} is the first module whose output is not finite in fp32"
     small = {str(one.dtype).removeprefix("torch.") for one in model.parameters() if one.dtype != torch.float32}
     if small:
-        return (
-            f"each module's output is finite, computed in {', '.join(sorted(small))}: it is the loss or gradients"
-        )
+        return f"each module's output is finite, computed in {', '.join(sorted(small))}: it is the loss or gradients"
     return "in fp32 each module's output is finite: it is the loss, the gradients, or a type with too small a range"
 
 

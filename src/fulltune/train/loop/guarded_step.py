@@ -27,7 +27,7 @@ from fulltune.train.optim.in_backward import InBackward
 _log = logging.getLogger(__name__)
 
 
-class GuardedStep:
+class Guarded:
     """Mixin for a `Trainer`: sees each loss and gradient norm, and skips or stops before a bad update.
 
     A callback could not do this: it sees the norm only after clipping, and has no veto. With several processes loss and
@@ -36,6 +36,11 @@ class GuardedStep:
     and its moments stay. DeepSpeed updates inside its backward pass: there each loss is judged before it, nothing can
     be skipped, and a gradient norm that is not finite makes DeepSpeed itself leave the update out. With `InBackward`
     each loss is judged before it as well, and each gradient by its hook.
+
+    With a Trainer of one's own it stands first; where trouble stays it raises `Diverged`, and what to resume from is
+    the script's decision:
+
+        class Mine(fulltune.Guarded, SFTTrainer): ...
     """
 
     # What the `Trainer` beside this mixin has.

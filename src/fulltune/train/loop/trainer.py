@@ -24,7 +24,7 @@ from fulltune.inference.selective_head import SelectiveHead
 from fulltune.records.plan import Plan
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
-from fulltune.train.loop.guarded_step import GuardedStep
+from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.step_guard import Judged
@@ -33,7 +33,7 @@ from fulltune.train.optim.groups import parameter_groups
 from fulltune.train.optim.in_backward import InBackward
 
 
-class FullTrainer(GuardedStep, Trainer):
+class FullTrainer(Guarded, Trainer):
     """The trainer of a run.
 
     Args:
