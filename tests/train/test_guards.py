@@ -677,3 +677,26 @@ def test_child_process_is_judged_by_what_it_leaves(
     assert found.status == status
     assert Outcome.load(request.folder / "outcome.json") == found
     assert ("broken" in found.log_tail) == (status == "crashed")
+
+
+def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = runs.job(tmp_path, tiny_encoder, ROWS, train={"hang_timeout": "1s"})
+    request = Request(
+        run_folder=str(tmp_path), recipe=job.recipe, plan=plan(), attempt=1, checkpoint=None, parent_pid=None
+    )
+    request.folder.mkdir(parents=True)
+    script = tmp_path / "python"
+    beats = f"for n in 1 2 3 4; do printf $n > {request.folder}/heartbeat; sleep 0.5; done"
+    script.write_text(f"#!/bin/sh\nprintf evaluation > {request.folder}/phase\n{beats}\nsleep 600\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(spawn.sys, "executable", str(script))
+
+    found = child.run(request, lambda event: None)
+
+    assert (found.status, found.steps, found.phase) == ("hung", 4, "evaluation")
+    assert found.reason == (
+        "the training process gave no sign of life for 1s after step 4 in an evaluation, and was ended"
+    )
+    assert Outcome.load(request.folder / "outcome.json") == found

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -297,6 +296,20 @@ def report(
 
 
 @app.command()
+def doctor(
+    place: Annotated[
+        Path,
+        typer.Argument(help="A run folder, a Trainer's trainer_state.json or checkpoints, TensorBoard's folder."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what went wrong in a training, from its log: of any Trainer."""
+    from fulltune.cli import checkups
+
+    checkups.doctor(place, as_json)
+
+
+@app.command()
 def predict(
     run_folder: ModelFolder,
     text: Annotated[
@@ -402,26 +415,9 @@ def selfcheck(
     as_json: Json = False,
 ) -> None:
     """Check what this machine decides (precision, kernels, resume ...); offline, about 1.5 minutes on 2 cores."""
-    from fulltune import selfcheck as checking
-    from fulltune.cli.show import run as display
-    from fulltune.files import write_text
-    from fulltune.system.run_folder import writing
+    from fulltune.cli import checkups
 
-    # What libraries print must not run into the page: DeepSpeed, for one, greets on stdout when it is imported.
-    with err.status("starting") as status, redirect_stdout(sys.stderr):
-        page = checking.run(lambda line: status.update(escape(line)))
-    if output is not None:
-        with writing(output):
-            write_text(output, checking.markdown(page))
-    if as_json:
-        stages.print_json(page.model_dump(mode="json"))
-    else:
-        out.print(display.selfcheck_table(page))
-        out.print(page.verdict)
-        share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
-        out.print(escape(share), soft_wrap=True)
-    if page.failed:
-        raise SetupError([f"selfcheck: {finding.device}: {finding.ran}: {finding.result}" for finding in page.failed])
+    checkups.selfcheck(output, as_json)
 
 
 def main() -> None:

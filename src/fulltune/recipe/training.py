@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fulltune.recipe.block import Block
-from fulltune.text import parse_bytes
+from fulltune.text import parse_bytes, parse_seconds
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
@@ -65,6 +65,9 @@ class TrainBlock(Block):
     max_rollbacks: int = Field(default=3, ge=0)
     """How often the run goes back to its last healthy checkpoint when the loss rose and stays, or too many steps were
     skipped; it then goes on at half the rate with the rows in another order. 0: it stops."""
+    hang_timeout: str | None = "30m"
+    """A training process that has begun a step, an eval batch or a checkpoint and gives no sign of life for so long is
+    ended with its group; the run goes on once from its last checkpoint. null: never."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the other classes or tokens."""
     r_drop: float = Field(default=0.0, ge=0)
@@ -150,6 +153,11 @@ class TrainBlock(Block):
                 parse_bytes(self.memory_limit)
             except ValueError as error:
                 problems.append(f"memory_limit: {error}")
+        if self.hang_timeout is not None:
+            try:
+                parse_seconds(self.hang_timeout)
+            except ValueError as error:
+                problems.append(f"hang_timeout: {error}")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -19,6 +19,7 @@ OutcomeStatus = Literal[
     "refused",
     "error",
     "killed",
+    "hung",
     "crashed",
 ]
 

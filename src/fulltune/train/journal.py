@@ -14,6 +14,8 @@ from fulltune.records.plan import Phase
 
 PHASE_FILE = "phase"
 """What the attempt was doing, for the parent of a process that was killed and could not say it."""
+HEARTBEAT = "heartbeat"
+"""Holds the number of steps that are done; written anew at each sign of life."""
 NEXT = "next attempt"
 """The event with which the parent notes, in the journal of an attempt that failed, what it tries next and why."""
 
@@ -23,6 +25,12 @@ def phase_of(folder: Path) -> Phase | None:
     path = folder / PHASE_FILE
     found = path.read_text(encoding="ascii") if path.exists() else ""
     return next((phase for phase in get_args(Phase) if phase == found), None)
+
+
+def last_step(folder: Path) -> int:
+    """Steps that an attempt had done at its last sign of life."""
+    text = (folder / HEARTBEAT).read_text(encoding="ascii")
+    return int(text) if text.isdigit() else 0
 
 
 class Journal:
@@ -54,6 +62,16 @@ class Journal:
         self.at(phase)
         yield
         self.at(before)
+
+    def alive(self, steps: int) -> None:
+        """A sign of life, for the parent, which ends a process that gives none."""
+        if self.path is not None:
+            self.path.with_name(HEARTBEAT).write_text(str(steps), encoding="ascii")
+
+    def at_rest(self) -> None:
+        """From here on nobody waits for signs of life."""
+        if self.path is not None:
+            self.path.with_name(HEARTBEAT).unlink(missing_ok=True)
 
     def write(self, event: str, detail: str) -> None:
         if self.path is None:  # not the first process

@@ -180,6 +180,14 @@ def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
     assert next_attempt(recipe(), plan(), [outcome("killed")] * (MOST_KILLS + 1)) is None
 
 
+def test_hung_is_tried_once_as_it_was() -> None:
+    hung = outcome("hung", reason="it gave no sign of life")
+    assert next_attempt(recipe(), plan(), [hung]) == NextAttempt(
+        plan(), True, "it gave no sign of life; going on from the last whole checkpoint"
+    )
+    assert next_attempt(recipe(), plan(), [hung, hung]) is None
+
+
 @pytest.mark.parametrize("status", ["crashed", "error", "interrupted", "stopped_by_guard", "disk_full", "refused"])
 def test_other_failures_are_not_tried_again(status: str) -> None:
     assert next_attempt(recipe(), plan(), [outcome(status)]) is None

@@ -39,6 +39,7 @@ from fulltune.report.run.row_words import has_images, row_words
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 if TYPE_CHECKING:
+    from fulltune.doctor.diagnose import Diagnosis
     from fulltune.selfcheck import Page
 
 
@@ -312,6 +313,17 @@ def conclusion(headline: Headline, unfit: str, steps: Sequence[str]) -> list[Tex
             table.add_row("  -", Text(step))
         lines.append(table)
     return lines
+
+
+def findings(found: Sequence[Diagnosis]) -> Table:
+    """What a log tells, each with its evidence and what to do."""
+    table = Table.grid(padding=(0, 2))
+    for one in found:
+        style = "green" if one.name == "sound" else "bold yellow"
+        table.add_row(Text(one.name, style=style), Text(one.evidence))
+        if one.advice:
+            table.add_row("", Text(f"→ {one.advice}"))
+    return table
 
 
 def selfcheck_table(page: Page) -> Group:

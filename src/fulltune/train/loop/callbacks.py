@@ -152,6 +152,18 @@ class Seals(TrainerCallback):
 
 
 @dataclass(eq=False)
+class Heartbeat(TrainerCallback):
+    """A sign of life at each micro batch, evaluation and checkpoint."""
+
+    journal: Journal
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.journal.alive(state.global_step)
+
+    on_substep_end = on_step_end = on_evaluate = on_save = on_step_begin
+
+
+@dataclass(eq=False)
 class AtBegin(TrainerCallback):
     """Does something once, when everything is ready for step 1."""
 

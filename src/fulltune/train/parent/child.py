@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from fulltune.records.events import Event, Listener, event_of
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
-from fulltune.train.journal import phase_of
+from fulltune.text import parse_seconds
+from fulltune.train.journal import HEARTBEAT, last_step, phase_of
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
 
@@ -30,12 +33,56 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
     """
     kills = kernel_kills()
     child = start(request, request.folder / "log.txt")
+    limit = request.recipe.train.hang_timeout
+    pulse = _Pulse(request.folder / HEARTBEAT, math.inf if limit is None else parse_seconds(limit))
     with _forwarding_signals(child) as asked:
-        for event in _follow(request.folder / "metrics.jsonl", child):
+        for event in _follow(request.folder / "metrics.jsonl", child, pulse):
             listener(event)
-    outcome = _outcome(request, child.wait(), asked=bool(asked), killed_by_kernel=kernel_kills() > kills)
+    if pulse.stopped:
+        child.wait()
+        outcome = _hung(request, str(limit))
+    else:
+        outcome = _outcome(request, child.wait(), asked=bool(asked), killed_by_kernel=kernel_kills() > kills)
     outcome.save(request.folder / "outcome.json")
     return outcome
+
+
+@dataclass
+class _Pulse:
+    """Whether a file is still written anew, by a clock that stands still while the machine sleeps."""
+
+    file: Path
+    limit_seconds: float
+    seen: int = 0
+    since: float = 0.0
+    stopped: bool = False
+
+    def has_stopped(self) -> bool:
+        """True once the file has not changed for so long; before there is one, nothing is asked."""
+        written = self.file.stat().st_mtime_ns if self.file.exists() else 0
+        if written != self.seen:
+            self.seen, self.since = written, time.monotonic()
+        self.stopped = self.seen > 0 and time.monotonic() - self.since > self.limit_seconds
+        return self.stopped
+
+
+def _hung(request: Request, limit: str) -> Outcome:
+    phase, step = phase_of(request.folder), last_step(request.folder)
+    where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase or "", "")
+    reason = f"the training process gave no sign of life for {limit} after step {step:,}{where}, and was ended"
+    return Outcome(
+        status="hung",
+        reason=reason,
+        trial=request.plan.trial,
+        attempt=request.attempt,
+        steps=step,
+        phase=phase,
+        log_tail=tuple(_tail(request)),
+    )
+
+
+def _tail(request: Request) -> list[str]:
+    return (request.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
 
 
 def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool) -> Outcome:
@@ -43,7 +90,7 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     # `outcome-rankN.json` says why another process than the first one failed.
     files = (request.folder / "outcome.json", *sorted(request.folder.glob("outcome-rank*.json")))
     written = [Outcome.load(file) for file in files if file.exists()]
-    tail = (request.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+    tail = _tail(request)
     # torchrun's last words when one of several processes was killed; the others only saw a closed connection.
     killed = code == -signal.SIGKILL or any("Signal 9 (SIGKILL)" in line for line in tail)
     limited = request.plan.memory_limit_bytes is not None or memory_is_limited()
@@ -100,8 +147,8 @@ def _forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
                 os.killpg(child.pid, signal.SIGTERM)
 
 
-def _follow(path: Path, child: spawn.Child) -> Iterator[Event]:
-    """Lines of a growing file, until the child has ended and everything is read."""
+def _follow(path: Path, child: spawn.Child, pulse: _Pulse) -> Iterator[Event]:
+    """Lines of a growing file, until the child has ended and everything is read; one that hangs is ended."""
     position = 0
     while True:
         ended = child.poll() is not None
@@ -113,5 +160,8 @@ def _follow(path: Path, child: spawn.Child) -> Iterator[Event]:
                     if (event := event_of(json.loads(line))) is not None:
                         yield event
         if ended:
+            return
+        if pulse.has_stopped():
+            spawn.end(child)
             return
         time.sleep(_POLL_SECONDS)

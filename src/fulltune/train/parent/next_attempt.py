@@ -59,7 +59,8 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
     Out of memory in a step: half the micro batch with the same global batch, then a chunked loss, activation
     checkpointing, 8-bit states; in an evaluation half its batch, then 8-bit states. While loading, saving or resuming a
     smaller batch frees nothing: once more as it was, because the shortage may pass, then 8-bit states (but in loading).
-    Killed without a word, and not by the kernel: once more as it was, then treated as memory, which it most often is.
+    One that hung: once more as it was. Killed without a word, and not by the kernel: once more as it was, then treated
+    as memory, which it most often is.
 
     Args:
         recipe: What it gives is kept, except batch sizes.
@@ -68,6 +69,8 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
         need: Gives a changed plan's memory.
     """
     last = history[-1]
+    if last.status == "hung" and sum(outcome.status == "hung" for outcome in history) == 1:
+        return NextAttempt(plan, resume=True, reason=f"{last.reason}; going on from the last whole checkpoint")
     if last.status not in ("out_of_memory", "killed"):
         return None
     kills = sum(outcome.status == "killed" for outcome in history)

@@ -175,7 +175,7 @@ def _error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fulltune
                 f"{request.run_folder}: the disk is full: {outcome.reason}; free some space, then run the same command "
                 "again"
             )
-        case "killed" | "crashed":
+        case "killed" | "crashed" | "hung":
             return GuardStop([logged, *outcome.log_tail])
     if outcome.status in ("diverged", "spiked"):
         return Diverged([outcome.reason, *(f"tried: {reason}" for reason in tried)])

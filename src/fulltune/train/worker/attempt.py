@@ -79,6 +79,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     if attempt.is_main or sharing is not None:
         initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if attempt.is_main else None)
     state, optimizer = _fit(attempt)
+    journal.at_rest()
     _judge_end(attempt, state)
     journal.at("saving")
     if initial is None:  # the first process saves and reports

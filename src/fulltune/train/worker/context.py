@@ -121,6 +121,7 @@ class AttemptContext:
                 batch_size=self.plan.eval_batch_size,
                 precision=self.plan.precision,
                 head=trainer.head,
+                watch=lambda *_: self.journal.alive(trainer.state.global_step),
             )
 
 

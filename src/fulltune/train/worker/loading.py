@@ -27,7 +27,7 @@ from fulltune.tasks import LossSettings, Target, Task
 from fulltune.tasks.settings import class_weights
 from fulltune.text import first_few
 from fulltune.train.loop.arguments import training_arguments
-from fulltune.train.loop.callbacks import AtBegin, SaveAndStopEarly, Seals, StopWhenDiverged
+from fulltune.train.loop.callbacks import AtBegin, Heartbeat, SaveAndStopEarly, Seals, StopWhenDiverged
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.run_time import PROBING
 from fulltune.train.worker import distributed, extensions, mixup, r_drop, scaling, weights
@@ -212,4 +212,5 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
     judged = attempt.hooks.compute_loss is None
     guards = [StopWhenDiverged(lambda: attempt.untrained_loss, attempt.highest_rate)] if judged else []
     stepping = AtBegin(lambda: attempt.journal.at("step"))
-    return [stepping, attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop]
+    alive = Heartbeat(attempt.journal)
+    return [stepping, alive, attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop]

@@ -1,0 +1,64 @@
+"""The commands that look at what is there: this machine, and the log of a training."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from rich.markup import escape
+
+from fulltune.cli import stages
+from fulltune.cli.show import run as display
+from fulltune.cli.stages import err, out
+from fulltune.errors import SetupError
+
+
+def doctor(place: Path, as_json: bool) -> None:
+    """What went wrong in a training.
+
+    Args:
+        place: Of its log.
+        as_json: The findings as JSON.
+    """
+    from fulltune.doctor.diagnose import diagnose
+    from fulltune.doctor.log import in_words, read_log
+
+    log = read_log(place)
+    found = diagnose(log)
+    if as_json:
+        stages.print_json([vars(one) for one in found])
+        return
+    out.print(escape(in_words(log)), soft_wrap=True)
+    out.print(display.findings(found))
+
+
+def selfcheck(output: Path | None, as_json: bool) -> None:
+    """What the hardware decides, run here.
+
+    Args:
+        output: The page as Markdown.
+        as_json: The page as JSON, on stdout.
+
+    Raises:
+        SetupError: Something failed.
+    """
+    from fulltune import selfcheck as checking
+    from fulltune.files import write_text
+    from fulltune.system.run_folder import writing
+
+    # What libraries print must not run into the page: DeepSpeed, for one, greets on stdout when it is imported.
+    with err.status("starting") as status, redirect_stdout(sys.stderr):
+        page = checking.run(lambda line: status.update(escape(line)))
+    if output is not None:
+        with writing(output):
+            write_text(output, checking.markdown(page))
+    if as_json:
+        stages.print_json(page.model_dump(mode="json"))
+    else:
+        out.print(display.selfcheck_table(page))
+        out.print(page.verdict)
+        share = f"share {output}" if output else "to share it: fulltune selfcheck --output selfcheck.md"
+        out.print(escape(share), soft_wrap=True)
+    if page.failed:
+        raise SetupError([f"selfcheck: {finding.device}: {finding.ran}: {finding.result}" for finding in page.failed])

@@ -1,0 +1,162 @@
+"""From a log to findings: pure functions of curves, by the guards' and the report's own rules."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fulltune.doctor.log import Log
+from fulltune.report.format.plots import Point
+from fulltune.report.run.fitting import Curves, fitting
+from fulltune.text import counted, first_few, format_number, format_share
+from fulltune.train.loop.guards import diverged, ended_high
+from fulltune.train.loop.step_guard import StepMemory, judge
+
+FEW_STEPS = 100
+FLAT = 0.03
+"""Share of its beginning by which a loss has to fall to have learned something."""
+VANISHED = 1e-3
+"""Gradient norm as a share of what it was in the first steps."""
+LEAST = 8
+"""Readings below which nothing is said of a curve's shape."""
+_CALIBRATE = "nothing, where only the answers count; 'fulltune run' calibrates the probabilities"
+EATEN = 0.5
+"""Share of the values with a gradient below which updates were lost."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Something that went wrong, or that nothing did."""
+
+    name: str
+    evidence: str
+    advice: str = ""
+
+
+def diagnose(log: Log) -> tuple[Diagnosis, ...]:
+    """What the log tells, the gravest first; one finding that all is well where nothing is found."""
+    height = [*_height(log)]
+    shape = [] if height else [*_flat(log), *_unfit(log)]  # of a loss that ran away nothing else is told
+    found = [*_ended(log), *height, *shape, *_steps(log), *_eaten(log), *_length(log)]
+    if not found:
+        found = [Diagnosis("sound", "the curves show nothing that went wrong")]
+    return tuple(found)
+
+
+def _ended(log: Log) -> Iterator[Diagnosis]:
+    """How the run ended, where it did not end well."""
+    outcome = log.outcome
+    if outcome is not None and outcome.status not in ("done", "diverged", "spiked"):
+        yield Diagnosis(outcome.status.replace("_", " "), outcome.reason)
+
+
+def _height(log: Log) -> Iterator[Diagnosis]:
+    """A loss that is not finite, or that left the place where it began."""
+    lost = [step for step, value in log.train_loss if not math.isfinite(value)]
+    lower = _rate(log, 1 / 10)
+    if lost:
+        evidence = f"the train loss is not finite at {counted(len(lost), 'reading')}, first at step {lost[0]:,}"
+        yield Diagnosis("diverged", evidence, f"look at the rows of that step; a lower rate: {lower}")
+        return
+    losses, evals = [value for _, value in log.train_loss], [value for _, value in log.eval_loss]
+    rate = max((value for _, value in log.learning_rate), default=0.0)
+    for judged in (diverged(losses, rate), ended_high(losses, evals, rate)):
+        if judged.action != "go on":
+            yield Diagnosis("diverged", judged.reason.split(". Usual cause")[0], f"a lower rate: {lower}")
+            return
+
+
+def _flat(log: Log) -> Iterator[Diagnosis]:
+    """A loss that hardly fell."""
+    losses = [value for _, value in log.train_loss if math.isfinite(value)]
+    size = len(losses) // 4
+    if len(losses) < LEAST or not size:
+        return
+    began, ended = statistics.median(losses[:size]), statistics.median(losses[-size:])
+    if not 0 < (1 - FLAT) * began < ended < (1 + FLAT) * began:
+        return
+    evidence = f"the train loss stayed where it began: {format_number(began)}, and {format_number(ended)} at the end"
+    norms = [value for _, value in log.grad_norm if math.isfinite(value)]
+    if len(norms) >= LEAST and statistics.median(norms[-size:]) < VANISHED * max(norms[:size]):
+        said = f"{evidence}; the gradients vanished ({norms[0]:.2g} to {norms[-1]:.2g})"
+        yield Diagnosis("plateau", said, f"a lower rate with a longer warm-up: {_rate(log, 1 / 3)}, or another seed")
+        return
+    yield Diagnosis("plateau", evidence, f"a higher rate: {_rate(log, 3)}; are the labels those of these rows?")
+
+
+def _unfit(log: Log) -> Iterator[Diagnosis]:
+    """Over- and under-fitting."""
+    curves = Curves(
+        train_loss=log.train_loss,
+        eval_loss=log.eval_loss,
+        metric=log.metric,
+        metric_name=log.metric_name,
+        greater_is_better=log.greater_is_better,
+        eval_rows=log.eval_rows or 1000,
+        epochs_per_step=log.epochs / log.steps if log.steps else 0.0,
+        kept_step=log.kept_step,
+    )
+    fit = fitting(curves)
+    if fit.kind not in ("sound", "not known"):
+        said = " ".join(one for one in fit.sentences if one).split(": ", 1)[-1]
+        evidence, _, helps = said.partition(" What helps: ")
+        yield Diagnosis(fit.kind, evidence.rstrip("."), helps.rstrip(".") or _CALIBRATE)
+
+
+def _steps(log: Log) -> Iterator[Diagnosis]:
+    """Steps that were skipped or taken back, or that would have been."""
+    if log.skipped or log.rollbacks:
+        back = first_few([f"{step:,}" for step in log.rollbacks])
+        evidence = f"{counted(len(log.skipped), 'step')} skipped" + (f"; went back to step {back}" if back else "")
+        advice = "the journal in the report names the rows: look at them"
+        yield Diagnosis("bad steps", evidence, advice if log.skipped else "")
+        return
+    norms, memory, suspects = dict(log.grad_norm), StepMemory(), []
+    for number, (step, loss) in enumerate(log.train_loss, start=1):
+        judged = judge(memory, number, loss, norms.get(step))
+        memory = judged.seen
+        if judged.action == "skip" and judged.is_finite:
+            suspects.append(step)
+    if suspects:
+        named = first_few([f"{step:,}" for step in suspects])
+        evidence = f"loss and gradient norm were both far above the usual at step {named}"
+        advice = "look at the rows of these steps; 'fulltune run' skips such steps by itself"
+        yield Diagnosis("bad rows", evidence, advice)
+
+
+def _eaten(log: Log) -> Iterator[Diagnosis]:
+    """Updates that rounding lost."""
+    moved = log.outcome.moved if log.outcome else None
+    if moved is not None and moved.share < EATEN:
+        evidence = f"only {format_share(moved.share)} of the values that received a gradient moved"
+        advice = "fp32 weights, --set model.weights_dtype=fp32, or --set train.bf16_rounding=stochastic"
+        yield Diagnosis("eaten updates", evidence, advice)
+
+
+def _length(log: Log) -> Iterator[Diagnosis]:
+    """A run that was too short."""
+    losses = log.train_loss
+    if not losses or log.steps >= FEW_STEPS or (log.total_steps and log.steps < log.total_steps):
+        return
+    best = _best(log.metric, log.greater_is_better)
+    if best is not None and best == log.metric[-1][0]:
+        evidence = f"{counted(log.steps, 'step')} in all, and the eval rows were answered best at the last evaluation"
+        advice = f"more epochs: {log.command} --set train.num_train_epochs={3 * log.epochs:.2g}" if log.command else ""
+        yield Diagnosis("too few steps", evidence, advice or "more epochs")
+
+
+def _best(points: Sequence[Point], greater_is_better: bool) -> int | None:
+    finite = [point for point in points if math.isfinite(point[1])]
+    sign = 1 if greater_is_better else -1
+    return max(finite, key=lambda point: sign * point[1])[0] if finite else None
+
+
+def _rate(log: Log, factor: float) -> str:
+    """The command with another rate, or the rate alone."""
+    rate = max((value for _, value in log.learning_rate), default=0.0)
+    if not rate:
+        return f"{factor:.2g} times the rate"
+    found = f"{float(f'{factor * rate:.2g}'):g}"
+    return f"{log.command} --set method.learning_rate={found}" if log.command else found

@@ -1,0 +1,182 @@
+"""A log to findings, as a table of curves; logs of other Trainers; what is no log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune.doctor.diagnose import diagnose
+from fulltune.doctor.log import Log, read_log
+from fulltune.errors import SetupError
+from fulltune.records.training import Moved
+from tests.contract.command import fulltune
+from tests.plans import outcome
+
+NAN = float("nan")
+
+
+def points(values: Sequence[float], every: int = 10) -> tuple[tuple[int, float], ...]:
+    return tuple((every * (place + 1), value) for place, value in enumerate(values))
+
+
+def log(losses: Sequence[float], evals: Sequence[float] = (), metric: Sequence[float] = (), **more: Any) -> Log:
+    """A log of so many steps; its evaluations are spread over them."""
+    steps = 10 * len(losses)
+    every = steps // max(1, len(evals))
+    values: dict[str, Any] = {
+        "where": Path("run"),
+        "train_loss": points(losses),
+        "eval_loss": points(evals, every),
+        "metric": points(metric, every),
+        "metric_name": "accuracy" if metric else "loss",
+        "greater_is_better": bool(metric),
+        "learning_rate": points([1e-4] * len(losses)),
+        "steps": steps,
+        "epochs": 4.0,
+        "eval_rows": 1000,
+    }
+    return Log(**{**values, **more})
+
+
+FALLING = [2.0 * 0.88**number for number in range(32)]
+SLOW = [2.0 - 0.02 * number for number in range(32)]
+GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (log(FALLING, *GOOD), ["sound"]),
+        (log([1.0] * 9 + [NAN] * 3), ["diverged"]),
+        (log([4.0] * 10 + [1.5] * 20 + [4.5] * 20), ["diverged"]),
+        (log([1.1] + [9.0] * 30), ["diverged"]),
+        (log([2.3, 2.31, 2.29] * 12), ["plateau"]),
+        (log(FALLING, [1.0, 0.7, 0.9, 1.4], [0.7, 0.8, 0.75, 0.7]), ["over-fitted"]),
+        (
+            log([2.0 - 0.02 * number for number in range(32)], [1.9, 1.7, 1.5, 1.3], [0.3, 0.5, 0.6, 0.7]),
+            ["under-fitted"],
+        ),
+        (log(FALLING, *GOOD, skipped=(40, 44), rollbacks=(30,)), ["bad steps"]),
+        (log(FALLING[:8], [1.5, 1.2], [0.4, 0.5], steps=80), ["too few steps"]),
+        (log(FALLING, *GOOD, outcome=outcome("disk_full")), ["disk full"]),
+        (
+            log(
+                FALLING,
+                *GOOD,
+                outcome=outcome(
+                    "done",
+                    moved=Moved(
+                        num_tensors_with_gradient=2,
+                        num_tensors_moved=2,
+                        num_values_with_gradient=100,
+                        num_values_moved=14,
+                    ),
+                ),
+            ),
+            ["eaten updates"],
+        ),
+    ],
+)
+def test_findings_of_curves(given: Log, names: list[str]) -> None:
+    found = diagnose(given)
+    assert [one.name for one in found] == names
+    assert all(one.evidence for one in found)
+    assert all(one.advice for one in found if one.name not in ("sound", "disk full"))
+
+
+def test_vanished_gradients_are_told_from_a_rate_that_is_too_low() -> None:
+    losses = [2.3, 2.31, 2.29] * 12
+    [low] = diagnose(log(losses, grad_norm=points([1.0] * 36)))
+    assert "a higher rate: 0.0003" in low.advice
+    [gone] = diagnose(log(losses, grad_norm=points([1.0] * 18 + [1e-5] * 18)))
+    assert "the gradients vanished" in gone.evidence
+    assert "3.3e-05" in gone.advice
+
+
+def test_step_that_fulltune_would_have_skipped_is_named() -> None:
+    losses = [(1.0 + 0.05 * (place % 3)) * 0.99**place for place in range(80)]
+    norms = [2.0 + 0.2 * (place % 3) for place in range(80)]
+    assert [one.name for one in diagnose(log(losses, grad_norm=points(norms)))] == ["sound"]
+    losses[60], norms[60] = 9.0, 200.0
+    [found] = diagnose(log(losses, grad_norm=points(norms)))
+    assert found.name == "bad rows"
+    assert "step 610" in found.evidence
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def state(**more: Any) -> dict[str, Any]:
+    history: list[dict[str, Any]] = []
+    for number, loss in enumerate(FALLING, start=1):
+        line = {"loss": loss, "grad_norm": 1.0, "learning_rate": 5e-5, "epoch": number / 8, "step": 10 * number}
+        history.append(line)
+    for number, (loss, accuracy) in enumerate(zip([1.0, 0.7, 0.9, 1.4], [0.7, 0.8, 0.75, 0.7], strict=True), start=1):
+        history.append(
+            {"eval_loss": loss, "eval_accuracy": accuracy, "eval_runtime": 1.0, "epoch": number, "step": 80 * number}
+        )
+    return {"log_history": history, "max_steps": 320, "best_global_step": 160, **more}
+
+
+@pytest.mark.parametrize("where", ["trainer_state.json", "checkpoint-320/trainer_state.json"])
+@pytest.mark.parametrize("chosen", ["eval_accuracy", "accuracy", None])
+def test_state_of_a_trainer_is_read(where: str, chosen: str | None, tmp_path: Path) -> None:
+    path = tmp_path / where
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(state(metric_for_best_model=chosen)))
+    for place in (tmp_path, path):
+        found = read_log(place)
+        assert (found.metric_name, found.greater_is_better, found.kept_step) == ("accuracy", True, 160)
+        assert (found.steps, found.total_steps, found.epochs) == (320, 320, 4.0)
+        assert [one.name for one in diagnose(found)] == ["over-fitted"]
+    by_loss = json.dumps(state(metric_for_best_model="loss"))
+    path.write_text(by_loss)
+    assert (read_log(path).metric_name, read_log(path).greater_is_better) == ("loss", False)
+
+
+def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path / "runs"))
+    for line in state()["log_history"]:
+        for name, value in line.items():
+            if name != "step":
+                tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+                writer.add_scalar(tag, value, line["step"])
+    writer.close()
+    found = read_log(tmp_path)
+    assert (found.steps, found.metric_name) == (320, "accuracy")
+    assert [one.name for one in diagnose(found)] == ["over-fitted"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("notes.txt", "hello", "no log that is known; expected a run folder"),
+        ("trainer_state.json", "{", "is not the state of a Trainer"),
+        ("trainer_state.json", '{"log_history": 3}', "is not the state of a Trainer"),
+        ("trainer_state.json", '{"log_history": [{"eval_loss": 1, "step": 3}]}', "no train loss is in it"),
+        ("train_log.jsonl", '{"iter": 1, "lm loss": 3.1}', "no log that is known"),
+    ],
+)
+def test_what_is_no_log_is_said(file: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(SetupError, match=message):
+        read_log(tmp_path)
+    with pytest.raises(SetupError, match="no such file or folder"):
+        read_log(tmp_path / "nothing")
+
+
+def test_doctor_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state()))
+    said = fulltune("doctor", tmp_path)
+    assert said.code == 0
+    assert "over-fitted" in said.out
+    assert "320 steps, 4 evaluations" in " ".join(said.out.split())
+    assert json.loads(fulltune("doctor", tmp_path, "--json").out)[0]["name"] == "over-fitted"
+    assert fulltune("doctor", tmp_path / "nothing").code == 2
