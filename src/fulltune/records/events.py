@@ -138,6 +138,20 @@ class StepSkipped(Event):
     """Its rows' places in the prepared train rows, from 0."""
 
 
+class UpdatesMeasured(Event):
+    """What a step did to some values of each trained tensor."""
+
+    kind = "updates"
+    step: int
+    changed: float
+    """Share of these values whose stored value changed."""
+    update_to_weight: float
+    """Size of a tensor's update to its own, the median over tensors."""
+    largest_update_to_weight: float
+    largest: str
+    """The tensor of the largest."""
+
+
 class Evaluated(Event):
     """The eval rows were scored during training."""
 

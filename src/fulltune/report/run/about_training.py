@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fulltune.records.events import UpdatesMeasured
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
@@ -127,7 +128,10 @@ def training(view: RunView) -> Section | None:
     if changes := _events(view, "next attempt", "After"):
         blocks.append(Bullets(changes))
     ended = {attempt.trial: attempt.outcome for attempt in view.attempts if attempt.outcome}
-    blocks += first_open((trial, _facts(outcome, view.plan_of(trial))) for trial, outcome in sorted(ended.items()))
+    blocks += first_open(
+        (trial, _facts(outcome, view.plan_of(trial), view.history_of(trial).updates))
+        for trial, outcome in sorted(ended.items())
+    )
     return unless_empty("Training", [*blocks, *_journal(view)])
 
 
@@ -156,7 +160,7 @@ def _events(view: RunView, event: str, lead: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _facts(outcome: Outcome, plan: Plan | None) -> list[Block]:
+def _facts(outcome: Outcome, plan: Plan | None, updates: UpdatesMeasured | None) -> list[Block]:
     facts = []
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
@@ -175,6 +179,10 @@ def _facts(outcome: Outcome, plan: Plan | None) -> list[Block]:
         facts.append(("parameter values that moved", f"{format_share(moved.share)} ({values})"))
         tensors = f"{moved.num_tensors_moved:,} of {moved.num_tensors_with_gradient:,}"
         facts.append(("parameter tensors that moved", tensors))
+    if updates:
+        sizes = f"{updates.update_to_weight:.1e} (median of the tensors; largest {updates.largest_update_to_weight:.1e}"
+        facts.append((f"values that changed in step {updates.step:,}, of a sample", format_share(updates.changed)))
+        facts.append(("size of that update to the weights", f"{sizes}, {updates.largest})"))
     blocks: list[Block] = [Facts(tuple(facts))] if facts else []
     if moved and moved.unmoved_tensors:
         names = ", ".join(moved.unmoved_tensors)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fulltune.records.events import Evaluated, Event, StepLogged, StepSkipped
+from fulltune.records.events import Evaluated, Event, StepLogged, StepSkipped, UpdatesMeasured
 from fulltune.report.format.plots import Point
 
 
@@ -23,6 +23,9 @@ class History:
 
     skipped: tuple[int, ...] = ()
     """Steps whose update was left out, in any attempt."""
+
+    updates: UpdatesMeasured | None = None
+    """The last measurement."""
 
     @property
     def has_points(self) -> bool:
@@ -47,6 +50,8 @@ def merge(attempts: Sequence[Sequence[Event]]) -> History:
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []
+    updates = [event for events in attempts for event in events if isinstance(event, UpdatesMeasured)]
+    measured = updates[-1] if updates else None
     skipped = {event.step for events in attempts for event in events if isinstance(event, StepSkipped)}
     for events in attempts:
         rows = [event for event in events if isinstance(event, StepLogged | Evaluated)]
@@ -63,7 +68,9 @@ def merge(attempts: Sequence[Sequence[Event]]) -> History:
             else:
                 train[row.step] = {name: getattr(row, name) for name in _TRAIN_SERIES}
     names = dict.fromkeys(name for metrics in evaluation.values() for name in metrics)
-    return History(_series(train, _TRAIN_SERIES), _series(evaluation, names), tuple(restarts), tuple(sorted(skipped)))
+    return History(
+        _series(train, _TRAIN_SERIES), _series(evaluation, names), tuple(restarts), tuple(sorted(skipped)), measured
+    )
 
 
 def _series(rows: Mapping[int, Mapping[str, Any]], names: Iterable[str]) -> dict[str, tuple[Point, ...]]:

@@ -29,6 +29,7 @@ from fulltune.text import first_few
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.callbacks import AtBegin, Heartbeat, SaveAndStopEarly, Seals, StopWhenDiverged
 from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.loop.update_meter import MEASUREMENTS, UpdateMeter
 from fulltune.train.run_time import PROBING
 from fulltune.train.worker import distributed, extensions, mixup, r_drop, scaling, weights
 from fulltune.train.worker.context import AttemptContext
@@ -213,4 +214,14 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
     guards = [StopWhenDiverged(lambda: attempt.untrained_loss, attempt.highest_rate)] if judged else []
     stepping = AtBegin(lambda: attempt.journal.at("step"))
     alive = Heartbeat(attempt.journal)
-    return [stepping, alive, attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop]
+    total, warm_up = attempt.plan.total_steps, attempt.plan.warmup_steps
+    meter = UpdateMeter(
+        every=max(1, total // MEASUREMENTS),
+        first=min(warm_up + 2, total // 2),
+        say=attempt.recorder.write,
+        warn=attempt.recorder.warn,
+        was_skipped=lambda step: step in attempt.trainer.seen.skipped,
+        rounds_on_average=attempt.plan.bf16_rounding in ("stochastic", "kahan"),
+    )
+    meters = [meter] if attempt.sharing is None else []
+    return [stepping, alive, *meters, attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop]

@@ -1,0 +1,43 @@
+"""Whether updates arrive: measured on values of each tensor, said where rounding eats them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fulltune import report
+from fulltune.records.events import Event, UpdatesMeasured, Warned
+from fulltune.train.loop.update_meter import compared
+from tests import tiny
+from tests.train import runs
+
+
+def test_update_is_compared_value_by_value() -> None:
+    before = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0, 0.0]), "c": torch.ones(4)}
+    after = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([1.0, 0.0]), "c": torch.full((4,), 1.01)}
+    found = compared(7, before, after)
+    assert found.changed == 6 / 8
+    assert (found.largest, found.largest_update_to_weight) == ("a", pytest.approx(0.1))
+    assert found.update_to_weight == pytest.approx((0.1 + 0.01) / 2), "of a tensor of zeros nothing is told"
+
+
+@pytest.mark.parametrize(("rounding", "is_eaten"), [(None, False), ("stochastic", False), ("nearest", True)])
+def test_updates_that_rounding_eats_are_said_once(rounding: str | None, is_eaten: bool, tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    seen: list[Event] = []
+    blocks = {"method": {"learning_rate": 1e-5}}
+    train: dict[str, object] = {"max_steps": 30, "optim": "adamw_bf16"} if rounding else {"max_steps": 30}
+    if rounding:
+        blocks |= {"model": {"weights_dtype": "bf16"}}
+        train |= {"bf16_rounding": rounding, "precision": "bf16"}
+    found = runs.run(tmp_path, model, tiny.topic_rows(80), train=train, options={"listener": seen.append}, **blocks)
+    measured = [event for event in seen if isinstance(event, UpdatesMeasured)]
+    assert len(measured) > 10
+    warned = [event.text for event in seen if isinstance(event, Warned) and "sampled values changed" in event.text]
+    assert len(warned) == is_eaten
+    assert all(0 < event.changed <= 1 for event in measured)
+    report.write(found.folder)
+    said = (found.folder / "report.md").read_text(encoding="utf-8")
+    assert "values that changed in step 30, of a sample" in said
