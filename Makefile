@@ -18,7 +18,7 @@ $(VENV)/chat: $(VENV)/quickstart
 	touch $@
 
 $(VENV)/dev: $(VENV)/quickstart
-	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,search,dev]'
+	$(BIN)/pip install --quiet --editable '.[quickstart,text-metrics,gguf,entities,images,search,tensorboard,dev]'
 	touch $@
 
 quickstart: $(VENV)/quickstart
@@ -38,6 +38,14 @@ test-fast: $(VENV)/dev
 # Real processes that are killed, limits of memory, large cases. CI runs it as well.
 test-long: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m long
+
+# Faults planted in whole runs, and kills at random moments: does the guard save them? Hours; FULLTUNE_BENCH_DATA has the rows.
+faults: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/faults.py run runs/faults
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/faults.py table runs/faults
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/clean_steps.py run runs/clean
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/clean_steps.py count runs/clean
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/kill_resume.py --kills 50
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ import functions
 from evidence import MINILM, banking77, data, wnut17
 from tests import tiny
 
+from fulltune.train.loop import step_guard
+
 CLASSES = "task: text-classification\ndata: {train: train.csv, eval: eval.csv, test: test.csv, label: category}\n"
 TAGS = "task: token-classification\ndata: {train: train.conll, eval: eval.conll, test: test.conll}\n"
 NUMBERS = (
@@ -105,7 +107,8 @@ def train(folder: Path, name: str, rate: float, seed: int) -> dict[str, Any]:
         "train.eval_strategy": "steps",
         "train.eval_steps": kind.steps,
         "train.seed": seed,
-        **OFF,
+        "train.skip_suspect_steps": False,
+        "train.max_rollbacks": 0,
     }
     chosen = [f"--set={key}={value}" for key, value in settings.items()]
     program = [sys.executable, "-m", "fulltune.cli.app", "train", str(place / "recipe.yaml"), "--run-folder", str(run)]
@@ -116,10 +119,6 @@ def train(folder: Path, name: str, rate: float, seed: int) -> dict[str, Any]:
         lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         steps += [(line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
     return {"kind": name, "rate": rate, "seed": seed, "ended": ended.returncode, "steps": steps}
-
-
-OFF: dict[str, Any] = {}
-"""Settings that switch the guard off."""
 
 
 def main() -> None:
@@ -146,7 +145,26 @@ def main() -> None:
 
 
 def count(file: Path) -> None:
-    """What the guard says of them."""
+    """What the guard of today says of them: steps that it would skip, and times that it would go back."""
+    print("| kind | rate | seed | steps | skipped | back | |")
+    print("|---|---:|---:|---:|---:|---:|---|")
+    totals = [0, 0, 0, 0]
+    for line in file.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        memory, skipped, back, said = step_guard.StepMemory(), 0, 0, ""
+        for number, (loss, norm) in enumerate(run["steps"], start=1):
+            judged = step_guard.judge(memory, number, loss, norm)
+            memory = step_guard.StepMemory() if judged.action == "stop" else judged.seen
+            skipped, back = skipped + (judged.action == "skip"), back + (judged.action == "stop")
+            said = said or judged.reason
+        known = "" if run["kind"] in TUNING else "not looked at before"
+        print(
+            f"| {run['kind']} | {run['rate']:g} | {run['seed']} | {len(run['steps'])} | {skipped} | {back} | "
+            f"{said or known} |"
+        )
+        totals = [one + more for one, more in zip(totals, (1, len(run["steps"]), skipped, back), strict=True)]
+    runs, steps, skipped, back = totals
+    print(f"{runs} runs, {steps:,} clean steps: {skipped} skipped, {back} times back")
 
 
 if __name__ == "__main__":

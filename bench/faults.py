@@ -1,6 +1,6 @@
 """Faults planted in whole runs: does the run guard save them?
 
-    FULLTUNE_BENCH_DATA=... python bench/faults.py run FOLDER [--kinds classes-minilm] [--seeds 1] [--arms guard none]
+    FULLTUNE_BENCH_DATA=... python bench/faults.py run FOLDER [--kinds classes-minilm] [--seeds 1] [--arms guard]
     python bench/faults.py table FOLDER
 
 Each fault comes at the middle of a run (`tests/train/faults.py`). Arms: `guard` as by default; `clipping`, which has

@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -106,9 +108,9 @@ def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
     assert [one.action for one in found] == ["skip", "skip", "stop"]
     assert found[-1].since == 201
     assert found[-1].reason == (
-        "the loss is nan, and 2 of the steps just before it were skipped as well, so that the weights are as they "
-        "were. Usual causes: a learning rate that is too high, rows without a trained token, values out of range or a "
-        "type with too small a range"
+        "the loss is nan, and the 2 steps before it were skipped as well; the weights are still good. Usual causes: a "
+        "learning rate that is too high, rows without a trained token, values out of range or a type with too small a "
+        "range"
     )
     found = several(after(200), [(NAN, 1.0), (NAN, 1.0), (1.0, 2.0)] * 6)
     assert [one.action for one in found] == ["skip", "skip", "go on"] * 2 + ["stop"], "the fifth of twenty"
@@ -116,6 +118,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
 
 def test_too_many_suspect_steps_stop() -> None:
     found = several(after(200), [(9.0, 200.0), (1.0, 2.0)] * 10)
+    assert "4 of the 20 steps before it" in found[-1].reason
     assert sum(one.action == "skip" for one in found) == MOST_SKIPPED - 1
     assert found[-1].action == "stop"
     assert found[-1].since == 201
@@ -139,6 +142,9 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
     if stops:
         assert found[-1].since == 201
         assert found[-1].reason.startswith("the loss rose and stays: ")
+        among: list[tuple[float, float | None]] = [(loss, 2.0) for loss in losses]
+        among[3:3] = [(9.0, 200.0)] * 2
+        assert several(after(200), among)[-1].since == 201, "skipped steps are between them"
     assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
 
 
@@ -153,8 +159,9 @@ def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
     seen = judge(after(1000), 1001, NAN, 1.0).seen
     assert (len(seen.losses), len(seen.log_norms)) == (WINDOW + STAYS, WINDOW)
     assert StepMemory.from_json(json.loads(json.dumps(seen.as_json()))) == seen
-    later = several(seen, [(1.0, 2.0)] * STAYS, first=1002)[-1].seen
-    assert later.skipped == (), "clean for long enough"
+    for own in (False, True):
+        later = several(seen, [(1.0, 2.0)] * STAYS, first=1002, own=own)[-1].seen
+        assert later.skipped == (), "clean for long enough"
 
 
 # ---- going back ------------------------------------------------------------------------------------------------
@@ -261,12 +268,14 @@ def clean(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Reached:
     return run(tmp_path_factory.mktemp("clean"), model)
 
 
-@pytest.mark.parametrize("fault", [faults.nan_gradient, faults.infinite_gradient, faults.infinite_logits])
+@pytest.mark.parametrize(
+    ("fault", "micro"), [(faults.nan_gradient, 8), (faults.infinite_gradient, 2), (faults.infinite_logits, 8)]
+)
 def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(
-    fault: faults.Fault, model: Path, clean: Reached, tmp_path: Path
+    fault: faults.Fault, micro: int, model: Path, clean: Reached, tmp_path: Path
 ) -> None:
     seen: list[Event] = []
-    found = run(tmp_path, model, fault, [30], seen.append)
+    found = run(tmp_path, model, fault, [30], seen.append, train={"micro_batch_size": micro})
     assert found.outcome is not None
     assert clean.outcome is not None
     assert (found.outcome.status, found.outcome.steps) == ("done", clean.outcome.steps)
@@ -282,7 +291,7 @@ def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(
     assert f"step 30: {skipped.reason}; train rows " in journal
 
 
-def test_skipped_step_changes_no_weight_and_no_moment(model: Path, tmp_path: Path) -> None:
+def test_skipped_step_changes_no_weight(model: Path, tmp_path: Path) -> None:
     """Of a run of one step that is skipped nothing moves, with weight decay on."""
     with pytest.raises(GuardStop, match="no parameter moved"):
         run(tmp_path, model, faults.nan_gradient, [1], train={"num_train_epochs": None, "max_steps": 1})
@@ -330,22 +339,30 @@ def test_checkpoint_saved_among_skipped_steps_is_not_gone_back_to(model: Path, t
 
 
 def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: Reached, tmp_path: Path) -> None:
-    asked: list[int] = []
+    def stop_at(step: int) -> Callable[[Event], None]:
+        asked: list[int] = []
 
-    def listener(event: Event) -> None:
-        if isinstance(event, StepLogged) and event.step == 50 and not asked:
-            asked.append(event.step)
-            raise KeyboardInterrupt
+        def listener(event: Event) -> None:
+            if isinstance(event, StepLogged) and event.step == step and not asked:
+                asked.append(step)
+                raise KeyboardInterrupt
+
+        return listener
 
     with contextlib.suppress(BaseException):
-        run(tmp_path, model, listener=listener)
-    assert asked == [50]
-    remembered = checkpoints.guard_state(tmp_path / "run/checkpoints/full-seed42/checkpoint-40")
+        run(tmp_path / "clean", model, listener=stop_at(50))
+    remembered = checkpoints.guard_state(tmp_path / "clean/run/checkpoints/full-seed42/checkpoint-40")
     assert remembered is not None
     assert len(remembered["losses"]) == 40
-    run(tmp_path, model)
-    weights, other = runs.final_weights(tmp_path), runs.final_weights(clean.folder.parent)
+    run(tmp_path / "clean", model)
+    weights, other = runs.final_weights(tmp_path / "clean"), runs.final_weights(clean.folder.parent)
     assert all(torch.equal(weights[name], other[name]) for name in other)
+
+    with contextlib.suppress(BaseException):
+        run(tmp_path / "spoilt", model, faults.nan_gradient, [39, 40], stop_at(41))
+    # Its first step is 41: the third in a row that is not finite.
+    run(tmp_path / "spoilt", model, faults.nan_gradient, [1])
+    assert Plan.load(tmp_path / "spoilt/run/plan/full.json").rollbacks == (36,)
 
 
 # ---- why it was not finite -------------------------------------------------------------------------------------
@@ -358,7 +375,7 @@ def spoilt(layer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda model, batch: None, "in fp32 each module's output is finite"),
+        (lambda model, batch: None, "each module's output is finite in fp32"),
         (lambda model, batch: batch.update(labels=torch.full((2,), -100)), "all its labels are masked"),
         (
             lambda model, batch: batch.update(labels=torch.tensor([0.0, NAN])),
@@ -417,7 +434,60 @@ def test_mixin_guards_a_trainer_of_ones_own(
     )
     trainer = Mine(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
     trainer.spoilt = spoilt
+    moments: dict[int, float] = {}
+
+    class Looks(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            kept = next(iter(optimizer.state.values()))
+            moments[state.global_step] = float(kept["exp_avg"].norm()) + float(kept["step"])
+
+    trainer.add_callback(Looks())
     with pytest.raises(Diverged, match="step 5, before the update") if stops else contextlib.nullcontext():
         trainer.train()
     assert "step 3 is skipped: the loss is nan" in caplog.text
+    assert moments[3] == moments[2] != moments[1]
     assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
+SCRIPT = """
+import json, sys
+import torch, transformers
+import fulltune
+from transformers import BertConfig, BertForSequenceClassification
+
+class Mine(fulltune.Guarded, transformers.Trainer):
+    def training_step(self, model, inputs, *rest):
+        # Of the second process alone.
+        if self.state.global_step + 1 == 3 and self.args.process_index == 1:
+            inputs["labels"] = inputs["labels"].float() * float("nan")
+        return super().training_step(model, inputs, *rest)
+
+    def compute_loss(self, model, inputs, *rest, **more):
+        labels = inputs.pop("labels")
+        return torch.nn.functional.mse_loss(model(**inputs).logits[:, 0], labels.float())
+
+torch.manual_seed(0)
+sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+model = BertForSequenceClassification(BertConfig(**sizes, num_labels=1))
+rows = [{"input_ids": [2, 10 + number, 3], "labels": number % 2} for number in range(32)]
+arguments = transformers.TrainingArguments(
+    sys.argv[1], max_steps=6, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+    per_device_train_batch_size=2,
+)
+trainer = Mine(model=model, args=arguments, train_dataset=rows)
+trainer.train()
+sizes = [float(one.detach().double().sum()) for one in model.parameters()]
+with open(f"{sys.argv[1]}/rank{arguments.process_index}.json", "w") as file:
+    json.dump({"skipped": trainer.seen.skipped, "sizes": sizes}, file)
+"""
+
+
+@pytest.mark.long
+def test_two_processes_skip_together_when_one_is_not_finite(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, str(tmp_path / "script.py"), str(tmp_path)], check=True, timeout=300)
+    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert one == two, "the same steps, and the same weights"
+    assert one["skipped"] == [3]
+    assert all(math.isfinite(size) for size in one["sizes"])

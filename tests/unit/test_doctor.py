@@ -63,6 +63,8 @@ GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
         (log(FALLING, *GOOD, skipped=(40, 44), rollbacks=(30,)), ["bad steps"]),
         (log(FALLING[:8], [1.5, 1.2], [0.4, 0.5], steps=80), ["too few steps"]),
         (log(FALLING, *GOOD, outcome=outcome("disk_full")), ["disk full"]),
+        (log(FALLING, *GOOD, outcome=outcome("spiked")), ["diverged"]),
+        (log([1.1] + [9.0] * 30, outcome=outcome("diverged")), ["diverged"]),
         (
             log(
                 FALLING,

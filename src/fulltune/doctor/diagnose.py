@@ -39,16 +39,21 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     """What the log tells, the gravest first; one finding that all is well where nothing is found."""
     height = [*_height(log)]
     shape = [] if height else [*_flat(log), *_unfit(log)]  # of a loss that ran away nothing else is told
-    found = [*_ended(log), *height, *shape, *_steps(log), *_eaten(log), *_length(log)]
+    found = [*_ended(log, said=bool(height)), *height, *shape, *_steps(log), *_eaten(log), *_length(log)]
     if not found:
         found = [Diagnosis("sound", "the curves show nothing that went wrong")]
     return tuple(found)
 
 
-def _ended(log: Log) -> Iterator[Diagnosis]:
-    """How the run ended, where it did not end well."""
+def _ended(log: Log, said: bool) -> Iterator[Diagnosis]:
+    """How the run ended, where it did not end well, and the curves have not said it."""
     outcome = log.outcome
-    if outcome is not None and outcome.status not in ("done", "diverged", "spiked"):
+    if outcome is None or outcome.status == "done":
+        return
+    if outcome.status in ("diverged", "spiked"):
+        if not said:
+            yield Diagnosis("diverged", outcome.reason, f"a lower rate: {_rate(log, 1 / 10)}")
+    else:
         yield Diagnosis(outcome.status.replace("_", " "), outcome.reason)
 
 

@@ -100,13 +100,14 @@ def search(job: Run, summary: DataSummary, planned: Plan) -> Searched:
 def in_words(job: Run, planned: Plan) -> str:
     """What it consists of, and about how long it takes."""
     rates = job.recipe.method.learning_rates
-    number, seconds = len(rates) if rates else 3, 0.0
-    if need := planned.time:
-        share = rate_search.share_of_steps(job.recipe.compare.search_share, planned.total_steps)
-        short = timing.START_SECONDS + share * need.total_seconds
-        seconds = (number + 1) * short + 2 * (timing.START_SECONDS + need.total_seconds)
+    number = len(rates) if rates else 3
     said = f"{number} short trials and 2 to {MOST_WHOLE_RUNS} whole runs"
-    return f"{said}, about {format_seconds(round(seconds))}"
+    if planned.time is None:
+        return said
+    run = timing.START_SECONDS + planned.time.total_seconds
+    share = rate_search.share_of_steps(job.recipe.compare.search_share, planned.total_steps)
+    short = timing.START_SECONDS + share * planned.time.total_seconds
+    return f"{said}, about {format_seconds(round((number + 1) * short + 2 * run))}"
 
 
 def expected(context: Context) -> Expectation:

@@ -209,8 +209,10 @@ def in_words(job: Run, planned: Plan) -> str:
     """What it consists of, and about how long it takes."""
     block = job.recipe.search
     runs = 1 + min(block.trials, num_combinations(block.settings))
-    seconds = runs * planned.time.whole_seconds if planned.time else 0.0
-    return f"{counted(runs, 'whole run')}, about {format_seconds(round(seconds))} at the recipe's own settings"
+    said = counted(runs, "whole run")
+    if planned.time is None:
+        return said
+    return f"{said}, about {format_seconds(round(runs * planned.time.whole_seconds))} at the recipe's own settings"
 
 
 def choice(found: Sequence[TriedSettings], scale: Scale) -> TriedSettings:

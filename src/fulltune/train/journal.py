@@ -29,7 +29,8 @@ def phase_of(folder: Path) -> Phase | None:
 
 def last_step(folder: Path) -> int:
     """Steps that an attempt had done at its last sign of life."""
-    text = (folder / HEARTBEAT).read_text(encoding="ascii")
+    path = folder / HEARTBEAT
+    text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0
 
 

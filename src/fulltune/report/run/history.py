@@ -22,7 +22,7 @@ class History:
     """First logged step of every attempt after the first."""
 
     skipped: tuple[int, ...] = ()
-    """Steps whose update was left out, in any attempt."""
+    """Steps whose update was left out, and that were not done again."""
 
     updates: UpdatesMeasured | None = None
     """The last measurement."""
@@ -52,7 +52,7 @@ def merge(attempts: Sequence[Sequence[Event]]) -> History:
     restarts: list[int] = []
     updates = [event for events in attempts for event in events if isinstance(event, UpdatesMeasured)]
     measured = updates[-1] if updates else None
-    skipped = {event.step for events in attempts for event in events if isinstance(event, StepSkipped)}
+    skipped: set[int] = set()
     for events in attempts:
         rows = [event for event in events if isinstance(event, StepLogged | Evaluated)]
         if not rows:
@@ -61,6 +61,9 @@ def merge(attempts: Sequence[Sequence[Event]]) -> History:
         if train or evaluation:
             restarts.append(first)
         train = {step: line for step, line in train.items() if step < first}
+        skipped = {step for step in skipped if step < first} | {
+            event.step for event in events if isinstance(event, StepSkipped)
+        }
         evaluation = {step: line for step, line in evaluation.items() if step < first}
         for row in rows:
             if isinstance(row, Evaluated):

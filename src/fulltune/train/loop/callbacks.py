@@ -16,7 +16,7 @@ from fulltune.errors import Spiked
 from fulltune.records.events import Evaluated, Event, Listener, PhaseBegan, StepLogged, Warned
 from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
-from fulltune.train.loop.guards import WINDOW, diverged, stopped_improving
+from fulltune.train.loop.guards import diverged, stopped_improving
 from fulltune.train.run_time import TRAINING
 
 
@@ -128,7 +128,8 @@ class StopWhenDiverged(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         decision = diverged(logged(state, "loss"), self.highest_rate, self.untrained())
         if decision.action == "stop":
-            raise Spiked(decision.reason, max(1, state.global_step - 2 * WINDOW * int(args.logging_steps)))
+            steps = [entry["step"] for entry in state.log_history if "loss" in entry]
+            raise Spiked(decision.reason, steps[decision.readings - 1] + 1 if decision.readings else 1)
 
 
 @dataclass(eq=False)

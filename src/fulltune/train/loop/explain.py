@@ -1,4 +1,4 @@
-"""Why a loss or a gradient was not finite: the batch is looked at, then run again in fp32, with hooks on its modules.
+"""Why a loss or a gradient was not finite: the batch is looked at, then run again with hooks, without autocast.
 
 Bad rows are told apart from numerics, and a type that is too small from values that no type holds.
 """
@@ -21,29 +21,31 @@ def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
         model: With the weights that the step began with; its gradients are left alone.
         batches: The micro batches of the step, as the model gets them: `input_ids[rows, tokens]` and so on.
     """
+    try:
+        return _why(model, batches)
+    except Exception as error:  # a model that cannot be called without labels, or memory that runs out
+        return f"where it came from could not be found ({type(error).__name__}: {str(error)[:80]})"
+
+
+def _why(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
     for batch in batches:
         if bad := _bad_rows(batch):
             return bad
     ruined = next((name for name, one in model.named_parameters() if not bool(one.isfinite().all())), None)
     if ruined is not None:
         return f"the weights of {ruined} are not finite"
+    kinds = sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()})
+    computed = "in fp32" if kinds == ["float32"] else f"computed in {', '.join(kinds)}"
     for batch in batches:
-        try:
-            found = _first_not_finite(model, batch)
-        except Exception as error:  # a model that cannot be called without labels, or memory that runs out
-            return f"which module it came from could not be found ({type(error).__name__}: {str(error)[:80]})"
-        if found:
-            return f"with finite weights, {found} is the first module whose output is not finite in fp32"
-    small = {str(one.dtype).removeprefix("torch.") for one in model.parameters() if one.dtype != torch.float32}
-    if small:
-        return f"each module's output is finite, computed in {', '.join(sorted(small))}: it is the loss or gradients"
-    return "in fp32 each module's output is finite: it is the loss, the gradients, or a type with too small a range"
+        if found := _first_not_finite(model, batch):
+            return f"with finite weights, {found} is the first module whose output is not finite {computed}"
+    return f"each module's output is finite {computed}: it is the loss, the gradients, or a type with too small a range"
 
 
 def _bad_rows(batch: Mapping[str, Any]) -> str:
     """What is wrong with the rows themselves; empty: nothing that can be seen."""
     for name, values in batch.items():
-        if isinstance(values, torch.Tensor) and values.is_floating_point():
+        if isinstance(values, torch.Tensor) and values.is_floating_point() and values.dim():
             rows = (~values.reshape(len(values), -1).isfinite()).any(1).nonzero().flatten().tolist()
             if rows:
                 return f"{name} of row {rows[0] + 1} of its batch is not finite"

@@ -69,8 +69,8 @@ class Guarded:
     """The micro batches of this step so far."""
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
-    _usual_loss: float = 0.0
-    """What is logged in the place of a loss that is not finite."""
+    usual_loss: float = 0.0
+    """What is logged in the place of a loss that is not finite: that of the last clean step."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro batch (`input_ids[rows, tokens]`); after the last one its step is judged.
@@ -88,7 +88,7 @@ class Guarded:
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
         self._losses = self._losses + loss.detach().float()
         # The Trainer adds the losses up for its log, where one that is not a number would hide the others.
-        return torch.where(loss.isfinite(), loss, self._usual_loss)
+        return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         """The Trainer's loss of one micro batch, a number; judged here where the backward pass updates."""
@@ -155,7 +155,11 @@ class Guarded:
         loss, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:2]
         step = self.state.global_step + 1
         scaled = self.args.fp16 if self.is_deepspeed_enabled else getattr(self.accelerator, "scaler", None) is not None
-        judged = step_guard.judge(self.seen, step, loss, known, scaled=scaled, own=self.judges_finite_only)
+        if self.is_deepspeed_enabled and known is not None and known < 0:  # its sign for a norm that is not finite
+            known = math.nan
+        # DeepSpeed has updated already: a suspect step is too late to be skipped.
+        own = self.judges_finite_only or self.is_deepspeed_enabled
+        judged = step_guard.judge(self.seen, step, loss, known, scaled=scaled, own=own)
         if not judged.is_finite and self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled:
             judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
         self.batches = []
@@ -167,10 +171,11 @@ class Guarded:
         if judged.action == "skip":
             self.on_skip(step, judged)
             return judged, known
-        self._usual_loss = loss / self.args.gradient_accumulation_steps
+        self.usual_loss = loss
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_losses = (*self.last_losses, loss)[-2 * WINDOW :]
         return judged, known
 
     def _before(self, reason: str) -> str:
-        return f"step {self.state.global_step + 1}, before the update: {reason}"
+        when = "" if self._updates_in_backward else ", before the update"
+        return f"step {self.state.global_step + 1}{when}: {reason}"

@@ -17,6 +17,8 @@ class GuardDecision:
 
     action: Literal["go on", "warn", "stop"]
     reason: str = ""
+    readings: int = 0
+    """Of a loss that diverged: so many of the first readings were still good."""
 
 
 GO_ON = GuardDecision("go on")
@@ -80,7 +82,7 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
     if len(losses) < 4 * WINDOW or first <= 0 or now < max(first, untrained or 0.0):
         return GO_ON
     windows = (losses[place : place + WINDOW] for place in range(len(losses) - WINDOW + 1))
-    low = min(windows, key=statistics.fmean)
+    place, low = min(enumerate(windows), key=lambda window: statistics.fmean(window[1]))
     lowest, error = statistics.fmean(low), math.hypot(*map(statistics.stdev, (losses[:WINDOW], low))) / WINDOW**0.5
     if lowest > _FELL * first or first - lowest < _SURE * error:
         return GO_ON
@@ -88,6 +90,7 @@ def fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: floa
         "stop",
         f"the loss diverged: it fell from {first:.3g} to {lowest:.3g}, but the median of the last {2 * WINDOW} values "
         f"is {now:.3g}. {_cause(learning_rate, 'third')}",
+        place + WINDOW,
     )
 
 
@@ -102,7 +105,7 @@ def ran_away(losses: Sequence[float], learning_rate: float, untrained: float | N
     begin, last = _beginning(losses, untrained), losses[-2 * WINDOW :]
     if len(losses) <= 2 * WINDOW or not _is_far(begin, last):
         return GO_ON
-    return GuardDecision("stop", _far(begin, last, learning_rate))
+    return GuardDecision("stop", _far(begin, last, learning_rate), len(losses) - 2 * WINDOW)
 
 
 def ended_high(

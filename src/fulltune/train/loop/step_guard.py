@@ -2,10 +2,10 @@
 
 A step is *suspect* when its gradient norm and its loss are both far above those of the last clean steps, by robust
 scores (median and median absolute deviation, of the norm's logarithm). One of them alone is no sign: norms of clean
-runs have heavy tails (ZClip's rule on norms alone calls 3 to 4 % of clean steps spikes), and a batch may be hard. What
-comes before the median is left out on the other side as well: nothing is skipped because it is good. A skipped step
-changes no weight and no moment, and is not counted among the clean ones. Trouble that stays is no matter of a batch:
-the weights are harmed, and the attempt ends, so that the next one can go back (`parent/next_attempt.py`).
+runs have heavy tails (ZClip's rule on norms alone calls 3 to 4 % of clean steps spikes), and a batch may be hard. An
+unusually low loss or norm is never a reason. A skipped step changes no weight and no moment, and is not counted among
+the clean ones. Trouble that persists does not come from a single batch: the weights are harmed, and the attempt ends,
+so that the next one can go back (`parent/roll_back.py`).
 
 `bench/clean_steps.py` counts how often clean steps are called suspect, `bench/faults.py` how many faults are found.
 """
@@ -96,11 +96,12 @@ def judge(
     if what := _not_finite(loss, norm):
         causes = "rows without a trained token, values out of range or a type with too small a range"
         return replace(_skipped(seen, step, f"the {what}", causes, MOST_IN_A_ROW), is_finite=False)
+    recently = tuple(one for one in seen.skipped if one > step - STAYS)
     if own:
-        return Judged("go on", replace(seen, skipped=seen.skipped[-MOST_SKIPPED:]))
+        return Judged("go on", replace(seen, skipped=recently))
     if reason := _suspect(seen, loss, norm):
         return _skipped(seen, step, reason, "corrupted rows")
-    log_norm = () if not norm else (math.log(norm),)
+    log_norm = (math.log(norm),) if norm is not None and norm > 0 else ()
     losses = (*seen.losses, loss)
     first = statistics.median(losses) if seen.first is None and len(losses) == LEAST else seen.first
     # The steps that are judged below, too, have to be remembered.
@@ -109,10 +110,10 @@ def judge(
         losses=losses[-WINDOW - STAYS :],
         log_norms=(*seen.log_norms, *log_norm)[-WINDOW:],
         first=first,
-        skipped=tuple(one for one in seen.skipped if one > step - STAYS),
+        skipped=recently,
     )
     if reason := _stayed_high(now):
-        return Judged("stop", now, reason, step - STAYS + 1)
+        return Judged("stop", now, reason, step - STAYS - len(recently) + 1)
     return Judged("go on", now)
 
 
@@ -129,18 +130,19 @@ def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: in
         seen: What came before.
         step: This one.
         reason: Why it is skipped.
-        causes: What it usually comes from, beside the rate.
-        in_a_row: So many one after the other are too many.
+        causes: What usually causes it, besides the learning rate.
+        in_a_row: How many consecutive steps are too many.
     """
     skipped = (*(one for one in seen.skipped if one > step - STAYS), step)
     now = replace(seen, skipped=skipped)
     row = sum(one > step - in_a_row for one in skipped)
     if len(skipped) < MOST_SKIPPED and row < in_a_row:
         return Judged("skip", now, reason)
-    said = (
-        f"{reason}, and {len(skipped) - 1} of the steps just before it were skipped as well, so that the weights are "
-        f"as they were. Usual causes: a learning rate that is too high, {causes}"
-    )
+    if row == in_a_row:
+        which = f"the {row - 1} steps before it were skipped as well; the weights are still good"
+    else:
+        which = f"{len(skipped) - 1} of the {STAYS} steps before it were skipped as well"
+    said = f"{reason}, and {which}. Usual causes: a learning rate that is too high, {causes}"
     return Judged("stop", now, said, skipped[0])
 
 

@@ -54,6 +54,8 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
+    schedule_lag: int = 0
+    """Steps that the schedule did not count, because fp16's scaler skipped them."""
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class FullTrainer(Guarded, Trainer):
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         if rollbacks := self._plan.rollbacks:
             schedule.lr_lambdas = [
-                lambda step, theirs=theirs: theirs(step) * rate_factor(step, rollbacks)
+                lambda step, theirs=theirs: theirs(step) * rate_factor(step + self.schedule_lag, rollbacks)
                 for theirs in schedule.lr_lambdas
             ]
         return schedule
@@ -260,6 +262,7 @@ class _LowerRate(TrainerCallback):
         schedule: Any = self.trainer.lr_scheduler
         schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper
         groups = cast("Any", self.trainer.optimizer).param_groups
+        self.trainer.schedule_lag = state.global_step - schedule.last_epoch
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in groups]  # what is logged

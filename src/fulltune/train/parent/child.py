@@ -38,7 +38,7 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
     with _forwarding_signals(child) as asked:
         for event in _follow(request.folder / "metrics.jsonl", child, pulse):
             listener(event)
-    if pulse.stopped:
+    if pulse.stopped and not asked and not _written(request):
         child.wait()
         outcome = _hung(request, str(limit))
     else:
@@ -59,7 +59,10 @@ class _Pulse:
 
     def has_stopped(self) -> bool:
         """True once the file has not changed for so long; before there is one, nothing is asked."""
-        written = self.file.stat().st_mtime_ns if self.file.exists() else 0
+        try:
+            written = self.file.stat().st_mtime_ns
+        except FileNotFoundError:
+            written = 0
         if written != self.seen:
             self.seen, self.since = written, time.monotonic()
         self.stopped = self.seen > 0 and time.monotonic() - self.since > self.limit_seconds
@@ -81,15 +84,19 @@ def _hung(request: Request, limit: str) -> Outcome:
     )
 
 
+def _written(request: Request) -> list[Outcome]:
+    """What the processes wrote; `outcome-rankN.json` says why another one than the first failed."""
+    files = (request.folder / "outcome.json", *sorted(request.folder.glob("outcome-rank*.json")))
+    return [Outcome.load(file) for file in files if file.exists()]
+
+
 def _tail(request: Request) -> list[str]:
     return (request.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
 
 
 def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool) -> Outcome:
     """What the worker wrote, or what its exit code and its last words say."""
-    # `outcome-rankN.json` says why another process than the first one failed.
-    files = (request.folder / "outcome.json", *sorted(request.folder.glob("outcome-rank*.json")))
-    written = [Outcome.load(file) for file in files if file.exists()]
+    written = _written(request)
     tail = _tail(request)
     # torchrun's last words when one of several processes was killed; the others only saw a closed connection.
     killed = code == -signal.SIGKILL or any("Signal 9 (SIGKILL)" in line for line in tail)

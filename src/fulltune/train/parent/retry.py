@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,8 @@ def train(
             save_plan(folder, following.plan)
         listener(AttemptFailed(reason=following.reason))
         tried.append(following.reason)
+        if hooks.needs_this_process:
+            gc.collect()  # the trainer of the attempt before, with its model
         change = following
 
 

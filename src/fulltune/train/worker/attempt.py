@@ -75,6 +75,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     """Train after the checks, keep the best weights, save."""
     request, recorder, journal, sharing = attempt.request, attempt.recorder, attempt.journal, attempt.sharing
     initial = None
+    journal.at_rest()  # until its first step
     journal.at("saving")
     if attempt.is_main or sharing is not None:
         initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if attempt.is_main else None)
@@ -178,6 +179,7 @@ def _fit(attempt: AttemptContext) -> tuple[Any, Any]:
         attempt.journal.write("resume", f"from {checkpoint.name}")
         if remembered := checkpoints.guard_state(checkpoint):
             trainer.seen = StepMemory.from_json(remembered)
+    trainer.usual_loss = next(reversed(trainer.seen.losses), attempt.untrained_loss or 0.0)
     trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if attempt.stop.asked:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step}, which is saved")
