@@ -127,6 +127,9 @@ def training(view: RunView) -> Section | None:
     blocks: list[Block] = [_attempts(view)] if view.attempts else []
     if changes := _events(view, "next attempt", "After"):
         blocks.append(Bullets(changes))
+    if skipped := _events(view, "skipped", "Left out in"):
+        more = (f"{counted(len(skipped) - _JOURNAL_OPEN, 'more such step')}: journal.jsonl in the attempt's folder",)
+        blocks.append(Bullets((*skipped[:_JOURNAL_OPEN], *more * (len(skipped) > _JOURNAL_OPEN))))
     ended = {attempt.trial: attempt.outcome for attempt in view.attempts if attempt.outcome}
     blocks += first_open(
         (trial, _facts(outcome, view.plan_of(trial), view.history_of(trial).updates))
