@@ -61,7 +61,7 @@ def _way(name: str, rows: Sequence[ArmRow], base: int, behind: Estimate | None) 
     return Way(
         arm=name,
         kind=rows[0].kind,
-        stored_bytes=base + stored,
+        stored_bytes=stored + (0 if rows[0].kind == "variant" else base),  # a variant of full is a whole model, too
         bytes_per_task=round(stored / len(rows)),
         train_seconds=round(sum(row.train_seconds for row in rows), 1),
         scores=tuple(row.metric for row in rows),

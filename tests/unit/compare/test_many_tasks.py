@@ -32,6 +32,19 @@ def test_full_is_stored_once_a_task_and_parts_beside_one_base() -> None:
     assert ways["lora"].train_seconds == pytest.approx(2 * rows["lora"].train_seconds, abs=0.1)
 
 
+def test_variant_of_full_is_a_whole_model_for_each_task(tmp_path: Path) -> None:
+    one = comparisons.comparison()
+    rows = [row.model_copy(update={"kind": "variant"} if row.arm == "lora" else {}) for row in one.rows]
+    found = many_tasks(dict.fromkeys(("a", "b"), one.model_copy(update={"rows": tuple(rows)})), {"a": "a", "b": "b"})
+    way = next(way for way in found.ways if way.arm == "lora")
+    assert way.stored_bytes == 2 * way.bytes_per_task
+    page, _ = report.write_tasks(tmp_path, found)
+    assert "with adapter for each" in page.read_text(encoding="utf-8")
+    alone = found.model_copy(update={"ways": tuple(one for one in found.ways if one.kind in ("full", "variant"))})
+    page, _ = report.write_tasks(tmp_path, alone)
+    assert "One base" not in page.read_text(encoding="utf-8")
+
+
 def test_difference_is_the_mean_with_the_error_of_independent_tasks() -> None:
     one = comparisons.comparison().decision.difference("lora")
     behind = next(way for way in together().ways if way.arm == "lora").behind

@@ -49,15 +49,20 @@ def summary(found: ManyTasks) -> list[str]:
     """What the tables come to."""
     full, *others = found.ways
     # A head alone decides nothing; of the rest those that are not known to be worse.
-    fair = [way for way in others if way.kind != "head" and (way.behind is None or way.behind.low <= 0)]
-    smallest = min(fair or others, key=lambda way: way.stored_bytes)
+    on_base = [way for way in others if way.kind != "variant"]
+    fair = [way for way in on_base if way.kind != "head" and (way.behind is None or way.behind.low <= 0)]
+    smallest = min(fair or on_base, key=lambda way: way.stored_bytes, default=None)
     count = counted(len(found.tasks), "task")
     said = [
         f"A full model for each of {count}: {format_bytes(full.stored_bytes)} of weights, on disk and, with all "
-        f"loaded, in memory. One base ({format_bytes(found.base_bytes)}) with {smallest.arm} for each: "
-        f"{format_bytes(smallest.stored_bytes)}, {ratio(smallest.stored_bytes / full.stored_bytes)}; each "
-        f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
+        "loaded, in memory."
     ]
+    if smallest is not None:
+        said[0] += (
+            f" One base ({format_bytes(found.base_bytes)}) with {smallest.arm} for each: "
+            f"{format_bytes(smallest.stored_bytes)}, {ratio(smallest.stored_bytes / full.stored_bytes)}; each "
+            f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
+        )
     for way in others:
         if way.behind is None:
             continue
