@@ -697,6 +697,7 @@ def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(
 
     assert (found.status, found.steps, found.phase) == ("hung", 4, "evaluation")
     assert found.reason == (
-        "the training process gave no sign of life for 1s after step 4 in an evaluation, and was ended"
+        "the training process gave no sign of life for 1s (train.hang_timeout) after step 4 in an evaluation, and was "
+        "ended"
     )
     assert Outcome.load(request.folder / "outcome.json") == found

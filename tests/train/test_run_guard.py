@@ -27,10 +27,11 @@ from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
 from fulltune.train import checkpoints
 from fulltune.train.loop.explain import explain
-from fulltune.train.loop.guards import rate_factor
+from fulltune.train.loop.guards import GuardDecision, rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.loop.step_guard import LEAST, MOST_SKIPPED, STAYS, WINDOW, Judged, StepMemory, judge
 from fulltune.train.parent.roll_back import roll_back
+from fulltune.train.worker import attempt
 from tests import tiny
 from tests.plans import outcome, plan
 from tests.train import faults, runs
@@ -322,6 +323,15 @@ def test_trouble_that_comes_again_ends_after_so_many_rollbacks_with_what_was_tri
         run(tmp_path, model, faults.infinite_logits, lambda step: step > 30, train={"max_rollbacks": 1})
     assert caught.value.exit_code == 5
     assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == (20,)
+
+
+def test_run_that_went_back_and_ended_high_all_the_same_is_no_success(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "ended_high", lambda *given: GuardDecision("warn", "the loss ended high"))
+    with pytest.raises(Diverged, match="the loss ended high") as caught:
+        run(tmp_path, model, faults.nan_gradient, range(40, 45))
+    assert any("tried: step 42" in problem for problem in caught.value.problems)
 
 
 def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,19 +126,50 @@ def state(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("where", ["trainer_state.json", "checkpoint-320/trainer_state.json"])
-@pytest.mark.parametrize("chosen", ["eval_accuracy", "accuracy", None])
-def test_state_of_a_trainer_is_read(where: str, chosen: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [0.8, None])
+def test_state_of_a_trainer_is_read(where: str, chosen: float | None, tmp_path: Path) -> None:
     path = tmp_path / where
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(state(metric_for_best_model=chosen)))
+    path.write_text(json.dumps(state(best_metric=chosen)))
     for place in (tmp_path, path):
         found = read_log(place)
         assert (found.metric_name, found.greater_is_better, found.kept_step) == ("accuracy", True, 160)
         assert (found.steps, found.total_steps, found.epochs) == (320, 320, 4.0)
         assert [one.name for one in diagnose(found)] == ["over-fitted"]
-    by_loss = json.dumps(state(metric_for_best_model="loss"))
-    path.write_text(by_loss)
+    path.write_text(json.dumps(state(best_metric=0.7)))
     assert (read_log(path).metric_name, read_log(path).greater_is_better) == ("loss", False)
+
+
+def test_newest_state_that_can_be_read_is_read_and_unknown_metrics_do_not_judge(
+    tmp_path: Path,
+) -> None:
+    for step, content in ((100, json.dumps(state())), (1000, json.dumps(state(max_steps=7))), (2000, "{")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    os.utime(tmp_path / "checkpoint-100" / "trainer_state.json")
+    assert read_log(tmp_path).total_steps == 7
+    theirs = state()
+    for line in theirs["log_history"]:
+        if "eval_accuracy" in line:
+            line["eval_entropy"] = line.pop("eval_accuracy")
+    (tmp_path / "trainer_state.json").write_text(json.dumps(theirs))
+    assert read_log(tmp_path).metric_name == "loss"
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss", None), ("loss", "NaN"), ("grad_norm", NAN), ("loss", 1e308)])
+def test_value_that_is_no_number_any_more_is_seen(name: str, value: Any, tmp_path: Path) -> None:
+    spoilt = state()
+    for line in spoilt["log_history"][20:32]:
+        line[name] = value
+    (tmp_path / "trainer_state.json").write_text(json.dumps(spoilt))
+    [found] = [one for one in diagnose(read_log(tmp_path)) if one.name == "diverged"]
+    assert "not finite at 12 readings, first at step 210" in found.evidence
+    assert read_log(tmp_path).steps == 320
+
+
+def test_little_is_said_to_be_little() -> None:
+    assert [one.name for one in diagnose(log([1.0, 0.9]))] == ["too little to tell"]
+    assert "over-fitting cannot be seen" in diagnose(log(FALLING))[0].evidence
 
 
 def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
@@ -162,6 +194,7 @@ def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
         ("notes.txt", "hello", "no log that is known; expected a run folder"),
         ("trainer_state.json", "{", "is not the state of a Trainer"),
         ("trainer_state.json", '{"log_history": 3}', "is not the state of a Trainer"),
+        ("trainer_state.json", '{"log_history": [], "max_steps": "abc"}', "is not the state of a Trainer"),
         ("trainer_state.json", '{"log_history": [{"eval_loss": 1, "step": 3}]}', "no train loss is in it"),
         ("train_log.jsonl", '{"iter": 1, "lm loss": 3.1}', "no log that is known"),
     ],

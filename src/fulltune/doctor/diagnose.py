@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fulltune.doctor.log import Log
 from fulltune.report.format.plots import Point
-from fulltune.report.run.fitting import Curves, fitting
+from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, fitting
 from fulltune.text import counted, first_few, format_number, format_share
 from fulltune.train.loop.guards import diverged, ended_high
 from fulltune.train.loop.step_guard import StepMemory, judge
@@ -40,9 +40,15 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     height = [*_height(log)]
     shape = [] if height else [*_flat(log), *_unfit(log)]  # of a loss that ran away nothing else is told
     found = [*_ended(log, said=bool(height)), *height, *shape, *_steps(log), *_eaten(log), *_length(log)]
-    if not found:
-        found = [Diagnosis("sound", "the curves show nothing that went wrong")]
-    return tuple(found)
+    return tuple(found) or (_sound(log),)
+
+
+def _sound(log: Log) -> Diagnosis:
+    """That nothing was found, as far as there is anything to see."""
+    if len(log.train_loss) < LEAST:
+        return Diagnosis("too little to tell", f"{counted(len(log.train_loss), 'reading')} of the train loss")
+    unseen = "" if len(log.eval_loss) >= LEAST_EVALUATIONS else "; with so few evaluations over-fitting cannot be seen"
+    return Diagnosis("sound", f"the curves show nothing that went wrong{unseen}")
 
 
 def _ended(log: Log, said: bool) -> Iterator[Diagnosis]:
@@ -59,12 +65,13 @@ def _ended(log: Log, said: bool) -> Iterator[Diagnosis]:
 
 def _height(log: Log) -> Iterator[Diagnosis]:
     """A loss that is not finite, or that left the place where it began."""
-    lost = [step for step, value in log.train_loss if not math.isfinite(value)]
     lower = _rate(log, 1 / 10)
-    if lost:
-        evidence = f"the train loss is not finite at {counted(len(lost), 'reading')}, first at step {lost[0]:,}"
-        yield Diagnosis("diverged", evidence, f"look at the rows of that step; a lower rate: {lower}")
-        return
+    series = {"train loss": log.train_loss, "gradient norm": log.grad_norm, "eval loss": log.eval_loss}
+    for name, points in series.items():
+        if lost := [step for step, value in points if not math.isfinite(value)]:
+            evidence = f"the {name} is not finite at {counted(len(lost), 'reading')}, first at step {lost[0]:,}"
+            yield Diagnosis("diverged", evidence, f"look at the rows of that step; a lower rate: {lower}")
+            return
     losses, evals = [value for _, value in log.train_loss], [value for _, value in log.eval_loss]
     rate = max((value for _, value in log.learning_rate), default=0.0)
     for judged in (diverged(losses, rate), ended_high(losses, evals, rate)):
@@ -113,8 +120,9 @@ def _unfit(log: Log) -> Iterator[Diagnosis]:
 def _steps(log: Log) -> Iterator[Diagnosis]:
     """Steps that were skipped or taken back, or that would have been."""
     if log.skipped or log.rollbacks:
-        back = first_few([f"{step:,}" for step in log.rollbacks])
-        evidence = f"{counted(len(log.skipped), 'step')} skipped" + (f"; went back to step {back}" if back else "")
+        back = first_few([f"step {step:,}" if step else "the beginning" for step in log.rollbacks])
+        parts = [f"{counted(len(log.skipped), 'step')} skipped"] * bool(log.skipped)
+        evidence = "; ".join([*parts, *[f"went back to {back}, each time on at half the rate"] * bool(back)])
         advice = "the journal in the report names the rows: look at them"
         yield Diagnosis("bad steps", evidence, advice if log.skipped else "")
         return
@@ -148,8 +156,8 @@ def _length(log: Log) -> Iterator[Diagnosis]:
     best = _best(log.metric, log.greater_is_better)
     if best is not None and best == log.metric[-1][0]:
         evidence = f"{counted(log.steps, 'step')} in all, and the eval rows were answered best at the last evaluation"
-        advice = f"more epochs: {log.command} --set train.num_train_epochs={3 * log.epochs:.2g}" if log.command else ""
-        yield Diagnosis("too few steps", evidence, advice or "more epochs")
+        more = f": --set train.num_train_epochs={3 * log.epochs:.2g}" if log.rate else ""
+        yield Diagnosis("too few steps", evidence, f"more epochs{more}")
 
 
 def _best(points: Sequence[Point], greater_is_better: bool) -> int | None:
@@ -159,9 +167,9 @@ def _best(points: Sequence[Point], greater_is_better: bool) -> int | None:
 
 
 def _rate(log: Log, factor: float) -> str:
-    """The command with another rate, or the rate alone."""
-    rate = max((value for _, value in log.learning_rate), default=0.0)
+    """The setting of another rate, or that rate alone."""
+    rate = log.rate or max((value for _, value in log.learning_rate if math.isfinite(value)), default=0.0)
     if not rate:
         return f"{factor:.2g} times the rate"
     found = f"{float(f'{factor * rate:.2g}'):g}"
-    return f"{log.command} --set method.learning_rate={found}" if log.command else found
+    return f"--set method.learning_rate={found}" if log.rate else found

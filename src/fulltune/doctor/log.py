@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fulltune.errors import SetupError
 from fulltune.records.training import Outcome
 from fulltune.report.format.plots import Point
 from fulltune.report.run.read import read_run
 from fulltune.text import counted
+from fulltune.train.request import number_in
 
 STATE = "trainer_state.json"
 _EVENTS = "events.out.tfevents.*"
-_SMALLER_IS_BETTER = ("loss", "perplexity", "wer", "cer", "mae", "mse", "rmse", "error")
-_NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+_EVAL = "eval_"
+_GREATER_IS_BETTER = (
+    *("accuracy", "f1", "mcc", "matthews", "precision", "recall", "auc", "rouge", "bleu", "meteor", "exact_match"),
+    *("pearson", "spearman"),
+)
+"""Parts of the names of metrics that are known to be better when larger; of others the eval loss judges."""
+_TOO_LARGE = 1e100
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Log:
     learning_rate: tuple[Point, ...] = ()
     eval_loss: tuple[Point, ...] = ()
     metric: tuple[Point, ...] = ()
-    """What the best step is chosen by, or else the first eval metric that is no loss."""
+    """What the best step was chosen by, as far as it is known."""
     metric_name: str = "loss"
     greater_is_better: bool = False
     steps: int = 0
@@ -46,8 +53,8 @@ class Log:
     rollbacks: tuple[int, ...] = ()
     outcome: Outcome | None = None
     """Of a run folder's last attempt."""
-    command: str = ""
-    """What trains it again; empty: it is another program's."""
+    rate: float | None = None
+    """Of a run folder, as planned; None: another program's."""
 
 
 def read_log(place: Path) -> Log:
@@ -61,10 +68,10 @@ def read_log(place: Path) -> Log:
     """
     if not place.exists():
         raise SetupError(f"{place}: no such file or folder; expected a run folder, {STATE}, or TensorBoard's folder")
-    if place.is_dir() and (place / "attempts").is_dir():
+    if place.is_dir() and any((place / name).exists() for name in ("attempts", "plan", "data/summary.json")):
         return _of_run(place)
-    if (state := _state_in(place)) is not None:
-        return _of_state(state)
+    if states := _states_in(place):
+        return _of_states(states)
     if place.is_dir() and (events := sorted(place.rglob(_EVENTS))):
         return _of_events(place, events)
     raise SetupError(
@@ -78,7 +85,9 @@ def _of_run(folder: Path) -> Log:
     trial = view.main_trial
     plan, outcome, history = view.plan_of(trial), view.outcome_of(trial), view.history_of(trial)
     if plan is None or not history.has_points:
-        raise SetupError(f"{folder}: no optimizer step was logged; 'fulltune report {folder}' says why it ended")
+        raise SetupError(
+            f"{folder}: this run has no logged step yet; train it, or see with 'fulltune report {folder}' why it ended"
+        )
     rows = view.summary.splits["eval"].rows if view.summary and "eval" in view.summary.splits else 0
     train = history.train.get("loss", ())
     return Log(
@@ -98,33 +107,52 @@ def _of_run(folder: Path) -> Log:
         skipped=history.skipped,
         rollbacks=plan.rollbacks,
         outcome=outcome,
-        command=f"fulltune run {folder / 'recipe.yaml'}",
+        rate=plan.learning_rate,
     )
 
 
-def _state_in(place: Path) -> Path | None:
-    """The newest state of a Trainer here, or in a checkpoint below."""
+def _states_in(place: Path) -> list[Path]:
+    """States of a Trainer here, or in checkpoints below, the latest first: a folder's own is written last."""
     if place.is_file():
-        return place if place.name.endswith(".json") else None
-    found = [*place.glob(STATE), *place.glob(f"*/{STATE}")]
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+        return [place] if place.name.endswith(".json") else []
+    below = [path for path in place.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
+    return [*place.glob(STATE), *sorted(below, key=lambda path: number_in(path.parent), reverse=True)]
+
+
+def _of_states(paths: Sequence[Path]) -> Log:
+    """The latest state that can be read."""
+    problems: list[str] = []
+    for path in paths:
+        try:
+            return _of_state(path)
+        except SetupError as error:
+            problems += error.problems
+    raise SetupError(problems[:1])
 
 
 def _of_state(path: Path) -> Log:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        lines = state["log_history"]
         series: dict[str, dict[int, float]] = defaultdict(dict)
-        for line in lines:
+        for line in state["log_history"]:
             for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    series[name][int(line["step"])] = float(value)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise SetupError(f"{path}: is not the state of a Trainer, which has a 'log_history' ({said})") from None
-    chosen = str(state.get("metric_for_best_model") or "")
-    kept = state.get("best_global_step")
-    return _log(path, series, "eval_", chosen, kept, int(state.get("max_steps") or 0))
+                if name != "step":
+                    series[name][int(line["step"])] = _number(value)
+        total, kept = int(state.get("max_steps") or 0), state.get("best_global_step")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise SetupError(
+            f"{path}: is not the state of a Trainer: expected JSON with 'log_history', a list of lines with a 'step'"
+        ) from None
+    return _log(path, series, state.get("best_metric"), kept if isinstance(kept, int) else None, total)
+
+
+def _number(value: Any) -> float:
+    """A logged value; what is no number, such as null, is what became of one that was not finite."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return found if abs(found) < _TOO_LARGE else math.nan
 
 
 def _of_events(folder: Path, files: list[Path]) -> Log:
@@ -141,13 +169,18 @@ def _of_events(folder: Path, files: list[Path]) -> Log:
         for tag in read.Tags()["scalars"]:
             name = tag.removeprefix("train/").replace("eval/", "eval_")
             series[name] |= {event.step: float(event.value) for event in read.Scalars(tag)}
-    return _log(folder, series, "eval_", "", None, 0)
+    return _log(folder, series, None, None, 0)
 
 
-def _log(
-    where: Path, series: Mapping[str, Mapping[int, float]], prefix: str, chosen: str, kept: int | None, total: int
-) -> Log:
+def _log(where: Path, series: Mapping[str, Mapping[int, float]], best: Any, kept: int | None, total: int) -> Log:
     """Series by transformers' names as a log.
+
+    Args:
+        where: It comes from.
+        series: Name to step to value.
+        best: The best value of the metric that chose a step; None: none did.
+        kept: That step.
+        total: Steps that were wanted.
 
     Raises:
         SetupError: No train loss is among them.
@@ -156,30 +189,37 @@ def _log(
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"
         raise SetupError(f"{where}: no train loss is in it, a series 'loss'; found {names}")
-    metrics = [name for name in points if name.startswith(prefix) and not name.endswith(_NO_METRIC)]
-    wanted = chosen if chosen.startswith(prefix) else prefix + chosen
-    others = [name for name in metrics if name != f"{prefix}loss"]
-    name = wanted if wanted in points else next(iter(others), f"{prefix}loss")
-    short = name.removeprefix(prefix)
-    steps = max(step for step, _ in points["loss"])
-    epochs = points.get("epoch", ())
+    name = _metric_of(points, best, kept)
+    short = name.removeprefix(_EVAL)
+    epochs = [value for _, value in points.get("epoch", ()) if math.isfinite(value)]
     return Log(
         where=where,
         train_loss=points["loss"],
         grad_norm=points.get("grad_norm", ()),
         learning_rate=points.get("learning_rate", ()),
-        eval_loss=points.get(f"{prefix}loss", ()),
+        eval_loss=points.get(f"{_EVAL}loss", ()),
         metric=points.get(name, ()),
         metric_name=short,
-        greater_is_better=not short.endswith(_SMALLER_IS_BETTER),
-        steps=steps,
+        greater_is_better=any(part in short for part in _GREATER_IS_BETTER),
+        steps=max(step for values in points.values() for step, _ in values),
         total_steps=total,
-        epochs=epochs[-1][1] if epochs and math.isfinite(epochs[-1][1]) else 0.0,
+        epochs=epochs[-1] if epochs else 0.0,
         kept_step=kept,
     )
+
+
+def _metric_of(points: Mapping[str, Sequence[Point]], best: Any, kept: int | None) -> str:
+    """The eval metric that chose the best step, which the state does not name; else one whose direction is known, and
+    else the eval loss."""
+    known = [name for name in points if name.startswith(_EVAL) and any(part in name for part in _GREATER_IS_BETTER)]
+    chose = [
+        name for name in [*known, f"{_EVAL}loss"] if dict(points.get(name, ())).get(kept or -1) == best is not None
+    ]
+    return next(iter([*chose, *known]), f"{_EVAL}loss")
 
 
 def in_words(log: Log) -> str:
     """What was read."""
     evaluations = len(log.metric or log.eval_loss)
-    return f"{log.where}: {counted(log.steps, 'step')}, {counted(evaluations, 'evaluation')}"
+    by = f", judged by {log.metric_name} and loss" if log.metric and log.metric_name != "loss" else ""
+    return f"{log.where}: {counted(log.steps, 'step')}, {counted(evaluations, 'evaluation')}{by}"

@@ -212,7 +212,11 @@ def in_words(job: Run, planned: Plan) -> str:
     said = counted(runs, "whole run")
     if planned.time is None:
         return said
-    return f"{said}, about {format_seconds(round(runs * planned.time.whole_seconds))} at the recipe's own settings"
+    # Other settings than the number of epochs hardly change the time.
+    epochs = block.settings.get("train.num_train_epochs", (planned.num_train_epochs,))
+    longer = sum(float(one) for one in epochs) / len(epochs) / planned.num_train_epochs
+    seconds = (1 + (runs - 1) * longer) * planned.time.whole_seconds
+    return f"{said}, about {format_seconds(round(seconds))}"
 
 
 def choice(found: Sequence[TriedSettings], scale: Scale) -> TriedSettings:

@@ -237,7 +237,8 @@ def paired(one: Resampled, other: Resampled, span: float | None, confidence: flo
     centres = one.draws[finite] - other.draws[finite]
     found = _uncertain(one.value - other.value, centres, [NO_SPREAD, NO_SPREAD], one.num_clusters, span)
     low, high = found.interval(1 - confidence)
-    return Estimate(value=found.estimate, low=low, high=high)
+    most = math.inf if span is None else span
+    return Estimate(value=found.estimate, low=max(low, -most), high=min(high, most))
 
 
 def variance_of_mean(arms: Sequence[SeedSpread], *, by_rows: bool = False) -> float:

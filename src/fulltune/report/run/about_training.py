@@ -76,7 +76,7 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
     if sentences := fitting_of(view, trial).sentences:
         blocks.insert(0, Paragraph(" ".join(filter(None, sentences))))
     if history.restarts:
-        at = listed([f"{step:,}" for step in history.restarts])
+        at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
         said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: continued, at step {at}."
         blocks.append(Paragraph(said))
     if history.skipped:

@@ -124,7 +124,7 @@ def _how_to_go_on(status: str | None) -> str:
     match status:
         case None:
             return "There is no trained model in this run folder. 'fulltune run RECIPE' continues where the run ended."
-        case "interrupted" | "killed" | "crashed":
+        case "interrupted" | "killed" | "crashed" | "hung":
             return f"The run was {status}: the same 'fulltune run' command continues from the last checkpoint."
         case "done":
             return "Training is done, but the model folder is gone: 'fulltune run RECIPE' makes it again."

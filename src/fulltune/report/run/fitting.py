@@ -30,7 +30,7 @@ ERRORS = 2.0
 CHANGED = 0.02
 """The same of other metrics, as a share of the best value."""
 NO_GAP = 0.9
-"""Train loss over eval loss above which the train rows are known no better than the others."""
+"""Train loss over eval loss above which the train rows are known no better than the eval rows."""
 STILL_BETTER = 0.99
 """The last eval loss over the one of half the run, below which it was still falling."""
 
@@ -85,7 +85,7 @@ def fitting(curves: Curves) -> Fitting:
     fell = _metric_fell(curves)
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
-        if why := _unfinished(evaluations, trained):
+        if not _is_faultless(curves) and (why := _unfinished(evaluations, trained)):
             return Fitting("under-fitted", None, (f"Under-fitted: {why}.", gap, _MORE))
         return Fitting("sound", None, (f"No sign of over- or under-fitting: {_EVEN}.", gap))
     at, said = fell or (turn, f"the eval loss was least at {_place(curves, turn)}, {format_number(least)}, and rose")
@@ -100,7 +100,7 @@ def fitting(curves: Curves) -> Fitting:
     return Fitting("over-confident", at, (unharmed, gap, kept))
 
 
-_EVEN = "the eval loss did not rise by a tenth, nor was it still falling with the train rows known no better"
+_EVEN = "the eval loss did not rise by a tenth, nor was it still falling while the train loss was no lower"
 _FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
 _MORE = "What helps: more epochs, or a higher rate."
 _LOWER = "What helps: a lower rate."
@@ -118,6 +118,11 @@ def _kept(curves: Curves, turn: int) -> str:
         return ""
     side = "from then" if curves.kept_step == turn else "from before" if curves.kept_step < turn else "from after that"
     return f"The weights kept are {side}, step {curves.kept_step:,}."
+
+
+def _is_faultless(curves: Curves) -> bool:
+    """Every eval row was answered right at the end: more training can do no better."""
+    return is_share(curves.metric_name) and bool(curves.metric) and curves.metric[-1][1] >= 1
 
 
 def _is_loss(curves: Curves) -> bool:
@@ -168,7 +173,5 @@ def _unfinished(evaluations: Sequence[Point], trained: dict[int, float]) -> str:
     if trained[end] > HARDLY * next(iter(trained.values())):
         return "the train loss hardly fell, and the eval loss was least at the end"
     if last < STILL_BETTER * half:
-        return (
-            "the eval loss was least at the last evaluation and still falling, and the train rows are known no better"
-        )
+        return "the eval loss was least at the last evaluation and still falling, and the train loss was no lower"
     return ""

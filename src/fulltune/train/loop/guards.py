@@ -166,7 +166,8 @@ def _cause(learning_rate: float, share: str = "tenth") -> str:
     return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); take a {share} of it"
 
 
-_RATE_SHARE, _WARM_UP_STEPS = 0.5, 20
+RATE_SHARE, _WARM_UP_STEPS = 0.5, 20
+"""Of the rate that is kept each time that a run goes back, and the steps until it is reached."""
 
 
 def rate_factor(step: int, rollbacks: Sequence[int]) -> float:
@@ -179,7 +180,7 @@ def rate_factor(step: int, rollbacks: Sequence[int]) -> float:
     began = [one for one in rollbacks if one <= step]
     if not began:
         return 1.0
-    return float(_RATE_SHARE ** len(began) * min(1.0, (step - began[-1] + 1) / _WARM_UP_STEPS))
+    return float(RATE_SHARE ** len(began) * min(1.0, (step - began[-1] + 1) / _WARM_UP_STEPS))
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:

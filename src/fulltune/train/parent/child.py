@@ -31,7 +31,7 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
         listener: Called with each line of `metrics.jsonl` as it appears.
         start: How the worker is started.
     """
-    kills = kernel_kills()
+    kills, began = kernel_kills(), time.monotonic()
     child = start(request, request.folder / "log.txt")
     limit = request.recipe.train.hang_timeout
     pulse = _Pulse(request.folder / HEARTBEAT, math.inf if limit is None else parse_seconds(limit))
@@ -40,7 +40,7 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
             listener(event)
     if pulse.stopped and not asked and not _written(request):
         child.wait()
-        outcome = _hung(request, str(limit))
+        outcome = _hung(request, str(limit), time.monotonic() - began)
     else:
         outcome = _outcome(request, child.wait(), asked=bool(asked), killed_by_kernel=kernel_kills() > kills)
     outcome.save(request.folder / "outcome.json")
@@ -69,10 +69,11 @@ class _Pulse:
         return self.stopped
 
 
-def _hung(request: Request, limit: str) -> Outcome:
+def _hung(request: Request, limit: str, seconds: float) -> Outcome:
     phase, step = phase_of(request.folder), last_step(request.folder)
     where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase or "", "")
-    reason = f"the training process gave no sign of life for {limit} after step {step:,}{where}, and was ended"
+    said = f"no sign of life for {limit} (train.hang_timeout) after step {step:,}{where}"
+    reason = f"the training process gave {said}, and was ended"
     return Outcome(
         status="hung",
         reason=reason,
@@ -80,6 +81,7 @@ def _hung(request: Request, limit: str) -> Outcome:
         attempt=request.attempt,
         steps=step,
         phase=phase,
+        train_seconds=round(seconds, 1),
         log_tail=tuple(_tail(request)),
     )
 

@@ -192,7 +192,8 @@ def _judge_end(attempt: AttemptContext, state: Any) -> None:
         return
     losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
     decision = ended_high(losses, eval_losses, attempt.highest_rate, attempt.untrained_loss)
-    if decision.action == "stop":
+    # One that had to go back, and ended above where it began all the same, did not come through.
+    if decision.action == "stop" or (decision.action == "warn" and attempt.plan.rollbacks):
         raise Diverged(decision.reason)
     if decision.action == "warn":
         attempt.journal.write("warning", decision.reason)

@@ -23,6 +23,7 @@ from fulltune.tasks.settings import class_weights
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
+from fulltune.train.loop.guards import RATE_SHARE
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
@@ -89,8 +90,9 @@ class AttemptContext:
 
     @property
     def highest_rate(self) -> float:
-        """Peak of body or head, whichever learns faster."""
-        return max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
+        """Peak of body or head, whichever learns faster; lower where the run went back."""
+        highest = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
+        return highest * RATE_SHARE ** len(self.plan.rollbacks)
 
     @cached_property
     def sharing(self) -> deepspeed.Zero | None:
