@@ -212,9 +212,8 @@ def _metric_of(points: Mapping[str, Sequence[Point]], best: Any, kept: int | Non
     """The eval metric that chose the best step, which the state does not name; else one whose direction is known, and
     else the eval loss."""
     known = [name for name in points if name.startswith(_EVAL) and any(part in name for part in _GREATER_IS_BETTER)]
-    chose = [
-        name for name in [*known, f"{_EVAL}loss"] if dict(points.get(name, ())).get(kept or -1) == best is not None
-    ]
+    values = {name: dict(points.get(name, ())).get(kept or -1) for name in (*known, f"{_EVAL}loss")}
+    chose = [name for name, value in values.items() if value is not None and value == best]
     return next(iter([*chose, *known]), f"{_EVAL}loss")
 
 
