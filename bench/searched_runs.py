@@ -91,7 +91,9 @@ def table() -> None:
     print("|---|---:|---:|---:|---|---|---:|---:|")
     gains = []
     for wanted in WANTED:
-        mine = [line for line in lines if (line["set"], line["rows"]) == (wanted.name, wanted.rows)]
+        # The newest of each seed: docstrings are those of the packages that are installed, and change with them.
+        newest = {line["seed"]: line for line in lines if (line["set"], line["rows"]) == (wanted.name, wanted.rows)}
+        mine = [newest[seed] for seed in sorted(newest)]
         if not mine:
             continue
         bought = [100 * line["bought"][0] for line in mine]
