@@ -318,6 +318,7 @@ def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_p
     assert later[60] == pytest.approx(0.5 * 1e-3 * (90 - 59) / 81), "9 steps of warm-up"
 
 
+@pytest.mark.long
 def test_trouble_that_comes_again_ends_after_so_many_rollbacks_with_what_was_tried(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"step \d+, before the update: the loss is nan") as caught:
         run(tmp_path, model, faults.infinite_logits, lambda step: step > 30, train={"max_rollbacks": 1})
@@ -325,6 +326,7 @@ def test_trouble_that_comes_again_ends_after_so_many_rollbacks_with_what_was_tri
     assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == (20,)
 
 
+@pytest.mark.long
 def test_run_that_went_back_and_ended_high_all_the_same_is_no_success(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,11 +345,13 @@ def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:
     assert all(bool(one.isfinite().all()) for one in load_file(sound / "model.safetensors").values())
 
 
+@pytest.mark.long
 def test_checkpoint_saved_among_skipped_steps_is_not_gone_back_to(model: Path, tmp_path: Path) -> None:
     run(tmp_path, model, faults.nan_gradient, [38, 39, 41, 43, 44, 45])
     assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == (36,), "that of step 40 is not healthy"
 
 
+@pytest.mark.long
 def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: Reached, tmp_path: Path) -> None:
     def stop_at(step: int) -> Callable[[Event], None]:
         asked: list[int] = []
