@@ -20,7 +20,7 @@ from transformers import BertForSequenceClassification
 
 import fulltune
 from fulltune import pipeline
-from fulltune.errors import Diverged, GuardStop
+from fulltune.errors import Diverged, GuardStop, InterruptedRun
 from fulltune.records.events import AttemptFailed, Event, StepLogged, StepSkipped
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
@@ -363,7 +363,7 @@ def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: Reached, t
 
         return listener
 
-    with contextlib.suppress(BaseException):
+    with pytest.raises(InterruptedRun):
         run(tmp_path / "clean", model, listener=stop_at(50))
     remembered = checkpoints.guard_state(tmp_path / "clean/run/checkpoints/full-seed42/checkpoint-40")
     assert remembered is not None
@@ -372,7 +372,7 @@ def test_resumed_run_remembers_what_the_guard_saw(model: Path, clean: Reached, t
     weights, other = runs.final_weights(tmp_path / "clean"), runs.final_weights(clean.folder.parent)
     assert all(torch.equal(weights[name], other[name]) for name in other)
 
-    with contextlib.suppress(BaseException):
+    with pytest.raises(InterruptedRun):
         run(tmp_path / "spoilt", model, faults.nan_gradient, [39, 40], stop_at(41))
     # Its first step is 41: the third in a row that is not finite.
     run(tmp_path / "spoilt", model, faults.nan_gradient, [1])
@@ -433,7 +433,7 @@ class Theirs(transformers.Trainer):
 
 
 class Mine(fulltune.Guarded, Theirs):
-    pass
+    """The guard stands first."""
 
 
 @pytest.mark.parametrize(("spoilt", "stops"), [([3], False), ([3, 4, 5], True)])

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.train.loop.guards import rate_factor
+from fulltune.train.loop.guards import RATE_SHARE
 from fulltune.train.parent.next_attempt import NextAttempt
-
-_WARM = 10**9
 
 
 def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
@@ -30,7 +28,7 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
     if since <= 1:  # nothing was ever well
         return None
     rollbacks = (*plan.rollbacks, healthy_step)
-    rate = plan.learning_rate * rate_factor(_WARM, rollbacks)
+    rate = plan.learning_rate * RATE_SHARE ** len(rollbacks)
     where = f"to the checkpoint of step {healthy_step:,}" if healthy_step else "to the beginning"
     said = (
         f"{outcome.reason}; going back {where}, on with half the rate ({rate:.3g}) and the rows in another order "

@@ -75,7 +75,6 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     """Train after the checks, keep the best weights, save."""
     request, recorder, journal, sharing = attempt.request, attempt.recorder, attempt.journal, attempt.sharing
     initial = None
-    journal.at_rest()  # until its first step
     journal.at("saving")
     if attempt.is_main or sharing is not None:
         initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if attempt.is_main else None)

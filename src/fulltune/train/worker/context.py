@@ -123,7 +123,8 @@ class AttemptContext:
                 batch_size=self.plan.eval_batch_size,
                 precision=self.plan.precision,
                 head=trainer.head,
-                watch=lambda *_: self.journal.alive(trainer.state.global_step),
+                # The dry run scores rows, too, and is not watched.
+                watch=lambda *_: self.journal.alive(trainer.state.global_step) if trainer.is_in_train else None,
             )
 
 
