@@ -28,6 +28,7 @@ from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.parent import retry
 from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
+from fulltune.train.worker.context import AttemptContext
 from tests import tiny
 from tests.train import runs
 
@@ -110,13 +111,14 @@ def test_time_of_a_resumed_run_is_that_of_an_unbroken_one(tiny_encoder: Path, tm
         return {"kind": "train", "step": step, "seconds": seconds}
 
     names = [event["name"] for event in runs.events(tmp_path, "phase")]
-    assert names[:4] == ["loading the model", run_time.PROBING, run_time.CHECKS, run_time.TRAINING]
+    expected = ["loading the model", run_time.PROBING, run_time.CHECKS, run_time.SCORING, run_time.TRAINING]
+    assert names[:5] == expected
     begun = phase(names[0], 0.0), phase(run_time.PROBING, 2.0), phase(run_time.CHECKS, 5.0)
-    begins = *begun, phase(run_time.TRAINING, 25.0)
-    # Asked to stop in step 10 it saves step 11; step 12 stands for one that was done and not saved.
-    (first / "metrics.jsonl").write_text(lines(*begins, trained(10, 30.0), trained(11, 40.0), trained(12, 45.0)))
-    (second / "metrics.jsonl").write_text(lines(*begins, trained(21, 90.0)))
+    begins = *begun, phase(run_time.SCORING, 25.0), phase(run_time.TRAINING, 27.0)
+    # Asked to stop in step 10 it saves it; step 11 stands for one that was done and not saved.
+    (first / "metrics.jsonl").write_text(lines(*begins, trained(9, 30.0), trained(10, 40.0), trained(11, 45.0)))
     outcome.model_copy(update={"train_seconds": 100.0}).save(second / "outcome.json")
+    (second / "metrics.jsonl").write_text(lines(*begun, phase(run_time.TRAINING, 25.0), trained(21, 90.0)))
     assert run_time.run_seconds(tmp_path / "run", outcome.trial) == (40 - 25) + 100 - (25 - 2)
 
 
@@ -285,8 +287,34 @@ def test_rotation_in_a_run_keeps_the_best_and_the_newest(tiny_encoder: Path, tmp
         go(tmp_path, tiny_encoder, train=train, listener=runs.at_step(14, ask_to_stop))
 
     folder = tmp_path / "run" / "checkpoints" / "full-seed42"
-    state = json.loads((folder / "checkpoint-15" / "trainer_state.json").read_text(encoding="utf-8"))
-    assert {number_in(path) for path in folder.iterdir()} == {15, state["best_global_step"]}
+    # Step 14 has an evaluation, which is left.
+    state = json.loads((folder / "checkpoint-14" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert {number_in(path) for path in folder.iterdir()} == {14, state["best_global_step"]}
+
+
+@pytest.mark.parametrize("step", [0, 5, 3 * STEPS_PER_EPOCH])
+def test_evaluation_that_was_left_when_asked_to_stop_is_done_by_the_next_command(
+    step: int, unbroken: dict[str, torch.Tensor], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metric may choose the best step by it: the run ends as if it had not been left, be it the last one."""
+    whole, plain = go(tmp_path / "whole", tiny_encoder), AttemptContext.reduced
+
+    def asked(attempt: AttemptContext, rows: Any) -> Any:
+        if attempt.trainer.is_in_train and attempt.trainer.state.global_step == step:
+            ask_to_stop()
+        return plain(attempt, rows)
+
+    monkeypatch.setattr(AttemptContext, "reduced", asked)
+    where = f"in the evaluation after step {step}, which is saved" if step else "before step 1"
+    with pytest.raises(InterruptedRun, match=f"stopped on request {where}"):
+        go(tmp_path, tiny_encoder)
+    monkeypatch.undo()
+
+    again = go(tmp_path, tiny_encoder)
+
+    assert (again.best_step, again.best_metric, again.steps) == (whole.best_step, whole.best_metric, whole.steps)
+    assert_same(runs.final_weights(tmp_path), unbroken)
+    assert [event["step"] for event in runs.events(tmp_path, "eval")] == [0, 5, 10, 15, 20, 21]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
@@ -336,7 +364,7 @@ def test_finished_run_called_again_trains_nothing_and_leaves_no_checkpoints(tiny
 def test_best_checkpoint_that_was_damaged_is_not_taken_and_the_run_says_so(
     tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    falling = iter((0.9, 0.5, 0.1))
+    falling = iter((0.0, 0.9, 0.5, 0.1))
     monkeypatch.setattr(text_classification, "metrics", lambda kept, target: {"accuracy": next(falling)})
     train = {**TRAIN, "eval_steps": 3, "max_steps": 9, "num_train_epochs": None}
 

@@ -13,6 +13,7 @@ from typing import Any
 from fulltune.errors import SetupError
 from fulltune.records.training import Outcome
 from fulltune.report.format.plots import Point
+from fulltune.report.run.history import after_start
 from fulltune.report.run.read import read_run
 from fulltune.text import counted
 from fulltune.train.request import number_in
@@ -95,8 +96,8 @@ def _of_run(folder: Path) -> Log:
         train_loss=train,
         grad_norm=history.train.get("grad_norm", ()),
         learning_rate=history.train.get("learning_rate", ()),
-        eval_loss=history.evaluation.get("loss", ()),
-        metric=history.evaluation.get(plan.metric, ()),
+        eval_loss=after_start(history.evaluation.get("loss", ())),
+        metric=after_start(history.evaluation.get(plan.metric, ())),
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
         steps=max((step for step, _ in train), default=0),
@@ -197,8 +198,8 @@ def _log(where: Path, series: Mapping[str, Mapping[int, float]], best: Any, kept
         train_loss=points["loss"],
         grad_norm=points.get("grad_norm", ()),
         learning_rate=points.get("learning_rate", ()),
-        eval_loss=points.get(f"{_EVAL}loss", ()),
-        metric=points.get(name, ()),
+        eval_loss=after_start(points.get(f"{_EVAL}loss", ())),
+        metric=after_start(points.get(name, ())),
         metric_name=short,
         greater_is_better=any(part in short for part in _GREATER_IS_BETTER),
         steps=max(step for values in points.values() for step, _ in values),

@@ -88,9 +88,11 @@ def _longest_rows_first(
     order = longest_first(lengths)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        parts = [run(positions) for positions in watched(order, batch_size, lengths, watch)]
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            parts = [run(positions) for positions in watched(order, batch_size, lengths, watch)]
+    finally:
+        model.train(was_training)
     return parts, np.argsort(order)
 
 

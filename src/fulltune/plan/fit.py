@@ -85,6 +85,7 @@ def fit(
         device=basis.needs.device,
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
+        eval_on_start=train.eval_on_start,
         save_steps=steps.between_saves,
         logging_steps=logging_steps,
         metric=metric,

@@ -210,7 +210,7 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
         forward_flops: Operations a second of all devices together.
     """
     tokens = round(plan.total_steps * plan.global_batch_size * work.tokens_per_row)
-    evaluations = occasions(plan.total_steps, plan.eval_steps)
+    evaluations = occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
     rows = summary.splits["eval"].rows if "eval" in summary.splits else 0
     saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
     one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer

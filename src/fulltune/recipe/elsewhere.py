@@ -16,6 +16,7 @@ PINNED: Mapping[str, str] = {
     "bf16": "write train.precision: bf16",
     "fp16": "write train.precision: fp16",
     "eval_strategy": "write train.eval_strategy",
+    "eval_on_start": "write train.eval_on_start",
     "save_strategy": "write train.eval_strategy; each evaluation saves, train.save_steps adds more",
     "metric_for_best_model": "write evaluate.metric",
     "greater_is_better": "write evaluate.metric; which way is better is known",

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fulltune.recipe.block import Block
 from fulltune.text import parse_bytes, parse_seconds
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
+
+
+def _with_unit(value: Any) -> Any:
+    """A time as `text.parse_seconds` reads it; other types are left to pydantic."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError(f"expected a time with its unit, such as {value}s")
+    if isinstance(value, str):
+        try:
+            parse_seconds(value)
+        except ValueError:
+            raise ValueError(f"expected a time such as 30m, 2h or 90s, found '{value}'") from None
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_with_unit)]
+"""Such as `30m`, `2h` or `90s`."""
 
 
 class TrainBlock(Block):
@@ -65,9 +81,12 @@ class TrainBlock(Block):
     max_rollbacks: int = Field(default=3, ge=0)
     """How often the run goes back to its last healthy checkpoint when the loss rose and stays, or too many steps were
     skipped; it then goes on at half the rate with the rows in another order. 0: it stops."""
-    hang_timeout: str | None = "30m"
+    hang_timeout: Duration | None = "30m"
     """A training process that has begun a step, an eval batch or a checkpoint and gives no sign of life for so long is
     ended with its group; the run goes on once from its last checkpoint. null: never."""
+    notice: Duration | None = None
+    """The time between SIGTERM and the end of the machine, such as `30s`. A run that is told to stop finishes its step,
+    leaves an evaluation, and saves; with a notice it says before step 1 when that will take longer."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the other classes or tokens."""
     r_drop: float = Field(default=0.0, ge=0)
@@ -102,6 +121,9 @@ class TrainBlock(Block):
     """When the eval rows are scored and a checkpoint is saved: after each epoch or every `eval_steps`."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Steps between two evaluations, with `eval_strategy: steps`."""
+    eval_on_start: bool = True
+    """Score the eval rows before step 1 as well: where the curves begin, and what later evaluations are compared with.
+    A run that makes the model worse than it was, and whose train loss has not fallen, ends (docs/guards.md)."""
     save_steps: int | None = Field(default=None, ge=1)
     """Further checkpoints every so many steps, so that an interrupted run loses less."""
     save_total_limit: int = Field(default=2, ge=1)
@@ -153,11 +175,6 @@ class TrainBlock(Block):
                 parse_bytes(self.memory_limit)
             except ValueError as error:
                 problems.append(f"memory_limit: {error}")
-        if self.hang_timeout is not None:
-            try:
-                parse_seconds(self.hang_timeout)
-            except ValueError as error:
-                problems.append(f"hang_timeout: {error}")
         if problems:
             raise ValueError("\n".join(problems))
         return self

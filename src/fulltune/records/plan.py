@@ -103,6 +103,8 @@ class TimeNeed(Record):
     """While training, over all processes."""
     source: str
     """`arithmetic`, or `dry-run step`."""
+    stop_seconds: float = 0.0
+    """From a signal to a saved checkpoint: a step and a checkpoint; 0: not measured."""
     around: tuple[TimePart, ...] = ()
     """What the command does before and after."""
 
@@ -154,6 +156,8 @@ class Plan(Record):
     group_by_length: bool = True
     eval_steps: int
     """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
+    eval_on_start: bool = True
+    """Another evaluation before step 1."""
     save_steps: int
     logging_steps: int
     metric: str

@@ -139,6 +139,21 @@ def resample(
     }
 
 
+def gain(measure: Measure, before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
+    """How much better a metric that is a function of sums is now, and the standard error of this paired difference.
+
+    Args:
+        measure: With `counts` and `value`.
+        before: What each row contributed, float64 [rows, k].
+        now: The same of the same rows.
+    """
+    assert measure.value is not None
+    both = np.stack([before, now], axis=1)
+    difference = np.diff(measure.value(both.sum(axis=0)))[0]
+    draws = np.diff(_by_sums(both, measure.value, _FEWEST), axis=1)
+    return float(measure.sign * difference), float(np.nanstd(draws))
+
+
 # ---- arms of several trials ------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ from fulltune.train.request import number_in
 SEAL = "checksums.json"
 GUARD = "guard.json"
 """What the guard of single steps remembered."""
+START = "start.npy"
+"""What each eval row contributed to the metric before step 1, float64 [rows, k]."""
 WEIGHTS = "model.safetensors"
 
 

@@ -26,6 +26,7 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.format.plots import Point, curve_in_words, learning_curve
 from fulltune.report.run.fitting import Curves, Fitting, fitting
+from fulltune.report.run.history import after_start
 from fulltune.report.run.read import RunView
 from fulltune.text import (
     counted,
@@ -93,8 +94,8 @@ def fitting_of(view: RunView, trial: str) -> Fitting:
         return Fitting("not known")
     curves = Curves(
         train_loss=history.train.get("loss", ()),
-        eval_loss=history.evaluation.get("loss", ()),
-        metric=history.evaluation.get(plan.metric, ()),
+        eval_loss=after_start(history.evaluation.get("loss", ())),
+        metric=after_start(history.evaluation.get(plan.metric, ())),
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
         eval_rows=view.summary.splits["eval"].rows,

@@ -32,6 +32,11 @@ class History:
         return bool(self.train or self.evaluation)
 
 
+def after_start(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Without the evaluation before step 1."""
+    return tuple(point for point in points if point[0] > 0)
+
+
 _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 
 
@@ -57,7 +62,9 @@ def merge(attempts: Sequence[Sequence[Event]]) -> History:
         rows = [event for event in events if isinstance(event, StepLogged | Evaluated)]
         if not rows:
             continue
-        first = min(row.step for row in rows)
+        steps = [row.step for row in rows if isinstance(row, StepLogged)]
+        # One that only does the evaluation which the attempt before had left goes on after it.
+        first = min(steps, default=min(row.step for row in rows) + 1)
         if train or evaluation:
             restarts.append(first)
         train = {step: line for step, line in train.items() if step < first}

@@ -85,8 +85,9 @@ class Recorder(TrainerCallback):
 
 
 def logged(state: Any, name: str) -> list[float]:
-    """All values of one name in a Trainer's history, oldest first; a resumed run has the history of the one before."""
-    return [entry[name] for entry in state.log_history if name in entry]
+    """All values of one name in a Trainer's history, oldest first, without the evaluation before step 1; a resumed run
+    has the history of the one before."""
+    return [entry[name] for entry in state.log_history if name in entry and entry["step"]]
 
 
 @dataclass(eq=False)
@@ -125,7 +126,9 @@ class StopWhenDiverged(TrainerCallback):
     highest_rate: float
     """Of body and head."""
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if "loss" not in (logs or {}):
+            return
         decision = diverged(logged(state, "loss"), self.highest_rate, self.untrained())
         if decision.action == "stop":
             steps = [entry["step"] for entry in state.log_history if "loss" in entry]
@@ -178,12 +181,21 @@ class StopWhenAsked(TrainerCallback):
     """After a signal: finish the step, save, stop; all processes after the same step."""
 
     asked = False
+    asked_at = 0.0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def ask(self) -> None:
+        """From now on."""
+        self.asked, self.asked_at = True, time.monotonic()
+
+    def agreed(self, args: Any) -> bool:
+        """Whether any process was asked; all of them must call it."""
         if args.world_size > 1:
             asked = torch.tensor(float(self.asked), device=args.device)
             torch.distributed.all_reduce(asked)
             self.asked = bool(asked)
-        if self.asked:
+        return self.asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.agreed(args):
             control.should_save = True
             control.should_training_stop = True

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fulltune.records.training import Moved
+from fulltune.text import format_seconds, parse_seconds
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,35 @@ def ended_high(
     )
 
 
+MOST_BEHIND = 2
+"""Evaluations in a row."""
+
+
+def made_worse(
+    behind: int, what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
+) -> GuardDecision:
+    """Stop a run that makes the model worse than it was, by the eval rows and by its own loss.
+
+    A run that is over-fitted has worse evaluations, too, but a loss that has fallen: that is for early stopping.
+
+    Args:
+        behind: So many evaluations in a row, after the warm-up, were worse than the one before step 1 by more than two
+            standard errors of the paired difference.
+        what: The metric, and by how much it is worse.
+        losses: As for `diverged`.
+        learning_rate: As for `diverged`.
+        untrained: As for `diverged`.
+    """
+    begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * WINDOW :] or [0.0])
+    if behind < MOST_BEHIND or not losses or now < begin:
+        return GO_ON
+    return GuardDecision(
+        "stop",
+        f"training makes the model worse: {what} than before step 1, {behind} evaluations in a row, and the train loss "
+        f"has not fallen ({begin:.3g} at the beginning, {now:.3g} now). {_cause(learning_rate)}",
+    )
+
+
 def _beginning(losses: Sequence[float], untrained: float | None) -> float:
     return max([*losses[:1], *([] if untrained is None else [untrained])], default=0.0)
 
@@ -164,6 +194,17 @@ def _far(begin: float, last: Sequence[float], learning_rate: float) -> str:
 
 def _cause(learning_rate: float, share: str = "tenth") -> str:
     return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); take a {share} of it"
+
+
+def too_short(notice: str | None, stop_seconds: float) -> str:
+    """That a run which is told to stop cannot save in time; empty: it can, or nobody has said how long it has."""
+    if notice is None or stop_seconds <= parse_seconds(notice):
+        return ""
+    return (
+        f"train.notice: {notice} is less than a step and a checkpoint take (about {format_seconds(stop_seconds)}): a "
+        "run that is told to stop may lose the steps since its last checkpoint; a smaller train.save_steps makes them "
+        "few"
+    )
 
 
 RATE_SHARE, _WARM_UP_STEPS = 0.5, 20

@@ -53,16 +53,18 @@ class StepMemory:
     """Median loss of the first `LEAST` clean steps, once there are so many."""
     skipped: tuple[int, ...] = ()
     """The last steps that were skipped."""
+    behind: int = 0
+    """Evaluations in a row in which the model was worse than before step 1."""
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        return {name: getattr(self, name) for name in ("losses", "log_norms", "first", "skipped")}
+        return {name: getattr(self, name) for name in ("losses", "log_norms", "first", "skipped", "behind")}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> StepMemory:
         """The same as it was saved."""
         lists = {name: tuple(values[name]) for name in ("losses", "log_norms", "skipped")}
-        return cls(first=values["first"], **lists)
+        return cls(first=values["first"], behind=values.get("behind", 0), **lists)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
 from fulltune import files
+from fulltune.errors import InterruptedRun
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.records.plan import Plan
 from fulltune.train import checkpoints
@@ -31,6 +33,10 @@ from fulltune.train.loop.step_guard import Judged
 from fulltune.train.optim import optimizers
 from fulltune.train.optim.groups import parameter_groups
 from fulltune.train.optim.in_backward import InBackward
+
+
+class StoppedScoring(Exception):
+    """The run was told to stop while the eval rows were scored."""
 
 
 class FullTrainer(Guarded, Trainer):
@@ -54,6 +60,8 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
+    start: np.ndarray | None = None
+    """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
     schedule_lag: int = 0
     """Steps that the schedule did not count, because fp16's scaler skipped them."""
 
@@ -167,6 +175,8 @@ class FullTrainer(Guarded, Trainer):
             if self.args.should_save:
                 folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
                 files.write_json(folder / checkpoints.GUARD, self.seen.as_json())
+                if self.start is not None:
+                    np.save(folder / checkpoints.START, self.start)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.trained_only:
@@ -180,15 +190,33 @@ class FullTrainer(Guarded, Trainer):
         """Score the eval rows; draws no random number that training would miss.
 
         From these metrics transformers chooses the best step: `state.best_global_step`.
+
+        Raises:
+            InterruptedRun: Told to stop, it left the eval rows and saved the step; `score_last_step` does it then.
         """
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            metrics = {f"eval_{name}": value for name, value in self._score().items()}
+        try:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                metrics = {f"eval_{name}": value for name, value in self._score().items()}
+        except StoppedScoring:
+            if step := self.state.global_step:
+                self._save_checkpoint(self.model, None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
+            where = f"in the evaluation after step {step:,}, which is saved" if step else "before step 1"
+            raise InterruptedRun(f"stopped on request {where}") from None
         if self.args.world_size > 1:
             # The last digits can differ between processes, and with them the decision to stop early: rank 0 decides.
             metrics = broadcast_object_list([metrics])[0]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def score_last_step(self) -> None:
+        """Do the evaluation of the last step that is done, if one is due there and was left."""
+        step, every = self.state.global_step, self._plan.eval_steps
+        is_due = step == self._plan.total_steps or (every and step % every == 0)
+        done = any(one["step"] == step and f"eval_{self._plan.metric}" in one for one in self.state.log_history)
+        if is_due and step and not done:
+            self._determine_best_metric(self.evaluate(), None)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

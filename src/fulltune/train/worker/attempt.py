@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerState
 
 from fulltune import methods
@@ -18,7 +19,7 @@ from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import AtBegin, Recorder, StopWhenAsked, logged
-from fulltune.train.loop.guards import ended_high, nothing_learned
+from fulltune.train.loop.guards import ended_high, nothing_learned, too_short
 from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS
@@ -160,6 +161,8 @@ def _dry_run(attempt: AttemptContext, rows: Any, eval_rows: Any) -> None:
         observed.dry_run_growth_bytes = observed.meter.growth_bytes()
     if (need := observed.forecast) is not None:
         peak = observed.dry_run_growth_bytes
+        if said := too_short(attempt.recipe.train.notice, need.stop_seconds):
+            attempt.recorder.warn(said)
         attempt.recorder.write(Forecast(**need.model_dump(), total_seconds=need.total_seconds, peak_memory_bytes=peak))
 
 
@@ -172,16 +175,23 @@ def _fit(attempt: AttemptContext) -> tuple[Any, Any]:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= attempt.plan.total_steps or early_stopping(attempt).is_over(state):
             attempt.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
-            return state, weights.load_finished(trainer, checkpoint, attempt.plan.total_steps)
+            optimizer = weights.load_finished(trainer, checkpoint, attempt.plan.total_steps)
+            trainer.state = state
+            trainer.score_last_step()
+            return state, optimizer
         if attempt.is_main:
             checkpoints.drop_after(request.checkpoints, request.first_step)
         attempt.journal.write("resume", f"from {checkpoint.name}")
         if remembered := checkpoints.guard_state(checkpoint):
             trainer.seen = StepMemory.from_json(remembered)
+        if (start := checkpoint / checkpoints.START).exists():
+            trainer.start = np.load(start, allow_pickle=False)
     trainer.usual_loss = next(reversed(trainer.seen.losses), attempt.untrained_loss or 0.0)
+    if attempt.stop.asked and attempt.plan.num_processes == 1:  # several would have to agree, as they do after a step
+        raise InterruptedRun("stopped on request before step 1" if request.first_step == 0 else "stopped on request")
     trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if attempt.stop.asked:
-        raise InterruptedRun(f"stopped on request after step {trainer.state.global_step}, which is saved")
+        raise InterruptedRun(f"stopped on request after step {trainer.state.global_step:,}, which is saved")
     return trainer.state, trainer.optimizer
 
 

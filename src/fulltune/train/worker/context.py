@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,13 @@ from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
 from fulltune.records.training import Check
 from fulltune.system import deepspeed
-from fulltune.tasks import Target, Task, task_named
+from fulltune.tasks import Predictions, Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
 from fulltune.train.loop.guards import RATE_SHARE
-from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.loop.trainer import FullTrainer, StoppedScoring
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
 from fulltune.train.worker.observed import Observed
@@ -54,6 +55,8 @@ class AttemptContext:
     """Those units in words, or why they are the user's; empty: no numbers are learned."""
     head_start: Probe | None = None
     """What was fitted for a new head to start from."""
+    kept: Predictions | None = None
+    """Of the eval rows in the last evaluation."""
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -100,14 +103,37 @@ class AttemptContext:
         return deepspeed.zero_of(self.recipe)
 
     def score(self, rows: Any) -> Mapping[str, float]:
-        """The eval metrics of the current weights; several processes share the rows."""
+        """The eval metrics of the current weights; several processes share the rows.
+
+        Raises:
+            StoppedScoring: The run was told to stop.
+        """
         arguments = self.trainer.args
         if arguments.world_size == 1:
-            return self.task.metrics(self.reduced(rows), self.target)
-        size, rank = self.plan.eval_batch_size, arguments.process_index
-        positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
-        mine = self.reduced(Share(rows, positions))
-        return self.task.metrics(distributed.put_together(mine, positions[:count]), self.target)
+            self.kept = self.reduced(rows)
+        else:
+            size, rank = self.plan.eval_batch_size, arguments.process_index
+            positions, count = distributed.share(by_length(rows), size, rank, arguments.world_size)
+            mine = None
+            with contextlib.suppress(StoppedScoring):
+                mine = self.reduced(Share(rows, positions))
+            if self.leaves_scoring and self.stop.agreed(arguments):
+                raise StoppedScoring
+            assert mine is not None
+            self.kept = distributed.put_together(mine, positions[:count])
+        return self.task.metrics(self.kept, self.target)
+
+    @property
+    def leaves_scoring(self) -> bool:
+        """An evaluation can be left when the run is told to stop; not where the processes need each other for it."""
+        return self.trainer.is_in_train and self.sharing is None
+
+    def _between_batches(self, *_: Any) -> None:
+        """The dry run scores rows, too, and is not watched."""
+        if self.trainer.is_in_train:
+            self.journal.alive(self.trainer.state.global_step)
+        if self.stop.asked and self.leaves_scoring:
+            raise StoppedScoring
 
     def reduced(self, rows: Any) -> Any:
         """These rows through the current weights: name to values[rows, ...], a few numbers of each row."""
@@ -123,8 +149,7 @@ class AttemptContext:
                 batch_size=self.plan.eval_batch_size,
                 precision=self.plan.precision,
                 head=trainer.head,
-                # The dry run scores rows, too, and is not watched.
-                watch=lambda *_: self.journal.alive(trainer.state.global_step) if trainer.is_in_train else None,
+                watch=self._between_batches,
             )
 
 

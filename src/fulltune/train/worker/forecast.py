@@ -152,6 +152,7 @@ def forecast(schedule: Schedule, timings: Timings, quadratic: float) -> TimeNeed
         tokens=round(tokens),
         tokens_per_second=round(tokens / train, 1) if train else 0.0,
         source="dry-run step",
+        stop_seconds=round(train / schedule.steps + timings.save_seconds, 3) if schedule.steps else 0.0,
         around=around,
     )
 

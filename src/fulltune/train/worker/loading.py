@@ -32,6 +32,7 @@ from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.loop.update_meter import MEASUREMENTS, UpdateMeter
 from fulltune.train.run_time import PROBING
 from fulltune.train.worker import distributed, extensions, mixup, r_drop, scaling, weights
+from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
 
 _MOST_NAMED = 32
@@ -213,7 +214,7 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
     judged = attempt.hooks.compute_loss is None
     guards = [StopWhenDiverged(lambda: attempt.untrained_loss, attempt.highest_rate)] if judged else []
     stepping = AtBegin(lambda: attempt.journal.at("step"))
-    alive = Heartbeat(attempt.journal)
+    alive, scored = Heartbeat(attempt.journal), AtBegin(lambda: score_first(attempt))
     total, warm_up = attempt.plan.total_steps, attempt.plan.warmup_steps
     meter = UpdateMeter(
         every=max(1, total // MEASUREMENTS),
@@ -224,4 +225,5 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
         rounds_on_average=attempt.plan.bf16_rounding in ("stochastic", "kahan"),
     )
     meters = [meter] if attempt.sharing is None else []
-    return [stepping, alive, *meters, attempt.recorder, *guards, early_stopping(attempt), seals, attempt.stop]
+    watching = [scored, *meters, attempt.recorder, *guards, AgainstStart(attempt, judged)]
+    return [stepping, alive, *watching, early_stopping(attempt), seals, attempt.stop]

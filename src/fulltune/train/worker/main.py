@@ -107,7 +107,7 @@ def _listen_for_signals(stop: Any) -> None:
         return
 
     def ask(*_: object) -> None:
-        stop.asked = True
+        stop.ask()
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)

@@ -98,7 +98,8 @@ def _schedule(passes: Passes, first_step: int, test_share: float) -> tuple[Sched
         steps=steps,
         train={shape: times * steps / counted for shape, times in train.items()},
         evaluation=_counted(passes.eval_lengths, evaluation),
-        evaluations=times_between(first_step, plan.total_steps, plan.eval_steps),
+        evaluations=times_between(first_step, plan.total_steps, plan.eval_steps)
+        + (plan.eval_on_start and first_step == 0),
         # Also at each evaluation.
         saves=times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps),
         num_processes=plan.num_processes,

@@ -1,0 +1,139 @@
+"""A run is compared with the model before step 1: what is decided, what it rests on, and whole runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune import pipeline
+from fulltune.errors import Diverged
+from fulltune.recipe.tasks import TaskName
+from fulltune.records.training import Outcome
+from fulltune.stats.bootstrap import gain
+from fulltune.stats.row_scores import Measure, measure_of
+from fulltune.tasks import Target
+from fulltune.train.loop.guards import made_worse, too_short
+from fulltune.train.worker.against_start import judged_by
+from tests import tiny
+from tests.train import faults, runs
+
+ROWS = tiny.topic_rows(96)
+TRAIN: dict[str, Any] = {"global_batch_size": 8, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("behind", "losses", "untrained", "action"),
+    [
+        (2, [1.0] * 10 + [1.5] * 20, None, "stop"),
+        (3, [1.0] * 30, None, "stop"),  # not fallen
+        (1, [1.0] * 10 + [1.5] * 20, None, "go on"),  # once is no sign
+        (0, [1.0] * 10 + [1.5] * 20, None, "go on"),
+        (2, [1.0] * 10 + [0.8] * 20, None, "go on"),  # over-fitted, if anything
+        (2, [1.0] * 10 + [1.5] * 20, 2.0, "go on"),  # the first batch was easy
+        (2, [], None, "go on"),
+    ],
+)
+def test_run_that_makes_the_model_worse_stops_when_its_loss_has_not_fallen(
+    behind: int, losses: list[float], untrained: float | None, action: str
+) -> None:
+    decision = made_worse(behind, "accuracy 0.1 worse (standard error 0.02)", losses, 3e-4, untrained)
+    assert decision.action == action
+    if losses[-1:] == [1.5] and action == "stop":
+        assert decision.reason == (
+            "training makes the model worse: accuracy 0.1 worse (standard error 0.02) than before step 1, 2 "
+            "evaluations in a row, and the train loss has not fallen (1 at the beginning, 1.5 now). Usual cause: a "
+            "learning rate that is too high (here 0.0003); take a tenth of it"
+        )
+
+
+@pytest.mark.parametrize(
+    ("notice", "seconds", "is_said"),
+    [(None, 1e9, False), ("30s", 0.0, False), ("30s", 30.0, False), ("30s", 31.0, True), ("2m", 31.0, False)],
+)
+def test_notice_that_is_shorter_than_a_step_and_a_checkpoint_is_said(
+    notice: str | None, seconds: float, is_said: bool
+) -> None:
+    said = too_short(notice, seconds)
+    assert bool(said) == is_said
+    if is_said:
+        assert said.startswith("train.notice: 30s is less than a step and a checkpoint take (about 31 s)")
+
+
+def test_gain_has_the_standard_error_of_the_paired_difference() -> None:
+    """Of 200 rows 40 got wrong that were right and 10 the other way: -0.15, and its error by arithmetic."""
+    before = np.ones((200, 2))
+    before[:20, 0] = 0
+    now = before.copy()
+    now[:10, 0], now[20:60, 0] = 1, 0
+    measure = Measure(
+        "accuracy", True, lambda kept: 0.0, lambda kept: now, lambda sums: sums[..., 0] / sums[..., 1], None
+    )
+    differences = now[:, 0] - before[:, 0]
+
+    better, error = gain(measure, before, now)
+
+    assert better == pytest.approx(-0.15)
+    assert error == pytest.approx(differences.std() / 200**0.5, rel=0.1)
+    assert gain(measure, before, before) == (0.0, 0.0)
+
+
+def test_smaller_is_better_of_a_loss() -> None:
+    target = Target("prompt_completion", (), None)
+    before, now = np.array([[2.0, 4.0], [3.0, 3.0]]), np.array([[1.0, 4.0], [1.0, 3.0]])
+    better, _ = gain(measure_of("causal-lm", target, "loss"), before, now)
+    assert better == pytest.approx(5 / 7 - 2 / 7)
+
+
+@pytest.mark.parametrize(
+    ("task", "problem", "metric", "judged"),
+    [
+        ("text-classification", "single_label", "accuracy", "accuracy"),
+        ("text-classification", "regression", "spearman", "loss"),
+        ("causal-lm", "prompt_completion", "perplexity", "perplexity"),
+    ],
+)
+def test_judged_by_the_metric_of_the_run_or_by_the_loss_where_rows_do_not_add_up(
+    task: TaskName, problem: Any, metric: str, judged: str
+) -> None:
+    found = judged_by(task, Target(problem, ("a", "b") if problem == "single_label" else (), None), metric)
+    assert found.name == judged
+    assert found.counts is not None
+
+
+def upwards(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    """Each step goes the wrong way."""
+
+    def act() -> None:
+        for parameter in trainer.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.neg_()
+
+    return act
+
+
+def test_run_that_makes_the_model_worse_ends_with_exit_code_5(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {**TRAIN, "max_steps": 30, "warmup_steps": 0}
+    job = runs.job(
+        tmp_path, tiny_encoder, ROWS, train=train, evaluate={"metric": "loss"}, method={"learning_rate": 1e-3}
+    )
+    with (
+        runs.in_this_process(),
+        faults.planted(upwards, lambda step: True),
+        pytest.raises(Diverged, match="training makes the model worse: loss") as caught,
+    ):
+        pipeline.run(job, "train")
+
+    assert caught.value.exit_code == 5
+    assert [event["step"] for event in runs.events(tmp_path, "eval")] == [0, 5, 10]
+    assert Outcome.load(next(tmp_path.glob("run/attempts/*/outcome.json"))).status == "diverged"
+
+
+def test_without_the_evaluation_before_step_1_nothing_is_compared(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {**TRAIN, "max_steps": 15, "warmup_steps": 0, "eval_on_start": False}
+    with faults.planted(upwards, lambda step: True):
+        runs.run(tmp_path, tiny_encoder, ROWS, train=train, evaluate={"metric": "loss"}, method={"learning_rate": 1e-3})
+    assert [event["step"] for event in runs.events(tmp_path, "eval")] == [5, 10, 15]
