@@ -58,7 +58,6 @@ class Wanted:
 
     rate: float
     steps: int
-    disk_mib: int = 64
 
     @property
     def middle(self) -> int:
@@ -68,7 +67,7 @@ class Wanted:
 WANTED = {
     "prompts-llama": Wanted(3e-3, 400),
     "written-t5": Wanted(3e-3, 400),
-    "classes-minilm": Wanted(2e-4, 240, disk_mib=3000),
+    "classes-minilm": Wanted(2e-4, 240),
 }
 USED = {name: replace(KINDS[name], batch=16, rows=1000) for name in WANTED}
 
@@ -141,6 +140,9 @@ class Cell:
         words = f"{self.fault} {self.arm} {self.processes} {self.seed}"
         return folder / self.kind / "".join(one if one.isalnum() else "-" for one in words)
 
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.processes} processes, seed {self.seed}, {self.fault}, {self.arm}"
+
     @classmethod
     def of(cls, line: dict[str, Any]) -> Cell:
         return cls(*(line[name] for name in cls.__dataclass_fields__))
@@ -165,17 +167,18 @@ def command(cell: Cell, recipe: Path, run: Path) -> list[str]:
 
 def do(folder: Path, cell: Cell, clean_weights: str) -> dict[str, Any]:
     """One run, from the first command to the line about it."""
-    fault, wanted = FAULTS[cell.fault], WANTED[cell.kind]
+    fault = FAULTS[cell.fault]
     recipe = prepared(folder, cell.kind, USED[cell.kind]) / "recipe.yaml"
     run = cell.folder(folder)
     shutil.rmtree(run, ignore_errors=True)
+    Path(f"{run}.log").unlink(missing_ok=True)
     planted = Planted(guarded=cell.arm == "guard", footprints=str(recipe.parent))
     if isinstance(fault, Inside):
-        planted = replace(planted, act=fault.act, first=wanted.middle, steps=fault.steps)
+        planted = replace(planted, act=fault.act, first=WANTED[cell.kind].middle, steps=fault.steps)
         began = time.monotonic()
         exits = [ended(cell, recipe, run, planted)]
     else:
-        with strikes.disk(run, wanted.disk_mib) if fault.small_disk else nullcontext():
+        with strikes.disk(run) if fault.small_disk else nullcontext():
             began = time.monotonic()
             exits = [ended(cell, recipe, run, planted, fault.strike)]
             if exits[0] != 0:
@@ -185,13 +188,7 @@ def do(folder: Path, cell: Cell, clean_weights: str) -> dict[str, Any]:
     return asdict(cell) | {"exits": exits, **left(run, clean_weights, exits[-1]), "seconds": seconds}
 
 
-def ended(
-    cell: Cell,
-    recipe: Path,
-    run: Path,
-    planted: Planted,
-    strike: strikes.Strike | None = None,
-) -> int | str:
+def ended(cell: Cell, recipe: Path, run: Path, planted: Planted, strike: strikes.Strike | None = None) -> int | str:
     """Give the command, strike once half of the steps are done, and wait for its exit code."""
     variables = os.environ | planted.variables() | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with Path(f"{run}.log").open("a", encoding="utf-8") as log:
@@ -207,7 +204,7 @@ def ended(
                 strike(process, run)
                 strike = None
             time.sleep(0.05)
-    return "not struck" if strike is not None else process.returncode
+    return process.returncode if strike is None else f"{process.returncode} before it was struck"
 
 
 def left(run: Path, clean_weights: str, exit_code: int | str) -> dict[str, Any]:
@@ -242,7 +239,7 @@ def left(run: Path, clean_weights: str, exit_code: int | str) -> dict[str, Any]:
 
 def is_of(run: Path, process: psutil.Process) -> bool:
     """Whether a training process of the run is there 3 s after its last command ended."""
-    if not any(str(run) in word for word in process.info["cmdline"] or ()):
+    if not any(f"{run}/" in word for word in process.info["cmdline"] or ()):
         return False
     return bool(psutil.wait_procs([process], timeout=3)[1])
 
@@ -263,7 +260,7 @@ def compared(folder: Path, cell: Cell) -> tuple[float, float]:
         return math.nan, math.nan
     mine, clean = map(Resampled.load, filter(None, files))
     sign = 1 if Plan.load(cell.clean.folder(folder) / "plan" / "full.json").greater_is_better else -1
-    return float(sign * (clean.value - mine.value)), float(np.std(clean.draws - mine.draws))
+    return float(sign * (clean.value - mine.value)) + 0.0, float(np.std(clean.draws - mine.draws))
 
 
 @dataclass(frozen=True)
@@ -281,8 +278,7 @@ class Judged:
     def in_errors(self) -> float:
         return self.lost / self.error if self.error else math.copysign(math.inf, self.lost) if self.lost else 0.0
 
-    @property
-    def said(self) -> str:
+    def __str__(self) -> str:
         line = self.line
         went = f"exits {line['exits']}, skipped {line['skipped']}, back to {line['rollbacks']}"
         still = f", {line['still running']} STILL RUNNING" * bool(line["still running"])
@@ -291,7 +287,7 @@ class Judged:
 
 
 def table(folder: Path) -> None:
-    """Each fault by arm, the runs that did not recover, the arms."""
+    """Each fault by arm, the runs that did not recover, how many there were of each kind, and the arms."""
     groups: dict[tuple[str, str], list[Judged]] = collections.defaultdict(list)
     for cell, line in read(folder).items():
         groups[cell.fault, cell.arm].append(Judged(line, *compared(folder, cell)))
@@ -299,38 +295,30 @@ def table(folder: Path) -> None:
     print("|---|---|---:|---:|---:|---:|---:|---|")
     for fault, arm in itertools.product(FAULTS, ARMS):
         if runs := groups.get((fault, arm)):
-            counts = len(runs), sum(one.line["identical"] for one in runs), *(within(runs, most) for most in (1, 2))
             known = [one.in_errors for one in runs if math.isfinite(one.in_errors)]
             mean = f"{np.mean(known):+.2f}" + f" of {len(known)}" * (len(known) < len(runs)) if known else "-"
             others = collections.Counter(one.line["exits"][-1] for one in runs if one.line["exits"][-1] != 0)
-            said = ", ".join(f"{count} with {code}" for code, count in others.items())
-            print("| " + " | ".join(map(str, (fault, arm, *counts, mean, said))) + " |")
+            codes = ", ".join(f"{count} with {code}" for code, count in others.items())
+            print("| " + " | ".join(map(str, (fault, arm, len(runs), *counts(runs), mean, codes))) + " |")
     print("\nNot recovered:")
-    for (fault, arm), runs in groups.items():
-        for one in runs:
-            if not one.within(1) or one.line["still running"]:
-                cell = Cell.of(one.line)
-                print(f"- {fault}, {arm}: {cell.kind}, {cell.processes} processes, seed {cell.seed}: {one.said}")
-    cells = collections.Counter((cell.kind, cell.processes, cell.seed) for cell in read(folder))
-    print(
-        "\nRuns:", ", ".join(f"{kind} {number}p seed {seed}: {count}" for (kind, number, seed), count in cells.items())
-    )
-    for arm in ARMS:
-        sets = {"inside": Inside, "outside": Outside}
-        for name, of in sets.items():
-            runs = [
-                one
-                for (fault, its), found in groups.items()
-                if its == arm and isinstance(FAULTS[fault], of) and not fault.startswith(("clean", "control"))
-                for one in found
-            ]
-            if runs:
-                same = sum(one.line["identical"] for one in runs)
-                print(f"{arm}, faults from {name}: {within(runs, 1)} of {len(runs)} recovered, {same} identical")
+    for one in itertools.chain.from_iterable(groups.values()):
+        if not one.within(1) or one.line["still running"]:
+            print(f"- {Cell.of(one.line)}: {one}")
+    print("\nRuns:")
+    for where, count in collections.Counter((cell.kind, cell.processes, cell.seed) for cell in read(folder)).items():
+        print("- {}, {} processes, seed {}: {}".format(*where, count))
+    print()
+    for arm, of in itertools.product(ARMS, (Inside, Outside)):
+        faults = [one for one in FAULTS if isinstance(FAULTS[one], of) and not one.startswith(("clean", "control"))]
+        if runs := [run for fault in faults for run in groups.get((fault, arm), ())]:
+            same, recovered, _ = counts(runs)
+            where = of.__name__.lower()
+            print(f"{arm}, faults from {where}: {recovered} of {len(runs)} recovered, {same} of them identical")
 
 
-def within(runs: list[Judged], errors: int) -> int:
-    return sum(one.within(errors) for one in runs)
+def counts(runs: list[Judged]) -> tuple[int, int, int]:
+    """How many are identical, within one standard error, and within two."""
+    return sum(one.line["identical"] for one in runs), *(sum(one.within(most) for one in runs) for most in (1, 2))
 
 
 def run_all(folder: Path, given: argparse.Namespace) -> None:
@@ -338,19 +326,14 @@ def run_all(folder: Path, given: argparse.Namespace) -> None:
         of = FAULTS[fault]
         if isinstance(of, Outside) and processes not in of.processes:
             continue
-        for arm in (arm for arm in given.arms if arm in of.arms):
-            cell, known = Cell(kind, processes, fault, arm, seed), read(folder)
-            for one in dict.fromkeys((cell.clean, cell)):
-                if one in known:
-                    continue
-                clean = known.get(one.clean, {})
-                line = do(folder, one, clean.get("weights", ""))
-                with (folder / "faults.jsonl").open("a", encoding="utf-8") as out:
-                    out.write(json.dumps(line) + "\n")
-                known = read(folder)
-                said = Judged(line, *compared(folder, one)).said
-                where = f"{one.kind} {one.processes}p seed {one.seed}"
-                print(f"{where}, {one.fault}, {one.arm}: {said} ({line['seconds']} s)", flush=True)
+        cells = [Cell(kind, processes, fault, arm, seed) for arm in given.arms if arm in of.arms]
+        for cell in dict.fromkeys(one for its in cells for one in (its.clean, its)):
+            if cell in (known := read(folder)):
+                continue
+            line = do(folder, cell, known.get(cell.clean, {}).get("weights", ""))
+            with (folder / "faults.jsonl").open("a", encoding="utf-8") as out:
+                out.write(json.dumps(line) + "\n")
+            print(f"{cell}: {Judged(line, *compared(folder, cell))} ({line['seconds']} s)", flush=True)
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ from fulltune.train import checkpoints
 from fulltune.train.request import number_in
 
 Strike = Callable[[psutil.Process, Path], None]
-MIB = 2**20
+LARGE = 4 * 2**30
+"""Bytes of a disk on which any of these runs fits; it takes memory only as it is filled."""
 
 
 def ranks(command: psutil.Process) -> list[psutil.Process]:
@@ -90,14 +91,14 @@ def fill(share: float) -> Strike:
 
 
 def make_room(run: Path) -> None:
-    resize(run, 2**32)
+    resize(run, LARGE)
 
 
 @contextmanager
-def disk(run: Path, mib: int) -> Iterator[None]:
+def disk(run: Path) -> Iterator[None]:
     """Inside, the run folder is a disk of its own; what is on it stays."""
     run.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(run)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={LARGE}", "tmpfs", str(run)], check=True)
     try:
         yield
         shutil.copytree(run, f"{run}.kept")
