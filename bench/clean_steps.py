@@ -83,9 +83,9 @@ KINDS = {
 TUNING = ("classes-bert", "classes-minilm", "prompts-llama", "classes-minilm-few", "tags-distilbert")
 
 
-def prepared(folder: Path, name: str) -> Path:
-    """The folder of a kind, with its rows, model and recipe."""
-    kind, place = KINDS[name], folder / name
+def prepared(folder: Path, name: str, kind: Kind | None = None) -> Path:
+    """The folder of a kind, by default the one with this name, with its rows, model and recipe."""
+    kind, place = kind or KINDS[name], folder / name
     if not (place / "recipe.yaml").exists():
         place.mkdir(parents=True, exist_ok=True)
         kind.write(place, kind.rows)

@@ -1,147 +1,339 @@
-"""Faults planted in whole runs: does the run guard save them?
+"""Faults in real runs, from inside and from outside: which runs come through, and what they lose?
 
-    FULLTUNE_BENCH_DATA=... python bench/faults.py run FOLDER [--kinds classes-minilm] [--seeds 1] [--arms guard]
+    FULLTUNE_BENCH_DATA=... python bench/faults.py run FOLDER [--kinds prompts-llama] [--faults clean ...] [--seeds 1 2]
     python bench/faults.py table FOLDER
 
-Each fault comes at the middle of a run (`tests/train/faults.py`). Arms: `guard` as by default; `clipping`, which has
-max_grad_norm: 1 and nothing else, as most trainers. A run counts as saved when its test metric is not worse than that
-of the clean run with the same seed by more than one standard error of their paired difference. Kinds of runs are those
-of `bench/clean_steps.py`; thresholds were settled on `TUNING` of there, and before faults in `UNSEEN` were planted.
+Each run is the command line, a parent with one training process or two under torchrun. Each fault strikes once, at the
+middle. Those from inside are planted in the training processes (`planted.py`, `tests/train/faults.py`), in three arms:
+`guard` is fulltune as by default, `clipping` has max_grad_norm 1 and nothing else, as most trainers, and `no clipping`
+not even that. Those from outside are signals, a disk (a small tmpfs, so they need root) and damaged files, with the
+guard only; after a command that failed the fault is mended and the same command given once more.
+
+A run has recovered when its last command ended with 0 and its main metric on the test rows is not worse than that of
+the clean run of the same kind, processes and seed by more than one standard error of their paired difference over
+these rows. The control leaves out one update of a clean run: what the smallest harmless change costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import hashlib
+import itertools
 import json
+import math
+import os
+import shutil
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for the tests' faults
-
+import numpy as np
+import psutil
+import strikes
 from clean_steps import KINDS, prepared
-from tests.train import faults
-from tests.train.runs import in_this_process
+from planted import Planted
 
-from fulltune import api, load_recipe, pipeline
-from fulltune.errors import FulltuneError
-from fulltune.records.events import Event, StepSkipped
 from fulltune.records.plan import Plan
 from fulltune.stats.bootstrap import Resampled
-from fulltune.train.loop import guarded_step, step_guard
+from fulltune.train.journal import last_step
+
+LAUNCHER = Path(__file__).with_name("planted.py")
+ARMS: dict[str, list[str]] = {
+    "guard": [],
+    "clipping": ["train.skip_suspect_steps=false", "train.max_rollbacks=0", "train.max_grad_norm=1"],
+    "no clipping": ["train.skip_suspect_steps=false", "train.max_rollbacks=0", "train.max_grad_norm=0"],
+}
+LONGEST_SECONDS = 1200
+"""A command that takes longer hangs, and is killed."""
 
 
 @dataclass(frozen=True)
-class Planted:
-    """A fault and for how many steps."""
+class Wanted:
+    """How a kind of runs is trained; what is planted comes at the middle."""
 
-    fault: faults.Fault | None
+    rate: float
+    steps: int
+
+    @property
+    def middle(self) -> int:
+        return self.steps // 2 + 5
+
+
+WANTED = {
+    "prompts-llama": Wanted(3e-3, 400),
+    "written-t5": Wanted(3e-3, 400),
+    "classes-minilm": Wanted(2e-4, 240),
+}
+USED = {name: replace(KINDS[name], batch=16, rows=1000) for name in WANTED}
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A fault in the training processes: a function of `tests/train/faults.py`, and for how many steps."""
+
+    act: str
     steps: int = 1
+    arms: tuple[str, ...] = tuple(ARMS)
 
 
-FAULTS = {
-    "clean": Planted(None, 0),
-    "NaN gradient": Planted(faults.nan_gradient),
-    "NaN gradient, 5 steps": Planted(faults.nan_gradient, 5),
-    "infinite logits": Planted(faults.infinite_logits),
-    "gradient x10": Planted(faults.large_gradient),
-    "corrupted labels, 3 steps": Planted(faults.corrupted_labels, 3),
-    "corrupted labels, 20 steps": Planted(faults.corrupted_labels, 20),
-    "rate x30, 20 steps": Planted(faults.high_rate, 20),
-    "rate x30, 5 steps": Planted(faults.high_rate, 5),
-    "infinite gradient": Planted(faults.infinite_gradient),
-    "shuffled inputs, 20 steps": Planted(faults.shuffled_inputs, 20),
+@dataclass(frozen=True)
+class Outside:
+    """A fault of the surroundings: `strike` gets the running command and its run folder, `mend` the folder after it."""
+
+    strike: strikes.Strike
+    mend: Callable[[Path], None] = lambda run: None
+    small_disk: bool = False
+    processes: tuple[int, ...] = (1, 2)
+    arms: tuple[str, ...] = ("guard",)
+
+
+FAULTS: dict[str, Inside | Outside] = {
+    "clean": Inside("", 0, arms=("guard",)),
+    "control: one update left out": Inside("update_left_out", arms=("guard",)),
+    "NaN gradient, 1 step": Inside("nan_gradient"),
+    "NaN gradient, 5 steps": Inside("nan_gradient", 5),
+    "infinite gradient": Inside("infinite_gradient"),
+    "infinite logits": Inside("infinite_logits"),
+    "gradient x10": Inside("large_gradient"),
+    "rate x30, 5 steps": Inside("high_rate", 5),
+    "rate x30, 20 steps": Inside("high_rate", 20),
+    "corrupted labels, 3 steps": Inside("corrupted_labels", 3),
+    "corrupted labels, 20 steps": Inside("corrupted_labels", 20),
+    "shuffled inputs, 20 steps": Inside("shuffled_inputs", 20),
+    "out of memory": Inside("no_memory", arms=("guard",)),
+    "kill -9 of the parent": Outside(strikes.kill_parent),
+    "kill -9 of the worker": Outside(strikes.kill_started),
+    "kill -9 of one process of two": Outside(strikes.kill_last, processes=(2,)),
+    "SIGTERM of the parent": Outside(strikes.ask_parent),
+    "hung process": Outside(strikes.stop_last),
+    "full disk": Outside(strikes.fill(0.5), strikes.make_room, small_disk=True),
+    "full disk, not a byte left": Outside(strikes.fill(0.0), strikes.make_room, small_disk=True),
+    "torn checkpoint": Outside(strikes.kill_all, strikes.tear),
+    "flipped byte in a checkpoint": Outside(strikes.kill_all, strikes.flip),
 }
-UNSEEN = ("rate x30, 5 steps", "infinite gradient", "shuffled inputs, 20 steps")
-ARMS: dict[str, list[str]] = {
-    "guard": [],
-    "clipping": ["train.skip_suspect_steps=false", "train.max_rollbacks=0"],
-}
-WANTED = {"classes-minilm": (2e-4, 315), "prompts-llama": (3e-3, 600), "written-t5": (3e-3, 600)}
-"""Kinds with their rate and steps."""
 
 
-def do(folder: Path, name: str, fault: str, arm: str, seed: int) -> dict[str, Any]:
-    """One run."""
-    kind, (rate, steps), planted = KINDS[name], WANTED[name], FAULTS[fault]
-    place = prepared(folder, name)
-    run = place / f"{arm}-{fault.replace(' ', '-').replace(',', '')}-{seed}"
+# ---- a run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What tells a run from the others."""
+
+    kind: str
+    processes: int
+    fault: str
+    arm: str
+    seed: int
+
+    @property
+    def clean(self) -> Cell:
+        """Of the run that it is compared with."""
+        return replace(self, fault="clean", arm="guard")
+
+    def folder(self, folder: Path) -> Path:
+        words = f"{self.fault} {self.arm} {self.processes} {self.seed}"
+        return folder / self.kind / "".join(one if one.isalnum() else "-" for one in words)
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.processes} processes, seed {self.seed}, {self.fault}, {self.arm}"
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Cell:
+        return cls(*(line[name] for name in cls.__dataclass_fields__))
+
+
+def command(cell: Cell, recipe: Path, run: Path) -> list[str]:
+    kind, wanted = USED[cell.kind], WANTED[cell.kind]
     chosen = [
-        f"method.learning_rate={rate}",
-        f"train.max_steps={steps}",
-        f"train.global_batch_size={kind.batch}",
-        "train.eval_strategy=steps",
-        f"train.eval_steps={steps // 6}",
-        f"train.seed={seed}",
-        "evaluate.baselines=false",
-        "evaluate.generate_rows=0",
-        *ARMS[arm],
+        *("train.device=cpu", "train.precision=fp32", f"train.num_processes={cell.processes}"),
+        *(f"method.learning_rate={wanted.rate}", f"train.max_steps={wanted.steps}", f"train.seed={cell.seed}"),
+        *(f"train.global_batch_size={kind.batch}", f"train.micro_batch_size={kind.batch // cell.processes}"),
+        *("train.logging_steps=1", "train.save_steps=20", "train.eval_strategy=steps"),
+        *(f"train.eval_steps={wanted.steps // 4}", "evaluate.baselines=false", "evaluate.generate_rows=0"),
+        *ARMS[cell.arm],
+        *["train.hang_timeout=15s"] * (cell.fault == "hung process"),
     ]
-    skipped: list[int] = []
-
-    def listener(event: Event) -> None:
-        if isinstance(event, StepSkipped):
-            skipped.append(event.step)
-
-    job = api.job(load_recipe(place / "recipe.yaml", chosen), run_folder=run, listener=listener)
-    middle = steps // 2 + 5
-    line: dict[str, Any] = {"kind": name, "fault": fault, "arm": arm, "seed": seed, "exit": 0, "reason": ""}
-    act = planted.fault or faults.large_gradient
-    unguarded = mock.patch.object(guarded_step.step_guard, "judge", _never)
-    try:
-        with in_this_process(), faults.planted(act, range(middle, middle + planted.steps).__contains__):
-            if arm == "guard":
-                reached = pipeline.run(job, "evaluate")
-            else:
-                with unguarded:
-                    reached = pipeline.run(job, "evaluate")
-        line["value"] = reached.scores[-1].metrics[reached.scores[-1].main_metric].value
-    except FulltuneError as error:
-        line |= {"exit": error.exit_code, "reason": error.problems[0][:200]}
-    line["skipped"] = skipped
-    line["rollbacks"] = list(Plan.load(job.plan_path).rollbacks)
-    return line
+    return [
+        *(sys.executable, str(LAUNCHER), "evaluate", str(recipe), "--run-folder", str(run)),
+        *(f"--set={one}" for one in chosen),
+    ]
 
 
-def _never(seen: step_guard.StepMemory, *_: Any, **__: Any) -> step_guard.Judged:
-    return step_guard.Judged("go on", seen)
+def do(folder: Path, cell: Cell, clean_weights: str) -> dict[str, Any]:
+    """One run, from the first command to the line about it."""
+    fault = FAULTS[cell.fault]
+    recipe = prepared(folder, cell.kind, USED[cell.kind]) / "recipe.yaml"
+    run = cell.folder(folder)
+    shutil.rmtree(run, ignore_errors=True)
+    Path(f"{run}.log").unlink(missing_ok=True)
+    planted = Planted(guarded=cell.arm == "guard", footprints=str(recipe.parent))
+    if isinstance(fault, Inside):
+        planted = replace(planted, act=fault.act, first=WANTED[cell.kind].middle, steps=fault.steps)
+        began = time.monotonic()
+        exits = [ended(cell, recipe, run, planted)]
+    else:
+        with strikes.disk(run) if fault.small_disk else nullcontext():
+            began = time.monotonic()
+            exits = [ended(cell, recipe, run, planted, fault.strike)]
+            if exits[0] != 0:
+                fault.mend(run)
+                exits.append(ended(cell, recipe, run, planted))
+    seconds = round(time.monotonic() - began, 1)
+    return asdict(cell) | {"exits": exits, **left(run, clean_weights, exits[-1]), "seconds": seconds}
 
 
-def compared(folder: Path, line: dict[str, Any]) -> tuple[float, float]:
-    """How much better the clean run with the same seed is, and the standard error, both in the metric's units."""
-    place = folder / line["kind"]
-    files = []
-    for fault, arm in ((line["fault"], line["arm"]), ("clean", "guard")):
-        run = place / f"{arm}-{fault.replace(' ', '-').replace(',', '')}-{line['seed']}"
-        files += list(run.glob("scores/full-*.npz"))
-    if len(files) < 2:
-        return float("nan"), float("nan")
-    mine, other = map(Resampled.load, files)
-    plan = Plan.load(next(place.glob(f"guard-clean-{line['seed']}/plan/full.json")))
-    sign = 1 if plan.greater_is_better else -1
-    differences = sign * (other.draws - mine.draws)
-    return float(sign * (other.value - mine.value)), float(differences.std())
+def ended(cell: Cell, recipe: Path, run: Path, planted: Planted, strike: strikes.Strike | None = None) -> int | str:
+    """Give the command, strike once half of the steps are done, and wait for its exit code."""
+    variables = os.environ | planted.variables() | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    with Path(f"{run}.log").open("a", encoding="utf-8") as log:
+        process = psutil.Popen(command(cell, recipe, run), stdout=log, stderr=log, env=variables)
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                strikes.kill_all(process, run)
+                process.wait()
+                return "hangs"
+            steps = (last_step(attempt) for attempt in run.glob("attempts/*"))
+            if strike is not None and max(steps, default=0) >= WANTED[cell.kind].middle:
+                strike(process, run)
+                strike = None
+            time.sleep(0.05)
+    return process.returncode if strike is None else f"{process.returncode} before it was struck"
+
+
+def left(run: Path, clean_weights: str, exit_code: int | str) -> dict[str, Any]:
+    """What the run left, without what only takes room."""
+    still = [one for one in psutil.process_iter(["cmdline"]) if is_of(run, one)]
+    events = []
+    for file in sorted(run.glob("attempts/*/metrics.jsonl")):
+        events += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    said = [line for line in Path(f"{run}.log").read_text(encoding="utf-8").splitlines() if line.strip()]
+    score, model = next(run.glob("scores/full-*.json"), None), run / "models" / "full" / "model.safetensors"
+    value = None
+    if score is not None:
+        record = json.loads(score.read_text(encoding="utf-8"))
+        value = record["metrics"][record["main_metric"]]["value"]
+    weights = hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else ""
+    found = {
+        "reason": "" if exit_code == 0 else " / ".join(said[-4:])[:200],
+        "value": value,
+        "skipped": [event["step"] for event in events if event["kind"] == "skipped"],
+        "rollbacks": list(Plan.load(run / "plan" / "full.json").rollbacks),
+        "attempts": len(list(run.glob("attempts/*/request.json"))),
+        "weights": weights,
+        "identical": bool(weights) and weights == (clean_weights or weights),
+        "still running": len(still),
+    }
+    for one in still:
+        one.kill()
+    for name in ("models", "checkpoints", "data"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    return found
+
+
+def is_of(run: Path, process: psutil.Process) -> bool:
+    """Whether a training process of the run is there 3 s after its last command ended."""
+    if not any(f"{run}/" in word for word in process.info["cmdline"] or ()):
+        return False
+    return bool(psutil.wait_procs([process], timeout=3)[1])
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> dict[Cell, dict[str, Any]]:
+    file = folder / "faults.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {Cell.of(line): line for line in map(json.loads, lines)}
+
+
+def compared(folder: Path, cell: Cell) -> tuple[float, float]:
+    """How much better the clean run is, and the standard error of that over the test rows, in the metric's units."""
+    files = [next(one.folder(folder).glob("scores/full-*.npz"), None) for one in (cell, cell.clean)]
+    if None in files:
+        return math.nan, math.nan
+    mine, clean = map(Resampled.load, filter(None, files))
+    sign = 1 if Plan.load(cell.clean.folder(folder) / "plan" / "full.json").greater_is_better else -1
+    return float(sign * (clean.value - mine.value)) + 0.0, float(np.std(clean.draws - mine.draws))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run against its clean one."""
+
+    line: dict[str, Any]
+    lost: float
+    error: float
+
+    def within(self, errors: int) -> bool:
+        return self.line["exits"][-1] == 0 and self.lost <= errors * self.error + 1e-9
+
+    @property
+    def in_errors(self) -> float:
+        return self.lost / self.error if self.error else math.copysign(math.inf, self.lost) if self.lost else 0.0
+
+    def __str__(self) -> str:
+        line = self.line
+        went = f"exits {line['exits']}, skipped {line['skipped']}, back to {line['rollbacks']}"
+        still = f", {line['still running']} STILL RUNNING" * bool(line["still running"])
+        ended = f"lost {self.lost:+.4f} ± {self.error:.4f}{', identical' * line['identical']}"
+        return f"{ended}, {went}{still} {line['reason']}"
 
 
 def table(folder: Path) -> None:
-    """Each fault by arm: saved runs, and what was lost."""
-    lines = [json.loads(line) for line in (folder / "faults.jsonl").read_text(encoding="utf-8").splitlines()]
-    print("| kind | fault | arm | seed | lost ± error | saved | skipped | rollbacks | |")
-    print("|---|---|---|---:|---:|---|---:|---|---|")
-    saved: dict[str, list[bool]] = {arm: [] for arm in ARMS}
-    for line in lines:
-        lost, error = compared(folder, line)
-        is_saved = line["exit"] == 0 and lost <= error + 1e-9
-        if line["fault"] != "clean":
-            saved[line["arm"]].append(is_saved)
-        fields = (line["kind"], line["fault"], line["arm"], line["seed"], f"{lost:+.4f} ± {error:.4f}")
-        more = ("yes" if is_saved else "no", len(line["skipped"]), line["rollbacks"] or "", line["reason"][:60])
-        print("| " + " | ".join(map(str, (*fields, *more))) + " |")
-    for arm, found in saved.items():
-        if found:
-            print(f"{arm}: {sum(found)} of {len(found)} saved")
+    """Each fault by arm, the runs that did not recover, how many there were of each kind, and the arms."""
+    groups: dict[tuple[str, str], list[Judged]] = collections.defaultdict(list)
+    for cell, line in read(folder).items():
+        groups[cell.fault, cell.arm].append(Judged(line, *compared(folder, cell)))
+    print("| fault | arm | runs | identical | within 1 SE | within 2 SE | mean loss in SE | other last exits |")
+    print("|---|---|---:|---:|---:|---:|---:|---|")
+    for fault, arm in itertools.product(FAULTS, ARMS):
+        if runs := groups.get((fault, arm)):
+            known = [one.in_errors for one in runs if math.isfinite(one.in_errors)]
+            mean = f"{np.mean(known):+.2f}" + f" of {len(known)}" * (len(known) < len(runs)) if known else "-"
+            others = collections.Counter(one.line["exits"][-1] for one in runs if one.line["exits"][-1] != 0)
+            codes = ", ".join(f"{count} with {code}" for code, count in others.items())
+            print("| " + " | ".join(map(str, (fault, arm, len(runs), *counts(runs), mean, codes))) + " |")
+    print("\nNot recovered:")
+    for one in itertools.chain.from_iterable(groups.values()):
+        if not one.within(1) or one.line["still running"]:
+            print(f"- {Cell.of(one.line)}: {one}")
+    print("\nRuns:")
+    for where, count in collections.Counter((cell.kind, cell.processes, cell.seed) for cell in read(folder)).items():
+        print("- {}, {} processes, seed {}: {}".format(*where, count))
+    print()
+    for arm, of in itertools.product(ARMS, (Inside, Outside)):
+        faults = [one for one in FAULTS if isinstance(FAULTS[one], of) and not one.startswith(("clean", "control"))]
+        if runs := [run for fault in faults for run in groups.get((fault, arm), ())]:
+            same, recovered, _ = counts(runs)
+            where = of.__name__.lower()
+            print(f"{arm}, faults from {where}: {recovered} of {len(runs)} recovered, {same} of them identical")
+
+
+def counts(runs: list[Judged]) -> tuple[int, int, int]:
+    """How many are identical, within one standard error, and within two."""
+    return sum(one.line["identical"] for one in runs), *(sum(one.within(most) for one in runs) for most in (1, 2))
+
+
+def run_all(folder: Path, given: argparse.Namespace) -> None:
+    for seed, processes, kind, fault in itertools.product(given.seeds, given.processes, given.kinds, given.faults):
+        of = FAULTS[fault]
+        if isinstance(of, Outside) and processes not in of.processes:
+            continue
+        cells = [Cell(kind, processes, fault, arm, seed) for arm in given.arms if arm in of.arms]
+        for cell in dict.fromkeys(one for its in cells for one in (its.clean, its)):
+            if cell in (known := read(folder)):
+                continue
+            line = do(folder, cell, known.get(cell.clean, {}).get("weights", ""))
+            with (folder / "faults.jsonl").open("a", encoding="utf-8") as out:
+                out.write(json.dumps(line) + "\n")
+            print(f"{cell}: {Judged(line, *compared(folder, cell))} ({line['seconds']} s)", flush=True)
 
 
 def main() -> None:
@@ -151,28 +343,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(WANTED), choices=list(WANTED))
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], choices=[1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     given = parser.parse_args()
     folder = given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if given.what == "table":
+    if given.what == "run":
+        run_all(folder, given)
+    else:
         table(folder)
-        return
-    file = folder / "faults.jsonl"
-    known = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    done = {(one["kind"], one["fault"], one["arm"], one["seed"]) for one in known}
-    for seed in given.seeds:
-        for name in given.kinds:
-            for fault in given.faults:
-                for arm in given.arms:
-                    if (name, fault, arm, seed) in done or (fault, arm) == ("clean", "clipping"):
-                        continue
-                    line = do(folder, name, fault, arm, seed)
-                    with file.open("a", encoding="utf-8") as out:
-                        out.write(json.dumps(line) + "\n")
-                    lost, error = compared(folder, line)
-                    said = f"lost {lost:+.4f} ± {error:.4f}, skipped {line['skipped']}, back to {line['rollbacks']}"
-                    print(f"{name}, {fault}, {arm}: {said} {line['reason']}", flush=True)
 
 
 if __name__ == "__main__":

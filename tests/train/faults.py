@@ -9,12 +9,14 @@ A step that is taken again, after going back to a checkpoint, is another one: a 
 from __future__ import annotations
 
 import contextlib
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 
+from fulltune.system.meter import status_bytes
 from fulltune.tasks.padding import IGNORED
 from fulltune.train.loop.trainer import FullTrainer
 
@@ -99,6 +101,19 @@ def infinite_logits(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
     before = weight.detach().clone()
     weight.data.fill_(torch.inf)
     return lambda: weight.data.copy_(before)
+
+
+def update_left_out(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    """No fault: the smallest change that does no harm."""
+    return lambda: trainer.model.zero_grad(set_to_none=True)
+
+
+def no_memory(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+    """The process may take 16 MiB more than it holds, and torch asks for 64: its own error of a real limit."""
+    held, hard = status_bytes("VmData"), resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (held + 2**24, hard))
+    torch.zeros(2**24)
+    raise AssertionError("there was memory")
 
 
 def _first_gradient(trainer: Any) -> torch.Tensor:
