@@ -122,7 +122,7 @@ def _steps(log: Log) -> Iterator[Diagnosis]:
     if log.skipped or log.rollbacks:
         back = first_few([f"step {step:,}" if step else "the beginning" for step in log.rollbacks])
         parts = [f"{counted(len(log.skipped), 'step')} skipped"] * bool(log.skipped)
-        evidence = "; ".join([*parts, *[f"went back to {back}, each time on at half the rate"] * bool(back)])
+        evidence = "; ".join([*parts, *[f"went back to {back}, from the second time on at half the rate"] * bool(back)])
         advice = "the journal in the report names the rows: look at them"
         yield Diagnosis("bad steps", evidence, advice if log.skipped else "")
         return

@@ -80,7 +80,7 @@ class TrainBlock(Block):
     as one with corrupted rows (docs/guards.md). A loss or norm that is not finite is always left out."""
     max_rollbacks: int = Field(default=3, ge=0)
     """How often the run goes back to its last healthy checkpoint when the loss rose and stays, or too many steps were
-    skipped; it then goes on at half the rate with the rows in another order. 0: it stops."""
+    skipped; it then goes on with the rows in another order, from the second time on at half the rate. 0: it stops."""
     hang_timeout: Duration | None = "30m"
     """A training process that has begun a step, an eval batch or a checkpoint and gives no sign of life for so long is
     ended with its group; the run goes on once from its last checkpoint. null: never."""

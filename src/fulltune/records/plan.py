@@ -173,8 +173,8 @@ class Plan(Record):
     optimizer_in_backward: bool = False
     chunked_loss: bool = False
     rollbacks: tuple[int, ...] = ()
-    """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the learning
-    rate is half of what it was, after a short warm-up, and the rows come in another order."""
+    """Steps of the checkpoints that the run went back to, oldest first; 0: it began anew. From each on the rows
+    come in another order, and from the second on the learning rate is half of what it was."""
     passes_per_row: int = 1
     """Times that each train row goes through the model in a step, all held together: 2 with R-Drop."""
     attn_implementation: str | None = None

@@ -23,6 +23,8 @@ GUARD = "guard.json"
 """What the guard of single steps remembered."""
 START = "start.npy"
 """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
+STATE = "trainer_state.json"
+"""transformers' own."""
 WEIGHTS = "model.safetensors"
 
 
@@ -82,11 +84,19 @@ def newest_healthy(folder: Path, before: int) -> Path | None:
 
 
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete all but the newest `limit` whole checkpoints and the best one."""
+    """Delete all but the newest `limit` whole checkpoints, the best one, and what was the best one when those were
+    saved: a run that goes back has it for its best one again. That is one checkpoint besides the `limit` at most."""
     found = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
+    best_steps = {best_step, *map(_best_step, found[-limit:])}
     for checkpoint in found[:-limit]:
-        if number_in(checkpoint) != best_step:
+        if number_in(checkpoint) not in best_steps:
             shutil.rmtree(checkpoint)
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """The best step when it was saved."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state["best_global_step"]
 
 
 def drop_unfinished(folder: Path) -> None:

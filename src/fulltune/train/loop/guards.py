@@ -207,21 +207,17 @@ def too_short(notice: str | None, stop_seconds: float) -> str:
     )
 
 
-RATE_SHARE, _WARM_UP_STEPS = 0.5, 20
-"""Of the rate that is kept each time that a run goes back, and the steps until it is reached."""
+RATE_SHARE = 0.5
+"""Of the rate that is kept each time that a run goes back, but for the first time."""
 
 
-def rate_factor(step: int, rollbacks: Sequence[int]) -> float:
-    """What the schedule's rate is multiplied by: half for each time that the run went back, after a short warm-up.
+def rate_factor(rollbacks: int) -> float:
+    """What the planned rate is multiplied by after so many rollbacks: 1, 1, a half, a quarter.
 
-    Args:
-        step: Optimizer steps that are done.
-        rollbacks: Those that were done where the run went on, oldest first.
+    Most causes pass, such as corrupted rows: then the first time half the rate would cost more than they do
+    (docs/guards.md). A rate that is too high brings the trouble back.
     """
-    began = [one for one in rollbacks if one <= step]
-    if not began:
-        return 1.0
-    return float(RATE_SHARE ** len(began) * min(1.0, (step - began[-1] + 1) / _WARM_UP_STEPS))
+    return float(RATE_SHARE ** max(0, rollbacks - 1))
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:

@@ -18,20 +18,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-WINDOW = 128
-"""Clean steps that a step is compared with."""
+WINDOW = 64
+"""Clean steps that a step is compared with: while the loss falls fast, twice as many are half as sharp."""
 LEAST = 32
 """Clean steps below which nothing is suspect but what is not finite."""
-NORM_SCORE, LOSS_SCORE = 5.0, 6.0
+NORM_SCORE, LOSS_SCORE = 3.0, 6.0
 """Robust standard deviations above the median."""
 LEAST_NORM_SPREAD = 0.15
-"""Of the norm's logarithm, so that five of them are twice the median."""
+"""Of the norm's logarithm, so that three of them are 1.6 times the median."""
 LEAST_LOSS_SPREAD = 0.05
 """Of the loss, as a share of the median loss of the first clean steps: a model that has learned its rows by heart has
 losses near 0, and a hard row is no spike."""
 STAYS, STAY_SCORE = 20, 5.0
 """So many steps whose median loss lies so far above the clean ones before them, and none of them below their median."""
-LEAST_RISE = 0.3
+LEAST_RISE = 0.1
 """The same as a share of the median loss of the first clean steps."""
 MOST_IN_A_ROW = 3
 """Steps that are not finite, one after the other."""
@@ -166,7 +166,7 @@ def _stayed_high(seen: StepMemory) -> str:
     before, last = seen.losses[:-STAYS], seen.losses[-STAYS:]
     if seen.first is None or len(before) < LEAST:
         return ""
-    usual, spread = _usual(before, 0.0)
+    usual, spread = _usual(before[-WINDOW:], 0.0)
     now = statistics.median(last)
     if min(last) <= usual or now - usual <= max(STAY_SCORE * spread, LEAST_RISE * abs(seen.first)):
         return ""

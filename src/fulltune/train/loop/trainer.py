@@ -62,8 +62,6 @@ class FullTrainer(Guarded, Trainer):
     head: SelectiveHead | None = None
     start: np.ndarray | None = None
     """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
-    schedule_lag: int = 0
-    """Steps that the schedule did not count, because fp16's scaler skipped them."""
 
     def __init__(
         self,
@@ -99,7 +97,7 @@ class FullTrainer(Guarded, Trainer):
         self.trained_only = trained_only
         self._head_modules = head_modules
         self.add_callback(_Epochs(self.sampler))
-        if plan.rollbacks:
+        if rate_factor(len(plan.rollbacks)) < 1:
             self.add_callback(_LowerRate(self))
 
     def on_skip(self, step: int, judged: Judged) -> None:
@@ -108,11 +106,8 @@ class FullTrainer(Guarded, Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Theirs; lower where the run went back to a checkpoint."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
-        if rollbacks := self._plan.rollbacks:
-            schedule.lr_lambdas = [
-                lambda step, theirs=theirs: theirs(step) * rate_factor(step + self.schedule_lag, rollbacks)
-                for theirs in schedule.lr_lambdas
-            ]
+        if (lower := rate_factor(len(self._plan.rollbacks))) < 1:
+            schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 
     def selecting(self, labels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
@@ -290,7 +285,6 @@ class _LowerRate(TrainerCallback):
         schedule: Any = self.trainer.lr_scheduler
         schedule = getattr(schedule, "scheduler", schedule)  # accelerate's wrapper
         groups = cast("Any", self.trainer.optimizer).param_groups
-        self.trainer.schedule_lag = state.global_step - schedule.last_epoch
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in groups]  # what is logged

@@ -1,15 +1,15 @@
 """Going back to the last healthy checkpoint when the training went wrong: a pure function.
 
 The same rows from the same weights would spike again, or not: spikes come from weights and rows together (PaLM's
-authors skipped 200 to 500 batches, and the same rows did no harm later). So the rows that follow come in another order,
-and the rate is halved, with a short warm-up for moments that are younger than the weights.
+authors skipped 200 to 500 batches, and the same rows did no harm later). So the rows that follow come in another order.
+Where the trouble comes again the rate is to blame, and is halved as well.
 """
 
 from __future__ import annotations
 
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.train.loop.guards import RATE_SHARE
+from fulltune.train.loop.guards import rate_factor
 from fulltune.train.parent.next_attempt import NextAttempt
 
 
@@ -28,10 +28,11 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
     if since <= 1:  # nothing was ever well
         return None
     rollbacks = (*plan.rollbacks, healthy_step)
-    rate = plan.learning_rate * RATE_SHARE ** len(rollbacks)
+    lower = rate_factor(len(rollbacks))
+    at = "at the same rate" if lower == 1 else f"at {lower:g} of the rate ({plan.learning_rate * lower:.3g})"
     where = f"to the checkpoint of step {healthy_step:,}" if healthy_step else "to the beginning"
     said = (
-        f"{outcome.reason}; going back {where}, on with half the rate ({rate:.3g}) and the rows in another order "
+        f"{outcome.reason}; going back {where}, on {at} with the rows in another order "
         f"(rollback {len(rollbacks)} of at most {most})"
     )
     return NextAttempt(plan.model_copy(update={"rollbacks": rollbacks}), resume=healthy_step > 0, reason=said)

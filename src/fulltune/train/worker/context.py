@@ -24,7 +24,7 @@ from fulltune.tasks.settings import class_weights
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
-from fulltune.train.loop.guards import RATE_SHARE
+from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.trainer import FullTrainer, StoppedScoring
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
@@ -95,7 +95,7 @@ class AttemptContext:
     def highest_rate(self) -> float:
         """Peak of body or head, whichever learns faster; lower where the run went back."""
         highest = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
-        return highest * RATE_SHARE ** len(self.plan.rollbacks)
+        return highest * rate_factor(len(self.plan.rollbacks))
 
     @cached_property
     def sharing(self) -> deepspeed.Zero | None:
