@@ -79,6 +79,8 @@ class Inside:
     act: str
     steps: int = 1
     arms: tuple[str, ...] = tuple(ARMS)
+    exits: int = 0
+    """What the first command should end with."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Outside:
     small_disk: bool = False
     processes: tuple[int, ...] = (1, 2)
     arms: tuple[str, ...] = ("guard",)
+    exits: int = 0
 
 
 FAULTS: dict[str, Inside | Outside] = {
@@ -106,15 +109,15 @@ FAULTS: dict[str, Inside | Outside] = {
     "corrupted labels, 20 steps": Inside("corrupted_labels", 20),
     "shuffled inputs, 20 steps": Inside("shuffled_inputs", 20),
     "out of memory": Inside("no_memory", arms=("guard",)),
-    "kill -9 of the parent": Outside(strikes.kill_parent),
+    "kill -9 of the parent": Outside(strikes.kill_parent, exits=-9),
     "kill -9 of the worker": Outside(strikes.kill_started),
     "kill -9 of one process of two": Outside(strikes.kill_last, processes=(2,)),
-    "SIGTERM of the parent": Outside(strikes.ask_parent),
+    "SIGTERM of the parent": Outside(strikes.ask_parent, exits=75),
     "hung process": Outside(strikes.stop_last),
-    "full disk": Outside(strikes.fill(0.5), strikes.make_room, small_disk=True),
-    "full disk, not a byte left": Outside(strikes.fill(0.0), strikes.make_room, small_disk=True),
-    "torn checkpoint": Outside(strikes.kill_all, strikes.tear),
-    "flipped byte in a checkpoint": Outside(strikes.kill_all, strikes.flip),
+    "full disk": Outside(strikes.fill(0.5), strikes.make_room, small_disk=True, exits=3),
+    "full disk, not a byte left": Outside(strikes.fill(0.0), strikes.make_room, small_disk=True, exits=3),
+    "torn checkpoint": Outside(strikes.kill_all, strikes.tear, exits=-9),
+    "flipped byte in a checkpoint": Outside(strikes.kill_all, strikes.flip, exits=-9),
 }
 
 
@@ -275,6 +278,13 @@ class Judged:
         return self.line["exits"][-1] == 0 and self.lost <= errors * self.error + 1e-9
 
     @property
+    def odd_exits(self) -> str:
+        """Exit codes, unless they are what they should be."""
+        first, *again = self.line["exits"]
+        is_usual = first == FAULTS[self.line["fault"]].exits and set(again) <= {0}
+        return "" if is_usual else " then ".join(map(str, (first, *again)))
+
+    @property
     def in_errors(self) -> float:
         return self.lost / self.error if self.error else math.copysign(math.inf, self.lost) if self.lost else 0.0
 
@@ -291,18 +301,18 @@ def table(folder: Path) -> None:
     groups: dict[tuple[str, str], list[Judged]] = collections.defaultdict(list)
     for cell, line in read(folder).items():
         groups[cell.fault, cell.arm].append(Judged(line, *compared(folder, cell)))
-    print("| fault | arm | runs | identical | within 1 SE | within 2 SE | mean loss in SE | other last exits |")
+    print("| fault | arm | runs | identical | within 1 SE | within 2 SE | mean loss in SE | unexpected exit codes |")
     print("|---|---|---:|---:|---:|---:|---:|---|")
     for fault, arm in itertools.product(FAULTS, ARMS):
         if runs := groups.get((fault, arm)):
             known = [one.in_errors for one in runs if math.isfinite(one.in_errors)]
             mean = f"{np.mean(known):+.2f}" + f" of {len(known)}" * (len(known) < len(runs)) if known else "-"
-            others = collections.Counter(one.line["exits"][-1] for one in runs if one.line["exits"][-1] != 0)
-            codes = ", ".join(f"{count} with {code}" for code, count in others.items())
+            odd = collections.Counter(one.odd_exits for one in runs if one.odd_exits)
+            codes = ", ".join(f"{count} with {exits}" for exits, count in odd.items())
             print("| " + " | ".join(map(str, (fault, arm, len(runs), *counts(runs), mean, codes))) + " |")
-    print("\nNot recovered:")
+    print("\nNot recovered, or not as expected:")
     for one in itertools.chain.from_iterable(groups.values()):
-        if not one.within(1) or one.line["still running"]:
+        if not one.within(1) or one.odd_exits or one.line["still running"]:
             print(f"- {Cell.of(one.line)}: {one}")
     print("\nRuns:")
     for where, count in collections.Counter((cell.kind, cell.processes, cell.seed) for cell in read(folder)).items():

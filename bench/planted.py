@@ -36,7 +36,7 @@ class Planted:
     act: str = ""
     """A function of `tests/train/faults.py`; empty: nothing."""
     first: int = 0
-    """The first optimizer step with the fault, from 1."""
+    """The first optimizer step with the fault, counted as they are taken: the checks before step 1 take one or two."""
     steps: int = 0
     guarded: bool = True
     footprints: str = ""

@@ -30,7 +30,7 @@ def planted(fault: Fault, steps: Callable[[int], bool]) -> Iterator[list[int]]:
     """Plant a fault at these steps, from 1; yields the steps at which it was."""
     taken, met = [1], []
     after: list[Callable[[], None]] = []
-    step, clip = FullTrainer.training_step, FullTrainer._clip_grad_norm
+    step, clip, get_norm = FullTrainer.training_step, FullTrainer._clip_grad_norm, FullTrainer._get_grad_norm
 
     def training_step(trainer: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         if steps(taken[0]):
@@ -38,16 +38,25 @@ def planted(fault: Fault, steps: Callable[[int], bool]) -> Iterator[list[int]]:
             met.append(taken[0])
         return step(trainer, model, inputs, *rest)
 
-    def clipped(trainer: Any, model: Any) -> Any:
+    def gradients_are_there() -> None:
         for act in after:
             act()
         after.clear()
         taken[0] += 1
+
+    def clipped(trainer: Any, model: Any) -> Any:
+        gradients_are_there()
         return clip(trainer, model)
+
+    def normed(trainer: Any, model: Any, grad_norm: Any = None) -> Any:
+        if trainer.args.max_grad_norm == 0:  # nothing was clipped before
+            gradients_are_there()
+        return get_norm(trainer, model, grad_norm)
 
     with (
         mock.patch.object(FullTrainer, "training_step", training_step),
         mock.patch.object(FullTrainer, "_clip_grad_norm", clipped),
+        mock.patch.object(FullTrainer, "_get_grad_norm", normed),
     ):
         yield met
 
