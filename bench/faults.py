@@ -43,10 +43,14 @@ from fulltune.stats.bootstrap import Resampled
 from fulltune.train.journal import last_step
 
 LAUNCHER = Path(__file__).with_name("planted.py")
+UNGUARDED = [
+    *("train.skip_suspect_steps=false", "train.max_rollbacks=0", "train.eval_on_start=false"),
+    "train.load_best_model_at_end=false",  # transformers' default: else a run is scored from before its fault
+]
 ARMS: dict[str, list[str]] = {
     "guard": [],
-    "clipping": ["train.skip_suspect_steps=false", "train.max_rollbacks=0", "train.max_grad_norm=1"],
-    "no clipping": ["train.skip_suspect_steps=false", "train.max_rollbacks=0", "train.max_grad_norm=0"],
+    "clipping": [*UNGUARDED, "train.max_grad_norm=1"],
+    "no clipping": [*UNGUARDED, "train.max_grad_norm=0"],
 }
 LONGEST_SECONDS = 1200
 """A command that takes longer hangs, and is killed."""

@@ -43,7 +43,8 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
         except BaseException as error:
             status, reason = meaning_of(error)
             if status in ("error", "out_of_memory"):
-                traceback.print_exc()
+                with contextlib.suppress(OSError):  # the log lies on the disk that may be full
+                    traceback.print_exc()
             if status == "disk_full":
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
             since = error.since if isinstance(error, Spiked) else None
@@ -77,6 +78,10 @@ def _train(
         return attempt.train(request, hooks, journal, stop, listener, observed)
 
 
+_FULL_DISK = ("No space left", "PytorchStreamWriter failed", "enforce fail at inline_container")
+"""What torch says when a file could not be written to its end."""
+
+
 def meaning_of(error: BaseException) -> tuple[OutcomeStatus, str]:
     """What an exception means for the next attempt."""
     text = " ".join(str(error).split())
@@ -92,7 +97,7 @@ def meaning_of(error: BaseException) -> tuple[OutcomeStatus, str]:
     if is_out_of_memory(error):
         return "out_of_memory", text[:500] or kind
     no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if no_space or "No space left" in text or "PytorchStreamWriter failed" in text:
+    if no_space or any(words in text for words in _FULL_DISK):
         return "disk_full", text[:500]
     if isinstance(error, DoesNotFitError):
         return "does_not_fit", text
@@ -126,15 +131,17 @@ def _signals_put_back() -> Iterator[None]:
 
 
 def _end_with_parent(parent_pid: int) -> None:
-    """A worker whose parent was killed must not go on training unseen."""
+    """A worker whose parent was killed must not go on training unseen; nor one whose torchrun was, beside the next."""
+    started_by = os.getppid()
 
     def watch() -> None:
-        while True:
-            time.sleep(1)
+        while os.getppid() == started_by:
+            time.sleep(0.5)
             try:
                 os.kill(parent_pid, 0)
             except ProcessLookupError:
-                os._exit(1)
+                break
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
