@@ -23,6 +23,11 @@ from tests.train import faults, runs
 
 ROWS = tiny.topic_rows(96)
 TRAIN: dict[str, Any] = {"global_batch_size": 8, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 5}
+BLOCKS: dict[str, Any] = {
+    "data": {"eval_fraction": 0.4},
+    "evaluate": {"metric": "loss"},
+    "method": {"learning_rate": 1e-2},
+}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,7 @@ TRAIN: dict[str, Any] = {"global_batch_size": 8, "logging_steps": 1, "eval_strat
         (1, [1.0] * 10 + [1.5] * 20, None, "go on"),  # once is no sign
         (0, [1.0] * 10 + [1.5] * 20, None, "go on"),
         (2, [1.0] * 10 + [0.8] * 20, None, "go on"),  # over-fitted, if anything
+        (2, [1.0] * 4 + [1.5] * 15, None, "go on"),  # hardly begun
         (2, [1.0] * 10 + [1.5] * 20, 2.0, "go on"),  # the first batch was easy
         (2, [], None, "go on"),
     ],
@@ -128,12 +134,19 @@ def test_run_that_makes_the_model_worse_ends_with_exit_code_5(tiny_encoder: Path
         pipeline.run(job, "train")
 
     assert caught.value.exit_code == 5
-    assert [event["step"] for event in runs.events(tmp_path, "eval")] == [0, 5, 10]
+    assert [event["step"] for event in runs.events(tmp_path, "eval")] == [0, 5, 10, 15, 20], "of 20 losses"
     assert Outcome.load(next(tmp_path.glob("run/attempts/*/outcome.json"))).status == "diverged"
 
 
-def test_without_the_evaluation_before_step_1_nothing_is_compared(tiny_encoder: Path, tmp_path: Path) -> None:
-    train = {**TRAIN, "max_steps": 15, "warmup_steps": 0, "eval_on_start": False}
+def test_few_eval_rows_are_not_judged_by(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {**TRAIN, "max_steps": 25, "warmup_steps": 0}
     with faults.planted(upwards, lambda step: True):
-        runs.run(tmp_path, tiny_encoder, ROWS, train=train, evaluate={"metric": "loss"}, method={"learning_rate": 1e-3})
-    assert [event["step"] for event in runs.events(tmp_path, "eval")] == [5, 10, 15]
+        runs.run(tmp_path, tiny_encoder, ROWS, train=train, **{**BLOCKS, "data": {}})
+    assert runs.events(tmp_path, "eval")[-1]["step"] == 25
+
+
+def test_without_the_evaluation_before_step_1_nothing_is_compared(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {**TRAIN, "max_steps": 25, "warmup_steps": 0, "eval_on_start": False}
+    with faults.planted(upwards, lambda step: True):
+        runs.run(tmp_path, tiny_encoder, ROWS, train=train, **BLOCKS)
+    assert [event["step"] for event in runs.events(tmp_path, "eval")] == [5, 10, 15, 20, 25]

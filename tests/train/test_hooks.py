@@ -210,7 +210,7 @@ def test_keep_best_saves_the_weights_of_the_best_evaluation(tiny_encoder: Path, 
     ).outcome
 
     assert outcome is not None
-    seen = {event["step"]: event["metrics"]["loss"] for event in runs.events(tmp_path, "eval")}
+    seen = {event["step"]: event["metrics"]["loss"] for event in runs.events(tmp_path, "eval") if event["step"]}
     best = min(seen.values())
     assert len(set(seen.values())) > 2
     assert outcome.best_metric == best
@@ -254,7 +254,7 @@ def test_last_weights_are_kept_where_eval_rows_cannot_tell_them_from_the_best(
         tmp_path,
         tiny_encoder,
         ROWS,
-        train={"num_train_epochs": 4, "save_total_limit": 1},
+        train={"num_train_epochs": 4, "save_total_limit": 1, "eval_on_start": False},
         evaluate={"metric": metric},
         data={"eval_fraction": 0.125},
     )
@@ -275,7 +275,7 @@ def test_a_rate_that_does_not_fall_leaves_the_best_weights(
 ) -> None:
     coming = iter((0.5, 0.8, 0.4, 0.79))
     monkeypatch.setattr(text_classification, "metrics", lambda kept, target: {"accuracy": next(coming)})
-    train = {"num_train_epochs": 4, "lr_scheduler_type": "constant"}
+    train = {"num_train_epochs": 4, "lr_scheduler_type": "constant", "eval_on_start": False}
     outcome = runs.run(tmp_path, tiny_encoder, ROWS, train=train).outcome
     assert outcome is not None
     assert (outcome.best_step, outcome.best_metric) == (outcome.steps // 2, 0.8)
@@ -286,7 +286,7 @@ def test_early_stopping_follows_the_task_metric_and_keeps_the_best(
     metric: str, values: tuple[float, ...], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss falls all the time: it must not matter."""
-    coming = iter([*values, *[0.9] * 20])
+    coming = iter([0.9, *values, *[0.9] * 20])  # before step 1 first, which is no evaluation of the run
     losses = iter(range(100, 0, -1))
     monkeypatch.setattr(
         text_classification, "metrics", lambda kept, target: {metric: next(coming), "loss": float(next(losses))}

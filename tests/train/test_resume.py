@@ -272,13 +272,15 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes([step]))
+        best = 10 if step == 15 else 5
+        (folder / checkpoints.STATE).write_text(json.dumps({"best_global_step": best}), encoding="utf-8")
         if step != 25:
             checkpoints.seal(folder)
 
     checkpoints.keep_few(tmp_path, 2, best_step=5)
 
-    # The unfinished one neither counts nor goes: it is being written.
-    assert {number_in(path) for path in tmp_path.iterdir()} == {5, 15, 20, 25}
+    # The unfinished one neither counts nor goes: it is being written. A run that goes back to 15 has 10 for its best.
+    assert {number_in(path) for path in tmp_path.iterdir()} == {5, 10, 15, 20, 25}
 
 
 def test_rotation_in_a_run_keeps_the_best_and_the_newest(tiny_encoder: Path, tmp_path: Path) -> None:

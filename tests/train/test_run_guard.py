@@ -299,9 +299,22 @@ def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_p
     usual = dict(rates[:40])
     later = dict(rates[rates.index((39, usual[39])) + 1 :])
     assert usual[39] is not None
-    assert later[37] == pytest.approx(usual[37] / 40)
-    assert later[39] == pytest.approx(usual[39] * 3 / 40)
-    assert later[60] == pytest.approx(0.5 * 1e-3 * (90 - 59) / 81), "9 steps of warm-up"
+    assert (later[37], later[39]) == (usual[37], usual[39]), "the first time the rate is kept"
+    assert later[60] == pytest.approx(1e-3 * (90 - 59) / 81), "9 steps of warm-up"
+
+
+@pytest.mark.long
+def test_trouble_that_comes_again_goes_back_again_and_halves_the_rate(model: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    found = run(tmp_path, model, faults.nan_gradient, {*range(40, 45), *range(70, 75)}, seen.append)
+    assert found.outcome is not None
+    assert (found.outcome.status, found.outcome.attempt) == ("done", 3)
+    first, second = Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks
+    assert first == 36
+    rates = {event.step: event.learning_rate for event in seen if isinstance(event, StepLogged)}
+    assert rates[second - 1] == pytest.approx(1e-3 * (90 - second + 2) / 81)
+    assert rates[second + 1] == pytest.approx(0.5 * 1e-3 * (90 - second) / 81)
+    assert rates[89] == pytest.approx(0.5 * 1e-3 * 2 / 81)
 
 
 @pytest.mark.long

@@ -52,8 +52,7 @@ def fit(
     steps = basis.steps
     metric = resolve.metric(recipe, summary, reasons)
     rate, why = defaults.learning_rate_of(recipe.method, shapes.num_parameters, shapes.is_decoder)
-    if recipe.method.is_searched:
-        why = f"the search's middle one: {why}"
+    why = f"the search's middle one: {why}" if recipe.method.is_searched else why
     rate = reasons.add("method.learning_rate", recipe.method.fixed_learning_rate, rate, why)
     resolve.head_rate(recipe, rate, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)

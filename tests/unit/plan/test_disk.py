@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fulltune.plan import changed
+from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Seals
 from tests import plans
@@ -29,9 +31,9 @@ def most_at_once(folder: Path, steps: list[int], limit: int, best: int) -> int:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "model.safetensors").write_bytes(b"x")
-        state = SimpleNamespace(
-            is_world_process_zero=True, global_step=step, best_global_step=best if step >= best else steps[0]
-        )
+        known = best if step >= best else steps[0]
+        (checkpoint / checkpoints.STATE).write_text(json.dumps({"best_global_step": known}), encoding="utf-8")
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step, best_global_step=known)
         seals.on_save(SimpleNamespace(world_size=1), state, None)
     return max(counts)
 
@@ -79,6 +81,7 @@ def test_a_checkpoint_is_sealed_in_the_phase_saving(tmp_path: Path) -> None:
     journal.at("step")
     seals = Seals(tmp_path, 2, lambda: seen.append(journal.phase), journal)
     (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / checkpoints.STATE).write_text('{"best_global_step": 1}', encoding="utf-8")
     state = SimpleNamespace(is_world_process_zero=True, global_step=1, best_global_step=1)
     seals.on_save(SimpleNamespace(world_size=1), state, None)
     assert (seen, journal.phase) == (["saving"], "step")

@@ -71,7 +71,7 @@ def test_time_of_a_run_is_the_sum_of_its_parts() -> None:
     work = time.Work(tokens_per_row=64, longest=64, flops_per_token=1e6, attention_flops_per_pair=0)
     need = time.foresee(plan, data, work, seconds_per_step=2.0, forward_flops=1e9)
     assert need.train_seconds == 200
-    assert need.eval_seconds == pytest.approx(4 * 1000 * 64 * 1e6 / 1e9)
+    assert need.eval_seconds == pytest.approx((1 + 4) * 1000 * 64 * 1e6 / 1e9), "one before step 1"
     # Each evaluation saves as well; the further saves fall on two of them.
     assert need.save_seconds == pytest.approx(4 * 3)
     assert (need.tokens, need.tokens_per_second, need.source) == (100 * 8 * 64, 8 * 64 / 2, "arithmetic")

@@ -156,7 +156,8 @@ def made_worse(
 ) -> GuardDecision:
     """Stop a run that makes the model worse than it was, by the eval rows and by its own loss.
 
-    A run that is over-fitted has worse evaluations, too, but a loss that has fallen: that is for early stopping.
+    A run that is over-fitted has worse evaluations, too, but a loss that has fallen: that is for early stopping. The
+    loss is judged from `2 * WINDOW` readings on: in the first ones nothing has been learned yet.
 
     Args:
         behind: So many evaluations in a row, after the warm-up, were worse than the one before step 1 by more than two
@@ -167,7 +168,7 @@ def made_worse(
         untrained: As for `diverged`.
     """
     begin, now = _beginning(losses, untrained), statistics.median(losses[-2 * WINDOW :] or [0.0])
-    if behind < MOST_BEHIND or not losses or now < begin:
+    if behind < MOST_BEHIND or len(losses) < 2 * WINDOW or now < begin:
         return GO_ON
     return GuardDecision(
         "stop",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ERRORS = 2.0
 """Standard errors that an evaluation must be worse by."""
+LEAST_ROWS = 30
+"""Eval rows below which a standard error says little."""
 
 
 def score_first(attempt: AttemptContext) -> None:
@@ -51,8 +53,12 @@ class AgainstStart(TrainerCallback):
         now = measure.counts(attempt.kept)
         if state.global_step == 0:
             trainer.start = now
-        elif self.judged and trainer.start is not None and state.global_step > attempt.plan.warmup_steps:
+        elif self._may_judge(state) and trainer.start is not None:
             self._judge(measure, trainer.start, now, state)
+
+    def _may_judge(self, state: Any) -> bool:
+        plan, rows = self.attempt.plan, self.attempt.summary.splits["eval"].rows
+        return self.judged and rows >= LEAST_ROWS and state.global_step > plan.warmup_steps
 
     def _judge(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: Any) -> None:
         """Of an evaluation after the warm-up. All processes have the same rows, and decide alike."""
