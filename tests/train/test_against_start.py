@@ -26,7 +26,7 @@ TRAIN: dict[str, Any] = {"global_batch_size": 8, "logging_steps": 1, "eval_strat
 BLOCKS: dict[str, Any] = {
     "data": {"eval_fraction": 0.4},
     "evaluate": {"metric": "loss"},
-    "method": {"learning_rate": 1e-2},
+    "method": {"learning_rate": 1e-3},
 }
 
 
@@ -123,9 +123,7 @@ def upwards(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
 
 def test_run_that_makes_the_model_worse_ends_with_exit_code_5(tiny_encoder: Path, tmp_path: Path) -> None:
     train = {**TRAIN, "max_steps": 30, "warmup_steps": 0}
-    job = runs.job(
-        tmp_path, tiny_encoder, ROWS, train=train, evaluate={"metric": "loss"}, method={"learning_rate": 1e-3}
-    )
+    job = runs.job(tmp_path, tiny_encoder, ROWS, train=train, **BLOCKS)
     with (
         runs.in_this_process(),
         faults.planted(upwards, lambda step: True),

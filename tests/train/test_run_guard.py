@@ -187,8 +187,11 @@ def test_run_goes_back_so_often_and_from_the_second_time_on_at_half_the_rate() -
     assert roll_back(plan(), 3, outcome("spiked", trouble_since=1), 0) is None, "nothing was ever well"
 
 
-@pytest.mark.parametrize(("rollbacks", "factor"), [(0, 1.0), (1, 1.0), (2, 0.5), (3, 0.25)])
-def test_rate_is_halved_each_time_but_the_first(rollbacks: int, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("rollbacks", "factor"),
+    [((), 1.0), ((100,), 1.0), ((100, 100), 0.5), ((100, 0), 0.5), ((100, 80, 80), 0.25), ((0,), 0.5), ((0, 60), 0.25)],
+)
+def test_rate_is_halved_each_time_but_a_first_one_to_a_checkpoint(rollbacks: tuple[int, ...], factor: float) -> None:
     assert rate_factor(rollbacks) == factor
 
 

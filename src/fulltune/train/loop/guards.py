@@ -212,13 +212,17 @@ RATE_SHARE = 0.5
 """Of the rate that is kept each time that a run goes back, but for the first time."""
 
 
-def rate_factor(rollbacks: int) -> float:
-    """What the planned rate is multiplied by after so many rollbacks: 1, 1, a half, a quarter.
+def rate_factor(rollbacks: Sequence[int]) -> float:
+    """What the planned rate is multiplied by: a half for each rollback but a first one to a checkpoint.
 
-    Most causes pass, such as corrupted rows: then the first time half the rate would cost more than they do
-    (docs/guards.md). A rate that is too high brings the trouble back.
+    Most causes pass, such as corrupted rows: then half the rate would cost more than they do (docs/guards.md). A rate
+    that is too high brings the trouble back, or leaves no step that was well.
+
+    Args:
+        rollbacks: Steps that were done where the run went on, oldest first; 0: none, it began anew.
     """
-    return float(RATE_SHARE ** max(0, rollbacks - 1))
+    passed = bool(rollbacks) and rollbacks[0] > 0
+    return float(RATE_SHARE ** (len(rollbacks) - passed))
 
 
 def stopped_improving(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:

@@ -97,7 +97,7 @@ class FullTrainer(Guarded, Trainer):
         self.trained_only = trained_only
         self._head_modules = head_modules
         self.add_callback(_Epochs(self.sampler))
-        if rate_factor(len(plan.rollbacks)) < 1:
+        if rate_factor(plan.rollbacks) < 1:
             self.add_callback(_LowerRate(self))
 
     def on_skip(self, step: int, judged: Judged) -> None:
@@ -106,7 +106,7 @@ class FullTrainer(Guarded, Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Theirs; lower where the run went back to a checkpoint."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
-        if (lower := rate_factor(len(self._plan.rollbacks))) < 1:
+        if (lower := rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 

@@ -28,7 +28,7 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
     if since <= 1:  # nothing was ever well
         return None
     rollbacks = (*plan.rollbacks, healthy_step)
-    lower = rate_factor(len(rollbacks))
+    lower = rate_factor(rollbacks)
     at = "at the same rate" if lower == 1 else f"at {lower:g} of the rate ({plan.learning_rate * lower:.3g})"
     where = f"to the checkpoint of step {healthy_step:,}" if healthy_step else "to the beginning"
     said = (

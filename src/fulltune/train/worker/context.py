@@ -95,7 +95,7 @@ class AttemptContext:
     def highest_rate(self) -> float:
         """Peak of body or head, whichever learns faster; lower where the run went back."""
         highest = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
-        return highest * rate_factor(len(self.plan.rollbacks))
+        return highest * rate_factor(self.plan.rollbacks)
 
     @cached_property
     def sharing(self) -> deepspeed.Zero | None:
