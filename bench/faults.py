@@ -69,9 +69,9 @@ class Wanted:
 
 
 WANTED = {
-    "prompts-llama": Wanted(3e-3, 400),
-    "written-t5": Wanted(3e-3, 400),
-    "classes-minilm": Wanted(2e-4, 240),
+    "prompts-llama": Wanted(3e-3, 260),
+    "written-t5": Wanted(3e-3, 260),
+    "classes-minilm": Wanted(2e-4, 160),
 }
 USED = {name: replace(KINDS[name], batch=16, rows=1000) for name in WANTED}
 
@@ -82,6 +82,8 @@ class Inside:
 
     act: str
     steps: int = 1
+    lasting: bool = True
+    """Whether it comes again when the step is computed once more."""
     arms: tuple[str, ...] = tuple(ARMS)
     exits: int = 0
     """What the first command should end with."""
@@ -102,9 +104,10 @@ class Outside:
 FAULTS: dict[str, Inside | Outside] = {
     "clean": Inside("", 0, arms=("guard",)),
     "control: one update left out": Inside("update_left_out", arms=("guard",)),
+    "NaN gradient that passes": Inside("nan_gradient", lasting=False),
     "NaN gradient, 1 step": Inside("nan_gradient"),
     "NaN gradient, 5 steps": Inside("nan_gradient", 5),
-    "infinite gradient": Inside("infinite_gradient"),
+    "infinite gradient that passes": Inside("infinite_gradient", lasting=False),
     "infinite logits": Inside("infinite_logits"),
     "gradient x10": Inside("large_gradient"),
     "rate x30, 5 steps": Inside("high_rate", 5),
@@ -181,7 +184,8 @@ def do(folder: Path, cell: Cell, clean_weights: str) -> dict[str, Any]:
     Path(f"{run}.log").unlink(missing_ok=True)
     planted = Planted(guarded=cell.arm == "guard", footprints=str(recipe.parent))
     if isinstance(fault, Inside):
-        planted = replace(planted, act=fault.act, first=WANTED[cell.kind].middle, steps=fault.steps)
+        planted = replace(planted, act=fault.act, first=WANTED[cell.kind].middle)
+        planted = replace(planted, steps=fault.steps, lasting=fault.lasting)
         began = time.monotonic()
         exits = [ended(cell, recipe, run, planted)]
     else:

@@ -36,8 +36,10 @@ class Planted:
     act: str = ""
     """A function of `tests/train/faults.py`; empty: nothing."""
     first: int = 0
-    """The first optimizer step with the fault, counted as they are taken: the checks before step 1 take one or two."""
+    """The first optimizer step with the fault."""
     steps: int = 0
+    lasting: bool = True
+    """Each time that the step is computed; False: the first time alone."""
     guarded: bool = True
     footprints: str = ""
     """Folder for the models' memory, which takes longer to find than a short run to train; empty: found anew."""
@@ -105,7 +107,7 @@ def worker(given: Planted, file: str) -> int:
             planted.enter_context(unguarded())
         if Request.load(Path(file)).attempt == 1 and given.is_here():
             steps = range(given.first, given.first + given.steps)
-            planted.enter_context(faults.planted(getattr(faults, given.act), steps.__contains__))
+            planted.enter_context(faults.planted(getattr(faults, given.act), steps.__contains__, given.lasting))
         return main.main(file)
 
 

@@ -26,38 +26,36 @@ before they are clipped."""
 
 
 @contextlib.contextmanager
-def planted(fault: Fault, steps: Callable[[int], bool]) -> Iterator[list[int]]:
-    """Plant a fault at these steps, from 1; yields the steps at which it was."""
-    taken, met = [1], []
+def planted(fault: Fault, steps: Callable[[int], bool], lasting: bool = True) -> Iterator[list[int]]:
+    """Plant a fault at these steps, from 1; yields the steps at which it was.
+
+    Args:
+        fault: The fault.
+        steps: Whether it comes at a step.
+        lasting: It comes each time that such a step is computed; False: the first time alone.
+    """
+    number, met = 0, []
+    now: tuple[Any, int] = (None, -1)
+    computed = False
     after: list[Callable[[], None]] = []
-    step, clip, get_norm = FullTrainer.training_step, FullTrainer._clip_grad_norm, FullTrainer._get_grad_norm
+    real = FullTrainer.training_step
 
     def training_step(trainer: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        if steps(taken[0]):
+        nonlocal number, now, computed
+        if now[0] is not trainer or now[1] != trainer.state.global_step:
+            number, now, computed = number + 1, (trainer, trainer.state.global_step), False
+        if steps(number) and (lasting or not computed):
             after.append(fault(trainer, inputs))
-            met.append(taken[0])
-        return step(trainer, model, inputs, *rest)
+            met.append(number)
+        loss = real(trainer, model, inputs, *rest)
+        if trainer.accelerator.sync_gradients:  # of the last micro batch: all gradients are there
+            for act in after:
+                act()
+            after.clear()
+            computed = True
+        return loss
 
-    def gradients_are_there() -> None:
-        for act in after:
-            act()
-        after.clear()
-        taken[0] += 1
-
-    def clipped(trainer: Any, model: Any) -> Any:
-        gradients_are_there()
-        return clip(trainer, model)
-
-    def normed(trainer: Any, model: Any, grad_norm: Any = None) -> Any:
-        if trainer.args.max_grad_norm == 0:  # nothing was clipped before
-            gradients_are_there()
-        return get_norm(trainer, model, grad_norm)
-
-    with (
-        mock.patch.object(FullTrainer, "training_step", training_step),
-        mock.patch.object(FullTrainer, "_clip_grad_norm", clipped),
-        mock.patch.object(FullTrainer, "_get_grad_norm", normed),
-    ):
+    with mock.patch.object(FullTrainer, "training_step", training_step):
         yield met
 
 
@@ -80,8 +78,8 @@ def large_gradient(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
 
 def high_rate(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:
     def act() -> None:
-        for group in trainer.optimizer.param_groups:
-            group["lr"] *= 30  # until the schedule sets it anew
+        for group, usual in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = 30 * usual  # until the schedule sets it anew
 
     return act
 

@@ -21,7 +21,7 @@ from transformers import BertForSequenceClassification
 import fulltune
 from fulltune import pipeline
 from fulltune.errors import Diverged, GuardStop, InterruptedRun
-from fulltune.records.events import AttemptFailed, Event, StepLogged, StepSkipped
+from fulltune.records.events import AttemptFailed, Event, StepLogged, StepSkipped, Warned
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
@@ -240,11 +240,11 @@ def run(
     listener: Any = lambda event: None,
     **blocks: Any,
 ) -> Reached:
-    """A run with this fault at these steps; the dry run takes the first two."""
+    """A run with this fault at these steps."""
     train = {**BLOCKS["train"], **blocks.pop("train", {})}
     job = runs.job(folder, model, ROWS, options={"listener": listener}, **{**BLOCKS, **blocks, "train": train})
     met = steps if callable(steps) else steps.__contains__
-    with runs.in_this_process(), faults.planted(fault, lambda step: met(step - 2)):
+    with runs.in_this_process(), faults.planted(fault, met):
         return pipeline.run(job, "train")
 
 
@@ -279,6 +279,23 @@ def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(
     assert runs.final_weights(tmp_path)
     journal = (tmp_path / "run/attempts/full-seed42-01/journal.jsonl").read_text(encoding="utf-8")
     assert f"step 30: {skipped.reason}; train rows " in journal
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+def test_fault_that_passes_leaves_nothing_behind(micro: int, model: Path, tmp_path: Path) -> None:
+    """Computed once more with the same dropout: the weights are those of a run without it."""
+    train = {**BLOCKS["train"], "num_train_epochs": 2, "micro_batch_size": micro}
+    run(tmp_path / "clean", model, train=train)
+    seen: list[Event] = []
+    job = runs.job(tmp_path, model, ROWS, options={"listener": seen.append}, **{**BLOCKS, "train": train})
+    with runs.in_this_process(), faults.planted(faults.nan_gradient, [20].__contains__, lasting=False) as met:
+        pipeline.run(job, "train")
+    assert set(met) == {20}
+    assert not [event for event in seen if isinstance(event, StepSkipped)]
+    [said] = [event.text for event in seen if isinstance(event, Warned)]
+    assert said == "step 20: the gradient norm is nan; computed once more it was as usual"
+    whole = runs.final_weights(tmp_path / "clean")
+    assert all(torch.equal(whole[name], one) for name, one in runs.final_weights(tmp_path).items())
 
 
 def test_skipped_step_changes_no_weight(model: Path, tmp_path: Path) -> None:

@@ -27,6 +27,17 @@ from fulltune.train.optim.in_backward import InBackward
 _log = logging.getLogger(__name__)
 
 
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """Of dropout, here and on the device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(states: Sequence[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 class Guarded:
     """Mixin for a `Trainer`: sees each loss and gradient norm, and skips or stops before a bad update.
 
@@ -49,6 +60,7 @@ class Guarded:
     model: Any
     state: Any
     is_deepspeed_enabled: Any
+    _clip_grad_norm: Any
 
     passes_per_row: int = 1
     """A batch has its rows so many times."""
@@ -67,6 +79,10 @@ class Guarded:
     """Leave out the updates of suspect steps; False: only of those that are not finite."""
     batches: Sequence[dict[str, Any]] = ()
     """The micro batches of this step so far."""
+    _random: Sequence[torch.Tensor] = ()
+    """States of the random numbers before this step's first micro batch."""
+    _num_items: Any = None
+    """What its loss is divided by."""
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
     usual_loss: float = 0.0
@@ -84,7 +100,10 @@ class Guarded:
             self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel() // self.passes_per_row
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
+        if not self.batches:
+            self._random = _random_state(self.args.device)
         self.batches = [*self.batches, inputs]
+        self._num_items = num_items_in_batch
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
         self._losses = self._losses + loss.detach().float()
         # The Trainer adds the losses up for its log, where one that is not a number would hide the others.
@@ -107,7 +126,7 @@ class Guarded:
         if self.in_backward is not None:
             # The gradients are gone; each was judged before its tensor was updated.
             self.tensors_with_gradient |= frozenset(self.in_backward.updated)
-            self._judge(losses, None)
+            self._judge(losses, None, model)
             return None
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
@@ -120,7 +139,7 @@ class Guarded:
                 # DeepSpeed has taken the gradients; the optimizer's second moments say which were there.
                 if self.is_deepspeed_enabled or parameter.grad is not None
             )
-        judged, known = self._judge(losses, norm)
+        judged, known = self._judge(losses, norm, model)
         if judged.action == "skip":
             model.zero_grad(set_to_none=True)
         elif known is not None and math.isfinite(known):
@@ -130,6 +149,10 @@ class Guarded:
     def on_skip(self, step: int, judged: Judged) -> None:
         """Say that a step is skipped; its micro batches are in `batches`."""
         _log.warning("step %d is skipped: %s", step, judged.reason)
+
+    def on_repeat(self, step: int, judged: Judged) -> None:
+        """Say that a step would have been skipped, and was as usual when it was computed once more."""
+        _log.warning("step %d was computed once more and then as usual: %s", step, judged.reason)
 
     @property
     def judges_finite_only(self) -> bool:
@@ -146,20 +169,15 @@ class Guarded:
         found = torch.stack([torch.as_tensor(one, device=self.args.device).float() for one in values])
         return (self.accelerator.reduce(found, reduction="sum") if several else found).tolist()
 
-    def _judge(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float | None]:
+    def _judge(self, losses: torch.Tensor | float, norm: Any, model: Any) -> tuple[Judged, float | None]:
         """A step before its update; returns what becomes of it, and its norm."""
-        if hasattr(norm, "full_tensor"):  # sharded by FSDP2
-            norm = norm.full_tensor()
-        values = [losses] if norm is None else [losses, norm]
-        # A norm is the same in each process.
-        loss, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:2]
         step = self.state.global_step + 1
-        scaled = self.args.fp16 if self.is_deepspeed_enabled else getattr(self.accelerator, "scaler", None) is not None
-        if self.is_deepspeed_enabled and known is not None and known < 0:  # its sign for a norm that is not finite
-            known = math.nan
-        # DeepSpeed has updated already: a suspect step is too late to be skipped.
-        own = self.judges_finite_only or self.is_deepspeed_enabled
-        judged = step_guard.judge(self.seen, step, loss, known, scaled=scaled, own=own)
+        judged, loss, known = self._look(losses, norm)
+        if step in judged.seen.skipped and self._can_repeat:
+            first = judged
+            judged, loss, known = self._look(*self._repeat(model))
+            if judged.action == "go on":
+                self.on_repeat(step, first)
         if not judged.is_finite and self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled:
             judged = replace(judged, reason=f"{judged.reason}; {explain(self.model, self.batches)}")
         self.batches = []
@@ -175,6 +193,43 @@ class Guarded:
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_losses = (*self.last_losses, loss)[-2 * WINDOW :]
         return judged, known
+
+    def _look(self, losses: torch.Tensor | float, norm: Any) -> tuple[Judged, float, float | None]:
+        """What the guard says of a step, its loss and its norm, over all processes."""
+        if hasattr(norm, "full_tensor"):  # sharded by FSDP2
+            norm = norm.full_tensor()
+        values = [losses] if norm is None else [losses, norm]
+        # A norm is the same in each process.
+        loss, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:2]
+        scaled = self.args.fp16 if self.is_deepspeed_enabled else getattr(self.accelerator, "scaler", None) is not None
+        if self.is_deepspeed_enabled and known is not None and known < 0:  # its sign for a norm that is not finite
+            known = math.nan
+        # DeepSpeed has updated already: a suspect step is too late to be skipped.
+        own = self.judges_finite_only or self.is_deepspeed_enabled
+        step = self.state.global_step + 1
+        return step_guard.judge(self.seen, step, loss, known, scaled=scaled, own=own), loss, known
+
+    @property
+    def _can_repeat(self) -> bool:
+        """Gradients can be made anew; with fp16 they are no longer scaled."""
+        return not self._updates_in_backward and getattr(self.accelerator, "scaler", None) is None
+
+    def _repeat(self, model: Any) -> tuple[torch.Tensor | float, Any]:
+        """Compute the step once more from the same rows with the same random numbers; returns its loss and its norm.
+
+        What passes, such as an error of the hardware, leaves nothing behind then; what comes again lies in the rows,
+        the weights or the type.
+        """
+        batches, items, self.batches = self.batches, self._num_items, []
+        tokens = self.tokens_seen
+        model.zero_grad(set_to_none=True)
+        _set_random_state(self._random, self.args.device)
+        for inputs in batches:
+            self.training_step(model, inputs, items)
+        self.tokens_seen = tokens
+        losses, self._losses = self._losses, 0.0
+        norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+        return losses, super()._get_grad_norm(model, grad_norm=norm)  # type: ignore[misc]  # the Trainer's
 
     def _before(self, reason: str) -> str:
         when = "" if self._updates_in_backward else ", before the update"

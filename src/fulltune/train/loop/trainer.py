@@ -53,6 +53,7 @@ class FullTrainer(Guarded, Trainer):
         head_modules: Paths of the modules that have the head's rate; empty where the plan has none.
         skips: Leave out the updates of suspect steps.
         on_skip: Told each step that is skipped, why, and its rows.
+        on_repeat: Told each step that passed when it was computed once more, and why it was.
         **keywords: As for `transformers.Trainer`.
 
     Attributes:
@@ -75,6 +76,7 @@ class FullTrainer(Guarded, Trainer):
         head_modules: Sequence[str] = (),
         skips: bool = True,
         on_skip: Callable[[int, str, list[int]], None] = lambda step, reason, rows: None,
+        on_repeat: Callable[[str], None] = lambda text: None,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
@@ -89,7 +91,7 @@ class FullTrainer(Guarded, Trainer):
         )
         self._plan = plan
         self.skips = skips
-        self._on_skip = on_skip
+        self._on_skip, self._on_repeat = on_skip, on_repeat
         self.passes_per_row = plan.passes_per_row
         self._score = score
         self._journal = journal
@@ -102,6 +104,9 @@ class FullTrainer(Guarded, Trainer):
 
     def on_skip(self, step: int, judged: Judged) -> None:
         self._on_skip(step, judged.reason, self.sampler.rows_of(step))
+
+    def on_repeat(self, step: int, judged: Judged) -> None:
+        self._on_repeat(f"step {step}: {judged.reason}; computed once more it was as usual")
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Theirs; lower where the run went back to a checkpoint."""

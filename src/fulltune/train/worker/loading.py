@@ -131,6 +131,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         head_modules=() if plan.head_learning_rate is None else names_of(model, recipe.task, recipe.method.arm),
         skips=recipe.train.skip_suspect_steps and attempt.hooks.compute_loss is None,
         on_skip=partial(_say_skipped, attempt),
+        on_repeat=partial(_say_repeated, attempt),
         callbacks=_callbacks(attempt),
     )
     attempt.trainer.remove_callback(transformers.PrinterCallback)
@@ -189,6 +190,11 @@ def _say_skipped(attempt: AttemptContext, step: int, reason: str, rows: list[int
     named = first_few([f"{row + 1:,}" for row in sorted(rows)], _MOST_NAMED)
     attempt.journal.write("skipped", f"step {step}: {reason}; train rows {named}")
     attempt.recorder.write(StepSkipped(step=step, reason=reason, rows=tuple(sorted(rows))))
+
+
+def _say_repeated(attempt: AttemptContext, text: str) -> None:
+    attempt.journal.write("computed again", text)
+    attempt.recorder.warn(text)
 
 
 def early_stopping(attempt: AttemptContext) -> SaveAndStopEarly:
