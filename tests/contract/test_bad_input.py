@@ -850,8 +850,8 @@ def test_run_folder_of_another_recipe_is_refused(case: Case) -> None:
     refused(
         fulltune("data", path, "--run-folder", run, "--set", "train.seed=1"),
         RECIPE,
-        f"{run}: belongs to another recipe (or to other settings of it); name another folder, or leave --run-folder "
-        "out to start a new run",
+        f"{run}: belongs to a run with other settings (train.seed); name another folder, or leave --run-folder out to "
+        "start a new run",
     )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 

@@ -29,6 +29,7 @@ from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import Machine
+from fulltune.text import first_few
 
 IDENTITY = "recipe.json"
 """The checked recipe with its fingerprint: what a folder belongs to."""
@@ -201,8 +202,8 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
     if identity.exists():
         if _fingerprint(identity) != fingerprint:
             raise SetupError(
-                f"{folder}: belongs to another recipe (or to other settings of it); name another folder, or leave "
-                "--run-folder out to start a new run"
+                f"{folder}: belongs to a run with other settings{_differing(folder, recipe)}; name another folder, or "
+                "leave --run-folder out to start a new run"
             )
         return True
     if folder.is_file():
@@ -217,6 +218,22 @@ def _adopt(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> 
         write_json(identity, {"fingerprint": fingerprint, "recipe": recipe.model_dump(mode="json")})
         write_text(folder / "recipe.yaml", recipe_text)
     return False
+
+
+def _differing(folder: Path, recipe: Recipe) -> str:
+    """In which settings a folder's recipe is another one, in brackets; empty: it cannot be read, or in none of them."""
+    try:
+        before, now = recipe_of(folder).shaping(), recipe.shaping()
+    except SetupError:
+        return ""
+    found = []
+    for block in now:
+        one, other = before.get(block), now[block]
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += [f"{block}.{field}" for field in other if one.get(field) != other[field]]
+        elif one != other:
+            found.append(block)
+    return f" ({first_few(found)})" if found else ""
 
 
 def _fingerprint(identity: Path) -> str | None:
