@@ -152,6 +152,7 @@ def test_example_runs_end_to_end(path: Path, tmp_path: Path, models: dict[str, P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_example_of_a_comparison_ends_with_verdict_and_card(tmp_path: Path, models: dict[str, Path]) -> None:
     """One seed of each method at a given rate: the search has tests of its own."""
     _stand_ins(tmp_path / "bench")

@@ -77,7 +77,10 @@ def highest(moments: tuple[Moment, ...], rows: int, length: int) -> int:
     return max(sum(moment.bytes(rows, length).values()) for moment in moments)
 
 
-@pytest.mark.parametrize("task", list(TARGETS))
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(one, marks=[pytest.mark.long] * (one in ("seq2seq", "multiple-choice"))) for one in TARGETS],
+)
 def test_every_task_is_traced(task: str) -> None:
     found = traced(config_of(KINDS.get(task, "bert"), task), task, checkpointing=(False,))
     variant = found.variant("fp32", False)
@@ -240,6 +243,7 @@ def _refusing(config: Any, name: str, value: Any) -> None:
     raise AttributeError(f"property '{name}' has no setter")
 
 
+@pytest.mark.long
 def test_a_model_that_steps_from_token_to_token_does_not_stop_a_plan() -> None:
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=4, vocab_size=120)
     found = traced(config, "causal-lm", checkpointing=(False,))
@@ -252,6 +256,7 @@ def asking(model: Any) -> None:
     model.register_forward_pre_hook(lambda _, args, kwargs: float(kwargs["input_ids"].sum().item()), with_kwargs=True)
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_traced_gets_a_rough_footprint() -> None:
     config = config_of("llama", "causal-lm", num_hidden_layers=4)
     found = traced(config, "causal-lm", precision="bf16", prepare=asking)

@@ -316,6 +316,7 @@ def test_plan_of_few_trained_values_holds_no_gradients_of_frozen_ones(done: Any)
     assert plan.disk.one_checkpoint - disk.SMALL_FILES_BYTES == 12 * trained
 
 
+@pytest.mark.long
 def test_model_with_lora_is_traced(tmp_path: Path, tiny_decoder: Path, really_traced: None) -> None:
     reached = runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), until="plan", task="causal-lm", method=METHODS["lora"])
     assert reached.plan is not None

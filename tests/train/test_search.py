@@ -177,6 +177,7 @@ def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(t
     assert "than with the recipe's own settings" in (found.folder / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_optuna_draws_where_there_are_more_combinations_than_trials(tmp_path: Path, model: Path) -> None:
     pytest.importorskip("optuna", reason="the extra search is not installed")
     found = search(
