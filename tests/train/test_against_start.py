@@ -85,6 +85,7 @@ def test_gain_has_the_standard_error_of_the_paired_difference() -> None:
     assert better == pytest.approx(-0.15)
     assert error == pytest.approx(differences.std() / 200**0.5, rel=0.1)
     assert gain(measure, before, before) == (0.0, 0.0)
+    assert not np.isfinite(gain(measure, before, now * np.nan)[0]), "which counts as worse"
 
 
 def test_smaller_is_better_of_a_loss() -> None:
@@ -94,20 +95,28 @@ def test_smaller_is_better_of_a_loss() -> None:
     assert better == pytest.approx(5 / 7 - 2 / 7)
 
 
+CLASSES = {"logits": np.eye(12), "labels": np.arange(12), "loss": np.ones(12)}
+NUMBERS = {"logits": np.ones((5, 1)), "labels": np.zeros(5), "loss": np.ones(5)}
+WRITTEN = {"nll": np.ones(5), "tokens": np.ones(5), "right": np.ones(5)}
+
+
 @pytest.mark.parametrize(
-    ("task", "problem", "metric", "judged"),
+    ("task", "problem", "metric", "kept", "judged"),
     [
-        ("text-classification", "single_label", "accuracy", "accuracy"),
-        ("text-classification", "regression", "spearman", "loss"),
-        ("causal-lm", "prompt_completion", "perplexity", "perplexity"),
+        ("text-classification", "single_label", "accuracy", CLASSES, "accuracy"),
+        ("text-classification", "single_label", "f1_macro", CLASSES, "loss"),  # 36 numbers of each row
+        ("text-classification", "regression", "spearman", NUMBERS, "loss"),
+        ("causal-lm", "prompt_completion", "perplexity", WRITTEN, "perplexity"),
     ],
 )
 def test_judged_by_the_metric_of_the_run_or_by_the_loss_where_rows_do_not_add_up(
-    task: TaskName, problem: Any, metric: str, judged: str
+    task: TaskName, problem: Any, metric: str, kept: dict[str, np.ndarray], judged: str
 ) -> None:
-    found = judged_by(task, Target(problem, ("a", "b") if problem == "single_label" else (), None), metric)
+    labels = tuple("abcdefghijkl") if problem == "single_label" else ()
+    found = judged_by(task, Target(problem, labels, None), metric, kept)
     assert found.name == judged
     assert found.counts is not None
+    assert len(found.counts(kept)) == len(next(iter(kept.values())))
 
 
 def upwards(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:

@@ -308,8 +308,9 @@ def test_evaluation_that_was_left_when_asked_to_stop_is_done_by_the_next_command
 
     monkeypatch.setattr(AttemptContext, "reduced", asked)
     where = f"in the evaluation after step {step}, which is saved" if step else "before step 1"
-    with pytest.raises(InterruptedRun, match=f"stopped on request {where}"):
-        go(tmp_path, tiny_encoder)
+    for _ in range(2 if step < 3 * STEPS_PER_EPOCH else 1):  # the second time in the evaluation that is done then
+        with pytest.raises(InterruptedRun, match=f"stopped on request {where}"):
+            go(tmp_path, tiny_encoder)
     monkeypatch.undo()
 
     again = go(tmp_path, tiny_encoder)
@@ -317,6 +318,26 @@ def test_evaluation_that_was_left_when_asked_to_stop_is_done_by_the_next_command
     assert (again.best_step, again.best_metric, again.steps) == (whole.best_step, whole.best_metric, whole.steps)
     assert_same(runs.final_weights(tmp_path), unbroken)
     assert [event["step"] for event in runs.events(tmp_path, "eval")] == [0, 5, 10, 15, 20, 21]
+
+
+def test_evaluation_that_was_left_and_would_have_stopped_the_run_early_stops_it(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {**TRAIN, "eval_steps": 3, "early_stopping_patience": 2, "early_stopping_threshold": 10.0}
+    plain = AttemptContext.reduced
+
+    def asked(attempt: AttemptContext, rows: Any) -> Any:
+        if attempt.trainer.is_in_train and attempt.trainer.state.global_step == 9:
+            ask_to_stop()
+        return plain(attempt, rows)
+
+    monkeypatch.setattr(AttemptContext, "reduced", asked)
+    with pytest.raises(InterruptedRun, match="in the evaluation after step 9"):
+        go(tmp_path, tiny_encoder, train=train)
+    monkeypatch.undo()
+    again = go(tmp_path, tiny_encoder, train=train)
+    assert (again.steps, again.reason) == (9, "early stopping")
+    assert [event["step"] for event in runs.events(tmp_path, "train")] == list(range(1, 10))
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])

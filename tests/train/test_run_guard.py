@@ -174,13 +174,13 @@ def test_run_goes_back_so_often_and_from_the_second_time_on_at_half_the_rate() -
     assert first is not None
     assert (first.plan.rollbacks, first.resume) == ((300,), True)
     assert first.reason == (
-        "step 412: the loss is nan; going back to the checkpoint of step 300, on at the same rate with the rows "
-        "in another order (rollback 1 of at most 3)"
+        "step 412: the loss is nan; going back to the checkpoint of step 300, continuing at the same rate with "
+        "the rows in another order (rollback 1 of at most 3)"
     )
     anew = roll_back(first.plan, 3, spiked, 0)
     assert anew is not None
     assert (anew.plan.rollbacks, anew.resume) == ((300, 0), False)
-    assert "going back to the beginning, on at 0.5 of the rate (0.0005)" in anew.reason
+    assert "going back to the beginning, continuing at 0.5 of the planned rate (0.0005)" in anew.reason
     assert roll_back(plan(rollbacks=(1, 2, 3)), 3, spiked, 300) is None
     assert roll_back(plan(), 0, spiked, 300) is None
     assert roll_back(plan(), 3, outcome("diverged"), 300) is None
@@ -293,7 +293,7 @@ def test_fault_that_passes_leaves_nothing_behind(micro: int, model: Path, tmp_pa
     assert set(met) == {20}
     assert not [event for event in seen if isinstance(event, StepSkipped)]
     [said] = [event.text for event in seen if isinstance(event, Warned)]
-    assert said == "step 20: the gradient norm is nan; computed once more it was as usual"
+    assert said == "step 20: the gradient norm is nan; computed again, it was normal"
     whole = runs.final_weights(tmp_path / "clean")
     assert all(torch.equal(whole[name], one) for name, one in runs.final_weights(tmp_path).items())
 

@@ -114,9 +114,6 @@ class Trainer(Guarded, transformers.Trainer):
                 self._initial = None
         return result
 
-    def on_repeat(self, step: int, judged: Judged) -> None:
-        notice(f"step {step}: {judged.reason}; computed once more it was as usual")
-
     def on_skip(self, step: int, judged: Judged) -> None:
         notice(f"the update of step {step} is left out: {judged.reason}")
 

@@ -11,7 +11,7 @@ from fulltune.doctor.log import Log
 from fulltune.report.format.plots import Point
 from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, fitting
 from fulltune.text import counted, first_few, format_number, format_share
-from fulltune.train.loop.guards import diverged, ended_high
+from fulltune.train.loop.guards import diverged, ended_high, rate_factor
 from fulltune.train.loop.step_guard import StepMemory, judge
 
 FEW_STEPS = 100
@@ -122,7 +122,9 @@ def _steps(log: Log) -> Iterator[Diagnosis]:
     if log.skipped or log.rollbacks:
         back = first_few([f"step {step:,}" if step else "the beginning" for step in log.rollbacks])
         parts = [f"{counted(len(log.skipped), 'step')} skipped"] * bool(log.skipped)
-        evidence = "; ".join([*parts, *[f"went back to {back}, from the second time on at half the rate"] * bool(back)])
+        lower = rate_factor(log.rollbacks)
+        at = "" if lower == 1 else f", at last with {lower:g} of the rate"
+        evidence = "; ".join([*parts, *[f"went back to {back}{at}"] * bool(back)])
         advice = "the journal in the report names the rows: look at them"
         yield Diagnosis("bad steps", evidence, advice if log.skipped else "")
         return

@@ -96,6 +96,8 @@ class Recipe(Block):
     def shaping(self) -> dict[str, Any]:
         """All settings that shape a run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
+        for name in ("notice", "hang_timeout"):  # of the machine, not of the result
+            del settings["train"][name]
         settings["compare"]["budget"] = settings["search"]["budget"] = None  # more time goes on with the same one
         return settings
 

@@ -76,7 +76,7 @@ class TrainBlock(Block):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
     skip_suspect_steps: bool = True
-    """Leave out the update of a step whose gradient norm and loss are both far above those of the last 128 steps, such
+    """Leave out the update of a step whose gradient norm and loss are both far above those of the last 64 steps, such
     as one with corrupted rows (docs/guards.md). A loss or norm that is not finite is always left out."""
     max_rollbacks: int = Field(default=3, ge=0)
     """How often the run goes back to its last healthy checkpoint when the loss rose and stays, or too many steps were

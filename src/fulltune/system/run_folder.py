@@ -237,10 +237,14 @@ def _differing(folder: Path, recipe: Recipe) -> str:
 
 
 def _fingerprint(identity: Path) -> str | None:
+    """Made anew of its recipe: a setting that an earlier version did not have has its default, and the hash of then
+    would be another one. What follows the hash are the marks of the user's own functions."""
     try:
-        return str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
-    except (ValueError, KeyError, TypeError, OSError):
+        stored = str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
+        fingerprint = recipe_of(identity.parent).fingerprint()
+    except (ValueError, KeyError, TypeError, OSError, SetupError):
         return None
+    return fingerprint + stored[len(fingerprint) :]
 
 
 def recipe_of(folder: Path) -> Recipe:

@@ -62,9 +62,8 @@ def merge(attempts: Sequence[Sequence[Event]]) -> History:
         rows = [event for event in events if isinstance(event, StepLogged | Evaluated)]
         if not rows:
             continue
-        steps = [row.step for row in rows if isinstance(row, StepLogged)]
-        # One that only does the evaluation which the attempt before had left goes on after it.
-        first = min(steps, default=min(row.step for row in rows) + 1)
+        # One that begins with an evaluation does that of the step it goes on from.
+        first = rows[0].step + isinstance(rows[0], Evaluated)
         if train or evaluation:
             restarts.append(first)
         train = {step: line for step, line in train.items() if step < first}

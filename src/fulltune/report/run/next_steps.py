@@ -12,6 +12,7 @@ from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.format.plots import Point
 from fulltune.report.run.about_training import fitting_of
+from fulltune.report.run.history import after_start
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import headline_row
 from fulltune.text import counted, format_number, is_share, listed
@@ -109,7 +110,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         labels=len(summary.labels) if summary and summary.problem_type == "single_label" else 0,
         max_rows=given.get("data.max_rows"),
         loss=history.train.get("loss", ()),
-        metric=history.evaluation.get(plan.metric, ()),
+        metric=after_start(history.evaluation.get(plan.metric, ())),
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
         blind=blind,

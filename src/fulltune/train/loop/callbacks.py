@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,31 +169,29 @@ class Heartbeat(TrainerCallback):
 
 @dataclass(eq=False)
 class AtBegin(TrainerCallback):
-    """Does something once, when everything is ready for step 1."""
+    """Does things once, when everything is ready for step 1."""
 
-    action: Callable[[], None]
+    actions: Sequence[Callable[[], None]]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.action()
+        for action in self.actions:
+            action()
 
 
 class StopWhenAsked(TrainerCallback):
     """After a signal: finish the step, save, stop; all processes after the same step."""
 
     asked = False
-    asked_at = 0.0
-
-    def ask(self) -> None:
-        """From now on."""
-        self.asked, self.asked_at = True, time.monotonic()
 
     def agreed(self, args: Any) -> bool:
-        """Whether any process was asked; all of them must call it."""
-        if args.world_size > 1:
-            asked = torch.tensor(float(self.asked), device=args.device)
-            torch.distributed.all_reduce(asked)
-            self.asked = bool(asked)
-        return self.asked
+        """Whether any process was asked; all of them must call it. A signal that comes meanwhile is not lost."""
+        if args.world_size == 1:
+            return self.asked
+        asked = torch.tensor(float(self.asked), device=args.device)
+        torch.distributed.all_reduce(asked)
+        agreed = bool(asked)
+        self.asked = self.asked or agreed
+        return agreed
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.agreed(args):

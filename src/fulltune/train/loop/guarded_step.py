@@ -8,6 +8,7 @@ the weights, and no step that `step_guard.py` suspects; what else of the Trainer
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulltune.errors import Spiked
 from fulltune.tasks.padding import IGNORED
@@ -61,6 +63,7 @@ class Guarded:
     state: Any
     is_deepspeed_enabled: Any
     _clip_grad_norm: Any
+    _tr_loss: Any
 
     passes_per_row: int = 1
     """A batch has its rows so many times."""
@@ -75,6 +78,8 @@ class Guarded:
     """Of the last `2 * WINDOW` steps."""
     seen: StepMemory = StepMemory()
     """What the guard remembers."""
+    repeats: bool = False
+    """Compute a suspect step once more before it is skipped: for a `training_step` that may be called twice."""
     skips: bool = True
     """Leave out the updates of suspect steps; False: only of those that are not finite."""
     batches: Sequence[dict[str, Any]] = ()
@@ -83,6 +88,8 @@ class Guarded:
     """States of the random numbers before this step's first micro batch."""
     _num_items: Any = None
     """What its loss is divided by."""
+    _logged: torch.Tensor | float = 0.0
+    """What the Trainer has added to its log for it."""
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
     usual_loss: float = 0.0
@@ -101,13 +108,15 @@ class Guarded:
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
         if not self.batches:
-            self._random = _random_state(self.args.device)
+            self._random, self._logged = _random_state(self.args.device), 0.0
         self.batches = [*self.batches, inputs]
         self._num_items = num_items_in_batch
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
         self._losses = self._losses + loss.detach().float()
         # The Trainer adds the losses up for its log, where one that is not a number would hide the others.
-        return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
+        logged = torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
+        self._logged = self._logged + logged.detach()
+        return logged
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         """The Trainer's loss of one micro batch, a number; judged here where the backward pass updates."""
@@ -151,8 +160,8 @@ class Guarded:
         _log.warning("step %d is skipped: %s", step, judged.reason)
 
     def on_repeat(self, step: int, judged: Judged) -> None:
-        """Say that a step would have been skipped, and was as usual when it was computed once more."""
-        _log.warning("step %d was computed once more and then as usual: %s", step, judged.reason)
+        """Say that a step would have been skipped, and was normal when it was computed again."""
+        _log.warning("step %d: %s; computed again, it was normal", step, judged.reason)
 
     @property
     def judges_finite_only(self) -> bool:
@@ -173,7 +182,8 @@ class Guarded:
         """A step before its update; returns what becomes of it, and its norm."""
         step = self.state.global_step + 1
         judged, loss, known = self._look(losses, norm)
-        if step in judged.seen.skipped and self._can_repeat:
+        is_bad = judged.action != "go on" and judged.seen.skipped[-1:] == (step,)
+        if is_bad and self._can_repeat:
             first = judged
             judged, loss, known = self._look(*self._repeat(model))
             if judged.action == "go on":
@@ -211,8 +221,10 @@ class Guarded:
 
     @property
     def _can_repeat(self) -> bool:
-        """Gradients can be made anew; with fp16 they are no longer scaled."""
-        return not self._updates_in_backward and getattr(self.accelerator, "scaler", None) is None
+        """Gradients can be made anew: not with fp16, where they are no longer scaled by now, and not where a first pass
+        has changed running statistics."""
+        plain = not self._updates_in_backward and getattr(self.accelerator, "scaler", None) is None
+        return self.repeats and plain and not any(isinstance(one, _BatchNorm) for one in self.model.modules())
 
     def _repeat(self, model: Any) -> tuple[torch.Tensor | float, Any]:
         """Compute the step once more from the same rows with the same random numbers; returns its loss and its norm.
@@ -221,12 +233,15 @@ class Guarded:
         the weights or the type.
         """
         batches, items, self.batches = self.batches, self._num_items, []
-        tokens = self.tokens_seen
+        tokens, logged = self.tokens_seen, self._logged
         model.zero_grad(set_to_none=True)
         _set_random_state(self._random, self.args.device)
-        for inputs in batches:
-            self.training_step(model, inputs, items)
+        for number, inputs in enumerate(batches, start=1):
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                self.training_step(model, inputs, items)
         self.tokens_seen = tokens
+        self._tr_loss += self._logged - logged
         losses, self._losses = self._losses, 0.0
         norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
         return losses, super()._get_grad_norm(model, grad_norm=norm)  # type: ignore[misc]  # the Trainer's

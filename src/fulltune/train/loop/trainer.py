@@ -61,6 +61,9 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
+    repeats = True
+    left_evaluation: bool = False
+    """The evaluation of the last step that is done was left."""
     start: np.ndarray | None = None
     """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
 
@@ -106,10 +109,10 @@ class FullTrainer(Guarded, Trainer):
         self._on_skip(step, judged.reason, self.sampler.rows_of(step))
 
     def on_repeat(self, step: int, judged: Judged) -> None:
-        self._on_repeat(f"step {step}: {judged.reason}; computed once more it was as usual")
+        self._on_repeat(f"step {step}: {judged.reason}; computed again, it was normal")
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Theirs; lower where the run went back to a checkpoint."""
+        """Theirs; lower where the run went back more than once, or began anew."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         if (lower := rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
@@ -174,7 +177,8 @@ class FullTrainer(Guarded, Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-                files.write_json(folder / checkpoints.GUARD, self.seen.as_json())
+                guard = self.seen.as_json() | {"left_evaluation": self.left_evaluation}
+                files.write_json(folder / checkpoints.GUARD, guard)
                 if self.start is not None:
                     np.save(folder / checkpoints.START, self.start)
 
@@ -192,13 +196,15 @@ class FullTrainer(Guarded, Trainer):
         From these metrics transformers chooses the best step: `state.best_global_step`.
 
         Raises:
-            InterruptedRun: Told to stop, it left the eval rows and saved the step; `score_last_step` does it then.
+            InterruptedRun: Told to stop, it left the eval rows and saved the step; see `score_left`.
         """
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 metrics = {f"eval_{name}": value for name, value in self._score().items()}
         except StoppedScoring:
-            if step := self.state.global_step:
+            step, saved = self.state.global_step, self.left_evaluation
+            self.left_evaluation = True
+            if step and not saved:  # else it is saved already, and random numbers are not yet those of the step
                 self._save_checkpoint(self.model, None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
             where = f"in the evaluation after step {step:,}, which is saved" if step else "before step 1"
@@ -210,13 +216,10 @@ class FullTrainer(Guarded, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def score_last_step(self) -> None:
-        """Do the evaluation of the last step that is done, if one is due there and was left."""
-        step, every = self.state.global_step, self._plan.eval_steps
-        is_due = step == self._plan.total_steps or (every and step % every == 0)
-        done = any(one["step"] == step and f"eval_{self._plan.metric}" in one for one in self.state.log_history)
-        if is_due and step and not done:
-            self._determine_best_metric(self.evaluate(), None)
+    def score_left(self) -> None:
+        """Do the evaluation that the attempt before had left."""
+        self._determine_best_metric(self.evaluate(), None)
+        self.left_evaluation = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -282,7 +285,7 @@ class FullTrainer(Guarded, Trainer):
 
 @dataclass(eq=False)
 class _LowerRate(TrainerCallback):
-    """Before the first step after a rollback: a checkpoint's optimizer has the rate of before."""
+    """Before the first step at a lower rate: a checkpoint's optimizer has the rate of before."""
 
     trainer: FullTrainer
 

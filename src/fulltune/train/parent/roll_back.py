@@ -29,10 +29,10 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
         return None
     rollbacks = (*plan.rollbacks, healthy_step)
     lower = rate_factor(rollbacks)
-    at = "at the same rate" if lower == 1 else f"at {lower:g} of the rate ({plan.learning_rate * lower:.3g})"
+    at = "at the same rate" if lower == 1 else f"at {lower:g} of the planned rate ({plan.learning_rate * lower:.3g})"
     where = f"to the checkpoint of step {healthy_step:,}" if healthy_step else "to the beginning"
     said = (
-        f"{outcome.reason}; going back {where}, on {at} with the rows in another order "
+        f"{outcome.reason}; going back {where}, continuing {at} with the rows in another order "
         f"(rollback {len(rollbacks)} of at most {most})"
     )
     return NextAttempt(plan.model_copy(update={"rollbacks": rollbacks}), resume=healthy_step > 0, reason=said)

@@ -4,6 +4,7 @@ later evaluation is compared with that one row by row; `loop/guards.py` decides 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,27 +15,41 @@ from fulltune.errors import Diverged
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import gain
 from fulltune.stats.row_scores import Measure, measure_of
-from fulltune.tasks import Target
+from fulltune.tasks import Predictions, Target
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guards import made_worse
-from fulltune.train.run_time import SCORING
+from fulltune.train.run_time import SCORING, SCORING_LEFT
 
 if TYPE_CHECKING:
     from fulltune.train.worker.context import AttemptContext
 
 ERRORS = 2.0
 """Standard errors that an evaluation must be worse by."""
+MOST_NUMBERS = 8
+"""Of a row that are kept in each checkpoint."""
 LEAST_ROWS = 30
 """Eval rows below which a standard error says little."""
 
 
+class NothingLeft(Exception):
+    """The evaluation that was left ends the run."""
+
+
 def score_first(attempt: AttemptContext) -> None:
-    """Before step 1 score the eval rows; where the run goes on, do the evaluation that was left when it was stopped."""
-    if attempt.trainer.state.global_step:
-        attempt.trainer.score_last_step()
-    elif attempt.plan.eval_on_start:
+    """Before step 1 score the eval rows; where the run goes on, do the evaluation that was left when it was stopped.
+
+    Raises:
+        NothingLeft: By it the run stops early.
+    """
+    trainer, state = attempt.trainer, attempt.trainer.state
+    if trainer.left_evaluation:
+        attempt.recorder.phase(SCORING_LEFT)
+        trainer.score_left()
+        if attempt.is_over(state):
+            raise NothingLeft
+    elif attempt.plan.eval_on_start and not state.global_step:
         attempt.recorder.phase(SCORING)
-        attempt.trainer.evaluate()
+        trainer.evaluate()
 
 
 @dataclass(eq=False)
@@ -47,24 +62,28 @@ class AgainstStart(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         attempt, trainer = self.attempt, self.attempt.trainer
-        measure = judged_by(attempt.recipe.task, attempt.target, attempt.plan.metric)
-        if measure.counts is None or attempt.kept is None:
+        is_start = state.global_step == 0
+        if not self.judged or attempt.kept is None or not (is_start or self._may_judge(state)):
+            return
+        measure = judged_by(attempt.recipe.task, attempt.target, attempt.plan.metric, attempt.kept)
+        if measure.counts is None:
             return
         now = measure.counts(attempt.kept)
-        if state.global_step == 0:
+        if is_start:
             trainer.start = now
-        elif self._may_judge(state) and trainer.start is not None:
+        elif trainer.start is not None:
             self._judge(measure, trainer.start, now, state)
 
     def _may_judge(self, state: Any) -> bool:
         plan, rows = self.attempt.plan, self.attempt.summary.splits["eval"].rows
-        return self.judged and rows >= LEAST_ROWS and state.global_step > plan.warmup_steps
+        return rows >= LEAST_ROWS and state.global_step > plan.warmup_steps
 
     def _judge(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: Any) -> None:
         """Of an evaluation after the warm-up. All processes have the same rows, and decide alike."""
         attempt, trainer = self.attempt, self.attempt.trainer
         better, error = gain(measure, start, now)
-        behind = trainer.seen.behind + 1 if better < -ERRORS * error else 0
+        is_worse = not math.isfinite(better) or better < -ERRORS * error
+        behind = trainer.seen.behind + 1 if is_worse else 0
         trainer.seen = replace(trainer.seen, behind=behind)
         what = f"{measure.name} {abs(better):.3g} worse (standard error {error:.2g})"
         decision = made_worse(behind, what, logged(state, "loss"), attempt.highest_rate, attempt.untrained_loss)
@@ -72,7 +91,9 @@ class AgainstStart(TrainerCallback):
             raise Diverged(decision.reason)
 
 
-def judged_by(task: TaskName, target: Target, metric: str) -> Measure:
-    """The run's metric; the loss in the place of one that is no function of sums over rows."""
+def judged_by(task: TaskName, target: Target, metric: str, kept: Predictions) -> Measure:
+    """The run's metric; the loss in the place of one that is no function of sums over rows, or of many of them."""
     found = measure_of(task, target, metric)
-    return found if found.counts is not None else measure_of(task, target, "loss")
+    if found.counts is None or found.counts(kept).shape[1] > MOST_NUMBERS:
+        return measure_of(task, target, "loss")
+    return found

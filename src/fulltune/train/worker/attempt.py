@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ from fulltune.records.training import Check
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
-from fulltune.train.loop.callbacks import AtBegin, Recorder, StopWhenAsked, logged
+from fulltune.train.loop.callbacks import Recorder, StopWhenAsked, logged
 from fulltune.train.loop.guards import ended_high, nothing_learned, too_short
 from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS
 from fulltune.train.worker import distributed, weights
+from fulltune.train.worker.against_start import NothingLeft
 from fulltune.train.worker.best import keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.dry_run import dry_run
-from fulltune.train.worker.loading import early_stopping, make_trainer
+from fulltune.train.worker.loading import make_trainer
 from fulltune.train.worker.observed import Observed
 
 
@@ -131,7 +133,7 @@ def _check(attempt: AttemptContext, rows: Any, eval_rows: Any) -> None:
         attempt.checks.append(dry_run_in_engine(trainer, rows, attempt.plan))
         refuse_failed(attempt.checks, attempt.recorder)
 
-    trainer.add_callback(AtBegin(try_engine))
+    attempt.at_begin.insert(0, try_engine)
 
 
 def _dry_run(attempt: AttemptContext, rows: Any, eval_rows: Any) -> None:
@@ -172,27 +174,35 @@ def _fit(attempt: AttemptContext) -> tuple[Any, Any]:
     attempt.journal.at("step" if request.checkpoint is None else "resuming")
     if request.checkpoint is not None:
         checkpoint = Path(request.checkpoint)
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= attempt.plan.total_steps or early_stopping(attempt).is_over(state):
+        _put_back(trainer, checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
+        if state.global_step >= attempt.plan.total_steps or attempt.is_over(state):
             attempt.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
             optimizer = weights.load_finished(trainer, checkpoint, attempt.plan.total_steps)
             trainer.state = state
-            trainer.score_last_step()
+            if trainer.left_evaluation:
+                trainer.score_left()
             return state, optimizer
         if attempt.is_main:
             checkpoints.drop_after(request.checkpoints, request.first_step)
         attempt.journal.write("resume", f"from {checkpoint.name}")
-        if remembered := checkpoints.guard_state(checkpoint):
-            trainer.seen = StepMemory.from_json(remembered)
-        if (start := checkpoint / checkpoints.START).exists():
-            trainer.start = np.load(start, allow_pickle=False)
     trainer.usual_loss = next(reversed(trainer.seen.losses), attempt.untrained_loss or 0.0)
     if attempt.stop.asked and attempt.plan.num_processes == 1:  # several would have to agree, as they do after a step
         raise InterruptedRun("stopped on request before step 1" if request.first_step == 0 else "stopped on request")
-    trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
+    with contextlib.suppress(NothingLeft):
+        trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if attempt.stop.asked:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step:,}, which is saved")
     return trainer.state, trainer.optimizer
+
+
+def _put_back(trainer: Any, checkpoint: Path) -> None:
+    """Give the trainer what its guards had when the checkpoint was saved."""
+    if remembered := checkpoints.guard_state(checkpoint):
+        trainer.seen = StepMemory.from_json(remembered)
+        trainer.left_evaluation = remembered.get("left_evaluation", False)
+    if (start := checkpoint / checkpoints.START).exists():
+        trainer.start = np.load(start, allow_pickle=False)
 
 
 def _judge_end(attempt: AttemptContext, state: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from fulltune.tasks import Predictions, Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
-from fulltune.train.loop.callbacks import Recorder, StopWhenAsked
+from fulltune.train.loop.callbacks import Recorder, SaveAndStopEarly, StopWhenAsked
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.trainer import FullTrainer, StoppedScoring
 from fulltune.train.request import Request
@@ -57,6 +57,8 @@ class AttemptContext:
     """What was fitted for a new head to start from."""
     kept: Predictions | None = None
     """Of the eval rows in the last evaluation."""
+    at_begin: list[Callable[[], None]] = field(default_factory=list)
+    """Called when everything is ready for step 1."""
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -101,6 +103,21 @@ class AttemptContext:
     def sharing(self) -> deepspeed.Zero | None:
         """What DeepSpeed shares out; None without it."""
         return deepspeed.zero_of(self.recipe)
+
+    @cached_property
+    def early_stopping(self) -> SaveAndStopEarly:
+        """By the plan's metric and the recipe's patience."""
+        return SaveAndStopEarly(
+            self.plan.metric,
+            self.plan.greater_is_better,
+            self.recipe.train.early_stopping_patience,
+            self.recipe.train.early_stopping_threshold,
+            lambda reason: self.journal.write("early stop", reason),
+        )
+
+    def is_over(self, state: Any) -> bool:
+        """The run stops early, by the evaluations so far."""
+        return self.early_stopping.is_over(state)
 
     def score(self, rows: Any) -> Mapping[str, float]:
         """The eval metrics of the current weights; several processes share the rows.

@@ -27,7 +27,7 @@ from fulltune.tasks import LossSettings, Target, Task
 from fulltune.tasks.settings import class_weights
 from fulltune.text import first_few
 from fulltune.train.loop.arguments import training_arguments
-from fulltune.train.loop.callbacks import AtBegin, Heartbeat, SaveAndStopEarly, Seals, StopWhenDiverged
+from fulltune.train.loop.callbacks import AtBegin, Heartbeat, Seals, StopWhenDiverged
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.loop.update_meter import MEASUREMENTS, UpdateMeter
 from fulltune.train.run_time import PROBING
@@ -197,17 +197,6 @@ def _say_repeated(attempt: AttemptContext, text: str) -> None:
     attempt.recorder.warn(text)
 
 
-def early_stopping(attempt: AttemptContext) -> SaveAndStopEarly:
-    """By the plan's metric and the recipe's patience."""
-    return SaveAndStopEarly(
-        attempt.plan.metric,
-        attempt.plan.greater_is_better,
-        attempt.recipe.train.early_stopping_patience,
-        attempt.recipe.train.early_stopping_threshold,
-        lambda reason: attempt.journal.write("early stop", reason),
-    )
-
-
 def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
     request, observed = attempt.request, attempt.observed
     seals = Seals(
@@ -219,8 +208,8 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
     # A loss of the user's own may rise for good reasons.
     judged = attempt.hooks.compute_loss is None
     guards = [StopWhenDiverged(lambda: attempt.untrained_loss, attempt.highest_rate)] if judged else []
-    stepping = AtBegin(lambda: attempt.journal.at("step"))
-    alive, scored = Heartbeat(attempt.journal), AtBegin(lambda: score_first(attempt))
+    attempt.at_begin += [lambda: attempt.journal.at("step"), lambda: score_first(attempt)]
+    begins, alive = AtBegin(attempt.at_begin), Heartbeat(attempt.journal)
     total, warm_up = attempt.plan.total_steps, attempt.plan.warmup_steps
     meter = UpdateMeter(
         every=max(1, total // MEASUREMENTS),
@@ -231,5 +220,5 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
         rounds_on_average=attempt.plan.bf16_rounding in ("stochastic", "kahan"),
     )
     meters = [meter] if attempt.sharing is None else []
-    watching = [scored, *meters, attempt.recorder, *guards, AgainstStart(attempt, judged)]
-    return [stepping, alive, *watching, early_stopping(attempt), seals, attempt.stop]
+    watching = [*meters, attempt.recorder, *guards, AgainstStart(attempt, judged)]
+    return [begins, alive, *watching, attempt.early_stopping, seals, attempt.stop]

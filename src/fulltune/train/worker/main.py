@@ -112,7 +112,7 @@ def _listen_for_signals(stop: Any) -> None:
         return
 
     def ask(*_: object) -> None:
-        stop.ask()
+        stop.asked = True
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)
