@@ -62,13 +62,13 @@ class AgainstStart(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         attempt, trainer = self.attempt, self.attempt.trainer
-        is_start = state.global_step == 0
-        if not self.judged or attempt.kept is None or not (is_start or self._may_judge(state)):
+        is_start, kept, attempt.kept = state.global_step == 0, attempt.kept, None
+        if not self.judged or kept is None or not (is_start or self._may_judge(state)):
             return
-        measure = judged_by(attempt.recipe.task, attempt.target, attempt.plan.metric, attempt.kept)
+        measure = judged_by(attempt.recipe.task, attempt.target, attempt.plan.metric, kept)
         if measure.counts is None:
             return
-        now = measure.counts(attempt.kept)
+        now = measure.counts(kept)
         if is_start:
             trainer.start = now
         elif trainer.start is not None:

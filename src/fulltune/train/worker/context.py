@@ -56,7 +56,7 @@ class AttemptContext:
     head_start: Probe | None = None
     """What was fitted for a new head to start from."""
     kept: Predictions | None = None
-    """Of the eval rows in the last evaluation."""
+    """Of the eval rows, from an evaluation until it is judged."""
     at_begin: list[Callable[[], None]] = field(default_factory=list)
     """Called when everything is ready for step 1."""
     checks: list[Check] = field(default_factory=list)
