@@ -11,7 +11,7 @@ from fulltune.train.request import Request, attempt_folders
 
 PROBING = "fitting a linear probe of the untouched model"
 CHECKS, TRAINING = "checking, with one dry-run step at the longest length", "training"
-SCORING, SCORING_LEFT = "scoring the eval rows before step 1", "scoring the eval rows, which was left"
+SCORING, SCORING_LEFT = "scoring the eval rows before step 1", "doing the evaluation that was interrupted"
 """Phases as they stand in `metrics.jsonl`."""
 
 
