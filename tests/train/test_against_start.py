@@ -46,11 +46,11 @@ BLOCKS: dict[str, Any] = {
 def test_run_that_makes_the_model_worse_stops_when_its_loss_has_not_fallen(
     behind: int, losses: list[float], untrained: float | None, action: str
 ) -> None:
-    decision = made_worse(behind, "accuracy 0.1 worse (standard error 0.02)", losses, 3e-4, untrained)
+    decision = made_worse(behind, "accuracy is 0.1 lower (standard error 0.02)", losses, 3e-4, untrained)
     assert decision.action == action
     if losses[-1:] == [1.5] and action == "stop":
         assert decision.reason == (
-            "training makes the model worse: accuracy 0.1 worse (standard error 0.02) than before step 1, 2 "
+            "training makes the model worse: accuracy is 0.1 lower (standard error 0.02) than before step 1, 2 "
             "evaluations in a row, and the train loss has not fallen (1 at the beginning, 1.5 now). Usual cause: a "
             "learning rate that is too high (here 0.0003); take a tenth of it"
         )
@@ -136,7 +136,7 @@ def test_run_that_makes_the_model_worse_ends_with_exit_code_5(tiny_encoder: Path
     with (
         runs.in_this_process(),
         faults.planted(upwards, lambda step: True),
-        pytest.raises(Diverged, match="training makes the model worse: loss") as caught,
+        pytest.raises(Diverged, match="training makes the model worse: loss is") as caught,
     ):
         pipeline.run(job, "train")
 

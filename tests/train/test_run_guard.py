@@ -174,13 +174,13 @@ def test_run_goes_back_so_often_and_from_the_second_time_on_at_half_the_rate() -
     assert first is not None
     assert (first.plan.rollbacks, first.resume) == ((300,), True)
     assert first.reason == (
-        "step 412: the loss is nan; going back to the checkpoint of step 300, continuing at the same rate with "
-        "the rows in another order (rollback 1 of at most 3)"
+        "step 412: the loss is nan; back to the checkpoint of step 300, on at the same rate with the rows in another "
+        "order (rollback 1 of at most 3)"
     )
     anew = roll_back(first.plan, 3, spiked, 0)
     assert anew is not None
     assert (anew.plan.rollbacks, anew.resume) == ((300, 0), False)
-    assert "going back to the beginning, continuing at 0.5 of the planned rate (0.0005)" in anew.reason
+    assert "; starting over at 0.5 of the planned rate (0.0005) with" in anew.reason
     assert roll_back(plan(rollbacks=(1, 2, 3)), 3, spiked, 300) is None
     assert roll_back(plan(), 0, spiked, 300) is None
     assert roll_back(plan(), 3, outcome("diverged"), 300) is None
@@ -310,7 +310,7 @@ def test_trouble_that_stays_goes_back_to_a_healthy_checkpoint(model: Path, tmp_p
     made = Plan.load(tmp_path / "run" / "plan" / "full.json")
     assert made.rollbacks == (36,), "the epoch's end, before the trouble"
     [failed] = [event for event in seen if isinstance(event, AttemptFailed)]
-    assert "going back to the checkpoint of step 36" in failed.reason
+    assert "back to the checkpoint of step 36" in failed.reason
     assert found.outcome is not None
     assert (found.outcome.status, found.outcome.attempt, found.outcome.steps) == ("done", 2, 90)
     first = Outcome.load(tmp_path / "run/attempts/full-seed42-01/outcome.json")

@@ -11,7 +11,7 @@ from fulltune.doctor.log import Log
 from fulltune.report.format.plots import Point
 from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, fitting
 from fulltune.text import counted, first_few, format_number, format_share
-from fulltune.train.loop.guards import diverged, ended_high, rate_factor
+from fulltune.train.loop.guards import diverged, ended_high, rate_factor, without_cause
 from fulltune.train.loop.step_guard import StepMemory, judge
 
 FEW_STEPS = 100
@@ -37,9 +37,12 @@ class Diagnosis:
 
 def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     """What the log tells, the gravest first; one finding that all is well where nothing is found."""
-    height = [*_height(log)]
-    shape = [] if height else [*_flat(log), *_unfit(log)]  # of a loss that ran away nothing else is told
-    found = [*_ended(log, said=bool(height)), *height, *shape, *_steps(log), *_eaten(log), *_length(log)]
+    # What a guard has said of a run of fulltune goes first: it saw more than the curves.
+    told = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
+    height = [] if told else [*_height(log)]
+    # Of a loss that ran away nothing else is told.
+    shape = [] if height or told else [*_flat(log), *_unfit(log), *_length(log)]
+    found = [*_ended(log), *height, *shape, *_steps(log), *_eaten(log)]
     return tuple(found) or (_sound(log),)
 
 
@@ -51,16 +54,17 @@ def _sound(log: Log) -> Diagnosis:
     return Diagnosis("sound", f"the curves show nothing that went wrong{unseen}")
 
 
-def _ended(log: Log, said: bool) -> Iterator[Diagnosis]:
-    """How the run ended, where it did not end well, and the curves have not said it."""
+def _ended(log: Log) -> Iterator[Diagnosis]:
+    """How the run ended, where it did not end well."""
     outcome = log.outcome
     if outcome is None or outcome.status == "done":
         return
     if outcome.status in ("diverged", "spiked"):
-        if not said:
-            yield Diagnosis("diverged", outcome.reason, f"a lower rate: {_rate(log, 1 / 10)}")
+        lower = _rate(log, rate_factor(log.rollbacks) / 10)
+        yield Diagnosis("diverged", without_cause(outcome.reason), f"a lower rate: {lower}")
     else:
-        yield Diagnosis(outcome.status.replace("_", " "), outcome.reason)
+        advice = "the same command continues it" if outcome.status == "interrupted" else ""
+        yield Diagnosis(outcome.status.replace("_", " "), outcome.reason, advice)
 
 
 def _height(log: Log) -> Iterator[Diagnosis]:
@@ -76,7 +80,7 @@ def _height(log: Log) -> Iterator[Diagnosis]:
     rate = max((value for _, value in log.learning_rate), default=0.0)
     for judged in (diverged(losses, rate), ended_high(losses, evals, rate)):
         if judged.action != "go on":
-            yield Diagnosis("diverged", judged.reason.split(". Usual cause")[0], f"a lower rate: {lower}")
+            yield Diagnosis("diverged", without_cause(judged.reason), f"a lower rate: {lower}")
             return
 
 
@@ -120,10 +124,10 @@ def _unfit(log: Log) -> Iterator[Diagnosis]:
 def _steps(log: Log) -> Iterator[Diagnosis]:
     """Steps that were skipped or taken back, or that would have been."""
     if log.skipped or log.rollbacks:
-        back = first_few([f"step {step:,}" if step else "the beginning" for step in log.rollbacks])
+        back = first_few([f"to step {step:,}" if step else "to the beginning" for step in log.rollbacks])
         parts = [f"{counted(len(log.skipped), 'step')} skipped"] * bool(log.skipped)
         lower = rate_factor(log.rollbacks)
-        at = "" if lower == 1 else f", at last with {lower:g} of the rate"
+        at = "" if lower == 1 else f"; the last time on at {lower:g} of the planned rate"
         evidence = "; ".join([*parts, *[f"went back to {back}{at}"] * bool(back)])
         advice = "the journal in the report names the rows: look at them"
         yield Diagnosis("bad steps", evidence, advice if log.skipped else "")
@@ -153,13 +157,13 @@ def _eaten(log: Log) -> Iterator[Diagnosis]:
 def _length(log: Log) -> Iterator[Diagnosis]:
     """A run that was too short."""
     losses = log.train_loss
-    if not losses or log.steps >= FEW_STEPS or (log.total_steps and log.steps < log.total_steps):
+    unfinished = log.outcome is not None and log.outcome.status != "done"
+    if unfinished or not losses or log.steps >= FEW_STEPS or (log.total_steps and log.steps < log.total_steps):
         return
     best = _best(log.metric, log.greater_is_better)
     if best is not None and best == log.metric[-1][0]:
         evidence = f"{counted(log.steps, 'step')} in all, and the eval rows were answered best at the last evaluation"
-        more = f": --set train.num_train_epochs={3 * log.epochs:.2g}" if log.rate else ""
-        yield Diagnosis("too few steps", evidence, f"more epochs{more}")
+        yield Diagnosis("too few steps", evidence, "three times as many steps or epochs")
 
 
 def _best(points: Sequence[Point], greater_is_better: bool) -> int | None:

@@ -60,6 +60,11 @@ def setting_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def status(outcome: str) -> str:
+    """How an attempt ended, in words: one that spiked diverged, and may go back."""
+    return "diverged" if outcome == "spiked" else outcome.replace("_", " ")
+
+
 def harmless(text: str) -> str:
     """The same text with control and direction marks shown by their code instead of obeyed."""
     return _UNSAFE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text.replace("\r\n", "\n"))

@@ -145,7 +145,7 @@ def _attempts(view: RunView) -> Table:
     for attempt in view.attempts:
         status, facts = "no outcome", ("-", "-", "-", "its process wrote no outcome.json")
         if outcome := attempt.outcome:
-            status = outcome.status.replace("_", " ")
+            status = words.status(outcome.status)
             speed = format_number(outcome.tokens_per_second) if outcome.tokens_per_second else "-"
             peak = format_bytes(outcome.peak_memory_bytes) if outcome.peak_memory_bytes else "-"
             facts = (format_seconds(outcome.train_seconds), speed, peak, outcome.reason)

@@ -102,7 +102,7 @@ def fitting(curves: Curves) -> Fitting:
 
 _EVEN = "the eval loss did not rise by a tenth, nor was it still falling while the train loss was no lower"
 _FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
-_MORE = "What helps: more epochs, or a higher rate."
+_MORE = "What helps: more epochs, or a search for the rate."
 _LOWER = "What helps: a lower rate."
 _EXTREME = "The answers are as good as before; their probabilities are too extreme until they are calibrated."
 

@@ -23,6 +23,7 @@ from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.search import Searched
 from fulltune.records.training import Outcome
+from fulltune.report.format import words
 from fulltune.report.run.history import History, merge
 from fulltune.report.run.verdict import headline_row
 
@@ -204,7 +205,7 @@ def _why_unscored(view: RunView, trial: str) -> str:
         return "training has no recorded end, so there was nothing to score."
     if outcome.status == "done":
         return "training is done, but the model was not scored on the test rows."
-    return f"training ended as '{outcome.status.replace('_', ' ')}': {outcome.reason.rstrip('.')}."
+    return f"training ended as '{words.status(outcome.status)}': {outcome.reason.rstrip('.')}."
 
 
 class _Files:

@@ -193,6 +193,11 @@ def _far(begin: float, last: Sequence[float], learning_rate: float) -> str:
     )
 
 
+def without_cause(reason: str) -> str:
+    """What was seen, without what usually causes it and what to do."""
+    return reason.partition(". Usual cause")[0]
+
+
 def _cause(learning_rate: float, share: str = "tenth") -> str:
     return f"Usual cause: a learning rate that is too high (here {learning_rate:g}); take a {share} of it"
 

@@ -8,11 +8,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fulltune.records.events import Event, Listener, event_of
+from fulltune.records.events import Event, Listener, Warned, event_of
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.text import parse_seconds
@@ -36,7 +36,7 @@ def run(request: Request, listener: Listener, start: spawn.Starter = spawn.in_ne
     limit = request.recipe.train.hang_timeout
     pulse = _Pulse(request.folder / HEARTBEAT, math.inf if limit is None else parse_seconds(limit))
     with _forwarding_signals(child) as asked:
-        for event in _follow(request.folder / "metrics.jsonl", child, pulse):
+        for event in _follow(request.folder / "metrics.jsonl", child, pulse, asked):
             listener(event)
     if pulse.stopped and not asked and not _written(request):
         child.wait()
@@ -156,10 +156,16 @@ def _forwarding_signals(child: spawn.Child) -> Iterator[list[int]]:
                 os.killpg(child.pid, signal.SIGTERM)
 
 
-def _follow(path: Path, child: spawn.Child, pulse: _Pulse) -> Iterator[Event]:
-    """Lines of a growing file, until the child has ended and everything is read; one that hangs is ended."""
-    position = 0
+def _follow(path: Path, child: spawn.Child, pulse: _Pulse, asked: Sequence[int]) -> Iterator[Event]:
+    """Lines of a growing file, until the child has ended and everything is read; one that hangs is ended. A signal is
+    answered at once, whenever the child comes to it."""
+    position, answered = 0, False
     while True:
+        if asked and not answered:
+            answered = True
+            yield Warned(
+                text="asked to stop: after the step at hand, which is saved first; a third signal ends it at once"
+            )
         ended = child.poll() is not None
         if path.exists():
             with path.open("rb") as file:

@@ -79,7 +79,8 @@ def train(
             parent_pid=None if hooks.needs_this_process else os.getpid(),
             dry_run=dry_run or bool(history),
         )
-        request = _with_folders(request, change.resume, listener)
+        saved = done[-1].steps if done and not history and done[-1].status == "interrupted" else 0
+        request = _with_folders(request, change.resume, listener, saved)
         if hooks.needs_this_process:
             from fulltune.train.worker import main as worker
 
@@ -116,8 +117,15 @@ def _rolled_back(request: Request, outcome: Outcome, most: int | None) -> NextAt
     return following
 
 
-def _with_folders(request: Request, resume: bool, listener: Listener) -> Request:
-    """Make the attempt's folders; returns the request with the checkpoint to go on from, if there is a sound one."""
+def _with_folders(request: Request, resume: bool, listener: Listener, saved: int) -> Request:
+    """Make the attempt's folders; returns the request with the checkpoint to go on from, if there is a sound one.
+
+    Args:
+        request: The attempt.
+        resume: Go on from a checkpoint.
+        listener: Told which one, and what is wrong with newer ones.
+        saved: The step that the attempt before has saved; 0: none.
+    """
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     request.folder.mkdir(parents=True)
     if resume:
@@ -127,6 +135,9 @@ def _with_folders(request: Request, resume: bool, listener: Listener) -> Request
         if sound is not None:
             request = request.model_copy(update={"checkpoint": str(sound)})
             listener(Resumed(step=request.first_step))
+        if saved > request.first_step and not passed_over:
+            on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
+            listener(Warned(text=f"the checkpoint of step {saved:,} is gone: going on {on}"))
     if request.checkpoint is None:
         checkpoints.drop_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")

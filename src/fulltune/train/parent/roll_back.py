@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
-from fulltune.train.loop.guards import rate_factor
+from fulltune.train.loop.guards import rate_factor, without_cause
 from fulltune.train.parent.next_attempt import NextAttempt
 
 
@@ -30,9 +30,9 @@ def roll_back(plan: Plan, most: int, outcome: Outcome, healthy_step: int) -> Nex
     rollbacks = (*plan.rollbacks, healthy_step)
     lower = rate_factor(rollbacks)
     at = "at the same rate" if lower == 1 else f"at {lower:g} of the planned rate ({plan.learning_rate * lower:.3g})"
-    where = f"to the checkpoint of step {healthy_step:,}" if healthy_step else "to the beginning"
+    going = f"back to the checkpoint of step {healthy_step:,}, on" if healthy_step else "starting over"
     said = (
-        f"{outcome.reason}; going back {where}, continuing {at} with the rows in another order "
+        f"{without_cause(outcome.reason)}; {going} {at} with the rows in another order "
         f"(rollback {len(rollbacks)} of at most {most})"
     )
     return NextAttempt(plan.model_copy(update={"rollbacks": rollbacks}), resume=healthy_step > 0, reason=said)

@@ -85,7 +85,8 @@ class AgainstStart(TrainerCallback):
         is_worse = not math.isfinite(better) or better < -ERRORS * error
         behind = trainer.seen.behind + 1 if is_worse else 0
         trainer.seen = replace(trainer.seen, behind=behind)
-        what = f"{measure.name} {abs(better):.3g} worse (standard error {error:.2g})"
+        way = "lower" if measure.greater_is_better else "higher"
+        what = f"{measure.name} is {abs(better):.3g} {way} (standard error {error:.2g})"
         decision = made_worse(behind, what, logged(state, "loss"), attempt.highest_rate, attempt.untrained_loss)
         if decision.action == "stop":
             raise Diverged(decision.reason)

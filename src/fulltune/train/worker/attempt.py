@@ -119,6 +119,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
 def _check(attempt: AttemptContext, rows: Any, eval_rows: Any) -> None:
     """Run the checks before step 1 and the dry run, with DeepSpeed inside its engine; refuse when one failed."""
     trainer = attempt.trainer
+    _stop_before_training(attempt)
     attempt.recorder.phase(CHECKS)
     attempt.journal.at("step")
     attempt.checks = before_training(attempt, rows)
@@ -187,13 +188,21 @@ def _fit(attempt: AttemptContext) -> tuple[Any, Any]:
             checkpoints.drop_after(request.checkpoints, request.first_step)
         attempt.journal.write("resume", f"from {checkpoint.name}")
     trainer.usual_loss = next(reversed(trainer.seen.losses), attempt.untrained_loss or 0.0)
-    if attempt.stop.asked and attempt.plan.num_processes == 1:  # several would have to agree, as they do after a step
-        raise InterruptedRun("stopped on request before step 1" if request.first_step == 0 else "stopped on request")
+    _stop_before_training(attempt)
     with contextlib.suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=request.checkpoint)  # transformers' loop
     if attempt.stop.asked:
         raise InterruptedRun(f"stopped on request after step {trainer.state.global_step:,}, which is saved")
     return trainer.state, trainer.optimizer
+
+
+def _stop_before_training(attempt: AttemptContext) -> None:
+    """Stop where it was asked for while the model was loaded or checked; several processes agree only after a step."""
+    if attempt.stop.asked and attempt.plan.num_processes == 1:
+        step = attempt.request.first_step
+        raise InterruptedRun(
+            f"stopped on request {f'after step {step:,}, which is saved' if step else 'before step 1'}"
+        )
 
 
 def _put_back(trainer: Any, checkpoint: Path) -> None:

@@ -26,7 +26,7 @@ from fulltune.system.meter import life_peak_bytes
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
-from fulltune.train.journal import Journal
+from fulltune.train.journal import Journal, last_step
 from fulltune.train.request import Request
 from fulltune.train.worker.observed import Observed
 
@@ -48,7 +48,8 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
             if status == "disk_full":
                 checkpoints.drop_unfinished(request.checkpoints)  # room for the outcome
             since = error.since if isinstance(error, Spiked) else None
-            ended = {"status": status, "reason": reason, "phase": journal.phase, "trouble_since": since}
+            steps = last_step(request.folder)
+            ended = {"status": status, "reason": reason, "phase": journal.phase, "trouble_since": since, "steps": steps}
         finally:
             if rank == 0:
                 request.initial_weights.unlink(missing_ok=True)
