@@ -69,7 +69,7 @@ def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     find_or_make(one, path.read_text(encoding="utf-8"), "run", tmp_path / "run", False)
     said = fulltune("compare", path, "--set", "compare.margin=0.02", "--run-folder", tmp_path / "run")
     assert said.code == 2
-    assert "another recipe" in said.err
+    assert "other settings (compare.margin)" in said.err
 
 
 def test_budget_that_is_no_time_is_refused(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def gain(measure: Measure, before: np.ndarray, now: np.ndarray) -> tuple[float, 
     both = np.stack([before, now], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
     draws = np.diff(_by_sums(both, measure.value, _FEWEST), axis=1)
-    return float(measure.sign * difference), float(np.nanstd(draws))
+    return float(measure.sign * difference), float(np.std(draws))
 
 
 # ---- arms of several trials ------------------------------------------------------------------------------------
