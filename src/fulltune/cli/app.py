@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. `--help` and a recipe error
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -428,6 +429,9 @@ def main() -> None:
         app(standalone_mode=True)
     except FulltuneError as error:
         colour = "yellow" if isinstance(error, InterruptedRun) else "red"
+        if isinstance(error, InterruptedRun):  # another signal must not change the exit code by now
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for problem in error.problems:
             err.print(f"[{colour}]{escape(problem)}[/{colour}]", soft_wrap=True)
         sys.exit(error.exit_code)

@@ -212,8 +212,9 @@ class Display:
             f"{format_seconds(round(event.total_seconds))}{memory} (from the dry run)"
         )
         if scoring := [part.seconds for part in event.around]:
-            each = format_seconds(round(sum(scoring)))
-            self.print(f"[dim]then scoring each model on the test rows about {each}, without generated answers[/dim]")
+            each = format_seconds(max(1, round(sum(scoring))))
+            said = f"scoring a model on the test rows then takes about {each}, without generated answers"
+            self.print(f"[dim]{said}[/dim]")
 
 
 def data_table(summary: DataSummary) -> Table:
