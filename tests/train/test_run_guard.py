@@ -1,11 +1,10 @@
-"""The guard of single steps as tables of numbers; then faults planted in whole runs: skipped, gone back, or stopped."""
+"""Going back as tables of numbers; then faults planted in whole runs: skipped, gone back, or stopped."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Container
@@ -29,7 +28,6 @@ from fulltune.train import checkpoints
 from fulltune.train.loop.explain import explain
 from fulltune.train.loop.guards import GuardDecision, rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.loop.step_guard import LEAST, MOST_SKIPPED, STAYS, WINDOW, Judged, StepMemory, judge
 from fulltune.train.parent.roll_back import roll_back
 from fulltune.train.worker import attempt
 from tests import tiny
@@ -37,133 +35,6 @@ from tests.plans import outcome, plan
 from tests.train import faults, runs
 
 INF, NAN = math.inf, math.nan
-
-# ---- a step ----------------------------------------------------------------------------------------------------
-
-
-def after(steps: int, loss: float = 1.0, norm: float | None = 2.0) -> StepMemory:
-    """What is remembered after so many clean steps, whose losses and norms differ by a tenth or so."""
-    draw, seen = random.Random(0), StepMemory()
-    for step in range(1, steps + 1):
-        values = loss * draw.gauss(1, 0.1), None if norm is None else norm * math.exp(draw.gauss(0, 0.2))
-        judged = judge(seen, step, *values)
-        assert judged.action == "go on"
-        seen = judged.seen
-    return seen
-
-
-def several(
-    seen: StepMemory, steps: list[tuple[float, float | None]], first: int = 201, **options: Any
-) -> list[Judged]:
-    """These steps one after the other, until one stops."""
-    found: list[Judged] = []
-    for number, (loss, norm) in enumerate(steps, start=first):
-        found.append(judge(found[-1].seen if found else seen, number, loss, norm, **options))
-        if found[-1].action == "stop":
-            break
-    return found
-
-
-@pytest.mark.parametrize(
-    ("loss", "norm", "scaled", "action"),
-    [
-        (1.0, 2.0, False, "go on"),
-        (0.0, 0.0, False, "go on"),
-        (1.0, None, False, "go on"),
-        (NAN, None, False, "skip"),
-        (INF, None, False, "skip"),
-        (-INF, 1.0, True, "skip"),
-        (1.0, NAN, False, "skip"),
-        (1.0, INF, False, "skip"),
-        (1.0, INF, True, "go on"),  # the loss scale is to blame, and the scaler skips it
-        (NAN, INF, True, "skip"),
-        (9.0, 2.0, False, "go on"),  # hard rows
-        (1.0, 200.0, False, "go on"),  # clipped
-        (0.0, 200.0, False, "go on"),
-        (9.0, 200.0, False, "skip"),
-        (9.0, None, False, "go on"),
-    ],
-)
-@pytest.mark.parametrize("own", [False, True])
-def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_above_the_usual(
-    loss: float, norm: float | None, scaled: bool, action: str, own: bool
-) -> None:
-    seen = after(200)
-    judged = judge(seen, 201, loss, norm, scaled=scaled, own=own)
-    is_finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
-    assert judged.action == ("go on" if own and is_finite else action)
-    assert bool(judged.reason) == (judged.action == "skip")
-    if judged.action == "skip":
-        assert (judged.seen.losses, judged.seen.log_norms) == (seen.losses, seen.log_norms), "it was not clean"
-        assert judged.seen.skipped == (201,)
-
-
-def test_nothing_is_suspect_before_there_is_something_to_compare_with() -> None:
-    assert judge(after(LEAST - 1), 40, 9.0, 200.0).action == "go on"
-    assert judge(after(LEAST), 40, 9.0, 200.0).action == "skip"
-    assert judge(StepMemory(), 1, NAN, 1.0).action == "skip"
-
-
-def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
-    found = several(after(200), [(NAN, 1.0)] * 5)
-    assert [one.action for one in found] == ["skip", "skip", "stop"]
-    assert found[-1].since == 201
-    assert found[-1].reason == (
-        "the loss is nan, and the 2 steps before it were skipped as well; the weights are still good. Usual causes: a "
-        "learning rate that is too high, rows without a trained token, values out of range or a type with too small a "
-        "range"
-    )
-    found = several(after(200), [(NAN, 1.0), (NAN, 1.0), (1.0, 2.0)] * 6)
-    assert [one.action for one in found] == ["skip", "skip", "go on"] * 2 + ["stop"], "the fifth of twenty"
-
-
-def test_too_many_suspect_steps_stop() -> None:
-    found = several(after(200), [(9.0, 200.0), (1.0, 2.0)] * 10)
-    assert "4 of the 20 steps before it" in found[-1].reason
-    assert sum(one.action == "skip" for one in found) == MOST_SKIPPED - 1
-    assert found[-1].action == "stop"
-    assert found[-1].since == 201
-    seldom: list[tuple[float, float | None]] = [(9.0, 200.0), *[(1.0, 2.0)] * 6]
-    assert {one.action for one in several(after(200), seldom * 10)} == {"skip", "go on"}
-
-
-@pytest.mark.parametrize(
-    ("losses", "stops"),
-    [
-        ([3.0] * STAYS, True),
-        ([3.0] * (STAYS - 1) + [0.9], False),  # one is as before
-        ([1.2] * STAYS, False),  # a little
-        ([0.2] * STAYS, False),
-        ([3.0] * (STAYS - 1), False),
-    ],
-)
-def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float], stops: bool) -> None:
-    found = several(after(200), [(loss, 2.0) for loss in losses])
-    assert (found[-1].action == "stop") == stops
-    if stops:
-        assert found[-1].since == 201
-        assert found[-1].reason.startswith("the loss rose and stays: ")
-        among: list[tuple[float, float | None]] = [(loss, 2.0) for loss in losses]
-        among[3:3] = [(9.0, 200.0)] * 2
-        assert several(after(200), among)[-1].since == 201, "skipped steps are between them"
-    assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
-
-
-def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> None:
-    """The loss began at 1 and is 0.001 by now; a loss of 0.2 is 200 times the usual one."""
-    seen = StepMemory((*after(LEAST).losses, *[0.001] * WINDOW)[-WINDOW:], (-3.0,) * WINDOW, first=1.0)
-    assert judge(seen, 300, 0.2, 2.0).action == "go on"
-    assert judge(seen, 300, 4.0, 2.0).action == "skip"
-
-
-def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
-    seen = judge(after(1000), 1001, NAN, 1.0).seen
-    assert (len(seen.losses), len(seen.log_norms)) == (WINDOW + STAYS, WINDOW)
-    assert StepMemory.from_json(json.loads(json.dumps(seen.as_json()))) == seen
-    for own in (False, True):
-        later = several(seen, [(1.0, 2.0)] * STAYS, first=1002, own=own)[-1].seen
-        assert later.skipped == (), "clean for long enough"
-
 
 # ---- going back ------------------------------------------------------------------------------------------------
 

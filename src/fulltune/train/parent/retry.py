@@ -124,7 +124,7 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
         request: The attempt.
         resume: Go on from a checkpoint.
         listener: Told which one, and what is wrong with newer ones.
-        saved: The step that the attempt before has saved; 0: none.
+        saved: The step at which the attempt before was stopped, and which it usually saved; 0: none.
     """
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     request.folder.mkdir(parents=True)
@@ -137,7 +137,7 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
             listener(Resumed(step=request.first_step))
         if saved > request.first_step and not passed_over:
             on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
-            listener(Warned(text=f"the checkpoint of step {saved:,} is gone: going on {on}"))
+            listener(Warned(text=f"no checkpoint of step {saved:,} is left: going on {on}"))
     if request.checkpoint is None:
         checkpoints.drop_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")

@@ -45,7 +45,7 @@ def score_first(attempt: AttemptContext) -> None:
     if trainer.left_evaluation:
         attempt.recorder.phase(SCORING_LEFT)
         trainer.score_left()
-        if attempt.is_over(state):
+        if attempt.early_stopping.is_over(state):
             raise NothingLeft
     elif attempt.plan.eval_on_start and not state.global_step:
         attempt.recorder.phase(SCORING)

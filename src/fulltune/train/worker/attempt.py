@@ -177,7 +177,7 @@ def _fit(attempt: AttemptContext) -> tuple[Any, Any]:
         checkpoint = Path(request.checkpoint)
         _put_back(trainer, checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
-        if state.global_step >= attempt.plan.total_steps or attempt.is_over(state):
+        if state.global_step >= attempt.plan.total_steps or attempt.early_stopping.is_over(state):
             attempt.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
             optimizer = weights.load_finished(trainer, checkpoint, attempt.plan.total_steps)
             trainer.state = state

@@ -115,10 +115,6 @@ class AttemptContext:
             lambda reason: self.journal.write("early stop", reason),
         )
 
-    def is_over(self, state: Any) -> bool:
-        """The run stops early, by the evaluations so far."""
-        return self.early_stopping.is_over(state)
-
     def score(self, rows: Any) -> Mapping[str, float]:
         """The eval metrics of the current weights; several processes share the rows.
 
