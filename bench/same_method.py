@@ -40,7 +40,7 @@ task: text-classification
 data: {train: train.csv, eval: eval.csv, test: test.csv, text: text, label: category}
 methods: [full, lora]
 train: {num_train_epochs: 5, global_batch_size: 16}
-compare: {generic_text: generic.txt}
+preserve: {probe: generic.txt}
 """
 RATE = 6.3e-4
 EVAL_ROWS = 1000

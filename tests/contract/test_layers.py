@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("tasks",),),
     (("methods",),),
     (("inference",),),
-    (("footprint",), ("probe",)),
+    (("footprint",), ("probe",), ("forgetting",)),
     (("stats",),),
     (("plan", "plan/__init__", "plan/elsewhere"),),
     (

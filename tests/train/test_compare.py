@@ -288,7 +288,7 @@ def test_lint_before_training_names_a_single_rate(tmp_path: Path) -> None:
 
 
 def test_generic_text_that_is_missing_is_said_before_anything_is_trained(tmp_path: Path) -> None:
-    one = job(tmp_path, METHODS, compare={"generic_text": "nowhere.txt"})
-    with pytest.raises(DataError, match=r"compare\.generic_text: .*nowhere\.txt: cannot be read"):
+    one = job(tmp_path, METHODS, preserve={"probe": "nowhere.txt"})
+    with pytest.raises(DataError, match=r"preserve\.probe: .*nowhere\.txt: cannot be read"):
         compare(one)
     assert not (one.folder / "attempts").exists()

@@ -17,9 +17,9 @@ from fulltune.compare.sequential import Left, left
 from fulltune.compare.table_rows import middle, rows_of
 from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import ArmItems, decide
-from fulltune.evaluate import drift, outputs
+from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.tasks import FACTS, LANGUAGE_MODELS
 from fulltune.records.comparison import Comparison, Opening
 from fulltune.records.differences import Decision
 from fulltune.records.scores import Estimate, Scores
@@ -114,7 +114,7 @@ def comparison_of(
         findings=lint(design),
         openings=openings,
         claims=claims(rows, decision, summary.splits["train"].rows),
-        drift_unit="nats per token" if summary.problem_type in drift.WRITERS else "1 - cosine",
+        drift_unit="nats per token" if summary.problem_type in LANGUAGE_MODELS else "1 - cosine",
         drift_text=context.texts[1],
         num_trials=len(runs) + sum(len(one.tried) + one.other_runs for one in ran.searches.values()),
         seconds=round(context.spent_seconds, 1),

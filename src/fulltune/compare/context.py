@@ -18,10 +18,10 @@ from typing import Any
 
 from fulltune import methods, plan
 from fulltune.compare import rate_search
-from fulltune.evaluate import drift
-from fulltune.evaluate.generic_text import generic_texts
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
+from fulltune.forgetting import drift
+from fulltune.forgetting.generic_text import generic_texts
 from fulltune.models.shapes import Shapes
 from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
@@ -94,7 +94,7 @@ class Context:
 
     @cached_property
     def texts(self) -> tuple[list[str], str]:
-        return generic_texts(self.recipe.compare.generic_text)
+        return generic_texts(self.recipe.preserve.probe)
 
     @cached_property
     def most_tokens(self) -> int:
@@ -206,7 +206,9 @@ class Context:
             changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
             changes["save_steps"] = None
         recipe = self.recipe.with_method(method)
-        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+        # What a trial has forgotten is measured once, of the finished model.
+        unwatched = recipe.preserve.model_copy(update={"drift": False})
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes), "preserve": unwatched})
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         """The plan of a trial, with what earlier ones of its arm changed because memory ran out."""

@@ -20,7 +20,6 @@ from fulltune.compare.rates import search_all
 from fulltune.compare.seeds import SeedRuns
 from fulltune.compare.timing import EXPECTATION, expect
 from fulltune.errors import RecipeError
-from fulltune.evaluate.generic_text import generic_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation
@@ -69,8 +68,6 @@ def _compare(
 ) -> Comparison:
     with fork_server() as start:
         with run_folder.not_left_when_refused(job.folder):
-            if job.recipe.compare.generic_text is not None:
-                generic_texts(job.recipe.compare.generic_text)  # refused before hours of training, not after
             summary = pipeline.prepare(job)
         openings = known.openings if known else ()
         alpha_left = openings[-1].left if openings else None

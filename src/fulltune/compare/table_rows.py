@@ -10,7 +10,8 @@ import numpy as np
 from fulltune.compare import rate_search
 from fulltune.compare.context import BASE, Context, settings_of
 from fulltune.compare.seeds import SeedRuns, waiting
-from fulltune.evaluate import drift, outputs
+from fulltune.evaluate import outputs
+from fulltune.forgetting import drift
 from fulltune.records.comparison import ArmRow, Search, TrialResult
 from fulltune.records.differences import ArmScore, Decision
 from fulltune.records.scores import Estimate, Scores

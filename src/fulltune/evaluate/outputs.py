@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.evaluate.drift import generic
 from fulltune.evaluate.scoring import Scoring
 from fulltune.files import replacing
+from fulltune.forgetting.drift import GenericText
 from fulltune.tasks import Predictions
 
 
@@ -23,7 +23,7 @@ class Outputs:
     kept: dict[str, Predictions]
     """Split to what the task's `reduce` gave of each row."""
     generic: np.ndarray | None
-    """Of texts that have nothing to do with the task: see `drift.generic`; None for images."""
+    """Of texts that have nothing to do with the task: see `GenericText.read`; None for images."""
     seconds_per_row: float
     """Of the last split, in batches as evaluation makes them."""
 
@@ -54,7 +54,8 @@ def outputs(
     of_texts = None
     if texts and scoring.task.FACTS.reads == "text":
         kind, precision = scoring.target.problem_type, scoring.plan.precision
-        of_texts = generic(model, processor, texts, kind, precision, most_tokens)
+        head = scoring.selective_head(model, processor.pad_token_id, scoring.rows("eval"))
+        of_texts = GenericText.of(texts, processor, kind, precision, most_tokens).read(model, head)
     return Outputs(kept=kept, generic=of_texts, seconds_per_row=seconds)
 
 

@@ -145,7 +145,7 @@ class Scoring:
     def run(self, model: Any, processor: Any, split: str = "test") -> Predictions:
         """What the task keeps of the logits of each row of a split."""
         rows, pad_token_id = opened(self.rows(split), processor), processor.pad_token_id
-        head = self._selective_head(model, pad_token_id, rows)
+        head = self.selective_head(model, pad_token_id, rows)
         return self.in_batches(
             lambda batch_size: run_rows(
                 model,
@@ -164,7 +164,7 @@ class Scoring:
         """Call `run` with the plan's batch size, with a smaller one when memory runs out: the scores are the same."""
         return with_smaller_batches("evaluation", self.plan.eval_batch_size, run)
 
-    def _selective_head(self, model: Any, pad_token_id: int, rows: Any) -> SelectiveHead | None:
+    def selective_head(self, model: Any, pad_token_id: int, rows: Any) -> SelectiveHead | None:
         """Leaves out the logits of prompts, when the shortest row shows that the others stay the same."""
         if not self.task.FACTS.writes:
             return None

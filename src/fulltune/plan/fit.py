@@ -7,7 +7,7 @@ from dataclasses import fields
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, choose, command_time, defaults, disk, memory, resolve, time
+from fulltune.plan import budget, choose, command_time, defaults, disk, memory, resolve, time, watching
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
@@ -62,6 +62,7 @@ def fit(
     logging_steps = max(1, steps.total // 200)
     why = "about 200 log lines" if logging_steps > 1 else "every step of a short run"
     logging_steps = reasons.add("train.logging_steps", train.logging_steps, logging_steps, why)
+    texts = watching.drift_texts(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons)
     used = chosen.settings
@@ -85,6 +86,7 @@ def fit(
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,
+        drift_texts=texts,
         save_steps=steps.between_saves,
         logging_steps=logging_steps,
         metric=metric,

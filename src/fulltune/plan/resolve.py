@@ -245,7 +245,7 @@ _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
 def everything_else(recipe: Recipe, reasons: Reasons) -> None:
     """Fields with a fixed default: recorded so that the report lists every setting."""
     named = {setting.name for setting in reasons.settings}
-    for block in ("model", "data", "method", "train", "evaluate"):
+    for block in ("model", "data", "method", "train", "preserve", "evaluate"):
         values = getattr(recipe, block)
         for field in type(values).model_fields:
             name = f"{block}.{field}"

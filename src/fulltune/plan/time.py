@@ -61,6 +61,8 @@ DISK_READ, DISK_WRITE = 5e9, 3.5e9
 PADDING_GROUPED = 1.07
 """Measured with rows of similar length together: 6.6 % (docs/log.md)."""
 DISK_BYTES_PER_SECOND = 10**9
+GENERIC_TOKENS = 48
+"""Of a generic text that is read at an evaluation, on average of the bundled ones, cut at 64."""
 
 
 @dataclass(frozen=True)
@@ -212,11 +214,12 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
     tokens = round(plan.total_steps * plan.global_batch_size * work.tokens_per_row)
     evaluations = occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
     rows = summary.splits["eval"].rows if "eval" in summary.splits else 0
+    generic = plan.drift_texts * GENERIC_TOKENS / work.tokens_per_row
     saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
     one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
     return TimeNeed(
         train_seconds=plan.total_steps * seconds_per_step,
-        eval_seconds=evaluations * work.forward_flops(rows) / forward_flops,
+        eval_seconds=evaluations * work.forward_flops(rows + generic) / forward_flops,
         save_seconds=saves * one / DISK_BYTES_PER_SECOND,
         tokens=tokens,
         tokens_per_second=plan.global_batch_size * work.tokens_per_row / seconds_per_step,

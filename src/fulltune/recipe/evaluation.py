@@ -48,9 +48,6 @@ class CompareBlock(Block):
     side_by_side: int = Field(default=1, ge=1)
     """Trials at a time on a CPU, each with its share of the cores: with small models and short texts that is faster
     in all, and each one's time in the table is longer. On a GPU one at a time."""
-    generic_text: str | None = None
-    """A text file of what the model could do before, to see how far each method moves it away: one text a line, or
-    paragraphs. Left out: docstrings of Python's standard library."""
     near_duplicates: float = Field(default=0.8, gt=0, le=1)
     """Rows whose texts share so much of their 5-grams (Jaccard) stay on one side of the split. 1: only equal
     ones."""

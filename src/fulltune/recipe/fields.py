@@ -17,6 +17,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.recipe.evaluation import CompareBlock, EvaluateBlock
 from fulltune.recipe.methods import RIVALS, VARIANT, Arm, ArmKind, FullMethod, Method
 from fulltune.recipe.model import ModelBlock
+from fulltune.recipe.preserve import PreserveBlock
 from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.recipe.training import TrainBlock
@@ -37,6 +38,7 @@ class Recipe(Block):
     methods: tuple[Arm, ...] = ()
     """What `fulltune compare` compares, in place of `method`: each as there, or its kind alone."""
     train: TrainBlock = TrainBlock()
+    preserve: PreserveBlock = PreserveBlock()
     search: SearchBlock = SearchBlock()
     evaluate: EvaluateBlock = EvaluateBlock()
     compare: CompareBlock = CompareBlock()

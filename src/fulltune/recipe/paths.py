@@ -56,9 +56,9 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     for key in ("eval", "test", "chat_template"):
         if (value := getattr(data, key)) is not None:
             update[key] = absolute(value, f"data.{key}")
-    block = recipe.compare
-    if block.generic_text is not None:
-        block = block.model_copy(update={"generic_text": absolute(block.generic_text, "compare.generic_text")})
+    preserve = recipe.preserve
+    if preserve.probe is not None:
+        preserve = preserve.model_copy(update={"probe": absolute(preserve.probe, "preserve.probe")})
     train = recipe.train
     if isinstance(file := train.extra.get("deepspeed"), str):
         train = train.model_copy(
@@ -78,7 +78,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             "data": data.model_copy(update=update),
             "model": model,
             "train": train,
-            "compare": block,
+            "preserve": preserve,
             "output": output,
         }
     )

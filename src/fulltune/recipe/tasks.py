@@ -30,6 +30,8 @@ ProblemType = Literal[
     "chat",
     "source_target",
 ]
+LANGUAGE_MODELS: tuple[ProblemType, ...] = ("text", "prompt_completion", "chat")
+"""What has a loss on any text."""
 _CHOICES_OF_CLASSES = ("accuracy", "f1_macro", "mcc", "loss")
 _OF_TOKENS = ("loss", "perplexity", "token_accuracy")
 _OF_ANSWERS = ("exact_match", "rougeL", "chrf")

@@ -152,6 +152,10 @@ class UpdatesMeasured(Event):
     """The tensor of the largest."""
 
 
+OF_GENERIC_TEXT = ("drift", "drift_error")
+"""Of an evaluation's numbers those that are not about eval rows: how far generic text has moved, and its error."""
+
+
 class Evaluated(Event):
     """The eval rows were scored during training."""
 

@@ -158,6 +158,8 @@ class Plan(Record):
     """Optimizer steps between two evaluations and between two saves on that occasion; 0: never during training."""
     eval_on_start: bool = True
     """Another evaluation before step 1."""
+    drift_texts: int = 0
+    """Generic texts that are read at each evaluation, to see how far the model has moved away; 0: none are."""
     save_steps: int
     logging_steps: int
     metric: str

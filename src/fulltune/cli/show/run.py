@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fulltune.records.data import DataSummary
 from fulltune.records.events import (
+    OF_GENERIC_TEXT,
     AttemptFailed,
     ChecksDone,
     DataPrepared,
@@ -170,7 +171,8 @@ class Display:
 
     def _eval(self, event: Evaluated) -> None:
         metrics = event.metrics
-        shown = [self.metric, *[name for name in metrics if name != self.metric]][:3]
+        names = [name for name in metrics if name not in (self.metric, *OF_GENERIC_TEXT)]
+        shown = [self.metric, *names[: 1 if "drift" in metrics else 2], "drift"]
         values = "  ".join(f"{name} {format_metric(name, metrics[name])}" for name in shown if name in metrics)
         if self.metric in metrics:
             self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"

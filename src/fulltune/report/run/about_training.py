@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fulltune.records.events import UpdatesMeasured
+from fulltune.records.events import OF_GENERIC_TEXT, UpdatesMeasured
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
@@ -107,6 +107,7 @@ def fitting_of(view: RunView, trial: str) -> Fitting:
 
 def _all_metrics(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Block]:
     """Every metric of the eval rows as numbers: most of them follow the one that is drawn."""
+    series = {name: points for name, points in series.items() if name not in OF_GENERIC_TEXT}
     if plan is None or set(series) <= {plan.metric, "loss"}:
         return []
     names = sorted(series, key=lambda name: name != plan.metric)

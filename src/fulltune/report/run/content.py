@@ -6,7 +6,14 @@ import shlex
 
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Bullets, Code, Folded, Headline, Paragraph, Report, Section
-from fulltune.report.run import about_data, about_resources, about_scores, about_search, about_training
+from fulltune.report.run import (
+    about_data,
+    about_forgetting,
+    about_resources,
+    about_scores,
+    about_search,
+    about_training,
+)
 from fulltune.report.run.next_steps import facts_of, next_steps
 from fulltune.report.run.read import RunView
 from fulltune.report.run.row_words import row_words
@@ -23,6 +30,7 @@ def build(view: RunView) -> Report:
         about_scores.results(view),
         about_search.search(view),
         about_training.curves(view),
+        about_forgetting.forgetting(view),
         about_scores.answers(view),
         about_scores.confusion(view),
         about_scores.mistakes(view),

@@ -66,6 +66,8 @@ class FullTrainer(Guarded, Trainer):
     """The evaluation of the last step that is done was left."""
     start: np.ndarray | None = None
     """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
+    generic_start: np.ndarray | None = None
+    """What the untouched model made of generic texts: see `forgetting.drift.GenericText`."""
 
     def __init__(
         self,
@@ -179,8 +181,9 @@ class FullTrainer(Guarded, Trainer):
                 folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
                 guard = self.seen.as_json() | {"left_evaluation": self.left_evaluation}
                 files.write_json(folder / checkpoints.GUARD, guard)
-                if self.start is not None:
-                    np.save(folder / checkpoints.START, self.start)
+                for name, start in ((checkpoints.START, self.start), (checkpoints.GENERIC, self.generic_start)):
+                    if start is not None:
+                        np.save(folder / name, start)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.trained_only:

@@ -47,7 +47,10 @@ def score_first(attempt: AttemptContext) -> None:
         trainer.score_left()
         if attempt.early_stopping.is_over(state):
             raise NothingLeft
-    elif attempt.plan.eval_on_start and not state.global_step:
+    elif not state.global_step:
+        if not attempt.plan.eval_on_start:
+            attempt.drifting.measured()
+            return
         attempt.recorder.phase(SCORING)
         trainer.evaluate()
 

@@ -210,8 +210,9 @@ def _put_back(trainer: Any, checkpoint: Path) -> None:
     if remembered := checkpoints.guard_state(checkpoint):
         trainer.seen = StepMemory.from_json(remembered)
         trainer.left_evaluation = remembered.get("left_evaluation", False)
-    if (start := checkpoint / checkpoints.START).exists():
-        trainer.start = np.load(start, allow_pickle=False)
+    for name, kept in (("start", checkpoints.START), ("generic_start", checkpoints.GENERIC)):
+        if (file := checkpoint / kept).exists():
+            setattr(trainer, name, np.load(file, allow_pickle=False))
 
 
 def _judge_end(attempt: AttemptContext, state: Any) -> None:

@@ -31,6 +31,7 @@ from fulltune.train.worker import distributed
 from fulltune.train.worker.observed import Observed
 
 if TYPE_CHECKING:
+    from fulltune.train.worker.drifting import Drifting
     from fulltune.train.worker.scaling import Scaled
 
 
@@ -47,6 +48,7 @@ class AttemptContext:
     summary: DataSummary
     trainer: FullTrainer = field(init=False)
     applied: methods.Applied = field(init=False)
+    drifting: Drifting = field(init=False)
     head: Head | None = None
     """What became of the head, for tasks that may need a new one."""
     scaled: Scaled | None = None
@@ -115,6 +117,10 @@ class AttemptContext:
             lambda reason: self.journal.write("early stop", reason),
         )
 
+    def scores(self, rows: Any) -> Mapping[str, float]:
+        """The metrics of the current weights on these rows, and how far they have moved away on generic text."""
+        return {**self.score(rows), **self.drifting.measured()}
+
     def score(self, rows: Any) -> Mapping[str, float]:
         """The eval metrics of the current weights; several processes share the rows.
 
@@ -141,10 +147,18 @@ class AttemptContext:
         """An evaluation can be left when the run is told to stop; not where the processes need each other for it."""
         return self.trainer.is_in_train and self.sharing is None
 
-    def _between_batches(self, *_: Any) -> None:
-        """The dry run scores rows, too, and is not watched."""
+    def alive(self) -> None:
+        """A sign of life; the dry run scores rows, too, and is not watched."""
         if self.trainer.is_in_train:
             self.journal.alive(self.trainer.state.global_step)
+
+    def between_batches(self, *_: Any) -> None:
+        """A sign of life, and the place where an evaluation is left.
+
+        Raises:
+            StoppedScoring: The run was told to stop.
+        """
+        self.alive()
         if self.stop.asked and self.leaves_scoring:
             raise StoppedScoring
 
@@ -162,7 +176,7 @@ class AttemptContext:
                 batch_size=self.plan.eval_batch_size,
                 precision=self.plan.precision,
                 head=trainer.head,
-                watch=self._between_batches,
+                watch=self.between_batches,
             )
 
 

@@ -34,6 +34,7 @@ from fulltune.train.run_time import PROBING
 from fulltune.train.worker import distributed, extensions, mixup, r_drop, scaling, weights
 from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
+from fulltune.train.worker.drifting import Drifting
 
 _MOST_NAMED = 32
 """Rows of a skipped step."""
@@ -124,7 +125,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         compute_loss_func=attempt.hooks.compute_loss or compute_loss,
         lengths=rows["length"],
         plan=plan,
-        score=lambda: attempt.score(eval_rows),
+        score=lambda: attempt.scores(eval_rows),
         count_items=task.count_items,
         journal=attempt.journal,
         trained_only=recipe.method.kind != "full",
@@ -139,6 +140,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         # Beside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR goes first.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(attempt.request.tensorboard)
+    attempt.drifting = Drifting.of(attempt, model, tokenizer)
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows

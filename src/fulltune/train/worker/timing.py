@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fulltune.inference.run import batches, longest_first
+from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.records.plan import TimeNeed
 from fulltune.train import checkpoints
 from fulltune.train.worker.forecast import (
@@ -94,10 +95,11 @@ def _schedule(passes: Passes, first_step: int, test_share: float) -> tuple[Sched
     # Several processes take the eval batches in turn.
     evaluation = list(batches(longest_first(passes.eval_lengths), plan.eval_batch_size))[:: plan.num_processes]
     train = _counted(passes.lengths, parts)
+    generic = Counter({Shape(1, GENERIC_TOKENS): plan.drift_texts})
     schedule = Schedule(
         steps=steps,
         train={shape: times * steps / counted for shape, times in train.items()},
-        evaluation=_counted(passes.eval_lengths, evaluation),
+        evaluation=_counted(passes.eval_lengths, evaluation) + generic,
         evaluations=times_between(first_step, plan.total_steps, plan.eval_steps)
         + (plan.eval_on_start and first_step == 0),
         # Also at each evaluation.

@@ -1,0 +1,111 @@
+"""How far a model has moved away on texts that have nothing to do with the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.inference.run import autocast, batches, longest_first, run_rows
+from fulltune.recipe.tasks import LANGUAGE_MODELS, ProblemType
+from fulltune.tasks import LENGTH, Target, causal_lm
+from fulltune.tasks.padding import IGNORED, mask, padded
+
+if TYPE_CHECKING:
+    import torch
+
+    from fulltune.inference.selective_head import SelectiveHead
+
+MOST_TOKENS = 256
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class GenericText:
+    """Texts as tokens, and how a model reads them.
+
+    Of a language model the loss of each text is compared before and after training, in nats per token; of others the
+    mean of the last hidden states over the text's tokens, scaled to length 1.
+    """
+
+    ids: tuple[list[int], ...]
+    """The tokens of each text."""
+    pad_token_id: int
+    writes: bool
+    """Whether the model is a language model."""
+    precision: str
+    """Type of the computations: `fp32`, `bf16` or `fp16`."""
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str], tokenizer: Any, problem_type: ProblemType, precision: str, most_tokens: int
+    ) -> GenericText:
+        """Tokenise texts, cut at `most_tokens`: the same for all that are compared, also where virtual tokens take
+        room."""
+        ids = [tokenizer(text, truncation=True, max_length=most_tokens, verbose=False)["input_ids"] for text in texts]
+        return cls(tuple(ids), tokenizer.pad_token_id or 0, problem_type in LANGUAGE_MODELS, precision)
+
+    def read(
+        self, model: Any, head: SelectiveHead | None = None, between: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        """What is compared of each text: float64 [texts] for language models, else [texts, hidden].
+
+        Args:
+            model: On its device; its mode is put back.
+            head: Of a language model, so that its logits are never whole; with whole ones texts go one by one.
+            between: Called between the batches.
+        """
+        if not self.writes:
+            return self._read_states(model, between)
+        rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]
+        kept = run_rows(
+            model,
+            rows,
+            causal_lm,
+            Target("text", {}),
+            self.pad_token_id,
+            batch_size=_BATCH if head is not None and head.in_pieces else 1,
+            precision=self.precision,
+            head=head,
+            watch=lambda *_: between(),
+        )
+        return kept["nll"] / np.maximum(kept["tokens"], 1)
+
+    def _read_states(self, model: Any, between: Callable[[], None]) -> np.ndarray:
+        import torch
+        import torch.nn.functional as F
+
+        order = longest_first(np.array([len(ids) for ids in self.ids]))
+        found: dict[int, np.ndarray] = {}
+        was_training = model.training
+        model.eval()
+        try:
+            for positions in batches(order, _BATCH):
+                between()
+                with torch.no_grad(), autocast(model.device.type, self.precision):
+                    states = self.states(model, positions)
+                directions = F.normalize(states.double(), dim=-1).cpu().numpy()
+                found.update(zip(positions, directions, strict=True))
+        finally:
+            model.train(was_training)
+        return np.stack([found[position] for position in range(len(self.ids))])
+
+    def states(self, model: Any, positions: Sequence[int]) -> torch.Tensor:
+        """Mean hidden state of each of these texts: float32 [texts, hidden]."""
+        chosen = [self.ids[position] for position in positions]
+        ids, shown = padded(chosen, self.pad_token_id).to(model.device), mask(chosen).to(model.device)
+        is_pair = model.config.is_encoder_decoder
+        body = model.get_encoder() if is_pair else getattr(model, model.base_model_prefix, model)
+        hidden = body(input_ids=ids, attention_mask=shown).last_hidden_state.float()
+        # Virtual tokens of a prompt stand before the text.
+        hidden = hidden[:, hidden.shape[1] - shown.shape[1] :]
+        return (hidden * shown.unsqueeze(-1)).sum(dim=1) / shown.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Of each text: nats by which its loss rose, or 1 - cosine of its two states: float64 [texts]."""
+    if before.ndim == 1:
+        return after - before
+    return np.maximum(0.0, 1.0 - (before * after).sum(axis=1))  # equal states may differ from 1 by rounding

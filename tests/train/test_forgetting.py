@@ -1,0 +1,178 @@
+"""How far training moves a model away on generic text: measured in every run, from step 0 on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fulltune.errors import DataError, InterruptedRun
+from fulltune.forgetting.drift import GenericText, drift
+from fulltune.forgetting.generic_text import generic_texts
+from fulltune.report.run.about_forgetting import in_words
+from tests import tiny
+from tests.train import runs
+from tests.train.test_resume import ask_to_stop
+
+ROWS = tiny.topic_rows(64)
+TRAIN: dict[str, Any] = {
+    "global_batch_size": 8,
+    "num_train_epochs": 3,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 5,
+}
+
+
+def measured(folder: Path, name: str = "drift") -> dict[int, float]:
+    return {event["step"]: event["metrics"][name] for event in runs.events(folder, "eval") if name in event["metrics"]}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    runs.run(folder, tiny_encoder, ROWS, train=TRAIN, until="report")
+    return folder
+
+
+def test_drift_begins_at_nothing_and_grows(unbroken: Path) -> None:
+    points, errors = measured(unbroken), measured(unbroken, "drift_error")
+    assert list(points) == [0, 5, 10, 15, 20, 21]
+    assert points[0] == pytest.approx(0.0, abs=1e-9) and errors[0] == pytest.approx(0.0, abs=1e-9)
+    assert points[21] > points[5] > 10 * abs(points[0])
+    assert 0 < errors[21] < points[21]
+
+
+def test_report_has_the_curve_and_a_sentence(unbroken: Path) -> None:
+    report = (unbroken / "run" / "report.md").read_text(encoding="utf-8")
+    section = report.split("## Forgetting")[1].split("\n## ")[0]
+    assert "Hidden states of generic text have turned by" in section
+    assert "texts that have nothing to do with the task (preserve.probe)" in section
+    assert "drift" not in report.split("## Learning curves")[1].split("\n## ")[0]
+
+
+def test_continued_run_measures_against_the_same_beginning(
+    unbroken: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InterruptedRun):
+        stop = {"listener": runs.at_step(12, ask_to_stop)}
+        runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, options=stop)
+    runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN)
+    assert measured(tmp_path) == measured(unbroken)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "adapter"])
+def test_drift_of_methods_that_train_few_parameters(method: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, method={"kind": method, "learning_rate": 3e-2})
+    points = measured(tmp_path)
+    assert points[0] == pytest.approx(0.0, abs=1e-9)
+    assert points[21] > 1e-6
+
+
+def test_drift_of_a_language_model_is_the_rise_of_its_loss(tiny_decoder: Path, tmp_path: Path) -> None:
+    """By hand, from the model before and the finished one."""
+    reached = runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), task="causal-lm", train=TRAIN)
+    assert reached.plan is not None and reached.outcome is not None
+    last = reached.outcome.steps
+    finished = tmp_path / "run" / str(reached.outcome.model_folder)
+    assert reached.outcome.best_step == last
+    texts, _ = generic_texts(None, reached.plan.drift_texts)
+    assert len(texts) == 8
+    before, after = (losses(folder, texts) for folder in (tiny_decoder, finished))
+    assert measured(tmp_path)[last] == pytest.approx(float((after - before).mean()), rel=1e-3)
+    assert measured(tmp_path, "drift_error")[last] == pytest.approx(
+        float((after - before).std(ddof=1)) / math.sqrt(8), rel=1e-3
+    )
+
+
+def losses(folder: Path, texts: list[str]) -> np.ndarray:
+    """Nats a token of each text, by the model's own loss."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            found.append(float(model(input_ids=ids, labels=ids).loss))
+    return np.array(found)
+
+
+def test_reading_generic_text_in_batches_gives_what_single_texts_give(tiny_encoder: Path) -> None:
+    from transformers import AutoModel
+
+    model, tokenizer = AutoModel.from_pretrained(tiny_encoder), AutoTokenizer.from_pretrained(tiny_encoder)
+    model.train()
+    texts, _ = generic_texts(None, 20)
+    whole = GenericText.of(texts, tokenizer, "single_label", "fp32", 32).read(model)
+    assert model.training
+    single = [GenericText.of([text], tokenizer, "single_label", "fp32", 32).read(model)[0] for text in texts]
+    assert np.abs(whole - np.stack(single)).max() < 1e-5
+    assert np.abs(np.linalg.norm(whole, axis=1) - 1).max() < 1e-6
+    assert drift(whole, whole).max() < 1e-6 and drift(whole, whole[::-1]).mean() > 1e-4
+
+
+def test_nothing_is_measured_where_it_is_turned_off_or_cannot_be(tiny_encoder: Path, tmp_path: Path) -> None:
+    off = runs.run(tmp_path / "off", tiny_encoder, ROWS, train=TRAIN, preserve={"drift": False})
+    head = runs.run(tmp_path / "head", tiny_encoder, ROWS, train=TRAIN, method={"kind": "head"})
+    for reached in (off, head):
+        assert reached.plan is not None and reached.plan.drift_texts == 0
+        assert measured(reached.folder.parent) == {}
+    reasons = {one.name: one.reason for one in (head.plan.settings if head.plan else ())}
+    assert reasons["preserve.drift"] == "nothing but the head moves"
+
+
+def test_without_an_evaluation_before_step_1_drift_is_still_measured_from_there(
+    unbroken: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    runs.run(tmp_path, tiny_encoder, ROWS, train={**TRAIN, "eval_on_start": False})
+    points = measured(tmp_path)
+    assert 0 not in points
+    assert points == {step: value for step, value in measured(unbroken).items() if step}
+
+
+def test_model_that_cannot_be_read_is_trained_all_the_same(tiny_encoder: Path, tmp_path: Path) -> None:
+    with mock.patch.object(GenericText, "states", side_effect=TypeError("no such argument")):
+        reached = runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN)
+    assert reached.outcome is not None and reached.outcome.status == "done"
+    said = [event["text"] for event in runs.events(tmp_path, "warning")]
+    assert said.count("drift on generic text is not measured: TypeError: no such argument") == 1
+    assert measured(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read"), ("one line only\n", "holds 1 texts; expected at least 2")],
+)
+def test_probe_that_holds_nothing_is_refused_before_training(
+    content: str | None, said: str, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    probe = tmp_path / "generic.txt"
+    if content is not None:
+        probe.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=rf"preserve\.probe: .*generic\.txt: {said}"):
+        runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, preserve={"probe": "generic.txt"})
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
+@pytest.mark.parametrize(
+    ("points", "errors", "kept", "writes", "said"),
+    [
+        ([(0, 0.0), (50, 0.03), (100, 0.04)], {100: 0.004}, 100, True, "3.9% less likely by step 100 (0.04 ± 0.004"),
+        ([(0, 0.0), (50, 0.03), (100, 0.04)], {100: 0.004}, None, True, ", half of it by step 50."),
+        ([(0, 0.0), (50, 0.03), (100, 0.04)], {50: 0.004}, 50, True, "3.0% less likely by step 50 (0.03 ± 0.004"),
+        ([(0, 0.0), (100, 0.04)], {100: 0.03}, 100, True, "has not moved as far as can be told"),
+        ([(0, 0.0), (100, -0.04)], {100: 0.004}, 100, True, "got more likely by step 100"),
+        ([(0, 0.0), (100, 0.2)], {100: 0.01}, 100, False, "have turned by 0.2 ± 0.01 (1 - cosine"),
+        ([(0, math.nan)], {}, None, True, "none of its values was finite"),
+    ],
+)
+def test_curve_in_words(
+    points: list[tuple[int, float]], errors: dict[int, float], kept: int | None, writes: bool, said: str
+) -> None:
+    assert said in in_words(points, errors, kept, writes)
