@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fulltune import data, evaluate, methods, plan, report
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
-from fulltune.forgetting.generic_text import generic_texts
+from fulltune.forgetting.generic_text import check_texts
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Planned
 from fulltune.records.plan import Plan
@@ -75,8 +75,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     evaluate.check_extras(job.recipe)
     check_model(job.recipe, job.base)
     methods.check(job.recipe, job.base.config)
-    if job.recipe.preserve.probe is not None:
-        generic_texts(job.recipe.preserve.probe)  # refused before hours of training, not after
+    check_texts(job.recipe.preserve)
     summary = data.prepare(
         job.recipe,
         job.folder / "data",

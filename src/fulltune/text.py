@@ -59,6 +59,22 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def parse_share(value: str | float) -> float:
+    """The share that `1%`, `0.5 %` or a number such as 0.01 names.
+
+    Raises:
+        ValueError: When it is no share, 0 or less, or 1 and more.
+    """
+    text = str(value).strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"expected a share such as 1% or 0.01, found '{value}'") from None
+    if not 0 < share < 1:
+        raise ValueError(f"expected a share above 0 and below 100%, such as 1%, found '{value}'")
+    return share
+
+
 def format_seconds(seconds: float) -> str:
     """`0.42 s`, `12 s`, `1 min 23 s`, `2 h 5 min`, `2 h`, `3 d 4 h`."""
     if not math.isfinite(seconds):

@@ -44,7 +44,8 @@ def unbroken(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_drift_begins_at_nothing_and_grows(unbroken: Path) -> None:
     points, errors = measured(unbroken), measured(unbroken, "drift_error")
     assert list(points) == [0, 5, 10, 15, 20, 21]
-    assert points[0] == pytest.approx(0.0, abs=1e-9) and errors[0] == pytest.approx(0.0, abs=1e-9)
+    assert points[0] == pytest.approx(0.0, abs=1e-9)
+    assert errors[0] == pytest.approx(0.0, abs=1e-9)
     assert points[21] > points[5] > 10 * abs(points[0])
     assert 0 < errors[21] < points[21]
 
@@ -57,11 +58,9 @@ def test_report_has_the_curve_and_a_sentence(unbroken: Path) -> None:
     assert "drift" not in report.split("## Learning curves")[1].split("\n## ")[0]
 
 
-def test_continued_run_measures_against_the_same_beginning(
-    unbroken: Path, tiny_encoder: Path, tmp_path: Path
-) -> None:
+def test_continued_run_measures_against_the_same_beginning(unbroken: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    stop = {"listener": runs.at_step(12, ask_to_stop)}
     with pytest.raises(InterruptedRun):
-        stop = {"listener": runs.at_step(12, ask_to_stop)}
         runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, options=stop)
     runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN)
     assert measured(tmp_path) == measured(unbroken)
@@ -78,7 +77,8 @@ def test_drift_of_methods_that_train_few_parameters(method: str, tiny_encoder: P
 def test_drift_of_a_language_model_is_the_rise_of_its_loss(tiny_decoder: Path, tmp_path: Path) -> None:
     """By hand, from the model before and the finished one."""
     reached = runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), task="causal-lm", train=TRAIN)
-    assert reached.plan is not None and reached.outcome is not None
+    assert reached.plan is not None
+    assert reached.outcome is not None
     last = reached.outcome.steps
     finished = tmp_path / "run" / str(reached.outcome.model_folder)
     assert reached.outcome.best_step == last
@@ -114,14 +114,16 @@ def test_reading_generic_text_in_batches_gives_what_single_texts_give(tiny_encod
     single = [GenericText.of([text], tokenizer, "single_label", "fp32", 32).read(model)[0] for text in texts]
     assert np.abs(whole - np.stack(single)).max() < 1e-5
     assert np.abs(np.linalg.norm(whole, axis=1) - 1).max() < 1e-6
-    assert drift(whole, whole).max() < 1e-6 and drift(whole, whole[::-1]).mean() > 1e-4
+    assert drift(whole, whole).max() < 1e-6
+    assert drift(whole, whole[::-1]).mean() > 1e-4
 
 
 def test_nothing_is_measured_where_it_is_turned_off_or_cannot_be(tiny_encoder: Path, tmp_path: Path) -> None:
     off = runs.run(tmp_path / "off", tiny_encoder, ROWS, train=TRAIN, preserve={"drift": False})
     head = runs.run(tmp_path / "head", tiny_encoder, ROWS, train=TRAIN, method={"kind": "head"})
     for reached in (off, head):
-        assert reached.plan is not None and reached.plan.drift_texts == 0
+        assert reached.plan is not None
+        assert reached.plan.drift_texts == 0
         assert measured(reached.folder.parent) == {}
     reasons = {one.name: one.reason for one in (head.plan.settings if head.plan else ())}
     assert reasons["preserve.drift"] == "nothing but the head moves"
@@ -139,7 +141,8 @@ def test_without_an_evaluation_before_step_1_drift_is_still_measured_from_there(
 def test_model_that_cannot_be_read_is_trained_all_the_same(tiny_encoder: Path, tmp_path: Path) -> None:
     with mock.patch.object(GenericText, "states", side_effect=TypeError("no such argument")):
         reached = runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN)
-    assert reached.outcome is not None and reached.outcome.status == "done"
+    assert reached.outcome is not None
+    assert reached.outcome.status == "done"
     said = [event["text"] for event in runs.events(tmp_path, "warning")]
     assert said.count("drift on generic text is not measured: TypeError: no such argument") == 1
     assert measured(tmp_path) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from fulltune.inference.run import autocast, batches, longest_first, run_rows
 from fulltune.recipe.tasks import LANGUAGE_MODELS, ProblemType
+from fulltune.records.forgetting import Measured
 from fulltune.tasks import LENGTH, Target, causal_lm
 from fulltune.tasks.padding import IGNORED, mask, padded
 
@@ -102,6 +104,13 @@ class GenericText:
         # Virtual tokens of a prompt stand before the text.
         hidden = hidden[:, hidden.shape[1] - shown.shape[1] :]
         return (hidden * shown.unsqueeze(-1)).sum(dim=1) / shown.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def measured(before: np.ndarray, after: np.ndarray) -> Measured:
+    """The mean drift of texts with its standard error."""
+    moved = drift(before, after)
+    error = float(moved.std(ddof=1)) / math.sqrt(len(moved)) if len(moved) > 1 else 0.0
+    return Measured(drift=float(moved.mean()), error=error, texts=len(moved))
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -10,23 +10,30 @@ import ast
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from fulltune.errors import DataError
+from fulltune.recipe.preserve import AUTO, PreserveBlock
 
 NUM_TEXTS = 200
+LEAST_READ, MOST_READ, MOST_SHARED = 40, 200, 1500
+"""Of the texts of a run with a budget: that steer, and as many that are sealed; and of all."""
 DOCUMENTATION = "docstrings of Python's standard library"
 _WORDS = (20, 120)
 _LEFT_OUT = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 
 
-def generic_texts(file: str | None = None, count: int = NUM_TEXTS) -> tuple[list[str], str]:
+def generic_texts(
+    file: str | None = None, count: int = NUM_TEXTS, setting: str = "preserve.probe"
+) -> tuple[list[str], str]:
     """The texts, always the same ones, and where they come from.
 
     Args:
         file: One text a line, or paragraphs with empty lines between; None: the standard library's documentation.
         count: At most so many.
+        setting: That names the file.
 
     Raises:
         DataError: When the file cannot be read or holds no text.
@@ -36,12 +43,64 @@ def generic_texts(file: str | None = None, count: int = NUM_TEXTS) -> tuple[list
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"preserve.probe: {file}: cannot be read ({error}); expected a text file") from None
+        raise DataError(f"{setting}: {file}: cannot be read ({error}); expected a text file") from None
     parts = text.split("\n\n") if "\n\n" in text else text.splitlines()
     found = _in_drawn_order(" ".join(part.split()) for part in parts)[:count]
     if len(found) < 2:
-        raise DataError(f"preserve.probe: {file}: holds {len(found)} texts; expected at least 2 lines or paragraphs")
+        raise DataError(f"{setting}: {file}: holds {len(found)} texts; expected at least 2 lines or paragraphs")
     return found, file
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Generic texts of a run with a budget; no text is in two of them."""
+
+    choosing: list[str]
+    """Read all along: they steer the training, and choose among its points."""
+    sealed: list[str]
+    """Read once, at the end."""
+    replayed: list[str]
+    """Trained along."""
+    source: str
+    """Where they come from, without those that are trained along where these have a file of their own."""
+
+
+def parts(block: PreserveBlock) -> Parts:
+    """Share out the texts of a run with a budget, always alike.
+
+    Raises:
+        DataError: When a file cannot be read, or holds too few texts to certify anything.
+    """
+    shares_one = block.replay == AUTO
+    texts, source = generic_texts(block.probe, MOST_SHARED if shares_one else 2 * MOST_READ)
+    each = min(MOST_READ, len(texts) // (3 if shares_one else 2))
+    if each < LEAST_READ:
+        needed = LEAST_READ * (3 if shares_one else 2)
+        use = f"{LEAST_READ} to steer by, {LEAST_READ} sealed" + f", {LEAST_READ} to train along" * shares_one
+        raise DataError(
+            f"preserve.probe: {source}: holds {len(texts):,} texts; a budget takes at least {needed} ({use}): add "
+            "lines or paragraphs"
+        )
+    replayed = texts[2 * each :]
+    if not shares_one:
+        taken = set(texts)
+        found = generic_texts(block.replay, MOST_SHARED, "preserve.replay")[0] if block.replay else []
+        replayed = [text for text in found if text not in taken]
+        if block.replay and not replayed:
+            raise DataError(f"preserve.replay: {block.replay}: holds nothing but texts of the probe; name other texts")
+    return Parts(texts[:each], texts[each : 2 * each], replayed, source)
+
+
+def check_texts(block: PreserveBlock) -> None:
+    """Refuse files that cannot do before hours of training, not after.
+
+    Raises:
+        DataError: See `generic_texts` and `parts`.
+    """
+    if block.budget is not None:
+        parts(block)
+    elif block.probe is not None:
+        generic_texts(block.probe)
 
 
 def _in_drawn_order(texts: Iterable[str]) -> list[str]:

@@ -63,6 +63,7 @@ def fit(
     why = "about 200 log lines" if logging_steps > 1 else "every step of a short run"
     logging_steps = reasons.add("train.logging_steps", train.logging_steps, logging_steps, why)
     texts = watching.drift_texts(recipe, summary, basis.global_batch_size, steps, reasons)
+    preserving = watching.preserving(recipe, summary, basis.global_batch_size, steps.total, reasons)
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons)
     used = chosen.settings
@@ -87,6 +88,7 @@ def fit(
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,
         drift_texts=texts,
+        preserving=preserving,
         save_steps=steps.between_saves,
         logging_steps=logging_steps,
         metric=metric,

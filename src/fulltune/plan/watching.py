@@ -8,14 +8,18 @@ from fulltune.plan.time import GENERIC_TOKENS, occasions
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import Setting
+from fulltune.records.plan import Preserving, Setting
 from fulltune.system import deepspeed
 from fulltune.text import format_percent
 
-SHARE = 0.01
-"""Of the training's passes."""
+SHARE, SHARE_STEERED = 0.01, 0.05
+"""Of the training's passes; with a budget."""
 FEWEST, MOST = 8, 64
 """Texts."""
+STEERED = 20
+"""Measurements that set the weight of generic text."""
+REPLAYED = 0.125
+"""Generic tokens that are trained along, as a share of a step's."""
 MOST_TOKENS = 64
 """Where a text is cut."""
 
@@ -31,14 +35,35 @@ def drift_texts(recipe: Recipe, summary: DataSummary, global_batch_size: int, st
         return 0
     train = summary.splits["train"]
     passes = 3 * steps.total * global_batch_size * train.tokens / max(1, train.rows)  # forward, and twice backward
-    times = occasions(steps.total, steps.between_evaluations) + 1
-    count = round(SHARE * passes / (times * GENERIC_TOKENS))
+    times, part = occasions(steps.total, steps.between_evaluations) + 1, SHARE
+    if recipe.preserve.budget is not None:
+        times, part = times + STEERED, SHARE_STEERED
+    count = round(part * passes / (times * GENERIC_TOKENS))
     count = min(max(count, FEWEST), MOST)
     share = count * GENERIC_TOKENS * times / max(1, passes)
     why = f"{count} generic texts at each evaluation, about {format_percent(share)} of the training"
     given = FROM_RECIPE + ": " if "drift" in recipe.preserve.model_fields_set else ""
     reasons.settings.append(Setting(name=name, value=True, reason=given + why, chosen=not given))
     return count
+
+
+def preserving(
+    recipe: Recipe, summary: DataSummary, global_batch_size: int, total_steps: int, reasons: Reasons
+) -> Preserving | None:
+    """How the budget is kept; None where the recipe gives none."""
+    block = recipe.preserve
+    if block.limit is None:
+        return None
+    train = summary.splits["train"]
+    tokens = global_batch_size * train.tokens / max(1, train.rows)
+    rows = max(2, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
+    every = max(1, total_steps // STEERED)
+    share = format_percent(rows * GENERIC_TOKENS / tokens)
+    reasons.add("preserve.budget", block.budget)
+    if rows:
+        why = f"{rows} generic texts trained along in each step, {share} of its tokens; weight set every {every} steps"
+        reasons.add("preserve.replay", None, block.replay, why)
+    return Preserving(budget=block.limit, replay_rows=rows, steer_steps=every)
 
 
 def _unwatched(recipe: Recipe) -> str:

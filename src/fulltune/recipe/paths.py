@@ -9,6 +9,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.preserve import AUTO
 
 
 def is_address(path: str) -> bool:
@@ -57,8 +58,9 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         if (value := getattr(data, key)) is not None:
             update[key] = absolute(value, f"data.{key}")
     preserve = recipe.preserve
-    if preserve.probe is not None:
-        preserve = preserve.model_copy(update={"probe": absolute(preserve.probe, "preserve.probe")})
+    for key in ("probe", "replay"):
+        if (value := getattr(preserve, key)) not in (None, AUTO):
+            preserve = preserve.model_copy(update={key: absolute(value, f"preserve.{key}")})
     train = recipe.train
     if isinstance(file := train.extra.get("deepspeed"), str):
         train = train.model_copy(

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
 from fulltune.recipe.block import Block
+from fulltune.text import parse_share
+
+AUTO = "auto"
+
+
+def _a_share(value: Any) -> Any:
+    """A share as `text.parse_share` reads it; other types are left to pydantic."""
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        parse_share(value)
+    return value
+
+
+Share = Annotated[str | float, BeforeValidator(_a_share)]
+"""Such as `1%` or `0.01`."""
 
 
 class PreserveBlock(Block):
-    """What the model could do before training is watched: full fine-tuning moves every weight, also those that other
-    abilities rest on."""
+    """What the model could do before training is watched, and with a budget kept: full fine-tuning moves every weight,
+    also those that other abilities rest on."""
 
     drift: bool = True
     """At each evaluation, measure how far the model has moved away on generic text: for language models by how much
@@ -15,3 +33,16 @@ class PreserveBlock(Block):
     probe: str | None = None
     """A text file of what the model could do before: one text a line, or paragraphs. Left out: docstrings of Python's
     standard library."""
+    budget: Share | None = None
+    """How far generic text may move at most, such as `1%`: a token of it gets so much less likely (language models),
+    or the mean hidden state turns by so much, 1 - cosine (others). Generic text is trained along with a weight that is
+    raised as the budget is spent; of the points between the untouched and the trained model the best one within the
+    budget is kept, and certified on texts that nothing else has read."""
+    replay: str | None = AUTO
+    """Where the generic text that is trained along comes from: a text file, or `auto`, a part of the probe's texts.
+    `null`: none is trained along."""
+
+    @property
+    def limit(self) -> float | None:
+        """The budget as a share."""
+        return None if self.budget is None else parse_share(self.budget)

@@ -18,6 +18,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import PINNED, answer
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
+from fulltune.recipe.preserve import AUTO, PreserveBlock
 from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.text import did_you_mean
 
@@ -73,6 +74,7 @@ def of_settings(recipe: Recipe) -> list[str]:
 def of_pairs(recipe: Recipe) -> list[str]:
     """Settings that do not go together."""
     problems = [*_without_workers(recipe), *_bf16_updates(recipe), *_in_backward(recipe), *_rates_by_tensor(recipe)]
+    problems += _preserved(recipe)
     if recipe.data.problem_type == "regression" and recipe.train.label_smoothing_factor:
         problems.append(SMOOTHING)
     if recipe.train.chunked_loss:
@@ -266,6 +268,36 @@ def _bf16_updates(recipe: Recipe) -> list[str]:
             "optimizer's state itself; remove optim, or train.extra.deepspeed"
         )
     return problems
+
+
+def _preserved(recipe: Recipe) -> list[str]:
+    """What a budget for forgetting cannot go with, and what has no effect without one."""
+    block, name = recipe.preserve, "preserve.budget"
+    if FACTS[recipe.task].reads == "image" and block != PreserveBlock(drift=block.drift):
+        return [f"preserve: is for tasks with text, and {recipe.task} reads images; remove it"]
+    if block.budget is None:
+        has_none = block.replay == AUTO
+        return [] if has_none else [f"preserve.replay: has no effect without {name}; give a budget such as 1%"]
+    problems = []
+    if not block.drift:
+        problems.append(f"preserve.drift: false, but {name} needs it; remove one of them")
+    if recipe.train.optimizer_in_backward:
+        problems.append(f"{name}: cannot go with train.optimizer_in_backward, which updates before generic text counts")
+    if _deepspeed(recipe):
+        problems.append(f"{name}: not yet with train.extra.deepspeed; remove one of them")
+    problems += [
+        f"{place}.kind: '{method.kind}' cannot be scaled back to the untouched model, which {name} does; take full or "
+        f"lora, or remove {name}"
+        for place, method in methods_of(recipe)
+        if method.kind not in SCALABLE
+    ]
+    if recipe.methods or recipe.is_searched:
+        problems.append(f"{name}: not yet in a comparison or a search; remove it there, and give it to a single run")
+    return problems
+
+
+SCALABLE = ("full", "lora")
+"""Kinds of methods whose change of the model can be scaled."""
 
 
 def _in_backward(recipe: Recipe) -> list[str]:

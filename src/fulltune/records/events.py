@@ -14,6 +14,7 @@ from pydantic import ConfigDict, ValidationError
 from fulltune.records.base import Record
 from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
+from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import Plan, TimePart
 from fulltune.records.training import Check
 
@@ -163,6 +164,25 @@ class Evaluated(Event):
     step: int
     epoch: float = 0.0
     metrics: dict[str, Any]
+
+
+class Steered(Event):
+    """The weight of generic text that is trained along was set."""
+
+    kind = "steered"
+    step: int
+    drift: float
+    error: float
+    """Standard error of the drift."""
+    weight: float
+    """From the next step on."""
+
+
+class Certified(Event):
+    """A point within the budget for forgetting was chosen, and the sealed texts were opened."""
+
+    kind = "certified"
+    preserved: Preserved
 
 
 class Resumed(Event):

@@ -119,6 +119,17 @@ class TimeNeed(Record):
         return self.total_seconds + sum(part.seconds for part in self.around)
 
 
+class Preserving(Record):
+    """How a run keeps its budget for forgetting."""
+
+    budget: float
+    """As a share: see `recipe.preserve`."""
+    replay_rows: int
+    """Generic texts that are trained along in each step."""
+    steer_steps: int
+    """Steps between two measurements that set their weight."""
+
+
 class Plan(Record):
     """All numbers of one trial, each with its reason in `settings`."""
 
@@ -160,6 +171,8 @@ class Plan(Record):
     """Another evaluation before step 1."""
     drift_texts: int = 0
     """Generic texts that are read at each evaluation, to see how far the model has moved away; 0: none are."""
+    preserving: Preserving | None = None
+    """None: nothing is done against forgetting."""
     save_steps: int
     logging_steps: int
     metric: str

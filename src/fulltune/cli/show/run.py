@@ -16,6 +16,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import (
     OF_GENERIC_TEXT,
     AttemptFailed,
+    Certified,
     ChecksDone,
     DataPrepared,
     Designed,
@@ -36,6 +37,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
+from fulltune.report.run.about_forgetting import verdict
 from fulltune.report.run.row_words import has_images, row_words
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
@@ -115,6 +117,8 @@ class Display:
                 display_compare.expectation(self.console, expectation, metric, margin)
             case Resumed(step=step):
                 self.print(f"continuing from the checkpoint of step {step}")
+            case Certified(preserved=preserved):
+                self.print(escape(verdict(preserved)))
             case AttemptFailed(reason=reason):
                 self.print(f"[yellow]next attempt:[/yellow] {escape(reason)}")
             case StepSkipped(step=step, reason=reason, rows=rows):

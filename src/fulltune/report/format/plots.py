@@ -1,25 +1,31 @@
-"""The plots: drawn by matplotlib, as SVG for the page and as PNG for a comparison.
-
-matplotlib is imported when the first plot is drawn, here alone. An SVG names colours by the variables of `report.css`,
-so it follows the page into dark mode; its text stays text, in the page's font.
-"""
+"""The plots: drawn by matplotlib, as SVG for the page and as PNG for a comparison; see `canvas.py`."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 import textwrap
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fulltune.files import replacing
 from fulltune.report.format import words
+from fulltune.report.format.canvas import (
+    AMBER,
+    BAND,
+    BLUE,
+    INK,
+    NORMAL,
+    PAGE,
+    QUIET,
+    SMALL,
+    WIDTH,
+    new_figure,
+    say_nothing_finite,
+    style_axes,
+    svg,
+)
 from fulltune.text import counted, format_metric, is_share
 
 if TYPE_CHECKING:
@@ -29,15 +35,8 @@ if TYPE_CHECKING:
 Point = tuple[int, float]
 """Optimizer step and value; the value may be NaN or infinite."""
 
-_COLOURS = {
-    "page": "#ffffff", "ink": "#1b1f24", "quiet": "#57606a", "grid": "#e3e8ed", "blue": "#0a5bb5",
-    "blue-soft": "#dbeafa", "amber": "#8a5200",
-}  # fmt: skip
-"""Variables of `report.css` with their values in light mode."""
-_PAGE, _INK, _QUIET, _GRID, _BLUE, _BAND, _AMBER = _COLOURS.values()
-_WIDTH, _CURVE_HEIGHT, _COST_HEIGHT = 400, 220, 280
+_CURVE_HEIGHT, _COST_HEIGHT = 220, 280
 """In points, which are the units of the SVG."""
-_SMALL, _NORMAL = 12, 13
 _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
 _MOST_RATES = 4
@@ -112,21 +111,21 @@ def learning_curve(
     """
     values = [value if math.isfinite(value) else math.nan for _, value in points]
     finite = [value for value in values if not math.isnan(value)]
-    with _figure(_WIDTH, _CURVE_HEIGHT) as figure:
+    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
         axes = figure.subplots()
         if finite:
             _draw_curve(axes, [step for step, _ in points], values, metric, kept_step)
             _draw_ticks(axes, [step for step, _ in points], restarts, skipped)
         else:
-            _say_nothing_finite(axes, "no finite value was logged")
-        return _svg(figure, title, curve_in_words(points, metric, kept_step))
+            say_nothing_finite(axes, "no finite value was logged")
+        return svg(figure, title, curve_in_words(points, metric, kept_step))
 
 
 def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str, kept_step: int | None) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     marker = "o" if len(values) <= _MOST_DOTS else "None"
-    axes.plot(steps, values, color=_BLUE, linewidth=1.75, marker=marker, markersize=5)
+    axes.plot(steps, values, color=BLUE, linewidth=1.75, marker=marker, markersize=5)
     low, high = (found(value for value in values if not math.isnan(value)) for found in (min, max))
     # A schedule that ends near zero would look like a cliff on a log scale.
     logarithmic = metric != "learning_rate" and low > 0 and math.log10(high / low) > _DECADES_FOR_LOG
@@ -134,18 +133,18 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str, 
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_minor_locator(NullLocator())
-    _style(axes, metric, "y")
+    style_axes(axes, metric, "y")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("optimizer step" + (" (value on a log scale)" if logarithmic else ""), color=_QUIET, size=_SMALL)
+    axes.set_xlabel("optimizer step" + (" (value on a log scale)" if logarithmic else ""), color=QUIET, size=SMALL)
     for step, value in zip(steps, values, strict=True):
         if step == kept_step and not math.isnan(value):
-            axes.axvline(step, color=_AMBER, linewidth=1.25, dashes=(4, 3))
-            axes.plot(step, value, "o", markersize=12, color=_AMBER, markerfacecolor="none", mew=2)
+            axes.axvline(step, color=AMBER, linewidth=1.25, dashes=(4, 3))
+            axes.plot(step, value, "o", markersize=12, color=AMBER, markerfacecolor="none", mew=2)
 
 
 def _draw_ticks(axes: Axes, steps: list[int], restarts: Sequence[int], skipped: Sequence[int]) -> None:
-    for marked, low, high, color in ((restarts, -0.03, 0.05, _INK), (skipped, 0.94, 1.0, _AMBER)):
+    for marked, low, high, color in ((restarts, -0.03, 0.05, INK), (skipped, 0.94, 1.0, AMBER)):
         for step in marked:
             if steps[0] <= step <= steps[-1]:
                 axes.axvline(step, low, high, color=color, linewidth=2)
@@ -176,22 +175,22 @@ def rates_plot(title: str, series: Sequence[Series], metric: str, chosen: float)
     from matplotlib.ticker import NullLocator
 
     rates = sorted({rate for _, values in series for rate in values})
-    with _figure(_WIDTH, _CURVE_HEIGHT) as figure:
+    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
         axes = figure.subplots()
         for filled, (name, values) in enumerate(series):
             points = sorted((rate, value) for rate, value in values.items() if math.isfinite(value))
             if points:
-                face = _BLUE if filled else _PAGE
-                look: dict[str, Any] = {"color": _BLUE, "markerfacecolor": face, "linewidth": 1.25}
+                face = BLUE if filled else PAGE
+                look: dict[str, Any] = {"color": BLUE, "markerfacecolor": face, "linewidth": 1.25}
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=6, label=name, **look)
         axes.set_xscale("log")
-        _style(axes, metric, "y")
+        style_axes(axes, metric, "y")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(rates, [f"{rate:.1g}" if len(rates) > _MOST_RATES else f"{rate:g}" for rate in rates])
-        axes.set_xlabel("learning rate", color=_QUIET, size=_SMALL)
-        axes.axvline(chosen, color=_AMBER, linewidth=1.25, dashes=(4, 3))
-        axes.legend(frameon=False, fontsize=_SMALL, labelcolor=_QUIET)
-        return _svg(figure, title, rates_in_words(series, metric))
+        axes.set_xlabel("learning rate", color=QUIET, size=SMALL)
+        axes.axvline(chosen, color=AMBER, linewidth=1.25, dashes=(4, 3))
+        axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET)
+        return svg(figure, title, rates_in_words(series, metric))
 
 
 def rates_in_words(series: Sequence[Series], metric: str) -> str:
@@ -202,6 +201,37 @@ def rates_in_words(series: Sequence[Series], metric: str) -> str:
         if said := ", ".join(f"{format_metric(metric, value)} at {rate:g}" for rate, value in known):
             parts.append(f"{name}: {said}")
     return "; ".join(parts) + "."
+
+
+# ---- task against forgetting -----------------------------------------------------------------------------------
+
+
+def frontier_plot(
+    title: str, points: Sequence[tuple[float, float, str]], chosen: tuple[float, float], limit: float, metric: str
+) -> str:
+    """Draw a metric over the drift on generic text, as SVG: how much of the task costs how much of what was.
+
+    Args:
+        title: What is drawn; also the accessible name.
+        points: Drift, metric and kind of each point.
+        chosen: Drift and metric of the one that is kept, marked with a ring.
+        limit: The budget, drawn as an upright line.
+        metric: Decides how values are written.
+    """
+    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
+        axes = figure.subplots()
+        for kind, marker in (("whole", "o"), ("by layer", "s")):
+            found = sorted((drift, value) for drift, value, of in points if of == kind and math.isfinite(value))
+            if found:
+                look: dict[str, Any] = {"color": BLUE, "markersize": 6, "linewidth": 1.25 if kind == "whole" else 0}
+                axes.plot(*zip(*found, strict=True), marker=marker, markerfacecolor=PAGE, label=kind, **look)
+        style_axes(axes, metric, "y")
+        axes.axvline(limit, color=AMBER, linewidth=1.25, dashes=(4, 3), label="budget")
+        axes.plot(*chosen, marker="o", markersize=6, color=BLUE, linewidth=0, label="kept")
+        axes.set_xlabel("drift on generic text", color=QUIET, size=SMALL)
+        axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET)
+        described = "; ".join(f"{format_metric(metric, value)} at {drift:.2g}" for drift, value, _ in sorted(points))
+        return svg(figure, title, f"{described}.")
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------
@@ -217,12 +247,12 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str) -> str:
     """
     names = [textwrap.wrap(words.one_line(mark.name), _NAME_LETTERS) or [""] for mark in marks]
     height = sum(_NAME_HEIGHT * len(lines) + _ROW_HEIGHT for lines in names) + _ROW_HEIGHT
-    with _figure(_WIDTH, height) as figure:
+    with new_figure(WIDTH, height) as figure:
         figure.set_layout_engine("none")
         # Left room for half a mark, right for the values in words, below for the axis.
         axes = figure.add_axes((0.05, 24 / height, 0.79, 1 - 28 / height))
         axes.set_ylim(height - 28, 0)
-        style: dict[str, Any] = {"color": _INK, "size": _NORMAL, "parse_math": False}
+        style: dict[str, Any] = {"color": INK, "size": NORMAL, "parse_math": False}
         style["transform"] = axes.get_yaxis_transform()  # x is 0 and 1 at the axis' ends
         foot = 0
         for mark, lines in zip(marks, names, strict=True):
@@ -233,18 +263,18 @@ def interval_plot(title: str, marks: Sequence[Mark], metric: str) -> str:
             if mark.is_finite:
                 _draw_mark(axes, mark, mark.value, foot + 12)
             foot += _ROW_HEIGHT
-        _style(axes, metric, "x")
+        style_axes(axes, metric, "x")
         axes.set_yticks([])
-        return _svg(figure, title, "; ".join(f"{mark.name}: {mark.text}" for mark in marks) + ".")
+        return svg(figure, title, "; ".join(f"{mark.name}: {mark.text}" for mark in marks) + ".")
 
 
 def _draw_mark(axes: Axes, mark: Mark, x: float, y: float, upright: bool = False) -> None:
     """Draw a mark with its interval, lying or upright."""
-    colour = _BLUE if mark.filled else _QUIET
+    colour = BLUE if mark.filled else QUIET
     reach = [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]
     axes.errorbar(
         x, y, yerr=reach if upright else None, xerr=None if upright else reach, fmt=mark.marker, markersize=7,
-        color=colour, markerfacecolor=colour if mark.filled else _PAGE, elinewidth=1.75, capsize=5, capthick=1.75,
+        color=colour, markerfacecolor=colour if mark.filled else PAGE, elinewidth=1.75, capsize=5, capthick=1.75,
         mew=1.75, zorder=4 if mark.filled else 3,
     )  # fmt: skip
 
@@ -254,9 +284,9 @@ def _draw_mark(axes: Axes, mark: Mark, x: float, y: float, upright: bool = False
 
 def cost_plot(plot: CostPlot) -> str:
     """Draw quality against cost as SVG."""
-    with _figure(_WIDTH, _COST_HEIGHT) as figure:
+    with new_figure(WIDTH, _COST_HEIGHT) as figure:
         _draw_costs(figure, figure.subplots(), plot)
-        return _svg(figure, plot.title, plot.words)
+        return svg(figure, plot.title, plot.words)
 
 
 def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
@@ -268,10 +298,10 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
         plots: At least one.
         path: The file.
     """
-    head, width = 64, len(plots) * _WIDTH
-    with _figure(width, _COST_HEIGHT + head) as figure:
-        figure.set(frameon=True, facecolor=_PAGE)
-        for text, size, colour, weight, y in ((title, 15, _INK, "bold", 28), (subtitle, 9.5, _QUIET, "normal", 48)):
+    head, width = 64, len(plots) * WIDTH
+    with new_figure(width, _COST_HEIGHT + head) as figure:
+        figure.set(frameon=True, facecolor=PAGE)
+        for text, size, colour, weight, y in ((title, 15, INK, "bold", 28), (subtitle, 9.5, QUIET, "normal", 48)):
             fitting = textwrap.shorten(words.one_line(text), int(width / (0.64 * size)), placeholder=" …")
             at = 1 - y / (_COST_HEIGHT + head)
             figure.text(0.02, at, fitting, size=size, color=colour, weight=weight, parse_math=False, in_layout=False)
@@ -288,16 +318,16 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
 
     marks = [mark for mark in plot.marks if mark.is_finite]
     if not marks:
-        _say_nothing_finite(axes, "no finite value")
+        say_nothing_finite(axes, "no finite value")
         return
-    _style(axes, plot.metric, "y")
+    style_axes(axes, plot.metric, "y")
     shown, better = _shown(marks, plot.greater_is_better, plot.margin), plot.greater_is_better
     span = _span(shown, plot.margin)
     low, high = min(mark.low for mark in shown) - 0.1 * span, max(mark.high for mark in shown) + 0.1 * span
     if is_share(plot.metric):
         low, high = max(0.0, low), min(1.0, high)
     for full in (mark.value for mark in marks if mark.marker == "s"):
-        axes.axhspan(max(low, full - plot.margin), min(high, full + plot.margin), color=_BAND, linewidth=0, zorder=0)
+        axes.axhspan(max(low, full - plot.margin), min(high, full + plot.margin), color=BAND, linewidth=0, zorder=0)
     edge = low if better else high
     if len(shown) < len(marks):  # a strip for those that are pointed at
         low, high = (low - 0.12 * span, high) if better else (low, high + 0.12 * span)
@@ -305,9 +335,9 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
     axes.set_xlim(-0.06, 1.12 * max(1.0, *(mark.cost for mark in marks)))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
     axes.xaxis.set_major_formatter("{x:g}×")
-    axes.set_xlabel(f"{plot.cost_name}, relative to full", color=_QUIET, size=_SMALL)
+    axes.set_xlabel(f"{plot.cost_name}, relative to full", color=QUIET, size=SMALL)
     name = words.metric_name(plot.metric) + ("" if better else " (smaller is better)")
-    axes.set_title(words.one_line(name), loc="left", color=_QUIET, size=_SMALL, parse_math=False)
+    axes.set_title(words.one_line(name), loc="left", color=QUIET, size=SMALL, parse_math=False)
     named = []
     # Names at the edge have the fewest places; then the methods that matter most get the best ones.
     for mark in sorted(marks, key=lambda mark: mark in shown):
@@ -317,7 +347,7 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
             _draw_mark(axes, mark, mark.cost, mark.value, upright=True)
             named.append((name, mark.cost, mark.value, mark.low, mark.high))
         else:
-            axes.plot(mark.cost, edge, "v" if better else "^", ms=8, color=_QUIET, mfc=_PAGE, mew=1.75)
+            axes.plot(mark.cost, edge, "v" if better else "^", ms=8, color=QUIET, mfc=PAGE, mew=1.75)
             named.append((f"{name} {mark.text}", mark.cost, edge, edge, edge))
     _name(figure, axes, named)
 
@@ -355,7 +385,7 @@ def _name(figure: Figure, axes: Axes, named: Sequence[tuple[str, float, float, f
     taken = [Bbox([place((x, low)) - 6, place((x, high)) + 6]) for _, x, _, low, high in named]
     for name, x, y, _, _ in named:
         note = axes.annotate(
-            name, (x, y), (0, 0), textcoords="offset points", va="center", color=_INK, size=_NORMAL, parse_math=False,
+            name, (x, y), (0, 0), textcoords="offset points", va="center", color=INK, size=NORMAL, parse_math=False,
             in_layout=False, annotation_clip=False,
         )  # fmt: skip
         for across, up, side in _PLACES:
@@ -366,7 +396,7 @@ def _name(figure: Figure, axes: Axes, named: Sequence[tuple[str, float, float, f
                 break
         taken.append(box)
         if math.hypot(across, up) > _NEAR:
-            line = {"arrowstyle": "-", "color": _QUIET, "linewidth": 0.75, "shrinkA": 0, "shrinkB": 0}
+            line = {"arrowstyle": "-", "color": QUIET, "linewidth": 0.75, "shrinkA": 0, "shrinkB": 0}
             axes.annotate("", (x, y), (across, up), textcoords="offset points", arrowprops=line, in_layout=False)
 
 
@@ -383,68 +413,3 @@ _PLACES = [
     ),
 ]
 """Where a name may stand, from its mark on in points: across, up, and which side of it is there; near ones first."""
-
-
-# ---- for all ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _figure(width: int, height: int) -> Iterator[Figure]:
-    """A figure of so many points whose settings are ours, whatever the user's own are; none of them outlives it."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    settings: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    settings |= {
-        "svg.fonttype": "none", "svg.hashsalt": "fulltune", "text.usetex": False, "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"], "path.simplify": True, "path.simplify_threshold": 1.0,
-        "axes.unicode_minus": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Names may hold what the font lacks; the page has fonts of its own.
-        warnings.filterwarnings("ignore", message="Glyph|Matplotlib currently does not support")
-        yield Figure(figsize=(width / 72, height / 72), dpi=72, frameon=False, layout="constrained")
-
-
-def _style(axes: Axes, metric: str, along: Literal["x", "y"]) -> None:
-    """Thin lines across instead of a frame, and the metric's values written as the report writes them."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_frame_on(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis=along, color=_GRID, linewidth=1)
-    axes.tick_params(which="both", length=0, pad=5, labelsize=_SMALL, labelcolor=_QUIET)
-    axis = axes.yaxis if along == "y" else axes.xaxis
-    if axis.get_scale() != "log":
-        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
-    shares = is_share(metric)
-    axis.set_major_formatter(lambda value, _: "" if shares and not 0 <= value <= 1 else words.tick(metric, value))
-    if shares:  # none lies below 0 or above 1
-        low, high = axis.get_view_interval()
-        axis.set_view_interval(max(0.0, low), min(1.0, high), ignore=True)
-
-
-def _say_nothing_finite(axes: Axes, text: str) -> None:
-    axes.set_axis_off()
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=_QUIET, size=_SMALL)
-
-
-def _svg(figure: Figure, title: str, described: str) -> str:
-    """The figure as an `<svg>` element to stand in the page."""
-    for artist in figure.findobj():
-        artist.set_clip_on(False)  # nothing lies outside; clipping would need urls
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    # Without the file's head, its style sheet (it would hold for the whole page) and names that another plot has too.
-    drawn = drawn[drawn.index('<g id="figure') : drawn.rindex("</g>") + 4]
-    drawn = re.sub(r'<g id="[\w.]+"', "<g", drawn).replace("xlink:href", "href")
-    drawn = re.sub(r"\s*\n\s*", " ", re.sub(r"font-family: [^;\"]+;? ?", "", drawn))
-    for name, colour in _COLOURS.items():
-        drawn = drawn.replace(colour, f"var(--{name})")
-    label = escape(title)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}"><title>{label}</title>'
-        f"<desc>{escape(described)}</desc>{drawn}</svg>"
-    )

@@ -3,42 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fulltune.recipe.tasks import LANGUAGE_MODELS
+from fulltune.records.events import Steered
+from fulltune.records.forgetting import Measured, Preserved
 from fulltune.records.plan import Plan
-from fulltune.report.format.blocks import Block, Figure, Figures, Paragraph, Section, first_open, unless_empty
-from fulltune.report.format.plots import Point, curve_in_words, learning_curve
+from fulltune.report.format import words
+from fulltune.report.format.blocks import (
+    Block,
+    Figure,
+    Figures,
+    Folded,
+    Paragraph,
+    Row,
+    Section,
+    Table,
+    first_open,
+    unless_empty,
+)
+from fulltune.report.format.plots import Point, curve_in_words, frontier_plot, learning_curve
 from fulltune.report.run.read import RunView
-from fulltune.text import format_number, format_percent
+from fulltune.text import counted, format_metric, format_number, format_percent
 
 ERRORS = 2.0
 """Standard errors below which a drift is none."""
+BUDGETS = (0.005, 0.01, 0.02, 0.05)
+"""Shares at which the frontier is said in numbers."""
 
 
 def forgetting(view: RunView) -> Section | None:
-    """How far generic text has moved while training."""
-    return unless_empty("Forgetting", first_open((trial, _drift_of(view, trial)) for trial in view.trials))
+    """How far generic text has moved while training, and how a budget was kept."""
+    return unless_empty("Forgetting", first_open((trial, _of(view, trial)) for trial in view.trials))
 
 
-def _drift_of(view: RunView, trial: str) -> list[Block]:
+def _of(view: RunView, trial: str) -> list[Block]:
     history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
-    points = history.evaluation.get("drift", ())
+    points, found = history.evaluation.get("drift", ()), view.preserved.get(trial)
     if not points or plan is None or view.summary is None:
         return []
     writes = view.summary.problem_type in LANGUAGE_MODELS
     kept = outcome.best_step if outcome else None
     title = "rise of the loss on generic text" if writes else "turn of the hidden states on generic text"
-    figure = Figure(learning_curve(title, points, "drift", kept), title, curve_in_words(points, "drift", kept))
+    figures = [Figure(learning_curve(title, points, "drift", kept), title, curve_in_words(points, "drift", kept))]
     errors = dict(history.evaluation.get("drift_error", ()))
-    return [Paragraph(" ".join((in_words(points, errors, kept, writes), _about(plan)))), Figures((figure,))]
+    said = [Paragraph(" ".join((in_words(points, errors, kept, writes), _about(plan))))]
+    if found is None:
+        return [*said, Figures(tuple(figures))]
+    title = f"{words.metric_name(found.metric)} by drift on generic text"
+    marks = [(point.measured.drift, point.metric, point.kind) for point in found.points]
+    chosen = (found.chosen.measured.drift, found.chosen.metric)
+    drawn = frontier_plot(title, marks, chosen, found.limit, found.metric)
+    figures.append(Figure(drawn, title, " ".join(_frontier(found))))
+    steered = [event for attempt in view.attempts_of(trial) for event in attempt.events if isinstance(event, Steered)]
+    return [Paragraph(verdict(found)), *said, Figures(tuple(figures)), *_weights(steered), _points(found)]
 
 
 def _about(plan: Plan) -> str:
     return f"Measured on {plan.drift_texts} texts that have nothing to do with the task (preserve.probe)."
 
 
-def in_words(points: Sequence[Point], errors: dict[int, float], kept: int | None, writes: bool) -> str:
+def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | None, writes: bool) -> str:
     """What a curve of the drift says, of the weights that were kept.
 
     Args:
@@ -69,3 +94,82 @@ def _size(value: float, error: float, writes: bool) -> str:
     if writes:
         return f"{number} nats a token; ±: standard error"
     return f"{number} (1 - cosine: 0 is as before, 1 has nothing in common with it; ±: standard error)"
+
+
+def verdict(found: Preserved) -> str:
+    """Whether the budget was kept, by the texts that were sealed, and what that cost."""
+    sealed, budget = found.certificate.measured, format_percent(found.budget)
+    of = f"on {counted(sealed.texts, 'text')} that nothing had read before"
+    upper = f"with 95% at most {_as_share(found.certificate.upper, found.writes)}"
+    kept = f"{_as_share(sealed.drift, found.writes)} {of}, {upper}"
+    what = "less likely a token" if found.writes else "turned (1 - cosine)"
+    if not found.is_feasible:
+        start = f"{words.metric_name(found.metric)} {format_metric(found.metric, found.start.metric)}"
+        return (
+            f"Forgetting, budget {budget}: infeasible. No point between the untouched and the trained model stays "
+            f"within it and is better than the untouched one ({start} on eval rows). The model that is kept: {kept} "
+            f"{what}. Give a larger budget, more replayed text, or take another method."
+        )
+    label = "PASS" if found.certificate.passed else "FAIL"
+    way = _way(found.chosen.kind, found.chosen.share)
+    trained = next(point for point in found.points if (point.kind, point.share) == ("whole", 1))
+    metric = format_metric(found.metric, found.chosen.metric)
+    gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
+    share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
+    return (
+        f"Forgetting, budget {budget}: {label}. Generic text: {kept} {what}. Kept: {way}, "
+        f"{words.metric_name(found.metric)} {metric} on eval rows{share}."
+    )
+
+
+def _way(kind: str, share: float) -> str:
+    if (kind, share) == ("whole", 1):
+        return "the trained model"
+    if kind == "whole":
+        return f"{format_percent(share)} of the way from the untouched to the trained model"
+    return f"{format_percent(share)} of the way in the lowest layer, rising to all of it in the highest"
+
+
+def _as_share(drift: float, writes: bool) -> str:
+    """A drift as the budget is given."""
+    return format_percent(-math.expm1(-drift) if writes else drift)
+
+
+def _frontier(found: Preserved) -> list[str]:
+    """The best metric at each of `BUDGETS`, as far as the points tell."""
+    said = []
+    for budget in BUDGETS:
+        limit = -math.log1p(-budget) if found.writes else budget
+        inside = [point for point in found.points if point.measured.drift <= limit]
+        best = max(inside, key=found.gain_of, default=found.start)
+        said.append(f"{format_metric(found.metric, best.metric)} at {format_percent(budget)}")
+    return [f"Best {words.metric_name(found.metric)} by drift, of {len(found.points)} points:", "; ".join(said) + "."]
+
+
+def _weights(steered: Sequence[Steered]) -> list[Block]:
+    if not steered:
+        return []
+    rows: tuple[Row, ...] = tuple(
+        (f"{one.step:,}", f"{format_number(one.drift)} ± {format_number(one.error)}", format_number(one.weight))
+        for one in steered
+    )
+    header = ("step", "drift", "weight from then on")
+    table = Table("Weight of generic text while training", header, rows, frozenset({0, 1, 2}))
+    return [Folded("how the weight of generic text was set", (table,))]
+
+
+def _points(found: Preserved) -> Block:
+    rows: tuple[Row, ...] = tuple(
+        (_way(point.kind, point.share), _spread(point.measured), format_metric(found.metric, point.metric))
+        for point in found.points
+    )
+    header = ("point", "drift", words.metric_name(found.metric))
+    unit = "nats a token" if found.writes else "1 - cosine"
+    title = f"Points that were tried; drift in {unit} on {counted(found.start.measured.texts, 'text')}, ±: error"
+    return Folded(
+        "all points between the untouched and the trained model", (Table(title, header, rows, frozenset({1, 2})),)
+    )
+
+
+def _spread(measured: Measured) -> str:
+    return f"{format_number(measured.drift)} ± {format_number(measured.error)}"

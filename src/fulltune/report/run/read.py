@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from fulltune.errors import SetupError
 from fulltune.records.base import Record
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, event_of
+from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import Plan
 from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
@@ -84,6 +85,8 @@ class RunView:
     """What the whole command took; None where it was not one command."""
     searched: Searched | None = None
     """How its settings were searched."""
+    preserved: Mapping[str, Preserved] = field(default_factory=dict)
+    """How each trial with a budget for forgetting kept it."""
 
     @property
     def main_trial(self) -> str:
@@ -162,6 +165,7 @@ def read_run(folder: Path) -> RunView:
         unreadable_lines=0,
         command=files.record(Command, folder / "command.json"),
         searched=files.record(Searched, folder / "search.json"),
+        preserved={one.trial: one for one in files.records(Preserved, folder.glob("preserve/*.json"))},
     )
     return replace(view, missing=(*files.damaged, *_what_is_missing(view)), unreadable_lines=files.unreadable_lines)
 

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -39,6 +39,15 @@ class StoppedScoring(Exception):
     """The run was told to stop while the eval rows were scored."""
 
 
+class Replay(Protocol):
+    """Adds to each step's gradient."""
+
+    weight: float
+
+    def add_gradient(self, trainer: FullTrainer) -> None:
+        """Of the step that begins."""
+
+
 class FullTrainer(Guarded, Trainer):
     """The trainer of a run.
 
@@ -61,6 +70,8 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
+    replay: Replay | None = None
+    """Generic text that is trained along."""
     repeats = True
     left_evaluation: bool = False
     """The evaluation of the last step that is done was left."""
@@ -120,15 +131,24 @@ class FullTrainer(Guarded, Trainer):
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 
-    def selecting(self, labels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    def selecting(
+        self, labels: torch.Tensor, *, always_in_pieces: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
         """Inside, the model gives only the logits that the loss uses, when it can: whole, or in pieces by the plan.
 
         Args:
             labels: labels[rows, tokens].
+            always_in_pieces: Whatever the plan says, which knows of the rows' logits alone.
         """
         if self.head is None:
             return contextlib.nullcontext()
-        return self.head.only(labels, in_pieces=self.head.in_pieces and self._plan.chunked_loss)
+        in_pieces = self.head.in_pieces and (always_in_pieces or self._plan.chunked_loss)
+        return self.head.only(labels, in_pieces=in_pieces)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.replay is not None and not self.batches:  # once a step, also when it is computed again
+            self.replay.add_gradient(self)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         with self.selecting(inputs["labels"]):
@@ -180,6 +200,8 @@ class FullTrainer(Guarded, Trainer):
             if self.args.should_save:
                 folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
                 guard = self.seen.as_json() | {"left_evaluation": self.left_evaluation}
+                if self.replay is not None:
+                    guard["replay_weight"] = self.replay.weight
                 files.write_json(folder / checkpoints.GUARD, guard)
                 for name, start in ((checkpoints.START, self.start), (checkpoints.GENERIC, self.generic_start)):
                     if start is not None:

@@ -49,7 +49,7 @@ def score_first(attempt: AttemptContext) -> None:
             raise NothingLeft
     elif not state.global_step:
         if not attempt.plan.eval_on_start:
-            attempt.drifting.measured()
+            attempt.drifting.read()
             return
         attempt.recorder.phase(SCORING)
         trainer.evaluate()

@@ -32,6 +32,7 @@ from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.dry_run import dry_run
 from fulltune.train.worker.loading import make_trainer
 from fulltune.train.worker.observed import Observed
+from fulltune.train.worker.within_budget import keep_within
 
 
 def train(
@@ -95,6 +96,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     if decision.action == "stop":
         raise GuardStop(decision.reason)
     kept = keep_best(attempt, state)
+    keep_within(attempt)
     recorder.phase("saving the model")
     whole_state = weights.whole_state(trainer)
     if not attempt.is_main:
@@ -210,6 +212,8 @@ def _put_back(trainer: Any, checkpoint: Path) -> None:
     if remembered := checkpoints.guard_state(checkpoint):
         trainer.seen = StepMemory.from_json(remembered)
         trainer.left_evaluation = remembered.get("left_evaluation", False)
+        if trainer.replay is not None:
+            trainer.replay.weight = remembered["replay_weight"]
     for name, kept in (("start", checkpoints.START), ("generic_start", checkpoints.GENERIC)):
         if (file := checkpoint / kept).exists():
             setattr(trainer, name, np.load(file, allow_pickle=False))

@@ -68,6 +68,11 @@ class AttemptContext:
         return self.request.plan
 
     @property
+    def rank(self) -> int:
+        """Of this process among those of the attempt."""
+        return int(self.trainer.args.process_index)
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the first process, which writes."""
         return self.journal.path is not None
@@ -119,7 +124,7 @@ class AttemptContext:
 
     def scores(self, rows: Any) -> Mapping[str, float]:
         """The metrics of the current weights on these rows, and how far they have moved away on generic text."""
-        return {**self.score(rows), **self.drifting.measured()}
+        return {**self.score(rows), **self.drifting.numbers()}
 
     def score(self, rows: Any) -> Mapping[str, float]:
         """The eval metrics of the current weights; several processes share the rows.

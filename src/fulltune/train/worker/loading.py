@@ -13,6 +13,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods, probe
 from fulltune.errors import SetupError
+from fulltune.forgetting.budget import FIRST_WEIGHT, limit_of
+from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import Rows
 from fulltune.methods.head import names_of
@@ -35,6 +37,8 @@ from fulltune.train.worker import distributed, extensions, mixup, r_drop, scalin
 from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.drifting import Drifting
+from fulltune.train.worker.replay import Replay
+from fulltune.train.worker.steering import Steering
 
 _MOST_NAMED = 32
 """Rows of a skipped step."""
@@ -141,9 +145,30 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(attempt.request.tensorboard)
     attempt.drifting = Drifting.of(attempt, model, tokenizer)
+    _replay(attempt)
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows
+
+
+def _replay(attempt: AttemptContext) -> None:
+    """Train generic text along, where the plan does; the model is still the untouched one."""
+    plan, trainer = attempt.plan, attempt.trainer
+    if plan.preserving is None or not plan.preserving.replay_rows or attempt.request.probe:
+        return
+    rows = plan.preserving.replay_rows
+    text = attempt.drifting.text_of(parts(attempt.recipe.preserve).replayed[: plan.total_steps * rows])
+    before = None
+    if not text.writes:
+        attempt.recorder.phase("reading generic text with the untouched model")
+        trainer.model.to(trainer.args.device)
+        before = text.read(trainer.model)
+    # No more tokens at once than a micro batch has; without recomputing, whose gradients hold what is saved there.
+    at_once = plan.micro_batch_size * attempt.summary.max_length // attempt.drifting.most_tokens
+    at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
+    trainer.replay = replay = Replay(text, rows, at_once, plan.seed, FIRST_WEIGHT, before)
+    limit = limit_of(plan.preserving.budget, text.writes)
+    trainer.add_callback(Steering(attempt, replay, limit, plan.preserving.steer_steps))
 
 
 def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:

@@ -1,0 +1,81 @@
+"""What a run with a budget for forgetting measured and chose; drift is nats a token for language models, else 1 -
+cosine.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from fulltune.records.base import Record
+
+Kind = Literal["whole", "by layer"]
+
+
+class Measured(Record):
+    """The drift on some generic texts."""
+
+    drift: float
+    """Mean over the texts."""
+    error: float
+    """Standard error of that mean."""
+    texts: int
+
+
+class Point(Record):
+    """The untouched model moved a part of the way to the trained one."""
+
+    kind: Kind
+    """Every tensor by the same share; or the lowest layer by the share, and those above by more up to all of it."""
+    share: float
+    """0: the untouched model; 1: the trained one."""
+    measured: Measured
+    """On the texts that choose."""
+    metric: float
+    """On the eval rows."""
+
+
+class Certificate(Record):
+    """What the sealed texts said, opened once."""
+
+    measured: Measured
+    limit: float
+    upper: float
+    """The true drift is below it with 95 %."""
+    passed: bool
+
+
+class Preserved(Record):
+    """How a trial kept its budget."""
+
+    trial: str
+    budget: float
+    """As a share."""
+    limit: float
+    """The same in the units of the drift."""
+    writes: bool
+    """A language model, so that the drift is in nats a token."""
+    text: str
+    """Where the texts come from."""
+    metric: str
+    greater_is_better: bool
+    points: tuple[Point, ...]
+    chosen: Point
+    certificate: Certificate
+    opened: str
+    """When the sealed texts were opened, ISO 8601."""
+
+    @property
+    def start(self) -> Point:
+        """The untouched model."""
+        return next(point for point in self.points if (point.kind, point.share) == ("whole", 0))
+
+    @property
+    def is_feasible(self) -> bool:
+        """Whether anything was learned within the budget, as far as the eval rows tell."""
+        return self.gain_of(self.chosen) > 0
+
+    def gain_of(self, point: Point) -> float:
+        """How much better than the untouched model, in the metric's units; not above 0 where it is not known."""
+        better = (point.metric - self.start.metric) * (1 if self.greater_is_better else -1)
+        return better if math.isfinite(better) else 0.0

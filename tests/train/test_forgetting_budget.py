@@ -1,0 +1,326 @@
+"""A budget for forgetting: what steers, what is chosen, what is certified, and whole runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
+from fulltune.forgetting import budget
+from fulltune.forgetting.drift import GenericText
+from fulltune.forgetting.generic_text import parts
+from fulltune.recipe.file import load_recipe
+from fulltune.recipe.preserve import PreserveBlock
+from fulltune.records.forgetting import Kind, Measured, Point, Preserved
+from fulltune.report.run.about_forgetting import verdict
+from fulltune.train.worker import within_budget
+from fulltune.train.worker.replay import Replay
+from tests import tiny
+from tests.train import faults, runs
+from tests.train.test_resume import ask_to_stop, assert_same
+
+ROWS = tiny.topic_rows(64)
+TRAIN: dict[str, Any] = {
+    "global_batch_size": 8,
+    "micro_batch_size": 4,
+    "num_train_epochs": 3,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 5,
+    "save_steps": 4,
+}
+BLOCKS: dict[str, Any] = {"train": TRAIN, "method": {"learning_rate": 3e-3}}
+
+
+def preserved(folder: Path) -> Preserved:
+    (file,) = (folder / "run" / "preserve").glob("*.json")
+    return Preserved.load(file)
+
+
+# ---- pure parts ------------------------------------------------------------------------------------------------
+
+
+def at(drift: float, error: float = 0.0) -> Measured:
+    return Measured(drift=drift, error=error, texts=100)
+
+
+@pytest.mark.parametrize(
+    ("drift", "error", "expected"),
+    [
+        (0.01, 0.0, 1.0),  # as much as is allowed
+        (0.02, 0.0, np.e),
+        (0.10, 0.0, 4.0),  # not by more at once
+        (0.00, 0.0, 1 / np.e),
+        (-0.1, 0.0, 0.25),
+        (0.00, 0.02, 4.0),  # the upper bound counts
+    ],
+)
+def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, expected: float) -> None:
+    assert budget.next_weight(1.0, at(drift, error), 0.01) == pytest.approx(expected, rel=1e-6)
+
+
+def test_weight_stays_between_its_bounds() -> None:
+    assert budget.next_weight(budget.MOST_WEIGHT, at(1.0), 0.01) == budget.MOST_WEIGHT
+    assert budget.next_weight(budget.LEAST_WEIGHT, at(0.0), 0.01) == budget.LEAST_WEIGHT
+
+
+def test_limit_is_what_makes_a_token_so_much_less_likely() -> None:
+    assert np.exp(-budget.limit_of(0.05, writes=True)) == pytest.approx(0.95)
+    assert budget.limit_of(0.05, writes=False) == 0.05
+
+
+def point(share: float, drift: float, metric: float, kind: Kind = "whole", error: float = 0.0) -> Point:
+    return Point(kind=kind, share=share, measured=at(drift, error), metric=metric)
+
+
+@pytest.mark.parametrize(
+    ("points", "better", "expected"),
+    [
+        ([point(0, 0, 0.5), point(0.5, 0.01, 0.7), point(1, 0.05, 0.9)], True, 0.5),
+        ([point(0, 0, 0.5), point(0.5, 0.01, 0.4), point(1, 0.05, 0.9)], True, 0.0),  # nothing better is within it
+        ([point(0, 0, 2.0), point(0.5, 0.01, 1.5), point(1, 0.05, 1.0)], False, 0.5),
+        ([point(0, 0, 0.5), point(0.4, 0.01, 0.7), point(0.5, 0.015, 0.7)], True, 0.4),  # as good, and moved less
+        ([point(0, 0, 0.5), point(0.5, 0.019, 0.7, error=0.001)], True, 0.0),  # the sealed half may say no
+    ],
+)
+def test_best_point_within_the_budget_is_chosen(points: list[Point], better: bool, expected: float) -> None:
+    assert budget.best(points, 0.02, better).share == expected
+
+
+@pytest.mark.parametrize(("drift", "error", "passed"), [(0.01, 0.005, True), (0.01, 0.007, False), (0.03, 0.0, False)])
+def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error: float, passed: bool) -> None:
+    found = budget.certified(at(drift, error), 0.02)
+    assert (found.passed, found.upper) == (passed, pytest.approx(drift + 1.645 * error))
+
+
+def record(chosen: Point, points: list[Point], sealed: Measured, limit: float = 0.02) -> Preserved:
+    return Preserved(
+        trial="full-seed1",
+        budget=0.02,
+        limit=limit,
+        writes=False,
+        text="generic.txt",
+        metric="accuracy",
+        greater_is_better=True,
+        points=tuple(points),
+        chosen=chosen,
+        certificate=budget.certified(sealed, limit),
+        opened="2026-01-01T00:00:00+00:00",
+    )
+
+
+def test_verdict_in_words() -> None:
+    points = [point(0, 0, 0.5), point(0.5, 0.01, 0.7), point(1, 0.05, 0.9)]
+    passed = verdict(record(points[1], points, at(0.012, 0.001)))
+    assert passed.startswith("Forgetting, budget 2.0%: PASS. Generic text: 1.2% on 100 texts that nothing had read")
+    assert "with 95% at most 1.4%" in passed
+    assert "50.0% of the trained model's gain" in passed
+    assert "FAIL" in verdict(record(points[1], points, at(0.03, 0.001)))
+    impossible = verdict(record(points[0], points, at(0.0, 0.0)))
+    assert "infeasible" in impossible
+    assert "accuracy 50.0% on eval rows" in impossible
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------
+
+
+def numbered(file: Path, count: int, word: str = "text") -> Path:
+    file.write_text("".join(f"{word} number {place} says nothing new\n" for place in range(count)), encoding="utf-8")
+    return file
+
+
+def test_no_text_is_in_two_parts(tmp_path: Path) -> None:
+    probe, other = numbered(tmp_path / "probe.txt", 300), numbered(tmp_path / "other.txt", 500, "line")
+    shared = parts(PreserveBlock(budget="1%", probe=str(probe)))
+    apart = parts(PreserveBlock(budget="1%", probe=str(probe), replay=str(other)))
+    bundled = parts(PreserveBlock(budget="1%"))
+    for found, sizes in ((shared, (100, 100, 100)), (apart, (150, 150, 500)), (bundled, (200, 200, 1100))):
+        three = (found.choosing, found.sealed, found.replayed)
+        assert tuple(map(len, three)) == sizes
+        assert len({text for part in three for text in part}) == sum(sizes)
+    assert parts(PreserveBlock(budget="1%", probe=str(probe))) == shared
+
+
+def test_replayed_texts_leave_out_what_the_probe_has(tmp_path: Path) -> None:
+    probe, more = numbered(tmp_path / "probe.txt", 100), numbered(tmp_path / "more.txt", 120)
+    found = parts(PreserveBlock(budget="1%", probe=str(probe), replay=str(more)))
+    assert len(found.replayed) == 20
+    with pytest.raises(DataError, match=r"preserve\.replay: .*holds nothing but texts of the probe"):
+        parts(PreserveBlock(budget="1%", probe=str(probe), replay=str(probe)))
+
+
+def test_probe_that_is_too_short_for_a_certificate_says_how_much_it_takes(tmp_path: Path) -> None:
+    probe = numbered(tmp_path / "probe.txt", 100)
+    with pytest.raises(
+        DataError, match=r"holds 100 texts; a budget takes at least 120 \(40 to steer by, 40 sealed, 40"
+    ):
+        parts(PreserveBlock(budget="1%", probe=str(probe)))
+    assert len(parts(PreserveBlock(budget="1%", probe=str(probe), replay=None)).sealed) == 50
+
+
+def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
+    replay = Replay(GenericText(tuple([n] for n in range(10)), 0, True, "fp32"), 4, 4, seed=3, weight=1.0)
+    drawn = [replay.rows_of(step) for step in range(1, 11)]
+    flat = [place for rows in drawn for place in rows]
+    for start in range(0, 40, 10):
+        assert sorted(flat[start : start + 10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+    assert replay.rows_of(7) == drawn[6]
+    many = Replay(GenericText(([1], [2], [3]), 0, True, "fp32"), 8, 8, seed=3, weight=1.0)
+    assert sorted(many.rows_of(1) + many.rows_of(2) + many.rows_of(3)) == sorted([0, 1, 2] * 8)
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        ({"preserve": {"budget": "much"}}, "preserve.budget: expected a share such as 1% or 0.01, found 'much'"),
+        ({"preserve": {"budget": "100%"}}, "expected a share above 0 and below 100%"),
+        ({"preserve": {"budget": 0}}, "expected a share above 0 and below 100%"),
+        ({"preserve": {"budget": "-1%"}}, "expected a share above 0 and below 100%"),
+        ({"preserve": {"replay": "more.txt"}}, "preserve.replay: has no effect without preserve.budget"),
+        ({"preserve": {"budget": "1%", "drift": False}}, "preserve.drift: false, but preserve.budget needs it"),
+        ({"preserve": {"budget": "1%"}, "method": {"kind": "prompt"}}, "'prompt' cannot be scaled back"),
+        ({"preserve": {"budget": "1%"}, "methods": ["full", "lora"]}, "not yet in a comparison or a search"),
+        ({"preserve": {"budget": "1%"}, "train": {"optimizer_in_backward": True}}, "cannot go with train.optimizer_in"),
+    ],
+)
+def test_budget_that_cannot_be_is_refused(blocks: Mapping[str, Any], said: str, tmp_path: Path) -> None:
+    data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", "model", data, **blocks)
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(recipe)
+    assert said in str(refused.value)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("held")
+    runs.run(folder, tiny_encoder, ROWS, until="report", preserve={"budget": "1%"}, **BLOCKS)
+    return folder
+
+
+def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    free = runs.run(tmp_path, tiny_encoder, ROWS, **BLOCKS)
+    drift = [event["metrics"]["drift"] for event in runs.events(tmp_path, "eval")][-1]
+    found = preserved(held)
+    assert drift > found.limit  # what the budget forbids
+    assert found.certificate.passed
+    assert found.certificate.upper <= found.limit
+    assert found.is_feasible
+    assert free.outcome is not None
+    report = (held / "run" / "report.md").read_text(encoding="utf-8")
+    assert "Forgetting, budget 1.0%: PASS" in report
+    assert [event["preserved"]["trial"] for event in runs.events(held, "certified")] == [found.trial]
+
+
+def test_sealed_texts_are_opened_once(held: Path, tiny_encoder: Path) -> None:
+    """The finished run, done once more from its last checkpoint, keeps its certificate and its choice."""
+    found, weights = preserved(held), runs.final_weights(held)
+    with mock.patch.object(within_budget, "_of_sealed", side_effect=AssertionError("opened again")):
+        runs.run(held, tiny_encoder, ROWS, until="train", preserve={"budget": "1%"}, **BLOCKS)
+    assert preserved(held) == found
+    assert_same(runs.final_weights(held), weights)
+
+
+def test_attempt_that_ends_after_the_sealed_texts_were_opened_keeps_the_certificate(
+    tiny_encoder: Path, tmp_path: Path, held: Path
+) -> None:
+    blocks = {"preserve": {"budget": "1%"}, **BLOCKS}
+    failing = mock.patch("fulltune.train.worker.weights.save_model", side_effect=RuntimeError("a fault"))
+    with failing, pytest.raises(FulltuneError):
+        runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
+    found = preserved(tmp_path)
+    with mock.patch.object(within_budget, "_of_sealed", side_effect=AssertionError("opened again")):
+        runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
+    assert preserved(tmp_path) == found
+    assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
+
+
+def test_weights_of_generic_text_and_replayed_rows_go_on_where_a_run_was_stopped(
+    held: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    blocks = {"preserve": {"budget": "1%"}, **BLOCKS}
+    with pytest.raises(InterruptedRun):
+        runs.run(tmp_path, tiny_encoder, ROWS, options={"listener": runs.at_step(10, ask_to_stop)}, **blocks)
+    runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
+    steered = [[(one["step"], one["weight"]) for one in runs.events(folder, "steered")] for folder in (tmp_path, held)]
+    assert steered[0] == steered[1]
+    assert len(steered[0]) > 5
+    assert len({weight for _, weight in steered[0]}) > 3
+    assert preserved(tmp_path).chosen == preserved(held).chosen
+    assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
+
+
+def test_suspect_step_that_is_computed_again_replays_the_same_texts(
+    tiny_encoder: Path, tmp_path: Path, held: Path
+) -> None:
+    """A gradient that is not finite once leaves the weights of the clean run, replayed text included."""
+    with faults.planted(faults.nan_gradient, {6}.__contains__, lasting=False):
+        runs.run(tmp_path, tiny_encoder, ROWS, preserve={"budget": "1%"}, **BLOCKS)
+    assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: Path, tmp_path: Path) -> None:
+    """By the untouched weights and those of a run that has all the same but the last choice."""
+    blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"kind": kind, "learning_rate": 1e-2}}
+    rows = tiny.pair_rows(64)
+    with mock.patch.object(within_budget, "best", lambda points, *_: next(one for one in points if one.share == 0.4)):
+        runs.run(tmp_path / "held", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
+    found = preserved(tmp_path / "held")
+    assert found.writes
+    assert found.certificate.measured.texts == 200
+    with mock.patch("fulltune.train.worker.attempt.keep_within"):
+        runs.run(tmp_path / "whole", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
+    name = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    ends = [load_file(tmp_path / one / "run" / "models" / kind / name) for one in ("held", "whole")]
+    begin = load_file(tiny_decoder / "model.safetensors") if kind == "full" else {}
+    for tensor, whole in ends[1].items():
+        if kind == "full":
+            expected = torch.lerp(begin[tensor], whole, 0.4)
+        else:
+            expected = whole * 0.4 if "lora_B" in tensor else whole
+        assert torch.allclose(ends[0][tensor], expected, atol=1e-7), tensor
+
+
+def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: Path, tmp_path: Path) -> None:
+    preserve = {"budget": "0.0001%", "replay": None}
+    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.9), "by layer": ()}, BISECTIONS=0)
+    with few:
+        runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve=preserve, **BLOCKS)
+    found = preserved(tmp_path)
+    assert not found.is_feasible
+    assert found.chosen.share == 0
+    assert "infeasible" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert runs.events(tmp_path, "steered") == []
+
+
+def test_sealed_texts_that_disagree_make_it_fail(tiny_encoder: Path, tmp_path: Path) -> None:
+    """Planted: texts that choose are not moved at all, those that are sealed are."""
+
+    def unmoved(self: GenericText, *_: Any) -> np.ndarray:
+        return np.ones((len(self.ids), 1))
+
+    def sealed(*_: Any) -> Measured:
+        return at(0.2, 0.01)
+
+    with mock.patch.object(GenericText, "read", unmoved), mock.patch.object(within_budget, "_of_sealed", sealed):
+        runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve={"budget": "1%", "replay": None}, **BLOCKS)
+    assert not preserved(tmp_path).certificate.passed
+    assert "budget 1.0%: FAIL" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    lines = (next((tmp_path / "run" / "attempts").glob("*/journal.jsonl"))).read_text(encoding="utf-8").splitlines()
+    assert any("FAIL" in json.loads(line)["detail"] for line in lines)
