@@ -76,6 +76,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     check_model(job.recipe, job.base)
     methods.check(job.recipe, job.base.config)
     check_texts(job.recipe.preserve)
+    data.refuse_trained_texts(job.recipe)
     summary = data.prepare(
         job.recipe,
         job.folder / "data",

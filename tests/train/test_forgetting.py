@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulltune.errors import DataError, InterruptedRun
-from fulltune.forgetting.drift import GenericText, drift
+from fulltune.forgetting.drift import GenericText, drift, says_little
 from fulltune.forgetting.generic_text import generic_texts
 from fulltune.report.run.about_forgetting import in_words
 from tests import tiny
@@ -179,3 +179,39 @@ def test_curve_in_words(
     points: list[tuple[int, float]], errors: dict[int, float], kept: int | None, writes: bool, said: str
 ) -> None:
     assert said in in_words(points, errors, kept, writes)
+
+
+@pytest.mark.parametrize("budget", [None, "1%"])
+def test_probe_that_is_trained_on_is_refused_with_the_rows(
+    budget: str | None, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    lines = [f"a line of its own, number {number}" for number in range(200)]
+    taken = [f"  {ROWS[place]['text'].upper()} " for place in (3, 7)]
+    (tmp_path / "generic.txt").write_text("\n".join([*lines, *taken]), encoding="utf-8")
+    # All of a small probe is read; with a budget a part of it is trained along.
+    preserve = {"probe": "generic.txt", "budget": budget, "replay": None if budget else "auto"}
+    with pytest.raises(DataError, match=r"preserve\.probe: .*2 train rows have a text of it \(rows\.csv:5, rows\.csv:9\)"):
+        runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, preserve=preserve)
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
+def test_probe_that_the_model_does_not_know_is_told(tiny_decoder: Path, tmp_path: Path) -> None:
+    """A model with random weights knows no text."""
+    runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), task="causal-lm", train=TRAIN)
+    (said,) = [event["text"] for event in runs.events(tmp_path, "warning") if "generic text" in event["text"]]
+    assert "says little about what the model could do before" in said
+
+
+@pytest.mark.parametrize(
+    ("loss", "writes", "tokens", "said"),
+    [
+        (4.0, True, [5, 6], ""),
+        (6.5, True, [5, 6], "the untouched model's loss is 6.50 nats a token (guessing: 6.91)"),
+        (6.5, False, [5, 6], ""),
+        (4.0, True, [1, 6], "50% of its tokens are unknown"),
+    ],
+)
+def test_texts_that_say_little(loss: float, writes: bool, tokens: list[int], said: str) -> None:
+    text = GenericText((tokens,), 0, writes, "fp32")
+    found = says_little(text, np.array([loss]), 1000, unknown_id=1)
+    assert (said in found) if said else found == ""

@@ -2,5 +2,6 @@
 
 from fulltune.data.limits import Limits
 from fulltune.data.prepare import DROPPED, SUMMARY, prepare
+from fulltune.data.probe_rows import refuse_trained_texts
 
-__all__ = ["DROPPED", "SUMMARY", "Limits", "prepare"]
+__all__ = ["DROPPED", "SUMMARY", "Limits", "prepare", "refuse_trained_texts"]

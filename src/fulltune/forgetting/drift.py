@@ -106,6 +106,29 @@ class GenericText:
         return (hidden * shown.unsqueeze(-1)).sum(dim=1) / shown.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+NEAR_CHANCE, MOST_UNKNOWN = 0.8, 0.3
+
+
+def says_little(text: GenericText, first: np.ndarray, vocabulary: int, unknown_id: int | None) -> str:
+    """Why texts say little about what the untouched model could do; empty: they do.
+
+    Args:
+        text: The texts.
+        first: What the untouched model makes of them.
+        vocabulary: Tokens that it tells apart.
+        unknown_id: The token that stands for what the tokenizer does not know.
+    """
+    told = "it says little about what the model could do before: name texts that it knows (preserve.probe)"
+    tokens = [token for ids in text.ids for token in ids]
+    unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
+    if unknown_id is not None and unknown > MOST_UNKNOWN:
+        return f"generic text: {unknown:.0%} of its tokens are unknown to the tokenizer; {told}"
+    loss, chance = float(np.mean(first)), math.log(vocabulary)
+    if text.writes and loss > NEAR_CHANCE * chance:
+        return f"generic text: the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}); {told}"
+    return ""
+
+
 def measured(before: np.ndarray, after: np.ndarray) -> Measured:
     """The mean drift of texts with its standard error."""
     moved = drift(before, after)

@@ -215,11 +215,16 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
     evaluations = occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
     rows = summary.splits["eval"].rows if "eval" in summary.splits else 0
     generic = plan.drift_texts * GENERIC_TOKENS / work.tokens_per_row
+    step_rows, after = float(plan.global_batch_size), 0
+    if (kept := plan.preserving) is not None:
+        step_rows += kept.replay_rows * GENERIC_TOKENS / work.tokens_per_row
+        generic *= 1 + plan.total_steps / kept.steer_steps / evaluations
+        after = kept.num_points
     saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
     one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
     return TimeNeed(
-        train_seconds=plan.total_steps * seconds_per_step,
-        eval_seconds=evaluations * work.forward_flops(rows + generic) / forward_flops,
+        train_seconds=plan.total_steps * seconds_per_step * step_rows / plan.global_batch_size,
+        eval_seconds=(evaluations + after) * work.forward_flops(rows + generic) / forward_flops,
         save_seconds=saves * one / DISK_BYTES_PER_SECOND,
         tokens=tokens,
         tokens_per_second=plan.global_batch_size * work.tokens_per_row / seconds_per_step,

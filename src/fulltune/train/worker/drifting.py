@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fulltune.forgetting.drift import GenericText, measured
+from fulltune.forgetting.drift import GenericText, measured, says_little
 from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
@@ -78,4 +78,8 @@ class Drifting:
             return None
         if is_start or trainer.generic_start is None:
             trainer.generic_start = now
+            vocabulary = trainer.model.config.get_text_config().vocab_size
+            if why := says_little(self.text, now, vocabulary, self.tokenizer.unk_token_id):
+                attempt.journal.write("warning", why)
+                attempt.recorder.warn(why)
         return measured(trainer.generic_start, now)

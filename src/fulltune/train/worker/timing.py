@@ -96,12 +96,17 @@ def _schedule(passes: Passes, first_step: int, test_share: float) -> tuple[Sched
     evaluation = list(batches(longest_first(passes.eval_lengths), plan.eval_batch_size))[:: plan.num_processes]
     train = _counted(passes.lengths, parts)
     generic = Counter({Shape(1, GENERIC_TOKENS): plan.drift_texts})
+    replayed: dict[Shape, float] = {}
+    evaluations = times_between(first_step, plan.total_steps, plan.eval_steps)
+    evaluations += plan.eval_on_start and first_step == 0
+    if (kept := plan.preserving) is not None:
+        replayed = {Shape(1, GENERIC_TOKENS): steps * kept.replay_rows / plan.num_processes}
+        evaluations += kept.num_points
     schedule = Schedule(
         steps=steps,
-        train={shape: times * steps / counted for shape, times in train.items()},
+        train={shape: times * steps / counted for shape, times in train.items()} | replayed,
         evaluation=_counted(passes.eval_lengths, evaluation) + generic,
-        evaluations=times_between(first_step, plan.total_steps, plan.eval_steps)
-        + (plan.eval_on_start and first_step == 0),
+        evaluations=evaluations,
         # Also at each evaluation.
         saves=times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps),
         num_processes=plan.num_processes,

@@ -1,0 +1,43 @@
+"""Texts that must not be trained on: those on which forgetting is measured."""
+
+from __future__ import annotations
+
+from fulltune.data.sources import find_files
+from fulltune.errors import DataError
+from fulltune.forgetting.generic_text import generic_texts, parts
+from fulltune.recipe.fields import Recipe
+from fulltune.tasks.columns import normalised
+from fulltune.text import counted, first_few
+
+
+def refuse_trained_texts(recipe: Recipe) -> None:
+    """Refuse a probe of the user's own whose texts are train rows; whole cells and their lines are compared.
+
+    Raises:
+        DataError: Naming the rows.
+    """
+    block = recipe.preserve
+    if block.probe is None:
+        return
+    if block.budget is None:
+        texts = generic_texts(block.probe)[0]
+    else:
+        found = parts(block)
+        texts = [*found.choosing, *found.sealed]
+    probed = {normalised(text) for text in texts}
+    problems: list[str] = []
+    places = [
+        str(place)
+        for place, row in find_files(recipe)["train"].rows(problems)
+        if any(isinstance(cell, str) and _parts(cell) & probed for cell in row.values())
+    ]
+    if places:
+        raise DataError(
+            f"preserve.probe: {block.probe}: {counted(len(places), 'train row')} have a text of it "
+            f"({first_few(places)}); what is trained on says nothing about forgetting: remove them from one of the "
+            "files"
+        )
+
+
+def _parts(cell: str) -> set[str]:
+    return {normalised(part) for part in (cell, *cell.splitlines())}
