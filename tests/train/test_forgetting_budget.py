@@ -22,7 +22,7 @@ from fulltune.recipe.preserve import PreserveBlock
 from fulltune.records.forgetting import Kind, Measured, Point, Preserved
 from fulltune.report.run.about_forgetting import verdict
 from fulltune.train.worker import within_budget
-from fulltune.train.worker.replay import Replay
+from fulltune.train.worker.replay import Replay, divergence
 from tests import tiny
 from tests.train import faults, runs
 from tests.train.test_resume import ask_to_stop, assert_same
@@ -324,3 +324,14 @@ def test_sealed_texts_that_disagree_make_it_fail(tiny_encoder: Path, tmp_path: P
     assert "budget 1.0%: FAIL" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     lines = (next((tmp_path / "run" / "attempts").glob("*/journal.jsonl"))).read_text(encoding="utf-8").splitlines()
     assert any("FAIL" in json.loads(line)["detail"] for line in lines)
+
+
+def test_divergence_is_that_of_torch_where_all_tokens_are_kept_and_less_where_some_are() -> None:
+    logits = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before, after = torch.log_softmax(logits[0], -1), torch.log_softmax(logits[1], -1)
+    whole = float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
+    assert float(divergence(before, after)) == pytest.approx(whole, rel=1e-4)
+    some = before.topk(10, -1).indices
+    part = float(divergence(before.gather(-1, some), after.gather(-1, some)))
+    assert 0 < part < whole
+    assert float(divergence(before, before)) == pytest.approx(0.0, abs=1e-9)

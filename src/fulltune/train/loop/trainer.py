@@ -131,18 +131,16 @@ class FullTrainer(Guarded, Trainer):
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
         return schedule
 
-    def selecting(
-        self, labels: torch.Tensor, *, always_in_pieces: bool = False
-    ) -> contextlib.AbstractContextManager[None]:
+    def selecting(self, labels: torch.Tensor, *, whole: bool = False) -> contextlib.AbstractContextManager[None]:
         """Inside, the model gives only the logits that the loss uses, when it can: whole, or in pieces by the plan.
 
         Args:
             labels: labels[rows, tokens].
-            always_in_pieces: Whatever the plan says, which knows of the rows' logits alone.
+            whole: Whatever the plan says.
         """
         if self.head is None:
             return contextlib.nullcontext()
-        in_pieces = self.head.in_pieces and (always_in_pieces or self._plan.chunked_loss)
+        in_pieces = self.head.in_pieces and self._plan.chunked_loss and not whole
         return self.head.only(labels, in_pieces=in_pieces)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:

@@ -158,15 +158,14 @@ def _replay(attempt: AttemptContext) -> None:
         return
     rows = plan.preserving.replay_rows
     text = attempt.drifting.text_of(parts(attempt.recipe.preserve).replayed[: plan.total_steps * rows])
-    before = None
-    if not text.writes:
-        attempt.recorder.phase("reading generic text with the untouched model")
-        trainer.model.to(trainer.args.device)
-        before = text.read(trainer.model)
-    # No more tokens at once than a micro batch has; without recomputing, whose gradients hold what is saved there.
+    # No more tokens at once than a micro batch has; one text where activations are recomputed, which happens only in
+    # training mode, and for a language model, whose logits are whole.
     at_once = plan.micro_batch_size * attempt.summary.max_length // attempt.drifting.most_tokens
-    at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
-    trainer.replay = replay = Replay(text, rows, at_once, plan.seed, FIRST_WEIGHT, before)
+    at_once = 1 if plan.activation_checkpointing or text.writes else max(1, min(rows, at_once))
+    trainer.replay = replay = Replay(text, rows, at_once, plan.seed, FIRST_WEIGHT)
+    attempt.recorder.phase("reading generic text with the untouched model")
+    trainer.model.to(trainer.args.device)
+    replay.remember(trainer, attempt.alive)
     limit = limit_of(plan.preserving.budget, text.writes)
     trainer.add_callback(Steering(attempt, replay, limit, plan.preserving.steer_steps))
 

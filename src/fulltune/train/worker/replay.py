@@ -1,12 +1,14 @@
 """Generic text that is trained along, so that the model keeps what it could do before.
 
-Language models learn its next tokens as they did in pre-training; others are held to the hidden states that the
-untouched model had. It counts with a weight that `steering.py` sets, and adds to the gradient of the step's rows.
+A language model is held to the probabilities that the untouched model gave to each next token, others to the hidden
+states that it had (a distillation of the model from itself). It counts with a weight that `steering.py` sets, and adds
+to the gradient of the step's rows.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,15 @@ import torch.nn.functional as F
 
 from fulltune.forgetting.drift import GenericText
 from fulltune.inference.run import autocast, batches
-from fulltune.tasks import LossSettings, Target, causal_lm
+from fulltune.tasks import causal_lm
 from fulltune.tasks.padding import IGNORED, padded
 
 if TYPE_CHECKING:
     from fulltune.train.loop.trainer import FullTrainer
+
+LIKELIEST = 64
+"""Next tokens whose probabilities are kept of the untouched model; all others count as one."""
+_LEAST_REST = 1e-6
 
 
 @dataclass(eq=False)
@@ -33,8 +39,9 @@ class Replay:
     rows_per_pass: int
     seed: int
     weight: float
-    before: np.ndarray | None = None
-    """Hidden states of the untouched model, [texts, hidden]; None: a language model."""
+    before: Sequence[Any] = ()
+    """What the untouched model made of each text: of a language model log probabilities and ids, float16 and int32
+    [tokens, `LIKELIEST`], of others the mean hidden state, float64 [hidden]."""
 
     def rows_of(self, step: int) -> list[int]:
         """The texts of an optimizer step, from 1: each once, in a drawn order, before any comes again."""
@@ -42,6 +49,21 @@ class Replay:
         places = range((step - 1) * self.rows, step * self.rows)
         orders = {cycle: _order(count, self.seed, cycle) for cycle in {place // count for place in places}}
         return [orders[place // count][place % count] for place in places]
+
+    def remember(self, trainer: FullTrainer, between: Callable[[], None]) -> None:
+        """Keep what the model, still untouched, makes of all texts."""
+        if not self.text.writes:
+            self.before = list(self.text.read(trainer.model, between=between))
+            return
+        found: list[Any] = []
+        trainer.model.eval()
+        for position in range(len(self.text.ids)):
+            between()
+            with torch.no_grad(), autocast(trainer.args.device.type, self.text.precision):
+                logs = F.log_softmax(self._logits(trainer, [position]).float(), dim=-1)
+            top, ids = logs.topk(min(LIKELIEST, logs.shape[-1]), dim=-1)
+            found.append((top.half().cpu().numpy(), ids.int().cpu().numpy()))
+        self.before = found
 
     def add_gradient(self, trainer: FullTrainer) -> None:
         """Of the step that begins. Without dropout, so it draws no random number that the step would miss.
@@ -53,31 +75,51 @@ class Replay:
         chosen = self.rows_of(trainer.state.global_step + 1)
         mine = chosen[arguments.process_index :: arguments.world_size]
         tokens = sum(len(self.text.ids[position]) - 1 for position in chosen)
+        share = arguments.world_size / (tokens if self.text.writes else len(chosen))
         scaler = getattr(trainer.accelerator, "scaler", None)
         was_training = model.training
         model.eval()
         try:
             for positions in batches(mine, self.rows_per_pass):
                 with autocast(arguments.device.type, self.text.precision):
-                    summed = self._loss(trainer, model, positions)
-                share = arguments.world_size / (tokens if self.before is None else len(chosen))
+                    summed = self._distance(trainer, positions)
                 loss = self.weight * share * summed
                 (loss if scaler is None else scaler.scale(loss)).backward()
         finally:
             model.train(was_training)
 
-    def _loss(self, trainer: FullTrainer, model: Any, positions: Any) -> torch.Tensor:
-        """Summed over these texts, and for a language model over their tokens."""
-        if self.before is not None:
-            wanted = torch.as_tensor(self.before[list(positions)], dtype=torch.float32, device=trainer.args.device)
-            return (1 - F.cosine_similarity(self.text.states(model, positions), wanted, dim=-1)).sum()
-        chosen = [self.text.ids[position] for position in positions]
-        ids = padded(chosen, self.text.pad_token_id).to(trainer.args.device)
-        labels = padded([[IGNORED, *row[1:]] for row in chosen], IGNORED).to(trainer.args.device)
-        shown = padded([[1] * len(row) for row in chosen], 0).to(trainer.args.device)
-        with trainer.selecting(labels, always_in_pieces=True):
-            logits = model(input_ids=ids, attention_mask=shown).logits
-        return causal_lm.loss(logits, labels, Target("text", {}), LossSettings())
+    def _distance(self, trainer: FullTrainer, positions: Sequence[int]) -> torch.Tensor:
+        """From the untouched model, summed over these texts, and for a language model over their tokens."""
+        device = trainer.args.device
+        if not self.text.writes:
+            wanted = torch.tensor(np.stack([self.before[one] for one in positions]), dtype=torch.float32, device=device)
+            return (1 - F.cosine_similarity(self.text.states(trainer.model, positions), wanted, dim=-1)).sum()
+        logs = F.log_softmax(self._logits(trainer, positions).float(), dim=-1)
+        kept = (np.concatenate([self.before[one][part] for one in positions]) for part in (0, 1))
+        wanted, ids = (torch.as_tensor(part, device=device) for part in kept)
+        return divergence(wanted.float(), logs.gather(-1, ids.long()))
+
+    def _logits(self, trainer: FullTrainer, positions: Sequence[int]) -> torch.Tensor:
+        """Of each text's next tokens, one text after another: [tokens, vocabulary]."""
+        chosen, device = [self.text.ids[position] for position in positions], trainer.args.device
+        ids = padded(chosen, self.text.pad_token_id).to(device)
+        labels = padded([[IGNORED, *row[1:]] for row in chosen], IGNORED).to(device)
+        shown = padded([[1] * len(row) for row in chosen], 0).to(device)
+        with trainer.selecting(labels, whole=True):
+            logits = trainer.model(input_ids=ids, attention_mask=shown).logits
+        return logits[causal_lm.places(labels)] if logits.dim() == 3 else logits
+
+
+def divergence(wanted: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence of a model from an earlier one, in nats, summed: a scalar. What neither is told of
+    counts as one more token, so that it is at most the whole one.
+
+    Args:
+        wanted: The earlier one's log probabilities of some tokens, [places, tokens].
+        logs: The model's, of the same ones.
+    """
+    rest, left = ((1 - one.exp().sum(dim=-1)).clamp(min=_LEAST_REST) for one in (wanted, logs))
+    return (wanted.exp() * (wanted - logs)).sum() + (rest * (rest.log() - left.log())).sum()
 
 
 def _order(count: int, seed: int, cycle: int) -> list[int]:
