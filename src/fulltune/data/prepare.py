@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.data import cache
+from fulltune.data import cache, mix
 from fulltune.data.check import notes, num_shared, refuse_new_labels, refuse_unusable, unmeasured
 from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near
 from fulltune.data.length_share import explained_by_class, explained_by_value
@@ -28,14 +28,24 @@ from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
 from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.scale import far_off, scale_of
-from fulltune.data.sources import Preprocess, SourceRows, describe, find_files, read_rows
+from fulltune.data.sources import (
+    Preprocess,
+    SourceName,
+    SourceRows,
+    describe,
+    find_files,
+    is_mixed,
+    mixed_names,
+    read_rows,
+    targets_of,
+)
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.inference.store import Rows, RowWriter, batches, readable, save_clusters
+from fulltune.inference.store import MIXED, Rows, RowWriter, batches, readable, save_clusters
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary, Preview, SplitName, SplitSummary
+from fulltune.records.data import DataSummary, MixedSummary, Preview, SplitName, SplitSummary
 from fulltune.records.events import Listener, RowsPrepared
 from fulltune.tasks import Target, Task
 from fulltune.text import counted, format_percent
@@ -127,15 +137,16 @@ def _make(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
-    sources: Mapping[SplitName, SourceRows],
+    sources: Mapping[SourceName, SourceRows],
     fingerprint: str,
     listener: Listener,
 ) -> DataSummary:
     """The data stage itself, into an empty folder."""
     block = recipe.data
     target, counts = describe(block, task, sources)
+    targets = targets_of(block, task, target, sources)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
-    packed, remarks = packing(recipe, target, limits)
+    packed, remarks = packing(recipe, target, limits, targets.values())
     job = Job(
         task=recipe.task,
         target=target,
@@ -146,26 +157,32 @@ def _make(
         drop_truncated=block.truncation_strategy == "drop",
         signs=block.near_duplicates < 1,
     )
-    encoded = _encode(job, folder, sources, counts, listener)
+    encoded = _encode(job, folder, sources, targets, counts, listener)
     refuse_unusable(recipe, encoded, sources)
-    encoded = join_near(encoded, block.near_duplicates)
-    splits = assign(recipe, encoded, sources)
+    # What is mixed in does not change the splits.
+    own = join_near({name: whole for name, whole in encoded.items() if not is_mixed(name)}, block.near_duplicates)
+    splits = assign(recipe, own, sources)
     train, test = splits["train"], splits["test"]
     remarks += notes(splits, target, block.near_duplicates < 1)
     if target.labels:
         refuse_new_labels(splits)
         remarks += unmeasured(train, test)
     asked = asked_rows(recipe, splits) if target.labels else {}
+    mixed, also_held_out = mix.mixed_rows(join_near(encoded, block.near_duplicates), sources, splits)
+    _list(folder, also_held_out)
     summaries: dict[SplitName, SplitSummary] = {}
+    without = getattr(task, "ONLY_FOR_TEST_ROWS", ())
     for name in SPLITS:
         split = splits[name]
         if not split.examples.any():
             raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
-        parts = _examples(split, () if name == "test" else getattr(task, "ONLY_FOR_TEST_ROWS", ()))
+        parts = _examples(split, () if name == "test" else without)
         _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
         if name != "train":
             save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
         summaries[name] = _summarise(split, Rows(folder / name)["length"], asked.get(name))
+    drawn = mix.drawn_rows(recipe, summaries["train"].rows)
+    counts_of = _write_mixed(folder / MIXED, mixed, without, limit if packed else None)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
     remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
@@ -191,10 +208,20 @@ def _make(
         length_explained=explained,
         splits=summaries,
         sources={name: f"file {split.where}" if split.is_file else off_train for name, split in splits.items()},
-        dropped=_dropped(encoded),
+        dropped=_dropped(encoded, also_held_out),
         notes=tuple(remarks),
         test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
         previews=_previews(task, target, tokenizer, folder / "train"),
+        mixed=tuple(
+            MixedSummary(
+                where=mixed[name].where,
+                weight=file.weight,
+                rows_per_epoch=drawn[name],
+                problem_type=targets[name].problem_type,
+                counts=counts_of[name],
+            )
+            for name, file in mixed_names(recipe).items()
+        ),
         fingerprint=fingerprint,
     )
     summary.save(folder / SUMMARY)  # last: a folder with a summary is whole
@@ -204,18 +231,19 @@ def _make(
 def _encode(
     job: Job,
     folder: Path,
-    sources: Mapping[SplitName, SourceRows],
-    counts: Mapping[SplitName, int],
+    sources: Mapping[SourceName, SourceRows],
+    targets: Mapping[SourceName, Target],
+    counts: Mapping[SourceName, int],
     listener: Listener,
-) -> dict[SplitName, Encoded]:
+) -> dict[SourceName, Encoded]:
     """Tokenise each source, and write down what is dropped."""
-    encoded: dict[SplitName, Encoded] = {}
+    encoded: dict[SourceName, Encoded] = {}
     total, told = sum(counts.values()), 0.0
     folder.mkdir(parents=True)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
 
         def drop(item: Dropped) -> None:
-            file.write(json.dumps(asdict(item), ensure_ascii=False, default=readable) + "\n")
+            file.write(_as_line(item))
 
         def progress(done_here: int) -> None:
             nonlocal told
@@ -227,14 +255,23 @@ def _encode(
 
         for name, source in sources.items():
             known = None if name == "train" else frozenset(encoded["train"].names)
-            job = replace(job, split=name, known_labels=known)
+            job = replace(job, split=name, target=targets[name], known_labels=known, drops_new_labels=is_mixed(name))
             encoded[name] = encode(job, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
     return encoded
 
 
-def _dropped(encoded: Mapping[SplitName, Encoded]) -> dict[str, int]:
+def _as_line(item: Dropped) -> str:
+    return json.dumps(asdict(item), ensure_ascii=False, default=readable) + "\n"
+
+
+def _list(folder: Path, items: Iterable[Dropped]) -> None:
+    with (folder / DROPPED).open("a", encoding="utf-8") as file:
+        file.writelines(map(_as_line, items))
+
+
+def _dropped(encoded: Mapping[SourceName, Encoded], also_held_out: Iterable[Dropped]) -> dict[str, int]:
     """Number of rows, and of parts of rows, by the check that dropped them."""
-    numbers: Counter[str] = Counter()
+    numbers = Counter(item.check for item in also_held_out)
     for whole in encoded.values():
         for loss, tally in whole.dropped.items():
             ending = " (part of a row)" if loss == "part" else ""
@@ -271,6 +308,35 @@ def _write(folder: Path, parts: Iterator[pa.RecordBatch]) -> None:
     with RowWriter(folder) as writer:
         for part in parts:
             writer.write(part)
+
+
+def _write_mixed(
+    folder: Path, mixed: Mapping[SourceName, Split], without: Collection[str], packed_to: int | None
+) -> dict[SourceName, SplitSummary]:
+    """All mixed rows in one file, source after source; and what each source has.
+
+    Args:
+        folder: Of that file.
+        mixed: The rows of each source.
+        without: Features that are left out.
+        packed_to: Tokens of a row that several texts share; None: they share none.
+    """
+    ends = [0]
+    if mixed:
+        with RowWriter(folder) as writer:
+            for split in mixed.values():
+                parts = _examples(split, without)
+                ends.append(ends[-1])
+                for part in parts if packed_to is None else pack(parts, packed_to):
+                    writer.write(part)
+                    ends[-1] += len(part)
+    lengths = Rows(folder)["length"] if mixed else np.zeros(0)
+    return {
+        name: _summarise(split, lengths[start:end], None).model_copy(
+            update={"dropped_rows": split.source.num_read - split.num_rows}
+        )
+        for (name, split), (start, end) in zip(mixed.items(), pairwise(ends), strict=True)
+    }
 
 
 def _summarise(split: Split, lengths: np.ndarray, asked: int | None) -> SplitSummary:
@@ -337,7 +403,7 @@ def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple
 
 
 def _fingerprint(
-    recipe: Recipe, files: Mapping[SplitName, DataFiles], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    recipe: Recipe, files: Mapping[SourceName, DataFiles], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> str:
     """Changes whenever the prepared rows could."""
     from importlib.metadata import version
@@ -354,4 +420,6 @@ def _fingerprint(
     }
     if limits.virtual:
         parts["virtual"] = limits.virtual
+    if mixed := recipe.data.mixed_files:
+        parts["weights"] = [one.weight for one in mixed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

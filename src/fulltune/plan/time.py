@@ -107,10 +107,10 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
     """
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0, backward)
-    split = summary.splits["train"]
-    mean = split.tokens / max(1, split.rows)
+    mean = summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
     longest = summary.max_length
-    p95 = split.length_percentiles.get("p95", longest)
+    trained = [summary.splits["train"], *(source.counts for source in summary.mixed)]
+    p95 = max(split.length_percentiles.get("p95", longest) for split in trained)
     # Without grouping, a batch is about as long as a long row of it.
     padded = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
     return Work(
