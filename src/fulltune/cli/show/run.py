@@ -35,7 +35,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
-from fulltune.report.run.row_words import has_images, row_words
+from fulltune.report.run.row_words import has_images, mixed_words, row_words
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Display:
         self.last_line = 0.0
         self.total_steps = 0
         self.rows_of = ""
+        self.summary: DataSummary | None = None
         self.rows_began = 0.0
 
     def __enter__(self) -> Display:
@@ -178,11 +179,14 @@ class Display:
 
     def _data(self, summary: DataSummary, is_known: bool) -> None:
         """All of it when it is new; of a run that goes on, the numbers of rows."""
+        self.summary = summary
         if self.details and is_known:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.print(f"[dim]rows as before: {rows}[/dim]")
         elif self.details:
             self.print(data_table(summary))
+            for line in mixed_words(summary):
+                self.print(f"mixed in: {escape(line)}")
             for preview in previews(summary):
                 self.print(preview)
             for note in summary.notes:
@@ -197,6 +201,8 @@ class Display:
                 f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
                 f"state {format_bytes(plan.state.total)}"
             )
+            for line in mixed_words(self.summary, plan.num_train_epochs) if self.summary else ():
+                self.print(f"mixed in: {escape(line)}")
 
     def _checks(self, checks: Sequence[Check]) -> None:
         table = Table(title="checks before step 1", title_justify="left", box=None, show_header=False, pad_edge=False)
@@ -227,14 +233,18 @@ def data_table(summary: DataSummary) -> Table:
     counts = () if images else ("tokens", "p50/p95/max", "cut")
     for column in ("split", f"{row_words(summary).row}s", *counts, "dropped", "from"):
         table.add_column(column, justify="left" if column in ("split", "from") else "right")
-    for name, split in summary.splits.items():
+    mixed = [("mixed in", source.counts, f"file {source.where}") for source in summary.mixed]
+    for name, split, source in [
+        *((name, split, summary.sources[name]) for name, split in summary.splits.items()),
+        *mixed,
+    ]:
         lengths = "/".join(str(split.length_percentiles[key]) for key in ("p50", "p95", "max"))
         table.add_row(
             name,
             f"{split.rows:,}",
             *(() if images else (f"{split.tokens:,}", lengths, str(split.truncated_rows))),
             str(split.dropped_rows),
-            escape(summary.sources[name]),
+            escape(source),
         )
     return table
 
