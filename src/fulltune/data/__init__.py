@@ -1,6 +1,7 @@
 """The data stage: files in, checked, split and tokenised rows out."""
 
 from fulltune.data.limits import Limits
-from fulltune.data.prepare import DROPPED, SUMMARY, prepare
+from fulltune.data.prepare import SUMMARY, prepare
+from fulltune.data.written import DROPPED
 
 __all__ = ["DROPPED", "SUMMARY", "Limits", "prepare"]

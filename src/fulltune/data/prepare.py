@@ -12,11 +12,11 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,27 +35,25 @@ from fulltune.data.sources import (
     describe,
     find_files,
     is_mixed,
-    mixed_names,
     read_rows,
     targets_of,
 )
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
+from fulltune.data.written import DROPPED, as_line, examples, previews, summarise, write
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.inference.store import MIXED, Rows, RowWriter, batches, readable, save_clusters
+from fulltune.inference.store import Rows, save_clusters
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary, MixedSummary, Preview, SplitName, SplitSummary
+from fulltune.records.data import DataSummary, SplitName, SplitSummary
 from fulltune.records.events import Listener, RowsPrepared
 from fulltune.tasks import Target, Task
 from fulltune.text import counted, format_percent
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
-DROPPED = "dropped.jsonl"
 FORMAT = 6
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
@@ -168,21 +166,8 @@ def _make(
         refuse_new_labels(splits)
         remarks += unmeasured(train, test)
     asked = asked_rows(recipe, splits) if target.labels else {}
-    mixed, also_held_out = mix.mixed_rows(join_near(encoded, block.near_duplicates), sources, splits)
-    _list(folder, also_held_out)
-    summaries: dict[SplitName, SplitSummary] = {}
-    without = getattr(task, "ONLY_FOR_TEST_ROWS", ())
-    for name in SPLITS:
-        split = splits[name]
-        if not split.examples.any():
-            raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
-        parts = _examples(split, () if name == "test" else without)
-        _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
-        if name != "train":
-            save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
-        summaries[name] = _summarise(split, Rows(folder / name)["length"], asked.get(name))
-    drawn = mix.drawn_rows(recipe, summaries["train"].rows)
-    counts_of = _write_mixed(folder / MIXED, mixed, without, limit if packed else None)
+    summaries = _write_splits(folder, task, splits, asked, limit if packed else None)
+    mixed, also_held_out = mix.mix_in(recipe, folder, job, encoded, sources, targets, splits, packed)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
     remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
@@ -211,21 +196,29 @@ def _make(
         dropped=_dropped(encoded, also_held_out),
         notes=tuple(remarks),
         test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
-        previews=_previews(task, target, tokenizer, folder / "train"),
-        mixed=tuple(
-            MixedSummary(
-                where=mixed[name].where,
-                weight=file.weight,
-                rows_per_epoch=drawn[name],
-                problem_type=targets[name].problem_type,
-                counts=counts_of[name],
-            )
-            for name, file in mixed_names(recipe).items()
-        ),
+        previews=previews(task, target, tokenizer, Rows(folder / "train")[:5]),
+        mixed=mixed,
         fingerprint=fingerprint,
     )
     summary.save(folder / SUMMARY)  # last: a folder with a summary is whole
     return summary
+
+
+def _write_splits(
+    folder: Path, task: Task, splits: Mapping[SplitName, Split], asked: Mapping[SplitName, int], packed_to: int | None
+) -> dict[SplitName, SplitSummary]:
+    """Each split into a folder of its own; train rows that share a row of `packed_to` tokens, where that is given."""
+    summaries: dict[SplitName, SplitSummary] = {}
+    for name in SPLITS:
+        split = splits[name]
+        if not split.examples.any():
+            raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
+        parts = examples(split, task, scored=name == "test")
+        write(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
+        if name != "train":
+            save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
+        summaries[name] = summarise(split, Rows(folder / name)["length"], asked.get(name))
+    return summaries
 
 
 def _encode(
@@ -243,7 +236,7 @@ def _encode(
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
 
         def drop(item: Dropped) -> None:
-            file.write(_as_line(item))
+            file.write(as_line(item))
 
         def progress(done_here: int) -> None:
             nonlocal told
@@ -258,15 +251,6 @@ def _encode(
             job = replace(job, split=name, target=targets[name], known_labels=known, drops_new_labels=is_mixed(name))
             encoded[name] = encode(job, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
     return encoded
-
-
-def _as_line(item: Dropped) -> str:
-    return json.dumps(asdict(item), ensure_ascii=False, default=readable) + "\n"
-
-
-def _list(folder: Path, items: Iterable[Dropped]) -> None:
-    with (folder / DROPPED).open("a", encoding="utf-8") as file:
-        file.writelines(map(_as_line, items))
 
 
 def _dropped(encoded: Mapping[SourceName, Encoded], also_held_out: Iterable[Dropped]) -> dict[str, int]:
@@ -286,77 +270,6 @@ def _earlier(folder: Path, fingerprint: str) -> DataSummary | None:
     except (OSError, SetupError):
         return None
     return summary if summary.fingerprint == fingerprint else None
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------
-
-
-def _examples(split: Split, without: Collection[str]) -> Iterator[pa.RecordBatch]:
-    """A split's examples, without some features."""
-    import pyarrow as pa
-
-    start = 0
-    for batch in batches(split.source.folder):
-        mask = split.examples[start : start + len(batch)]
-        start += len(batch)
-        if mask.any():
-            batch = batch.select([feature for feature in batch.schema.names if feature not in without])
-            yield batch if mask.all() else batch.filter(pa.array(mask))
-
-
-def _write(folder: Path, parts: Iterator[pa.RecordBatch]) -> None:
-    with RowWriter(folder) as writer:
-        for part in parts:
-            writer.write(part)
-
-
-def _write_mixed(
-    folder: Path, mixed: Mapping[SourceName, Split], without: Collection[str], packed_to: int | None
-) -> dict[SourceName, SplitSummary]:
-    """All mixed rows in one file, source after source; and what each source has.
-
-    Args:
-        folder: Of that file.
-        mixed: The rows of each source.
-        without: Features that are left out.
-        packed_to: Tokens of a row that several texts share; None: they share none.
-    """
-    ends = [0]
-    if mixed:
-        with RowWriter(folder) as writer:
-            for split in mixed.values():
-                parts = _examples(split, without)
-                ends.append(ends[-1])
-                for part in parts if packed_to is None else pack(parts, packed_to):
-                    writer.write(part)
-                    ends[-1] += len(part)
-    lengths = Rows(folder)["length"] if mixed else np.zeros(0)
-    return {
-        name: _summarise(split, lengths[start:end], None).model_copy(
-            update={"dropped_rows": split.source.num_read - split.num_rows}
-        )
-        for (name, split), (start, end) in zip(mixed.items(), pairwise(ends), strict=True)
-    }
-
-
-def _summarise(split: Split, lengths: np.ndarray, asked: int | None) -> SplitSummary:
-    whole, chosen = split.source, split.examples
-    ordered = np.sort(lengths)
-    labels = split.label_counts(np.bincount(whole.row_of[chosen], minlength=whole.num_rows))
-    return SplitSummary(
-        rows=len(ordered),
-        tokens=int(ordered.sum()),
-        trained_tokens=int(whole.trained_tokens[chosen].sum()),
-        truncated_rows=int(whole.truncated[chosen].sum()),
-        dropped_rows=whole.num_dropped if split.is_file else 0,
-        length_percentiles={
-            "p50": int(ordered[len(ordered) // 2]),
-            "p95": int(ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]),
-            "max": int(ordered[-1]),
-        },
-        label_counts=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
-        asked_rows=asked,
-    )
 
 
 def _asked_note(name: SplitName, num_rows: int, few: int) -> str:
@@ -392,14 +305,6 @@ def _of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float,
         for start, end in pairwise(whole.label_ends)
     ]
     return None, explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]]), []
-
-
-def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple[Preview, ...]:
-    rows = (
-        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-        for row in Rows(folder)[:5]
-    )
-    return tuple(task.preview(row, target, tokenizer) for row in rows)
 
 
 def _fingerprint(

@@ -57,6 +57,8 @@ class MixedSummary(Record):
     """Of its own rows: those of causal-lm may have another form than the task's."""
     counts: SplitSummary
     """All of its rows that may be drawn."""
+    previews: tuple[Preview, ...] = ()
+    """A row of it as the model sees it."""
 
     @property
     def tokens_per_epoch(self) -> float:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fulltune.records.data import DataSummary
+from fulltune.records.data import DataSummary, Preview
 from fulltune.records.events import (
     AttemptFailed,
     ChecksDone,
@@ -184,11 +184,7 @@ class Display:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.print(f"[dim]rows as before: {rows}[/dim]")
         elif self.details:
-            self.print(data_table(summary))
-            for line in mixed_words(summary):
-                self.print(f"mixed in: {escape(line)}")
-            for preview in previews(summary):
-                self.print(preview)
+            show_data(self.console, summary)
             for note in summary.notes:
                 self.print(f"[yellow]note:[/yellow] {escape(note)}")
 
@@ -249,21 +245,29 @@ def data_table(summary: DataSummary) -> Table:
     return table
 
 
-def previews(summary: DataSummary) -> list[Text]:
-    """Five rows decoded from their tokens; what is trained stands in ⟦brackets⟧ and green."""
-    lines = []
+def show_data(console: Console, summary: DataSummary) -> None:
+    """How many rows of which lengths, a line for each source that is mixed in, and some rows as the model sees them."""
+    console.print(data_table(summary))
     for preview in summary.previews:
-        line = Text("  ")
-        for segment in preview.segments:
-            words = " ".join(segment.text.split())
-            words = words if len(words) <= 160 else words[:100] + " … " + words[-55:]
-            line.append(f"⟦{words}⟧" if segment.trained else words, style="green" if segment.trained else "dim")
-            line.append(" ")
-        if preview.label is not None:
-            line.append("→ ", style="dim")
-            line.append(f"⟦{preview.label}⟧", style="green")
-        lines.append(line)
-    return lines
+        console.print(_in_brackets(preview))
+    for line, source in zip(mixed_words(summary), summary.mixed, strict=True):
+        console.print(f"mixed in: {escape(line)}")
+        for preview in source.previews:
+            console.print(_in_brackets(preview))
+
+
+def _in_brackets(preview: Preview) -> Text:
+    """A row decoded from its tokens; what is trained stands in ⟦brackets⟧ and green."""
+    line = Text("  ")
+    for segment in preview.segments:
+        words = " ".join(segment.text.split())
+        words = words if len(words) <= 160 else words[:100] + " … " + words[-55:]
+        line.append(f"⟦{words}⟧" if segment.trained else words, style="green" if segment.trained else "dim")
+        line.append(" ")
+    if preview.label is not None:
+        line.append("→ ", style="dim")
+        line.append(f"⟦{preview.label}⟧", style="green")
+    return line
 
 
 def scores_table(scores: Sequence[Scores]) -> Group:

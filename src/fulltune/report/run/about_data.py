@@ -138,11 +138,13 @@ def _dropped(view: RunView, summary: DataSummary) -> list[Block]:
 
 
 def _previews(summary: DataSummary) -> list[Block]:
-    items = tuple((_beginning(preview.segments), preview.label) for preview in summary.previews[:_PREVIEWS])
+    shown = [*summary.previews[:_PREVIEWS], *(preview for source in summary.mixed for preview in source.previews)]
+    items = tuple((_beginning(preview.segments), preview.label) for preview in shown)
     if not items:
         return []
     origin = "" if has_images(summary) else ", decoded from its tokens"
-    return [Paragraph(f"What the model sees{origin}:"), Previews(items, row_words(summary).target)]
+    of_mixed = "; at the end a row of each source that is mixed in" if summary.mixed else ""
+    return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, row_words(summary).target)]
 
 
 def _beginning(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
