@@ -66,8 +66,10 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
         try:
             if name not in ("eval", "test"):
                 refuse_held_out(those)
+            # A mixed file may be of another kind than the task's, with names of its own.
+            has_names = is_mixed(name) and not those[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(
-                locate(those, block.text_rows, block.columns),
+                locate(those, block.text_rows, None if has_names else block.columns),
                 image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
             )

@@ -103,6 +103,47 @@ def test_near_duplicate_of_a_test_row_is_left_out(tmp_path: Path, encoder_tokeni
     assert sum(summary.dropped.values()) >= scored
 
 
+def test_questions_about_a_scored_passage_are_left_out_with_all_their_windows(
+    tmp_path: Path, encoder_tokenizer: Any
+) -> None:
+    def questions(of: str) -> list[dict[str, str]]:
+        passages = [" ".join([f"thing {number} of {word}" for word in "abcdefgh" * 3]) for number in range(30)]
+        return [
+            {"question": f"{of} {number}?", "context": passage, "answers": f"thing {number} of h"}
+            for number, passage in enumerate(passages)
+        ]
+
+    summary = prepare(
+        tmp_path, encoder_tokenizer, "question-answering", questions("what"), (questions("which"), 0.2), max_length=64
+    )
+    scored = {name: {row["context"] for row in load_texts(tmp_path / "data" / name)} for name in ("eval", "test")}
+    lost = [line["row"]["context"] for line in dropped(tmp_path) if line["check"].startswith("also in")]
+    assert sorted(lost) == sorted(scored["eval"] | scored["test"])
+    left = load_texts(tmp_path / "data" / MIXED)
+    assert len(left) > len({row["question"] for row in left}) == 30 - len(lost)
+    # What only answers need is kept for the test rows alone.
+    folders = [tmp_path / "data" / name for name in ("train", MIXED, "test")]
+    train, mixed, test = (Rows(folder).features for folder in folders)
+    assert train == mixed != test
+    assert summary.mixed[0].counts.rows == len(left)
+
+
+def test_names_of_a_table_without_header_are_not_those_of_another_kind_of_file(
+    tmp_path: Path, decoder_tokenizer: Any
+) -> None:
+    lines = "".join(f"name {number},it is {number}\n" for number in range(40))
+    (tmp_path / "task.csv").write_text(lines)
+    others = tiny.write_jsonl(tmp_path / "other.jsonl", tiny.chat_rows(20))
+    block = {
+        "train": [str(tmp_path / "task.csv"), {"path": str(others), "weight": 0.1}],
+        "columns": ["prompt", "completion"],
+    }
+    recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": block})
+    limits = data.Limits(tiny.POSITIONS)
+    summary = data.prepare(recipe, tmp_path / "data", task_named("causal-lm"), decoder_tokenizer, limits)
+    assert [one.problem_type for one in summary.mixed] == ["chat"]
+
+
 def test_label_that_the_task_lacks_is_dropped_and_listed(tmp_path: Path, encoder_tokenizer: Any) -> None:
     others = [{"text": f"other {number}", "label": ("food", "sport", "music")[number % 3]} for number in range(30)]
     summary = prepare(tmp_path, encoder_tokenizer, "text-classification", tiny.topic_rows(40), (others, 0.2))
