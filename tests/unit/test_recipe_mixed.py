@@ -69,8 +69,8 @@ def test_weight_is_part_of_what_shapes_a_run(tmp_path: Path) -> None:
             [
                 "data.train: all files have a weight, expected one without at least: the task's rows, which eval and "
                 "test are split off; remove its weight",
-                "data.train: the weights come to 1, expected less than 1: the rest of each epoch are the task's rows; "
-                "lower them",
+                "data.train: the weights come to 1, expected at most 0.999: the rest of each epoch are the task's "
+                "rows; lower them",
             ],
         ),
         ("[a, {path: a, weight: 0.1}]", ["data.train: names a twice, and one of them has a weight; keep one of them"]),

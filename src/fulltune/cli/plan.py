@@ -154,7 +154,7 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
     file, data = folder / "recipe.yaml", recipe.data
     text = file.read_text(encoding="utf-8")
     overrides = [line.removeprefix("# --set ") for line in text.splitlines() if line.startswith("# --set ")]
-    files = [one if isinstance(one, str) else f"{{path: {one.path}, weight: {one.weight:g}}}" for one in data.entries]
+    files = [one if isinstance(one, str) else f"{{path: {one.path}, weight: {one.weight}}}" for one in data.entries]
     train = files[0] if len(files) == 1 else f"[{', '.join(files)}]"
     paths = {"data.train": train, "data.eval": data.eval, "data.test": data.test}
     paths |= {"model.name": recipe.model.name, "output": recipe.output}

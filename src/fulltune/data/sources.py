@@ -67,9 +67,9 @@ def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
             if name not in ("eval", "test"):
                 refuse_held_out(those)
             # A mixed file may be of another kind than the task's, with names of its own.
-            has_names = is_mixed(name) and not those[0].lower().endswith(tuple(SEPARATED))
+            is_other = is_mixed(name) and not those[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(
-                locate(those, block.text_rows, None if has_names else block.columns),
+                locate(those, block.text_rows, None if is_other else block.columns),
                 image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
             )

@@ -15,6 +15,10 @@ _SHARE = re.compile(r"0?\.\d+|\d+(\.\d+)? *%")
 TextRows = Literal["auto", "line", "paragraph", "section"]
 
 
+_MOST = 0.999
+"""Together: each epoch has all of the task's rows, and with them a thousand times as many others."""
+
+
 class MixedFile(Block):
     """A file whose rows are mixed into the task's rows, and only trained on."""
 
@@ -197,10 +201,10 @@ class DataBlock(Block):
                 "train: all files have a weight, expected one without at least: the task's rows, which eval and test "
                 "are split off; remove its weight"
             )
-        if sum(weights) >= 1:
+        if sum(weights) > _MOST:
             problems.append(
-                f"train: the weights come to {sum(weights):g}, expected less than 1: the rest of each epoch are the "
-                "task's rows; lower them"
+                f"train: the weights come to {sum(weights):g}, expected at most {_MOST:g}: the rest of each epoch "
+                "are the task's rows; lower them"
             )
         return problems
 
