@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,14 +28,21 @@ class Mixed:
     def drawn(self, seed: int, epoch: int) -> list[int]:
         """The rows of an epoch: it goes on where the one before has ended, and in another order after the last row."""
         start, end = epoch * self.rows_per_epoch, (epoch + 1) * self.rows_per_epoch
-        first, size = start // len(self.rows), len(self.rows)
-        order = [row for round_ in range(first, -(-end // size)) for row in self._order(seed, round_)]
-        return order[start - first * size : end - first * size]
+        size = len(self.rows)
+        drawn: list[int] = []
+        while start < end:
+            round_, first = divmod(start, size)
+            part = self._order(seed, round_)[first : first + end - start]
+            drawn += part.tolist()
+            start += len(part)
+        return drawn
 
-    def _order(self, seed: int, round_: int) -> list[int]:
-        order = list(self.rows)
-        random.Random(f"{seed}:from {self.rows.start}:{round_}").shuffle(order)
-        return order
+    def _order(self, seed: int, round_: int) -> np.ndarray:
+        """All of its rows: [rows]. A generic source may have far more of them than the task, too many for lists."""
+        name = f"{seed}:from {self.rows.start}:{round_}".encode()
+        # RandomState's numbers stay the same in all versions of NumPy, which a run that goes on needs.
+        draw = np.random.RandomState(np.frombuffer(hashlib.sha256(name).digest(), "<u4"))
+        return draw.permutation(len(self.rows)) + self.rows.start
 
 
 @dataclass(eq=False)
@@ -143,7 +151,7 @@ class GlobalBatchSampler:
             parts = epochs.global_batches()[:rest] if epoch == whole else [epochs._rows()]
             rows = np.fromiter(chain.from_iterable(parts), np.int64)
             sources = np.searchsorted(starts, rows, side="right")
-            np.add.at(tokens, sources, self.lengths[rows])
+            tokens += np.bincount(sources, self.lengths[rows], len(tokens)).astype(np.int64)
         return tuple(tokens.tolist())
 
     def _drawn(self, order: list[int], seed: str) -> list[list[int]]:

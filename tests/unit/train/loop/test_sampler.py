@@ -62,6 +62,12 @@ def test_order_without_mixed_rows_is_that_of_earlier_versions(
     assert plain.global_batches() == expected
 
 
+def test_rows_that_are_drawn_stay_the_same() -> None:
+    """A run that goes on with a later version draws what it would have drawn."""
+    drawn = [Mixed(range(20, 27), 5).drawn(42, epoch) for epoch in range(3)]
+    assert drawn == [[26, 23, 20, 21, 22], [25, 24, 26, 24, 23], [25, 20, 21, 22, 20]]
+
+
 @pytest.mark.parametrize(
     ("sizes", "weights"),
     [((1000,), (0.05,)), ((40,), (0.3,)), ((1000, 40, 7), (0.05, 0.2, 0.5)), ((3, 2000), (0.01, 0.9))],
