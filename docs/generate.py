@@ -109,7 +109,10 @@ def _methods() -> Iterable[str]:
 def _block(name: str, block: type[Block]) -> Iterable[str]:
     yield f"## `{name}`\n"
     yield f"{_words(block.__doc__)}\n"
-    yield from (_entry(f"{name}.{inner}", field) for inner, field in block.model_fields.items())
+    for inner, field in block.model_fields.items():
+        yield _entry(f"{name}.{inner}", field)
+        for entry in _blocks_in(field.annotation):
+            yield from (_entry(f"{name}.{inner}[].{own}", setting) for own, setting in entry.model_fields.items())
     yield ""
 
 
@@ -126,6 +129,14 @@ def _item(text: str) -> str:
 
 def _is_block(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Block)
+
+
+def _blocks_in(annotation: Any) -> Iterable[type[Block]]:
+    """The blocks that a setting may hold as the entries of a list."""
+    for part in typing.get_args(annotation):
+        if _is_block(part):
+            yield part
+        yield from _blocks_in(part)
 
 
 def _words(text: str | None) -> str:
@@ -146,6 +157,8 @@ def _type(annotation: Any) -> tuple[str, bool]:
         return f"list of {_type(inner[0])[0]}", False
     if origin is dict:
         return "mapping", False
+    if _is_block(annotation):
+        return f"`{{{', '.join(f'{name}: ...' for name in annotation.model_fields)}}}`", False
     names = {Any: "values", str: "text", int: "whole number", float: "number", bool: "`true` | `false`"}
     return names[annotation], False
 

@@ -111,6 +111,39 @@ def test_data_files_several_bad_are_all_named(case: Case) -> None:
     )
 
 
+def test_mixed_files_several_bad_are_all_named(case: Case) -> None:
+    case.write(CSV, "a.csv")
+    (case.folder / "rows").mkdir()
+    case.write(CSV, "rows/b.csv")
+    mixed = [{"path": name, "weight": 0.1} for name in ("c.csv", "rows/b.csv")]
+    refused(
+        case.data(data={"train": ["a.csv", *mixed], "test": "rows"}),
+        DATA,
+        f"{case.folder}/c.csv: no such file (in that folder: a.csv); give the path of a data file",
+        f"data.train: {case.folder}/rows/b.csv is mixed in by its weight, and data.test names it, too; keep it in one "
+        "place",
+    )
+
+
+def test_mixed_rows_without_a_use_are_refused(case: Case) -> None:
+    case.write("text,label\nwhat,sport\nwho,music\n", "b.csv")
+    refused(
+        case.data(CSV, data={"train": ["train.csv", {"path": "b.csv", "weight": 0.1}]}),
+        DATA,
+        "b.csv: no row can be mixed in (2 x label not in train), expected some; give other rows, or remove it from "
+        "data.train",
+    )
+
+
+def test_mixed_file_of_no_form_is_refused(chat_case: Callable[..., Result], tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "b.jsonl", [{"a": "x", "b": "y"}])
+    refused(
+        chat_case(tiny.chat_rows(), data={"train": ["train.jsonl", {"path": "b.jsonl", "weight": 0.1}]}),
+        DATA,
+        "b.jsonl: no column found for data.prompt; name it in the recipe (columns here: a, b)",
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
@@ -980,7 +1013,7 @@ def test_disk_full_while_writing_is_refused(case: Case, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     # `fulltune.data.prepare` is the function; the module of that name is only in sys.modules.
-    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "_write", full)
+    monkeypatch.setattr(sys.modules["fulltune.data.prepare"], "write", full)
     result = case.data(CSV)
     run = next(case.folder.glob("runs/recipe-*"))
     refused(result, NO_FIT, f"{run}: the disk is full; free some space, then run the same command again")

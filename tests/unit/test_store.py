@@ -51,6 +51,13 @@ def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
 
 
+def test_rows_of_several_folders_stand_one_after_the_other(rows: Rows, tmp_path: Path) -> None:
+    more = write(tmp_path / "more", WRITTEN[:5], at_once=2)
+    both = pickle.loads(pickle.dumps(Rows(*rows.folders, *more.folders)))
+    assert [plain(row) for row in both] == [plain(row) for row in [*WRITTEN, *WRITTEN[:5]]]
+    assert both["labels"].tolist() == [*range(50), *range(5)]
+
+
 def test_rows_written_are_read_back(rows: Rows) -> None:
     assert len(rows) == 50
     assert rows.features == tuple(WRITTEN[0])
@@ -117,7 +124,7 @@ def test_rows_pickled_are_the_folder_only(rows: Rows) -> None:
 
 def test_file_is_one_that_datasets_reads(rows: Rows) -> None:
     datasets = pytest.importorskip("datasets")
-    found = datasets.Dataset.from_file(str(rows.folder / store.FILE))
+    found = datasets.Dataset.from_file(str(rows.folders[0] / store.FILE))
     assert found.column_names == [*WRITTEN[0], store.WORDS]
     assert found[:]["input_ids"] == [row["input_ids"] for row in WRITTEN]
     assert found[7]["text"] == "é 7"

@@ -166,9 +166,7 @@ def data(
     if as_json:
         stages.print_json(summary.model_dump(mode="json"))
         return
-    out.print(display.data_table(summary))
-    for line in display.previews(summary):
-        out.print(line)
+    display.show_data(out, summary)
     for note in summary.notes:
         out.print(f"note: {escape(note)}")
     out.print(f"written to {escape(str(folder / 'data'))}", soft_wrap=True)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
+from fulltune.recipe.data import rows_per_epoch
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary, SplitSummary
+from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
 from fulltune.records.plan import Plan
 from fulltune.records.survey import Survey
 from fulltune.records.training import Measurements
@@ -153,7 +154,7 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
     file, data = folder / "recipe.yaml", recipe.data
     text = file.read_text(encoding="utf-8")
     overrides = [line.removeprefix("# --set ") for line in text.splitlines() if line.startswith("# --set ")]
-    files = recipe.train_files()
+    files = [one if isinstance(one, str) else f"{{path: {one.path}, weight: {one.weight}}}" for one in data.entries]
     train = files[0] if len(files) == 1 else f"[{', '.join(files)}]"
     paths = {"data.train": train, "data.eval": data.eval, "data.test": data.test}
     paths |= {"model.name": recipe.model.name, "output": recipe.output}
@@ -269,8 +270,9 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     counts = {"train": rows, **{name: held_out[name] or min(2000, max(1, rows // 10)) for name in held_out}}
     percentiles = {"p50": length, "p95": length, "max": length}
     choices = USUAL_CHOICES if recipe.task == "multiple-choice" else 0
-    splits: Any = {
-        name: SplitSummary(
+
+    def of_rows(number: int) -> SplitSummary:
+        return SplitSummary(
             rows=number,
             tokens=number * length * max(1, choices),
             trained_tokens=number * length,
@@ -278,11 +280,17 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
             dropped_rows=0,
             length_percentiles=percentiles,
         )
-        for name, number in counts.items()
-    }
+
+    splits: Any = {name: of_rows(number) for name, number in counts.items()}
+    weights = [one.weight for one in data.mixed_files]
+    usual = FACTS[recipe.task].usual_type if given == "auto" else given
+    mixed = tuple(
+        MixedSummary(where="", weight=weight, rows_per_epoch=number, problem_type=usual, counts=of_rows(number))
+        for weight, number in zip(weights, rows_per_epoch(rows, weights), strict=True)
+    )
     return DataSummary(
         task=recipe.task,
-        problem_type=FACTS[recipe.task].usual_type if given == "auto" else given,
+        problem_type=usual,
         columns={},
         labels=("a", "b") if recipe.task.endswith("classification") else (),
         num_choices=choices,
@@ -291,6 +299,7 @@ def _imagined(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
         limit=length,
         splits=splits,
         sources={},
+        mixed=mixed,
         fingerprint="",
     )
 

@@ -101,6 +101,7 @@ def comparison_of(
         task=context.recipe.task,
         problem_type=summary.problem_type,
         train_rows=summary.splits["train"].rows,
+        mixed_rows=summary.rows_per_epoch - summary.splits["train"].rows,
         eval_rows=summary.splits["eval"].rows,
         test_rows=summary.splits["test"].rows,
         metric=context.measure.name,

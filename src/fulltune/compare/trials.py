@@ -75,10 +75,10 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
         context.passed.add(trial.arm)
     else:
         made.save(context.smaller_path(trial.arm))
-    setup, split = context.setup(trial.arm), context.summary.splits["train"]
+    setup, summary = context.setup(trial.arm), context.summary
     # Rows and tokens of all steps, padding left out: each takes a global batch of rows of the mean length.
-    rows = outcome.steps * min(setup.plan.global_batch_size, split.rows)
-    tokens = round(rows * split.tokens / max(1, split.rows))
+    rows = outcome.steps * min(setup.plan.global_batch_size, summary.rows_per_epoch)
+    tokens = round(rows * summary.tokens_per_epoch / max(1, summary.rows_per_epoch))
     # A prompt's virtual tokens stand before each text, and cost as much as others.
     virtual = rows * setup.arm.num_virtual_tokens if setup.arm.kind == "prompt" else 0
     saved = (context.folder / str(outcome.model_folder)).glob("*.safetensors")

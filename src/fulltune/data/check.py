@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from fulltune.data.encode import DropTally, Encoded
-from fulltune.data.sources import SourceRows
+from fulltune.data.encode import NEW_LABEL, DropTally, Encoded
+from fulltune.data.sources import SourceName, SourceRows
 from fulltune.data.split import HELD_OUT, Split
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
@@ -25,7 +25,7 @@ _FEW_OF_A_CLASS = 5
 
 
 def refuse_unusable(
-    recipe: Recipe, encoded: Mapping[SplitName, Encoded], sources: Mapping[SplitName, SourceRows]
+    recipe: Recipe, encoded: Mapping[SourceName, Encoded], sources: Mapping[SourceName, SourceRows]
 ) -> None:
     """Too many rows that cannot be used, too long ones where the recipe forbids them, broken images.
 
@@ -33,8 +33,8 @@ def refuse_unusable(
         DataError: With all such problems.
     """
     strategy = recipe.data.truncation_strategy
-    # Rows that the user asked to drop are not held against the file.
-    allowed = {UNDECODABLE_IMAGE, *(("too long", "answer cut off") if strategy == "drop" else ())}
+    # Rows that the user asked to drop, or that are mixed in only where they suit, are not held against the file.
+    allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
     problems: list[str] = []
     for name, whole in encoded.items():
         where, unusable, unfit = sources[name].where, whole.dropped["unusable"], whole.dropped["unfit"]

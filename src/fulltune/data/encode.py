@@ -37,6 +37,8 @@ ROWS_WORTH_PROCESSES = 20_000
 """With fewer rows the processes would cost more time than they save."""
 _PLACES_SHOWN = 10
 
+NEW_LABEL = "label not in train"
+
 Loss = Literal["unusable", "unfit", "part"]
 """Why something is dropped: a row holds nothing to learn from; tokenising showed that it is too long, or that nothing
 in it is trained; the same of some examples of a row that keeps others."""
@@ -55,6 +57,8 @@ class Job:
     drop_truncated: bool
     known_labels: frozenset[str] | None = None
     """The train rows' labels; a row with another one is counted and not tokenised, for it will be refused."""
+    drops_new_labels: bool = False
+    """Such a row is dropped instead."""
     signs: bool = False
     """Near-duplicates are looked for."""
 
@@ -163,7 +167,11 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     num_too_long = 0
     for (place, row), of_row in zip(usable, _examples(job, [row for _, row in usable]), strict=True):
         if of_row is None:
-            rows.append((place, row))
+            if job.drops_new_labels:
+                reason = f"'{_new_label(job, row)}' is no label of the task's rows"
+                dropped["unfit"].append(Dropped(job.split, place, NEW_LABEL, reason, dict(row)))
+            else:
+                rows.append((place, row))
             continue
         num_too_long += any(example.truncated for example in of_row)
         refusals = [_refusal(example, job.drop_truncated) for example in of_row]
@@ -210,6 +218,11 @@ def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
     """What tells a row apart from others with the same group key; of an image the key says everything."""
     cells = [row.get(column) for role, column in job.target.columns.items() if role != "image"]
     return "\0".join([key, *(normalised(as_text(cell)) for cell in cells)])
+
+
+def _new_label(job: Job, row: Mapping[str, Any]) -> str:
+    known = job.known_labels or frozenset()
+    return next(label for label in task_named(job.task).row_labels(row, job.target) if label not in known)
 
 
 def _examples(job: Job, rows: list[dict[str, Any]]) -> list[list[Example] | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,8 +76,15 @@ def longest_row(
     return length - limits.virtual, f"{why}, less {limits.virtual} virtual tokens"
 
 
-def packing(recipe: Recipe, target: Target, limits: Limits) -> tuple[bool, list[str]]:
-    """Whether texts share rows, and what is worth knowing about it."""
+def packing(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
+    """Whether texts share rows, and what is worth knowing about it.
+
+    Args:
+        recipe: The checked recipe.
+        target: What the task's rows hold.
+        limits: Of the model.
+        mixed: What the rows hold that are mixed in: a batch has either packed rows or others.
+    """
     wanted = recipe.data.packing
     if target.problem_type != "text":
         if wanted:
@@ -88,6 +95,11 @@ def packing(recipe: Recipe, target: Target, limits: Limits) -> tuple[bool, list[
         return False, []
     if wanted is False:
         return False, []
+    if others := {one.problem_type.replace("_", " ") for one in mixed if one.problem_type != "text"}:
+        said = f"only raw text is packed, and rows of another kind are mixed in ({', '.join(sorted(others))})"
+        if wanted:
+            raise RecipeError(f"data.packing: {said}; remove the setting")
+        return False, [f"packing is off: {said}"]
     obstacle = "prompt tuning puts virtual tokens before each text" if limits.virtual else limits.keeps_texts_apart()
     if obstacle is None:
         return True, []

@@ -12,15 +12,15 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fulltune.data import cache
+from fulltune.data import cache, mix
 from fulltune.data.check import notes, num_shared, refuse_new_labels, refuse_unusable, unmeasured
 from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near
 from fulltune.data.length_share import explained_by_class, explained_by_value
@@ -28,24 +28,32 @@ from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
 from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.scale import far_off, scale_of
-from fulltune.data.sources import Preprocess, SourceRows, describe, find_files, read_rows
+from fulltune.data.sources import (
+    Preprocess,
+    SourceName,
+    SourceRows,
+    describe,
+    find_files,
+    is_mixed,
+    read_rows,
+    targets_of,
+)
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
+from fulltune.data.written import DROPPED, as_line, examples, previews, summarise, write
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.inference.store import Rows, RowWriter, batches, readable, save_clusters
+from fulltune.inference.store import Rows, save_clusters
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary, Preview, SplitName, SplitSummary
+from fulltune.records.data import DataSummary, SplitName, SplitSummary
 from fulltune.records.events import Listener, RowsPrepared
 from fulltune.tasks import Target, Task
 from fulltune.text import counted, format_percent
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
-DROPPED = "dropped.jsonl"
 FORMAT = 6
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
@@ -127,15 +135,16 @@ def _make(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
-    sources: Mapping[SplitName, SourceRows],
+    sources: Mapping[SourceName, SourceRows],
     fingerprint: str,
     listener: Listener,
 ) -> DataSummary:
     """The data stage itself, into an empty folder."""
     block = recipe.data
     target, counts = describe(block, task, sources)
+    targets = targets_of(block, task, target, sources)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
-    packed, remarks = packing(recipe, target, limits)
+    packed, remarks = packing(recipe, target, limits, targets.values())
     job = Job(
         task=recipe.task,
         target=target,
@@ -146,26 +155,19 @@ def _make(
         drop_truncated=block.truncation_strategy == "drop",
         signs=block.near_duplicates < 1,
     )
-    encoded = _encode(job, folder, sources, counts, listener)
+    encoded = _encode(job, folder, sources, targets, counts, listener)
     refuse_unusable(recipe, encoded, sources)
-    encoded = join_near(encoded, block.near_duplicates)
-    splits = assign(recipe, encoded, sources)
+    # What is mixed in does not change the splits.
+    own = join_near({name: whole for name, whole in encoded.items() if not is_mixed(name)}, block.near_duplicates)
+    splits = assign(recipe, own, sources)
     train, test = splits["train"], splits["test"]
     remarks += notes(splits, target, block.near_duplicates < 1)
     if target.labels:
         refuse_new_labels(splits)
         remarks += unmeasured(train, test)
     asked = asked_rows(recipe, splits) if target.labels else {}
-    summaries: dict[SplitName, SplitSummary] = {}
-    for name in SPLITS:
-        split = splits[name]
-        if not split.examples.any():
-            raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
-        parts = _examples(split, () if name == "test" else getattr(task, "ONLY_FOR_TEST_ROWS", ()))
-        _write(folder / name, pack(parts, limit) if packed and name == "train" else parts)
-        if name != "train":
-            save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
-        summaries[name] = _summarise(split, Rows(folder / name)["length"], asked.get(name))
+    summaries = _write_splits(folder, task, splits, asked, limit if packed else None)
+    mixed, also_held_out = mix.mix_in(recipe, folder, job, encoded, sources, targets, splits, packed)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
     remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
@@ -191,31 +193,50 @@ def _make(
         length_explained=explained,
         splits=summaries,
         sources={name: f"file {split.where}" if split.is_file else off_train for name, split in splits.items()},
-        dropped=_dropped(encoded),
+        dropped=_dropped(encoded, also_held_out),
         notes=tuple(remarks),
         test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
-        previews=_previews(task, target, tokenizer, folder / "train"),
+        previews=previews(task, target, tokenizer, Rows(folder / "train")[:5]),
+        mixed=mixed,
         fingerprint=fingerprint,
     )
     summary.save(folder / SUMMARY)  # last: a folder with a summary is whole
     return summary
 
 
+def _write_splits(
+    folder: Path, task: Task, splits: Mapping[SplitName, Split], asked: Mapping[SplitName, int], packed_to: int | None
+) -> dict[SplitName, SplitSummary]:
+    """Each split into a folder of its own; train rows that share a row of `packed_to` tokens, where that is given."""
+    summaries: dict[SplitName, SplitSummary] = {}
+    for name in SPLITS:
+        split = splits[name]
+        if not split.examples.any():
+            raise DataError(f"{split.where}: no row of {name} is left: all are longer than data.max_length")
+        parts = examples(split, task, scored=name == "test")
+        write(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
+        if name != "train":
+            save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
+        summaries[name] = summarise(split, Rows(folder / name)["length"], asked.get(name))
+    return summaries
+
+
 def _encode(
     job: Job,
     folder: Path,
-    sources: Mapping[SplitName, SourceRows],
-    counts: Mapping[SplitName, int],
+    sources: Mapping[SourceName, SourceRows],
+    targets: Mapping[SourceName, Target],
+    counts: Mapping[SourceName, int],
     listener: Listener,
-) -> dict[SplitName, Encoded]:
+) -> dict[SourceName, Encoded]:
     """Tokenise each source, and write down what is dropped."""
-    encoded: dict[SplitName, Encoded] = {}
+    encoded: dict[SourceName, Encoded] = {}
     total, told = sum(counts.values()), 0.0
     folder.mkdir(parents=True)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
 
         def drop(item: Dropped) -> None:
-            file.write(json.dumps(asdict(item), ensure_ascii=False, default=readable) + "\n")
+            file.write(as_line(item))
 
         def progress(done_here: int) -> None:
             nonlocal told
@@ -227,14 +248,14 @@ def _encode(
 
         for name, source in sources.items():
             known = None if name == "train" else frozenset(encoded["train"].names)
-            job = replace(job, split=name, known_labels=known)
+            job = replace(job, split=name, target=targets[name], known_labels=known, drops_new_labels=is_mixed(name))
             encoded[name] = encode(job, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
     return encoded
 
 
-def _dropped(encoded: Mapping[SplitName, Encoded]) -> dict[str, int]:
+def _dropped(encoded: Mapping[SourceName, Encoded], also_held_out: Iterable[Dropped]) -> dict[str, int]:
     """Number of rows, and of parts of rows, by the check that dropped them."""
-    numbers: Counter[str] = Counter()
+    numbers = Counter(item.check for item in also_held_out)
     for whole in encoded.values():
         for loss, tally in whole.dropped.items():
             ending = " (part of a row)" if loss == "part" else ""
@@ -249,48 +270,6 @@ def _earlier(folder: Path, fingerprint: str) -> DataSummary | None:
     except (OSError, SetupError):
         return None
     return summary if summary.fingerprint == fingerprint else None
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------
-
-
-def _examples(split: Split, without: Collection[str]) -> Iterator[pa.RecordBatch]:
-    """A split's examples, without some features."""
-    import pyarrow as pa
-
-    start = 0
-    for batch in batches(split.source.folder):
-        mask = split.examples[start : start + len(batch)]
-        start += len(batch)
-        if mask.any():
-            batch = batch.select([feature for feature in batch.schema.names if feature not in without])
-            yield batch if mask.all() else batch.filter(pa.array(mask))
-
-
-def _write(folder: Path, parts: Iterator[pa.RecordBatch]) -> None:
-    with RowWriter(folder) as writer:
-        for part in parts:
-            writer.write(part)
-
-
-def _summarise(split: Split, lengths: np.ndarray, asked: int | None) -> SplitSummary:
-    whole, chosen = split.source, split.examples
-    ordered = np.sort(lengths)
-    labels = split.label_counts(np.bincount(whole.row_of[chosen], minlength=whole.num_rows))
-    return SplitSummary(
-        rows=len(ordered),
-        tokens=int(ordered.sum()),
-        trained_tokens=int(whole.trained_tokens[chosen].sum()),
-        truncated_rows=int(whole.truncated[chosen].sum()),
-        dropped_rows=whole.num_dropped if split.is_file else 0,
-        length_percentiles={
-            "p50": int(ordered[len(ordered) // 2]),
-            "p95": int(ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]),
-            "max": int(ordered[-1]),
-        },
-        label_counts=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
-        asked_rows=asked,
-    )
 
 
 def _asked_note(name: SplitName, num_rows: int, few: int) -> str:
@@ -328,16 +307,8 @@ def _of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float,
     return None, explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]]), []
 
 
-def _previews(task: Task, target: Target, tokenizer: Any, folder: Path) -> tuple[Preview, ...]:
-    rows = (
-        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-        for row in Rows(folder)[:5]
-    )
-    return tuple(task.preview(row, target, tokenizer) for row in rows)
-
-
 def _fingerprint(
-    recipe: Recipe, files: Mapping[SplitName, DataFiles], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    recipe: Recipe, files: Mapping[SourceName, DataFiles], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> str:
     """Changes whenever the prepared rows could."""
     from importlib.metadata import version
@@ -354,4 +325,6 @@ def _fingerprint(
     }
     if limits.virtual:
         parts["virtual"] = limits.virtual
+    if mixed := recipe.data.mixed_files:
+        parts["weights"] = [one.weight for one in mixed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fulltune.data.sources import find_files
+from fulltune.data.split import HELD_OUT
 from fulltune.errors import DataError
 from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.recipe.fields import Recipe
@@ -28,7 +29,9 @@ def refuse_trained_texts(recipe: Recipe) -> None:
     problems: list[str] = []
     places = [
         str(place)
-        for place, row in find_files(recipe)["train"].rows(problems)
+        for name, files in find_files(recipe).items()
+        if name not in HELD_OUT
+        for place, row in files.rows(problems)
         if any(isinstance(cell, str) and _parts(cell) & probed for cell in row.values())
     ]
     if places:

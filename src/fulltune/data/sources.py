@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,58 +13,92 @@ from fulltune.data.readers.header import SEPARATED
 from fulltune.data.readers.read import DataFiles, PlacedRow, locate
 from fulltune.data.sampling import sample
 from fulltune.errors import DataError
-from fulltune.recipe.data import DataBlock
+from fulltune.recipe.data import DataBlock, MixedFile
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import SplitName
 from fulltune.tasks import PLACE, Target, Task
-from fulltune.tasks.columns import is_whole, unreadable
+from fulltune.tasks.columns import USUAL_NAMES, is_whole, unreadable
 
 Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
 _HEAD = 1000
 _SAMPLE = 100
 
 
+SourceName = str
+"""A split's name; of files that are mixed into the train rows `mixed-1`, `mixed-2` ... in the order of the recipe."""
+
+
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows that a recipe names for a split."""
+    """The rows that a recipe names for a split, or to be mixed into the train rows."""
 
     where: str
     rows: Callable[[list[str] | None], Iterator[PlacedRow]]
     """Reads them anew; see `DataFiles.rows`."""
 
 
-def find_files(recipe: Recipe) -> dict[SplitName, DataFiles]:
-    """The files of each split that the recipe names.
+def mixed_names(recipe: Recipe) -> dict[SourceName, MixedFile]:
+    """Of each file that is mixed in the source's name."""
+    return {f"mixed-{number}": one for number, one in enumerate(recipe.data.mixed_files, start=1)}
+
+
+def is_mixed(name: SourceName) -> bool:
+    """Whether a source is no split's."""
+    return name.startswith("mixed")
+
+
+def find_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
+    """The files of each source that the recipe names, train first.
 
     Raises:
-        DataError: For every path without files, and what is wrong in the files of the other splits.
+        DataError: For every path without files, and what is wrong in the files of the other sources.
     """
     block = recipe.data
-    paths: dict[SplitName, Sequence[str]] = {"train": recipe.train_files()}
+    paths: dict[SourceName, Sequence[str]] = {"train": recipe.train_files()}
     if block.eval:
         paths["eval"] = (block.eval,)
     if block.test:
         paths["test"] = (block.test,)
-    files: dict[SplitName, DataFiles] = {}
+    paths |= {name: (one.path,) for name, one in mixed_names(recipe).items()}
+    files: dict[SourceName, DataFiles] = {}
     problems: list[str] = []
     for name, those in paths.items():
         try:
-            if name == "train":
+            if name not in ("eval", "test"):
                 refuse_held_out(those)
+            # A mixed file may be of another kind than the task's, with names of its own.
+            is_other = is_mixed(name) and not those[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(
-                locate(those, block.text_rows, block.columns),
+                locate(those, block.text_rows, None if is_other else block.columns),
                 image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
             )
         except DataError as error:
             problems += error.problems
+    problems += _named_twice(files)
     if problems:
         for readable in files.values():  # may be broken, too: all problems at once
             for _ in readable.rows(problems):
                 pass
         raise DataError(problems)
     return files
+
+
+def _named_twice(files: Mapping[SourceName, DataFiles]) -> list[str]:
+    """Mixed files that other entries hold, too: the recipe shows only equal paths, not a folder's files."""
+    problems, known = list[str](), dict[str, SourceName]()
+    for name, source in files.items():
+        mine = dict.fromkeys((os.path.realpath(file) for file in source.files), name)
+        if is_mixed(name):
+            elsewhere = {
+                file: known[file] if known[file] in ("eval", "test") else "train" for file in mine if file in known
+            }
+            problems += [
+                f"data.train: {file} is mixed in by its weight, and data.{other} names it, too; keep it in one place"
+                for file, other in elsewhere.items()
+            ]
+        known |= mine
+    return problems
 
 
 def read_rows(recipe: Recipe, files: DataFiles, preprocess: Preprocess | None) -> SourceRows:
@@ -88,20 +123,20 @@ def read_rows(recipe: Recipe, files: DataFiles, preprocess: Preprocess | None) -
 
 
 def describe(
-    block: DataBlock, task: Task, sources: Mapping[SplitName, SourceRows]
-) -> tuple[Target, dict[SplitName, int]]:
-    """Read everything once: find columns, problem type and labels, count the rows.
+    block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
+) -> tuple[Target, dict[SourceName, int]]:
+    """Read everything once: find the train rows' columns, problem type and labels, count the rows.
 
     Raises:
         DataError: For every broken file; else when columns are missing or nothing can be learned.
     """
     problems: list[str] = []
-    counts: dict[SplitName, int] = {}
-    columns: dict[SplitName, dict[str, None]] = {name: {} for name in sources}
+    counts: dict[SourceName, int] = {}
+    columns: dict[SourceName, dict[str, None]] = {name: {} for name in sources}
     roles: dict[str, str] = {}
     train, refusal = sources["train"], None
 
-    def usable(name: SplitName) -> Iterator[dict[str, Any]]:
+    def usable(name: SourceName) -> Iterator[dict[str, Any]]:
         counts[name] = 0
         for place, row in sources[name].rows(problems):
             counts[name] += 1
@@ -135,12 +170,45 @@ def describe(
         f"{sources[name].where}: no column '{column}' (data.{role}), which train has; "
         f"columns here: {', '.join(columns[name])}"
         for name in sources
+        if not (is_mixed(name) and task.FACTS.has_forms)
         for role, column in roles.items()
         if column not in columns[name]
     ]
     if missing:
         raise DataError(missing)
     return target, counts
+
+
+def targets_of(
+    block: DataBlock, task: Task, target: Target, sources: Mapping[SourceName, SourceRows]
+) -> dict[SourceName, Target]:
+    """What each source holds: the same as the train rows, or of a mixed one a form of its own, where the task has some.
+
+    Raises:
+        DataError: For each mixed source in which no form is found.
+    """
+    targets: dict[SourceName, Target] = dict.fromkeys(sources, target)
+    problems: list[str] = []
+    for name, source in sources.items():
+        if is_mixed(name) and task.FACTS.has_forms:
+            try:
+                targets[name] = _own_form(block, task, source)
+            except DataError as error:
+                problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return targets
+
+
+def _own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
+    """By the columns that the recipe names, if the source has them, else by the usual names."""
+    columns, rows = _head(source)
+    try:
+        roles = task.find_columns(columns, rows, block, source.where)
+    except DataError:
+        block = block.model_copy(update=dict.fromkeys(set(task.FACTS.data) & set(USUAL_NAMES)))
+        roles = task.find_columns(columns, rows, block, source.where)
+    return task.find_target(rows, roles, block, source.where)
 
 
 def _head(source: SourceRows) -> tuple[tuple[str, ...], list[dict[str, Any]]]:

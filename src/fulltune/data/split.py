@@ -11,7 +11,7 @@ import numpy as np
 
 from fulltune.data.encode import Encoded
 from fulltune.data.readers.plain_text import SECTION_CHARACTERS
-from fulltune.data.sources import SourceRows
+from fulltune.data.sources import SourceName, SourceRows
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import SplitName
@@ -24,7 +24,7 @@ MOST_HELD_OUT_ROWS = 2_000
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a split: those of its own file, or some of the train file's."""
+    """The rows of a split: those of its own file, or some of the train file's; or of a mixed source."""
 
     source: Encoded
     rows: np.ndarray
@@ -104,7 +104,7 @@ def _filling(sizes: Sequence[int], wanted: int) -> list[int]:
 
 
 def assign(
-    recipe: Recipe, encoded: Mapping[SplitName, Encoded], sources: Mapping[SplitName, SourceRows]
+    recipe: Recipe, encoded: Mapping[SourceName, Encoded], sources: Mapping[SourceName, SourceRows]
 ) -> dict[SplitName, Split]:
     """The rows of each split: all of its own file, or some split off train.
 
@@ -114,7 +114,9 @@ def assign(
     train, where = encoded["train"], sources["train"].where
     strata, left = _strata(train), np.ones(train.num_rows, bool)
     splits = {
-        name: Split(whole, np.ones(whole.num_rows, bool), sources[name].where, True) for name, whole in encoded.items()
+        name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), sources[name].where, True)
+        for name in SPLITS
+        if name in encoded
     }
     for name, fraction in _fractions(recipe).items():
         if name in sources:

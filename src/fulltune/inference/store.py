@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FILE = "rows.arrow"
 CLUSTERS = "clusters.npy"
+MIXED = "mixed"
+"""Folder beside those of the splits: the rows that are mixed into the train rows, source after source."""
 WORDS = "words"
 """Column beside the features: beside a row's first example the row in the user's own columns, and its place, as JSON;
 beside its others (windows, pieces) only the place, or the file would grow with the square of a row's length."""
@@ -102,24 +104,24 @@ def batches(folder: Path) -> Iterator[pa.RecordBatch]:
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The features of a split, memory-mapped.
+    """The features of a split, memory-mapped; of several folders, which have the same features, one after the other.
 
     `rows[i]` is a dictionary: numpy arrays (views into the file) for lists, plain values for everything else.
     `rows["length"]` is that feature of all rows: one array, or a list of arrays.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, *folders: Path) -> None:
+        self.folders = folders
         import pyarrow as pa
 
         # Not closed by hand: arrays that are views of the map keep it alive, and it closes with the last of them.
-        mapped = pa.ipc.open_stream(pa.memory_map(str(folder / FILE)))
-        self._columns = [_views(batch) for batch in mapped]
+        mapped = (pa.ipc.open_stream(pa.memory_map(str(folder / FILE))) for folder in folders)
+        self._columns = [_views(batch) for batch in chain.from_iterable(mapped)]
         sizes = [next(iter(columns.values())).size for columns in self._columns]
         self._starts = [0, *np.cumsum(sizes).tolist()]
 
     def __reduce__(self) -> Any:  # a data loader's worker maps the file anew
-        return Rows, (self.folder,)
+        return Rows, self.folders
 
     def __len__(self) -> int:
         return int(self._starts[-1])

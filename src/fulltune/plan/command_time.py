@@ -85,7 +85,7 @@ def _starting(plan: Plan, speeds: Speeds) -> TimePart:
 def _forward_seconds(plan: Plan, rows: int, work: Work, speeds: Speeds) -> float:
     """Of so many rows in batches of the evaluation."""
     batches = -(-rows // plan.eval_batch_size)
-    return max(work.forward_flops(rows) / speeds.flops, batches * speeds.pass_seconds)
+    return max(work.of_task.forward_flops(rows) / speeds.flops, batches * speeds.pass_seconds)
 
 
 def _dry_run_seconds(plan: Plan, work: Work, speeds: Speeds) -> float:

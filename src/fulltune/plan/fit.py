@@ -110,7 +110,7 @@ def _fitting(basis: Basis, summary: DataSummary, own_loss: bool, reasons: Reason
     """The fastest settings that fit into memory, if what they need fits on the disk as well."""
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.refuse_offload(recipe, shapes, fleet.machine)
-    limits = basis.budget.for_rows(summary.splits["train"].rows)
+    limits = basis.budget.for_rows(summary.rows_per_epoch)
     chosen = choose.choose(recipe, basis.start, basis.rows_per_process, limits, basis.speed)
     choose.note(recipe, chosen, basis.rows_per_process, limits, own_loss, reasons)
     used = chosen.settings

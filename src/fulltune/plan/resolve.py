@@ -131,7 +131,7 @@ def global_batch(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
     per_pass = (train.micro_batch_size or 1) * train.num_processes
     usual = 16 if FACTS[recipe.task].writes else 32
     # Small data: at least eight steps an epoch, or hardly any update happens.
-    while usual > 4 and summary.splits["train"].rows < 8 * usual:
+    while usual > 4 and summary.rows_per_epoch < 8 * usual:
         usual //= 2
     chosen = math.ceil(usual / per_pass) * per_pass
     return int(
@@ -156,9 +156,17 @@ class Steps:
         return time.occasions(self.total, self.between_evaluations, self.between_saves)
 
 
-def steps(recipe: Recipe, rows: int, global_batch: int, reasons: Reasons) -> Steps:
-    """How long the training is, and when it evaluates and saves."""
-    per_epoch = math.ceil(rows / global_batch)
+def steps(recipe: Recipe, rows: int, global_batch: int, reasons: Reasons, mixed_rows: int = 0) -> Steps:
+    """How long the training is, and when it evaluates and saves.
+
+    Args:
+        recipe: The checked recipe.
+        rows: The task's train rows: the usual number of epochs depends on them alone.
+        global_batch: Rows of a step.
+        reasons: Where the reasons are written.
+        mixed_rows: Rows that each epoch has besides.
+    """
+    per_epoch = math.ceil((rows + mixed_rows) / global_batch)
     epochs, total = _duration(recipe, rows, per_epoch, reasons)
     between = min(total, recipe.train.eval_steps or per_epoch)
     return Steps(epochs, total, between, recipe.train.save_steps or between)

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
@@ -42,7 +42,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary
+from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.system import deepspeed
 
@@ -78,6 +78,13 @@ class Work:
     attention_flops_per_pair: float
     backward: float = 2.0
     """Of a backward pass, in forward passes."""
+    task_tokens_per_row: float | None = None
+    """Of the task's rows alone, where others are mixed into the train rows."""
+
+    @property
+    def of_task(self) -> Work:
+        """That of a row to score on."""
+        return replace(self, tokens_per_row=self.task_tokens_per_row or self.tokens_per_row)
 
     def forward_flops(self, rows: float) -> float:
         """Of so many rows in one forward pass."""
@@ -109,18 +116,22 @@ def work_of(summary: DataSummary, footprint: Footprint, grouped: bool, virtual: 
     """
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(1.0, summary.max_length, footprint.flops_per_token, 0.0, backward)
-    split = summary.splits["train"]
-    mean = split.tokens / max(1, split.rows)
-    longest = summary.max_length
-    p95 = split.length_percentiles.get("p95", longest)
-    # Without grouping, a batch is about as long as a long row of it.
-    padded = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
+    task, longest = summary.splits["train"], summary.max_length
+
+    def padded(mean: float, *splits: SplitSummary) -> float:
+        # Without grouping, a batch is about as long as a long row of it.
+        p95 = max(split.length_percentiles.get("p95", longest) for split in splits)
+        tokens = mean if summary.packed else mean * PADDING_GROUPED if grouped else max(mean, p95)
+        return max(1.0, min(tokens, longest * max(1, footprint.sequences_per_row))) + virtual
+
+    mixed = [source.counts for source in summary.mixed]
     return Work(
-        tokens_per_row=max(1.0, min(padded, longest * max(1, footprint.sequences_per_row))) + virtual,
+        tokens_per_row=padded(summary.tokens_per_epoch / max(1, summary.rows_per_epoch), task, *mixed),
         longest=longest,
         flops_per_token=footprint.flops_per_token,
         attention_flops_per_pair=footprint.attention_flops_per_pair,
         backward=backward,
+        task_tokens_per_row=padded(task.tokens / max(1, task.rows), task) if mixed else None,
     )
 
 
@@ -214,7 +225,7 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
     tokens = round(plan.total_steps * plan.global_batch_size * work.tokens_per_row)
     evaluations = occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
     rows = summary.splits["eval"].rows if "eval" in summary.splits else 0
-    generic = plan.drift_texts * GENERIC_TOKENS / work.tokens_per_row
+    generic = plan.drift_texts * GENERIC_TOKENS / work.of_task.tokens_per_row
     step_rows, after = float(plan.global_batch_size), 0
     if (kept := plan.preserving) is not None:
         step_rows += kept.replay_rows * GENERIC_TOKENS / work.tokens_per_row
@@ -224,7 +235,7 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
     one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
     return TimeNeed(
         train_seconds=plan.total_steps * seconds_per_step * step_rows / plan.global_batch_size,
-        eval_seconds=(evaluations + after) * work.forward_flops(rows + generic) / forward_flops,
+        eval_seconds=(evaluations + after) * work.of_task.forward_flops(rows + generic) / forward_flops,
         save_seconds=saves * one / DISK_BYTES_PER_SECOND,
         tokens=tokens,
         tokens_per_second=plan.global_batch_size * work.tokens_per_row / seconds_per_step,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from fulltune.recipe.block import Block
 
@@ -14,13 +15,49 @@ _SHARE = re.compile(r"0?\.\d+|\d+(\.\d+)? *%")
 TextRows = Literal["auto", "line", "paragraph", "section"]
 
 
+_MOST = 0.999
+"""Together: each epoch has all of the task's rows, and with them a thousand times as many others."""
+
+
+class MixedFile(Block):
+    """A file whose rows are mixed into the task's rows, and only trained on."""
+
+    path: str = Field(min_length=1)
+    """File or folder, as in `data.train`."""
+    weight: float = Field(gt=0, lt=1)
+    """Share of the rows of each epoch that are drawn from this file, such as 0.05. They are drawn at random with
+    `train.seed`, each once before any comes again, and the next epoch goes on with those that are left. Without a
+    weight the rows are the task's own. Raw text is counted in rows, too: packed ones, where texts share a row."""
+
+
+def _kind_of_entry(given: Any) -> str:
+    return "mixed file" if isinstance(given, (dict, MixedFile)) else "one path"
+
+
+def _kind_of_train(given: Any) -> str:
+    return "several paths" if isinstance(given, (list, tuple)) else "one path"
+
+
+# pydantic puts these names, which no setting can have, into the place of an error; the recipe's reader leaves them out.
+_Entry = Annotated[
+    Annotated[str, Tag("one path")] | Annotated[MixedFile, Tag("mixed file")], Discriminator(_kind_of_entry)
+]
+_Train = Annotated[
+    Annotated[str, Tag("one path")] | Annotated[tuple[_Entry, ...], Tag("several paths")], Discriminator(_kind_of_train)
+]
+
+
 class DataBlock(Block):
     """Which rows, which columns, and how they become tokens."""
 
-    train: str | tuple[str, ...]
+    train: _Train
     """File, list of files or folder: csv, tsv, jsonl, json, parquet, arrow, CoNLL, txt; for images a folder with one
     folder per class. A folder with files named `dev`, `valid` or `test` is refused: name the files. `${NAME}` is taken
-    from the environment; a relative path starts at the recipe's folder."""
+    from the environment; a relative path starts at the recipe's folder. Files without a weight are together the task's
+    rows: eval and test are split off them, and an epoch is one pass over them. A file with a weight, as in
+    `[task.jsonl, {path: generic.jsonl, weight: 0.05}]`, is mixed into each epoch and never scored on: against
+    forgetting. Its columns are those of the task's rows; for causal-lm it may hold another form, such as raw text
+    beside conversations. Not for images."""
     eval: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Rows for choosing: best checkpoint, early stopping, calibration. Left out, they are split off train."""
     test: str | None = Field(default=None, coerce_numbers_to_str=True)
@@ -98,12 +135,42 @@ class DataBlock(Block):
     max_rows: int | None = Field(default=None, ge=10)
     """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _expand_short_forms(cls, given: Any) -> Any:
+        """`{path: x}` is the same as `x`."""
+        entries = [given] if isinstance(given, dict) else given
+        if not isinstance(entries, (list, tuple)):
+            return entries
+        return [one["path"] if isinstance(one, dict) and one.keys() == {"path"} else one for one in entries]
+
+    @property
+    def entries(self) -> tuple[str | MixedFile, ...]:
+        """All of `train`."""
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
+    def task_files(self) -> tuple[str, ...]:
+        """Those without a weight: together the task's rows."""
+        return tuple(one for one in self.entries if isinstance(one, str))
+
+    @property
+    def mixed_files(self) -> tuple[MixedFile, ...]:
+        """Those with a weight."""
+        return tuple(one for one in self.entries if isinstance(one, MixedFile))
+
     @model_validator(mode="after")
     def _files_must_differ(self) -> DataBlock:
-        train = (self.train,) if isinstance(self.train, str) else self.train
-        problems = []
+        mixed = [one.path for one in self.mixed_files]
+        train = (*self.task_files, *mixed)
+        problems = [*self._wrong_weights()]
         if not train or not all(train):
             problems.append("train: names no file")
+        problems += [
+            f"train: names {path} twice, and one of them has a weight; keep one of them"
+            for path in dict.fromkeys(mixed)
+            if train.count(path) > 1
+        ]
         held_out = [(role, path) for role, path in (("eval", self.eval), ("test", self.test)) if path is not None]
         for role, path in held_out:
             if _SHARE.fullmatch(path):
@@ -125,3 +192,23 @@ class DataBlock(Block):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _wrong_weights(self) -> list[str]:
+        weights = [one.weight for one in self.mixed_files]
+        problems = []
+        if weights and not self.task_files:
+            problems.append(
+                "train: all files have a weight, expected one without at least: the task's rows, which eval and test "
+                "are split off; remove its weight"
+            )
+        if sum(weights) > _MOST:
+            problems.append(
+                f"train: the weights come to {sum(weights):g}, expected at most {_MOST:g}: the rest of each epoch "
+                "are the task's rows; lower them"
+            )
+        return problems
+
+
+def rows_per_epoch(task_rows: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """Rows of each mixed file in an epoch, which has all of the task's rows: of all rows together its weight."""
+    return tuple(round(task_rows * weight / (1 - sum(weights))) for weight in weights)

@@ -111,7 +111,7 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ("leave it out: train rows are always shuffled, with train.seed", "shuffle shuffle_data shuffle_seed"),
     ("leave it out: the labels are found in the rows", "num_labels num_classes id2label label2id label_names classes"),
     (
-        "not yet: data.train takes a list of files, whose rows count alike; repeat a file's rows for more weight",
+        "give a file of data.train a weight: [task.jsonl, {path: generic.jsonl, weight: 0.05}]",
         "interleave_probs mix_strategy mixing mixture sampling_probabilities dataset_weights interleave",
     ),
     (

@@ -122,7 +122,8 @@ class Recipe(Block):
         return not self.methods and (self.method.is_searched or bool(self.search.settings))
 
     def train_files(self) -> tuple[str, ...]:
-        return (self.data.train,) if isinstance(self.data.train, str) else self.data.train
+        """The files of the task's own rows."""
+        return self.data.task_files
 
 
 def with_attention(recipe: Recipe, attn_implementation: str | None) -> Recipe:

@@ -20,6 +20,7 @@ from fulltune.recipe import elsewhere as recipe_elsewhere
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe import several_runs
 from fulltune.recipe.block import NAME
+from fulltune.recipe.data import MixedFile
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.paths import resolve_paths
 from fulltune.text import did_you_mean, near_names
@@ -199,6 +200,8 @@ _FEW = 12
 def _instead(at: tuple[str | int, ...], values: dict[str, Any]) -> str:
     """What to write in place of an unknown setting."""
     name, block = str(at[-1]), at[:-1]
+    if block[:2] == ("data", "train"):
+        return did_you_mean(name, MixedFile.model_fields) or f"known here: {', '.join(MixedFile.model_fields)}"
     if (said := recipe_elsewhere.answer(name)) is not None:
         return said
     if block[:1] and block[0] in _UNIONS:
@@ -276,6 +279,8 @@ def _fields(at: tuple[str | int, ...], values: Any = None) -> dict[str, Any]:
         of_kind = _by_kind(at[0])
         named = [of_kind[kind]] if kind in of_kind else list(of_kind.values())
         return {name: field for block in named for name, field in block.model_fields.items()}
+    if at[:2] == ("data", "train") and len(at) == 3:
+        return dict(MixedFile.model_fields)
     model: Any = Recipe
     for part in at:
         field = model.model_fields.get(part) if _is_block(model) else None

@@ -53,7 +53,14 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         return path
 
     data = recipe.data
-    update: dict[str, Any] = {"train": tuple(absolute(path, "data.train") for path in recipe.train_files())}
+    update: dict[str, Any] = {
+        "train": tuple(
+            absolute(one, "data.train")
+            if isinstance(one, str)
+            else one.model_copy(update={"path": absolute(one.path, "data.train")})
+            for one in data.entries
+        )
+    }
     for key in ("eval", "test", "chat_template"):
         if (value := getattr(data, key)) is not None:
             update[key] = absolute(value, f"data.{key}")

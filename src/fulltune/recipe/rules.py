@@ -59,6 +59,7 @@ def of_settings(recipe: Recipe) -> list[str]:
             for name, tasks in READ_BY.items()
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
+        *_mixed_images(recipe),
         *_weights_without_classes(recipe),
         *_r_drop_without_one_label(recipe),
         *_mixup_without_images(recipe),
@@ -94,6 +95,12 @@ def _weights_without_classes(recipe: Recipe) -> list[str]:
     if recipe.train.class_weights is None or FACTS[recipe.task].has_classes:
         return []
     return [f"train.class_weights: has no effect for {recipe.task}, which has no classes; remove it"]
+
+
+def _mixed_images(recipe: Recipe) -> list[str]:
+    if FACTS[recipe.task].reads == "text" or not recipe.data.mixed_files:
+        return []
+    return ["data.train: images cannot be mixed in by weight yet; name the folders without a weight"]
 
 
 ONE_LABEL = ("text-classification", "image-classification", "multiple-choice")

@@ -60,6 +60,8 @@ class TaskFacts:
     """The model writes text, token by token; every other model puts a head on what it has read."""
     has_classes: bool = False
     """Classes can have weights."""
+    has_forms: bool = False
+    """Rows of several problem types are trained alike, so that files of one run may differ in it."""
     peft: str | None = None
     """What PEFT calls the task; None: it has no name, and wraps the model as any other."""
 
@@ -137,6 +139,7 @@ FACTS: Mapping[str, TaskFacts] = {
         usual_type="prompt_completion",
         length_cap=2048,
         writes=True,
+        has_forms=True,
         peft="CAUSAL_LM",
     ),
     "seq2seq": TaskFacts(

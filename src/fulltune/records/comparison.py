@@ -189,6 +189,8 @@ class Comparison(Record):
     task: str
     problem_type: str
     train_rows: int
+    mixed_rows: int = 0
+    """What each epoch has besides."""
     eval_rows: int
     test_rows: int
     metric: str

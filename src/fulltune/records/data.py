@@ -44,8 +44,34 @@ class SplitSummary(Record):
     """What the recipe's fraction of the train file comes to, where there are more: each label gives a text at least."""
 
 
+class MixedSummary(Record):
+    """A source whose rows are mixed into the train rows of each epoch, and never scored on."""
+
+    where: str
+    """The file's name, or the first of several."""
+    weight: float
+    """Share of an epoch's rows that the recipe asks for."""
+    rows_per_epoch: int
+    """What that comes to."""
+    problem_type: ProblemType
+    """Of its own rows: those of causal-lm may have another form than the task's."""
+    counts: SplitSummary
+    """All of its rows that may be drawn."""
+    previews: tuple[Preview, ...] = ()
+    """A row of it as the model sees it."""
+
+    @property
+    def tokens_per_epoch(self) -> float:
+        """On average: other rows are drawn in each epoch."""
+        return self.rows_per_epoch * self.counts.tokens / max(1, self.counts.rows)
+
+    def times_read(self, epochs: float) -> float:
+        """How often each row is read, on average."""
+        return epochs * self.rows_per_epoch / max(1, self.counts.rows)
+
+
 class DataSummary(Record):
-    """What the data stage made: three splits that never mix."""
+    """What the data stage made: three splits that never mix, and what is mixed into the train rows."""
 
     task: str
     problem_type: ProblemType
@@ -77,5 +103,17 @@ class DataSummary(Record):
     test_in_eval: float = 0.0
     """Share of the test rows whose text, or prompt, also stands in eval."""
     previews: tuple[Preview, ...] = ()
+    mixed: tuple[MixedSummary, ...] = ()
+    """What is mixed into the train rows, in the order of the recipe; `splits` has the task's rows alone."""
     fingerprint: str
     """Hash of the files' content and of every setting that shapes the rows."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The task's train rows, and what is mixed into them."""
+        return self.splits["train"].rows + sum(source.rows_per_epoch for source in self.mixed)
+
+    @property
+    def tokens_per_epoch(self) -> float:
+        """Of all these rows."""
+        return self.splits["train"].tokens + sum(source.tokens_per_epoch for source in self.mixed)

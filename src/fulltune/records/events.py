@@ -136,7 +136,7 @@ class StepSkipped(Event):
     step: int
     reason: str
     rows: tuple[int, ...] = ()
-    """Its rows' places in the prepared train rows, from 0."""
+    """Its rows' places in the prepared train rows, from 0; mixed rows are counted on behind them."""
 
 
 class UpdatesMeasured(Event):

@@ -84,6 +84,8 @@ class Survey(Record):
     num_parameters: int
     model_type: str
     train_rows: int
+    mixed_rows: int = 0
+    """What each epoch has besides."""
     eval_rows: int
     asked_eval_rows: int | None = None
     """By `data.eval_fraction`, where they are more."""

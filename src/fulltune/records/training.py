@@ -62,6 +62,8 @@ class Outcome(Record):
     """Theirs, on the eval rows."""
     kept_because: str = ""
     """Why they are not those of the best evaluation."""
+    tokens_by_source: tuple[int, ...] = ()
+    """Tokens of the rows of all steps: the task's, then of each mixed source; empty where nothing is mixed in."""
     moved: Moved | None = None
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0

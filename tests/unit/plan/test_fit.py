@@ -15,7 +15,7 @@ from fulltune.plan.budget import LIBRARIES_BYTES, MemoryBudget
 from fulltune.plan.levers import whole_logits
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
-from fulltune.records.data import DataSummary, SplitSummary
+from fulltune.records.data import DataSummary, MixedSummary, SplitSummary
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system.hardware import Gpu, Machine
 from tests import plans
@@ -91,6 +91,30 @@ def planned(
 ) -> Plan:
     values = {"model": "m", "task": "text-classification", "data": {"train": "a"}, **blocks}
     return fit(Recipe.model_validate(values), shapes, footprint(), summary(rows, kind), gpus.here(machine, disk))
+
+
+def test_mixed_rows_lengthen_the_epochs_and_not_their_number() -> None:
+    """An epoch is one pass over the task's rows: of these 3,200 the usual 5, each with 1,600 others."""
+    others = SplitSummary(
+        rows=400,
+        tokens=400 * 50,
+        trained_tokens=400,
+        truncated_rows=0,
+        dropped_rows=0,
+        length_percentiles={"p50": 50, "p95": 60, "max": 64},
+    )
+    mixed = MixedSummary(where="b", weight=1 / 3, rows_per_epoch=1600, problem_type="single_label", counts=others)
+    both = summary().model_copy(update={"mixed": (mixed,)})
+    recipe = Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": "a"}})
+    fleet = gpus.here(CPU.model_copy(update={"cpu_flops": 1e12}), 100 * GB)
+    alone, plan = (fit(recipe, BERT, footprint(), one, fleet) for one in (summary(), both))
+    assert (alone.num_train_epochs, alone.total_steps, alone.eval_steps) == (5, 500, 100)
+    assert (plan.num_train_epochs, plan.total_steps, plan.eval_steps) == (5, 750, 150)
+    assert both.tokens_per_epoch == 3200 * 20 + 1600 * 50
+    assert alone.time is not None
+    assert plan.time is not None
+    assert plan.time.tokens / alone.time.tokens == pytest.approx(both.tokens_per_epoch / (3200 * 20), rel=0.01)
+    assert plan.time.eval_seconds == alone.time.eval_seconds  # the rows to score on are no longer than before
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def test_kind_follows_from_the_curves(given: Curves, kind: str, turn: int | None
     assert found.sentences[0].startswith("Too few evaluations") == (kind == "not known")
 
 
+def test_level_of_a_loss_of_mixed_rows_says_nothing() -> None:
+    unfinished = fitting(curves([2.0, 1.8, 1.7, 1.6], [2.0, 1.8, 1.7, 1.6], is_mixed=True))
+    assert unfinished.kind == "not known"
+    assert "mixed ones included" in unfinished.sentences[1]
+    assert fitting(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], is_mixed=True)).kind == "over-fitted"
+
+
 def test_over_fitted_run_is_told_with_its_numbers() -> None:
     for kept, where in ((20, "from then, step 20"), (10, "from before, step 10"), (40, "from after that, step 40")):
         found = fitting(curves([2.0, 1.0, 0.4, 0.1], [1.5, 1.2, 1.5, 1.9], [0.5, 0.7, 0.6, 0.5], kept_step=kept))

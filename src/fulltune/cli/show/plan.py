@@ -114,13 +114,14 @@ def _found(survey: Survey) -> list[tuple[str, str]]:
     held_out = f"{survey.eval_rows:,} to choose the checkpoint"
     if survey.asked_eval_rows is not None:
         held_out += f" (data.eval_fraction asks for {survey.asked_eval_rows:,}; each label gives a text)"
+    mixed = f" and {survey.mixed_rows:,} mixed into each epoch" if survey.mixed_rows else ""
     # In GiB as everywhere below, and of the host also in GB, as hosts and `--for` count: 1 GiB is 1.07 GB.
     free = f"{gib(survey.host_free_bytes)} GiB ({survey.host_free_bytes / 1e9:,.0f} GB) of the host's memory"
     if not survey.on_cpu:
         free = f"{gib(survey.device_free_bytes)} GiB on each GPU, {free}"
     rows = [
         ("model", f"{survey.model_type}, {survey.num_parameters:,} parameters ({count(survey.num_parameters)})"),
-        ("rows", f"{survey.train_rows:,} to train, {held_out}"),
+        ("rows", f"{survey.train_rows:,} to train{mixed}, {held_out}"),
         (
             "tokens a row",
             f"median {lengths['p50']:,}, 95th percentile {lengths['p95']:,}, longest {lengths['max']:,}; kept up to "

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fulltune.records.data import DataSummary
+from fulltune.records.data import DataSummary, Preview
 from fulltune.records.events import (
     OF_GENERIC_TEXT,
     AttemptFailed,
@@ -38,7 +38,7 @@ from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.about_forgetting import verdict
-from fulltune.report.run.row_words import has_images, row_words
+from fulltune.report.run.row_words import has_images, mixed_words, row_words
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Display:
         self.last_line = 0.0
         self.total_steps = 0
         self.rows_of = ""
+        self.summary: DataSummary | None = None
         self.rows_began = 0.0
 
     def __enter__(self) -> Display:
@@ -184,13 +185,12 @@ class Display:
 
     def _data(self, summary: DataSummary, is_known: bool) -> None:
         """All of it when it is new; of a run that goes on, the numbers of rows."""
+        self.summary = summary
         if self.details and is_known:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.print(f"[dim]rows as before: {rows}[/dim]")
         elif self.details:
-            self.print(data_table(summary))
-            for preview in previews(summary):
-                self.print(preview)
+            show_data(self.console, summary)
             for note in summary.notes:
                 self.print(f"[yellow]note:[/yellow] {escape(note)}")
 
@@ -203,6 +203,8 @@ class Display:
                 f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
                 f"state {format_bytes(plan.state.total)}"
             )
+            for line in mixed_words(self.summary, plan.num_train_epochs) if self.summary else ():
+                self.print(f"mixed in: {escape(line)}")
 
     def _checks(self, checks: Sequence[Check]) -> None:
         table = Table(title="checks before step 1", title_justify="left", box=None, show_header=False, pad_edge=False)
@@ -233,33 +235,45 @@ def data_table(summary: DataSummary) -> Table:
     counts = () if images else ("tokens", "p50/p95/max", "cut")
     for column in ("split", f"{row_words(summary).row}s", *counts, "dropped", "from"):
         table.add_column(column, justify="left" if column in ("split", "from") else "right")
-    for name, split in summary.splits.items():
+    mixed = [("mixed in", source.counts, f"file {source.where}") for source in summary.mixed]
+    for name, split, source in [
+        *((name, split, summary.sources[name]) for name, split in summary.splits.items()),
+        *mixed,
+    ]:
         lengths = "/".join(str(split.length_percentiles[key]) for key in ("p50", "p95", "max"))
         table.add_row(
             name,
             f"{split.rows:,}",
             *(() if images else (f"{split.tokens:,}", lengths, str(split.truncated_rows))),
             str(split.dropped_rows),
-            escape(summary.sources[name]),
+            escape(source),
         )
     return table
 
 
-def previews(summary: DataSummary) -> list[Text]:
-    """Five rows decoded from their tokens; what is trained stands in ⟦brackets⟧ and green."""
-    lines = []
+def show_data(console: Console, summary: DataSummary) -> None:
+    """How many rows of which lengths, a line for each source that is mixed in, and some rows as the model sees them."""
+    console.print(data_table(summary))
     for preview in summary.previews:
-        line = Text("  ")
-        for segment in preview.segments:
-            words = " ".join(segment.text.split())
-            words = words if len(words) <= 160 else words[:100] + " … " + words[-55:]
-            line.append(f"⟦{words}⟧" if segment.trained else words, style="green" if segment.trained else "dim")
-            line.append(" ")
-        if preview.label is not None:
-            line.append("→ ", style="dim")
-            line.append(f"⟦{preview.label}⟧", style="green")
-        lines.append(line)
-    return lines
+        console.print(_in_brackets(preview))
+    for line, source in zip(mixed_words(summary), summary.mixed, strict=True):
+        console.print(f"mixed in: {escape(line)}")
+        for preview in source.previews:
+            console.print(_in_brackets(preview))
+
+
+def _in_brackets(preview: Preview) -> Text:
+    """A row decoded from its tokens; what is trained stands in ⟦brackets⟧ and green."""
+    line = Text("  ")
+    for segment in preview.segments:
+        words = " ".join(segment.text.split())
+        words = words if len(words) <= 160 else words[:100] + " … " + words[-55:]
+        line.append(f"⟦{words}⟧" if segment.trained else words, style="green" if segment.trained else "dim")
+        line.append(" ")
+    if preview.label is not None:
+        line.append("→ ", style="dim")
+        line.append(f"⟦{preview.label}⟧", style="green")
+    return line
 
 
 def scores_table(scores: Sequence[Scores]) -> Group:

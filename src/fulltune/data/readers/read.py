@@ -19,7 +19,6 @@ from fulltune.data.readers.files import data_files, reading
 from fulltune.data.readers.header import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import TextRows
-from fulltune.records.data import SplitName
 from fulltune.text import counted
 
 PlacedRow = tuple[str, dict[str, Any]]
@@ -149,15 +148,15 @@ def locate(paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[st
     return DataFiles(tuple(files), where, text_rows, columns=columns)
 
 
-def content_hash(splits: Mapping[SplitName, DataFiles]) -> str:
-    """SHA-256 over names and bytes of the files of each split: the same content gives the same data stage.
+def content_hash(sources: Mapping[str, DataFiles]) -> str:
+    """SHA-256 over names and bytes of the files of each source: the same content gives the same data stage.
 
     Of an image folder, places, sizes and times of change stand for the bytes: reading a hundred thousand images would
     take longer than all other preparations.
     """
     digest = hashlib.sha256()
-    for split, source in splits.items():
-        digest.update(f"{split}:{len(source.files)}".encode())
+    for name, source in sources.items():
+        digest.update(f"{name}:{len(source.files)}".encode())
         for file in source.files:
             digest.update(os.fsencode(file.name))
             if source.image_folder is not None:

@@ -127,6 +127,7 @@ def _seen(
         num_parameters=shapes.num_parameters,
         model_type=shapes.model_type,
         train_rows=splits["train"].rows,
+        mixed_rows=workload.summary.rows_per_epoch - splits["train"].rows,
         eval_rows=splits["eval"].rows if "eval" in splits else 0,
         asked_eval_rows=splits["eval"].asked_rows if "eval" in splits else None,
         length_percentiles=splits["train"].length_percentiles,

@@ -241,11 +241,12 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     cores = counted(comparison.cores, "core")
     parallel = f", {comparison.side_by_side} trials side by side" if comparison.side_by_side > 1 else ""
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
+    mixed = f" and {comparison.mixed_rows:,} mixed into each epoch" if comparison.mixed_rows else ""
     opened = f"{times}: " + "; ".join(f"{one.time} by {one.by}" for one in openings)
     facts = [
         (
             "rows",
-            f"{comparison.train_rows:,} to train, {comparison.eval_rows:,} to choose rates and checkpoints, "
+            f"{comparison.train_rows:,} to train{mixed}, {comparison.eval_rows:,} to choose rates and checkpoints, "
             f"{comparison.test_rows:,} to test; data {comparison.data_fingerprint[:12]}",
         ),
         ("test rows opened", opened if openings else "not noted"),

@@ -18,7 +18,7 @@ from fulltune.report.format.blocks import (
     foreign,
 )
 from fulltune.report.run.read import RunView
-from fulltune.report.run.row_words import has_images, has_untrained_tokens, row_words
+from fulltune.report.run.row_words import has_images, has_untrained_tokens, mixed_words, row_words
 from fulltune.text import counted, format_number
 
 _PREVIEWS = 5
@@ -41,7 +41,7 @@ def data(view: RunView) -> Section | None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
     facts.append(("fingerprint of files and settings", summary.fingerprint))
-    blocks: list[Block] = [_splits(summary), Facts(tuple(facts))]
+    blocks: list[Block] = [_splits(summary), *_mixed(view, summary), Facts(tuple(facts))]
     if summary.notes:
         blocks.append(Bullets(tuple(words.clipped(note, _TEXT_LIMIT) for note in summary.notes)))
     blocks += [*_labels(summary), *_dropped(view, summary), *_previews(summary)]
@@ -58,14 +58,29 @@ def _splits(summary: DataSummary) -> Table:
             f"{found.rows:,}",
             *_lengths(summary, found).values(),
             f"{found.dropped_rows:,}",
-            Cell(summary.sources.get(split, "-"), foreign=True),
+            Cell(source, foreign=True),
         )
-        for split, found in summary.splits.items()
+        for split, found, source in [
+            *((split, found, summary.sources.get(split, "-")) for split, found in summary.splits.items()),
+            *(("mixed in", source.counts, f"file {source.where}") for source in summary.mixed),
+        ]
     )
     caption = "Rows that never mix: train to learn, eval to choose, test to report"
     if lengths:
         caption += f". p50, p95, longest: tokens per {row}"
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
+
+
+def _mixed(view: RunView, summary: DataSummary) -> list[Block]:
+    """What is mixed into the train rows, and how much of it was trained on."""
+    if not summary.mixed:
+        return []
+    plan, outcome = view.plan_of(view.main_trial), view.outcome_of(view.main_trial)
+    tokens = outcome.tokens_by_source if outcome else ()
+    shares = [number / max(1, sum(tokens)) for number in tokens[1:]]
+    lines = mixed_words(summary, plan.num_train_epochs if plan else None, shares)
+    said = "Mixed into the train rows of each epoch, and never scored on:"
+    return [Paragraph(said), Bullets(tuple(words.clipped(line, _TEXT_LIMIT) for line in lines))]
 
 
 def _lengths(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
@@ -123,11 +138,13 @@ def _dropped(view: RunView, summary: DataSummary) -> list[Block]:
 
 
 def _previews(summary: DataSummary) -> list[Block]:
-    items = tuple((_beginning(preview.segments), preview.label) for preview in summary.previews[:_PREVIEWS])
+    shown = [*summary.previews[:_PREVIEWS], *(preview for source in summary.mixed for preview in source.previews)]
+    items = tuple((_beginning(preview.segments), preview.label) for preview in shown)
     if not items:
         return []
     origin = "" if has_images(summary) else ", decoded from its tokens"
-    return [Paragraph(f"What the model sees{origin}:"), Previews(items, row_words(summary).target)]
+    of_mixed = "; at the end a row of each source that is mixed in" if summary.mixed else ""
+    return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, row_words(summary).target)]
 
 
 def _beginning(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:

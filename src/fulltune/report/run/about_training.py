@@ -101,6 +101,7 @@ def fitting_of(view: RunView, trial: str) -> Fitting:
         eval_rows=view.summary.splits["eval"].rows,
         epochs_per_step=plan.num_train_epochs / max(1, plan.total_steps),
         kept_step=outcome.best_step,
+        is_mixed=bool(view.summary.mixed),
     )
     return fitting(curves)
 

@@ -52,6 +52,8 @@ class Curves:
     epochs_per_step: float = 0.0
     kept_step: int | None = None
     """Whose weights the model has."""
+    is_mixed: bool = False
+    """The train loss is also of rows that are mixed in, and so of another level than the eval loss."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,16 @@ def fitting(curves: Curves) -> Fitting:
     turn, least = min(evaluations, key=lambda point: point[1])
     end, last = evaluations[-1]
     gap = (
-        f"Towards the end the loss was {format_number(trained[end])} on train rows, with dropout, and "
+        f"Towards the end the loss was {format_number(trained[end])} on train rows"
+        f"{', mixed ones included' if curves.is_mixed else ''}, with dropout, and "
         f"{format_number(last)} on eval rows."
     )
     learned = trained[end] < FELL * trained[turn] or trained[end] < FELL * _at_half(trained)
     fell = _metric_fell(curves)
     rose = turn < end and last >= ROSE * least > 0
     if not (rose or fell):
+        if curves.is_mixed:
+            return Fitting("not known", None, (_MIXED, gap))
         if not _is_faultless(curves) and (why := _unfinished(evaluations, trained)):
             return Fitting("under-fitted", None, (f"Under-fitted: {why}.", gap, _MORE))
         return Fitting("sound", None, (f"No sign of over- or under-fitting: {_EVEN}.", gap))
@@ -100,6 +105,10 @@ def fitting(curves: Curves) -> Fitting:
     return Fitting("over-confident", at, (unharmed, gap, kept))
 
 
+_MIXED = (
+    "No sign of over-fitting. Whether it was under-fitted is not known: the train loss is also of the rows that are "
+    "mixed in."
+)
 _EVEN = "the eval loss did not rise by a tenth, nor was it still falling while the train loss was no lower"
 _FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
 _MORE = "What helps: more epochs, or a search for the rate."

@@ -140,8 +140,12 @@ def _data(view: RunView) -> list[str]:
     summary = view.summary
     if summary is None:
         return []
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (split, f"{found.rows:,}", f"{found.tokens:,}", _source(view, split)) for split, found in summary.splits.items()
+    ]
+    rows += [
+        (f"mixed in, weight {one.weight:g}", f"{one.counts.rows:,}", f"{one.counts.tokens:,}", f"file {one.where}")
+        for one in summary.mixed
     ]
     parts = ["## Data", table(("split", "rows", "tokens", "where from"), rows, frozenset({1, 2}))]
     if not has_images(summary):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fulltune.recipe.tasks import ProblemType
 from fulltune.records.data import DataSummary
+from fulltune.text import counted, format_percent
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,32 @@ def has_images(summary: DataSummary) -> bool:
 def has_untrained_tokens(summary: DataSummary) -> bool:
     """Only a part of the tokens is trained."""
     return summary.problem_type in ("prompt_completion", "chat", "source_target")
+
+
+def mixed_words(summary: DataSummary, epochs: float | None = None, trained_shares: Sequence[float] = ()) -> list[str]:
+    """A line for each source that is mixed into the train rows.
+
+    Args:
+        summary: Of the prepared data.
+        epochs: Of the run; None: not known yet.
+        trained_shares: Of the tokens that were trained on, each source's share.
+    """
+    lines = []
+    for number, source in enumerate(summary.mixed):
+        often = source.times_read(1 if epochs is None else epochs)
+        share = source.tokens_per_epoch / max(1, summary.tokens_per_epoch)
+        parts = [
+            f"{source.where}: weight {source.weight:g}, {counted(source.rows_per_epoch, 'row')} of each epoch's "
+            f"{summary.rows_per_epoch:,}, {format_percent(share)} of the tokens"
+        ]
+        if source.problem_type != summary.problem_type:
+            parts.append(f"its form is {_WORDS[source.problem_type].kind}")
+        if often > 1:
+            in_what = "in an epoch" if epochs is None else "over the run"
+            parts.append(f"each is read {often:.1f} times {in_what}")
+        elif epochs is not None:
+            parts.append(f"{format_percent(often)} of its {counted(source.counts.rows, 'row')} are read")
+        if trained_shares:
+            parts.append(f"{format_percent(trained_shares[number])} of the tokens that were trained on")
+        lines.append("; ".join(parts))
+    return lines

@@ -28,7 +28,7 @@ from fulltune.train import checkpoints
 from fulltune.train.journal import Journal
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
-from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged
 from fulltune.train.optim import optimizers
 from fulltune.train.optim.groups import parameter_groups
@@ -53,6 +53,7 @@ class FullTrainer(Guarded, Trainer):
 
     Args:
         lengths: Tokens of each train row.
+        mixed: Which of these rows are mixed into the task's.
         plan: The batches, the optimizer, how it rounds, the factor of the rate from a layer to the one below, and the
             head's rate.
         score: Gives the eval metrics of the current model, without a prefix.
@@ -88,6 +89,7 @@ class FullTrainer(Guarded, Trainer):
         score: Callable[[], Mapping[str, float]],
         count_items: Callable[[torch.Tensor], int],
         journal: Journal,
+        mixed: tuple[Mixed, ...] = (),
         trained_only: bool = False,
         head_modules: Sequence[str] = (),
         skips: bool = True,
@@ -104,6 +106,7 @@ class FullTrainer(Guarded, Trainer):
             plan.group_by_length,
             self.args.world_size,
             plan.rollbacks,
+            mixed,
         )
         self._plan = plan
         self.skips = skips

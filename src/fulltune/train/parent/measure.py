@@ -94,7 +94,7 @@ def measure(
     if deepspeed.wanted(recipe):
         raise SetupError("plan --measure: DeepSpeed shares out the model, which is not measured; leave out --measure")
     shutil.rmtree(folder / "plan" / "probes", ignore_errors=True)
-    tokens = summary.splits["train"].tokens * plan.num_train_epochs
+    tokens = summary.tokens_per_epoch * plan.num_train_epochs
     probes = _Probes(recipe, plan, folder, tokens, available_bytes, listener, [])
     levers = probes.all(measure_candidates.levers(recipe, plan))
     best = measure_candidates.fastest(levers)

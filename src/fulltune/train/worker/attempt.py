@@ -111,6 +111,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
         "best_step": kept.step or state.global_step,
         "best_metric": kept.metric,
         "kept_because": kept.why,
+        "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if attempt.summary.mixed else (),
         "moved": moved,
         "checks": tuple(attempt.checks),
         "tokens_per_second": round(recorder.tokens_per_second, 1),

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune import methods
@@ -76,6 +77,11 @@ class AttemptContext:
     def is_main(self) -> bool:
         """Whether this is the first process, which writes."""
         return self.journal.path is not None
+
+    @property
+    def data(self) -> Path:
+        """The folder of the prepared rows."""
+        return Path(self.request.run_folder) / "data"
 
     @cached_property
     def recipe(self) -> Recipe:

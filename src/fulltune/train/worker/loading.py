@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from fulltune.errors import SetupError
 from fulltune.forgetting.budget import FIRST_WEIGHT, limit_of
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import logits_of, model_batch
-from fulltune.inference.store import Rows
+from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of
 from fulltune.models import dropout
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, draw_again
 from fulltune.models.load import load
 from fulltune.models.processors import opened
+from fulltune.records.data import DataSummary
 from fulltune.records.events import StepSkipped
 from fulltune.system import deepspeed
 from fulltune.tasks import LossSettings, Target, Task
@@ -30,6 +32,7 @@ from fulltune.tasks.settings import class_weights
 from fulltune.text import first_few
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.callbacks import AtBegin, Heartbeat, Seals, StopWhenDiverged
+from fulltune.train.loop.sampler import Mixed
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.loop.update_meter import MEASUREMENTS, UpdateMeter
 from fulltune.train.run_time import PROBING
@@ -96,7 +99,8 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     model = attempt.applied.model
     if plan.device == "cpu":
         dropout.install(model)
-    rows, eval_rows = _rows(attempt, tokenizer)
+    _, eval_rows = _rows(attempt, tokenizer)
+    rows = _with_mixed(attempt, tokenizer)
     settings = LossSettings(recipe.train.label_smoothing_factor, class_weights(recipe, attempt.summary))
 
     alike = recipe.train.r_drop
@@ -128,6 +132,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         processing_class=tokenizer,
         compute_loss_func=attempt.hooks.compute_loss or compute_loss,
         lengths=rows["length"],
+        mixed=mixed_ranges(attempt.summary),
         plan=plan,
         score=lambda: attempt.scores(eval_rows),
         count_items=task.count_items,
@@ -171,9 +176,23 @@ def _replay(attempt: AttemptContext) -> None:
 
 
 def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:
-    """The prepared train and eval rows."""
-    folder = Path(attempt.request.run_folder) / "data"
-    return [opened(Rows(folder / split), tokenizer) for split in ("train", "eval")]
+    """The task's prepared train and eval rows."""
+    return [opened(Rows(attempt.data / split), tokenizer) for split in ("train", "eval")]
+
+
+def _with_mixed(attempt: AttemptContext, tokenizer: Any) -> Any:
+    """The rows that are trained on: the task's, and behind them those that are mixed in."""
+    folders = ["train", MIXED] if attempt.summary.mixed else ["train"]
+    return opened(Rows(*(attempt.data / folder for folder in folders)), tokenizer)
+
+
+def mixed_ranges(summary: DataSummary) -> tuple[Mixed, ...]:
+    """Where the rows of each mixed source lie among those that are trained on."""
+    ends = accumulate((source.counts.rows for source in summary.mixed), initial=summary.splits["train"].rows)
+    return tuple(
+        Mixed(range(start, end), source.rows_per_epoch)
+        for source, (start, end) in zip(summary.mixed, pairwise(ends), strict=True)
+    )
 
 
 def _start_head(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:

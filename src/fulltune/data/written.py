@@ -1,0 +1,90 @@
+"""A split's rows as they are written, counted and shown; and the list of those that are dropped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulltune.data.encode import Dropped
+from fulltune.data.split import Split
+from fulltune.inference.store import RowWriter, batches, readable
+from fulltune.records.data import Preview, SplitSummary
+from fulltune.tasks import Target, Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+DROPPED = "dropped.jsonl"
+
+
+def as_line(item: Dropped) -> str:
+    """A dropped row as it is listed."""
+    return json.dumps(asdict(item), ensure_ascii=False, default=readable) + "\n"
+
+
+def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
+    """Write rows down that were dropped, behind those that are listed already."""
+    with (folder / DROPPED).open("a", encoding="utf-8") as file:
+        file.writelines(map(as_line, items))
+
+
+def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.RecordBatch]:
+    """A split's examples; without what only answers need, unless they are scored in the end."""
+    import pyarrow as pa
+
+    without = () if scored else getattr(task, "ONLY_FOR_TEST_ROWS", ())
+    start = 0
+    for batch in batches(split.source.folder):
+        mask = split.examples[start : start + len(batch)]
+        start += len(batch)
+        if mask.any():
+            batch = batch.select([feature for feature in batch.schema.names if feature not in without])
+            yield batch if mask.all() else batch.filter(pa.array(mask))
+
+
+def write(folder: Path, parts: Iterable[pa.RecordBatch]) -> None:
+    """Rows into a folder's file."""
+    with RowWriter(folder) as writer:
+        for part in parts:
+            writer.write(part)
+
+
+def summarise(split: Split, lengths: np.ndarray, asked: int | None = None) -> SplitSummary:
+    """What is counted of a split.
+
+    Args:
+        split: Its rows.
+        lengths: Tokens of each row as it was written: several texts may share one.
+        asked: What the recipe's fraction comes to, where that is clearly less.
+    """
+    whole, chosen = split.source, split.examples
+    ordered = np.sort(lengths)
+    labels = split.label_counts(np.bincount(whole.row_of[chosen], minlength=whole.num_rows))
+    return SplitSummary(
+        rows=len(ordered),
+        tokens=int(ordered.sum()),
+        trained_tokens=int(whole.trained_tokens[chosen].sum()),
+        truncated_rows=int(whole.truncated[chosen].sum()),
+        dropped_rows=whole.num_dropped if split.is_file else 0,
+        length_percentiles={
+            "p50": int(ordered[len(ordered) // 2]),
+            "p95": int(ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]),
+            "max": int(ordered[-1]),
+        },
+        label_counts=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
+        asked_rows=asked,
+    )
+
+
+def previews(task: Task, target: Target, tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> tuple[Preview, ...]:
+    """Rows as the model sees them."""
+    plain = (
+        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+        for row in rows
+    )
+    return tuple(task.preview(row, target, tokenizer) for row in plain)
