@@ -19,7 +19,7 @@ from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import parts
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.preserve import PreserveBlock
-from fulltune.records.forgetting import Kind, Measured, Point, Preserved
+from fulltune.records.forgetting import Drift, Kind, Point, Preserved
 from fulltune.report.run.about_forgetting import verdict
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.replay import Replay, divergence
@@ -48,8 +48,8 @@ def preserved(folder: Path) -> Preserved:
 # ---- pure parts ------------------------------------------------------------------------------------------------
 
 
-def at(drift: float, error: float = 0.0) -> Measured:
-    return Measured(drift=drift, error=error, texts=100)
+def at(drift: float, error: float = 0.0) -> Drift:
+    return Drift(drift=drift, error=error, texts=100)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error:
     assert (found.passed, found.upper) == (passed, pytest.approx(drift + 1.645 * error))
 
 
-def record(chosen: Point, points: list[Point], sealed: Measured, limit: float = 0.02) -> Preserved:
+def record(chosen: Point, points: list[Point], sealed: Drift, limit: float = 0.02) -> Preserved:
     return Preserved(
         trial="full-seed1",
         budget=0.02,
@@ -315,7 +315,7 @@ def test_sealed_texts_that_disagree_make_it_fail(tiny_encoder: Path, tmp_path: P
     def unmoved(self: GenericText, *_: Any) -> np.ndarray:
         return np.ones((len(self.ids), 1))
 
-    def sealed(*_: Any) -> Measured:
+    def sealed(*_: Any) -> Drift:
         return at(0.2, 0.01)
 
     with mock.patch.object(GenericText, "read", unmoved), mock.patch.object(within_budget, "_of_sealed", sealed):

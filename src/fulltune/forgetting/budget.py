@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fulltune.records.forgetting import Certificate, Measured, Point
+from fulltune.records.forgetting import Certificate, Drift, Point
 
 ONE_SIDED = 1.645
 """Standard errors above the mean below which the true one lies with 95 %."""
@@ -28,19 +28,19 @@ def limit_of(budget: float, writes: bool) -> float:
     return -math.log1p(-budget) if writes else budget
 
 
-def upper(measured: Measured) -> float:
+def upper(measured: Drift) -> float:
     """Above the true drift with 95 %."""
     return measured.drift + ONE_SIDED * measured.error
 
 
-def next_weight(weight: float, measured: Measured, limit: float) -> float:
+def next_weight(weight: float, measured: Drift, limit: float) -> float:
     """The weight of generic text after a measurement: higher where the drift's upper bound is above the limit."""
     step = (upper(measured) - limit) / limit
     factor = math.exp(min(max(step, -math.log(MOST_FACTOR)), math.log(MOST_FACTOR)))
     return min(max(weight * factor, LEAST_WEIGHT), MOST_WEIGHT)
 
 
-def is_within(measured: Measured, limit: float) -> bool:
+def is_within(measured: Drift, limit: float) -> bool:
     """Whether a point may be chosen: its sealed half will most likely say the same."""
     return upper(measured) + SURELY * math.sqrt(2) * measured.error <= limit
 
@@ -53,6 +53,6 @@ def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Poin
     return max(possible, key=lambda point: (sign * point.metric, -point.measured.drift))
 
 
-def certified(measured: Measured, limit: float) -> Certificate:
+def certified(measured: Drift, limit: float) -> Certificate:
     """What the sealed half says: passed where the drift is below the limit with 95 %."""
     return Certificate(measured=measured, limit=limit, upper=upper(measured), passed=upper(measured) <= limit)

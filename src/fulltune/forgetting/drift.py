@@ -11,7 +11,7 @@ import numpy as np
 
 from fulltune.inference.run import autocast, batches, longest_first, run_rows
 from fulltune.recipe.tasks import LANGUAGE_MODELS, ProblemType
-from fulltune.records.forgetting import Measured
+from fulltune.records.forgetting import Drift
 from fulltune.tasks import LENGTH, Target, causal_lm
 from fulltune.tasks.padding import IGNORED, mask, padded
 
@@ -129,11 +129,11 @@ def says_little(text: GenericText, first: np.ndarray, vocabulary: int, unknown_i
     return ""
 
 
-def measured(before: np.ndarray, after: np.ndarray) -> Measured:
+def measured(before: np.ndarray, after: np.ndarray) -> Drift:
     """The mean drift of texts with its standard error."""
     moved = drift(before, after)
     error = float(moved.std(ddof=1)) / math.sqrt(len(moved)) if len(moved) > 1 else 0.0
-    return Measured(drift=float(moved.mean()), error=error, texts=len(moved))
+    return Drift(drift=float(moved.mean()), error=error, texts=len(moved))
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from fulltune.records.base import Record
 Kind = Literal["whole", "by layer"]
 
 
-class Measured(Record):
+class Drift(Record):
     """The drift on some generic texts."""
 
     drift: float
@@ -29,7 +29,7 @@ class Point(Record):
     """Every tensor by the same share; or the lowest layer by the share, and those above by more up to all of it."""
     share: float
     """0: the untouched model; 1: the trained one."""
-    measured: Measured
+    measured: Drift
     """On the texts that choose."""
     metric: float
     """On the eval rows."""
@@ -38,7 +38,7 @@ class Point(Record):
 class Certificate(Record):
     """What the sealed texts said, opened once."""
 
-    measured: Measured
+    measured: Drift
     limit: float
     upper: float
     """The true drift is below it with 95 %."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Steered
-from fulltune.records.forgetting import Measured, Preserved
+from fulltune.records.forgetting import Drift, Preserved
 from fulltune.records.plan import Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -171,5 +171,5 @@ def _points(found: Preserved) -> Block:
     )
 
 
-def _spread(measured: Measured) -> str:
+def _spread(measured: Drift) -> str:
     return f"{format_number(measured.drift)} ± {format_number(measured.error)}"

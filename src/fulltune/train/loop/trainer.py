@@ -39,7 +39,7 @@ class StoppedScoring(Exception):
     """The run was told to stop while the eval rows were scored."""
 
 
-class Replay(Protocol):
+class AddsGradient(Protocol):
     """Adds to each step's gradient."""
 
     weight: float
@@ -71,7 +71,7 @@ class FullTrainer(Guarded, Trainer):
     """
 
     head: SelectiveHead | None = None
-    replay: Replay | None = None
+    replay: AddsGradient | None = None
     """Generic text that is trained along."""
     repeats = True
     left_evaluation: bool = False

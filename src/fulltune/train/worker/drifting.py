@@ -11,7 +11,7 @@ from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
 from fulltune.plan.watching import MOST_TOKENS
-from fulltune.records.forgetting import Measured
+from fulltune.records.forgetting import Drift
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train.loop.trainer import StoppedScoring
 
@@ -53,7 +53,7 @@ class Drifting:
         found = self.read()
         return {} if found is None else {"drift": found.drift, "drift_error": found.error}
 
-    def read(self) -> Measured | None:
+    def read(self) -> Drift | None:
         """How far the texts have moved; None where it is not known."""
         attempt, trainer = self.attempt, self.attempt.trainer
         is_start = trainer.state.global_step == 0

@@ -21,7 +21,7 @@ from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Certified
-from fulltune.records.forgetting import Kind, Measured, Point, Preserved
+from fulltune.records.forgetting import Drift, Kind, Point, Preserved
 from fulltune.train.optim.groups import depths
 from fulltune.train.worker.context import AttemptContext
 
@@ -149,7 +149,7 @@ def _between(points: list[Point], limit: float, at: Callable[[Kind, float], Poin
     return found
 
 
-def _of_sealed(attempt: AttemptContext, line: Line, sealed: GenericText, chosen: Point) -> Measured:
+def _of_sealed(attempt: AttemptContext, line: Line, sealed: GenericText, chosen: Point) -> Drift:
     """The drift of the chosen point on the texts that nothing has read before."""
     trainer = attempt.trainer
     line.put("whole", 0.0)
