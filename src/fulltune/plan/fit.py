@@ -7,7 +7,7 @@ from dataclasses import fields
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, choose, command_time, defaults, disk, memory, resolve, time, watching
+from fulltune.plan import budget, choose, command_time, disk, memory, resolve, time, watching
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
@@ -51,10 +51,7 @@ def fit(
     basis = basis_of(Workload(recipe, shapes, lambda dtype: footprint, summary), fleet, reasons, own_loss)
     steps = basis.steps
     metric = resolve.metric(recipe, summary, reasons)
-    rate, why = defaults.learning_rate_of(recipe.method, shapes.num_parameters, shapes.is_decoder)
-    why = f"the search's middle one: {why}" if recipe.method.is_searched else why
-    rate = reasons.add("method.learning_rate", recipe.method.fixed_learning_rate, rate, why)
-    resolve.head_rate(recipe, rate, reasons)
+    rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
     chosen, on_disk = _fitting(basis, summary, own_loss, reasons)
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
@@ -62,14 +59,13 @@ def fit(
     logging_steps = max(1, steps.total // 200)
     why = "about 200 log lines" if logging_steps > 1 else "every step of a short run"
     logging_steps = reasons.add("train.logging_steps", train.logging_steps, logging_steps, why)
-    texts = watching.drift_texts(recipe, summary, basis.global_batch_size, steps, reasons)
-    preserving = watching.preserving(recipe, summary, basis.global_batch_size, steps.total, reasons)
+    watched = watching.settle(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.everything_else(recipe, reasons)
     resolve.caveats(footprint, reasons)
     used = chosen.settings
     same = {one.name: getattr(used, one.name) for one in fields(MemorySettings) if one.name in Plan.model_fields}
     plan = Plan(
-        **same | {"plain_logits": shapes.plain_logits},
+        **same | watched | {"plain_logits": shapes.plain_logits},
         trial=f"{recipe.method.arm}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
         method=recipe.method.arm,
@@ -87,8 +83,6 @@ def fit(
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,
-        drift_texts=texts,
-        preserving=preserving,
         save_steps=steps.between_saves,
         logging_steps=logging_steps,
         metric=metric,

@@ -182,11 +182,15 @@ def _duration(recipe: Recipe, rows: int, steps_per_epoch: int, reasons: Reasons)
     return epochs, math.ceil(epochs * steps_per_epoch)
 
 
-def head_rate(recipe: Recipe, rate: float, reasons: Reasons) -> None:
-    """Note the rate of the task's head, where there is one beside other trained values."""
+def rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
+    """The learning rate; that of the task's head is noted, where there is one beside other trained values."""
     method = recipe.method
+    rate, why = defaults.learning_rate_of(method, shapes.num_parameters, shapes.is_decoder)
+    why = f"the search's middle one: {why}" if method.is_searched else why
+    rate = reasons.add("method.learning_rate", method.fixed_learning_rate, rate, why)
     if FACTS[recipe.task].head_is_new and method.kind != "head":
         reasons.add("method.head_learning_rate", method.head_learning_rate, rate, "the same as method.learning_rate")
+    return rate
 
 
 def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:

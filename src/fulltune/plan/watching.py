@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fulltune.plan.reasons import FROM_RECIPE, Reasons
 from fulltune.plan.resolve import Steps
 from fulltune.plan.time import GENERIC_TOKENS, occasions
@@ -22,6 +24,16 @@ REPLAYED = 0.125
 """Generic tokens that are trained along, as a share of a step's."""
 MOST_TOKENS = 64
 """Where a text is cut."""
+
+
+def settle(
+    recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
+) -> dict[str, Any]:
+    """The plan's fields about forgetting."""
+    return {
+        "drift_texts": drift_texts(recipe, summary, global_batch_size, steps, reasons),
+        "preserving": preserving(recipe, summary, global_batch_size, steps.total, reasons),
+    }
 
 
 def drift_texts(recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons) -> int:
