@@ -69,11 +69,6 @@ class AttemptContext:
         return self.request.plan
 
     @property
-    def rank(self) -> int:
-        """Of this process among those of the attempt."""
-        return int(self.trainer.args.process_index)
-
-    @property
     def is_main(self) -> bool:
         """Whether this is the first process, which writes."""
         return self.journal.path is not None

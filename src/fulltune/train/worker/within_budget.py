@@ -69,16 +69,15 @@ def keep_within(attempt: AttemptContext) -> Preserved | None:
     plan, request = attempt.plan, attempt.request
     if plan.preserving is None:
         return None
-    line = Line(attempt.trainer.model, request.initial_weights, request.folder / f"trained-{attempt.rank}.safetensors")
+    line = Line(attempt.trainer.model, request.initial_weights, request.folder / "trained.safetensors")
     try:
         record = Path(request.run_folder) / "preserve" / f"{plan.trial}.json"
         if record.exists():
             found = Preserved.load(record)
         else:
             found = _chosen(attempt, line)
-            if attempt.is_main:
-                record.parent.mkdir(exist_ok=True)
-                found.save(record)
+            record.parent.mkdir(exist_ok=True)
+            found.save(record)
             attempt.recorder.write(Certified(preserved=found))
         line.put(found.chosen.kind, found.chosen.share)
         return found
@@ -101,7 +100,8 @@ def _chosen(attempt: AttemptContext, line: Line) -> Preserved:
     def at(kind: Kind, share: float) -> Point:
         line.put(kind, share)
         now = choosing.read(trainer.model, trainer.head, attempt.alive)
-        metric = float(attempt.score(rows)[plan.metric])
+        # Not `attempt.score`, in which all processes have a part: the first one is alone by now.
+        metric = float(attempt.task.metrics(attempt.reduced(rows), attempt.target)[plan.metric])
         return Point(kind=kind, share=share, measured=measured(start, now), metric=metric)
 
     with attempt.journal.during("evaluation"):
