@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from fulltune import pipeline
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
 from fulltune.forgetting.drift import GenericText
-from fulltune.forgetting.generic_text import parts
+from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.preserve import PreserveBlock
-from fulltune.records.forgetting import Drift, Kind, Point, Preserved
+from fulltune.records.forgetting import Drift, Kind, Point, Preserved, limit_of
 from fulltune.report.run.about_forgetting import verdict
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.replay import Replay, divergence
@@ -38,7 +39,7 @@ TRAIN: dict[str, Any] = {
     "eval_steps": 5,
     "save_steps": 4,
 }
-BLOCKS: dict[str, Any] = {"train": TRAIN, "method": {"learning_rate": 3e-3}}
+BLOCKS: dict[str, Any] = {"train": TRAIN, "method": {"learning_rate": 3e-3}, "evaluate": {"metric": "loss"}}
 
 
 def preserved(folder: Path) -> Preserved:
@@ -54,28 +55,36 @@ def at(drift: float, error: float = 0.0) -> Drift:
 
 
 @pytest.mark.parametrize(
-    ("drift", "error", "expected"),
+    ("drift", "error", "rate", "expected"),
     [
-        (0.01, 0.0, 1.0),  # as much as is allowed
-        (0.02, 0.0, np.e),
-        (0.10, 0.0, 4.0),  # not by more at once
-        (0.00, 0.0, 1 / np.e),
-        (-0.1, 0.0, 0.25),
-        (0.00, 0.02, 4.0),  # the upper bound counts
+        (0.01, 0.0, 0.0, 1.0),  # as much as is allowed
+        (0.013, 0.0, 0.0, np.exp(0.3)),
+        (0.10, 0.0, 0.0, 1.5),  # not by more at once
+        (0.00, 0.0, 0.0, 1 / 1.5),
+        (-0.1, 0.0, 0.0, 1 / 1.5),
+        (0.00, 0.02, 0.0, 1.5),  # the upper bound counts
+        (0.10, 0.0, 1.0, 1.0),  # at a high rate more passes again
+        (0.055, 0.0, 0.5, 1.0),
+        (np.nan, 0.0, 0.0, 1.0),
     ],
 )
-def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, expected: float) -> None:
-    assert budget.next_weight(1.0, at(drift, error), 0.01) == pytest.approx(expected, rel=1e-6)
+def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, rate: float, expected: float) -> None:
+    found = budget.next_weight(1.0, at(drift, error), 0.01, rate, budget.LANGUAGE)
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_weight_stays_between_its_bounds() -> None:
-    assert budget.next_weight(budget.MOST_WEIGHT, at(1.0), 0.01) == budget.MOST_WEIGHT
-    assert budget.next_weight(budget.LEAST_WEIGHT, at(0.0), 0.01) == budget.LEAST_WEIGHT
+@pytest.mark.parametrize("weighing", [budget.LANGUAGE, budget.STATES])
+def test_weight_stays_between_its_bounds(weighing: budget.Weighing) -> None:
+    high = low = weighing.first
+    for _ in range(20):
+        high = budget.next_weight(high, at(1.0), 0.01, 0.0, weighing)
+        low = budget.next_weight(low, at(0.0), 0.01, 0.0, weighing)
+    assert (low, high) == (pytest.approx(weighing.first / 10), pytest.approx(weighing.first * 10))
 
 
 def test_limit_is_what_makes_a_token_so_much_less_likely() -> None:
-    assert np.exp(-budget.limit_of(0.05, writes=True)) == pytest.approx(0.95)
-    assert budget.limit_of(0.05, writes=False) == 0.05
+    assert np.exp(-limit_of(0.05, writes=True)) == pytest.approx(0.95)
+    assert limit_of(0.05, writes=False) == 0.05
 
 
 def point(share: float, drift: float, metric: float, kind: Kind = "whole", error: float = 0.0) -> Point:
@@ -90,6 +99,8 @@ def point(share: float, drift: float, metric: float, kind: Kind = "whole", error
         ([point(0, 0, 2.0), point(0.5, 0.01, 1.5), point(1, 0.05, 1.0)], False, 0.5),
         ([point(0, 0, 0.5), point(0.4, 0.01, 0.7), point(0.5, 0.015, 0.7)], True, 0.4),  # as good, and moved less
         ([point(0, 0, 0.5), point(0.5, 0.019, 0.7, error=0.001)], True, 0.0),  # the sealed half may say no
+        ([point(0, 0, 0.5), point(0, 0.4, 0.9, "by layer"), point(0.1, 0.01, 0.6)], True, 0.1),  # no untouched model
+        ([point(0, 0, np.nan), point(0.1, 0.01, 0.6)], True, 0.1),
     ],
 )
 def test_best_point_within_the_budget_is_chosen(points: list[Point], better: bool, expected: float) -> None:
@@ -114,7 +125,8 @@ def record(chosen: Point, points: list[Point], sealed: Drift, limit: float = 0.0
         points=tuple(points),
         chosen=chosen,
         certificate=budget.certified(sealed, limit),
-        opened="2026-01-01T00:00:00+00:00",
+        trained="0" * 16,
+        opened=("2026-01-01T00:00:00+00:00",),
     )
 
 
@@ -256,7 +268,7 @@ def test_weights_of_generic_text_and_replayed_rows_go_on_where_a_run_was_stopped
 ) -> None:
     blocks = {"preserve": {"budget": "1%"}, **BLOCKS}
     with pytest.raises(InterruptedRun):
-        runs.run(tmp_path, tiny_encoder, ROWS, options={"listener": runs.at_step(10, ask_to_stop)}, **blocks)
+        runs.run(tmp_path, tiny_encoder, ROWS, options={"listener": runs.at_step(11, ask_to_stop)}, **blocks)
     runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
     steered = [[(one["step"], one["weight"]) for one in runs.events(folder, "steered")] for folder in (tmp_path, held)]
     assert steered[0] == steered[1]
@@ -285,7 +297,7 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
     found = preserved(tmp_path / "held")
     assert found.writes
     assert found.certificate.measured.texts == 200
-    with mock.patch("fulltune.train.worker.attempt.keep_within"):
+    with mock.patch("fulltune.train.worker.attempt.keep_within", return_value=None):
         runs.run(tmp_path / "whole", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
     name = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     ends = [load_file(tmp_path / one / "run" / "models" / kind / name) for one in ("held", "whole")]
@@ -356,3 +368,52 @@ def test_two_processes_replay_and_steer_as_one_does(tiny_encoder: Path, tmp_path
     for name, tensor in one[1].items():
         # A key's bias changes no attention: its gradient is rounding, which AdamW makes steps of.
         assert "key.bias" in name or torch.allclose(tensor, two[1][name], atol=1e-4), name
+
+
+def test_model_that_was_trained_anew_has_its_own_choice_and_says_that_texts_were_opened_twice(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    blocks = {"preserve": {"budget": "1%"}, **BLOCKS}
+    runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
+    (file,) = (tmp_path / "run" / "preserve").glob("*.json")
+    first = Preserved.load(file)
+    first.model_copy(update={"trained": "another"}).save(file)
+    shutil.rmtree(tmp_path / "run" / "models")
+    runs.run(tmp_path, tiny_encoder, ROWS, until="report", **blocks)
+    found = preserved(tmp_path)
+    assert found.trained == first.trained
+    assert found.opened[:1] == first.opened
+    assert len(found.opened) == 2
+    assert "opened 2 times" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("budget_given", [None, "1%"])
+def test_probe_that_changed_is_told_when_a_run_goes_on(
+    budget_given: str | None, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    numbered(tmp_path / "probe.txt", 300)
+    blocks = {"preserve": {"probe": "probe.txt", "budget": budget_given}, **BLOCKS}
+    with pytest.raises(InterruptedRun):
+        runs.run(tmp_path, tiny_encoder, ROWS, options={"listener": runs.at_step(11, ask_to_stop)}, **blocks)
+    numbered(tmp_path / "probe.txt", 300, "another")
+    if budget_given:
+        with pytest.raises(FulltuneError, match=r"preserve\.probe: .*the texts changed since this run began"):
+            runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
+        return
+    runs.run(tmp_path, tiny_encoder, ROWS, **blocks)
+    said = [event["text"] for event in runs.events(tmp_path, "warning")]
+    assert any("drift is not measured from here on" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [
+        ("".join(f"line {n}\n" for n in range(300)) + "\n", 300),
+        ("".join(f"line {n}\n" + "\n" * (n in (100, 200)) for n in range(300)), 300),  # a blank line here and there
+        ("\n\n".join(f"paragraph {n}\nof two lines" for n in range(150)), 150),
+        ("same text\nSame  text\nother\n" * 5 + "third", 3),
+    ],
+)
+def test_lines_and_paragraphs_of_a_probe(content: str, count: int, tmp_path: Path) -> None:
+    (tmp_path / "probe.txt").write_text(content, encoding="utf-8")
+    assert len(generic_texts(str(tmp_path / "probe.txt"), 1000)[0]) == count

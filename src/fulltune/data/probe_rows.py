@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from fulltune.data.sources import find_files
 from fulltune.data.split import HELD_OUT
 from fulltune.errors import DataError
@@ -32,7 +35,7 @@ def refuse_trained_texts(recipe: Recipe) -> None:
         for name, files in find_files(recipe).items()
         if name not in HELD_OUT
         for place, row in files.rows(problems)
-        if any(isinstance(cell, str) and _parts(cell) & probed for cell in row.values())
+        if any(_parts(text) & probed for cell in row.values() for text in _texts(cell))
     ]
     if places:
         raise DataError(
@@ -42,5 +45,15 @@ def refuse_trained_texts(recipe: Recipe) -> None:
         )
 
 
-def _parts(cell: str) -> set[str]:
-    return {normalised(part) for part in (cell, *cell.splitlines())}
+def _texts(cell: Any) -> Iterator[str]:
+    """All texts in a cell, those of a conversation's messages too."""
+    if isinstance(cell, str):
+        yield cell
+    elif isinstance(cell, (list, tuple, Mapping)):
+        for inner in cell.values() if isinstance(cell, Mapping) else cell:
+            yield from _texts(inner)
+
+
+def _parts(text: str) -> set[str]:
+    """A text, its lines and its paragraphs."""
+    return {normalised(" ".join(part.split())) for part in (text, *text.splitlines(), *text.split("\n\n"))}

@@ -10,22 +10,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fulltune.records.forgetting import Certificate, Drift, Point
+from fulltune.records.forgetting import Certificate, Drift, Kind, Point
 
+LEAST_READ, MOST_READ, MOST_SHARED = 40, 200, 1500
+"""Of the texts of a run with a budget: that choose, and as many that are sealed; and of all."""
+SHARES: dict[Kind, tuple[float, ...]] = {"whole": (1.0, 0.8, 0.6, 0.4, 0.25, 0.1), "by layer": (0.6, 0.3, 0.0)}
+"""Points between the untouched and the trained model that are tried, besides the untouched one."""
+BISECTIONS = 2
+"""Further points, between the largest whole share that is within the budget and the next one."""
+NUM_POINTS = 1 + sum(map(len, SHARES.values())) + BISECTIONS
+MOST_ROWS = 500
+"""Eval rows that choose among the points."""
 ONE_SIDED = 1.645
 """Standard errors above the mean below which the true one lies with 95 %."""
 SURELY = 1.28
 """Standard errors of a difference of two halves that a chosen point stays away from the budget by: so that the sealed
 half says the same in nine of ten cases."""
-FIRST_WEIGHT, LEAST_WEIGHT, MOST_WEIGHT = 0.3, 0.01, 30.0
-MOST_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How generic text is weighed while training: a language model by a divergence in nats a token, others by 1 -
+    cosine, which is far smaller. Measured: docs/log.md."""
+
+    first: float
+    """Weight at the start; it stays between a tenth of this and ten times it."""
+    passing: float
+    """At the highest learning rate the drift is so many times more above what is left when the rate has fallen."""
+
+
+LANGUAGE, STATES = Weighing(1.0, 9.0), Weighing(30.0, 1.5)
+MOST_FACTOR = 1.5
 """By which the weight changes at once."""
-
-
-def limit_of(budget: float, writes: bool) -> float:
-    """The budget in the units of the drift: nats a token for language models, else 1 - cosine."""
-    return -math.log1p(-budget) if writes else budget
 
 
 def upper(measured: Drift) -> float:
@@ -33,11 +51,22 @@ def upper(measured: Drift) -> float:
     return measured.drift + ONE_SIDED * measured.error
 
 
-def next_weight(weight: float, measured: Drift, limit: float) -> float:
-    """The weight of generic text after a measurement: higher where the drift's upper bound is above the limit."""
-    step = (upper(measured) - limit) / limit
+def next_weight(weight: float, measured: Drift, limit: float, rate: float, weighing: Weighing) -> float:
+    """The weight of generic text after a measurement: higher where the drift's upper bound is above the limit.
+
+    Args:
+        weight: As it was.
+        measured: The drift.
+        limit: What may be left at the end.
+        rate: The learning rate as a share of its highest: while it is high, more drift passes again.
+        weighing: Of the kind of model.
+    """
+    allowed = limit * (1 + weighing.passing * rate)
+    if not math.isfinite(upper(measured)):
+        return weight
+    step = (upper(measured) - allowed) / allowed
     factor = math.exp(min(max(step, -math.log(MOST_FACTOR)), math.log(MOST_FACTOR)))
-    return min(max(weight * factor, LEAST_WEIGHT), MOST_WEIGHT)
+    return min(max(weight * factor, weighing.first / 10), weighing.first * 10)
 
 
 def is_within(measured: Drift, limit: float) -> bool:
@@ -46,11 +75,16 @@ def is_within(measured: Drift, limit: float) -> bool:
 
 
 def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Point:
-    """The point within the limit with the best metric; among equals the one that moved less. The untouched model, whose
-    share is 0, is within any limit."""
+    """The point within the limit with the best metric; among equals the one that moved less. The untouched model is
+    within any limit."""
     sign = 1 if greater_is_better else -1
-    possible = [point for point in points if point.share == 0 or is_within(point.measured, limit)]
-    return max(possible, key=lambda point: (sign * point.metric, -point.measured.drift))
+    possible = [point for point in points if point.is_start or is_within(point.measured, limit)]
+    # One whose metric is not finite is never better.
+    return max(possible, key=lambda point: (_finite(sign * point.metric), -point.measured.drift))
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
 
 
 def certified(measured: Drift, limit: float) -> Certificate:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from fulltune.inference.selective_head import SelectiveHead
 
-MOST_TOKENS = 256
+MOST_TOKENS = 64
+"""Where a text is cut."""
 _BATCH = 8
 
 
@@ -47,6 +48,8 @@ class GenericText:
         """Tokenise texts, cut at `most_tokens`: the same for all that are compared, also where virtual tokens take
         room."""
         ids = [tokenizer(text, truncation=True, max_length=most_tokens, verbose=False)["input_ids"] for text in texts]
+        # A single token is predicted from nothing.
+        ids = [row for row in ids if len(row) > 1 or problem_type not in LANGUAGE_MODELS]
         return cls(tuple(ids), tokenizer.pad_token_id or 0, problem_type in LANGUAGE_MODELS, precision)
 
     def read(
@@ -73,7 +76,7 @@ class GenericText:
             head=head,
             watch=lambda *_: between(),
         )
-        return kept["nll"] / np.maximum(kept["tokens"], 1)
+        return kept["nll"] / kept["tokens"]
 
     def _read_states(self, model: Any, between: Callable[[], None]) -> np.ndarray:
         import torch
@@ -109,13 +112,13 @@ class GenericText:
 NEAR_CHANCE, MOST_UNKNOWN = 0.8, 0.3
 
 
-def says_little(text: GenericText, first: np.ndarray, vocabulary: int, unknown_id: int | None) -> str:
+def says_little(text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None) -> str:
     """Why texts say little about what the untouched model could do; empty: they do.
 
     Args:
         text: The texts.
         first: What the untouched model makes of them.
-        vocabulary: Tokens that it tells apart.
+        vocabulary: Tokens that it tells apart; None: it is not known.
         unknown_id: The token that stands for what the tokenizer does not know.
     """
     told = "it says little about what the model could do before: name texts that it knows (preserve.probe)"
@@ -123,7 +126,7 @@ def says_little(text: GenericText, first: np.ndarray, vocabulary: int, unknown_i
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
     if unknown_id is not None and unknown > MOST_UNKNOWN:
         return f"generic text: {unknown:.0%} of its tokens are unknown to the tokenizer; {told}"
-    loss, chance = float(np.mean(first)), math.log(vocabulary)
+    loss, chance = float(np.mean(first)), math.log(vocabulary) if vocabulary else math.inf
     if text.writes and loss > NEAR_CHANCE * chance:
         return f"generic text: the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}); {told}"
     return ""

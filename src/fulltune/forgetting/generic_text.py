@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ from functools import cache
 from pathlib import Path
 
 from fulltune.errors import DataError
+from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_SHARED
 from fulltune.recipe.preserve import AUTO, PreserveBlock
+from fulltune.tasks.columns import normalised
 
 NUM_TEXTS = 200
-LEAST_READ, MOST_READ, MOST_SHARED = 40, 200, 1500
-"""Of the texts of a run with a budget: that steer, and as many that are sealed; and of all."""
+MOST_LINES = 30
+"""Of a paragraph, on average."""
+_BEGINNING, _BOILERPLATE = 64, 8
+"""Words by which texts differ: a model reads no more of one; documentation that begins alike goes on alike."""
 DOCUMENTATION = "docstrings of Python's standard library"
 _WORDS = (20, 120)
 _LEFT_OUT = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
@@ -40,14 +45,24 @@ def generic_texts(
     """
     if file is None:
         return _in_drawn_order(_documentation(count))[:count], DOCUMENTATION
+    if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
+        raise DataError(
+            f"{setting}: {file}: expected plain text, a line or a paragraph each; write the texts into a .txt file"
+        )
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{setting}: {file}: cannot be read ({error}); expected a text file") from None
-    parts = text.split("\n\n") if "\n\n" in text else text.splitlines()
-    found = _in_drawn_order(" ".join(part.split()) for part in parts)[:count]
+    lines = [line for line in text.splitlines() if line.strip()]
+    paragraphs = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+    # A blank line here and there makes no paragraphs of a list of lines.
+    wrapped = len(paragraphs) > 1 and len(lines) <= MOST_LINES * len(paragraphs)
+    found = _in_drawn_order(" ".join(part.split()) for part in (paragraphs if wrapped else lines))[:count]
     if len(found) < 2:
-        raise DataError(f"{setting}: {file}: holds {len(found)} texts; expected at least 2 lines or paragraphs")
+        kind = "paragraphs" if wrapped else "lines"
+        raise DataError(
+            f"{setting}: {file}: holds {len(found)} {kind}; expected at least 2 different lines or paragraphs"
+        )
     return found, file
 
 
@@ -105,8 +120,12 @@ def check_texts(block: PreserveBlock) -> None:
 
 def _in_drawn_order(texts: Iterable[str]) -> list[str]:
     """Different texts, in an order that says nothing about them."""
-    different = {text for text in texts if text}
-    return sorted(different, key=lambda text: hashlib.sha256(text.encode()).digest())
+    different = {_beginning(text, _BEGINNING): text for text in texts if text}
+    return sorted(different.values(), key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def _beginning(text: str, words: int) -> str:
+    return " ".join(normalised(text).split()[:words])
 
 
 @cache
@@ -116,12 +135,13 @@ def _documentation(count: int) -> tuple[str, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = (path.relative_to(root) for path in (*root.glob("*.py"), *root.glob("*/*.py")))
     wanted = [path for path in modules if not any(part in _LEFT_OUT for part in path.parts)]
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     for path in sorted(wanted, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest()):
         if len(found) >= count:
             break
-        found.update(dict.fromkeys(_paragraphs(root / path)))
-    return tuple(found)
+        for text in _paragraphs(root / path):
+            found.setdefault(_beginning(text, _BOILERPLATE), text)
+    return tuple(found.values())
 
 
 def _paragraphs(file: Path) -> Iterator[str]:

@@ -38,6 +38,7 @@ from dataclasses import dataclass, replace
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
+from fulltune.forgetting.budget import MOST_READ, MOST_ROWS, MOST_SHARED, NUM_POINTS
 from fulltune.models.shapes import Shapes
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import MemorySettings
@@ -225,22 +226,35 @@ def foresee(plan: Plan, summary: DataSummary, work: Work, seconds_per_step: floa
     tokens = round(plan.total_steps * plan.global_batch_size * work.tokens_per_row)
     evaluations = occasions(plan.total_steps, plan.eval_steps) + plan.eval_on_start
     rows = summary.splits["eval"].rows if "eval" in summary.splits else 0
-    generic = plan.drift_texts * GENERIC_TOKENS / work.of_task.tokens_per_row
-    step_rows, after = float(plan.global_batch_size), 0
-    if (kept := plan.preserving) is not None:
-        step_rows += kept.replay_rows * GENERIC_TOKENS / work.tokens_per_row
-        generic *= 1 + plan.total_steps / kept.steer_steps / evaluations
-        after = kept.num_points
+    generic = texts_read(plan, evaluations) * GENERIC_TOKENS / work.of_task.tokens_per_row
+    scored = evaluations * rows + rows_of_points(plan, rows) + generic
+    replayed = 0 if plan.preserving is None else plan.preserving.replay_rows
+    step_rows = plan.global_batch_size + replayed * GENERIC_TOKENS / work.tokens_per_row
     saves = occasions(plan.total_steps, plan.eval_steps, plan.save_steps)
     one = plan.disk.one_checkpoint if plan.disk else plan.state.weights + plan.state.optimizer
     return TimeNeed(
         train_seconds=plan.total_steps * seconds_per_step * step_rows / plan.global_batch_size,
-        eval_seconds=(evaluations + after) * work.of_task.forward_flops(rows + generic) / forward_flops,
+        eval_seconds=work.of_task.forward_flops(scored) / forward_flops,
         save_seconds=saves * one / DISK_BYTES_PER_SECOND,
         tokens=tokens,
         tokens_per_second=plan.global_batch_size * work.tokens_per_row / seconds_per_step,
         source="arithmetic",
     )
+
+
+def texts_read(plan: Plan, evaluations: int) -> int:
+    """Generic texts that are read without being trained on, each time counted."""
+    kept = plan.preserving
+    if kept is None:
+        return plan.drift_texts * evaluations
+    at_end = (NUM_POINTS + 2) * MOST_READ  # those that choose, at each point, and twice those that are sealed
+    remembered = min(MOST_SHARED, plan.total_steps * kept.replay_rows)
+    return plan.drift_texts * (evaluations + plan.total_steps // kept.steer_steps) + at_end + remembered
+
+
+def rows_of_points(plan: Plan, rows: int) -> int:
+    """Eval rows that are scored to choose among the points of a budget."""
+    return 0 if plan.preserving is None else NUM_POINTS * min(rows, MOST_ROWS)
 
 
 def occasions(total_steps: int, *intervals: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fulltune.plan.reasons import FROM_RECIPE, Reasons
@@ -22,8 +23,6 @@ STEERED = 20
 """Measurements that set the weight of generic text."""
 REPLAYED = 0.125
 """Generic tokens that are trained along, as a share of a step's."""
-MOST_TOKENS = 64
-"""Where a text is cut."""
 
 
 def settle(
@@ -69,7 +68,7 @@ def preserving(
     train = summary.splits["train"]
     tokens = global_batch_size * train.tokens / max(1, train.rows)
     rows = max(2, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
-    every = max(1, total_steps // STEERED)
+    every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
     reasons.add("preserve.budget", block.budget)
     if rows:

@@ -50,6 +50,7 @@ PINNED: Mapping[str, str] = {
 _ANSWERS: tuple[tuple[str, str], ...] = (
     # model
     ("write model", "base_model model_name model_name_or_path model_id pretrained_model_name_or_path checkpoint"),
+    ("write preserve.probe", "generic_text"),
     (
         "not yet: put the tokenizer and a model with as many embedding rows into a folder, and write model: FOLDER",
         "tokenizer tokenizer_name tokenizer_path add_tokens new_tokens special_tokens tokens_to_add add_special_tokens "

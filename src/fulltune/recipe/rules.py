@@ -282,12 +282,16 @@ def _preserved(recipe: Recipe) -> list[str]:
     block, name = recipe.preserve, "preserve.budget"
     if FACTS[recipe.task].reads == "image" and block != PreserveBlock(drift=block.drift):
         return [f"preserve: is for tasks with text, and {recipe.task} reads images; remove it"]
+    if block.probe is not None and not block.drift and block.budget is None and not recipe.methods:
+        return ["preserve.probe: has no effect with preserve.drift: false; remove one of them"]
     if block.budget is None:
         has_none = block.replay == AUTO
         return [] if has_none else [f"preserve.replay: has no effect without {name}; give a budget such as 1%"]
     problems = []
     if not block.drift:
         problems.append(f"preserve.drift: false, but {name} needs it; remove one of them")
+    if recipe.task == "seq2seq":
+        problems.append(f"{name}: not yet for seq2seq, of which only the encoder is measured; remove it")
     if recipe.train.optimizer_in_backward:
         problems.append(f"{name}: cannot go with train.optimizer_in_backward, which updates before generic text counts")
     if _deepspeed(recipe):

@@ -12,6 +12,11 @@ from fulltune.records.base import Record
 Kind = Literal["whole", "by layer"]
 
 
+def limit_of(budget: float, writes: bool) -> float:
+    """A budget in the units of the drift: nats a token for language models, else 1 - cosine."""
+    return -math.log1p(-budget) if writes else budget
+
+
 class Drift(Record):
     """The drift on some generic texts."""
 
@@ -28,11 +33,16 @@ class Point(Record):
     kind: Kind
     """Every tensor by the same share; or the lowest layer by the share, and those above by more up to all of it."""
     share: float
-    """0: the untouched model; 1: the trained one."""
+    """Of the way from the untouched model to the trained one; by layer that of the lowest layer."""
     measured: Drift
     """On the texts that choose."""
     metric: float
     """On the eval rows."""
+
+    @property
+    def is_start(self) -> bool:
+        """The untouched model."""
+        return (self.kind, self.share) == ("whole", 0)
 
 
 class Certificate(Record):
@@ -62,13 +72,23 @@ class Preserved(Record):
     points: tuple[Point, ...]
     chosen: Point
     certificate: Certificate
-    opened: str
-    """When the sealed texts were opened, ISO 8601."""
+    trained: str
+    """Tells the trained weights from those of another training in the same folder."""
+    opened: tuple[str, ...]
+    """When the sealed texts were opened, ISO 8601; more than once where the model was trained anew."""
 
     @property
     def start(self) -> Point:
         """The untouched model."""
-        return next(point for point in self.points if (point.kind, point.share) == ("whole", 0))
+        return next(point for point in self.points if point.is_start)
+
+    @property
+    def why(self) -> str:
+        """Why the kept weights are not the trained ones; empty: they are."""
+        kind, share = self.chosen.kind, self.chosen.share
+        if (kind, share) == ("whole", 1):
+            return ""
+        return f"scaled back to {share:.0%} of the way ({kind}), within the budget for forgetting (preserve.budget)"
 
     @property
     def is_feasible(self) -> bool:

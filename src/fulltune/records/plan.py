@@ -128,8 +128,6 @@ class Preserving(Record):
     """Generic texts that are trained along in each step."""
     steer_steps: int
     """Steps between two measurements that set their weight."""
-    num_points: int = 14
-    """Points that are tried after training, at most: see `train.worker.within_budget`."""
 
 
 class Plan(Record):

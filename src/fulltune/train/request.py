@@ -49,6 +49,11 @@ class Request(Record):
         return self.folder / INITIAL_WEIGHTS
 
     @property
+    def trained_weights(self) -> Path:
+        """Those after training, while a point between them and the initial ones is chosen."""
+        return self.folder / "trained.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         """Shared by the attempts of a trial, so that the best one can be older than the attempt."""
         if self.probe:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Steered
-from fulltune.records.forgetting import Drift, Preserved
+from fulltune.records.forgetting import Drift, Preserved, limit_of
 from fulltune.records.plan import Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -47,7 +47,10 @@ def _of(view: RunView, trial: str) -> list[Block]:
     title = "rise of the loss on generic text" if writes else "turn of the hidden states on generic text"
     figures = [Figure(learning_curve(title, points, "drift", kept), title, curve_in_words(points, "drift", kept))]
     errors = dict(history.evaluation.get("drift_error", ()))
-    said = [Paragraph(" ".join((in_words(points, errors, kept, writes), _about(plan))))]
+    moved = in_words(points, errors, kept, writes)
+    if found is not None and found.why:
+        moved = f"Before its change was scaled back: {moved}"
+    said = [Paragraph(f"{moved} {_about(plan)}")]
     if found is None:
         return [*said, Figures(tuple(figures))]
     title = f"{words.metric_name(found.metric)} by drift on generic text"
@@ -111,6 +114,8 @@ def verdict(found: Preserved) -> str:
             f"{what}. Give a larger budget, more replayed text, or take another method."
         )
     label = "PASS" if found.certificate.passed else "FAIL"
+    if len(found.opened) > 1:
+        label += f" (opened {len(found.opened)} times, because the model was trained anew)"
     way = _way(found.chosen.kind, found.chosen.share)
     trained = next(point for point in found.points if (point.kind, point.share) == ("whole", 1))
     metric = format_metric(found.metric, found.chosen.metric)
@@ -139,7 +144,7 @@ def _frontier(found: Preserved) -> list[str]:
     """The best metric at each of `BUDGETS`, as far as the points tell."""
     said = []
     for budget in BUDGETS:
-        limit = -math.log1p(-budget) if found.writes else budget
+        limit = limit_of(budget, found.writes)
         inside = [point for point in found.points if point.measured.drift <= limit]
         best = max(inside, key=found.gain_of, default=found.start)
         said.append(f"{format_metric(found.metric, best.metric)} at {format_percent(budget)}")

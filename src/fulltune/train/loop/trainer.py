@@ -80,6 +80,8 @@ class FullTrainer(Guarded, Trainer):
     """What each eval row contributed to the metric before step 1, float64 [rows, k]."""
     generic_start: np.ndarray | None = None
     """What the untouched model made of generic texts: see `forgetting.drift.GenericText`."""
+    generic_identity: str = ""
+    """Tells these texts from others."""
 
     def __init__(
         self,
@@ -201,6 +203,7 @@ class FullTrainer(Guarded, Trainer):
             if self.args.should_save:
                 folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
                 guard = self.seen.as_json() | {"left_evaluation": self.left_evaluation}
+                guard["generic_texts"] = self.generic_identity
                 if self.replay is not None:
                     guard["replay_weight"] = self.replay.weight
                 files.write_json(folder / checkpoints.GUARD, guard)

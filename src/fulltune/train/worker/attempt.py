@@ -96,7 +96,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     if decision.action == "stop":
         raise GuardStop(decision.reason)
     kept = keep_best(attempt, state)
-    keep_within(attempt)
+    preserved = keep_within(attempt)
     recorder.phase("saving the model")
     whole_state = weights.whole_state(trainer)
     if not attempt.is_main:
@@ -109,8 +109,8 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
         "reason": "early stopping" if state.global_step < attempt.plan.total_steps else "all steps done",
         "steps": state.global_step,
         "best_step": kept.step or state.global_step,
-        "best_metric": kept.metric,
-        "kept_because": kept.why,
+        "best_metric": kept.metric if preserved is None else preserved.chosen.metric,
+        "kept_because": kept.why if preserved is None else preserved.why,
         "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if attempt.summary.mixed else (),
         "moved": moved,
         "checks": tuple(attempt.checks),
@@ -178,7 +178,7 @@ def _fit(attempt: AttemptContext) -> tuple[Any, Any]:
     attempt.journal.at("step" if request.checkpoint is None else "resuming")
     if request.checkpoint is not None:
         checkpoint = Path(request.checkpoint)
-        _put_back(trainer, checkpoint)
+        _put_back(attempt, checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
         if state.global_step >= attempt.plan.total_steps or attempt.early_stopping.is_over(state):
             attempt.journal.write("resume", f"{checkpoint.name} was the last one: nothing is left to train")
@@ -208,11 +208,13 @@ def _stop_before_training(attempt: AttemptContext) -> None:
         )
 
 
-def _put_back(trainer: Any, checkpoint: Path) -> None:
+def _put_back(attempt: AttemptContext, checkpoint: Path) -> None:
     """Give the trainer what its guards had when the checkpoint was saved."""
+    trainer: Any = attempt.trainer
     if remembered := checkpoints.guard_state(checkpoint):
         trainer.seen = StepMemory.from_json(remembered)
         trainer.left_evaluation = remembered.get("left_evaluation", False)
+        attempt.drifting.refuse_others(remembered.get("generic_texts"))
         if trainer.replay is not None:
             trainer.replay.weight = remembered["replay_weight"]
     for name, kept in (("start", checkpoints.START), ("generic_start", checkpoints.GENERIC)):

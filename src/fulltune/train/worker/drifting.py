@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fulltune.forgetting.drift import GenericText, measured, says_little
-from fulltune.forgetting.generic_text import generic_texts, parts
+from fulltune.errors import SetupError
+from fulltune.forgetting.drift import MOST_TOKENS, GenericText, measured, says_little
+from fulltune.forgetting.generic_text import DOCUMENTATION, generic_texts, parts
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
-from fulltune.plan.watching import MOST_TOKENS
 from fulltune.records.forgetting import Drift
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train.loop.trainer import StoppedScoring
@@ -30,6 +31,8 @@ class Drifting:
     most_tokens: int = MOST_TOKENS
     """Where a text is cut."""
     tokenizer: Any = None
+    identity: str = ""
+    """Of all generic texts of the run."""
 
     @classmethod
     def of(cls, attempt: AttemptContext, model: Any, tokenizer: Any) -> Drifting:
@@ -38,10 +41,34 @@ class Drifting:
         room = (position_limit(model.config) or MOST_TOKENS) - virtual_tokens_of(model)
         drifting = cls(attempt, None, min(MOST_TOKENS, room), tokenizer)
         if plan.drift_texts:
-            of_budget = plan.preserving is not None
-            texts = parts(block).choosing if of_budget else generic_texts(block.probe, plan.drift_texts)[0]
+            found = parts(block) if plan.preserving is not None else None
+            texts = found.choosing if found else generic_texts(block.probe, plan.drift_texts)[0]
             drifting.text = drifting.text_of(texts[: plan.drift_texts])
+            everything = [*found.choosing, *found.sealed, *found.replayed] if found else texts
+            drifting.identity = hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
         return drifting
+
+    def refuse_others(self, identity: str | None) -> None:
+        """Compare with the texts of the checkpoint that is continued.
+
+        Raises:
+            SetupError: They are others, and a budget rests on them; without one nothing is measured any more.
+        """
+        if self.text is None or identity in (None, self.identity):
+            return
+        probe = self.attempt.recipe.preserve.probe
+        said = (
+            f"preserve.probe: {probe or DOCUMENTATION}: the texts changed since this run began, so what it measured "
+            "belongs to other ones"
+        )
+        if self.attempt.plan.preserving is not None:
+            raise SetupError(f"{said}; put the old file back, or start a new run (--fresh)")
+        self.text = None
+        self._warn(f"{said}; drift is not measured from here on")
+
+    def _warn(self, text: str) -> None:
+        self.attempt.journal.write("warning", text)
+        self.attempt.recorder.warn(text)
 
     def text_of(self, texts: Sequence[str]) -> GenericText:
         """Texts as the attempt's model reads them."""
@@ -50,18 +77,22 @@ class Drifting:
 
     def numbers(self) -> dict[str, float]:
         """`drift`, the mean over the texts, and `drift_error`, its standard error; nothing where it is not known."""
-        found = self.read()
+        found = self.read(leaves=True)
         return {} if found is None else {"drift": found.drift, "drift_error": found.error}
 
-    def read(self) -> Drift | None:
-        """How far the texts have moved; None where it is not known."""
+    def read(self, *, leaves: bool = False) -> Drift | None:
+        """How far the texts have moved; None where it is not known.
+
+        Args:
+            leaves: It is part of an evaluation, which is left when the run is told to stop.
+        """
         attempt, trainer = self.attempt, self.attempt.trainer
         is_start = trainer.state.global_step == 0
         # A checkpoint of an earlier version does not say where the model began.
         if self.text is None or (trainer.generic_start is None and not is_start):
             return None
         # Several processes stop together, at the end of a step.
-        between = attempt.between_batches if trainer.args.world_size == 1 else attempt.alive
+        between = attempt.between_batches if leaves and trainer.args.world_size == 1 else attempt.alive
         try:
             with attempt.journal.during("evaluation"):
                 now = self.text.read(trainer.model, trainer.head, between)
@@ -72,14 +103,11 @@ class Drifting:
                 raise
             # What only watches must not end a run; it is said, and the report has no curve.
             self.text = None
-            said = f"drift on generic text is not measured: {type(error).__name__}: {error}"[:300]
-            attempt.journal.write("warning", said)
-            attempt.recorder.warn(said)
+            self._warn(f"drift on generic text is not measured: {type(error).__name__}: {error}"[:300])
             return None
         if is_start or trainer.generic_start is None:
             trainer.generic_start = now
-            vocabulary = trainer.model.config.get_text_config().vocab_size
+            vocabulary = getattr(trainer.model.config.get_text_config(), "vocab_size", None)
             if why := says_little(self.text, now, vocabulary, self.tokenizer.unk_token_id):
-                attempt.journal.write("warning", why)
-                attempt.recorder.warn(why)
+                self._warn(why)
         return measured(trainer.generic_start, now)

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from fulltune import methods, probe
 from fulltune.errors import SetupError
-from fulltune.forgetting.budget import FIRST_WEIGHT, limit_of
+from fulltune.forgetting.budget import LANGUAGE, STATES
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import MIXED, Rows
@@ -26,6 +26,7 @@ from fulltune.models.load import load
 from fulltune.models.processors import opened
 from fulltune.records.data import DataSummary
 from fulltune.records.events import StepSkipped
+from fulltune.records.forgetting import limit_of
 from fulltune.system import deepspeed
 from fulltune.tasks import LossSettings, Target, Task
 from fulltune.tasks.settings import class_weights
@@ -45,6 +46,8 @@ from fulltune.train.worker.steering import Steering
 
 _MOST_NAMED = 32
 """Rows of a skipped step."""
+_MOST_LOGITS = 2**24
+"""Of generic text at once: 64 MiB."""
 
 
 def load_for_training(
@@ -150,6 +153,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(attempt.request.tensorboard)
     attempt.drifting = Drifting.of(attempt, model, tokenizer)
+    attempt.trainer.generic_identity = attempt.drifting.identity
     _replay(attempt)
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
@@ -163,16 +167,18 @@ def _replay(attempt: AttemptContext) -> None:
         return
     rows = plan.preserving.replay_rows
     text = attempt.drifting.text_of(parts(attempt.recipe.preserve).replayed[: plan.total_steps * rows])
-    # No more tokens at once than a micro batch has; one text where activations are recomputed, which happens only in
-    # training mode, and for a language model, whose logits are whole.
+    # No more tokens at once than a micro batch has, and of a language model no more logits than are small; one text
+    # where activations are recomputed, which happens in training mode alone.
     at_once = plan.micro_batch_size * attempt.summary.max_length // attempt.drifting.most_tokens
-    at_once = 1 if plan.activation_checkpointing or text.writes else max(1, min(rows, at_once))
-    trainer.replay = replay = Replay(text, rows, at_once, plan.seed, FIRST_WEIGHT)
+    if text.writes:
+        at_once = min(at_once, _MOST_LOGITS // (attempt.drifting.most_tokens * trainer.model.config.vocab_size))
+    at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
+    weighing = LANGUAGE if text.writes else STATES
+    trainer.replay = replay = Replay(text, rows, at_once, plan.seed, weighing.first)
     attempt.recorder.phase("reading generic text with the untouched model")
-    trainer.model.to(trainer.args.device)
     replay.remember(trainer, attempt.alive)
     limit = limit_of(plan.preserving.budget, text.writes)
-    trainer.add_callback(Steering(attempt, replay, limit, plan.preserving.steer_steps))
+    trainer.add_callback(Steering(attempt, replay, limit, weighing, plan.preserving.steer_steps))
 
 
 def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:

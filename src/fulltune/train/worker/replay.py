@@ -56,13 +56,17 @@ class Replay:
             self.before = list(self.text.read(trainer.model, between=between))
             return
         found: list[Any] = []
+        was_training = trainer.model.training
         trainer.model.eval()
-        for position in range(len(self.text.ids)):
+        for positions in batches(range(len(self.text.ids)), self.rows_per_pass):
             between()
             with torch.no_grad(), autocast(trainer.args.device.type, self.text.precision):
-                logs = F.log_softmax(self._logits(trainer, [position]).float(), dim=-1)
+                logs = F.log_softmax(self._logits(trainer, positions).float(), dim=-1)
             top, ids = logs.topk(min(LIKELIEST, logs.shape[-1]), dim=-1)
-            found.append((top.half().cpu().numpy(), ids.int().cpu().numpy()))
+            sizes = [len(self.text.ids[position]) - 1 for position in positions]
+            kept = (top.half().cpu(), ids.int().cpu())
+            found += zip(*([part.numpy() for part in one.split(sizes)] for one in kept), strict=True)
+        trainer.model.train(was_training)
         self.before = found
 
     def add_gradient(self, trainer: FullTrainer) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fulltune.forgetting.budget import next_weight
+from fulltune.forgetting.budget import Weighing, next_weight
 from fulltune.records.events import Steered
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.replay import Replay
@@ -20,6 +20,7 @@ class Steering(TrainerCallback):
     attempt: AttemptContext
     replay: Replay
     limit: float
+    weighing: Weighing
     every: int
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -28,7 +29,9 @@ class Steering(TrainerCallback):
         measured = self.attempt.drifting.read()
         if measured is None:
             return
-        self.replay.weight = next_weight(self.replay.weight, measured, self.limit)
+        schedule: Any = self.attempt.trainer.lr_scheduler
+        rate = schedule.get_last_lr()[0] / self.attempt.plan.learning_rate
+        self.replay.weight = next_weight(self.replay.weight, measured, self.limit, rate, self.weighing)
         self.attempt.recorder.write(
             Steered(step=state.global_step, drift=measured.drift, error=measured.error, weight=self.replay.weight)
         )

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fulltune.inference.run import batches, longest_first
-from fulltune.plan.time import GENERIC_TOKENS
+from fulltune.plan.time import GENERIC_TOKENS, rows_of_points, texts_read
 from fulltune.records.plan import TimeNeed
 from fulltune.train import checkpoints
 from fulltune.train.worker.forecast import (
@@ -95,18 +95,19 @@ def _schedule(passes: Passes, first_step: int, test_share: float) -> tuple[Sched
     # Several processes take the eval batches in turn.
     evaluation = list(batches(longest_first(passes.eval_lengths), plan.eval_batch_size))[:: plan.num_processes]
     train = _counted(passes.lengths, parts)
-    generic = Counter({Shape(1, GENERIC_TOKENS): plan.drift_texts})
-    replayed: dict[Shape, float] = {}
     evaluations = times_between(first_step, plan.total_steps, plan.eval_steps)
     evaluations += plan.eval_on_start and first_step == 0
-    if (kept := plan.preserving) is not None:
-        replayed = {Shape(1, GENERIC_TOKENS): steps * kept.replay_rows / plan.num_processes}
-        evaluations += kept.num_points
+    rows = len(passes.eval_lengths)
+    more = rows_of_points(plan, rows) / max(1, rows)
+    # Of an evaluation's share of all that is read.
+    generic = Counter({Shape(1, GENERIC_TOKENS): round(texts_read(plan, evaluations) / max(1.0, evaluations + more))})
+    if plan.preserving is not None and counted:
+        train[Shape(1, GENERIC_TOKENS)] += round(counted * plan.preserving.replay_rows / plan.num_processes)
     schedule = Schedule(
         steps=steps,
-        train={shape: times * steps / counted for shape, times in train.items()} | replayed,
+        train={shape: times * steps / counted for shape, times in train.items()},
         evaluation=_counted(passes.eval_lengths, evaluation) + generic,
-        evaluations=evaluations,
+        evaluations=round(evaluations + more),
         # Also at each evaluation.
         saves=times_between(first_step, plan.total_steps, plan.eval_steps, plan.save_steps),
         num_processes=plan.num_processes,

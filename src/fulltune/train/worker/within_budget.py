@@ -4,6 +4,7 @@ and certified on texts that nothing has read before.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from datetime import datetime
@@ -15,21 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fulltune import methods
-from fulltune.forgetting.budget import best, certified, is_within, limit_of
+from fulltune.errors import InterruptedRun
+from fulltune.forgetting.budget import BISECTIONS, MOST_ROWS, SHARES, best, certified, is_within
 from fulltune.forgetting.drift import GenericText, measured
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Certified
-from fulltune.records.forgetting import Drift, Kind, Point, Preserved
+from fulltune.records.forgetting import Drift, Kind, Point, Preserved, limit_of
 from fulltune.train.optim.groups import depths
 from fulltune.train.worker.context import AttemptContext
 
-SHARES: dict[Kind, tuple[float, ...]] = {"whole": (1.0, 0.8, 0.6, 0.4, 0.25, 0.1), "by layer": (0.6, 0.3, 0.0)}
-BISECTIONS = 2
-"""Between the largest share that is within the budget and the next one."""
-MOST_ROWS = 500
-"""Eval rows that choose among the points."""
 PHASE = "choosing how far to go within the budget for forgetting"
 
 
@@ -46,6 +43,8 @@ class Line:
         self.trained, self.before, self.after = methods.trained(model), before, after
         self.depths = depths(list(self.trained))
         save_file({name: one.detach().cpu().contiguous() for name, one in self.trained.items()}, after)
+        with after.open("rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     def put(self, kind: Kind, share: float) -> None:
         """Move the model there. Of LoRA's two matrices the second alone is scaled, and with it their product."""
@@ -64,28 +63,29 @@ class Line:
 def keep_within(attempt: AttemptContext) -> Preserved | None:
     """Move the trained model back as far as its budget asks for, once; None: the recipe gives none.
 
-    A certificate that is there already is kept with its choice: the sealed texts are opened once in a run folder.
+    A certificate of these weights that is there already is kept with its choice: their sealed texts are opened once.
     """
     plan, request = attempt.plan, attempt.request
     if plan.preserving is None:
         return None
-    line = Line(attempt.trainer.model, request.initial_weights, request.folder / "trained.safetensors")
+    record = Path(request.run_folder) / "preserve" / f"{plan.trial}.json"
     try:
-        record = Path(request.run_folder) / "preserve" / f"{plan.trial}.json"
-        if record.exists():
-            found = Preserved.load(record)
-        else:
-            found = _chosen(attempt, line)
+        line = Line(attempt.trainer.model, request.initial_weights, request.trained_weights)
+        earlier = Preserved.load(record) if record.exists() else None
+        found = earlier
+        if earlier is None or earlier.trained != line.digest:
+            found = _chosen(attempt, line, earlier.opened if earlier else ())
             record.parent.mkdir(exist_ok=True)
             found.save(record)
             attempt.recorder.write(Certified(preserved=found))
+        assert found is not None
         line.put(found.chosen.kind, found.chosen.share)
         return found
     finally:
-        line.after.unlink()
+        request.trained_weights.unlink(missing_ok=True)
 
 
-def _chosen(attempt: AttemptContext, line: Line) -> Preserved:
+def _chosen(attempt: AttemptContext, line: Line, earlier: tuple[str, ...]) -> Preserved:
     plan, trainer = attempt.plan, attempt.trainer
     assert plan.preserving is not None
     attempt.recorder.phase(PHASE)
@@ -98,6 +98,8 @@ def _chosen(attempt: AttemptContext, line: Line) -> Preserved:
     start = choosing.read(trainer.model, trainer.head, attempt.alive)
 
     def at(kind: Kind, share: float) -> Point:
+        if attempt.stop.asked:
+            raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(kind, share)
         now = choosing.read(trainer.model, trainer.head, attempt.alive)
         # Not `attempt.score`, in which all processes have a part: the first one is alone by now.
@@ -123,7 +125,8 @@ def _chosen(attempt: AttemptContext, line: Line) -> Preserved:
         points=tuple(sorted(points, key=lambda point: (point.kind, point.share), reverse=True)),
         chosen=chosen,
         certificate=certificate,
-        opened=opened,
+        trained=line.digest,
+        opened=(*earlier, opened),
     )
 
 
