@@ -36,7 +36,7 @@ class Weighing:
     cosine, which is far smaller. Measured: docs/log.md."""
 
     first: float
-    """Weight at the start; it stays between a tenth of this and ten times it."""
+    """Weight at the start, and the least: at less, far more was lost, and hardly more learned. Ten times is the most."""
     passing: float
     """At the highest learning rate the drift is so many times more above what is left when the rate has fallen."""
 
@@ -66,7 +66,7 @@ def next_weight(weight: float, measured: Drift, limit: float, rate: float, weigh
         return weight
     step = (upper(measured) - allowed) / allowed
     factor = math.exp(min(max(step, -math.log(MOST_FACTOR)), math.log(MOST_FACTOR)))
-    return min(max(weight * factor, weighing.first / 10), weighing.first * 10)
+    return min(max(weight * factor, weighing.first), weighing.first * 10)
 
 
 def is_within(measured: Drift, limit: float) -> bool:
