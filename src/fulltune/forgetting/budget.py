@@ -36,7 +36,7 @@ class Weighing:
     cosine, which is far smaller. Measured: docs/log.md."""
 
     first: float
-    """Weight at the start, and the least: at less, far more was lost, and hardly more learned. Ten times is the most."""
+    """Weight at the start, and the least: at less far more was lost, and hardly more learned; ten times is the most."""
     passing: float
     """At the highest learning rate the drift is so many times more above what is left when the rate has fallen."""
 

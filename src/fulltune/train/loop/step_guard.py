@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 WINDOW = 64
@@ -166,9 +167,11 @@ def _stayed_high(seen: StepMemory) -> str:
     before, last = seen.losses[:-STAYS], seen.losses[-STAYS:]
     if seen.first is None or len(before) < LEAST:
         return ""
-    usual, spread = _usual(before[-WINDOW:], 0.0)
-    now = statistics.median(last)
-    if min(last) <= usual or now - usual <= max(STAY_SCORE * spread, LEAST_RISE * abs(seen.first)):
+    losses = before[-WINDOW:]
+    usual, now = statistics.median(losses), statistics.median(last)
+    # From one step to the next: a loss that falls fast is spread widely around its median, without any noise.
+    noise = MAD * statistics.median(abs(one - other) for one, other in pairwise(losses)) / math.sqrt(2)
+    if min(last) <= usual or now - usual <= max(STAY_SCORE * noise, LEAST_RISE * abs(seen.first)):
         return ""
     return f"the loss rose and stays: {usual:.3g} was usual, and the median of the last {STAYS} steps is {now:.3g}"
 

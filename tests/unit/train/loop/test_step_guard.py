@@ -122,6 +122,15 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
     assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
 
 
+@pytest.mark.parametrize(("rise", "stops"), [(0.0, False), (0.9, True)])
+def test_loss_that_falls_fast_hides_no_rise(rise: float, stops: bool) -> None:
+    """From 4 to 2 in 84 steps, with noise of 0.1: around their median these spread by half."""
+    drawn = random.Random(0)
+    falling = [(4 - step / 42 + drawn.gauss(0, 0.1), 2.0) for step in range(WINDOW + STAYS)]
+    after_it = [(2.0 + rise + drawn.gauss(0, 0.1), 2.0) for _ in range(STAYS)]
+    assert (several(StepMemory(), [*falling, *after_it])[-1].action == "stop") == stops
+
+
 def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> None:
     """The loss began at 1 and is 0.001 by now; a loss of 0.2 is 200 times the usual one."""
     seen = StepMemory((*after(LEAST).losses, *[0.001] * WINDOW)[-WINDOW:], (-3.0,) * WINDOW, first=1.0)
