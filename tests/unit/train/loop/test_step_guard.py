@@ -122,7 +122,7 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
     assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
 
 
-@pytest.mark.parametrize(("rise", "stops"), [(0.0, False), (1.5, True)])
+@pytest.mark.parametrize(("rise", "stops"), [(0.0, False), (2.0, True)])
 def test_loss_that_falls_fast_hides_no_rise(rise: float, stops: bool) -> None:
     """From 4 to 2 in 84 steps, with noise of 0.1: around their median these spread by half."""
     drawn = random.Random(0)
