@@ -21,8 +21,8 @@ FEWEST, MOST = 8, 64
 """Texts."""
 STEERED = 20
 """Measurements that set the weight of generic text."""
-REPLAYED = 0.125
-"""Generic tokens that are trained along, as a share of a step's."""
+REPLAYED, FEWEST_REPLAYED = 0.125, 4
+"""Generic tokens that are trained along, as a share of a step's; and texts, of which few are a noisy gradient."""
 
 
 def settle(
@@ -67,7 +67,7 @@ def preserving(
         return None
     train = summary.splits["train"]
     tokens = global_batch_size * train.tokens / max(1, train.rows)
-    rows = max(2, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
+    rows = max(FEWEST_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
     every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
     reasons.add("preserve.budget", block.budget)
