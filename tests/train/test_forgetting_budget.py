@@ -79,7 +79,7 @@ def test_weight_stays_between_its_bounds(weighing: budget.Weighing) -> None:
     for _ in range(20):
         high = budget.next_weight(high, at(1.0), 0.01, 0.0, weighing)
         low = budget.next_weight(low, at(0.0), 0.01, 0.0, weighing)
-    assert (low, high) == (weighing.first, weighing.first * 10)
+    assert (low, high) == (weighing.first, weighing.most)
 
 
 def test_limit_is_what_makes_a_token_so_much_less_likely() -> None:
@@ -133,8 +133,10 @@ def record(chosen: Point, points: list[Point], sealed: Drift, limit: float = 0.0
 def test_verdict_in_words() -> None:
     points = [point(0, 0, 0.5), point(0.5, 0.01, 0.7), point(1, 0.05, 0.9)]
     passed = verdict(record(points[1], points, at(0.012, 0.001)))
-    assert passed.startswith("Forgetting, budget 2.0%: PASS. Generic text: 1.2% on 100 texts that nothing had read")
-    assert "with 95% at most 1.4%" in passed
+    assert passed.startswith(
+        "Forgetting, budget 2.0%: PASS: generic text turned by 1.2% (1 - cosine; with 95% certainty"
+    )
+    assert "at most 1.4%), on 100 texts that nothing had read before" in passed
     assert "50.0% of the trained model's gain" in passed
     assert "FAIL" in verdict(record(points[1], points, at(0.03, 0.001)))
     impossible = verdict(record(points[0], points, at(0.0, 0.0)))

@@ -36,12 +36,14 @@ class Weighing:
     cosine, which is far smaller. Measured: docs/log.md."""
 
     first: float
-    """Weight at the start, and the least: at less far more was lost, and hardly more learned; ten times is the most."""
+    """Weight at the start, and the least: at less far more was lost, and hardly more learned."""
+    most: float
+    """At more hardly less was lost, and less learned."""
     passing: float
     """At the highest learning rate the drift is so many times more above what is left when the rate has fallen."""
 
 
-LANGUAGE, STATES = Weighing(1.0, 9.0), Weighing(30.0, 1.5)
+LANGUAGE, STATES = Weighing(1.0, 10.0, 9.0), Weighing(30.0, 100.0, 1.5)
 MOST_FACTOR = 1.5
 """By which the weight changes at once."""
 
@@ -66,7 +68,7 @@ def next_weight(weight: float, measured: Drift, limit: float, rate: float, weigh
         return weight
     step = (upper(measured) - allowed) / allowed
     factor = math.exp(min(max(step, -math.log(MOST_FACTOR)), math.log(MOST_FACTOR)))
-    return min(max(weight * factor, weighing.first), weighing.first * 10)
+    return min(max(weight * factor, weighing.first), weighing.most)
 
 
 def is_within(measured: Drift, limit: float) -> bool:

@@ -49,7 +49,7 @@ def _of(view: RunView, trial: str) -> list[Block]:
     errors = dict(history.evaluation.get("drift_error", ()))
     moved = in_words(points, errors, kept, writes)
     if found is not None and found.why:
-        moved = f"Before its change was scaled back: {moved}"
+        moved = f"Of the trained model, before it was scaled back: {moved[0].lower()}{moved[1:]}"
     said = [Paragraph(f"{moved} {_about(plan)}")]
     if found is None:
         return [*said, Figures(tuple(figures))]
@@ -102,16 +102,16 @@ def _size(value: float, error: float, writes: bool) -> str:
 def verdict(found: Preserved) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
     sealed, budget = found.certificate.measured, format_percent(found.budget)
-    of = f"on {counted(sealed.texts, 'text')} that nothing had read before"
-    upper = f"with 95% at most {_as_share(found.certificate.upper, found.writes)}"
-    kept = f"{_as_share(sealed.drift, found.writes)} {of}, {upper}"
-    what = "less likely a token" if found.writes else "turned (1 - cosine)"
+    upper = f"with 95% certainty at most {_as_share(found.certificate.upper, found.writes)}"
+    by = f"{_as_share(sealed.drift, found.writes)}"
+    what = f"a token got {by} less likely ({upper})" if found.writes else f"turned by {by} (1 - cosine; {upper})"
+    kept = f"generic text {what}, on {counted(sealed.texts, 'text')} that nothing had read before"
     if not found.is_feasible:
         start = f"{words.metric_name(found.metric)} {format_metric(found.metric, found.start.metric)}"
         return (
             f"Forgetting, budget {budget}: infeasible. No point between the untouched and the trained model stays "
-            f"within it and is better than the untouched one ({start} on eval rows). The model that is kept: {kept} "
-            f"{what}. Give a larger budget, more replayed text, or take another method."
+            f"within it and is better than the untouched one ({start} on eval rows). Of what is kept: {kept}. "
+            "Give a larger budget, or another method."
         )
     label = "PASS" if found.certificate.passed else "FAIL"
     if len(found.opened) > 1:
@@ -122,7 +122,7 @@ def verdict(found: Preserved) -> str:
     gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
     return (
-        f"Forgetting, budget {budget}: {label}. Generic text: {kept} {what}. Kept: {way}, "
+        f"Forgetting, budget {budget}: {label}: {kept}. Kept: {way}, "
         f"{words.metric_name(found.metric)} {metric} on eval rows{share}."
     )
 
@@ -130,9 +130,11 @@ def verdict(found: Preserved) -> str:
 def _way(kind: str, share: float) -> str:
     if (kind, share) == ("whole", 1):
         return "the trained model"
+    if (kind, share) == ("whole", 0):
+        return "the untouched model"
     if kind == "whole":
         return f"{format_percent(share)} of the way from the untouched to the trained model"
-    return f"{format_percent(share)} of the way in the lowest layer, rising to all of it in the highest"
+    return f"{format_percent(share)} of the way in the lowest layer, all of it in the highest"
 
 
 def _as_share(drift: float, writes: bool) -> str:
@@ -177,4 +179,5 @@ def _points(found: Preserved) -> Block:
 
 
 def _spread(measured: Drift) -> str:
-    return f"{format_number(measured.drift)} ± {format_number(measured.error)}"
+    # Equal models differ by rounding.
+    return " ± ".join(format_number(round(value, 9) + 0.0) for value in (measured.drift, measured.error))
