@@ -54,7 +54,7 @@ def test_report_has_the_curve_and_a_sentence(unbroken: Path) -> None:
     report = (unbroken / "run" / "report.md").read_text(encoding="utf-8")
     section = report.split("## Forgetting")[1].split("\n## ")[0]
     assert "Hidden states of generic text have turned by" in section
-    assert "texts that have nothing to do with the task (preserve.probe)" in section
+    assert "generic texts (preserve.probe: docstrings of Python's standard library)" in section
     assert "drift" not in report.split("## Learning curves")[1].split("\n## ")[0]
 
 

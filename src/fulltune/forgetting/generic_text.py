@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_SHARED
-from fulltune.recipe.preserve import AUTO, PreserveBlock
+from fulltune.recipe.preserve import AUTO, BUNDLED, PreserveBlock
 from fulltune.tasks.columns import normalised
 
 NUM_TEXTS = 200
@@ -25,7 +25,6 @@ MOST_LINES = 30
 """Of a paragraph, on average."""
 _BEGINNING, _BOILERPLATE = 64, 8
 """Words by which texts differ: a model reads no more of one; documentation that begins alike goes on alike."""
-DOCUMENTATION = "docstrings of Python's standard library"
 _WORDS = (20, 120)
 _LEFT_OUT = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 
@@ -44,7 +43,7 @@ def generic_texts(
         DataError: When the file cannot be read or holds no text.
     """
     if file is None:
-        return _in_drawn_order(_documentation(count))[:count], DOCUMENTATION
+        return _in_drawn_order(_documentation(count))[:count], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
         raise DataError(
             f"{setting}: {file}: expected plain text, a line or a paragraph each; write the texts into a .txt file"

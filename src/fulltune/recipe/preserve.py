@@ -10,6 +10,8 @@ from fulltune.recipe.block import Block
 from fulltune.text import parse_share
 
 AUTO = "auto"
+BUNDLED = "docstrings of Python's standard library"
+"""Generic text that every installation has."""
 
 
 def _a_share(value: Any) -> Any:

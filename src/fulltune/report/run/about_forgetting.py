@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from fulltune.recipe.preserve import BUNDLED
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Steered
 from fulltune.records.forgetting import Drift, Preserved, limit_of
@@ -63,7 +64,8 @@ def _of(view: RunView, trial: str) -> list[Block]:
 
 
 def _about(plan: Plan) -> str:
-    return f"Measured on {plan.drift_texts} texts that have nothing to do with the task (preserve.probe)."
+    source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
+    return f"Measured on {plan.drift_texts} generic texts (preserve.probe: {source})."
 
 
 def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | None, writes: bool) -> str:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.forgetting.drift import MOST_TOKENS, GenericText, measured, says_little
-from fulltune.forgetting.generic_text import DOCUMENTATION, generic_texts, parts
+from fulltune.forgetting.generic_text import generic_texts, parts
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
+from fulltune.recipe.preserve import BUNDLED
 from fulltune.records.forgetting import Drift
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train.loop.trainer import StoppedScoring
@@ -58,7 +59,7 @@ class Drifting:
             return
         probe = self.attempt.recipe.preserve.probe
         said = (
-            f"preserve.probe: {probe or DOCUMENTATION}: the texts changed since this run began, so what it measured "
+            f"preserve.probe: {probe or BUNDLED}: the texts changed since this run began, so what it measured "
             "belongs to other ones"
         )
         if self.attempt.plan.preserving is not None:
