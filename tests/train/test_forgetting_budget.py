@@ -139,6 +139,11 @@ def test_verdict_in_words() -> None:
     assert "at most 1.4%), on 100 texts that nothing had read before" in passed
     assert "50.0% of the trained model's gain" in passed
     assert "FAIL" in verdict(record(points[1], points, at(0.03, 0.001)))
+    assert "coarse" not in passed
+    vague = point(0.5, 0.001, 0.7, error=0.005)
+    assert "standard error 0.5%): about 299 texts in each half would let more be kept" in verdict(
+        record(vague, [points[0], vague, points[2]], at(0.012, 0.001))
+    )
     impossible = verdict(record(points[0], points, at(0.0, 0.0)))
     assert "infeasible" in impossible
     assert "accuracy 50.0% on eval rows" in impossible

@@ -76,6 +76,13 @@ def is_within(measured: Drift, limit: float) -> bool:
     return upper(measured) + SURELY * math.sqrt(2) * measured.error <= limit
 
 
+def texts_needed(measured: Drift, limit: float) -> int:
+    """Texts of each half with which a point could use half of the budget: with fewer, what is chosen is held back by
+    what they can tell more than by what it has forgotten."""
+    allowance = (ONE_SIDED + SURELY * math.sqrt(2)) * measured.error
+    return math.ceil(measured.texts * (2 * allowance / limit) ** 2)
+
+
 def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Point:
     """The point within the limit with the best metric; among equals the one that moved less. The untouched model is
     within any limit."""

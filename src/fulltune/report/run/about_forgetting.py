@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from fulltune.forgetting.budget import texts_needed
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Steered
@@ -116,6 +117,12 @@ def verdict(found: Preserved) -> str:
             "Give a larger budget, or another method."
         )
     label = "PASS" if found.certificate.passed else "FAIL"
+    chosen, more = found.chosen.measured, ""
+    if found.why and (needed := texts_needed(chosen, found.limit)) > chosen.texts:
+        more = (
+            f" The probe is coarse for this budget ({counted(chosen.texts, 'text')}, standard error "
+            f"{_as_share(chosen.error, found.writes)}): about {needed:,} texts in each half would let more be kept."
+        )
     if len(found.opened) > 1:
         label += f" (opened {len(found.opened)} times, because the model was trained anew)"
     way = _way(found.chosen.kind, found.chosen.share)
@@ -125,7 +132,7 @@ def verdict(found: Preserved) -> str:
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
     return (
         f"Forgetting, budget {budget}: {label}: {kept}. Kept: {way}, "
-        f"{words.metric_name(found.metric)} {metric} on eval rows{share}."
+        f"{words.metric_name(found.metric)} {metric} on eval rows{share}.{more}"
     )
 
 
