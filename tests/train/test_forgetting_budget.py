@@ -294,7 +294,7 @@ def test_suspect_step_that_is_computed_again_replays_the_same_texts(
     assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.long), "lora"])
 def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: Path, tmp_path: Path) -> None:
     """By the untouched weights and those of a run that has all the same but the last choice."""
     blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"kind": kind, "learning_rate": 1e-2}}
