@@ -71,7 +71,8 @@ def parse_share(value: str | float) -> float:
     except ValueError:
         raise ValueError(f"expected a share such as 1% or 0.01, found '{value}'") from None
     if not 0 < share < 1:
-        raise ValueError(f"expected a share above 0 and below 100%, such as 1%, found '{value}'")
+        meant = f"; for {text}% write '{text}%'" if 1 <= share < 100 and not text.endswith("%") else ""
+        raise ValueError(f"expected a share above 0 and below 100%, such as 1%, found '{value}'{meant}")
     return share
 
 

@@ -113,7 +113,7 @@ def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error:
     assert (found.passed, found.upper) == (passed, pytest.approx(drift + 1.645 * error))
 
 
-def record(chosen: Point, points: list[Point], sealed: Drift, limit: float = 0.02) -> Preserved:
+def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> Preserved:
     return Preserved(
         trial="full-seed1",
         budget=0.02,
@@ -124,7 +124,7 @@ def record(chosen: Point, points: list[Point], sealed: Drift, limit: float = 0.0
         greater_is_better=True,
         points=tuple(points),
         chosen=chosen,
-        certificate=budget.certified(sealed, limit),
+        certificate=sealed and budget.certified(sealed, limit),
         trained="0" * 16,
         opened=("2026-01-01T00:00:00+00:00",),
     )
@@ -134,19 +134,21 @@ def test_verdict_in_words() -> None:
     points = [point(0, 0, 0.5), point(0.5, 0.01, 0.7), point(1, 0.05, 0.9)]
     passed = verdict(record(points[1], points, at(0.012, 0.001)))
     assert passed.startswith(
-        "Forgetting, budget 2.0%: PASS: generic text turned by 1.2% (1 - cosine; with 95% certainty"
+        "Forgetting, budget 2.0%: PASS: generic text turned by 1.20% (1 - cosine; with 95% certainty"
     )
-    assert "at most 1.4%), on 100 texts that nothing had read before" in passed
+    assert "at most 1.36%), on 100 texts that nothing had read before" in passed
     assert "50.0% of the trained model's gain" in passed
     assert "FAIL" in verdict(record(points[1], points, at(0.03, 0.001)))
     assert "coarse" not in passed
     vague = point(0.5, 0.001, 0.7, error=0.005)
-    assert "standard error 0.5%): about 299 texts in each half would let more be kept" in verdict(
+    assert "standard error 0.50%): about 299 texts in each half would let more be kept" in verdict(
         record(vague, [points[0], vague, points[2]], at(0.012, 0.001))
     )
-    impossible = verdict(record(points[0], points, at(0.0, 0.0)))
-    assert "infeasible" in impossible
-    assert "accuracy 50.0% on eval rows" in impossible
+    impossible = verdict(record(points[0], points, None))
+    assert "infeasible: the trained model has 5.00%, and no point within the budget is better" in impossible
+    assert "(accuracy 90.0% trained, 50.0% untouched, on eval rows). The untouched model is what is kept." in impossible
+    useless = [point(0, 0, 0.5), point(1, 0.001, 0.4)]
+    assert "the trained model is within it (0.10%); training made" in verdict(record(useless[0], useless, None))
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------
@@ -206,6 +208,10 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
     [
         ({"preserve": {"budget": "much"}}, "preserve.budget: expected a share such as 1% or 0.01, found 'much'"),
         ({"preserve": {"budget": "100%"}}, "expected a share above 0 and below 100%"),
+        ({"preserve": {"budget": True}}, "preserve.budget: expected a share such as 1% or 0.01, found True"),
+        ({"preserve": {"budget": 2}}, "found '2'; for 2% write '2%'"),
+        ({"preserve": {"budget": "1%", "replay": False}}, "found 'False'; for none write null"),
+        ({"preserve": {"budget": "1%", "replay": "none"}}, "found 'none'; for none write null"),
         ({"preserve": {"budget": 0}}, "expected a share above 0 and below 100%"),
         ({"preserve": {"budget": "-1%"}}, "expected a share above 0 and below 100%"),
         ({"preserve": {"replay": "more.txt"}}, "preserve.replay: has no effect without preserve.budget"),
@@ -238,6 +244,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     drift = [event["metrics"]["drift"] for event in runs.events(tmp_path, "eval")][-1]
     found = preserved(held)
     assert drift > found.limit  # what the budget forbids
+    assert found.certificate is not None
     assert found.certificate.passed
     assert found.certificate.upper <= found.limit
     assert found.is_feasible
@@ -324,6 +331,7 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
         runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve=preserve, **BLOCKS)
     found = preserved(tmp_path)
     assert not found.is_feasible
+    assert (found.certificate, found.opened) == (None, ())
     assert found.chosen.share == 0
     assert "infeasible" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert runs.events(tmp_path, "steered") == []

@@ -50,8 +50,10 @@ def generic_texts(
         )
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{setting}: {file}: cannot be read ({error}); expected a text file") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{setting}: {file}: is not UTF-8, expected a text file; save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{setting}: {file}: cannot be read ({error.strerror}); expected a text file") from None
     lines = [line for line in text.splitlines() if line.strip()]
     paragraphs = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
     # A blank line here and there makes no paragraphs of a list of lines.

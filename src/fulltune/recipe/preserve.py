@@ -16,8 +16,17 @@ BUNDLED = "docstrings of Python's standard library"
 
 def _a_share(value: Any) -> Any:
     """A share as `text.parse_share` reads it; other types are left to pydantic."""
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        raise ValueError(f"expected a share such as 1% or 0.01, found {value}")
+    if isinstance(value, (str, int, float)):
         parse_share(value)
+    return value
+
+
+def _a_file(value: Any) -> Any:
+    """Other words for nothing are answered."""
+    if value is False or (isinstance(value, str) and value.lower() in ("none", "no", "off", "false", "")):
+        raise ValueError(f"expected a text file or auto, found '{value}'; for none write null")
     return value
 
 
@@ -31,7 +40,8 @@ class PreserveBlock(Block):
 
     drift: bool = True
     """At each evaluation, measure how far the model has moved away on generic text: for language models by how much
-    its loss rose, for others how far its hidden states have turned. Costs about 1 % of the training."""
+    its loss rose, for others how far its hidden states have turned. Costs about 1 % of the training, more of a very
+    short one: at least 8 texts are read."""
     probe: str | None = None
     """A text file of what the model could do before: one text a line, or paragraphs. Left out: docstrings of Python's
     standard library."""
@@ -40,7 +50,7 @@ class PreserveBlock(Block):
     or the mean hidden state turns by so much, 1 - cosine (others). Generic text is trained along with a weight that is
     raised as the budget is spent; of the points between the untouched and the trained model the best one within the
     budget is kept, and certified on texts that nothing else has read."""
-    replay: str | None = AUTO
+    replay: Annotated[str | None, BeforeValidator(_a_file)] = AUTO
     """Where the generic text that is trained along comes from: a text file, or `auto`, a part of the probe's texts.
     `null`: none is trained along."""
 

@@ -71,7 +71,8 @@ class Preserved(Record):
     greater_is_better: bool
     points: tuple[Point, ...]
     chosen: Point
-    certificate: Certificate
+    certificate: Certificate | None
+    """None: the untouched model was kept, and the sealed texts stayed sealed."""
     trained: str
     """Tells the trained weights from those of another training in the same folder."""
     opened: tuple[str, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fulltune.forgetting.budget import texts_needed
+from fulltune.forgetting.budget import is_within, texts_needed
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Steered
@@ -104,19 +104,24 @@ def _size(value: float, error: float, writes: bool) -> str:
 
 def verdict(found: Preserved) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
-    sealed, budget = found.certificate.measured, format_percent(found.budget)
-    upper = f"with 95% certainty at most {_as_share(found.certificate.upper, found.writes)}"
-    by = f"{_as_share(sealed.drift, found.writes)}"
-    what = f"a token got {by} less likely ({upper})" if found.writes else f"turned by {by} (1 - cosine; {upper})"
-    kept = f"generic text {what}, on {counted(sealed.texts, 'text')} that nothing had read before"
-    if not found.is_feasible:
-        start = f"{words.metric_name(found.metric)} {format_metric(found.metric, found.start.metric)}"
+    budget, sealed = format_percent(found.budget), found.certificate
+    trained = next(point for point in found.points if (point.kind, point.share) == ("whole", 1))
+    if sealed is None or not found.is_feasible:
+        start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
+        drift = _as_share(trained.measured.drift, found.writes)
+        if is_within(trained.measured, found.limit):
+            why = f"the trained model is within it ({drift}); training made the eval rows no better"
+        else:
+            why = f"the trained model has {drift}, and no point within the budget is better than the untouched model"
         return (
-            f"Forgetting, budget {budget}: infeasible. No point between the untouched and the trained model stays "
-            f"within it and is better than the untouched one ({start} on eval rows). Of what is kept: {kept}. "
-            "Give a larger budget, or another method."
+            f"Forgetting, budget {budget}: infeasible: {why} ({words.metric_name(found.metric)} {end} trained, {start} "
+            "untouched, on eval rows). The untouched model is what is kept."
         )
-    label = "PASS" if found.certificate.passed else "FAIL"
+    upper = f"with 95% certainty at most {_as_share(sealed.upper, found.writes)}"
+    by = _as_share(sealed.measured.drift, found.writes)
+    what = f"a token got {by} less likely ({upper})" if found.writes else f"turned by {by} (1 - cosine; {upper})"
+    kept = f"generic text {what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
+    label = "PASS" if sealed.passed else "FAIL"
     chosen, more = found.chosen.measured, ""
     if found.why and (needed := texts_needed(chosen, found.limit)) > chosen.texts:
         more = (
@@ -126,7 +131,6 @@ def verdict(found: Preserved) -> str:
     if len(found.opened) > 1:
         label += f" (opened {len(found.opened)} times, because the model was trained anew)"
     way = _way(found.chosen.kind, found.chosen.share)
-    trained = next(point for point in found.points if (point.kind, point.share) == ("whole", 1))
     metric = format_metric(found.metric, found.chosen.metric)
     gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
@@ -147,15 +151,19 @@ def _way(kind: str, share: float) -> str:
 
 
 def _as_share(drift: float, writes: bool) -> str:
-    """A drift as the budget is given."""
-    return format_percent(-math.expm1(-drift) if writes else drift)
+    """A drift as the budget is given, in two digits: it is compared with that."""
+    share = 100 * (-math.expm1(-drift) if writes else drift)
+    return f"{share:.2f}%" if abs(share) < 10 else f"{share:.0f}%"
 
 
 def _frontier(found: Preserved) -> list[str]:
     """The best metric at each of `BUDGETS`, as far as the points tell."""
-    said = []
+    said: list[str] = []
+    farthest = max(point.measured.drift for point in found.points)
     for budget in BUDGETS:
         limit = limit_of(budget, found.writes)
+        if limit > farthest and said:
+            break  # nothing was tried there
         inside = [point for point in found.points if point.measured.drift <= limit]
         best = max(inside, key=found.gain_of, default=found.start)
         said.append(f"{format_metric(found.metric, best.metric)} at {format_percent(budget)}")

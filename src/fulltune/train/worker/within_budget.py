@@ -85,7 +85,7 @@ def keep_within(attempt: AttemptContext) -> Preserved | None:
         request.trained_weights.unlink(missing_ok=True)
 
 
-def _chosen(attempt: AttemptContext, line: Line, earlier: tuple[str, ...]) -> Preserved:
+def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Preserved:
     plan, trainer = attempt.plan, attempt.trainer
     assert plan.preserving is not None
     attempt.recorder.phase(PHASE)
@@ -110,9 +110,13 @@ def _chosen(attempt: AttemptContext, line: Line, earlier: tuple[str, ...]) -> Pr
         points = [at("whole", 0.0), *(at(kind, share) for kind, shares in SHARES.items() for share in shares)]
         points += _between(points, limit, at)
         chosen = best(points, limit, plan.greater_is_better)
-        opened = datetime.now().astimezone().isoformat(timespec="seconds")
-        certificate = certified(_of_sealed(attempt, line, sealed, chosen), limit)
-    said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if certificate.passed else 'FAIL'}"
+        certificate = None
+        if not chosen.is_start:
+            opened = (*opened, datetime.now().astimezone().isoformat(timespec="seconds"))
+            certificate = certified(_of_sealed(attempt, line, sealed, chosen), limit)
+    said = "infeasible; the sealed generic texts stayed sealed"
+    if certificate is not None:
+        said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if certificate.passed else 'FAIL'}"
     attempt.journal.write("budget for forgetting", said)
     return Preserved(
         trial=plan.trial,
@@ -126,7 +130,7 @@ def _chosen(attempt: AttemptContext, line: Line, earlier: tuple[str, ...]) -> Pr
         chosen=chosen,
         certificate=certificate,
         trained=line.digest,
-        opened=(*earlier, opened),
+        opened=opened,
     )
 
 
