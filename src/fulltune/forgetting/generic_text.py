@@ -13,10 +13,11 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 from fulltune.errors import DataError
-from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_SHARED
+from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
 from fulltune.recipe.preserve import AUTO, BUNDLED, PreserveBlock
 from fulltune.tasks.columns import normalised
 
@@ -26,6 +27,8 @@ MOST_LINES = 30
 _BEGINNING, _BOILERPLATE = 64, 8
 """Words by which texts differ: a model reads no more of one; documentation that begins alike goes on alike."""
 _WORDS = (20, 120)
+_READ_WORDS = 48
+"""Of a text, at most: it is cut at 64 tokens, and a word has four thirds of one."""
 _LEFT_OUT = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 
 
@@ -88,8 +91,8 @@ def parts(block: PreserveBlock) -> Parts:
         DataError: When a file cannot be read, or holds too few texts to certify anything.
     """
     shares_one = block.replay == AUTO
-    texts, source = generic_texts(block.probe, MOST_SHARED if shares_one else 2 * MOST_READ)
-    each = min(MOST_READ, len(texts) // (3 if shares_one else 2))
+    texts, source = generic_texts(block.probe, 2 * MOST_READ + MOST_REPLAYED * shares_one)
+    each = min(_enough(texts), len(texts) // (3 if shares_one else 2))
     if each < LEAST_READ:
         needed = LEAST_READ * (3 if shares_one else 2)
         use = f"{LEAST_READ} to steer by, {LEAST_READ} sealed" + f", {LEAST_READ} to train along" * shares_one
@@ -97,14 +100,20 @@ def parts(block: PreserveBlock) -> Parts:
             f"preserve.probe: {source}: holds {len(texts):,} texts; a budget takes at least {needed} ({use}): add "
             "lines or paragraphs"
         )
-    replayed = texts[2 * each :]
+    replayed = texts[2 * each :][:MOST_REPLAYED]
     if not shares_one:
         taken = set(texts)
-        found = generic_texts(block.replay, MOST_SHARED, "preserve.replay")[0] if block.replay else []
+        found = generic_texts(block.replay, MOST_REPLAYED, "preserve.replay")[0] if block.replay else []
         replayed = [text for text in found if text not in taken]
         if block.replay and not replayed:
             raise DataError(f"preserve.replay: {block.replay}: holds nothing but texts of the probe; name other texts")
     return Parts(texts[:each], texts[each : 2 * each], replayed, source)
+
+
+def _enough(texts: list[str]) -> int:
+    """Texts that hold as much as is read of them."""
+    words = accumulate(min(len(text.split()), _READ_WORDS) for text in texts)
+    return min(MOST_READ, sum(so_far <= TOKENS_READ * 3 // 4 for so_far in words))
 
 
 def check_texts(block: PreserveBlock) -> None:

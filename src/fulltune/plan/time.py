@@ -38,7 +38,7 @@ from dataclasses import dataclass, replace
 
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.forgetting.budget import MOST_READ, MOST_ROWS, MOST_SHARED, NUM_POINTS
+from fulltune.forgetting.budget import MOST_REPLAYED, MOST_ROWS, NUM_POINTS, TOKENS_READ
 from fulltune.models.shapes import Shapes
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.memory import MemorySettings
@@ -247,8 +247,8 @@ def texts_read(plan: Plan, evaluations: int) -> int:
     kept = plan.preserving
     if kept is None:
         return plan.drift_texts * evaluations
-    at_end = (NUM_POINTS + 2) * MOST_READ  # those that choose, at each point, and twice those that are sealed
-    remembered = min(MOST_SHARED, plan.total_steps * kept.replay_rows)
+    at_end = (NUM_POINTS + 2) * TOKENS_READ // GENERIC_TOKENS  # those that choose, at each point, and twice those that are sealed
+    remembered = min(MOST_REPLAYED, plan.total_steps * kept.replay_rows)
     return plan.drift_texts * (evaluations + plan.total_steps // kept.steer_steps) + at_end + remembered
 
 
