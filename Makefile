@@ -46,6 +46,7 @@ faults: $(VENV)/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/clean_steps.py run runs/clean
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/clean_steps.py count runs/clean
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/kill_resume.py --kills 50
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/kill_resume.py --kills 50 --processes 2
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
