@@ -122,7 +122,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ONE_PROCESS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        path if path.stem in ("banking77", "shakespeare") else pytest.param(path, marks=pytest.mark.long)
+        for path in ONE_PROCESS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_example_runs_end_to_end(path: Path, tmp_path: Path, models: dict[str, Path]) -> None:
     """Two steps with a tiny model, from the rows to the report."""
     _stand_ins(tmp_path / "bench")

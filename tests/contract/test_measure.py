@@ -46,6 +46,7 @@ def answered(seconds: Callable[[Plan], float | None]) -> Callable[[Request, List
     return probe
 
 
+@pytest.mark.long
 def test_measured_levers_are_shown_and_the_plan_carries_the_reason(recipe: Path, tmp_path: Path) -> None:
     with runs.in_this_process():
         result = fulltune("plan", recipe, "--measure", "--run-folder", tmp_path / "run")

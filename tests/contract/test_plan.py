@@ -122,7 +122,7 @@ def test_plan_ends_with_commands_that_can_be_copied() -> None:
     assert "not built" not in page.replace("not built yet", "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     result = seven_b("--for", "1x RTX 4080, 16GB host, 50GB disk")
     assert result.code == 3
@@ -132,7 +132,7 @@ def test_7b_that_does_not_fit_ends_with_3_and_ways_out() -> None:
     assert "but there are 15.5 GiB of GPU memory" in result.problems[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
     card = ("--for", "1x RTX 4090, 64GB host")
     refused = seven_b(*card)

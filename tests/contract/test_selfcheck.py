@@ -202,6 +202,7 @@ def test_two_processes_add_up_whatever_lies_in_the_folder(tmp_path: Path, monkey
     assert processes.all_reduce(CPU) == Result(True, "sum 3000, expected 3000")
 
 
+@pytest.mark.long
 def test_process_that_hangs_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "REDUCE_SECONDS", 0.2)
     assert processes.all_reduce(CPU) == Result(False, "no answer within 0.2 seconds")

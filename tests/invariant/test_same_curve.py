@@ -11,6 +11,7 @@ import torch
 
 from fulltune.records.data import DataSummary
 from tests import tiny
+from tests.cases import others_long
 from tests.train import runs
 
 # Neither a head that starts from a probe nor values far from 0 make rounding larger than what is compared.
@@ -88,7 +89,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", others_long(CASES, "single_label", "answers"))
 def test_any_micro_batch_and_recomputing_give_the_same_curve(case: str, tmp_path: Path) -> None:
     """`answers` have 1 to 22 trained tokens: the mean of micro batch means would weigh the short ones more."""
     kind, changes, rows, blocks = CASES[case]

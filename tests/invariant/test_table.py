@@ -16,6 +16,7 @@ import pytest
 from fulltune.records.data import DataSummary
 from fulltune.system.hardware import num_cores
 from tests import tiny
+from tests.cases import others_long
 from tests.invariant.test_same_curve import CASES, losses
 from tests.train import runs
 
@@ -67,9 +68,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, folder
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(cell, marks=pytest.mark.long if "processes" in cell else ()) for cell in CELLS]
-)
+@pytest.mark.parametrize("cell", others_long(CELLS, "4 x 2", "8 x 1, activations recomputed"))
 def test_losses_over_50_steps_are_those_of_whole_global_batches(
     whole: tuple[str, Path], cell: str, tmp_path: Path
 ) -> None:

@@ -242,6 +242,7 @@ def test_time_is_counted_whole_and_from_the_first_command_on(finished: tuple[Pat
 # ---- the same method with other settings ------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_other_settings_of_full_are_compared_with_its_own(tmp_path: Path) -> None:
     given = {"kind": "full", "learning_rate": 3e-3}
     longer = {**given, "name": "longer", "train": {"num_train_epochs": 4, "label_smoothing_factor": 0.1}}

@@ -69,7 +69,7 @@ def compared(folder: Path, case: str) -> Comparison:
         return comparing.run(pipeline.Run(recipe, found), "fulltune compare recipe.yaml").comparison
 
 
-LONG = ("a number", "a writer", "choices")
+LONG = ("a number", "a writer", "choices", "several labels", "spans", "images")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES])

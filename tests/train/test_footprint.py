@@ -95,7 +95,7 @@ def test_every_task_is_traced(task: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "task", "recomputed"),
     [
-        ("llama", "causal-lm", True),
+        pytest.param("llama", "causal-lm", True, marks=pytest.mark.long),
         pytest.param("bert", "text-classification", False, marks=pytest.mark.long),
         pytest.param("llama", "causal-lm", False, marks=pytest.mark.long),
         pytest.param("bert", "text-classification", True, marks=pytest.mark.long),

@@ -143,7 +143,9 @@ def test_rate_by_layer_stays_the_bodys(tiny_encoder: Path, tmp_path: Path) -> No
     assert way("embeddings.word_embeddings.weight") == pytest.approx(1e-6, rel=0.05)
 
 
-@pytest.mark.parametrize("method", [{**FULL, "layerwise_lr_decay": 0.9}, {"kind": "lora"}])
+@pytest.mark.parametrize(
+    "method", [pytest.param({**FULL, "layerwise_lr_decay": 0.9}, marks=pytest.mark.long), {"kind": "lora"}]
+)
 def test_run_interrupted_and_continued_equals_an_unbroken_one(method: dict[str, Any], tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert")
     train = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 1}

@@ -29,6 +29,7 @@ from fulltune.records.training import Outcome
 from fulltune.system.run_folder import Reached
 from fulltune.train.run_time import PROBING
 from tests import tiny
+from tests.cases import others_long
 from tests.train import runs
 from tests.train.small_comparisons import METHODS, job
 
@@ -146,7 +147,7 @@ def counted() -> Iterator[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", others_long(TASKS, "regression", "tags"))
 def test_few_steps_are_enough_from_a_probe_and_not_from_random(name: str, tmp_path: Path) -> None:
     make, metric, blocks = TASKS[name]
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
@@ -175,7 +176,7 @@ def test_few_steps_are_enough_from_a_probe_and_not_from_random(name: str, tmp_pa
     assert LINEAR_PROBE in [scores.name for scores in found["random"].scores]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_few_steps_are_enough_for_images(tmp_path: Path) -> None:
     """A class is the colour of the left half."""
     model = tiny.save_image_model(tmp_path / "model")
@@ -208,7 +209,7 @@ def test_few_steps_are_enough_for_images(tmp_path: Path) -> None:
 # ---- every method ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["full", "head", "lora", "adapter", "prompt"])
+@pytest.mark.parametrize("kind", others_long(("full", "head", "lora", "adapter", "prompt"), "full", "lora"))
 def test_each_method_begins_with_the_heads_start(kind: str, tiny_encoder: Path, tmp_path: Path) -> None:
     reached = runs.run(
         tmp_path,

@@ -234,9 +234,9 @@ def test_keep_last_saves_the_last_weights(tiny_encoder: Path, tmp_path: Path) ->
     [
         ("accuracy", (0.5, 0.8, 0.4, 0.6), "last"),  # 8 eval rows: two standard errors of 0.8 are 0.27
         ("accuracy", (0.5, 0.8, 0.6, 0.5), "best"),
-        ("accuracy", (0.5, 1.0, 0.6, 0.875), "last"),  # one row less than all
-        ("f1_macro", (0.5, 0.8, 0.4, 0.6), "last"),
-        ("mcc", (0.5, 0.8, 0.6, 0.79), "best"),  # no share of rows
+        pytest.param("accuracy", (0.5, 1.0, 0.6, 0.875), "last", marks=pytest.mark.long),  # one row less than all
+        pytest.param("f1_macro", (0.5, 0.8, 0.4, 0.6), "last", marks=pytest.mark.long),
+        pytest.param("mcc", (0.5, 0.8, 0.6, 0.79), "best", marks=pytest.mark.long),  # no share of rows
         ("loss", (0.5, 0.2, 0.4, 0.21), "best"),
     ],
 )

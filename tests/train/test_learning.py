@@ -22,6 +22,7 @@ from fulltune import predict
 from fulltune.inference.store import load_texts
 from fulltune.system.run_folder import Reached
 from tests import tiny
+from tests.cases import others_long
 from tests.train import runs
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -78,7 +79,7 @@ def assert_plain_transformers_agree(folder: Path, texts: list[str]) -> list[dict
     return answers
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", others_long(("bert", "llama"), "bert"))
 def test_single_label_run_beats_the_baselines(kind: str, tmp_path: Path) -> None:
     """Classes go by pairs of words, so that the nearest centroid of random embeddings does not find them."""
     model = tiny.save_model(tmp_path / "model", kind, **(NO_DROPOUT if kind == "bert" else {}))
@@ -102,6 +103,7 @@ def test_single_label_run_beats_the_baselines(kind: str, tmp_path: Path) -> None
     assert config["id2label"] == {"0": "even", "1": "odd"}
 
 
+@pytest.mark.long
 def test_multi_label_run_beats_the_baselines(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
     rows = labelled(240, lambda word: [["wet"], ["wet", "cold"], ["cold"], []][word], "labels")
@@ -126,6 +128,7 @@ def test_multi_label_run_beats_the_baselines(tmp_path: Path) -> None:
     assert sum(set(answers[i]["labels"]) == set(rows[i]["labels"]) for i in range(8)) >= 7
 
 
+@pytest.mark.long
 def test_regression_run_beats_the_baselines(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
     rows = labelled(240, lambda word: [1.5, -0.5, 0.25, 2.0][word], "score")
@@ -175,6 +178,7 @@ def chat(row: dict[str, str]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["pairs", "chat"])
 def test_language_model_run_learns_to_answer_and_to_stop(form: str, tmp_path: Path) -> None:
     """The answer repeats a letter of the question; the end token of the turn must end generation."""
@@ -221,6 +225,7 @@ def test_language_model_run_learns_to_answer_and_to_stop(form: str, tmp_path: Pa
     assert reader.decode(made[0, batch["input_ids"].shape[1] :]) == f"dd{expected}"
 
 
+@pytest.mark.long
 def test_command_line_run_then_predict_by_text_stdin_and_file(tiny_encoder: Path, tmp_path: Path) -> None:
     """The run through the real command, in processes of its own."""
     data = tiny.write_csv(tmp_path / "rows.csv", labelled(60, lambda word: "odd" if word in (0, 3) else "even"))

@@ -40,6 +40,7 @@ def choice_rows(count: int, form: str = "list") -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "form"), [("bert", "list"), ("roberta", "columns")])
 def test_multiple_choice_run_beats_the_baselines(kind: str, form: str, tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", kind, **NO_DROPOUT)
@@ -102,6 +103,7 @@ def test_rows_with_another_number_of_choices_are_left_out_and_listed(tiny_encode
         runs.run(tmp_path / "many", tiny_encoder, rows, until="data", task="multiple-choice")
 
 
+@pytest.mark.long
 def test_pairs_of_sentences_are_read_together_and_learned(tmp_path: Path) -> None:
     """The label needs both sentences: each alone says nothing."""
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)

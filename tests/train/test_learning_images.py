@@ -78,6 +78,7 @@ def test_image_run_beats_the_baselines_and_answers_as_transformers_does(tmp_path
         predictor.predict([{"image": str(tmp_path / "missing.png")}])
 
 
+@pytest.mark.long
 def test_resumed_image_run_gives_the_unbroken_weights(tmp_path: Path) -> None:
     """transformers saves ViT's tensors under other names than it trains them; a plain load would leave them out."""
     images = tiny.write_images(tmp_path / "images", 60)

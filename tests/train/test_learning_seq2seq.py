@@ -24,7 +24,7 @@ def kind_rows(count: int) -> list[dict[str, str]]:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=pytest.mark.long) for one in ("t5", "bart")])
 def test_run_learns_to_write_and_to_stop(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("rouge_score")
     pytest.importorskip("sacrebleu")

@@ -43,6 +43,7 @@ def _answer(context: str, sentence: str, dish: str) -> dict[str, Any]:
     return {"text": [dish], "answer_start": [start]}
 
 
+@pytest.mark.long
 def test_span_run_beats_the_baselines_and_merges_windows(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
     reached = runs.run(

@@ -30,6 +30,7 @@ from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
 from fulltune.train.worker.context import AttemptContext
 from tests import tiny
+from tests.cases import others_long
 from tests.train import runs
 
 ROWS = tiny.topic_rows(64)
@@ -294,7 +295,7 @@ def test_rotation_in_a_run_keeps_the_best_and_the_newest(tiny_encoder: Path, tmp
     assert {number_in(path) for path in folder.iterdir()} == {14, state["best_global_step"]}
 
 
-@pytest.mark.parametrize("step", [0, 5, 3 * STEPS_PER_EPOCH])
+@pytest.mark.parametrize("step", others_long((0, 5, 3 * STEPS_PER_EPOCH), 5))
 def test_evaluation_that_was_left_when_asked_to_stop_is_done_by_the_next_command(
     step: int, unbroken: dict[str, torch.Tensor], tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.parent.roll_back import roll_back
 from fulltune.train.worker import attempt
 from tests import tiny
+from tests.cases import others_long
 from tests.plans import outcome, plan
 from tests.train import faults, runs
 
@@ -152,7 +153,7 @@ def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(
     assert f"step 30: {skipped.reason}; train rows " in journal
 
 
-@pytest.mark.parametrize("micro", [8, 2])
+@pytest.mark.parametrize("micro", others_long((8, 2), 2))
 def test_fault_that_passes_leaves_nothing_behind(micro: int, model: Path, tmp_path: Path) -> None:
     """Computed once more with the same dropout: the weights are those of a run without it."""
     train = {**BLOCKS["train"], "num_train_epochs": 2, "micro_batch_size": micro}

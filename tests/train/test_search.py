@@ -126,6 +126,7 @@ def test_killed_while_the_winner_is_moved_it_is_moved_by_the_next_command(
     assert (found.folder / "models" / "full" / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_lora_is_searched_by_a_metric_that_is_better_when_smaller(tmp_path: Path, model: Path) -> None:
     method = {"kind": "lora", "learning_rate": "search", "learning_rates": [1e-5, 0.5]}
     found = search(tmp_path, model, method=method, evaluate={"metric": "loss"})
@@ -156,6 +157,7 @@ def test_search_that_is_interrupted_goes_on_with_what_it_has(tmp_path: Path, mod
     assert again.scores == found.scores
 
 
+@pytest.mark.long
 def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(tmp_path: Path, model: Path) -> None:
     found = search(
         tmp_path,
@@ -193,6 +195,7 @@ def test_optuna_draws_where_there_are_more_combinations_than_trials(tmp_path: Pa
     assert len({str(one.settings) for one in record.tried}) == 4
 
 
+@pytest.mark.long
 def test_settings_with_which_a_run_fails_count_as_tried(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +262,7 @@ def test_loss_from_python_cannot_be_searched_with(tmp_path: Path, model: Path) -
         search(tmp_path, model, {"compute_loss": lambda outputs, labels, num_items_in_batch: outputs.loss})
 
 
+@pytest.mark.long
 def test_search_from_python(tmp_path: Path, model: Path) -> None:
     made = search_job(tmp_path, model)
     assert made.recipe.is_searched

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -159,10 +159,16 @@ def _threads(multiplications: int) -> contextlib.AbstractContextManager[Any]:
     times where something else ran on one of two cores."""
     if multiplications > _MANY_MULTIPLICATIONS:
         return contextlib.nullcontext()
-    from threadpoolctl import threadpool_limits
-
-    found: contextlib.AbstractContextManager[Any] = threadpool_limits(1)
+    found: contextlib.AbstractContextManager[Any] = _thread_pools().limit(limits=1)
     return found
+
+
+@cache
+def _thread_pools() -> Any:
+    """Of the libraries that are loaded by now; to find them takes longer than a small fit."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def _each_label(
