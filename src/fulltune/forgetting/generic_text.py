@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
-from fulltune.recipe.preserve import AUTO, BUNDLED, PreserveBlock
+from fulltune.recipe.preserve import AUTO, BUNDLED, SAMPLES, PreserveBlock
 from fulltune.tasks.columns import normalised
 
 NUM_TEXTS = 200
@@ -79,7 +79,7 @@ class Parts:
     sealed: list[str]
     """Read once, at the end."""
     replayed: list[str]
-    """Trained along."""
+    """Trained along; empty where the model writes them, too."""
     source: str
     """Where they come from, without those that are trained along where these have a file of their own."""
 
@@ -103,9 +103,10 @@ def parts(block: PreserveBlock) -> Parts:
     replayed = texts[2 * each :][:MOST_REPLAYED]
     if not shares_one:
         taken = set(texts)
-        found = generic_texts(block.replay, MOST_REPLAYED, "preserve.replay")[0] if block.replay else []
+        file = None if block.replay == SAMPLES else block.replay
+        found = generic_texts(file, MOST_REPLAYED, "preserve.replay")[0] if file else []
         replayed = [text for text in found if text not in taken]
-        if block.replay and not replayed:
+        if file and not replayed:
             raise DataError(f"preserve.replay: {block.replay}: holds nothing but texts of the probe; name other texts")
     return Parts(texts[:each], texts[each : 2 * each], replayed, source)
 
