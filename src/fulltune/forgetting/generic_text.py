@@ -10,7 +10,7 @@ import ast
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -92,7 +92,7 @@ def parts(block: PreserveBlock) -> Parts:
     """
     shares_one = block.replay == AUTO
     texts, source = generic_texts(block.probe, 2 * MOST_READ + MOST_REPLAYED * shares_one)
-    each = min(_enough(texts), len(texts) // (3 if shares_one else 2))
+    each = min(MOST_READ, enough(texts, TOKENS_READ), len(texts) // (3 if shares_one else 2))
     if each < LEAST_READ:
         needed = LEAST_READ * (3 if shares_one else 2)
         use = f"{LEAST_READ} to steer by, {LEAST_READ} sealed" + f", {LEAST_READ} to train along" * shares_one
@@ -111,10 +111,10 @@ def parts(block: PreserveBlock) -> Parts:
     return Parts(texts[:each], texts[each : 2 * each], replayed, source)
 
 
-def _enough(texts: list[str]) -> int:
-    """Texts that hold as much as is read of them."""
+def enough(texts: Sequence[str], tokens: int) -> int:
+    """How many of the texts, from the first on, hold about so many tokens as they are read."""
     words = accumulate(min(len(text.split()), _READ_WORDS) for text in texts)
-    return min(MOST_READ, sum(so_far <= TOKENS_READ * 3 // 4 for so_far in words))
+    return sum(so_far <= tokens * 3 // 4 for so_far in words)
 
 
 def check_texts(block: PreserveBlock) -> None:
