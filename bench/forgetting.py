@@ -72,7 +72,7 @@ class Kind:
 
 KINDS = {
     "tiny-banking77": Kind("", PROMPTS, banking77, 1000, 1e-3, 300, 16, "10%"),
-    "tiny-gsm8k": Kind("", GSM8K, gsm8k, 1500, 1e-3, 300, 16, "2%"),
+    "tiny-gsm8k": Kind("", GSM8K, gsm8k, 1500, 1e-3, 300, 16, "5%"),
     "tiny-shakespeare": Kind("", RAW, shakespeare, 2000, 1e-3, 300, 8, "5%"),
     "minilm-banking77": Kind(MINILM, CLASSES, banking77, 1000, 2e-4, 320, 32, "1%", "single_label"),
     "minilm-wnut17": Kind(MINILM, TAGS, wnut17, 1000, 2e-4, 250, 32, "1%", "tags"),

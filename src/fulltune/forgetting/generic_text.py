@@ -10,7 +10,7 @@ import ast
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
-from fulltune.recipe.preserve import AUTO, BUNDLED, PreserveBlock
+from fulltune.recipe.preserve import AUTO, BUNDLED, SAMPLES, PreserveBlock
 from fulltune.tasks.columns import normalised
 
 NUM_TEXTS = 200
@@ -79,7 +79,7 @@ class Parts:
     sealed: list[str]
     """Read once, at the end."""
     replayed: list[str]
-    """Trained along."""
+    """Trained along; empty where the model writes them, too."""
     source: str
     """Where they come from, without those that are trained along where these have a file of their own."""
 
@@ -92,7 +92,7 @@ def parts(block: PreserveBlock) -> Parts:
     """
     shares_one = block.replay == AUTO
     texts, source = generic_texts(block.probe, 2 * MOST_READ + MOST_REPLAYED * shares_one)
-    each = min(_enough(texts), len(texts) // (3 if shares_one else 2))
+    each = min(MOST_READ, enough(texts, TOKENS_READ), len(texts) // (3 if shares_one else 2))
     if each < LEAST_READ:
         needed = LEAST_READ * (3 if shares_one else 2)
         use = f"{LEAST_READ} to steer by, {LEAST_READ} sealed" + f", {LEAST_READ} to train along" * shares_one
@@ -103,17 +103,18 @@ def parts(block: PreserveBlock) -> Parts:
     replayed = texts[2 * each :][:MOST_REPLAYED]
     if not shares_one:
         taken = set(texts)
-        found = generic_texts(block.replay, MOST_REPLAYED, "preserve.replay")[0] if block.replay else []
+        file = None if block.replay == SAMPLES else block.replay
+        found = generic_texts(file, MOST_REPLAYED, "preserve.replay")[0] if file else []
         replayed = [text for text in found if text not in taken]
-        if block.replay and not replayed:
+        if file and not replayed:
             raise DataError(f"preserve.replay: {block.replay}: holds nothing but texts of the probe; name other texts")
     return Parts(texts[:each], texts[each : 2 * each], replayed, source)
 
 
-def _enough(texts: list[str]) -> int:
-    """Texts that hold as much as is read of them."""
+def enough(texts: Sequence[str], tokens: int) -> int:
+    """How many of the texts, from the first on, hold about so many tokens as they are read."""
     words = accumulate(min(len(text.split()), _READ_WORDS) for text in texts)
-    return min(MOST_READ, sum(so_far <= TOKENS_READ * 3 // 4 for so_far in words))
+    return sum(so_far <= tokens * 3 // 4 for so_far in words)
 
 
 def check_texts(block: PreserveBlock) -> None:

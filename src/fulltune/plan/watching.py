@@ -9,6 +9,7 @@ from fulltune.plan.reasons import FROM_RECIPE, Reasons
 from fulltune.plan.resolve import Steps
 from fulltune.plan.time import GENERIC_TOKENS, occasions
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.preserve import SAMPLES
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Preserving, Setting
@@ -72,7 +73,8 @@ def preserving(
     share = format_percent(rows * GENERIC_TOKENS / tokens)
     reasons.add("preserve.budget", block.budget)
     if rows:
-        why = f"{rows} generic texts trained along in each step, {share} of its tokens; weight set every {every} steps"
+        kind = "texts of the model's own" if block.replay == SAMPLES else "generic texts"
+        why = f"{rows} {kind} trained along in each step, {share} of its tokens; weight set every {every} steps"
         reasons.add("preserve.replay", None, block.replay, why)
     return Preserving(budget=block.limit, replay_rows=rows, steer_steps=every)
 

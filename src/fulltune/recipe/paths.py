@@ -9,7 +9,7 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.preserve import AUTO
+from fulltune.recipe.preserve import AUTO, SAMPLES
 
 
 def is_address(path: str) -> bool:
@@ -66,7 +66,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             update[key] = absolute(value, f"data.{key}")
     preserve = recipe.preserve
     for key in ("probe", "replay"):
-        if (value := getattr(preserve, key)) not in (None, AUTO):
+        if (value := getattr(preserve, key)) not in (None, AUTO, SAMPLES):
             preserve = preserve.model_copy(update={key: absolute(value, f"preserve.{key}")})
     train = recipe.train
     if isinstance(file := train.extra.get("deepspeed"), str):

@@ -18,7 +18,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.elsewhere import PINNED, answer
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Arm
-from fulltune.recipe.preserve import AUTO, PreserveBlock
+from fulltune.recipe.preserve import AUTO, SAMPLES, PreserveBlock
 from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.text import did_you_mean
 
@@ -292,6 +292,10 @@ def _preserved(recipe: Recipe) -> list[str]:
         problems.append(f"preserve.drift: false, but {name} needs it; remove one of them")
     if recipe.task == "seq2seq":
         problems.append(f"{name}: not yet for seq2seq, of which only the encoder is measured; remove it")
+    if block.replay == SAMPLES and recipe.task != "causal-lm":
+        problems.append(
+            f"preserve.replay: samples: a model for {recipe.task} writes no texts; name a text file, or leave it out"
+        )
     if recipe.train.optimizer_in_backward:
         problems.append(f"{name}: cannot go with train.optimizer_in_backward, which updates before generic text counts")
     if _deepspeed(recipe):

@@ -66,7 +66,8 @@ def _of(view: RunView, trial: str) -> list[Block]:
 
 def _about(plan: Plan) -> str:
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
-    return f"Measured on {plan.drift_texts} generic texts (preserve.probe: {source})."
+    texts = f"{plan.drift_texts} generic texts" if plan.preserving is None else "some of the texts that choose"
+    return f"Measured on {texts} (preserve.probe: {source})."
 
 
 def in_words(points: Sequence[Point], errors: Mapping[int, float], kept: int | None, writes: bool) -> str:

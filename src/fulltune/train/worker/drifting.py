@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.forgetting.drift import MOST_TOKENS, GenericText, measured, says_little
-from fulltune.forgetting.generic_text import generic_texts, parts
+from fulltune.forgetting.generic_text import enough, generic_texts, parts
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
+from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.records.forgetting import Drift
 from fulltune.system.out_of_memory import is_out_of_memory
@@ -44,7 +45,9 @@ class Drifting:
         if plan.drift_texts:
             found = parts(block) if plan.preserving is not None else None
             texts = found.choosing if found else generic_texts(block.probe, plan.drift_texts)[0]
-            drifting.text = drifting.text_of(texts[: plan.drift_texts])
+            # What steers must tell more than what only watches: of short texts there are more, at the same cost.
+            count = max(plan.drift_texts, enough(texts, plan.drift_texts * GENERIC_TOKENS)) if found else len(texts)
+            drifting.text = drifting.text_of(texts[:count])
             everything = [*found.choosing, *found.sealed, *found.replayed] if found else texts
             drifting.identity = hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
         return drifting

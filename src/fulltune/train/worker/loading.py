@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from fulltune import methods, probe
 from fulltune.errors import SetupError
 from fulltune.forgetting.budget import LANGUAGE, STATES
+from fulltune.forgetting.drift import GenericText
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import MIXED, Rows
@@ -24,6 +25,7 @@ from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, draw_again
 from fulltune.models.load import load
 from fulltune.models.processors import opened
+from fulltune.recipe.preserve import SAMPLES
 from fulltune.records.data import DataSummary
 from fulltune.records.events import StepSkipped
 from fulltune.records.forgetting import limit_of
@@ -42,6 +44,7 @@ from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.drifting import Drifting
 from fulltune.train.worker.replay import Replay
+from fulltune.train.worker.samples import samples
 from fulltune.train.worker.steering import Steering
 
 _MOST_NAMED = 32
@@ -154,19 +157,19 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
             callback.logging_dir = str(attempt.request.tensorboard)
     attempt.drifting = Drifting.of(attempt, model, tokenizer)
     attempt.trainer.generic_identity = attempt.drifting.identity
-    _replay(attempt)
+    _replay(attempt, tokenizer)
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)
     return rows, eval_rows
 
 
-def _replay(attempt: AttemptContext) -> None:
+def _replay(attempt: AttemptContext, tokenizer: Any) -> None:
     """Train generic text along, where the plan does; the model is still the untouched one."""
     plan, trainer = attempt.plan, attempt.trainer
     if plan.preserving is None or not plan.preserving.replay_rows or attempt.request.probe:
         return
     rows = plan.preserving.replay_rows
-    text = attempt.drifting.text_of(parts(attempt.recipe.preserve).replayed[: plan.total_steps * rows])
+    text = _replayed(attempt, tokenizer, plan.total_steps * rows)
     # No more tokens at once than a micro batch has, and of a language model no more logits than are small; one text
     # where activations are recomputed, which happens in training mode alone.
     at_once = plan.micro_batch_size * attempt.summary.max_length // attempt.drifting.most_tokens
@@ -179,6 +182,16 @@ def _replay(attempt: AttemptContext) -> None:
     replay.remember(trainer, attempt.alive)
     limit = limit_of(plan.preserving.budget, text.writes)
     trainer.add_callback(Steering(attempt, replay, limit, weighing, plan.preserving.steer_steps))
+
+
+def _replayed(attempt: AttemptContext, tokenizer: Any, count: int) -> GenericText:
+    """At most so many texts."""
+    preserve, drifting = attempt.recipe.preserve, attempt.drifting
+    if preserve.replay != SAMPLES:
+        return drifting.text_of(parts(preserve).replayed[:count])
+    attempt.recorder.phase("having the untouched model write texts")
+    found = samples(attempt, tokenizer, count, drifting.most_tokens)
+    return GenericText(tuple(found), tokenizer.pad_token_id or 0, True, attempt.plan.precision)
 
 
 def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:
