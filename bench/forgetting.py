@@ -2,6 +2,7 @@
 
     FULLTUNE_BENCH_DATA=... python bench/forgetting.py run FOLDER [--kinds ...] [--arms free held] [--seeds 1 2 3]
     python bench/forgetting.py table FOLDER
+    FULLTUNE_BENCH_DATA=... python bench/forgetting.py exhibit FOLDER --kinds smollm2-shakespeare
 
 Each cell is whole runs of the command line with the same rows, steps and seed, in arms:
 
@@ -68,6 +69,8 @@ class Kind:
     budget: str
     reads: str = "writes"
     """How the generic texts are compared: `writes` or a problem type."""
+    probe: int = 2500
+    """Sentences."""
 
 
 KINDS = {
@@ -76,7 +79,7 @@ KINDS = {
     "tiny-shakespeare": Kind("", RAW, shakespeare, 2000, 1e-3, 300, 8, "5%"),
     "minilm-banking77": Kind(MINILM, CLASSES, banking77, 1000, 2e-4, 320, 32, "1%", "single_label"),
     "minilm-wnut17": Kind(MINILM, TAGS, wnut17, 1000, 2e-4, 250, 32, "1%", "tags"),
-    "smollm2-gsm8k": Kind(SMOLLM, GSM8K, gsm8k, 200, 5e-5, 40, 8, "1%"),
+    "smollm2-shakespeare": Kind(SMOLLM, RAW, shakespeare, 700, 2e-4, 40, 8, "5%", probe=1200),
 }
 
 
@@ -155,7 +158,7 @@ def prepared(folder: Path, name: str) -> Path:
     if not (place / "recipe.yaml").exists():
         place.mkdir(parents=True, exist_ok=True)
         kind.write(place, kind.rows)
-        (place / "probe.txt").write_text("\n".join(sentences()[1]) + "\n", encoding="utf-8")
+        (place / "probe.txt").write_text("\n".join(sentences()[1][: kind.probe]) + "\n", encoding="utf-8")
         model = kind.model or f"model: {pretrained(folder)}\n"
         (place / "recipe.yaml").write_text(model + kind.recipe, encoding="utf-8")
     return place
@@ -223,6 +226,51 @@ def _base(place: Path) -> str:
     return first.removeprefix("model: ").strip()
 
 
+# ---- the exhibit ------------------------------------------------------------------------------------------------
+
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "Write one sentence that explains why the sky is blue.",
+    "How do I boil an egg?",
+)
+
+
+def exhibit(folder: Path, name: str, seed: int) -> None:
+    """What the untouched, the free and the held model make of other things than their task: sentences of Wikipedia,
+    problems of GSM8K with their answers, and questions to a chat model."""
+    import torch
+
+    from fulltune.inference.run import generate
+    from fulltune.models.base import Base
+    from fulltune.models.load import load
+    from fulltune.recipe.model import ModelBlock
+
+    kind, place = KINDS[name], prepared(folder, name)
+    lines = (data() / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    problems = [json.loads(line) for line in lines]
+    asked = [*QUESTIONS, problems[0]["question"]]
+    models = {"untouched": _base(place)} | {arm: str(place / f"{arm}-{seed}/models/full") for arm in ("free", "held")}
+    before: dict[str, np.ndarray] = {}
+    for which, model_folder in models.items():
+        base = Base.of(ModelBlock(name=model_folder), "causal-lm")
+        model = load(base, {}, head_is_new=False).float().eval()
+        texts = {"Wikipedia": sentences()[2], "GSM8K": [f"{one['question']} {one['answer']}" for one in problems]}
+        for about, them in texts.items():
+            found = GenericText.of(them, base.processor, "text", "fp32", 128).read(model)
+            moved = measured(before.setdefault(about, found), found)
+            print(f"{which}: {about}: loss {found.mean():.3f}, rise {moved.drift:.3f} ± {moved.error:.3f}", flush=True)
+        chats = [
+            base.processor.apply_chat_template(
+                [{"role": "user", "content": one}], add_generation_prompt=True, return_dict=False
+            )
+            for one in asked
+        ]
+        torch.manual_seed(0)
+        said = generate(model, base.processor, chats, max_new_tokens=60, batch_size=1, precision="fp32")
+        for question, answer in zip(asked, said, strict=True):
+            print(f"{which}: {question!r}\n    {answer!r}", flush=True)
+
+
 # ---- the table -------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +336,7 @@ def table(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "table", "exhibit"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--arms", nargs="+", default=["free", "held"], choices=list(ARMS))
@@ -298,6 +346,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if given.what == "table":
         table(folder)
+        return
+    if given.what == "exhibit":
+        for seed, name in itertools.product(given.seeds, given.kinds):
+            exhibit(folder, name, seed)
         return
     for seed, name, arm in itertools.product(given.seeds, given.kinds, given.arms):
         if (name, arm, seed) in read(folder):
