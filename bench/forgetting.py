@@ -245,7 +245,7 @@ def exhibit(folder: Path, name: str, seed: int) -> None:
     from fulltune.models.load import load
     from fulltune.recipe.model import ModelBlock
 
-    kind, place = KINDS[name], prepared(folder, name)
+    place = prepared(folder, name)
     lines = (data() / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     problems = [json.loads(line) for line in lines]
     asked = [*QUESTIONS, problems[0]["question"]]
