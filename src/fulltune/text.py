@@ -69,7 +69,8 @@ def parse_share(value: str | float) -> float:
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise ValueError(f"expected a share such as 1% or 0.01, found '{value}'") from None
+        point = "; decimals stand behind a point" if "," in text else ""
+        raise ValueError(f"expected a share such as 1% or 0.01, found '{value}'{point}") from None
     if not 0 < share < 1:
         meant = f"; for {text}% write '{text}%'" if 1 <= share < 100 and not text.endswith("%") else ""
         raise ValueError(f"expected a share above 0 and below 100%, such as 1%, found '{value}'{meant}")

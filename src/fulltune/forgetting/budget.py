@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records.forgetting import Certificate, Drift, Kind, Point
+from fulltune.records.forgetting import Certificate, Drift, Kind, Point, Preserved
 
 LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
 """Of the texts of a run with a budget: that choose, and as many that are sealed; and that are trained along."""
@@ -73,9 +73,24 @@ def next_weight(weight: float, measured: Drift, limit: float, rate: float, weigh
     return min(max(weight * factor, weighing.first), weighing.most)
 
 
+def least_limit(measured: Drift) -> float:
+    """The smallest limit within which a point may be chosen: its sealed half will most likely say the same."""
+    return upper(measured) + SURELY * math.sqrt(2) * measured.error
+
+
 def is_within(measured: Drift, limit: float) -> bool:
-    """Whether a point may be chosen: its sealed half will most likely say the same."""
-    return upper(measured) + SURELY * math.sqrt(2) * measured.error <= limit
+    """Whether a point may be chosen."""
+    return least_limit(measured) <= limit
+
+
+MOST_OF_IT = 0.9
+
+
+def limit_for_most(found: Preserved) -> float | None:
+    """The smallest limit with which `MOST_OF_IT` of what was learned would be kept; None: nothing was learned."""
+    gained = {point: found.gain_of(point) for point in found.points if not point.is_start}
+    most = max(gained.values(), default=0.0)
+    return min(least_limit(one.measured) for one, gain in gained.items() if gain >= MOST_OF_IT * most) if most else None
 
 
 def texts_needed(measured: Drift, limit: float) -> int:

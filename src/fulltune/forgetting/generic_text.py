@@ -20,6 +20,7 @@ from fulltune.errors import DataError
 from fulltune.forgetting.budget import LEAST_READ, MOST_READ, MOST_REPLAYED, TOKENS_READ
 from fulltune.recipe.preserve import AUTO, BUNDLED, SAMPLES, PreserveBlock
 from fulltune.tasks.columns import normalised
+from fulltune.text import counted
 
 NUM_TEXTS = 200
 MOST_LINES = 30
@@ -63,9 +64,9 @@ def generic_texts(
     wrapped = len(paragraphs) > 1 and len(lines) <= MOST_LINES * len(paragraphs)
     found = _in_drawn_order(" ".join(part.split()) for part in (paragraphs if wrapped else lines))[:count]
     if len(found) < 2:
-        kind = "paragraphs" if wrapped else "lines"
+        kind = "paragraph" if wrapped else "line"
         raise DataError(
-            f"{setting}: {file}: holds {len(found)} {kind}; expected at least 2 different lines or paragraphs"
+            f"{setting}: {file}: holds {counted(len(found), kind)}; expected at least 2 different lines or paragraphs"
         )
     return found, file
 

@@ -89,6 +89,10 @@ class Preserved(Record):
         kind, share = self.chosen.kind, self.chosen.share
         if (kind, share) == ("whole", 1):
             return ""
+        if share == 0 and kind == "whole":
+            return (
+                "the untouched model: no other point is within the budget for forgetting (preserve.budget) and better"
+            )
         return f"scaled back to {share:.0%} of the way ({kind}), within the budget for forgetting (preserve.budget)"
 
     @property

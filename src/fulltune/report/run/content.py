@@ -78,7 +78,10 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
             ("steps", f"{attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
-        if last.moved:
+        preserved = view.preserved.get(trial)
+        if preserved is not None and preserved.chosen.is_start:
+            figures.append(("weights kept", "the untouched model's"))
+        elif last.moved:
             figures.append(("values moved", format_share(last.moved.share)))
     if view.summary and "train" in view.summary.splits:
         figures.append(("train rows", f"{view.summary.splits['train'].rows:,}"))

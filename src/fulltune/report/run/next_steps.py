@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fulltune.forgetting.budget import MOST_OF_IT, limit_for_most
+from fulltune.records.forgetting import Preserved
 from fulltune.records.scores import Confusion
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
@@ -15,7 +17,7 @@ from fulltune.report.run.about_training import fitting_of
 from fulltune.report.run.history import after_start
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import headline_row
-from fulltune.text import counted, format_number, is_share, listed
+from fulltune.text import counted, format_number, format_percent, is_share, listed
 
 _FEW_STEPS = 100
 """A pretrained model with a new head has hardly begun by then."""
@@ -73,6 +75,8 @@ class RunFacts:
     """That the model tells nothing apart, in words; empty: it does."""
     is_faultless: bool = False
     """Every test row is answered right: on these rows no other training can do better."""
+    held_back: str = ""
+    """What a budget for forgetting has kept the model from, in words; empty: nothing."""
     weights_may_help: bool = False
     """It gives the label that by far most rows have, and all classes counted alike."""
 
@@ -115,7 +119,26 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         greater_is_better=plan.greater_is_better,
         blind=blind,
         is_faultless=main is not None and is_share(row.main_metric) and main.value == 1,
+        held_back=_held_back(view.preserved.get(row.name)),
         weights_may_help="train.class_weights" not in given and is_usual,
+    )
+
+
+def _held_back(found: Preserved | None) -> str:
+    if found is None or not found.why:
+        return ""
+    if (limit := limit_for_most(found)) is None:
+        return (
+            "Training made the eval rows no better, with or without the budget for forgetting (preserve.budget): train "
+            "without one first, and give it to a run that learns."
+        )
+    budget = -math.expm1(-limit) if found.writes else limit
+    share = f"{min(100 * budget * 1.05, 99):.1f}%"
+    kept = "the untouched model" if not found.is_feasible else f"{found.chosen.share:.0%} of the way"
+    return (
+        f"The budget for forgetting keeps {kept}. {format_percent(MOST_OF_IT)} of what was learned takes a budget of "
+        f"about {share}: --set preserve.budget={share}; or more texts in the probe, if its error is large beside the "
+        "budget (section 'Forgetting')."
     )
 
 
@@ -143,6 +166,8 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
             "Every test row is answered right: no other training can do better on them. Take more test rows, or harder "
             "ones.",
         )
+    if run.held_back:  # the curves are of a model that was not kept
+        return (run.held_back,)
     lower, higher = _rate(run, 1 / 3), _rate(run, 3)
     found = []
     grew, is_sure = _loss_grew(run.loss)
