@@ -247,7 +247,8 @@ def texts_read(plan: Plan, evaluations: int) -> int:
     kept = plan.preserving
     if kept is None:
         return plan.drift_texts * evaluations
-    at_end = (NUM_POINTS + 2) * TOKENS_READ // GENERIC_TOKENS  # those that choose, at each point, and twice those that are sealed
+    # Those that choose, at each point, and twice those that are sealed.
+    at_end = (NUM_POINTS + 2) * TOKENS_READ // GENERIC_TOKENS
     remembered = min(MOST_REPLAYED, plan.total_steps * kept.replay_rows)
     return plan.drift_texts * (evaluations + plan.total_steps // kept.steer_steps) + at_end + remembered
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -232,6 +233,51 @@ def frontier_plot(
         axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET)
         described = "; ".join(f"{format_metric(metric, value)} at {drift:.2g}" for drift, value, _ in sorted(points))
         return svg(figure, title, f"{described}.")
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A method's metric over the drift, run by run."""
+
+    name: str
+    is_full: bool
+    """Drawn as squares."""
+    filled: bool
+    """The recommended method, filled and blue."""
+    points: tuple[tuple[tuple[float, float], ...], ...]
+    """Of each run the drift and the metric of all points."""
+    best: tuple[tuple[tuple[float, float], ...], ...]
+    """Of each run those that no other one beats, which a line joins."""
+
+
+def frontiers_plot(title: str, frontiers: Sequence[Frontier], limit: float, metric: str) -> str:
+    """Draw the frontiers of several methods over each other, as SVG.
+
+    Args:
+        title: What is drawn; also the accessible name.
+        frontiers: The methods.
+        limit: The budget, drawn as an upright line.
+        metric: Decides how values are written.
+    """
+    markers = itertools.cycle("o^Dv")
+    with new_figure(WIDTH, _COST_HEIGHT) as figure:
+        axes = figure.subplots()
+        for one in frontiers:
+            colour, marker = BLUE if one.filled else QUIET, "s" if one.is_full else next(markers)
+            look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if one.filled else PAGE}
+            places = [place for run in one.points for place in run if all(map(math.isfinite, place))]
+            if places:
+                label = words.one_line(one.name)
+                axes.plot(*zip(*places, strict=True), marker=marker, markersize=5, linewidth=0, label=label, **look)
+            for run in one.best:
+                axes.plot(*zip(*run, strict=True), linewidth=1.25, color=colour)
+        style_axes(axes, metric, "y")
+        axes.axvline(limit, color=AMBER, linewidth=1.25, dashes=(4, 3), label="budget")
+        axes.set_xlabel("drift on generic text", color=QUIET, size=SMALL)
+        for text in axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET).get_texts():
+            text.set_parse_math(False)
+        named = (f"{one.name}: {counted(sum(map(len, one.points)), 'point')}" for one in frontiers)
+        return svg(figure, title, f"{'; '.join(named)}.")
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------
