@@ -15,7 +15,7 @@ from fulltune.report.format.plots import Frontier, frontiers_plot
 from fulltune.report.run.about_forgetting import as_share, certificate, way
 from fulltune.text import counted, format_percent
 
-_NAME_LETTERS = 10
+_NAME_LETTERS = 8
 """Of a method, in the terminal's line."""
 
 
@@ -28,14 +28,13 @@ def section(comparison: Comparison) -> Section | None:
     drawn = frontiers_plot(title, list(_frontiers(comparison)), one.limit, comparison.metric)
     blocks = (
         Bullets(tuple(answers(comparison).values())),
-        Figures((Figure(drawn, title, "the table below has it in numbers."),)),
+        Figures((Figure(drawn, title, "the table has it in numbers."),), drawn_only=True),
         _best(comparison),
         _certificates(comparison),
         Paragraph(
-            f"All of these runs had the budget {format_percent(one.budget)}, so that generic text was trained along "
-            "with each; a run without one moves it farther. Metric and drift are those of the eval rows and of the "
-            f"{counted(one.start.measured.texts, 'text')} that chose among the points ({one.text}); the certificates "
-            "are about texts that nothing had read before."
+            f"All of these runs had the budget {format_percent(one.budget)}; without one, both methods may move generic "
+            "text farther. Metric and drift are those of the eval rows and of the "
+            f"{counted(one.start.measured.texts, 'text')} that chose among the points ({one.text}); certificates are about texts that nothing had read before."
         ),
     )
     return Section("forgetting", "Forgetting", blocks)
@@ -103,7 +102,7 @@ def _short(comparison: Comparison, full: str, arm: str, found: Apart | None) -> 
     if found is None:
         return f"{first}, {second}: not comparable, one is no better than untouched"
     writes = comparison.held[0].preserved.writes
-    answer = {"first": "the first less", "second": "the second less", None: "no telling"}[found.less]
+    answer = {"first": f"{first} less", "second": f"{second} less", None: "no telling"}[found.less]
     one, other, error = (as_share(value, writes) for value in (found.first, found.second, found.error))
     value = Writer.of(comparison.decision).value(found.metric)
     return f"at {value}: {first} {one}, {second} {other}, ±{error}: {answer}"

@@ -267,10 +267,10 @@ def frontiers_plot(title: str, frontiers: Sequence[Frontier], limit: float, metr
             look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if one.filled else PAGE}
             places = [place for run in one.points for place in run if all(map(math.isfinite, place))]
             if places:
-                label = words.one_line(one.name)
-                axes.plot(*zip(*places, strict=True), marker=marker, markersize=5, linewidth=0, label=label, **look)
+                look["label"] = _short_name(one.name)
+                axes.plot(*zip(*places, strict=True), marker=marker, markersize=5, linewidth=0, **look)
             for run in one.best:
-                axes.plot(*zip(*run, strict=True), linewidth=1.25, color=colour)
+                axes.plot(*zip(*run, strict=True), linewidth=1.25, color=colour, zorder=1)
         style_axes(axes, metric, "y")
         axes.axvline(limit, color=AMBER, linewidth=1.25, dashes=(4, 3), label="budget")
         axes.set_xlabel("drift on generic text", color=QUIET, size=SMALL)
@@ -387,8 +387,7 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
     named = []
     # Names at the edge have the fewest places; then the methods that matter most get the best ones.
     for mark in sorted(marks, key=lambda mark: mark in shown):
-        name = words.one_line(mark.name)
-        name = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+        name = _short_name(mark.name)
         if mark in shown:
             _draw_mark(axes, mark, mark.cost, mark.value, upright=True)
             named.append((name, mark.cost, mark.value, mark.low, mark.high))
@@ -396,6 +395,11 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
             axes.plot(mark.cost, edge, "v" if better else "^", ms=8, color=QUIET, mfc=PAGE, mew=1.75)
             named.append((f"{name} {mark.text}", mark.cost, edge, edge, edge))
     _name(figure, axes, named)
+
+
+def _short_name(name: str) -> str:
+    name = words.one_line(name)
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 def _shown(marks: Sequence[Mark], greater_is_better: bool, margin: float) -> list[Mark]:

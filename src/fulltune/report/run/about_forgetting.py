@@ -160,6 +160,8 @@ def way(kind: str, share: float) -> str:
 def as_share(drift: float, writes: bool) -> str:
     """A drift as the budget is given, in two digits: it is compared with that."""
     share = 100 * (-math.expm1(-drift) if writes else drift)
+    if 0.001 <= abs(share) < 0.095:
+        return f"{share:.2g}%"
     return f"{share:.2f}%" if abs(share) < 10 else f"{share:.0f}%"
 
 
