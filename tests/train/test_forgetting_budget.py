@@ -220,8 +220,8 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
         ({"preserve": {"budget": "1%"}, "method": {"learning_rate": "search"}}, "preserve.budget: not yet in a search"),
         (
             {"preserve": {"budget": "1%"}, "methods": ["full", "lora", "adapter"]},
-            "methods.2.kind: 'adapter' cannot be scaled back to the untouched model, which preserve.budget does; compare "
-            "full and lora, or remove preserve.budget",
+            "methods.2.kind: 'adapter' cannot be scaled back to the untouched model, which preserve.budget does; "
+            "compare full and lora, or remove preserve.budget",
         ),
         ({"preserve": {"budget": "1%"}, "train": {"optimizer_in_backward": True}}, "cannot go with train.optimizer_in"),
     ],

@@ -11,7 +11,7 @@ from fulltune.records.forgetting import Preserved, limit_of
 from fulltune.report.comparison.sentences import NOTHING, Writer, full_of
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Bullets, Figure, Figures, Paragraph, Row, Section, Table, foreign
-from fulltune.report.format.plots import Frontier, frontiers_plot
+from fulltune.report.format.frontiers import Frontier, frontiers_plot
 from fulltune.report.run.about_forgetting import as_share, certificate, way
 from fulltune.text import counted, format_percent
 
@@ -23,8 +23,8 @@ def section(comparison: Comparison) -> Section | None:
     """The frontiers of the held methods, their certificates, and which one forgot less; None without a budget."""
     if not comparison.held:
         return None
-    one, metric = comparison.held[0].preserved, words.metric_name(comparison.metric)
-    title = f"{metric} by drift on generic text"
+    one = comparison.held[0].preserved
+    title, texts = f"{words.metric_name(comparison.metric)} by drift on generic text", one.start.measured.texts
     drawn = frontiers_plot(title, list(_frontiers(comparison)), one.limit, comparison.metric)
     blocks = (
         Bullets(tuple(answers(comparison).values())),
@@ -32,9 +32,9 @@ def section(comparison: Comparison) -> Section | None:
         _best(comparison),
         _certificates(comparison),
         Paragraph(
-            f"All of these runs had the budget {format_percent(one.budget)}; without one, both methods may move generic "
-            "text farther. Metric and drift are those of the eval rows and of the "
-            f"{counted(one.start.measured.texts, 'text')} that chose among the points ({one.text}); certificates are about texts that nothing had read before."
+            f"All of these runs had the budget {format_percent(one.budget)}; without one, methods may move generic "
+            f"text farther. Metric and drift are those of the eval rows and of {counted(texts, 'text')} "
+            f"that chose among the points ({one.text}); certificates are about texts that nothing had read before."
         ),
     )
     return Section("forgetting", "Forgetting", blocks)

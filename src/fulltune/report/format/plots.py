@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 Point = tuple[int, float]
 """Optimizer step and value; the value may be NaN or infinite."""
 
-_CURVE_HEIGHT, _COST_HEIGHT = 220, 280
+CURVE_HEIGHT, COST_HEIGHT = 220, 280
 """In points, which are the units of the SVG."""
 _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
@@ -112,7 +111,7 @@ def learning_curve(
     """
     values = [value if math.isfinite(value) else math.nan for _, value in points]
     finite = [value for value in values if not math.isnan(value)]
-    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
+    with new_figure(WIDTH, CURVE_HEIGHT) as figure:
         axes = figure.subplots()
         if finite:
             _draw_curve(axes, [step for step, _ in points], values, metric, kept_step)
@@ -176,7 +175,7 @@ def rates_plot(title: str, series: Sequence[Series], metric: str, chosen: float)
     from matplotlib.ticker import NullLocator
 
     rates = sorted({rate for _, values in series for rate in values})
-    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
+    with new_figure(WIDTH, CURVE_HEIGHT) as figure:
         axes = figure.subplots()
         for filled, (name, values) in enumerate(series):
             points = sorted((rate, value) for rate, value in values.items() if math.isfinite(value))
@@ -202,82 +201,6 @@ def rates_in_words(series: Sequence[Series], metric: str) -> str:
         if said := ", ".join(f"{format_metric(metric, value)} at {rate:g}" for rate, value in known):
             parts.append(f"{name}: {said}")
     return "; ".join(parts) + "."
-
-
-# ---- task against forgetting -----------------------------------------------------------------------------------
-
-
-def frontier_plot(
-    title: str, points: Sequence[tuple[float, float, str]], chosen: tuple[float, float], limit: float, metric: str
-) -> str:
-    """Draw a metric over the drift on generic text, as SVG: how much of the task costs how much of what was.
-
-    Args:
-        title: What is drawn; also the accessible name.
-        points: Drift, metric and kind of each point.
-        chosen: Drift and metric of the one that is kept, marked with a ring.
-        limit: The budget, drawn as an upright line.
-        metric: Decides how values are written.
-    """
-    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
-        axes = figure.subplots()
-        for kind, marker in (("whole", "o"), ("by layer", "s")):
-            found = sorted((drift, value) for drift, value, of in points if of == kind and math.isfinite(value))
-            if found:
-                look: dict[str, Any] = {"color": BLUE, "markersize": 6, "linewidth": 1.25 if kind == "whole" else 0}
-                axes.plot(*zip(*found, strict=True), marker=marker, markerfacecolor=PAGE, label=kind, **look)
-        style_axes(axes, metric, "y")
-        axes.axvline(limit, color=AMBER, linewidth=1.25, dashes=(4, 3), label="budget")
-        axes.plot(*chosen, marker="o", markersize=6, color=BLUE, linewidth=0, label="kept")
-        axes.set_xlabel("drift on generic text", color=QUIET, size=SMALL)
-        axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET)
-        described = "; ".join(f"{format_metric(metric, value)} at {drift:.2g}" for drift, value, _ in sorted(points))
-        return svg(figure, title, f"{described}.")
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """A method's metric over the drift, run by run."""
-
-    name: str
-    is_full: bool
-    """Drawn as squares."""
-    filled: bool
-    """The recommended method, filled and blue."""
-    points: tuple[tuple[tuple[float, float], ...], ...]
-    """Of each run the drift and the metric of all points."""
-    best: tuple[tuple[tuple[float, float], ...], ...]
-    """Of each run those that no other one beats, which a line joins."""
-
-
-def frontiers_plot(title: str, frontiers: Sequence[Frontier], limit: float, metric: str) -> str:
-    """Draw the frontiers of several methods over each other, as SVG.
-
-    Args:
-        title: What is drawn; also the accessible name.
-        frontiers: The methods.
-        limit: The budget, drawn as an upright line.
-        metric: Decides how values are written.
-    """
-    markers = itertools.cycle("o^Dv")
-    with new_figure(WIDTH, _COST_HEIGHT) as figure:
-        axes = figure.subplots()
-        for one in frontiers:
-            colour, marker = BLUE if one.filled else QUIET, "s" if one.is_full else next(markers)
-            look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if one.filled else PAGE}
-            places = [place for run in one.points for place in run if all(map(math.isfinite, place))]
-            if places:
-                look["label"] = _short_name(one.name)
-                axes.plot(*zip(*places, strict=True), marker=marker, markersize=5, linewidth=0, **look)
-            for run in one.best:
-                axes.plot(*zip(*run, strict=True), linewidth=1.25, color=colour, zorder=1)
-        style_axes(axes, metric, "y")
-        axes.axvline(limit, color=AMBER, linewidth=1.25, dashes=(4, 3), label="budget")
-        axes.set_xlabel("drift on generic text", color=QUIET, size=SMALL)
-        for text in axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET).get_texts():
-            text.set_parse_math(False)
-        named = (f"{one.name}: {counted(sum(map(len, one.points)), 'point')}" for one in frontiers)
-        return svg(figure, title, f"{'; '.join(named)}.")
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------
@@ -330,7 +253,7 @@ def _draw_mark(axes: Axes, mark: Mark, x: float, y: float, upright: bool = False
 
 def cost_plot(plot: CostPlot) -> str:
     """Draw quality against cost as SVG."""
-    with new_figure(WIDTH, _COST_HEIGHT) as figure:
+    with new_figure(WIDTH, COST_HEIGHT) as figure:
         _draw_costs(figure, figure.subplots(), plot)
         return svg(figure, plot.title, plot.words)
 
@@ -345,13 +268,13 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
         path: The file.
     """
     head, width = 64, len(plots) * WIDTH
-    with new_figure(width, _COST_HEIGHT + head) as figure:
+    with new_figure(width, COST_HEIGHT + head) as figure:
         figure.set(frameon=True, facecolor=PAGE)
         for text, size, colour, weight, y in ((title, 15, INK, "bold", 28), (subtitle, 9.5, QUIET, "normal", 48)):
             fitting = textwrap.shorten(words.one_line(text), int(width / (0.64 * size)), placeholder=" …")
-            at = 1 - y / (_COST_HEIGHT + head)
+            at = 1 - y / (COST_HEIGHT + head)
             figure.text(0.02, at, fitting, size=size, color=colour, weight=weight, parse_math=False, in_layout=False)
-        figure.set_layout_engine("constrained", rect=(0, 0, 1, _COST_HEIGHT / (_COST_HEIGHT + head)))
+        figure.set_layout_engine("constrained", rect=(0, 0, 1, COST_HEIGHT / (COST_HEIGHT + head)))
         for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
             _draw_costs(figure, axes, plot)
         with replacing(path) as part:
@@ -387,7 +310,7 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
     named = []
     # Names at the edge have the fewest places; then the methods that matter most get the best ones.
     for mark in sorted(marks, key=lambda mark: mark in shown):
-        name = _short_name(mark.name)
+        name = short_name(mark.name)
         if mark in shown:
             _draw_mark(axes, mark, mark.cost, mark.value, upright=True)
             named.append((name, mark.cost, mark.value, mark.low, mark.high))
@@ -397,7 +320,8 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
     _name(figure, axes, named)
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
+    """As it stands in a plot."""
     name = words.one_line(name)
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 

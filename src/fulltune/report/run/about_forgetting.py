@@ -25,7 +25,8 @@ from fulltune.report.format.blocks import (
     first_open,
     unless_empty,
 )
-from fulltune.report.format.plots import Point, curve_in_words, frontier_plot, learning_curve
+from fulltune.report.format.frontiers import frontier_plot
+from fulltune.report.format.plots import Point, curve_in_words, learning_curve
 from fulltune.report.run.read import RunView
 from fulltune.text import counted, format_metric, format_number, format_percent
 
