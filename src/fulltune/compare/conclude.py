@@ -52,7 +52,7 @@ def judge(ran: SeedRuns) -> Comparison:
             confidence=context.recipe.evaluate.confidence,
             alpha=alpha.now,
         )
-    found = comparison_of(ran, of_learned(decision, scaled_away), baselines, openings, held)
+    found = comparison_of(ran, of_learned(decision, scaled_away), held, baselines, openings)
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
     write_model_cards(ran)
     return found
@@ -96,9 +96,9 @@ def held_runs(ran: SeedRuns) -> tuple[Held, ...]:
 def comparison_of(
     ran: SeedRuns,
     decision: Decision,
+    held: tuple[Held, ...],
     baselines: tuple[Scores, ...],
     openings: tuple[Opening, ...],
-    held: tuple[Held, ...],
 ) -> Comparison:
     """The record that the report is made from."""
     context, summary, expectation = ran.context, ran.context.summary, ran.expectation

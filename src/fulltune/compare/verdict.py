@@ -109,6 +109,8 @@ def of_learned(decision: Decision, untouched: Mapping[str, Sequence[int]]) -> De
         decision: What the test rows said of what was kept.
         untouched: Seeds of each method of which it did.
     """
+    if not untouched:
+        return decision
     notes = tuple(
         f"{arm} (seed {listed([str(seed) for seed in seeds])}): nothing within the budget for forgetting was better "
         "than the untouched model, which stands in its place"
