@@ -116,7 +116,7 @@ def test_where_a_run_is_nowhere_better_than_the_untouched_model_there_is_nothing
     assert at_equal_metric([straight(0.04)], [straight(0.02), run((0.0, 0.5), (0.01, 0.4))]) is None
 
 
-def test_where_smaller_is_better_the_highest_metric_that_both_reach_is_the_larger_one() -> None:
+def test_where_smaller_is_better_the_best_metric_that_both_reach_is_the_larger_one() -> None:
     one = run((0.0, 3.0), (0.1, 2.0), greater_is_better=False)
     other = run((0.0, 3.0), (0.1, 1.0), greater_is_better=False)
     found = at_equal_metric([one], [other])

@@ -60,7 +60,7 @@ class Apart:
     """How far two methods moved generic text where both have the same metric."""
 
     metric: float
-    """The highest that all their runs reach."""
+    """The best that all their runs reach."""
     first: float
     second: float
     """Mean drift over the runs of each."""

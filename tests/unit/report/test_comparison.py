@@ -331,7 +331,7 @@ def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:
 def test_held_comparison_says_which_method_forgets_less(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.held())
     answer = (
-        "At accuracy 92.0% on the eval rows, the highest that all runs of both reach, full has moved generic text by "
+        "At accuracy 92.0% on the eval rows, the best that all runs of both reach, full has moved generic text by "
         "7.91%, lora by 4.40%: full by 3.51% more (standard error 0.32%, over seeds). lora forgets less here: take it "
         "where what the model could do before matters."
     )

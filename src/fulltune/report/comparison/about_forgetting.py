@@ -79,7 +79,7 @@ def _answer(comparison: Comparison, full: str, arm: str, found: Apart | None) ->
     more, apart = (full if found.difference > 0 else arm), as_share(abs(found.difference), writes)
     over = "over seeds" if found.over == "seeds" else "over texts; the spread between seeds is not known"
     said = (
-        f"At {write.name} {write.value(found.metric)} on the eval rows, the highest that all runs of both reach, "
+        f"At {write.name} {write.value(found.metric)} on the eval rows, the best that all runs of both reach, "
         f"{full} has moved generic text by {as_share(found.first, writes)}, {arm} by {as_share(found.second, writes)}: "
         f"{more} by {apart} more (standard error {as_share(found.error, writes)}, {over})."
     )
