@@ -235,7 +235,12 @@ def test_replayed_texts_come_once_each_before_any_comes_again() -> None:
         ({"preserve": {"replay": "more.txt"}}, "preserve.replay: has no effect without preserve.budget"),
         ({"preserve": {"budget": "1%", "drift": False}}, "preserve.drift: false, but preserve.budget needs it"),
         ({"preserve": {"budget": "1%"}, "method": {"kind": "prompt"}}, "'prompt' cannot be scaled back"),
-        ({"preserve": {"budget": "1%"}, "methods": ["full", "lora"]}, "not yet in a comparison or a search"),
+        ({"preserve": {"budget": "1%"}, "method": {"learning_rate": "search"}}, "preserve.budget: not yet in a search"),
+        (
+            {"preserve": {"budget": "1%"}, "methods": ["full", "lora", "adapter"]},
+            "methods.2.kind: 'adapter' cannot be scaled back to the untouched model, which preserve.budget does; "
+            "compare full and lora, or remove preserve.budget",
+        ),
         ({"preserve": {"budget": "1%"}, "train": {"optimizer_in_backward": True}}, "cannot go with train.optimizer_in"),
     ],
 )
@@ -245,6 +250,12 @@ def test_budget_that_cannot_be_is_refused(blocks: Mapping[str, Any], said: str, 
     with pytest.raises(RecipeError) as refused:
         load_recipe(recipe)
     assert said in str(refused.value)
+
+
+def test_comparison_with_a_budget_may_have_methods_that_move_nothing(tmp_path: Path) -> None:
+    data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
+    blocks: dict[str, Any] = {"preserve": {"budget": "1%"}, "methods": ["base", "head", "full", "lora"]}
+    assert len(load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", "model", data, **blocks)).methods) == 4
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from fulltune.compare.seeds import SeedRuns, arm_items, most_seeds, waiting
 from fulltune.compare.sequential import Left, left
 from fulltune.compare.table_rows import middle, rows_of
 from fulltune.compare.trials import best_seed, keep
-from fulltune.compare.verdict import ArmItems, decide
+from fulltune.compare.verdict import ArmItems, decide, of_learned
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
 from fulltune.recipe.tasks import FACTS, LANGUAGE_MODELS
-from fulltune.records.comparison import Comparison, Opening
+from fulltune.records.comparison import Comparison, Held, Opening
 from fulltune.records.differences import Decision
 from fulltune.records.scores import Estimate, Scores
 from fulltune.stats.bootstrap import draw, percentiles
@@ -40,6 +40,10 @@ def judge(ran: SeedRuns) -> Comparison:
         if (context.folder / SEALED / f"{BASE}.npz").exists():
             kept = outputs.load(context.folder / SEALED / f"{BASE}.npz")
             compared.append(ArmItems(name=BASE, kind="base", trials=[kept], cost=0.0))
+        held, scaled_away = held_runs(ran), dict[str, list[int]]()
+        for one in held:
+            if not one.preserved.is_feasible:
+                scaled_away.setdefault(one.arm, []).append(one.seed)
         decision = decide(
             compared,
             context.measure,
@@ -48,7 +52,7 @@ def judge(ran: SeedRuns) -> Comparison:
             confidence=context.recipe.evaluate.confidence,
             alpha=alpha.now,
         )
-    found = comparison_of(ran, decision, baselines, openings)
+    found = comparison_of(ran, of_learned(decision, scaled_away), held, baselines, openings)
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
     write_model_cards(ran)
     return found
@@ -83,8 +87,18 @@ def untouched(context: Context) -> tuple[Scores, ...]:
     return tuple(evaluate.baselines(context.recipe, made, context.summary, folder, context.job.base))
 
 
+def held_runs(ran: SeedRuns) -> tuple[Held, ...]:
+    """The whole runs that a budget for forgetting held, seed by seed."""
+    known = ((one.trial, ran.context.preserved(one.trial)) for runs in ran.results.values() for one in runs)
+    return tuple(Held(arm=trial.arm, seed=trial.seed, preserved=found) for trial, found in known if found is not None)
+
+
 def comparison_of(
-    ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
+    ran: SeedRuns,
+    decision: Decision,
+    held: tuple[Held, ...],
+    baselines: tuple[Scores, ...],
+    openings: tuple[Opening, ...],
 ) -> Comparison:
     """The record that the report is made from."""
     context, summary, expectation = ran.context, ran.context.summary, ran.expectation
@@ -95,7 +109,7 @@ def comparison_of(
     fixed = sum(seeds * middle(one.train_seconds for one in found) for found in ran.results.values())
     environment = run_folder.environment(context.machine)
     design = design_of(ran, openings, full_wins=decision.verdict == "FULL")
-    return Comparison(
+    made = Comparison(
         name=context.folder.name,
         model=context.recipe.model.name,
         task=context.recipe.task,
@@ -114,9 +128,10 @@ def comparison_of(
         looks=tuple(ran.looks),
         findings=lint(design),
         openings=openings,
-        claims=claims(rows, decision, summary.splits["train"].rows),
+        claims=(),
         drift_unit="nats per token" if summary.problem_type in LANGUAGE_MODELS else "1 - cosine",
         drift_text=context.texts[1],
+        held=held,
         num_trials=len(runs) + sum(len(one.tried) + one.other_runs for one in ran.searches.values()),
         seconds=round(context.spent_seconds, 1),
         full_run_seconds=round(middle(one.train_seconds for one in full), 1),
@@ -134,6 +149,7 @@ def comparison_of(
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
         notes=tuple(_notes(context, design.test_in_train)),
     )
+    return made.model_copy(update={"claims": claims(made)})
 
 
 def _notes(context: Context, said: str) -> list[str]:

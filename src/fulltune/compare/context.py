@@ -21,13 +21,16 @@ from fulltune.compare import rate_search
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
 from fulltune.forgetting import drift
-from fulltune.forgetting.generic_text import generic_texts
+from fulltune.forgetting.generic_text import NUM_TEXTS, generic_texts, parts
 from fulltune.models.shapes import Shapes
 from fulltune.plan.levers import SETTING_OF
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.preserve import AUTO
+from fulltune.recipe.rules import SCALABLE
 from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
+from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import Plan
 from fulltune.run_context import Run
 from fulltune.stats import row_scores
@@ -94,7 +97,11 @@ class Context:
 
     @cached_property
     def texts(self) -> tuple[list[str], str]:
-        return generic_texts(self.recipe.preserve.probe)
+        """On which the finished models are compared, and where they come from; sealed ones are none of them."""
+        if self.recipe.preserve.budget is None:
+            return generic_texts(self.recipe.preserve.probe)
+        found = parts(self.recipe.preserve)
+        return found.choosing[:NUM_TEXTS], f"{found.source}, texts that choose within the budget"
 
     @cached_property
     def most_tokens(self) -> int:
@@ -128,6 +135,16 @@ class Context:
     def search_path(self, arm: str) -> Path:
         """Where the search for an arm's rate is kept."""
         return self.folder / FOLDER / "searches" / f"{arm}.json"
+
+    def preserved(self, trial: Trial) -> Preserved | None:
+        """How a trial kept its budget for forgetting; None: it had none."""
+        path = self.folder / "preserve" / f"{trial.name}.json"
+        return Preserved.load(path) if path.exists() else None
+
+    def trained_metric(self, result: TrialResult) -> float:
+        """Of the weights as they were trained: a budget that scales them back says nothing about their rate."""
+        found = None if result.problems else self.preserved(result.trial)
+        return result.metric if found is None else found.end.metric
 
     def kept_results(self) -> list[TrialResult]:
         """Of all trials so far, those of earlier commands as well."""
@@ -181,11 +198,20 @@ class Context:
         """Sizes, memory and plan of an arm; traced once."""
         if arm not in self._setups:
             method = next(one for one in self.arms if one.arm == arm)
-            recipe = self.recipe.with_method(method)
+            recipe = self._recipe_of(method)
             model = PlannedModel.of(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
             self._setups[arm] = ArmSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
         return self._setups[arm]
+
+    def _recipe_of(self, method: Any, *, searches: bool = False) -> Recipe:
+        """A run of a method, held to the budget for forgetting where there is one that it can be held to; else what it
+        has forgotten is measured once, of the finished model."""
+        recipe, block = self.recipe.with_method(method), self.recipe.preserve
+        if block.budget is not None and method.kind in SCALABLE and not searches:
+            return recipe
+        free = block.model_copy(update={"drift": False, "budget": None, "replay": AUTO})
+        return recipe.model_copy(update={"preserve": free})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.here(self.machine, hardware.disk_free_bytes(self.folder))
@@ -205,10 +231,8 @@ class Context:
         if trial.searches:
             changes |= {"early_stopping_patience": None, "eval_strategy": "steps", "eval_steps": steps}
             changes["save_steps"] = None
-        recipe = self.recipe.with_method(method)
-        # What a trial has forgotten is measured once, of the finished model.
-        unwatched = recipe.preserve.model_copy(update={"drift": False})
-        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes), "preserve": unwatched})
+        recipe = self._recipe_of(method, searches=trial.searches)
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
     def trial_plan(self, trial: Trial, recipe: Recipe) -> Plan:
         """The plan of a trial, with what earlier ones of its arm changed because memory ran out."""

@@ -7,6 +7,7 @@ from typing import Any
 from fulltune.compare import design, parallel, rate_search, timing
 from fulltune.compare.context import Context
 from fulltune.compare.trials import run_trial
+from fulltune.forgetting.budget import MOST_ROWS
 from fulltune.inference.store import texts
 from fulltune.recipe.methods import RIVALS
 from fulltune.records.comparison import Expectation, Search, Trial, Tried
@@ -103,4 +104,6 @@ def scale_of(context: Context) -> rate_search.Scale:
     measure, num_rows = context.measure, context.summary.splits["eval"].rows
     if context.summary.problem_type == "span":
         num_rows = len({row[PLACE] for row in texts(context.folder / "data" / "eval")})
+    if context.recipe.preserve.budget is not None:
+        num_rows = min(num_rows, MOST_ROWS)  # that whole runs are measured on
     return rate_search.Scale(measure.greater_is_better, num_rows, is_share(measure.name))

@@ -206,7 +206,8 @@ class SeedRuns:
         """The first whole run of an arm, at a rate that holds for a whole run; or one that diverged."""
         while True:
             result, search = run_trial(self.context, trial), self.searches[trial.arm]
-            lower = None if result.problems else rate_search.slower(search, result.metric, scale_of(self.context))
+            reached = self.context.trained_metric(result)
+            lower = None if result.problems else rate_search.slower(search, reached, scale_of(self.context))
             if lower is None:
                 return result
             reason = f"a whole run with {search.chosen:g} ended below its short trial"
@@ -276,7 +277,8 @@ class SeedRuns:
         search, trial = self.searches[arm], runs[0].trial
         if any(one.share >= trial.share for one in search.tried):
             return None
-        whole = {search.chosen: runs[0].metric} | {one.trial.learning_rate: one.metric for one in runs[1:]}
+        rates = (search.chosen, *(one.trial.learning_rate for one in runs[1:]))
+        whole = dict(zip(rates, map(self.context.trained_metric, runs), strict=True))
         most = self.context.most_whole_runs
         rate = rate_search.next_whole(search, whole, scale_of(self.context), self._may_extend(arm), most)
         return None if rate is None else design.final_trial(arm, rate, trial.seed, check=True)

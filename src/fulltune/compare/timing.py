@@ -13,6 +13,7 @@ from fulltune.compare.trials import is_done, run_trial
 from fulltune.recipe.methods import RIVALS
 from fulltune.records.comparison import Expectation, Search, Trial
 from fulltune.records.events import Designed
+from fulltune.records.plan import Plan
 from fulltune.text import is_share
 
 EXPECTATION = f"{FOLDER}/expectation.json"
@@ -168,10 +169,16 @@ def pace(context: Context) -> Pace:
     planned: defaultdict[str, float] = defaultdict(float)
     rest = planned_rest = 0.0
     for one in known:
-        arm, need, share = one.trial.arm, context.setup(one.trial.arm).plan.time, one.trial.share
+        made, arm, share = context.setup(one.trial.arm).plan, one.trial.arm, one.trial.share
+        if context.recipe.preserve.budget is not None:
+            # A short trial is not held to the budget, and trains no generic text along: its own plan knows.
+            made, share = Plan.load(context.folder / "plan" / f"{one.trial.name}.json"), 1.0
+        need = made.time
         if need is None:
             continue
         trained = share * need.tokens / one.tokens_per_second / one.side_by_side
+        if made.preserving is not None:
+            trained *= need.total_seconds / need.train_seconds  # what chooses among points comes after the last step
         for name in (arm, ""):
             steps[name] += trained
             planned[name] += share * need.total_seconds

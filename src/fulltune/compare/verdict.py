@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +100,34 @@ def decide(
         would_decide=tuple(_would_decide(differences)) if verdict == "UNDECIDED" else (),
         notes=tuple(_notes(differences, verdict, recommended)),
     )
+
+
+def of_learned(decision: Decision, untouched: Mapping[str, Sequence[int]]) -> Decision:
+    """The verdict where a budget for forgetting left runs nothing but the untouched model: that is no method to take.
+
+    Args:
+        decision: What the test rows said of what was kept.
+        untouched: Seeds of each method of which it did.
+    """
+    if not untouched:
+        return decision
+    notes = tuple(
+        f"{arm} (seed {listed([str(seed) for seed in seeds])}): nothing within the budget for forgetting was better "
+        "than the untouched model, which stands in its place"
+        for arm, seeds in untouched.items()
+    )
+    changes: dict[str, object] = {"notes": (*decision.notes, *notes)}
+    taken = decision.recommended
+    if any(one.arm == taken and len(one.values) == len(untouched.get(taken, ())) for one in decision.scores):
+        changes |= {
+            "verdict": "UNDECIDED",
+            "recommended": "",
+            "headline": f"Within the budget for forgetting {taken} is the untouched model: nothing is learned to take.",
+            "would_decide": (
+                "give a larger preserve.budget, more texts (preserve.probe, preserve.replay) or more train rows",
+            ),
+        }
+    return decision.model_copy(update=changes)
 
 
 def _difference(

@@ -300,14 +300,18 @@ def _preserved(recipe: Recipe) -> list[str]:
         problems.append(f"{name}: cannot go with train.optimizer_in_backward, which updates before generic text counts")
     if _deepspeed(recipe):
         problems.append(f"{name}: not yet with train.extra.deepspeed; remove one of them")
-    problems += [
-        f"{place}.kind: '{method.kind}' cannot be scaled back to the untouched model, which {name} does; take full or "
-        f"lora, or remove {name}"
-        for place, method in methods_of(recipe)
-        if method.kind not in SCALABLE
-    ]
-    if recipe.methods or recipe.is_searched:
-        problems.append(f"{name}: not yet in a comparison or a search; remove it there, and give it to a single run")
+    # Beside others one may stand that moves nothing of what reads generic text: it keeps any budget.
+    unmoved = ("base", "head") if recipe.methods else ()
+    for place, method in methods_of(recipe):
+        if method.kind in (*SCALABLE, *unmoved):
+            continue
+        other = "compare full and lora" if recipe.methods else "take full or lora"
+        problems.append(
+            f"{place}.kind: '{method.kind}' cannot be scaled back to the untouched model, which {name} does; {other}, "
+            f"or remove {name}"
+        )
+    if recipe.is_searched:
+        problems.append(f"{name}: not yet in a search; remove it there, and give it to a single run")
     return problems
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from fulltune.records.base import Record
 from fulltune.records.differences import Decision, Finding, Look
+from fulltune.records.forgetting import Preserved
 from fulltune.records.scores import Estimate, Scores
 
 
@@ -181,6 +182,14 @@ class Claim(Record):
     """None: these data do not tell."""
 
 
+class Held(Record):
+    """A whole run that was held to a budget for forgetting."""
+
+    arm: str
+    seed: int
+    preserved: Preserved
+
+
 class Comparison(Record):
     """All of a comparison: its report is made from this alone."""
 
@@ -208,6 +217,8 @@ class Comparison(Record):
     """`nats per token` or `1 - cosine`."""
     drift_text: str
     """Where the generic texts come from."""
+    held: tuple[Held, ...] = ()
+    """With a budget for forgetting the whole runs that count, of all arms that can be held to one."""
     num_trials: int
     seconds: float
     """Of everything, over all commands that worked on it."""

@@ -84,6 +84,11 @@ class Preserved(Record):
         return next(point for point in self.points if point.is_start)
 
     @property
+    def end(self) -> Point:
+        """The trained model."""
+        return next(point for point in self.points if (point.kind, point.share) == ("whole", 1))
+
+    @property
     def why(self) -> str:
         """Why the kept weights are not the trained ones; empty: they are."""
         kind, share = self.chosen.kind, self.chosen.share

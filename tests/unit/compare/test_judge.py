@@ -39,6 +39,7 @@ def line(tmp_path: Path) -> Any:
         said=said,
         say=said.append,
         command="fulltune compare",
+        preserved=lambda trial: None,
     )
 
 

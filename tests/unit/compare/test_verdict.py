@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fulltune.compare.verdict import ArmItems, decide
+from fulltune.compare.verdict import ArmItems, decide, of_learned
 from fulltune.recipe.methods import ArmKind
 from fulltune.records.differences import Decision
 from fulltune.stats.row_scores import measure_of
@@ -153,3 +153,17 @@ def test_arm_that_waited_is_tested_at_its_part_of_alpha() -> None:
     quarter = decide([full, lora], ACCURACY, margin=0.01, alpha=0.0125, samples=1000)
     assert part.differences[0].adjusted_low < whole.differences[0].adjusted_low
     assert part.differences[0].adjusted_low == pytest.approx(quarter.differences[0].adjusted_low)
+
+
+def test_untouched_model_that_a_budget_left_is_not_recommended() -> None:
+    found = decision({"full": 0.9, "lora": 0.9}, margin=0.05)
+    assert found.recommended == "lora"
+    part = of_learned(found, {"lora": [2]})
+    assert (part.verdict, part.recommended) == (found.verdict, "lora")
+    assert part.notes[-1].startswith("lora (seed 2): nothing within the budget for forgetting was better than the")
+    whole = of_learned(found, {"lora": [1, 2, 3]})
+    assert (whole.verdict, whole.recommended) == ("UNDECIDED", "")
+    assert whole.headline.startswith("Within the budget for forgetting lora is the untouched model")
+    assert "preserve.budget" in whole.would_decide[0]
+    assert of_learned(found, {"full": [1, 2, 3]}).recommended == "lora"
+    assert of_learned(found, {}) == found

@@ -9,7 +9,8 @@ import pytest
 
 from fulltune import report
 from fulltune.errors import SetupError
-from fulltune.records.comparison import Comparison
+from fulltune.records.comparison import Comparison, Held
+from fulltune.records.forgetting import Preserved
 from fulltune.report.comparison import sentences
 from fulltune.report.comparison.content import plots
 from fulltune.report.comparison.sentences import Writer
@@ -322,3 +323,51 @@ def test_writer_has_no_minus_zero_and_no_needless_digits() -> None:
     assert Writer("accuracy", 0.001).difference(0.00123) == "+0.12"
     assert Writer("perplexity", 0.01).value(12.3456) == "12.35"
     assert Writer("loss", 0.01).value(float("nan")) == "not finite"
+
+
+# ---- a budget for forgetting -----------------------------------------------------------------------------------
+
+
+def test_held_comparison_says_which_method_forgets_less(tmp_path: Path) -> None:
+    markdown, html = cards(tmp_path, comparisons.held())
+    answer = (
+        "At accuracy 92.0% on the eval rows, the best that all runs of both reach, full has moved generic text by "
+        "7.91%, lora by 4.40%: full by 3.51% more (standard error 0.32%, over seeds). lora forgets less here: take it "
+        "where what the model could do before matters."
+    )
+    for text in (markdown, Page(html).text):
+        assert answer in text
+    assert ["full", "66.6%", "69.8%", "74.4%", "80.6%"] in cells(markdown, "full")
+    assert ["lora", "69.5%", "74.0%", "80.0%", "92.0%"] in cells(markdown, "lora")
+    kept = "40.0% of the way from the untouched to the trained model"
+    assert ["lora", "43", "PASS", "1.26%", kept, "74.0%"] in cells(markdown, "lora")
+    assert "- “LoRA forgets less”: Holds: drift on generic text at 92.0%: full 7.91%, lora 4.40%, ±0.32%" in markdown
+    assert 'aria-label="accuracy by drift on generic text"' in html
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "proof.json").write_bytes((tmp_path / "proof.json").read_bytes())
+    report.write_comparison(again / "proof.json")
+    assert (again / "card.md").read_text(encoding="utf-8") == markdown
+
+
+def test_held_comparison_says_where_the_untouched_model_was_kept_and_where_no_difference_can_be_told(
+    tmp_path: Path,
+) -> None:
+    one, other = (comparisons.preserved(f"{arm}-seed42", 0.05, 0.9) for arm in ("full", "lora"))
+    nothing = comparisons.preserved("lora-seed43", 0.05, 0.6, learned=False)
+
+    def held(*runs: Preserved) -> str:
+        made = tuple(
+            Held(arm=run.trial.partition("-")[0], seed=int(run.trial[-2:]), preserved=run) for run in (one, *runs)
+        )
+        return cards(tmp_path, comparisons.held(held=made))[0]
+
+    assert "over texts; the spread between seeds is not known). No difference can be told" in held(other)
+    markdown = held(other, nothing)
+    assert ["lora", "43", "infeasible", "–", "the untouched model", "62.0%"] in cells(markdown, "lora")
+    assert "full and lora cannot be compared at the same accuracy: a run of theirs is nowhere better than" in markdown
+    assert "“LoRA forgets less”: Not decided" in markdown
+
+
+def test_comparison_without_a_budget_has_no_such_section(tmp_path: Path) -> None:
+    assert "## Forgetting" not in cards(tmp_path, comparisons.comparison())[0]

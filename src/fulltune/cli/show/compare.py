@@ -11,8 +11,8 @@ from rich.text import Text
 
 from fulltune.records.comparison import ArmRow, Comparison, Expectation, ManyTasks
 from fulltune.records.differences import VerdictKind
+from fulltune.report.comparison import about_forgetting, sentences
 from fulltune.report.comparison import many_tasks as many
-from fulltune.report.comparison import sentences
 from fulltune.report.comparison.sentences import NOTHING, Writer
 from fulltune.report.format import words
 from fulltune.text import counted, format_bytes, format_number, format_seconds, is_share
@@ -114,6 +114,9 @@ def _parts(comparison: Comparison) -> Iterator[Any]:
     yield Text()
     yield _cost(comparison)
     yield Text(_legend(comparison) + "\n", style="dim")
+    if forgot := [("drift", "dim", line) for line in about_forgetting.in_short(comparison).values()]:
+        yield _grid(forgot)
+        yield Text()
     if found := list(_findings(comparison)):
         yield _grid(found)
         yield Text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fulltune.records.comparison import ArmRow, Comparison, Search, Tried
-from fulltune.report.comparison import sentences
+from fulltune.report.comparison import about_forgetting, sentences
 from fulltune.report.comparison.sentences import NOTHING, Writer
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -45,6 +45,7 @@ def build(comparison: Comparison, picture: str = "") -> Report:
         _why(comparison),
         _methods(comparison),
         _plot(comparison, picture),
+        about_forgetting.section(comparison),
         _claims(comparison),
         _fairness(comparison),
         _how(comparison),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Point = tuple[int, float]
 """Optimizer step and value; the value may be NaN or infinite."""
 
-_CURVE_HEIGHT, _COST_HEIGHT = 220, 280
+CURVE_HEIGHT, COST_HEIGHT = 220, 280
 """In points, which are the units of the SVG."""
 _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
@@ -111,7 +111,7 @@ def learning_curve(
     """
     values = [value if math.isfinite(value) else math.nan for _, value in points]
     finite = [value for value in values if not math.isnan(value)]
-    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
+    with new_figure(WIDTH, CURVE_HEIGHT) as figure:
         axes = figure.subplots()
         if finite:
             _draw_curve(axes, [step for step, _ in points], values, metric, kept_step)
@@ -175,7 +175,7 @@ def rates_plot(title: str, series: Sequence[Series], metric: str, chosen: float)
     from matplotlib.ticker import NullLocator
 
     rates = sorted({rate for _, values in series for rate in values})
-    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
+    with new_figure(WIDTH, CURVE_HEIGHT) as figure:
         axes = figure.subplots()
         for filled, (name, values) in enumerate(series):
             points = sorted((rate, value) for rate, value in values.items() if math.isfinite(value))
@@ -201,37 +201,6 @@ def rates_in_words(series: Sequence[Series], metric: str) -> str:
         if said := ", ".join(f"{format_metric(metric, value)} at {rate:g}" for rate, value in known):
             parts.append(f"{name}: {said}")
     return "; ".join(parts) + "."
-
-
-# ---- task against forgetting -----------------------------------------------------------------------------------
-
-
-def frontier_plot(
-    title: str, points: Sequence[tuple[float, float, str]], chosen: tuple[float, float], limit: float, metric: str
-) -> str:
-    """Draw a metric over the drift on generic text, as SVG: how much of the task costs how much of what was.
-
-    Args:
-        title: What is drawn; also the accessible name.
-        points: Drift, metric and kind of each point.
-        chosen: Drift and metric of the one that is kept, marked with a ring.
-        limit: The budget, drawn as an upright line.
-        metric: Decides how values are written.
-    """
-    with new_figure(WIDTH, _CURVE_HEIGHT) as figure:
-        axes = figure.subplots()
-        for kind, marker in (("whole", "o"), ("by layer", "s")):
-            found = sorted((drift, value) for drift, value, of in points if of == kind and math.isfinite(value))
-            if found:
-                look: dict[str, Any] = {"color": BLUE, "markersize": 6, "linewidth": 1.25 if kind == "whole" else 0}
-                axes.plot(*zip(*found, strict=True), marker=marker, markerfacecolor=PAGE, label=kind, **look)
-        style_axes(axes, metric, "y")
-        axes.axvline(limit, color=AMBER, linewidth=1.25, dashes=(4, 3), label="budget")
-        axes.plot(*chosen, marker="o", markersize=6, color=BLUE, linewidth=0, label="kept")
-        axes.set_xlabel("drift on generic text", color=QUIET, size=SMALL)
-        axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET)
-        described = "; ".join(f"{format_metric(metric, value)} at {drift:.2g}" for drift, value, _ in sorted(points))
-        return svg(figure, title, f"{described}.")
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------
@@ -284,7 +253,7 @@ def _draw_mark(axes: Axes, mark: Mark, x: float, y: float, upright: bool = False
 
 def cost_plot(plot: CostPlot) -> str:
     """Draw quality against cost as SVG."""
-    with new_figure(WIDTH, _COST_HEIGHT) as figure:
+    with new_figure(WIDTH, COST_HEIGHT) as figure:
         _draw_costs(figure, figure.subplots(), plot)
         return svg(figure, plot.title, plot.words)
 
@@ -299,13 +268,13 @@ def cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Pat
         path: The file.
     """
     head, width = 64, len(plots) * WIDTH
-    with new_figure(width, _COST_HEIGHT + head) as figure:
+    with new_figure(width, COST_HEIGHT + head) as figure:
         figure.set(frameon=True, facecolor=PAGE)
         for text, size, colour, weight, y in ((title, 15, INK, "bold", 28), (subtitle, 9.5, QUIET, "normal", 48)):
             fitting = textwrap.shorten(words.one_line(text), int(width / (0.64 * size)), placeholder=" …")
-            at = 1 - y / (_COST_HEIGHT + head)
+            at = 1 - y / (COST_HEIGHT + head)
             figure.text(0.02, at, fitting, size=size, color=colour, weight=weight, parse_math=False, in_layout=False)
-        figure.set_layout_engine("constrained", rect=(0, 0, 1, _COST_HEIGHT / (_COST_HEIGHT + head)))
+        figure.set_layout_engine("constrained", rect=(0, 0, 1, COST_HEIGHT / (COST_HEIGHT + head)))
         for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
             _draw_costs(figure, axes, plot)
         with replacing(path) as part:
@@ -341,8 +310,7 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
     named = []
     # Names at the edge have the fewest places; then the methods that matter most get the best ones.
     for mark in sorted(marks, key=lambda mark: mark in shown):
-        name = words.one_line(mark.name)
-        name = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+        name = short_name(mark.name)
         if mark in shown:
             _draw_mark(axes, mark, mark.cost, mark.value, upright=True)
             named.append((name, mark.cost, mark.value, mark.low, mark.high))
@@ -350,6 +318,12 @@ def _draw_costs(figure: Figure, axes: Axes, plot: CostPlot) -> None:
             axes.plot(mark.cost, edge, "v" if better else "^", ms=8, color=QUIET, mfc=PAGE, mew=1.75)
             named.append((f"{name} {mark.text}", mark.cost, edge, edge, edge))
     _name(figure, axes, named)
+
+
+def short_name(name: str) -> str:
+    """As it stands in a plot."""
+    name = words.one_line(name)
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 def _shown(marks: Sequence[Mark], greater_is_better: bool, margin: float) -> list[Mark]:

@@ -135,12 +135,12 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
 
 
 def _eval_rows(attempt: AttemptContext) -> Any:
-    """The eval rows, or some of them."""
+    """The eval rows, or some of them; the same for all trials of a comparison."""
     rows: Any = attempt.trainer.eval_dataset
     count = len(rows["length"])
     if count <= MOST_ROWS:
         return rows
-    return Share(rows, sorted(random.Random(attempt.plan.seed).sample(range(count), MOST_ROWS)))
+    return Share(rows, sorted(random.Random(attempt.recipe.data.split_seed).sample(range(count), MOST_ROWS)))
 
 
 def _between(points: list[Point], limit: float, at: Callable[[Kind, float], Point]) -> list[Point]:
