@@ -12,7 +12,6 @@ from fulltune.report.comparison.sentences import NOTHING, Writer, full_of
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Bullets, Figure, Figures, Paragraph, Row, Section, Table, foreign
 from fulltune.report.format.frontiers import Frontier, frontiers_plot
-from fulltune.report.run.about_forgetting import as_share, certificate, way
 from fulltune.text import counted, format_percent
 
 _NAME_LETTERS = 8
@@ -76,12 +75,13 @@ def _answer(comparison: Comparison, full: str, arm: str, found: Apart | None) ->
             f"{full} and {arm} cannot be compared at the same {write.name}: a run of theirs is nowhere better than the "
             "untouched model on the eval rows."
         )
-    more, apart = (full if found.difference > 0 else arm), as_share(abs(found.difference), writes)
+    more, apart = (full if found.difference > 0 else arm), words.as_share(abs(found.difference), writes)
     over = "over seeds" if found.over == "seeds" else "over texts; the spread between seeds is not known"
     said = (
         f"At {write.name} {write.value(found.metric)} on the eval rows, the best that all runs of both reach, "
-        f"{full} has moved generic text by {as_share(found.first, writes)}, {arm} by {as_share(found.second, writes)}: "
-        f"{more} by {apart} more (standard error {as_share(found.error, writes)}, {over})."
+        f"{full} has moved generic text by {words.as_share(found.first, writes)}, {arm} by "
+        f"{words.as_share(found.second, writes)}: "
+        f"{more} by {apart} more (standard error {words.as_share(found.error, writes)}, {over})."
     )
     match found.less:
         case "second":
@@ -103,7 +103,7 @@ def _short(comparison: Comparison, full: str, arm: str, found: Apart | None) -> 
         return f"{first}, {second}: not comparable, one is no better than untouched"
     writes = comparison.held[0].preserved.writes
     answer = {"first": f"{first} less", "second": f"{second} less", None: "no telling"}[found.less]
-    one, other, error = (as_share(value, writes) for value in (found.first, found.second, found.error))
+    one, other, error = (words.as_share(value, writes) for value in (found.first, found.second, found.error))
     value = Writer.of(comparison.decision).value(found.metric)
     return f"at {value}: {first} {one}, {second} {other}, ±{error}: {answer}"
 
@@ -153,5 +153,5 @@ def _certificates(comparison: Comparison) -> Table:
 def _certificate(found: Preserved) -> tuple[str, str, str]:
     again = f" (opened {len(found.opened)} times)" if len(found.opened) > 1 else ""
     sealed = found.certificate
-    upper = NOTHING if sealed is None else as_share(sealed.upper, found.writes)
-    return f"{certificate(found)}{again}", upper, way(found.chosen.kind, found.chosen.share)
+    upper = NOTHING if sealed is None else words.as_share(sealed.upper, found.writes)
+    return f"{words.certificate(found)}{again}", upper, words.way(found.chosen.kind, found.chosen.share)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from fulltune.files import write_text
+from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import MemoryKind
 from fulltune.records.scores import Estimate
-from fulltune.text import format_metric, format_number, is_share
+from fulltune.text import format_metric, format_number, format_percent, is_share
 
 # Text from data may hold terminal escapes, NUL (invalid in HTML), halves of a character that UTF-8 cannot write, or
 # marks that reverse the text around it: show them by code instead of obeying them. Newline and tab stay.
@@ -103,3 +105,33 @@ def file_name(place: str) -> str:
 def named(text: str) -> str:
     """A label or an answer; an empty one is said to be empty."""
     return text if text.strip() else "(empty)"
+
+
+INFEASIBLE = "infeasible"
+"""The untouched model was kept."""
+
+
+def certificate(found: Preserved) -> str:
+    """What became of the budget, in a word."""
+    if found.certificate is None or not found.is_feasible:
+        return INFEASIBLE
+    return "PASS" if found.certificate.passed else "FAIL"
+
+
+def way(kind: str, share: float) -> str:
+    """A point between the untouched and the trained model."""
+    if (kind, share) == ("whole", 1):
+        return "the trained model"
+    if (kind, share) == ("whole", 0):
+        return "the untouched model"
+    if kind == "whole":
+        return f"{format_percent(share)} of the way from the untouched to the trained model"
+    return f"{format_percent(share)} of the way in the lowest layer, all of it in the highest"
+
+
+def as_share(drift: float, writes: bool) -> str:
+    """A drift as the budget is given, in two digits: it is compared with that."""
+    share = 100 * (-math.expm1(-drift) if writes else drift)
+    if 0.001 <= abs(share) < 0.095:
+        return f"{share:.2g}%"
+    return f"{share:.2f}%" if abs(share) < 10 else f"{share:.0f}%"

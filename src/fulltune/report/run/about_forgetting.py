@@ -32,8 +32,6 @@ from fulltune.text import counted, format_metric, format_number, format_percent
 
 ERRORS = 2.0
 """Standard errors below which a drift is none."""
-INFEASIBLE = "infeasible"
-"""The untouched model was kept."""
 
 
 def forgetting(view: RunView) -> Section | None:
@@ -105,20 +103,13 @@ def _size(value: float, error: float, writes: bool) -> str:
     return f"{number} (1 - cosine: 0 is as before, 1 has nothing in common with it; ±: standard error)"
 
 
-def certificate(found: Preserved) -> str:
-    """What became of the budget, in a word."""
-    if found.certificate is None or not found.is_feasible:
-        return INFEASIBLE
-    return "PASS" if found.certificate.passed else "FAIL"
-
-
 def verdict(found: Preserved) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
     budget, sealed = format_percent(found.budget), found.certificate
-    trained, label = found.end, certificate(found)
-    if sealed is None or label == INFEASIBLE:
+    trained, label = found.end, words.certificate(found)
+    if sealed is None or label == words.INFEASIBLE:
         start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
-        drift = as_share(trained.measured.drift, found.writes)
+        drift = words.as_share(trained.measured.drift, found.writes)
         if is_within(trained.measured, found.limit):
             why = f"the trained model is within it ({drift}); training made the eval rows no better"
         else:
@@ -127,15 +118,16 @@ def verdict(found: Preserved) -> str:
             f"Forgetting, budget {budget}: infeasible: {why} ({words.metric_name(found.metric)} {end} trained, {start} "
             "untouched, on eval rows). The untouched model is what is kept."
         )
-    upper = f"with 95% certainty at most {as_share(sealed.upper, found.writes)}"
-    by = as_share(sealed.measured.drift, found.writes)
+    upper = f"with 95% certainty at most {words.as_share(sealed.upper, found.writes)}"
+    by = words.as_share(sealed.measured.drift, found.writes)
     what = f"a token got {by} less likely ({upper})" if found.writes else f"turned by {by} (1 - cosine; {upper})"
     kept = f"generic text {what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
     chosen, more = found.chosen.measured, ""
     if found.why and (needed := texts_needed(chosen, found.limit)) > chosen.texts:
         more = (
             f" The probe is coarse for this budget ({counted(chosen.texts, 'text')}, standard error "
-            f"{as_share(chosen.error, found.writes)}): about {needed:,} texts in each half would let more be kept."
+            f"{words.as_share(chosen.error, found.writes)}): about {needed:,} texts in each half would let more be "
+            "kept."
         )
     if len(found.opened) > 1:
         label += f" (opened {len(found.opened)} times, because the model was trained anew)"
@@ -143,28 +135,9 @@ def verdict(found: Preserved) -> str:
     gain, whole = found.gain_of(found.chosen), found.gain_of(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
     return (
-        f"Forgetting, budget {budget}: {label}: {kept}. Kept: {way(found.chosen.kind, found.chosen.share)}, "
+        f"Forgetting, budget {budget}: {label}: {kept}. Kept: {words.way(found.chosen.kind, found.chosen.share)}, "
         f"{words.metric_name(found.metric)} {metric} on eval rows{share}.{more}"
     )
-
-
-def way(kind: str, share: float) -> str:
-    """A point between the untouched and the trained model."""
-    if (kind, share) == ("whole", 1):
-        return "the trained model"
-    if (kind, share) == ("whole", 0):
-        return "the untouched model"
-    if kind == "whole":
-        return f"{format_percent(share)} of the way from the untouched to the trained model"
-    return f"{format_percent(share)} of the way in the lowest layer, all of it in the highest"
-
-
-def as_share(drift: float, writes: bool) -> str:
-    """A drift as the budget is given, in two digits: it is compared with that."""
-    share = 100 * (-math.expm1(-drift) if writes else drift)
-    if 0.001 <= abs(share) < 0.095:
-        return f"{share:.2g}%"
-    return f"{share:.2f}%" if abs(share) < 10 else f"{share:.0f}%"
 
 
 def _frontier(found: Preserved) -> list[str]:
@@ -193,7 +166,7 @@ def _weights(steered: Sequence[Steered]) -> list[Block]:
 
 def _points(found: Preserved) -> Block:
     rows: tuple[Row, ...] = tuple(
-        (way(point.kind, point.share), _spread(point.measured), format_metric(found.metric, point.metric))
+        (words.way(point.kind, point.share), _spread(point.measured), format_metric(found.metric, point.metric))
         for point in found.points
     )
     header = ("point", "drift", words.metric_name(found.metric))
