@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 64
 """Where a text is cut."""
-_BATCH = 8
+BATCH = 8
+"""Texts that are read at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,24 @@ class GenericText:
     """Whether the model is a language model."""
     precision: str
     """Type of the computations: `fp32`, `bf16` or `fp16`."""
+    batch: int = BATCH
 
     @classmethod
     def of(
-        cls, texts: Sequence[str], tokenizer: Any, problem_type: ProblemType, precision: str, most_tokens: int
+        cls,
+        texts: Sequence[str],
+        tokenizer: Any,
+        problem_type: ProblemType,
+        precision: str,
+        most_tokens: int,
+        batch: int = BATCH,
     ) -> GenericText:
         """Tokenise texts, cut at `most_tokens`: the same for all that are compared, also where virtual tokens take
         room."""
         ids = [tokenizer(text, truncation=True, max_length=most_tokens, verbose=False)["input_ids"] for text in texts]
         # A single token is predicted from nothing.
         ids = [row for row in ids if len(row) > 1 or problem_type not in LANGUAGE_MODELS]
-        return cls(tuple(ids), tokenizer.pad_token_id or 0, problem_type in LANGUAGE_MODELS, precision)
+        return cls(tuple(ids), tokenizer.pad_token_id or 0, problem_type in LANGUAGE_MODELS, precision, batch)
 
     def read(
         self, model: Any, head: SelectiveHead | None = None, between: Callable[[], None] = lambda: None
@@ -71,7 +79,7 @@ class GenericText:
             causal_lm,
             Target("text", {}),
             self.pad_token_id,
-            batch_size=_BATCH if head is not None and head.in_pieces else 1,
+            batch_size=self.batch if head is not None and head.in_pieces else 1,
             precision=self.precision,
             head=head,
             watch=lambda *_: between(),
@@ -87,7 +95,7 @@ class GenericText:
         was_training = model.training
         model.eval()
         try:
-            for positions in batches(order, _BATCH):
+            for positions in batches(order, self.batch):
                 between()
                 with torch.no_grad(), autocast(model.device.type, self.precision):
                     states = self.states(model, positions)

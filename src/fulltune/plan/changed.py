@@ -50,6 +50,7 @@ def memory_settings_of(plan: Plan, summary: DataSummary) -> MemorySettings:
     return MemorySettings(
         **same,
         longest_tokens=summary.max_length,
+        replays=plan.preserving is not None and plan.preserving.replay_rows > 0,
         num_held=trained + frozen if frozen else None,
         num_trained=trained if frozen else None,
         num_saves=time.occasions(plan.total_steps, plan.eval_steps, plan.save_steps),

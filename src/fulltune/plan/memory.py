@@ -34,6 +34,8 @@ class MemorySettings:
     optimizer_in_backward: bool = False
     passes_per_row: int = 1
     """Times that each train row goes through the model, all held together."""
+    replays: bool = False
+    """Generic text is trained along before a step's rows: its gradients lie there when they come."""
     eval_batch_size: int = 1
     num_processes: int = 1
     num_saves: int | None = None
@@ -168,7 +170,7 @@ def _moments(
     held: dict[MemoryKind, int] = {"weights": state.weights, "optimizer": state.optimizer}
     found: list[dict[MemoryKind, int]] = []
     for moments, already in ((variant.first, 0), (variant.later, state.gradients)):
-        if already and settings.gradient_accumulation_steps == 1:
+        if already and settings.gradient_accumulation_steps == 1 and not settings.replays:
             continue
         for moment in moments:
             kinds = moment.bytes(rows, settings.longest_tokens)

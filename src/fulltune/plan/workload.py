@@ -122,6 +122,7 @@ def basis_of(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, o
         chunked_loss=takes_pieces(recipe, plain_logits),
         optimizer_in_backward=train.optimizer_in_backward,
         passes_per_row=2 if train.r_drop else 1,
+        replays=recipe.preserve.budget is not None and recipe.preserve.replay is not None,
         num_processes=train.num_processes,
         num_held=shapes.num_held,
         num_trained=shapes.num_trained,

@@ -111,6 +111,11 @@ def test_accumulation_adds_the_gradients_of_the_micro_batch_before() -> None:
     assert tensors(replace(SETTINGS, gradient_accumulation_steps=2))["gradients"] == 4_000_000
 
 
+def test_generic_text_that_is_trained_along_leaves_its_gradients_as_accumulation_does() -> None:
+    assert tensors(replace(SETTINGS, replays=True)) == tensors(replace(SETTINGS, gradient_accumulation_steps=2))
+    assert tensors(replace(SETTINGS, replays=True)) != tensors(SETTINGS)
+
+
 def test_a_chunked_loss_holds_a_piece_and_the_heads_gradient() -> None:
     found = need(SHAPES, FOOTPRINT, replace(SETTINGS, chunked_loss=True), "cpu").kinds
     # 256 tokens x 2,000 words x 4 bytes; 2,000 x 100 x 4 bytes.

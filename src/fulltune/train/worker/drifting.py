@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.forgetting.drift import MOST_TOKENS, GenericText, measured, says_little
+from fulltune.forgetting.drift import BATCH, MOST_TOKENS, GenericText, measured, says_little
 from fulltune.forgetting.generic_text import enough, generic_texts, parts
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
@@ -76,8 +76,10 @@ class Drifting:
 
     def text_of(self, texts: Sequence[str]) -> GenericText:
         """Texts as the attempt's model reads them."""
-        kind, precision = self.attempt.summary.problem_type, self.attempt.plan.precision
-        return GenericText.of(texts, self.tokenizer, kind, precision, self.most_tokens)
+        kind, plan = self.attempt.summary.problem_type, self.attempt.plan
+        # Where an evaluation ran out of memory, its batches are smaller from then on, and these with them.
+        batch = min(BATCH, plan.eval_batch_size)
+        return GenericText.of(texts, self.tokenizer, kind, plan.precision, self.most_tokens, batch)
 
     def numbers(self) -> dict[str, float]:
         """`drift`, the mean over the texts, and `drift_error`, its standard error; nothing where it is not known."""

@@ -55,8 +55,8 @@ def dry_run(
     """Two passes with a step at the longest micro batch, an evaluation at the longest eval batch, a few timed passes.
 
     The first pass and step create the optimizer's state, the second pass has it beside its activations, and with
-    accumulation the first one's gradients too: its peak is that of a real step. Weights, buffers and random state are
-    as before, everything else is released.
+    accumulation or replay the first one's gradients too: its peak is that of a real step. Weights, buffers and random
+    state are as before, everything else is released.
 
     Args:
         trainer: The `FullTrainer`, before training.
@@ -79,8 +79,9 @@ def dry_run(
         if math.isfinite(loss):
             without = _without_gradient(passes)
             passes.step()
-            # With accumulation a pass finds the gradients of the one before.
-            _, seconds = passes.train(longest, keep=plan.gradient_accumulation_steps > 1)
+            # With accumulation a pass finds the gradients of the one before, with a budget those of generic text.
+            replays = plan.preserving is not None and plan.preserving.replay_rows > 0
+            _, seconds = passes.train(longest, keep=replays or plan.gradient_accumulation_steps > 1)
             step_seconds = passes.step()
             optimizer.zero_grad()
             # As in training: the optimizer's state stays, the gradients are gone.
