@@ -150,7 +150,7 @@ def test_model_that_cannot_be_read_is_trained_all_the_same(tiny_encoder: Path, t
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("one line only\n", "holds 1 lines; expected at least 2 different")],
+    [(None, "cannot be read"), ("one line only\n", "holds 1 line; expected at least 2 different")],
 )
 def test_probe_that_holds_nothing_is_refused_before_training(
     content: str | None, said: str, tiny_encoder: Path, tmp_path: Path
