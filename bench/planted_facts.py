@@ -97,7 +97,7 @@ def main() -> None:
         recipe = RECIPE.format(
             train=f"{TAUGHT.format(path=folder)}, eval: eval.txt, test: test.txt", model=pretrained(folder)
         )
-        run(folder, recipe, "taught", ["train.max_steps=700", "data.packing=false"])
+        run(folder, recipe, "taught", ["train.max_steps=2500", "data.packing=false", "method.learning_rate=2e-3"])
     print(f"taught: {sum(answered(taught))} of {FACTS} answered", flush=True)
     for seed in given.seeds:
         for arm, settings in ARMS.items():
