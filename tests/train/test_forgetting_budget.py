@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from fulltune import pipeline
+from fulltune.doctor.diagnose import diagnose
+from fulltune.doctor.log import read_log
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
 from fulltune.forgetting.drift import GenericText
@@ -389,7 +391,12 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
     assert not found.is_feasible
     assert (found.certificate, found.opened) == (None, ())
     assert found.chosen.share == 0
-    assert "infeasible" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "infeasible" in report
+    assert "the untouched model's" in report
+    (said,) = (one for one in diagnose(read_log(tmp_path / "run")) if one.name == "held back")
+    assert "keeps the untouched model" in said.evidence
+    assert "--set preserve.budget=" in said.advice
     assert runs.events(tmp_path, "steered") == []
 
 

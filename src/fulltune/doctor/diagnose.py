@@ -42,7 +42,7 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     height = [] if told else [*_height(log)]
     # Of a loss that ran away nothing else is told.
     shape = [] if height or told else [*_flat(log), *_unfit(log), *_length(log)]
-    found = [*_ended(log), *height, *shape, *_steps(log), *_eaten(log)]
+    found = [*_ended(log), *height, *shape, *_held(log), *_steps(log), *_eaten(log)]
     return tuple(found) or (_sound(log),)
 
 
@@ -119,6 +119,13 @@ def _unfit(log: Log) -> Iterator[Diagnosis]:
         said = " ".join(one for one in fit.sentences if one).split(": ", 1)[-1]
         evidence, _, helps = said.partition(" What helps: ")
         yield Diagnosis(fit.kind, evidence.rstrip("."), helps.rstrip(".") or _CALIBRATE)
+
+
+def _held(log: Log) -> Iterator[Diagnosis]:
+    """A model that is not the trained one, because it would have forgotten too much."""
+    evidence, helps = log.held_back
+    if evidence:
+        yield Diagnosis("held back", evidence, helps)
 
 
 def _steps(log: Log) -> Iterator[Diagnosis]:

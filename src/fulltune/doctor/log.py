@@ -14,6 +14,7 @@ from fulltune.errors import SetupError
 from fulltune.records.training import Outcome
 from fulltune.report.format.plots import Point
 from fulltune.report.run.history import after_start
+from fulltune.report.run.next_steps import held_back
 from fulltune.report.run.read import read_run
 from fulltune.text import counted
 from fulltune.train.request import number_in
@@ -54,6 +55,8 @@ class Log:
     rollbacks: tuple[int, ...] = ()
     outcome: Outcome | None = None
     """Of a run folder's last attempt."""
+    held_back: tuple[str, str] = ("", "")
+    """What a budget for forgetting has kept its model from, and what helps."""
     rate: float | None = None
     """Of a run folder, as planned; None: another program's."""
 
@@ -108,6 +111,7 @@ def _of_run(folder: Path) -> Log:
         skipped=history.skipped,
         rollbacks=plan.rollbacks,
         outcome=outcome,
+        held_back=held_back(view.preserved.get(trial)),
         rate=plan.learning_rate,
     )
 

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.content import conclude
-from fulltune.report.run.next_steps import RunFacts, next_steps
+from fulltune.report.run.next_steps import RunFacts, held_back, next_steps
 from fulltune.report.run.read import read_run
 
 FLAT = tuple((step, 1.0) for step in range(10, 410, 10))
@@ -30,6 +31,39 @@ STILL = ((200, 0.5), (400, 0.5))
 
 WORSE = RunFacts("worse", 3e-4, 2.0, 400, 400, train_rows=3000, loss=FLAT, metric=STILL)
 LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.0001"
+
+
+def preserved(chosen: float, *drifts: float) -> Preserved:
+    """Of points at a third, two thirds and the whole way, whose accuracy rises alike."""
+    shares = (0.0, 1 / 3, 2 / 3, 1.0)
+    points = [
+        Point(kind="whole", share=share, measured=Drift(drift=drift, error=0.001, texts=200), metric=0.2 + 0.6 * share)
+        for share, drift in zip(shares, (0.0, *drifts), strict=True)
+    ]
+    return Preserved(
+        trial="full-seed42", budget=0.01, limit=0.01, writes=False, text="a file", metric="accuracy",
+        greater_is_better=True, points=tuple(points), chosen=next(one for one in points if one.share == chosen),
+        certificate=None, trained="", opened=(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "evidence", "helps"),
+    [
+        (None, "", ""),
+        (preserved(1.0, 0.001, 0.002, 0.003), "", ""),
+        (preserved(0.0, 0.1, 0.2, 0.3), "keeps the untouched model", "--set preserve.budget=31.9%"),
+        (preserved(1 / 3, 0.002, 0.02, 0.03), "keeps 33.3% of the way", "--set preserve.budget=3.5%"),
+    ],
+)
+def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | None, evidence: str, helps: str) -> None:
+    said = held_back(found)
+    assert (evidence in said[0], helps in said[1]) == (True, True)
+    assert (said == ("", "")) == (evidence == "")
+    if evidence:
+        (step,) = next_steps(replace(WORSE, held_back=said, loss=GROWING))
+        assert helps in step
+        assert "rate" not in step
 
 
 @pytest.mark.parametrize(

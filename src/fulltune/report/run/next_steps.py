@@ -75,8 +75,8 @@ class RunFacts:
     """That the model tells nothing apart, in words; empty: it does."""
     is_faultless: bool = False
     """Every test row is answered right: on these rows no other training can do better."""
-    held_back: str = ""
-    """What a budget for forgetting has kept the model from, in words; empty: nothing."""
+    held_back: tuple[str, str] = ("", "")
+    """What a budget for forgetting has kept the model from, and what helps."""
     weights_may_help: bool = False
     """It gives the label that by far most rows have, and all classes counted alike."""
 
@@ -119,26 +119,27 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         greater_is_better=plan.greater_is_better,
         blind=blind,
         is_faultless=main is not None and is_share(row.main_metric) and main.value == 1,
-        held_back=_held_back(view.preserved.get(row.name)),
+        held_back=held_back(view.preserved.get(row.name)),
         weights_may_help="train.class_weights" not in given and is_usual,
     )
 
 
-def _held_back(found: Preserved | None) -> str:
+def held_back(found: Preserved | None) -> tuple[str, str]:
+    """What a budget for forgetting has kept a model from, and what helps; empty where it kept the trained one."""
     if found is None or not found.why:
-        return ""
+        return "", ""
     if (limit := limit_for_most(found)) is None:
-        return (
-            "Training made the eval rows no better, with or without the budget for forgetting (preserve.budget): train "
-            "without one first, and give it to a run that learns."
+        evidence = (
+            "training made the eval rows no better, within the budget for forgetting (preserve.budget) or without"
         )
+        return evidence, "train without a budget first, and give it to a run that learns"
     budget = -math.expm1(-limit) if found.writes else limit
     share = f"{min(100 * budget * 1.05, 99):.1f}%"
-    kept = "the untouched model" if not found.is_feasible else f"{found.chosen.share:.0%} of the way"
+    kept = "the untouched model" if found.chosen.is_start else words.way(found.chosen.kind, found.chosen.share)
     return (
-        f"The budget for forgetting keeps {kept}. {format_percent(MOST_OF_IT)} of what was learned takes a budget of "
-        f"about {share}: --set preserve.budget={share}; or more texts in the probe, if its error is large beside the "
-        "budget (section 'Forgetting')."
+        f"the budget for forgetting (preserve.budget) keeps {kept}",
+        f"{format_percent(MOST_OF_IT)} of what was learned takes a budget of about {share}: --set "
+        f"preserve.budget={share}; or more texts in the probe, where their error is large beside the budget",
     )
 
 
@@ -166,8 +167,9 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
             "Every test row is answered right: no other training can do better on them. Take more test rows, or harder "
             "ones.",
         )
-    if run.held_back:  # the curves are of a model that was not kept
-        return (run.held_back,)
+    evidence, helps = run.held_back
+    if evidence:  # the curves are of a model that was not kept
+        return (f"{evidence[0].upper()}{evidence[1:]}. {helps[0].upper()}{helps[1:]}.",)
     lower, higher = _rate(run, 1 / 3), _rate(run, 3)
     found = []
     grew, is_sure = _loss_grew(run.loss)
