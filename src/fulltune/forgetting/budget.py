@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records.forgetting import Certificate, Drift, Kind, Point
+from fulltune.records.forgetting import Certificate, Drift, Kind, OnTask, Point
 
 LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
 """Of the texts of a run with a budget: that choose, and as many that are sealed; and that are trained along."""
@@ -78,6 +78,12 @@ def is_within(measured: Drift, limit: float) -> bool:
     return upper(measured) + SURELY * math.sqrt(2) * measured.error <= limit
 
 
+def both_within(point: Point, limit: float) -> bool:
+    """Whether a point may be chosen by all that the budget holds for: generic text, and another task if there is
+    one."""
+    return is_within(point.measured, limit) and (point.task is None or is_within(point.task.fall, limit))
+
+
 def texts_needed(measured: Drift, limit: float) -> int:
     """Texts of each half with which a point could use half of the budget: with fewer, what is chosen is held back by
     what they can tell more than by what it has forgotten."""
@@ -89,7 +95,7 @@ def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Poin
     """The point within the limit with the best metric; among equals the one that moved less. The untouched model is
     within any limit."""
     sign = 1 if greater_is_better else -1
-    possible = [point for point in points if point.is_start or is_within(point.measured, limit)]
+    possible = [point for point in points if point.is_start or both_within(point, limit)]
     # One whose metric is not finite is never better.
     return max(possible, key=lambda point: (_finite(sign * point.metric), -point.measured.drift))
 
@@ -98,6 +104,16 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def certified(measured: Drift, limit: float) -> Certificate:
-    """What the sealed half says: passed where the drift is below the limit with 95 %."""
-    return Certificate(measured=measured, limit=limit, upper=upper(measured), passed=upper(measured) <= limit)
+def certified(measured: Drift, limit: float, task: OnTask | None = None) -> Certificate:
+    """What the sealed half says: passed where the drift, and the fall on another task where there is one, are below the
+    limit with 95 % each; that a pass is wrong about either has no larger chance than that."""
+    highest = upper(measured)
+    fallen = None if task is None else upper(task.fall)
+    return Certificate(
+        measured=measured,
+        limit=limit,
+        upper=highest,
+        passed=highest <= limit and (fallen is None or fallen <= limit),
+        task=task,
+        task_upper=fallen,
+    )
