@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fulltune.forgetting.budget import both_within, texts_needed
+from fulltune.forgetting.budget import both_within, is_within, texts_needed
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Steered
@@ -142,9 +142,9 @@ def _of_sealed_rows(sealed: Certificate) -> str:
     if sealed.task is None or sealed.task_upper is None:
         return ""
     return (
-        f"; of the other task {_fall(sealed.task)} (with 95% certainty by at most "
-        f"{_as_share(sealed.task_upper, False)}), on {counted(sealed.task.fall.texts, 'row')} that nothing had read "
-        "before"
+        f"; of the other task {_fall(sealed.task)} (with 95% certainty it fell by at most "
+        f"{_as_share(max(0.0, sealed.task_upper), False)}), on {counted(sealed.task.fall.texts, 'row')} that nothing "
+        "had read before"
     )
 
 
@@ -174,7 +174,10 @@ def _coarse(found: Preserved) -> str:
     """With how many texts, or rows of the other task, more might be kept; empty: these few are not what holds back."""
     chosen, limit = found.chosen, found.limit
     measured = [("probe", "texts in each half", chosen.measured, found.writes)]
-    measured += [("other task", "rows in each quarter", chosen.task.fall, False)] if chosen.task is not None else []
+    # The other task holds back only where a better point has moved generic text little enough.
+    better = (point for point in found.points if found.gain_of(point) > found.gain_of(chosen))
+    if chosen.task and any(is_within(one.measured, limit) and not both_within(one, limit) for one in better):
+        measured.append(("other task", "rows in each quarter", chosen.task.fall, False))
     return "".join(
         f" The {what} is coarse for this budget ({counted(of.texts, unit.split()[0][:-1])}, standard error "
         f"{_as_share(of.error, writes)}): about {needed:,} {unit} would let more be kept."

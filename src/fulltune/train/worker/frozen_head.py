@@ -26,7 +26,7 @@ ERRORS = 2.0
 
 
 @dataclass(frozen=True)
-class Scored:
+class HeadRows:
     """Some rows of the other task, as a model and the frozen head read them."""
 
     text: GenericText
@@ -43,8 +43,8 @@ class FrozenHead:
     """The rows that are scored."""
 
     source: str
-    choosing: Scored
-    sealed: Scored
+    choosing: HeadRows
+    sealed: HeadRows
 
 
 def fit_head(attempt: AttemptContext) -> FrozenHead | None:
@@ -81,7 +81,7 @@ def fit_head(attempt: AttemptContext) -> FrozenHead | None:
     if why := tells_nothing(accuracy, frequent, len(held_out.labels)):
         attempt.journal.write("warning", why)
         attempt.recorder.warn(why)
-    return FrozenHead(file, Scored(*choosing, head), Scored(*sealed, head))
+    return FrozenHead(file, HeadRows(*choosing, head), HeadRows(*sealed, head))
 
 
 def _part(attempt: AttemptContext, rows: Sequence[LabelledText]) -> tuple[GenericText, np.ndarray]:

@@ -29,7 +29,7 @@ from fulltune.records.forgetting import Drift, Kind, OnTask, Point, Preserved, l
 from fulltune.text import counted
 from fulltune.train.optim.groups import depths
 from fulltune.train.worker.context import AttemptContext
-from fulltune.train.worker.frozen_head import Scored, fallen
+from fulltune.train.worker.frozen_head import HeadRows, fallen
 
 PHASE = "choosing how far to go within the budget for forgetting"
 
@@ -70,7 +70,7 @@ class Held:
 
     attempt: AttemptContext
     text: GenericText
-    rows: Scored | None
+    rows: HeadRows | None
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         """What the model, as it is now, makes of both."""
