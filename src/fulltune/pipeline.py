@@ -11,6 +11,7 @@ from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Planned
+from fulltune.records.forgetting import OTHER_TASK
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
@@ -76,7 +77,8 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     check_model(job.recipe, job.base)
     methods.check(job.recipe, job.base.config)
     check_texts(job.recipe.preserve)
-    data.refuse_trained_texts(job.recipe)
+    other = data.other_task(job.recipe)
+    data.refuse_trained_texts(job.recipe, other)
     summary = data.prepare(
         job.recipe,
         job.folder / "data",
@@ -88,6 +90,9 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         cache_folder=job.folder.parent / ".fulltune-cache",
         listener=job.listener,
     )
+    if other is not None:
+        other.save(job.folder / "data" / OTHER_TASK)
+        summary = summary.model_copy(update={"other_task_rows": len(other.rows)})
     check_settings_for(job.recipe, summary)
     job.hooks.check_data(summary)
     job.listener(DataPrepared(summary=summary, is_known=before == path.stat().st_mtime_ns))

@@ -406,8 +406,8 @@ def test_sealed_texts_that_disagree_make_it_fail(tiny_encoder: Path, tmp_path: P
     def unmoved(self: GenericText, *_: Any) -> np.ndarray:
         return np.ones((len(self.ids), 1))
 
-    def sealed(*_: Any) -> Drift:
-        return at(0.2, 0.01)
+    def sealed(*_: Any) -> tuple[Drift, None]:
+        return at(0.2, 0.01), None
 
     with mock.patch.object(GenericText, "read", unmoved), mock.patch.object(within_budget, "_of_sealed", sealed):
         runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve={"budget": "1%", "replay": None}, **BLOCKS)

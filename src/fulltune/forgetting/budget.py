@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.records.forgetting import Certificate, Drift, Kind, Point, Preserved
+from fulltune.records.forgetting import Certificate, Drift, Kind, OnTask, Point, Preserved
 
 LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
 """Of the texts of a run with a budget: that choose, and as many that are sealed; and that are trained along."""
@@ -90,7 +90,18 @@ def limit_for_most(found: Preserved) -> float | None:
     """The smallest limit with which `MOST_OF_IT` of what was learned would be kept; None: nothing was learned."""
     gained = {point: found.gain_of(point) for point in found.points if not point.is_start}
     most = max(gained.values(), default=0.0)
-    return min(least_limit(one.measured) for one, gain in gained.items() if gain >= MOST_OF_IT * most) if most else None
+    good = [one for one, gain in gained.items() if most and gain >= MOST_OF_IT * most]
+    return min((max(map(least_limit, _measured(one))) for one in good), default=None)
+
+
+def _measured(point: Point) -> list[Drift]:
+    """All that the budget holds for: generic text, and another task if there is one."""
+    return [point.measured] if point.task is None else [point.measured, point.task.fall]
+
+
+def both_within(point: Point, limit: float) -> bool:
+    """Whether a point may be chosen by all that the budget holds for."""
+    return all(is_within(one, limit) for one in _measured(point))
 
 
 def texts_needed(measured: Drift, limit: float) -> int:
@@ -104,7 +115,7 @@ def best(points: Sequence[Point], limit: float, greater_is_better: bool) -> Poin
     """The point within the limit with the best metric; among equals the one that moved less. The untouched model is
     within any limit."""
     sign = 1 if greater_is_better else -1
-    possible = [point for point in points if point.is_start or is_within(point.measured, limit)]
+    possible = [point for point in points if point.is_start or both_within(point, limit)]
     # One whose metric is not finite is never better.
     return max(possible, key=lambda point: (_finite(sign * point.metric), -point.measured.drift))
 
@@ -113,6 +124,16 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def certified(measured: Drift, limit: float) -> Certificate:
-    """What the sealed half says: passed where the drift is below the limit with 95 %."""
-    return Certificate(measured=measured, limit=limit, upper=upper(measured), passed=upper(measured) <= limit)
+def certified(measured: Drift, limit: float, task: OnTask | None = None) -> Certificate:
+    """What the sealed half says: passed where the drift, and the fall on another task where there is one, are below the
+    limit with 95 % each; that a pass is wrong about either has no larger chance than that."""
+    highest = upper(measured)
+    fallen = None if task is None else upper(task.fall)
+    return Certificate(
+        measured=measured,
+        limit=limit,
+        upper=highest,
+        passed=highest <= limit and (fallen is None or fallen <= limit),
+        task=task,
+        task_upper=fallen,
+    )

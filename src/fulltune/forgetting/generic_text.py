@@ -132,11 +132,12 @@ def check_texts(block: PreserveBlock) -> None:
 
 def _in_drawn_order(texts: Iterable[str]) -> list[str]:
     """Different texts, in an order that says nothing about them."""
-    different = {_beginning(text, _BEGINNING): text for text in texts if text}
+    different = {beginning(text): text for text in texts if text}
     return sorted(different.values(), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
-def _beginning(text: str, words: int) -> str:
+def beginning(text: str, words: int = _BEGINNING) -> str:
+    """The words by which a text is told from others; a model reads no more of it."""
     return " ".join(normalised(text).split()[:words])
 
 
@@ -152,7 +153,7 @@ def _documentation(count: int) -> tuple[str, ...]:
         if len(found) >= count:
             break
         for text in _paragraphs(root / path):
-            found.setdefault(_beginning(text, _BOILERPLATE), text)
+            found.setdefault(beginning(text, _BOILERPLATE), text)
     return tuple(found.values())
 
 

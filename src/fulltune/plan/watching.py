@@ -76,7 +76,14 @@ def preserving(
         kind = "texts of the model's own" if block.replay == SAMPLES else "generic texts"
         why = f"{rows} {kind} trained along in each step, {share} of its tokens; weight set every {every} steps"
         reasons.add("preserve.replay", None, block.replay, why)
-    return Preserving(budget=block.limit, replay_rows=rows, steer_steps=every)
+    if block.task is not None:
+        each = summary.other_task_rows // 4
+        rest = summary.other_task_rows - 2 * each
+        why = f"{rest:,} of its rows fit a head, which is then frozen; {each:,} choose, {each:,} are sealed"
+        reasons.settings.append(
+            Setting(name="preserve.task", value=block.task, reason=f"{FROM_RECIPE}: {why}", chosen=False)
+        )
+    return Preserving(budget=block.limit, replay_rows=rows, steer_steps=every, task_rows=summary.other_task_rows)
 
 
 def _unwatched(recipe: Recipe) -> str:

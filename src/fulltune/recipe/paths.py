@@ -65,7 +65,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         if (value := getattr(data, key)) is not None:
             update[key] = absolute(value, f"data.{key}")
     preserve = recipe.preserve
-    for key in ("probe", "replay"):
+    for key in ("probe", "replay", "task"):
         if (value := getattr(preserve, key)) not in (None, AUTO, SAMPLES):
             preserve = preserve.model_copy(update={key: absolute(value, f"preserve.{key}")})
     train = recipe.train

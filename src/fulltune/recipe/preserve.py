@@ -54,6 +54,12 @@ class PreserveBlock(Block):
     """Where the generic text that is trained along comes from: a text file; `auto`, a part of the probe's texts;
     `samples`, texts that a language model writes itself before step 1. `null`: none is trained along."""
 
+    task: str | None = None
+    """Another task of yours that the budget holds for as well: a recipe for text-classification with one label a row,
+    of which only `data` is read, and of that the train files. Half of its rows fit a classifier on what the untouched
+    model makes of them, which is then frozen; a quarter chooses, a quarter is sealed. The right label may get so much
+    less likely as the budget says. For models that do not write."""
+
     @property
     def limit(self) -> float | None:
         """The budget as a share."""

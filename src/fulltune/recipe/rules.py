@@ -285,8 +285,10 @@ def _preserved(recipe: Recipe) -> list[str]:
     if block.probe is not None and not block.drift and block.budget is None and not recipe.methods:
         return ["preserve.probe: has no effect with preserve.drift: false; remove one of them"]
     if block.budget is None:
-        has_none = block.replay == AUTO
-        return [] if has_none else [f"preserve.replay: has no effect without {name}; give a budget such as 1%"]
+        given = {"replay": block.replay != AUTO, "task": block.task is not None}
+        return [
+            f"preserve.{one}: has no effect without {name}; give a budget such as 1%" for one in given if given[one]
+        ]
     problems = []
     if not block.drift:
         problems.append(f"preserve.drift: false, but {name} needs it; remove one of them")
@@ -295,6 +297,12 @@ def _preserved(recipe: Recipe) -> list[str]:
     if block.replay == SAMPLES and recipe.task != "causal-lm":
         problems.append(
             f"preserve.replay: samples: a model for {recipe.task} writes no texts; name a text file, or leave it out"
+        )
+    if recipe.task == "causal-lm" and block.task is not None:
+        problems.append(
+            "preserve.task: is for models that do not write, whose hidden states a frozen head can read; what a "
+            "language model keeps is measured on generic text: remove it, and put texts of the other task into "
+            "preserve.probe"
         )
     if recipe.train.optimizer_in_backward:
         problems.append(f"{name}: cannot go with train.optimizer_in_backward, which updates before generic text counts")

@@ -107,6 +107,8 @@ class DataSummary(Record):
     """What is mixed into the train rows, in the order of the recipe; `splits` has the task's rows alone."""
     fingerprint: str
     """Hash of the files' content and of every setting that shapes the rows."""
+    other_task_rows: int = 0
+    """Rows of `preserve.task`; 0 on disk, where other runs find the same prepared rows."""
 
     @property
     def rows_per_epoch(self) -> int:

@@ -1,5 +1,5 @@
 """What a run with a budget for forgetting measured and chose; drift is nats a token for language models, else 1 -
-cosine.
+cosine. Of another task it is how much less likely the right label got.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Literal
 from fulltune.records.base import Record
 
 Kind = Literal["whole", "by layer"]
+OTHER_TASK = "other_task.json"
+"""In the folder of the prepared rows."""
 
 
 def limit_of(budget: float, writes: bool) -> float:
@@ -27,6 +29,41 @@ class Drift(Record):
     texts: int
 
 
+LabelledText = tuple[str, int]
+"""A text, and the number of its label."""
+
+
+class OtherTask(Record):
+    """Rows of another task that a budget holds for as well; no text is in two of the three parts."""
+
+    source: str
+    """The recipe that names them."""
+    labels: tuple[str, ...]
+    fitting: tuple[LabelledText, ...]
+    """Fit the head, which is then frozen."""
+    choosing: tuple[LabelledText, ...]
+    """Choose among the points between the untouched and the trained model."""
+    sealed: tuple[LabelledText, ...]
+    """Read once, at the end."""
+    left_out: int
+    """Rows that were not used: without a text or a label, or with a text that has several labels."""
+
+    @property
+    def rows(self) -> tuple[LabelledText, ...]:
+        """Those of all parts."""
+        return (*self.fitting, *self.choosing, *self.sealed)
+
+
+class OnTask(Record):
+    """What the frozen head says of the rows of another task."""
+
+    fall: Drift
+    """By how much less likely the right label got, of 1; the mean over the rows."""
+    accuracy_before: float
+    """With the untouched model."""
+    accuracy: float
+
+
 class Point(Record):
     """The untouched model moved a part of the way to the trained one."""
 
@@ -38,6 +75,8 @@ class Point(Record):
     """On the texts that choose."""
     metric: float
     """On the eval rows."""
+    task: OnTask | None = None
+    """On the rows of another task that choose; None: there is none."""
 
     @property
     def is_start(self) -> bool:
@@ -46,13 +85,17 @@ class Point(Record):
 
 
 class Certificate(Record):
-    """What the sealed texts said, opened once."""
+    """What the sealed texts said, and the sealed rows of another task where there is one, opened once."""
 
     measured: Drift
     limit: float
     upper: float
     """The true drift is below it with 95 %."""
     passed: bool
+    """Of both, where there is another task."""
+    task: OnTask | None = None
+    task_upper: float | None = None
+    """The true fall is below it with 95 %."""
 
 
 class Preserved(Record):
@@ -75,6 +118,8 @@ class Preserved(Record):
     """None: the untouched model was kept, and the sealed texts stayed sealed."""
     trained: str
     """Tells the trained weights from those of another training in the same folder."""
+    task: str | None = None
+    """The recipe of the other task."""
     opened: tuple[str, ...]
     """When the sealed texts were opened, ISO 8601; more than once where the model was trained anew."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fulltune.forgetting.budget import is_within, texts_needed
+from fulltune.forgetting.budget import both_within, is_within, texts_needed
 from fulltune.forgetting.frontier import BUDGETS, best_at
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Steered
-from fulltune.records.forgetting import Drift, Preserved, limit_of
+from fulltune.records.forgetting import Certificate, Drift, OnTask, Preserved, limit_of
 from fulltune.records.plan import Plan
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -61,6 +61,7 @@ def _of(view: RunView, trial: str) -> list[Block]:
     drawn = frontier_plot(title, marks, chosen, found.limit, found.metric)
     figures.append(Figure(drawn, title, " ".join(_frontier(found))))
     steered = [event for attempt in view.attempts_of(trial) for event in attempt.events if isinstance(event, Steered)]
+    said += [Paragraph(about_task(found))] if found.task is not None else []
     return [Paragraph(verdict(found)), *said, Figures(tuple(figures)), *_weights(steered), _points(found)]
 
 
@@ -110,7 +111,9 @@ def verdict(found: Preserved) -> str:
     if sealed is None or label == words.INFEASIBLE:
         start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
         drift = words.as_share(trained.measured.drift, found.writes)
-        if is_within(trained.measured, found.limit):
+        if trained.task is not None:
+            drift += f" on generic text and {words.as_share(trained.task.fall.drift, False)} on the other task"
+        if both_within(trained, found.limit):
             why = f"the trained model is within it ({drift}); training made the eval rows no better"
         else:
             why = f"the trained model has {drift}, and no point within the budget is better than the untouched model"
@@ -122,13 +125,8 @@ def verdict(found: Preserved) -> str:
     by = words.as_share(sealed.measured.drift, found.writes)
     what = f"a token got {by} less likely ({upper})" if found.writes else f"turned by {by} (1 - cosine; {upper})"
     kept = f"generic text {what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
-    chosen, more = found.chosen.measured, ""
-    if found.why and (needed := texts_needed(chosen, found.limit)) > chosen.texts:
-        more = (
-            f" The probe is coarse for this budget ({counted(chosen.texts, 'text')}, standard error "
-            f"{words.as_share(chosen.error, found.writes)}): about {needed:,} texts in each half would let more be "
-            "kept."
-        )
+    kept += _of_sealed_rows(sealed)
+    more = _coarse(found) if found.why else ""
     if len(found.opened) > 1:
         label += f" (opened {len(found.opened)} times, because the model was trained anew)"
     metric = format_metric(found.metric, found.chosen.metric)
@@ -137,6 +135,54 @@ def verdict(found: Preserved) -> str:
     return (
         f"Forgetting, budget {budget}: {label}: {kept}. Kept: {words.way(found.chosen.kind, found.chosen.share)}, "
         f"{words.metric_name(found.metric)} {metric} on eval rows{share}.{more}"
+    )
+
+
+def _of_sealed_rows(sealed: Certificate) -> str:
+    if sealed.task is None or sealed.task_upper is None:
+        return ""
+    return (
+        f"; of the other task {_fall(sealed.task)} (with 95% certainty it fell by at most "
+        f"{words.as_share(max(0.0, sealed.task_upper), False)}), on {counted(sealed.task.fall.texts, 'row')} that "
+        "nothing had read before"
+    )
+
+
+def _fall(task: OnTask) -> str:
+    """How much less likely the right label got, of 1, as the budget."""
+    by = task.fall.drift
+    return (
+        f"the right label's probability {'rose' if by < 0 else 'fell'} by {words.as_share(abs(by), False)}, accuracy "
+        f"{format_percent(task.accuracy_before)} before and {format_percent(task.accuracy)} after"
+    )
+
+
+def about_task(found: Preserved) -> str:
+    """What the trained model has lost of the other task, and what the one that is kept."""
+    trained = found.end
+    assert trained.task is not None, "it was read at every point"
+    assert found.chosen.task is not None, "it was read at every point"
+    back = f" Of the model that is kept {_fall(found.chosen.task)}." if found.why else ""
+    return (
+        f"The other task (preserve.task: {found.task}) is scored by a head that was fitted on the untouched model and "
+        f"frozen, on {counted(trained.task.fall.texts, 'row')} that choose. With the trained model "
+        f"{_fall(trained.task)}.{back}"
+    )
+
+
+def _coarse(found: Preserved) -> str:
+    """With how many texts, or rows of the other task, more might be kept; empty: these few are not what holds back."""
+    chosen, limit = found.chosen, found.limit
+    measured = [("probe", "texts in each half", chosen.measured, found.writes)]
+    # The other task holds back only where a better point has moved generic text little enough.
+    better = (point for point in found.points if found.gain_of(point) > found.gain_of(chosen))
+    if chosen.task and any(is_within(one.measured, limit) and not both_within(one, limit) for one in better):
+        measured.append(("other task", "rows in each quarter", chosen.task.fall, False))
+    return "".join(
+        f" The {what} is coarse for this budget ({counted(of.texts, unit.split()[0][:-1])}, standard error "
+        f"{words.as_share(of.error, writes)}): about {needed:,} {unit} would let more be kept."
+        for what, unit, of, writes in measured
+        if (needed := texts_needed(of, limit)) > of.texts
     )
 
 
@@ -166,15 +212,19 @@ def _weights(steered: Sequence[Steered]) -> list[Block]:
 
 def _points(found: Preserved) -> Block:
     rows: tuple[Row, ...] = tuple(
-        (words.way(point.kind, point.share), _spread(point.measured), format_metric(found.metric, point.metric))
+        (
+            words.way(point.kind, point.share),
+            _spread(point.measured),
+            *([] if point.task is None else [_spread(point.task.fall)]),
+            format_metric(found.metric, point.metric),
+        )
         for point in found.points
     )
-    header = ("point", "drift", words.metric_name(found.metric))
+    header = ("point", "drift", *(["fall on the other task"] if found.task else []), words.metric_name(found.metric))
     unit = "nats a token" if found.writes else "1 - cosine"
     title = f"Points that were tried; drift in {unit} on {counted(found.start.measured.texts, 'text')}, ±: error"
-    return Folded(
-        "all points between the untouched and the trained model", (Table(title, header, rows, frozenset({1, 2})),)
-    )
+    table = Table(title, header, rows, frozenset(range(1, len(header))))
+    return Folded("all points between the untouched and the trained model", (table,))
 
 
 def _spread(measured: Drift) -> str:

@@ -33,6 +33,7 @@ from fulltune.train.worker.observed import Observed
 
 if TYPE_CHECKING:
     from fulltune.train.worker.drifting import Drifting
+    from fulltune.train.worker.frozen_head import FrozenHead
     from fulltune.train.worker.scaling import Scaled
 
 
@@ -50,6 +51,8 @@ class AttemptContext:
     trainer: FullTrainer = field(init=False)
     applied: methods.Applied = field(init=False)
     drifting: Drifting = field(init=False)
+    frozen_head: FrozenHead | None = None
+    """Of another task that the budget for forgetting holds for, in the first process."""
     head: Head | None = None
     """What became of the head, for tasks that may need a new one."""
     scaled: Scaled | None = None

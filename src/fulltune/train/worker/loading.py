@@ -43,6 +43,7 @@ from fulltune.train.worker import distributed, extensions, mixup, r_drop, scalin
 from fulltune.train.worker.against_start import AgainstStart, score_first
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.drifting import Drifting
+from fulltune.train.worker.frozen_head import fit_head
 from fulltune.train.worker.replay import Replay
 from fulltune.train.worker.samples import samples
 from fulltune.train.worker.steering import Steering
@@ -157,6 +158,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
             callback.logging_dir = str(attempt.request.tensorboard)
     attempt.drifting = Drifting.of(attempt, model, tokenizer)
     attempt.trainer.generic_identity = attempt.drifting.identity
+    attempt.frozen_head = fit_head(attempt)  # before any step
     _replay(attempt, tokenizer)
     scaling.settle(attempt, rows)
     attempt.recorder.tokens = lambda: float(attempt.trainer.tokens_seen)

@@ -7,25 +7,29 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fulltune import methods
 from fulltune.errors import InterruptedRun
-from fulltune.forgetting.budget import BISECTIONS, MOST_ROWS, SHARES, best, certified, is_within
+from fulltune.forgetting.budget import BISECTIONS, MOST_ROWS, SHARES, best, both_within, certified
 from fulltune.forgetting.drift import GenericText, measured
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Certified
-from fulltune.records.forgetting import Drift, Kind, Point, Preserved, limit_of
+from fulltune.records.forgetting import Drift, Kind, OnTask, Point, Preserved, limit_of
+from fulltune.text import counted
 from fulltune.train.optim.groups import depths
 from fulltune.train.worker.context import AttemptContext
+from fulltune.train.worker.frozen_head import HeadRows, fallen
 
 PHASE = "choosing how far to go within the budget for forgetting"
 
@@ -60,6 +64,27 @@ class Line:
                 parameter.copy_(moved.to(parameter.dtype))
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a budget holds for: generic texts, and rows of another task where there is one."""
+
+    attempt: AttemptContext
+    text: GenericText
+    rows: HeadRows | None
+
+    def read(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """What the model, as it is now, makes of both."""
+        trainer, alive = self.attempt.trainer, self.attempt.alive
+        of_text = self.text.read(trainer.model, trainer.head, alive)
+        return of_text, None if self.rows is None else self.rows.read(trainer.model, alive)
+
+    def since(self, before: tuple[np.ndarray, np.ndarray | None]) -> tuple[Drift, OnTask | None]:
+        """How far both have moved since they were read."""
+        texts, rows = self.read()
+        fall = None if rows is None or before[1] is None else fallen(before[1], rows)
+        return measured(before[0], texts), fall
+
+
 def keep_within(attempt: AttemptContext) -> Preserved | None:
     """Move the trained model back as far as its budget asks for, once; None: the recipe gives none.
 
@@ -86,25 +111,26 @@ def keep_within(attempt: AttemptContext) -> Preserved | None:
 
 
 def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Preserved:
-    plan, trainer = attempt.plan, attempt.trainer
+    plan, task = attempt.plan, attempt.frozen_head
     assert plan.preserving is not None
     attempt.recorder.phase(PHASE)
     texts, drifting = parts(attempt.recipe.preserve), attempt.drifting
-    choosing, sealed = drifting.text_of(texts.choosing), drifting.text_of(texts.sealed)
+    choosing = Held(attempt, drifting.text_of(texts.choosing), None if task is None else task.choosing)
+    sealed = Held(attempt, drifting.text_of(texts.sealed), None if task is None else task.sealed)
     writes = attempt.summary.problem_type in LANGUAGE_MODELS
     limit = limit_of(plan.preserving.budget, writes)
     rows = _eval_rows(attempt)
     line.put("whole", 0.0)
-    start = choosing.read(trainer.model, trainer.head, attempt.alive)
+    start = choosing.read()
 
     def at(kind: Kind, share: float) -> Point:
         if attempt.stop.asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(kind, share)
-        now = choosing.read(trainer.model, trainer.head, attempt.alive)
+        drift, fall = choosing.since(start)
         # Not `attempt.score`, in which all processes have a part: the first one is alone by now.
         metric = float(attempt.task.metrics(attempt.reduced(rows), attempt.target)[plan.metric])
-        return Point(kind=kind, share=share, measured=measured(start, now), metric=metric)
+        return Point(kind=kind, share=share, measured=drift, metric=metric, task=fall)
 
     with attempt.journal.during("evaluation"):
         points = [at("whole", 0.0), *(at(kind, share) for kind, shares in SHARES.items() for share in shares)]
@@ -113,10 +139,13 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         certificate = None
         if not chosen.is_start:
             opened = (*opened, datetime.now().astimezone().isoformat(timespec="seconds"))
-            certificate = certified(_of_sealed(attempt, line, sealed, chosen), limit)
-    said = "infeasible; the sealed generic texts stayed sealed"
+            drift, fall = _of_sealed(line, sealed, chosen)
+            certificate = certified(drift, limit, fall)
+    said = "infeasible; what is sealed stayed sealed"
     if certificate is not None:
-        said = f"{len(sealed.ids)} sealed generic texts were opened: {'PASS' if certificate.passed else 'FAIL'}"
+        more = f" and {counted(certificate.task.fall.texts, 'row')} of the other task" if certificate.task else ""
+        passed = "PASS" if certificate.passed else "FAIL"
+        said = f"{len(sealed.text.ids)} sealed generic texts{more} were opened: {passed}"
     attempt.journal.write("budget for forgetting", said)
     return Preserved(
         trial=plan.trial,
@@ -130,6 +159,7 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         chosen=chosen,
         certificate=certificate,
         trained=line.digest,
+        task=None if task is None else task.source,
         opened=opened,
     )
 
@@ -148,7 +178,7 @@ def _between(points: list[Point], limit: float, at: Callable[[Kind, float], Poin
     found: list[Point] = []
     for _ in range(BISECTIONS):
         whole = sorted((one for one in [*points, *found] if one.kind == "whole"), key=lambda point: point.share)
-        outside = [point.share for point in whole if point.share and not is_within(point.measured, limit)]
+        outside = [point.share for point in whole if point.share and not both_within(point, limit)]
         if not outside:
             break
         inside = max(point.share for point in whole if point.share < min(outside))
@@ -156,10 +186,9 @@ def _between(points: list[Point], limit: float, at: Callable[[Kind, float], Poin
     return found
 
 
-def _of_sealed(attempt: AttemptContext, line: Line, sealed: GenericText, chosen: Point) -> Drift:
-    """The drift of the chosen point on the texts that nothing has read before."""
-    trainer = attempt.trainer
+def _of_sealed(line: Line, sealed: Held, chosen: Point) -> tuple[Drift, OnTask | None]:
+    """How far the chosen point has moved on what nothing has read before."""
     line.put("whole", 0.0)
-    before = sealed.read(trainer.model, trainer.head, attempt.alive)
+    before = sealed.read()
     line.put(chosen.kind, chosen.share)
-    return measured(before, sealed.read(trainer.model, trainer.head, attempt.alive))
+    return sealed.since(before)
