@@ -65,7 +65,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Held:
+class Watched:
     """What a budget holds for: generic texts, and rows of another task where there is one."""
 
     attempt: AttemptContext
@@ -115,8 +115,8 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
     assert plan.preserving is not None
     attempt.recorder.phase(PHASE)
     texts, drifting = parts(attempt.recipe.preserve), attempt.drifting
-    choosing = Held(attempt, drifting.text_of(texts.choosing), None if task is None else task.choosing)
-    sealed = Held(attempt, drifting.text_of(texts.sealed), None if task is None else task.sealed)
+    choosing = Watched(attempt, drifting.text_of(texts.choosing), None if task is None else task.choosing)
+    sealed = Watched(attempt, drifting.text_of(texts.sealed), None if task is None else task.sealed)
     writes = attempt.summary.problem_type in LANGUAGE_MODELS
     limit = limit_of(plan.preserving.budget, writes)
     rows = _eval_rows(attempt)
@@ -186,7 +186,7 @@ def _between(points: list[Point], limit: float, at: Callable[[Kind, float], Poin
     return found
 
 
-def _of_sealed(line: Line, sealed: Held, chosen: Point) -> tuple[Drift, OnTask | None]:
+def _of_sealed(line: Line, sealed: Watched, chosen: Point) -> tuple[Drift, OnTask | None]:
     """How far the chosen point has moved on what nothing has read before."""
     line.put("whole", 0.0)
     before = sealed.read()
