@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from planted import WORKER
+from planted import REAL_WORKER, WORKER
 
 from fulltune.train import checkpoints
 from fulltune.train.request import number_in
@@ -28,7 +28,8 @@ LARGE = 4 * 2**30
 def ranks(command: psutil.Process) -> list[psutil.Process]:
     """The training processes, the first one first; torchrun is none of them."""
     words = ((one, one.cmdline()) for one in command.children(recursive=True))
-    found = [one for one, line in words if WORKER in line and "torch.distributed.run" not in line]
+    workers = {WORKER, REAL_WORKER}
+    found = [one for one, line in words if workers & set(line) and "torch.distributed.run" not in line]
     return sorted(found, key=lambda one: int(one.environ().get("RANK", "0")))
 
 
