@@ -11,7 +11,6 @@ from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Planned
-from fulltune.records.forgetting import OTHER_TASK
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
@@ -91,7 +90,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         listener=job.listener,
     )
     if other is not None:
-        other.save(job.folder / "data" / OTHER_TASK)
+        data.keep_other_task(other, job.folder)
         summary = summary.model_copy(update={"other_task_rows": len(other.rows)})
     check_settings_for(job.recipe, summary)
     job.hooks.check_data(summary)

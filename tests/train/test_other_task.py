@@ -137,7 +137,7 @@ def test_verdict_and_report_name_the_other_task() -> None:
     assert "PASS" in said
     assert (
         "; of the other task the right label's probability fell by 1.00%, accuracy 90.0% before and 80.0% after (with "
-        "95% certainty it fell by at most 1.33%), on 100 rows that nothing had read before" in said
+        "95% certainty it fell by at most 1.33%), on 100 sealed rows" in said
     )
     assert "FAIL" in verdict(record(points[1], points, at(0.012, 0.001), on_task(0.03)))
     told = about_task(record(points[1], points, at(0.0), on_task(0.0)))

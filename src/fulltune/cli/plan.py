@@ -158,6 +158,8 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
     train = files[0] if len(files) == 1 else f"[{', '.join(files)}]"
     paths = {"data.train": train, "data.eval": data.eval, "data.test": data.test}
     paths |= {"model.name": recipe.model.name, "output": recipe.output}
+    preserve = recipe.preserve
+    paths |= {"preserve.probe": preserve.probe, "preserve.replay": preserve.replay, "preserve.task": preserve.task}
     moved = [f"{name}={path}" for name, path in paths.items() if path and "/" in path and path not in text]
     return file, [*overrides, *moved]
 

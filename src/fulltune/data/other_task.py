@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 from fulltune.data.sources import describe, find_files, read_rows
-from fulltune.errors import DataError, RecipeError
+from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.forgetting.generic_text import beginning, parts
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
-from fulltune.records.forgetting import LabelledText, OtherTask
+from fulltune.records.forgetting import OTHER_TASK, LabelledText, OtherTask
 from fulltune.tasks import task_named
 from fulltune.tasks.columns import as_text, unreadable
 from fulltune.text import counted
@@ -40,6 +41,21 @@ def other_task(recipe: Recipe) -> OtherTask | None:
             "preserve.replay"
         )
     return found
+
+
+def keep(found: OtherTask, folder: Path) -> None:
+    """Keep the rows in a run folder.
+
+    Raises:
+        SetupError: They are others than those that its run was planned with.
+    """
+    file = folder / "data" / OTHER_TASK
+    if file.exists() and any((folder / "plan").glob("*.json")) and OtherTask.load(file) != found:
+        raise SetupError(
+            f"preserve.task: {found.source}: the rows changed since this run began, so what it measured belongs to "
+            "other ones; put the old file back, or start a new run (--fresh)"
+        )
+    found.save(file)
 
 
 def _labelled(file: str) -> tuple[dict[str, set[str]], dict[str, str], int]:

@@ -8,10 +8,9 @@ from typing import Any
 from fulltune.data.sources import find_files
 from fulltune.data.split import HELD_OUT
 from fulltune.errors import DataError
-from fulltune.forgetting.generic_text import generic_texts, parts
+from fulltune.forgetting.generic_text import beginning, generic_texts, parts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.forgetting import OtherTask
-from fulltune.tasks.columns import normalised
 from fulltune.text import counted, first_few
 
 
@@ -26,9 +25,9 @@ def refuse_trained_texts(recipe: Recipe, other: OtherTask | None) -> None:
     if block.probe is not None:
         found = None if block.budget is None else parts(block)
         texts = generic_texts(block.probe)[0] if found is None else [*found.choosing, *found.sealed]
-        measured[f"preserve.probe: {block.probe}"] = set(map(normalised, texts))
+        measured[f"preserve.probe: {block.probe}"] = set(map(beginning, texts))
     if other is not None:
-        measured[f"preserve.task: {other.source}"] = {normalised(text) for text, _ in other.rows}
+        measured[f"preserve.task: {other.source}"] = {beginning(text) for text, _ in other.rows}
     if not measured:
         return
     places: dict[str, list[str]] = {name: [] for name in measured}
@@ -60,5 +59,5 @@ def _texts(cell: Any) -> Iterator[str]:
 
 
 def _parts(text: str) -> set[str]:
-    """A text, its lines and its paragraphs."""
-    return {normalised(" ".join(part.split())) for part in (text, *text.splitlines(), *text.split("\n\n"))}
+    """How a text, its lines and its paragraphs begin: a model reads no more of a text that is measured."""
+    return {beginning(" ".join(part.split())) for part in (text, *text.splitlines(), *text.split("\n\n"))}

@@ -87,11 +87,13 @@ MOST_OF_IT = 0.9
 
 
 def limit_for_most(found: Preserved) -> float | None:
-    """The smallest limit with which `MOST_OF_IT` of what was learned would be kept; None: nothing was learned."""
-    gained = {point: found.gain_of(point) for point in found.points if not point.is_start}
-    most = max(gained.values(), default=0.0)
-    good = [one for one, gain in gained.items() if most and gain >= MOST_OF_IT * most]
-    return min((max(map(least_limit, _measured(one))) for one in good), default=None)
+    """The smallest limit with which `MOST_OF_IT` of what was learned would be kept; None: so much of it is kept, or
+    nothing was learned."""
+    most = max(map(found.gain_of, found.points))
+    if found.gain_of(found.chosen) >= MOST_OF_IT * most:
+        return None
+    good = [one for one in found.points if found.gain_of(one) >= MOST_OF_IT * most]
+    return min(max(map(least_limit, _measured(one))) for one in good)
 
 
 def _measured(point: Point) -> list[Drift]:

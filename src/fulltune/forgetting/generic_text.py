@@ -30,6 +30,7 @@ _BEGINNING, _BOILERPLATE = 64, 8
 _WORDS = (20, 120)
 _READ_WORDS = 48
 """Of a text, at most: it is cut at 64 tokens, and a word has four thirds of one."""
+_WORD_BYTES = 6
 _LEFT_OUT = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 
 
@@ -80,7 +81,7 @@ class Parts:
     sealed: list[str]
     """Read once, at the end."""
     replayed: list[str]
-    """Trained along; empty where the model writes them, too."""
+    """Trained along; empty where there is no replay, and where the model writes the texts."""
     source: str
     """Where they come from, without those that are trained along where these have a file of their own."""
 
@@ -103,10 +104,10 @@ def parts(block: PreserveBlock) -> Parts:
         )
     replayed = texts[2 * each :][:MOST_REPLAYED]
     if not shares_one:
-        taken = set(texts)
+        taken = set(map(beginning, texts))
         file = None if block.replay == SAMPLES else block.replay
         found = generic_texts(file, MOST_REPLAYED, "preserve.replay")[0] if file else []
-        replayed = [text for text in found if text not in taken]
+        replayed = [text for text in found if beginning(text) not in taken]
         if file and not replayed:
             raise DataError(f"preserve.replay: {block.replay}: holds nothing but texts of the probe; name other texts")
     return Parts(texts[:each], texts[each : 2 * each], replayed, source)
@@ -114,7 +115,9 @@ def parts(block: PreserveBlock) -> Parts:
 
 def enough(texts: Sequence[str], tokens: int) -> int:
     """How many of the texts, from the first on, hold about so many tokens as they are read."""
-    words = accumulate(min(len(text.split()), _READ_WORDS) for text in texts)
+    # Where words are not set apart, or letters take several bytes, there are more tokens than words.
+    sizes = (max(len(text.split()), len(text.encode()) // _WORD_BYTES) for text in texts)
+    words = accumulate(min(size, _READ_WORDS) for size in sizes)
     return sum(so_far <= tokens * 3 // 4 for so_far in words)
 
 

@@ -120,6 +120,10 @@ class Preserved(Record):
     """Tells the trained weights from those of another training in the same folder."""
     task: str | None = None
     """The recipe of the other task."""
+    task_says_little: str = ""
+    """Why the other task tells nothing; empty: it does."""
+    identity: str = ""
+    """Of all generic texts, and of the other task's rows: those of a comparison's trials are the same."""
     opened: tuple[str, ...]
     """When the sealed texts were opened, ISO 8601; more than once where the model was trained anew."""
 

@@ -47,13 +47,27 @@ def preserved(chosen: float, *drifts: float) -> Preserved:
     )  # fmt: skip
 
 
+def test_point_that_is_as_good_as_the_trained_model_is_not_held_back() -> None:
+    better = preserved(2 / 3, 0.001, 0.002, 0.003)
+    points = tuple(one.model_copy(update={"metric": 0.6}) if one.share == 1 else one for one in better.points)
+    assert held_back(better.model_copy(update={"points": points})) == ("", "")
+
+
+def test_training_that_improves_nothing_is_not_blamed_on_the_budget() -> None:
+    found = preserved(0.0, 0.001, 0.002, 0.003)
+    points = tuple(one.model_copy(update={"metric": 0.2 - one.share}) for one in found.points)
+    said = held_back(found.model_copy(update={"points": points, "chosen": points[0]}))
+    assert "training made the eval rows no better" in said[0]
+
+
 @pytest.mark.parametrize(
     ("found", "evidence", "helps"),
     [
         (None, "", ""),
         (preserved(1.0, 0.001, 0.002, 0.003), "", ""),
-        (preserved(0.0, 0.1, 0.2, 0.3), "keeps the untouched model", "--set preserve.budget=31.9%"),
-        (preserved(1 / 3, 0.002, 0.02, 0.03), "keeps 33.3% of the way", "--set preserve.budget=3.5%"),
+        (preserved(0.0, 0.1, 0.2, 0.3), "keeps the untouched model", "--set preserve.budget=32%"),
+        (preserved(1 / 3, 0.002, 0.02, 0.03), "keeps 33.3% of the way", "--set preserve.budget=3.6%"),
+        (preserved(0.0, 0.0001, 0.0002, 0.0003), "keeps the untouched model", "--set preserve.budget=0.4%"),
     ],
 )
 def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | None, evidence: str, helps: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fulltune.forgetting.budget import both_within, is_within, texts_needed
+from fulltune.forgetting.budget import both_within, is_within, limit_for_most, texts_needed
 from fulltune.forgetting.frontier import BUDGETS, best_at
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.recipe.tasks import LANGUAGE_MODELS
@@ -126,7 +126,9 @@ def verdict(found: Preserved) -> str:
     what = f"a token got {by} less likely ({upper})" if found.writes else f"turned by {by} (1 - cosine; {upper})"
     kept = f"generic text {what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
     kept += _of_sealed_rows(sealed)
-    more = _coarse(found) if found.why else ""
+    if found.task_says_little:
+        kept += f" ({found.task_says_little})"
+    more = _coarse(found) if limit_for_most(found) is not None else ""
     if len(found.opened) > 1:
         label += f" (opened {len(found.opened)} times, because the model was trained anew)"
     metric = format_metric(found.metric, found.chosen.metric)
@@ -143,8 +145,7 @@ def _of_sealed_rows(sealed: Certificate) -> str:
         return ""
     return (
         f"; of the other task {_fall(sealed.task)} (with 95% certainty it fell by at most "
-        f"{words.as_share(max(0.0, sealed.task_upper), False)}), on {counted(sealed.task.fall.texts, 'row')} that "
-        "nothing had read before"
+        f"{words.as_share(max(0.0, sealed.task_upper), False)}), on {counted(sealed.task.fall.texts, 'sealed row')}"
     )
 
 

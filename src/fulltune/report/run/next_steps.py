@@ -125,22 +125,28 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
 
 
 def held_back(found: Preserved | None) -> tuple[str, str]:
-    """What a budget for forgetting has kept a model from, and what helps; empty where it kept the trained one."""
-    if found is None or not found.why:
+    """What a budget for forgetting has kept a model from, and what helps; empty where it kept most of what was
+    learned."""
+    if found is None:
         return "", ""
-    if (limit := limit_for_most(found)) is None:
-        evidence = (
-            "training made the eval rows no better, within the budget for forgetting (preserve.budget) or without"
+    if (limit := limit_for_most(found)) is not None:
+        share = _rounded_up(105 * (-math.expm1(-limit) if found.writes else limit))
+        kept = "the untouched model" if found.chosen.is_start else words.way(found.chosen.kind, found.chosen.share)
+        return (
+            f"the budget for forgetting (preserve.budget) keeps {kept}",
+            f"{format_percent(MOST_OF_IT)} of what was learned takes a budget of about {share}: --set "
+            f"preserve.budget={share}; or more texts in the probe, where their error is large beside the budget",
         )
+    if found.chosen.is_start:
+        evidence = "training made the eval rows no better, within the budget (preserve.budget) or without one"
         return evidence, "train without a budget first, and give it to a run that learns"
-    budget = -math.expm1(-limit) if found.writes else limit
-    share = f"{min(100 * budget * 1.05, 99):.1f}%"
-    kept = "the untouched model" if found.chosen.is_start else words.way(found.chosen.kind, found.chosen.share)
-    return (
-        f"the budget for forgetting (preserve.budget) keeps {kept}",
-        f"{format_percent(MOST_OF_IT)} of what was learned takes a budget of about {share}: --set "
-        f"preserve.budget={share}; or more texts in the probe, where their error is large beside the budget",
-    )
+    return "", ""
+
+
+def _rounded_up(percent: float) -> str:
+    """In two digits, and below 100 %."""
+    places = 1 - math.floor(math.log10(percent))
+    return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
 def _one_label(confusion: Confusion) -> tuple[str, bool]:

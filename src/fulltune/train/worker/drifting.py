@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
@@ -14,7 +15,7 @@ from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.preserve import BUNDLED
-from fulltune.records.forgetting import OTHER_TASK, Drift, OtherTask
+from fulltune.records.forgetting import OTHER_TASK, Drift, OtherTask, Preserved
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train.loop.trainer import StoppedScoring
 
@@ -52,6 +53,9 @@ class Drifting:
             drifting.identity = _digest("\0".join(everything))
         if plan.preserving is not None and block.task is not None:
             drifting.identity += f"-{_digest(str(OtherTask.load(attempt.data / OTHER_TASK).rows))}"
+        if plan.preserving is not None:  # of a comparison, other trials may have been certified
+            for file in sorted((Path(attempt.request.run_folder) / "preserve").glob("*.json")):
+                drifting.refuse_others(Preserved.load(file).identity or None)
         return drifting
 
     def refuse_others(self, identity: str | None) -> None:

@@ -80,8 +80,11 @@ def dry_run(
             without = _without_gradient(passes)
             passes.step()
             # With accumulation a pass finds the gradients of the one before, with a budget those of generic text.
-            replays = plan.preserving is not None and plan.preserving.replay_rows > 0
-            _, seconds = passes.train(longest, keep=replays or plan.gradient_accumulation_steps > 1)
+            if trainer.replay is not None:
+                optimizer.zero_grad()
+                trainer.replay.add_gradient(trainer)
+            keep = trainer.replay is not None or plan.gradient_accumulation_steps > 1
+            _, seconds = passes.train(longest, keep=keep)
             step_seconds = passes.step()
             optimizer.zero_grad()
             # As in training: the optimizer's state stays, the gradients are gone.

@@ -45,6 +45,8 @@ class FrozenHead:
     source: str
     choosing: HeadRows
     sealed: HeadRows
+    says_little: str
+    """Why they tell nothing; empty: they do."""
 
 
 def fit_head(attempt: AttemptContext) -> FrozenHead | None:
@@ -65,10 +67,13 @@ def fit_head(attempt: AttemptContext) -> FrozenHead | None:
         return Items("single_label", states, labels, np.arange(len(labels)), len(rows.labels))
 
     try:
-        held_out = items(*choosing)
-        head = best(items(*fitting), held_out, fits, loss)[-1]
+        with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
+            held_out = items(*choosing)
+            head = best(items(*fitting), held_out, fits, loss)[-1]
     except NoProbe as no:
         raise SetupError(f"preserve.task: {file}: no head can be fitted: {no}; name another task") from None
+    if attempt.observed.meter is not None:
+        attempt.observed.meter.forget_peak()  # scikit-learn's memory is not the training's
     accuracy = float(right(head(held_out.features), held_out.labels)[:, 1].mean())
     most_frequent = np.bincount(fitting[1]).argmax()
     frequent = float((held_out.labels == most_frequent).mean())
@@ -81,7 +86,7 @@ def fit_head(attempt: AttemptContext) -> FrozenHead | None:
     if why := tells_nothing(accuracy, frequent, len(held_out.labels)):
         attempt.journal.write("warning", why)
         attempt.recorder.warn(why)
-    return FrozenHead(file, HeadRows(*choosing, head), HeadRows(*sealed, head))
+    return FrozenHead(file, HeadRows(*choosing, head), HeadRows(*sealed, head), why)
 
 
 def _part(attempt: AttemptContext, rows: Sequence[LabelledText]) -> tuple[GenericText, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -171,7 +172,8 @@ def _replay(attempt: AttemptContext, tokenizer: Any) -> None:
     if plan.preserving is None or not plan.preserving.replay_rows or attempt.request.probe:
         return
     rows = plan.preserving.replay_rows
-    text = _replayed(attempt, tokenizer, plan.total_steps * rows)
+    with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
+        text = _replayed(attempt, tokenizer, plan.total_steps * rows)
     # No more tokens at once than a micro batch has, and of a language model no more logits than are small; one text
     # where activations are recomputed, which happens in training mode alone.
     at_once = plan.micro_batch_size * attempt.summary.max_length // attempt.drifting.most_tokens
@@ -181,7 +183,8 @@ def _replay(attempt: AttemptContext, tokenizer: Any) -> None:
     weighing = LANGUAGE if text.writes else STATES
     trainer.replay = replay = Replay(text, rows, at_once, plan.seed, weighing.first)
     attempt.recorder.phase("reading generic text with the untouched model")
-    replay.remember(trainer, attempt.alive)
+    with attempt.journal.during("evaluation"):
+        replay.remember(trainer, attempt.alive)
     limit = limit_of(plan.preserving.budget, text.writes)
     trainer.add_callback(Steering(attempt, replay, limit, weighing, plan.preserving.steer_steps))
 
@@ -191,9 +194,8 @@ def _replayed(attempt: AttemptContext, tokenizer: Any, count: int) -> GenericTex
     preserve, drifting = attempt.recipe.preserve, attempt.drifting
     if preserve.replay != SAMPLES:
         return drifting.text_of(parts(preserve).replayed[:count])
-    attempt.recorder.phase("having the untouched model write texts")
     found = samples(attempt, tokenizer, count, drifting.most_tokens)
-    return GenericText(tuple(found), tokenizer.pad_token_id or 0, True, attempt.plan.precision)
+    return replace(drifting.text_of([]), ids=tuple(found))
 
 
 def _rows(attempt: AttemptContext, tokenizer: Any) -> list[Any]:

@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
-from fulltune.errors import SetupError
+from fulltune.errors import InterruptedRun, SetupError
+from fulltune.files import write_text
 from fulltune.inference.run import autocast
+from fulltune.train.worker.no_trace import same_randomness
 
 if TYPE_CHECKING:
     from fulltune.train.worker.context import AttemptContext
@@ -18,11 +22,12 @@ if TYPE_CHECKING:
 MOST = 256
 """Texts: each of its tokens takes a pass through the model."""
 _AT_ONCE = 32
+PHASE = "having the untouched model write texts"
 
 
 def samples(attempt: AttemptContext, tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
-    """Texts of at least two tokens and at most so many, drawn from the model's own probabilities: always the same ones
-    of a seed, so that a run that goes on has those that it began with. No random number of the training is drawn.
+    """Texts of at least two tokens and at most so many, drawn from the model's own probabilities. They are drawn once
+    and kept in the run folder, so that a run that goes on, on whatever machine, has those that it began with.
 
     Args:
         attempt: Its model is the untouched one, on its device.
@@ -32,7 +37,20 @@ def samples(attempt: AttemptContext, tokenizer: Any, count: int, tokens: int) ->
 
     Raises:
         SetupError: When the tokenizer has no token that a text begins after, or the model writes nothing.
+        InterruptedRun: Told to stop.
     """
+    file = Path(attempt.request.run_folder) / "preserve" / f"{attempt.plan.trial}.samples"
+    if file.exists():
+        return [list(map(int, row)) for row in json.loads(file.read_text(encoding="utf-8"))]
+    attempt.recorder.phase(PHASE)
+    texts = _drawn(attempt, tokenizer, min(count, MOST), tokens)
+    if attempt.is_main:
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, json.dumps(texts))
+    return texts
+
+
+def _drawn(attempt: AttemptContext, tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise SetupError(
@@ -40,24 +58,34 @@ def samples(attempt: AttemptContext, tokenizer: Any, count: int, tokens: int) ->
             "the model cannot begin one; name a text file, or leave replay out"
         )
     model: Any = attempt.trainer.model
-    was_training, found = model.training, []
+    device, at_once = model.device, min(_AT_ONCE, attempt.plan.eval_batch_size)
+
+    def watch(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        attempt.alive()
+        return torch.full((len(ids),), may_stop and attempt.stop.asked, device=device)
+
+    # Several processes agree on stopping only after a step.
+    may_stop = attempt.plan.num_processes == 1
+    was_training, settings, found = model.training, model.generation_config, []
     model.eval()
-    with torch.random.fork_rng(), torch.no_grad(), autocast(model.device.type, attempt.plan.precision):
-        torch.manual_seed(attempt.plan.seed)
-        for begin in range(0, min(count, MOST), _AT_ONCE):
-            attempt.alive()
-            rows = min(_AT_ONCE, min(count, MOST) - begin)
-            made = model.generate(
-                input_ids=torch.full((rows, 1), first, device=model.device),
-                attention_mask=torch.ones((rows, 1), dtype=torch.long, device=model.device),
-                max_new_tokens=tokens - 1,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                stopping_criteria=[_Alive(attempt.alive)],
-                **_AS_IT_IS,
-            )
-            found += [_until_end(row.tolist(), tokenizer.eos_token_id) for row in made]
-    model.train(was_training)
+    # Nothing that a model's own settings make of its probabilities.
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    try:
+        on_gpu = device.type == "cuda"
+        with same_randomness(on_gpu=on_gpu), torch.no_grad(), autocast(device.type, attempt.plan.precision):
+            torch.manual_seed(attempt.plan.seed)
+            for begin in range(0, count, at_once):
+                start = torch.full((min(at_once, count - begin), 1), first, device=device)
+                shown = torch.ones_like(start)
+                made = model.generate(start, attention_mask=shown, max_new_tokens=tokens - 1, stopping_criteria=[watch])
+                if may_stop and attempt.stop.asked:
+                    raise InterruptedRun("stopped on request before step 1")
+                found += [_until_end(row.tolist(), tokenizer.eos_token_id) for row in made]
+    finally:
+        model.generation_config = settings
+        model.train(was_training)
     texts = [row for row in found if len(row) > 1]
     if not texts:
         raise SetupError(
@@ -67,23 +95,6 @@ def samples(attempt: AttemptContext, tokenizer: Any, count: int, tokens: int) ->
     return texts
 
 
-_AS_IT_IS: dict[str, Any] = {
-    "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1,
-}  # fmt: skip
-"""Whatever the model's own settings make of its probabilities."""
-
-
 def _until_end(row: list[int], end: int | None) -> list[int]:
     """With the first token that ends it, without the padding behind that."""
     return row[: row.index(end, 1) + 1] if end in row[1:] else row
-
-
-class _Alive:
-    """Says that the process is alive after each token; ends nothing."""
-
-    def __init__(self, alive: Callable[[], None]) -> None:
-        self.alive = alive
-
-    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.alive()
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

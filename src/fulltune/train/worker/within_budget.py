@@ -64,6 +64,16 @@ class Line:
                 parameter.copy_(moved.to(parameter.dtype))
 
 
+Read = tuple[np.ndarray, np.ndarray | None]
+"""What a model makes of generic texts, and of another task's rows."""
+
+
+def moved(before: Read, after: Read) -> tuple[Drift, OnTask | None]:
+    """How far both have moved."""
+    rows, now = before[1], after[1]
+    return measured(before[0], after[0]), None if rows is None or now is None else fallen(rows, now)
+
+
 @dataclass(frozen=True)
 class Watched:
     """What a budget holds for: generic texts, and rows of another task where there is one."""
@@ -72,17 +82,11 @@ class Watched:
     text: GenericText
     rows: HeadRows | None
 
-    def read(self) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self) -> Read:
         """What the model, as it is now, makes of both."""
         trainer, alive = self.attempt.trainer, self.attempt.alive
         of_text = self.text.read(trainer.model, trainer.head, alive)
         return of_text, None if self.rows is None else self.rows.read(trainer.model, alive)
-
-    def since(self, before: tuple[np.ndarray, np.ndarray | None]) -> tuple[Drift, OnTask | None]:
-        """How far both have moved since they were read."""
-        texts, rows = self.read()
-        fall = None if rows is None or before[1] is None else fallen(before[1], rows)
-        return measured(before[0], texts), fall
 
 
 def keep_within(attempt: AttemptContext) -> Preserved | None:
@@ -127,7 +131,7 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         if attempt.stop.asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(kind, share)
-        drift, fall = choosing.since(start)
+        drift, fall = moved(start, start if (kind, share) == ("whole", 0.0) else choosing.read())
         # Not `attempt.score`, in which all processes have a part: the first one is alone by now.
         metric = float(attempt.task.metrics(attempt.reduced(rows), attempt.target)[plan.metric])
         return Point(kind=kind, share=share, measured=drift, metric=metric, task=fall)
@@ -160,6 +164,8 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         certificate=certificate,
         trained=line.digest,
         task=None if task is None else task.source,
+        task_says_little="" if task is None else task.says_little,
+        identity=drifting.identity,
         opened=opened,
     )
 
@@ -191,4 +197,4 @@ def _of_sealed(line: Line, sealed: Watched, chosen: Point) -> tuple[Drift, OnTas
     line.put("whole", 0.0)
     before = sealed.read()
     line.put(chosen.kind, chosen.share)
-    return sealed.since(before)
+    return moved(before, sealed.read())
