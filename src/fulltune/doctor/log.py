@@ -13,8 +13,8 @@ from typing import Any
 from fulltune.errors import SetupError
 from fulltune.records.training import Outcome
 from fulltune.report.format.plots import Point
+from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.history import after_start
-from fulltune.report.run.next_steps import held_back
 from fulltune.report.run.read import read_run
 from fulltune.text import counted
 from fulltune.train.request import number_in

@@ -12,8 +12,9 @@ import pytest
 
 from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.records.scores import Confusion, Estimate
+from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.content import conclude
-from fulltune.report.run.next_steps import RunFacts, held_back, next_steps
+from fulltune.report.run.next_steps import RunFacts, next_steps
 from fulltune.report.run.read import read_run
 
 FLAT = tuple((step, 1.0) for step in range(10, 410, 10))

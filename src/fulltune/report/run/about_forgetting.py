@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fulltune.forgetting.budget import both_within, is_within, limit_for_most, texts_needed
+from fulltune.forgetting.budget import MOST_OF_IT, both_within, is_within, limit_for_most, texts_needed
 from fulltune.forgetting.frontier import BUDGETS, best_at
 from fulltune.recipe.preserve import BUNDLED
 from fulltune.recipe.tasks import LANGUAGE_MODELS
@@ -62,7 +62,9 @@ def _of(view: RunView, trial: str) -> list[Block]:
     figures.append(Figure(drawn, title, " ".join(_frontier(found))))
     steered = [event for attempt in view.attempts_of(trial) for event in attempt.events if isinstance(event, Steered)]
     said += [Paragraph(about_task(found))] if found.task is not None else []
-    return [Paragraph(verdict(found)), *said, Figures(tuple(figures)), *_weights(steered), _points(found)]
+    evidence, helps = held_back(found)
+    held = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
+    return [Paragraph(f"{verdict(found)}{held}"), *said, Figures(tuple(figures)), *_weights(steered), _points(found)]
 
 
 def _about(plan: Plan) -> str:
@@ -123,8 +125,10 @@ def verdict(found: Preserved) -> str:
         )
     upper = f"with 95% certainty at most {words.as_share(sealed.upper, found.writes)}"
     by = words.as_share(sealed.measured.drift, found.writes)
-    what = f"a token got {by} less likely ({upper})" if found.writes else f"turned by {by} (1 - cosine; {upper})"
-    kept = f"generic text {what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
+    what = f"a token of generic text got {by} less likely ({upper})"
+    if not found.writes:
+        what = f"generic text turned by {by} (1 - cosine; {upper})"
+    kept = f"{what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
     kept += _of_sealed_rows(sealed)
     if found.task_says_little:
         kept += f" ({found.task_says_little})"
@@ -138,6 +142,31 @@ def verdict(found: Preserved) -> str:
         f"Forgetting, budget {budget}: {label}: {kept}. Kept: {words.way(found.chosen.kind, found.chosen.share)}, "
         f"{words.metric_name(found.metric)} {metric} on eval rows{share}.{more}"
     )
+
+
+def held_back(found: Preserved | None) -> tuple[str, str]:
+    """What a budget for forgetting has kept a model from, and what helps; empty where it kept most of what was
+    learned."""
+    if found is None:
+        return "", ""
+    if (limit := limit_for_most(found)) is not None:
+        share = _rounded_up(105 * (-math.expm1(-limit) if found.writes else limit))
+        kept = "the untouched model" if found.chosen.is_start else words.way(found.chosen.kind, found.chosen.share)
+        return (
+            f"the budget for forgetting (preserve.budget) keeps {kept}",
+            f"{MOST_OF_IT:.0%} of what was learned takes a budget of about {share}: --set "
+            f"preserve.budget={share}; or more texts in the probe, where their error is large beside the budget",
+        )
+    if found.chosen.is_start:
+        evidence = "training made the eval rows no better, within the budget (preserve.budget) or without one"
+        return evidence, "train without a budget first, and give it to a run that learns"
+    return "", ""
+
+
+def _rounded_up(percent: float) -> str:
+    """In two digits, and below 100 %."""
+    places = 1 - math.floor(math.log10(percent))
+    return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
 def _of_sealed_rows(sealed: Certificate) -> str:

@@ -7,17 +7,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fulltune.forgetting.budget import MOST_OF_IT, limit_for_most
-from fulltune.records.forgetting import Preserved
 from fulltune.records.scores import Confusion
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.format.plots import Point
+from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.about_training import fitting_of
 from fulltune.report.run.history import after_start
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import headline_row
-from fulltune.text import counted, format_number, format_percent, is_share, listed
+from fulltune.text import counted, format_number, is_share, listed
 
 _FEW_STEPS = 100
 """A pretrained model with a new head has hardly begun by then."""
@@ -122,31 +121,6 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         held_back=held_back(view.preserved.get(row.name)),
         weights_may_help="train.class_weights" not in given and is_usual,
     )
-
-
-def held_back(found: Preserved | None) -> tuple[str, str]:
-    """What a budget for forgetting has kept a model from, and what helps; empty where it kept most of what was
-    learned."""
-    if found is None:
-        return "", ""
-    if (limit := limit_for_most(found)) is not None:
-        share = _rounded_up(105 * (-math.expm1(-limit) if found.writes else limit))
-        kept = "the untouched model" if found.chosen.is_start else words.way(found.chosen.kind, found.chosen.share)
-        return (
-            f"the budget for forgetting (preserve.budget) keeps {kept}",
-            f"{format_percent(MOST_OF_IT)} of what was learned takes a budget of about {share}: --set "
-            f"preserve.budget={share}; or more texts in the probe, where their error is large beside the budget",
-        )
-    if found.chosen.is_start:
-        evidence = "training made the eval rows no better, within the budget (preserve.budget) or without one"
-        return evidence, "train without a budget first, and give it to a run that learns"
-    return "", ""
-
-
-def _rounded_up(percent: float) -> str:
-    """In two digits, and below 100 %."""
-    places = 1 - math.floor(math.log10(percent))
-    return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
 def _one_label(confusion: Confusion) -> tuple[str, bool]:
