@@ -123,11 +123,13 @@ def verdict(found: Preserved) -> str:
             f"Forgetting, budget {budget}: infeasible: {why} ({words.metric_name(found.metric)} {end} trained, {start} "
             "untouched, on eval rows). The untouched model is what is kept."
         )
-    upper = f"with 95% certainty at most {words.as_share(sealed.upper, found.writes)}"
-    by = words.as_share(sealed.measured.drift, found.writes)
-    what = f"a token of generic text got {by} less likely ({upper})"
-    if not found.writes:
-        what = f"generic text turned by {by} (1 - cosine; {upper})"
+    if found.writes:
+        most = "least" if sealed.upper < 0 else "most"
+        what = f"a token of generic text got {_likelier(sealed.measured.drift)}"
+        what += f" (with 95% certainty at {most} {_likelier(sealed.upper)})"
+    else:
+        by, upper = (words.as_share(one, False) for one in (sealed.measured.drift, sealed.upper))
+        what = f"generic text turned by {by} (1 - cosine; with 95% certainty at most {upper})"
     kept = f"{what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
     kept += _of_sealed_rows(sealed)
     if found.task_says_little:
@@ -142,6 +144,11 @@ def verdict(found: Preserved) -> str:
         f"Forgetting, budget {budget}: {label}: {kept}. Kept: {words.way(found.chosen.kind, found.chosen.share)}, "
         f"{words.metric_name(found.metric)} {metric} on eval rows{share}.{more}"
     )
+
+
+def _likelier(rise: float) -> str:
+    """What a rise of the loss makes of a token."""
+    return f"{words.as_share(abs(math.expm1(-rise)), False)} {'more' if rise < 0 else 'less'} likely"
 
 
 def held_back(found: Preserved | None) -> tuple[str, str]:
