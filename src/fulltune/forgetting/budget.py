@@ -87,9 +87,9 @@ MOST_OF_IT = 0.9
 
 
 def limit_for_most(found: Preserved) -> float | None:
-    """The smallest limit with which `MOST_OF_IT` of what was learned would be kept; None: so much of it is kept, or
-    nothing was learned."""
-    most = max(map(found.gain_of, found.points))
+    """The smallest limit with which `MOST_OF_IT` of what the trained model gained would be kept; None: so much of it is
+    kept, or it gained nothing."""
+    most = found.gain_of(found.end)
     if found.gain_of(found.chosen) >= MOST_OF_IT * most:
         return None
     good = [one for one in found.points if found.gain_of(one) >= MOST_OF_IT * most]
