@@ -213,7 +213,8 @@ def _shares(context: Context, trials: Sequence[Trial], most: int) -> list[list[T
 
 
 def _seconds(context: Context, trial: Trial) -> float:
-    need = context.setup(trial.arm).plan.time
+    setup = context.setup(trial.arm)
+    need = (setup.free_plan if trial.searches else setup.plan).time
     return trial.share * (need.total_seconds if need else 1.0)
 
 
