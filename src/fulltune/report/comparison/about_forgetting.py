@@ -76,12 +76,12 @@ def _answer(comparison: Comparison, full: str, arm: str, found: Apart | None) ->
             "untouched model on the eval rows."
         )
     more, apart = (full if found.difference > 0 else arm), words.as_share(abs(found.difference), writes)
-    over = "over seeds" if found.over == "seeds" else "over texts; the spread between seeds is not known"
+    over = found.over if found.over != "texts" else "texts; the spread between seeds is not known"
     said = (
         f"At {write.name} {write.value(found.metric)} on the eval rows, the best that all runs of both reach, "
         f"{full} has moved generic text by {words.as_share(found.first, writes)}, {arm} by "
         f"{words.as_share(found.second, writes)}: "
-        f"{more} by {apart} more (standard error {words.as_share(found.error, writes)}, {over})."
+        f"{more} by {apart} more (standard error {words.as_share(found.error, writes)}, over {over})."
     )
     match found.less:
         case "second":
