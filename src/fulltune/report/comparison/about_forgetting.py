@@ -34,6 +34,7 @@ def section(comparison: Comparison) -> Section | None:
             f"All of these runs had the budget {format_percent(one.budget)}; without one, methods may move generic "
             f"text farther. Metric and drift are those of the eval rows and of {counted(texts, 'text')} "
             f"that chose among the points ({one.text}); certificates are about texts that nothing had read before."
+            f"{_on_task(one)}"
         ),
     )
     return Section("forgetting", "Forgetting", blocks)
@@ -85,10 +86,12 @@ def _answer(comparison: Comparison, full: str, arm: str, found: Apart | None) ->
     )
     match found.less:
         case "second":
-            return f"{said} {arm} forgets less here: take it where what the model could do before matters."
+            return f"{said} On generic text {arm} forgets less here: take it where that matters."
         case "first":
-            return f"{said} {full} forgets less here: what the model could do before is no reason to take {arm}."
-    return f"{said} No difference can be told: let the metric and the costs decide, or train more seeds."
+            return f"{said} On generic text {full} forgets less here: that is no reason to take {arm}."
+    return (
+        f"{said} On generic text no difference can be told: let the metric and the costs decide, or train more seeds."
+    )
 
 
 def in_short(comparison: Comparison) -> dict[str, str]:
@@ -138,20 +141,53 @@ def _best(comparison: Comparison) -> Table:
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
+def _on_task(found: Preserved) -> str:
+    """What else the budget held for, in words."""
+    if found.task is None:
+        return ""
+    return (
+        f" The budget held for another task as well ({words.file_name(found.task)}): drift says nothing of that one, "
+        "so a point may be kept back although its drift is within the budget."
+    )
+
+
 def _certificates(comparison: Comparison) -> Table:
-    write = Writer.of(comparison.decision)
-    rows = tuple(
-        (foreign(one.arm), str(one.seed), *_certificate(one.preserved), write.value(one.preserved.chosen.metric))
+    write, held = Writer.of(comparison.decision), comparison.held
+    has_task = any(one.preserved.task is not None for one in held)
+    rows: tuple[Row, ...] = tuple(
+        (
+            foreign(one.arm),
+            str(one.seed),
+            _certificate(one.preserved),
+            *_upper_bounds(one.preserved, has_task),
+            words.way(one.preserved.chosen.kind, one.preserved.chosen.share),
+            write.value(one.preserved.chosen.metric),
+        )
         for runs in runs_of(comparison).values()
         for one in runs
     )
-    header = ("method", "seed", "certificate", "drift, at most", "kept", write.name)
+    task = ("other task, at most",) if has_task else ()
+    header = ("method", "seed", "certificate", "drift, at most", *task, "kept", write.name)
     caption = "Certificates: the drift of what was kept, on sealed texts, is below this with 95%"
-    return Table(caption, header, rows, frozenset({1, 3, 5}))
+    if has_task:
+        caption += "; so is the fall of the right label's probability, on sealed rows of the other task"
+    return Table(caption, header, rows, frozenset({1, *range(3, len(header) - 2), len(header) - 1}))
 
 
-def _certificate(found: Preserved) -> tuple[str, str, str]:
-    again = f" (opened {len(found.opened)} times)" if len(found.opened) > 1 else ""
+def _certificate(found: Preserved) -> str:
+    """PASS, or what a FAIL is about where it may be two things."""
+    sealed, label = found.certificate, words.certificate(found)
+    if sealed is not None and not sealed.passed and sealed.task_upper is not None:
+        beyond = {"generic text": sealed.upper, "the other task": sealed.task_upper}
+        label += f" ({' and '.join(what for what, upper in beyond.items() if not upper <= sealed.limit)})"
+    return f"{label} (opened {len(found.opened)} times)" if len(found.opened) > 1 else label
+
+
+def _upper_bounds(found: Preserved, has_task: bool) -> tuple[str, ...]:
+    """Of the drift, and of the fall on the other task where there is one."""
     sealed = found.certificate
-    upper = NOTHING if sealed is None else words.as_share(sealed.upper, found.writes)
-    return f"{words.certificate(found)}{again}", upper, words.way(found.chosen.kind, found.chosen.share)
+    drift = NOTHING if sealed is None else words.as_share(sealed.upper, found.writes)
+    if not has_task:
+        return (drift,)
+    fall = None if sealed is None else sealed.task_upper
+    return drift, NOTHING if fall is None else words.as_share(max(0.0, fall), False)
