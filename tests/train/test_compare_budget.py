@@ -198,5 +198,5 @@ def test_comparison_within_whose_budget_nothing_is_learned_recommends_nothing(tm
     assert not any(one.preserved.is_feasible for one in found.held)
     assert (found.decision.verdict, found.decision.recommended) == ("UNDECIDED", "")
     card = (tmp_path / "run" / "card.md").read_text(encoding="utf-8")
-    assert "full (seed 42 and 43): nothing within the budget for forgetting was better than the untouched model" in card
+    assert "full (seeds 42 and 43): nothing within the budget for forgetting was better than the untouched" in card
     assert "| infeasible  |" in card

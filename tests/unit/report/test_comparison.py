@@ -9,12 +9,13 @@ import pytest
 
 from fulltune import report
 from fulltune.errors import SetupError
-from fulltune.forgetting.budget import certified
+from fulltune.forgetting.budget import best, certified
 from fulltune.records.comparison import Comparison, Held
 from fulltune.records.forgetting import Drift, OnTask, Preserved
 from fulltune.report.comparison import sentences
 from fulltune.report.comparison.content import plots
 from fulltune.report.comparison.sentences import Writer
+from fulltune.report.format import words
 from tests import comparisons
 from tests.unit.report.test_write import Page
 
@@ -370,6 +371,19 @@ def test_held_comparison_says_where_the_untouched_model_was_kept_and_where_no_di
     assert ["lora", "43", "infeasible", "–", "the untouched model", "62.0%"] in cells(markdown, "lora")
     assert "full and lora cannot be compared at the same accuracy: a run of theirs is nowhere better than" in markdown
     assert "“LoRA forgets less”: Not decided" in markdown
+
+
+def test_point_that_is_only_as_good_as_the_untouched_model_is_kept_and_certified_all_the_same() -> None:
+    made = comparisons.preserved("full-seed42", 0.05, 0.9)
+    end = made.end.model_copy(
+        update={"metric": made.start.metric, "measured": Drift(drift=-0.01, error=0.0, texts=200)}
+    )
+    chosen = best([made.start, end], made.limit, greater_is_better=True)
+    assert chosen == end
+    found = made.model_copy(update={"points": (made.start, end), "chosen": chosen})
+    assert (found.gain_of(found.chosen), found.is_feasible, words.certificate(found)) == (0.0, True, "PASS")
+    untouched = comparisons.preserved("full-seed42", 0.05, 0.9, learned=False)
+    assert (untouched.is_feasible, words.certificate(untouched)) == (False, "infeasible")
 
 
 def test_held_comparison_says_whether_a_certificate_fails_for_the_other_task(tmp_path: Path) -> None:
