@@ -237,7 +237,7 @@ def serve() -> None:
                 said.append(text)
 
     job = Run(run_folder.recipe_of(folder), folder, listener=listen)
-    summary = DataSummary.load(folder / "data" / "summary.json")
+    summary = DataSummary.of_run(folder)
     with fork_server() as start:
         context = Context(job, summary, "", start=start, keeps_time=False)
         context.machine = machine  # free memory, too: plans are to be the same in all processes
