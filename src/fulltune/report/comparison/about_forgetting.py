@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fulltune.forgetting.frontier import BUDGETS, Apart, at_equal_metric, best_at, envelope
-from fulltune.records.comparison import Comparison, Held
+from fulltune.records.comparison import ArmRow, Comparison, Held
+from fulltune.records.differences import Decision
 from fulltune.records.forgetting import Preserved, limit_of
 from fulltune.report.comparison.sentences import NOTHING, Writer, full_of
 from fulltune.report.format import words
@@ -40,32 +41,32 @@ def section(comparison: Comparison) -> Section | None:
     return Section("forgetting", "Forgetting", blocks)
 
 
-def runs_of(comparison: Comparison) -> dict[str, list[Held]]:
+def runs_of(rows: Sequence[ArmRow], held: Sequence[Held]) -> dict[str, list[Held]]:
     """The held runs of each method, in the order of the table."""
-    found = {row.arm: [one for one in comparison.held if one.arm == row.arm] for row in comparison.rows}
+    found = {row.arm: [one for one in held if one.arm == row.arm] for row in rows}
     return {arm: runs for arm, runs in found.items() if runs}
 
 
 # ---- which one forgot less -------------------------------------------------------------------------------------
 
 
-def _pairs(comparison: Comparison) -> Iterator[tuple[str, str, Apart | None]]:
+def _pairs(rows: Sequence[ArmRow], held: Sequence[Held]) -> Iterator[tuple[str, str, Apart | None]]:
     """Full fine-tuning beside each other held method."""
-    full, runs = full_of(comparison), runs_of(comparison)
+    full, runs = next((row.arm for row in rows if row.kind == "full"), None), runs_of(rows, held)
     for arm in runs:
-        if full is not None and full.arm in runs and arm != full.arm:
-            sides = ([one.preserved for one in runs[name]] for name in (full.arm, arm))
-            yield full.arm, arm, at_equal_metric(*sides)
+        if full is not None and full in runs and arm != full:
+            sides = ([one.preserved for one in runs[name]] for name in (full, arm))
+            yield full, arm, at_equal_metric(*sides)
 
 
 def answers(comparison: Comparison) -> dict[str, str]:
     """Of each held method beside full: at the same metric, which one has moved generic text less?"""
-    return {arm: _answer(comparison, full, arm, found) for full, arm, found in _pairs(comparison)}
+    return {arm: _answer(comparison, full, arm, found) for full, arm, found in _pairs(comparison.rows, comparison.held)}
 
 
-def forgets_less(comparison: Comparison, arm: str) -> bool | None:
+def forgets_less(rows: Sequence[ArmRow], held: Sequence[Held], arm: str) -> bool | None:
     """Whether a method forgets less than full at the same metric; None: these runs do not tell."""
-    found = next((found for _, other, found in _pairs(comparison) if other == arm), None)
+    found = next((found for _, other, found in _pairs(rows, held) if other == arm), None)
     return None if found is None or found.less is None else found.less == "second"
 
 
@@ -94,21 +95,20 @@ def _answer(comparison: Comparison, full: str, arm: str, found: Apart | None) ->
     )
 
 
-def in_short(comparison: Comparison) -> dict[str, str]:
+def in_short(rows: Sequence[ArmRow], decision: Decision, held: Sequence[Held]) -> dict[str, str]:
     """The same in a line of at most 73 columns each, for the terminal; ±: standard error."""
-    return {arm: _short(comparison, full, arm, found) for full, arm, found in _pairs(comparison)}
+    write = Writer.of(decision)
+    return {arm: _short(write, held[0].preserved.writes, full, arm, found) for full, arm, found in _pairs(rows, held)}
 
 
-def _short(comparison: Comparison, full: str, arm: str, found: Apart | None) -> str:
+def _short(write: Writer, writes: bool, full: str, arm: str, found: Apart | None) -> str:
     names = map(words.one_line, (full, arm))
     first, second = (one if len(one) <= _NAME_LETTERS else f"{one[: _NAME_LETTERS - 1]}…" for one in names)
     if found is None:
         return f"{first}, {second}: not comparable, one is no better than untouched"
-    writes = comparison.held[0].preserved.writes
     answer = {"first": f"{first} less", "second": f"{second} less", None: "no telling"}[found.less]
     one, other, error = (words.as_share(value, writes) for value in (found.first, found.second, found.error))
-    value = Writer.of(comparison.decision).value(found.metric)
-    return f"at {value}: {first} {one}, {second} {other}, ±{error}: {answer}"
+    return f"at {write.value(found.metric)}: {first} {one}, {second} {other}, ±{error}: {answer}"
 
 
 # ---- frontiers and certificates --------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def _short(comparison: Comparison, full: str, arm: str, found: Apart | None) -> 
 
 def _frontiers(comparison: Comparison) -> Iterator[Frontier]:
     full = full_of(comparison)
-    for arm, runs in runs_of(comparison).items():
+    for arm, runs in runs_of(comparison.rows, comparison.held).items():
         yield Frontier(
             name=arm,
             is_full=full is not None and arm == full.arm,
@@ -132,7 +132,7 @@ def _places(found: Preserved) -> tuple[tuple[float, float], ...]:
 
 def _best(comparison: Comparison) -> Table:
     write, rows = Writer.of(comparison.decision), list[Row]()
-    for arm, runs in runs_of(comparison).items():
+    for arm, runs in runs_of(comparison.rows, comparison.held).items():
         found = [one.preserved for one in runs]
         at = ([best_at(one, limit_of(budget, one.writes)).metric for one in found] for budget in BUDGETS)
         rows.append((foreign(arm), *(write.value(statistics.mean(metrics)) for metrics in at)))
@@ -163,7 +163,7 @@ def _certificates(comparison: Comparison) -> Table:
             words.way(one.preserved.chosen.kind, one.preserved.chosen.share),
             write.value(one.preserved.chosen.metric),
         )
-        for runs in runs_of(comparison).values()
+        for runs in runs_of(comparison.rows, comparison.held).values()
         for one in runs
     )
     task = ("other task, at most",) if has_task else ()
