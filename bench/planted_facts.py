@@ -106,9 +106,7 @@ def main() -> None:
             settings = [*settings, "train.max_steps=300", f"train.seed={seed}"]
             settings += ["train.eval_strategy=steps", "train.eval_steps=60"]
             name = f"{arm}-{seed}".replace(" ", "-").replace("%", "percent")
-            place = run(
-                folder, RECIPE.format(train=train, model=taught), name, [*settings, "train.eval_strategy=steps"]
-            )
+            place = run(folder, RECIPE.format(train=train, model=taught), name, settings)
             found = answered(place / "models" / "full")
             (outcome,) = (json.loads(one.read_text()) for one in place.glob("attempts/*/outcome.json"))
             line: dict[str, Any] = {"seed": seed, "arm": arm, "in the file": sum(found[:IN_FILE])}

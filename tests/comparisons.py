@@ -107,7 +107,6 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "looks": (_look(1, False), _look(2, False), _look(3, True)),
         "findings": (),
         "openings": (_opening(),),
-        "claims": (),
         "drift_unit": "nats per token" if loss else "1 - cosine",
         "drift_text": "docstrings of the Python standard library",
         "num_trials": 39,
@@ -121,8 +120,10 @@ def comparison(arms: Sequence[Arm] = CLASSIFICATION, **changes: Any) -> Comparis
         "command": "fulltune compare examples/compare-banking77.yaml",
         "versions": {"fulltune": "0.2.0", "python": "3.11.9", "torch": "2.9.1", "peft": "0.21.0"},
     }  # fmt: skip
-    made = Comparison(**(values | changes))
-    return made if "claims" in changes else made.model_copy(update={"claims": claims(made)})
+    values |= changes
+    if "claims" not in changes:
+        values["claims"] = claims(values["rows"], values["decision"], values["train_rows"], values.get("held", ()))
+    return Comparison(**values)
 
 
 def language(**changes: Any) -> Comparison:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,26 +13,30 @@ from unittest import mock
 import pytest
 
 from fulltune import pipeline
+from fulltune.compare import design, rate_search, seeds, timing, trials
 from fulltune.compare import run as comparing
-from fulltune.compare import timing, trials
 from fulltune.compare.rate_search import search_trial
+from fulltune.compare.rates import scale_of
 from fulltune.errors import FulltuneError, InterruptedRun
-from fulltune.records.comparison import Comparison, Trial, TrialResult
+from fulltune.evaluate import outputs
+from fulltune.forgetting.generic_text import NUM_TEXTS, parts
+from fulltune.recipe.preserve import PreserveBlock
+from fulltune.records.comparison import Comparison, Trial, TrialResult, Tried
 from fulltune.records.data import DataSummary
-from fulltune.records.forgetting import Drift
+from fulltune.records.forgetting import Drift, OnTask, Point
 from fulltune.report.comparison.about_forgetting import answers
 from fulltune.train.worker import within_budget
+from fulltune.train.worker.within_budget import Line, Watched
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
 FEW_POINTS: Any = {"SHARES": {"whole": (1.0, 0.5), "by layer": ()}, "BISECTIONS": 0}
-_SEALED = within_budget._of_sealed
 
 
-def held(folder: Path, budget: str = "1%") -> pipeline.Run:
+def held(folder: Path, budget: str = "1%", methods: list[Any] = METHODS, **blocks: Any) -> pipeline.Run:
     probe = folder / "probe.txt"
     probe.write_text("".join(f"text number {n} says nothing new\n" for n in range(130)), encoding="utf-8")
-    return job(folder, METHODS, preserve={"budget": budget, "probe": str(probe)})
+    return job(folder, methods, preserve={"budget": budget, "probe": str(probe)}, **blocks)
 
 
 def compare(one: pipeline.Run) -> Comparison:
@@ -37,19 +44,40 @@ def compare(one: pipeline.Run) -> Comparison:
         return comparing.run(one, "fulltune compare recipe.yaml").comparison
 
 
+@dataclass
+class Seen:
+    """What a comparison opened and read."""
+
+    opened: list[str] = field(default_factory=list)
+    """Trials, each time that its sealed texts were opened."""
+    texts: list[list[str]] = field(default_factory=list)
+    """Generic texts that finished models were compared on, model by model."""
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Seen]:
+    seen, sealed, read = Seen(), within_budget._of_sealed, outputs.outputs
+
+    def opening(line: Line, watches: Watched, chosen: Point) -> tuple[Drift, OnTask | None]:
+        seen.opened.append(watches.attempt.plan.trial)
+        return sealed(line, watches, chosen)
+
+    def reading(scoring: Any, model: Any, texts: list[str], *given: Any) -> Any:
+        seen.texts.append(texts)
+        return read(scoring, model, texts, *given)
+
+    with mock.patch.object(within_budget, "_of_sealed", opening), mock.patch.object(outputs, "outputs", reading):
+        yield seen
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Comparison, list[str]]]:
-    """A comparison that was stopped twice after a trial's sealed texts were opened; and whose were opened."""
-    folder, opened = tmp_path_factory.mktemp("held"), list[str]()
-
-    def noted(attempt: Any, *given: Any) -> Drift:
-        opened.append(attempt.plan.trial)
-        return _SEALED(attempt, *given)
-
-    with mock.patch.object(within_budget, "_of_sealed", noted):
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Comparison, Seen]]:
+    """A comparison that was stopped twice after a trial's sealed texts were opened."""
+    folder = tmp_path_factory.mktemp("held")
+    with watched() as seen:
         with (
             mock.patch("fulltune.train.worker.weights.save_model", side_effect=RuntimeError("a fault")),
-            pytest.raises(FulltuneError),
+            pytest.raises(FulltuneError, match="a fault"),
         ):
             compare(held(folder))  # before its model was saved
         with (
@@ -57,14 +85,63 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, C
             pytest.raises(InterruptedRun),
         ):
             compare(held(folder))  # before its result was
-        yield folder / "run", compare(held(folder)), opened
+        yield folder / "run", compare(held(folder)), seen
 
 
-pytestmark = pytest.mark.long
+@pytest.mark.slow
+def test_comparison_of_one_seed_each_is_held_and_reads_sealed_texts_for_its_certificates_alone(tmp_path: Path) -> None:
+    with watched() as seen:
+        # Where the head starts best only long runs are better than the untouched model.
+        methods = [{**one, "head_init": "random"} for one in METHODS if isinstance(one, dict)]
+        blocks = {"train": {"max_steps": 6}, "compare": {"seeds": 1}, "evaluate": {"metric": "loss"}}
+        one = held(tmp_path, "20%", methods, **blocks)
+        found = compare(one)
+    assert [f"{run.arm}-seed{run.seed}" for run in found.held] == ["full-seed42", "lora-seed42"]
+    assert seen.opened == [run.preserved.trial for run in found.held if run.preserved.is_feasible] != []
+    for run in found.held:
+        assert run.preserved.is_feasible is (run.preserved.certificate is not None)
+    # The untouched model, and two that were trained.
+    shared = parts(one.recipe.preserve)
+    assert seen.texts == [shared.choosing[:NUM_TEXTS]] * 3
+    assert not {text for texts in seen.texts for text in texts} & set(shared.sealed)
+    assert found.drift_text.endswith("probe.txt, texts that choose within the budget")
 
 
+def result_of(trial: Trial, metric: float) -> TrialResult:
+    kind = {"device": "cpu", "precision": "fp32", "weights_dtype": "fp32"}
+    return TrialResult(trial=trial, metric=metric, train_seconds=1.0, num_parameters=1, num_trainable=1, **kind)
+
+
+def test_free_short_trials_say_nothing_about_a_held_whole_run(tmp_path: Path) -> None:
+    one = held(tmp_path)
+    summary = pipeline.prepare(one)
+    free = dataclasses.replace(one, recipe=one.recipe.model_copy(update={"preserve": PreserveBlock()}))
+    taken = []
+    for context in (comparing.Context(one, summary, "test"), comparing.Context(free, summary, "test")):
+        short = [Tried(learning_rate=rate, share=0.1, metric=metric) for rate, metric in ((1e-3, 0.8), (1e-2, 0.9))]
+        searches = {"lora": rate_search.finished("lora", short, scale_of(context), True, 1e-2)}
+        ran = seeds.SeedRuns(context, searches, mock.Mock(), results={"lora": []})
+        with mock.patch.object(seeds, "run_trial", lambda _, trial: result_of(trial, 0.3)):
+            taken.append(ran.first(design.final_trial("lora", 1e-2, 42)).trial.learning_rate)
+    assert taken == [1e-2, 1e-3]
+
+
+def test_short_trials_are_forecast_without_what_only_whole_runs_do(tmp_path: Path) -> None:
+    one = held(tmp_path)
+    context = comparing.Context(one, pipeline.prepare(one), "test")
+    short, whole = search_trial("full", 1e-3, 1.0, 42), design.final_trial("full", 1e-3, 42)
+    free, found = (context.trial_plan(trial, context.trial_recipe(trial)) for trial in (short, whole))
+    assert free.time is not None
+    assert found.time is not None
+    cost = timing.costs_of(context)["full"]
+    assert cost.steps_seconds(whole) == pytest.approx(found.time.total_seconds)
+    assert cost.steps_seconds(short) == pytest.approx(context.setup("full").free_plan.time.total_seconds)  # type: ignore[union-attr]
+    assert free.time.total_seconds <= cost.steps_seconds(short) < cost.steps_seconds(whole)
+
+
+@pytest.mark.long
 def test_every_whole_run_is_within_the_budget_and_has_its_record(
-    finished: tuple[Path, Comparison, list[str]],
+    finished: tuple[Path, Comparison, Seen],
 ) -> None:
     folder, found, _ = finished
     names = ["full-seed42", "full-seed43", "lora-seed42", "lora-seed43"]
@@ -80,14 +157,16 @@ def test_every_whole_run_is_within_the_budget_and_has_its_record(
         assert sealed is None or sealed.upper <= one.preserved.limit == 0.01
 
 
-def test_comparison_that_was_stopped_opens_no_sealed_text_twice(finished: tuple[Path, Comparison, list[str]]) -> None:
-    _, found, opened = finished
+@pytest.mark.long
+def test_comparison_that_was_stopped_opens_no_sealed_text_twice(finished: tuple[Path, Comparison, Seen]) -> None:
+    _, found, seen = finished
     feasible = [one.preserved.trial for one in found.held if one.preserved.certificate is not None]
-    assert sorted(opened) == sorted(feasible) != []
+    assert sorted(seen.opened) == sorted(feasible) != []
     assert {len(one.preserved.opened) for one in found.held if one.preserved.certificate is not None} <= {1}
 
 
-def test_card_has_the_frontiers_and_says_which_one_forgot_less(finished: tuple[Path, Comparison, list[str]]) -> None:
+@pytest.mark.long
+def test_card_has_the_frontiers_and_says_which_one_forgot_less(finished: tuple[Path, Comparison, Seen]) -> None:
     folder, found, _ = finished
     card = (folder / "card.md").read_text(encoding="utf-8")
     assert "## Forgetting" in card
@@ -96,15 +175,9 @@ def test_card_has_the_frontiers_and_says_which_one_forgot_less(finished: tuple[P
     assert "by drift on generic text</title>" in (folder / "card.html").read_text(encoding="utf-8")
 
 
-def test_drift_of_the_table_is_read_on_texts_that_are_not_sealed(finished: tuple[Path, Comparison, list[str]]) -> None:
-    _, found, _ = finished
-    assert found.drift_text.endswith("probe.txt, texts that choose within the budget")
-    measured = {one.arm: one.preserved.chosen.measured for one in found.held if one.seed == 42}
-    assert {one.texts for one in measured.values()} == {43}
-
-
+@pytest.mark.long
 def test_short_trials_are_free_and_a_rate_is_judged_by_what_was_trained(
-    finished: tuple[Path, Comparison, list[str]],
+    finished: tuple[Path, Comparison, Seen],
 ) -> None:
     folder, found, _ = finished
     context = comparing.Context(held(folder.parent), DataSummary.load(folder / "data" / "summary.json"), "test")
@@ -117,13 +190,13 @@ def test_short_trials_are_free_and_a_rate_is_judged_by_what_was_trained(
     one = next(one.preserved for one in found.held if one.preserved.trial == "full-seed42")
     assert context.trained_metric(result) == one.end.metric
     assert context.trained_metric(result.model_copy(update={"problems": ("diverged",), "metric": 0.0})) == 0.0
-    assert timing.pace(context).rest < 10
 
 
+@pytest.mark.long
 def test_comparison_within_whose_budget_nothing_is_learned_recommends_nothing(tmp_path: Path) -> None:
     found = compare(held(tmp_path, "0.0000001%"))
     assert not any(one.preserved.is_feasible for one in found.held)
     assert (found.decision.verdict, found.decision.recommended) == ("UNDECIDED", "")
     card = (tmp_path / "run" / "card.md").read_text(encoding="utf-8")
-    assert "full (seed 42 and 43): nothing within the budget for forgetting was better than the untouched model" in card
+    assert "full (seeds 42 and 43): nothing within the budget for forgetting was better than the untouched" in card
     assert "| infeasible  |" in card

@@ -12,10 +12,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune import api, data
+from fulltune import api, data, pipeline
 from fulltune.errors import DataError, FulltuneError, InterruptedRun, RecipeError
 from fulltune.forgetting import budget
-from fulltune.records.forgetting import Drift, OnTask, OtherTask, Point, Preserved
+from fulltune.records.data import DataSummary
+from fulltune.records.forgetting import OTHER_TASK, Drift, OnTask, OtherTask, Point, Preserved
 from fulltune.report.run.about_forgetting import about_task, verdict
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.frozen_head import HeadRows, fallen, right, tells_nothing
@@ -269,6 +270,16 @@ def held(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_other(folder)
     runs.run(folder, tiny_encoder, ROWS, until="report", **HELD)
     return folder
+
+
+def test_whoever_reads_the_summary_of_a_run_knows_how_many_rows_there_are(tiny_encoder: Path, tmp_path: Path) -> None:
+    write_other(tmp_path)
+    one = runs.job(tmp_path, tiny_encoder, ROWS, **HELD)
+    made = pipeline.prepare(one)
+    assert made.other_task_rows == 480
+    assert DataSummary.of_run(one.folder) == made
+    (one.folder / "data" / OTHER_TASK).unlink()
+    assert DataSummary.of_run(one.folder).other_task_rows == 0
 
 
 @pytest.mark.slow

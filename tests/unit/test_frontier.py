@@ -92,6 +92,23 @@ def straight(farthest: float, best: float = 0.9, error: float = 0.0) -> Preserve
         # Several seeds: Student's t of Welch's degrees of freedom; here about 2, so that 4.3 errors count.
         ([straight(0.040), straight(0.044)], [straight(0.02), straight(0.024)], 0.9, (0.042, 0.022), 0.0028, "second"),
         ([straight(0.030), straight(0.034)], [straight(0.02), straight(0.024)], 0.9, (0.032, 0.022), 0.0028, None),
+        # All seeds read the same texts, so their error comes on top, however many seeds there are.
+        (
+            [straight(0.040, error=0.006), straight(0.044, error=0.006)],
+            [straight(0.02, error=0.008), straight(0.024, error=0.008)],
+            0.9,
+            (0.042, 0.022),
+            math.hypot(0.0028, 0.01),
+            None,
+        ),
+        (
+            [straight(0.06 + 0.0001 * number, error=0.003) for number in range(5)],
+            [straight(0.05 + 0.0001 * number, error=0.004) for number in range(5)],
+            0.9,
+            (0.0602, 0.0502),
+            0.005,
+            "second",
+        ),
         # Seeds that are all alike tell nothing of the error: that of the texts is taken.
         ([straight(0.04, error=0.01)] * 2, [straight(0.03)] * 2, 0.9, (0.04, 0.03), 0.01, None),
     ],

@@ -139,7 +139,7 @@ def with_data(
         checked: The options.
         plan: This machine's plan, when there is one.
     """
-    summary = DataSummary.load(folder / "data" / "summary.json")
+    summary = DataSummary.of_run(folder)
     survey, planned = _survey(recipe, summary, checked, plan, folder)
     if target.is_dir():
         target, overrides = _recipe_of(target, recipe)

@@ -5,10 +5,10 @@ The claims in circulation are averages over other people's data; docs/evidence.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fulltune.compare.verdict import in_words
-from fulltune.records.comparison import ArmRow, Claim, Comparison
+from fulltune.records.comparison import ArmRow, Claim, Held
 from fulltune.records.differences import Decision
 from fulltune.report.comparison import about_forgetting
 from fulltune.report.comparison.sentences import Writer, fine_share
@@ -16,16 +16,17 @@ from fulltune.text import counted, format_bytes
 
 TENTH = 0.15
 """Up to here one may say "a tenth"."""
+_FORGETS_LESS = "LoRA forgets less"
 
 
-def claims(comparison: Comparison) -> tuple[Claim, ...]:
+def claims(rows: Sequence[ArmRow], decision: Decision, train_rows: int, held: Sequence[Held]) -> tuple[Claim, ...]:
     """One sentence for each claim that the arms of a comparison can tell something about."""
-    decision, first = comparison.decision, {row.kind: row for row in reversed(comparison.rows)}
+    first = {row.kind: row for row in reversed(rows)}
     full, lora, prompt = first["full"], first.get("lora"), first.get("prompt")
-    found = [("full fine-tuning gives the best quality", *_best(decision, comparison.train_rows))]
+    found = [("full fine-tuning gives the best quality", *_best(decision, train_rows))]
     if lora is not None:
         found += _of_lora(first.get("base"), full, lora, decision)
-        found += _forgets_less(comparison, full, lora)
+        found += _forgets_less_held(rows, decision, held, lora) if held else _forgets_less(full, lora)
     if prompt is not None:
         found.append(("prompt tuning is weaker", *_prompt(prompt, decision)))
     return tuple(Claim(claim=claim, here=here, holds=holds) for claim, here, holds in found)
@@ -75,16 +76,20 @@ def _of_lora(
     yield "a LoRA checkpoint is a small fraction of a full one", here, saved <= TENTH
 
 
-def _forgets_less(comparison: Comparison, full: ArmRow, lora: ArmRow) -> Iterator[tuple[str, str, bool | None]]:
-    claim = "LoRA forgets less"
-    if comparison.held:  # a budget set how far each one moved: they are compared at the same metric
-        here = f"drift on generic text {about_forgetting.in_short(comparison)[lora.arm]}"
-        yield claim, here, about_forgetting.forgets_less(comparison, lora.arm)
-    elif full.drift is not None and lora.drift is not None:
+def _forgets_less_held(
+    rows: Sequence[ArmRow], decision: Decision, held: Sequence[Held], lora: ArmRow
+) -> Iterator[tuple[str, str, bool | None]]:
+    """A budget set how far each one moved: they are compared at the same metric."""
+    here = f"drift on generic text {about_forgetting.in_short(rows, decision, held)[lora.arm]}"
+    yield _FORGETS_LESS, here, about_forgetting.forgets_less(rows, held, lora.arm)
+
+
+def _forgets_less(full: ArmRow, lora: ArmRow) -> Iterator[tuple[str, str, bool | None]]:
+    if full.drift is not None and lora.drift is not None:
         here = f"drift on generic text {lora.drift.value:.3g} for {lora.arm}, {full.drift.value:.3g} for full"
         holds = _holds(lora.drift.high < full.drift.low, lora.drift.low > full.drift.high)
         # What learned nothing has nothing to forget for.
         idle = [row.arm for row in (full, lora) if row.gain_share is None or row.gain_share <= 0]
         if idle:
             here, holds = f"{here}, but {idle[0]} is not known to have learned anything", None
-        yield claim, here, holds
+        yield _FORGETS_LESS, here, holds

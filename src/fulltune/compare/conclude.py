@@ -109,7 +109,7 @@ def comparison_of(
     fixed = sum(seeds * middle(one.train_seconds for one in found) for found in ran.results.values())
     environment = run_folder.environment(context.machine)
     design = design_of(ran, openings, full_wins=decision.verdict == "FULL")
-    made = Comparison(
+    return Comparison(
         name=context.folder.name,
         model=context.recipe.model.name,
         task=context.recipe.task,
@@ -128,7 +128,7 @@ def comparison_of(
         looks=tuple(ran.looks),
         findings=lint(design),
         openings=openings,
-        claims=(),
+        claims=claims(rows, decision, summary.splits["train"].rows, held),
         drift_unit="nats per token" if summary.problem_type in LANGUAGE_MODELS else "1 - cosine",
         drift_text=context.texts[1],
         held=held,
@@ -149,7 +149,6 @@ def comparison_of(
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
         notes=tuple(_notes(context, design.test_in_train)),
     )
-    return made.model_copy(update={"claims": claims(made)})
 
 
 def _notes(context: Context, said: str) -> list[str]:

@@ -55,6 +55,8 @@ class ArmSetup:
     traced: Footprint
     plan: Plan
     """Of a whole run at the arm's usual rate."""
+    free_plan: Plan
+    """The same without a budget for forgetting, as short trials train."""
 
 
 @dataclass
@@ -141,6 +143,17 @@ class Context:
         path = self.folder / "preserve" / f"{trial.name}.json"
         return Preserved.load(path) if path.exists() else None
 
+    def is_held(self, arm: str) -> bool:
+        """Whether a budget for forgetting holds an arm's whole runs: they train generic text along and its short trials
+        do not, so that the metrics of the two say nothing about each other."""
+        return self._holds(self._method(arm))
+
+    def _method(self, arm: str) -> Any:
+        return next(one for one in self.arms if one.arm == arm)
+
+    def _holds(self, method: Any) -> bool:
+        return self.recipe.preserve.budget is not None and method.kind in SCALABLE
+
     def trained_metric(self, result: TrialResult) -> float:
         """Of the weights as they were trained: a budget that scales them back says nothing about their rate."""
         found = None if result.problems else self.preserved(result.trial)
@@ -197,20 +210,23 @@ class Context:
     def setup(self, arm: str) -> ArmSetup:
         """Sizes, memory and plan of an arm; traced once."""
         if arm not in self._setups:
-            method = next(one for one in self.arms if one.arm == arm)
+            method = self._method(arm)
             recipe = self._recipe_of(method)
             model = PlannedModel.of(recipe, self.job.base, self.summary)
             traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
-            self._setups[arm] = ArmSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
+            made = self._fit(recipe, model.shapes, traced)
+            free = self._recipe_of(method, searches=True)
+            free_plan = self._fit(free, model.shapes, traced) if self._holds(method) else made
+            self._setups[arm] = ArmSetup(method, model.shapes, traced, made, free_plan)
         return self._setups[arm]
 
     def _recipe_of(self, method: Any, *, searches: bool = False) -> Recipe:
         """A run of a method, held to the budget for forgetting where there is one that it can be held to; else what it
         has forgotten is measured once, of the finished model."""
-        recipe, block = self.recipe.with_method(method), self.recipe.preserve
-        if block.budget is not None and method.kind in SCALABLE and not searches:
+        recipe = self.recipe.with_method(method)
+        if self._holds(method) and not searches:
             return recipe
-        free = block.model_copy(update={"drift": False, "budget": None, "replay": AUTO})
+        free = self.recipe.preserve.model_copy(update={"drift": False, "budget": None, "replay": AUTO})
         return recipe.model_copy(update={"preserve": free})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:

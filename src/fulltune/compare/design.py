@@ -52,6 +52,17 @@ class Cost:
     """False: it is shown for orientation, and gets one run."""
     scoring_seconds: float = 0.0
     """Eval, test and generic rows, after each whole run."""
+    free_seconds: float | None = None
+    """As many steps where a budget for forgetting does not hold them, as in short trials; None: it holds none."""
+
+    def steps_seconds(self, trial: Trial) -> float:
+        """The steps of a trial."""
+        return trial.share * (self.free if trial.searches else self.run_seconds)
+
+    @property
+    def free(self) -> float:
+        """A whole run's steps as short trials do them."""
+        return self.run_seconds if self.free_seconds is None else self.free_seconds
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def seconds(
         had = 0 if short else done.runs.get(arm, 0)  # a search may choose another rate, for which all are made again
         whole = max(0, runs - had)
         total += whole * (fixed.start + cost.run_seconds + cost.scoring_seconds)
-        total += short * (fixed.start + choice.search_share * cost.run_seconds)
+        total += short * (fixed.start + choice.search_share * cost.free)
         total += fixed.checks if whole + short else 0.0
     return total
 

@@ -213,7 +213,8 @@ def _shares(context: Context, trials: Sequence[Trial], most: int) -> list[list[T
 
 
 def _seconds(context: Context, trial: Trial) -> float:
-    need = context.setup(trial.arm).plan.time
+    setup = context.setup(trial.arm)
+    need = (setup.free_plan if trial.searches else setup.plan).time
     return trial.share * (need.total_seconds if need else 1.0)
 
 
@@ -236,7 +237,7 @@ def serve() -> None:
                 said.append(text)
 
     job = Run(run_folder.recipe_of(folder), folder, listener=listen)
-    summary = DataSummary.load(folder / "data" / "summary.json")
+    summary = DataSummary.of_run(folder)
     with fork_server() as start:
         context = Context(job, summary, "", start=start, keeps_time=False)
         context.machine = machine  # free memory, too: plans are to be the same in all processes

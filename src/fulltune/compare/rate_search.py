@@ -175,7 +175,13 @@ def without_time(arm: str, rate: float, may_extend: bool) -> Search:
 
 
 def next_whole(
-    search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, most: int = MOST_WHOLE_RUNS
+    search: Search,
+    whole: Mapping[float, float],
+    scale: Scale,
+    may_extend: bool,
+    most: int = MOST_WHOLE_RUNS,
+    *,
+    alike: bool = True,
 ) -> float | None:
     """The rate that gets the next whole run; None: no more.
 
@@ -185,6 +191,15 @@ def next_whole(
     one that lies between the two; and not a higher one that was worse even in its short trial. Where none learned
     anything after its short trial, the next lower one. Where the search's rate diverged and was replaced, only lower
     ones; none where it was whole runs that chose the rate that diverged.
+
+    Args:
+        search: The short trials, and what was chosen by them.
+        whole: The metric of each rate that had a whole run.
+        scale: Of the metric.
+        may_extend: Rates may be tried that the recipe does not name.
+        most: Whole runs.
+        alike: Short trials train as whole runs do; where only these are held to a budget for forgetting it is not asked
+            whether they learned anything after their short trials.
     """
     short = {one.learning_rate: one.metric for one in search.tried}
     if len(short) < 2 or search.whole or len(whole) >= most:
@@ -196,7 +211,9 @@ def next_whole(
     if len(whole) < 2 and not search.came_apart:
         return best_of(left, scale, near=search.chosen) if left else None
     best = max(whole, key=lambda rate: scale.oriented(whole[rate]))
-    learned = any(scale.oriented(whole[rate]) > scale.oriented(short.get(rate, math.nan)) for rate in whole)
+    learned = not alike or any(
+        scale.oriented(whole[rate]) > scale.oriented(short.get(rate, math.nan)) for rate in whole
+    )
     if not learned and len(whole) > 1:
         best = min(whole)
     side = _open_side(best, whole, scale) if learned and len(whole) > 1 else -1

@@ -206,8 +206,9 @@ class SeedRuns:
         """The first whole run of an arm, at a rate that holds for a whole run; or one that diverged."""
         while True:
             result, search = run_trial(self.context, trial), self.searches[trial.arm]
-            reached = self.context.trained_metric(result)
-            lower = None if result.problems else rate_search.slower(search, reached, scale_of(self.context))
+            lower = None
+            if not result.problems and not self.context.is_held(trial.arm):
+                lower = rate_search.slower(search, result.metric, scale_of(self.context))
             if lower is None:
                 return result
             reason = f"a whole run with {search.chosen:g} ended below its short trial"
@@ -279,8 +280,14 @@ class SeedRuns:
             return None
         rates = (search.chosen, *(one.trial.learning_rate for one in runs[1:]))
         whole = dict(zip(rates, map(self.context.trained_metric, runs), strict=True))
-        most = self.context.most_whole_runs
-        rate = rate_search.next_whole(search, whole, scale_of(self.context), self._may_extend(arm), most)
+        rate = rate_search.next_whole(
+            search,
+            whole,
+            scale_of(self.context),
+            self._may_extend(arm),
+            self.context.most_whole_runs,
+            alike=not self.context.is_held(arm),
+        )
         return None if rate is None else design.final_trial(arm, rate, trial.seed, check=True)
 
     def _kind(self, arm: str) -> ArmKind:

@@ -115,14 +115,20 @@ def costs_of(context: Context) -> dict[str, design.Cost]:
     known, costs = pace(context), {}
     rows = sum(context.summary.splits[split].rows for split in ("eval", "test"))
     for method in context.trained_arms:
-        time, steps = context.setup(method.arm).plan.time, known.of(method.arm)
+        setup, steps = context.setup(method.arm), known.of(method.arm)
         costs[method.arm] = design.Cost(
-            run_seconds=steps * (time.total_seconds if time else 0.0),
+            run_seconds=steps * _planned(setup.plan),
+            free_seconds=steps * _planned(setup.free_plan),
             num_rates=len(grid(context, method)),
             decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
             scoring_seconds=known.rest * SCORING_SECONDS + steps * rows * _row_seconds(context, method.arm),
         )
     return costs
+
+
+def _planned(made: Plan) -> float:
+    """Seconds of a run's steps, with its evaluations and checkpoints."""
+    return made.time.total_seconds if made.time else 0.0
 
 
 def _row_seconds(context: Context, arm: str) -> float:
@@ -195,7 +201,7 @@ def _seconds(context: Context, trials: Sequence[Trial]) -> float:
     """Of these trials, one after the other."""
     costs, start = costs_of(context), fixed_of(context).start
     return sum(
-        start + one.share * costs[one.arm].run_seconds + (0.0 if one.searches else costs[one.arm].scoring_seconds)
+        start + costs[one.arm].steps_seconds(one) + (0.0 if one.searches else costs[one.arm].scoring_seconds)
         for one in trials
     )
 

@@ -112,8 +112,8 @@ def of_learned(decision: Decision, untouched: Mapping[str, Sequence[int]]) -> De
     if not untouched:
         return decision
     notes = tuple(
-        f"{arm} (seed {listed([str(seed) for seed in seeds])}): nothing within the budget for forgetting was better "
-        "than the untouched model, which stands in its place"
+        f"{arm} (seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])}): nothing within the "
+        "budget for forgetting was better than the untouched model, which stands in its place"
         for arm, seeds in untouched.items()
     )
     changes: dict[str, object] = {"notes": (*decision.notes, *notes)}

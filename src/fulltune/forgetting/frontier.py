@@ -68,9 +68,8 @@ class Apart:
     """Standard error of the difference."""
     reach: float
     """Standard errors in which the difference lies with 95 %."""
-    over: Literal["seeds", "texts"]
-    """What the error is about. Over texts it takes the two methods' errors for independent, which is cautious: they
-    read the same texts."""
+    over: Literal["seeds and texts", "texts"]
+    """What the error is about."""
 
     @property
     def difference(self) -> float:
@@ -98,13 +97,16 @@ def at_equal_metric(first: Sequence[Preserved], second: Sequence[Preserved]) -> 
         return None
     here = [[drift_at(run, metric) for run in side] for side in (first, second)]
     one, other = (statistics.mean(drift for drift, _ in side) for side in here)
+    # The seeds of one method read the same texts: their errors are not averaged away. Those of the two methods count as
+    # independent, which is cautious: they read the same texts, too.
+    of_texts = sum(statistics.mean(error for _, error in side) ** 2 for side in here)
     if min(len(first), len(second)) > 1:
         parts = [statistics.variance([drift for drift, _ in side]) / len(side) for side in here]
-        if (variance := sum(parts)) > 0:
+        if (of_seeds := sum(parts)) > 0:
             # Seeds of two methods count as independent; degrees of freedom after Welch and Satterthwaite.
-            freedom = variance**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, here, strict=True))
-            reach = STUDENT[min(int(freedom + 1e-9), len(STUDENT)) - 1]
-            return Apart(metric, one, other, math.sqrt(variance), reach, "seeds")
-    # The seeds of one method read the same texts: their errors are not averaged away.
-    error = math.hypot(*(statistics.mean(error for _, error in side) for side in here))
-    return Apart(metric, one, other, error, NORMAL, "texts")
+            freedom = of_seeds**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, here, strict=True))
+            student = STUDENT[min(int(freedom + 1e-9), len(STUDENT)) - 1]
+            error = math.sqrt(of_seeds + of_texts)
+            reach = math.sqrt(student**2 * of_seeds + NORMAL**2 * of_texts) / error
+            return Apart(metric, one, other, error, reach, "seeds and texts")
+    return Apart(metric, one, other, math.sqrt(of_texts), NORMAL, "texts")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field
 
 from fulltune.recipe.tasks import ProblemType
 from fulltune.records.base import Record
+from fulltune.records.forgetting import OTHER_TASK, OtherTask
 
 
 class Segment(Record):
@@ -108,7 +110,18 @@ class DataSummary(Record):
     fingerprint: str
     """Hash of the files' content and of every setting that shapes the rows."""
     other_task_rows: int = 0
-    """Rows of `preserve.task`; 0 on disk, where other runs find the same prepared rows."""
+    """Rows of `preserve.task`; 0 in the file, whose prepared rows other runs share: see `of_run`."""
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Self:
+        """What the data stage left in a run folder, with the rows of another task that lie beside it.
+
+        Raises:
+            SetupError: When it cannot be read.
+        """
+        other = folder / "data" / OTHER_TASK
+        rows = len(OtherTask.load(other).rows) if other.exists() else 0
+        return cls.load(folder / "data" / "summary.json").model_copy(update={"other_task_rows": rows})
 
     @property
     def rows_per_epoch(self) -> int:

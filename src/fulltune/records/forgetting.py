@@ -143,7 +143,7 @@ class Preserved(Record):
         kind, share = self.chosen.kind, self.chosen.share
         if (kind, share) == ("whole", 1):
             return ""
-        if share == 0 and kind == "whole":
+        if not self.is_feasible:
             return (
                 "the untouched model: no other point is within the budget for forgetting (preserve.budget) and better"
             )
@@ -151,8 +151,8 @@ class Preserved(Record):
 
     @property
     def is_feasible(self) -> bool:
-        """Whether anything was learned within the budget, as far as the eval rows tell."""
-        return self.gain_of(self.chosen) > 0
+        """Whether anything but the untouched model was kept."""
+        return not self.chosen.is_start
 
     def gain_of(self, point: Point) -> float:
         """How much better than the untouched model, in the metric's units; not above 0 where it is not known."""

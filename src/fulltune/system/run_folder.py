@@ -81,7 +81,7 @@ def finished(recipe: Recipe, folder: Path) -> Reached | None:
         )
     files = sorted((folder / "scores").glob("*.json"), key=lambda file: file.stat().st_mtime)  # as they were made
     scores = tuple(sorted(map(Scores.load, files), key=lambda one: one.kind == "trained"))
-    return Reached(folder, DataSummary.load(summary_path), plan, None, scores, folder / REPORT)
+    return Reached(folder, DataSummary.of_run(folder), plan, None, scores, folder / REPORT)
 
 
 def plan_to_continue(path: Path, machine: Machine) -> Plan:

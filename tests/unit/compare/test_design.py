@@ -41,6 +41,15 @@ def test_expected_without_budget_is_the_whole_design() -> None:
     assert found.detectable_apart > found.detectable
 
 
+def test_expected_short_trials_take_what_they_take_without_a_budget_for_forgetting() -> None:
+    costs = {arm: replace(cost, free_seconds=cost.run_seconds / 2) for arm, cost in COSTS.items()}
+    apart = (
+        design.expected(COSTS, 3, 0.1, FIXED, 300, 0.01).seconds
+        - design.expected(costs, 3, 0.1, FIXED, 300, 0.01).seconds
+    )
+    assert apart == pytest.approx(180 * 3 * 0.1 / 2)
+
+
 def test_expected_methods_that_wait_get_one_run() -> None:
     costs = {"full": Cost(100, 3), "prompt": Cost(120, 1), "lora": Cost(80, 3)}
     found = design.expected(costs, 3, 0.1, FIXED, 3080, 0.01)

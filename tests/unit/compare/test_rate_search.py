@@ -178,6 +178,13 @@ def test_next_whole_only_lower_rates_where_the_search_s_came_apart() -> None:
     assert rate_search.next_whole(lower, {2e-4: 0.8, 6e-5: 0.9}, SHARE, may_extend=False) is None
 
 
+def test_next_whole_does_not_compare_with_short_trials_that_train_otherwise() -> None:
+    found = rate_search.finished("full", tried(**FULL), SHARE, True, 2e-4)
+    below = {6e-4: 0.21, 2e-4: 0.22}
+    assert rate_search.next_whole(found, below, SHARE, True) == 6e-5
+    assert rate_search.next_whole(found, below, SHARE, True, alike=False) is None
+
+
 def test_next_whole_none_where_one_that_whole_runs_chose_came_apart() -> None:
     found = rate_search.finished("full", tried(r6e_5=0.3, r2e_4=0.766, r6e_4=0.613), SHARE, True, 2e-4)
     climbed = rate_search.after_whole(found, {2e-4: 0.8, 6e-4: 0.9}, SHARE, True, 1.0)

@@ -163,6 +163,7 @@ def test_untouched_model_that_a_budget_left_is_not_recommended() -> None:
     assert part.notes[-1].startswith("lora (seed 2): nothing within the budget for forgetting was better than the")
     whole = of_learned(found, {"lora": [1, 2, 3]})
     assert (whole.verdict, whole.recommended) == ("UNDECIDED", "")
+    assert whole.notes[-1].startswith("lora (seeds 1, 2 and 3): nothing within the budget")
     assert whole.headline.startswith("Within the budget for forgetting lora is the untouched model")
     assert "preserve.budget" in whole.would_decide[0]
     assert of_learned(found, {"full": [1, 2, 3]}).recommended == "lora"

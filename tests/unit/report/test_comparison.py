@@ -9,11 +9,13 @@ import pytest
 
 from fulltune import report
 from fulltune.errors import SetupError
+from fulltune.forgetting.budget import best, certified
 from fulltune.records.comparison import Comparison, Held
-from fulltune.records.forgetting import Preserved
+from fulltune.records.forgetting import Drift, OnTask, Preserved
 from fulltune.report.comparison import sentences
 from fulltune.report.comparison.content import plots
 from fulltune.report.comparison.sentences import Writer
+from fulltune.report.format import words
 from tests import comparisons
 from tests.unit.report.test_write import Page
 
@@ -332,8 +334,8 @@ def test_held_comparison_says_which_method_forgets_less(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.held())
     answer = (
         "At accuracy 92.0% on the eval rows, the best that all runs of both reach, full has moved generic text by "
-        "7.91%, lora by 4.40%: full by 3.51% more (standard error 0.32%, over seeds). lora forgets less here: take it "
-        "where what the model could do before matters."
+        "7.91%, lora by 4.40%: full by 3.51% more (standard error 0.42%, over seeds and texts). On generic text "
+        "lora forgets less here: take it where that matters."
     )
     for text in (markdown, Page(html).text):
         assert answer in text
@@ -341,7 +343,7 @@ def test_held_comparison_says_which_method_forgets_less(tmp_path: Path) -> None:
     assert ["lora", "69.5%", "74.0%", "80.0%", "92.0%"] in cells(markdown, "lora")
     kept = "40.0% of the way from the untouched to the trained model"
     assert ["lora", "43", "PASS", "1.26%", kept, "74.0%"] in cells(markdown, "lora")
-    assert "- “LoRA forgets less”: Holds: drift on generic text at 92.0%: full 7.91%, lora 4.40%, ±0.32%" in markdown
+    assert "- “LoRA forgets less”: Holds: drift on generic text at 92.0%: full 7.91%, lora 4.40%, ±0.42%" in markdown
     assert 'aria-label="accuracy by drift on generic text"' in html
     again = tmp_path / "again"
     again.mkdir()
@@ -362,11 +364,47 @@ def test_held_comparison_says_where_the_untouched_model_was_kept_and_where_no_di
         )
         return cards(tmp_path, comparisons.held(held=made))[0]
 
-    assert "over texts; the spread between seeds is not known). No difference can be told" in held(other)
+    assert "over texts; the spread between seeds is not known). On generic text no difference can be told" in held(
+        other
+    )
     markdown = held(other, nothing)
     assert ["lora", "43", "infeasible", "–", "the untouched model", "62.0%"] in cells(markdown, "lora")
     assert "full and lora cannot be compared at the same accuracy: a run of theirs is nowhere better than" in markdown
     assert "“LoRA forgets less”: Not decided" in markdown
+
+
+def test_point_that_is_only_as_good_as_the_untouched_model_is_kept_and_certified_all_the_same() -> None:
+    made = comparisons.preserved("full-seed42", 0.05, 0.9)
+    end = made.end.model_copy(
+        update={"metric": made.start.metric, "measured": Drift(drift=-0.01, error=0.0, texts=200)}
+    )
+    chosen = best([made.start, end], made.limit, greater_is_better=True)
+    assert chosen == end
+    found = made.model_copy(update={"points": (made.start, end), "chosen": chosen})
+    assert (found.gain_of(found.chosen), found.is_feasible, words.certificate(found)) == (0.0, True, "PASS")
+    untouched = comparisons.preserved("full-seed42", 0.05, 0.9, learned=False)
+    assert (untouched.is_feasible, words.certificate(untouched)) == (False, "infeasible")
+
+
+def test_held_comparison_says_whether_a_certificate_fails_for_the_other_task(tmp_path: Path) -> None:
+    texts, task = (Drift(drift=drift, error=0.001, texts=200) for drift in (0.011, 0.03))
+    runs = [comparisons.preserved(f"{arm}-seed42", 0.05, 0.9) for arm in ("full", "lora", "lora")]
+    falls = (task, task.model_copy(update={"drift": 0.002}), task)
+    drifts = (texts, texts.model_copy(update={"drift": 0.019}), texts.model_copy(update={"drift": 0.019}))
+    made = []
+    for number, (run, drift, fall) in enumerate(zip(runs, drifts, falls, strict=True)):
+        sealed = certified(drift, 0.02, OnTask(fall=fall, accuracy_before=0.9, accuracy=0.85))
+        changes = {"task": "/home/ada/sentiment.yaml", "certificate": sealed}
+        arm = run.trial.partition("-")[0]
+        made.append(Held(arm=arm, seed=42 + number, preserved=run.model_copy(update=changes)))
+    markdown, _ = cards(tmp_path, comparisons.held(held=tuple(made)))
+    kept = "40.0% of the way from the untouched to the trained model"
+    assert ["full", "42", "FAIL (the other task)", "1.26%", "3.16%", kept, "73.2%"] in cells(markdown, "full")
+    assert ["lora", "43", "FAIL (generic text)", "2.06%", "0.36%", kept, "73.2%"] in cells(markdown, "lora")
+    assert ["lora", "44", "FAIL (generic text and the other task)", "2.06%", "3.16%", kept, "73.2%"] in cells(
+        markdown, "lora"
+    )
+    assert "The budget held for another task as well (sentiment.yaml): drift says nothing of that one" in markdown
 
 
 def test_comparison_without_a_budget_has_no_such_section(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def _parts(comparison: Comparison) -> Iterator[Any]:
     yield Text()
     yield _cost(comparison)
     yield Text(_legend(comparison) + "\n", style="dim")
-    if forgot := [("drift", "dim", line) for line in about_forgetting.in_short(comparison).values()]:
+    short = about_forgetting.in_short(comparison.rows, decision, comparison.held)
+    if forgot := [("drift", "dim", line) for line in short.values()]:
         yield _grid(forgot)
         yield Text()
     if found := list(_findings(comparison)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fulltune.forgetting.frontier import BUDGETS, Apart, at_equal_metric, best_at, envelope
-from fulltune.records.comparison import Comparison, Held
+from fulltune.records.comparison import ArmRow, Comparison, Held
+from fulltune.records.differences import Decision
 from fulltune.records.forgetting import Preserved, limit_of
 from fulltune.report.comparison.sentences import NOTHING, Writer, full_of
 from fulltune.report.format import words
@@ -34,37 +35,38 @@ def section(comparison: Comparison) -> Section | None:
             f"All of these runs had the budget {format_percent(one.budget)}; without one, methods may move generic "
             f"text farther. Metric and drift are those of the eval rows and of {counted(texts, 'text')} "
             f"that chose among the points ({one.text}); certificates are about texts that nothing had read before."
+            f"{_on_task(one)}"
         ),
     )
     return Section("forgetting", "Forgetting", blocks)
 
 
-def runs_of(comparison: Comparison) -> dict[str, list[Held]]:
+def runs_of(rows: Sequence[ArmRow], held: Sequence[Held]) -> dict[str, list[Held]]:
     """The held runs of each method, in the order of the table."""
-    found = {row.arm: [one for one in comparison.held if one.arm == row.arm] for row in comparison.rows}
+    found = {row.arm: [one for one in held if one.arm == row.arm] for row in rows}
     return {arm: runs for arm, runs in found.items() if runs}
 
 
 # ---- which one forgot less -------------------------------------------------------------------------------------
 
 
-def _pairs(comparison: Comparison) -> Iterator[tuple[str, str, Apart | None]]:
+def _pairs(rows: Sequence[ArmRow], held: Sequence[Held]) -> Iterator[tuple[str, str, Apart | None]]:
     """Full fine-tuning beside each other held method."""
-    full, runs = full_of(comparison), runs_of(comparison)
+    full, runs = next((row.arm for row in rows if row.kind == "full"), None), runs_of(rows, held)
     for arm in runs:
-        if full is not None and full.arm in runs and arm != full.arm:
-            sides = ([one.preserved for one in runs[name]] for name in (full.arm, arm))
-            yield full.arm, arm, at_equal_metric(*sides)
+        if full is not None and full in runs and arm != full:
+            sides = ([one.preserved for one in runs[name]] for name in (full, arm))
+            yield full, arm, at_equal_metric(*sides)
 
 
 def answers(comparison: Comparison) -> dict[str, str]:
     """Of each held method beside full: at the same metric, which one has moved generic text less?"""
-    return {arm: _answer(comparison, full, arm, found) for full, arm, found in _pairs(comparison)}
+    return {arm: _answer(comparison, full, arm, found) for full, arm, found in _pairs(comparison.rows, comparison.held)}
 
 
-def forgets_less(comparison: Comparison, arm: str) -> bool | None:
+def forgets_less(rows: Sequence[ArmRow], held: Sequence[Held], arm: str) -> bool | None:
     """Whether a method forgets less than full at the same metric; None: these runs do not tell."""
-    found = next((found for _, other, found in _pairs(comparison) if other == arm), None)
+    found = next((found for _, other, found in _pairs(rows, held) if other == arm), None)
     return None if found is None or found.less is None else found.less == "second"
 
 
@@ -76,36 +78,37 @@ def _answer(comparison: Comparison, full: str, arm: str, found: Apart | None) ->
             "untouched model on the eval rows."
         )
     more, apart = (full if found.difference > 0 else arm), words.as_share(abs(found.difference), writes)
-    over = "over seeds" if found.over == "seeds" else "over texts; the spread between seeds is not known"
+    over = found.over if found.over != "texts" else "texts; the spread between seeds is not known"
     said = (
         f"At {write.name} {write.value(found.metric)} on the eval rows, the best that all runs of both reach, "
         f"{full} has moved generic text by {words.as_share(found.first, writes)}, {arm} by "
         f"{words.as_share(found.second, writes)}: "
-        f"{more} by {apart} more (standard error {words.as_share(found.error, writes)}, {over})."
+        f"{more} by {apart} more (standard error {words.as_share(found.error, writes)}, over {over})."
     )
     match found.less:
         case "second":
-            return f"{said} {arm} forgets less here: take it where what the model could do before matters."
+            return f"{said} On generic text {arm} forgets less here: take it where that matters."
         case "first":
-            return f"{said} {full} forgets less here: what the model could do before is no reason to take {arm}."
-    return f"{said} No difference can be told: let the metric and the costs decide, or train more seeds."
+            return f"{said} On generic text {full} forgets less here: that is no reason to take {arm}."
+    return (
+        f"{said} On generic text no difference can be told: let the metric and the costs decide, or train more seeds."
+    )
 
 
-def in_short(comparison: Comparison) -> dict[str, str]:
+def in_short(rows: Sequence[ArmRow], decision: Decision, held: Sequence[Held]) -> dict[str, str]:
     """The same in a line of at most 73 columns each, for the terminal; ±: standard error."""
-    return {arm: _short(comparison, full, arm, found) for full, arm, found in _pairs(comparison)}
+    write = Writer.of(decision)
+    return {arm: _short(write, held[0].preserved.writes, full, arm, found) for full, arm, found in _pairs(rows, held)}
 
 
-def _short(comparison: Comparison, full: str, arm: str, found: Apart | None) -> str:
+def _short(write: Writer, writes: bool, full: str, arm: str, found: Apart | None) -> str:
     names = map(words.one_line, (full, arm))
     first, second = (one if len(one) <= _NAME_LETTERS else f"{one[: _NAME_LETTERS - 1]}…" for one in names)
     if found is None:
         return f"{first}, {second}: not comparable, one is no better than untouched"
-    writes = comparison.held[0].preserved.writes
     answer = {"first": f"{first} less", "second": f"{second} less", None: "no telling"}[found.less]
     one, other, error = (words.as_share(value, writes) for value in (found.first, found.second, found.error))
-    value = Writer.of(comparison.decision).value(found.metric)
-    return f"at {value}: {first} {one}, {second} {other}, ±{error}: {answer}"
+    return f"at {write.value(found.metric)}: {first} {one}, {second} {other}, ±{error}: {answer}"
 
 
 # ---- frontiers and certificates --------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def _short(comparison: Comparison, full: str, arm: str, found: Apart | None) -> 
 
 def _frontiers(comparison: Comparison) -> Iterator[Frontier]:
     full = full_of(comparison)
-    for arm, runs in runs_of(comparison).items():
+    for arm, runs in runs_of(comparison.rows, comparison.held).items():
         yield Frontier(
             name=arm,
             is_full=full is not None and arm == full.arm,
@@ -129,7 +132,7 @@ def _places(found: Preserved) -> tuple[tuple[float, float], ...]:
 
 def _best(comparison: Comparison) -> Table:
     write, rows = Writer.of(comparison.decision), list[Row]()
-    for arm, runs in runs_of(comparison).items():
+    for arm, runs in runs_of(comparison.rows, comparison.held).items():
         found = [one.preserved for one in runs]
         at = ([best_at(one, limit_of(budget, one.writes)).metric for one in found] for budget in BUDGETS)
         rows.append((foreign(arm), *(write.value(statistics.mean(metrics)) for metrics in at)))
@@ -138,20 +141,53 @@ def _best(comparison: Comparison) -> Table:
     return Table(caption, header, tuple(rows), frozenset(range(1, len(header))))
 
 
+def _on_task(found: Preserved) -> str:
+    """What else the budget held for, in words."""
+    if found.task is None:
+        return ""
+    return (
+        f" The budget held for another task as well ({words.file_name(found.task)}): drift says nothing of that one, "
+        "so a point may be kept back although its drift is within the budget."
+    )
+
+
 def _certificates(comparison: Comparison) -> Table:
-    write = Writer.of(comparison.decision)
-    rows = tuple(
-        (foreign(one.arm), str(one.seed), *_certificate(one.preserved), write.value(one.preserved.chosen.metric))
-        for runs in runs_of(comparison).values()
+    write, held = Writer.of(comparison.decision), comparison.held
+    has_task = any(one.preserved.task is not None for one in held)
+    rows: tuple[Row, ...] = tuple(
+        (
+            foreign(one.arm),
+            str(one.seed),
+            _certificate(one.preserved),
+            *_upper_bounds(one.preserved, has_task),
+            words.way(one.preserved.chosen.kind, one.preserved.chosen.share),
+            write.value(one.preserved.chosen.metric),
+        )
+        for runs in runs_of(comparison.rows, comparison.held).values()
         for one in runs
     )
-    header = ("method", "seed", "certificate", "drift, at most", "kept", write.name)
+    task = ("other task, at most",) if has_task else ()
+    header = ("method", "seed", "certificate", "drift, at most", *task, "kept", write.name)
     caption = "Certificates: the drift of what was kept, on sealed texts, is below this with 95%"
-    return Table(caption, header, rows, frozenset({1, 3, 5}))
+    if has_task:
+        caption += "; so is the fall of the right label's probability, on sealed rows of the other task"
+    return Table(caption, header, rows, frozenset({1, *range(3, len(header) - 2), len(header) - 1}))
 
 
-def _certificate(found: Preserved) -> tuple[str, str, str]:
-    again = f" (opened {len(found.opened)} times)" if len(found.opened) > 1 else ""
+def _certificate(found: Preserved) -> str:
+    """PASS, or what a FAIL is about where it may be two things."""
+    sealed, label = found.certificate, words.certificate(found)
+    if sealed is not None and not sealed.passed and sealed.task_upper is not None:
+        beyond = {"generic text": sealed.upper, "the other task": sealed.task_upper}
+        label += f" ({' and '.join(what for what, upper in beyond.items() if not upper <= sealed.limit)})"
+    return f"{label} (opened {len(found.opened)} times)" if len(found.opened) > 1 else label
+
+
+def _upper_bounds(found: Preserved, has_task: bool) -> tuple[str, ...]:
+    """Of the drift, and of the fall on the other task where there is one."""
     sealed = found.certificate
-    upper = NOTHING if sealed is None else words.as_share(sealed.upper, found.writes)
-    return f"{words.certificate(found)}{again}", upper, words.way(found.chosen.kind, found.chosen.share)
+    drift = NOTHING if sealed is None else words.as_share(sealed.upper, found.writes)
+    if not has_task:
+        return (drift,)
+    fall = None if sealed is None else sealed.task_upper
+    return drift, NOTHING if fall is None else words.as_share(max(0.0, fall), False)

@@ -62,7 +62,7 @@ def train(
     """
     events = request.folder / "metrics.jsonl" if journal.path is not None else None
     recorder = Recorder(events, request.plan.total_steps, listener)
-    summary = DataSummary.load(Path(request.run_folder) / "data" / "summary.json")
+    summary = DataSummary.of_run(Path(request.run_folder))
     attempt = AttemptContext(request, hooks, journal, recorder, stop, observed, summary)
     rows, eval_rows = make_trainer(attempt)
     # bf16 weights compute in bf16 without autocast, and then LoRA's layers need their own casts.
