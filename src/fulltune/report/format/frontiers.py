@@ -20,7 +20,7 @@ def frontier_plot(
 
     Args:
         title: What is drawn; also the accessible name.
-        points: Drift, metric and kind of each point.
+        points: Drift, metric and kind of each point; those of a kind in their order on the way, which a line joins.
         chosen: Drift and metric of the one that is kept, marked with a ring.
         limit: The budget, drawn as an upright line.
         metric: Decides how values are written.
@@ -28,7 +28,7 @@ def frontier_plot(
     with new_figure(WIDTH, CURVE_HEIGHT) as figure:
         axes = figure.subplots()
         for kind, marker in (("whole", "o"), ("by layer", "s")):
-            found = sorted((drift, value) for drift, value, of in points if of == kind and math.isfinite(value))
+            found = [(drift, value) for drift, value, of in points if of == kind and math.isfinite(value)]
             if found:
                 look: dict[str, Any] = {"color": BLUE, "markersize": 6, "linewidth": 1.25 if kind == "whole" else 0}
                 axes.plot(*zip(*found, strict=True), marker=marker, markerfacecolor=PAGE, label=kind, **look)
@@ -36,7 +36,7 @@ def frontier_plot(
         axes.axvline(limit, color=AMBER, linewidth=1.25, dashes=(4, 3), label="budget")
         axes.plot(*chosen, marker="o", markersize=6, color=BLUE, linewidth=0, label="kept")
         axes.set_xlabel("drift on generic text", color=QUIET, size=SMALL)
-        axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET)
+        _legend_above(axes)
         described = "; ".join(f"{format_metric(metric, value)} at {drift:.2g}" for drift, value, _ in sorted(points))
         return svg(figure, title, f"{described}.")
 
@@ -80,7 +80,13 @@ def frontiers_plot(title: str, frontiers: Sequence[Frontier], limit: float, metr
         style_axes(axes, metric, "y")
         axes.axvline(limit, color=AMBER, linewidth=1.25, dashes=(4, 3), label="budget")
         axes.set_xlabel("drift on generic text", color=QUIET, size=SMALL)
-        for text in axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET).get_texts():
-            text.set_parse_math(False)
+        _legend_above(axes)
         named = (f"{one.name}: {counted(sum(map(len, one.points)), 'point')}" for one in frontiers)
         return svg(figure, title, f"{'; '.join(named)}.")
+
+
+def _legend_above(axes: Any) -> None:
+    """Where no point and no line is."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "columnspacing": 1, "handletextpad": 0.4}
+    for text in axes.legend(frameon=False, fontsize=SMALL, labelcolor=QUIET, borderpad=0, **place).get_texts():
+        text.set_parse_math(False)
