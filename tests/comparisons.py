@@ -14,6 +14,7 @@ from fulltune.records.differences import ArmScore, ArmStep, Decision, Difference
 from fulltune.records.forgetting import Drift, Point, Preserved
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.comparison.sentences import Writer
+from tests.preserved import preserved_record
 
 HOSTILE = (
     "\"</script><img src=x onerror=alert(1)>\" & 'l' | `x` $\\frac{1$ [red]😀 \x1b[31m\u202e שלום\nsecond **line**"
@@ -176,20 +177,8 @@ def preserved(trial: str, farthest: float, best: float, start: float = 0.62, *, 
         for share in (1.0, 0.8, 0.6, 0.4, 0.25, 0.1, 0.0)
     )
     chosen = next(point for point in points if point.share == (0.4 if learned else 0.0))
-    return Preserved(
-        trial=trial,
-        budget=0.02,
-        limit=0.02,
-        writes=False,
-        text="generic.txt",
-        metric="accuracy",
-        greater_is_better=True,
-        points=points,
-        chosen=chosen,
-        certificate=certified(Drift(drift=0.011, error=0.001, texts=200), 0.02) if learned else None,
-        trained="0" * 16,
-        opened=("2026-11-24T16:00:00+01:00",) if learned else (),
-    )
+    found = certified(Drift(drift=0.011, error=0.001, texts=200), 0.02) if learned else None
+    return preserved_record(points, chosen, trial=trial, certificate=found)
 
 
 def hostile() -> Comparison:

@@ -28,6 +28,7 @@ from fulltune.report.run.about_forgetting import verdict
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.replay import Replay, divergence
 from tests import tiny
+from tests.preserved import preserved_record
 from tests.train import faults, runs
 from tests.train.test_resume import ask_to_stop, assert_same
 
@@ -116,20 +117,8 @@ def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error:
 
 
 def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> Preserved:
-    return Preserved(
-        trial="full-seed1",
-        budget=0.02,
-        limit=limit,
-        writes=False,
-        text="generic.txt",
-        metric="accuracy",
-        greater_is_better=True,
-        points=tuple(points),
-        chosen=chosen,
-        certificate=sealed and budget.certified(sealed, limit),
-        trained="0" * 16,
-        opened=("2026-01-01T00:00:00+00:00",),
-    )
+    certificate = sealed and budget.certified(sealed, limit)
+    return preserved_record(points, chosen, limit=limit, certificate=certificate)
 
 
 def test_verdict_in_words() -> None:

@@ -21,6 +21,7 @@ from fulltune.report.run.about_forgetting import about_task, verdict
 from fulltune.train.worker import within_budget
 from fulltune.train.worker.frozen_head import HeadRows, fallen, right, tells_nothing
 from tests import tiny
+from tests.preserved import preserved_record
 from tests.train import runs
 from tests.train.test_forgetting_budget import BLOCKS, ROWS, numbered, preserved
 from tests.train.test_resume import ask_to_stop
@@ -115,21 +116,7 @@ def test_head_that_is_no_better_than_the_most_frequent_label_tells_nothing(
 
 
 def record(chosen: Point, points: list[Point], sealed: Drift, task: OnTask) -> Preserved:
-    return Preserved(
-        trial="full-seed1",
-        budget=0.02,
-        limit=0.02,
-        writes=False,
-        text="generic.txt",
-        metric="accuracy",
-        greater_is_better=True,
-        points=tuple(points),
-        chosen=chosen,
-        certificate=budget.certified(sealed, 0.02, task),
-        trained="0" * 16,
-        task="other.yaml",
-        opened=("2026-01-01T00:00:00+00:00",),
-    )
+    return preserved_record(points, chosen, certificate=budget.certified(sealed, 0.02, task), task="other.yaml")
 
 
 def test_verdict_and_report_name_the_other_task() -> None:

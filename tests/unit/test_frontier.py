@@ -9,6 +9,7 @@ import pytest
 
 from fulltune.forgetting.frontier import at_equal_metric, best_at, drift_at, envelope
 from fulltune.records.forgetting import Drift, Point, Preserved
+from tests.preserved import preserved_record
 
 Place = tuple[float, float]
 """Drift and metric."""
@@ -21,20 +22,8 @@ def run(*places: Place, greater_is_better: bool = True, error: float = 0.0) -> P
         Point(kind="whole", share=share, measured=Drift(drift=drift, error=error, texts=100), metric=metric)
         for share, (drift, metric) in zip(shares, places, strict=True)
     )
-    return Preserved(
-        trial="full-seed1",
-        budget=0.02,
-        limit=0.02,
-        writes=False,
-        text="generic.txt",
-        metric="accuracy" if greater_is_better else "loss",
-        greater_is_better=greater_is_better,
-        points=points,
-        chosen=points[-1],
-        certificate=None,
-        trained="0" * 16,
-        opened=(),
-    )
+    metric = "accuracy" if greater_is_better else "loss"
+    return preserved_record(points, points[-1], metric=metric, greater_is_better=greater_is_better)
 
 
 RISING = run((0.0, 0.5), (0.01, 0.7), (0.02, 0.6), (0.04, 0.9))

@@ -16,6 +16,7 @@ from fulltune.report.run.about_forgetting import held_back
 from fulltune.report.run.content import conclude
 from fulltune.report.run.next_steps import RunFacts, next_steps
 from fulltune.report.run.read import read_run
+from tests.preserved import preserved_record
 
 FLAT = tuple((step, 1.0) for step in range(10, 410, 10))
 FALLING = tuple((step, 4.0 * 0.97 ** (step / 10)) for step in range(10, 410, 10))
@@ -34,28 +35,25 @@ WORSE = RunFacts("worse", 3e-4, 2.0, 400, 400, train_rows=3000, loss=FLAT, metri
 LONGER, LOWER = "--set train.num_train_epochs=4", "--set method.learning_rate=0.0001"
 
 
-def preserved(chosen: float, *drifts: float) -> Preserved:
+def kept(chosen: float, *drifts: float) -> Preserved:
     """Of points at a third, two thirds and the whole way, whose accuracy rises alike."""
     shares = (0.0, 1 / 3, 2 / 3, 1.0)
     points = [
         Point(kind="whole", share=share, measured=Drift(drift=drift, error=0.001, texts=200), metric=0.2 + 0.6 * share)
         for share, drift in zip(shares, (0.0, *drifts), strict=True)
     ]
-    return Preserved(
-        trial="full-seed42", budget=0.01, limit=0.01, writes=False, text="a file", metric="accuracy",
-        greater_is_better=True, points=tuple(points), chosen=next(one for one in points if one.share == chosen),
-        certificate=None, trained="", opened=(),
-    )  # fmt: skip
+    chosen_one = next(one for one in points if one.share == chosen)
+    return preserved_record(points, chosen_one, budget=0.01, limit=0.01)
 
 
 def test_point_that_is_as_good_as_the_trained_model_is_not_held_back() -> None:
-    better = preserved(2 / 3, 0.001, 0.002, 0.003)
+    better = kept(2 / 3, 0.001, 0.002, 0.003)
     points = tuple(one.model_copy(update={"metric": 0.6}) if one.share == 1 else one for one in better.points)
     assert held_back(better.model_copy(update={"points": points})) == ("", "")
 
 
 def test_training_that_improves_nothing_is_not_blamed_on_the_budget() -> None:
-    found = preserved(0.0, 0.001, 0.002, 0.003)
+    found = kept(0.0, 0.001, 0.002, 0.003)
     points = tuple(one.model_copy(update={"metric": 0.2 - one.share}) for one in found.points)
     said = held_back(found.model_copy(update={"points": points, "chosen": points[0]}))
     assert "training made the eval rows no better" in said[0]
@@ -65,10 +63,10 @@ def test_training_that_improves_nothing_is_not_blamed_on_the_budget() -> None:
     ("found", "evidence", "helps"),
     [
         (None, "", ""),
-        (preserved(1.0, 0.001, 0.002, 0.003), "", ""),
-        (preserved(0.0, 0.1, 0.2, 0.3), "keeps the untouched model", "--set preserve.budget=32%"),
-        (preserved(1 / 3, 0.002, 0.02, 0.03), "keeps 33.3% of the way", "--set preserve.budget=3.6%"),
-        (preserved(0.0, 0.0001, 0.0002, 0.0003), "keeps the untouched model", "--set preserve.budget=0.4%"),
+        (kept(1.0, 0.001, 0.002, 0.003), "", ""),
+        (kept(0.0, 0.1, 0.2, 0.3), "keeps the untouched model", "--set preserve.budget=32%"),
+        (kept(1 / 3, 0.002, 0.02, 0.03), "keeps 33.3% of the way", "--set preserve.budget=3.6%"),
+        (kept(0.0, 0.0001, 0.0002, 0.0003), "keeps the untouched model", "--set preserve.budget=0.4%"),
     ],
 )
 def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | None, evidence: str, helps: str) -> None:

@@ -1,0 +1,25 @@
+"""Records of runs with a budget for forgetting, whose texts and time do not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fulltune.records.forgetting import Point, Preserved
+
+
+def preserved_record(points: Sequence[Point], chosen: Point, **changes: Any) -> Preserved:
+    """A classifier's, with a budget of 2 % and without a certificate, unless `changes` say otherwise."""
+    given: dict[str, Any] = {
+        "trial": "full-seed1",
+        "budget": 0.02,
+        "limit": 0.02,
+        "writes": False,
+        "text": "generic.txt",
+        "metric": "accuracy",
+        "greater_is_better": True,
+        "certificate": None,
+        "trained": "0" * 16,
+        "opened": () if changes.get("certificate") is None else ("2026-01-01T00:00:00+00:00",),
+    }
+    return Preserved(points=tuple(points), chosen=chosen, **(given | changes))
