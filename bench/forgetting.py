@@ -9,7 +9,8 @@ Each cell is whole runs of the command line with the same rows, steps and seed, 
 - `free`: as by default, nothing done against forgetting;
 - `held`: `preserve.budget` and its replay;
 - `line`: the budget without replay, so that only scaling back is left;
-- `slow`: the same with a quarter of the learning rate.
+- `own`: replay of texts that the model writes itself (`preserve.replay: samples`);
+- `slow`: the same as `line` with a quarter of the learning rate.
 
 Generic text is Wikipedia sentences, shared out once: the probe that a run reads (also its replay), and 600 more that
 no run reads, on which the finished models are compared with the untouched one. `tiny` is a Llama of a million
@@ -50,6 +51,7 @@ ARMS: dict[str, list[str]] = {
     "free": [],
     "held": ["preserve.budget={budget}"],
     "line": ["preserve.budget={budget}", "preserve.replay=null"],
+    "own": ["preserve.budget={budget}", "preserve.replay=samples"],
     "slow": ["preserve.budget={budget}", "preserve.replay=null", "method.learning_rate={slow}"],
 }
 
