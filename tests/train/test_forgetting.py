@@ -118,6 +118,13 @@ def test_reading_generic_text_in_batches_gives_what_single_texts_give(tiny_encod
     assert drift(whole, whole[::-1]).mean() > 1e-4
 
 
+def test_states_that_are_equal_have_not_moved_at_all() -> None:
+    """Not by a rounding error either, beside which a curve of the drift would be drawn on a log scale."""
+    states = np.random.default_rng(0).normal(size=(100, 384))
+    states /= np.linalg.norm(states, axis=1, keepdims=True)
+    assert not drift(states, states).any()
+
+
 def test_nothing_is_measured_where_it_is_turned_off_or_cannot_be(tiny_encoder: Path, tmp_path: Path) -> None:
     off = runs.run(tmp_path / "off", tiny_encoder, ROWS, train=TRAIN, preserve={"drift": False})
     head = runs.run(tmp_path / "head", tiny_encoder, ROWS, train=TRAIN, method={"kind": "head"})

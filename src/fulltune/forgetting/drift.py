@@ -151,4 +151,5 @@ def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Of each text: nats by which its loss rose, or 1 - cosine of its two states: float64 [texts]."""
     if before.ndim == 1:
         return after - before
-    return np.maximum(0.0, 1.0 - (before * after).sum(axis=1))  # equal states may differ from 1 by rounding
+    # Of equal states the product may differ from 1 by rounding.
+    return np.maximum(0.0, np.round(1.0 - (before * after).sum(axis=1), 12))
