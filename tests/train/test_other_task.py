@@ -177,7 +177,7 @@ def test_rows_are_shared_out_alike_and_no_text_is_in_two_parts(tmp_path: Path) -
         (
             OTHER[:300],
             {},
-            "hold 300 different texts with one label; it takes at least 400 .200 to fit a head",
+            "hold 300 different texts that have one label each; it takes at least 400 .200 to fit a head",
         ),
         (OTHER, {"task": "causal-lm", "data": {"text": "text"}}, "task: expected text-classification, found causal-lm"),
         (

@@ -91,7 +91,7 @@ def _shared_out(file: str, labels: Mapping[str, set[str]], texts: Mapping[str, s
     each = min(MOST_SEALED, len(clear) // 4)
     if each < LEAST_SEALED:
         raise DataError(
-            f"{file}: its rows hold {len(clear):,} different texts with one label; it takes at least "
+            f"{file}: its rows hold {len(clear):,} different texts that have one label each; it takes at least "
             f"{4 * LEAST_SEALED} ({2 * LEAST_SEALED} to fit a head, {LEAST_SEALED} to choose by, {LEAST_SEALED} "
             "sealed): add rows"
         )

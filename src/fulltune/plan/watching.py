@@ -53,7 +53,8 @@ def drift_texts(recipe: Recipe, summary: DataSummary, global_batch_size: int, st
     count = round(part * passes / (times * GENERIC_TOKENS))
     count = min(max(count, FEWEST), MOST)
     share = count * GENERIC_TOKENS * times / max(1, passes)
-    why = f"{count} generic texts at each evaluation, about {format_percent(share)} of the training"
+    least = " (no fewer tell anything)" if count == FEWEST else ""
+    why = f"{count} generic texts{least} at each evaluation, about {format_percent(share)} of the training"
     given = FROM_RECIPE + ": " if "drift" in recipe.preserve.model_fields_set else ""
     reasons.settings.append(Setting(name=name, value=True, reason=given + why, chosen=not given))
     return count
@@ -73,8 +74,9 @@ def preserving(
     share = format_percent(rows * GENERIC_TOKENS / tokens)
     reasons.add("preserve.budget", block.budget)
     if rows:
+        often = f"every {every} steps" if every > 1 else "at each step"
         kind = "texts of the model's own" if block.replay == SAMPLES else "generic texts"
-        why = f"{rows} {kind} trained along in each step, {share} of its tokens; weight set every {every} steps"
+        why = f"{rows} {kind} trained along in each step, {share} of its tokens; weight set {often}"
         reasons.add("preserve.replay", None, block.replay, why)
     if block.task is not None:
         each = summary.other_task_rows // 4

@@ -126,7 +126,8 @@ def way(kind: str, share: float) -> str:
         return "the untouched model"
     if kind == "whole":
         return f"{format_percent(share)} of the way from the untouched to the trained model"
-    return f"{format_percent(share)} of the way in the lowest layer, all of it in the highest"
+    lowest = f"{format_percent(share)} of the way" if share else "none of the way"
+    return f"{lowest} in the lowest layer, all of it in the highest"
 
 
 def as_share(drift: float, writes: bool) -> str:

@@ -108,7 +108,8 @@ def _size(value: float, error: float, writes: bool) -> str:
 
 def verdict(found: Preserved) -> str:
     """Whether the budget was kept, by the texts that were sealed, and what that cost."""
-    budget, sealed = format_percent(found.budget), found.certificate
+    budget = format_percent(found.budget) if found.budget >= 0.001 else f"{100 * found.budget:.2g}%"
+    sealed = found.certificate
     trained, label = found.end, words.certificate(found)
     if sealed is None or label == words.INFEASIBLE:
         start, end = (format_metric(found.metric, point.metric) for point in (found.start, trained))
