@@ -135,7 +135,9 @@ def test_short_trials_are_forecast_without_what_only_whole_runs_do(tmp_path: Pat
     assert found.time is not None
     cost = timing.costs_of(context)["full"]
     assert cost.steps_seconds(whole) == pytest.approx(found.time.total_seconds)
-    assert cost.steps_seconds(short) == pytest.approx(context.setup("full").free_plan.time.total_seconds)  # type: ignore[union-attr]
+    planned = context.setup("full").free_plan.time
+    assert planned is not None
+    assert cost.steps_seconds(short) == pytest.approx(planned.total_seconds)
     assert free.time.total_seconds <= cost.steps_seconds(short) < cost.steps_seconds(whole)
 
 
