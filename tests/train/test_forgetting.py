@@ -198,7 +198,7 @@ def test_probe_that_is_trained_on_is_refused_with_the_rows(
     # All of a small probe is read; with a budget a part of it is trained along.
     preserve = {"probe": "generic.txt", "budget": budget, "replay": None if budget else "auto"}
     with pytest.raises(
-        DataError, match=r"preserve\.probe: .*2 train rows have a text of it \(rows\.csv:5, rows\.csv:9\)"
+        DataError, match=r"preserve\.probe: .*2 rows of data.train have a text of it \(rows\.csv:5, rows\.csv:9\)"
     ):
         runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, preserve=preserve)
     assert not (tmp_path / "run" / "attempts").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,6 +132,10 @@ def test_verdict_in_words() -> None:
     assert "50.0% of the trained model's gain" in passed
     assert "FAIL" in verdict(record(points[1], points, at(0.03, 0.001)))
     assert "coarse" not in passed
+    told = record(points[1], points, at(0.012, 0.001)).model_copy(
+        update={"says_little": "20% of its tokens are unknown"}
+    )
+    assert "that nothing had read before (20% of its tokens are unknown)" in verdict(told)
     vague = point(0.5, 0.001, 0.7, error=0.005)
     assert "standard error 0.50%): about 299 texts in each half would let more be kept" in verdict(
         record(vague, [points[0], vague, points[2]], at(0.012, 0.001))
@@ -271,6 +276,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     assert free.outcome is not None
     report = (held / "run" / "report.md").read_text(encoding="utf-8")
     assert "Forgetting, budget 0.3%: PASS" in report
+    assert re.search(r"from the recipe: \d+ texts choose, \d+ are sealed, [\d,]+ are trained along", report)
     assert [event["preserved"]["trial"] for event in runs.events(held, "certified")] == [found.trial]
 
 
@@ -357,6 +363,7 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
         runs.run(tmp_path / "held", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
     found = preserved(tmp_path / "held")
     assert found.writes
+    assert "(guessing: " in found.says_little  # a model of random weights
     assert found.certificate.measured.texts >= 200
     with mock.patch("fulltune.train.worker.attempt.keep_within", return_value=None):
         runs.run(tmp_path / "whole", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)

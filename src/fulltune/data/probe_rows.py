@@ -41,8 +41,8 @@ def refuse_trained_texts(recipe: Recipe, other: OtherTask | None) -> None:
                 if not said.isdisjoint(wanted):
                     places[setting].append(str(place))
     if refused := [
-        f"{setting}: {counted(len(those), 'train row')} have a text of it ({first_few(those)}); what is trained on "
-        "says nothing about forgetting: remove them from one of the files"
+        f"{setting}: {counted(len(those), 'row')} of data.train {'has' if len(those) == 1 else 'have'} a text of it "
+        f"({first_few(those)}); what is trained on says nothing about forgetting: remove them from one of the files"
         for setting, those in places.items()
         if those
     ]:

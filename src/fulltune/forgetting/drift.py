@@ -133,10 +133,10 @@ def says_little(text: GenericText, first: np.ndarray, vocabulary: int | None, un
     tokens = [token for ids in text.ids for token in ids]
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
     if unknown_id is not None and unknown > MOST_UNKNOWN:
-        return f"generic text: {unknown:.0%} of its tokens are unknown to the tokenizer; {told}"
+        return f"{unknown:.0%} of its tokens are unknown to the tokenizer; {told}"
     loss, chance = float(np.mean(first)), math.log(vocabulary) if vocabulary else math.inf
     if text.writes and loss > NEAR_CHANCE * chance:
-        return f"generic text: the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}); {told}"
+        return f"the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}); {told}"
     return ""
 
 

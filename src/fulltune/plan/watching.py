@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fulltune.forgetting.generic_text import parts
 from fulltune.plan.reasons import FROM_RECIPE, Reasons
 from fulltune.plan.resolve import Steps
 from fulltune.plan.time import GENERIC_TOKENS, occasions
@@ -72,7 +73,11 @@ def preserving(
     rows = max(FEWEST_REPLAYED, round(REPLAYED * tokens / GENERIC_TOKENS)) if block.replay else 0
     every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
-    reasons.add("preserve.budget", block.budget)
+    texts = parts(block)
+    shared = f"{len(texts.choosing):,} texts choose, {len(texts.sealed):,} are sealed"
+    shared += f", {len(texts.replayed):,} are trained along" if texts.replayed else ""
+    given = Setting(name="preserve.budget", value=block.budget, reason=f"{FROM_RECIPE}: {shared}", chosen=False)
+    reasons.settings.append(given)
     if rows:
         often = f"every {every} steps" if every > 1 else "at each step"
         kind = "texts of the model's own" if block.replay == SAMPLES else "generic texts"

@@ -118,6 +118,8 @@ class Preserved(Record):
     """None: the untouched model was kept, and the sealed texts stayed sealed."""
     trained: str
     """Tells the trained weights from those of another training in the same folder."""
+    says_little: str = ""
+    """Why the texts say little about what the untouched model could do; empty: they do not."""
     task: str | None = None
     """The recipe of the other task."""
     task_says_little: str = ""

@@ -132,6 +132,7 @@ def verdict(found: Preserved) -> str:
         by, upper = (words.as_share(one, False) for one in (sealed.measured.drift, sealed.upper))
         what = f"generic text turned by {by} (1 - cosine; with 95% certainty at most {upper})"
     kept = f"{what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
+    kept += f" ({found.says_little})" if found.says_little else ""
     kept += _of_sealed_rows(sealed)
     if found.task_says_little:
         kept += f" ({found.task_says_little})"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fulltune.errors import SetupError
 from fulltune.forgetting.drift import BATCH, MOST_TOKENS, GenericText, measured, says_little
 from fulltune.forgetting.generic_text import enough, generic_texts, parts
@@ -87,6 +89,11 @@ class Drifting:
         batch = min(BATCH, plan.eval_batch_size)
         return GenericText.of(texts, self.tokenizer, kind, plan.precision, self.most_tokens, batch)
 
+    def says_little(self, text: GenericText, first: np.ndarray) -> str:
+        """Why texts say little, by what the untouched model makes of them; empty: they do not."""
+        vocabulary = getattr(self.attempt.trainer.model.config.get_text_config(), "vocab_size", None)
+        return says_little(text, first, vocabulary, self.tokenizer.unk_token_id)
+
     def numbers(self) -> dict[str, float]:
         """`drift`, the mean over the texts, and `drift_error`, its standard error; nothing where it is not known."""
         found = self.read(leaves=True)
@@ -119,9 +126,8 @@ class Drifting:
             return None
         if is_start or trainer.generic_start is None:
             trainer.generic_start = now
-            vocabulary = getattr(trainer.model.config.get_text_config(), "vocab_size", None)
-            if why := says_little(self.text, now, vocabulary, self.tokenizer.unk_token_id):
-                self._warn(why)
+            if why := self.says_little(self.text, now):
+                self._warn(f"generic text: {why}")
         return measured(trainer.generic_start, now)
 
 

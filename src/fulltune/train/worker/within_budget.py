@@ -163,6 +163,7 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
         chosen=chosen,
         certificate=certificate,
         trained=line.digest,
+        says_little=drifting.says_little(choosing.text, start[0]),
         task=None if task is None else task.source,
         task_says_little="" if task is None else task.says_little,
         identity=drifting.identity,
