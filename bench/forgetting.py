@@ -10,7 +10,9 @@ Each cell is whole runs of the command line with the same rows, steps and seed, 
 - `held`: `preserve.budget` and its replay;
 - `line`: the budget without replay, so that only scaling back is left;
 - `own`: replay of texts that the model writes itself (`preserve.replay: samples`);
-- `slow`: the same as `line` with a quarter of the learning rate.
+- `slow`: the same as `line` with a quarter of the learning rate;
+- `pull-K`: the same as `line` with weights that are pulled to where they began (`pull.py`), K times as strongly as the
+  learning rate is high.
 
 Generic text is Wikipedia sentences, shared out once: the probe that a run reads (also its replay), and 600 more that
 no run reads, on which the finished models are compared with the untouched one. `tiny` is a Llama of a million
@@ -53,6 +55,7 @@ ARMS: dict[str, list[str]] = {
     "line": ["preserve.budget={budget}", "preserve.replay=null"],
     "own": ["preserve.budget={budget}", "preserve.replay=samples"],
     "slow": ["preserve.budget={budget}", "preserve.replay=null", "method.learning_rate={slow}"],
+    **{f"pull-{times}": ["preserve.budget={budget}", "preserve.replay=null"] for times in (3, 10, 30)},
 }
 
 
@@ -200,11 +203,13 @@ def do(folder: Path, name: str, arm: str, seed: int) -> dict[str, Any]:
         *("evaluate.generate_rows=0", "preserve.probe=probe.txt"),
         *(one.format(budget=kind.budget, slow=kind.rate / 4) for one in ARMS[arm]),
     ]
-    program = [sys.executable, "-m", "fulltune.cli.app", "evaluate", str(place / "recipe.yaml")]
+    pull = arm.removeprefix("pull-") if arm.startswith("pull-") else ""
+    started = [str(Path(__file__).with_name("pull.py"))] if pull else ["-m", "fulltune.cli.app"]
+    program = [sys.executable, *started, "evaluate", str(place / "recipe.yaml")]
     began = time.monotonic()
     with Path(f"{run}.log").open("w", encoding="utf-8") as log:
         command = [*program, "--run-folder", str(run), *(f"--set={one}" for one in settings)]
-        ended = subprocess.run(command, check=False, stdout=log, stderr=log, env=os.environ, cwd=place)
+        ended = subprocess.run(command, check=False, stdout=log, stderr=log, env=os.environ | {"PULL": pull}, cwd=place)
     seconds = round(time.monotonic() - began, 1)
     line: dict[str, Any] = {"kind": name, "arm": arm, "seed": seed, "exit": ended.returncode, "seconds": seconds}
     if ended.returncode:
