@@ -61,6 +61,7 @@ class Guarded:
     args: Any
     model: Any
     state: Any
+    optimizer: Any
     is_deepspeed_enabled: Any
     _clip_grad_norm: Any
     _tr_loss: Any
@@ -92,6 +93,8 @@ class Guarded:
     """What the Trainer has added to its log for it."""
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
+    _usual_rates: Sequence[Any] = ()
+    """Learning rates of the optimizer's groups, while an update has higher ones."""
     usual_loss: float = 0.0
     """What is logged in the place of a loss that is not finite: that of the last clean step."""
 
@@ -151,9 +154,32 @@ class Guarded:
         judged, known = self._judge(losses, norm, model)
         if judged.action == "skip":
             model.zero_grad(set_to_none=True)
-        elif known is not None and math.isfinite(known):
-            self.largest_grad_norm = max(self.largest_grad_norm or 0.0, known)
+        else:
+            self._make_up()
+            if known is not None and math.isfinite(known):
+                self.largest_grad_norm = max(self.largest_grad_norm or 0.0, known)
         return known if known is None or math.isfinite(known) else None
+
+    def _make_up(self) -> None:
+        """Raise the learning rates of this update where steps were skipped shortly before."""
+        self._put_back()  # where fp16's scaler has left the update out
+        factor, groups = step_guard.made_up(self.seen, self.state.global_step + 1), self.optimizer.param_groups
+        if factor == 1 or self._updates_in_backward:
+            return
+        self._usual_rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * factor
+
+        def updated(*_: Any) -> None:
+            self._put_back()
+            hook.remove()
+
+        hook = getattr(self.optimizer, "optimizer", self.optimizer).register_step_post_hook(updated)
+
+    def _put_back(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._usual_rates, strict=False):
+            group["lr"] = rate
+        self._usual_rates = []
 
     def on_skip(self, step: int, judged: Judged) -> None:
         """Say that a step is skipped; its micro batches are in `batches`."""
