@@ -28,6 +28,7 @@ from fulltune.train import checkpoints
 from fulltune.train.loop.explain import explain
 from fulltune.train.loop.guards import GuardDecision, rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
+from fulltune.train.loop.step_guard import MADE_UP_IN
 from fulltune.train.parent.roll_back import roll_back
 from fulltune.train.worker import attempt
 from tests import tiny
@@ -340,8 +341,15 @@ def test_mixin_guards_a_trainer_of_ones_own(
     trainer = Mine(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
     trainer.spoilt = spoilt
     moments: dict[int, float] = {}
+    rates: dict[int, tuple[float, float]] = {}
 
     class Looks(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            rates[state.global_step + 1] = (
+                given["optimizer"].param_groups[0]["lr"],
+                given["lr_scheduler"].get_last_lr()[0],
+            )
+
         def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
             kept = next(iter(optimizer.state.values()))
             moments[state.global_step] = float(kept["exp_avg"].norm()) + float(kept["step"])
@@ -351,6 +359,11 @@ def test_mixin_guards_a_trainer_of_ones_own(
         trainer.train()
     assert "step 3 is skipped: the loss is nan" in caplog.text
     assert moments[3] == moments[2] != moments[1]
+    raised = {step: used / planned for step, (used, planned) in rates.items() if step not in spoilt}
+    assert raised == pytest.approx({step: 1 if step < 3 else 1 + 1 / MADE_UP_IN for step in raised})
+    if not stops:
+        planned = [planned for _, planned in rates.values()]
+        assert planned == pytest.approx([5e-5 * (8 - step) / 8 for step in range(8)]), "the schedule goes on as it was"
     assert all(bool(one.isfinite().all()) for one in model.parameters())
 
 

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from fulltune.train.loop.step_guard import LEAST, MOST_SKIPPED, STAYS, WINDOW, Judged, StepMemory, judge
+from fulltune.train.loop.step_guard import (
+    LEAST,
+    MADE_UP_IN,
+    MOST_SKIPPED,
+    STAYS,
+    WINDOW,
+    Judged,
+    StepMemory,
+    judge,
+    made_up,
+)
 
 INF, NAN = math.inf, math.nan
 
@@ -120,6 +130,17 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
         among[3:3] = [(9.0, 200.0)] * 2
         assert several(after(200), among)[-1].since == 201, "skipped steps are between them"
     assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
+
+
+@pytest.mark.parametrize("bad", [{201}, {201, 203}, {201, 202, 230}])
+def test_rates_of_skipped_steps_are_made_up_for_afterwards(bad: set[int]) -> None:
+    steps = range(201, 270)
+    found = several(after(200), [(NAN if step in bad else 1.0, 2.0) for step in steps])
+    given = [made_up(one.seen, step) for one, step in zip(found, steps, strict=True) if one.action == "go on"]
+    # A later step is skipped with the share that it had of an earlier one.
+    assert len(steps) - 1 <= sum(given) <= len(steps)
+    assert max(given) <= 1 + len(bad) / MADE_UP_IN
+    assert given[-1] == 1
 
 
 @pytest.mark.parametrize(("rise", "stops"), [(0.0, False), (2.0, True)])
