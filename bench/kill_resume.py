@@ -1,6 +1,6 @@
 """Kill training with SIGKILL at random moments, run the same command again, compare the final weights bit by bit.
 
-    python bench/kill_resume.py [--kills 10] [--processes 2] [--folder DIR]
+    python bench/kill_resume.py [--kills 10] [--processes 2] [--folder NEW]
 
 Real weights (MiniLM-L6), fp32 on CPU, dropout on, checkpoints every 4 steps, kills in the middle of epochs. In turn the
 command itself is killed, what it started (the training process, or torchrun), the last training process, and all of
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kill-resume-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=options.folder is None)  # steps of earlier runs would count
     write_rows(folder / "train.csv")
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(output=folder, processes=options.processes), encoding="utf-8")
