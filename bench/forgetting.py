@@ -12,8 +12,8 @@ Each cell is whole runs of the command line with the same rows, steps and seed, 
 - `own`: replay of texts that the model writes itself (`preserve.replay: samples`);
 - `slow`: the same as `line` with a quarter of the learning rate;
 - `task`: as `held`, and the budget holds for the 77 intents of Banking77 as well (`preserve.task`; WNUT-17 only);
-- `pull-K`: the same as `line` with weights that are pulled to where they began (`pull.py`), K times as strongly as the
-  learning rate is high.
+- `pull-K`: the same as `line`, where after each update every weight goes back by K times the learning rate of the way
+  to where it began (`pull.py`).
 
 Generic text is Wikipedia sentences, shared out once: the probe that a run reads (also its replay), and 600 more that
 no run reads, on which the finished models are compared with the untouched one. `tiny` is a Llama of a million
@@ -171,10 +171,10 @@ def prepared(folder: Path, name: str) -> Path:
         (place / "probe.txt").write_text("\n".join(sentences()[1][: kind.probe]) + "\n", encoding="utf-8")
         model = kind.model or f"model: {pretrained(folder)}\n"
         (place / "recipe.yaml").write_text(model + kind.recipe, encoding="utf-8")
-        if kind.has_other:
-            write_csv(place / "other.csv", intents()[0])
-            other = "task: text-classification\ndata: {train: other.csv, label: category}\n"
-            (place / "other.yaml").write_text(kind.model + other, encoding="utf-8")
+    if kind.has_other and not (place / "other.yaml").exists():
+        write_csv(place / "other.csv", intents()[0])
+        other = "task: text-classification\ndata: {train: other.csv, label: category}\n"
+        (place / "other.yaml").write_text(kind.model + other, encoding="utf-8")
     return place
 
 
@@ -409,7 +409,7 @@ def main() -> None:
             exhibit(folder, name, seed)
         return
     for seed, name, arm in itertools.product(given.seeds, given.kinds, given.arms):
-        if (name, arm, seed) in read(folder):
+        if (name, arm, seed) in read(folder) or (arm == "task" and not KINDS[name].has_other):
             continue
         line = do(folder, name, arm, seed)
         with (folder / "forgetting.jsonl").open("a", encoding="utf-8") as out:

@@ -82,7 +82,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kill-resume-"))
-    folder.mkdir(parents=True, exist_ok=options.folder is None)  # steps of earlier runs would count
+    if (folder / "unbroken").exists():
+        parser.error(f"{folder} has runs of before, whose steps would count: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "train.csv")
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(output=folder, processes=options.processes), encoding="utf-8")

@@ -198,7 +198,7 @@ def test_probe_that_is_trained_on_is_refused_with_the_rows(
     # All of a small probe is read; with a budget a part of it is trained along.
     preserve = {"probe": "generic.txt", "budget": budget, "replay": None if budget else "auto"}
     with pytest.raises(
-        DataError, match=r"preserve\.probe: .*2 rows of data.train have a text of it \(rows\.csv:5, rows\.csv:9\)"
+        DataError, match=r"preserve\.probe: .*2 rows of data\.train have a text of it \(rows\.csv:5, rows\.csv:9\)"
     ):
         runs.run(tmp_path, tiny_encoder, ROWS, train=TRAIN, preserve=preserve)
     assert not (tmp_path / "run" / "attempts").exists()
@@ -217,7 +217,7 @@ def test_probe_that_the_model_does_not_know_is_told(tiny_decoder: Path, tmp_path
         (4.0, True, [5, 6], ""),
         (6.5, True, [5, 6], "the untouched model's loss is 6.50 nats a token (guessing: 6.91)"),
         (6.5, False, [5, 6], ""),
-        (4.0, True, [1, 6], "50% of its tokens are unknown"),
+        (4.0, True, [1, 6], "50% of their tokens are unknown"),
     ],
 )
 def test_texts_that_say_little(loss: float, writes: bool, tokens: list[int], said: str) -> None:

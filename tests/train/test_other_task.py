@@ -218,7 +218,9 @@ def test_other_task_without_a_file_or_that_is_no_recipe_is_refused(tmp_path: Pat
 
 def test_rows_that_are_trained_on_are_refused(tmp_path: Path) -> None:
     write_other(tmp_path)
-    with pytest.raises(DataError, match=r"preserve\.task: .*: 3 rows of data.train have a text of it \(rows\.csv:66, "):
+    with pytest.raises(
+        DataError, match=r"preserve\.task: .*: 3 rows of data\.train have a text of it \(rows\.csv:66, "
+    ):
         read(tmp_path, [*ROWS, *({**row, "label": "food"} for row in OTHER[:3])])
     probe = numbered(tmp_path / "probe.txt", 200)
     replayed = tmp_path / "replay.txt"

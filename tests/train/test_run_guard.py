@@ -28,7 +28,7 @@ from fulltune.train import checkpoints
 from fulltune.train.loop.explain import explain
 from fulltune.train.loop.guards import GuardDecision, rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.loop.step_guard import MADE_UP_IN
+from fulltune.train.loop.step_guard import MADE_UP_IN, StepMemory
 from fulltune.train.parent.roll_back import roll_back
 from fulltune.train.worker import attempt
 from tests import tiny
@@ -323,6 +323,10 @@ class Theirs(transformers.Trainer):
         loss = model(**inputs).loss
         return loss * NAN if self.state.global_step + 1 in self.spoilt else loss
 
+    def _get_learning_rate(self) -> Any:
+        self.after_updates = [*getattr(self, "after_updates", []), self.optimizer.param_groups[0]["lr"]]
+        return super()._get_learning_rate()
+
 
 class Mine(fulltune.Guarded, Theirs):
     """The guard stands first."""
@@ -361,10 +365,31 @@ def test_mixin_guards_a_trainer_of_ones_own(
     assert moments[3] == moments[2] != moments[1]
     raised = {step: used / planned for step, (used, planned) in rates.items() if step not in spoilt}
     assert raised == pytest.approx({step: 1 if step < 3 else 1 + 1 / MADE_UP_IN for step in raised})
-    if not stops:
-        planned = [planned for _, planned in rates.values()]
-        assert planned == pytest.approx([5e-5 * (8 - step) / 8 for step in range(8)]), "the schedule goes on as it was"
+    planned = [planned for _, planned in rates.values()]
+    assert planned == pytest.approx([5e-5 * (8 - step) / 8 for step in range(4 if stops else 8)]), "as it was"
+    assert trainer.after_updates == planned, "put back before the schedule looks"
     assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
+class Scaled(fulltune.Guarded, Theirs):
+    """With fp16's scaler."""
+
+    def __init__(self) -> None:
+        weight = torch.nn.Parameter(torch.zeros(1))
+        self.optimizer: Any = torch.optim.SGD([weight], lr=0.5)
+        self.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
+        self.state, self.is_deepspeed_enabled = transformers.TrainerState(global_step=7), False
+        self.seen = StepMemory(skipped=(7,))
+
+
+def test_rate_is_put_back_when_fp16s_scaler_left_the_update_out() -> None:
+    trainer = Scaled()
+    for _ in range(2):
+        trainer._make_up()
+        assert trainer.optimizer.param_groups[0]["lr"] == 0.5 * (1 + 1 / MADE_UP_IN)
+        # Here the scaler does not call the optimizer.
+        assert trainer._get_learning_rate() == 0.5
+        assert trainer.optimizer.param_groups[0]["lr"] == 0.5
 
 
 SCRIPT = """

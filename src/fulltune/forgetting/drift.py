@@ -121,7 +121,7 @@ NEAR_CHANCE, MOST_UNKNOWN = 0.8, 0.3
 
 
 def says_little(text: GenericText, first: np.ndarray, vocabulary: int | None, unknown_id: int | None) -> str:
-    """Why texts say little about what the untouched model could do; empty: they do.
+    """Why texts say little about what the untouched model could do; empty: they say enough.
 
     Args:
         text: The texts.
@@ -129,14 +129,14 @@ def says_little(text: GenericText, first: np.ndarray, vocabulary: int | None, un
         vocabulary: Tokens that it tells apart; None: it is not known.
         unknown_id: The token that stands for what the tokenizer does not know.
     """
-    told = "it says little about what the model could do before: name texts that it knows (preserve.probe)"
+    told = "such texts say little about what the model could do before; name ones that it knows in preserve.probe"
     tokens = [token for ids in text.ids for token in ids]
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
     if unknown_id is not None and unknown > MOST_UNKNOWN:
-        return f"{unknown:.0%} of its tokens are unknown to the tokenizer; {told}"
+        return f"{unknown:.0%} of their tokens are unknown to the tokenizer: {told}"
     loss, chance = float(np.mean(first)), math.log(vocabulary) if vocabulary else math.inf
     if text.writes and loss > NEAR_CHANCE * chance:
-        return f"the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}); {told}"
+        return f"the untouched model's loss is {loss:.2f} nats a token (guessing: {chance:.2f}): {told}"
     return ""
 
 

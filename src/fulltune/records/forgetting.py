@@ -119,7 +119,7 @@ class Preserved(Record):
     trained: str
     """Tells the trained weights from those of another training in the same folder."""
     says_little: str = ""
-    """Why the texts say little about what the untouched model could do; empty: they do not."""
+    """Why the texts say little about what the untouched model could do; empty: they say enough."""
     task: str | None = None
     """The recipe of the other task."""
     task_says_little: str = ""

@@ -132,11 +132,11 @@ def verdict(found: Preserved) -> str:
         by, upper = (words.as_share(one, False) for one in (sealed.measured.drift, sealed.upper))
         what = f"generic text turned by {by} (1 - cosine; with 95% certainty at most {upper})"
     kept = f"{what}, on {counted(sealed.measured.texts, 'text')} that nothing had read before"
-    kept += f" ({found.says_little})" if found.says_little else ""
     kept += _of_sealed_rows(sealed)
     if found.task_says_little:
         kept += f" ({found.task_says_little})"
-    more = _coarse(found) if limit_for_most(found) is not None else ""
+    more = f" But {found.says_little}." if found.says_little else ""
+    more += _coarse(found) if limit_for_most(found) is not None else ""
     if len(found.opened) > 1:
         label += f" (opened {len(found.opened)} times, because the model was trained anew)"
     metric = format_metric(found.metric, found.chosen.metric)

@@ -94,7 +94,7 @@ class Guarded:
     _losses: torch.Tensor | float = 0.0
     """Sum of this step's micro batches so far."""
     _usual_rates: Sequence[Any] = ()
-    """Learning rates of the optimizer's groups, while an update has higher ones."""
+    """Learning rates of the optimizer's groups while an update has higher ones; empty: none has."""
     usual_loss: float = 0.0
     """What is logged in the place of a loss that is not finite: that of the last clean step."""
 
@@ -162,24 +162,23 @@ class Guarded:
 
     def _make_up(self) -> None:
         """Raise the learning rates of this update where steps were skipped shortly before."""
-        self._put_back()  # where fp16's scaler has left the update out
-        factor, groups = step_guard.made_up(self.seen, self.state.global_step + 1), self.optimizer.param_groups
+        self._usual_rates = ()
+        factor = step_guard.made_up(self.seen, self.state.global_step + 1)
         if factor == 1 or self._updates_in_backward:
             return
-        self._usual_rates = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = group["lr"] * factor
+        self._usual_rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            if group["lr"] is not None:  # Adafactor's own
+                group["lr"] = group["lr"] * factor
 
-        def updated(*_: Any) -> None:
-            self._put_back()
-            hook.remove()
-
-        hook = getattr(self.optimizer, "optimizer", self.optimizer).register_step_post_hook(updated)
-
-    def _put_back(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._usual_rates, strict=False):
-            group["lr"] = rate
-        self._usual_rates = []
+    def _get_learning_rate(self) -> Any:
+        """Called after the update, also one that fp16's scaler left out, and before the schedule goes on (pinned by a
+        contract test)."""
+        if self._usual_rates:
+            for group, rate in zip(self.optimizer.param_groups, self._usual_rates, strict=True):
+                group["lr"] = rate
+            self._usual_rates = ()
+        return super()._get_learning_rate()  # type: ignore[misc]  # the Trainer's
 
     def on_skip(self, step: int, judged: Judged) -> None:
         """Say that a step is skipped; its micro batches are in `batches`."""

@@ -39,7 +39,7 @@ MOST_IN_A_ROW = 3
 MOST_SKIPPED = 5
 """Skipped steps among the last `STAYS`."""
 MADE_UP_IN = 16
-"""Steps after a skipped one that share its learning rate."""
+"""Steps after a skipped one whose learning rates are a little higher; at most `STAYS`: then it is forgotten."""
 MAD = 1.4826
 """Makes a median absolute deviation a standard deviation, of normal values."""
 
@@ -101,7 +101,7 @@ def judge(
     if what := _not_finite(loss, norm):
         causes = "rows without a trained token, values out of range or a type with too small a range"
         return replace(_skipped(seen, step, f"the {what}", causes, MOST_IN_A_ROW), is_finite=False)
-    recently = tuple(one for one in seen.skipped if one > step - STAYS)
+    recently = tuple(one for one in seen.skipped if step - STAYS < one < step)
     if own:
         return Judged("go on", replace(seen, skipped=recently))
     if reason := _suspect(seen, loss, norm):
@@ -129,8 +129,8 @@ def _not_finite(loss: float, norm: float | None) -> str:
 
 
 def made_up(seen: StepMemory, step: int) -> float:
-    """The learning rate of a step, as a multiple of its schedule's: the rates of skipped steps are given to the steps
-    that come after them, in equal parts. Else a run ends so many updates short.
+    """The learning rate of a step as a multiple of its schedule's: after a skipped step each of some has a little more,
+    together as much as the update that was left out. Without that a run learns that much less.
 
     Args:
         seen: After the step was judged.
@@ -149,7 +149,7 @@ def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: in
         causes: What usually causes it, besides the learning rate.
         in_a_row: How many consecutive steps are too many.
     """
-    skipped = (*(one for one in seen.skipped if one > step - STAYS), step)
+    skipped = (*(one for one in seen.skipped if step - STAYS < one < step), step)
     now = replace(seen, skipped=skipped)
     row = sum(one > step - in_a_row for one in skipped)
     if len(skipped) < MOST_SKIPPED and row < in_a_row:

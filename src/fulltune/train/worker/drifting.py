@@ -90,7 +90,7 @@ class Drifting:
         return GenericText.of(texts, self.tokenizer, kind, plan.precision, self.most_tokens, batch)
 
     def says_little(self, text: GenericText, first: np.ndarray) -> str:
-        """Why texts say little, by what the untouched model makes of them; empty: they do not."""
+        """Why texts say little, by what the untouched model makes of them; empty: they say enough."""
         vocabulary = getattr(self.attempt.trainer.model.config.get_text_config(), "vocab_size", None)
         return says_little(text, first, vocabulary, self.tokenizer.unk_token_id)
 
@@ -127,7 +127,7 @@ class Drifting:
         if is_start or trainer.generic_start is None:
             trainer.generic_start = now
             if why := self.says_little(self.text, now):
-                self._warn(f"generic text: {why}")
+                self._warn(f"generic texts: {why}")
         return measured(trainer.generic_start, now)
 
 

@@ -132,15 +132,27 @@ def test_loss_that_rises_and_stays_stops_from_where_it_rose(losses: list[float],
     assert several(after(200), [(loss, 2.0) for loss in losses], own=True)[-1].action == "go on"
 
 
-@pytest.mark.parametrize("bad", [{201}, {201, 203}, {201, 202, 230}])
-def test_rates_of_skipped_steps_are_made_up_for_afterwards(bad: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("bad", "total"),
+    # A later step is skipped with the share that it had of an earlier one.
+    [({201}, 69), ({201, 203}, 69 - 1 / 16), ({201, 202, 230}, 69 - 1 / 16)],
+)
+def test_rates_of_skipped_steps_are_made_up_for_afterwards(bad: set[int], total: float) -> None:
     steps = range(201, 270)
     found = several(after(200), [(NAN if step in bad else 1.0, 2.0) for step in steps])
     given = [made_up(one.seen, step) for one, step in zip(found, steps, strict=True) if one.action == "go on"]
-    # A later step is skipped with the share that it had of an earlier one.
-    assert len(steps) - 1 <= sum(given) <= len(steps)
-    assert max(given) <= 1 + len(bad) / MADE_UP_IN
+    assert sum(given) == pytest.approx(total)
+    assert max(given) <= 1 + len(bad) / 16
     assert given[-1] == 1
+    assert MADE_UP_IN == 16 <= STAYS
+
+
+def test_skipped_steps_of_another_training_are_forgotten() -> None:
+    """A Trainer that trains again, or from an earlier checkpoint."""
+    seen = StepMemory(skipped=(50, 51, 52))
+    for step in (1, 41, 50):
+        assert judge(seen, step, 1.0, 2.0).seen.skipped == ()
+        assert judge(seen, step, NAN, 2.0).seen.skipped == (step,)
 
 
 @pytest.mark.parametrize(("rise", "stops"), [(0.0, False), (2.0, True)])
