@@ -4,7 +4,8 @@
 
 As the parent it is `fulltune`, except that the workers which it starts are this file. After each update of AdamW a
 worker moves every weight by rate x pull towards where it began, as weight decay moves it towards 0: decoupled, so that
-the pull does not pass through AdamW's normalising. The decay towards 0 stays beside it. The head of a new task is pulled towards its own beginning.
+the pull does not pass through AdamW's normalising. The decay towards 0 stays beside it. The head of a new task is
+pulled towards its own beginning.
 """
 
 from __future__ import annotations
