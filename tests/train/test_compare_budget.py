@@ -104,7 +104,7 @@ def test_comparison_of_one_seed_each_is_held_and_reads_sealed_texts_for_its_cert
     shared = parts(one.recipe.preserve)
     assert seen.texts == [shared.choosing[:NUM_TEXTS]] * 3
     assert not {text for texts in seen.texts for text in texts} & set(shared.sealed)
-    assert found.drift_text.endswith("probe.txt, texts that choose within the budget")
+    assert found.drift_text.endswith("probe.txt, selection texts of the budget")
 
 
 def result_of(trial: Trial, metric: float) -> TrialResult:

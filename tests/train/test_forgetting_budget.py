@@ -274,7 +274,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     assert free.outcome is not None
     report = (held / "run" / "report.md").read_text(encoding="utf-8")
     assert "Forgetting, budget 0.3%: PASS" in report
-    assert re.search(r"from the recipe: \d+ texts choose, \d+ are sealed, [\d,]+ are trained along", report)
+    assert re.search(r"from the recipe: \d+ texts for selection, \d+ sealed, [\d,]+ for replay", report)
     assert [event["preserved"]["trial"] for event in runs.events(held, "certified")] == [found.trial]
 
 
@@ -395,7 +395,7 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
 
 
 def test_sealed_texts_that_disagree_make_it_fail(tiny_encoder: Path, tmp_path: Path) -> None:
-    """Planted: texts that choose are not moved at all, those that are sealed are."""
+    """Planted: selection texts are not moved at all, sealed ones are."""
 
     def unmoved(self: GenericText, *_: Any) -> np.ndarray:
         return np.ones((len(self.ids), 1))

@@ -225,7 +225,7 @@ def test_rows_that_are_trained_on_are_refused(tmp_path: Path) -> None:
     probe = numbered(tmp_path / "probe.txt", 200)
     replayed = tmp_path / "replay.txt"
     replayed.write_text("".join(f"{row['text']}\n" for row in OTHER[:5]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"preserve\.task: .*: 5 rows have a text that is trained along as generic"):
+    with pytest.raises(DataError, match=r"preserve\.task: .*: 5 rows have a text that is replayed as generic"):
         read(tmp_path, probe=str(probe), replay=str(replayed))
 
 
@@ -296,7 +296,7 @@ def test_run_goes_back_farther_where_generic_text_is_within_and_the_other_task_i
 
 @pytest.mark.slow
 def test_sealed_rows_are_read_once_and_certify_what_they_say(tiny_encoder: Path, tmp_path: Path) -> None:
-    """Planted: the rows that choose do not move, the sealed ones fall."""
+    """Planted: the selection rows do not move, the sealed ones fall."""
     write_other(tmp_path)
     reads: list[str] = []
     sealed_texts = len(read(tmp_path).sealed)

@@ -103,7 +103,7 @@ class Context:
         if self.recipe.preserve.budget is None:
             return generic_texts(self.recipe.preserve.probe)
         found = parts(self.recipe.preserve)
-        return found.choosing[:NUM_TEXTS], f"{found.source}, texts that choose within the budget"
+        return found.choosing[:NUM_TEXTS], f"{found.source}, selection texts of the budget"
 
     @cached_property
     def most_tokens(self) -> int:

@@ -25,7 +25,7 @@ def other_task(recipe: Recipe) -> OtherTask | None:
 
     Raises:
         RecipeError: When it is no recipe for text-classification.
-        DataError: When its rows are not classified by one label each, too few, or trained along as generic text.
+        DataError: When its rows are not classified by one label each, too few, or replayed as generic text.
     """
     if (file := recipe.preserve.task) is None:
         return None
@@ -36,7 +36,7 @@ def other_task(recipe: Recipe) -> OtherTask | None:
     replayed = {beginning(text) for text in parts(recipe.preserve).replayed}
     if twice := [text for text, _ in found.rows if beginning(text) in replayed]:
         raise DataError(
-            f"preserve.task: {file}: {counted(len(twice), 'row')} have a text that is trained along as generic text "
+            f"preserve.task: {file}: {counted(len(twice), 'row')} have a text that is replayed as generic text "
             f"('{twice[0][:60]}'), so that they say nothing about forgetting; name other texts in preserve.probe or "
             "preserve.replay"
         )
@@ -85,8 +85,8 @@ def _labelled(file: str) -> tuple[dict[str, set[str]], dict[str, str], int]:
 
 
 def _shared_out(file: str, labels: Mapping[str, set[str]], texts: Mapping[str, str], unusable: int) -> OtherTask:
-    """A quarter of the texts chooses, a quarter is sealed, the rest fits the head: always alike, in an order that says
-    nothing about them. What has several labels has no right one."""
+    """A quarter of the texts is for selection, a quarter is sealed, the rest fits the head: always alike, in an order
+    that says nothing about them. What has several labels has no right one."""
     clear = [key for key, names in labels.items() if len(names) == 1]
     each = min(MOST_SEALED, len(clear) // 4)
     if each < LEAST_SEALED:

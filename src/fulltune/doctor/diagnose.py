@@ -135,7 +135,7 @@ def _steps(log: Log) -> Iterator[Diagnosis]:
         parts = [f"{counted(len(log.skipped), 'step')} skipped"] * bool(log.skipped)
         lower = rate_factor(log.rollbacks)
         at = "" if lower == 1 else f"; the last time on at {lower:g} of the planned rate"
-        evidence = "; ".join([*parts, *[f"went back to {back}{at}"] * bool(back)])
+        evidence = "; ".join([*parts, *[f"rolled back to {back}{at}"] * bool(back)])
         advice = "the journal in the report names the rows: look at them"
         yield Diagnosis("bad steps", evidence, advice if log.skipped else "")
         return

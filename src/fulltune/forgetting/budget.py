@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from fulltune.records.forgetting import Certificate, Drift, Kind, OnTask, Point, Preserved
 
 LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
-"""Of the texts of a run with a budget: that choose, and as many that are sealed; and that are trained along."""
+"""Texts of a run with a budget: for selection, and as many sealed ones; for replay."""
 TOKENS_READ = 12_800
-"""About as many that choose, and as many that are sealed: of short texts there are more."""
+"""About as many for selection, and as many sealed ones: of short texts there are more."""
 SHARES: dict[Kind, tuple[float, ...]] = {"whole": (1.0, 0.8, 0.6, 0.4, 0.25, 0.1), "by layer": (0.6, 0.3, 0.0)}
 """Points between the untouched and the trained model that are tried, besides the untouched one."""
 BISECTIONS = 2

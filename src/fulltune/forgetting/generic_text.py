@@ -83,7 +83,7 @@ class Parts:
     replayed: list[str]
     """Trained along; empty where there is no replay, and where the model writes the texts."""
     source: str
-    """Where they come from, without those that are trained along where these have a file of their own."""
+    """Where they come from, without those that are replayed where these have a file of their own."""
 
 
 def parts(block: PreserveBlock) -> Parts:

@@ -35,7 +35,7 @@ class MemorySettings:
     passes_per_row: int = 1
     """Times that each train row goes through the model, all held together."""
     replays: bool = False
-    """Generic text is trained along before a step's rows: its gradients lie there when they come."""
+    """Generic text is replayed before a step's rows: its gradients lie there when they come."""
     eval_batch_size: int = 1
     num_processes: int = 1
     num_saves: int | None = None

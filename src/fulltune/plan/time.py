@@ -247,7 +247,7 @@ def texts_read(plan: Plan, evaluations: int) -> int:
     kept = plan.preserving
     if kept is None:
         return plan.drift_texts * evaluations
-    # Those that choose, at each point, and twice those that are sealed; of another task a quarter each.
+    # Selection texts, at each point, and twice the sealed ones; of another task a quarter each.
     at_end = (NUM_POINTS + 2) * (TOKENS_READ // GENERIC_TOKENS + kept.task_rows // 4) + kept.task_rows * 3 // 4
     remembered = min(MOST_REPLAYED, plan.total_steps * kept.replay_rows)
     return plan.drift_texts * (evaluations + plan.total_steps // kept.steer_steps) + at_end + remembered

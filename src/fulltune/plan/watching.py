@@ -24,7 +24,7 @@ FEWEST, MOST = 8, 64
 STEERED = 20
 """Measurements that set the weight of generic text."""
 REPLAYED, FEWEST_REPLAYED = 0.125, 4
-"""Generic tokens that are trained along, as a share of a step's; and texts, of which few are a noisy gradient."""
+"""Generic tokens that are replayed, as a share of a step's; and texts, of which few are a noisy gradient."""
 
 
 def settle(
@@ -74,19 +74,19 @@ def preserving(
     every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
     texts = parts(block)
-    shared = f"{len(texts.choosing):,} texts choose, {len(texts.sealed):,} are sealed"
-    shared += f", {len(texts.replayed):,} are trained along" if texts.replayed else ""
+    shared = f"{len(texts.choosing):,} texts for selection, {len(texts.sealed):,} sealed"
+    shared += f", {len(texts.replayed):,} for replay" if texts.replayed else ""
     given = Setting(name="preserve.budget", value=block.budget, reason=f"{FROM_RECIPE}: {shared}", chosen=False)
     reasons.settings.append(given)
     if rows:
         often = f"every {every} steps" if every > 1 else "at each step"
         kind = "texts of the model's own" if block.replay == SAMPLES else "generic texts"
-        why = f"{rows} {kind} trained along in each step, {share} of its tokens; weight set {often}"
+        why = f"{rows} {kind} replayed in each step, {share} of its tokens; weight set {often}"
         reasons.add("preserve.replay", None, block.replay, why)
     if block.task is not None:
         each = summary.other_task_rows // 4
         rest = summary.other_task_rows - 2 * each
-        why = f"{rest:,} of its rows fit a head, which is then frozen; {each:,} choose, {each:,} are sealed"
+        why = f"{rest:,} of its rows fit a head, which is then frozen; {each:,} are for selection, {each:,} sealed"
         reasons.settings.append(
             Setting(name="preserve.task", value=block.task, reason=f"{FROM_RECIPE}: {why}", chosen=False)
         )

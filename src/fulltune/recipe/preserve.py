@@ -47,12 +47,12 @@ class PreserveBlock(Block):
     standard library."""
     budget: Share | None = None
     """How far generic text may move at most, such as `1%`: a token of it gets so much less likely (language models),
-    or the mean hidden state turns by so much, 1 - cosine (others). Generic text is trained along with a weight that is
+    or the mean hidden state turns by so much, 1 - cosine (others). Generic text is replayed with a weight that is
     raised as the budget is spent; of the points between the untouched and the trained model the best one within the
     budget is kept, and certified on texts that nothing else has read. For full and lora, also in a comparison."""
     replay: Annotated[str | None, BeforeValidator(_a_file)] = AUTO
-    """Where the generic text that is trained along comes from: a text file; `auto`, a part of the probe's texts;
-    `samples`, texts that a language model writes itself before step 1. `null`: none is trained along."""
+    """Where the generic text that is replayed comes from: a text file; `auto`, a part of the probe's texts;
+    `samples`, texts that a language model writes itself before step 1. `null`: none is replayed."""
 
     task: str | None = None
     """Another task of yours that the budget holds for as well: a recipe for text-classification with one label a row,

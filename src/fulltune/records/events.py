@@ -167,7 +167,7 @@ class Evaluated(Event):
 
 
 class Steered(Event):
-    """The weight of generic text that is trained along was set."""
+    """The weight of the replayed generic text was set."""
 
     kind = "steered"
     step: int

@@ -72,11 +72,11 @@ class Point(Record):
     share: float
     """Of the way from the untouched model to the trained one; by layer that of the lowest layer."""
     measured: Drift
-    """On the texts that choose."""
+    """On the selection texts."""
     metric: float
     """On the eval rows."""
     task: OnTask | None = None
-    """On the rows of another task that choose; None: there is none."""
+    """On another task's selection rows; None: there is none."""
 
     @property
     def is_start(self) -> bool:

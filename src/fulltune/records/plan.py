@@ -125,7 +125,7 @@ class Preserving(Record):
     budget: float
     """As a share: see `recipe.preserve`."""
     replay_rows: int
-    """Generic texts that are trained along in each step."""
+    """Generic texts that are replayed in each step."""
     steer_steps: int
     """Steps between two measurements that set their weight."""
     task_rows: int = 0

@@ -69,7 +69,7 @@ def _of(view: RunView, trial: str) -> list[Block]:
 
 def _about(plan: Plan) -> str:
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
-    texts = f"{plan.drift_texts} generic texts" if plan.preserving is None else "some of the texts that choose"
+    texts = f"{plan.drift_texts} generic texts" if plan.preserving is None else "some of the selection texts"
     return f"Measured on {texts} (preserve.probe: {source})."
 
 
@@ -204,7 +204,7 @@ def about_task(found: Preserved) -> str:
     back = f" Of the model that is kept {_fall(found.chosen.task)}." if found.why else ""
     return (
         f"The other task (preserve.task: {found.task}) is scored by a head that was fitted on the untouched model and "
-        f"frozen, on {counted(trained.task.fall.texts, 'row')} that choose. With the trained model "
+        f"frozen, on {counted(trained.task.fall.texts, 'selection row')}. With the trained model "
         f"{_fall(trained.task)}.{back}"
     )
 

@@ -72,7 +72,7 @@ class FullTrainer(Guarded, Trainer):
 
     head: SelectiveHead | None = None
     replay: AddsGradient | None = None
-    """Generic text that is trained along."""
+    """Generic text that is replayed."""
     repeats = True
     left_evaluation: bool = False
     """The evaluation of the last step that is done was left."""

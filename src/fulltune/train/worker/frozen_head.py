@@ -79,7 +79,7 @@ def fit_head(attempt: AttemptContext) -> FrozenHead | None:
     frequent = float((held_out.labels == most_frequent).mean())
     attempt.journal.write(
         "other task",
-        f"{len(rows.fitting):,} rows fit a head, {len(rows.choosing):,} choose, {len(rows.sealed):,} are sealed, "
+        f"{len(rows.fitting):,} rows fit a head, {len(rows.choosing):,} for selection, {len(rows.sealed):,} sealed, "
         f"{rows.left_out:,} are left out (no text or label, or several labels); of the untouched model its accuracy is "
         f"{format_percent(accuracy)} (the most frequent label: {format_percent(frequent)})",
     )
@@ -116,7 +116,7 @@ def tells_nothing(accuracy: float, frequent: float, rows: int) -> str:
     """Why a head is of no use; empty: it is.
 
     Args:
-        accuracy: Of the untouched model with the head, on rows that choose.
+        accuracy: Of the untouched model with the head, on the selection rows.
         frequent: Of the label that is the most frequent one among the rows that fit it.
         rows: That choose.
     """

@@ -1,4 +1,4 @@
-"""Generic text that is trained along, so that the model keeps what it could do before.
+"""Generic text that is replayed, so that the model keeps what it could do before.
 
 A language model is held to the probabilities that the untouched model gave to each next token, others to the hidden
 states that it had (a distillation of the model from itself). It counts with a weight that `steering.py` sets, and adds

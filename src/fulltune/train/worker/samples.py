@@ -1,4 +1,4 @@
-"""Texts that the untouched model writes by itself, to be trained along: what it could do, without a file that shows it
+"""Texts that the untouched model writes by itself, to be replayed: what it could do, without a file that shows it
 (Huang et al. 2024, arXiv 2403.01244, of answers; here of whole texts).
 """
 
