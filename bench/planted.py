@@ -64,6 +64,14 @@ class Planted:
 def command_line(given: Planted) -> None:
     """`fulltune` with this file's workers."""
     from fulltune.cli import app
+
+    with workers_of(HERE, WORKER), kept_footprints(given.footprints):
+        app.main()
+
+
+@contextlib.contextmanager
+def workers_of(file: Path, word: str) -> Iterator[None]:
+    """Start a file of one's own, with a word before its arguments, where the real worker would be started."""
     from fulltune.train.parent import spawn
 
     real = spawn.command
@@ -71,10 +79,10 @@ def command_line(given: Planted) -> None:
     def command(*request_and_file: Any) -> list[str]:
         found = real(*request_and_file)
         place = found.index(REAL_WORKER)
-        return [*found[: place - 1], str(HERE), WORKER, *found[place + 1 :]]
+        return [*found[: place - 1], str(file), word, *found[place + 1 :]]
 
-    with mock.patch.object(spawn, "command", command), kept_footprints(given.footprints):
-        app.main()
+    with mock.patch.object(spawn, "command", command):
+        yield
 
 
 @contextlib.contextmanager

@@ -14,24 +14,17 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-HERE, WORKER, REAL_WORKER = Path(__file__).resolve(), "worker-with-a-pull", "fulltune.train.worker.main"
+HERE, WORKER = Path(__file__).resolve(), "worker-with-a-pull"
 
 
 def command_line() -> None:
     """`fulltune` with this file's workers."""
+    from planted import workers_of
+
     from fulltune.cli import app
-    from fulltune.train.parent import spawn
 
-    real = spawn.command
-
-    def command(*request_and_file: Any) -> list[str]:
-        found = real(*request_and_file)
-        place = found.index(REAL_WORKER)
-        return [*found[: place - 1], str(HERE), WORKER, *found[place + 1 :]]
-
-    with mock.patch.object(spawn, "command", command):
+    with workers_of(HERE, WORKER):
         app.main()
 
 

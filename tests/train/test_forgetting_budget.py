@@ -190,7 +190,7 @@ def test_replayed_texts_leave_out_what_the_probe_has(tmp_path: Path) -> None:
 def test_probe_that_is_too_short_for_a_certificate_says_how_much_it_takes(tmp_path: Path) -> None:
     probe = numbered(tmp_path / "probe.txt", 100)
     with pytest.raises(
-        DataError, match=r"holds 100 texts; a budget takes at least 120 \(40 to steer by, 40 sealed, 40"
+        DataError, match=r"holds 100 texts; a budget takes at least 120 \(40 for selection, 40 sealed, 40"
     ):
         parts(PreserveBlock(budget="1%", probe=str(probe)))
     assert len(parts(PreserveBlock(budget="1%", probe=str(probe), replay=None)).sealed) == 50

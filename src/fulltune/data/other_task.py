@@ -92,7 +92,7 @@ def _shared_out(file: str, labels: Mapping[str, set[str]], texts: Mapping[str, s
     if each < LEAST_SEALED:
         raise DataError(
             f"{file}: its rows hold {len(clear):,} different texts that have one label each; it takes at least "
-            f"{4 * LEAST_SEALED} ({2 * LEAST_SEALED} to fit a head, {LEAST_SEALED} to choose by, {LEAST_SEALED} "
+            f"{4 * LEAST_SEALED} ({2 * LEAST_SEALED} to fit a head, {LEAST_SEALED} for selection, {LEAST_SEALED} "
             "sealed): add rows"
         )
     drawn = sorted(clear, key=lambda key: hashlib.sha256(key.encode()).digest())[: 4 * MOST_SEALED]

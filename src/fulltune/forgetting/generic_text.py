@@ -81,7 +81,7 @@ class Parts:
     sealed: list[str]
     """Read once, at the end."""
     replayed: list[str]
-    """Trained along; empty where there is no replay, and where the model writes the texts."""
+    """Of which each step has some; empty where there is no replay, and where the model writes the texts."""
     source: str
     """Where they come from, without those that are replayed where these have a file of their own."""
 
@@ -97,7 +97,7 @@ def parts(block: PreserveBlock) -> Parts:
     each = min(MOST_READ, enough(texts, TOKENS_READ), len(texts) // (3 if shares_one else 2))
     if each < LEAST_READ:
         needed = LEAST_READ * (3 if shares_one else 2)
-        use = f"{LEAST_READ} to steer by, {LEAST_READ} sealed" + f", {LEAST_READ} to train along" * shares_one
+        use = f"{LEAST_READ} for selection, {LEAST_READ} sealed" + f", {LEAST_READ} for replay" * shares_one
         raise DataError(
             f"preserve.probe: {source}: holds {len(texts):,} texts; a budget takes at least {needed} ({use}): add "
             "lines or paragraphs"

@@ -164,7 +164,7 @@ class Guarded:
         """Raise the learning rates of this update where steps were skipped shortly before."""
         self._usual_rates = ()
         factor = step_guard.made_up(self.seen, self.state.global_step + 1)
-        if factor == 1 or self._updates_in_backward:
+        if factor == 1:
             return
         self._usual_rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:

@@ -130,7 +130,7 @@ def _not_finite(loss: float, norm: float | None) -> str:
 
 def made_up(seen: StepMemory, step: int) -> float:
     """The learning rate of a step as a multiple of its schedule's: after a skipped step each of some has a little more,
-    together as much as the update that was left out. Without that a run learns that much less.
+    together about as much as the update that was left out. Without that a run learns that much less.
 
     Args:
         seen: After the step was judged.

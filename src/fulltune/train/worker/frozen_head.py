@@ -118,7 +118,7 @@ def tells_nothing(accuracy: float, frequent: float, rows: int) -> str:
     Args:
         accuracy: Of the untouched model with the head, on the selection rows.
         frequent: Of the label that is the most frequent one among the rows that fit it.
-        rows: That choose.
+        rows: Of these.
     """
     if accuracy - ERRORS * math.sqrt(accuracy * (1 - accuracy) / rows) > frequent:
         return ""
