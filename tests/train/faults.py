@@ -92,7 +92,8 @@ def corrupted_labels(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]
     else:
         config = trainer.model.config
         count = config.num_labels if int(labels.max()) < config.num_labels else config.vocab_size
-        inputs["labels"] = torch.where(labels == IGNORED, labels, (labels + 1 + count // 2) % count)
+        away = 1 + count // 2 if count > 2 else 1
+        inputs["labels"] = torch.where(labels == IGNORED, labels, (labels + away) % count)
     return lambda: None
 
 

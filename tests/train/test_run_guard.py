@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Container
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,10 +166,38 @@ def test_fault_that_passes_leaves_nothing_behind(micro: int, model: Path, tmp_pa
         pipeline.run(job, "train")
     assert set(met) == {20}
     assert not [event for event in seen if isinstance(event, StepSkipped)]
-    [said] = [event.text for event in seen if isinstance(event, Warned)]
+    [said] = [event.text for event in seen if isinstance(event, Warned) and event.text.startswith("step")]
     assert said == "step 20: the gradient norm is nan; computed again, it was normal"
     whole = runs.final_weights(tmp_path / "clean")
     assert all(torch.equal(whole[name], one) for name, one in runs.final_weights(tmp_path).items())
+
+
+ANSWERED: dict[str, Any] = {
+    "task": "causal-lm",
+    "data": {"prompt": "prompt", "completion": "completion", "eval_fraction": 0.2, "test_fraction": 0.2},
+    "method": {"kind": "full", "learning_rate": 6e-3},
+    "train": {
+        **{"max_steps": 130, "global_batch_size": 16, "logging_steps": 1, "save_steps": 20},
+        **{"eval_strategy": "steps", "eval_steps": 130},
+    },
+}
+"""Learns its answers: the loss falls from 6 to 0.5, as steadily as in real runs."""
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_corrupted_rows_are_left_out_and_many_of_them_are_gone_back_from(count: int, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    model = tiny.save_model(tmp_path / "model", "llama")
+    job = runs.job(tmp_path, model, tiny.pair_rows(300), options={"listener": seen.append}, **ANSWERED)
+    with runs.in_this_process(), faults.planted(faults.corrupted_labels, range(110, 110 + count).__contains__):
+        found = pipeline.run(job, "train")
+    assert found.outcome is not None
+    assert (found.outcome.status, found.outcome.steps) == ("done", 130)
+    skipped = [event for event in seen if isinstance(event, StepSkipped)]
+    # The fifth is one too many.
+    assert [event.step for event in skipped] == list(range(110, 110 + min(count, 4)))
+    assert all("times the median, loss" in event.reason and len(event.rows) == 16 for event in skipped)
+    assert Plan.load(tmp_path / "run" / "plan" / "full.json").rollbacks == ((100,) if count > 4 else ())
 
 
 def test_skipped_step_changes_no_weight(model: Path, tmp_path: Path) -> None:
@@ -369,6 +398,65 @@ def test_mixin_guards_a_trainer_of_ones_own(
     assert planned == pytest.approx([5e-5 * (8 - step) / 8 for step in range(4 if stops else 8)]), "as it was"
     assert trainer.after_updates == planned, "put back before the schedule looks"
     assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
+def test_second_training_is_not_judged_by_the_first(tmp_path: Path) -> None:
+    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2))
+    rows = [{"input_ids": [2, 10 + number, 3], "labels": number % 2} for number in range(32)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    trainer = Mine(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.seen = easy = StepMemory(losses=(0.01,) * 64, log_norms=(-5.0,) * 64, first=1.0)
+    trainer.train()
+    assert trainer.seen.skipped == (1, 2), "what was put back before a first training counts"
+    trainer.seen = easy
+    trainer.train()
+    assert not trainer.seen.skipped
+    assert len(trainer.seen.losses) == 2
+
+
+def test_step_that_is_left_in_its_middle_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Fails(Mine):
+        fails = True
+
+        def compute_loss(self, *given: Any, **named: Any) -> Any:
+            if len(self.batches) == 2 and self.fails:
+                raise RuntimeError("in the middle")
+            return super().compute_loss(*given, **named)
+
+    model = BertForSequenceClassification(tiny.config("bert", tiny.encoder_tokenizer(), num_labels=2))
+    rows = [{"input_ids": [2, 10 + number, 3], "labels": number % 2} for number in range(32)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        gradient_accumulation_steps=2, per_device_train_batch_size=4,
+    )  # fmt: skip
+    trainer = Fails(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trainer.train()
+    trainer.fails = False
+    trainer.train()
+    assert max(trainer.seen.losses) < 3, "one loss of two micro batches, not of three"
+
+
+@pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_update_in_the_backward_pass_by_themselves_are_known(name: str, tmp_path: Path) -> None:
+    trainer = Scaled()
+    trainer.args = transformers.TrainingArguments(str(tmp_path), optim=name, use_cpu=True)
+    assert trainer._updates_in_backward
+    trainer.args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    assert not trainer._updates_in_backward
+
+
+@pytest.mark.parametrize(("scale", "action"), [(65536.0, "go on"), (1.0, "go on"), (0.5, "skip")])
+def test_norm_of_fp16_is_let_pass_while_the_scale_may_be_to_blame(scale: float, action: str, tmp_path: Path) -> None:
+    trainer = Scaled()
+    trainer.seen = StepMemory()
+    trainer.args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    scaler = SimpleNamespace(get_scale=lambda: scale)
+    trainer.accelerator = SimpleNamespace(num_processes=1, scaler=scaler)
+    judged, _, _ = trainer._look(torch.tensor(1.0), torch.tensor(NAN))
+    assert judged.action == action
 
 
 class Scaled(fulltune.Guarded, Theirs):

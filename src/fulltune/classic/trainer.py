@@ -25,7 +25,7 @@ from fulltune.records.training import Moved
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import diverged, ended_high, nothing_learned
-from fulltune.train.loop.step_guard import Judged, StepMemory
+from fulltune.train.loop.step_guard import Judged
 from fulltune.train.worker.no_trace import same_randomness
 from fulltune.train.worker.weights import InitialWeights
 
@@ -102,7 +102,7 @@ class Trainer(Guarded, transformers.Trainer):
             keywords["resume_from_checkpoint"] = keywords.pop("model_path")
             notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
-        self.first_loss, self.last_losses, self._untrained_loss, self.seen = None, (), None, StepMemory()
+        self._untrained_loss = None
         self._rate_was_above_zero, self._rise_was_said = False, False
         try:
             result = super().train(*positional, **keywords)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fulltune.doctor.log import Log
 from fulltune.report.format.plots import Point
 from fulltune.report.run.fitting import LEAST_EVALUATIONS, Curves, fitting
-from fulltune.text import counted, first_few, format_number, format_share
+from fulltune.text import counted, first_few, format_number, format_share, listed
 from fulltune.train.loop.guards import diverged, ended_high, rate_factor, without_cause
 from fulltune.train.loop.step_guard import StepMemory, judge
 
@@ -41,7 +41,8 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     told = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
     height = [] if told else [*_height(log)]
     # Of a loss that ran away nothing else is told.
-    shape = [] if height or told else [*_flat(log), *_unfit(log), *_length(log)]
+    # One remedy after the other: what a flat or ruined curve would say besides is of no use.
+    shape = [] if height or told else [*_worse(log)] or [*_flat(log)] or [*_unfit(log), *_length(log)]
     found = [*_ended(log), *height, *shape, *_held(log), *_steps(log), *_eaten(log)]
     return tuple(found) or (_sound(log),)
 
@@ -57,6 +58,9 @@ def _sound(log: Log) -> Diagnosis:
 def _ended(log: Log) -> Iterator[Diagnosis]:
     """How the run ended, where it did not end well."""
     outcome = log.outcome
+    if outcome is None and log.rate is not None:  # of a run folder
+        evidence = f"{log.steps:,} of {log.total_steps:,} steps, and no outcome: it is still running, or was killed"
+        yield Diagnosis("unfinished", evidence, "if it was killed, the same command continues it")
     if outcome is None or outcome.status == "done":
         return
     if outcome.status in ("diverged", "spiked"):
@@ -70,7 +74,9 @@ def _ended(log: Log) -> Iterator[Diagnosis]:
 def _height(log: Log) -> Iterator[Diagnosis]:
     """A loss that is not finite, or that left the place where it began."""
     lower = _rate(log, 1 / 10)
-    series = {"train loss": log.train_loss, "gradient norm": log.grad_norm, "eval loss": log.eval_loss}
+    # Norms that are not finite now and then are fp16's scaler at work, which leaves such updates out.
+    norms = log.grad_norm if _mostly_lost(log.grad_norm) else ()
+    series = {"train loss": log.train_loss, "gradient norm": norms, "eval loss": log.eval_loss}
     for name, points in series.items():
         if lost := [step for step, value in points if not math.isfinite(value)]:
             evidence = f"the {name} is not finite at {counted(len(lost), 'reading')}, first at step {lost[0]:,}"
@@ -82,6 +88,11 @@ def _height(log: Log) -> Iterator[Diagnosis]:
         if judged.action != "go on":
             yield Diagnosis("diverged", without_cause(judged.reason), f"a lower rate: {lower}")
             return
+
+
+def _mostly_lost(points: Sequence[Point]) -> bool:
+    last = points[-LEAST:]
+    return sum(not math.isfinite(value) for _, value in last) * 2 > len(last)
 
 
 def _flat(log: Log) -> Iterator[Diagnosis]:
@@ -102,9 +113,25 @@ def _flat(log: Log) -> Iterator[Diagnosis]:
     yield Diagnosis("plateau", evidence, f"a higher rate: {_rate(log, 3)}; are the labels those of these rows?")
 
 
+def _worse(log: Log) -> Iterator[Diagnosis]:
+    """A model that was better before it was trained."""
+    fit = fitting(_curves(log))
+    if fit.kind == "got worse":
+        evidence = fit.sentences[0].partition(": ")[2].rstrip(".")
+        yield Diagnosis("got worse", evidence, f"a lower rate: {_rate(log, 1 / 10 if fit.turn == 0 else 1 / 3)}")
+
+
 def _unfit(log: Log) -> Iterator[Diagnosis]:
     """Over- and under-fitting."""
-    curves = Curves(
+    fit = fitting(_curves(log))
+    if fit.kind not in ("sound", "not known"):
+        said = " ".join(one for one in fit.sentences if one).split(": ", 1)[-1]
+        evidence, _, helps = said.partition(" What helps: ")
+        yield Diagnosis(fit.kind, evidence.rstrip("."), helps.rstrip(".") or _CALIBRATE)
+
+
+def _curves(log: Log) -> Curves:
+    return Curves(
         train_loss=log.train_loss,
         eval_loss=log.eval_loss,
         metric=log.metric,
@@ -113,12 +140,8 @@ def _unfit(log: Log) -> Iterator[Diagnosis]:
         eval_rows=log.eval_rows or 1000,
         epochs_per_step=log.epochs / log.steps if log.steps else 0.0,
         kept_step=log.kept_step,
+        before=log.before,
     )
-    fit = fitting(curves)
-    if fit.kind not in ("sound", "not known"):
-        said = " ".join(one for one in fit.sentences if one).split(": ", 1)[-1]
-        evidence, _, helps = said.partition(" What helps: ")
-        yield Diagnosis(fit.kind, evidence.rstrip("."), helps.rstrip(".") or _CALIBRATE)
 
 
 def _held(log: Log) -> Iterator[Diagnosis]:
@@ -131,11 +154,12 @@ def _held(log: Log) -> Iterator[Diagnosis]:
 def _steps(log: Log) -> Iterator[Diagnosis]:
     """Steps that were skipped or taken back, or that would have been."""
     if log.skipped or log.rollbacks:
-        back = first_few([f"to step {step:,}" if step else "to the beginning" for step in log.rollbacks])
+        places = [f"step {step:,}" if step else "the beginning" for step in dict.fromkeys(log.rollbacks)]
+        often = f"{len(log.rollbacks)} times, " if len(log.rollbacks) > 1 else ""
         parts = [f"{counted(len(log.skipped), 'step')} skipped"] * bool(log.skipped)
         lower = rate_factor(log.rollbacks)
         at = "" if lower == 1 else f"; the last time on at {lower:g} of the planned rate"
-        evidence = "; ".join([*parts, *[f"rolled back to {back}{at}"] * bool(back)])
+        evidence = "; ".join([*parts, *[f"rolled back {often}to {listed(places)}{at}"] * bool(places)])
         advice = "the journal in the report names the rows: look at them"
         yield Diagnosis("bad steps", evidence, advice if log.skipped else "")
         return

@@ -14,7 +14,7 @@ from fulltune.errors import SetupError
 from fulltune.records.training import Outcome
 from fulltune.report.format.plots import Point
 from fulltune.report.run.about_forgetting import held_back
-from fulltune.report.run.history import after_start
+from fulltune.report.run.history import after_start, before_start
 from fulltune.report.run.read import read_run
 from fulltune.text import counted
 from fulltune.train.request import number_in
@@ -51,6 +51,8 @@ class Log:
     eval_rows: int = 0
     """0: not known."""
     kept_step: int | None = None
+    before: float | None = None
+    """The metric before step 1."""
     skipped: tuple[int, ...] = ()
     rollbacks: tuple[int, ...] = ()
     outcome: Outcome | None = None
@@ -101,6 +103,7 @@ def _of_run(folder: Path) -> Log:
         learning_rate=history.train.get("learning_rate", ()),
         eval_loss=after_start(history.evaluation.get("loss", ())),
         metric=after_start(history.evaluation.get(plan.metric, ())),
+        before=before_start(history.evaluation.get(plan.metric, ())),
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
         steps=max((step for step, _ in train), default=0),
@@ -204,6 +207,7 @@ def _log(where: Path, series: Mapping[str, Mapping[int, float]], best: Any, kept
         learning_rate=points.get("learning_rate", ()),
         eval_loss=after_start(points.get(f"{_EVAL}loss", ())),
         metric=after_start(points.get(name, ())),
+        before=before_start(points.get(name, ())),
         metric_name=short,
         greater_is_better=any(part in short for part in _GREATER_IS_BETTER),
         steps=max(step for values in points.values() for step, _ in values),

@@ -294,7 +294,7 @@ LEVERS = (
     Lever(
         name="optimizer in backward",
         setting="train.optimizer_in_backward",
-        costs="no clipping of gradients",
+        costs="no clipping of gradients; a bad step is not skipped, the run rolls back",
         changes={"optimizer_in_backward": True},
         with_deepspeed="DeepSpeed updates by itself",
         needs=_update_in_backward_needs,

@@ -26,7 +26,7 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.format.plots import Point, curve_in_words, learning_curve
 from fulltune.report.run.fitting import Curves, Fitting, fitting
-from fulltune.report.run.history import after_start
+from fulltune.report.run.history import after_start, before_start
 from fulltune.report.run.read import RunView
 from fulltune.text import (
     counted,
@@ -53,7 +53,9 @@ def curves(view: RunView) -> Section | None:
 
 def _curves_of(view: RunView, trial: str) -> list[Block]:
     history, outcome, plan = view.history_of(trial), view.outcome_of(trial), view.plan_of(trial)
-    kept = outcome.best_step if outcome else None
+    preserved = view.preserved.get(trial)
+    # What was scaled back is of no step.
+    kept = outcome.best_step if outcome and not (preserved and preserved.why) else None
     chosen = (plan.metric, "loss") if plan else tuple(history.evaluation)
     series: list[tuple[str, str, tuple[Point, ...], int | None]] = [
         (name, _TRAIN_TITLES[name], points, None) for name, points in history.train.items()
@@ -78,7 +80,7 @@ def _curves_of(view: RunView, trial: str) -> list[Block]:
         blocks.insert(0, Paragraph(" ".join(filter(None, sentences))))
     if history.restarts:
         at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
-        said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: continued, at step {at}."
+        said = f"One curve over {len(history.restarts) + 1} attempts; a tick on the axis: one began, at step {at}."
         blocks.append(Paragraph(said))
     if history.skipped:
         at = first_few([f"{step:,}" for step in history.skipped], _MOST_SKIPPED)
@@ -101,6 +103,7 @@ def fitting_of(view: RunView, trial: str) -> Fitting:
         eval_rows=view.summary.splits["eval"].rows,
         epochs_per_step=plan.num_train_epochs / max(1, plan.total_steps),
         kept_step=outcome.best_step,
+        before=before_start(history.evaluation.get(plan.metric, ())),
         is_mixed=bool(view.summary.mixed),
     )
     return fitting(curves)

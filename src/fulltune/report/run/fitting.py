@@ -1,5 +1,6 @@
 """Did the run fit its train rows too well, too little, or as it should? A pure function of its curves.
 
+A run *got worse* when no evaluation is as good as the one before step 1, or when from some point on neither loss falls.
 An *over-fitted* run goes on learning its train rows while it gets worse on rows that it does not see: from some
 evaluation on the train loss falls and the eval loss rises, or the metric gets worse by more than chance explains. An
 *under-fitted* one knows its train rows no better than the others and was still getting better when it ended.
@@ -52,6 +53,8 @@ class Curves:
     epochs_per_step: float = 0.0
     kept_step: int | None = None
     """Whose weights the model has."""
+    before: float | None = None
+    """The metric before step 1."""
     is_mixed: bool = False
     """The train loss is also of rows that are mixed in, and so of another level than the eval loss."""
 
@@ -72,6 +75,8 @@ def fitting(curves: Curves) -> Fitting:
     `over-confident` is an over-fitted run whose answers did not suffer: its eval loss rises because wrong answers are
     given with more certainty, while as many are right as before.
     """
+    if worse := _worse_than_before(curves):
+        return Fitting("got worse", 0, (worse, _LOWER))
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
     trained = _train_loss(curves.train_loss, [step for step, _ in evaluations])
     if len(evaluations) < LEAST_EVALUATIONS or len(trained) < len(evaluations):
@@ -109,11 +114,14 @@ _MIXED = (
     "No sign of over-fitting. Whether it was under-fitted is not known: the train loss is also of the rows that are "
     "mixed in."
 )
-_EVEN = "the eval loss did not rise by a tenth, nor was it still falling while the train loss was no lower"
+_EVEN = (
+    "from its first evaluation on the eval loss did not rise by a tenth, nor was it still falling while the train loss "
+    "was no lower"
+)
 _FEWER = "What helps: fewer epochs, so that the rate falls to 0 before that; more rows; a lower rate."
 _MORE = "What helps: more epochs, or a search for the rate."
 _LOWER = "What helps: a lower rate."
-_EXTREME = "The answers are as good as before; their probabilities are too extreme until they are calibrated."
+_EXTREME = "The answers at the end are as good as before; their probabilities have become too extreme."
 
 
 def _place(curves: Curves, step: int) -> str:
@@ -153,6 +161,26 @@ def _train_loss(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float
 def _at_half(trained: dict[int, float]) -> float:
     values = list(trained.values())
     return values[(len(values) - 1) // 2]
+
+
+def _worse_than_before(curves: Curves) -> str:
+    """That every evaluation is worse than the one before step 1 by more than chance, in words; empty: one is not."""
+    points = [value for _, value in curves.metric if math.isfinite(value)]
+    if curves.before is None or not math.isfinite(curves.before) or not points:
+        return ""
+    name, sign = curves.metric_name, 1 if curves.greater_is_better else -1
+    best = max(points, key=lambda value: sign * value)
+    if is_share(name):
+        chance = ERRORS * math.hypot(*(error_of_share(value, curves.eval_rows) for value in (curves.before, best)))
+    else:
+        chance = (ROSE - 1 if _is_loss(curves) else CHANGED) * abs(curves.before)
+    if sign * (curves.before - best) <= chance:
+        return ""
+    was, became = (format_metric(name, value) for value in (curves.before, best))
+    return (
+        f"Got worse: {words.metric_name(name)} on the eval rows was {was} before step 1, and never better than "
+        f"{became} afterwards."
+    )
 
 
 def _metric_fell(curves: Curves) -> tuple[int, str] | None:

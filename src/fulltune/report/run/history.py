@@ -37,17 +37,23 @@ def after_start(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(point for point in points if point[0] > 0)
 
 
+def before_start(points: Sequence[Point]) -> float | None:
+    """What was measured before step 1."""
+    return next((value for step, value in points if step == 0), None)
+
+
 _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 
 
-def merge(attempts: Sequence[Sequence[Event]]) -> History:
+def merge(attempts: Sequence[tuple[int | None, Sequence[Event]]]) -> History:
     """Join the attempts of one trial into one curve.
 
     A later attempt starts from a checkpoint (or anew), so whatever an earlier one did from that step on was thrown
     away: those points are not part of the model's history and are dropped.
 
     Args:
-        attempts: The events of each attempt, in order.
+        attempts: Of each attempt, in order, the steps that were done where it began (None: not known, it is told by
+            its first line) and its events.
 
     Returns:
         The history; series without any value are absent.
@@ -55,17 +61,17 @@ def merge(attempts: Sequence[Sequence[Event]]) -> History:
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []
-    updates = [event for events in attempts for event in events if isinstance(event, UpdatesMeasured)]
+    updates = [event for _, events in attempts for event in events if isinstance(event, UpdatesMeasured)]
     measured = updates[-1] if updates else None
     skipped: set[int] = set()
-    for events in attempts:
+    for done, events in attempts:
         rows = [event for event in events if isinstance(event, StepLogged | Evaluated)]
         if not rows:
             continue
         # One that begins with an evaluation does that of the step it goes on from.
-        first = rows[0].step + isinstance(rows[0], Evaluated)
+        first = rows[0].step + isinstance(rows[0], Evaluated) if done is None else done + 1
         if train or evaluation:
-            restarts.append(first)
+            restarts = [*(step for step in restarts if step < first), first]
         train = {step: line for step, line in train.items() if step < first}
         skipped = {step for step in skipped if step < first} | {
             event.step for event in events if isinstance(event, StepSkipped)

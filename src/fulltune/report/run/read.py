@@ -43,6 +43,8 @@ class AttemptFiles:
     outcome: Outcome | None
     events: tuple[Event, ...]
     """What `metrics.jsonl` holds, in order."""
+    first_step: int | None
+    """Steps that were done where it began; None: its request is gone."""
     journal: tuple[JournalEntry, ...]
 
     @property
@@ -117,7 +119,7 @@ class RunView:
 
     def history_of(self, trial: str) -> History:
         """The trial's metrics as one curve over all its attempts."""
-        return merge([attempt.events for attempt in self.attempts_of(trial)])
+        return merge([(attempt.first_step, attempt.events) for attempt in self.attempts_of(trial)])
 
     def model_folder_of(self, trial: str) -> str | None:
         """The trained model, relative to the run folder; None when it is not there."""
@@ -258,7 +260,16 @@ class _Files:
             outcome = self.record(Outcome, path / "outcome.json")
             events = tuple(filter(None, map(event_of, self.lines(path / "metrics.jsonl"))))
             journal = tuple(map(JournalEntry.model_validate, self.lines(path / "journal.jsonl")))
-            yield AttemptFiles(path.name, trial, outcome, events, journal)
+            yield AttemptFiles(path.name, trial, outcome, events, _first_step(path / "request.json"), journal)
+
+
+def _first_step(path: Path) -> int | None:
+    """The steps that are in the checkpoint from which a request goes on; None: it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
+        return 0 if found is None else int(found.rpartition("-")[2])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _may_be_a_plan(path: Path) -> bool:

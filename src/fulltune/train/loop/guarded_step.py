@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,10 @@ _log = logging.getLogger(__name__)
 def _random_state(device: torch.device) -> list[torch.Tensor]:
     """Of dropout, here and on the device."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _rows(batch: Mapping[str, Any]) -> int:
+    return next((len(one) for one in batch.values() if isinstance(one, torch.Tensor) and one.dim()), 0)
 
 
 def _set_random_state(states: Sequence[torch.Tensor], device: torch.device) -> None:
@@ -98,6 +102,17 @@ class Guarded:
     usual_loss: float = 0.0
     """What is logged in the place of a loss that is not finite: that of the last clean step."""
 
+    _most_rows: float = 0.0
+    """Of a step so far, on average over the processes."""
+    _has_trained: bool = False
+
+    def train(self, *positional: Any, **keywords: Any) -> Any:
+        """The Trainer's; a second training, be it of other rows, is not judged by what the first one was like."""
+        if self._has_trained:
+            self.seen, self.first_loss, self.last_losses, self.usual_loss = StepMemory(), None, (), 0.0
+        self._has_trained = True
+        return super().train(*positional, **keywords)  # type: ignore[misc]  # the Trainer's
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro batch (`input_ids[rows, tokens]`); after the last one its step is judged.
 
@@ -114,7 +129,11 @@ class Guarded:
             self._random, self._logged = _random_state(self.args.device), 0.0
         self.batches = [*self.batches, inputs]
         self._num_items = num_items_in_batch
-        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]  # the Trainer's
+        except BaseException:  # a step that is left in its middle and begun anew, as `auto_find_batch_size` does
+            self.batches, self._losses = [], 0.0
+            raise
         self._losses = self._losses + loss.detach().float()
         # The Trainer adds the losses up for its log, where one that is not a number would hide the others.
         logged = torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
@@ -195,7 +214,9 @@ class Guarded:
 
     @property
     def _updates_in_backward(self) -> bool:
-        return self.is_deepspeed_enabled or self.in_backward is not None
+        # LOMO and the layerwise ones do so by themselves.
+        its_own = any(word in str(self.args.optim).upper() for word in ("LOMO", "LAYERWISE"))
+        return its_own or self.is_deepspeed_enabled or self.in_backward is not None
 
     def _summed(self, *values: Any) -> list[float]:
         """Over all processes; the host waits for the device once."""
@@ -233,16 +254,22 @@ class Guarded:
         """What the guard says of a step, its loss and its norm, over all processes."""
         if hasattr(norm, "full_tensor"):  # sharded by FSDP2
             norm = norm.full_tensor()
-        values = [losses] if norm is None else [losses, norm]
+        rows = sum(_rows(batch) for batch in self.batches)
+        values = [losses, rows] if norm is None else [losses, rows, norm]
         # A norm is the same in each process.
-        loss, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:2]
-        scaled = self.args.fp16 if self.is_deepspeed_enabled else getattr(self.accelerator, "scaler", None) is not None
+        loss, rows, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:3]
+        self._most_rows = max(self._most_rows, rows)
+        finite = known is None or math.isfinite(known)
+        scaler = None if finite else getattr(self.accelerator, "scaler", None)
+        # Reading the scale is another wait for the device.
+        scaled = self.args.fp16 if self.is_deepspeed_enabled else scaler is not None and scaler.get_scale() >= 1
         if self.is_deepspeed_enabled and known is not None and known < 0:  # its sign for a norm that is not finite
             known = math.nan
         # DeepSpeed has updated already: a suspect step is too late to be skipped.
         own = self.judges_finite_only or self.is_deepspeed_enabled
         step = self.state.global_step + 1
-        return step_guard.judge(self.seen, step, loss, known, scaled=scaled, own=own), loss, known
+        share = rows / self._most_rows if rows else 1.0
+        return step_guard.judge(self.seen, step, loss, known, share=share, scaled=scaled, own=own), loss, known
 
     @property
     def _can_repeat(self) -> bool:

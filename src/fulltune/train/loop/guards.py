@@ -177,6 +177,26 @@ def made_worse(
     )
 
 
+def ended_worse(
+    what: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
+) -> GuardDecision:
+    """Judge a run that is over, and whose kept evaluation is worse than the one before step 1 by more than two standard
+    errors: stop where the loss of the train rows has not fallen either, in the later half of its readings; else warn.
+
+    Args:
+        what: As for `made_worse`.
+        losses: As for `diverged`.
+        learning_rate: As for `diverged`.
+        untrained: As for `diverged`.
+    """
+    begin, last = _beginning(losses, untrained), losses[-min(2 * WINDOW, max(1, len(losses) // 2)) :]
+    now, said = statistics.median(last or [0.0]), f"training made the model worse: {what} than before step 1"
+    if len(losses) < _LEAST_READINGS or now < begin:
+        return GuardDecision("warn", f"{said}. A lower learning rate (here {learning_rate:g}), or fewer epochs")
+    fallen = f"the train loss has not fallen ({begin:.3g} at the beginning, {now:.3g} at the end)"
+    return GuardDecision("stop", f"{said}, and {fallen}. {_cause(learning_rate)}")
+
+
 def _beginning(losses: Sequence[float], untrained: float | None) -> float:
     return max([*losses[:1], *([] if untrained is None else [untrained])], default=0.0)
 
@@ -188,8 +208,8 @@ def _is_far(begin: float, last: Sequence[float]) -> bool:
 
 def _far(begin: float, last: Sequence[float], learning_rate: float) -> str:
     return (
-        f"the loss diverged: it began at {begin:.3g}, and the last {len(last)} values are between {min(last):.3g} "
-        f"and {max(last):.3g}. {_cause(learning_rate)}"
+        f"the loss diverged: before any update it was at most {begin:.3g}, and the last {len(last)} values are "
+        f"between {min(last):.3g} and {max(last):.3g}. {_cause(learning_rate)}"
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -58,16 +58,22 @@ class StepMemory:
     """The last steps that were skipped."""
     behind: int = 0
     """Evaluations in a row in which the model was worse than before step 1."""
+    behind_by: str = ""
+    """By how much it was in the last one, in words."""
+    level: bool = False
+    """In some evaluation it was not."""
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        return {name: getattr(self, name) for name in ("losses", "log_norms", "first", "skipped", "behind")}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> StepMemory:
         """The same as it was saved."""
-        lists = {name: tuple(values[name]) for name in ("losses", "log_norms", "skipped")}
-        return cls(first=values["first"], behind=values.get("behind", 0), **lists)
+        known = {field.name for field in fields(cls)}
+        found: dict[str, Any] = {name: one for name, one in values.items() if name in known}
+        lists = {name: tuple(one) for name, one in found.items() if isinstance(one, list)}
+        return cls(**{**found, **lists})
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,14 @@ class Judged:
 
 
 def judge(
-    seen: StepMemory, step: int, loss: float, norm: float | None, *, scaled: bool = False, own: bool = False
+    seen: StepMemory,
+    step: int,
+    loss: float,
+    norm: float | None,
+    *,
+    share: float = 1.0,
+    scaled: bool = False,
+    own: bool = False,
 ) -> Judged:
     """Judge a step before its update.
 
@@ -93,7 +106,9 @@ def judge(
         step: The optimizer step, from 1.
         loss: Its loss, over all processes.
         norm: Of its gradients, before clipping; None where there is none.
-        scaled: With fp16 an infinite norm only means that the loss scale is too high: the scaler skips the step.
+        share: Of a whole batch's rows, that the step has: an epoch's last one may have few.
+        scaled: The loss is scaled up, for fp16: a norm that is not finite means that it is by too much, and the scaler
+            skips the step. Not where the scale has come down to below 1 and the norm still is not.
         own: The loss is the user's own and may rise for good reasons: only what is not finite is judged.
     """
     if scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
@@ -104,7 +119,7 @@ def judge(
     recently = tuple(one for one in seen.skipped if step - STAYS < one < step)
     if own:
         return Judged("go on", replace(seen, skipped=recently))
-    if reason := _suspect(seen, loss, norm):
+    if reason := _suspect(seen, loss, norm, share):
         return _skipped(seen, step, reason, "corrupted rows")
     log_norm = (math.log(norm),) if norm is not None and norm > 0 else ()
     losses = (*seen.losses, loss)
@@ -162,14 +177,19 @@ def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: in
     return Judged("stop", now, said, skipped[0])
 
 
-def _suspect(seen: StepMemory, loss: float, norm: float | None) -> str:
-    """Why a step is suspect; empty: it is not."""
+def _suspect(seen: StepMemory, loss: float, norm: float | None, share: float) -> str:
+    """Why a step is suspect; empty: it is not. With few rows a mean of them is spread more widely, by the root of their
+    number, and their gradient is longer by about as much."""
     if norm is None or norm <= 0 or seen.first is None or len(seen.log_norms) < LEAST:
         return ""
     norms, losses = seen.log_norms, seen.losses[-WINDOW:]
     usual, spread = _usual(norms, LEAST_NORM_SPREAD)
     usual_loss, loss_spread = _usual(losses, LEAST_LOSS_SPREAD * abs(seen.first))
-    if math.log(norm) - usual <= NORM_SCORE * spread or loss - usual_loss <= LOSS_SCORE * loss_spread:
+    wider = 1 / math.sqrt(min(1.0, share)) if share > 0 else 1.0
+    longer = math.log(wider)
+    if math.log(norm) - usual - longer <= NORM_SCORE * wider * spread:
+        return ""
+    if loss - usual_loss <= LOSS_SCORE * wider * loss_spread:
         return ""
     times = math.exp(math.log(norm) - usual)
     return f"gradient norm {times:.3g} times the median, loss {loss:.3g} where {usual_loss:.3g} is usual"

@@ -66,7 +66,7 @@ class AgainstStart(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         attempt, trainer = self.attempt, self.attempt.trainer
         is_start, kept, attempt.kept = state.global_step == 0, attempt.kept, None
-        if not self.judged or kept is None or not (is_start or self._may_judge(state)):
+        if not self.judged or kept is None or attempt.summary.splits["eval"].rows < LEAST_ROWS:
             return
         measure = judged_by(attempt.recipe.task, attempt.target, attempt.plan.metric, kept)
         if measure.counts is None:
@@ -77,19 +77,18 @@ class AgainstStart(TrainerCallback):
         elif trainer.start is not None:
             self._judge(measure, trainer.start, now, state)
 
-    def _may_judge(self, state: Any) -> bool:
-        plan, rows = self.attempt.plan, self.attempt.summary.splits["eval"].rows
-        return rows >= LEAST_ROWS and state.global_step > plan.warmup_steps
-
     def _judge(self, measure: Measure, start: np.ndarray, now: np.ndarray, state: Any) -> None:
-        """Of an evaluation after the warm-up. All processes have the same rows, and decide alike."""
+        """While the rate still rises, being worse does not count yet. All processes have the same rows, and decide
+        alike."""
         attempt, trainer = self.attempt, self.attempt.trainer
         better, error = gain(measure, start, now)
         is_worse = not math.isfinite(better) or better < -ERRORS * error
-        behind = trainer.seen.behind + 1 if is_worse else 0
-        trainer.seen = replace(trainer.seen, behind=behind)
+        is_early = state.global_step <= attempt.plan.warmup_steps
+        behind = trainer.seen.behind + 1 if is_worse and not is_early else 0
         way = "lower" if measure.greater_is_better else "higher"
         what = f"{measure.name} is {abs(better):.3g} {way} (standard error {error:.2g})"
+        level = trainer.seen.level or not is_worse
+        trainer.seen = replace(trainer.seen, behind=behind, behind_by=what, level=level)
         decision = made_worse(behind, what, logged(state, "loss"), attempt.highest_rate, attempt.untrained_loss)
         if decision.action == "stop":
             raise Diverged(decision.reason)

@@ -20,7 +20,7 @@ from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import Journal
 from fulltune.train.loop.callbacks import Recorder, StopWhenAsked, logged
-from fulltune.train.loop.guards import ended_high, nothing_learned, too_short
+from fulltune.train.loop.guards import ended_high, ended_worse, nothing_learned, too_short
 from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS
@@ -223,12 +223,18 @@ def _put_back(attempt: AttemptContext, checkpoint: Path) -> None:
 
 
 def _judge_end(attempt: AttemptContext, state: Any) -> None:
-    """Stop, or say, when the loss ended above where it began; a loss of the user's own may do so for good reasons."""
+    """Stop, or say, when the loss ended above where it began, or what is kept is worse than before step 1; a loss of
+    the user's own may do so for good reasons."""
     if attempt.hooks.compute_loss is not None:
         return
     losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
     decision = ended_high(losses, eval_losses, attempt.highest_rate, attempt.untrained_loss)
     # One that had to go back, and ended above where it began all the same, did not come through.
+    seen = attempt.trainer.seen
+    keeps_good = seen.level and attempt.recipe.train.load_best_model_at_end
+    # Within a budget for forgetting the untouched model is kept then.
+    if decision.action == "go on" and seen.behind and not keeps_good and attempt.recipe.preserve.limit is None:
+        decision = ended_worse(seen.behind_by, losses, attempt.highest_rate, attempt.untrained_loss)
     if decision.action == "stop" or (decision.action == "warn" and attempt.plan.rollbacks):
         raise Diverged(decision.reason)
     if decision.action == "warn":
