@@ -67,23 +67,23 @@ def at(drift: float, error: float = 0.0) -> Drift:
         (0.00, 0.0, 0.0, 1 / 1.5),
         (-0.1, 0.0, 0.0, 1 / 1.5),
         (0.00, 0.02, 0.0, 1.5),  # the upper bound counts
-        (0.10, 0.0, 1.0, 1.0),  # at a high rate more passes again
-        (0.055, 0.0, 0.5, 1.0),
+        (0.03, 0.0, 1.0, 1.0),  # at a high rate more passes again
+        (0.02, 0.0, 0.5, 1.0),
         (np.nan, 0.0, 0.0, 1.0),
     ],
 )
 def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, rate: float, expected: float) -> None:
-    found = budget.next_weight(4.0, at(drift, error), 0.01, rate, budget.LANGUAGE)
-    assert found == pytest.approx(4 * expected, rel=1e-6)
+    found = budget.next_weight(40.0, at(drift, error), 0.01, rate, budget.LANGUAGE)
+    assert found == pytest.approx(40 * expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("weighing", [budget.LANGUAGE, budget.STATES])
 def test_weight_stays_between_its_bounds(weighing: budget.Weighing) -> None:
-    high = low = 2 * weighing.first
+    high = low = 2 * weighing.first / 0.01
     for _ in range(20):
         high = budget.next_weight(high, at(1.0), 0.01, 0.0, weighing)
         low = budget.next_weight(low, at(0.0), 0.01, 0.0, weighing)
-    assert (low, high) == (weighing.first, weighing.most)
+    assert (low, high) == pytest.approx((weighing.first / 0.01, weighing.most / 0.01))
 
 
 def test_limit_is_what_makes_a_token_so_much_less_likely() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
+from fulltune.errors import InterruptedRun, SetupError
 from tests import tiny
 from tests.train import runs
 
@@ -41,6 +45,21 @@ _AS_IT_IS: dict[str, dict[str, Any]] = {
     "train": {"max_steps": 1, "warmup_steps": 0},
     "data": DATA,
 }
+
+
+def test_run_is_not_continued_with_other_pretrained_weights(tiny_encoder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_encoder, tmp_path / "model")
+    blocks: dict[str, Any] = {"data": DATA, "train": {"max_steps": 12, "save_steps": 4}, "method": {"kind": "lora"}}
+    stop = runs.at_step(8, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(InterruptedRun):
+        runs.run(tmp_path, model, ROWS, options={"listener": stop}, **blocks)
+    weights = load_file(model / "model.safetensors")
+    other = {name: one * 1.01 if "encoder" in name else one for name, one in weights.items()}
+    save_file(other, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SetupError, match="its weights are not those that this run began with"):
+        runs.run(tmp_path, model, ROWS, **blocks)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert runs.run(tmp_path, model, ROWS, **blocks).outcome is not None
 
 
 def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned(

@@ -324,7 +324,11 @@ def spoilt(layer: Any) -> None:
             lambda model, batch: spoilt(model.bert.encoder.layer[1].output.dense),
             "bert.encoder.layer.1.output.dense (Linear) is the first module whose output is not finite in fp32",
         ),
-        (lambda model, batch: batch.update(input_ids=torch.tensor([[10**6]])), "could not be found (IndexError"),
+        (
+            lambda model, batch: batch.update(input_ids=torch.tensor([[5], [10**6]])),
+            "row 2 of its batch has the token 1000000, and the model knows",
+        ),
+        (lambda model, batch: batch.update(position_ids=torch.tensor([[10**6]])), "could not be found ("),
     ],
 )
 def test_batch_is_looked_at_and_run_again(change: Callable[[Any, dict[str, Any]], None], said: str) -> None:
@@ -333,6 +337,9 @@ def test_batch_is_looked_at_and_run_again(change: Callable[[Any, dict[str, Any]]
     change(model, batch)
     before = torch.get_rng_state()
     assert said in explain(model, [batch])
+    if "masked" in said:  # of the whole step: a micro batch alone is no cause
+        whole = {**batch, "labels": torch.tensor([0, 1])}
+        assert "masked" not in explain(model, [batch, whole])
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(one.grad is None for one in model.parameters())

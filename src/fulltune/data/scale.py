@@ -39,11 +39,14 @@ def scale_of(numbers: np.ndarray, where: str, column: str) -> tuple[float, float
 
 def far_off(numbers: np.ndarray, scale: tuple[float, float]) -> list[str]:
     """A note about a target that is so far away from all others that these are nearly the same beside it."""
-    mean, spread = scale
-    farthest = float(numbers[np.argmax(np.abs(numbers - mean))])
-    if abs(farthest - mean) < FAR * spread:
+    place = int(np.argmax(np.abs(numbers - scale[0])))
+    farthest, others = float(numbers[place]), np.delete(numbers, place)
+    # Of the others: in a spread that has it in it none of n numbers is more than the root of n away.
+    mean, spread = float(others.mean()), float(others.std())
+    if spread == 0 or abs(farthest - mean) < FAR * spread:
         return []
     return [
-        f"the train target {farthest:g} is {abs(farthest - mean) / spread:,.0f} standard deviations ({spread:.3g}) "
-        f"from the mean ({mean:.3g}), and targets are learned in units of that: remove the row if it is a mistake"
+        f"the train target {farthest:g} (row {place + 1:,} of the prepared train rows) is "
+        f"{abs(farthest - mean) / spread:,.3g} standard deviations ({spread:.3g}) from the mean of the others "
+        f"({mean:.3g}), which are nearly the same beside it: remove the row if it is a mistake"
     ]

@@ -171,13 +171,15 @@ def _of_events(folder: Path, files: list[Path]) -> Log:
             f"{folder}: TensorBoard's events are read by its own package; pip install 'fulltune[tensorboard]'"
         ) from None
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    for file in files:
+    # Each launch writes into a folder of its own: the steps of one are not another's.
+    newest = max(files, key=lambda file: file.stat().st_mtime).parent
+    for file in (file for file in files if file.parent == newest):
         read = EventAccumulator(str(file), size_guidance={"scalars": 0})
         read.Reload()
         for tag in read.Tags()["scalars"]:
             name = tag.removeprefix("train/").replace("eval/", "eval_")
             series[name] |= {event.step: float(event.value) for event in read.Scalars(tag)}
-    return _log(folder, series, None, None, 0)
+    return _log(newest, series, None, None, 0)
 
 
 def _log(where: Path, series: Mapping[str, Mapping[int, float]], best: Any, kept: int | None, total: int) -> Log:

@@ -35,17 +35,17 @@ half says the same in nine of ten cases."""
 @dataclass(frozen=True)
 class Weighing:
     """How generic text is weighed while training: a language model by a divergence in nats a token, others by 1 -
-    cosine, which is far smaller. Measured: docs/log.md."""
+    cosine. The larger the budget, the less weight: what it is worth stays the same. Measured: docs/log.md."""
 
     first: float
-    """Weight at the start, and the least: at less far more was lost, and hardly more learned."""
+    """Weight at the start, and the least, times the budget's limit."""
     most: float
-    """At more hardly less was lost, and less learned."""
+    """At more hardly less was lost, and less learned; times the limit."""
     passing: float
     """At the highest learning rate the drift is so many times more above what is left when the rate has fallen."""
 
 
-LANGUAGE, STATES = Weighing(1.0, 10.0, 9.0), Weighing(30.0, 100.0, 1.5)
+LANGUAGE, STATES = Weighing(0.25, 1.0, 2.0), Weighing(0.005, 0.03, 1.5)
 MOST_FACTOR = 1.5
 """By which the weight changes at once."""
 
@@ -70,7 +70,7 @@ def next_weight(weight: float, measured: Drift, limit: float, rate: float, weigh
         return weight
     step = (upper(measured) - allowed) / allowed
     factor = math.exp(min(max(step, -math.log(MOST_FACTOR)), math.log(MOST_FACTOR)))
-    return min(max(weight * factor, weighing.first), weighing.most)
+    return min(max(weight * factor, weighing.first / limit), weighing.most / limit)
 
 
 def least_limit(measured: Drift) -> float:

@@ -28,6 +28,7 @@ GENERIC = "generic.npy"
 STATE = "trainer_state.json"
 """transformers' own."""
 WEIGHTS = "model.safetensors"
+_VALUES_SEEN = 64
 
 
 def seal(checkpoint: Path) -> None:
@@ -68,6 +69,20 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint.name}: {problem}; going back to the one before")
     return None, passed_over
+
+
+def weights_seen(model: Any) -> str:
+    """Tells a loaded model's pretrained weights from others, by some values of each: not those of a new head.
+
+    Args:
+        model: Of transformers, untouched.
+    """
+    digest = hashlib.sha256()
+    for name, values in model.base_model.named_parameters():
+        flat = values.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // _VALUES_SEEN)][:_VALUES_SEEN]
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def guard_state(checkpoint: Path) -> dict[str, Any] | None:

@@ -29,8 +29,11 @@ def explain(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
 
 def _why(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
     for batch in batches:
-        if bad := _bad_rows(batch):
+        if bad := _bad_rows(model, batch):
             return bad
+    labels = [batch.get("labels") for batch in batches]
+    if all(isinstance(one, torch.Tensor) and not one.is_floating_point() and (one == IGNORED).all() for one in labels):
+        return "all its labels are masked, so that there is nothing to learn from"
     ruined = next((name for name, one in model.named_parameters() if not bool(one.isfinite().all())), None)
     if ruined is not None:
         return f"the weights of {ruined} are not finite"
@@ -42,16 +45,17 @@ def _why(model: Any, batches: Sequence[Mapping[str, Any]]) -> str:
     return f"each module's output is finite {computed}: it is the loss, the gradients, or a type with too small a range"
 
 
-def _bad_rows(batch: Mapping[str, Any]) -> str:
+def _bad_rows(model: Any, batch: Mapping[str, Any]) -> str:
     """What is wrong with the rows themselves; empty: nothing that can be seen."""
     for name, values in batch.items():
         if isinstance(values, torch.Tensor) and values.is_floating_point() and values.dim():
             rows = (~values.reshape(len(values), -1).isfinite()).any(1).nonzero().flatten().tolist()
             if rows:
                 return f"{name} of row {rows[0] + 1} of its batch is not finite"
-    labels = batch.get("labels")
-    if isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all()):
-        return "all its labels are masked, so that there is nothing to learn from"
+    tokens, table = batch.get("input_ids"), model.get_input_embeddings()
+    if isinstance(tokens, torch.Tensor) and int(tokens.max()) >= len(table.weight):
+        row = int((tokens >= len(table.weight)).any(-1).nonzero()[0])
+        return f"row {row + 1} of its batch has the token {int(tokens.max())}, and the model knows {len(table.weight)}"
     return ""
 
 

@@ -82,6 +82,8 @@ class FullTrainer(Guarded, Trainer):
     """What the untouched model made of generic texts: see `forgetting.drift.GenericText`."""
     generic_identity: str = ""
     """Tells these texts from others."""
+    base_weights: str | None = None
+    """Tells the pretrained weights from others."""
 
     def __init__(
         self,
@@ -203,7 +205,7 @@ class FullTrainer(Guarded, Trainer):
             if self.args.should_save:
                 folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
                 guard = self.seen.as_json() | {"left_evaluation": self.left_evaluation}
-                guard["generic_texts"] = self.generic_identity
+                guard |= {"generic_texts": self.generic_identity, "base_weights": self.base_weights}
                 if self.replay is not None:
                     guard["replay_weight"] = self.replay.weight
                 files.write_json(folder / checkpoints.GUARD, guard)

@@ -111,7 +111,9 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
         return told
     status: OutcomeStatus
     if asked:
-        status, reason = "interrupted", "interrupted before the first step"
+        done = last_step(request.folder)
+        after = f"after step {done:,}; what its last checkpoint has is saved" if done else "before the first step"
+        status, reason = "interrupted", f"interrupted {after}"
     elif killed and killed_by_kernel:
         status, reason = "out_of_memory", "the kernel killed the training process because memory ran out"
     elif about_memory:

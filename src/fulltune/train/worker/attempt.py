@@ -11,7 +11,7 @@ import numpy as np
 from transformers import TrainerState
 
 from fulltune import methods
-from fulltune.errors import Diverged, GuardStop, InterruptedRun
+from fulltune.errors import Diverged, GuardStop, InterruptedRun, SetupError
 from fulltune.inference.run import Share
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Forecast, Listener
@@ -214,6 +214,11 @@ def _put_back(attempt: AttemptContext, checkpoint: Path) -> None:
     if remembered := checkpoints.guard_state(checkpoint):
         trainer.seen = StepMemory.from_json(remembered)
         trainer.left_evaluation = remembered.get("left_evaluation", False)
+        if remembered.get("base_weights") not in (None, attempt.base_weights) and attempt.base_weights is not None:
+            raise SetupError(
+                f"model: {attempt.recipe.model.name}: its weights are not those that this run began with; put them "
+                "back, or start a new run (--fresh)"
+            )
         attempt.drifting.refuse_others(remembered.get("generic_texts"))
         if trainer.replay is not None:
             trainer.replay.weight = remembered["replay_weight"]

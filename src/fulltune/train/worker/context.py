@@ -51,6 +51,8 @@ class AttemptContext:
     trainer: FullTrainer = field(init=False)
     applied: methods.Applied = field(init=False)
     drifting: Drifting = field(init=False)
+    base_weights: str | None = None
+    """Tells the pretrained weights from others; None: they are shared out among the processes."""
     frozen_head: FrozenHead | None = None
     """Of another task that the budget for forgetting holds for, in the first process."""
     head: Head | None = None

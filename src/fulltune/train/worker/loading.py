@@ -34,6 +34,7 @@ from fulltune.system import deepspeed
 from fulltune.tasks import LossSettings, Target, Task
 from fulltune.tasks.settings import class_weights
 from fulltune.text import first_few
+from fulltune.train import checkpoints
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.callbacks import AtBegin, Heartbeat, Seals, StopWhenDiverged
 from fulltune.train.loop.sampler import Mixed
@@ -101,8 +102,14 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         distributed.start_deepspeed(arguments)
     transformers.set_seed(plan.seed)
     begin = partial(attempt.observed.measure, plan.device, target.problem_type)
+
+    def untouched(model: Any, tokenizer: Any) -> None:
+        if attempt.sharing is None or attempt.sharing.stage != 3:
+            attempt.base_weights = checkpoints.weights_seen(model)
+        _start_head(attempt, arguments.device, model, tokenizer)
+
     attempt.applied, tokenizer = load_for_training(
-        recipe, task, target, begin, partial(setattr, attempt, "head"), partial(_start_head, attempt, arguments.device)
+        recipe, task, target, begin, partial(setattr, attempt, "head"), untouched
     )
     model = attempt.applied.model
     if plan.device == "cpu":
@@ -159,6 +166,7 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
             callback.logging_dir = str(attempt.request.tensorboard)
     attempt.drifting = Drifting.of(attempt, model, tokenizer)
     attempt.trainer.generic_identity = attempt.drifting.identity
+    attempt.trainer.base_weights = attempt.base_weights
     attempt.frozen_head = fit_head(attempt)  # before any step
     _replay(attempt, tokenizer)
     scaling.settle(attempt, rows)
@@ -181,11 +189,11 @@ def _replay(attempt: AttemptContext, tokenizer: Any) -> None:
         at_once = min(at_once, _MOST_LOGITS // (attempt.drifting.most_tokens * trainer.model.config.vocab_size))
     at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
     weighing = LANGUAGE if text.writes else STATES
-    trainer.replay = replay = Replay(text, rows, at_once, plan.seed, weighing.first)
+    limit = limit_of(plan.preserving.budget, text.writes)
+    trainer.replay = replay = Replay(text, rows, at_once, plan.seed, weighing.first / limit)
     attempt.recorder.phase("reading generic text with the untouched model")
     with attempt.journal.during("evaluation"):
         replay.remember(trainer, attempt.alive)
-    limit = limit_of(plan.preserving.budget, text.writes)
     trainer.add_callback(Steering(attempt, replay, limit, weighing, plan.preserving.steer_steps))
 
 
