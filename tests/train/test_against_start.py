@@ -16,7 +16,7 @@ from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import gain
 from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.tasks import Target
-from fulltune.train.loop.guards import made_worse, too_short
+from fulltune.train.loop.guards import ended_worse, made_worse, too_short
 from fulltune.train.worker.against_start import judged_by
 from tests import tiny
 from tests.train import faults, runs
@@ -54,6 +54,21 @@ def test_run_that_makes_the_model_worse_stops_when_its_loss_has_not_fallen(
             "evaluations in a row, and the train loss has not fallen (1 at the beginning, 1.5 now). Usual cause: a "
             "learning rate that is too high (here 0.0003); take a tenth of it"
         )
+
+
+@pytest.mark.parametrize(
+    ("losses", "action"),
+    [
+        ([1.0] * 3 + [1.5] * 5, "stop"),
+        ([1.0] * 5 + [0.5] * 5, "warn"),  # over-fitted, if anything
+        ([1.0, 1.5, 1.5], "warn"),  # hardly a run
+        ([], "warn"),
+    ],
+)
+def test_run_whose_kept_model_is_worse_stops_when_its_loss_has_not_fallen(losses: list[float], action: str) -> None:
+    found = ended_worse("accuracy is 0.1 lower (standard error 0.02)", losses, 3e-4)
+    assert found.action == action
+    assert found.reason.startswith("training made the model worse: accuracy is 0.1 lower (standard error 0.02) than be")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +158,22 @@ def test_run_that_makes_the_model_worse_ends_with_exit_code_5(tiny_encoder: Path
     assert caught.value.exit_code == 5
     assert [event["step"] for event in runs.events(tmp_path, "eval")] == [0, 5, 10, 15, 20], "of 20 losses"
     assert Outcome.load(next(tmp_path.glob("run/attempts/*/outcome.json"))).status == "diverged"
+
+
+@pytest.mark.parametrize("keeps_best", [True, False])
+def test_short_run_whose_kept_model_is_worse_ends_with_exit_code_5(
+    keeps_best: bool, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """Too short to be stopped before its end."""
+    train = {**TRAIN, "max_steps": 12, "warmup_steps": 0, "load_best_model_at_end": keeps_best}
+    fast = {**BLOCKS, "method": {"learning_rate": 3e-3}}
+    job = runs.job(tmp_path, tiny_encoder, ROWS, train=train, **fast)
+    with (
+        runs.in_this_process(),
+        faults.planted(upwards, lambda step: True),
+        pytest.raises(Diverged, match="training made the model worse: loss is"),
+    ):
+        pipeline.run(job, "train")
 
 
 def test_few_eval_rows_are_not_judged_by(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -67,14 +67,14 @@ def at(drift: float, error: float = 0.0) -> Drift:
         (0.00, 0.0, 0.0, 1 / 1.5),
         (-0.1, 0.0, 0.0, 1 / 1.5),
         (0.00, 0.02, 0.0, 1.5),  # the upper bound counts
-        (0.03, 0.0, 1.0, 1.0),  # at a high rate more passes again
-        (0.02, 0.0, 0.5, 1.0),
+        (0.02, 0.0, 1.0, 1.0),  # at a high rate more passes again
+        (0.015, 0.0, 0.5, 1.0),
         (np.nan, 0.0, 0.0, 1.0),
     ],
 )
 def test_weight_rises_where_the_budget_is_spent(drift: float, error: float, rate: float, expected: float) -> None:
-    found = budget.next_weight(40.0, at(drift, error), 0.01, rate, budget.LANGUAGE)
-    assert found == pytest.approx(40 * expected, rel=1e-6)
+    found = budget.next_weight(20.0, at(drift, error), 0.01, rate, budget.LANGUAGE)
+    assert found == pytest.approx(20 * expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("weighing", [budget.LANGUAGE, budget.STATES])

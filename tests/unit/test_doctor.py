@@ -62,6 +62,11 @@ GOOD = ([0.9, 0.7, 0.62, 0.6], [0.6, 0.7, 0.8, 0.82])
             ["under-fitted"],
         ),
         (log(FALLING, *GOOD, skipped=(40, 44), rollbacks=(30,)), ["bad steps"]),
+        (log([2.3, 2.31, 2.29] * 12, *GOOD, before=0.9), ["got worse"]),  # and no higher rate is advised
+        (log(FALLING, *GOOD, before=0.8), ["sound"]),
+        (log(FALLING, *GOOD, grad_norm=points([NAN, 1.0] * 16)), ["sound"]),  # fp16's scaler at work
+        (log(FALLING, *GOOD, grad_norm=points([1.0] * 27 + [NAN] * 5)), ["diverged"]),
+        (log(FALLING, *GOOD, rate=1e-4, total_steps=900), ["unfinished"]),  # of a run folder without an outcome
         (log(FALLING[:8], [1.5, 1.2], [0.4, 0.5], steps=80), ["too few steps"]),
         (log(FALLING, *GOOD, outcome=outcome("disk_full")), ["disk full"]),
         (log(FALLING, *GOOD, outcome=outcome("spiked")), ["diverged"]),
@@ -89,6 +94,15 @@ def test_findings_of_curves(given: Log, names: list[str]) -> None:
     assert [one.name for one in found] == names
     assert all(one.evidence for one in found)
     assert all(one.advice for one in found if one.name not in ("sound", "disk full"))
+
+
+@pytest.mark.parametrize(
+    ("rollbacks", "said"),
+    [((30,), "rolled back to step 30"), ((30, 0, 0), "rolled back 3 times, to step 30 and the beginning")],
+)
+def test_rollbacks_are_told(rollbacks: tuple[int, ...], said: str) -> None:
+    [found] = diagnose(log(FALLING, *GOOD, rollbacks=rollbacks))
+    assert found.evidence.startswith(said)
 
 
 def test_vanished_gradients_are_told_from_a_rate_that_is_too_low() -> None:
@@ -176,7 +190,13 @@ def test_events_of_tensorboard_are_read(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(tmp_path / "runs"))
+    # An earlier launch: its folder is not the newest.
+    earlier = SummaryWriter(str(tmp_path / "runs" / "earlier"))
+    earlier.add_scalar("train/loss", 9.0, 5000)
+    earlier.close()
+    for file in (tmp_path / "runs" / "earlier").iterdir():
+        os.utime(file, (1, 1))
+    writer = SummaryWriter(str(tmp_path / "runs" / "later"))
     for line in state()["log_history"]:
         for name, value in line.items():
             if name != "step":

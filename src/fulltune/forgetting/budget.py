@@ -41,11 +41,11 @@ class Weighing:
     """Weight at the start, and the least, times the budget's limit."""
     most: float
     """At more hardly less was lost, and less learned; times the limit."""
-    passing: float
-    """At the highest learning rate the drift is so many times more above what is left when the rate has fallen."""
 
 
-LANGUAGE, STATES = Weighing(0.25, 1.0, 2.0), Weighing(0.005, 0.03, 1.5)
+LANGUAGE, STATES = Weighing(0.1, 1.0), Weighing(0.005, 0.03)
+PASSING = 1.0
+"""At the highest learning rate so many times the limit more of drift are allowed: it passes when the rate has fallen."""
 MOST_FACTOR = 1.5
 """By which the weight changes at once."""
 
@@ -65,7 +65,7 @@ def next_weight(weight: float, measured: Drift, limit: float, rate: float, weigh
         rate: The learning rate as a share of its highest: while it is high, more drift passes again.
         weighing: Of the kind of model.
     """
-    allowed = limit * (1 + weighing.passing * rate)
+    allowed = limit * (1 + PASSING * rate)
     if not math.isfinite(upper(measured)):
         return weight
     step = (upper(measured) - allowed) / allowed

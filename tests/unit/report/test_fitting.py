@@ -42,6 +42,10 @@ def curves(train: list[float], held_out: list[float], metric: list[float] | None
         (curves([2.0, 1.99, 1.98, 1.98], [2.0, 1.99, 1.985, 1.98]), "under-fitted", None),  # it had hardly begun
         (curves([2.0, 1.8, 1.8, 1.8], [2.0, 1.8, 1.8, 1.8]), "sound", None),  # nothing is left to learn
         (curves([2.0, 1.0], [1.5, 1.9]), "not known", None),
+        # Before step 1 it was better than ever after: from a linear probe, say.
+        (curves([2.6, 2.2], [5.3, 2.2], [0.23, 0.21], before=0.54), "got worse", 0),
+        (curves([2.6, 1.8, 1.7, 1.6], [2.0, 1.8, 1.7, 1.6], [0.2, 0.3, 0.4, 0.5], before=0.54), "under-fitted", None),
+        (curves([2.0, 1.0, 0.9, 0.8], [2.0, 1.9, 1.95, 1.9], before=1.2), "got worse", 0),
         (curves([2.0, 1.0, 0.4, 0.1], [1.5, float("nan"), 1.5, float("nan")]), "not known", None),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -10,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fulltune import report
+from fulltune import files, report
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.scores import Answer, Confusion, Estimate
 from fulltune.report.run.about_scores import label_table
+from fulltune.report.run.read import read_run
 
 
 class Page(HTMLParser):
@@ -211,6 +213,22 @@ def test_reports_resumed_attempts_say_where_they_continued(classification: Path,
     for text in both(classification):
         assert "One curve over 2 attempts" in text
         assert "step 210" in text
+
+
+def test_steps_that_were_skipped_and_done_again_are_not_called_left_out(
+    classification: Path, kit: SimpleNamespace
+) -> None:
+    """Logged every ten steps, the second attempt's first line is of a later step than those that it did again."""
+    first, second = (classification / "attempts" / f"full-seed42-0{number}" for number in (1, 2))
+    lines = (first / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    skips = [json.dumps({"kind": "skipped", "step": step, "reason": "bad", "rows": [1]}) for step in (44, 103, 104)]
+    (first / "metrics.jsonl").write_text("\n".join([*lines, *skips]) + "\n", encoding="utf-8")
+    kit.write_lines(second / "metrics.jsonl", kit.curve_lines(110, 300))
+    files.write_json(second / "request.json", {"checkpoint": "checkpoints/full-seed42/checkpoint-100"})
+    kit.outcome(attempt=2).save(second / "outcome.json")
+    history = read_run(classification).history_of("full-seed42")
+    assert history.skipped == (44,)
+    assert history.restarts == (101,)
 
 
 def test_reports_draw_the_metric_that_chose_and_list_the_others(classification: Path, kit: SimpleNamespace) -> None:

@@ -74,7 +74,7 @@ def _key_figures(view: RunView) -> list[tuple[str, str]]:
     if outcomes:
         last = outcomes[-1]
         figures += [
-            ("training", last.status.replace("_", " ")),
+            ("training", words.status(last.status)),
             ("steps", f"{attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
@@ -137,10 +137,12 @@ def _how_to_go_on(status: str | None) -> str:
             return "There is no trained model in this run folder. 'fulltune run RECIPE' continues where the run ended."
         case "interrupted" | "killed" | "crashed" | "hung":
             return f"The run was {status}: the same 'fulltune run' command continues from the last checkpoint."
+        case "diverged" | "spiked":
+            return "There is no trained model in this run folder. Run it again with a lower learning rate."
         case "done":
             return "Training is done, but the model folder is gone: 'fulltune run RECIPE' makes it again."
         case _:
             return (
                 "There is no trained model in this run folder. Read 'Training' above for what happened, change the "
-                "recipe accordingly (for a loss that is not finite: a lower learning rate), and run it again."
+                "recipe accordingly, and run it again."
             )

@@ -238,7 +238,7 @@ def _judge_end(attempt: AttemptContext, state: Any) -> None:
     seen = attempt.trainer.seen
     keeps_good = seen.level and attempt.recipe.train.load_best_model_at_end
     # Within a budget for forgetting the untouched model is kept then.
-    if decision.action == "go on" and seen.behind and not keeps_good and attempt.recipe.preserve.limit is None:
+    if decision.action != "stop" and seen.behind and not keeps_good and attempt.recipe.preserve.limit is None:
         decision = ended_worse(seen.behind_by, losses, attempt.highest_rate, attempt.untrained_loss)
     if decision.action == "stop" or (decision.action == "warn" and attempt.plan.rollbacks):
         raise Diverged(decision.reason)

@@ -81,6 +81,19 @@ def test_step_is_skipped_when_it_is_not_finite_or_loss_and_norm_are_both_far_abo
         assert judged.seen.skipped == (201,)
 
 
+@pytest.mark.parametrize(
+    ("loss", "norm", "share", "action"),
+    [
+        (2.0, 4.0, 1.0, "skip"),
+        (2.0, 4.0, 1 / 8, "go on"),  # two rows of sixteen: both may be so by chance
+        (9.0, 4.0, 1 / 8, "go on"),
+        (9.0, 200.0, 1 / 8, "skip"),
+    ],
+)
+def test_step_with_few_rows_may_be_farther_off(loss: float, norm: float, share: float, action: str) -> None:
+    assert judge(after(200), 201, loss, norm, share=share).action == action
+
+
 def test_nothing_is_suspect_before_there_is_something_to_compare_with() -> None:
     assert judge(after(LEAST - 1), 40, 9.0, 200.0).action == "go on"
     assert judge(after(LEAST), 40, 9.0, 200.0).action == "skip"
