@@ -102,14 +102,8 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
         distributed.start_deepspeed(arguments)
     transformers.set_seed(plan.seed)
     begin = partial(attempt.observed.measure, plan.device, target.problem_type)
-
-    def untouched(model: Any, tokenizer: Any) -> None:
-        if attempt.sharing is None or attempt.sharing.stage != 3:
-            attempt.base_weights = checkpoints.weights_seen(model)
-        _start_head(attempt, arguments.device, model, tokenizer)
-
     attempt.applied, tokenizer = load_for_training(
-        recipe, task, target, begin, partial(setattr, attempt, "head"), untouched
+        recipe, task, target, begin, partial(setattr, attempt, "head"), partial(_untouched, attempt, arguments.device)
     )
     model = attempt.applied.model
     if plan.device == "cpu":
@@ -224,6 +218,13 @@ def mixed_ranges(summary: DataSummary) -> tuple[Mixed, ...]:
         Mixed(range(start, end), source.rows_per_epoch)
         for source, (start, end) in zip(summary.mixed, pairwise(ends), strict=True)
     )
+
+
+def _untouched(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
+    """What the pretrained model is asked for before any method is applied."""
+    if attempt.sharing is None or attempt.sharing.stage != 3:
+        attempt.base_weights = checkpoints.weights_seen(model)
+    _start_head(attempt, device, model, tokenizer)
 
 
 def _start_head(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
