@@ -45,7 +45,7 @@ class Weighing:
 
 LANGUAGE, STATES = Weighing(0.1, 1.0), Weighing(0.005, 0.03)
 PASSING = 1.0
-"""So many times the limit more of drift are allowed at the highest learning rate: it passes when the rate has fallen."""
+"""So many times the limit more of drift are let pass at the highest learning rate: they are gone when it has fallen."""
 MOST_FACTOR = 1.5
 """By which the weight changes at once."""
 
