@@ -1,4 +1,5 @@
-"""What the run guard costs: the seconds in its own code, as a share of the training steps of the same run.
+"""What the run guard costs: the seconds in its own code, as a share of the training steps of the same run, and the
+bytes that it holds while a step is judged, as a share of weights, gradients and moments.
 
     FULLTUNE_BENCH_DATA=... python bench/guard_cost.py FOLDER [--steps 150] [--kinds classes-minilm]
 
@@ -11,6 +12,7 @@ are the shortest there are.
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 import time
 from collections import Counter
@@ -22,6 +24,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
 from clean_steps import KINDS, prepared
 from tests.train.runs import in_this_process
 
@@ -38,11 +41,20 @@ PARTS = (
 )
 
 
-def timed(of: Any, name: str, seconds: Counter[str]) -> Any:
-    """Patch a function by one that counts its seconds."""
+def held(trainer: FullTrainer, meter: UpdateMeter | None) -> int:
+    """Bytes that are kept for the guard: random states, micro batches, what it remembers, and sampled weights."""
+    tensors = [*trainer._random, *(one for batch in trainer.batches for one in batch.values())]
+    tensors += list(meter._before.values()) if meter else []
+    remembered = sys.getsizeof(pickle.dumps(trainer.seen)) + (trainer.start.nbytes if trainer.start is not None else 0)
+    return remembered + sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor))
+
+
+def timed(of: Any, name: str, seconds: Counter[str], look: Callable[[Any], None] = lambda of: None) -> Any:
+    """Patch a function by one that counts its seconds; before it, its first argument is looked at."""
     real: Callable[..., Any] = getattr(of, name)
 
     def counting(*given: Any, **named: Any) -> Any:
+        look(given[0])
         began = time.perf_counter()
         try:
             return real(*given, **named)
@@ -60,16 +72,27 @@ def measure(folder: Path, kind: str, steps: int) -> None:
         load_recipe(place / "recipe.yaml", chosen), run_folder=folder / f"cost-{kind}", listener=lambda event: None
     )
     seconds: Counter[str] = Counter()
+    most, state, meters = 0, 0, list[UpdateMeter]()
+
+    def weigh(trainer: Any) -> None:
+        nonlocal most, state
+        most = max(most, held(trainer, meters[-1] if meters else None))
+        state = 4 * sum(one.nbytes for one in trainer.model.parameters())
+
+    looks = {"_judge": weigh, "on_step_begin": meters.append}
     with ExitStack() as patches:
         patches.enter_context(in_this_process())
         for of, name in PARTS:
-            patches.enter_context(timed(of, name, seconds))
+            patches.enter_context(timed(of, name, seconds, looks.get(name, lambda of: None)))
         patches.enter_context(timed(FullTrainer, "_run_epoch", seconds))
         pipeline.run(job, "train")
     whole = seconds.pop("_run_epoch")
     share = sum(seconds.values()) / whole
     parts = ", ".join(f"{name} {1e6 * value / steps:.0f} us" for name, value in seconds.items())
     print(f"{kind}: {1e3 * whole / steps:.1f} ms a step with evaluations, of which the guard {share:.2%} ({parts})")
+    print(
+        f"{kind}: holds {most:,} bytes, {most / state:.3%} of {state / 2**20:,.0f} MiB of weights, gradients and moments"
+    )
 
 
 def main() -> None:

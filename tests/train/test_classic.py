@@ -510,8 +510,8 @@ class _OwnLoss(Trainer):
 @pytest.mark.parametrize(
     ("kind", "factor", "logging", "said"),
     [
-        (Trainer, 50.0, "no", "the loss diverged: it began at 0"),
-        (Trainer, 50.0, "steps", "the loss diverged: it began at 0"),
+        (Trainer, 50.0, "no", "the loss diverged: before any update it was at most 0"),
+        (Trainer, 50.0, "steps", "the loss diverged: before any update it was at most 0"),
         (Trainer, 2.7, "no", "the loss ended higher than it began: 0"),
         (Trainer, 1.0, "steps", ""),
         (_OwnLoss, 50.0, "steps", ""),

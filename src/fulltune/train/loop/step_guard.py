@@ -25,9 +25,6 @@ LEAST = 32
 """Clean steps below which nothing is suspect but what is not finite."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
 """Robust standard deviations above the median."""
-NORM_RAISED, LOSS_SURE = 1.0, 12.0
-"""The same of a loss that is so far off that the norm has to say less: where rows are known by heart, norms of clean
-steps are spread over decades. No clean step's loss was farther off than 6.3 (`bench/clean_steps.py`)."""
 LEAST_NORM_SPREAD = 0.15
 """Of the norm's logarithm, so that three of them are 1.6 times the median."""
 LEAST_LOSS_SPREAD = 0.05
@@ -191,8 +188,7 @@ def _suspect(seen: StepMemory, loss: float, norm: float | None, share: float) ->
     wider = 1 / math.sqrt(min(1.0, share)) if share > 0 else 1.0
     longer = math.log(wider)
     norm_off, loss_off = (math.log(norm) - usual - longer) / spread / wider, (loss - usual_loss) / loss_spread / wider
-    is_far = norm_off > NORM_SCORE and loss_off > LOSS_SCORE
-    if not is_far and not (norm_off > NORM_RAISED and loss_off > LOSS_SURE):
+    if norm_off <= NORM_SCORE or loss_off <= LOSS_SCORE:
         return ""
     times = math.exp(math.log(norm) - usual)
     return f"gradient norm {times:.3g} times the median, loss {loss:.3g} where {usual_loss:.3g} is usual"
