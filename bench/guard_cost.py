@@ -90,9 +90,8 @@ def measure(folder: Path, kind: str, steps: int) -> None:
     share = sum(seconds.values()) / whole
     parts = ", ".join(f"{name} {1e6 * value / steps:.0f} us" for name, value in seconds.items())
     print(f"{kind}: {1e3 * whole / steps:.1f} ms a step with evaluations, of which the guard {share:.2%} ({parts})")
-    print(
-        f"{kind}: holds {most:,} bytes, {most / state:.3%} of {state / 2**20:,.0f} MiB of weights, gradients and moments"
-    )
+    size = f"{state / 2**20:,.1f} MiB of weights, gradients and moments"
+    print(f"{kind}: holds {most:,} bytes, {most / state:.3%} of {size}")
 
 
 def main() -> None:

@@ -67,7 +67,6 @@ def several(
             False,
             "skip",
         ),  # a norm of 1.4 times the usual one, and a loss that is farther off than any clean one
-        (1.8, 2.8, False, "go on"),
         (1.0, 200.0, False, "go on"),  # clipped
         (0.0, 200.0, False, "go on"),
         (9.0, 200.0, False, "skip"),
