@@ -75,6 +75,7 @@ WANTED = {
     "prompts-llama": Wanted(3e-3, 260),
     "written-t5": Wanted(3e-3, 260),
     "classes-minilm": Wanted(5e-5, 160, batch=4),
+    "numbers-bert": Wanted(1e-3, 260),  # an encoder whose runs are short
 }
 
 
