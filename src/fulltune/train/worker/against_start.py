@@ -87,7 +87,8 @@ class AgainstStart(TrainerCallback):
         behind = trainer.seen.behind + 1 if is_worse and not is_early else 0
         way = "lower" if measure.greater_is_better else "higher"
         what = f"{measure.name} is {abs(better):.3g} {way} (standard error {error:.2g})"
-        level = trainer.seen.level or not is_worse
+        # A loss in the place of the run's metric does not say at the end that what is kept is worse.
+        level = trainer.seen.level or not is_worse or measure.name != attempt.plan.metric
         trainer.seen = replace(trainer.seen, behind=behind, behind_by=what, level=level)
         decision = made_worse(behind, what, logged(state, "loss"), attempt.highest_rate, attempt.untrained_loss)
         if decision.action == "stop":

@@ -235,13 +235,15 @@ def _judge_end(attempt: AttemptContext, state: Any) -> None:
     losses, eval_losses = logged(state, "loss"), logged(state, "eval_loss")
     decision = ended_high(losses, eval_losses, attempt.highest_rate, attempt.untrained_loss)
     # One that had to go back, and ended above where it began all the same, did not come through.
+    if decision.action == "stop" or (decision.action == "warn" and attempt.plan.rollbacks):
+        raise Diverged(decision.reason)
     seen = attempt.trainer.seen
     keeps_good = seen.level and attempt.recipe.train.load_best_model_at_end
     # Within a budget for forgetting the untouched model is kept then.
-    if decision.action != "stop" and seen.behind and not keeps_good and attempt.recipe.preserve.limit is None:
+    if seen.behind and not keeps_good and attempt.recipe.preserve.limit is None:
         decision = ended_worse(seen.behind_by, losses, attempt.highest_rate, attempt.untrained_loss)
-    if decision.action == "stop" or (decision.action == "warn" and attempt.plan.rollbacks):
-        raise Diverged(decision.reason)
+        if decision.action == "stop":
+            raise Diverged(decision.reason)
     if decision.action == "warn":
         attempt.journal.write("warning", decision.reason)
         attempt.recorder.warn(decision.reason)
