@@ -19,6 +19,7 @@ from fulltune.tasks import Target
 from fulltune.train.loop.guards import ended_worse, made_worse, too_short
 from fulltune.train.worker.against_start import judged_by
 from tests import tiny
+from tests.cases import others_long
 from tests.train import faults, runs
 
 ROWS = tiny.topic_rows(96)
@@ -160,7 +161,7 @@ def test_run_that_makes_the_model_worse_ends_with_exit_code_5(tiny_encoder: Path
     assert Outcome.load(next(tmp_path.glob("run/attempts/*/outcome.json"))).status == "diverged"
 
 
-@pytest.mark.parametrize("keeps_best", [True, False])
+@pytest.mark.parametrize("keeps_best", others_long((True, False), True))
 def test_short_run_whose_kept_model_is_worse_ends_with_exit_code_5(
     keeps_best: bool, tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -184,7 +184,7 @@ ANSWERED: dict[str, Any] = {
 """Learns its answers: the loss falls from 6 to 0.5, as steadily as in real runs."""
 
 
-@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("count", others_long((3, 5), 5))
 def test_corrupted_rows_are_left_out_and_many_of_them_are_gone_back_from(count: int, tmp_path: Path) -> None:
     seen: list[Event] = []
     model = tiny.save_model(tmp_path / "model", "llama")
