@@ -30,6 +30,8 @@ from fulltune.train.worker.within_budget import Line, Watched
 from tests.train.runs import in_this_process
 from tests.train.small_comparisons import METHODS, job
 
+# Where the head starts best only long runs are better than the untouched model.
+LEARNS = [{**one, "head_init": "random"} for one in METHODS if isinstance(one, dict)]
 FEW_POINTS: Any = {"SHARES": {"whole": (1.0, 0.5), "by layer": ()}, "BISECTIONS": 0}
 
 
@@ -37,6 +39,11 @@ def held(folder: Path, budget: str = "1%", methods: list[Any] = METHODS, **block
     probe = folder / "probe.txt"
     probe.write_text("".join(f"text number {n} says nothing new\n" for n in range(130)), encoding="utf-8")
     return job(folder, methods, preserve={"budget": budget, "probe": str(probe)}, **blocks)
+
+
+def feasible(folder: Path) -> pipeline.Run:
+    """Something is learned within the budget."""
+    return held(folder, "20%", LEARNS, evaluate={"metric": "loss"})
 
 
 def compare(one: pipeline.Run) -> Comparison:
@@ -79,22 +86,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, C
             mock.patch("fulltune.train.worker.weights.save_model", side_effect=RuntimeError("a fault")),
             pytest.raises(FulltuneError, match="a fault"),
         ):
-            compare(held(folder))  # before its model was saved
+            compare(feasible(folder))  # before its model was saved
         with (
             mock.patch.object(trials, "keep_rows", side_effect=InterruptedRun("stopped by the test")),
             pytest.raises(InterruptedRun),
         ):
-            compare(held(folder))  # before its result was
-        yield folder / "run", compare(held(folder)), seen
+            compare(feasible(folder))  # before its result was
+        yield folder / "run", compare(feasible(folder)), seen
 
 
 @pytest.mark.slow
 def test_comparison_of_one_seed_each_is_held_and_reads_sealed_texts_for_its_certificates_alone(tmp_path: Path) -> None:
     with watched() as seen:
-        # Where the head starts best only long runs are better than the untouched model.
-        methods = [{**one, "head_init": "random"} for one in METHODS if isinstance(one, dict)]
         blocks = {"train": {"max_steps": 6}, "compare": {"seeds": 1}, "evaluate": {"metric": "loss"}}
-        one = held(tmp_path, "20%", methods, **blocks)
+        one = held(tmp_path, "20%", LEARNS, **blocks)
         found = compare(one)
     assert [f"{run.arm}-seed{run.seed}" for run in found.held] == ["full-seed42", "lora-seed42"]
     assert seen.opened == [run.preserved.trial for run in found.held if run.preserved.is_feasible] != []
@@ -156,7 +161,7 @@ def test_every_whole_run_is_within_the_budget_and_has_its_record(
         )
         assert result.metric == one.preserved.chosen.metric
         assert one.preserved.is_feasible is (sealed is not None)
-        assert sealed is None or sealed.upper <= one.preserved.limit == 0.01
+        assert sealed is None or sealed.upper <= one.preserved.limit == 0.2
 
 
 @pytest.mark.long
@@ -182,11 +187,11 @@ def test_short_trials_are_free_and_a_rate_is_judged_by_what_was_trained(
     finished: tuple[Path, Comparison, Seen],
 ) -> None:
     folder, found, _ = finished
-    context = comparing.Context(held(folder.parent), DataSummary.load(folder / "data" / "summary.json"), "test")
+    context = comparing.Context(feasible(folder.parent), DataSummary.load(folder / "data" / "summary.json"), "test")
     free = context.trial_recipe(search_trial("full", 1e-3, 0.1, 42)).preserve
     assert (free.budget, free.drift) == (None, False)
     whole = Trial(name="full-seed42", arm="full", learning_rate=3e-3, seed=42)
-    assert context.trial_recipe(whole).preserve.budget == "1%"
+    assert context.trial_recipe(whole).preserve.budget == "20%"
     assert context.trial_plan(whole, context.trial_recipe(whole)).preserving is not None
     result = TrialResult.load(context.result_path("full-seed42"))
     one = next(one.preserved for one in found.held if one.preserved.trial == "full-seed42")
