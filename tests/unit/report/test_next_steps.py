@@ -105,6 +105,11 @@ def test_budget_that_holds_a_model_back_says_what_would_not(found: Preserved | N
         ({"loss": FALLING, "searched": frozenset({"train.num_train_epochs"})}, ["no reason"], [LONGER]),
         ({"over_fitted_from": 100, "loss": FALLING}, ["from step 100 on", "num_train_epochs=0.5"], [LONGER, LOWER]),
         ({"over_fitted_from": 100, "by_steps": True}, ["train.max_steps=100"], ["num_train_epochs"]),
+        (
+            {"got_worse": "Got worse: x.", "loss": FALLING},
+            ["Got worse: x. Try a tenth", "learning_rate=3e-05"],
+            [LONGER],
+        ),
         ({"blind": "All is b"}, ["All is b. Try a lower", LOWER, "learning_rate=0.0009"], [LONGER]),
         ({"blind": "All is b", "loss": FALLING}, ["All is b. The train loss", LONGER], [LOWER]),
         ({"blind": "All is b", "weights_may_help": True}, ["class_weights=balanced"], ["learning_rate", LONGER]),

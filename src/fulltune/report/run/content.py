@@ -138,7 +138,10 @@ def _how_to_go_on(status: str | None) -> str:
         case "interrupted" | "killed" | "crashed" | "hung":
             return f"The run was {status}: the same 'fulltune run' command continues from the last checkpoint."
         case "diverged" | "spiked":
-            return "There is no trained model in this run folder. Run it again with a lower learning rate."
+            return (
+                "There is no trained model in this run folder. Read 'Training' above for what happened; most often "
+                "a lower learning rate helps."
+            )
         case "done":
             return "Training is done, but the model folder is gone: 'fulltune run RECIPE' makes it again."
         case _:

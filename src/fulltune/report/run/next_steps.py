@@ -68,6 +68,8 @@ class RunFacts:
     """Settings that a search has tried: it is not for a reader to try them again."""
     over_fitted_from: int | None = None
     """The step after which the eval rows were answered worse while the train rows were still learned."""
+    got_worse: str = ""
+    """That no evaluation was as good as the one before step 1, in words; empty: one was."""
     metric_name: str = "accuracy"
     greater_is_better: bool = True
     blind: str = ""
@@ -102,6 +104,7 @@ def facts_of(view: RunView, headline: Headline) -> RunFacts | None:
         verdict=headline.kind,
         searched=frozenset(name for settings in tried for name in settings),
         over_fitted_from=fit.turn if fit.kind == "over-fitted" else None,
+        got_worse=fit.sentences[0] if fit.kind == "got worse" and fit.turn == 0 else "",
         learning_rate=plan.learning_rate,
         last_as_good=bool(outcome.kept_because),
         epochs=plan.num_train_epochs,
@@ -155,7 +158,9 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
     grew, is_sure = _loss_grew(run.loss)
     passed = _best_long_ago(run)
     has_free_rate, has_free_length = _RATE not in run.searched, not run.searched & _LENGTH
-    if grew and has_free_rate:
+    if run.got_worse and has_free_rate:
+        found.append(f"{run.got_worse.rstrip('.')}. Try a tenth of the learning rate: {_rate(run, 1 / 10)}")
+    elif grew and has_free_rate:
         found.append(f"{grew}. A likely cause: the learning rate is too high. Try a third of it: {lower}")
     elif passed and has_free_rate:
         found.append(f"{passed}. Try a lower rate: {lower}")
@@ -165,7 +170,7 @@ def next_steps(run: RunFacts) -> tuple[str, ...]:
         found.append(
             f"The run is over-fitted from step {turn:,} on (see 'Learning curves'). Stop there: {_shorter(run, turn)}"
         )
-    elif not (is_sure or passed) and (longer := _reasons_to_go_on(run)):
+    elif not (is_sure or passed or run.got_worse) and (longer := _reasons_to_go_on(run)):
         found.append(f"{listed(longer)}. Train for longer: {_longer(run)}")
     if run.weights_may_help:
         weights = "Let rare labels count more: --set train.class_weights=balanced"

@@ -52,10 +52,11 @@ def _bad_rows(model: Any, batch: Mapping[str, Any]) -> str:
             rows = (~values.reshape(len(values), -1).isfinite()).any(1).nonzero().flatten().tolist()
             if rows:
                 return f"{name} of row {rows[0] + 1} of its batch is not finite"
-    tokens, table = batch.get("input_ids"), model.get_input_embeddings()
-    if isinstance(tokens, torch.Tensor) and int(tokens.max()) >= len(table.weight):
-        row = int((tokens >= len(table.weight)).any(-1).nonzero()[0])
-        return f"row {row + 1} of its batch has the token {int(tokens.max())}, and the model knows {len(table.weight)}"
+    tokens = batch.get("input_ids")
+    if isinstance(tokens, torch.Tensor):
+        known = len(model.get_input_embeddings().weight)
+        if rows := (tokens >= known).flatten(1).any(1).nonzero().flatten().tolist():
+            return f"row {rows[0] + 1} of its batch has the token {int(tokens.max())}, and the model knows {known}"
     return ""
 
 

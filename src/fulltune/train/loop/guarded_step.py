@@ -102,8 +102,6 @@ class Guarded:
     usual_loss: float = 0.0
     """What is logged in the place of a loss that is not finite: that of the last clean step."""
 
-    _most_rows: float = 0.0
-    """Of a step so far, on average over the processes."""
     _has_trained: bool = False
 
     def train(self, *positional: Any, **keywords: Any) -> Any:
@@ -258,7 +256,6 @@ class Guarded:
         values = [losses, rows] if norm is None else [losses, rows, norm]
         # A norm is the same in each process.
         loss, rows, known = ([one / self.accelerator.num_processes for one in self._summed(*values)] + [None])[:3]
-        self._most_rows = max(self._most_rows, rows)
         finite = known is None or math.isfinite(known)
         scaler = None if finite else getattr(self.accelerator, "scaler", None)
         # Reading the scale is another wait for the device.
@@ -268,8 +265,7 @@ class Guarded:
         # DeepSpeed has updated already: a suspect step is too late to be skipped.
         own = self.judges_finite_only or self.is_deepspeed_enabled
         step = self.state.global_step + 1
-        share = rows / self._most_rows if rows else 1.0
-        return step_guard.judge(self.seen, step, loss, known, share=share, scaled=scaled, own=own), loss, known
+        return step_guard.judge(self.seen, step, loss, known, rows=rows, scaled=scaled, own=own), loss, known
 
     @property
     def _can_repeat(self) -> bool:

@@ -56,6 +56,8 @@ class StepMemory:
     """Median loss of the first `LEAST` clean steps, once there are so many."""
     skipped: tuple[int, ...] = ()
     """The last steps that were skipped."""
+    most_rows: float = 0.0
+    """Of a step so far, per process."""
     behind: int = 0
     """Evaluations in a row in which the model was worse than before step 1."""
     behind_by: str = ""
@@ -95,7 +97,7 @@ def judge(
     loss: float,
     norm: float | None,
     *,
-    share: float = 1.0,
+    rows: float = 0.0,
     scaled: bool = False,
     own: bool = False,
 ) -> Judged:
@@ -106,11 +108,12 @@ def judge(
         step: The optimizer step, from 1.
         loss: Its loss, over all processes.
         norm: Of its gradients, before clipping; None where there is none.
-        share: Of a whole batch's rows, that the step has: an epoch's last one may have few.
+        rows: That the step has, per process: an epoch's last one may have few; 0: not known.
         scaled: The loss is scaled up, for fp16: a norm that is not finite means that it is by too much, and the scaler
             skips the step. Not where the scale has come down to below 1 and the norm still is not.
         own: The loss is the user's own and may rise for good reasons: only what is not finite is judged.
     """
+    seen = replace(seen, most_rows=max(seen.most_rows, rows))
     if scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
         return Judged("go on", seen)
     if what := _not_finite(loss, norm):
@@ -119,7 +122,7 @@ def judge(
     recently = tuple(one for one in seen.skipped if step - STAYS < one < step)
     if own:
         return Judged("go on", replace(seen, skipped=recently))
-    if reason := _suspect(seen, loss, norm, share):
+    if reason := _suspect(seen, loss, norm, rows):
         return _skipped(seen, step, reason, "corrupted rows")
     log_norm = (math.log(norm),) if norm is not None and norm > 0 else ()
     losses = (*seen.losses, loss)
@@ -177,7 +180,7 @@ def _skipped(seen: StepMemory, step: int, reason: str, causes: str, in_a_row: in
     return Judged("stop", now, said, skipped[0])
 
 
-def _suspect(seen: StepMemory, loss: float, norm: float | None, share: float) -> str:
+def _suspect(seen: StepMemory, loss: float, norm: float | None, rows: float) -> str:
     """Why a step is suspect; empty: it is not. With few rows a mean of them is spread more widely, by the root of their
     number, and their gradient is longer by about as much."""
     if norm is None or norm <= 0 or seen.first is None or len(seen.log_norms) < LEAST:
@@ -185,7 +188,7 @@ def _suspect(seen: StepMemory, loss: float, norm: float | None, share: float) ->
     norms, losses = seen.log_norms, seen.losses[-WINDOW:]
     usual, spread = _usual(norms, LEAST_NORM_SPREAD)
     usual_loss, loss_spread = _usual(losses, LEAST_LOSS_SPREAD * abs(seen.first))
-    wider = 1 / math.sqrt(min(1.0, share)) if share > 0 else 1.0
+    wider = math.sqrt(seen.most_rows / rows) if rows else 1.0
     longer = math.log(wider)
     norm_off, loss_off = (math.log(norm) - usual - longer) / spread / wider, (loss - usual_loss) / loss_spread / wider
     if norm_off <= NORM_SCORE or loss_off <= LOSS_SCORE:
