@@ -302,7 +302,6 @@ def exhibit(folder: Path, name: str, seed: int) -> None:
     asked = [*QUESTIONS, problems[0]["question"]]
     models = {"untouched": _base(place)} | {arm: str(place / f"{arm}-{seed}/models/full") for arm in ("free", "held")}
     before: dict[str, np.ndarray] = {}
-    chat: Any = None
     for which, model_folder in models.items():
         base = Base.of(ModelBlock(name=model_folder), "causal-lm")
         model = load(base, {}, head_is_new=False).float().eval()
@@ -311,10 +310,10 @@ def exhibit(folder: Path, name: str, seed: int) -> None:
             found = GenericText.of(them, base.processor, "text", "fp32", 128).read(model)
             moved = measured(before.setdefault(about, found), found)
             print(f"{which}: {about}: loss {found.mean():.3f}, rise {moved.drift:.3f} ± {moved.error:.3f}", flush=True)
-        # What was trained on raw text is saved without a chat template: the questions are put as before.
-        chat = chat or base.processor
         chats = [
-            chat.apply_chat_template([{"role": "user", "content": one}], add_generation_prompt=True, return_dict=False)
+            base.processor.apply_chat_template(
+                [{"role": "user", "content": one}], add_generation_prompt=True, return_dict=False
+            )
             for one in asked
         ]
         torch.manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulltune.errors import RecipeError
 from fulltune.inference.store import Rows
@@ -48,6 +48,8 @@ def test_packed_run_learns(tmp_path: Path) -> None:
     untouched, trained = reached.scores
     assert untouched.kind == "untouched"
     assert trained.metrics["loss"].value < untouched.metrics["loss"].value / 2
+    saved = AutoTokenizer.from_pretrained(reached.folder / "models" / "full")
+    assert saved.chat_template == AutoTokenizer.from_pretrained(model).chat_template is not None
 
 
 def token_losses(model: Any, rows: Rows) -> dict[tuple[int, ...], np.ndarray]:

@@ -195,11 +195,8 @@ def template_as_trained(target: Target, tokenizer: PreTrainedTokenizerBase) -> s
     """A chat template that asks as the model was trained, for what reads messages (pipelines, servers).
 
     Prompts were trained as they stand, without the template that the tokenizer came with, which would ask in a form
-    that the model has not seen. None: raw text has no questions, or the tokenizer reads opening tokens that a template
-    writes otherwise than its own.
+    that the model has not seen. None: the tokenizer reads opening tokens that a template writes otherwise than its own.
     """
-    if target.problem_type == "text":
-        return None
     opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
     said = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
     each = f"{said}{{{{ {json.dumps(target.joint)} }}}}{{% endif %}}"

@@ -25,7 +25,10 @@ HOW_TO_ASK: dict[ProblemType, str] = {
         "must look as below; if this folder has a chat template, it writes a user's message in just that form."
     ),
     "chat": "The model was trained on conversations, in the form of the chat template in this folder.",
-    "text": "The model was trained on raw text, without a chat template: it continues a text from its beginning.",
+    "text": (
+        "The model was trained on raw text: it continues a text from its beginning. A chat template in this folder "
+        "is that of the pretrained model, and was not trained."
+    ),
 }
 """Problem type to how a language model is asked."""
 

@@ -191,7 +191,7 @@ def save_model(
         save(applied, part, recipe.task, applied.model.name_or_path)
     if state is not None:
         _note_type(part / "config.json", state)
-    if summary.problem_type in ("prompt_completion", "text"):
+    if summary.problem_type == "prompt_completion":  # trained on raw text a chat model is one still
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = causal_lm.template_as_trained(Target.of(summary), tokenizer)
     tokenizer.save_pretrained(part)
