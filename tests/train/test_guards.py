@@ -702,3 +702,47 @@ def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(
         "ended"
     )
     assert Outcome.load(request.folder / "outcome.json") == found
+
+
+@pytest.mark.parametrize(
+    ("beaten", "saved", "told"),
+    [
+        ("7", (2, 4), "after step 7; step 4 is saved"),
+        ("7", (), "after step 7; there is no checkpoint yet"),
+        ("", (), "before step 1"),
+    ],
+)
+def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
+    beaten: str,
+    saved: tuple[int, ...],
+    told: str,
+    tiny_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = runs.job(tmp_path, tiny_encoder, ROWS)
+    request = Request(
+        run_folder=str(tmp_path), recipe=job.recipe, plan=plan(), attempt=1, checkpoint=None, parent_pid=None
+    )
+    request.folder.mkdir(parents=True)
+    for step in (*saved, 6):
+        (request.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        if step in saved:
+            checkpoints.seal(request.checkpoints / f"checkpoint-{step}")
+    script = tmp_path / "python"
+    beat = f"printf {beaten} > {request.folder}/heartbeat" * bool(beaten)
+    up = f"""echo '{{"kind": "warning", "text": "up"}}' > {request.folder}/metrics.jsonl"""
+    script.write_text(f"#!/bin/sh\ntrap '' TERM\n{beat}\n{up}\nsleep 600\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(spawn.sys, "executable", str(script))
+    said = []
+
+    def impatient(event: Event) -> None:
+        said.append(event.text)
+        for _ in range(1 if event.text == "up" else 2):
+            signal.raise_signal(signal.SIGTERM)
+
+    found = child.run(request, impatient)
+
+    assert (said[0], said[1][:13], len(said)) == ("up", "asked to stop", 2)
+    assert (found.status, found.reason) == ("interrupted", f"interrupted {told}")

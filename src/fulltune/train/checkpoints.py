@@ -100,6 +100,11 @@ def newest_healthy(folder: Path, before: int) -> Path | None:
     return None
 
 
+def last_saved(folder: Path) -> int:
+    """The step of the newest checkpoint that was finished; 0: there is none."""
+    return max((number_in(one) for one in folder.glob("checkpoint-*") if (one / SEAL).exists()), default=0)
+
+
 def keep_few(folder: Path, limit: int, best_step: int | None) -> None:
     """Delete all but the newest `limit` whole checkpoints, the best one, and what was the best one when those were
     saved: a run that goes back has it for its best one again. That is one checkpoint besides the `limit` at most."""

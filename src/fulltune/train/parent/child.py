@@ -16,6 +16,7 @@ from fulltune.records.events import Event, Listener, Warned, event_of
 from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.text import parse_seconds
+from fulltune.train.checkpoints import last_saved
 from fulltune.train.journal import HEARTBEAT, last_step, phase_of
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
@@ -111,9 +112,12 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
         return told
     status: OutcomeStatus
     if asked:
-        done = last_step(request.folder)
-        after = f"after step {done:,}; what its last checkpoint has is saved" if done else "before the first step"
-        status, reason = "interrupted", f"interrupted {after}"
+        done, saved = last_step(request.folder), last_saved(request.checkpoints)
+        kept = f"step {saved:,} is saved" if saved else "there is no checkpoint yet"
+        status, reason = (
+            "interrupted",
+            f"interrupted after step {done:,}; {kept}" if done else "interrupted before step 1",
+        )
     elif killed and killed_by_kernel:
         status, reason = "out_of_memory", "the kernel killed the training process because memory ran out"
     elif about_memory:
