@@ -27,13 +27,10 @@ from fulltune.train.loop.guards import (
     stopped_improving,
 )
 from fulltune.train.loop.sampler import GlobalBatchSampler
-from fulltune.train.parent import child, spawn
-from fulltune.train.request import Request
 from fulltune.train.worker import attempt
 from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.contract.command import fulltune
-from tests.plans import outcome, plan
 from tests.train import runs
 
 INF, NAN = math.inf, math.nan
@@ -636,113 +633,3 @@ def test_signal_handlers_are_put_back_after_a_run_in_this_process(tiny_encoder: 
     runs.run(tmp_path, tiny_encoder, ROWS, train={"max_steps": 1, "warmup_steps": 0})
 
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-# ---- what a child process leaves -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("left", "end", "status"),
-    [
-        ({"": "done"}, "exit 0", "done"),
-        # The first process only saw that another one was gone.
-        ({"": "error", "-rank1": "out_of_memory"}, "exit 1", "out_of_memory"),
-        ({"": "error", "-rank1": "error"}, "exit 1", "error"),
-        ({"": "error"}, "echo 'traceback : Signal 9 (SIGKILL) received by PID 7'; exit 1", "killed"),
-        ({"-rank1": "stopped_by_guard"}, "exit 1", "stopped_by_guard"),
-        ({}, "kill -9 $$", "killed"),
-        ({}, "echo '  what():  std::bad_alloc'; exit 134", "out_of_memory"),
-        ({"": "error"}, "echo 'memory allocation of 80 bytes failed'; exit 1", "out_of_memory"),
-        ({}, "echo broken; exit 3", "crashed"),
-    ],
-)
-def test_child_process_is_judged_by_what_it_leaves(
-    left: dict[str, str], end: str, status: str, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = runs.job(tmp_path, tiny_encoder, ROWS)
-    request = Request(
-        run_folder=str(tmp_path), recipe=job.recipe, plan=plan(), attempt=1, checkpoint=None, parent_pid=None
-    )
-    request.folder.mkdir(parents=True)
-    for rank, said in left.items():
-        outcome(said).save(tmp_path / f"ready{rank}.json")
-    # Written by the "child": the parent must not read outcomes before it has ended.
-    copies = "".join(f"cp {tmp_path}/ready{rank}.json {request.folder}/outcome{rank}.json\n" for rank in left)
-    script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\n{copies}{end}\n", encoding="utf-8")
-    script.chmod(0o755)
-    monkeypatch.setattr(spawn.sys, "executable", str(script))
-
-    found = child.run(request, lambda event: None)
-
-    assert found.status == status
-    assert Outcome.load(request.folder / "outcome.json") == found
-    assert ("broken" in found.log_tail) == (status == "crashed")
-
-
-def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(
-    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = runs.job(tmp_path, tiny_encoder, ROWS, train={"hang_timeout": "1s"})
-    request = Request(
-        run_folder=str(tmp_path), recipe=job.recipe, plan=plan(), attempt=1, checkpoint=None, parent_pid=None
-    )
-    request.folder.mkdir(parents=True)
-    script = tmp_path / "python"
-    beats = f"for n in 1 2 3 4; do printf $n > {request.folder}/heartbeat; sleep 0.5; done"
-    script.write_text(f"#!/bin/sh\nprintf evaluation > {request.folder}/phase\n{beats}\nsleep 600\n", encoding="utf-8")
-    script.chmod(0o755)
-    monkeypatch.setattr(spawn.sys, "executable", str(script))
-
-    found = child.run(request, lambda event: None)
-
-    assert (found.status, found.steps, found.phase) == ("hung", 4, "evaluation")
-    assert found.reason == (
-        "the training process gave no sign of life for 1s (train.hang_timeout) after step 4 in an evaluation, and was "
-        "ended"
-    )
-    assert Outcome.load(request.folder / "outcome.json") == found
-
-
-@pytest.mark.parametrize(
-    ("beaten", "saved", "told"),
-    [
-        ("7", (2, 4), "after step 7; step 4 is saved"),
-        ("7", (), "after step 7; there is no checkpoint yet"),
-        ("", (), "before step 1"),
-    ],
-)
-def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
-    beaten: str,
-    saved: tuple[int, ...],
-    told: str,
-    tiny_encoder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    job = runs.job(tmp_path, tiny_encoder, ROWS)
-    request = Request(
-        run_folder=str(tmp_path), recipe=job.recipe, plan=plan(), attempt=1, checkpoint=None, parent_pid=None
-    )
-    request.folder.mkdir(parents=True)
-    for step in (*saved, 6):
-        (request.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-        if step in saved:
-            checkpoints.seal(request.checkpoints / f"checkpoint-{step}")
-    script = tmp_path / "python"
-    beat = f"printf {beaten} > {request.folder}/heartbeat" * bool(beaten)
-    up = f"""echo '{{"kind": "warning", "text": "up"}}' > {request.folder}/metrics.jsonl"""
-    script.write_text(f"#!/bin/sh\ntrap '' TERM\n{beat}\n{up}\nsleep 600\n", encoding="utf-8")
-    script.chmod(0o755)
-    monkeypatch.setattr(spawn.sys, "executable", str(script))
-    said = []
-
-    def impatient(event: Event) -> None:
-        said.append(event.text)
-        for _ in range(1 if event.text == "up" else 2):
-            signal.raise_signal(signal.SIGTERM)
-
-    found = child.run(request, impatient)
-
-    assert (said[0], said[1][:13], len(said)) == ("up", "asked to stop", 2)
-    assert (found.status, found.reason) == ("interrupted", f"interrupted {told}")

@@ -1,0 +1,124 @@
+"""A child process that trains: judged by what it leaves, ended when it hangs or does not stop; its variables."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune.records.events import Event
+from fulltune.records.training import Outcome
+from fulltune.train import checkpoints
+from fulltune.train.parent import child, spawn
+from fulltune.train.request import Request
+from tests import tiny
+from tests.plans import outcome, plan
+from tests.train import runs
+
+Start = Callable[..., Request]
+
+
+@pytest.fixture
+def start(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Makes the request of an attempt whose process is a shell script, with the attempt's folder as `$here`."""
+
+    def started(script: str, **train: Any) -> Request:
+        recipe = runs.job(tmp_path, tiny_encoder, tiny.topic_rows(64), train=train).recipe
+        request = Request(
+            run_folder=str(tmp_path), recipe=recipe, plan=plan(), attempt=1, checkpoint=None, parent_pid=None
+        )
+        request.folder.mkdir(parents=True)
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\nhere={request.folder}\n{script}\n", encoding="utf-8")
+        program.chmod(0o755)
+        monkeypatch.setattr(spawn.sys, "executable", str(program))
+        return request
+
+    return started
+
+
+@pytest.mark.parametrize(
+    ("left", "end", "status"),
+    [
+        ({"": "done"}, "exit 0", "done"),
+        # The first process only saw that another one was gone.
+        ({"": "error", "-rank1": "out_of_memory"}, "exit 1", "out_of_memory"),
+        ({"": "error", "-rank1": "error"}, "exit 1", "error"),
+        ({"": "error"}, "echo 'traceback : Signal 9 (SIGKILL) received by PID 7'; exit 1", "killed"),
+        ({"-rank1": "stopped_by_guard"}, "exit 1", "stopped_by_guard"),
+        ({}, "kill -9 $$", "killed"),
+        ({}, "echo '  what():  std::bad_alloc'; exit 134", "out_of_memory"),
+        ({"": "error"}, "echo 'memory allocation of 80 bytes failed'; exit 1", "out_of_memory"),
+        ({}, "echo broken; exit 3", "crashed"),
+    ],
+)
+def test_child_process_is_judged_by_what_it_leaves(
+    left: dict[str, str], end: str, status: str, start: Start, tmp_path: Path
+) -> None:
+    for rank, said in left.items():
+        outcome(said).save(tmp_path / f"ready{rank}.json")
+    # Written by the "child": the parent must not read outcomes before it has ended.
+    copies = "".join(f"cp {tmp_path}/ready{rank}.json $here/outcome{rank}.json\n" for rank in left)
+    request = start(copies + end)
+
+    found = child.run(request, lambda event: None)
+
+    assert found.status == status
+    assert Outcome.load(request.folder / "outcome.json") == found
+    assert ("broken" in found.log_tail) == (status == "crashed")
+
+
+def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(start: Start) -> None:
+    beats = "for n in 1 2 3 4; do printf $n > $here/heartbeat; sleep 0.5; done"
+    request = start(f"printf evaluation > $here/phase\n{beats}\nsleep 600", hang_timeout="1s")
+
+    found = child.run(request, lambda event: None)
+
+    assert (found.status, found.steps, found.phase) == ("hung", 4, "evaluation")
+    assert found.reason == (
+        "the training process gave no sign of life for 1s (train.hang_timeout) after step 4 in an evaluation, and was "
+        "ended"
+    )
+    assert Outcome.load(request.folder / "outcome.json") == found
+
+
+@pytest.mark.parametrize(
+    ("beat", "saved", "told"),
+    [
+        ("printf 7 > $here/heartbeat", (2, 4), "after step 7; step 4 is saved"),
+        ("printf 7 > $here/heartbeat", (), "after step 7; there is no checkpoint yet"),
+        ("", (), "before step 1"),
+    ],
+)
+def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
+    beat: str, saved: tuple[int, ...], told: str, start: Start
+) -> None:
+    up = """echo '{"kind": "warning", "text": "up"}' > $here/metrics.jsonl"""
+    request = start(f"trap '' TERM\n{beat}\n{up}\nsleep 600")
+    for step in (*saved, 6):
+        checkpoint = request.checkpoints / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        if step in saved:
+            checkpoints.seal(checkpoint)
+    said = []
+
+    def impatient(event: Event) -> None:
+        said.append(event.text)
+        for _ in range(1 if event.text == "up" else 2):
+            signal.raise_signal(signal.SIGTERM)
+
+    found = child.run(request, impatient)
+
+    assert (said[0], said[1][:13], len(said)) == ("up", "asked to stop", 2)
+    assert (found.status, found.reason) == ("interrupted", f"interrupted {told}")
+
+
+def test_worker_keeps_few_kernels_unless_the_user_says_how_many(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    request = start("echo $ONEDNN_PRIMITIVE_CACHE_CAPACITY $LRU_CACHE_CAPACITY")
+    child.run(request, lambda event: None)
+    assert (request.folder / "log.txt").read_text(encoding="utf-8") == "64 7\n"
