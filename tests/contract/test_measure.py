@@ -79,6 +79,7 @@ def test_measured_levers_are_shown_and_the_plan_carries_the_reason(recipe: Path,
     assert not (tmp_path / "run" / "models").exists()
 
 
+@pytest.mark.long
 def test_run_that_follows_trains_with_what_was_measured(recipe: Path, tmp_path: Path) -> None:
     def seconds(plan: Plan) -> float:
         return (3.0 if plan.micro_batch_size == 4 else 5.0) - (plan.attn_implementation == "eager")

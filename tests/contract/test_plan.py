@@ -149,7 +149,7 @@ def test_lora_is_a_way_out_that_can_be_followed_and_leaves_full_out() -> None:
     assert "23.5 GiB on each GPU, 56.6 GiB (61 GB) of the host's memory" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_folder_that_only_a_person_knows_is_to_be_filled_in() -> None:
     refused = seven_b("--for", "1x RTX 4090, 64GB host")
     assert "..." not in refused.out

@@ -26,7 +26,7 @@ from fulltune.recipe.file import load_recipe
 from fulltune.recipe.preserve import PreserveBlock
 from fulltune.records.forgetting import Drift, Kind, Point, Preserved, limit_of
 from fulltune.report.run.about_forgetting import verdict
-from fulltune.train.worker import within_budget
+from fulltune.train.worker import samples, within_budget
 from fulltune.train.worker.replay import Replay, divergence
 from tests import tiny
 from tests.preserved import preserved_record
@@ -331,6 +331,7 @@ def test_texts_that_the_untouched_model_writes_are_replayed_and_come_again_when_
     blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"learning_rate": 1e-3}}
     blocks["preserve"] = {"budget": "5%", "replay": "samples"}
     few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.5), "by layer": ()}, BISECTIONS=0)
+    few_written = mock.patch.object(samples, "MOST", 64)
     drawn: list[tuple[list[int], ...]] = []
     real = Replay.remember
 
@@ -338,7 +339,7 @@ def test_texts_that_the_untouched_model_writes_are_replayed_and_come_again_when_
         drawn.append(self.text.ids)
         real(self, *given)
 
-    with few, mock.patch.object(Replay, "remember", remember):
+    with few, few_written, mock.patch.object(Replay, "remember", remember):
         runs.run(tmp_path / "whole", tiny_decoder, tiny.pair_rows(64), **blocks)
         options = {"listener": runs.at_step(11, ask_to_stop)}
         with pytest.raises(InterruptedRun):
@@ -357,7 +358,11 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
     """By the untouched weights and those of a run that has all the same but the last choice."""
     blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"kind": kind, "learning_rate": 1e-2}}
     rows = tiny.pair_rows(64)
-    with mock.patch.object(within_budget, "best", lambda points, *_: next(one for one in points if one.share == 0.4)):
+    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.4), "by layer": ()}, BISECTIONS=0)
+    with (
+        few,
+        mock.patch.object(within_budget, "best", lambda points, *_: next(one for one in points if one.share == 0.4)),
+    ):
         runs.run(tmp_path / "held", tiny_decoder, rows, preserve={"budget": "2%"}, **blocks)
     found = preserved(tmp_path / "held")
     assert found.writes
