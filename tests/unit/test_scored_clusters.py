@@ -26,22 +26,22 @@ TEST = [place // 10 % 2 for place in range(120)]
 """Labels of 12 texts with 10 rows each."""
 
 
-def bench(folder: Path, clusters: Any = None, target: Target = LABELS, task: str = "text-classification") -> Scoring:
+def bench(folder: Path, clusters: Any, target: Target = LABELS, task: str = "text-classification") -> Scoring:
     texts = [words(f"t.csv:{place // 2}", {"text": "x", "question": "?"}) for place in range(len(TEST))]
     for split, labels in (("train", [1, 1, 0]), ("test", TEST)):
         with RowWriter(folder / split) as writer:
             writer.write(record_batch([{"labels": label} for label in labels], texts[: len(labels)]))
-    if clusters is not None:
-        save_clusters(folder / "test", np.asarray(clusters))
+    save_clusters(folder / "test", np.asarray(clusters))
     return Scoring(RECIPE, PLAN, task_named(task), target, folder, None)  # type: ignore[arg-type]
 
 
 TENS = [place // 10 for place in range(120)]
 
 
-def test_scores_rest_on_clusters_and_those_of_older_data_on_rows(tmp_path: Path) -> None:
+def test_scores_rest_on_clusters(tmp_path: Path) -> None:
     grouped, alone = (
-        classifiers.majority(bench(tmp_path / str(number), clusters)) for number, clusters in enumerate((TENS, None))
+        classifiers.majority(bench(tmp_path / str(number), clusters))
+        for number, clusters in enumerate((TENS, range(120)))
     )
     one, other = grouped.scores.metrics["accuracy"], alone.scores.metrics["accuracy"]
     assert (one.rows, one.clusters) == (120, 12)
@@ -84,8 +84,7 @@ def test_more_cluster_numbers_than_rows_are_refused() -> None:
         resample({"x": np.ones(3)}, lambda rows: {"a": 1.0}, samples=2, clusters=np.array([0, 1]))
 
 
-def test_draws_of_an_older_version_are_of_rows(tmp_path: Path) -> None:
-    np.savez(tmp_path / "full.npz", value=0.5, draws=np.array([0.4, 0.6]), num_rows=30)
-    assert Resampled.load(tmp_path / "full.npz").num_clusters == 30
+def test_draws_are_read_as_they_were_saved(tmp_path: Path) -> None:
     Resampled(0.5, np.array([0.4]), 30, 7).save(tmp_path / "new.npz")
-    assert Resampled.load(tmp_path / "new.npz").num_clusters == 7
+    found = Resampled.load(tmp_path / "new.npz")
+    assert (found.value, found.draws.tolist(), found.num_rows, found.num_clusters) == (0.5, [0.4], 30, 7)

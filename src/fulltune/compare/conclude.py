@@ -136,7 +136,6 @@ def comparison_of(
         seconds=round(context.spent_seconds, 1),
         full_run_seconds=round(middle(one.train_seconds for one in full), 1),
         fixed_design_seconds=round(fixed + sum(row.search_seconds for row in rows), 1),
-        costs="median",
         cores=context.machine.num_cores,
         time_was_up=ran.lacks_time,
         left_out=ran.left_out,

@@ -281,10 +281,6 @@ def why_finished(known: Comparison, budget_seconds: float | None) -> str | None:
     verdict, had = known.decision.verdict, known.expectation.budget_seconds or 0.0
     if verdict != "UNDECIDED":
         why = f"finished: the verdict is {verdict}; more time does not change it"
-    elif any(one.left is None for one in known.openings):
-        why = (
-            "finished by an older version of fulltune, whose verdict left nothing for another one on the same test rows"
-        )
     elif not known.time_was_up:
         why = "finished: it ended undecided, but not because its time was up, so more time adds nothing"
     elif not known.can_go_on:

@@ -63,7 +63,6 @@ def design_of(ran: SeedRuns, openings: Sequence[Opening], *, full_wins: bool) ->
         opened_by_others=tuple(opened_by_others(context)),
         left_out=ran.left_out,
         test_openings=len({(one.trials, one.alpha) for one in openings}),  # the same trials again show nothing new
-        for_more_time=all(one.alpha is not None for one in openings),
     )
 
 

@@ -168,16 +168,13 @@ def _test_in_train(design: ComparisonDesign) -> Found:
 
 
 def _test_opened_again(design: ComparisonDesign) -> Found:
-    if design.test_openings > 1 and design.for_more_time:
+    if design.test_openings > 1:
         what = (
             f"opened {design.test_openings} times, because the time was up before and more was given; each verdict has "
             "a part of the permitted error only, so that together they keep the certainty"
         )
         to_do = "nothing, as long as the recipe was not changed because of the earlier report"
         yield "worth knowing", "test rows", what, to_do
-    elif design.test_openings > 1:
-        what = f"scored {design.test_openings} times: what was seen before may have shaped the comparison"
-        yield "unfair", "test rows", what, "take fresh test rows for the next verdict"
     if others := design.opened_by_others:
         what = f"other comparisons opened them before ({', '.join(others)}): what those showed may have shaped this one"
         to_do = "take fresh test rows where the recipe was changed because of what was seen"

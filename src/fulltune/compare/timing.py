@@ -33,7 +33,7 @@ def expect(context: Context) -> Expectation:
     """The design and what it costs; settled once for a budget, so that going on later changes nothing."""
     path = context.folder / EXPECTATION
     found = Expectation.load(path) if path.exists() else None
-    if found is None or found.budget_seconds != context.budget_seconds or found.length_share < 1:
+    if found is None or found.budget_seconds != context.budget_seconds:
         found = _settled(context)
         found.save(path)
     margin = context.recipe.compare.margin

@@ -12,7 +12,7 @@ import numpy as np
 from fulltune.errors import SetupError
 from fulltune.inference.run import Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
-from fulltune.inference.store import CLUSTERS, Rows, clusters_of, load_texts
+from fulltune.inference.store import Rows, clusters_of, load_texts
 from fulltune.methods import folder
 from fulltune.models.base import Base
 from fulltune.models.load import load
@@ -70,10 +70,8 @@ class Scoring:
         """The test rows in the user's own columns, and `place`."""
         return load_texts(self.data / "test")
 
-    def clusters(self, positions: Sequence[int] | None) -> np.ndarray | None:
-        """The cluster of each test row, or of those at `positions`; None: data of an earlier version has none."""
-        if not (self.data / "test" / CLUSTERS).exists():
-            return None
+    def clusters(self, positions: Sequence[int] | None) -> np.ndarray:
+        """The cluster of each test row, or of those at `positions`."""
         found = clusters_of(self.data / "test")
         return found if positions is None else found[np.asarray(positions, np.int64)]
 

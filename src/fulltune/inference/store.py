@@ -198,7 +198,7 @@ def texts(folder: Path) -> Iterator[dict[str, Any]]:
     for batch in batches(folder):
         for text in batch.column(WORDS).to_pylist():
             read = json.loads(text)
-            # Files of earlier versions have the whole row beside every example.
+            # A place alone is that of the row before, or of a text that began in another block.
             if read.keys() != {PLACE} or read[PLACE] != row.get(PLACE):
                 row = read
             yield row

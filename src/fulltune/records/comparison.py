@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -79,7 +79,7 @@ class Search(Record):
     """Whole runs with different rates, of which the best was chosen; empty: there were none."""
     usual: float | None = None
     """Kept where the eval rows do not tell: the method's default, of given rates the nearest to it; None: there was one
-    rate, or an older version chose the best however little it was ahead."""
+    rate."""
     came_apart: bool = False
     """A higher rate was chosen first, and did not hold for a whole run."""
     other_runs: int = 0
@@ -102,10 +102,10 @@ class Opening(Record):
     command: str
     trials: tuple[str, ...]
     """Whose scores were made."""
-    alpha: float | None = None
-    """Chance of a wrong answer that the verdict made then may have; None: all of it."""
-    left: float | None = None
-    """Of that chance, for everything after this verdict; None: not known, written by an older version."""
+    alpha: float
+    """Chance of a wrong answer that the verdict made then may have."""
+    left: float
+    """Of that chance, for everything after this verdict."""
 
 
 class Expectation(Record):
@@ -125,8 +125,6 @@ class Expectation(Record):
     detectable_apart: float | None = None
     """The same where seeds differ by two points."""
     notes: tuple[str, ...] = ()
-    length_share: float = 1.0
-    """Share of the recipe's steps that each run takes; below 1 only in records of older versions."""
     search_share: float = 0.06
     """Of a run's steps in a search; 0: no search, each method is trained at its usual rate."""
     budget_seconds: float | None = None
@@ -140,7 +138,7 @@ class Expectation(Record):
 
 
 class ArmRow(Record):
-    """One arm in the table; costs are over its runs as `Comparison.costs` says, of memory the most."""
+    """One arm in the table; costs are the median over its runs, of memory the most."""
 
     arm: str
     kind: str
@@ -223,11 +221,9 @@ class Comparison(Record):
     seconds: float
     """Of everything, over all commands that worked on it."""
     full_run_seconds: float
-    """Training of one whole full fine-tuning run, as `costs` says."""
+    """Training of one whole full fine-tuning run: the median over seeds."""
     fixed_design_seconds: float
     """What the same search and the same number of seeds for every arm would have taken."""
-    costs: Literal["mean", "median"] = "mean"
-    """Over seeds; older versions took the mean and did not say so."""
     cores: int
     time_was_up: bool = False
     """Because of its budget there are fewer seeds or methods than the recipe allows."""

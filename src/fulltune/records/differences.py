@@ -57,8 +57,6 @@ class ComparisonDesign(Record):
     """Share of the reported rows that also choose rates and checkpoints."""
     test_openings: int = 0
     """How often the test rows were scored."""
-    for_more_time: bool = False
-    """Again only because the time was up before, each verdict at a part of the chance of a wrong answer."""
     opened_by_others: tuple[str, ...] = ()
     """Other comparisons that opened the same test rows."""
     left_out: tuple[str, ...] = ()
@@ -164,9 +162,6 @@ class Difference(Record):
     """Test rows that would decide, were the difference what it seems; None: rows alone would not."""
     seeds_needed: int | None = None
     """Seeds of both arms that would decide; None: seeds alone would not."""
-    discordance: float | None = None
-    mcnemar: dict[str, float] | None = None
-    """Both in records of older versions only."""
 
 
 VerdictKind = Literal["FULL", "PEFT", "VARIANT", "EQUIVALENT", "UNDECIDED"]

@@ -100,10 +100,7 @@ class Resampled:
     @classmethod
     def load(cls, path: Path) -> Resampled:
         with np.load(path, allow_pickle=False) as file:
-            num_rows = int(file["num_rows"])
-            # Earlier versions drew rows one by one.
-            num_clusters = int(file["num_clusters"]) if "num_clusters" in file else num_rows
-            return cls(float(file["value"]), file["draws"], num_rows, num_clusters)
+            return cls(float(file["value"]), file["draws"], int(file["num_rows"]), int(file["num_clusters"]))
 
 
 def resample(

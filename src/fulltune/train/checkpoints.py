@@ -85,17 +85,17 @@ def weights_seen(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def guard_state(checkpoint: Path) -> dict[str, Any] | None:
-    """What the guard remembered; None in a checkpoint of an earlier version."""
-    path = checkpoint / GUARD
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def guard_state(checkpoint: Path) -> dict[str, Any]:
+    """What the guard remembered."""
+    state: dict[str, Any] = json.loads((checkpoint / GUARD).read_text(encoding="utf-8"))
+    return state
 
 
 def newest_healthy(folder: Path, before: int) -> Path | None:
     """The newest whole checkpoint of an earlier step, saved when none of the steps just before it was skipped."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
         is_clean = number_in(checkpoint) < before and flaw(checkpoint) is None
-        if is_clean and not (guard_state(checkpoint) or {}).get("skipped"):
+        if is_clean and not guard_state(checkpoint).get("skipped"):
             return checkpoint
     return None
 

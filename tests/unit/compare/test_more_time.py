@@ -10,7 +10,7 @@ from fulltune.report.comparison import sentences
 from tests import comparisons
 
 
-def ended(left: float | None, budget_seconds: float = 360.0) -> Comparison:
+def ended(left: float, budget_seconds: float = 360.0) -> Comparison:
     """Undecided because the time was up, with so much left of the chance of a wrong answer."""
     made = comparisons.undecided(time_was_up=True)
     openings = tuple(one.model_copy(update={"left": left}) for one in comparisons.openings(2))
@@ -25,18 +25,17 @@ def ended(left: float | None, budget_seconds: float = 360.0) -> Comparison:
         (0.01, None, None),
         (0.01, 360.0, "its 6m are used up; to go on, give more time in all, such as --budget 12m"),
         (0.0, 720.0, "finished: its time was up after the last seeds, whose verdict took all that was left"),
-        (None, 720.0, "finished by an older version of fulltune"),
     ],
 )
 def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_left(
-    left: float | None, budget: float | None, said: str | None
+    left: float, budget: float | None, said: str | None
 ) -> None:
     found = why_finished(ended(left), budget)
     assert found is None if said is None else (found or "").startswith(said)
 
 
-@pytest.mark.parametrize(("left", "promised"), [(0.01, True), (0.0, False), (None, False)])
-def test_card_promises_more_time_only_where_it_would_go_on(left: float | None, promised: bool) -> None:
+@pytest.mark.parametrize(("left", "promised"), [(0.01, True), (0.0, False)])
+def test_card_promises_more_time_only_where_it_would_go_on(left: float, promised: bool) -> None:
     made = ended(left)
     assert made.can_go_on is promised
     assert any("larger --budget" in one for one in sentences.to_do(made)) is promised

@@ -159,7 +159,7 @@ def _cost(comparison: Comparison) -> Table:
         for row in comparison.rows
     )
     caption = (
-        f"Cost of one whole run: {comparison.costs} over seeds, of memory the maximum; ×: relative to full. FLOP: all "
+        "Cost of one whole run: median over seeds, of memory the maximum; ×: relative to full. FLOP: all "
         "steps, forward and backward. Growth: memory beyond what the process held before the model was loaded. Saved: "
         "the trained weights on disk. Per row: time to answer one test row, in batches"
     )

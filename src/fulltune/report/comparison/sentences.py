@@ -130,12 +130,7 @@ def marks(comparison: Comparison) -> list[str]:
         f"{'Unfair' if one.level == 'unfair' else 'Note'}: {one.where}: {one.what}. To do: {one.to_do}."
         for one in sorted(comparison.findings, key=lambda one: one.level != "unfair")
     ]
-    expected, decision = comparison.expectation, comparison.decision
-    if expected.length_share < 1:
-        said.append(
-            f"Note: to stay within the budget, every run took {fine_share(expected.length_share)} of the recipe's "
-            "steps: the verdict is about such runs."
-        )
+    decision = comparison.decision
     write, known = Writer.of(decision), _known(comparison)
     still_open = [one for one in known if not (one.full_better or one.arm_better or one.equivalent)]
     if any(one.detectable > decision.margin for one in still_open):

@@ -211,17 +211,17 @@ def _stop_before_training(attempt: AttemptContext) -> None:
 def _put_back(attempt: AttemptContext, checkpoint: Path) -> None:
     """Give the trainer what its guards had when the checkpoint was saved."""
     trainer: Any = attempt.trainer
-    if remembered := checkpoints.guard_state(checkpoint):
-        trainer.seen = StepMemory.from_json(remembered)
-        trainer.left_evaluation = remembered.get("left_evaluation", False)
-        if remembered.get("base_weights") not in (None, attempt.base_weights) and attempt.base_weights is not None:
-            raise SetupError(
-                f"model: {attempt.recipe.model.name}: its weights are not those that this run began with; put them "
-                "back, or start a new run (--fresh)"
-            )
-        attempt.drifting.refuse_others(remembered.get("generic_texts"))
-        if trainer.replay is not None:
-            trainer.replay.weight = remembered["replay_weight"]
+    remembered = checkpoints.guard_state(checkpoint)
+    trainer.seen = StepMemory.from_json(remembered)
+    trainer.left_evaluation = remembered["left_evaluation"]
+    if remembered["base_weights"] not in (None, attempt.base_weights) and attempt.base_weights is not None:
+        raise SetupError(
+            f"model: {attempt.recipe.model.name}: its weights are not those that this run began with; put them "
+            "back, or start a new run (--fresh)"
+        )
+    attempt.drifting.refuse_others(remembered["generic_texts"])
+    if trainer.replay is not None:
+        trainer.replay.weight = remembered["replay_weight"]
     for name, kept in (("start", checkpoints.START), ("generic_start", checkpoints.GENERIC)):
         if (file := checkpoint / kept).exists():
             setattr(trainer, name, np.load(file, allow_pickle=False))
