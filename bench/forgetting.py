@@ -351,7 +351,7 @@ class Cell:
     def share(self) -> float:
         """Of the free run's gain on the eval rows: of the two trained models on test rows, of the untouched one there
         where it was scored."""
-        start = self.held.get("test:untouched", self.free.get("test:linear probe on embeddings"))
+        start = self.held.get("test:untouched", self.free.get("test:linear probe of the untouched model"))
         start = self.preserved.start.metric if start is None else start
         return float((self.held["test:trained"] - start) / (self.free["test:trained"] - start))
 
