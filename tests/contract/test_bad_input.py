@@ -820,7 +820,7 @@ def test_plan_impossible_is_refused(case: Case, blocks: dict[str, Any], problem:
 
 
 def test_images_that_cannot_be_decoded_are_listed_and_left_out_only_when_asked(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
+    pytest.importorskip("PIL", reason="the extra images is not installed")
     case = Case(tmp_path, tiny.save_image_model(tmp_path / "tiny-vit"))
     images = tiny.write_images(tmp_path / "images", 40)
     for number in range(11):

@@ -182,8 +182,8 @@ def chat(row: dict[str, str]) -> dict[str, Any]:
 @pytest.mark.parametrize("form", ["pairs", "chat"])
 def test_language_model_run_learns_to_answer_and_to_stop(form: str, tmp_path: Path) -> None:
     """The answer repeats a letter of the question; the end token of the turn must end generation."""
-    pytest.importorskip("rouge_score")
-    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score", reason="the extra text-metrics is not installed")
+    pytest.importorskip("sacrebleu", reason="the extra text-metrics is not installed")
     tokenizer = tiny.decoder_tokenizer(eos="<|endoftext|>")
     model = tiny.save_model(tmp_path / "model", "llama", tokenizer=tokenizer)
     pairs = letter_rows(240)

@@ -26,8 +26,8 @@ def kind_rows(count: int) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("kind", [pytest.param(one, marks=pytest.mark.long) for one in ("t5", "bart")])
 def test_run_learns_to_write_and_to_stop(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("rouge_score")
-    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score", reason="the extra text-metrics is not installed")
+    pytest.importorskip("sacrebleu", reason="the extra text-metrics is not installed")
     dropout = {"dropout_rate": 0.0} if kind == "t5" else {"dropout": 0.0}
     model = tiny.save_model(tmp_path / "model", kind, **dropout)
     reached = runs.run(

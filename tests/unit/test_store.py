@@ -123,7 +123,8 @@ def test_rows_pickled_are_the_folder_only(rows: Rows) -> None:
 
 
 def test_file_is_one_that_datasets_reads(rows: Rows) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     found = datasets.Dataset.from_file(str(rows.folders[0] / store.FILE))
     assert found.column_names == [*WRITTEN[0], store.WORDS]
     assert found[:]["input_ids"] == [row["input_ids"] for row in WRITTEN]

@@ -15,7 +15,7 @@ from fulltune.recipe.model import ModelBlock
 
 @pytest.mark.parametrize(("kind", "quantised"), [("F32", False), ("Q8_0", True)])
 def test_gguf_file_is_quantised_where_its_tensors_are(kind: str, quantised: bool, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
     of_kind = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(tmp_path / "weights.gguf", "llama")
     values = np.ones((32, 32), np.float32)

@@ -137,11 +137,6 @@ def test_lint_edge_that_is_no_better_than_its_neighbour_is_fine() -> None:
     assert lint(design(lora={"learning_rate": 1e-3, "on_edge": False})) == ()
 
 
-def test_lint_test_rows_opened_again() -> None:
-    (found,) = lint(design().model_copy(update={"test_openings": 2}))
-    assert found.rule == "test-opened-again"
-
-
 def test_lint_one_rate_for_all_methods() -> None:
     same = {"rates_searched": (1e-4,), "learning_rate": 1e-4}
     arms = [ArmDesign(**{**one, **same}) for one in (CLEAN_FULL, CLEAN_LORA)]

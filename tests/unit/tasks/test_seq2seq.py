@@ -160,8 +160,8 @@ def test_model_that_can_is_accepted(config: str) -> None:
 
 
 def test_bleu_is_that_of_the_corpus_and_of_each_resample() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
-    pytest.importorskip("rouge_score")
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra text-metrics is not installed")
+    pytest.importorskip("rouge_score", reason="the extra text-metrics is not installed")
     answers = ["the sun shines over the town", "rain", "we cook soup with bread and cheese", "", "an apple, at night"]
     expected = ["the sun shines over the old town", "rain", "we cook soup and bread", "egg", "an apple after dinner"]
     kept = seq2seq.score_answers(answers, expected)
@@ -176,8 +176,8 @@ def test_bleu_is_that_of_the_corpus_and_of_each_resample() -> None:
 
 
 def test_bleu_without_a_match_of_four_words_is_smoothed_as_sacrebleu_does() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
-    pytest.importorskip("rouge_score")
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra text-metrics is not installed")
+    pytest.importorskip("rouge_score", reason="the extra text-metrics is not installed")
     answers, expected = ["the sun over the town", "we cook soup"], ["the sun in the old town", "we cook bread"]
     theirs = sacrebleu.corpus_bleu(answers, [expected])
     assert theirs.counts[3] == 0
