@@ -117,6 +117,19 @@ def test_certificate_passes_where_the_upper_bound_is_within(drift: float, error:
     assert (found.passed, found.upper) == (passed, pytest.approx(drift + 1.645 * error))
 
 
+def test_further_points_are_tried_where_the_budget_is_about_used_up() -> None:
+    start, end = point(0, 0, 0.5), point(1, 0.09, 0.9)
+    first = budget.crossing(start, end, 0.02)
+    # On the straight line, and so before a drift that grows with the square of the share crosses the limit, at 0.47.
+    assert first == pytest.approx(0.02 / 0.09, abs=0.001)
+    inside = point(first, 0.09 * first**2, 0.7)
+    second = budget.crossing(inside, end, 0.02)
+    assert first < second < 0.47
+    assert budget.both_within(point(second, 0.09 * second**2, 0.7), 0.02)
+    assert budget.crossing(start, point(1, np.inf, 0.9), 0.02) == 0.5
+    assert budget.crossing(point(0.5, 0.02, 0.7), end, 0.02) == 0.5  # nothing is left
+
+
 def record(chosen: Point, points: list[Point], sealed: Drift | None, limit: float = 0.02) -> Preserved:
     certificate = sealed and budget.certified(sealed, limit)
     return preserved_record(points, chosen, limit=limit, certificate=certificate)
@@ -330,7 +343,7 @@ def test_texts_that_the_untouched_model_writes_are_replayed_and_come_again_when_
 ) -> None:
     blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"learning_rate": 1e-3}}
     blocks["preserve"] = {"budget": "5%", "replay": "samples"}
-    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.5), "by layer": ()}, BISECTIONS=0)
+    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.5), "by layer": ()}, REFINEMENTS=0)
     few_written = mock.patch.object(samples, "MOST", 64)
     drawn: list[tuple[list[int], ...]] = []
     real = Replay.remember
@@ -358,7 +371,7 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
     """By the untouched weights and those of a run that has all the same but the last choice."""
     blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"kind": kind, "learning_rate": 1e-2}}
     rows = tiny.pair_rows(64)
-    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.4), "by layer": ()}, BISECTIONS=0)
+    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.4), "by layer": ()}, REFINEMENTS=0)
     with (
         few,
         mock.patch.object(within_budget, "best", lambda points, *_: next(one for one in points if one.share == 0.4)),
@@ -383,7 +396,7 @@ def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: P
 
 def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: Path, tmp_path: Path) -> None:
     preserve = {"budget": "0.0001%", "replay": None}
-    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.9), "by layer": ()}, BISECTIONS=0)
+    few = mock.patch.multiple(within_budget, SHARES={"whole": (1.0, 0.9), "by layer": ()}, REFINEMENTS=0)
     with few:
         runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve=preserve, **BLOCKS)
     found = preserved(tmp_path)

@@ -18,11 +18,11 @@ LEAST_READ, MOST_READ, MOST_REPLAYED = 40, 600, 1100
 """Texts of a run with a budget: for selection, and as many sealed ones; for replay."""
 TOKENS_READ = 12_800
 """About as many for selection, and as many sealed ones: of short texts there are more."""
-SHARES: dict[Kind, tuple[float, ...]] = {"whole": (1.0, 0.8, 0.6, 0.4, 0.25, 0.1), "by layer": (0.6, 0.3, 0.0)}
+SHARES: dict[Kind, tuple[float, ...]] = {"whole": (1.0, 0.75, 0.5, 0.25), "by layer": (0.3,)}
 """Points between the untouched and the trained model that are tried, besides the untouched one."""
-BISECTIONS = 2
+REFINEMENTS = 2
 """Further points, between the largest whole share that is within the budget and the next one."""
-NUM_POINTS = 1 + sum(map(len, SHARES.values())) + BISECTIONS
+NUM_POINTS = 1 + sum(map(len, SHARES.values())) + REFINEMENTS
 MOST_ROWS = 500
 """Eval rows that choose among the points."""
 ONE_SIDED = 1.645
@@ -104,6 +104,16 @@ def _measured(point: Point) -> list[Drift]:
 def both_within(point: Point, limit: float) -> bool:
     """Whether a point may be chosen by all that the budget holds for."""
     return all(is_within(one, limit) for one in _measured(point))
+
+
+def crossing(inside: Point, outside: Point, limit: float) -> float:
+    """About the share between two points up to which the budget lasts: where a straight line between them crosses it.
+
+    Drift grows faster than the share, so that the true crossing lies behind it (method of false position).
+    """
+    low, high = (max(map(least_limit, _measured(point))) - limit for point in (inside, outside))
+    part = low / (low - high) if math.isfinite(low - high) else 0.5
+    return round(inside.share + part * (outside.share - inside.share), 3)
 
 
 def texts_needed(measured: Drift, limit: float) -> int:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 64
 """Where a text is cut."""
-BATCH = 8
-"""Texts that are read at once, at most."""
+BATCH, STATES_BATCH = 8, 32
+"""Texts that are read at once, at most: by a language model, whose logits take room, and by others."""
 
 
 @dataclass(frozen=True)

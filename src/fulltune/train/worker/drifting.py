@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.errors import SetupError
-from fulltune.forgetting.drift import BATCH, MOST_TOKENS, GenericText, measured, says_little
+from fulltune.forgetting.drift import BATCH, MOST_TOKENS, STATES_BATCH, GenericText, measured, says_little
 from fulltune.forgetting.generic_text import enough, generic_texts, parts
 from fulltune.methods import virtual_tokens_of
 from fulltune.models.shapes import position_limit
 from fulltune.plan.time import GENERIC_TOKENS
 from fulltune.recipe.preserve import BUNDLED
+from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.forgetting import OTHER_TASK, Drift, OtherTask, Preserved
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train.loop.trainer import StoppedScoring
@@ -86,7 +87,7 @@ class Drifting:
         """Texts as the attempt's model reads them."""
         kind, plan = self.attempt.summary.problem_type, self.attempt.plan
         # Where an evaluation ran out of memory, its batches are smaller from then on, and these with them.
-        batch = min(BATCH, plan.eval_batch_size)
+        batch = min(BATCH if kind in LANGUAGE_MODELS else STATES_BATCH, plan.eval_batch_size)
         return GenericText.of(texts, self.tokenizer, kind, plan.precision, self.most_tokens, batch)
 
     def says_little(self, text: GenericText, first: np.ndarray) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from fulltune import methods
 from fulltune.errors import InterruptedRun
-from fulltune.forgetting.budget import BISECTIONS, MOST_ROWS, SHARES, best, both_within, certified
+from fulltune.forgetting.budget import MOST_ROWS, REFINEMENTS, SHARES, best, both_within, certified, crossing
 from fulltune.forgetting.drift import GenericText, measured
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
@@ -181,15 +181,17 @@ def _eval_rows(attempt: AttemptContext) -> Any:
 
 
 def _between(points: list[Point], limit: float, at: Callable[[Kind, float], Point]) -> list[Point]:
-    """More points of whole shares, around the largest that is within the limit."""
+    """More points of whole shares, between the largest that is within the limit and the next one."""
     found: list[Point] = []
-    for _ in range(BISECTIONS):
+    for _ in range(REFINEMENTS):
         whole = sorted((one for one in [*points, *found] if one.kind == "whole"), key=lambda point: point.share)
-        outside = [point.share for point in whole if point.share and not both_within(point, limit)]
-        if not outside:
+        first = next((at for at, one in enumerate(whole) if at and not both_within(one, limit)), None)
+        if first is None:
             break
-        inside = max(point.share for point in whole if point.share < min(outside))
-        found.append(at("whole", (inside + min(outside)) / 2))
+        share = crossing(whole[first - 1], whole[first], limit)
+        if share in (whole[first - 1].share, whole[first].share):
+            break  # the budget is used up
+        found.append(at("whole", share))
     return found
 
 
