@@ -23,7 +23,9 @@ SHARES: dict[Kind, tuple[float, ...]] = {"whole": (1.0, 0.75, 0.5, 0.25), "by la
 REFINEMENTS = 2
 """Further points, between the largest whole share that is within the budget and the next one."""
 NUM_POINTS = 1 + sum(map(len, SHARES.values())) + REFINEMENTS
-MOST_ROWS = 500
+LEAST_FURTHER = 0.01
+"""Nearer to a share within the budget no further one is tried."""
+MOST_ROWS = 300
 """Eval rows that choose among the points."""
 ONE_SIDED = 1.645
 """Standard errors above the mean below which the true one lies with 95 %."""

@@ -19,7 +19,16 @@ from safetensors.torch import save_file
 
 from fulltune import methods
 from fulltune.errors import InterruptedRun
-from fulltune.forgetting.budget import MOST_ROWS, REFINEMENTS, SHARES, best, both_within, certified, crossing
+from fulltune.forgetting.budget import (
+    LEAST_FURTHER,
+    MOST_ROWS,
+    REFINEMENTS,
+    SHARES,
+    best,
+    both_within,
+    certified,
+    crossing,
+)
 from fulltune.forgetting.drift import GenericText, measured
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
@@ -189,7 +198,7 @@ def _between(points: list[Point], limit: float, at: Callable[[Kind, float], Poin
         if first is None:
             break
         share = crossing(whole[first - 1], whole[first], limit)
-        if share in (whole[first - 1].share, whole[first].share):
+        if share - whole[first - 1].share < LEAST_FURTHER:
             break  # the budget is used up
         found.append(at("whole", share))
     return found
