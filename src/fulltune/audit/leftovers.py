@@ -37,7 +37,10 @@ _BLOCKS = (
 _INLINE = "a|abbr|b|button|center|code|del|em|font|i|img|input|ins|label|meta|q|s|small|span|strong|sub|sup|tt|u|video"
 _ATTRIBUTE = r"\s+[\w:@-]+(?:\s*=\s*(?:\"[^\"<]*\"|'[^'<]*'|[^\s\"'<>]+))?"
 _TAG = re.compile(rf"<(/?)({_BLOCKS}|{_INLINE})((?:{_ATTRIBUTE})*)\s*/?>", re.IGNORECASE)
-_HIDDEN = re.compile(r"<(script|style)\b[^>]*>.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
+_HIDDEN = tuple(
+    (end, re.compile(f"{start}.*?{end}", re.IGNORECASE | re.DOTALL))
+    for start, end in (("<!--", "-->"), (r"<script\b", "</script>"), (r"<style\b", "</style>"))
+)
 _BLOCK_NAME = re.compile(_BLOCKS, re.IGNORECASE)
 _PLAINLY_HTML = re.compile(
     r"br|div|span|td|tr|th|li|ul|ol|h[1-6]|iframe|tbody|thead|img|!doctype|blockquote", re.IGNORECASE
@@ -56,7 +59,7 @@ def markup(text: str) -> Flaw | None:
     entities = [found for found in _ENTITY.findall(bare) if found[1] == "#" or found[1:] in html5]
     if not (tags or entities) or _is_code(_ANY_MARK.sub(" ", bare)):
         return None
-    if not re.search(r"[^\W_]", _ANY_MARK.sub(" ", _HIDDEN.sub(" ", text))):
+    if not re.search(r"[^\W_]", _ANY_MARK.sub(" ", _shown(text))):
         return Flaw("markup", f"markup only: {quoted(text)}")
     counts = Counter([*(f"<{name}>" for name in tags), *entities])
     found = [f"{name} × {count:,}" if count > 1 else name for name, count in counts.most_common()]
@@ -83,10 +86,19 @@ def _plain(text: str) -> str:
 
 
 def _stripped(text: str) -> str:
-    bare = _TAG.sub(_in_its_stead, _HIDDEN.sub(" ", text))
+    bare = _TAG.sub(_in_its_stead, _shown(text))
     if bare != text:
         bare = re.sub(r" ?\n[ \n]*\n ?", "\n\n", re.sub(r"[ \t]{2,}", " ", bare))
     return html.unescape(bare).replace("\u00a0", " ")
+
+
+def _shown(text: str) -> str:
+    """Without comments, scripts and styles."""
+    for end, pattern in _HIDDEN:
+        # Up to the last end alone: each start would search the rest of the text for one in vain.
+        if (last := text.lower().rfind(end)) >= 0:
+            text = pattern.sub(" ", text[: last + len(end)]) + text[last + len(end) :]
+    return text
 
 
 def _in_its_stead(tag: re.Match[str]) -> str:

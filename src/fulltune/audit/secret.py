@@ -25,7 +25,7 @@ _FORMATS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
             "private key",
             ("-----BEGIN",),
             r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:.*?-----END [A-Z0-9 ]+-----|[A-Za-z0-9+/=\s\\]{40,})",
+            r"(?:(?:[\w+/=\s\\:,.]|-(?!-)){40,}|(?=[^-]{0,39}-----END))(?:[^-]{0,39}-----END [A-Z0-9 ]{3,40}-----)?",
         ),
         ("AWS access key", ("AKIA", "ASIA"), r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"),
         ("GitHub token", ("gh", "github_pat_"), r"\b(?:gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{82})\b"),

@@ -420,7 +420,27 @@ def test_check_digit_of_cards(digits: str, right: bool) -> None:
     assert personal.passes_luhn(digits) is right
 
 
-@pytest.mark.parametrize("text", ["<" * 20_000, "a" * 20_000, "@" * 5_000, "1 " * 10_000, "{{" * 5_000, "&a" * 5_000])
-def test_hostile_texts_take_no_quadratic_time(text: str) -> None:
-    for check in set(_CHECKS) - NEEDS_EXTRA:
-        audit.flaws(text, (check,))
+@pytest.mark.parametrize(
+    ("check", "before", "flaw"),
+    [
+        ("markup", "<", "a<br>b"),
+        ("markup", "<!-- ", "a<br>b"),
+        ("markup", "&a", " &amp; b"),
+        ("placeholder", "{{name ", "{{name}}"),
+        ("chat tokens", "<|a", "<|im_end|>"),
+        ("repetition", "ab cd ", "z" * 40),
+        ("secret", BEGIN, f"\n{'MIIEvQ' * 9}\n{END}"),
+        ("secret", "password=", "password=" + "Xk9#mQ2$vL"),
+        ("personal data", "a@", " jo@gmail.com"),
+        ("personal data", "1.1.", " 84.112.31.7 "),
+        ("control characters", "\ud83d", "\x00"),
+        ("broken encoding", "\ufffd", "cafÃ©"),
+        ("refusal", "sorry, i cannot ", "as an ai"),
+    ],
+)
+def test_flaw_behind_a_hostile_beginning_is_still_found(check: audit.TextCheck, before: str, flaw: str) -> None:
+    """Of 100,000 characters: an expression that starts over at each of them would take minutes."""
+    text = before * (100_000 // len(before))
+    found = audit.flaws(text + flaw, (check,))
+    assert found
+    assert found != audit.flaws(text, (check,))
