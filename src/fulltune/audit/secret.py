@@ -1,9 +1,10 @@
 """Passwords, keys and tokens of services in a text, by a short table of formats that their issuers published.
 
-Kept by hand: detect-secrets 1.5 takes 935 µs for one sentence (`scan_line`, this 2 µs) and changes settings of its
-process; on a single line its entropy detectors report every sentence as a secret; and it does not know the present
-tokens of OpenAI, Hugging Face, Google and GitHub (`github_pat_`), so that a table would be needed beside it. It finds
-values without their places, which a redaction needs. Nothing is verified over the network.
+Kept by hand: on 500 customers' questions detect-secrets 1.5 (`scan_line`) takes 0.9 to 1.2 ms each, this 5 µs; it
+reports all 500, because on a single line its entropy detectors take any word for a secret; and it changes settings of
+its process. Its detectors called one by one take 0.16 ms, do not know the present tokens of OpenAI, Hugging Face,
+Google and GitHub (`github_pat_`), and give values without their places, which a redaction needs. Nothing is asked over
+the network.
 """
 
 from __future__ import annotations
