@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("tasks",),),
     (("methods",),),
     (("inference",),),
-    (("footprint",), ("probe",), ("forgetting",)),
+    (("footprint",), ("probe",), ("forgetting",), ("audit",)),
     (("stats",),),
     (("plan", "plan/__init__", "plan/elsewhere"),),
     (
@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
 """From the ground up. On a floor stand stacks, and in a stack rooms: one imports from lower floors, and from what is
 below it in its own stack, never from a stack beside it."""
 LIGHT = (
-    *("errors.py", "text.py", "files.py", "recipe", "records", "plan", "plan/elsewhere"),
+    *("errors.py", "text.py", "files.py", "recipe", "records", "audit", "plan", "plan/elsewhere"),
     *("report/format", "report/run", "report/comparison", "report/__init__"),
 )
 """Rooms that import no framework: help, errors of recipes, plans and reports answer at once."""

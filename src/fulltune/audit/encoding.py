@@ -1,0 +1,114 @@
+"""Texts that were read in a wrong encoding (mojibake), and characters that stand in text by accident."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import ftfy
+
+from fulltune.audit.flaw import Flaw, listed, quoted
+from fulltune.text import counted
+
+_C1 = re.compile("[\x80-\x9f]")
+_LOST = "\ufffd"
+
+
+def broken_encoding(text: str) -> Flaw | None:
+    """Mojibake that ftfy can undo, C1 characters (Windows-1252 read as Latin-1), and replacement characters.
+
+    Of ftfy only what repairs encodings is asked: quotes, widths, ligatures and line ends are not mistakes.
+    """
+    if text.isascii():
+        return None
+    # Line by line, as ftfy's own `fix_text`: one whole line may keep another from being repaired.
+    fixed = "\n".join(map(_repaired, text.split("\n")))
+    found = []
+    if fixed != text:
+        place = next((at for at, (old, new) in enumerate(zip(text, fixed, strict=False)) if old != new), len(fixed))
+        start = max(0, place - 10)
+        before, after = quoted(text[start : place + 15], 25), quoted(fixed[start : place + 12], 22)
+        found.append(f"read in a wrong encoding: {before} should be {after}")
+    if lost := fixed.count(_LOST):
+        found.append(f"{counted(lost, 'replacement character')} (U+FFFD) where letters were lost")
+    return Flaw("broken encoding", listed(found), fixed if fixed != text else None) if found else None
+
+
+def _repaired(line: str) -> str:
+    if line.isascii():
+        return line
+    fixed = ftfy.fix_encoding(line)
+    return ftfy.fixes.fix_c1_controls(fixed) if _C1.search(fixed) else fixed
+
+
+# ---- control and invisible characters ---------------------------------------------------------------------------
+
+_ASCII_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_SUSPECT = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f"
+    "\u3164\ufeff\uffa0\ufff9-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_PAIR = re.compile("([\ud800-\udbff])([\udc00-\udfff])")
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefe]")
+_JOINED_SCRIPT = re.compile("[\u0600-\u109f\u1780-\u18af\ufb50-\ufdff\ufe70-\ufefe]")
+"""Arabic, Syriac, Indic scripts, Thai, Lao, Tibetan, Burmese, Khmer, Mongolian: joiners and breaks are spelling."""
+_EMOJI = re.compile("[\u00a9\u00ae\u2030-\u3299\ufe0f\U0001f000-\U0001faff]")
+_FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
+"""Flags of regions are spelt with tags, which are invisible."""
+_OVERRIDES = "\u202d\u202e"
+_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u2066\u2067\u2068\u2069"
+_JOINERS = "\u180e\u200b\u200c\u200d"
+_NAMES = {
+    **{"\x00": "NUL", "\x0c": "form feed", "\x7f": "delete", "\u00ad": "soft hyphen", "\ufeff": "byte order mark"},
+    **{"\u200b": "zero-width space", "\u200c": "zero-width non-joiner", "\u200d": "zero-width joiner"},
+    **{"\u2060": "word joiner", "\u200e": "left-to-right mark", "\u200f": "right-to-left mark"},
+    **dict.fromkeys(_OVERRIDES, "override of the writing direction"),
+    **dict.fromkeys("\u202a\u202b\u202c\u2066\u2067\u2068\u2069", "mark of the writing direction"),
+}
+
+
+def control_characters(text: str) -> Flaw | None:
+    """Characters that nobody sees and a tokenizer does; what a script or an emoji is spelt with is left alone."""
+    if not (_ASCII_CONTROL if text.isascii() else _SUSPECT).search(text):
+        return None
+    whole, num_pairs = _PAIR.subn(_joined, text)
+    places = _wrong_places(whole)
+    counts = Counter(_name(whole[place]) for place in places)
+    if num_pairs:
+        counts["character in two halves (surrogates)"] = num_pairs
+    if not counts:
+        return None
+    reason = listed([f"{count:,} × {name}" for name, count in counts.items()])
+    return Flaw("control characters", reason, _without(whole, set(places)))
+
+
+def _wrong_places(text: str) -> list[int]:
+    spelt = {place for flag in _FLAG.finditer(text) for place in range(*flag.span())}
+    if _RIGHT_TO_LEFT.search(text):
+        spelt |= {place for place, one in enumerate(text) if one in _DIRECTIONS}
+    if _JOINED_SCRIPT.search(text):
+        spelt |= {place for place, one in enumerate(text) if one in _JOINERS}
+    suspect = (found.start() for found in _SUSPECT.finditer(text))
+    return [place for place in suspect if place not in spelt and not _joins_emoji(text, place)]
+
+
+def _joins_emoji(text: str, place: int) -> bool:
+    before, after = text[place - 1 : place], text[place + 1 : place + 2]
+    return text[place] == "\u200d" and bool(_EMOJI.match(before) and _EMOJI.match(after))
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair[0].encode("utf-16", "surrogatepass").decode("utf-16")
+
+
+def _without(text: str, places: set[int]) -> str:
+    """Page breaks become line breaks, colours of a terminal go whole, and everything else wrong goes alone."""
+    text = "".join(one for place, one in enumerate(text) if place not in places or one in "\x0b\x0c\x1b")
+    return re.sub(r"[\x0b\x0c]", "\n", _ESCAPE.sub("", text)).replace("\x1b", "")
+
+
+def _name(character: str) -> str:
+    if "\ud800" <= character <= "\udfff":
+        return "half of a character (lone surrogate)"
+    return _NAMES.get(character, f"U+{ord(character):04X}")
