@@ -24,6 +24,7 @@ from fulltune.data.sampling import draw
 from fulltune.errors import DataError
 from fulltune.tasks import Row, Target
 from fulltune.tasks.columns import normalised
+from fulltune.text import counted
 
 NUM_WORDS = 8
 MOST_TEXTS = 100
@@ -168,7 +169,7 @@ def read_texts(path: str, files: Iterable[Path]) -> KnownTexts:
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")
     return KnownTexts(
-        source=f"{len(known):,} texts of {os.path.basename(path)}",  # noqa: PTH119  # as it is written
+        source=f"{counted(len(known), 'text')} of {os.path.basename(path)}",  # noqa: PTH119  # as it is written
         whole=np.sort(np.fromiter(known, np.uint64, len(known))),
         sizes=np.asarray(sizes),
         runs=hashes[order],

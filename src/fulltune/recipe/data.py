@@ -147,8 +147,8 @@ class DataBlock(Block):
     """File, or folder with its folders, of texts that must not be trained on: benchmarks, tests (txt: a line or a
     paragraph each; csv, jsonl and other tables: each text in any column). Train rows are counted and noted whose text,
     prompt, question or answer is equal to one, or shares runs of 8 words with it that cover at least half of the
-    shorter one; case and white space do not count, and an answer of fewer than 8 words says nothing. No row is dropped.
-    Not for images."""
+    shorter one. Case and white space do not count, nor do an answer of fewer than 8 words and runs that stand in more
+    than 100 of the texts. No row is dropped. Not for images."""
     max_rows: int | None = Field(default=None, ge=10)
     """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
 

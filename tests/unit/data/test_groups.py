@@ -15,7 +15,9 @@ from fulltune.data.groups import joined_by_value, rarest_of_group
 from fulltune.data.sampling import draw
 from fulltune.errors import DataError
 from fulltune.inference.store import clusters_of, load_texts
+from fulltune.models.base import Base
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.model import ModelBlock
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from tests import tiny
@@ -252,3 +254,24 @@ def test_column_that_says_whose_rows_are_plays_no_other_role(tmp_path: Path, dec
     prepare(tmp_path, rows, decoder_tokenizer, group="chat", task="causal-lm")
     sides = Counter(chat for rows in of_splits(tmp_path).values() for chat in {row["chat"] for row in rows})
     assert set(sides.values()) == {1}
+
+
+def test_images_of_one_patient_stay_on_one_side_and_are_split_by_time(tmp_path: Path) -> None:
+    reader = Base.of(ModelBlock(name=str(tiny.save_image_model(tmp_path / "vit"))), "image-classification").processor
+    images = sorted(tiny.write_images(tmp_path / "images", 60).rglob("*.png"))
+    rows = [
+        {"image": str(path), "label": path.parent.name, "patient": number // 3, "year": 1990 + number // 2}
+        for number, path in enumerate(random.Random(0).sample(images, 60))
+    ]
+    path = tiny.write_csv(tmp_path / "train.csv", rows)
+    for folder, settings in (("group", {"group": "patient"}), ("time", {"time": "year"})):
+        block = {"train": str(path), **settings}
+        recipe = Recipe.model_validate({"model": "x", "task": "image-classification", "data": block})
+        (tmp_path / folder).mkdir()
+        data.prepare(recipe, tmp_path / folder / "data", task_named(recipe.task), reader, data.Limits(None))
+    splits = of_splits(tmp_path / "group")
+    sides = Counter(patient for rows in splits.values() for patient in {row["patient"] for row in rows})
+    assert (set(sides.values()), len(sides)) == ({1}, 20)
+    splits = of_splits(tmp_path / "time")
+    assert max(row["year"] for row in splits["train"]) < min(row["year"] for row in splits["eval"])
+    assert max(row["year"] for row in splits["eval"]) < min(row["year"] for row in splits["test"])
