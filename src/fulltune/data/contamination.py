@@ -145,7 +145,12 @@ def read_texts(path: str, files: Iterable[Path]) -> KnownTexts:
         DataError: For each broken file, or when they hold no text.
     """
     known: dict[int, int] = {}
-    sizes, runs, text_of, place_of = array("i"), [np.empty(0, np.uint64)], [np.empty(0, np.int32)], [np.empty(0, int)]
+    sizes, runs, text_of, place_of = (
+        array("i"),
+        [np.empty(0, np.uint64)],
+        [np.empty(0, np.int32)],
+        [np.empty(0, np.int32)],
+    )
     problems: list[str] = []
     files = tuple(files)
     for file in files:
@@ -159,7 +164,7 @@ def read_texts(path: str, files: Iterable[Path]) -> KnownTexts:
                 mine = _runs(words)
                 runs.append(mine)
                 text_of.append(np.full(len(mine), len(known), np.int32))
-                place_of.append(np.arange(len(mine)))
+                place_of.append(np.arange(len(mine), dtype=np.int32))
                 sizes.append(len(words))
                 known[number] = len(known)
     if problems:
@@ -174,7 +179,7 @@ def read_texts(path: str, files: Iterable[Path]) -> KnownTexts:
         sizes=np.asarray(sizes),
         runs=hashes[order],
         text_of=np.concatenate(text_of)[order],
-        place_of=np.concatenate(place_of)[order].astype(np.int32),
+        place_of=np.concatenate(place_of)[order],
     )
 
 

@@ -14,6 +14,7 @@ from fulltune.errors import DataError, RecipeError
 from fulltune.inference.store import load_texts
 from fulltune.recipe import rules
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import load_recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
 from fulltune.tasks.columns import normalised
@@ -188,6 +189,12 @@ def test_missing_folder_and_missing_rows_are_refused_together(tmp_path: Path) ->
         f"{tmp_path}/no.csv: no such file",
         f"data.contamination: {tmp_path}/bench: no such file",
     ]
+
+
+def test_relative_path_starts_at_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{model: x, task: causal-lm, data: {train: a.jsonl, contamination: bench}}", encoding="utf-8")
+    assert load_recipe(path).data.contamination == str(tmp_path / "bench")
 
 
 def test_images_cannot_be_compared() -> None:

@@ -237,6 +237,24 @@ def rows_of(users: int) -> list[dict[str, Any]]:
     ]
 
 
+def test_class_of_one_held_out_user_is_refused_in_words_of_groups(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = user_rows(30)
+    for user, label in (("one", "x"), ("two", "a")):
+        rows += [{"text": f"{label} {number}", "label": label, "user": user} for number in range(3)]
+    rows += [{"text": f"z {user}", "label": "z", "user": user} for user in ("one", "two")]
+    said = []
+    for seed in range(6):
+        try:
+            prepare(tmp_path / str(seed), rows, encoder_tokenizer, group="user", split_seed=seed)
+        except DataError as error:
+            said += error.problems
+    assert 0 < len(said) < 6
+    for problem in said:
+        assert "train.jsonl: label 'x' (3 rows of " in problem
+        assert "hang together by 'user' (data.group)" in problem
+        assert "data.split_seed" in problem
+
+
 def test_mixed_rows_of_a_scored_user_are_left_out_and_others_need_none(tmp_path: Path, encoder_tokenizer: Any) -> None:
     rows = user_rows(60)
     mixed: list[dict[str, Any]] = [{"text": f"mixed {user}", "label": "a", "user": f"u{user}"} for user in range(60)]
