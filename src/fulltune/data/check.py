@@ -8,9 +8,11 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from fulltune.data.encode import NEW_LABEL, DropTally, Encoded
+from fulltune.data.marks import problems_of
 from fulltune.data.sources import SourceName, SourceRows
 from fulltune.data.split import HELD_OUT, Split
 from fulltune.errors import DataError
+from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import SplitName
 from fulltune.tasks import Target
@@ -46,6 +48,7 @@ def refuse_unusable(
                 f"{where}: {counted(broken, 'image')} cannot be decoded; repair {them}, or drop {them} with "
                 "data.undecodable_images: drop"
             )
+        problems += problems_of(recipe.data, whole.found, whole.num_rows, where)
         problems += _too_many(unusable, (), whole.num_read, where)
         problems += _too_many(unfit, allowed, whole.num_read - unusable.counts.total(), where)
         if strategy == "error" and whole.num_too_long:
@@ -78,7 +81,7 @@ def _too_many(dropped: DropTally, allowed: Collection[str], num_rows: int, where
     ]
 
 
-def refuse_new_labels(splits: Mapping[SplitName, Split]) -> None:
+def refuse_new_labels(block: DataBlock, splits: Mapping[SplitName, Split]) -> None:
     """A class that train does not have cannot be learned, so scoring it would be a silent loss.
 
     Raises:
@@ -86,14 +89,29 @@ def refuse_new_labels(splits: Mapping[SplitName, Split]) -> None:
     """
     train = splits["train"].label_counts()
     problems = [
-        f"{splits[name].where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train; "
-        "add rows to train or remove them here"
+        f"{splits[name].where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
+        f"{'; add rows to train or remove them here' if splits[name].is_file else _why_new(block, name)}"
         for name in HELD_OUT
         for label, count in sorted(splits[name].label_counts().items())
         if label not in train
     ]
     if problems:
         raise DataError(problems)
+
+
+def _why_new(block: DataBlock, name: SplitName) -> str:
+    """Why rows that were split off have a label that the others lack, and what to do."""
+    if block.time is not None:
+        return (
+            f": its first row is newer than all that are trained on ('{block.time}', data.time); give a smaller "
+            f"data.{name}_fraction, so that some are, remove these rows, or split without data.time"
+        )
+    if block.group is not None:
+        return (
+            f": its rows hang together by '{block.group}' (data.group) or their texts, so that all are held out; add "
+            f"rows of other values of '{block.group}', remove these, or draw anew with another data.split_seed"
+        )
+    return "; add rows to train or remove them here"
 
 
 # ---- notes -----------------------------------------------------------------------------------------------------

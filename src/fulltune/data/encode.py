@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fulltune.data.contamination import KnownTexts, holds_one
+from fulltune.data.groups import joined_by_value
+from fulltune.data.marks import Found, marks_of
 from fulltune.data.near import joined, signatures
 from fulltune.data.readers.read import PlacedRow
 from fulltune.data.sampling import draw
@@ -57,10 +60,16 @@ class Job:
     drop_truncated: bool
     known_labels: frozenset[str] | None = None
     """The train rows' labels; a row with another one is counted and not tokenised, for it will be refused."""
-    drops_new_labels: bool = False
-    """Such a row is dropped instead."""
+    is_mixed: bool = False
+    """The rows are mixed in: one with another label is dropped instead, and one may say not whose it is."""
     signs: bool = False
     """Near-duplicates are looked for."""
+    group: str | None = None
+    """Column that says whose a row is."""
+    time: str | None = None
+    """Column that says when a row came."""
+    known: KnownTexts | None = None
+    """Texts that must not be trained on."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,12 @@ class RowNumbers:
     """The same of all that a row gives to learn, its answer or label included: uint64 [rows]."""
     signatures: np.ndarray
     """Of each row's group key: uint16 [rows, hashes]; without rows where near-duplicates are not looked for."""
+    values: np.ndarray
+    """`draw` of whose each row is: uint64 [rows]; without rows where no column says so."""
+    times: np.ndarray
+    """When each row came, as numbers in the order of time: float64 [rows]; without rows where no column says so."""
+    holds_known: np.ndarray
+    """Whether each row holds a text that must not be trained on: bool [rows]; without rows where none is named."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,8 @@ class Chunk(RowNumbers):
     """One row per example: features, `length`, words."""
     labels: list[list[str]]
     dropped: dict[Loss, list[Dropped]]
+    found: Found
+    """In the columns that say whose the rows are and when they came."""
     num_too_long: int
     longest: int
 
@@ -126,6 +143,8 @@ class Chunk(RowNumbers):
 class Encoded(RowNumbers):
     """A whole source, tokenised: the examples lie in `folder`."""
 
+    sides: np.ndarray
+    """The group of each row that a split never separates: uint64 [rows]; as `groups`, or larger."""
     folder: Path
     num_read: int
     label_numbers: np.ndarray
@@ -134,6 +153,7 @@ class Encoded(RowNumbers):
     """Where each row's labels end, after a 0: int64 [rows + 1]."""
     names: dict[str, int]
     dropped: dict[Loss, DropTally]
+    found: Found
     num_too_long: int
     longest: int
 
@@ -167,7 +187,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     num_too_long = 0
     for (place, row), of_row in zip(usable, _examples(job, [row for _, row in usable]), strict=True):
         if of_row is None:
-            if job.drops_new_labels:
+            if job.is_mixed:
                 reason = f"'{_new_label(job, row)}' is no label of the task's rows"
                 dropped["unfit"].append(Dropped(job.split, place, NEW_LABEL, reason, dict(row)))
             else:
@@ -197,6 +217,7 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
     ]
     keys = [task.group_key(row, job.target) for _, row in rows]
     wholes = [_whole(job, key, row) for key, (_, row) in zip(keys, rows, strict=True)]
+    marks = marks_of(rows, job.group, job.time, job.split_seed, is_optional=job.is_mixed)
     return Chunk(
         num_read=len(chunk),
         batch=record_batch(features, texts) if examples else None,
@@ -207,8 +228,12 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         groups=np.array([draw(job.split_seed, key) for key in keys], np.uint64),
         wholes=np.array([draw(job.split_seed, whole) for whole in wholes], np.uint64),
         signatures=signatures(keys if job.signs else []),
+        values=marks.values,
+        times=marks.times,
+        holds_known=_holding_known(job, keys, rows),
         labels=[task.row_labels(row, job.target) for _, row in rows],
         dropped=dropped,
+        found=marks.found,
         num_too_long=num_too_long,
         longest=max((one.longest or row[LENGTH] for one, row in zip(examples, features, strict=True)), default=0),
     )
@@ -218,6 +243,14 @@ def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
     """What tells a row apart from others with the same group key; of an image the key says everything."""
     cells = [row.get(column) for role, column in job.target.columns.items() if role != "image"]
     return "\0".join([key, *(normalised(as_text(cell)) for cell in cells)])
+
+
+def _holding_known(job: Job, keys: list[str], rows: list[PlacedRow]) -> np.ndarray:
+    if job.known is None:
+        return np.zeros(0, bool)
+    return np.array(
+        [holds_one(job.known, key, row, job.target) for key, (_, row) in zip(keys, rows, strict=True)], bool
+    )
 
 
 def _new_label(job: Job, row: Mapping[str, Any]) -> str:
@@ -272,7 +305,7 @@ def encode(
     names: dict[str, int] = {}
     label_numbers, label_ends = array("i"), array("q", [0])
     dropped: dict[Loss, DropTally] = {"unusable": DropTally(), "unfit": DropTally(), "part": DropTally()}
-    num_read = num_too_long = longest = 0
+    found, num_read, num_too_long, longest = Found(), 0, 0, 0
     with RowWriter(folder) as writer:
         for chunk in _chunks(job, rows, num_rows):
             chunk.row_of[:] += len(label_ends) - 1
@@ -287,18 +320,22 @@ def encode(
                     drop(item)
             if chunk.batch is not None:
                 writer.write(chunk.batch)
+            found.take(chunk.found)
             num_read += chunk.num_read
             num_too_long += chunk.num_too_long
             longest = max(longest, chunk.longest)
             progress(num_read)
+    whole = {name: np.concatenate(parts) for name, parts in numbers.items()}
     return Encoded(
-        **{name: np.concatenate(parts) for name, parts in numbers.items()},
+        **whole,
+        sides=whole["groups"],
         folder=folder,
         num_read=num_read,
         label_numbers=np.asarray(label_numbers),
         label_ends=np.asarray(label_ends),
         names=names,
         dropped=dropped,
+        found=found,
         num_too_long=num_too_long,
         longest=longest,
     )
@@ -313,9 +350,21 @@ def join_near(sources: Mapping[Any, Encoded], threshold: float) -> dict[Any, Enc
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
     parts = np.split(joined(groups, signed, threshold), ends)
     return {
-        name: replace(source, groups=part, signatures=signed[:0])
+        name: replace(source, groups=part, sides=part, signatures=signed[:0])
         for (name, source), part in zip(sources.items(), parts, strict=True)
     }
+
+
+def join_values(sources: Mapping[Any, Encoded]) -> dict[Any, Encoded]:
+    """The sources, where a column says whose the rows are: with one side for rows of all of them that are the same
+    one's, or hang together with these by their texts."""
+    if not any(len(source.values) for source in sources.values()):
+        return dict(sources)
+    groups = np.concatenate([source.groups for source in sources.values()])
+    values = np.concatenate([source.values for source in sources.values()])
+    ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
+    parts = np.split(joined_by_value(groups, values), ends)
+    return {name: replace(source, sides=part) for (name, source), part in zip(sources.items(), parts, strict=True)}
 
 
 def _chunks(job: Job, rows: Iterable[PlacedRow], num_rows: int) -> Iterator[Chunk]:

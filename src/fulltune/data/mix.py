@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
@@ -14,13 +13,13 @@ from fulltune.data.encode import Dropped, Encoded, Job, join_near
 from fulltune.data.pack import pack
 from fulltune.data.sources import SourceName, SourceRows, is_mixed, mixed_names
 from fulltune.data.split import HELD_OUT, Split
-from fulltune.data.written import examples, list_dropped, previews, summarise
+from fulltune.data.written import examples, kept_rows, list_dropped, previews, summarise
 from fulltune.errors import DataError
-from fulltune.inference.store import MIXED, WORDS, Rows, RowWriter, batches
+from fulltune.inference.store import MIXED, Rows, RowWriter
 from fulltune.recipe.data import rows_per_epoch
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import MixedSummary, SplitName
-from fulltune.tasks import PLACE, Target, task_named
+from fulltune.tasks import Target, task_named
 from fulltune.text import counted
 
 
@@ -54,7 +53,7 @@ def mix_in(
     """
     if not recipe.data.mixed_files:
         return (), []
-    mixed, lost = _without_scored(join_near(encoded, recipe.data.near_duplicates), sources, splits)
+    mixed, lost = _without_scored(join_near(encoded, recipe.data.near_duplicates), sources, splits, recipe.data.group)
     list_dropped(folder, lost)
     task, found = task_named(job.task), []
     drawn = _drawn_rows(recipe, len(Rows(folder / "train")))
@@ -86,6 +85,7 @@ def _without_scored(
     encoded: Mapping[SourceName, Encoded],
     sources: Mapping[SourceName, SourceRows],
     splits: Mapping[SplitName, Split],
+    group: str | None,
 ) -> tuple[dict[SourceName, Split], list[Dropped]]:
     """Of each mixed source the rows that are in no split to score on, and all others.
 
@@ -93,6 +93,7 @@ def _without_scored(
         encoded: All sources, with the groups of all of them: the splits may know those of the task's sources only.
         sources: Their names in words.
         splits: What is scored on.
+        group: The column that says whose the rows are.
     """
     scored = {
         name: encoded[name if splits[name].is_file else "train"].groups[splits[name].rows]
@@ -104,8 +105,12 @@ def _without_scored(
     for name in filter(is_mixed, encoded):
         whole, where = encoded[name], sources[name].where
         also_in = {split: np.isin(whole.groups, groups) for split, groups in scored.items()}
+        if (
+            group is not None
+        ):  # the values of scored rows have no gap, so that a mixed row without one is not among them
+            also_in = {split: rows | np.isin(whole.values, splits[split].values) for split, rows in also_in.items()}
         mixed[name] = Split(whole, ~np.logical_or.reduce(list(also_in.values())), where, is_file=True)
-        here = _scored_rows(name, whole, also_in)
+        here = _scored_rows(name, whole, also_in, group)
         lost += here
         if not mixed[name].examples.any():
             checks = Counter(item.check for item in here)
@@ -121,24 +126,16 @@ def _without_scored(
     return mixed, lost
 
 
-def _scored_rows(name: SourceName, whole: Encoded, also_in: Mapping[SplitName, np.ndarray]) -> list[Dropped]:
-    """The rows of a mixed source that are also scored on."""
+def _scored_rows(
+    name: SourceName, whole: Encoded, also_in: Mapping[SplitName, np.ndarray], group: str | None
+) -> list[Dropped]:
+    """The rows of a mixed source that are also scored on; one in both splits is listed once."""
     lost: list[Dropped] = []
-    if not any(rows.any() for rows in also_in.values()):
-        return lost
-    first = np.zeros(len(whole.row_of), bool)  # whether an example is its row's first one, which has the row's words
-    first[np.unique(whole.row_of, return_index=True)[1]] = True
-    start = 0
-    for batch in batches(whole.folder):
-        here = slice(start, start + len(batch))
-        start += len(batch)
-        for split, rows in also_in.items():
-            mine = rows[whole.row_of[here]] & first[here]
-            for place in np.flatnonzero(mine):
-                row = json.loads(batch.column(WORDS)[int(place)].as_py())
-                reason = f"what it asks, or its text, also stands in {split}, which is never trained on"
-                lost.append(Dropped(name, row.pop(PLACE), f"also in {split}", reason, row))
-            first[here] &= ~mine  # a row in both is listed once
+    same = f"what it asks, its text, or its '{group}'," if group else "what it asks, or its text,"
+    for number, place, row in kept_rows(whole, np.logical_or.reduce(list(also_in.values()))):
+        split = next(split for split, rows in also_in.items() if rows[number])
+        reason = f"{same} also stands in {split}, which is never trained on"
+        lost.append(Dropped(name, place, f"also in {split}", reason, row))
     return lost
 
 

@@ -129,5 +129,10 @@ def joined(groups: np.ndarray, signed: np.ndarray, threshold: float) -> np.ndarr
     of_number = clusters(signed[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
     # Drawn anew from the first member: the smallest of several numbers would put large clusters first.
-    shared = np.where(sizes[of_number] > 1, _mixed(numbers[of_number] + _BASE), numbers)
+    shared = np.where(sizes[of_number] > 1, mixed_numbers(numbers[of_number]), numbers)
     return np.asarray(shared[inverse], np.uint64)
+
+
+def mixed_numbers(numbers: np.ndarray) -> np.ndarray:
+    """Other numbers, uniform whatever these are, and the same ones for the same: uint64."""
+    return _mixed(numbers + _BASE)

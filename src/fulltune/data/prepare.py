@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fulltune.data import cache, mix
+from fulltune.data.apart import STANDS_EARLIER, late_rows, listed_late, notes_apart, notes_on_known
 from fulltune.data.check import notes, num_shared, refuse_new_labels, refuse_unusable, unmeasured
-from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near
+from fulltune.data.contamination import KnownTexts, files_of, read_texts
+from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near, join_values
 from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
@@ -39,10 +41,11 @@ from fulltune.data.sources import (
     targets_of,
 )
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
-from fulltune.data.written import DROPPED, as_line, examples, previews, summarise, write
+from fulltune.data.written import DROPPED, as_line, examples, list_dropped, previews, summarise, write
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.inference.store import Rows, save_clusters
 from fulltune.models.processors import processor_identity
+from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitName, SplitSummary
@@ -91,8 +94,8 @@ def prepare(
     """
     if FACTS[recipe.task].reads == "image" and recipe.data.near_duplicates < 1:
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
-    files = find_files(recipe)
-    fingerprint = _fingerprint(recipe, files, tokenizer, limits)
+    files, forbidden = _find(recipe)
+    fingerprint = _fingerprint(recipe, files, forbidden, tokenizer, limits)
     if planned_for and planned_for != fingerprint:
         raise SetupError(
             f"{folder.parent}: the data files changed since this run was planned, so its checkpoints and scores belong "
@@ -115,8 +118,9 @@ def prepare(
     part = whole.with_name(f"{whole.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
+        known = read_texts(str(recipe.data.contamination), forbidden) if forbidden else None
         sources = {name: read_rows(recipe, those, preprocess) for name, those in files.items()}
-        summary = _make(recipe, part, task, tokenizer, limits, sources, fingerprint, listener)
+        summary = _make(recipe, part, task, tokenizer, limits, sources, known, fingerprint, listener)
         if cached is None:
             cache.put(part, folder)
         else:
@@ -136,6 +140,7 @@ def _make(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     sources: Mapping[SourceName, SourceRows],
+    known: KnownTexts | None,
     fingerprint: str,
     listener: Listener,
 ) -> DataSummary:
@@ -154,20 +159,21 @@ def _make(
         split_seed=block.split_seed,
         drop_truncated=block.truncation_strategy == "drop",
         signs=block.near_duplicates < 1,
+        group=block.group,
+        time=block.time,
+        known=known,
     )
     encoded = _encode(job, folder, sources, targets, counts, listener)
-    refuse_unusable(recipe, encoded, sources)
-    # What is mixed in does not change the splits.
-    own = join_near({name: whole for name, whole in encoded.items() if not is_mixed(name)}, block.near_duplicates)
-    splits = assign(recipe, own, sources)
+    splits, about_splits = _split(recipe, target, encoded, sources)
+    remarks += about_splits
     train, test = splits["train"], splits["test"]
-    remarks += notes(splits, target, block.near_duplicates < 1)
-    if target.labels:
-        refuse_new_labels(splits)
-        remarks += unmeasured(train, test)
-    asked = asked_rows(recipe, splits) if target.labels else {}
+    late = late_rows(splits)
+    list_dropped(folder, listed_late(block, train.source, late))
+    # Whole times, and whole groups, say themselves what they come to.
+    asked = asked_rows(recipe, splits) if target.labels and block.time is None and block.group is None else {}
     summaries = _write_splits(folder, task, splits, asked, limit if packed else None)
     mixed, also_held_out = mix.mix_in(recipe, folder, job, encoded, sources, targets, splits, packed)
+    remarks += notes_on_known(known, train, encoded, sources, also_held_out)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
     remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
@@ -177,7 +183,6 @@ def _make(
         remarks.append(_packing_note(train, summaries["train"], limit))
     longest = max(whole.longest for whole in encoded.values())
     shrinks = not packed and not block.max_length and longest < limit
-    off_train = f"split off {train.where} (seed {block.split_seed})"
     summary = DataSummary(
         task=recipe.task,
         problem_type=target.problem_type,
@@ -192,8 +197,10 @@ def _make(
         scale=scale,
         length_explained=explained,
         splits=summaries,
-        sources={name: f"file {split.where}" if split.is_file else off_train for name, split in splits.items()},
-        dropped=_dropped(encoded, also_held_out),
+        sources={
+            name: f"file {split.where}" if split.is_file else _off_train(block, train) for name, split in splits.items()
+        },
+        dropped=_dropped(encoded, also_held_out, int(late.sum())),
         notes=tuple(remarks),
         test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
         previews=previews(task, target, tokenizer, Rows(folder / "train")[:5]),
@@ -202,6 +209,33 @@ def _make(
     )
     summary.save(folder / SUMMARY)  # last: a folder with a summary is whole
     return summary
+
+
+def _split(
+    recipe: Recipe,
+    target: Target,
+    encoded: Mapping[SourceName, Encoded],
+    sources: Mapping[SourceName, SourceRows],
+) -> tuple[dict[SplitName, Split], list[str]]:
+    """Which rows each split has, and what is worth knowing about it."""
+    block = recipe.data
+    refuse_unusable(recipe, encoded, sources)
+    # What is mixed in does not change the splits.
+    own = join_near({name: whole for name, whole in encoded.items() if not is_mixed(name)}, block.near_duplicates)
+    splits = assign(recipe, join_values(own), sources)
+    remarks = [*notes_apart(block, splits), *notes(splits, target, block.near_duplicates < 1)]
+    if target.labels:
+        refuse_new_labels(block, splits)
+        remarks += unmeasured(splits["train"], splits["test"])
+    return splits, remarks
+
+
+def _off_train(block: DataBlock, train: Split) -> str:
+    """Where the rows come from that were split off, in words."""
+    if block.time is not None:
+        return f"split off {train.where} by '{block.time}'"
+    by = f" by '{block.group}'" if block.group is not None else ""
+    return f"split off {train.where}{by} (seed {block.split_seed})"
 
 
 def _write_splits(
@@ -216,8 +250,11 @@ def _write_splits(
         parts = examples(split, task, scored=name == "test")
         write(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
         if name != "train":
-            save_clusters(folder / name, split.source.groups[split.source.row_of][split.examples])
+            save_clusters(folder / name, split.source.sides[split.source.row_of][split.examples])
         summaries[name] = summarise(split, Rows(folder / name)["length"], asked.get(name))
+    if late := int(late_rows(splits).sum()):
+        train = summaries["train"]
+        summaries["train"] = train.model_copy(update={"dropped_rows": train.dropped_rows + late})
     return summaries
 
 
@@ -229,7 +266,8 @@ def _encode(
     counts: Mapping[SourceName, int],
     listener: Listener,
 ) -> dict[SourceName, Encoded]:
-    """Tokenise each source, and write down what is dropped."""
+    """Tokenise each source, and write down what is dropped. Only train has times, and only what is trained
+    on may hold no known text."""
     encoded: dict[SourceName, Encoded] = {}
     total, told = sum(counts.values()), 0.0
     folder.mkdir(parents=True)
@@ -247,19 +285,25 @@ def _encode(
                 listener(RowsPrepared(name="tokenising", done=done, total=total))
 
         for name, source in sources.items():
-            known = None if name == "train" else frozenset(encoded["train"].names)
-            job = replace(job, split=name, target=targets[name], known_labels=known, drops_new_labels=is_mixed(name))
-            encoded[name] = encode(job, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
+            is_train = name == "train"
+            labels = None if is_train else frozenset(encoded["train"].names)
+            here = replace(job, split=name, target=targets[name], known_labels=labels, is_mixed=is_mixed(name))
+            here = replace(
+                here, time=job.time if is_train else None, known=job.known if is_train or here.is_mixed else None
+            )
+            encoded[name] = encode(here, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
     return encoded
 
 
-def _dropped(encoded: Mapping[SourceName, Encoded], also_held_out: Iterable[Dropped]) -> dict[str, int]:
+def _dropped(encoded: Mapping[SourceName, Encoded], also_held_out: Iterable[Dropped], late: int) -> dict[str, int]:
     """Number of rows, and of parts of rows, by the check that dropped them."""
     numbers = Counter(item.check for item in also_held_out)
     for whole in encoded.values():
         for loss, tally in whole.dropped.items():
             ending = " (part of a row)" if loss == "part" else ""
             numbers.update({f"{check}{ending}": count for check, count in tally.counts.items()})
+    if late:
+        numbers[STANDS_EARLIER] = late
     return dict(numbers)
 
 
@@ -307,24 +351,53 @@ def _of_target(target: Target, train: Split, folder: Path) -> tuple[tuple[float,
     return None, explained_by_class(lengths, np.array(sets)[whole.row_of[chosen]]), []
 
 
+def _find(recipe: Recipe) -> tuple[dict[SourceName, DataFiles], tuple[Path, ...]]:
+    """The files of each source, and those of texts that must not be trained on.
+
+    Raises:
+        DataError: With what is wrong with either.
+    """
+    problems: list[str] = []
+    forbidden: tuple[Path, ...] = ()
+    try:
+        forbidden = files_of(recipe.data.contamination) if recipe.data.contamination is not None else ()
+    except DataError as error:
+        problems += error.problems
+    try:
+        files = find_files(recipe)
+    except DataError as error:
+        raise DataError([*error.problems, *problems]) from None
+    if problems:
+        raise DataError(problems)
+    return files, forbidden
+
+
 def _fingerprint(
-    recipe: Recipe, files: Mapping[SourceName, DataFiles], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    recipe: Recipe,
+    files: Mapping[SourceName, DataFiles],
+    forbidden: tuple[Path, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
 ) -> str:
     """Changes whenever the prepared rows could."""
     from importlib.metadata import version
 
+    # Where they are not set, rows of a version that did not know these settings are the same ones.
+    unset = {name for name in ("group", "time") if getattr(recipe.data, name) is None}
     parts = {
         "format": FORMAT,
         "tokenizers": version("tokenizers"),
         "content": content_hash(files),
         "task": recipe.task,
-        "data": recipe.data.model_dump(mode="json", exclude={"train", "eval", "test"}),
+        "data": recipe.data.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", *unset}),
         "roles": [bool(recipe.data.eval), bool(recipe.data.test)],
         "processor": processor_identity(tokenizer),
         "limits": [limits.positions, tokenizer.model_max_length, limits.identity],
     }
     if limits.virtual:
         parts["virtual"] = limits.virtual
+    if forbidden:
+        parts["contamination"] = content_hash({"contamination": DataFiles(forbidden, "")})
     if mixed := recipe.data.mixed_files:
         parts["weights"] = [one.weight for one in mixed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import PLACE, Target, Task
 from fulltune.tasks.columns import USUAL_NAMES, is_whole, unreadable
+from fulltune.text import did_you_mean
 
 Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
 _HEAD = 1000
@@ -146,7 +147,7 @@ def describe(
 
     first_columns, first_rows = _head(train)
     try:
-        roles = task.find_columns(first_columns, first_rows, block, train.where)
+        roles = task.find_columns(_for_roles(block, first_columns), first_rows, block, train.where)
         _refuse_row_as_header(roles, first_rows, train.where)
         target = task.find_target(usable("train"), roles, block, train.where)
     except DataError as error:
@@ -160,7 +161,7 @@ def describe(
         raise DataError(list(dict.fromkeys(problems)))
     if len(columns["train"]) > len(first_columns):
         # Some columns appear only later, in a second file for example: the same again, with all of them.
-        in_all = task.find_columns(tuple(columns["train"]), first_rows, block, train.where)
+        in_all = task.find_columns(_for_roles(block, columns["train"]), first_rows, block, train.where)
         if in_all != roles:
             roles, refusal = in_all, None
             target = task.find_target(usable("train"), roles, block, train.where)
@@ -174,9 +175,24 @@ def describe(
         for role, column in roles.items()
         if column not in columns[name]
     ]
+    missing += _without_mark(block, sources, columns)
     if missing:
         raise DataError(missing)
     return target, counts
+
+
+def _without_mark(
+    block: DataBlock, sources: Mapping[SourceName, SourceRows], columns: Mapping[SourceName, Mapping[str, None]]
+) -> list[str]:
+    """Sources without a column that says whose their rows are, or when they came; mixed ones may lack it."""
+    needed = [("group", block.group, name) for name in sources if not is_mixed(name)]
+    needed.append(("time", block.time, "train"))
+    return [
+        f"{sources[name].where}: no column '{column}' (data.{role}); "
+        f"{did_you_mean(column, columns[name]) or 'columns here: ' + ', '.join(columns[name])}"
+        for role, column, name in needed
+        if column is not None and column not in columns[name]
+    ]
 
 
 def targets_of(
@@ -203,12 +219,19 @@ def targets_of(
 def _own_form(block: DataBlock, task: Task, source: SourceRows) -> Target:
     """By the columns that the recipe names, if the source has them, else by the usual names."""
     columns, rows = _head(source)
+    columns = _for_roles(block, columns)
     try:
         roles = task.find_columns(columns, rows, block, source.where)
     except DataError:
         block = block.model_copy(update=dict.fromkeys(set(task.FACTS.data) & set(USUAL_NAMES)))
         roles = task.find_columns(columns, rows, block, source.where)
     return task.find_target(rows, roles, block, source.where)
+
+
+def _for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
+    """The columns that a task may look at: one named `conversation` that says whose a row is holds none."""
+    named = {getattr(block, role) for role in USUAL_NAMES}
+    return tuple(name for name in columns if name in named or name not in (block.group, block.time))
 
 
 def _head(source: SourceRows) -> tuple[tuple[str, ...], list[dict[str, Any]]]:

@@ -9,7 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
+from fulltune.data.by_time import split_by_time
 from fulltune.data.encode import Encoded
+from fulltune.data.groups import rarest_of_group
 from fulltune.data.readers.plain_text import SECTION_CHARACTERS
 from fulltune.data.sources import SourceName, SourceRows
 from fulltune.errors import DataError
@@ -43,6 +45,11 @@ class Split:
     def examples(self) -> np.ndarray:
         """Whether it has an example of the source: bool [examples]."""
         return self.rows[self.source.row_of]
+
+    @property
+    def values(self) -> np.ndarray:
+        """Whose each of its rows is: uint64 [its rows]; without any where no column says so."""
+        return self.source.values[self.rows] if len(self.source.values) else self.source.values
 
     @property
     def groups(self) -> np.ndarray:
@@ -109,26 +116,26 @@ def assign(
     """The rows of each split: all of its own file, or some split off train.
 
     Raises:
-        DataError: For a split of fewer than 2 rows.
+        DataError: For a split of fewer than 2 rows, or rows that nearly all hang together.
     """
     train, where = encoded["train"], sources["train"].where
-    strata, left = _strata(train), np.ones(train.num_rows, bool)
     splits = {
         name: Split(encoded[name], np.ones(encoded[name].num_rows, bool), sources[name].where, True)
         for name in SPLITS
         if name in encoded
     }
-    for name, fraction in _fractions(recipe).items():
-        if name in sources:
-            continue
-        rest = np.flatnonzero(left)
-        # The second split takes its share of all rows, not of those that the first one left.
-        share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
-        rows = np.zeros(train.num_rows, bool)
-        rows[rest[split_off(train.groups[rest], strata[rest], share)]] = True
-        left &= ~rows
-        splits[name] = Split(train, rows, where, is_file=False)
-    splits["train"] = Split(train, left, where, is_file=True)
+    fractions = {name: fraction for name, fraction in _fractions(recipe).items() if name not in sources}
+    if recipe.data.group is not None and recipe.data.time is None:
+        _refuse_one_group(recipe, train, where, fractions)
+    if recipe.data.time is None:
+        strata = _strata(train)
+        if recipe.data.group is not None:
+            strata = rarest_of_group(strata, train.names, train.sides)
+        taken = _drawn(train, strata, fractions)
+    else:
+        wanted = {name: max(1, held_out_rows(train.num_rows, fraction)) for name, fraction in fractions.items()}
+        taken = split_by_time(train.times, train.sides, wanted)
+    splits |= {name: Split(train, rows, where, is_file=name == "train") for name, rows in taken.items()}
     few = [
         f"{split.where}: {counted(split.num_rows, 'usable row')} for {name}; expected at least 2"
         for name, split in splits.items()
@@ -136,8 +143,45 @@ def assign(
     ]
     if few:
         raise DataError(few)
+    _refuse_small(recipe, train, where, splits)
+    return splits
+
+
+def _drawn(train: Encoded, strata: np.ndarray, fractions: Mapping[SplitName, float]) -> dict[SplitName, np.ndarray]:
+    """Which rows each split takes off train, and what is left for train: bool [rows]."""
+    taken, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
+    for name, fraction in fractions.items():
+        rest = np.flatnonzero(left)
+        # The second split takes its share of all rows, not of those that the first one left.
+        share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
+        rows = np.zeros(train.num_rows, bool)
+        rows[rest[split_off(train.sides[rest], strata[rest], share)]] = True
+        left &= ~rows
+        taken[name] = rows
+    return {**taken, "train": left}
+
+
+def _refuse_small(recipe: Recipe, train: Encoded, where: str, splits: Mapping[SplitName, Split]) -> None:
+    """Raises a `DataError` for splits that cannot be measured, or learned from."""
+    block = recipe.data
     small = [f"{name} has {splits[name].num_rows}" for name in SPLITS if splits[name].num_rows < 2]
+    if small and block.time is not None:
+        times, sides = len(np.unique(train.times)), len(np.unique(train.sides))
+        raise DataError(
+            f"{where}: {counted(train.num_read, 'row')} cannot be split by '{block.time}' (data.time) into splits of "
+            f"at least 2 rows ({', '.join(small)}): {counted(times, 'different time')} in "
+            f"{counted(sides, 'group')} of rows that stay together, and of a group that reaches over a boundary only "
+            "the rows before it are kept; give more rows, finer times, files for eval and test, or groups that "
+            "begin at different times"
+        )
+    if small and block.group is not None:
+        raise DataError(
+            f"{where}: {counted(train.num_read, 'row')} in {counted(len(np.unique(train.sides)), 'group')} that stay "
+            f"together by '{block.group}' (data.group) and by their texts: too few for three splits of at least 2 rows "
+            f"({', '.join(small)}); give rows of more values of '{block.group}', or files for eval and test"
+        )
     if small:
+        strata = _strata(train)
         different = len(np.unique(train.groups))
         alike = f", only {different} of them different," if different < train.num_read else ""
         # A label is shared out among the splits by itself: no fraction helps where none has a row for each of them.
@@ -153,7 +197,38 @@ def assign(
             f"{where}: {counted(train.num_read, 'row')}{alike}{of_labels}: too few for three splits of at least 2 rows "
             f"({', '.join(small)}); {', '.join(ways[:-1])}, or {ways[-1]}{_sections(recipe)}"
         )
-    return splits
+
+
+def _refuse_one_group(recipe: Recipe, train: Encoded, where: str, fractions: Mapping[SplitName, float]) -> None:
+    """Rows that nearly all hang together cannot be split: the ones that do not are too few to be measured on.
+
+    Raises:
+        DataError: With what makes them hang together, in numbers.
+    """
+    column, rows = recipe.data.group, train.num_rows
+    asked = sum(held_out_rows(rows, fraction) for fraction in fractions.values())
+    largest, others = largest_group(train.sides), rows - largest_group(train.sides)
+    if not fractions or 2 * others >= asked:
+        return
+    near = recipe.data.near_duplicates < 1
+    of_texts = "equal or nearly equal texts" if near else "equal texts"
+    raise DataError(
+        f"{where}: {largest:,} of {counted(rows, 'row')} hang together, and the other {others:,} are too few for the "
+        f"{asked:,} that {' and '.join(fractions)} ask for: chains of rows with the same '{column}' (data.group; the "
+        f"most frequent value has {counted(largest_group(train.values), 'row')}) or {of_texts} (at most "
+        f"{largest_group(train.groups):,} alike) must not be on two sides. Remove rows with texts that many share, "
+        f"{'raise data.near_duplicates, ' if near else ''}name a finer column, or give files for eval and test"
+    )
+
+
+def largest_group(numbers: np.ndarray) -> int:
+    """Rows in the largest group; 0 where there are none."""
+    return int(np.unique(numbers, return_counts=True)[1].max(initial=0))
+
+
+def held_out_rows(rows: int, fraction: float) -> int:
+    """How many of so many rows a fraction asks for."""
+    return min(MOST_HELD_OUT_ROWS, round(fraction * rows))
 
 
 def _fractions(recipe: Recipe) -> dict[SplitName, float]:
@@ -167,7 +242,7 @@ def asked_rows(recipe: Recipe, splits: Mapping[SplitName, Split]) -> dict[SplitN
     That is so where labels have so few rows that their share would be none.
     """
     rows = splits["train"].source.num_rows
-    asked = {name: min(MOST_HELD_OUT_ROWS, round(_fractions(recipe)[name] * rows)) for name in HELD_OUT}
+    asked = {name: held_out_rows(rows, _fractions(recipe)[name]) for name in HELD_OUT}
     return {
         name: few for name, few in asked.items() if not splits[name].is_file and splits[name].num_rows > 1.1 * few + 1
     }

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.data.encode import Dropped
+from fulltune.data.encode import Dropped, Encoded
 from fulltune.data.split import Split
-from fulltune.inference.store import RowWriter, batches, readable
+from fulltune.inference.store import WORDS, RowWriter, batches, readable
 from fulltune.records.data import Preview, SplitSummary
-from fulltune.tasks import Target, Task
+from fulltune.tasks import PLACE, Target, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +31,21 @@ def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
     """Write rows down that were dropped, behind those that are listed already."""
     with (folder / DROPPED).open("a", encoding="utf-8") as file:
         file.writelines(map(as_line, items))
+
+
+def kept_rows(whole: Encoded, wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Number, place and cells of the wanted rows of a source, bool [rows], in their order."""
+    if not wanted.any():  # of no row at all, nothing was written
+        return
+    first = np.zeros(len(whole.row_of), bool)  # whether an example is its row's first one, which has the row's words
+    first[np.unique(whole.row_of, return_index=True)[1]] = True
+    start = 0
+    for batch in batches(whole.folder):
+        row_of, is_first = whole.row_of[start : start + len(batch)], first[start : start + len(batch)]
+        start += len(batch)
+        for place in np.flatnonzero(wanted[row_of] & is_first):
+            row = json.loads(batch.column(WORDS)[int(place)].as_py())
+            yield int(row_of[place]), row.pop(PLACE), row
 
 
 def examples(split: Split, task: Task, scored: bool = False) -> Iterator[pa.RecordBatch]:

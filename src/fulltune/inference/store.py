@@ -210,7 +210,7 @@ def load_texts(folder: Path) -> list[dict[str, Any]]:
 
 
 def save_clusters(folder: Path, groups: np.ndarray) -> None:
-    """Keep which rows of a split belong together: duplicates, near ones, questions about one passage."""
+    """Keep which rows of a split belong together: duplicates, near ones, of one passage, of one customer."""
     np.save(folder / CLUSTERS, np.unique(groups, return_inverse=True)[1].astype(np.int64))
 
 

@@ -132,6 +132,23 @@ class DataBlock(Block):
     near_duplicates: float = Field(default=1.0, gt=0, le=1)
     """Rows whose texts have so much of their 5-grams of characters in common (Jaccard) stay on one side of the split;
     0.8 finds texts that differ in a word or two. 1: only equal texts."""
+    group: str | None = None
+    """Column that says whose a row is (a customer, patient, document, conversation): rows with the same value are never
+    on two sides of a split, nor are rows whose texts are equal, or nearly so (`near_duplicates`), whoever's they are.
+    Each row of the task's files needs a value. In files of `eval` and `test`, rows that share one with train are
+    counted and noted; a mixed file may lack the column, and loses the rows whose value is scored on."""
+    time: str | None = None
+    """Column that says when a row came: the newest rows are test rows, those before them eval rows, the oldest are
+    trained on. ISO dates (`2026-11-28`), date-times, with a zone or without, or numbers such as Unix seconds: the same
+    kind in each row. Rows of one time stay on one side. A row whose text, or `group`, already stands in an earlier
+    split is left out of the later one, listed and counted. Classes keep no shares. Only the train files are split by
+    it."""
+    contamination: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """File, or folder with its folders, of texts that must not be trained on: benchmarks, tests (txt: a line or a
+    paragraph each; csv, jsonl and other tables: each text in any column). Train rows are counted and noted whose text,
+    prompt, question or answer is equal to one, or shares runs of 8 words with it that cover at least half of the
+    shorter one. Case and white space do not count, nor do an answer of fewer than 8 words and runs that stand in more
+    than 100 of the texts. No row is dropped. Not for images."""
     max_rows: int | None = Field(default=None, ge=10)
     """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
 
@@ -181,6 +198,10 @@ class DataBlock(Block):
                 problems.append(f"{role}: is the file of train; rows for scoring must not be trained on")
         if self.test is not None and self.test == self.eval and not _SHARE.fullmatch(self.test):
             problems.append("test: is the file of eval; rows for reporting must not choose the checkpoint")
+        if self.time is not None and len(held_out) == 2:
+            problems.append(
+                "time: eval and test name files, so there is nothing to split by time; remove it, or a file"
+            )
         if len(set(self.columns or ())) != len(self.columns or ()):
             problems.append("columns: names a column twice; give each a name of its own")
         problems += [

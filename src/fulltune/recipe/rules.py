@@ -60,6 +60,7 @@ def of_settings(recipe: Recipe) -> list[str]:
             if recipe.task not in tasks and getattr(recipe.data, name) != fields[name].default
         ),
         *_mixed_images(recipe),
+        *_compared_images(recipe),
         *_weights_without_classes(recipe),
         *_r_drop_without_one_label(recipe),
         *_mixup_without_images(recipe),
@@ -101,6 +102,12 @@ def _mixed_images(recipe: Recipe) -> list[str]:
     if FACTS[recipe.task].reads == "text" or not recipe.data.mixed_files:
         return []
     return ["data.train: images cannot be mixed in by weight yet; name the folders without a weight"]
+
+
+def _compared_images(recipe: Recipe) -> list[str]:
+    if FACTS[recipe.task].reads == "text" or recipe.data.contamination is None:
+        return []
+    return ["data.contamination: only texts can be compared, not images; remove the setting"]
 
 
 ONE_LABEL = ("text-classification", "image-classification", "multiple-choice")

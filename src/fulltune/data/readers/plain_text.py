@@ -20,7 +20,7 @@ def rows(file: Path, text_rows: TextRows) -> Iterator[tuple[int, dict[str, Any]]
     `auto` takes sections where blank lines separate paragraphs (a book, a play), else every line is a row.
     """
     if text_rows == "auto":
-        text_rows = "section" if _has_blank_lines(file) else "line"
+        text_rows = "section" if has_blank_lines(file) else "line"
     with file.open(encoding="utf-8-sig") as stream:
         lines = ((number, line.rstrip("\n") if line.strip() else "") for number, line in enumerate(stream, start=1))
         for number, text in lines if text_rows == "line" else _paragraphs(lines, text_rows):
@@ -28,7 +28,7 @@ def rows(file: Path, text_rows: TextRows) -> Iterator[tuple[int, dict[str, Any]]
                 yield number, {"text": text}
 
 
-def _has_blank_lines(file: Path) -> bool:
+def has_blank_lines(file: Path) -> bool:
     """Whether blank lines stand between texts."""
     with file.open(encoding="utf-8-sig") as stream:
         marks = "".join("x" if line.strip() else " " for line in islice(stream, _LINES_LOOKED_AT))

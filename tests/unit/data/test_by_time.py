@@ -1,0 +1,222 @@
+"""A split by time: the newest rows are scored on, and nothing that is scored on was seen before."""
+
+from __future__ import annotations
+
+import json
+import random
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from fulltune import data
+from fulltune.data.by_time import split_by_time
+from fulltune.errors import DataError, RecipeError
+from fulltune.inference.store import load_texts
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import check
+from fulltune.records.data import DataSummary
+from fulltune.tasks import task_named
+from tests import tiny
+
+SPLITS = ("train", "eval", "test")
+
+
+@pytest.mark.parametrize(
+    ("times", "sides", "wanted", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6], "abcdef", (1, 1), "ttttET"),
+        ([6, 5, 4, 3, 2, 1], "abcdef", (2, 1), "TTEttt"),
+        ([1, 2, 3, 4, 5, 5], "abcdef", (1, 1), "tttETT"),
+        ([1, 2, 3, 4, 4, 5], "abcdef", (2, 2), "tttEET"),
+        ([1, 1, 1, 2, 2, 3], "abcdef", (1, 1), "tttEET"),
+        ([1, 2, 3, 4, 5, 6], "abcdea", (1, 1), "tttET-"),
+        ([1, 2, 3, 4, 5, 6], "abcded", (1, 1), "tttET-"),
+        ([1, 2, 3, 4, 5, 6], "abcaea", (1, 1), "ttE-T-"),
+        ([1, 1, 1], "abc", (1, 1), "ttt"),
+        ([1, 2, 3], "aaa", (1, 1), "ttt"),
+        ([1, 2, 2], "abc", (1, 1), "tTT"),
+        ([], "", (1, 1), ""),
+    ],
+    ids=[
+        *("one each", "any order", "equal newest times", "a time too large", "a large time alone"),
+        *("a group from train to test", "from eval to test", "a group in all", "one time", "one group", "two times"),
+        "none",
+    ],
+)
+def test_boundaries(times: list[float], sides: str, wanted: tuple[int, int], expected: str) -> None:
+    numbers = np.array([ord(side) for side in sides], np.uint64)
+    found = split_by_time(np.array(times, float), numbers, {"test": wanted[0], "eval": wanted[1]})
+    marks = np.full(len(times), "-")
+    for mark, name in zip("tET", SPLITS, strict=True):
+        assert (marks[found[name]] == "-").all()  # type: ignore[index]
+        marks[found[name]] = mark  # type: ignore[index]
+    assert "".join(marks) == expected
+
+
+# ---- the data stage --------------------------------------------------------------------------------------------
+
+START = date(2026, 1, 1)
+
+
+def dated_rows(count: int = 200, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of different days, in any order; some texts come again, some users as well."""
+    chance = random.Random(seed)
+    rows = [
+        {
+            "text": f"text {chance.randrange(3 * count)}",
+            "label": chance.choice("ab"),
+            "day": (START + timedelta(days=day // 2)).isoformat(),
+            "user": f"u{chance.randrange(3 * count)}",
+        }
+        for day in range(count)
+    ]
+    chance.shuffle(rows)
+    return rows
+
+
+def prepare(folder: Path, rows: list[dict[str, Any]] | Path, tokenizer: Any, **settings: Any) -> DataSummary:
+    path = rows if isinstance(rows, Path) else tiny.write_jsonl(folder / "train.jsonl", rows)
+    for name in ("eval", "test"):
+        if isinstance(given := settings.get(name), list):
+            settings[name] = str(tiny.write_jsonl(folder / f"{name}-file.jsonl", given))
+    task = settings.pop("task", "text-classification")
+    values = {"model": "x", "task": task, "data": {"train": str(path), "time": "day", **settings}}
+    recipe = Recipe.model_validate(values)
+    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
+
+
+def of_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {name: load_texts(folder / "data" / name) for name in SPLITS}
+
+
+def dropped(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("group", [None, "user"])
+@pytest.mark.parametrize("seed", range(3))
+def test_test_is_newer_than_eval_is_newer_than_train_and_no_group_is_on_two_sides(
+    tmp_path: Path, encoder_tokenizer: Any, seed: int, group: str | None
+) -> None:
+    rows = dated_rows(seed=seed)
+    summary = prepare(tmp_path, rows, encoder_tokenizer, group=group)
+    splits = of_splits(tmp_path)
+    days = {name: sorted(row["day"] for row in rows) for name, rows in splits.items()}
+    assert days["train"][-1] < days["eval"][0] <= days["eval"][-1] < days["test"][0]
+    for column in ("text", *([group] if group else [])):
+        seen = [{row[column] for row in rows} for rows in splits.values()]
+        assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
+    late = [item for item in dropped(tmp_path) if item["check"] == "stands in an earlier split"]
+    assert 0 < len(late) == summary.dropped["stands in an earlier split"] == summary.splits["train"].dropped_rows
+    assert len(late) + sum(map(len, splits.values())) == len(rows)
+    places = {f"train.jsonl:{number}": row for number, row in enumerate(rows, start=1)}
+    assert all(places[item["place"]] == item["row"] for item in late)
+    if group is None:
+        days_of = {row["text"]: row["day"] for name in ("train", "eval") for row in splits[name]}
+        assert all(days_of[item["row"]["text"]] <= item["row"]["day"] for item in late)
+    assert all(18 <= len(splits[name]) <= 20 for name in ("eval", "test"))
+    [note] = [note for note in summary.notes if note.startswith("split by 'day': ")]
+    assert f"train {days['train'][0]} to {days['train'][-1]}, eval {days['eval'][0]} to " in note
+    assert f"{len(late)} of 200 rows are left out, for their text" in note
+    assert ("'user'" in note) == bool(group)
+    assert summary.sources["test"] == "split off train.jsonl by 'day'"
+
+
+@pytest.mark.parametrize("kind", ["date", "timestamp", "zone", "number", "text"])
+def test_kinds_of_time_give_the_same_split(tmp_path: Path, encoder_tokenizer: Any, kind: str) -> None:
+    rows = [{**row, "text": f"{row['text']} {number}"} for number, row in enumerate(dated_rows(60))]
+    days = [date.fromisoformat(row["day"]) for row in rows]
+    moments = [datetime(day.year, day.month, day.day, 12, tzinfo=UTC) for day in days]
+    columns = {
+        "date": pa.array(days, pa.date32()),
+        "timestamp": pa.array([moment.replace(tzinfo=None) for moment in moments], pa.timestamp("us")),
+        "zone": pa.array(moments, pa.timestamp("ms", "UTC")),
+        "number": pa.array([moment.timestamp() for moment in moments], pa.float64()),
+        "text": pa.array([moment.isoformat() for moment in moments]),
+    }
+    table = pa.table(
+        {"text": [row["text"] for row in rows], "label": [row["label"] for row in rows], "day": columns[kind]}
+    )
+    parquet.write_table(table, tmp_path / "train.parquet")
+    prepare(tmp_path, tmp_path / "train.parquet", encoder_tokenizer)
+    newest = sorted(zip(days, (row["text"] for row in rows), strict=True))[-6:]
+    assert {row["text"] for row in load_texts(tmp_path / "data" / "test")} == {text for _, text in newest}
+
+
+def test_given_files_are_not_split_and_need_no_times(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    test = [{"text": f"test {number}", "label": "ab"[number % 2]} for number in range(8)]
+    prepare(tmp_path, dated_rows(), encoder_tokenizer, test=test)
+    splits = of_splits(tmp_path)
+    assert len(splits["test"]) == 8
+    assert max(row["day"] for row in splits["train"]) < min(row["day"] for row in splits["eval"])
+
+
+def test_split_by_time_of_drawn_rows_and_of_texts_to_write(tmp_path: Path, decoder_tokenizer: Any) -> None:
+    rows = [{"prompt": f"ask {number}", "completion": "say", "day": number} for number in range(300)]
+    prepare(tmp_path, rows, decoder_tokenizer, task="causal-lm", max_rows=100)
+    splits = of_splits(tmp_path)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 80, "eval": 10, "test": 10}
+    assert max(row["day"] for row in splits["train"]) < min(row["day"] for row in splits["eval"])
+    assert min(row["day"] for row in splits["train"]) < 20  # drawn from all times
+
+
+def test_class_of_the_newest_rows_alone_is_refused_in_words_of_time(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = dated_rows()
+    newest = sorted(rows, key=lambda row: row["day"])[-3:]
+    for row in newest:
+        row.update(label="new", text=f"new {row['text']}")
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, rows, encoder_tokenizer)
+    [problem] = caught.value.problems
+    assert "train.jsonl: label 'new' (3 rows of test) never occurs in train: its first row is newer" in problem
+    assert "'day', data.time" in problem
+    assert "data.test_fraction" in problem
+
+
+def test_times_with_faults_are_refused_at_once_with_places(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = dated_rows()
+    rows[0]["day"], rows[4]["day"], rows[5]["day"] = "soon", None, "2026-01-05 10:00"
+    rows[9]["user"] = ""
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, rows, encoder_tokenizer, group="user")
+    said = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 4
+    assert "column 'day' (data.time) holds no time in 1 of 200 rows (train.jsonl:1: 'soon')" in said
+    assert "column 'day' (data.time) is empty in 1 of 200 rows (train.jsonl:5)" in said
+    assert "date in 197 rows (train.jsonl:2) and date-time in 1 row (train.jsonl:6)" in said
+    assert "column 'user' (data.group) is empty in 1 of 200 rows (train.jsonl:10)" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [({"day": 7}, ("1 different time ", "eval has 0", "test has 0")), ({"user": "u"}, ("in 1 group ", "test has 0"))],
+)
+def test_rows_that_no_boundary_parts_are_refused(
+    tmp_path: Path, encoder_tokenizer: Any, change: dict[str, Any], facts: tuple[str, ...]
+) -> None:
+    rows = [{**row, **change} for row in dated_rows()]
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, rows, encoder_tokenizer, group="user")
+    [problem] = caught.value.problems
+    assert all(fact in problem for fact in (*facts, "200 rows cannot be split by 'day' (data.time)"))
+
+
+def test_nothing_to_split_is_refused_by_the_recipe() -> None:
+    block = {"train": "a.csv", "eval": "b.csv", "test": "c.csv", "time": "day"}
+    with pytest.raises(RecipeError, match=r"data\.time: eval and test name files, so there is nothing to split"):
+        check({"model": "x", "task": "causal-lm", "data": block}, Path("recipe.yaml"))
+
+
+def test_setting_changes_the_prepared_rows(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = dated_rows()
+    found = [
+        prepare(tmp_path, rows, encoder_tokenizer, **settings)
+        for settings in ({"time": None}, {}, {"group": "user"}, {"time": None, "group": "user"}, {"time": None})
+    ]
+    assert len({summary.fingerprint for summary in found}) == 4
+    assert found[0] == found[-1]

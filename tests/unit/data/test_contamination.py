@@ -1,0 +1,323 @@
+"""Texts that must not be trained on: what is read, which rows hold one, and what is said."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune import data
+from fulltune.data.contamination import MOST_TEXTS, KnownTexts, cell_texts, files_of, read_texts
+from fulltune.errors import DataError, RecipeError
+from fulltune.inference.store import load_texts
+from fulltune.recipe import rules
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.file import load_recipe
+from fulltune.records.data import DataSummary
+from fulltune.tasks import task_named
+from fulltune.tasks.columns import normalised
+from tests import tiny
+
+TEN = "one two three four five six seven eight nine ten"
+
+
+def known(folder: Path, *texts: str) -> KnownTexts:
+    path = tiny.write_jsonl(folder / "known.jsonl", [{"text": text} for text in texts])
+    return read_texts(str(path), files_of(str(path)))
+
+
+def others(count: int, start: str = "w") -> str:
+    return " ".join(f"{start}{number}" for number in range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_held"),
+    [
+        (TEN, True),
+        (f"  {TEN.upper()}\n", True),
+        (f"{others(50)} {TEN} {others(50, 'v')}", True),
+        (f"{others(2)} one two three four five six seven eight {others(2, 'v')}", True),
+        ("one two three four five six seven eight", True),
+        ("one two three four five six seven", False),
+        (f"one two three four five six seven {others(20)}", False),
+        (others(30), False),
+        ("", False),
+    ],
+    ids=["equal", "but for case", "inside", "8 of 10 words", "its first 8", "its first 7", "7 words", "other", "empty"],
+)
+def test_text_that_shares_a_run_of_8_words(tmp_path: Path, text: str, is_held: bool) -> None:
+    assert known(tmp_path, TEN, others(3, "x")).hold(normalised(text), is_asked=True) == is_held
+
+
+@pytest.mark.parametrize(
+    ("rest", "own", "is_held"),
+    [(8, 100, True), (9, 100, False), (100, 8, True), (100, 9, False), (60, 60, False)],
+    ids=["half of the known", "less of the known", "half of the row", "less of the row", "little of both"],
+)
+def test_run_must_cover_half_of_the_shorter_text(tmp_path: Path, rest: int, own: int, is_held: bool) -> None:
+    run = "a b c d e f g h"
+    texts = known(tmp_path, f"{run} {others(rest)}")
+    assert texts.hold(f"{others(own, 'v')} {run}", is_asked=True) == is_held
+
+
+def test_runs_that_a_longer_text_says_twice_count_once_in_the_shorter(tmp_path: Path) -> None:
+    run = "a b c d e f g h"
+    texts = known(tmp_path, f"{run} {others(16)}")
+    assert not texts.hold(" ".join([run] * 5), is_asked=True)
+    assert texts.hold(" ".join([run] * 2), is_asked=True)  # all of the row, which is shorter
+
+
+def test_runs_of_several_texts_are_not_added_up(tmp_path: Path) -> None:
+    runs = ["a b c d e f g h", "i j k l m n o p"]
+    texts = known(tmp_path, *(f"{run} {others(40, 'wx'[number])}" for number, run in enumerate(runs)))
+    assert not texts.hold(f"{' '.join(runs)} {others(14, 'v')}", is_asked=True)
+    texts = known(tmp_path, f"{runs[0]} {others(20)} {runs[1]}")
+    assert texts.hold(f"{runs[1]} {others(14, 'v')} {runs[0]}", is_asked=True)
+
+
+def test_template_of_many_texts_says_nothing(tmp_path: Path) -> None:
+    template = "choose the right one of the answers below :"
+    few = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MOST_TEXTS)))
+    many = known(tmp_path, *(f"{template} {others(3, f'x{number}')}" for number in range(MOST_TEXTS + 1)))
+    row = f"{template} {others(3, 'v')}"
+    assert [texts.hold(row, is_asked=True) for texts in (few, many)] == [True, False]
+    assert many.hold(f"{template} {others(3, 'x7')}", is_asked=True)
+
+
+def test_short_texts_are_equal_as_questions_alone(tmp_path: Path) -> None:
+    texts = known(tmp_path, "Where is my card?", "yes")
+    assert [texts.hold("where is my card?", is_asked) for is_asked in (True, False)] == [True, False]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_same_as_comparing_every_pair(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+
+    def written(parts: int) -> list[str]:
+        runs = [others(chance.randrange(4, 14), f"r{chance.randrange(12)}x") for _ in range(parts)]
+        return " ".join(runs).split()
+
+    texts, rows = ([written(chance.randrange(1, 6)) for _ in range(60)] for _ in range(2))
+    made = known(tmp_path, *(" ".join(text) for text in texts))
+
+    def shares(row: list[str], text: list[str]) -> bool:
+        if row == text:
+            return True
+        short, long = (row, text) if len(row) <= len(text) else (text, row)
+        runs = {tuple(long[place : place + 8]) for place in range(len(long) - 7)}
+        covered = {
+            place + step
+            for place in range(len(short) - 7)
+            if tuple(short[place : place + 8]) in runs
+            for step in range(8)
+        }
+        return bool(covered) and 2 * len(covered) >= len(short)
+
+    expected = [any(shares(row, text) for text in texts) for row in rows]
+    assert [made.hold(" ".join(row), is_asked=True) for row in rows] == expected
+    assert 0 < sum(expected) < len(rows)
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------
+
+
+def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "lines.txt").write_text("first line\nsecond line\n", encoding="utf-8")
+    (folder / "inner" / "paragraphs.txt").write_text("a paragraph\nof two lines\n\nanother\n", encoding="utf-8")
+    tiny.write_csv(folder / "table.csv", [{"question": "why?", "answer": "because"}])
+    nested = [
+        {"q": "who?", "choices": ["the one", "the other"], "n": 3, "chat": [{"role": "user", "content": "hello you"}]}
+    ]
+    tiny.write_jsonl(folder / "rows.jsonl", nested)
+    (folder / "README.md").write_text("not a text", encoding="utf-8")
+    (folder / ".hidden.txt").write_text("not this", encoding="utf-8")
+    texts = read_texts(str(folder), files_of(str(folder)))
+    expected = (
+        "first line",
+        "a paragraph of two lines",
+        "another",
+        "why?",
+        "because",
+        "who?",
+        "the other",
+        "hello you",
+    )
+    assert all(texts.hold(text, is_asked=True) for text in expected)
+    assert not any(texts.hold(text, is_asked=True) for text in ("not a text", "not this", "3", "question"))
+    assert texts.source == "11 texts of bench"
+
+
+def test_words_of_a_list_are_one_text() -> None:
+    assert list(cell_texts(["the", "red", "house"])) == ["the red house"]
+    assert list(cell_texts(["the red", "house", None, 3])) == ["the red", "house"]
+
+
+@pytest.mark.parametrize(
+    ("files", "fact"),
+    [
+        ({}, "no file with texts in this folder"),
+        ({"notes.md": "text"}, "no file with texts in this folder"),
+        ({"a.txt": ""}, "a.txt: no rows"),
+        ({"a.jsonl": '{"number": 3}\n'}, "holds no text"),
+        ({"a.jsonl": "{broken\n"}, "a.jsonl:1: not valid JSON"),
+    ],
+    ids=["empty", "other kinds", "empty file", "numbers", "broken"],
+)
+def test_folder_without_texts_is_refused(
+    tmp_path: Path, encoder_tokenizer: Any, files: dict[str, str], fact: str
+) -> None:
+    (tmp_path / "bench").mkdir()
+    for name, text in files.items():
+        (tmp_path / "bench" / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, tiny.topic_rows(60), encoder_tokenizer)
+    [problem] = caught.value.problems
+    assert problem.startswith("data.contamination: ")
+    assert fact in problem
+
+
+def test_missing_folder_and_missing_rows_are_refused_together(tmp_path: Path) -> None:
+    block = {"train": str(tmp_path / "no.csv"), "contamination": str(tmp_path / "bench")}
+    recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": block})
+    with pytest.raises(DataError) as caught:
+        data.prepare(recipe, tmp_path / "data", task_named(recipe.task), None, data.Limits(None))  # type: ignore[arg-type]
+    assert [problem.partition("; ")[0] for problem in caught.value.problems] == [
+        f"{tmp_path}/no.csv: no such file",
+        f"data.contamination: {tmp_path}/bench: no such file",
+    ]
+
+
+def test_relative_path_starts_at_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{model: x, task: causal-lm, data: {train: a.jsonl, contamination: bench}}", encoding="utf-8")
+    assert load_recipe(path).data.contamination == str(tmp_path / "bench")
+
+
+def test_images_cannot_be_compared() -> None:
+    block = {"train": "images", "contamination": "bench"}
+    recipe = Recipe.model_validate({"model": "x", "task": "image-classification", "data": block})
+    with pytest.raises(RecipeError, match=r"^data\.contamination: only texts"):
+        rules.check(recipe)
+
+
+# ---- the data stage --------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> DataSummary:
+    train: Any = str(tiny.write_jsonl(folder / "train.jsonl", rows))
+    if mixed := settings.pop("mixed", None):
+        train = [train, {"path": str(tiny.write_jsonl(folder / "mixed.jsonl", mixed)), "weight": 0.2}]
+    task = settings.pop("task", "text-classification")
+    block = {"train": train, "contamination": str(folder / "bench"), **settings}
+    recipe = Recipe.model_validate({"model": "x", "task": task, "data": block})
+    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
+
+
+def notes(summary: DataSummary) -> list[str]:
+    return [note for note in summary.notes if "data.contamination" in note]
+
+
+def bench(folder: Path, *texts: str) -> None:
+    (folder / "bench").mkdir(exist_ok=True)
+    (folder / "bench" / "test.txt").write_text("\n".join(texts), encoding="utf-8")
+
+
+def held_out(folder: Path) -> dict[str, str]:
+    """Files for eval and test, so that every row of train is trained on."""
+    rows = [{"text": f"held out {number}", "label": "food"} for number in range(4)]
+    return {
+        name: str(tiny.write_jsonl(folder / f"{name}.jsonl", rows[at : at + 2]))
+        for name, at in (("eval", 0), ("test", 2))
+    }
+
+
+def test_planted_texts_are_counted_with_places_and_kept(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = tiny.topic_rows(60)
+    bench(tmp_path, TEN, rows[3]["text"].upper(), "food")
+    for number in (5, 9, 20):
+        rows[number]["text"] = f"{rows[number]['text']} {TEN}"
+    summary = prepare(tmp_path, rows, encoder_tokenizer, **held_out(tmp_path))
+    [note] = notes(summary)
+    assert note.startswith("4 of 60 train rows hold one of 3 texts of bench (data.contamination), or much of it: ")
+    assert "train.jsonl:4, train.jsonl:6, train.jsonl:10 and 1 more;" in note
+    assert summary.splits["train"].rows == 60
+
+
+def test_rows_that_are_held_out_do_not_count_and_none_is_said(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = tiny.topic_rows(60)
+    bench(tmp_path, "held out 2", "held out 3", "something else")
+    assert notes(prepare(tmp_path, rows, encoder_tokenizer, **held_out(tmp_path))) == [
+        "none of 60 train rows holds one of 3 texts of bench (data.contamination)"
+    ]
+    bench(tmp_path, *(row["text"] for row in rows))
+    [note] = notes(prepare(tmp_path, rows, encoder_tokenizer))
+    assert note.startswith("48 of 48 train rows hold one of 60 texts")
+
+
+def test_mixed_rows_count_for_themselves(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows, mixed = tiny.topic_rows(60), [{"text": f"mixed {number}", "label": "food"} for number in range(20)]
+    mixed[7]["text"] = TEN
+    bench(tmp_path, TEN)
+    first, second = notes(prepare(tmp_path, rows, encoder_tokenizer, mixed=mixed))
+    assert first.startswith("none of 48 train rows")
+    assert second.startswith("1 of 20 rows of mixed.jsonl, which is mixed in, holds one of 1 text of bench")
+    assert "mixed.jsonl:8;" in second
+
+
+LONG = "it is because the water of the river runs down to the sea"
+ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "prompt": ("causal-lm", {"prompt": "What is it?", "completion": "a b"}, {"prompt": "what  is IT?"}),
+    "completion": ("causal-lm", {"prompt": "Why?", "completion": "b c"}, {"completion": LONG}),
+    "message": (
+        "causal-lm",
+        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+        {"messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": LONG}]},
+    ),
+    "target": ("seq2seq", {"source": "a source", "target": "a target"}, {"target": LONG}),
+    "question": (
+        "question-answering",
+        {"question": "Who?", "context": f"He said {LONG}", "answers": "He"},
+        {"question": "what is it?"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_text_in_any_column_of_a_task_is_found(tmp_path: Path, case: str) -> None:
+    task, usual, changed = ROWS[case]
+    rows: list[dict[str, Any]] = []
+    for number in range(60):
+        row: dict[str, Any] = {
+            key: f"{value} {number}" if isinstance(value, str) and key != "answers" else value
+            for key, value in usual.items()
+        }
+        if "messages" in row:
+            row["messages"] = [{**one, "content": f"{one['content']} {number}"} for one in row["messages"]]
+        rows.append(row)
+    rows += [{**rows[number], **changed} for number in range(1, 9)]
+    bench(tmp_path, LONG, "What is it?", "He", "a target 3")
+    tokenizer = tiny.encoder_tokenizer() if task == "question-answering" else tiny.decoder_tokenizer(tiny.CHATML)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    [note] = notes(prepare(tmp_path, rows, tokenizer, task=task))
+    trained = load_texts(tmp_path / "data" / "train")
+    planted = [row for row in trained if all(row[key] == value for key, value in changed.items())]
+    assert planted
+    assert note.startswith(f"{len(planted)} of {len(trained)} train rows hold one of 4 texts of bench")
+
+
+def test_rows_are_made_anew_when_the_texts_change_but_not_when_they_move(
+    tmp_path: Path, encoder_tokenizer: Any
+) -> None:
+    rows = tiny.topic_rows(60)
+    bench(tmp_path, TEN)
+    first = prepare(tmp_path, rows, encoder_tokenizer)
+    (tmp_path / "bench").rename(tmp_path / "moved")
+    again = prepare(tmp_path, rows, encoder_tokenizer, contamination=str(tmp_path / "moved"))
+    assert again.fingerprint == first.fingerprint
+    bench(tmp_path, TEN, "another")
+    assert prepare(tmp_path, rows, encoder_tokenizer).fingerprint != first.fingerprint
+    assert prepare(tmp_path, rows, encoder_tokenizer, contamination=None).fingerprint != first.fingerprint

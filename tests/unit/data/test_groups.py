@@ -1,0 +1,295 @@
+"""Rows of one customer on one side of a split: components, their order, and what is refused or noted."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune import data
+from fulltune.data.groups import joined_by_value, rarest_of_group
+from fulltune.data.sampling import draw
+from fulltune.errors import DataError
+from fulltune.inference.store import clusters_of, load_texts
+from fulltune.models.base import Base
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.model import ModelBlock
+from fulltune.records.data import DataSummary
+from fulltune.tasks import task_named
+from tests import tiny
+
+SPLITS = ("train", "eval", "test")
+
+
+def drawn(names: list[str], seed: int = 0) -> np.ndarray:
+    return np.array([draw(seed, name) for name in names], np.uint64)
+
+
+def components(texts: str, values: str) -> list[int]:
+    """Numbered in their order, from 0."""
+    found = joined_by_value(drawn(list(texts)), drawn(list(values), 1)).tolist()
+    return [list(dict.fromkeys(found)).index(number) for number in found]
+
+
+@pytest.mark.parametrize(
+    ("texts", "values", "expected"),
+    [
+        ("abcd", "1111", [0, 0, 0, 0]),
+        ("abcd", "1234", [0, 1, 2, 3]),
+        ("aacd", "1234", [0, 0, 1, 2]),
+        ("abbc", "1122", [0, 0, 0, 0]),
+        ("abcdc", "12232", [0, 1, 1, 2, 1]),
+        ("abbccd", "112233", [0, 0, 0, 0, 0, 0]),
+        ("", "", []),
+    ],
+    ids=["one value", "all alone", "one text", "a chain", "two of three", "a long chain", "none"],
+)
+def test_components_over_texts_and_values(texts: str, values: str, expected: list[int]) -> None:
+    assert components(texts, values) == expected
+
+
+def test_component_is_a_function_of_the_rows_and_new_rows_of_a_value_move_nothing() -> None:
+    chance = random.Random(1)
+    rows = [(f"text {chance.randrange(150)}", f"user {chance.randrange(80)}") for _ in range(200)]
+    sides = dict(zip(rows, joined(rows), strict=True))
+    chance.shuffle(rows)
+    assert dict(zip(rows, joined(rows), strict=True)) == sides
+    more = [*rows, *((f"new {number}", user) for number, (_, user) in enumerate(rows[:50]))]
+    assert dict(zip(more, joined(more), strict=True)).items() >= sides.items()
+
+
+def joined(rows: list[tuple[str, str]]) -> list[int]:
+    return joined_by_value(drawn([text for text, _ in rows]), drawn([user for _, user in rows], 1)).tolist()  # type: ignore[no-any-return]
+
+
+def test_large_components_are_not_first() -> None:
+    rows = [(f"text {number // 2}", f"user {number}") for number in range(2000)]
+    assert 0.45 < (np.array(joined(rows), np.float64) / 2**64).mean() < 0.55
+
+
+def test_group_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> None:
+    labels = list("xxxxyyyzzx")
+    sides = drawn(list("aabbbccadd"))
+    names = {"y": 0, "x": 1, "z": 2}
+    for _ in range(2):
+        strata = rarest_of_group(np.array([names[label] for label in labels]), names, sides)
+        by_side = dict(zip(sides.tolist(), strata.tolist(), strict=True))
+        assert [by_side[draw(0, side)] for side in "abcd"] == [names[label] for label in "zyyz"]
+        labels, sides = labels[::-1], sides[::-1]
+        names = {"z": 0, "x": 1, "y": 2}
+    assert rarest_of_group(np.full(3, -1), {}, drawn(list("aab"))).tolist() == [-1, -1, -1]
+
+
+# ---- the data stage --------------------------------------------------------------------------------------------
+
+
+def user_rows(users: int = 60, each: int = 5, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of users, in any order; a tenth of the texts is said by two of them."""
+    chance = random.Random(seed)
+    rows = []
+    for user in range(users):
+        for number in range(each):
+            text = (
+                f"shared {chance.randrange(users // 10)}" if number == 0 and user % 5 == 0 else f"{user} said {number}"
+            )
+            rows.append({"text": text, "label": chance.choice("aab"), "user": f"u{user}"})
+    chance.shuffle(rows)
+    return rows
+
+
+def prepare(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> DataSummary:
+    for name in ("eval", "test"):
+        if isinstance(given := settings.get(name), list):
+            settings[name] = str(tiny.write_jsonl(folder / f"{name}-file.jsonl", given))
+    train: Any = str(tiny.write_jsonl(folder / "train.jsonl", rows))
+    if mixed := settings.pop("mixed", None):
+        train = [train, {"path": str(tiny.write_jsonl(folder / "mixed.jsonl", mixed)), "weight": 0.2}]
+    task = settings.pop("task", "text-classification")
+    recipe = Recipe.model_validate({"model": "x", "task": task, "data": {"train": train, **settings}})
+    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, data.Limits(tiny.POSITIONS))
+
+
+def of_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {name: load_texts(folder / "data" / name) for name in SPLITS}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_user_and_no_text_is_on_two_sides(tmp_path: Path, encoder_tokenizer: Any, seed: int) -> None:
+    rows = user_rows(seed=seed)
+    summary = prepare(tmp_path, rows, encoder_tokenizer, group="user", split_seed=seed)
+    splits = of_splits(tmp_path)
+    for column in ("user", "text"):
+        sides = Counter(value for rows in splits.values() for value in {row[column] for row in rows})
+        assert set(sides.values()) == {1}
+    assert sum(map(len, splits.values())) == len(rows)
+    assert all(20 <= len(splits[name]) <= 40 for name in ("eval", "test"))
+    assert any("by 'user': 60 values, " in note and " groups where these share texts" in note for note in summary.notes)
+    assert "by 'user' (seed" in summary.sources["test"]
+    users = [row["user"] for row in splits["test"]]
+    clusters = clusters_of(tmp_path / "data" / "test").tolist()
+    assert len(set(clusters)) <= len(set(users)) < len(users)
+
+
+def test_split_does_not_depend_on_the_order_and_new_rows_move_few(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = user_rows(100)
+    prepare(tmp_path / "a", rows, encoder_tokenizer, group="user")
+    prepare(tmp_path / "b", rows[::-1], encoder_tokenizer, group="user")
+    a, b = (
+        {row["text"]: name for name, rows in of_splits(tmp_path / folder).items() for row in rows} for folder in "ab"
+    )
+    assert a == b
+    new = [{"text": f"new {number}", "label": "a", "user": f"u{number}"} for number in range(20)]
+    prepare(tmp_path / "c", rows + new, encoder_tokenizer, group="user")
+    c = {row["text"]: name for name, rows in of_splits(tmp_path / "c").items() for row in rows}
+    assert sum(c[text] != side for text, side in a.items()) < 0.1 * len(a)
+
+
+def test_near_texts_of_two_users_join_them(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    chance, rows = random.Random(0), []
+    for pair in range(40):
+        for end in ("", " now"):
+            said = ["".join(chance.choices("abcdefghij", k=60)) for _ in range(2)]
+            said[0] = "".join(random.Random(pair).choices("abcdefghij", k=60)) + end
+            rows += [{"text": text, "label": "ab"[pair % 2], "user": f"{pair}{end}", "pair": pair} for text in said]
+    prepare(tmp_path, rows, encoder_tokenizer, group="user", near_duplicates=0.7)
+    sides = Counter(pair for rows in of_splits(tmp_path).values() for pair in {row["pair"] for row in rows})
+    assert set(sides.values()) == {1}
+
+
+def test_gaps_of_all_files_are_refused_with_places(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows, test = user_rows(), rows_of(2)
+    for number in (3, 7, 8, 20):
+        rows[number]["user"] = None
+    del test[1]["user"]
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, rows, encoder_tokenizer, group="user", test=test)
+    train, other = caught.value.problems
+    assert "train.jsonl: a group column with gaps: column 'user' (data.group) is empty in 4 of 300 rows" in train
+    assert "(train.jsonl:4, train.jsonl:8, train.jsonl:9 and 1 more)" in train
+    assert "1 of 100 rows (test-file.jsonl:2)" in other
+
+
+def test_missing_columns_are_refused_by_name(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    test = [{"text": f"text {number}", "label": "a"} for number in range(9)]
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, user_rows(), encoder_tokenizer, group="usr", time="day", test=test)
+    assert list(caught.value.problems) == [
+        "train.jsonl: no column 'usr' (data.group); did you mean 'user'?",
+        "test-file.jsonl: no column 'usr' (data.group); columns here: text, label",
+        "train.jsonl: no column 'day' (data.time); columns here: text, label, user",
+    ]
+
+
+def test_rows_of_own_files_that_share_a_user_with_train_are_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = user_rows(60)
+    known = [row for row in rows if row["user"] in ("u3", "u4")]
+    test = [{"text": f"other {number}", "label": "a", "user": row["user"]} for number, row in enumerate(known)]
+    test += [{"text": f"new {number}", "label": "b", "user": "new"} for number in range(7)]
+    dev = [{"text": f"dev {number}", "label": "b", "user": "new"} for number in range(7)]
+    notes = prepare(tmp_path, rows, encoder_tokenizer, group="user", test=test, eval=dev).notes
+    assert "10 of 17 test rows share their 'user' with train rows: their scores flatter the model" in notes
+    assert "7 of 17 test rows share their 'user' with eval rows, which choose the checkpoint" in notes
+    assert not any(
+        "eval rows share their 'user' with train" in note or "test rows have a text" in note for note in notes
+    )
+
+
+@pytest.mark.parametrize("way", ["value", "text"])
+def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
+    tmp_path: Path, encoder_tokenizer: Any, way: str
+) -> None:
+    rows = user_rows(60)
+    for row in rows[:-8]:
+        row["user"] = "everybody" if way == "value" else row["user"]
+    if way == "text":
+        rows += [{"text": "thank you", "label": "a", "user": f"u{user}"} for user in range(59)]
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, rows, encoder_tokenizer, group="user")
+    [problem] = caught.value.problems
+    if way == "value":
+        assert "the most frequent value has 292 rows" in problem
+        assert "of 300 rows hang together" in problem
+    else:
+        assert (
+            "354 of 359 rows hang together, and the other 5 are too few for the 72 that test and eval ask for"
+            in problem
+        )
+        assert "the most frequent value has 6 rows) or equal texts (at most 59 alike)" in problem
+    assert "files for eval and test" in problem
+
+
+def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="100 rows in 2 groups that stay together by 'user'"):
+        prepare(tmp_path / "2", rows_of(2), encoder_tokenizer, group="user")
+    notes = prepare(tmp_path / "3", rows_of(3), encoder_tokenizer, group="user").notes
+    assert "50 test rows where data.test_fraction asks for 15: rows of one 'user' are taken together" in notes
+
+
+def rows_of(users: int) -> list[dict[str, Any]]:
+    return [
+        {"text": f"{user} says {number}", "label": "ab"[number % 2], "user": user}
+        for user in range(users)
+        for number in range(50)
+    ]
+
+
+def test_class_of_one_held_out_user_is_refused_in_words_of_groups(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = user_rows(30)
+    for user, label in (("one", "x"), ("two", "a")):
+        rows += [{"text": f"{label} {number}", "label": label, "user": user} for number in range(3)]
+    rows += [{"text": f"z {user}", "label": "z", "user": user} for user in ("one", "two")]
+    said = []
+    for seed in range(6):
+        try:
+            prepare(tmp_path / str(seed), rows, encoder_tokenizer, group="user", split_seed=seed)
+        except DataError as error:
+            said += error.problems
+    assert 0 < len(said) < 6
+    for problem in said:
+        assert "train.jsonl: label 'x' (3 rows of " in problem
+        assert "hang together by 'user' (data.group)" in problem
+        assert "data.split_seed" in problem
+
+
+def test_mixed_rows_of_a_scored_user_are_left_out_and_others_need_none(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows = user_rows(60)
+    mixed: list[dict[str, Any]] = [{"text": f"mixed {user}", "label": "a", "user": f"u{user}"} for user in range(60)]
+    mixed += [{"text": f"nobody {number}", "label": "a", "user": None} for number in range(5)]
+    summary = prepare(tmp_path, rows, encoder_tokenizer, group="user", mixed=mixed)
+    scored = {row["user"] for name in ("eval", "test") for row in of_splits(tmp_path)[name]}
+    kept = [row["user"] for row in load_texts(tmp_path / "data" / "mixed")]
+    assert kept.count(None) == 5
+    assert set(kept) == {None, *(f"u{user}" for user in range(60))} - scored
+    assert summary.dropped["also in test"] + summary.dropped["also in eval"] == len(scored)
+
+
+def test_column_that_says_whose_rows_are_plays_no_other_role(tmp_path: Path, decoder_tokenizer: Any) -> None:
+    rows = [{"prompt": f"ask {number}", "completion": f"say {number}", "chat": number // 4} for number in range(80)]
+    prepare(tmp_path, rows, decoder_tokenizer, group="chat", task="causal-lm")
+    sides = Counter(chat for rows in of_splits(tmp_path).values() for chat in {row["chat"] for row in rows})
+    assert set(sides.values()) == {1}
+
+
+def test_images_of_one_patient_stay_on_one_side_and_are_split_by_time(tmp_path: Path) -> None:
+    reader = Base.of(ModelBlock(name=str(tiny.save_image_model(tmp_path / "vit"))), "image-classification").processor
+    images = sorted(tiny.write_images(tmp_path / "images", 60).rglob("*.png"))
+    rows = [
+        {"image": str(path), "label": path.parent.name, "patient": number // 3, "year": 1990 + number // 2}
+        for number, path in enumerate(random.Random(0).sample(images, 60))
+    ]
+    path = tiny.write_csv(tmp_path / "train.csv", rows)
+    for folder, settings in (("group", {"group": "patient"}), ("time", {"time": "year"})):
+        block = {"train": str(path), **settings}
+        recipe = Recipe.model_validate({"model": "x", "task": "image-classification", "data": block})
+        (tmp_path / folder).mkdir()
+        data.prepare(recipe, tmp_path / folder / "data", task_named(recipe.task), reader, data.Limits(None))
+    splits = of_splits(tmp_path / "group")
+    sides = Counter(patient for rows in splits.values() for patient in {row["patient"] for row in rows})
+    assert (set(sides.values()), len(sides)) == ({1}, 20)
+    splits = of_splits(tmp_path / "time")
+    assert max(row["year"] for row in splits["train"]) < min(row["year"] for row in splits["eval"])
+    assert max(row["year"] for row in splits["eval"]) < min(row["year"] for row in splits["test"])
