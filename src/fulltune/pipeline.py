@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fulltune import data, evaluate, methods, plan, report
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
 from fulltune.forgetting.generic_text import check_texts
+from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
-from fulltune.records.events import DataPrepared, Planned
+from fulltune.records.events import DataPrepared, Planned, RowsPrepared
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
@@ -96,6 +98,24 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     job.hooks.check_data(summary)
     job.listener(DataPrepared(summary=summary, is_known=before == path.stat().st_mtime_ns))
     return summary
+
+
+def audit_rows(job: Run, summary: DataSummary, judges_labels: bool = True) -> Audit:
+    """What is wrong with single rows; a side branch of the line, which changes nothing.
+
+    Args:
+        job: The run.
+        summary: Of its prepared rows.
+        judges_labels: Whether the untouched model reads the train rows, where each has one label.
+    """
+    job.phase("auditing the rows")
+    folder, has_label = job.folder / "data", summary.problem_type == "single_label"
+    judge = partial(data.judge, job.recipe, job.base, summary, folder, job.listener)
+
+    def progress(done: int, total: int) -> None:
+        job.listener(RowsPrepared(name="auditing", done=done, total=total))
+
+    return data.audit(folder, summary, job.task, judge if has_label and judges_labels else None, progress)
 
 
 def make_plan(job: Run, summary: DataSummary) -> Plan:

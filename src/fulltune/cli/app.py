@@ -156,20 +156,41 @@ def run(
 
 @app.command()
 def data(
-    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+    target: Target,
+    set_: Overrides = None,
+    run_folder: RunFolder = None,
+    fresh: Fresh = False,
+    labels: Annotated[
+        bool,
+        typer.Option("--labels/--no-labels", help="Judge the labels of train rows by the untouched model, or do not."),
+    ] = True,
+    review: Annotated[
+        bool,
+        typer.Option("--review", help="Go through the suspicious rows and decide; without a terminal write them down."),
+    ] = False,
+    patch: Annotated[
+        Path | None, typer.Option("--patch", help="Where decisions go. Default: NAME.patch.jsonl beside the recipe.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Read, check, split and tokenise; show what the model will see."""
+    """Read, check, split and tokenise; audit the rows; show what the model will see."""
     from fulltune.cli.show import run as display
 
-    folder, reached = stages.go("data", target, set_, run_folder, fresh, details=False)
-    summary = reached.summary
+    folder, summary, audit = stages.audited(target, set_, run_folder, fresh, labels)
     if as_json:
-        stages.print_json(summary.model_dump(mode="json"))
+        found = {"issues": {one.check: one.rows for one in audit.checks}, "audit": str(folder / "data" / "audit.json")}
+        stages.print_json(summary.model_dump(mode="json") | found)
+        return
+    if review:
+        stages.review(target, folder, patch)
         return
     display.show_data(out, summary)
     for note in summary.notes:
         out.print(f"note: {escape(note)}")
-    out.print(f"written to {escape(str(folder / 'data'))}", soft_wrap=True)
+    display.show_audit(out, audit)
+    out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
+    if audit.checks:
+        out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)
 
 
 @app.command()

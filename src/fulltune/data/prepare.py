@@ -28,6 +28,7 @@ from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near, join_
 from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
+from fulltune.data.patch import Patched, load_patch, refuse_foreign
 from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.scale import far_off, scale_of
 from fulltune.data.sources import (
@@ -94,6 +95,7 @@ def prepare(
     """
     if FACTS[recipe.task].reads == "image" and recipe.data.near_duplicates < 1:
         raise RecipeError("data.near_duplicates: only texts can be nearly the same, not images; remove the setting")
+    decisions = load_patch(Path(recipe.data.patch)) if recipe.data.patch else None
     files, forbidden = _find(recipe)
     fingerprint = _fingerprint(recipe, files, forbidden, tokenizer, limits)
     if planned_for and planned_for != fingerprint:
@@ -119,7 +121,10 @@ def prepare(
     shutil.rmtree(part, ignore_errors=True)
     try:
         known = read_texts(str(recipe.data.contamination), forbidden) if forbidden else None
-        sources = {name: read_rows(recipe, those, preprocess) for name, those in files.items()}
+        sources = {
+            name: read_rows(recipe, those, preprocess, None if decisions is None else Patched(decisions, name))
+            for name, those in files.items()
+        }
         summary = _make(recipe, part, task, tokenizer, limits, sources, known, fingerprint, listener)
         if cached is None:
             cache.put(part, folder)
@@ -147,6 +152,8 @@ def _make(
     """The data stage itself, into an empty folder."""
     block = recipe.data
     target, counts = describe(block, task, sources)
+    if block.patch and not block.max_rows:
+        refuse_foreign(block.patch, [source.patched for source in sources.values() if source.patched])
     targets = targets_of(block, task, target, sources)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
     packed, remarks = packing(recipe, target, limits, targets.values())
@@ -176,6 +183,7 @@ def _make(
     remarks += notes_on_known(known, train, encoded, sources, also_held_out)
     for whole in encoded.values():
         shutil.rmtree(whole.folder)
+    by_patch = [item for source in sources.values() if source.patched for item in source.patched.dropped]
     remarks += [_asked_note(name, splits[name].num_rows, few) for name, few in asked.items()]
     scale, explained, far = _of_target(target, train, folder / "train")
     remarks += far
@@ -200,7 +208,7 @@ def _make(
         sources={
             name: f"file {split.where}" if split.is_file else _off_train(block, train) for name, split in splits.items()
         },
-        dropped=_dropped(encoded, also_held_out, int(late.sum())),
+        dropped=_dropped(encoded, [*also_held_out, *by_patch], int(late.sum())),
         notes=tuple(remarks),
         test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
         previews=previews(task, target, tokenizer, Rows(folder / "train")[:5]),
@@ -292,6 +300,8 @@ def _encode(
                 here, time=job.time if is_train else None, known=job.known if is_train or here.is_mixed else None
             )
             encoded[name] = encode(here, source.rows(None), counts[name], folder / f"{name}-whole", progress, drop)
+            for item in source.patched.dropped if source.patched else ():
+                drop(item)
     return encoded
 
 
@@ -389,11 +399,13 @@ def _fingerprint(
         "tokenizers": version("tokenizers"),
         "content": content_hash(files),
         "task": recipe.task,
-        "data": recipe.data.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", *unset}),
+        "data": recipe.data.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", *unset}),
         "roles": [bool(recipe.data.eval), bool(recipe.data.test)],
         "processor": processor_identity(tokenizer),
         "limits": [limits.positions, tokenizer.model_max_length, limits.identity],
     }
+    if recipe.data.patch:
+        parts["patch"] = hashlib.sha256(Path(recipe.data.patch).read_bytes()).hexdigest()
     if limits.virtual:
         parts["virtual"] = limits.virtual
     if forbidden:

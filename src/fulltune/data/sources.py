@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from fulltune.data.patch import Patched
 from fulltune.data.readers.by_name import refuse_held_out
 from fulltune.data.readers.header import SEPARATED
 from fulltune.data.readers.read import DataFiles, PlacedRow, locate
@@ -36,6 +37,8 @@ class SourceRows:
     where: str
     rows: Callable[[list[str] | None], Iterator[PlacedRow]]
     """Reads them anew; see `DataFiles.rows`."""
+    patched: Patched | None = None
+    """What a patch does to them."""
 
 
 def mixed_names(recipe: Recipe) -> dict[SourceName, MixedFile]:
@@ -102,8 +105,10 @@ def _named_twice(files: Mapping[SourceName, DataFiles]) -> list[str]:
     return problems
 
 
-def read_rows(recipe: Recipe, files: DataFiles, preprocess: Preprocess | None) -> SourceRows:
-    """Rows of files as the recipe wants them: at most `max_rows`, each through `preprocess`."""
+def read_rows(
+    recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: Patched | None = None
+) -> SourceRows:
+    """Rows of files as the recipe wants them: at most `max_rows`, patched, each through `preprocess`."""
     rows = files.rows
     most = recipe.data.max_rows
     count = sum(1 for _ in files.rows([])) if most else 0
@@ -113,14 +118,20 @@ def read_rows(recipe: Recipe, files: DataFiles, preprocess: Preprocess | None) -
         def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
             return (placed for number, placed in enumerate(files.rows(problems)) if number in wanted)
 
+    if patched is not None:
+        source, patch = rows, patched
+
+        def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
+            return patch.rows(source(problems))
+
     if preprocess is None:
-        return SourceRows(files.where, rows)
+        return SourceRows(files.where, rows, patched)
     problems: list[str] = []
     # A user's function expects whole cells; a row without them is listed as it is.
     held = [(place, preprocess(row) if is_whole(row) else row) for place, row in rows(problems)]
     if problems:
         raise DataError(problems)
-    return SourceRows(files.where, lambda problems: iter(held))
+    return SourceRows(files.where, lambda problems: iter(held), patched)
 
 
 def describe(

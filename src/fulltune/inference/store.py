@@ -6,6 +6,7 @@ are numpy views into the mapped file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -217,6 +218,12 @@ def save_clusters(folder: Path, groups: np.ndarray) -> None:
 def clusters_of(folder: Path) -> np.ndarray:
     """The number of each held-out row's cluster, from 0: int64 [rows], in the order of the rows."""
     return np.asarray(np.load(folder / CLUSTERS))
+
+
+def row_id(row: Mapping[str, Any]) -> str:
+    """A row's identity: a hash of all its columns, the same for the row as it is read and as it is kept."""
+    columns = {name: value for name, value in row.items() if name != PLACE}
+    return hashlib.sha256(json.dumps(columns, sort_keys=True, default=readable).encode()).hexdigest()[:16]
 
 
 def words(place: str, row: Mapping[str, Any]) -> str:

@@ -149,6 +149,9 @@ class DataBlock(Block):
     prompt, question or answer is equal to one, or shares runs of 8 words with it that cover at least half of the
     shorter one. Case and white space do not count, nor do an answer of fewer than 8 words and runs that stand in more
     than 100 of the texts. No row is dropped. Not for images."""
+    patch: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """File of decisions about single rows, as `fulltune data --review` writes it: which are dropped, and in which a
+    text or label is replaced. Each is known by a hash of all its columns; a patch for other rows is refused."""
     max_rows: int | None = Field(default=None, ge=10)
     """Use only so many rows of each file, drawn at random with `split_seed`: for a quick try."""
 

@@ -61,7 +61,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             for one in data.entries
         )
     }
-    for key in ("eval", "test", "chat_template", "contamination"):
+    for key in ("eval", "test", "patch", "chat_template", "contamination"):
         if (value := getattr(data, key)) is not None:
             update[key] = absolute(value, f"data.{key}")
     preserve = recipe.preserve

@@ -19,6 +19,7 @@ from fulltune.report.format.markdown import markdown
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run.content import build, unfit
 from fulltune.report.run.content import conclude as _conclude
+from fulltune.report.run.data_page import write_data_page
 from fulltune.report.run.model_card import merged_card, model_card
 from fulltune.report.run.read import read_run
 
@@ -26,6 +27,7 @@ __all__ = [
     "conclude",
     "write",
     "write_comparison",
+    "write_data_page",
     "write_merged_card",
     "write_model_card",
     "write_tasks",

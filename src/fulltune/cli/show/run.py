@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary, Preview
 from fulltune.records.events import (
     OF_GENERIC_TEXT,
@@ -38,8 +39,9 @@ from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.about_forgetting import verdict
+from fulltune.report.run.data_page import about_labels
 from fulltune.report.run.row_words import has_images, mixed_words, row_words
-from fulltune.text import first_few, format_bytes, format_metric, format_seconds
+from fulltune.text import counted, first_few, format_bytes, format_metric, format_seconds
 
 if TYPE_CHECKING:
     from fulltune.doctor.diagnose import Diagnosis
@@ -260,6 +262,24 @@ def show_data(console: Console, summary: DataSummary) -> None:
         console.print(f"mixed in: {escape(line)}")
         for preview in source.previews:
             console.print(_in_brackets(preview))
+
+
+def show_audit(console: Console, audit: Audit) -> None:
+    """What each check found, with its surest row, and how far the suspicion about labels can be trusted."""
+    if not audit.checks:
+        console.print(f"audit: none of {counted(len(audit.clean), 'check')} found anything")
+    else:
+        table = Table(title="audit: rows that look wrong", title_justify="left", box=None, header_style="dim")
+        for column in ("check", "rows", "the surest"):
+            table.add_column(column, justify="right" if column == "rows" else "left")
+        for found in audit.checks:
+            first = found.examples[0]
+            table.add_row(found.check, f"{found.rows:,}", escape(f"{first.place}: {first.reason}"))
+        console.print(table)
+    if audit.labels is not None:
+        console.print(escape(about_labels(audit.labels)))
+    for check, why in audit.not_run.items():
+        console.print(f"not looked at: {escape(f'{check}: {why}')}")
 
 
 def _in_brackets(preview: Preview) -> Text:

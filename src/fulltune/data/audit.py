@@ -1,0 +1,294 @@
+"""What is wrong with the rows, row by row: listed with the reason and with what could be done; nothing is changed.
+
+The prepared rows are read, so that each has its split. Kept of each row are two hashes and the number of its label;
+rows that share one of them with others are read a second time, to be written down.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulltune.audit import OF_ANSWERS, OF_TEXTS, Flaw, flaws, missing
+from fulltune.data.sampling import draw
+from fulltune.errors import SetupError
+from fulltune.files import replacing
+from fulltune.inference.store import row_id, texts
+from fulltune.probe.label_errors import Suspected
+from fulltune.records.audit import AUDIT, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
+from fulltune.records.data import DataSummary, SplitName
+from fulltune.tasks import PLACE, Row, Target, Task
+from fulltune.tasks.columns import as_text, normalised
+
+DUPLICATE, LEAK, CONFLICT, LABEL, DOUBT = "duplicate", "leak", "conflicting labels", "label error", "doubtful label"
+_READ = ("text", "text_pair", "prompt", "source", "question", "context", "messages")
+_WRITTEN = ("completion", "target")
+"""Roles of columns with running text: what a model reads, and what it learns to write."""
+_CHECKS = {_READ: OF_TEXTS, _WRITTEN: OF_ANSWERS}
+_SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
+_TEXT = 300
+"""Characters of a row that are written down."""
+_EXAMPLES = 10
+_TOLD_EVERY = 1000
+Judged = tuple[np.ndarray, Suspected]
+"""Positions of train rows, and what is known of their labels."""
+Judge = Callable[[], Judged | str]
+"""Judges the labels of train rows; or says why they cannot be judged."""
+Progress = Callable[[int, int], None]
+
+
+def audit(folder: Path, summary: DataSummary, task: Task, judge: Judge | None, progress: Progress) -> Audit:
+    """Look at all rows of a run.
+
+    Args:
+        folder: The run's `data` folder. `issues.jsonl` is written there, and `audit.json` last; where it is of the same
+            rows, nothing is looked at again.
+        summary: Of the prepared rows.
+        task: The task module.
+        judge: None: the rows have no single label each.
+        progress: Told how many rows of how many were looked at.
+    """
+    try:
+        if (earlier := Audit.load(folder / AUDIT)).fingerprint == summary.fingerprint:
+            return earlier
+    except (OSError, SetupError):
+        pass
+    began = time.monotonic()
+    rows = _Rows(folder, task, Target.of(summary))
+    seen = _look(rows, sum(split.rows for split in summary.splits.values()), progress)
+    issues = [*seen.issues, *_repeated(rows, seen)]
+    made = {*rows.checks, DUPLICATE, LEAK, *([CONFLICT] if seen.names else [])}
+    not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
+    labels = None
+    if judge is not None:
+        judged = judge()
+        if isinstance(judged, str):
+            not_run[LABEL] = judged
+        else:
+            made |= {LABEL, DOUBT}
+            issues += _mislabelled(rows, *judged)
+            labels = _about_labels(*judged, of_rows=seen.counts["train"])
+    if summary.packed:
+        not_run["train rows that share a block"] = "of each block only the first text was looked at"
+    issues.sort(key=lambda one: (one.check, -one.score))
+    with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
+    found = [(check, list(them)) for check, them in groupby(issues, key=lambda one: one.check)]
+    done = Audit(
+        fingerprint=summary.fingerprint,
+        rows=seen.counts,
+        checks=tuple(
+            CheckFound(
+                check=check, rows=len({(one.split, one.place) for one in them}), examples=tuple(them[:_EXAMPLES])
+            )
+            for check, them in sorted(found, key=lambda one: -len(one[1]))
+        ),
+        clean=tuple(sorted(made - {check for check, _ in found})),
+        labels=labels,
+        not_run=not_run,
+        seconds=round(time.monotonic() - began, 1),
+    )
+    done.save(folder / AUDIT)  # last
+    return done
+
+
+def load_issues(folder: Path) -> list[RowIssue]:
+    """What the audit of a run's `data` folder found, by check, of each the surest first."""
+    with (folder / ISSUES).open(encoding="utf-8") as file:
+        return [RowIssue.model_validate(json.loads(line)) for line in file]
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The prepared rows, in the user's own columns."""
+
+    folder: Path
+    task: Task
+    target: Target
+
+    @property
+    def checks(self) -> set[str]:
+        """Checks of single texts that are made on these rows."""
+        absent, columns = missing(), set(self.target.columns)
+        return {one for roles, of in _CHECKS.items() if columns & set(roles) for one in of if one not in absent}
+
+    def of(self, split: SplitName) -> Iterator[dict[str, Any]]:
+        """Each row of a split once, also where it gave several examples."""
+        before: dict[str, Any] | None = None
+        for row in texts(self.folder / split):
+            if row is not before:
+                yield row
+            before = row
+
+    def cells(self, row: Row, roles: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Columns with running text, and what stands in them; of a conversation all turns."""
+        for column in filter(None, map(self.target.columns.get, roles)):
+            cell = row.get(column)
+            if isinstance(cell, str):
+                yield column, cell
+            elif isinstance(cell, list):
+                yield column, "\n".join(as_text(turn.get("content")) for turn in cell if isinstance(turn, dict))
+
+    def whole(self, row: Row, key: str) -> str:
+        """All that a row gives to learn; of an image its key says everything."""
+        columns = [column for role, column in self.target.columns.items() if role != "image"]
+        return "\0".join([key, *(normalised(as_text(row.get(column))) for column in columns)])
+
+    def issue(
+        self, check: str, split: SplitName, row: Row, reason: str, remedy: Remedy | None = None, score: float = 0.0
+    ) -> RowIssue:
+        """A row as it is listed; without a remedy it would be dropped."""
+        return RowIssue(
+            check=check,
+            split=split,
+            place=str(row[PLACE]),
+            row=row_id(row),
+            reason=reason,
+            text=" | ".join(cell for _, cell in self.cells(row, (*_READ, *_WRITTEN)))[:_TEXT],
+            label=", ".join(self.task.row_labels(row, self.target)) or None,
+            remedy=remedy or Remedy(action="drop"),
+            score=score,
+        )
+
+
+@dataclass
+class _Seen:
+    """What is known when all rows have passed by once."""
+
+    issues: list[RowIssue] = field(default_factory=list)
+    counts: dict[SplitName, int] = field(default_factory=dict)
+    keys: list[int] = field(default_factory=list)
+    """A hash of what each row asks: its text, prompt or passage. All splits, one after the other."""
+    wholes: list[int] = field(default_factory=list)
+    """The same of all that it gives to learn."""
+    labels: list[int] = field(default_factory=list)
+    """The number of its labels in `names`; -1: it has none."""
+    names: dict[tuple[str, ...], int] = field(default_factory=dict)
+
+
+def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
+    """All rows, once: what is wrong with their texts, and what tells them apart."""
+    seen, wanted = _Seen(), rows.checks
+    checks = {roles: [one for one in of if one in wanted] for roles, of in _CHECKS.items()}
+    for split in _SPLITS:
+        before = len(seen.keys)
+        for row in rows.of(split):
+            key = rows.task.group_key(row, rows.target)
+            names = tuple(rows.task.row_labels(row, rows.target))
+            seen.keys.append(draw(0, key))
+            seen.wholes.append(draw(0, rows.whole(row, key)))
+            seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
+            for roles, of in checks.items():
+                for column, cell in rows.cells(row, roles):
+                    seen.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(cell, of)]
+            if not len(seen.keys) % _TOLD_EVERY:
+                progress(len(seen.keys), max(total, len(seen.keys)))
+        seen.counts[split] = len(seen.keys) - before
+    progress(len(seen.keys), len(seen.keys))
+    return seen
+
+
+def _flawed(rows: _Rows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
+    # A turn of a conversation is no cell that could be replaced.
+    repairable = flaw.fixed is not None and isinstance(row[column], str)
+    remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
+    return rows.issue(flaw.check, split, row, f"column '{column}': {flaw.reason}", remedy)
+
+
+# ---- rows that stand more than once ----------------------------------------------------------------------------
+
+
+def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
+    """Train rows that are there already, that are scored on, or that have another label elsewhere."""
+    keys, wholes = (np.array(one, np.uint64).view(np.int64) for one in (seen.keys, seen.wholes))
+    labels = np.array(seen.labels, np.int64)
+    train = np.arange(len(keys)) < seen.counts["train"]
+    _, first = np.unique(np.where(train, wholes, 0), return_index=True)
+    again = train.copy()
+    again[first] = False
+    leaks = train & np.isin(keys, keys[~train])
+    votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
+    torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
+    names = {number: of for of, number in seen.names.items()}
+    column, is_list = rows.target.columns.get("label"), rows.target.problem_type == "multi_label"
+    issues: list[RowIssue] = []
+    wanted = again | leaks | torn
+    for position, row in zip(range(seen.counts["train"]), rows.of("train"), strict=True):
+        if not wanted[position]:
+            continue
+        tell = partial(rows.issue, split="train", row=row)
+        if again[position]:
+            issues.append(tell(DUPLICATE, reason="stands in train already, its label or answer included"))
+        if leaks[position]:
+            issues.append(tell(LEAK, reason="its text stands among the eval or test rows, too: their scores flatter"))
+        if torn[position]:
+            counts = votes[int(keys[position])]
+            shown = ", ".join(f"'{', '.join(names[label])}' {count:,} times" for label, count in counts.most_common(3))
+            (best, most), *_ = counts.most_common(1)
+            remedy = None
+            if 2 * most > counts.total() and column is not None:
+                value = list(names[best]) if is_list else names[best][0]
+                is_best = best == labels[position]
+                remedy = Remedy(action="keep") if is_best else Remedy(action="replace", column=column, value=value)
+            score = float(counts.total() - counts[int(labels[position])])
+            issues.append(
+                tell(CONFLICT, reason=f"the same text has several labels: {shown}", remedy=remedy, score=score)
+            )
+    return issues
+
+
+def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
+    """Of each key with more than one label, how often it has each."""
+    pairs = np.unique(np.stack([keys, labels]), axis=1)
+    several, counts = np.unique(pairs[0], return_counts=True)
+    torn = np.isin(keys, several[counts > 1])
+    votes: dict[int, Counter[int]] = {}
+    for key, label in zip(keys[torn].tolist(), labels[torn].tolist(), strict=True):
+        votes.setdefault(key, Counter())[label] += 1
+    return votes
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------
+
+
+def _mislabelled(rows: _Rows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
+    column, names = rows.target.columns.get("label"), rows.target.labels
+    of_check = {LABEL: found.suspects, DOUBT: found.doubtful}
+    places = {int(positions[at]): (check, at) for check, them in of_check.items() for at in np.flatnonzero(them)}
+    issues: list[RowIssue] = []
+    for position, row in enumerate(rows.of("train")):
+        if position not in places:
+            continue
+        check, at = places[position]
+        other = names[int(found.other[at])]
+        reason = f"'{other}' is likelier, by {-100 * float(found.margins[at]):.0f} points of probability"
+        # Of a folder per class the label is no column: such an image can only be left out.
+        remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=other)
+        issues.append(rows.issue(check, "train", row, reason, remedy, -float(found.margins[at])))
+    return issues
+
+
+def _about_labels(positions: np.ndarray, found: Suspected, of_rows: int) -> LabelErrors:
+    return LabelErrors(
+        judged_rows=len(positions),
+        of_rows=of_rows,
+        agree=float((found.margins > 0).mean()),
+        suspects=int(found.suspects.sum()),
+        doubtful=int(found.doubtful.sum()),
+        planted=found.planted,
+        recall=found.recall,
+        precision=found.precision,
+        wrong=found.wrong,
+    )

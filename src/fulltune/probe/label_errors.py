@@ -1,0 +1,179 @@
+"""Rows whose label is probably wrong, by linear classifiers on the untouched model; and how far that can be trusted.
+
+Each row is judged by a classifier that did not see it. In a second round the rows that the first one suspects
+(confident learning: Northcutt et al. 2021, arXiv 1911.00068) are left out of what the classifiers learn from. A row's
+*margin* is the probability of its label less that of the likeliest other one: far below 0, the classifier is sure of
+another label.
+
+How far below? No margin is right for all data: a classifier is wrong itself where classes overlap. So some rows are
+given a wrong label on purpose, and everything is done once more. What share of these lies below a margin is its recall.
+Hardly a right label lies below the margin that three quarters of the planted errors stay above; so from the rows there
+follows how many errors there are, and from that the precision of every other margin. The largest one with `PRECISION`
+is taken: in clean rows it finds next to nothing, in noisy ones most errors.
+
+That holds for errors that happen here and there. Where two classes are mixed up again and again, the classifiers learn
+the confusion, and such rows are near the boundary: they are *doubtful*, and how often that is right only a reader can
+tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fulltune.probe.layers import NoProbe
+from fulltune.probe.linear import FOLDS, MIDDLE, Items, fits
+
+PRECISION = 0.75
+"""Wanted of the suspects; on rows with known errors it was about that (docs/log.md)."""
+CAUTION = 0.5
+"""Standard errors below the best guess of how many errors there are."""
+PLANTED_SHARE, PLANTED, MOST_REPEATED = 0.05, 200, 5
+"""Of the rows are given a wrong label at a time, again until there are so many, or so often."""
+SURE = 0.25
+"""Share of the planted errors below the margin below which right labels hardly lie."""
+LEAST_ROWS, LEAST_OF_A_CLASS = 100, 3
+DOUBT = -0.5
+"""Rows with a smaller margin are doubtful, and shown to be reviewed."""
+
+
+@dataclass(frozen=True)
+class Suspected:
+    """What is known of each row's label, and how good that is."""
+
+    margins: np.ndarray
+    """float64 [rows]; at most 1, and the lower, the less likely the label."""
+    other: np.ndarray
+    """The likeliest other class [rows]."""
+    cut: float
+    """Rows with a smaller margin are suspects."""
+    planted: int
+    recall: float
+    """Share of the planted errors below the cut."""
+    precision: float
+    """As estimated; 0 where nothing is suspected."""
+    wrong: float
+    """Estimated number of wrong labels, a cautious guess."""
+
+    @property
+    def suspects(self) -> np.ndarray:
+        """bool [rows]."""
+        return self.margins < self.cut
+
+    @property
+    def doubtful(self) -> np.ndarray:
+        """Further rows with another label that is clearly likelier: bool [rows]."""
+        return (self.margins < DOUBT) & ~self.suspects
+
+
+def suspected(items: Items, between: Callable[[], None] = lambda: None) -> Suspected:
+    """Judge the label of each row.
+
+    Args:
+        items: Single labels, one item a row.
+        between: Called before each round.
+
+    Raises:
+        NoProbe: When there are too few rows, or nothing can be fitted.
+    """
+    labels = items.labels.astype(np.int64)
+    counts = np.bincount(labels, minlength=items.num_outputs)
+    if len(labels) < LEAST_ROWS or np.count_nonzero(counts >= LEAST_OF_A_CLASS) < 2:
+        raise NoProbe(
+            f"labels cannot be judged by {len(labels):,} rows: that takes at least {LEAST_ROWS}, and two classes with "
+            f"at least {LEAST_OF_A_CLASS} rows each"
+        )
+    found = _in_two_rounds(items, between)
+    margins, other = _margins(found, labels)
+    planted = _planted(items, found, margins, between)
+    if not len(planted):
+        raise NoProbe(
+            "the untouched model's features do not tell the classes apart: hardly a label is the likeliest one"
+        )
+    cut, recall, precision, wrong = calibrated(margins, planted)
+    return Suspected(margins, other, cut, len(planted), recall, precision, wrong)
+
+
+def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, float, float]:
+    """Where to cut, by the margins of rows and of planted errors.
+
+    Returns:
+        The margin, the recall and the estimated precision below it, and the estimated number of errors.
+    """
+    margins, planted = np.sort(margins), np.sort(planted)
+    below = np.searchsorted
+    sure = float(np.quantile(planted, SURE))
+    surely = int(below(margins, sure))
+    # A share of what is planted, and a number of rows: both are counted, and vary as counts do.
+    error = math.sqrt(1 / max(1, surely) + (1 - SURE) / (SURE * len(planted)))
+    wrong = surely / SURE * max(0.0, 1 - CAUTION * error)
+    cuts = np.linspace(sure, min(0.0, float(planted[-1])), 50)[::-1]
+    for cut in cuts:
+        suspects, recall = int(below(margins, cut)), float(below(planted, cut)) / len(planted)
+        precision = min(1.0, wrong * recall / max(1, suspects))
+        if suspects and precision >= PRECISION:
+            return float(cut), recall, precision, wrong
+    return -math.inf, 0.0, 0.0, wrong
+
+
+def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray, between: Callable[[], None]) -> np.ndarray:
+    """The margins of rows that were given a wrong label, drawn from what the classifiers would mistake them for."""
+    good = np.flatnonzero(margins > 0)
+    if len(good) < 2 * PLANTED_SHARE * len(margins):
+        return np.zeros(0)
+    labels = items.labels.astype(np.int64)
+    count = max(1, round(PLANTED_SHARE * len(labels)))
+    others = probabilities.copy()
+    others[np.arange(len(labels)), labels] = 0.0
+    up_to = np.cumsum(others / others.sum(axis=1, keepdims=True), axis=1)
+    found = []
+    for seed in range(min(MOST_REPEATED, -(-PLANTED // count))):
+        drawn = np.random.default_rng(seed)
+        chosen = drawn.choice(good, count, replace=False)
+        given = labels.copy()
+        given[chosen] = (up_to[chosen] < drawn.random((count, 1)) * up_to[chosen, -1:]).sum(axis=1)
+        changed = replace(items, labels=given)
+        found.append(_margins(_in_two_rounds(changed, between), given)[0][chosen])
+    return np.concatenate(found)
+
+
+def _in_two_rounds(items: Items, between: Callable[[], None]) -> np.ndarray:
+    """Probabilities of the classes, for each row from classifiers that did not see it: float64 [rows, classes]."""
+    between()
+    first = _out_of_fold(items, np.ones(len(items.labels), bool), 0)
+    between()
+    return _out_of_fold(items, ~_confidently_other(first, items.labels.astype(np.int64)), 1)
+
+
+def _out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:
+    count = len(items.labels)
+    fold = np.random.default_rng(seed).permutation(count) % FOLDS
+    found = np.zeros((count, items.num_outputs))
+    for number in range(FOLDS):
+        # Classes of few rows, or a fold without some, are no reason to judge nothing.
+        [(_, classifier)] = fits(items.part((fold != number) & learned), strengths=(MIDDLE,))
+        outputs = classifier(items.features[fold == number]).astype(np.float64)
+        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        found[fold == number] = powers / powers.sum(axis=1, keepdims=True)
+    return found
+
+
+def _confidently_other(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether another class is as likely as its own rows have it on average, and the likeliest such: bool [rows]."""
+    rows = np.arange(len(labels))
+    counts = np.bincount(labels, minlength=probabilities.shape[1])
+    sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
+    usual = np.where(counts > 0, sums / np.maximum(1, counts), np.inf)
+    confident = np.where(probabilities >= usual, probabilities, -1.0)
+    return (confident.max(axis=1) >= 0) & (confident.argmax(axis=1) != labels)
+
+
+def _margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row's label, and the likeliest other class."""
+    rows, others = np.arange(len(labels)), probabilities.copy()
+    others[rows, labels] = -1.0
+    other = others.argmax(axis=1)
+    return probabilities[rows, labels] - others[rows, other], other

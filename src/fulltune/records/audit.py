@@ -1,0 +1,94 @@
+"""What an audit of the rows found: each suspicious row with its reason, and what a check found in all."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fulltune.records.base import Record
+from fulltune.records.data import SplitName
+
+ISSUES, AUDIT = "issues.jsonl", "audit.json"
+"""In a run's folder `data`."""
+
+
+class Remedy(Record):
+    """What would be done with a row, or was decided."""
+
+    action: Literal["keep", "drop", "replace"]
+    column: str | None = None
+    """Where `value` is put, if something is replaced: a text, or a label."""
+    value: Any = None
+
+
+class RowIssue(Record):
+    """A row that a check found, as `data/issues.jsonl` lists it. Nothing is done with it unless the user says so."""
+
+    check: str
+    split: SplitName
+    place: str
+    """File and line, as in messages."""
+    row: str
+    """`row_id` of the whole row: the same wherever it stands."""
+    reason: str
+    text: str
+    """How it begins."""
+    label: str | None = None
+    remedy: Remedy
+    """What could be done."""
+    score: float = 0.0
+    """The higher, the surer: in this order the rows of a check are reviewed."""
+
+
+class CheckFound(Record):
+    """What a check found in all."""
+
+    check: str
+    rows: int
+    examples: tuple[RowIssue, ...] = ()
+    """The surest ones."""
+
+
+class LabelErrors(Record):
+    """How labels were judged, by linear classifiers on the untouched model, each row by one that did not see it.
+
+    How good that is was measured on the same rows: some were given a wrong label on purpose.
+    """
+
+    judged_rows: int
+    of_rows: int
+    agree: float
+    """Share of the rows whose label is the likeliest one."""
+    suspects: int
+    doubtful: int
+    """Further rows with another label that is clearly likelier; how often it is right, nothing tells."""
+    planted: int
+    """Rows that were given a wrong label on purpose, in all repetitions."""
+    recall: float
+    """Share of these that would be suspects."""
+    precision: float
+    """Share of the suspects whose label is wrong, as far as the planted ones tell."""
+    wrong: float
+    """Estimated number of wrong labels among the judged rows."""
+
+
+class Audit(Record):
+    """What was found in all rows."""
+
+    fingerprint: str
+    """Of the prepared rows."""
+    rows: dict[SplitName, int]
+    """Split to rows that were looked at."""
+    checks: tuple[CheckFound, ...]
+    """Those that found something."""
+    clean: tuple[str, ...] = ()
+    """Those that found nothing."""
+    labels: LabelErrors | None = None
+    not_run: dict[str, str] = Field(default_factory=dict)
+    """Check to why it was not run, for example the extra that is missing."""
+    seconds: float = 0.0
+
+    @property
+    def num_issues(self) -> int:
+        return sum(found.rows for found in self.checks)

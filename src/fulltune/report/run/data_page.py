@@ -1,0 +1,191 @@
+"""The page about the rows alone: `data.html` and `data.md`, before anything is trained."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from fulltune.records.audit import AUDIT, Audit, CheckFound, LabelErrors, Remedy, RowIssue
+from fulltune.report.format import words
+from fulltune.report.format.blocks import (
+    Block,
+    Bullets,
+    Code,
+    Folded,
+    Headline,
+    Paragraph,
+    Report,
+    Row,
+    Section,
+    Table,
+    foreign,
+)
+from fulltune.report.format.html import page
+from fulltune.report.format.markdown import markdown
+from fulltune.report.format.words import write_harmless
+from fulltune.report.run import about_data
+from fulltune.report.run.read import RunView, read_run
+from fulltune.text import counted, format_percent
+
+PAGE = "data.html"
+_CELL = 160
+_ABOUT = {
+    "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
+    "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
+    "duplicate": "Train rows that stand in train before, label or answer included. They count twice while training.",
+    "leak": "Train rows whose text is scored on, too. The scores flatter the model: leave these rows out of train.",
+    "conflicting labels": "Train rows with the same text and different labels: at most one of them can be learned.",
+    "broken encoding": "Text that was read in the wrong encoding once ('Ã©' for 'é'); the repair is shown.",
+    "control characters": "Characters that nobody sees (NUL, zero-width, direction marks) and that tokenizers do.",
+    "empty": "Texts without anything to read.",
+    "no words": "Texts with fewer than two letters.",
+    "markup": "Texts that are HTML, or in which some of it is left.",
+    "placeholder": "Templates that were not filled in.",
+    "chat tokens": "Marks of a chat template inside a text: the model's own template would come on top.",
+    "repetition": "The same again and again.",
+    "secret": "Keys, tokens and passwords: a model may learn them by heart. They are masked here.",
+    "personal data": "E-mail addresses, card and account numbers and the like. They are masked here.",
+    "phone number": "Phone numbers, masked here.",
+    "refusal": "Answers in which a model declines: a model that is trained on them declines, too.",
+}
+
+
+def write_data_page(folder: Path) -> Path:
+    """Write `data.md` and `data.html` into a run folder whose rows were audited.
+
+    Returns:
+        The path of `data.html`.
+
+    Raises:
+        SetupError: If the folder is no run folder, or its audit cannot be read.
+    """
+    view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
+    report = build(view, audit)
+    write_harmless(folder / "data.md", markdown(report))
+    write_harmless(folder / PAGE, page(report))
+    return folder / PAGE
+
+
+def build(view: RunView, audit: Audit) -> Report:
+    """What is known about the rows of a run."""
+    rows = sum(audit.rows.values())
+    sections = [_found(audit), *map(_check, audit.checks), about_data.data(view), _next(view, audit)]
+    dropped = sum(view.summary.dropped.values()) if view.summary else 0
+    figures = [("rows looked at", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
+    if audit.labels is not None:
+        figures.append(("labels suspected", f"{audit.labels.suspects:,}"))
+    return Report(
+        title=view.name,
+        subtitle=f"The data · {view.task}",
+        headline=_headline(audit, rows),
+        key_figures=tuple(figures),
+        sections=tuple(section for section in sections if section is not None),
+    )
+
+
+def _headline(audit: Audit, rows: int) -> Headline:
+    if not audit.checks:
+        return Headline("better", "Nothing found", f"None of {counted(len(audit.clean), 'check')} found anything.")
+    most = ", ".join(f"{found.rows:,} × {found.check}" for found in audit.checks[:4])
+    more = f" and {len(audit.checks) - 4} more checks" if len(audit.checks) > 4 else ""
+    return Headline(
+        "undecided",
+        "Rows to look at",
+        f"{counted(len(audit.checks), 'check')} found something in {rows:,} rows: {most}{more}.",
+        note="Nothing was changed: each is a suspicion, with what could be done about it.",
+    )
+
+
+def _found(audit: Audit) -> Section:
+    rows: list[Row] = [
+        (found.check, f"{found.rows:,}", format_percent(found.rows / max(1, sum(audit.rows.values()))), "see below")
+        for found in audit.checks
+    ]
+    rows += [(check, "0", "0%", "") for check in audit.clean]
+    table = Table("Rows that each check found", ("check", "rows", "of all", ""), tuple(rows), frozenset({1, 2}))
+    blocks: list[Block] = [table]
+    if audit.labels is not None:
+        blocks.append(Paragraph(about_labels(audit.labels)))
+    if audit.not_run:
+        said = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
+        blocks += [Paragraph("Not looked at:"), Bullets(said)]
+    return Section("found", "What was found", tuple(blocks))
+
+
+def about_labels(found: LabelErrors) -> str:
+    """How far the suspicion about labels can be trusted, by wrong labels that were planted."""
+    some = "" if found.judged_rows == found.of_rows else f" of {found.of_rows:,}, drawn at random"
+    told = (
+        f"Labels of {found.judged_rows:,} train rows{some} were judged by linear classifiers on the untouched model, "
+        f"each row by one that did not see it; they agree with {format_percent(found.agree)} of them. How good that is "
+        f"was measured: {counted(found.planted, 'row')} were given a wrong label on purpose."
+    )
+    doubt = (
+        f" {counted(found.doubtful, 'further row')} have another label that is clearly likelier. Where classes are "
+        "mixed up again and again, nothing but a look tells how many of these are wrong."
+    )
+    doubt = doubt if found.doubtful else ""
+    if not found.suspects:
+        return f"{told} By that measure no suspicion would be right for three rows in four, so none is raised.{doubt}"
+    return (
+        f"{told} {format_percent(found.recall)} of these would be among the suspects; of the "
+        f"{counted(found.suspects, 'suspect')} about {format_percent(found.precision)} are wrong, by the same measure, "
+        f"and about {round(found.wrong):,} labels in all.{doubt}"
+    )
+
+
+def _check(found: CheckFound) -> Section:
+    rows: tuple[Row, ...] = tuple(
+        (
+            foreign(one.place, _CELL),
+            foreign(one.text, _CELL),
+            *([foreign(one.label or "-", _CELL)] if any(other.label for other in found.examples) else []),
+            foreign(one.reason, _CELL),
+            foreign(could_do(one.remedy), _CELL),
+        )
+        for one in found.examples
+    )
+    label = ["label"] if any(one.label for one in found.examples) else []
+    shown = f"The {len(rows)} surest of {found.rows:,}" if len(rows) < found.rows else "All of them"
+    caption = f"{shown}; data/issues.jsonl has all"
+    table = Table(caption, ("row", "text", *label, "why", "could be"), rows)
+    title = f"{found.check[0].upper()}{found.check[1:]}: {counted(found.rows, 'row')}"
+    about = [Paragraph(_ABOUT[found.check])] if found.check in _ABOUT else []
+    return Section(found.check.replace(" ", "-"), title, (*about, table))
+
+
+def could_do(remedy: Remedy) -> str:
+    """What could be done with a row, in words."""
+    match remedy.action:
+        case "keep":
+            return "kept"
+        case "drop":
+            return "left out"
+        case _:
+            return f"{remedy.column}: {remedy.value}"
+
+
+def _next(view: RunView, audit: Audit) -> Section:
+    folder = shlex.quote(view.name)
+    blocks: list[Block] = []
+    if audit.checks:
+        blocks = [
+            Paragraph("Go through these rows, the surest first, and decide: keep, leave out or change."),
+            Code(f"fulltune data {folder} --review", "sh"),
+            Paragraph(
+                "What you decide is written into a patch file. Name it in the recipe as data.patch: it is applied each "
+                "time the data is read, so that every run is made from the same rows."
+            ),
+        ]
+    limits = (
+        "Texts are looked at one by one: a wrong fact, a poor answer or a row of another topic is not found.",
+        "A label error is a label that disagrees with rows alike. Where a whole class is labelled wrongly, all agree.",
+        "Secrets and personal data are found by their form. Names and addresses of people have none.",
+    )
+    blocks.append(Folded("what these checks cannot see", (Bullets(limits),)))
+    return Section("next", "What to do next", tuple(blocks))
+
+
+def in_words(issue: RowIssue) -> str:
+    """A row that was found, on one line."""
+    return f"{issue.place}: {issue.check}: {issue.reason}"
