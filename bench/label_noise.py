@@ -138,7 +138,7 @@ def _trained(folder: Path, them: Noisy, treatment: str, name: str, seed: int) ->
     recipe = f"{MINILM}task: text-classification\ndata: {{train: train.csv, test: {data()}/banking77/test.csv}}\n"
     (place / "recipe.yaml").write_text(recipe, encoding="utf-8")
     settings = [f"train.seed={seed}", f"data.split_seed={seed}", "train.device=cpu", "train.precision=fp32"]
-    settings += ["train.num_train_epochs=8", "evaluate.baselines=false", "preserve.drift=false"]
+    settings += ["train.num_train_epochs=5", "evaluate.baselines=false", "preserve.drift=false"]
     command = [sys.executable, "-m", "fulltune.cli.app", "evaluate", str(place / "recipe.yaml")]
     command += ["--run-folder", str(place / "run"), *(f"--set={one}" for one in settings)]
     with (place / "log").open("w", encoding="utf-8") as log:

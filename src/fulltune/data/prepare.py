@@ -399,7 +399,9 @@ def _fingerprint(
         "tokenizers": version("tokenizers"),
         "content": content_hash(files),
         "task": recipe.task,
-        "data": recipe.data.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", *unset}),
+        "data": recipe.data.model_dump(
+            mode="json", exclude={"train", "eval", "test", "contamination", "patch", *unset}
+        ),
         "roles": [bool(recipe.data.eval), bool(recipe.data.test)],
         "processor": processor_identity(tokenizer),
         "limits": [limits.positions, tokenizer.model_max_length, limits.identity],
