@@ -24,6 +24,7 @@ from fulltune.cli.options import (
     Goal,
     Hardware,
     Json,
+    JudgeLabels,
     Measure,
     MethodName,
     ModelFolder,
@@ -31,8 +32,10 @@ from fulltune.cli.options import (
     NumTasks,
     NumTokens,
     Overrides,
+    PatchFile,
     Preserve,
     Price,
+    Review,
     RunFolder,
     SearchBudget,
     SearchRate,
@@ -160,37 +163,19 @@ def data(
     set_: Overrides = None,
     run_folder: RunFolder = None,
     fresh: Fresh = False,
-    labels: Annotated[
-        bool,
-        typer.Option("--labels/--no-labels", help="Judge the labels of train rows by the untouched model, or do not."),
-    ] = True,
-    review: Annotated[
-        bool,
-        typer.Option("--review", help="Go through the suspicious rows and decide; without a terminal write them down."),
-    ] = False,
-    patch: Annotated[
-        Path | None, typer.Option("--patch", help="Where decisions go. Default: NAME.patch.jsonl beside the recipe.")
-    ] = None,
+    labels: JudgeLabels = True,
+    review: Review = False,
+    patch: PatchFile = None,
     as_json: Json = False,
 ) -> None:
     """Read, check, split and tokenise; audit the rows; show what the model will see."""
-    from fulltune.cli.show import run as display
+    from fulltune.cli import audit as cli_audit
 
-    folder, summary, audit = stages.audited(target, set_, run_folder, fresh, labels)
-    if as_json:
-        found = {"issues": {one.check: one.rows for one in audit.checks}, "audit": str(folder / "data" / "audit.json")}
-        stages.print_json(summary.model_dump(mode="json") | found)
-        return
+    folder, summary, found = cli_audit.audited(target, set_, run_folder, fresh, labels)
     if review:
-        stages.review(target, folder, patch)
-        return
-    display.show_data(out, summary)
-    for note in summary.notes:
-        out.print(f"note: {escape(note)}")
-    display.show_audit(out, audit)
-    out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
-    if audit.checks:
-        out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)
+        cli_audit.review(target, folder, patch)
+    else:
+        cli_audit.show(target, folder, summary, found, as_json)
 
 
 @app.command()

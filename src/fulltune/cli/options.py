@@ -25,6 +25,17 @@ Overrides = Annotated[
 RunFolder = Annotated[
     Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
 ]
+JudgeLabels = Annotated[
+    bool, typer.Option("--labels/--no-labels", help="Judge the labels of train rows by the untouched model, or do not.")
+]
+Review = Annotated[
+    bool,
+    typer.Option("--review", help="Go through the suspicious rows and decide; without a terminal write them down."),
+]
+PatchFile = Annotated[
+    Path | None,
+    typer.Option("--patch", help="Where decisions are kept. Default: NAME.patch.jsonl beside the recipe."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
 SearchRate = Annotated[
     bool, typer.Option("--search", help="Find the learning rate first: short for --set method.learning_rate=search.")

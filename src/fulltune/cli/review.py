@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from fulltune.data.patch import Decision, load_patch, save_patch
+from fulltune.data.patch import load_patch, save_patch
 from fulltune.errors import SetupError
-from fulltune.records.audit import Remedy, RowIssue
+from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, format_percent
 
@@ -22,6 +22,7 @@ FIRST = (
     "conflicting labels",
     "doubtful label",
     "leak",
+    "near leak",
     "secret",
     "personal data",
     "phone number",
@@ -34,7 +35,7 @@ KEYS = "[k]eep  [d]rop  [c]hange as proposed  [n]ext  [u]ndo  [q]uit"
 
 
 @dataclass(frozen=True)
-class Asked:
+class UnderReview:
     """A row that is asked about, with all that was found in it."""
 
     row: str
@@ -45,19 +46,19 @@ class Asked:
         """What is proposed to be changed."""
         return next((one.remedy for one in self.issues if one.remedy.action == "replace"), None)
 
-    def decided(self, remedy: Remedy) -> Decision:
+    def decided(self, remedy: Remedy) -> RowDecision:
         """The line of a patch file."""
         first = self.issues[0]
-        return Decision(row=self.row, remedy=remedy, check=first.check, place=first.place)
+        return RowDecision(row=self.row, remedy=remedy, check=first.check, place=first.place)
 
 
-def queue(issues: Iterable[RowIssue], decided: Mapping[str, Decision]) -> list[Asked]:
+def queue(issues: Iterable[RowIssue], decided: Mapping[str, RowDecision]) -> list[UnderReview]:
     """The rows to ask about, the costliest and surest first; without those that were decided already."""
     by_row = defaultdict[str, list[RowIssue]](list)
     for issue in sorted(issues, key=_order):
         if issue.row not in decided:
             by_row[issue.row].append(issue)
-    return [Asked(row, tuple(them)) for row, them in by_row.items()]
+    return [UnderReview(row, tuple(them)) for row, them in by_row.items()]
 
 
 def _order(issue: RowIssue) -> tuple[int, str, float]:
@@ -66,7 +67,7 @@ def _order(issue: RowIssue) -> tuple[int, str, float]:
 
 def review(
     console: Console, issues: Sequence[RowIssue], patch: Path, ask: Callable[[], str] | None
-) -> dict[str, Decision]:
+) -> dict[str, RowDecision]:
     """Ask about each row; what was decided is in the file after each key.
 
     Args:
@@ -124,7 +125,7 @@ def review(
     return decided
 
 
-def _show(console: Console, asked: Asked, place: int, count: int) -> None:
+def _show(console: Console, asked: UnderReview, place: int, count: int) -> None:
     first = asked.issues[0]
     console.print(f"\n[bold]{place + 1:,} of {count:,}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]")
     console.print(f"  {escape(first.text)}", highlight=False)
@@ -138,7 +139,7 @@ def _show(console: Console, asked: Asked, place: int, count: int) -> None:
     console.print(f"  {keys}", markup=False, style="dim")
 
 
-def precision_of(decided: Iterable[Decision]) -> dict[str, tuple[int, int]]:
+def precision_of(decided: Iterable[RowDecision]) -> dict[str, tuple[int, int]]:
     """Check to how many of its rows were changed or left out, of how many decided: the first ones alone."""
     found = defaultdict[str, list[bool]](list)
     for one in decided:
@@ -147,7 +148,7 @@ def precision_of(decided: Iterable[Decision]) -> dict[str, tuple[int, int]]:
     return {check: (sum(right[:MEASURED]), len(right[:MEASURED])) for check, right in found.items()}
 
 
-def about(decided: Mapping[str, Decision], patch: Path) -> list[str]:
+def about(decided: Mapping[str, RowDecision], patch: Path) -> list[str]:
     """What came of a review."""
     from scipy.stats import binomtest
 
@@ -163,6 +164,6 @@ def keys() -> Callable[[], str] | None:
     """Reads a key; None: without a terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return None
-    import click
+    import typer
 
-    return click.getchar
+    return typer.getchar

@@ -17,12 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from fulltune.errors import InterruptedRun, RecipeError, SetupError
-from fulltune.text import counted
 
 if TYPE_CHECKING:
     from fulltune.recipe.fields import Recipe
-    from fulltune.records.audit import Audit
-    from fulltune.records.data import DataSummary
     from fulltune.run_context import Until
     from fulltune.system.run_folder import Reached
 
@@ -37,46 +34,6 @@ def go(
     """Run the pipeline up to a stage, in a recipe's newest unfinished folder, a new one, or a named one."""
     recipe, found = open_run(target, overrides, folder, fresh, until)
     return found, reach(recipe, found, until, details)
-
-
-def audited(
-    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, labels: bool
-) -> tuple[Path, DataSummary, Audit]:
-    """The data stage, and what is wrong with its rows; with a page about both."""
-    from fulltune.cli.show.run import Display
-    from fulltune.pipeline import audit_rows
-    from fulltune.report import write_data_page
-    from fulltune.run_context import Run
-    from fulltune.system import run_folder
-
-    recipe, found = open_run(target, overrides, folder, fresh, "data")
-    summary = reach(recipe, found, "data", details=False).summary
-    with run_folder.writing(found), run_folder.locked(found):
-        with Display(err, details=False) as display:
-            audit = audit_rows(Run(recipe, found, listener=display), summary, labels)
-        write_data_page(found)
-    return found, summary, audit
-
-
-def review(target: Path, folder: Path, patch: Path | None) -> None:
-    """Ask about the suspicious rows, or write them down where nobody can be asked."""
-    from fulltune.cli import review as reviewing
-    from fulltune.data import load_issues
-
-    file = patch or (target / "patch.jsonl" if target.is_dir() else target.with_suffix(".patch.jsonl"))
-    issues, keys = load_issues(folder / "data"), reviewing.keys()
-    if not issues:
-        out.print("nothing to review: no check found anything")
-        return
-    decided = reviewing.review(out, issues, file, keys)
-    if keys is None:
-        out.print(
-            f"{counted(len(decided), 'row')} to decide about written to {escape(str(file))}, all as kept",
-            soft_wrap=True,
-        )
-        return
-    for line in reviewing.about(decided, file):
-        out.print(escape(line), soft_wrap=True)
 
 
 def open_run(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit import OF_ANSWERS, OF_TEXTS, Flaw, flaws, missing
+from fulltune.data.near import joined, signatures
 from fulltune.data.sampling import draw
 from fulltune.errors import SetupError
 from fulltune.files import replacing
@@ -29,7 +30,10 @@ from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import PLACE, Row, Target, Task
 from fulltune.tasks.columns import as_text, normalised
 
-DUPLICATE, LEAK, CONFLICT, LABEL, DOUBT = "duplicate", "leak", "conflicting labels", "label error", "doubtful label"
+DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
+LABEL, DOUBT = "label error", "doubtful label"
+NEAR = 0.8
+"""Share of the runs of five letters that texts have in common which are nearly the same."""
 _READ = ("text", "text_pair", "prompt", "source", "question", "context", "messages")
 _WRITTEN = ("completion", "target")
 """Roles of columns with running text: what a model reads, and what it learns to write."""
@@ -38,7 +42,7 @@ _SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
 """Characters of a row that are written down."""
 _EXAMPLES = 10
-_TOLD_EVERY = 1000
+_AT_ONCE = 1000
 Judged = tuple[np.ndarray, Suspected]
 """Positions of train rows, and what is known of their labels."""
 Judge = Callable[[], Judged | str]
@@ -66,7 +70,13 @@ def audit(folder: Path, summary: DataSummary, task: Task, judge: Judge | None, p
     rows = _Rows(folder, task, Target.of(summary))
     seen = _look(rows, sum(split.rows for split in summary.splits.values()), progress)
     issues = [*seen.issues, *_repeated(rows, seen)]
-    made = {*rows.checks, DUPLICATE, LEAK, *([CONFLICT] if seen.names else [])}
+    made = {
+        *rows.checks,
+        DUPLICATE,
+        LEAK,
+        *([NEAR_LEAK] if rows.has_texts else []),
+        *([CONFLICT] if seen.names else []),
+    }
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     labels = None
     if judge is not None:
@@ -117,6 +127,10 @@ class _Rows:
     folder: Path
     task: Task
     target: Target
+
+    @property
+    def has_texts(self) -> bool:
+        return "image" not in self.target.columns
 
     @property
     def checks(self) -> set[str]:
@@ -173,6 +187,8 @@ class _Seen:
     """A hash of what each row asks: its text, prompt or passage. All splits, one after the other."""
     wholes: list[int] = field(default_factory=list)
     """The same of all that it gives to learn."""
+    signed: list[np.ndarray] = field(default_factory=list)
+    """MinHash of the same texts, some at a time: uint16 [rows, hashes]; empty for images."""
     labels: list[int] = field(default_factory=list)
     """The number of its labels in `names`; -1: it has none."""
     names: dict[tuple[str, ...], int] = field(default_factory=dict)
@@ -183,9 +199,10 @@ def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
     seen, wanted = _Seen(), rows.checks
     checks = {roles: [one for one in of if one in wanted] for roles, of in _CHECKS.items()}
     for split in _SPLITS:
-        before = len(seen.keys)
+        before, keys = len(seen.keys), list[str]()
         for row in rows.of(split):
             key = rows.task.group_key(row, rows.target)
+            keys.append(key if rows.has_texts else "")
             names = tuple(rows.task.row_labels(row, rows.target))
             seen.keys.append(draw(0, key))
             seen.wholes.append(draw(0, rows.whole(row, key)))
@@ -193,8 +210,11 @@ def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
             for roles, of in checks.items():
                 for column, cell in rows.cells(row, roles):
                     seen.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(cell, of)]
-            if not len(seen.keys) % _TOLD_EVERY:
+            if len(keys) == _AT_ONCE:
                 progress(len(seen.keys), max(total, len(seen.keys)))
+                seen.signed.append(signatures(keys))
+                keys.clear()
+        seen.signed.append(signatures(keys))
         seen.counts[split] = len(seen.keys) - before
     progress(len(seen.keys), len(seen.keys))
     return seen
@@ -219,12 +239,14 @@ def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
     again = train.copy()
     again[first] = False
     leaks = train & np.isin(keys, keys[~train])
+    near = joined(keys.view(np.uint64), np.concatenate(seen.signed), NEAR) if rows.has_texts else keys
+    nearly = train & np.isin(near, near[~train]) & ~leaks
     votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
     torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
     names = {number: of for of, number in seen.names.items()}
     column, is_list = rows.target.columns.get("label"), rows.target.problem_type == "multi_label"
     issues: list[RowIssue] = []
-    wanted = again | leaks | torn
+    wanted = again | leaks | nearly | torn
     for position, row in zip(range(seen.counts["train"]), rows.of("train"), strict=True):
         if not wanted[position]:
             continue
@@ -233,6 +255,8 @@ def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
             issues.append(tell(DUPLICATE, reason="stands in train already, its label or answer included"))
         if leaks[position]:
             issues.append(tell(LEAK, reason="its text stands among the eval or test rows, too: their scores flatter"))
+        if nearly[position]:
+            issues.append(tell(NEAR_LEAK, reason="nearly the same text stands among the eval or test rows"))
         if torn[position]:
             counts = votes[int(keys[position])]
             shown = ", ".join(f"'{', '.join(names[label])}' {count:,} times" for label, count in counts.most_common(3))

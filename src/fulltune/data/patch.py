@@ -12,15 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fulltune.data.encode import Dropped
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import DataError
 from fulltune.files import write_text
 from fulltune.inference.store import row_id
-from fulltune.records.audit import Remedy
-from fulltune.records.base import Record
+from fulltune.records.audit import RowDecision
 from fulltune.text import counted, first_few
 
 CHECK = "patch"
@@ -28,18 +25,7 @@ CHECK = "patch"
 _SHOWN = 3
 
 
-class Decision(Record):
-    """A line of a patch file."""
-
-    row: str
-    remedy: Remedy
-    check: str = ""
-    """What found the row."""
-    place: str = ""
-    """Where it stood: for readers."""
-
-
-def load_patch(path: Path, setting: str = "data.patch") -> dict[str, Decision]:
+def load_patch(path: Path, setting: str = "data.patch") -> dict[str, RowDecision]:
     """The decisions of a patch file, by `row_id`; of several about one row the last one counts.
 
     Raises:
@@ -49,14 +35,14 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[str, Decision]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{setting}: {path}: cannot be read ({error}); expected a patch file in JSON lines") from None
-    found: dict[str, Decision] = {}
+    found: dict[str, RowDecision] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            one = Decision.model_validate(json.loads(line))
-        except (ValueError, ValidationError):
+            one = RowDecision.model_validate(json.loads(line))
+        except ValueError:
             problems.append(
                 f"{setting}: {path}:{number}: is no decision; expected "
                 '{"row": "...", "remedy": {"action": "drop"}}, as \'fulltune data --review\' writes it'
@@ -70,7 +56,7 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[str, Decision]:
     return found
 
 
-def save_patch(path: Path, decisions: Iterable[Decision]) -> None:
+def save_patch(path: Path, decisions: Iterable[RowDecision]) -> None:
     """Write decisions, a line each."""
     write_text(path, "".join(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in decisions))
 
@@ -79,7 +65,7 @@ def save_patch(path: Path, decisions: Iterable[Decision]) -> None:
 class Patched:
     """Rows of a source after a patch; what it did is known when they were read to their end."""
 
-    decisions: Mapping[str, Decision]
+    decisions: Mapping[str, RowDecision]
     split: str
     matched: set[str] = field(default_factory=set)
     dropped: list[Dropped] = field(default_factory=list)

@@ -7,9 +7,9 @@ another label.
 
 How far below? No margin is right for all data: a classifier is wrong itself where classes overlap. So some rows are
 given a wrong label on purpose, and everything is done once more. What share of these lies below a margin is its recall.
-Hardly a right label lies below the margin that three quarters of the planted errors stay above; so from the rows there
-follows how many errors there are, and from that the precision of every other margin. The largest one with `PRECISION`
-is taken: in clean rows it finds next to nothing, in noisy ones most errors.
+Hardly a right label lies where the surest quarter or half of the planted errors lie; so from the rows there follows how
+many errors there are, and from that the precision of every other margin. The largest one with `PRECISION` is taken: in
+clean rows it finds next to nothing, in noisy ones most errors.
 
 That holds for errors that happen here and there. Where two classes are mixed up again and again, the classifiers learn
 the confusion, and such rows are near the boundary: they are *doubtful*, and how often that is right only a reader can
@@ -29,13 +29,13 @@ from fulltune.probe.linear import FOLDS, MIDDLE, Items, fits
 
 PRECISION = 0.75
 """Wanted of the suspects; on rows with known errors it was about that (docs/log.md)."""
-CAUTION = 0.5
-"""Standard errors below the best guess of how many errors there are."""
 PLANTED_SHARE, PLANTED, MOST_REPEATED = 0.05, 200, 5
 """Of the rows are given a wrong label at a time, again until there are so many, or so often."""
-SURE = 0.25
-"""Share of the planted errors below the margin below which right labels hardly lie."""
+SURE = (0.25, 0.5)
+"""Shares of the planted errors below margins below which right labels hardly lie."""
 LEAST_ROWS, LEAST_OF_A_CLASS = 100, 3
+MOST_OTHER = 0.5
+"""Share of the rows that the first round may leave out."""
 DOUBT = -0.5
 """Rows with a smaller margin are doubtful, and shown to be reviewed."""
 
@@ -56,7 +56,7 @@ class Suspected:
     precision: float
     """As estimated; 0 where nothing is suspected."""
     wrong: float
-    """Estimated number of wrong labels, a cautious guess."""
+    """Estimated number of wrong labels: a cautious guess, one standard error lower than it would be."""
 
     @property
     def suspects(self) -> np.ndarray:
@@ -90,9 +90,7 @@ def suspected(items: Items, between: Callable[[], None] = lambda: None) -> Suspe
     margins, other = _margins(found, labels)
     planted = _planted(items, found, margins, between)
     if not len(planted):
-        raise NoProbe(
-            "the untouched model's features do not tell the classes apart: hardly a label is the likeliest one"
-        )
+        raise NoProbe("the untouched model's features do not tell the classes apart")
     cut, recall, precision, wrong = calibrated(margins, planted)
     return Suspected(margins, other, cut, len(planted), recall, precision, wrong)
 
@@ -104,19 +102,22 @@ def calibrated(margins: np.ndarray, planted: np.ndarray) -> tuple[float, float, 
         The margin, the recall and the estimated precision below it, and the estimated number of errors.
     """
     margins, planted = np.sort(margins), np.sort(planted)
-    below = np.searchsorted
-    sure = float(np.quantile(planted, SURE))
-    surely = int(below(margins, sure))
-    # A share of what is planted, and a number of rows: both are counted, and vary as counts do.
-    error = math.sqrt(1 / max(1, surely) + (1 - SURE) / (SURE * len(planted)))
-    wrong = surely / SURE * max(0.0, 1 - CAUTION * error)
-    cuts = np.linspace(sure, min(0.0, float(planted[-1])), 50)[::-1]
+    wrong = max(_at_least(margins, planted, share) for share in SURE)
+    cuts = np.linspace(float(np.quantile(planted, SURE[0])), min(0.0, float(planted[-1])), 50)[::-1]
     for cut in cuts:
-        suspects, recall = int(below(margins, cut)), float(below(planted, cut)) / len(planted)
+        suspects, recall = int(np.searchsorted(margins, cut)), float(np.searchsorted(planted, cut)) / len(planted)
         precision = min(1.0, wrong * recall / max(1, suspects))
         if suspects and precision >= PRECISION:
             return float(cut), recall, precision, wrong
     return -math.inf, 0.0, 0.0, wrong
+
+
+def _at_least(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
+    """Errors, by what lies where this share of the planted ones lies; sorted margins, one standard error cautious."""
+    surely = int(np.searchsorted(margins, np.quantile(planted, share)))
+    # A number of rows and a share of what is planted: both are counted, and vary as counts do.
+    error = math.sqrt(1 / max(1, surely) + (1 - share) / (share * len(planted)))
+    return surely / share * max(0.0, 1 - error)
 
 
 def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray, between: Callable[[], None]) -> np.ndarray:
@@ -126,15 +127,15 @@ def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray, betwe
         return np.zeros(0)
     labels = items.labels.astype(np.int64)
     count = max(1, round(PLANTED_SHARE * len(labels)))
-    others = probabilities.copy()
+    others = probabilities + np.finfo(float).tiny  # one class may have all of it
     others[np.arange(len(labels)), labels] = 0.0
-    up_to = np.cumsum(others / others.sum(axis=1, keepdims=True), axis=1)
     found = []
     for seed in range(min(MOST_REPEATED, -(-PLANTED // count))):
         drawn = np.random.default_rng(seed)
         chosen = drawn.choice(good, count, replace=False)
         given = labels.copy()
-        given[chosen] = (up_to[chosen] < drawn.random((count, 1)) * up_to[chosen, -1:]).sum(axis=1)
+        up_to = np.cumsum(others[chosen], axis=1)
+        given[chosen] = (up_to <= drawn.random((count, 1)) * up_to[:, -1:]).sum(axis=1)
         changed = replace(items, labels=given)
         found.append(_margins(_in_two_rounds(changed, between), given)[0][chosen])
     return np.concatenate(found)
@@ -145,7 +146,10 @@ def _in_two_rounds(items: Items, between: Callable[[], None]) -> np.ndarray:
     between()
     first = _out_of_fold(items, np.ones(len(items.labels), bool), 0)
     between()
-    return _out_of_fold(items, ~_confidently_other(first, items.labels.astype(np.int64)), 1)
+    other = _confidently_other(first, items.labels.astype(np.int64))
+    if other.mean() > MOST_OTHER:
+        raise NoProbe("the untouched model's features do not tell the classes apart")
+    return _out_of_fold(items, ~other, 1)
 
 
 def _out_of_fold(items: Items, learned: np.ndarray, seed: int) -> np.ndarray:

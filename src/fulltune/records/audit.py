@@ -41,6 +41,18 @@ class RowIssue(Record):
     """The higher, the surer: in this order the rows of a check are reviewed."""
 
 
+class RowDecision(Record):
+    """What was decided about a row: a line of a patch file."""
+
+    row: str
+    """`row_id` of the whole row."""
+    remedy: Remedy
+    check: str = ""
+    """What found the row."""
+    place: str = ""
+    """Where it stood: for readers."""
+
+
 class CheckFound(Record):
     """What a check found in all."""
 

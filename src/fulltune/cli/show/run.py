@@ -193,8 +193,6 @@ class Display:
             self.print(f"[dim]rows as before: {rows}[/dim]")
         elif self.details:
             show_data(self.console, summary)
-            for note in summary.notes:
-                self.print(f"[yellow]note:[/yellow] {escape(note)}")
 
     def _plan(self, plan: Plan) -> None:
         if self.details:
@@ -262,6 +260,8 @@ def show_data(console: Console, summary: DataSummary) -> None:
         console.print(f"mixed in: {escape(line)}")
         for preview in source.previews:
             console.print(_in_brackets(preview))
+    for note in summary.notes:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
 
 
 def show_audit(console: Console, audit: Audit) -> None:

@@ -33,6 +33,7 @@ _ABOUT = {
     "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
     "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
     "duplicate": "Train rows that stand in train before, label or answer included. They count twice while training.",
+    "near leak": "Train rows whose text is nearly one that is scored on: most runs of five letters are the same.",
     "leak": "Train rows whose text is scored on, too. The scores flatter the model: leave these rows out of train.",
     "conflicting labels": "Train rows with the same text and different labels: at most one of them can be learned.",
     "broken encoding": "Text that was read in the wrong encoding once ('Ã©' for 'é'); the repair is shown.",
@@ -97,13 +98,15 @@ def _headline(audit: Audit, rows: int) -> Headline:
 
 
 def _found(audit: Audit) -> Section:
-    rows: list[Row] = [
-        (found.check, f"{found.rows:,}", format_percent(found.rows / max(1, sum(audit.rows.values()))), "see below")
-        for found in audit.checks
-    ]
-    rows += [(check, "0", "0%", "") for check in audit.clean]
-    table = Table("Rows that each check found", ("check", "rows", "of all", ""), tuple(rows), frozenset({1, 2}))
-    blocks: list[Block] = [table]
+    total = max(1, sum(audit.rows.values()))
+    rows: tuple[Row, ...] = tuple(
+        (found.check, f"{found.rows:,}", format_percent(found.rows / total)) for found in audit.checks
+    )
+    blocks: list[Block] = []
+    if rows:
+        blocks.append(Table("Rows that each check found", ("check", "rows", "of all"), rows, frozenset({1, 2})))
+    if audit.clean:
+        blocks.append(Paragraph(f"Looked for, and not found: {', '.join(audit.clean)}."))
     if audit.labels is not None:
         blocks.append(Paragraph(about_labels(audit.labels)))
     if audit.not_run:
@@ -121,8 +124,8 @@ def about_labels(found: LabelErrors) -> str:
         f"was measured: {counted(found.planted, 'row')} were given a wrong label on purpose."
     )
     doubt = (
-        f" {counted(found.doubtful, 'further row')} have another label that is clearly likelier. Where classes are "
-        "mixed up again and again, nothing but a look tells how many of these are wrong."
+        f" {counted(found.doubtful, 'further row' if found.suspects else 'row')} have another label that is clearly "
+        "likelier. Where classes are mixed up again and again, nothing but a look tells how many of these are wrong."
     )
     doubt = doubt if found.doubtful else ""
     if not found.suspects:
