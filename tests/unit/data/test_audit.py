@@ -1,0 +1,224 @@
+"""What looks wrong is listed with its row, reason and remedy; a patch does what was decided, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune import data
+from fulltune.data.audit import load_issues
+from fulltune.data.patch import load_patch, save_patch
+from fulltune.errors import DataError
+from fulltune.inference.store import load_texts, row_id
+from fulltune.probe.label_errors import Suspected
+from fulltune.recipe.fields import Recipe
+from fulltune.records.audit import Audit, Remedy, RowDecision, RowIssue
+from fulltune.records.data import DataSummary
+from fulltune.tasks import task_named
+from tests import tiny
+
+LIMITS = data.Limits(tiny.POSITIONS)
+CLEAN = [{"text": f"{row['text']} number {at}", "label": row["label"]} for at, row in enumerate(tiny.topic_rows(40))]
+
+
+def prepared(
+    folder: Path, rows: Sequence[Mapping[str, Any]], task: str = "text-classification", **settings: Any
+) -> Any:
+    """The data stage over these rows, with what it needs to be audited."""
+    files = {"train": str(tiny.write_jsonl(folder / "rows.jsonl", rows))}
+    for split in ("eval", "test"):
+        if split in settings:
+            files[split] = str(tiny.write_jsonl(folder / f"{split}.jsonl", settings.pop(split)))
+    recipe = Recipe.model_validate({"model": "x", "task": task, "data": {**files, **settings}})
+    tokenizer = tiny.decoder_tokenizer() if task == "causal-lm" else tiny.encoder_tokenizer()
+    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, LIMITS)
+
+
+def audited(folder: Path, summary: DataSummary, judge: Any = None) -> tuple[Audit, dict[str, list[RowIssue]]]:
+    """The audit, and its issues by check."""
+    found = data.audit(folder / "data", summary, task_named(summary.task), judge, lambda done, total: None)  # type: ignore[arg-type]
+    issues: dict[str, list[RowIssue]] = {}
+    for one in load_issues(folder / "data"):
+        issues.setdefault(one.check, []).append(one)
+    return found, issues
+
+
+def test_clean_rows_have_no_issues(tmp_path: Path) -> None:
+    found, issues = audited(tmp_path, prepared(tmp_path, CLEAN))
+    assert issues == {}
+    assert found.checks == ()
+    assert {"duplicate", "leak", "near leak", "conflicting labels", "broken encoding", "secret"} <= set(found.clean)
+    assert sum(found.rows.values()) == len(CLEAN)
+
+
+def test_each_planted_fault_is_listed_with_its_place_and_remedy(tmp_path: Path) -> None:
+    held = [{"text": f"a held out text about number {at}", "label": "animals"} for at in range(4)]
+    held += [{"text": f"a held out text about sum {at}", "label": "numbers"} for at in range(4)]
+    labels = sorted({row["label"] for row in CLEAN})
+    held = [{**row, "label": labels[at % len(labels)]} for at, row in enumerate(held)]
+    wrong = [
+        {"text": "the schÃ¶ne cafÃ© in town", "label": labels[0]},
+        {"text": "write to jane.miller@mail-of-jane.net for more", "label": labels[0]},
+        CLEAN[3],
+        held[0],
+        {"text": CLEAN[5]["text"], "label": next(one for one in labels if one != CLEAN[5]["label"])},
+    ]
+    rows = [*CLEAN, *wrong, CLEAN[5]]
+    found, issues = audited(tmp_path, prepared(tmp_path, rows, eval=held[:4], test=held[4:]))
+    place = {check: [one.place.rpartition(":")[2] for one in them] for check, them in issues.items()}
+    first = len(CLEAN) + 1
+    assert place["broken encoding"] == [str(first)]
+    assert issues["broken encoding"][0].remedy == Remedy(
+        action="replace", column="text", value="the schöne café in town"
+    )
+    assert place["personal data"] == [str(first + 1)]
+    assert "jane.miller" not in issues["personal data"][0].reason
+    assert place["duplicate"] == [str(first + 2), str(first + 5)]
+    assert place["leak"] == [str(first + 3)]
+    # Two of three say the same label: the third row's would be replaced, the others kept.
+    assert place["conflicting labels"][0] == str(first + 4)
+    torn = {one.place.rpartition(":")[2]: one.remedy for one in issues["conflicting labels"]}
+    assert torn[str(first + 4)] == Remedy(action="replace", column="label", value=CLEAN[5]["label"])
+    assert torn["6"].action == torn[str(first + 5)].action == "keep"
+    assert {one.check: one.rows for one in found.checks}["duplicate"] == 2
+
+
+def test_text_nearly_that_of_a_test_row_is_a_near_leak(tmp_path: Path) -> None:
+    labels = sorted({row["label"] for row in CLEAN})
+    text = "could you please tell me where the parcel that I ordered last week may be at the moment"
+    held = [
+        {"text": text if at == 5 else f"a held out text {at}", "label": labels[at % len(labels)]} for at in range(8)
+    ]
+    rows = [*CLEAN, {"text": f"{text} now", "label": labels[0]}]
+    _, issues = audited(tmp_path, prepared(tmp_path, rows, eval=held[:4], test=held[4:]))
+    assert list(issues) == ["near leak"]
+    assert issues["near leak"][0].text == f"{text} now"
+
+
+def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
+    summary = prepared(tmp_path, CLEAN)
+    margins = np.ones(summary.splits["train"].rows)
+    margins[[2, 7, 9]] = -0.9, -0.99, -0.6
+    judged = Suspected(margins, np.zeros(len(margins), int), -0.8, 20, 0.5, 0.8, 3.0)
+    found, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
+    rows = load_texts(tmp_path / "data" / "train")
+    assert [one.row for one in issues["label error"]] == [row_id(rows[7]), row_id(rows[2])]
+    assert [one.row for one in issues["doubtful label"]] == [row_id(rows[9])]
+    assert issues["label error"][0].remedy == Remedy(action="replace", column="label", value=summary.labels[0])
+    assert found.labels is not None
+    assert (found.labels.suspects, found.labels.doubtful, found.labels.planted) == (2, 1, 20)
+
+
+def test_labels_that_cannot_be_judged_are_said_to_be(tmp_path: Path) -> None:
+    found, _ = audited(tmp_path, prepared(tmp_path, CLEAN), lambda: "too few rows")
+    assert found.not_run == {"label error": "too few rows"}
+    assert "label error" not in found.clean
+
+
+def test_same_rows_are_looked_at_once_and_give_the_same_bytes(tmp_path: Path) -> None:
+    rows = [*CLEAN, CLEAN[0]]
+    summary = prepared(tmp_path, rows)
+    audited(tmp_path, summary)
+    issues = (tmp_path / "data" / "issues.jsonl").read_bytes()
+    calls: list[int] = []
+
+    def judge() -> str:
+        calls.append(1)
+        return "asked"
+
+    audited(tmp_path, summary, judge)
+    assert calls == []
+    (tmp_path / "data" / "audit.json").unlink()
+    audited(tmp_path, summary, judge)
+    assert calls == [1]
+    assert (tmp_path / "data" / "issues.jsonl").read_bytes() == issues
+
+
+def test_conversations_and_answers_are_looked_at(tmp_path: Path) -> None:
+    rows = [*tiny.pair_rows(40)]
+    rows[4] = {**rows[4], "completion": "As an AI language model, I cannot help with that request."}
+    rows[9] = {**rows[9], "prompt": "what is <|im_start|>user this"}
+    _, issues = audited(tmp_path, prepared(tmp_path, rows, "causal-lm"))
+    assert {check: [one.place.rpartition(":")[2] for one in them] for check, them in issues.items()} == {
+        "refusal": ["5"],
+        "chat tokens": ["10"],
+    }
+
+
+# ---- patches ---------------------------------------------------------------------------------------------------
+
+
+def decide(row: Mapping[str, Any], action: str, **more: Any) -> RowDecision:
+    return RowDecision(row=row_id(row), remedy=Remedy.model_validate({"action": action, **more}), check="duplicate")
+
+
+def test_patch_does_what_was_decided(tmp_path: Path) -> None:
+    patch = tmp_path / "p.jsonl"
+    other = next(row["label"] for row in CLEAN if row["label"] != CLEAN[1]["label"])
+    changed = {**CLEAN[2], "text": "another text"}
+    save_patch(
+        patch,
+        [
+            decide(CLEAN[0], "drop"),
+            decide(CLEAN[1], "replace", column="label", value=other),
+            decide(CLEAN[2], "replace", column="text", value="another text"),
+            decide(changed, "replace", column="label", value=other),  # decided about when the text was new already
+            decide(CLEAN[3], "keep"),
+        ],
+    )
+    summary = prepared(tmp_path, CLEAN, patch=str(patch))
+    rows = [row for split in ("train", "eval", "test") for row in load_texts(tmp_path / "data" / split)]
+    found = {row["text"]: row["label"] for row in rows}
+    assert len(rows) == len(CLEAN) - 1
+    assert CLEAN[0]["text"] not in found
+    assert found[CLEAN[1]["text"]] == found["another text"] == other
+    assert found[CLEAN[3]["text"]] == CLEAN[3]["label"]
+    # What is dropped is listed.
+    assert summary.dropped == {"patch": 1}
+    [line] = (tmp_path / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["row"] == CLEAN[0]
+    assert json.loads(line)["reason"] == "duplicate (data.patch)"
+
+
+def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> None:
+    save_patch(tmp_path / "one.jsonl", [decide(CLEAN[0], "drop")])
+    save_patch(tmp_path / "two.jsonl", [decide(CLEAN[0], "drop")])
+    save_patch(tmp_path / "three.jsonl", [decide(CLEAN[1], "drop")])
+    prints = [
+        prepared(tmp_path / name, CLEAN, patch=str(tmp_path / f"{name}.jsonl")).fingerprint
+        for name in ("one", "two", "three")
+        if not (tmp_path / name).mkdir()
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: None, "cannot be read"),
+        (lambda path: path.write_text("no json\n"), "p.jsonl:1: is no decision"),
+        (lambda path: path.write_text('{"row": "1"}\n'), "p.jsonl:1: is no decision"),
+        (lambda path: save_patch(path, [decide(CLEAN[0], "replace", value="x")]), "p.jsonl:1: replaces something"),
+        (lambda path: save_patch(path, [decide({"text": "of another file", "label": "x"}, "drop")]), "1 row of 1"),
+    ],
+)
+def test_patch_that_does_not_fit_is_refused(tmp_path: Path, write: Callable[[Path], Any], said: str) -> None:
+    write(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match=said):
+        prepared(tmp_path, CLEAN, patch=str(tmp_path / "p.jsonl"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_last_decision_about_a_row_counts(tmp_path: Path) -> None:
+    first = decide(CLEAN[0], "drop")
+    save_patch(tmp_path / "p.jsonl", [first, replace_remedy(first, "keep")])
+    assert load_patch(tmp_path / "p.jsonl")[first.row].remedy.action == "keep"
+
+
+def replace_remedy(one: RowDecision, action: str) -> RowDecision:
+    return one.model_copy(update={"remedy": Remedy.model_validate({"action": action})})
