@@ -10,7 +10,7 @@ from pathlib import Path
 from fulltune import data, evaluate, methods, plan, report
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
 from fulltune.forgetting.generic_text import check_texts
-from fulltune.records.audit import Audit
+from fulltune.records.audit import Audit, Proofs
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Planned, RowsPrepared
 from fulltune.records.plan import Plan
@@ -110,12 +110,19 @@ def audit_rows(job: Run, summary: DataSummary, judges_labels: bool = True) -> Au
     """
     job.phase("auditing the rows")
     folder, has_label = job.folder / "data", summary.problem_type == "single_label"
-    judge = partial(data.judge, job.recipe, job.base, summary, folder, job.listener)
+    judge = partial(data.judge, data.Reader(job.recipe, job.base, summary, folder, job.listener))
 
     def progress(done: int, total: int) -> None:
         job.listener(RowsPrepared(name="auditing", done=done, total=total))
 
     return data.audit(folder, summary, job.task, judge if has_label and judges_labels else None, progress)
+
+
+def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:
+    """Whether cleaning what the audit found would help, by classifiers that take seconds."""
+    job.phase("fitting classifiers with and without each cleaning step")
+    folder = job.folder / "data"
+    return data.prove(folder, summary, data.Reader(job.recipe, job.base, summary, folder, job.listener))
 
 
 def make_plan(job: Run, summary: DataSummary) -> Plan:

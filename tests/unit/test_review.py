@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fulltune.cli.review import about, precision_of, queue, review
+from fulltune.cli.review import about, accepted, precision_of, queue, review
 from fulltune.data.patch import load_patch
-from fulltune.errors import DataError, SetupError
+from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 
 
@@ -105,3 +105,13 @@ def test_precision_is_said_with_an_interval(tmp_path: Path) -> None:
     said = "\n".join(about(decided, tmp_path / "p.jsonl"))
     assert "label error: right in 2 of 2 (95 % interval: 34.2% to 100.0%)" in said
     assert "data.patch" in said
+
+
+def test_what_is_proposed_for_a_check_can_be_taken_at_once(tmp_path: Path) -> None:
+    patch = tmp_path / "p.jsonl"
+    asked("kq", patch)  # the surest is kept by hand
+    decided = accepted(ISSUES, ["label error"], patch)
+    assert {row: one.remedy.action for row, one in decided.items()} == {"c": "keep", "b": "replace"}
+    assert load_patch(patch) == decided
+    with pytest.raises(RecipeError, match="'label eror' found no row; expected one of 'duplicate', 'label error'"):
+        accepted(ISSUES, ["label eror"], patch)

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from fulltune.cli import stages
 from fulltune.cli.options import (
+    Accept,
     Column,
     CompareBudget,
     Force,
@@ -35,6 +36,7 @@ from fulltune.cli.options import (
     PatchFile,
     Preserve,
     Price,
+    Prove,
     Review,
     RunFolder,
     SearchBudget,
@@ -164,16 +166,18 @@ def data(
     run_folder: RunFolder = None,
     fresh: Fresh = False,
     labels: JudgeLabels = True,
+    prove: Prove = False,
     review: Review = False,
+    accept: Accept = None,
     patch: PatchFile = None,
     as_json: Json = False,
 ) -> None:
     """Read, check, split and tokenise; audit the rows; show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
-    folder, summary, found = cli_audit.audited(target, set_, run_folder, fresh, labels)
-    if review:
-        cli_audit.review(target, folder, patch)
+    folder, summary, found = cli_audit.audited(target, set_, run_folder, fresh, labels, prove)
+    if review or accept:
+        cli_audit.decide(target, folder, patch, accept or [])
     else:
         cli_audit.show(target, folder, summary, found, as_json)
 

@@ -28,6 +28,14 @@ RunFolder = Annotated[
 JudgeLabels = Annotated[
     bool, typer.Option("--labels/--no-labels", help="Judge the labels of train rows by the untouched model, or do not.")
 ]
+Prove = Annotated[
+    bool,
+    typer.Option("--prove", help="Fit classifiers on the untouched model with and without each cleaning step."),
+]
+Accept = Annotated[
+    list[str] | None,
+    typer.Option("--accept", help="Take what is proposed for all rows of a check into the patch.", metavar="CHECK"),
+]
 Review = Annotated[
     bool,
     typer.Option("--review", help="Go through the suspicious rows and decide; without a terminal write them down."),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fulltune.data.patch import load_patch, save_patch
-from fulltune.errors import SetupError
+from fulltune.errors import RecipeError, SetupError
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, format_percent
@@ -122,6 +122,25 @@ def review(
         history.append(one.row)
         save_patch(patch, decided.values())
         place += 1
+    return decided
+
+
+def accepted(issues: Sequence[RowIssue], checks: Sequence[str], patch: Path) -> dict[str, RowDecision]:
+    """Take what is proposed for all rows of some checks into the file; what it has decided already stays.
+
+    Raises:
+        RecipeError: When a check found nothing, or there is none of that name.
+    """
+    known = {issue.check for issue in issues}
+    if unknown := [check for check in checks if check not in known]:
+        found = ", ".join(f"'{check}'" for check in sorted(known))
+        raise RecipeError(f"--accept: '{unknown[0]}' found no row; expected one of {found}")
+    decided = load_patch(patch, "--patch") if patch.exists() else {}
+    for asked in queue(issues, decided):
+        first = next((issue for issue in asked.issues if issue.check in checks), None)
+        if first is not None:
+            decided[asked.row] = RowDecision(row=asked.row, remedy=first.remedy, check=first.check, place=first.place)
+    save_patch(patch, decided.values())
     return decided
 
 

@@ -1,23 +1,26 @@
 """The data stage: files in, checked, split and tokenised rows out."""
 
 from fulltune.data.audit import audit, load_issues
-from fulltune.data.judge import judge
+from fulltune.data.judge import Reader, judge
 from fulltune.data.limits import Limits
 from fulltune.data.other_task import keep as keep_other_task
 from fulltune.data.other_task import other_task
 from fulltune.data.prepare import SUMMARY, prepare
 from fulltune.data.probe_rows import refuse_trained_texts
+from fulltune.data.prove import prove
 from fulltune.data.written import DROPPED
 
 __all__ = [
     "DROPPED",
     "SUMMARY",
     "Limits",
+    "Reader",
     "audit",
     "judge",
     "keep_other_task",
     "load_issues",
     "other_task",
     "prepare",
+    "prove",
     "refuse_trained_texts",
 ]

@@ -1,7 +1,10 @@
-"""The labels of the train rows, judged by what the untouched model sees in their texts or images."""
+"""Rows as the untouched model sees them, and what that says about their labels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,64 +19,85 @@ from fulltune.models.processors import opened
 from fulltune.probe.features import sampled
 from fulltune.probe.label_errors import Suspected, suspected
 from fulltune.probe.layers import NoProbe
+from fulltune.probe.linear import Items
 from fulltune.recipe.fields import Recipe
-from fulltune.records.data import DataSummary
+from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.events import Listener, RowsRead
 from fulltune.system import hardware
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.tasks import Target, task_named
 
 BATCH = 32
-_READING = "reading train rows with the untouched model, to judge their labels"
 
 
-def judge(
-    recipe: Recipe, base: Base, summary: DataSummary, folder: Path, listener: Listener
-) -> tuple[np.ndarray, Suspected] | str:
+@dataclass(frozen=True)
+class Reader:
+    """Reads prepared rows with the untouched model; it is loaded when the first row is."""
+
+    recipe: Recipe
+    base: Base
+    summary: DataSummary
+    folder: Path
+    """The run's `data` folder."""
+    listener: Listener
+
+    @cached_property
+    def looker(self) -> probe.Looker:
+        """How rows go through the model."""
+        import torch
+
+        task, target = task_named(self.recipe.task), Target.of(self.summary)
+        device, precision = plan.device_and_precision(self.recipe, hardware.here())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(probe.SEED)  # what the head lacks is drawn, and not read
+            changes = task.config_changes(target, self.base.processor)
+            model: Any = load(self.base, changes, head_is_new=task.FACTS.head_is_new, block=self.recipe.model)
+        return probe.Looker(
+            model.to(device),
+            self.recipe.task,
+            target,
+            self.base.processor.pad_token_id,
+            BATCH,
+            precision,
+            watch=self._tell,
+        )
+
+    def _tell(self, done: int, total: int, share: float | None) -> None:
+        self.listener(RowsRead(name="reading rows with the untouched model", done=done, total=total, share=share))
+
+    def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
+        """Mean hidden states and labels of a split's rows, or of some drawn at random; and their positions.
+
+        Raises:
+            NoProbe: When this model's states say nothing, or memory runs out.
+        """
+        try:
+            rows = opened(Rows(self.folder / split), self.base.processor)
+            width = self.looker.model.config.get_text_config().hidden_size
+            chosen = sampled(rows, self.looker.kind, self.looker.target.num_choices, width)
+            found = self.looker.features(chosen, None)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NoProbe("memory ran out while the untouched model read the rows") from error
+        if found.mean is None:
+            raise NoProbe("this model gives fewer states than there are tokens")
+        positions = np.array(chosen.positions if isinstance(chosen, Share) else range(len(rows)))
+        return self.looker.items(found.mean, found), positions
+
+
+def judge(reader: Reader, between: Callable[[], None] = lambda: None) -> tuple[np.ndarray, Suspected] | str:
     """Which train rows have a label that is probably wrong.
 
     Args:
-        recipe: The checked recipe.
-        base: The pretrained model.
-        summary: Of the prepared rows, which have a single label each.
-        folder: The run's `data` folder.
-        listener: Told how far the reading is.
+        reader: Of rows that have a single label each.
+        between: Called now and then.
 
     Returns:
         Positions of the rows that were judged, and what is known of their labels; or why they cannot be judged.
     """
-    import torch
-
-    rows = opened(Rows(folder / "train"), base.processor)
-    target, task = Target.of(summary), task_named(recipe.task)
-    device, precision = plan.device_and_precision(recipe, hardware.here())
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(probe.SEED)  # what the head lacks is drawn, and not read
-            model: Any = load(
-                base,
-                task.config_changes(target, base.processor),
-                head_is_new=task.FACTS.head_is_new,
-                block=recipe.model,
-            )
-        looker = probe.Looker(
-            model.to(device),
-            recipe.task,
-            target,
-            base.processor.pad_token_id,
-            BATCH,
-            precision,
-            watch=lambda done, total, share: listener(RowsRead(name=_READING, done=done, total=total, share=share)),
-        )
-        chosen = sampled(rows, target.problem_type, target.num_choices, model.config.get_text_config().hidden_size)
-        found = looker.features(chosen, None)
-        if found.mean is None:
-            return "this model gives fewer states than there are tokens"
-        positions = np.array(chosen.positions if isinstance(chosen, Share) else range(len(rows)))
-        return positions, suspected(looker.items(found.mean, found))
+        items, positions = reader.items("train")
+        return positions, suspected(items, between)
     except NoProbe as no:
         return str(no)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return "memory ran out while the untouched model read the rows"

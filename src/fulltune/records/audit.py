@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from fulltune.records.base import Record
 from fulltune.records.data import SplitName
 
-ISSUES, AUDIT = "issues.jsonl", "audit.json"
+ISSUES, AUDIT, PROOFS = "issues.jsonl", "audit.json", "proofs.json"
 """In a run's folder `data`."""
 
 
@@ -85,6 +86,39 @@ class LabelErrors(Record):
     """Estimated number of wrong labels among the judged rows."""
 
 
+class Proof(Record):
+    """What cleaning by one check does to accuracy on the same eval rows, by linear classifiers on the untouched model.
+
+    Each of several times a part of the train rows is left out, the same with and without the cleaning.
+    """
+
+    check: str
+    action: Literal["drop", "replace"]
+    rows: int
+    """Train rows that are dropped, or whose label is replaced."""
+    before: float
+    """Accuracy without the cleaning, on average."""
+    difference: float
+    """With it, less that."""
+    low: float
+    high: float
+    """95 % interval over the eval rows."""
+
+    @property
+    def verdict(self) -> Literal["helps", "hurts", "no difference found"]:
+        return "helps" if self.low > 0 else "hurts" if self.high < 0 else "no difference found"
+
+
+class Proofs(Record):
+    """What cleaning would do, check by check."""
+
+    fingerprint: str
+    eval_rows: int
+    times: int
+    """How often other train rows were left out."""
+    proofs: tuple[Proof, ...]
+
+
 class Audit(Record):
     """What was found in all rows."""
 
@@ -104,3 +138,10 @@ class Audit(Record):
     @property
     def num_issues(self) -> int:
         return sum(found.rows for found in self.checks)
+
+
+def proofs_of(folder: Path, audit: Audit) -> Proofs | None:
+    """What cleaning the rows of a run would do; None: that was not asked of these rows."""
+    path = folder / "data" / PROOFS
+    found = Proofs.load(path) if path.exists() else None
+    return found if found is not None and found.fingerprint == audit.fingerprint else None

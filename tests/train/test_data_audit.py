@@ -1,0 +1,102 @@
+"""`fulltune data` from the command line: the audit with a model, its page, a proof, a patch, and the patched run."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from fulltune.records.audit import Audit, Proofs
+from tests import tiny
+from tests.contract.command import fulltune
+
+
+def noisy_rows(count: int, wrong: int) -> list[dict[str, str]]:
+    """Rows that a tiny model's states tell apart, the first ones with a wrong label."""
+    drawn, words = random.Random(0), {"animals": ["cat", "dog", "bird"], "numbers": ["one", "two", "three"]}
+    rows = []
+    for at in range(count):
+        label = ("animals", "numbers")[at % 2]
+        text = " ".join(drawn.choices(words[label], k=6)) + f" {at}"
+        other = ("numbers", "animals")[at % 2]
+        rows.append({"text": text, "label": other if at < wrong else label})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("audited")
+    rows = noisy_rows(600, 50)
+    rows[200] = {**rows[200], "text": "write to jane.miller@mail-of-jane.net <b>now</b>"}
+    data = tiny.write_csv(folder / "rows.csv", rows)
+    tiny.write_recipe(folder / "recipe.yaml", tiny_encoder, data, data={"eval_fraction": 0.2})
+    result = fulltune("data", str(folder / "recipe.yaml"), "--run-folder", str(folder / "run"), "--prove")
+    assert result.code == 0, result.err
+    (folder / "out.txt").write_text(result.out, encoding="utf-8")
+    return folder
+
+
+def test_wrong_labels_are_found_and_said_with_how_far_to_trust_it(audited: Path) -> None:
+    found = Audit.load(audited / "run" / "data" / "audit.json")
+    assert found.labels is not None
+    assert found.labels.planted >= 100
+    [errors] = [one for one in found.checks if one.check == "label error"]
+    places = {int(one.place.rpartition(":")[2]) - 2 for one in errors.examples}
+    assert len(places) == 10
+    assert len([place for place in places if place < 50]) >= 8
+    out = " ".join((audited / "out.txt").read_text(encoding="utf-8").split())
+    assert "were given a wrong label on purpose" in out
+    assert "personal data" in out
+    assert "jane.miller" not in out
+
+
+def test_page_has_every_part_and_masks_what_is_private(audited: Path) -> None:
+    page = (audited / "run" / "data.html").read_text(encoding="utf-8")
+    text = (audited / "run" / "data.md").read_text(encoding="utf-8")
+    for part in ("What was found", "Would cleaning help?", "Label error", "Personal data", "Markup", "What to do next"):
+        assert part in page
+        assert part in text
+    assert "&lt;b&gt;now" in page
+    assert "<b>now" not in page
+
+
+def test_proof_compares_each_step_on_the_same_eval_rows(audited: Path) -> None:
+    proofs = Proofs.load(audited / "run" / "data" / "proofs.json")
+    by_step = {(one.check, one.action): one for one in proofs.proofs}
+    assert {("label error", "drop"), ("label error", "replace"), ("personal data", "drop")} <= set(by_step)
+    for one in proofs.proofs:
+        assert one.low <= one.difference <= one.high
+    assert by_step["personal data", "drop"].rows == 1
+    assert by_step["personal data", "drop"].verdict == "no difference found"
+
+
+def test_patch_of_a_check_is_applied_by_the_recipe(audited: Path) -> None:
+    recipe, patch = audited / "recipe.yaml", audited / "recipe.patch.jsonl"
+    result = fulltune("data", str(recipe), "--run-folder", str(audited / "run"), "--accept", "label error")
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in patch.read_text(encoding="utf-8").splitlines()]
+    assert all(line["remedy"]["action"] == "replace" for line in lines)
+    found = Audit.load(audited / "run" / "data" / "audit.json")
+    assert found.labels is not None
+    assert len(lines) == found.labels.suspects
+    setting = f"--set=data.patch={patch}"
+    result = fulltune("data", str(recipe), "--run-folder", str(audited / "again"), setting)
+    assert result.code == 0, result.err
+    after = Audit.load(audited / "again" / "data" / "audit.json")
+    assert after.labels is not None
+    assert after.labels.suspects < found.labels.suspects / 2
+
+
+def test_without_labels_nothing_is_loaded_and_a_proof_of_other_tasks_is_refused(tmp_path: Path) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.pair_rows(40))
+    model = tiny.save_model(tmp_path / "model", "llama")
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, rows, task="causal-lm")
+    result = fulltune("data", str(recipe), "--run-folder", str(tmp_path / "run"))
+    assert result.code == 0, result.err
+    assert Audit.load(tmp_path / "run" / "data" / "audit.json").labels is None
+    result = fulltune("data", str(recipe), "--run-folder", str(tmp_path / "run"), "--prove")
+    assert result.code != 0
+    assert "--prove" in result.err
+    assert "Traceback" not in result.err
