@@ -97,7 +97,7 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_settings_in_backquotes_exist(page: Path) -> None:
     names = re.findall(rf"`({'|'.join(FIELDS)})\.([a-z_]+)[`:=]", page.read_text(encoding="utf-8"))
     # `train.csv` and the like are files.
-    files = {"csv", "jsonl", "json", "yaml", "py", "safetensors"}
+    files = {"csv", "jsonl", "json", "yaml", "py", "safetensors", "html"}
     unknown = [f"{block}.{name}" for block, name in names if name not in {*FIELDS[block], *files}]
     assert not unknown
 
