@@ -115,7 +115,7 @@ def audit_rows(job: Run, summary: DataSummary, judges_labels: bool = True) -> Au
     def progress(done: int, total: int) -> None:
         job.listener(RowsPrepared(name="auditing", done=done, total=total))
 
-    return data.audit(folder, summary, job.task, judge if has_label and judges_labels else None, progress)
+    return data.audit(job.recipe, folder, summary, job.task, judge if has_label and judges_labels else None, progress)
 
 
 def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:

@@ -1,6 +1,7 @@
 """What is wrong with the rows, row by row: listed with the reason and with what could be done; nothing is changed.
 
-The prepared rows are read, so that each has its split. Kept of each row are two hashes and the number of its label;
+The prepared rows are read, so that each has its split; short texts that share a row are read from their files, without
+those that are held out. Kept of each row are two hashes and the number of its label;
 rows that share one of them with others are read a second time, to be written down.
 """
 
@@ -20,11 +21,14 @@ import numpy as np
 
 from fulltune.audit import OF_ANSWERS, OF_TEXTS, Flaw, flaws, missing
 from fulltune.data.near import joined, signatures
+from fulltune.data.patch import Patched, load_patch
 from fulltune.data.sampling import draw
+from fulltune.data.sources import find_files, read_rows
 from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.inference.store import row_id, texts
 from fulltune.probe.label_errors import Suspected
+from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import PLACE, Row, Target, Task
@@ -50,10 +54,13 @@ Judge = Callable[[], Judged | str]
 Progress = Callable[[int, int], None]
 
 
-def audit(folder: Path, summary: DataSummary, task: Task, judge: Judge | None, progress: Progress) -> Audit:
+def audit(
+    recipe: Recipe, folder: Path, summary: DataSummary, task: Task, judge: Judge | None, progress: Progress
+) -> Audit:
     """Look at all rows of a run.
 
     Args:
+        recipe: The checked recipe.
         folder: The run's `data` folder. `issues.jsonl` is written there, and `audit.json` last; where it is of the same
             rows, nothing is looked at again.
         summary: Of the prepared rows.
@@ -67,7 +74,7 @@ def audit(folder: Path, summary: DataSummary, task: Task, judge: Judge | None, p
     except (OSError, SetupError):
         pass
     began = time.monotonic()
-    rows = _Rows(folder, task, Target.of(summary))
+    rows = _Rows(folder, task, Target.of(summary), recipe if summary.packed else None)
     seen = _look(rows, sum(split.rows for split in summary.splits.values()), progress)
     issues = [*seen.issues, *_repeated(rows, seen)]
     made = {
@@ -87,8 +94,6 @@ def audit(folder: Path, summary: DataSummary, task: Task, judge: Judge | None, p
             made |= {LABEL, DOUBT}
             issues += _mislabelled(rows, *judged)
             labels = _about_labels(*judged, of_rows=seen.counts["train"])
-    if summary.packed:
-        not_run["train rows that share a block"] = "of each block only the first text was looked at"
     issues.sort(key=lambda one: (one.check, -one.score))
     with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
@@ -127,6 +132,8 @@ class _Rows:
     folder: Path
     task: Task
     target: Target
+    packed: Recipe | None
+    """Of rows that share a block: what names their files. None: each row lies beside its features."""
 
     @property
     def has_texts(self) -> bool:
@@ -140,11 +147,23 @@ class _Rows:
 
     def of(self, split: SplitName) -> Iterator[dict[str, Any]]:
         """Each row of a split once, also where it gave several examples."""
+        if self.packed is not None and split == "train":
+            yield from self._of_files(self.packed)
+            return
         before: dict[str, Any] | None = None
         for row in texts(self.folder / split):
             if row is not before:
                 yield row
             before = row
+
+    def _of_files(self, recipe: Recipe) -> Iterator[dict[str, Any]]:
+        """The train rows as the data stage read them."""
+        block, files = recipe.data, find_files(recipe)["train"]
+        patched = Patched(load_patch(Path(block.patch)), "train") if block.patch else None
+        held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.of(split)}
+        for place, row in read_rows(recipe, files, None, patched).rows(None):
+            if place not in held_out and self.task.refuse(row, self.target) is None:
+                yield {**row, PLACE: place}
 
     def cells(self, row: Row, roles: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Columns with running text, and what stands in them; of a conversation all turns."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,28 @@ CLEAN = [{"text": f"{row['text']} number {at}", "label": row["label"]} for at, r
 
 
 def prepared(
-    folder: Path, rows: Sequence[Mapping[str, Any]], task: str = "text-classification", **settings: Any
-) -> Any:
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    task: str = "text-classification",
+    *,
+    limits: data.Limits = LIMITS,
+    **settings: Any,
+) -> DataSummary:
     """The data stage over these rows, with what it needs to be audited."""
     files = {"train": str(tiny.write_jsonl(folder / "rows.jsonl", rows))}
     for split in ("eval", "test"):
         if split in settings:
             files[split] = str(tiny.write_jsonl(folder / f"{split}.jsonl", settings.pop(split)))
     recipe = Recipe.model_validate({"model": "x", "task": task, "data": {**files, **settings}})
+    (folder / "recipe.json").write_text(recipe.model_dump_json(), encoding="utf-8")
     tokenizer = tiny.decoder_tokenizer() if task == "causal-lm" else tiny.encoder_tokenizer()
-    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, LIMITS)
+    return data.prepare(recipe, folder / "data", task_named(recipe.task), tokenizer, limits)
 
 
 def audited(folder: Path, summary: DataSummary, judge: Any = None) -> tuple[Audit, dict[str, list[RowIssue]]]:
     """The audit, and its issues by check."""
-    found = data.audit(folder / "data", summary, task_named(summary.task), judge, lambda done, total: None)  # type: ignore[arg-type]
+    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    found = data.audit(recipe, folder / "data", summary, task_named(recipe.task), judge, lambda done, total: None)
     issues: dict[str, list[RowIssue]] = {}
     for one in load_issues(folder / "data"):
         issues.setdefault(one.check, []).append(one)
@@ -148,6 +156,19 @@ def test_conversations_and_answers_are_looked_at(tmp_path: Path) -> None:
         "refusal": ["5"],
         "chat tokens": ["10"],
     }
+
+
+def test_texts_that_share_a_row_are_all_looked_at(tmp_path: Path) -> None:
+    texts = [{"text": f"a short text about the number {at}"} for at in range(60)]
+    texts += [texts[3], {"text": "the schÃ¶ne cafÃ© in town"}]
+    packs = replace(LIMITS, keeps_texts_apart=lambda: None)
+    summary = prepared(tmp_path, texts, "causal-lm", limits=packs)
+    assert summary.packed
+    found, issues = audited(tmp_path, summary)
+    assert sum(found.rows.values()) == len(texts)
+    places = {check: [one.place.rpartition(":")[2] for one in them] for check, them in issues.items()}
+    assert places["broken encoding"] == ["62"]
+    assert places.get("duplicate") == ["61"]  # both are on one side of the split
 
 
 # ---- patches ---------------------------------------------------------------------------------------------------
