@@ -38,7 +38,7 @@ DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "confli
 LABEL, DOUBT = "label error", "doubtful label"
 NEAR = 0.8
 """Share of the runs of five letters that texts have in common which are nearly the same."""
-_READ = ("text", "text_pair", "prompt", "source", "question", "context", "messages")
+_READ = ("text", "text_pair", "prompt", "source", "question", "context", "messages", "tokens")
 _WRITTEN = ("completion", "target")
 """Roles of columns with running text: what a model reads, and what it learns to write."""
 _CHECKS = {_READ: OF_TEXTS, _WRITTEN: OF_ANSWERS}
@@ -166,13 +166,13 @@ class _Rows:
                 yield {**row, PLACE: place}
 
     def cells(self, row: Row, roles: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Columns with running text, and what stands in them; of a conversation all turns."""
+        """Columns with running text, and what stands in them; of a conversation all turns, of a sentence its words."""
         for column in filter(None, map(self.target.columns.get, roles)):
             cell = row.get(column)
             if isinstance(cell, str):
                 yield column, cell
             elif isinstance(cell, list):
-                yield column, "\n".join(as_text(turn.get("content")) for turn in cell if isinstance(turn, dict))
+                yield column, " ".join(as_text(one.get("content") if isinstance(one, dict) else one) for one in cell)
 
     def whole(self, row: Row, key: str) -> str:
         """All that a row gives to learn; of an image its key says everything."""

@@ -131,8 +131,8 @@ def about_labels(found: LabelErrors) -> str:
     if not found.suspects:
         return f"{told} By that measure no suspicion would be right for three rows in four, so none is raised.{doubt}"
     return (
-        f"{told} {format_percent(found.recall)} of these would be among the suspects; of the "
-        f"{counted(found.suspects, 'suspect')} about {format_percent(found.precision)} are wrong, by the same measure, "
+        f"{told} {found.recall:.0%} of these would be among the suspects; of the "
+        f"{counted(found.suspects, 'suspect')} about {found.precision:.0%} are wrong, by the same measure, "
         f"and about {round(found.wrong):,} labels in all.{doubt}"
     )
 
