@@ -94,6 +94,9 @@ def audit(
             made |= {LABEL, DOUBT}
             issues += _mislabelled(rows, *judged)
             labels = _about_labels(*judged, of_rows=seen.counts["train"])
+    decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
+    # What was looked at and kept is not asked again.
+    issues = [one for one in issues if one.row not in decided]
     issues.sort(key=lambda one: (one.check, -one.score))
     with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)

@@ -206,6 +206,15 @@ def test_patch_does_what_was_decided(tmp_path: Path) -> None:
     assert json.loads(line)["reason"] == "duplicate (data.patch)"
 
 
+def test_what_was_looked_at_and_kept_is_not_listed_again(tmp_path: Path) -> None:
+    rows = [*CLEAN, CLEAN[0], CLEAN[1]]
+    _, issues = audited(tmp_path, prepared(tmp_path, rows))
+    assert len(issues["duplicate"]) == 2
+    save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "keep")])
+    _, issues = audited(tmp_path, prepared(tmp_path, rows, patch=str(tmp_path / "p.jsonl")))
+    assert [one.row for one in issues["duplicate"]] == [row_id(CLEAN[1])]
+
+
 def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> None:
     save_patch(tmp_path / "one.jsonl", [decide(CLEAN[0], "drop")])
     save_patch(tmp_path / "two.jsonl", [decide(CLEAN[0], "drop")])
