@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit import OF_ANSWERS, OF_TEXTS, Flaw, flaws, missing
+from fulltune.audit import Flaw, missing
 from fulltune.data.near import joined, signatures
 from fulltune.data.patch import Patched, load_patch
+from fulltune.data.running_text import READ, WRITTEN, cells, checks_of, flawed
 from fulltune.data.sampling import draw
 from fulltune.data.sources import find_files, read_rows
 from fulltune.errors import SetupError
@@ -38,10 +39,6 @@ DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "confli
 LABEL, DOUBT = "label error", "doubtful label"
 NEAR = 0.8
 """Share of the runs of five letters that texts have in common which are nearly the same."""
-_READ = ("text", "text_pair", "prompt", "source", "question", "context", "messages", "tokens")
-_WRITTEN = ("completion", "target")
-"""Roles of columns with running text: what a model reads, and what it learns to write."""
-_CHECKS = {_READ: OF_TEXTS, _WRITTEN: OF_ANSWERS}
 _SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
 """Characters of a row that are written down."""
@@ -145,8 +142,8 @@ class _Rows:
     @property
     def checks(self) -> set[str]:
         """Checks of single texts that are made on these rows."""
-        absent, columns = missing(), set(self.target.columns)
-        return {one for roles, of in _CHECKS.items() if columns & set(roles) for one in of if one not in absent}
+        absent = missing()
+        return {one for of in checks_of(self.target.columns).values() for one in of if one not in absent}
 
     def of(self, split: SplitName) -> Iterator[dict[str, Any]]:
         """Each row of a split once, also where it gave several examples."""
@@ -168,15 +165,6 @@ class _Rows:
             if place not in held_out and self.task.refuse(row, self.target) is None:
                 yield {**row, PLACE: place}
 
-    def cells(self, row: Row, roles: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Columns with running text, and what stands in them; of a conversation all turns, of a sentence its words."""
-        for column in filter(None, map(self.target.columns.get, roles)):
-            cell = row.get(column)
-            if isinstance(cell, str):
-                yield column, cell
-            elif isinstance(cell, list):
-                yield column, " ".join(as_text(one.get("content") if isinstance(one, dict) else one) for one in cell)
-
     def whole(self, row: Row, key: str) -> str:
         """All that a row gives to learn; of an image its key says everything."""
         columns = [column for role, column in self.target.columns.items() if role != "image"]
@@ -192,7 +180,7 @@ class _Rows:
             place=str(row[PLACE]),
             row=row_id(row),
             reason=reason,
-            text=" | ".join(cell for _, cell in self.cells(row, (*_READ, *_WRITTEN)))[:_TEXT],
+            text=" | ".join(cell for _, cell in cells(row, self.target.columns, (*READ, *WRITTEN)))[:_TEXT],
             label=", ".join(self.task.row_labels(row, self.target)) or None,
             remedy=remedy or Remedy(action="drop"),
             score=score,
@@ -218,8 +206,7 @@ class _Seen:
 
 def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
     """All rows, once: what is wrong with their texts, and what tells them apart."""
-    seen, wanted = _Seen(), rows.checks
-    checks = {roles: [one for one in of if one in wanted] for roles, of in _CHECKS.items()}
+    seen, checks = _Seen(), checks_of(rows.target.columns, rows.checks)
     for split in _SPLITS:
         before, keys = len(seen.keys), list[str]()
         for row in rows.of(split):
@@ -229,9 +216,8 @@ def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
             seen.keys.append(draw(0, key))
             seen.wholes.append(draw(0, rows.whole(row, key)))
             seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
-            for roles, of in checks.items():
-                for column, cell in rows.cells(row, roles):
-                    seen.issues += [_flawed(rows, split, row, column, flaw) for flaw in flaws(cell, of)]
+            found = flawed(row, rows.target.columns, checks)
+            seen.issues += [_flawed(rows, split, row, column, flaw) for column, flaw in found]
             if len(keys) == _AT_ONCE:
                 progress(len(seen.keys), max(total, len(seen.keys)))
                 seen.signed.append(signatures(keys))

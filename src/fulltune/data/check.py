@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -169,6 +169,15 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
             verb = "has" if count == 1 else "have"
             remarks.append(f"{_part(count, splits[name], name)} {verb} a {shared} that also stands in {where}")
     return remarks
+
+
+def note_on_flaws(sources: Iterable[Encoded]) -> list[str]:
+    """What the cheap checks found in the rows' texts."""
+    found = sum((source.flaws for source in sources), Counter[str]())
+    if not found:
+        return []
+    shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in found.most_common())
+    return [f"texts that look wrong: {shown}; 'fulltune data' lists them"]
 
 
 def _part(count: int, split: Split, name: SplitName) -> str:

@@ -21,6 +21,7 @@ from fulltune.data.groups import joined_by_value
 from fulltune.data.marks import Found, marks_of
 from fulltune.data.near import joined, signatures
 from fulltune.data.readers.read import PlacedRow
+from fulltune.data.running_text import CHEAP, checks_of, flawed
 from fulltune.data.sampling import draw
 from fulltune.errors import SetupError
 from fulltune.inference.store import RowWriter, record_batch, words
@@ -137,6 +138,8 @@ class Chunk(RowNumbers):
     """In the columns that say whose the rows are and when they came."""
     num_too_long: int
     longest: int
+    flaws: Counter[str]
+    """Rows in whose texts each cheap check found something."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ class Encoded(RowNumbers):
     found: Found
     num_too_long: int
     longest: int
+    flaws: Counter[str]
+    """As of a chunk."""
 
     @property
     def num_rows(self) -> int:
@@ -235,8 +240,18 @@ def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
         dropped=dropped,
         found=marks.found,
         num_too_long=num_too_long,
+        flaws=_flaws(job, [row for _, row in rows]),
         longest=max((one.longest or row[LENGTH] for one, row in zip(examples, features, strict=True)), default=0),
     )
+
+
+def _flaws(job: Job, rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """Rows by what the cheap checks found in their texts."""
+    found, columns = Counter[str](), job.target.columns
+    checks = checks_of(columns, CHEAP)
+    for row in rows:
+        found.update({flaw.check for _, flaw in flawed(row, columns, checks)})
+    return found
 
 
 def _whole(job: Job, key: str, row: Mapping[str, Any]) -> str:
@@ -305,7 +320,7 @@ def encode(
     names: dict[str, int] = {}
     label_numbers, label_ends = array("i"), array("q", [0])
     dropped: dict[Loss, DropTally] = {"unusable": DropTally(), "unfit": DropTally(), "part": DropTally()}
-    found, num_read, num_too_long, longest = Found(), 0, 0, 0
+    found, flaws, num_read, num_too_long, longest = Found(), Counter[str](), 0, 0, 0
     with RowWriter(folder) as writer:
         for chunk in _chunks(job, rows, num_rows):
             chunk.row_of[:] += len(label_ends) - 1
@@ -324,6 +339,7 @@ def encode(
             num_read += chunk.num_read
             num_too_long += chunk.num_too_long
             longest = max(longest, chunk.longest)
+            flaws.update(chunk.flaws)
             progress(num_read)
     whole = {name: np.concatenate(parts) for name, parts in numbers.items()}
     return Encoded(
@@ -338,6 +354,7 @@ def encode(
         found=found,
         num_too_long=num_too_long,
         longest=longest,
+        flaws=flaws,
     )
 
 

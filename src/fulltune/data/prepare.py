@@ -22,7 +22,7 @@ import numpy as np
 
 from fulltune.data import cache, mix
 from fulltune.data.apart import STANDS_EARLIER, late_rows, listed_late, notes_apart, notes_on_known
-from fulltune.data.check import notes, num_shared, refuse_new_labels, refuse_unusable, unmeasured
+from fulltune.data.check import note_on_flaws, notes, num_shared, refuse_new_labels, refuse_unusable, unmeasured
 from fulltune.data.contamination import KnownTexts, files_of, read_texts
 from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near, join_values
 from fulltune.data.length_share import explained_by_class, explained_by_value
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
-FORMAT = 6
+FORMAT = 7
 """Of the prepared rows: with another number, rows of an earlier version are made anew."""
 _PROGRESS_SECONDS = 0.2
 
@@ -172,7 +172,7 @@ def _make(
     )
     encoded = _encode(job, folder, sources, targets, counts, listener)
     splits, about_splits = _split(recipe, target, encoded, sources)
-    remarks += about_splits
+    remarks += [*about_splits, *note_on_flaws(encoded.values())]
     train, test = splits["train"], splits["test"]
     late = late_rows(splits)
     list_dropped(folder, listed_late(block, train.source, late))

@@ -252,3 +252,11 @@ def test_last_decision_about_a_row_counts(tmp_path: Path) -> None:
 
 def replace_remedy(one: RowDecision, action: str) -> RowDecision:
     return one.model_copy(update={"remedy": Remedy.model_validate({"action": action})})
+
+
+def test_each_run_is_told_what_the_cheap_checks_found(tmp_path: Path) -> None:
+    rows = [*CLEAN, {**CLEAN[0], "text": "the schÃ¶ne cafÃ© &amp; bar"}, {**CLEAN[1], "text": "see &lt;here&gt; now"}]
+    [note] = [one for one in prepared(tmp_path, rows).notes if "look wrong" in one]
+    assert "markup in 2 rows" in note
+    assert "broken encoding in 1 row" in note
+    assert not any("look wrong" in one for one in prepared(tmp_path, CLEAN).notes)
