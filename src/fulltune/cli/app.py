@@ -399,9 +399,7 @@ def merge(
 
 @app.command()
 def quickstart(
-    chat: Annotated[
-        bool, typer.Option("--chat", help="A language model on chat data instead of a classifier.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="A language model on chats, not a classifier.")] = False,
     output: Annotated[Path, typer.Option("--output", help="Where to put data, recipe and runs.")] = Path("runs"),
     set_: Overrides = None,
 ) -> None:

@@ -37,6 +37,7 @@ from fulltune.tasks.columns import as_text, normalised
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
 LABEL, DOUBT = "label error", "doubtful label"
+NOT_ASKED = "left out by --no-labels"
 NEAR = 0.8
 """Share of the runs of five letters that texts have in common which are nearly the same."""
 _SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
@@ -62,11 +63,13 @@ def audit(
             rows, nothing is looked at again.
         summary: Of the prepared rows.
         task: The task module.
-        judge: None: the rows have no single label each.
+        judge: None: labels are not to be judged, or the rows have no single label each.
         progress: Told how many rows of how many were looked at.
     """
     try:
-        if (earlier := Audit.load(folder / AUDIT)).fingerprint == summary.fingerprint:
+        earlier = Audit.load(folder / AUDIT)
+        is_judged = earlier.labels is not None or earlier.not_run.get(LABEL, NOT_ASKED) != NOT_ASKED
+        if earlier.fingerprint == summary.fingerprint and (is_judged or judge is None):
             return earlier
     except (OSError, SetupError):
         pass
@@ -83,6 +86,8 @@ def audit(
     }
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     labels = None
+    if judge is None and summary.problem_type == "single_label":
+        not_run[LABEL] = NOT_ASKED
     if judge is not None:
         judged = judge()
         if isinstance(judged, str):

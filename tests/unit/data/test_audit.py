@@ -139,10 +139,13 @@ def test_same_rows_are_looked_at_once_and_give_the_same_bytes(tmp_path: Path) ->
         calls.append(1)
         return "asked"
 
+    found, _ = audited(tmp_path, summary)
+    assert found.not_run["label error"] == "left out by --no-labels"
+    found, _ = audited(tmp_path, summary, judge)  # labels were not judged before
+    assert found.not_run["label error"] == "asked"
+    assert calls == [1]
     audited(tmp_path, summary, judge)
-    assert calls == []
-    (tmp_path / "data" / "audit.json").unlink()
-    audited(tmp_path, summary, judge)
+    audited(tmp_path, summary)
     assert calls == [1]
     assert (tmp_path / "data" / "issues.jsonl").read_bytes() == issues
 
