@@ -43,7 +43,7 @@ NEAR = 0.8
 _SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
 """Characters of a row that are written down."""
-_EXAMPLES = 10
+_EXAMPLES, _QUOTED = 10, 80
 _AT_ONCE = 1000
 Judged = tuple[np.ndarray, Suspected]
 """Positions of train rows, and what is known of their labels."""
@@ -170,6 +170,11 @@ class _Rows:
             if place not in held_out and self.task.refuse(row, self.target) is None:
                 yield {**row, PLACE: place}
 
+    def beginning(self, row: Row, most: int) -> str:
+        """How a row's texts begin, on one line."""
+        texts = (cell for _, cell in cells(row, self.target.columns, (*READ, *WRITTEN)))
+        return " | ".join(" ".join(text.split()) for text in texts)[:most]
+
     def whole(self, row: Row, key: str) -> str:
         """All that a row gives to learn; of an image its key says everything."""
         columns = [column for role, column in self.target.columns.items() if role != "image"]
@@ -185,7 +190,7 @@ class _Rows:
             place=str(row[PLACE]),
             row=row_id(row),
             reason=reason,
-            text=" | ".join(cell for _, cell in cells(row, self.target.columns, (*READ, *WRITTEN)))[:_TEXT],
+            text=self.beginning(row, _TEXT),
             label=", ".join(self.task.row_labels(row, self.target)) or None,
             remedy=remedy or Remedy(action="drop"),
             score=score,
@@ -252,10 +257,13 @@ def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
     again = train.copy()
     again[first] = False
     leaks = train & np.isin(keys, keys[~train])
-    near = joined(keys.view(np.uint64), np.concatenate(seen.signed), NEAR) if rows.has_texts else keys
+    near = keys
+    if rows.has_texts:
+        near = joined(keys.view(np.uint64), np.concatenate(seen.signed), NEAR).view(np.int64)
     nearly = train & np.isin(near, near[~train]) & ~leaks
     votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
     torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
+    held_out = _places(rows, seen, near, set(near[leaks | nearly].tolist()))
     names = {number: of for of, number in seen.names.items()}
     column, is_list = rows.target.columns.get("label"), rows.target.problem_type == "multi_label"
     issues: list[RowIssue] = []
@@ -267,9 +275,9 @@ def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
         if again[position]:
             issues.append(tell(DUPLICATE, reason="stands in train already, its label or answer included"))
         if leaks[position]:
-            issues.append(tell(LEAK, reason="its text stands among the eval or test rows, too: their scores flatter"))
+            issues.append(tell(LEAK, reason=f"the same text is scored on: {held_out[int(near[position])]}"))
         if nearly[position]:
-            issues.append(tell(NEAR_LEAK, reason="nearly the same text stands among the eval or test rows"))
+            issues.append(tell(NEAR_LEAK, reason=f"nearly the same text is scored on: {held_out[int(near[position])]}"))
         if torn[position]:
             counts = votes[int(keys[position])]
             shown = ", ".join(f"'{', '.join(names[label])}' {count:,} times" for label, count in counts.most_common(3))
@@ -284,6 +292,19 @@ def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
                 tell(CONFLICT, reason=f"the same text has several labels: {shown}", remedy=remedy, score=score)
             )
     return issues
+
+
+def _places(rows: _Rows, seen: _Seen, groups: np.ndarray, wanted: set[int]) -> dict[int, str]:
+    """Groups to where the first held-out row of each stands, and how it begins."""
+    found: dict[int, str] = {}
+    position = seen.counts["train"]
+    for split in ("eval", "test") if wanted else ():
+        for row in rows.of(split):
+            group = int(groups[position])
+            position += 1
+            if group in wanted and group not in found:
+                found[group] = f"{row[PLACE]}: '{rows.beginning(row, _QUOTED)}'"
+    return found
 
 
 def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:

@@ -39,7 +39,7 @@ from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.about_forgetting import verdict
-from fulltune.report.run.data_page import about_labels, about_proofs
+from fulltune.report.run.data_page import about_labels, about_proofs, in_points
 from fulltune.report.run.row_words import has_images, mixed_words, row_words
 from fulltune.text import counted, first_few, format_bytes, format_metric, format_percent, format_seconds
 
@@ -284,14 +284,15 @@ def show_audit(console: Console, audit: Audit) -> None:
 
 def show_proofs(console: Console, proofs: Proofs) -> None:
     """What each cleaning step does to the accuracy of classifiers on the untouched model."""
-    console.print(about_proofs(proofs))
+    console.print(f"would cleaning help? {about_proofs(proofs)}")
     table = Table(box=None, header_style="dim")
     for column in ("check", "its rows", "rows", "accuracy", "points", ""):
         table.add_column(column, justify="left" if column in ("check", "its rows", "") else "right")
     for one in proofs.proofs:
-        span = f"{100 * one.difference:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
         done = "left out" if one.action == "drop" else "relabelled"
-        table.add_row(one.check, done, f"{one.rows:,}", format_percent(one.before + one.difference), span, one.verdict)
+        table.add_row(
+            one.check, done, f"{one.rows:,}", format_percent(one.before + one.difference), in_points(one), one.verdict
+        )
     console.print(table)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from fulltune.records.audit import AUDIT, Audit, CheckFound, LabelErrors, Proofs, Remedy, RowIssue, proofs_of
+from fulltune.records.audit import AUDIT, Audit, CheckFound, LabelErrors, Proof, Proofs, Remedy, RowIssue, proofs_of
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -25,7 +25,7 @@ from fulltune.report.format.markdown import markdown
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import about_data
 from fulltune.report.run.read import RunView, read_run
-from fulltune.text import counted, format_percent
+from fulltune.text import counted, format_percent, format_share
 
 PAGE = "data.html"
 _CELL = 160
@@ -88,7 +88,7 @@ def _headline(audit: Audit, rows: int) -> Headline:
     if not audit.checks:
         return Headline("better", "Nothing found", f"None of {counted(len(audit.clean), 'check')} found anything.")
     most = ", ".join(f"{found.rows:,} × {found.check}" for found in audit.checks[:4])
-    more = f" and {len(audit.checks) - 4} more checks" if len(audit.checks) > 4 else ""
+    more = f" and {counted(len(audit.checks) - 4, 'more check')}" if len(audit.checks) > 4 else ""
     return Headline(
         "undecided",
         "Rows to look at",
@@ -100,7 +100,7 @@ def _headline(audit: Audit, rows: int) -> Headline:
 def _found(audit: Audit) -> Section:
     total = max(1, sum(audit.rows.values()))
     rows: tuple[Row, ...] = tuple(
-        (found.check, f"{found.rows:,}", format_percent(found.rows / total)) for found in audit.checks
+        (found.check, f"{found.rows:,}", format_share(found.rows / total)) for found in audit.checks
     )
     blocks: list[Block] = []
     if rows:
@@ -141,10 +141,16 @@ def about_proofs(proofs: Proofs) -> str:
     """How cleaning steps were compared."""
     before = proofs.proofs[0].before if proofs.proofs else 0.0
     return (
-        f"Would cleaning help? Linear classifiers on the untouched model were fitted {proofs.times} times with each "
+        f"Linear classifiers on the untouched model were fitted {proofs.times} times with each "
         f"step, and without, and compared on the same {counted(proofs.eval_rows, 'eval row')}. Without any cleaning "
         f"they have {format_percent(before)} of them right."
     )
+
+
+def in_points(proof: Proof) -> str:
+    """A difference of accuracy and its interval, in points."""
+    value, low, high = (f"{round(100 * one, 1) + 0.0:+.1f}" for one in (proof.difference, proof.low, proof.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _proofs(proofs: Proofs | None) -> Section | None:
@@ -156,7 +162,7 @@ def _proofs(proofs: Proofs | None) -> Section | None:
             "left out" if one.action == "drop" else "relabelled",
             f"{one.rows:,}",
             format_percent(one.before + one.difference),
-            f"{100 * one.difference:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]",
+            in_points(one),
             one.verdict,
         )
         for one in proofs.proofs
