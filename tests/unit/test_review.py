@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fulltune.cli.review import about, accepted, precision_of, queue, review
+from fulltune.cli.review import accepted, decided_before, precisions, queue, review
 from fulltune.data.patch import load_patch
-from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.errors import DataError
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 
 
@@ -45,12 +45,17 @@ def pressing(keys: str) -> Callable[[], str]:
 
 def asked(keys: str, patch: Path) -> tuple[dict[str, RowDecision], str]:
     out = StringIO()
-    return review(Console(file=out, width=80), ISSUES, patch, pressing(keys)), out.getvalue()
+    found = review(Console(file=out, width=80), ISSUES, patch, decided_before(patch), pressing(keys))
+    return {row: one for (_, row), one in found.items()}, out.getvalue()
+
+
+def kept_in(patch: Path) -> dict[str, RowDecision]:
+    return {row: one for (_, row), one in load_patch(patch).items()}
 
 
 def test_rows_come_once_the_costliest_and_surest_first() -> None:
     waiting = queue(ISSUES, {})
-    assert [one.row for one in waiting] == ["c", "b", "a"]
+    assert [one.key for one in waiting] == [("train", "c"), ("train", "b"), ("train", "a")]
     assert [one.check for one in waiting[1].issues] == ["label error", "duplicate"]
 
 
@@ -59,7 +64,7 @@ def test_decisions_are_kept_and_not_asked_again(tmp_path: Path) -> None:
     decided, shown = asked("cdk", patch)
     assert {row: one.remedy.action for row, one in decided.items()} == {"c": "replace", "b": "drop", "a": "keep"}
     assert decided["c"].remedy.value == "newer"
-    assert load_patch(patch) == decided
+    assert kept_in(patch) == decided
     for word in (
         "rows.csv:c",
         "text c",
@@ -79,7 +84,7 @@ def test_undo_goes_back_and_quitting_keeps_what_was_decided(tmp_path: Path) -> N
     patch = tmp_path / "p.jsonl"
     decided, _ = asked("duuknq", patch)  # the second undo has nothing to take back
     assert {row: one.remedy.action for row, one in decided.items()} == {"c": "keep"}
-    assert load_patch(patch) == decided
+    assert kept_in(patch) == decided
 
 
 def test_other_keys_and_changes_that_are_not_proposed_do_nothing(tmp_path: Path) -> None:
@@ -87,31 +92,38 @@ def test_other_keys_and_changes_that_are_not_proposed_do_nothing(tmp_path: Path)
     assert {row: one.remedy.action for row, one in decided.items()} == {"c": "replace"}
 
 
-def test_without_a_terminal_the_queue_is_a_file_to_edit(tmp_path: Path) -> None:
+def test_without_a_terminal_all_rows_are_written_down_as_kept(tmp_path: Path) -> None:
     patch = tmp_path / "p.jsonl"
-    kept = review(Console(file=StringIO()), ISSUES, patch, None)
-    assert [one.remedy.action for one in kept.values()] == ["keep"] * 3
-    assert load_patch(patch) == kept
-    with pytest.raises(SetupError, match="is there already"):
-        review(Console(file=StringIO()), ISSUES, patch, None)
+    asked("dq", patch)
+    found = review(Console(file=StringIO()), ISSUES, patch, decided_before(patch), None)
+    assert [one.remedy.action for one in found.values()] == ["drop", "keep", "keep"]  # what was decided stays
     patch.write_text("nonsense\n")
     with pytest.raises(DataError, match="no decision"):
-        asked("q", patch)
+        decided_before(patch)
 
 
 def test_precision_is_said_with_an_interval(tmp_path: Path) -> None:
     decided, _ = asked("cdk", tmp_path / "p.jsonl")
-    assert precision_of(decided.values()) == {"label error": (2, 2), "markup": (0, 1)}
-    said = "\n".join(about(decided, tmp_path / "p.jsonl"))
-    assert "label error: right in 2 of 2 (95 % interval: 34.2% to 100.0%)" in said
-    assert "data.patch" in said
+    [labels, markup] = precisions(decided.values())
+    assert labels == "label error: 2 of 2 rows changed or left out (95 % interval: 34.2% to 100.0%)"
+    assert markup.startswith("markup: 0 of 1 rows")
 
 
 def test_what_is_proposed_for_a_check_can_be_taken_at_once(tmp_path: Path) -> None:
     patch = tmp_path / "p.jsonl"
     asked("kq", patch)  # the surest is kept by hand
-    decided = accepted(ISSUES, ["label error"], patch)
-    assert {row: one.remedy.action for row, one in decided.items()} == {"c": "keep", "b": "replace"}
-    assert load_patch(patch) == decided
-    with pytest.raises(RecipeError, match="'label eror' found no row; expected one of 'duplicate', 'label error'"):
-        accepted(ISSUES, ["label eror"], patch)
+    decided, said = accepted(ISSUES, ["label error"], decided_before(patch))
+    assert {row: one.remedy.action for (_, row), one in decided.items()} == {"c": "keep", "b": "replace"}
+    assert said == ["label error: 1 row, as proposed"]
+
+
+def test_of_several_proposals_for_a_row_leaving_it_out_wins_and_others_are_said_to_wait() -> None:
+    decided, said = accepted(ISSUES, ["label error", "duplicate"], {})
+    assert decided["train", "b"].remedy.action == "drop"
+    two = [issue("a", "markup", change="x"), issue("a", "secret", change="y")]
+    decided, said = accepted(two, ["markup", "secret"], {})
+    assert decided["train", "a"].remedy.value == "y"  # the costlier one first
+    assert said == [
+        "secret: 1 row, as proposed",
+        "1 row with another change as well: apply the patch, and run this once more",
+    ]

@@ -120,7 +120,7 @@ _PLACEHOLDER = re.compile(
     r"|(?:(?<=\s)(?<!\d\s)|\A)%(?:s|\(\w+\)s)(?=[\s.,!?]|\Z)"
     r"|\[(?i:insert|your|enter)\s[^\]\[\n]{2,40}\](?!\()"
     r"|<(?i:insert|your|enter)[ _][^<>\n]{2,40}>"
-    r"|\[(?:[A-Z]+ )?(?:NAME|DATE|COMPANY|ADDRESS|EMAIL|PHONE|Name|Date|Company|Address)\](?!\()"
+    r"|\[(?:[A-Z]+ )?(?:NAME|DATE|COMPANY|ADDRESS|Name|Date|Company|Address)\](?!\()"
     r"|\b(?i:lorem ipsum)\b"
 )
 

@@ -175,11 +175,11 @@ def data(
     """Read, check, split and tokenise; audit the rows; show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
-    folder, summary, found = cli_audit.audited(target, set_, run_folder, fresh, labels, prove)
-    if review or accept:
-        cli_audit.decide(target, folder, patch, accept or [])
+    found = cli_audit.audited(target, set_, run_folder, fresh, labels, prove)
+    if review or accept or patch:
+        cli_audit.decide(found, patch, review, accept or [], as_json)
     else:
-        cli_audit.show(target, folder, summary, found, as_json)
+        cli_audit.show(found, as_json)
 
 
 @app.command()

@@ -1,8 +1,9 @@
-"""`fulltune data`: the rows prepared and audited, shown, and reviewed."""
+"""`fulltune data`: the rows prepared and audited, shown, and decided about."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
@@ -10,15 +11,36 @@ from rich.markup import escape
 from fulltune.cli import review as reviewing
 from fulltune.cli import stages
 from fulltune.cli.stages import err, out
-from fulltune.data import load_issues
+from fulltune.data import load_issues, refuse_prove
+from fulltune.errors import RecipeError
+from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, Audit, proofs_of
 from fulltune.records.data import DataSummary
 from fulltune.text import counted
 
 
+@dataclass(frozen=True)
+class Audited:
+    """A run's rows, and what is wrong with them."""
+
+    target: Path
+    """The recipe, or the run folder."""
+    recipe: Recipe
+    folder: Path
+    summary: DataSummary
+    audit: Audit
+
+    @property
+    def patch(self) -> Path:
+        """Where decisions are kept: the recipe's own patch, or a file beside it."""
+        if self.recipe.data.patch:
+            return Path(self.recipe.data.patch)
+        return self.target / "patch.jsonl" if self.target.is_dir() else self.target.with_suffix(".patch.jsonl")
+
+
 def audited(
     target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, labels: bool, prove: bool
-) -> tuple[Path, DataSummary, Audit]:
+) -> Audited:
     """The data stage, and what is wrong with its rows; with a page about both."""
     from fulltune.cli.show.run import Display
     from fulltune.pipeline import audit_rows, prove_cleaning
@@ -28,6 +50,8 @@ def audited(
 
     recipe, found = stages.open_run(target, overrides, folder, fresh, "data")
     summary = stages.reach(recipe, found, "data", details=False).summary
+    if prove:
+        refuse_prove(summary)
     with run_folder.writing(found), run_folder.locked(found):
         with Display(err, details=False) as display:
             job = Run(recipe, found, listener=display)
@@ -35,44 +59,55 @@ def audited(
             if prove:
                 prove_cleaning(job, summary)
         write_data_page(found)
-    return found, summary, audit
+    return Audited(target, recipe, found, summary, audit)
 
 
-def show(target: Path, folder: Path, summary: DataSummary, audit: Audit, as_json: bool) -> None:
+def show(found: Audited, as_json: bool) -> None:
     """What the model will see, and what looks wrong."""
     from fulltune.cli.show import run as display
 
+    folder, audit = found.folder, found.audit
     if as_json:
-        issues = {found.check: found.rows for found in audit.checks}
+        issues = {one.check: one.rows for one in audit.checks}
         place = str(folder / "data" / AUDIT)
-        stages.print_json(summary.model_dump(mode="json") | {"issues": issues, "audit": place})
+        stages.print_json(found.summary.model_dump(mode="json") | {"issues": issues, "audit": place})
         return
-    display.show_data(out, summary)
+    display.show_data(out, found.summary)
     display.show_audit(out, audit)
     proofs = proofs_of(folder, audit)
     if proofs is not None:
         display.show_proofs(out, proofs)
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
-        out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)
+        out.print(f"review:  fulltune data {escape(str(found.target))} --review", soft_wrap=True)
 
 
-def decide(target: Path, folder: Path, patch: Path | None, accept: Sequence[str]) -> None:
+def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[str], as_json: bool) -> None:
     """Take what is proposed for all rows of some checks, or ask; without a terminal write down what to decide."""
-    file = patch or (target / "patch.jsonl" if target.is_dir() else target.with_suffix(".patch.jsonl"))
-    issues, keys = load_issues(folder / "data"), reviewing.keys()
-    if not issues:
-        out.print("nothing to review: no check found anything")
-        return
+    if not (review or accept):
+        raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
+    file, keys = patch or found.patch, reviewing.keys()
+    issues = load_issues(found.folder / "data")
+    known = {*found.audit.clean, *(one.check for one in found.audit.checks)}
+    if unknown := [check for check in accept if check not in known]:
+        raise RecipeError(f"--accept: there is no check '{unknown[0]}', expected one of {', '.join(sorted(known))}")
+    before = reviewing.decided_before(file)
     if accept:
-        decided = reviewing.accepted(issues, accept, file)
-        for line in reviewing.about(decided, file):
-            out.print(escape(line), soft_wrap=True)
+        decided, said = reviewing.accepted(issues, accept, before)
+    else:
+        decided = reviewing.review(out, issues, file, before, keys)
+        said = reviewing.precisions(decided.values()) if keys is not None else []
+    if decided != before:
+        reviewing.save(file, decided)
+    if as_json:
+        stages.print_json({"decisions": len(decided), "new": len(decided) - len(before), "patch": str(file)})
         return
-    decided = reviewing.review(out, issues, file, keys)
-    if keys is None:
-        count = counted(len(decided), "row")
-        out.print(f"{count} to decide about written to {escape(str(file))}, all as kept", soft_wrap=True)
+    new = len(decided) - len(before)
+    if keys is None and not accept:
+        out.print(f"{counted(new, 'row')} to decide about written to {escape(str(file))}, all as kept", soft_wrap=True)
         return
-    for line in reviewing.about(decided, file):
+    out.print(f"{counted(new, 'new decision')}, {len(decided):,} in {escape(str(file))}", soft_wrap=True)
+    for line in said:
         out.print(escape(line), soft_wrap=True)
+    if decided and found.recipe.data.patch is None:
+        out.print(f"apply them by the recipe's line data.patch: {escape(file.name)}", soft_wrap=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from fulltune.data.patch import load_patch, save_patch
-from fulltune.errors import RecipeError, SetupError
+from fulltune.data.patch import Decisions, load_patch, save_patch
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, format_percent
@@ -38,8 +37,12 @@ KEYS = "[k]eep  [d]rop  [c]hange as proposed  [n]ext  [u]ndo  [q]uit"
 class UnderReview:
     """A row that is asked about, with all that was found in it."""
 
-    row: str
     issues: tuple[RowIssue, ...]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """As of its decision."""
+        return self.issues[0].key
 
     @property
     def change(self) -> Remedy | None:
@@ -49,16 +52,30 @@ class UnderReview:
     def decided(self, remedy: Remedy) -> RowDecision:
         """The line of a patch file."""
         first = self.issues[0]
-        return RowDecision(row=self.row, remedy=remedy, check=first.check, place=first.place)
+        return RowDecision(row=first.row, remedy=remedy, source=first.source, check=first.check, place=first.place)
 
 
-def queue(issues: Iterable[RowIssue], decided: Mapping[str, RowDecision]) -> list[UnderReview]:
+def decided_before(patch: Path) -> Decisions:
+    """What a file holds already.
+
+    Raises:
+        DataError: When it is there and is no patch.
+    """
+    return load_patch(patch, "--patch") if patch.exists() else {}
+
+
+def save(patch: Path, decided: Decisions) -> None:
+    """Write a patch file."""
+    save_patch(patch, decided.values())
+
+
+def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[UnderReview]:
     """The rows to ask about, the costliest and surest first; without those that were decided already."""
-    by_row = defaultdict[str, list[RowIssue]](list)
+    by_row = defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=_order):
-        if issue.row not in decided:
-            by_row[issue.row].append(issue)
-    return [UnderReview(row, tuple(them)) for row, them in by_row.items()]
+        if issue.key not in decided:
+            by_row[issue.key].append(issue)
+    return [UnderReview(tuple(them)) for them in by_row.values()]
 
 
 def _order(issue: RowIssue) -> tuple[int, str, float]:
@@ -66,82 +83,76 @@ def _order(issue: RowIssue) -> tuple[int, str, float]:
 
 
 def review(
-    console: Console, issues: Sequence[RowIssue], patch: Path, ask: Callable[[], str] | None
-) -> dict[str, RowDecision]:
+    console: Console, issues: Sequence[RowIssue], patch: Path, before: Decisions, ask: Callable[[], str] | None
+) -> dict[tuple[str, str], RowDecision]:
     """Ask about each row; what was decided is in the file after each key.
 
     Args:
         console: What the rows are shown on.
         issues: Of the audit.
-        patch: The file; decisions that it holds already are kept.
-        ask: Gives the next key; None: there is no terminal, and the rows to ask about are written into the file as
-            kept, to be edited there.
-
-    Raises:
-        DataError: When the file is there and is no patch.
-        SetupError: Without a terminal, when the file is there already.
+        patch: The file.
+        before: What it holds already.
+        ask: Gives the next key; None: there is no terminal, and all rows count as kept, to be changed in the file.
     """
-    decided = load_patch(patch, "--patch") if patch.exists() else {}
-    waiting = queue(issues, decided)
+    decided, waiting = dict(before), queue(issues, before)
     if ask is None:
-        if decided:
-            raise SetupError(
-                f"{patch}: is there already, and without a terminal nothing can be asked; edit it, or remove it"
-            )
-        kept = {one.row: one.decided(Remedy(action="keep")) for one in waiting}
-        save_patch(patch, kept.values())
-        return kept
-    place, history = 0, list[str]()
+        return decided | {one.key: one.decided(Remedy(action="keep")) for one in waiting}
+    place, history = 0, list[int]()
     while place < len(waiting):
-        _show(console, waiting[place], place, len(waiting))
+        one = waiting[place]
+        _show(console, one, place, len(waiting))
         match ask():
             case "k":
-                remedy: Remedy | None = Remedy(action="keep")
+                remedy = Remedy(action="keep")
             case "d":
                 remedy = Remedy(action="drop")
-            case "c" if waiting[place].change is not None:
-                remedy = waiting[place].change
+            case "c" if one.change is not None:
+                remedy = one.change
             case "n":
                 place += 1
                 continue
             case "u":
                 if history:
-                    row = history.pop()
-                    del decided[row]
-                    save_patch(patch, decided.values())
-                    place = next(at for at, one in enumerate(waiting) if one.row == row)
+                    place = history.pop()
+                    del decided[waiting[place].key]
+                    save(patch, decided)
                 continue
             case "q" | "\x03" | "\x04" | "\x1b":
                 break
             case _:
                 console.print(KEYS, markup=False)
                 continue
-        assert remedy is not None
-        one = waiting[place]
-        decided[one.row] = one.decided(remedy)
-        history.append(one.row)
-        save_patch(patch, decided.values())
+        decided[one.key] = one.decided(remedy)
+        history.append(place)
+        save(patch, decided)
         place += 1
     return decided
 
 
-def accepted(issues: Sequence[RowIssue], checks: Sequence[str], patch: Path) -> dict[str, RowDecision]:
-    """Take what is proposed for all rows of some checks into the file; what it has decided already stays.
+def accepted(
+    issues: Sequence[RowIssue], checks: Sequence[str], before: Decisions
+) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
+    """What is proposed for all rows of some checks, taken; what was decided before stays.
 
-    Raises:
-        RecipeError: When a check found nothing, or there is none of that name.
+    Returns:
+        All decisions, and what to say about them.
     """
-    known = {issue.check for issue in issues}
-    if unknown := [check for check in checks if check not in known]:
-        found = ", ".join(f"'{check}'" for check in sorted(known))
-        raise RecipeError(f"--accept: '{unknown[0]}' found no row; expected one of {found}")
-    decided = load_patch(patch, "--patch") if patch.exists() else {}
-    for asked in queue(issues, decided):
-        first = next((issue for issue in asked.issues if issue.check in checks), None)
-        if first is not None:
-            decided[asked.row] = RowDecision(row=asked.row, remedy=first.remedy, check=first.check, place=first.place)
-    save_patch(patch, decided.values())
-    return decided
+    decided, taken, more = dict(before), Counter[str](), 0
+    for one in queue(issues, before):
+        wanted = [issue for issue in one.issues if issue.check in checks]
+        if not wanted:
+            continue
+        # Left out by one check, a row needs no other change.
+        first = next((issue for issue in wanted if issue.remedy.action == "drop"), wanted[0])
+        more += first.remedy.action == "replace" and any(issue.remedy != first.remedy for issue in wanted)
+        taken[first.check] += 1
+        decided[one.key] = RowDecision(
+            row=first.row, remedy=first.remedy, source=first.source, check=first.check, place=first.place
+        )
+    said = [f"{check}: {counted(count, 'row')}, as proposed" for check, count in taken.items()]
+    if more:
+        said.append(f"{counted(more, 'row')} with another change as well: apply the patch, and run this once more")
+    return decided, said
 
 
 def _show(console: Console, asked: UnderReview, place: int, count: int) -> None:
@@ -158,25 +169,21 @@ def _show(console: Console, asked: UnderReview, place: int, count: int) -> None:
     console.print(f"  {keys}", markup=False, style="dim")
 
 
-def precision_of(decided: Iterable[RowDecision]) -> dict[str, tuple[int, int]]:
-    """Check to how many of its rows were changed or left out, of how many decided: the first ones alone."""
+def precisions(decided: Iterable[RowDecision]) -> list[str]:
+    """How often each check was right, by what was decided about its rows: the first ones alone."""
+    from scipy.stats import binomtest
+
     found = defaultdict[str, list[bool]](list)
     for one in decided:
         if one.check:
             found[one.check].append(one.remedy.action != "keep")
-    return {check: (sum(right[:MEASURED]), len(right[:MEASURED])) for check, right in found.items()}
-
-
-def about(decided: Mapping[str, RowDecision], patch: Path) -> list[str]:
-    """What came of a review."""
-    from scipy.stats import binomtest
-
-    lines = [f"{counted(len(decided), 'decision')} in {patch}"]
-    for check, (right, of) in precision_of(decided.values()).items():
-        span = binomtest(right, of).proportion_ci(method="wilson")
+    said = []
+    for check, right in found.items():
+        first = right[:MEASURED]
+        span = binomtest(sum(first), len(first)).proportion_ci(method="wilson")
         low, high = format_percent(float(span.low)), format_percent(float(span.high))
-        lines.append(f"{check}: right in {right} of {of} (95 % interval: {low} to {high})")
-    return [*lines, f"apply it by the recipe's line data.patch: {patch}"]
+        said.append(f"{check}: {sum(first)} of {len(first)} rows changed or left out (95 % interval: {low} to {high})")
+    return said
 
 
 def keys() -> Callable[[], str] | None:

@@ -7,7 +7,7 @@ from fulltune.data.other_task import keep as keep_other_task
 from fulltune.data.other_task import other_task
 from fulltune.data.prepare import SUMMARY, prepare
 from fulltune.data.probe_rows import refuse_trained_texts
-from fulltune.data.prove import prove
+from fulltune.data.prove import prove, refuse_prove
 from fulltune.data.written import DROPPED
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "other_task",
     "prepare",
     "prove",
+    "refuse_prove",
     "refuse_trained_texts",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit import Flaw, missing
+from fulltune.audit import Flaw, missing, repaired
 from fulltune.data.near import joined, signatures
-from fulltune.data.patch import Patched, load_patch
-from fulltune.data.running_text import READ, WRITTEN, cells, checks_of, flawed
+from fulltune.data.patch import Patched, load_patch, numbered
+from fulltune.data.running_text import PARTS, cells, checks_of, flawed, private
 from fulltune.data.sampling import draw
 from fulltune.data.sources import find_files, read_rows
 from fulltune.errors import SetupError
@@ -44,6 +45,8 @@ _SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
 """Characters of a row that are written down."""
 _EXAMPLES, _QUOTED = 10, 80
+_MOST_COMPARED = 200
+"""Held-out rows of a group that a train row is compared with."""
 _AT_ONCE = 1000
 Judged = tuple[np.ndarray, Suspected]
 """Positions of train rows, and what is known of their labels."""
@@ -68,13 +71,14 @@ def audit(
     """
     try:
         earlier = Audit.load(folder / AUDIT)
-        is_judged = earlier.labels is not None or earlier.not_run.get(LABEL, NOT_ASKED) != NOT_ASKED
+        is_judged = earlier.labels is not None or earlier.not_run.get(LABEL) != NOT_ASKED
         if earlier.fingerprint == summary.fingerprint and (is_judged or judge is None):
             return earlier
     except (OSError, SetupError):
         pass
     began = time.monotonic()
-    rows = _Rows(folder, task, Target.of(summary), recipe if summary.packed else None)
+    own = frozenset(split for split in _SPLITS if getattr(recipe.data, split))
+    rows = _Rows(folder, task, Target.of(summary), own, recipe if summary.packed else None)
     seen = _look(rows, sum(split.rows for split in summary.splits.values()), progress)
     issues = [*seen.issues, *_repeated(rows, seen)]
     made = {
@@ -86,8 +90,9 @@ def audit(
     }
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     labels = None
-    if judge is None and summary.problem_type == "single_label":
-        not_run[LABEL] = NOT_ASKED
+    if judge is None:
+        is_single = summary.problem_type == "single_label"
+        not_run[LABEL] = NOT_ASKED if is_single else "only rows with one label each are judged"
     if judge is not None:
         judged = judge()
         if isinstance(judged, str):
@@ -98,7 +103,7 @@ def audit(
             labels = _about_labels(*judged, of_rows=seen.counts["train"])
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
-    issues = [one for one in issues if one.row not in decided]
+    issues = [one for one in _numbered(rows, seen, issues) if one.key not in decided]
     issues.sort(key=lambda one: (one.check, -one.score))
     with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
@@ -137,6 +142,8 @@ class _Rows:
     folder: Path
     task: Task
     target: Target
+    own_files: frozenset[str]
+    """Splits with files of their own."""
     packed: Recipe | None
     """Of rows that share a block: what names their files. None: each row lies beside its features."""
 
@@ -171,9 +178,13 @@ class _Rows:
                 yield {**row, PLACE: place}
 
     def beginning(self, row: Row, most: int) -> str:
-        """How a row's texts begin, on one line."""
-        texts = (cell for _, cell in cells(row, self.target.columns, (*READ, *WRITTEN)))
-        return " | ".join(" ".join(text.split()) for text in texts)[:most]
+        """How a row's texts begin, on one line, with what must not be shown masked."""
+        texts = (cell for part in PARTS for _, cell in cells(row, self.target.columns, part))
+        return " | ".join(" ".join(repaired(text, private()).split()) for text in texts)[:most]
+
+    def source_of(self, split: SplitName) -> str:
+        """Whose file a split's rows stand in."""
+        return split if split in self.own_files else "train"
 
     def whole(self, row: Row, key: str) -> str:
         """All that a row gives to learn; of an image its key says everything."""
@@ -183,10 +194,11 @@ class _Rows:
     def issue(
         self, check: str, split: SplitName, row: Row, reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
-        """A row as it is listed; without a remedy it would be dropped."""
+        """A row as it is listed; without a remedy it would be dropped. `row` is numbered later where rows are equal."""
         return RowIssue(
             check=check,
             split=split,
+            source=self.source_of(split),
             place=str(row[PLACE]),
             row=row_id(row),
             reason=reason,
@@ -205,6 +217,8 @@ class _Seen:
     counts: dict[SplitName, int] = field(default_factory=dict)
     keys: list[int] = field(default_factory=list)
     """A hash of what each row asks: its text, prompt or passage. All splits, one after the other."""
+    ids: array[int] = field(default_factory=lambda: array("Q"))
+    """`row_id` of each row, as a number."""
     wholes: list[int] = field(default_factory=list)
     """The same of all that it gives to learn."""
     signed: list[np.ndarray] = field(default_factory=list)
@@ -223,6 +237,7 @@ def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
             key = rows.task.group_key(row, rows.target)
             keys.append(key if rows.has_texts else "")
             names = tuple(rows.task.row_labels(row, rows.target))
+            seen.ids.append(int(row_id(row), 16))
             seen.keys.append(draw(0, key))
             seen.wholes.append(draw(0, rows.whole(row, key)))
             seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
@@ -238,10 +253,27 @@ def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
     return seen
 
 
+def _numbered(rows: _Rows, seen: _Seen, issues: list[RowIssue]) -> list[RowIssue]:
+    """The issues, with which one of several equal rows of a source each is about."""
+    ids = np.array(seen.ids, np.uint64)
+    values, counts = np.unique(ids, return_counts=True)
+    several = {f"{one:016x}" for one in values[counts > 1].tolist()}
+    places: dict[tuple[str, str], int] = {}
+    if any(one.row in several for one in issues):
+        times = Counter[tuple[str, str]]()
+        for split in _SPLITS:
+            for row in rows.of(split):
+                if (found := row_id(row)) in several:
+                    times[rows.source_of(split), found] += 1
+                    places[split, str(row[PLACE])] = times[rows.source_of(split), found]
+    return [one.model_copy(update={"row": numbered(one.row, places.get((one.split, one.place), 1))}) for one in issues]
+
+
 def _flawed(rows: _Rows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
     # A turn of a conversation is no cell that could be replaced.
     repairable = flaw.fixed is not None and isinstance(row[column], str)
-    remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
+    fixed = repaired(row[column], private()) if repairable and flaw.check in private() else flaw.fixed
+    remedy = Remedy(action="replace", column=column, value=fixed) if repairable else None
     return rows.issue(flaw.check, split, row, f"column '{column}': {flaw.reason}", remedy)
 
 
@@ -260,10 +292,15 @@ def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
     near = keys
     if rows.has_texts:
         near = joined(keys.view(np.uint64), np.concatenate(seen.signed), NEAR).view(np.int64)
-    nearly = train & np.isin(near, near[~train]) & ~leaks
+    held = _scored_on(seen, train, leaks, near)
+    nearly = train & ~leaks
+    nearly[nearly] = np.isin(np.flatnonzero(nearly), list(held))
     votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
     torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
-    held_out = _places(rows, seen, near, set(near[leaks | nearly].tolist()))
+    # Rows with the label of most stay.
+    for position in np.flatnonzero(torn).tolist():
+        torn[position] = _most(votes[int(keys[position])]) != labels[position]
+    held_out = _places(rows, seen, set(held.values()))
     names = {number: of for of, number in seen.names.items()}
     column, is_list = rows.target.columns.get("label"), rows.target.problem_type == "multi_label"
     issues: list[RowIssue] = []
@@ -275,18 +312,17 @@ def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
         if again[position]:
             issues.append(tell(DUPLICATE, reason="stands in train already, its label or answer included"))
         if leaks[position]:
-            issues.append(tell(LEAK, reason=f"the same text is scored on: {held_out[int(near[position])]}"))
+            issues.append(tell(LEAK, reason=f"the same text is scored on: {held_out[held[position]]}"))
         if nearly[position]:
-            issues.append(tell(NEAR_LEAK, reason=f"nearly the same text is scored on: {held_out[int(near[position])]}"))
+            issues.append(tell(NEAR_LEAK, reason=f"nearly the same text is scored on: {held_out[held[position]]}"))
         if torn[position]:
             counts = votes[int(keys[position])]
-            shown = ", ".join(f"'{', '.join(names[label])}' {count:,} times" for label, count in counts.most_common(3))
-            (best, most), *_ = counts.most_common(1)
-            remedy = None
-            if 2 * most > counts.total() and column is not None:
+            times = ((", ".join(names[label]), count) for label, count in counts.most_common(3))
+            shown = ", ".join(f"'{name}' {'once' if count == 1 else f'{count:,} times'}" for name, count in times)
+            remedy, best = None, _most(counts)
+            if best is not None and column is not None:
                 value = list(names[best]) if is_list else names[best][0]
-                is_best = best == labels[position]
-                remedy = Remedy(action="keep") if is_best else Remedy(action="replace", column=column, value=value)
+                remedy = Remedy(action="replace", column=column, value=value)
             score = float(counts.total() - counts[int(labels[position])])
             issues.append(
                 tell(CONFLICT, reason=f"the same text has several labels: {shown}", remedy=remedy, score=score)
@@ -294,16 +330,36 @@ def _repeated(rows: _Rows, seen: _Seen) -> list[RowIssue]:
     return issues
 
 
-def _places(rows: _Rows, seen: _Seen, groups: np.ndarray, wanted: set[int]) -> dict[int, str]:
-    """Groups to where the first held-out row of each stands, and how it begins."""
+def _scored_on(seen: _Seen, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, int]:
+    """Positions of train rows to the held-out row that each is equal to, or nearest to and as near as `NEAR`.
+
+    Rows of one group are near each other along a chain; what counts is whether they are near by themselves.
+    """
+    groups: dict[int, list[int]] = {}
+    for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
+        groups.setdefault(int(near[position]), []).append(position)
+    signed = np.concatenate(seen.signed) if seen.signed else np.empty((0, 1), np.uint16)
+    found: dict[int, int] = {}
+    for position in np.flatnonzero(train & np.isin(near, near[~train])).tolist():
+        others = groups[int(near[position])]
+        if leaks[position]:
+            found[position] = next(one for one in others if seen.keys[one] == seen.keys[position])
+            continue
+        shared = (signed[position] == signed[others[:_MOST_COMPARED]]).mean(axis=1)
+        if shared.max() >= NEAR:
+            found[position] = others[int(shared.argmax())]
+    return found
+
+
+def _places(rows: _Rows, seen: _Seen, wanted: set[int]) -> dict[int, str]:
+    """Positions of held-out rows to where they stand, and how they begin."""
     found: dict[int, str] = {}
     position = seen.counts["train"]
     for split in ("eval", "test") if wanted else ():
         for row in rows.of(split):
-            group = int(groups[position])
+            if position in wanted:
+                found[position] = f"{row[PLACE]}: '{rows.beginning(row, _QUOTED)}'"
             position += 1
-            if group in wanted and group not in found:
-                found[group] = f"{row[PLACE]}: '{rows.beginning(row, _QUOTED)}'"
     return found
 
 
@@ -316,6 +372,12 @@ def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
     for key, label in zip(keys[torn].tolist(), labels[torn].tolist(), strict=True):
         votes.setdefault(key, Counter())[label] += 1
     return votes
+
+
+def _most(counts: Counter[int]) -> int | None:
+    """The label of more than half; None: there is none."""
+    (best, most), *_ = counts.most_common(1)
+    return best if 2 * most > counts.total() else None
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """A patch file: what was decided about single rows, applied each time the data is read.
 
 A line is a JSON object with the row's `row` (`inference.store.row_id`: a hash of all its columns), so that a patch
-holds wherever the row stands, and never for another row.
+holds wherever the row stands, and never for another row. Of equal rows the second one has `-2` behind its hash, and so
+on; equal rows of another split's own file are others.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,37 +25,46 @@ from fulltune.text import counted, first_few
 CHECK = "patch"
 """Of rows that a patch drops, in `dropped.jsonl`."""
 _SHOWN = 3
+Decisions = Mapping[tuple[str, str], RowDecision]
+"""By what they are about: `RowDecision.key`."""
 
 
-def load_patch(path: Path, setting: str = "data.patch") -> dict[str, RowDecision]:
-    """The decisions of a patch file, by `row_id`; of several about one row the last one counts.
+def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
+    """The decisions of a patch file; of several about one row the last one counts.
 
     Raises:
-        DataError: When it cannot be read, with all lines that are no decisions.
+        DataError: When it cannot be read, with the first lines that are no decisions.
     """
+    expected = "expected a patch file, as 'fulltune data RECIPE --review' writes it"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{setting}: {path}: cannot be read ({error}); expected a patch file in JSON lines") from None
-    found: dict[str, RowDecision] = {}
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{setting}: {path}: is not UTF-8; {expected}") from None
+    except OSError as error:
+        raise DataError(f"{setting}: {path}: cannot be read ({error.strerror}); {expected}") from None
+    found: dict[tuple[str, str], RowDecision] = {}
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{setting}: {path}:{number}"
         try:
             one = RowDecision.model_validate(json.loads(line))
         except ValueError:
-            problems.append(
-                f"{setting}: {path}:{number}: is no decision; expected "
-                '{"row": "...", "remedy": {"action": "drop"}}, as \'fulltune data --review\' writes it'
-            )
+            problems.append(f'{where}: is no decision; expected {{"row": "...", "remedy": {{"action": "drop"}}}}')
             continue
-        if one.remedy.action == "replace" and one.remedy.column is None:
-            problems.append(f"{setting}: {path}:{number}: replaces something, and names no column; add 'column'")
-        found[one.row] = one
+        if one.remedy.action == "replace" and (one.remedy.column is None or not _is_cell(one.remedy.value)):
+            problems.append(f"{where}: replaces something; expected 'column', and a text, number or list as 'value'")
+        found[one.key] = one
+    if len(problems) > _SHOWN:
+        raise DataError([*problems[:_SHOWN], f"{setting}: {path}: {counted(len(problems), 'such line')}; {expected}"])
     if problems:
         raise DataError(problems)
     return found
+
+
+def _is_cell(value: Any) -> bool:
+    return value is not None and not isinstance(value, dict)
 
 
 def save_patch(path: Path, decisions: Iterable[RowDecision]) -> None:
@@ -65,52 +76,77 @@ def save_patch(path: Path, decisions: Iterable[RowDecision]) -> None:
 class Patched:
     """Rows of a source after a patch; what it did is known when they were read to their end."""
 
-    decisions: Mapping[str, RowDecision]
-    split: str
-    matched: set[str] = field(default_factory=set)
+    decisions: Decisions
+    source: str
+    matched: set[tuple[str, str]] = field(default_factory=set)
     dropped: list[Dropped] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    _seen: Counter[str] = field(default_factory=Counter)
+    """How often each row that is decided about has come so far."""
+
+    def __post_init__(self) -> None:
+        self.hashes = {row.partition("-")[0] for source, row in self.decisions if source == self.source}
 
     def rows(self, rows: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
         """The rows, without those that are dropped."""
-        self.dropped = []
+        self.dropped, self.problems, self._seen = [], [], Counter()
         for place, row in rows:
-            kept = self._decided(place, row)
+            kept = self._decided(place, row) if self.hashes else row
             if kept is not None:
                 yield place, kept
 
     def _decided(self, place: str, row: dict[str, Any]) -> dict[str, Any] | None:
         """A row as it is kept. One whose text was replaced may be decided about once more, as it is then."""
-        seen = set[str]()
-        while (decision := self.decisions.get(row_id(row))) is not None and decision.row not in seen:
-            seen.add(decision.row)
-            self.matched.add(decision.row)
+        for _ in range(len(self.decisions)):
+            found = row_id(row)
+            if found not in self.hashes:
+                break
+            self._seen[found] += 1
+            key = self.source, numbered(found, self._seen[found])
+            decision = self.decisions.get(key)
+            if decision is None:
+                break
+            self.matched.add(key)
             remedy = decision.remedy
+            if remedy.action == "keep":
+                break
             if remedy.action == "drop":
                 reason = f"{decision.check or 'decided'} (data.patch)"
-                self.dropped.append(Dropped(self.split, place, CHECK, reason, dict(row)))
+                self.dropped.append(Dropped(self.source, place, CHECK, reason, dict(row)))
                 return None
-            if remedy.action == "replace" and remedy.column is not None:
-                row = {**row, remedy.column: remedy.value}
+            if remedy.column not in row:
+                self.problems.append(f"{place}: column '{remedy.column}' is to be replaced, expected {', '.join(row)}")
+                break
+            row = {**row, str(remedy.column): remedy.value}
         return row
 
 
-def refuse_foreign(path: str, sources: Sequence[Patched]) -> None:
+def numbered(row: str, number: int) -> str:
+    """The hash of a row, and which one of several equal ones it is, from 1."""
+    return row if number == 1 else f"{row}-{number}"
+
+
+def refuse_foreign(path: str, sources: Sequence[Patched], is_whole: bool) -> None:
     """A patch for other rows would do nothing, or half of what was decided.
 
     Args:
         path: Of the patch.
         sources: All of them, read to their end.
+        is_whole: Whether all rows were read, and not a part drawn for a quick try.
 
     Raises:
-        DataError: When it decides about rows that are not there.
+        DataError: When it decides about rows that are not there, or replaces what they do not have.
     """
     decisions = sources[0].decisions
-    matched = set[str]().union(*(source.matched for source in sources))
-    missing = [one for one in decisions.values() if one.row not in matched]
-    if missing:
+    matched = set[tuple[str, str]]().union(*(source.matched for source in sources))
+    problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]
+    missing = [one for one in decisions.values() if one.key not in matched]
+    if missing and is_whole:
         places = first_few([one.place or one.row for one in missing], _SHOWN)
-        raise DataError(
+        problems.append(
             f"data.patch: {path}: {counted(len(missing), 'row')} of {len(decisions):,} that it decides about cannot be "
             f"found in the data ({places}): it belongs to other files, or these were changed since; review the rows "
             "again (fulltune data RECIPE --review), or remove these lines"
         )
+    if problems:
+        raise DataError(problems)

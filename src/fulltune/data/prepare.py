@@ -152,8 +152,9 @@ def _make(
     """The data stage itself, into an empty folder."""
     block = recipe.data
     target, counts = describe(block, task, sources)
-    if block.patch and not block.max_rows:
-        refuse_foreign(block.patch, [source.patched for source in sources.values() if source.patched])
+    if block.patch:
+        patched = [source.patched for source in sources.values() if source.patched]
+        refuse_foreign(block.patch, patched, not block.max_rows)
     targets = targets_of(block, task, target, sources)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
     packed, remarks = packing(recipe, target, limits, targets.values())

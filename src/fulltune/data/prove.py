@@ -8,6 +8,7 @@ not compared: without them scores fall because they were flattered.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from fulltune.data.audit import LEAK, NEAR_LEAK, load_issues
 from fulltune.data.judge import Reader
+from fulltune.data.patch import numbered
 from fulltune.errors import SetupError
 from fulltune.inference.store import row_id, texts
 from fulltune.probe.layers import NoProbe
@@ -31,6 +33,24 @@ _RESAMPLES = 1000
 Action = Literal["drop", "replace"]
 
 
+def refuse_prove(summary: DataSummary) -> None:
+    """Rows that cannot be compared in seconds.
+
+    Raises:
+        SetupError: When the rows have no single label each, or too few of them are eval rows.
+    """
+    if summary.problem_type != "single_label":
+        raise SetupError(
+            "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
+            "apply the patch, and compare two runs"
+        )
+    if summary.splits["eval"].rows < LEAST_EVAL_ROWS:
+        raise SetupError(
+            f"--prove: {summary.splits['eval'].rows} eval rows tell nothing, expected {LEAST_EVAL_ROWS} at least; give "
+            "more, in a file (data.eval) or as a larger part of the train rows (data.eval_fraction)"
+        )
+
+
 def prove(folder: Path, summary: DataSummary, reader: Reader) -> Proofs:
     """Fit with and without each cleaning step, and compare on the eval rows.
 
@@ -40,21 +60,18 @@ def prove(folder: Path, summary: DataSummary, reader: Reader) -> Proofs:
         reader: Reads rows with the untouched model.
 
     Raises:
-        SetupError: When the rows have no single label each, or too few of them can be judged.
+        SetupError: When nothing can be fitted.
     """
-    if summary.problem_type != "single_label":
-        raise SetupError(
-            "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
-            "apply the patch, and compare two runs"
-        )
-    if summary.splits["eval"].rows < LEAST_EVAL_ROWS:
-        raise SetupError(f"--prove: {summary.splits['eval'].rows} eval rows tell nothing; expected {LEAST_EVAL_ROWS}")
     try:
         train, positions = reader.items("train")
         held_out, _ = reader.items("eval")
         _, strength, _ = best(train, held_out, fits, wrong)
-        ids = [row_id(row) for row in texts(folder / "train")]
-        place = {id_: at for at, id_ in reversed(list(enumerate(ids[position] for position in positions)))}
+        times, ids = Counter[str](), list[str]()
+        for row in texts(folder / "train"):
+            name = row_id(row)
+            times[name] += 1
+            ids.append(numbered(name, times[name]))
+        place = {ids[position]: at for at, position in enumerate(positions)}
         steps = list(_steps(load_issues(folder), place, summary.labels, train))
         proofs = _compared(train, held_out, steps, strength)
     except NoProbe as no:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from fulltune.audit import OF_ANSWERS, OF_TEXTS, Flaw, TextCheck, flaws
+from fulltune.audit import OF_ANSWERS, OF_TEXTS, Flaw, TextCheck, flaws, missing
 from fulltune.tasks import Row
 from fulltune.tasks.columns import as_text
 
-READ = ("text", "text_pair", "prompt", "source", "question", "context", "messages", "tokens")
-WRITTEN = ("completion", "target")
-"""Roles of columns with running text: what a model reads, and what it learns to write."""
-_CHECKS: dict[tuple[str, ...], tuple[TextCheck, ...]] = {READ: OF_TEXTS, WRITTEN: OF_ANSWERS}
+_READ = ("text", "text_pair", "prompt", "source", "question", "context", "messages", "tokens")
+_WRITTEN = ("completion", "target", "messages")
+"""Roles of columns with running text: what a model reads, and what it learns to write. Of a conversation the latter are
+the assistant's turns."""
+Part = Literal["read", "written"]
+_ROLES: dict[Part, tuple[str, ...]] = {"read": _READ, "written": _WRITTEN}
+_CHECKS: dict[Part, tuple[TextCheck, ...]] = {"read": OF_TEXTS, "written": OF_ANSWERS}
+_PRIVATE: tuple[TextCheck, ...] = ("secret", "personal data", "phone number")
 CHEAP: tuple[TextCheck, ...] = (
     "broken encoding",
     "control characters",
@@ -23,37 +28,54 @@ CHEAP: tuple[TextCheck, ...] = (
 """Made on each row of each run: together they take a tenth of the tokenising, or less."""
 
 
-def checks_of(
-    columns: Mapping[str, str], wanted: Collection[str] | None = None
-) -> dict[tuple[str, ...], list[TextCheck]]:
-    """Roles to the checks that are made on their texts, where there are any.
+PARTS: tuple[Part, ...] = ("read", "written")
+
+
+def private() -> tuple[TextCheck, ...]:
+    """Checks whose finds are never shown."""
+    absent = missing()
+    return tuple(check for check in _PRIVATE if check not in absent)
+
+
+def checks_of(columns: Mapping[str, str], wanted: Collection[str] | None = None) -> dict[Part, list[TextCheck]]:
+    """The checks that are made on what is read, and on what is written, where there is any.
 
     Args:
         columns: Role to column.
         wanted: Only these; None: all.
     """
     found = {
-        roles: [one for one in of if wanted is None or one in wanted]
-        for roles, of in _CHECKS.items()
-        if set(roles) & set(columns)
+        part: [one for one in of if wanted is None or one in wanted]
+        for part, of in _CHECKS.items()
+        if set(_ROLES[part]) & set(columns)
     }
-    return {roles: of for roles, of in found.items() if of}
+    return {part: of for part, of in found.items() if of}
 
 
-def cells(row: Row, columns: Mapping[str, str], roles: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Columns with running text, and what stands in them; of a conversation all turns, of a sentence its words."""
-    for column in filter(None, map(columns.get, roles)):
-        cell = row.get(column)
+def cells(row: Row, columns: Mapping[str, str], part: Part) -> Iterator[tuple[str, str]]:
+    """Columns with running text, and what stands in them; of a conversation some turns, of a sentence its words."""
+    for role in _ROLES[part]:
+        cell, column = row.get(columns.get(role, "")), columns.get(role)
+        if column is None:
+            continue
         if isinstance(cell, str):
             yield column, cell
         elif isinstance(cell, list):
-            yield column, " ".join(as_text(one.get("content") if isinstance(one, dict) else one) for one in cell)
+            turns = cell if role != "messages" else [one for one in cell if _is_answer(one) == (part == "written")]
+            if turns:
+                said = (one.get("content", one.get("value")) if isinstance(one, dict) else one for one in turns)
+                yield column, " ".join(map(as_text, said))
+
+
+def _is_answer(turn: Any) -> bool:
+    """Whether a turn of a conversation is the model's; of any of the usual forms."""
+    return isinstance(turn, dict) and (turn.get("role") or turn.get("from")) in ("assistant", "gpt", "model", "bot")
 
 
 def flawed(
-    row: Row, columns: Mapping[str, str], checks: Mapping[tuple[str, ...], Sequence[TextCheck]]
+    row: Row, columns: Mapping[str, str], checks: Mapping[Part, Sequence[TextCheck]]
 ) -> Iterator[tuple[str, Flaw]]:
     """What is wrong with a row's texts, and in which column."""
-    for roles, of in checks.items():
-        for column, text in cells(row, columns, roles):
+    for part, of in checks.items():
+        for column, text in cells(row, columns, part):
             yield from ((column, flaw) for flaw in flaws(text, of))

@@ -30,28 +30,42 @@ class RowIssue(Record):
     split: SplitName
     place: str
     """File and line, as in messages."""
+    source: str = "train"
+    """Whose file it stands in: a split's, or the train file that the split was taken off."""
     row: str
-    """`row_id` of the whole row: the same wherever it stands."""
+    """`row_id` of the whole row: the same wherever it stands; of the second equal one with `-2` behind it."""
     reason: str
     text: str
-    """How it begins."""
+    """How it begins, secrets and personal data masked."""
     label: str | None = None
     remedy: Remedy
-    """What could be done."""
+    """What could be done: never that it is kept."""
     score: float = 0.0
     """The higher, the surer: in this order the rows of a check are reviewed."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """As of `RowDecision`."""
+        return self.source, self.row
 
 
 class RowDecision(Record):
     """What was decided about a row: a line of a patch file."""
 
     row: str
-    """`row_id` of the whole row."""
+    """As in `RowIssue`."""
     remedy: Remedy
+    source: str = "train"
+    """As in `RowIssue`."""
     check: str = ""
     """What found the row."""
     place: str = ""
     """Where it stood: for readers."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What it is about."""
+        return self.source, self.row
 
 
 class CheckFound(Record):

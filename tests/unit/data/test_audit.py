@@ -13,7 +13,7 @@ import pytest
 
 from fulltune import data
 from fulltune.data.audit import load_issues
-from fulltune.data.patch import load_patch, save_patch
+from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError
 from fulltune.inference.store import load_texts, row_id
 from fulltune.probe.label_errors import Suspected
@@ -87,12 +87,12 @@ def test_each_planted_fault_is_listed_with_its_place_and_remedy(tmp_path: Path) 
     assert place["personal data"] == [str(first + 1)]
     assert "jane.miller" not in issues["personal data"][0].reason
     assert place["duplicate"] == [str(first + 2), str(first + 5)]
+    assert all(one.row.endswith("-2") for one in issues["duplicate"])  # the second of two equal rows
     assert place["leak"] == [str(first + 3)]
-    # Two of three say the same label: the third row's would be replaced, the others kept.
-    assert place["conflicting labels"][0] == str(first + 4)
-    torn = {one.place.rpartition(":")[2]: one.remedy for one in issues["conflicting labels"]}
-    assert torn[str(first + 4)] == Remedy(action="replace", column="label", value=CLEAN[5]["label"])
-    assert torn["6"].action == torn[str(first + 5)].action == "keep"
+    # Two of three say the same label: the third row's would be replaced.
+    assert place["conflicting labels"] == [str(first + 4)]
+    assert issues["conflicting labels"][0].remedy == Remedy(action="replace", column="label", value=CLEAN[5]["label"])
+    assert "jane.miller" not in (tmp_path / "data" / "issues.jsonl").read_text(encoding="utf-8")
     assert {one.check: one.rows for one in found.checks}["duplicate"] == 2
 
 
@@ -177,8 +177,13 @@ def test_texts_that_share_a_row_are_all_looked_at(tmp_path: Path) -> None:
 # ---- patches ---------------------------------------------------------------------------------------------------
 
 
-def decide(row: Mapping[str, Any], action: str, **more: Any) -> RowDecision:
-    return RowDecision(row=row_id(row), remedy=Remedy.model_validate({"action": action, **more}), check="duplicate")
+def decide(row: Mapping[str, Any], action: str, number: int = 1, source: str = "train", **more: Any) -> RowDecision:
+    return RowDecision(
+        row=numbered(row_id(row), number),
+        source=source,
+        remedy=Remedy.model_validate({"action": action, **more}),
+        check="duplicate",
+    )
 
 
 def test_patch_does_what_was_decided(tmp_path: Path) -> None:
@@ -213,9 +218,9 @@ def test_what_was_looked_at_and_kept_is_not_listed_again(tmp_path: Path) -> None
     rows = [*CLEAN, CLEAN[0], CLEAN[1]]
     _, issues = audited(tmp_path, prepared(tmp_path, rows))
     assert len(issues["duplicate"]) == 2
-    save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "keep")])
+    save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "keep", 2)])
     _, issues = audited(tmp_path, prepared(tmp_path, rows, patch=str(tmp_path / "p.jsonl")))
-    assert [one.row for one in issues["duplicate"]] == [row_id(CLEAN[1])]
+    assert [one.row for one in issues["duplicate"]] == [numbered(row_id(CLEAN[1]), 2)]
 
 
 def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> None:
@@ -237,6 +242,9 @@ def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> N
         (lambda path: path.write_text("no json\n"), "p.jsonl:1: is no decision"),
         (lambda path: path.write_text('{"row": "1"}\n'), "p.jsonl:1: is no decision"),
         (lambda path: save_patch(path, [decide(CLEAN[0], "replace", value="x")]), "p.jsonl:1: replaces something"),
+        (lambda path: save_patch(path, [decide(CLEAN[0], "replace", column="label")]), "p.jsonl:1: replaces something"),
+        (lambda path: save_patch(path, [decide(CLEAN[0], "replace", column="lable", value="x")]), "column 'lable'"),
+        (lambda path: path.write_text("no\n" * 9), "9 such lines"),
         (lambda path: save_patch(path, [decide({"text": "of another file", "label": "x"}, "drop")]), "1 row of 1"),
     ],
 )
@@ -250,7 +258,36 @@ def test_patch_that_does_not_fit_is_refused(tmp_path: Path, write: Callable[[Pat
 def test_last_decision_about_a_row_counts(tmp_path: Path) -> None:
     first = decide(CLEAN[0], "drop")
     save_patch(tmp_path / "p.jsonl", [first, replace_remedy(first, "keep")])
-    assert load_patch(tmp_path / "p.jsonl")[first.row].remedy.action == "keep"
+    assert load_patch(tmp_path / "p.jsonl")[first.key].remedy.action == "keep"
+
+
+def test_of_equal_rows_the_one_that_was_decided_about_is_dropped(tmp_path: Path) -> None:
+    save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "drop", 2)])
+    prepared(tmp_path, [*CLEAN, CLEAN[0], CLEAN[0]], patch=str(tmp_path / "p.jsonl"))
+    [line] = (tmp_path / "data" / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["place"].endswith(f":{len(CLEAN) + 1}")
+    rows = [row for split in ("train", "eval", "test") for row in load_texts(tmp_path / "data" / split)]
+    assert sum(row["text"] == CLEAN[0]["text"] for row in rows) == 2
+
+
+def test_what_is_decided_about_a_train_row_leaves_the_test_file_alone(tmp_path: Path) -> None:
+    held = [*CLEAN[:3], *CLEAN[20:23]]
+    save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "drop")])
+    summary = prepared(tmp_path, CLEAN, test=held, patch=str(tmp_path / "p.jsonl"))
+    assert summary.splits["test"].rows == len(held)
+    assert summary.dropped == {"patch": 1}
+    save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "drop", source="test")])
+    assert prepared(tmp_path, CLEAN, test=held, patch=str(tmp_path / "p.jsonl")).splits["test"].rows == len(held) - 1
+
+
+def test_answers_of_a_conversation_are_checked_as_answers(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [*tiny.chat_rows(40)]
+    asked, answered = rows[4]["messages"], rows[9]["messages"]
+    refusal = "I'm sorry, but I can't help with that."
+    rows[4] = {**rows[4], "messages": [{**asked[0], "content": refusal}, *asked[1:]]}
+    rows[9] = {**rows[9], "messages": [*answered[:-1], {**answered[-1], "content": refusal}]}
+    _, issues = audited(tmp_path, prepared(tmp_path, rows, "causal-lm"))
+    assert [one.place.rpartition(":")[2] for one in issues["refusal"]] == ["10"]
 
 
 def replace_remedy(one: RowDecision, action: str) -> RowDecision:
