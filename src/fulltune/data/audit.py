@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit import Flaw, missing
+from fulltune.audit.conversation import chat_faults
+from fulltune.audit.flaw import listed
 from fulltune.data.languages import OTHER_LANGUAGE, Heard, listen, not_told, strangers
 from fulltune.data.near import joined, signatures
 from fulltune.data.patch import Patched, load_patch
@@ -33,10 +35,11 @@ from fulltune.probe.label_errors import Suspected
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitName
-from fulltune.tasks import PLACE, Row, Target, Task
+from fulltune.tasks import PLACE, Row, Target, Task, chat
 from fulltune.tasks.columns import as_text, normalised
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
+CHAT_FAULT = "chat fault"
 LABEL, DOUBT = "label error", "doubtful label"
 NEAR = 0.8
 """Share of the runs of five letters that texts have in common which are nearly the same."""
@@ -81,6 +84,7 @@ def audit(
         LEAK,
         *([NEAR_LEAK] if rows.has_texts else []),
         *([CONFLICT] if seen.names else []),
+        *([CHAT_FAULT] if "messages" in rows.target.columns else []),
         *([OTHER_LANGUAGE] if any(one.why_not() is None for one in seen.heard.values()) else []),
     }
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
@@ -225,6 +229,8 @@ def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
             seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
             found = flawed(row, rows.target.columns, checks)
             seen.issues += [_flawed(rows, split, row, column, flaw) for column, flaw in found]
+            if "messages" in rows.target.columns:
+                seen.issues += _chat_issues(rows, split, row)
             listen(seen.heard, row, rows.target.columns, split)
             if len(keys) == _AT_ONCE:
                 progress(len(seen.keys), max(total, len(seen.keys)))
@@ -234,6 +240,13 @@ def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
         seen.counts[split] = len(seen.keys) - before
     progress(len(seen.keys), len(seen.keys))
     return seen
+
+
+def _chat_issues(rows: _Rows, split: SplitName, row: Row) -> list[RowIssue]:
+    columns = rows.target.columns
+    tools = chat.parsed(row.get(columns["tools"])) if "tools" in columns else None
+    found = chat_faults(chat.clean(row[columns["messages"]]), tools)
+    return [rows.issue(CHAT_FAULT, split, row, listed(found), score=float(len(found)))] if found else []
 
 
 def _flawed(rows: _Rows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:

@@ -47,7 +47,14 @@ def cells(row: Row, columns: Mapping[str, str], roles: Sequence[str]) -> Iterato
         if isinstance(cell, str):
             yield column, cell
         elif isinstance(cell, list):
-            yield column, " ".join(as_text(one.get("content") if isinstance(one, dict) else one) for one in cell)
+            yield column, " ".join(map(_said, cell))
+
+
+def _said(one: object) -> str:
+    """A word, or what a turn says, also in ShareGPT's form."""
+    if not isinstance(one, dict):
+        return as_text(one)
+    return as_text(one.get("value") if one.get("content") is None else one["content"])
 
 
 def flawed(

@@ -49,6 +49,7 @@ _ABOUT = {
     "secret": "Keys, tokens and passwords: a model may learn them by heart. They are masked here.",
     "personal data": "E-mail addresses, card and account numbers and the like. They are masked here.",
     "phone number": "Phone numbers, masked here.",
+    "chat fault": "Conversations with an empty turn, turns in a wrong order, or calls and results that do not fit.",
     "other language": "Texts in a language that hardly any other row of their column is in.",
     "refusal": "Answers in which a model declines: a model that is trained on them declines, too.",
 }
