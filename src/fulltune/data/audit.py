@@ -1,7 +1,7 @@
 """What is wrong with the rows, row by row: listed with the reason and with what could be done; nothing is changed.
 
 The prepared rows are read, so that each has its split; short texts that share a row are read from their files, without
-those that are held out. Kept of each row are two hashes and the number of its label;
+those that are held out. Kept of each row are two hashes, the number of its label and of each text's language;
 rows that share one of them with others are read a second time, to be written down.
 """
 
@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit import Flaw, missing, repaired
+from fulltune.audit.conversation import chat_faults
+from fulltune.audit.flaw import listed
+from fulltune.data.languages import OTHER_LANGUAGE, Heard, listen, not_told, strangers
 from fulltune.data.near import joined, signatures
 from fulltune.data.patch import Patched, load_patch, numbered
 from fulltune.data.running_text import PARTS, cells, checks_of, flawed, private
@@ -33,10 +36,11 @@ from fulltune.probe.label_errors import Suspected
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitName
-from fulltune.tasks import PLACE, Row, Target, Task
+from fulltune.tasks import PLACE, Row, Target, Task, chat
 from fulltune.tasks.columns import as_text, normalised
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
+CHAT_FAULT = "chat fault"
 LABEL, DOUBT = "label error", "doubtful label"
 NOT_ASKED = "left out by --no-labels"
 NEAR = 0.8
@@ -80,15 +84,19 @@ def audit(
     own = frozenset(split for split in _SPLITS if getattr(recipe.data, split))
     rows = _Rows(folder, task, Target.of(summary), own, recipe if summary.packed else None)
     seen = _look(rows, sum(split.rows for split in summary.splits.values()), progress)
-    issues = [*seen.issues, *_repeated(rows, seen)]
+    issues = [*seen.issues, *_repeated(rows, seen), *_in_other_languages(rows, seen)]
     made = {
         *rows.checks,
         DUPLICATE,
         LEAK,
         *([NEAR_LEAK] if rows.has_texts else []),
         *([CONFLICT] if seen.names else []),
+        *([CHAT_FAULT] if "messages" in rows.target.columns else []),
+        *([OTHER_LANGUAGE] if any(one.why_not() is None for one in seen.heard.values()) else []),
     }
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
+    if rows.has_texts and (why := not_told(seen.heard)) is not None:
+        not_run[OTHER_LANGUAGE] = why
     labels = None
     if judge is None:
         is_single = summary.problem_type == "single_label"
@@ -119,6 +127,7 @@ def audit(
         ),
         clean=tuple(sorted(made - {check for check, _ in found})),
         labels=labels,
+        languages=tuple(one.about(column) for column, one in seen.heard.items()),
         not_run=not_run,
         seconds=round(time.monotonic() - began, 1),
     )
@@ -226,6 +235,8 @@ class _Seen:
     labels: list[int] = field(default_factory=list)
     """The number of its labels in `names`; -1: it has none."""
     names: dict[tuple[str, ...], int] = field(default_factory=dict)
+    heard: dict[str, Heard] = field(default_factory=dict)
+    """Column to its languages; empty where they cannot be told."""
 
 
 def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
@@ -243,6 +254,9 @@ def _look(rows: _Rows, total: int, progress: Progress) -> _Seen:
             seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
             found = flawed(row, rows.target.columns, checks)
             seen.issues += [_flawed(rows, split, row, column, flaw) for column, flaw in found]
+            if "messages" in rows.target.columns:
+                seen.issues += _chat_issues(rows, split, row)
+            listen(seen.heard, row, rows.target.columns, split)
             if len(keys) == _AT_ONCE:
                 progress(len(seen.keys), max(total, len(seen.keys)))
                 seen.signed.append(signatures(keys))
@@ -269,12 +283,26 @@ def _numbered(rows: _Rows, seen: _Seen, issues: list[RowIssue]) -> list[RowIssue
     return [one.model_copy(update={"row": numbered(one.row, places.get((one.split, one.place), 1))}) for one in issues]
 
 
+def _chat_issues(rows: _Rows, split: SplitName, row: Row) -> list[RowIssue]:
+    columns = rows.target.columns
+    tools = chat.parsed(row.get(columns["tools"])) if "tools" in columns else None
+    found = chat_faults(chat.clean(row[columns["messages"]]), tools)
+    return [rows.issue(CHAT_FAULT, split, row, listed(found), score=float(len(found)))] if found else []
+
+
 def _flawed(rows: _Rows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
     # A turn of a conversation is no cell that could be replaced.
     repairable = flaw.fixed is not None and isinstance(row[column], str)
     fixed = repaired(row[column], private()) if repairable and flaw.check in private() else flaw.fixed
     remedy = Remedy(action="replace", column=column, value=fixed) if repairable else None
     return rows.issue(flaw.check, split, row, f"column '{column}': {flaw.reason}", remedy)
+
+
+def _in_other_languages(rows: _Rows, seen: _Seen) -> list[RowIssue]:
+    return [
+        rows.issue(OTHER_LANGUAGE, one.split, one.row, f"column '{one.column}': {one.reason}", score=one.confidence)
+        for one in strangers(seen.heard, rows.target.columns, rows.of)
+    ]
 
 
 # ---- rows that stand more than once ----------------------------------------------------------------------------

@@ -63,13 +63,34 @@ def cells(row: Row, columns: Mapping[str, str], part: Part) -> Iterator[tuple[st
         elif isinstance(cell, list):
             turns = cell if role != "messages" else [one for one in cell if _is_answer(one) == (part == "written")]
             if turns:
-                said = (one.get("content", one.get("value")) if isinstance(one, dict) else one for one in turns)
-                yield column, " ".join(map(as_text, said))
+                yield column, " ".join(map(_said, turns))
+
+
+def columns_with_text(columns: Mapping[str, str]) -> list[str]:
+    """Those in which running text may stand."""
+    found = (columns.get(role) for part in PARTS for role in _ROLES[part])
+    return list(dict.fromkeys(column for column in found if column is not None))
+
+
+def whole_texts(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    """Column to all its running text."""
+    found: dict[str, str] = {}
+    for part in PARTS:
+        for column, text in cells(row, columns, part):
+            found[column] = f"{found[column]} {text}" if column in found and found[column] != text else text
+    return found
 
 
 def _is_answer(turn: Any) -> bool:
     """Whether a turn of a conversation is the model's; of any of the usual forms."""
     return isinstance(turn, dict) and (turn.get("role") or turn.get("from")) in ("assistant", "gpt", "model", "bot")
+
+
+def _said(one: object) -> str:
+    """A word, or what a turn says, also in ShareGPT's form."""
+    if not isinstance(one, dict):
+        return as_text(one)
+    return as_text(one.get("value") if one.get("content") is None else one["content"])
 
 
 def flawed(

@@ -100,6 +100,18 @@ class LabelErrors(Record):
     """Estimated number of wrong labels among the judged rows."""
 
 
+class Languages(Record):
+    """In which languages the texts of a column are, as far as it can be told: short ones and code are in none."""
+
+    column: str
+    main: tuple[str, ...]
+    """Its own languages: each that of 5 % of the texts or more."""
+    rows: dict[SplitName, int]
+    """Split to its rows."""
+    counts: dict[SplitName, dict[str, int]]
+    """Split to language to the number of its rows, the most frequent first."""
+
+
 class Proof(Record):
     """What cleaning by one check does to accuracy on the same eval rows, by linear classifiers on the untouched model.
 
@@ -145,6 +157,8 @@ class Audit(Record):
     clean: tuple[str, ...] = ()
     """Those that found nothing."""
     labels: LabelErrors | None = None
+    languages: tuple[Languages, ...] = ()
+    """Of each column with running text; empty without the extra `languages`."""
     not_run: dict[str, str] = Field(default_factory=dict)
     """Check to why it was not run, for example the extra that is missing."""
     seconds: float = 0.0

@@ -124,7 +124,7 @@ def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
 
 def test_labels_that_cannot_be_judged_are_said_to_be(tmp_path: Path) -> None:
     found, _ = audited(tmp_path, prepared(tmp_path, CLEAN), lambda: "too few rows")
-    assert found.not_run == {"label error": "too few rows"}
+    assert found.not_run["label error"] == "too few rows"
     assert "label error" not in found.clean
 
 
@@ -159,6 +159,26 @@ def test_conversations_and_answers_are_looked_at(tmp_path: Path) -> None:
         "refusal": ["5"],
         "chat tokens": ["10"],
     }
+
+
+def test_faults_of_conversations_are_listed_with_all_reasons(tmp_path: Path) -> None:
+    rows = tiny.chat_rows(40)
+    question, answer = rows[4]["messages"]
+    rows[4] = {"messages": [question, answer, {"role": "system", "content": "be brief"}, question]}
+    rows[9] = {"messages": [question, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}]}
+    rows[14] = {"messages": json.dumps([question, question, answer])}
+    said = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": said[one["role"]], "value": f"{one['content']} <br>"} for one in rows[19]["messages"]]
+    rows[19] = {"messages": shared}
+    rows = [{**row, "tools": json.dumps([{"name": "g"}])} for row in rows]
+    found, issues = audited(tmp_path, prepared(tmp_path, rows, "causal-lm"))
+    assert {one.place.rpartition(":")[2]: one.reason for one in issues["chat fault"]} == {
+        "5": "turn 3 is a system turn that is not first, it ends with a user turn that nothing answers",
+        "10": "turn 2 calls 'f' (the row does not define it), turn 2 calls 'f' with arguments that are no JSON: 'x'",
+        "15": "turns 1 and 2 are both user turns",
+    }
+    assert {one.place.rpartition(":")[2] for one in issues["markup"]} == {"20"}
+    assert "chat fault" in {one.check for one in found.checks}
 
 
 def test_texts_that_share_a_row_are_all_looked_at(tmp_path: Path) -> None:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from pathlib import Path
 
-from fulltune.records.audit import AUDIT, Audit, CheckFound, LabelErrors, Proof, Proofs, Remedy, RowIssue, proofs_of
+from fulltune.records.audit import (
+    AUDIT,
+    Audit,
+    CheckFound,
+    LabelErrors,
+    Languages,
+    Proof,
+    Proofs,
+    Remedy,
+    RowIssue,
+    proofs_of,
+)
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Block,
@@ -29,6 +41,7 @@ from fulltune.text import counted, format_percent, format_share
 
 PAGE = "data.html"
 _CELL = 160
+_MOST_LANGUAGES = 6
 _ABOUT = {
     "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
     "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
@@ -47,6 +60,8 @@ _ABOUT = {
     "secret": "Keys, tokens and passwords: a model may learn them by heart. They are masked here.",
     "personal data": "E-mail addresses, card and account numbers and the like. They are masked here.",
     "phone number": "Phone numbers, masked here.",
+    "chat fault": "Conversations with an empty turn, turns in a wrong order, or calls and results that do not fit.",
+    "other language": "Texts in a language that hardly any other row of their column is in.",
     "refusal": "Answers in which a model declines: a model that is trained on them declines, too.",
 }
 
@@ -109,10 +124,31 @@ def _found(audit: Audit) -> Section:
         blocks.append(Paragraph(f"Looked for, and not found: {', '.join(audit.clean)}."))
     if audit.labels is not None:
         blocks.append(Paragraph(about_labels(audit.labels)))
+    blocks += [_languages(one) for one in audit.languages if one.main]
     if audit.not_run:
         said = tuple(words.clipped(f"{check}: {why}", 300) for check, why in audit.not_run.items())
         blocks += [Paragraph("Not looked at:"), Bullets(said)]
     return Section("found", "What was found", tuple(blocks))
+
+
+def _languages(found: Languages) -> Table:
+    """Shares of a column's languages, split by split; the rest is in one line."""
+    total = Counter[str]()
+    for counts in found.counts.values():
+        total.update(counts)
+    shown = [language for language, _ in total.most_common(_MOST_LANGUAGES)]
+    lines = {one: {split: counts.get(one, 0) for split, counts in found.counts.items()} for one in shown}
+    known = {split: sum(counts.values()) for split, counts in found.counts.items()}
+    if len(total) > len(shown):
+        rest = {split: known[split] - sum(lines[one][split] for one in shown) for split in known}
+        lines[counted(len(total) - len(shown), "other")] = rest
+    lines["too short to tell, or none"] = {split: found.rows[split] - known[split] for split in known}
+    rows: tuple[Row, ...] = tuple(
+        (name, *(format_percent(counts[split] / max(1, found.rows[split])) for split in known))
+        for name, counts in lines.items()
+    )
+    caption = f"Languages of column '{words.clipped(found.column, 60)}'"
+    return Table(caption, ("language", *known), rows, frozenset(range(1, 1 + len(known))))
 
 
 def about_labels(found: LabelErrors) -> str:

@@ -1,0 +1,178 @@
+"""Texts in another language are found, and names, terms, code and quotations are not taken for one."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from fulltune.audit import language
+from fulltune.audit.language import SURE, elsewhere, spoken
+from fulltune.errors import SetupError
+
+needs_extra = pytest.mark.skipif(
+    importlib.util.find_spec("py3langid") is None, reason="the extra languages is not installed"
+)
+
+FOUND = {
+    "de": "Ich habe meine Karte verloren und weiß nicht, was ich jetzt tun soll.",
+    "fr": "Pouvez-vous me dire pourquoi ma carte n'est pas encore arrivée ?",
+    "es": "No puedo entrar en mi cuenta desde que cambié de teléfono.",
+    "pt": "Não consigo entrar na minha conta desde que troquei de telemóvel.",
+    "it": "Non riesco più a entrare nel mio conto da quando ho cambiato telefono.",
+    "nl": "Ik kan niet meer inloggen sinds ik een nieuwe telefoon heb.",
+    "pl": "Nie mogę zalogować się na swoje konto od wczoraj wieczorem.",
+    "sv": "Jag kan inte logga in sedan jag bytte telefon i går.",
+    "fi": "En pääse kirjautumaan tililleni uudella puhelimella.",
+    "tr": "Yeni telefonumla hesabıma giriş yapamıyorum, lütfen yardım edin.",
+    "ru": "Я не могу войти в свой аккаунт с нового телефона.",
+    "uk": "Я не можу увійти до свого облікового запису з нового телефону.",
+    "el": "Δεν μπορώ να συνδεθώ στον λογαριασμό μου από χθες.",
+    "ar": "لا أستطيع الدخول إلى حسابي منذ يوم أمس",
+    "he": "אני לא מצליח להיכנס לחשבון שלי מאז אתמול",
+    "hi": "मैं कल से अपने खाते में प्रवेश नहीं कर पा रहा हूँ",
+    "zh": "我换了手机以后就无法登录我的账户",
+    "ja": "昨日から自分のアカウントにログインできません",
+    "ko": "어제부터 제 계정에 로그인할 수 없습니다",
+    "th": "ฉันไม่สามารถเข้าสู่ระบบบัญชีของฉันได้ตั้งแต่เมื่อวาน",
+    "vi": "Tôi không thể đăng nhập vào tài khoản của mình từ hôm qua.",
+}
+
+SPARED = [
+    # Too short to tell.
+    "",
+    "ich",
+    "merci beaucoup",
+    "Привет",
+    "42",
+    # Names.
+    "Jean-Pierre Dubois, François Lefèvre, Marie-Claire Durand and Benoît Martin",
+    "Hans-Jürgen Müller, Friedrich Schmidt, Jürgen Klopp, Thomas Müller",
+    "Deutsche Bank AG, Frankfurt am Main, Große Gallusstraße",
+    "Champs-Élysées, Arc de Triomphe, Musée d'Orsay, Notre-Dame",
+    "London Paris Berlin Madrid Rome Vienna Amsterdam Brussels",
+    # Terms.
+    "staphylococcus aureus, escherichia coli, pseudomonas aeruginosa, klebsiella pneumoniae",
+    "mens rea actus reus habeas corpus pro bono",
+    "pizza margherita extra mozzarella large",
+    "The trees are quercus robur and betula pendula, as far as I can see.",
+    # Quotations, and texts about a language.
+    'He said "c\'est la vie" and left the room without another word',
+    'The German translation of this sentence is "Der Hund ist sehr schnell gelaufen"',
+    "The word Schadenfreude comes from German and means pleasure at harm",
+    # Code, addresses, tags.
+    "for (int i = 0; i < n; i++) { sum += values[i]; } return sum;",
+    "SELECT name, count(*) FROM customers WHERE country = 'DE' GROUP BY name",
+    "sudo apt-get update && sudo apt-get install build-essential",
+    "`ich_habe_meine_karte = verloren` and ```print(das, ist, kein, text, in, einer, sprache)```",
+    "https://www.lemonde.fr/politique/article/2024/05/01/le-president-de-la-republique",
+    "@jean_dupont @marie_durand merci #paris #amour",
+    "TypeError: unsupported operand type(s) for +: 'int' and 'str'",
+    '{"name": "foo", "version": "1.0.0", "private": true}',
+    "\\frac{\\partial u}{\\partial t} = \\alpha \\nabla^2 u",
+    # How people write.
+    "lol omg haha yesss brb ttyl xoxo",
+    "hahahahahahahaha hahahaha hahaha",
+    "i dnt knw wat 2 do n y u r lik dis",
+    "we dey go market how you dey my broda",
+    "how do i get a pin for my card",
+    "WHY IS MY CARD NOT WORKING SINCE YESTERDAY",
+    "thou art more lovely and more temperate",
+    # No language.
+    "ATGCGTACGTTAGCATCGATCGATCGGATCGATCG",
+    "qwertyuiop asdfghjkl zxcvbnm qwerty",
+    "REF NO AB-CD-EF-GH TOTAL EUR SEPA TRANSFER",
+]
+
+
+def stands_out(text: str, *main: str) -> str | None:
+    """The language of a text that is listed in a column of these."""
+    first = spoken(text)
+    if first is None or first.language in main or first.confidence < SURE:
+        return None
+    found = elsewhere(text, main)
+    return found.language if found else None
+
+
+@needs_extra
+@pytest.mark.parametrize("code", FOUND)
+def test_text_in_another_language_is_found_and_named(code: str) -> None:
+    assert stands_out(FOUND[code], "en") == code
+    assert stands_out(FOUND[code], code) is None
+    assert language.name_of(code) != code
+
+
+@needs_extra
+@pytest.mark.parametrize("main", FOUND)
+def test_english_text_is_found_among_others(main: str) -> None:
+    assert stands_out("I cannot log in to my account since I have a new phone.", main) == "en"
+
+
+@needs_extra
+@pytest.mark.parametrize("text", SPARED)
+def test_text_that_only_looks_foreign_is_spared(text: str) -> None:
+    assert stands_out(text, "en") is None
+
+
+@needs_extra
+def test_of_long_texts_more_than_the_beginning_counts() -> None:
+    quoted = f"{FOUND['de']} {FOUND['de']} {FOUND['de']} " + "This is how the customer put it, and we could help. " * 8
+    assert stands_out(quoted, "en") is None
+    assert stands_out(" ".join([FOUND["de"]] * 100), "en") == "de"
+
+
+class Ranks:
+    """An identifier that gives any text the same probabilities."""
+
+    def __init__(self, **shares: float) -> None:
+        self.shares = shares
+
+    def rank(self, text: str) -> list[tuple[str, float]]:
+        return list(self.shares.items())
+
+
+@pytest.mark.parametrize(
+    ("shares", "main", "found"),
+    [
+        # Spread among close languages: it is one of them.
+        ({"es": 0.5, "gl": 0.3, "pt": 0.17, "en": 0.03}, {"en"}, ("es", 0.97)),
+        # What is the column's own language does not speak against it.
+        ({"gl": 0.5, "es": 0.3, "pt": 0.17, "en": 0.03}, {"es"}, None),
+        ({"gl": 0.8, "pt": 0.17, "es": 0.03}, {"es"}, ("gl", 0.97)),
+        # Varieties are the language itself.
+        ({"pcm": 0.98, "de": 0.02}, {"en"}, None),
+        ({"zh": 0.4, "wuu": 0.3, "yue": 0.27, "en": 0.03}, {"en"}, ("zh", 0.97)),
+        ({"de": 0.9, "en": 0.1}, {"en"}, None),
+        ({"zxx": 1.0}, {"en"}, None),
+    ],
+)
+def test_probability_is_that_of_close_languages_but_for_the_column_s_own(
+    monkeypatch: pytest.MonkeyPatch, shares: dict[str, float], main: set[str], found: tuple[str, float] | None
+) -> None:
+    monkeypatch.setattr(language, "_identifier", lambda: Ranks(**shares))
+    said = elsewhere("some words that are long enough to tell", main)
+    assert (said and (said.language, round(said.confidence, 2))) == found
+
+
+@needs_extra
+def test_close_language_is_found_in_a_longer_text() -> None:
+    assert stands_out(FOUND["pt"], "es") == "pt"
+
+
+def test_no_language_has_two_families_and_each_member_has_a_name() -> None:
+    assert len(language._CLOSE) == sum(len(family.split()) for family in language._FAMILIES)
+    assert {*language._CLOSE, *language._SAME.values()} <= set(language._NAMES)
+    assert not set(language._SAME) & set(language._CLOSE)
+
+
+@needs_extra
+def test_every_language_of_the_library_that_can_be_named_has_a_name() -> None:
+    unnamed = set(language._identifier().labels) - set(language._NAMES) - set(language._SAME) - {"zxx", "srl"}
+    assert unnamed <= {"gcf", "gcr", "guw"}
+
+
+def test_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "knows_languages", lambda: False)
+    language._identifier.cache_clear()
+    with pytest.raises(SetupError, match=r"pip install 'fulltune\[languages\]'"):
+        spoken("A text that is long enough to be looked at.")
