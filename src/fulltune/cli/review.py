@@ -23,6 +23,7 @@ FIRST = (
     "doubtful label",
     "leak",
     "near leak",
+    "paraphrase leak",
     "secret",
     "personal data",
     "phone number",

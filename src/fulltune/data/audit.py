@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.audit import Flaw, missing
+from fulltune.audit import Flaw, TextCheck, missing, repaired
 from fulltune.data.near import joined, signatures
 from fulltune.data.patch import Patched, load_patch
+from fulltune.data.rephrased import HELD_OUT, Compared, Rephrased
 from fulltune.data.running_text import READ, WRITTEN, cells, checks_of, flawed
 from fulltune.data.sampling import draw
 from fulltune.data.sources import find_files, read_rows
@@ -34,8 +35,11 @@ from fulltune.records.audit import AUDIT, ISSUES, Audit, CheckFound, LabelErrors
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import PLACE, Row, Target, Task
 from fulltune.tasks.columns import as_text, normalised
+from fulltune.text import counted
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
+PARAPHRASE = "paraphrase leak"
+LEAKS = (LEAK, NEAR_LEAK, PARAPHRASE)
 LABEL, DOUBT = "label error", "doubtful label"
 NEAR = 0.8
 """Share of the runs of five letters that texts have in common which are nearly the same."""
@@ -43,16 +47,28 @@ _SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
 """Characters of a row that are written down."""
 _EXAMPLES = 10
+_BEGINNING = 80
+"""Characters of the held-out row that a train row repeats in other words."""
+_PRIVATE: tuple[TextCheck, ...] = ("secret", "personal data")
+"""Masked where a reason quotes another row."""
 _AT_ONCE = 1000
 Judged = tuple[np.ndarray, Suspected]
 """Positions of train rows, and what is known of their labels."""
 Judge = Callable[[], Judged | str]
 """Judges the labels of train rows; or says why they cannot be judged."""
+Compare = Callable[[], Compared | str]
+"""Compares the texts of train rows with those of held-out ones; or says why they cannot be compared."""
 Progress = Callable[[int, int], None]
 
 
 def audit(
-    recipe: Recipe, folder: Path, summary: DataSummary, task: Task, judge: Judge | None, progress: Progress
+    recipe: Recipe,
+    folder: Path,
+    summary: DataSummary,
+    task: Task,
+    judge: Judge | None,
+    compare: Compare | None,
+    progress: Progress,
 ) -> Audit:
     """Look at all rows of a run.
 
@@ -62,7 +78,8 @@ def audit(
             rows, nothing is looked at again.
         summary: Of the prepared rows.
         task: The task module.
-        judge: None: the rows have no single label each.
+        judge: None: the rows have no single label each, or are not judged.
+        compare: None: the rows are no texts to classify, or are not compared.
         progress: Told how many rows of how many were looked at.
     """
     try:
@@ -82,6 +99,15 @@ def audit(
         *([CONFLICT] if seen.names else []),
     }
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
+    if compare is not None:
+        compared = compare()
+        if isinstance(compared, str):
+            not_run[PARAPHRASE] = compared
+        else:
+            made.add(PARAPHRASE)
+            issues += _in_other_words(rows, compared.found, {one.place for one in issues if one.check in LEAKS})
+            if compared.left_out:
+                not_run[PARAPHRASE] = f"{counted(compared.left_out, 'row')} that were not drawn to be read"
     labels = None
     if judge is not None:
         judged = judge()
@@ -97,23 +123,30 @@ def audit(
     issues.sort(key=lambda one: (one.check, -one.score))
     with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
-    found = [(check, list(them)) for check, them in groupby(issues, key=lambda one: one.check)]
     done = Audit(
         fingerprint=summary.fingerprint,
         rows=seen.counts,
-        checks=tuple(
-            CheckFound(
-                check=check, rows=len({(one.split, one.place) for one in them}), examples=tuple(them[:_EXAMPLES])
-            )
-            for check, them in sorted(found, key=lambda one: -len(one[1]))
-        ),
-        clean=tuple(sorted(made - {check for check, _ in found})),
+        checks=_by_check(issues),
+        clean=tuple(sorted(made - {one.check for one in issues})),
         labels=labels,
         not_run=not_run,
         seconds=round(time.monotonic() - began, 1),
     )
     done.save(folder / AUDIT)  # last
     return done
+
+
+def _by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
+    """What each check found, the one that found most first.
+
+    Args:
+        issues: By check, of each the surest first.
+    """
+    found = [(check, list(them)) for check, them in groupby(issues, key=lambda one: one.check)]
+    return tuple(
+        CheckFound(check=check, rows=len({(one.split, one.place) for one in them}), examples=tuple(them[:_EXAMPLES]))
+        for check, them in sorted(found, key=lambda one: -len(one[1]))
+    )
 
 
 def load_issues(folder: Path) -> list[RowIssue]:
@@ -290,6 +323,25 @@ def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
     for key, label in zip(keys[torn].tolist(), labels[torn].tolist(), strict=True):
         votes.setdefault(key, Counter())[label] += 1
     return votes
+
+
+def _in_other_words(rows: _Rows, found: Sequence[Rephrased], leaked: Collection[str]) -> list[RowIssue]:
+    """Train rows that say what a held-out row says, but for those that were found to leak already, by their places."""
+    by_position = {one.position: one for one in found}
+    chosen = [(by_position[at], row) for at, row in enumerate(rows.of("train")) if at in by_position]
+    chosen = [(one, row) for one, row in chosen if str(row[PLACE]) not in leaked]
+    wanted = {(one.split, one.held_out) for one, _ in chosen}
+    held_out: Mapping[tuple[SplitName, int], Row] = {
+        (split, at): row for split in HELD_OUT for at, row in enumerate(rows.of(split)) if (split, at) in wanted
+    }
+    issues: list[RowIssue] = []
+    for one, row in chosen:
+        other = held_out[one.split, one.held_out]
+        said = repaired(as_text(other[rows.target.columns["text"]]), _PRIVATE)
+        cut = f"{said[:_BEGINNING]} …" if len(said) > _BEGINNING else said
+        reason = f"says in other words what {one.split} row {other[PLACE]} says: '{cut}'"
+        issues.append(rows.issue(PARAPHRASE, "train", row, reason, score=round(one.cosine, 4)))
+    return issues
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------
