@@ -22,7 +22,7 @@ import numpy as np
 from fulltune.audit import Flaw, TextCheck, missing, repaired
 from fulltune.data.near import joined, signatures
 from fulltune.data.patch import Patched, load_patch
-from fulltune.data.rephrased import HELD_OUT, Compared, Rephrased
+from fulltune.data.rephrased import HELD_OUT, ComparedTexts, Rephrased
 from fulltune.data.running_text import READ, WRITTEN, cells, checks_of, flawed
 from fulltune.data.sampling import draw
 from fulltune.data.sources import find_files, read_rows
@@ -56,7 +56,7 @@ Judged = tuple[np.ndarray, Suspected]
 """Positions of train rows, and what is known of their labels."""
 Judge = Callable[[], Judged | str]
 """Judges the labels of train rows; or says why they cannot be judged."""
-Compare = Callable[[], Compared | str]
+Compare = Callable[[], ComparedTexts | str]
 """Compares the texts of train rows with those of held-out ones; or says why they cannot be compared."""
 Progress = Callable[[int, int], None]
 

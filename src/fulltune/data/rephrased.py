@@ -38,7 +38,7 @@ class Rephrased:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedTexts:
     """What a comparison of train rows with held-out ones found."""
 
     found: tuple[Rephrased, ...]
@@ -47,7 +47,7 @@ class Compared:
     """Rows that were not read: of each split some are drawn at random where they are many."""
 
 
-def rephrased(reader: Reader) -> Compared | str:
+def rephrased(reader: Reader) -> ComparedTexts | str:
     """Train rows whose text is like a held-out row's in the eyes of the untouched model.
 
     Args:
@@ -74,7 +74,7 @@ def _refused(reader: Reader) -> str | None:
     return None
 
 
-def compared(reader: Reader) -> Compared:
+def compared(reader: Reader) -> ComparedTexts:
     """What `rephrased` gives, of rows that can be compared.
 
     Raises:
@@ -97,7 +97,7 @@ def compared(reader: Reader) -> Compared:
         for at, (nearest, cosine) in enumerate(most_alike(items.features, held_out.features)):
             if cosine >= ALIKE and (at not in best or cosine > best[at].cosine):
                 best[at] = Rephrased(int(positions[at]), split, int(places[nearest]), cosine)
-    return Compared(tuple(best[at] for at in sorted(best)), left_out)
+    return ComparedTexts(tuple(best[at] for at in sorted(best)), left_out)
 
 
 def alike_at_random(features: np.ndarray) -> float:

@@ -14,7 +14,7 @@ import pytest
 from fulltune import data
 from fulltune.data.audit import load_issues
 from fulltune.data.patch import load_patch, save_patch
-from fulltune.data.rephrased import Compared, Rephrased
+from fulltune.data.rephrased import ComparedTexts, Rephrased
 from fulltune.errors import DataError
 from fulltune.inference.store import load_texts, row_id
 from fulltune.probe.label_errors import Suspected
@@ -120,7 +120,7 @@ def test_leak_in_other_words_is_listed_with_the_held_out_row_but_not_twice(tmp_p
     train = load_texts(tmp_path / "data" / "train")
     leaked = next(at for at, row in enumerate(train) if row["text"] == held[1]["text"])
     alike = [(5, "eval", 2, 0.96), (8, "test", 3, 0.9812345), (leaked, "eval", 1, 1.0)]
-    compared = Compared(tuple(Rephrased(*one) for one in alike), 0)  # type: ignore[arg-type]
+    compared = ComparedTexts(tuple(Rephrased(*one) for one in alike), 0)  # type: ignore[arg-type]
     found, issues = audited(tmp_path, summary, None, lambda: compared)
     assert {"leak", "paraphrase leak"} <= set(issues)
     assert [one.row for one in issues["paraphrase leak"]] == [row_id(train[8]), row_id(train[5])]
@@ -138,7 +138,7 @@ def test_what_was_not_compared_is_said(tmp_path: Path) -> None:
     found, _ = audited(tmp_path, summary, None, lambda: "no encoder")
     assert found.not_run["paraphrase leak"] == "no encoder"
     (tmp_path / "data" / "audit.json").unlink()
-    found, _ = audited(tmp_path, summary, None, lambda: Compared((), 7))
+    found, _ = audited(tmp_path, summary, None, lambda: ComparedTexts((), 7))
     assert "7 rows" in found.not_run["paraphrase leak"]
     (tmp_path / "data" / "audit.json").unlink()
     found, _ = audited(tmp_path, summary)

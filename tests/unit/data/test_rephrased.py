@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.data.rephrased import ALIKE, Compared, Rephrased, alike_at_random, most_alike, rephrased
+from fulltune.data.rephrased import ALIKE, ComparedTexts, Rephrased, alike_at_random, most_alike, rephrased
 from fulltune.probe.layers import NoProbe
 
 PAIRS = Path(__file__).with_name("paraphrases.tsv")
@@ -65,7 +65,7 @@ class FakeReader:
         return SimpleNamespace(features=self.states[split][positions]), positions
 
 
-def found(reader: FakeReader) -> Compared | str:
+def found(reader: FakeReader) -> ComparedTexts | str:
     return rephrased(reader)  # type: ignore[arg-type]
 
 
@@ -78,7 +78,7 @@ def planted() -> dict[str, np.ndarray]:
 
 def test_rows_like_a_held_out_one_are_found_with_that_row() -> None:
     result = found(FakeReader(planted()))
-    assert isinstance(result, Compared)
+    assert isinstance(result, ComparedTexts)
     assert [(one.position, one.split, one.held_out) for one in result.found] == [(3, "test", 4), (7, "eval", 2)]
     assert [round(one.cosine, 2) for one in result.found] == [0.97, 0.99]
     assert result.left_out == 0
@@ -88,13 +88,13 @@ def test_row_like_two_held_out_ones_is_listed_once_with_the_nearer() -> None:
     states = planted()
     states["eval"][0] = near(states["train"][[3]], 0.99)[0]
     result = found(FakeReader(states))
-    assert isinstance(result, Compared)
+    assert isinstance(result, ComparedTexts)
     assert [(one.position, one.split) for one in result.found] == [(3, "eval"), (7, "eval")]
 
 
 def test_positions_are_those_of_the_rows_that_were_drawn() -> None:
     reader = FakeReader(planted(), drawn={"train": [1, 3, 9, 12], "test": [0, 4, 5]})
-    assert found(reader) == Compared((Rephrased(3, "test", 4, pytest.approx(0.97, abs=1e-4)),), 16 + 3)
+    assert found(reader) == ComparedTexts((Rephrased(3, "test", 4, pytest.approx(0.97, abs=1e-4)),), 16 + 3)
 
 
 def test_same_embeddings_give_the_same_rows() -> None:
@@ -129,7 +129,7 @@ def test_states_that_say_nothing_are_said_to() -> None:
 
 def test_split_without_rows_is_left_out() -> None:
     result = found(FakeReader(planted() | {"eval": np.zeros((0, 32), np.float32)}))
-    assert isinstance(result, Compared)
+    assert isinstance(result, ComparedTexts)
     assert [one.position for one in result.found] == [3]
 
 
