@@ -100,22 +100,25 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     return summary
 
 
-def audit_rows(job: Run, summary: DataSummary, judges_labels: bool = True) -> Audit:
+def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:
     """What is wrong with single rows; a side branch of the line, which changes nothing.
 
     Args:
         job: The run.
         summary: Of its prepared rows.
-        judges_labels: Whether the untouched model reads the train rows, where each has one label.
+        reads_rows: Whether the untouched model reads rows, to judge labels and to find leaks in other words.
     """
     job.phase("auditing the rows")
-    folder, has_label = job.folder / "data", summary.problem_type == "single_label"
-    judge = partial(data.judge, data.Reader(job.recipe, job.base, summary, folder, job.listener))
+    folder = job.folder / "data"
+    has_label, has_texts = summary.problem_type == "single_label", job.recipe.task == "text-classification"
+    reader = data.Reader(job.recipe, job.base, summary, folder, job.listener)
+    judge = partial(data.judge, reader) if has_label and reads_rows else None
+    compare = partial(data.rephrased, reader) if has_texts and reads_rows else None
 
     def progress(done: int, total: int) -> None:
         job.listener(RowsPrepared(name="auditing", done=done, total=total))
 
-    return data.audit(job.recipe, folder, summary, job.task, judge if has_label and judges_labels else None, progress)
+    return data.audit(job.recipe, folder, summary, job.task, judge, compare, progress)
 
 
 def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:

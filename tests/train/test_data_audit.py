@@ -89,6 +89,18 @@ def test_patch_of_a_check_is_applied_by_the_recipe(audited: Path) -> None:
     assert after.labels.suspects < found.labels.suspects / 2
 
 
+def test_leaks_in_other_words_are_looked_for_only_with_the_model(audited: Path) -> None:
+    found = Audit.load(audited / "run" / "data" / "audit.json")
+    looked_at = {*found.clean, *found.not_run, *(one.check for one in found.checks)}
+    assert "paraphrase leak" in looked_at
+    recipe, folder = str(audited / "recipe.yaml"), audited / "no-labels"
+    result = fulltune("data", recipe, "--run-folder", str(folder), "--no-labels")
+    assert result.code == 0, result.err
+    assert "reading rows with the untouched model" not in result.err
+    found = Audit.load(folder / "data" / "audit.json")
+    assert found.not_run["paraphrase leak"] == found.not_run["label error"] == "left out by --no-labels"
+
+
 def test_without_labels_nothing_is_loaded_and_a_proof_of_other_tasks_is_refused(tmp_path: Path) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.pair_rows(40))
     model = tiny.save_model(tmp_path / "model", "llama")

@@ -26,7 +26,11 @@ RunFolder = Annotated[
     Path | None, typer.Option("--run-folder", help="Work in this folder instead of a new one in 'output'.")
 ]
 JudgeLabels = Annotated[
-    bool, typer.Option("--labels/--no-labels", help="Judge the labels of train rows by the untouched model, or do not.")
+    bool,
+    typer.Option(
+        "--labels/--no-labels",
+        help="Have the untouched model judge labels and find reworded leaks, or leave out what needs the model.",
+    ),
 ]
 Prove = Annotated[
     bool,

@@ -22,6 +22,7 @@ FIRST = (
     "doubtful label",
     "leak",
     "near leak",
+    "paraphrase leak",
     "secret",
     "personal data",
     "phone number",

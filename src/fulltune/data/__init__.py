@@ -8,6 +8,7 @@ from fulltune.data.other_task import other_task
 from fulltune.data.prepare import SUMMARY, prepare
 from fulltune.data.probe_rows import refuse_trained_texts
 from fulltune.data.prove import prove, refuse_prove
+from fulltune.data.rephrased import rephrased
 from fulltune.data.written import DROPPED
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "prove",
     "refuse_prove",
     "refuse_trained_texts",
+    "rephrased",
 ]

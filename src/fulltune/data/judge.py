@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Reader:
     folder: Path
     """The run's `data` folder."""
     listener: Listener
+    _read: dict[SplitName, tuple[Items, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+    """What was read already: several checks look at it."""
 
     @cached_property
     def looker(self) -> probe.Looker:
@@ -71,6 +73,11 @@ class Reader:
         Raises:
             NoProbe: When this model's states say nothing, or memory runs out.
         """
+        if split not in self._read:
+            self._read[split] = self._items(split)
+        return self._read[split]
+
+    def _items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         try:
             rows = opened(Rows(self.folder / split), self.base.processor)
             width = self.looker.model.config.get_text_config().hidden_size

@@ -16,9 +16,10 @@ from typing import Literal
 
 import numpy as np
 
-from fulltune.data.audit import LEAK, NEAR_LEAK, load_issues
+from fulltune.data.audit import load_issues
 from fulltune.data.judge import Reader
 from fulltune.data.patch import numbered
+from fulltune.data.repeated import LEAKS
 from fulltune.errors import SetupError
 from fulltune.inference.store import row_id, texts
 from fulltune.probe.layers import NoProbe
@@ -88,7 +89,7 @@ Step = tuple[str, Action, np.ndarray, np.ndarray]
 def _steps(issues: Sequence[RowIssue], place: dict[str, int], names: Sequence[str], train: Items) -> Iterator[Step]:
     """Each check's rows dropped, and where labels are proposed, with these."""
     numbers = {name: number for number, name in enumerate(names)}
-    for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK)):
+    for check in dict.fromkeys(one.check for one in issues if one.check not in LEAKS):
         them = [one for one in issues if one.check == check and one.split == "train" and one.row in place]
         touched = [one for one in them if one.remedy.action != "keep"]
         if not touched:

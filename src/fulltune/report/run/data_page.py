@@ -47,6 +47,8 @@ _ABOUT = {
     "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
     "duplicate": "Train rows that stand in train before, label or answer included. They count twice while training.",
     "near leak": "Train rows whose text is nearly one that is scored on: most runs of five letters are the same.",
+    "paraphrase leak": "Train rows that the untouched model takes for a reworded eval or test row. Read some: "
+    "where many rows ask the same, they are like that; and it hardly sees that words changed places.",
     "leak": "Train rows whose text is scored on, too. The scores flatter the model: leave these rows out of train.",
     "conflicting labels": "Train rows with the same text and different labels: at most one of them can be learned.",
     "broken encoding": "Text that was read in the wrong encoding once ('Ã©' for 'é'); the repair is shown.",

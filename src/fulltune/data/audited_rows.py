@@ -1,0 +1,196 @@
+"""The prepared rows as an audit reads them: once, with what is wrong with their texts, and what tells rows apart."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulltune.audit import Flaw, missing, repaired
+from fulltune.audit.conversation import chat_faults
+from fulltune.audit.flaw import listed
+from fulltune.data.languages import OTHER_LANGUAGE, Heard, listen, strangers
+from fulltune.data.near import signatures
+from fulltune.data.patch import Patched, load_patch, numbered
+from fulltune.data.running_text import PARTS, cells, checks_of, flawed, private
+from fulltune.data.sampling import draw
+from fulltune.data.sources import find_files, read_rows
+from fulltune.inference.store import row_id, texts
+from fulltune.recipe.fields import Recipe
+from fulltune.records.audit import Remedy, RowIssue
+from fulltune.records.data import SplitName
+from fulltune.tasks import PLACE, Row, Target, Task, chat
+from fulltune.tasks.columns import as_text, normalised
+
+CHAT_FAULT = "chat fault"
+SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
+_TEXT = 300
+"""Characters of a row that are written down."""
+_AT_ONCE = 1000
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class AuditedRows:
+    """The prepared rows, in the user's own columns."""
+
+    folder: Path
+    task: Task
+    target: Target
+    own_files: frozenset[str]
+    """Splits with files of their own."""
+    packed: Recipe | None
+    """Of rows that share a block: what names their files. None: each row lies beside its features."""
+
+    @property
+    def has_texts(self) -> bool:
+        return "image" not in self.target.columns
+
+    @property
+    def checks(self) -> set[str]:
+        """Checks of single texts that are made on these rows."""
+        absent = missing()
+        return {one for of in checks_of(self.target.columns).values() for one in of if one not in absent}
+
+    def of(self, split: SplitName) -> Iterator[dict[str, Any]]:
+        """Each row of a split once, also where it gave several examples."""
+        if self.packed is not None and split == "train":
+            yield from self._of_files(self.packed)
+            return
+        before: dict[str, Any] | None = None
+        for row in texts(self.folder / split):
+            if row is not before:
+                yield row
+            before = row
+
+    def _of_files(self, recipe: Recipe) -> Iterator[dict[str, Any]]:
+        """The train rows as the data stage read them."""
+        block, files = recipe.data, find_files(recipe)["train"]
+        patched = Patched(load_patch(Path(block.patch)), "train") if block.patch else None
+        held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.of(split)}
+        for place, row in read_rows(recipe, files, None, patched).rows(None):
+            if place not in held_out and self.task.refuse(row, self.target) is None:
+                yield {**row, PLACE: place}
+
+    def beginning(self, row: Row, most: int) -> str:
+        """How a row's texts begin, on one line, with what must not be shown masked."""
+        texts = (cell for part in PARTS for _, cell in cells(row, self.target.columns, part))
+        return " | ".join(" ".join(repaired(text, private()).split()) for text in texts)[:most]
+
+    def source_of(self, split: SplitName) -> str:
+        """Whose file a split's rows stand in."""
+        return split if split in self.own_files else "train"
+
+    def whole(self, row: Row, key: str) -> str:
+        """All that a row gives to learn; of an image its key says everything."""
+        columns = [column for role, column in self.target.columns.items() if role != "image"]
+        return "\0".join([key, *(normalised(as_text(row.get(column))) for column in columns)])
+
+    def issue(
+        self, check: str, split: SplitName, row: Row, reason: str, remedy: Remedy | None = None, score: float = 0.0
+    ) -> RowIssue:
+        """A row as it is listed; without a remedy it would be dropped. `row` is numbered later where rows are equal."""
+        return RowIssue(
+            check=check,
+            split=split,
+            source=self.source_of(split),
+            place=str(row[PLACE]),
+            row=row_id(row),
+            reason=reason,
+            text=self.beginning(row, _TEXT),
+            label=", ".join(self.task.row_labels(row, self.target)) or None,
+            remedy=remedy or Remedy(action="drop"),
+            score=score,
+        )
+
+
+@dataclass
+class SeenRows:
+    """What is known when all rows have passed by once."""
+
+    issues: list[RowIssue] = field(default_factory=list)
+    counts: dict[SplitName, int] = field(default_factory=dict)
+    keys: list[int] = field(default_factory=list)
+    """A hash of what each row asks: its text, prompt or passage. All splits, one after the other."""
+    ids: array[int] = field(default_factory=lambda: array("Q"))
+    """`row_id` of each row, as a number."""
+    wholes: list[int] = field(default_factory=list)
+    """The same of all that it gives to learn."""
+    signed: list[np.ndarray] = field(default_factory=list)
+    """MinHash of the same texts, some at a time: uint16 [rows, hashes]; empty for images."""
+    labels: list[int] = field(default_factory=list)
+    """The number of its labels in `names`; -1: it has none."""
+    names: dict[tuple[str, ...], int] = field(default_factory=dict)
+    heard: dict[str, Heard] = field(default_factory=dict)
+    """Column to its languages; empty where they cannot be told."""
+
+
+def look(rows: AuditedRows, total: int, progress: Progress) -> SeenRows:
+    """All rows, once: what is wrong with their texts, and what tells them apart."""
+    seen, checks = SeenRows(), checks_of(rows.target.columns, rows.checks)
+    for split in SPLITS:
+        before, keys = len(seen.keys), list[str]()
+        for row in rows.of(split):
+            key = rows.task.group_key(row, rows.target)
+            keys.append(key if rows.has_texts else "")
+            names = tuple(rows.task.row_labels(row, rows.target))
+            seen.ids.append(int(row_id(row), 16))
+            seen.keys.append(draw(0, key))
+            seen.wholes.append(draw(0, rows.whole(row, key)))
+            seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
+            found = flawed(row, rows.target.columns, checks)
+            seen.issues += [_flawed(rows, split, row, column, flaw) for column, flaw in found]
+            if "messages" in rows.target.columns:
+                seen.issues += _chat_issues(rows, split, row)
+            listen(seen.heard, row, rows.target.columns, split)
+            if len(keys) == _AT_ONCE:
+                progress(len(seen.keys), max(total, len(seen.keys)))
+                seen.signed.append(signatures(keys))
+                keys.clear()
+        seen.signed.append(signatures(keys))
+        seen.counts[split] = len(seen.keys) - before
+    progress(len(seen.keys), len(seen.keys))
+    return seen
+
+
+def with_numbers(rows: AuditedRows, seen: SeenRows, issues: list[RowIssue]) -> list[RowIssue]:
+    """The issues, with which one of several equal rows of a source each is about."""
+    ids = np.array(seen.ids, np.uint64)
+    values, counts = np.unique(ids, return_counts=True)
+    several = {f"{one:016x}" for one in values[counts > 1].tolist()}
+    places: dict[tuple[str, str], int] = {}
+    if any(one.row in several for one in issues):
+        times = Counter[tuple[str, str]]()
+        for split in SPLITS:
+            for row in rows.of(split):
+                if (found := row_id(row)) in several:
+                    times[rows.source_of(split), found] += 1
+                    places[split, str(row[PLACE])] = times[rows.source_of(split), found]
+    return [one.model_copy(update={"row": numbered(one.row, places.get((one.split, one.place), 1))}) for one in issues]
+
+
+def _chat_issues(rows: AuditedRows, split: SplitName, row: Row) -> list[RowIssue]:
+    columns = rows.target.columns
+    tools = chat.parsed(row.get(columns["tools"])) if "tools" in columns else None
+    found = chat_faults(chat.clean(row[columns["messages"]]), tools)
+    return [rows.issue(CHAT_FAULT, split, row, listed(found), score=float(len(found)))] if found else []
+
+
+def _flawed(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
+    # A turn of a conversation is no cell that could be replaced.
+    repairable = flaw.fixed is not None and isinstance(row[column], str)
+    fixed = repaired(row[column], private()) if repairable and flaw.check in private() else flaw.fixed
+    remedy = Remedy(action="replace", column=column, value=fixed) if repairable else None
+    return rows.issue(flaw.check, split, row, f"column '{column}': {flaw.reason}", remedy)
+
+
+def in_other_languages(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
+    return [
+        rows.issue(OTHER_LANGUAGE, one.split, one.row, f"column '{one.column}': {one.reason}", score=one.confidence)
+        for one in strangers(seen.heard, rows.target.columns, rows.of)
+    ]

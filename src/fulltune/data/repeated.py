@@ -1,0 +1,143 @@
+"""Rows that stand more than once: in train, with other labels, or among the rows that are scored on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from fulltune.data.audited_rows import AuditedRows, SeenRows
+from fulltune.data.near import joined
+from fulltune.data.rephrased import HELD_OUT, Rephrased
+from fulltune.records.audit import Remedy, RowIssue
+from fulltune.records.data import SplitName
+from fulltune.tasks import PLACE, Row
+
+DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
+PARAPHRASE = "paraphrase leak"
+LEAKS = (LEAK, NEAR_LEAK, PARAPHRASE)
+NEAR = 0.8
+"""Share of the runs of five letters that texts have in common which are nearly the same."""
+_QUOTED = 80
+"""Characters of the row that is scored on."""
+_MOST_COMPARED = 200
+"""Held-out rows of a group that a train row is compared with."""
+
+
+def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
+    """Train rows that are there already, that are scored on, or that have another label elsewhere."""
+    keys, wholes = (np.array(one, np.uint64).view(np.int64) for one in (seen.keys, seen.wholes))
+    labels = np.array(seen.labels, np.int64)
+    train = np.arange(len(keys)) < seen.counts["train"]
+    _, first = np.unique(np.where(train, wholes, 0), return_index=True)
+    again = train.copy()
+    again[first] = False
+    leaks = train & np.isin(keys, keys[~train])
+    near = keys
+    if rows.has_texts:
+        near = joined(keys.view(np.uint64), np.concatenate(seen.signed), NEAR).view(np.int64)
+    held = _scored_on(seen, train, leaks, near)
+    nearly = train & ~leaks
+    nearly[nearly] = np.isin(np.flatnonzero(nearly), list(held))
+    votes = _votes(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
+    torn = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
+    # Rows with the label of most stay.
+    for position in np.flatnonzero(torn).tolist():
+        torn[position] = _most(votes[int(keys[position])]) != labels[position]
+    held_out = _places(rows, seen, set(held.values()))
+    names = {number: of for of, number in seen.names.items()}
+    column, is_list = rows.target.columns.get("label"), rows.target.problem_type == "multi_label"
+    issues: list[RowIssue] = []
+    wanted = again | leaks | nearly | torn
+    for position, row in zip(range(seen.counts["train"]), rows.of("train"), strict=True):
+        if not wanted[position]:
+            continue
+        tell = partial(rows.issue, split="train", row=row)
+        if again[position]:
+            issues.append(tell(DUPLICATE, reason="stands in train already, its label or answer included"))
+        if leaks[position]:
+            issues.append(tell(LEAK, reason=f"the same text is scored on: {held_out[held[position]]}"))
+        if nearly[position]:
+            issues.append(tell(NEAR_LEAK, reason=f"nearly the same text is scored on: {held_out[held[position]]}"))
+        if torn[position]:
+            counts = votes[int(keys[position])]
+            times = ((", ".join(names[label]), count) for label, count in counts.most_common(3))
+            shown = ", ".join(f"'{name}' {'once' if count == 1 else f'{count:,} times'}" for name, count in times)
+            remedy, best = None, _most(counts)
+            if best is not None and column is not None:
+                value = list(names[best]) if is_list else names[best][0]
+                remedy = Remedy(action="replace", column=column, value=value)
+            score = float(counts.total() - counts[int(labels[position])])
+            issues.append(
+                tell(CONFLICT, reason=f"the same text has several labels: {shown}", remedy=remedy, score=score)
+            )
+    return issues
+
+
+def _scored_on(seen: SeenRows, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, int]:
+    """Positions of train rows to the held-out row that each is equal to, or nearest to and as near as `NEAR`.
+
+    Rows of one group are near each other along a chain; what counts is whether they are near by themselves.
+    """
+    groups: dict[int, list[int]] = {}
+    for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
+        groups.setdefault(int(near[position]), []).append(position)
+    signed = np.concatenate(seen.signed) if seen.signed else np.empty((0, 1), np.uint16)
+    found: dict[int, int] = {}
+    for position in np.flatnonzero(train & np.isin(near, near[~train])).tolist():
+        others = groups[int(near[position])]
+        if leaks[position]:
+            found[position] = next(one for one in others if seen.keys[one] == seen.keys[position])
+            continue
+        shared = (signed[position] == signed[others[:_MOST_COMPARED]]).mean(axis=1)
+        if shared.max() >= NEAR:
+            found[position] = others[int(shared.argmax())]
+    return found
+
+
+def _places(rows: AuditedRows, seen: SeenRows, wanted: set[int]) -> dict[int, str]:
+    """Positions of held-out rows to where they stand, and how they begin."""
+    found: dict[int, str] = {}
+    position = seen.counts["train"]
+    for split in ("eval", "test") if wanted else ():
+        for row in rows.of(split):
+            if position in wanted:
+                found[position] = f"{row[PLACE]}: '{rows.beginning(row, _QUOTED)}'"
+            position += 1
+    return found
+
+
+def _votes(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
+    """Of each key with more than one label, how often it has each."""
+    pairs = np.unique(np.stack([keys, labels]), axis=1)
+    several, counts = np.unique(pairs[0], return_counts=True)
+    torn = np.isin(keys, several[counts > 1])
+    votes: dict[int, Counter[int]] = {}
+    for key, label in zip(keys[torn].tolist(), labels[torn].tolist(), strict=True):
+        votes.setdefault(key, Counter())[label] += 1
+    return votes
+
+
+def _most(counts: Counter[int]) -> int | None:
+    """The label of more than half; None: there is none."""
+    (best, most), *_ = counts.most_common(1)
+    return best if 2 * most > counts.total() else None
+
+
+def in_other_words(rows: AuditedRows, found: Sequence[Rephrased], leaked: Collection[str]) -> list[RowIssue]:
+    """Train rows that say what a held-out row says, but for those that were found to leak already, by their places."""
+    by_position = {one.position: one for one in found}
+    chosen = [(by_position[at], row) for at, row in enumerate(rows.of("train")) if at in by_position]
+    chosen = [(one, row) for one, row in chosen if str(row[PLACE]) not in leaked]
+    wanted = {(one.split, one.held_out) for one, _ in chosen}
+    held_out: Mapping[tuple[SplitName, int], Row] = {
+        (split, at): row for split in HELD_OUT for at, row in enumerate(rows.of(split)) if (split, at) in wanted
+    }
+    issues: list[RowIssue] = []
+    for one, row in chosen:
+        other = held_out[one.split, one.held_out]
+        reason = f"the same is scored on in other words: {other[PLACE]}: '{rows.beginning(other, _QUOTED)}'"
+        issues.append(rows.issue(PARAPHRASE, "train", row, reason, score=round(one.cosine, 4)))
+    return issues
