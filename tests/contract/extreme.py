@@ -37,8 +37,9 @@ FREE_BYTES = 150 * 2**20
 """Libraries that are loaded, buffers, the rows that are no larger than others."""
 BOMB_BYTES = 256 * 2**20
 """Parquet that unpacks to more, and to 200 times its size, is refused."""
-BYTES_PER_BYTE, BYTES_PER_TOKEN = 12, 200
-"""Of memory for each byte of a file; where all of a text is tokenised, each byte is a token of the test tokenizers."""
+BYTES_PER_BYTE, BYTES_PER_TOKEN = 40, 120
+"""Of memory for each byte of a file: JSON of single digits, lists or keys takes most. Where all of a text is tokenised,
+each byte is a token of the test tokenizers, and a number of Python."""
 MOST_COLUMNS = 100_000
 LONG_MESSAGE = 6_000
 

@@ -11,10 +11,10 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, usual
-from fulltune.tasks.beginnings import beginning
 from fulltune.tasks.columns import as_text, named, normalised, required, without_text
 from fulltune.tasks.labels import find_target as find_target
 from fulltune.tasks.labels import is_beyond, is_broken_list, is_empty, label_list, label_name, parsed_number
+from fulltune.tasks.long_texts import beginning
 from fulltune.tasks.padding import collated
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.records.data import Preview
 from fulltune.records.scores import Answer
 from fulltune.tasks import Encoded, Example, LossSettings, Predictions, Refused, Row, Target, classes, tags, usual
-from fulltune.tasks.beginnings import beginning
 from fulltune.tasks.columns import normalised
+from fulltune.tasks.long_texts import beginning
 from fulltune.tasks.padding import IGNORED, collated, ragged
 from fulltune.tasks.tags import find_target as find_target
 from fulltune.tasks.tags import refuse as refuse
