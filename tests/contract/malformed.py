@@ -72,6 +72,8 @@ class Case:
     refusals: list[Flaw] = field(default_factory=list)
     oddities: list[str] = field(default_factory=list)
     """What is unusual and harmless."""
+    unpacked_bytes: int = 0
+    """Of what is packed inside of the file."""
     most_lost: int = MOST_LOST
     is_wild: bool = False
     """Bytes were changed at random: nobody knows which rows are still right."""
@@ -869,12 +871,13 @@ def recipe_values(case: Case, model: str = "x") -> dict[str, Any]:
     return {"model": model, "task": case.task, "data": {"train": str(case.path), **case.settings}}
 
 
-def run_here(case: Case, processors: dict[str, Any]) -> Outcome:
+def run_here(case: Case, processors: dict[str, Any], prepared: Callable[[], None] = lambda: None) -> Outcome:
     """The data stage on a case, in this process.
 
     Args:
         case: The case.
         processors: Task to tokenizer, or image processor.
+        prepared: Called when the data stage is done, before its rows are read again.
     """
     from fulltune import data
     from fulltune.errors import FulltuneError
@@ -884,7 +887,10 @@ def run_here(case: Case, processors: dict[str, Any]) -> Outcome:
     recipe = Recipe.model_validate(recipe_values(case))
     processor = processors[case.task]
     try:
-        data.prepare(recipe, case.folder / "data", task_named(recipe.task), processor, data.Limits(tiny.POSITIONS))
+        try:
+            data.prepare(recipe, case.folder / "data", task_named(recipe.task), processor, data.Limits(tiny.POSITIONS))
+        finally:
+            prepared()
         return outcome_of(case, case.folder / "data", processor)
     except FulltuneError as error:
         return Outcome(problems=error.problems)

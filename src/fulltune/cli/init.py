@@ -24,7 +24,7 @@ from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import writing
 from fulltune.tasks import Target, task_named
-from fulltune.tasks.columns import unreadable
+from fulltune.tasks.columns import shown, unreadable
 from fulltune.text import counted
 
 TASKS = get_args(TaskName)
@@ -216,9 +216,7 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     columns = tuple(dict.fromkeys(name for row in head for name in row))
     for role, column in hints.roles.items():
         if column not in columns:
-            raise DataError(
-                f"{files.where}: no column '{column}' (--{_option(role)}); columns here: {', '.join(columns)}"
-            )
+            raise DataError(f"{files.where}: no column '{column}' (--{_option(role)}); columns here: {shown(columns)}")
     forms = _forms(columns, hints)
     refusals: list[DataError] = []
     for task, role in forms:
@@ -241,7 +239,7 @@ def infer(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         f"{paths[0]}: no known form of data{f' with {hinted}' if hinted else ''}: expected columns text + label "
         "(classification), tokens + tags (entities), prompt + completion or messages (language model), question + "
         "context + answers, source + target, choices + label, image + label, or text alone; columns here: "
-        f"{', '.join(columns)}. Say which is which, for example: {_example(columns, head)}"
+        f"{shown(columns)}. Say which is which, for example: {_example(columns, head)}"
     )
 
 

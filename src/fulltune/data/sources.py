@@ -18,7 +18,7 @@ from fulltune.recipe.data import DataBlock, MixedFile
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import PLACE, Target, Task
-from fulltune.tasks.columns import USUAL_NAMES, is_whole, unreadable
+from fulltune.tasks.columns import USUAL_NAMES, is_whole, shown, unreadable, windows
 from fulltune.text import did_you_mean
 
 Preprocess = Callable[[dict[str, Any]], dict[str, Any]]
@@ -180,7 +180,7 @@ def describe(
         raise refusal
     missing = [
         f"{sources[name].where}: no column '{column}' (data.{role}), which train has; "
-        f"columns here: {', '.join(columns[name])}"
+        f"columns here: {shown(columns[name])}"
         for name in sources
         if not (is_mixed(name) and task.FACTS.has_forms)
         for role, column in roles.items()
@@ -200,7 +200,7 @@ def _without_mark(
     needed.append(("time", block.time, "train"))
     return [
         f"{sources[name].where}: no column '{column}' (data.{role}); "
-        f"{did_you_mean(column, columns[name]) or 'columns here: ' + ', '.join(columns[name])}"
+        f"{did_you_mean(column, columns[name]) or 'columns here: ' + shown(columns[name])}"
         for role, column, name in needed
         if column is not None and column not in columns[name]
     ]
@@ -246,14 +246,20 @@ def _for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
 
 
 def _head(source: SourceRows) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The columns of the first thousand rows, and the first hundred whole ones of these: rows may be large."""
+    """The columns of the first thousand rows, and the first hundred whole ones of these, or fewer large ones."""
     columns: dict[str, None] = {}
-    whole: list[dict[str, Any]] = []
-    for _, row in islice(source.rows([]), _HEAD):
-        columns.update(dict.fromkeys(row))
-        if len(whole) < _SAMPLE and is_whole(row):
-            whole.append(row)
-    return tuple(columns), whole
+
+    def whole() -> Iterator[dict[str, Any]]:
+        for _, row in islice(source.rows([]), _HEAD):
+            columns.update(dict.fromkeys(row))
+            if is_whole(row):
+                yield row
+
+    rest = windows(whole(), _SAMPLE)
+    head = next(rest, [])
+    for _ in rest:  # for their columns
+        pass
+    return tuple(columns), head
 
 
 def _refuse_row_as_header(roles: Mapping[str, str], rows: Sequence[Mapping[str, Any]], where: str) -> None:

@@ -93,8 +93,13 @@ def decode(path: str, content: bytes) -> Any:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
+        # Who opens a pipe waits for whoever writes into it, and some devices never end.
+        if not content and Path(path).exists() and not Path(path).is_file():
+            raise OSError("is no file, but a folder, a pipe or a device")
         with Image.open(io.BytesIO(content) if content else path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)  # a copy of a large one would be another 500 MB
+            image = _in_8_bits(image)
+            return image if image.mode == "RGB" else image.convert("RGB")
     # Pillow's readers raise whatever their format's parser stumbles over.
     except Exception as error:
         if isinstance(error, MemoryError):
@@ -106,6 +111,23 @@ def decode(path: str, content: bytes) -> Any:
         if isinstance(error, UnidentifiedImageError):  # its text names the file once more
             text = "is of no known kind"
         raise DataError(f"{name}: cannot be decoded: {text[:200]}") from None
+
+
+def _in_8_bits(image: Any) -> Any:
+    """An image whose values have 16 bits with the upper 8 of them: Pillow would cut all above 255 to white.
+
+    Raises:
+        ValueError: For values of 32 bits.
+    """
+    from PIL import Image
+
+    # As old versions of Pillow open those of 16 bits.
+    has_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if has_16:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its values have 32 bits (mode {image.mode}), and nobody says what black and white are")
+    return image
 
 
 class ImageRows(Sequence[dict[str, Any]]):

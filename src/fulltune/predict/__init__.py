@@ -16,6 +16,7 @@ from fulltune.predict.predictor import Predictor as Predictor
 from fulltune.recipe.model import ModelBlock
 from fulltune.system.run_folder import comparison_of
 from fulltune.tasks import tags
+from fulltune.tasks.columns import shown
 
 
 def load(run: Path, method: str | None = None) -> Predictor:
@@ -139,9 +140,7 @@ def check_columns(columns: Collection[str], notes: Mapping[str, Any], where: str
     """
     missing = [column for column in columns_read(notes) if column not in columns]
     if missing:
-        raise DataError(
-            f"{where}: no column '{missing[0]}', which the model reads (columns here: {', '.join(columns)})"
-        )
+        raise DataError(f"{where}: no column '{missing[0]}', which the model reads (columns here: {shown(columns)})")
 
 
 _NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")

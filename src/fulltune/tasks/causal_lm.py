@@ -14,6 +14,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
 from fulltune.tasks import Encoded, Example, LossSettings, Refused, Row, Target, chat, usual, written
 from fulltune.tasks.columns import as_text, named, normalised, required, without_text
+from fulltune.tasks.long_texts import PART_CHARACTERS, token_ids
 from fulltune.tasks.padding import IGNORED, collated, padded
 
 if TYPE_CHECKING:
@@ -158,7 +159,9 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_leng
     """All tokens are trained, the end token too; a long text becomes several examples, none of it is lost."""
     end = tokenizer.eos_token_id
     encoded = []
-    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+    is_long = any(len(text) > PART_CHARACTERS for text in texts)
+    at_once = [] if is_long else tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    for ids in (token_ids(text, tokenizer) for text in texts) if is_long else at_once:
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]

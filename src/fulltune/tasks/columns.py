@@ -8,14 +8,15 @@ import json
 import re
 import tokenize
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 from fulltune.errors import DataError
 from fulltune.tasks import Refused, Row, Target
-from fulltune.text import did_you_mean
+from fulltune.text import did_you_mean, first_few
 
 T = TypeVar("T")
+_SHOWN, _LONG_NAME = 40, 80
 
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "content", "review", "comment", "question", "utterance", "query", "title", "body"),
@@ -89,20 +90,21 @@ MOST_NESTED = 100
 
 def fault(value: object) -> str | None:
     """What makes a value from JSON unusable: half a character, or depth; None: nothing does."""
-    waiting: list[tuple[object, int]] = [(value, 0)]
+    waiting: list[Iterator[object]] = [iter([value])]  # one for each level: a list may hold millions
     while waiting:
-        part, depth = waiting.pop()
-        if depth > MOST_NESTED:
-            return f"lists nested more than {MOST_NESTED} deep"
-        if isinstance(part, str):
-            try:
-                part.encode()
-            except UnicodeEncodeError:
-                return "half a character (a lone surrogate, as a cut emoji leaves it)"
-        elif isinstance(part, dict):
-            waiting += [(inner, depth + 1) for pair in part.items() for inner in pair]
-        elif isinstance(part, (list, tuple)):
-            waiting += [(inner, depth + 1) for inner in part]
+        for part in waiting[-1]:
+            if len(waiting) - 1 > MOST_NESTED:
+                return f"lists nested more than {MOST_NESTED} deep"
+            if isinstance(part, str):
+                try:
+                    part.encode()
+                except UnicodeEncodeError:
+                    return "half a character (a lone surrogate, as a cut emoji leaves it)"
+            elif isinstance(part, (dict, list, tuple)):
+                waiting.append(chain.from_iterable(part.items()) if isinstance(part, dict) else iter(part))
+                break
+        else:
+            waiting.pop()
     return None
 
 
@@ -159,7 +161,7 @@ def named(role: str, given: str | None, columns: Sequence[str], where: str, name
     """
     if given is not None:
         if given not in columns:
-            hint = did_you_mean(given, columns) or f"columns here: {', '.join(columns)}"
+            hint = did_you_mean(given, columns) or f"columns here: {shown(columns)}"
             raise DataError(f"{where}: no column '{given}' (data.{role}); {hint}")
         return given
     return usual(names or USUAL_NAMES[role], columns, where)
@@ -177,7 +179,12 @@ def required(
 
 def missing_column(role: str, columns: Sequence[str], where: str) -> str:
     """What is said of a role without a column."""
-    return f"{where}: no column found for data.{role}; name it in the recipe (columns here: {', '.join(columns)})"
+    return f"{where}: no column found for data.{role}; name it in the recipe (columns here: {shown(columns)})"
+
+
+def shown(columns: Iterable[str]) -> str:
+    """Names of columns in a message, which a broken file may have by the million, or of a million characters."""
+    return first_few([name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}..." for name in columns], _SHOWN)
 
 
 def without_text(row: Row, target: Target, *roles: str) -> Refused | None:
@@ -226,9 +233,10 @@ def windows(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_
 
 
 def _characters(value: Any) -> int:
-    """Characters and bytes in a cell; anything else counts as one."""
+    """Characters and bytes in a cell; anything else counts as one, and so does a place in a list or an object: a row
+    may have a million empty ones."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, Mapping):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 1
+        return len(value) + sum(map(_characters, value.values()))
+    return len(value) + sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 1

@@ -167,5 +167,5 @@ def _not_bio(wrong: Sequence[tuple[str, int, str]], count: int, column: str, whe
             "holds tags that are not BIO, expected O, B-TYPE (first word of an entity) or I-TYPE (each further word): "
             "rename them"
         )
-    places = [f"{at}, word {place}: tag {tag!r}" for at, place, tag in wrong]
+    places = [f"{at}, word {place}: tag {tag[:60]!r}" for at, place, tag in wrong]
     return [f"{where}: column '{column}' {advice} ({count} such tags)", *places]

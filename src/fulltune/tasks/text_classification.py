@@ -14,6 +14,7 @@ from fulltune.tasks import Encoded, Example, Refused, Row, Target, classes, usua
 from fulltune.tasks.columns import as_text, named, normalised, required, without_text
 from fulltune.tasks.labels import find_target as find_target
 from fulltune.tasks.labels import is_beyond, is_broken_list, is_empty, label_list, label_name, parsed_number
+from fulltune.tasks.long_texts import beginning
 from fulltune.tasks.padding import collated
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _texts(row: Row, target: Target) -> list[str]:
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise texts (or pairs) and turn the label into an id, a 0/1 vector [labels] or a float."""
-    texts = [_texts(row, target) for row in rows]
+    texts = [[beginning(text, tokenizer, max_length) for text in _texts(row, target)] for row in rows]
     # Encoded without a limit first: only so can truncation be counted.
     tokens = tokenizer(*map(list, zip(*texts, strict=True)), **_WANTED)
     # Token types of a single text are 0 everywhere, which is what models assume without them.

@@ -14,6 +14,7 @@ from fulltune.records.data import Preview
 from fulltune.records.scores import Answer
 from fulltune.tasks import Encoded, Example, LossSettings, Predictions, Refused, Row, Target, classes, tags, usual
 from fulltune.tasks.columns import normalised
+from fulltune.tasks.long_texts import beginning
 from fulltune.tasks.padding import IGNORED, collated, ragged
 from fulltune.tasks.tags import find_target as find_target
 from fulltune.tasks.tags import refuse as refuse
@@ -62,7 +63,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: PreTrainedTokenizerBa
             "tokenizer.json); token-classification needs a fast one: take another model, or convert its tokenizer"
         )
     parsed = [tags.words_and_tags(row, target.columns) for row in rows]
-    sentences = as_in_text([words for words, _ in parsed], tokenizer)
+    read = [[beginning(word, tokenizer, max_length) for word in words] for words, _ in parsed]
+    sentences = as_in_text(read, tokenizer)
     cut = tokenizer(sentences, is_split_into_words=True, verbose=False)
     # Encoded without a limit first: only so can truncation be counted.
     lengths = [len(ids) for ids in cut["input_ids"]]

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DataError
 from fulltune.tasks.columns import BadCell
+from fulltune.text import format_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _ROWS_AT_ONCE = 1000
+_BYTES_AT_ONCE = 64 * 2**20
+"""Of rows that hold images or books, fewer are read at once."""
+_MOST_UNPACKED_BYTES = 256 * 2**20
+_MOST_GROWTH = 200
+"""Texts and numbers are packed to a tenth, seldom to a fiftieth: what unpacks to more than both is no data."""
+_FIRST_FEATHER = b"FEA1"
+"""Files of the second version are Arrow files."""
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -58,23 +66,60 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
 
     if file.suffix.lower() == ".parquet":
         with parquet.ParquetFile(file) as parts:
-            yield from parts.iter_batches(_ROWS_AT_ONCE)
-        return
-    if file.suffix.lower() == ".feather":
-        yield from feather.read_table(file, memory_map=True).to_batches(_ROWS_AT_ONCE)
+            groups = [parts.metadata.row_group(number) for number in range(parts.metadata.num_row_groups)]
+            unpacked = sum(group.total_byte_size for group in groups)
+            _refuse_bomb(file, max((group.total_byte_size for group in groups), default=0))
+            yield from parts.iter_batches(_rows_at_once(parts.metadata.num_rows, unpacked))
         return
     with pa.memory_map(str(file)) as stream:
-        try:
-            table = pa.ipc.open_file(stream).read_all()
-        except pa.ArrowInvalid:
-            stream.seek(0)
-            table = pa.ipc.open_stream(stream).read_all()
-            # One that was cut between two batches reads like a whole one, but for its mark.
-            end = stream.tell()
-            stream.seek(max(0, end - len(_END_OF_STREAM)))
-            if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-                raise pa.ArrowInvalid(f"cut after {len(table)} rows, its end mark is missing") from None
-        yield from table.to_batches(_ROWS_AT_ONCE)
+        if stream.read(len(_FIRST_FEATHER)) == _FIRST_FEATHER:
+            yield from feather.read_table(file, memory_map=True).to_batches(_ROWS_AT_ONCE)
+            return
+        stream.seek(0)
+        for batch in _arrow_batches(stream):
+            table = pa.Table.from_batches([batch])
+            yield from table.to_batches(_rows_at_once(len(batch), batch.nbytes))
+
+
+def _rows_at_once(num_rows: int, num_bytes: int) -> int:
+    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * num_rows // max(1, num_bytes)))
+
+
+def _refuse_bomb(file: Path, unpacked_bytes: int) -> None:
+    """A few kilobytes can say that they are gigabytes, and be.
+
+    Raises:
+        DataError: For a part that unpacks to so much that it is no data.
+    """
+    packed_bytes = file.stat().st_size
+    if unpacked_bytes > max(_MOST_UNPACKED_BYTES, _MOST_GROWTH * packed_bytes):
+        raise DataError(
+            f"{file}: rows that are read together unpack to {format_bytes(unpacked_bytes)}, in a file of "
+            f"{format_bytes(packed_bytes)}; expected at most {_MOST_GROWTH} times its size: if they are right, write "
+            "the file again without compression"
+        )
+
+
+def _arrow_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """Batch by batch: a compressed one is unpacked when it is read."""
+    import pyarrow as pa
+
+    try:
+        parts = pa.ipc.open_file(stream)
+    except pa.ArrowInvalid:
+        stream.seek(0)
+    else:
+        yield from (parts.get_batch(number) for number in range(parts.num_record_batches))
+        return
+    num_rows = 0
+    for batch in pa.ipc.open_stream(stream):
+        num_rows += len(batch)
+        yield batch
+    # One that was cut between two batches reads like a whole one, but for its mark.
+    end = stream.tell()
+    stream.seek(max(0, end - len(_END_OF_STREAM)))
+    if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+        raise pa.ArrowInvalid(f"cut after {num_rows} rows, its end mark is missing")
 
 
 _NO_VALUE = (ValueError, OverflowError, LookupError)

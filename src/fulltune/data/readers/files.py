@@ -16,6 +16,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", 
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
 """Kinds that a folder may hold for other reasons (a licence, notes): read when the recipe names the file."""
 _KINDS = ", ".join(SUFFIXES)
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
 def data_files(path: Path) -> list[Path]:
@@ -32,6 +33,9 @@ def data_files(path: Path) -> list[Path]:
             raise DataError(_no_such_file(path)) from None
         if stat.S_ISDIR(status.st_mode):
             return _files_in(path)
+    _refuse_no_file(path, status.st_mode)
+    if path.suffix.lower() in _PACKED:
+        raise DataError(_packed(path))
     if path.suffix.lower() not in (*SUFFIXES, *ONLY_BY_NAME):
         raise DataError(f"{path}: unknown kind of file '{path.suffix}'; expected {_KINDS}: save it as one of them")
     if status.st_size == 0:
@@ -67,11 +71,52 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: files such as {printable(by_name[0].name)} are not taken from a folder; name them one by one, "
             f"for example data.train: [{', '.join(printable(file) for file in by_name[:2])}]"
         )
-    if not files:
+    # Left alone, its rows would be missing in silence.
+    packed = [file for file in listed if file.suffix.lower() in _PACKED and _is_data(file.stem)]
+    if not files and not packed:
         raise DataError(f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or a file")
+    problems = [_packed(file) for file in packed]
     for file in files:
-        _refuse_name(file)
+        try:
+            _refuse_name(file)
+            with reading(file):
+                _refuse_no_file(file, _mode(file))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
     return files
+
+
+def _is_data(name: str) -> bool:
+    return Path(name).suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
+
+
+def _packed(file: Path) -> str:
+    return f"{printable(file)}: is packed ('{file.suffix}'), expected {_KINDS}; unpack it, and name what was in it"
+
+
+def _mode(file: Path) -> int:
+    try:
+        return file.stat().st_mode
+    except FileNotFoundError:
+        raise DataError(_no_such_file(file)) from None
+
+
+def _refuse_no_file(file: Path, mode: int) -> None:
+    """Who opens a pipe waits for whoever writes into it, and some devices never end.
+
+    Raises:
+        DataError: For anything but a file.
+    """
+    if stat.S_ISDIR(mode):
+        raise DataError(
+            f"{file}: is a folder named as a data file, expected a file; rename it, or name its files one by one"
+        )
+    if not stat.S_ISREG(mode):
+        raise DataError(
+            f"{file}: is a pipe, a socket or a device, expected a file; write what it gives into a file, and name that"
+        )
 
 
 @contextlib.contextmanager

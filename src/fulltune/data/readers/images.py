@@ -16,6 +16,8 @@ from fulltune.tasks.columns import USUAL_NAMES, BadCell
 _KINDS = "avif bmp dib gif ico jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
 """Kinds that Pillow reads; other files in the folders are left alone."""
+_OF_ARCHIVES = "__MACOSX"
+"""What unpacking leaves beside the folders, on systems other than Apple's."""
 
 
 def is_image_folder(folder: Path) -> bool:
@@ -58,6 +60,8 @@ def files(folder: Path) -> list[Path]:
         )
     if deeper:
         raise DataError(f"{deeper[0]}: holds folders and no image, other folders beside it hold images; {expected}")
+    if empty := [inner for inner in classes if not _has_images(inner) and inner.name != _OF_ARCHIVES] if images else []:
+        raise DataError([f"{inner}: holds no image, {expected}; put some into it, or remove it" for inner in empty])
     return images
 
 

@@ -24,6 +24,14 @@ from fulltune.text import counted
 PlacedRow = tuple[str, dict[str, Any]]
 _SHOWN = 5
 """Broken lines of a file that are named one by one."""
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"PK\3\4": "zip, as office documents are, too",
+}
+"""How packed files begin, whatever their names are. No text in UTF-8 begins so but for `BZh` and `PK`."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,11 @@ def _refuse_binary(file: Path) -> None:
     with file.open("rb") as stream:
         while block := stream.read(2**20):
             start = block[:1000]
+            packed = next((kind for sign, kind in _PACKED.items() if line == 1 and start.startswith(sign)), None)
+            if packed and not _is_text(start):
+                raise DataError(
+                    f"{file}: is packed ({packed}), expected text in UTF-8; unpack it, and name what was in it"
+                )
             if line == 1 and (
                 block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
                 or (len(start) / 5 < start.count(0) < len(start))
@@ -198,6 +211,11 @@ def _refuse_binary(file: Path) -> None:
                     "copy or write it again"
                 )
             line += block.count(b"\n")
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether bytes are text in UTF-8 that may be cut."""
+    return 0 not in start and isinstance(_decoded(start[: start.rfind(b"\n") + 1] or start), str)
 
 
 def _decoded(value: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from fulltune.text import counted
 
 _UNCLOSED = "a double quote is opened in this row and never closed, expected one at the cell's end; close it"
 _DOUBLED = "write a double quote inside of a quoted text twice"
+_MARK = "a byte order mark stands before a double quote, as in files that were put one behind the other; remove it"
+_MOST_COLUMNS = 100_000
+"""Each row would be kept with a million names: with more, the file is damaged or no table of texts."""
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -39,7 +43,10 @@ def separated(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
             _check_header(file, header, delimiter)
             line = reader.line_num + 1
             for cells in reader:
-                if cells and len(cells) != len(header):
+                # Behind the mark a quote opens nothing: it would be a part of the text, and what it holds be split.
+                if cells and cells[0].startswith('\ufeff"'):
+                    yield line, _MARK
+                elif cells and len(cells) != len(header):
                     yield line, f"{counted(len(cells), 'cell')}, expected {len(header)} as in {source}; {remedy}"
                 elif cells:
                     yield line, dict(zip(header, cells, strict=True))
@@ -51,6 +58,10 @@ def separated(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
 def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
     if not header:
         raise DataError(f"{file}:1: no header line, expected one with column names; write one")
+    if len(header) > _MOST_COLUMNS:
+        raise DataError(
+            f"{file}:1: {len(header):,} columns, expected at most {_MOST_COLUMNS:,}; remove those that are not read"
+        )
     # One column whose name holds another delimiter is a file that was written with that one.
     other = next((sign for sign in _NAMES if sign != delimiter and sign in header[0]), None)
     if len(header) == 1 and other is not None:
@@ -58,11 +69,16 @@ def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
             f"{file}:1: its columns are separated by {_NAMES[other]}, expected {_NAMES[delimiter]}; save it with "
             "commas as .csv or with tabs as .tsv"
         )
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    repeated = _repeated(header)
     if repeated:
         raise DataError(
-            f"{file}:1: column '{repeated[0]}' stands twice in the header, expected each name once; rename one"
+            f"{file}:1: column '{repeated[0][:60]}' stands twice in the header, expected each name once; rename one"
         )
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    """Those that stand twice, sorted; there may be a million names."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -125,8 +141,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Of two values of a name, JSON's readers silently take the last one."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+        repeated = _repeated([name for name, _ in pairs])
+        raise ValueError(f"{repeated[0][:60]!r} stands twice in an object")
     return values
 
 

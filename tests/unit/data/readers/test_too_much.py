@@ -1,0 +1,217 @@
+"""What is no file of rows, or unpacks to much more than it is."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import zipfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune.data import sources
+from fulltune.data.readers import columnar, images, read
+from fulltune.errors import DataError
+from fulltune.tasks import long_texts
+from fulltune.tasks.columns import MOST_NESTED, fault, shown, windows
+from fulltune.tasks.long_texts import beginning
+from tests import tiny
+
+ROWS = b"text,label\nrain,weather\nsoup,food\n"
+
+
+def _zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed:
+        packed.writestr("rows.csv", ROWS)
+    return buffer.getvalue()
+
+
+PACKED = {"gzip": gzip.compress(ROWS), "bzip2": bz2.compress(ROWS), "xz": lzma.compress(ROWS), "zip": _zip()}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "txt", "conll"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_rows_under_another_name_are_refused_by_their_kind(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(PACKED[kind])
+    with pytest.raises(DataError, match=rf"rows\.{suffix}: is packed \({kind}.*; unpack it"):
+        list(read.locate([str(path)]).rows())
+
+
+def test_text_that_begins_as_a_packed_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("BZh is how bzip2 files begin\nPK is a vehicle\n")
+    assert len(list(read.locate([str(tmp_path / "rows.txt")]).rows())) == 2
+
+
+@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.tar.gz", "rows.zip", "rows.jsonl.zst", "rows.7z"])
+def test_packed_file_that_is_named_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(PACKED["gzip"])
+    with pytest.raises(DataError, match=rf"{name}: is packed .*; unpack it"):
+        read.locate([str(tmp_path / name)])
+
+
+def test_packed_rows_beside_others_are_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(ROWS)
+    (tmp_path / "all.zip").write_bytes(PACKED["zip"])  # says nothing of rows
+    assert len(read.locate([str(tmp_path)]).files) == 1
+    (tmp_path / "more.csv.gz").write_bytes(PACKED["gzip"])
+    with pytest.raises(DataError, match=r"more\.csv\.gz: is packed"):
+        read.locate([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda path: os.mkfifo(path), "is a pipe, a socket or a device"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a pipe, a socket or a device"),
+        (lambda path: path.mkdir(), "is a folder named as a data file"),
+        (lambda path: path.symlink_to("nowhere.csv"), "is a link that leads nowhere"),
+        (lambda path: path.symlink_to(path.name), "is a link that leads back to itself"),
+    ],
+)
+@pytest.mark.parametrize("is_named", [True, False])
+def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], Any], problem: str, is_named: bool) -> None:
+    odd = tmp_path / "odd.csv"
+    make(odd)
+    (tmp_path / "rows.csv").write_bytes(ROWS)
+    if is_named and "folder" in problem:
+        problem = "no data file in this folder"
+    with pytest.raises(DataError, match=rf"odd\.csv: {problem}"):
+        read.locate([str(odd if is_named else tmp_path)])
+
+
+def test_class_folder_without_an_image_is_refused(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "__MACOSX", ".cache"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"")
+    with pytest.raises(DataError) as found:
+        images.files(tmp_path)
+    assert len(found.value.problems) == 1
+    assert "dog: holds no image" in found.value.problems[0]
+    (tmp_path / "dog" / "1.png").write_bytes(b"")
+    assert len(images.files(tmp_path)) == 2
+
+
+def test_mark_before_a_quote_is_refused_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufefftext,label\n"a, b",x\n\ufeff"c d",y\n')
+    with pytest.raises(DataError, match=r"rows\.csv:3: a byte order mark"):
+        list(read.locate([str(path)]).rows())
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_bytes", "expected"),
+    [(48, 1000, 1000), (0, 0, 1), (1000, 2**30, 62), (10, 2**40, 1), (10**6, 2**30, 1000), (10**6, -5, 1000)],
+)
+def test_large_rows_are_read_few_at_a_time(num_rows: int, num_bytes: int, expected: int) -> None:
+    assert columnar._rows_at_once(num_rows, num_bytes) == expected
+
+
+def test_parquet_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": ["rain " * 400_000]}), path, compression="zstd", use_dictionary=False)
+    assert len(list(columnar.rows(path))) == 1
+    monkeypatch.setattr(columnar, "_MOST_UNPACKED_BYTES", 1_000_000)
+    with pytest.raises(DataError, match=r"rows\.parquet: rows .* unpack to 1\.91 MiB.*without compression"):
+        list(columnar.rows(path))
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_compressed_arrow_is_read_batch_by_batch(tmp_path: Path, kind: str) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"text": [f"rain {number}" for number in range(2500)]})
+    path = tmp_path / "rows.arrow"
+    new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=700)
+    assert [row["text"] for _, row in columnar.rows(path)] == table["text"].to_pylist()
+
+
+# ---- rows and texts --------------------------------------------------------------------------------------------
+
+
+def test_rows_of_many_empty_cells_are_no_small_rows() -> None:
+    row = {f"c{number}": "" for number in range(1000)}
+    assert [len(window) for window in windows(islice(iter(lambda: row, None), 10), 2048, 3000)] == [3, 3, 3, 1]
+
+
+def test_few_large_rows_are_looked_at_for_columns(tmp_path: Path) -> None:
+    rows = [{"text": "x" * 3_000_000}, {"text": "y" * 3_000_000}, {"text": "z", "late": 1}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    columns, head = sources._head(sources.SourceRows("rows.jsonl", read.locate([str(path)]).rows))
+    assert columns == ("text", "late")
+    assert len(head) == 1
+
+
+@pytest.mark.parametrize("depth", [MOST_NESTED, MOST_NESTED + 1])
+def test_depth_is_counted_in_lists_and_objects(depth: int) -> None:
+    lists: Any = 0
+    objects: Any = 0
+    for _ in range(depth):
+        lists, objects = [1, lists, 2], {"a": objects, "b": 1}
+    assert (fault(lists) is None) == (fault(objects) is None) == (depth <= MOST_NESTED)
+    assert fault([["a"], {"b": "\ud800"}]) is not None
+
+
+def test_names_in_a_message_are_few_and_short() -> None:
+    assert shown(["a", "b"]) == "a, b"
+    assert len(shown(f"{number}" * 1000 for number in range(100_000))) < 4_000
+
+
+def test_beginning_of_a_long_text_gives_the_same_tokens(encoder_tokenizer: Any) -> None:
+    text = "the rain in the town " * 5_000
+    short = beginning(text, encoder_tokenizer, 128)
+    assert len(short) < len(text)
+    settings = {"truncation": True, "max_length": 128}
+    assert encoder_tokenizer(short, **settings)["input_ids"] == encoder_tokenizer(text, **settings)["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["raininthetown", " ", "a \n b", "雨"])
+def test_text_without_a_place_to_cut_it_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    tokenizer = tiny.decoder_tokenizer()
+    monkeypatch.setattr(long_texts, "PART_CHARACTERS", 64)
+    assert tokenizer.decode(long_texts.token_ids(text * 50, tokenizer)) == text * 50
+
+
+@pytest.mark.parametrize("text", ["the rain  in the town \n", "é ", "雨 a  b c\n"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "words after a space"])
+def test_text_in_parts_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, text: str, kind: str) -> None:
+    tokenizer = tiny.encoder_tokenizer() if kind == "encoder" else tiny.decoder_tokenizer()
+    if kind == "words after a space":
+        tokenizer = tiny.writer_tokenizer()
+    whole = list(tokenizer(text * 50)["input_ids"])
+    monkeypatch.setattr(long_texts, "PART_CHARACTERS", 64)
+    assert long_texts.token_ids(text * 50, tokenizer) == whole
+
+
+def test_long_text_that_is_short_in_tokens_or_cut_at_the_left_is_left(encoder_tokenizer: Any) -> None:
+    class Unknown:
+        """Of a word of any length, one token."""
+
+        truncation_side = "right"
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1] * len(text.split())}
+
+    word = "a" * 200_000
+    assert beginning(word, Unknown(), 128) == word  # type: ignore[arg-type]
+    assert beginning(word, encoder_tokenizer, 128) != word
+    encoder_tokenizer.truncation_side = "left"
+    try:
+        assert beginning(word, encoder_tokenizer, 128) == word
+    finally:
+        encoder_tokenizer.truncation_side = "right"
