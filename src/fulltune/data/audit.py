@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.audit import missing
-from fulltune.data.audited_rows import CHAT_FAULT, SPLITS, AuditedRows, Progress, in_other_languages, look, with_numbers
+from fulltune.data.audited_rows import (
+    CHAT_FAULT,
+    SPLITS,
+    AuditedRows,
+    Progress,
+    SeenRows,
+    in_other_languages,
+    look,
+    with_numbers,
+)
 from fulltune.data.languages import OTHER_LANGUAGE, not_told
 from fulltune.data.patch import load_patch
 from fulltune.data.repeated import CONFLICT, DUPLICATE, LEAK, LEAKS, NEAR_LEAK, PARAPHRASE, in_other_words, repeated
@@ -62,22 +71,15 @@ def audit(
         compare: None: the rows are no texts to classify, or are not compared.
         progress: Told how many rows of how many were looked at.
     """
-    if (earlier := _earlier(folder, summary, judge is not None or compare is not None)) is not None:
+    asked = {check for check, given in ((LABEL, judge), (PARAPHRASE, compare)) if given is not None}
+    if (earlier := _earlier(folder, summary, asked)) is not None:
         return earlier
     began = time.monotonic()
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task, Target.of(summary), own, recipe if summary.packed else None)
     seen = look(rows, sum(split.rows for split in summary.splits.values()), progress)
     issues = [*seen.issues, *repeated(rows, seen), *in_other_languages(rows, seen)]
-    made = {
-        *rows.checks,
-        DUPLICATE,
-        LEAK,
-        *([NEAR_LEAK] if rows.has_texts else []),
-        *([CONFLICT] if seen.names else []),
-        *([CHAT_FAULT] if "messages" in rows.target.columns else []),
-        *([OTHER_LANGUAGE] if any(one.why_not() is None for one in seen.heard.values()) else []),
-    }
+    made = _made(rows, seen)
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     if rows.has_texts and (why := not_told(seen.heard)) is not None:
         not_run[OTHER_LANGUAGE] = why
@@ -124,14 +126,25 @@ def audit(
     return done
 
 
-def _earlier(folder: Path, summary: DataSummary, reads_rows: bool) -> Audit | None:
+def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
+    """Checks that need no model and are made on these rows."""
+    further = {
+        NEAR_LEAK: rows.has_texts,
+        CONFLICT: bool(seen.names),
+        CHAT_FAULT: "messages" in rows.target.columns,
+        OTHER_LANGUAGE: any(one.why_not() is None for one in seen.heard.values()),
+    }
+    return {*rows.checks, DUPLICATE, LEAK, *(check for check, is_made in further.items() if is_made)}
+
+
+def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | None:
     """An audit of the same rows that is whole; None: there is none."""
     try:
         found = Audit.load(folder / AUDIT)
     except (OSError, SetupError):
         return None
-    is_whole = NOT_ASKED not in found.not_run.values()
-    return found if found.fingerprint == summary.fingerprint and (is_whole or not reads_rows) else None
+    is_whole = all(found.not_run.get(check) != NOT_ASKED for check in asked)
+    return found if found.fingerprint == summary.fingerprint and is_whole else None
 
 
 def _by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
