@@ -118,6 +118,7 @@ def test_a_bad_image_is_refused_with_its_name(tmp_path: Path, kind: str) -> None
         pixels.decode(str(path), b"")
 
 
+@pytest.mark.long
 def test_the_thousand_have_all_kinds(tmp_path: Path) -> None:
     cases = [extreme.make(seed, tmp_path / str(seed), 2_000) for seed in range(FAST, FAST + 400)]
     ends = Counter((bool(case.refusals), any(row.lost for row in case.rows)) for case in cases)

@@ -21,7 +21,7 @@ from fulltune.data.groups import joined_by_value
 from fulltune.data.marks import Found, marks_of
 from fulltune.data.near import joined, signatures
 from fulltune.data.readers.read import PlacedRow
-from fulltune.data.running_text import CHEAP, checks_of, flawed
+from fulltune.data.running_text import CHEAP, LOOKED_AT, checks_of, flawed
 from fulltune.data.sampling import draw
 from fulltune.errors import SetupError
 from fulltune.inference.store import RowWriter, record_batch, words
@@ -250,7 +250,7 @@ def _flaws(job: Job, rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
     found, columns = Counter[str](), job.target.columns
     checks = checks_of(columns, CHEAP)
     for row in rows:
-        found.update({flaw.check for _, flaw in flawed(row, columns, checks)})
+        found.update({flaw.check for _, flaw in flawed(row, columns, checks, LOOKED_AT)})
     return found
 
 

@@ -28,6 +28,8 @@ CHEAP: tuple[TextCheck, ...] = (
 """Made on each row of each run: together they take a tenth of the tokenising, or less."""
 
 
+LOOKED_AT = 100_000
+"""Characters of a text in each run: a check takes several times their memory."""
 PARTS: tuple[Part, ...] = ("read", "written")
 
 
@@ -94,9 +96,9 @@ def _said(one: object) -> str:
 
 
 def flawed(
-    row: Row, columns: Mapping[str, str], checks: Mapping[Part, Sequence[TextCheck]]
+    row: Row, columns: Mapping[str, str], checks: Mapping[Part, Sequence[TextCheck]], most_characters: int | None = None
 ) -> Iterator[tuple[str, Flaw]]:
-    """What is wrong with a row's texts, and in which column."""
+    """What is wrong with a row's texts, or with so many characters of each, and in which column."""
     for part, of in checks.items():
         for column, text in cells(row, columns, part):
-            yield from ((column, flaw) for flaw in flaws(text, of))
+            yield from ((column, flaw) for flaw in flaws(text[:most_characters], of))
