@@ -66,6 +66,7 @@ def shown(result: Result, width: int = 80) -> str:
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_7b_is_planned_from_its_config_alone() -> None:
     result = seven_b("--for", "4x A100-80GB", "--price", "2 USD", "--json")
@@ -160,6 +161,7 @@ def test_folder_that_only_a_person_knows_is_to_be_filled_in() -> None:
     assert result.code == 0, result.err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_json_of_a_plan_that_does_not_fit_has_the_survey_and_the_ways_out_on_stderr() -> None:
     result = seven_b("--for", "1x RTX 4080, 16GB host", "--json")
@@ -188,6 +190,7 @@ def test_command_has_the_users_settings_and_the_placements() -> None:
     assert again.train.extra == {"deepspeed": {"zero_optimization": {"stage": 2}}}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_deepspeed_of_the_recipe_that_does_not_fit_is_no_mistake_of_the_recipe() -> None:
     deepspeed = "train.extra={deepspeed: {zero_optimization: {stage: 2}}}"

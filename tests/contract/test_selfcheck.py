@@ -47,6 +47,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *checks: SelfCheck) -> None:
     monkeypatch.setattr(selfcheck, "devices", lambda: (CPU,))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_command_on_the_cpu_passes_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [check for check in selfcheck.CHECKS if check.name not in SLOW]

@@ -338,6 +338,7 @@ def test_suspect_step_that_is_computed_again_replays_the_same_texts(
     assert_same(runs.final_weights(tmp_path), runs.final_weights(held))
 
 
+@pytest.mark.long
 def test_texts_that_the_untouched_model_writes_are_replayed_and_come_again_when_a_run_goes_on(
     tiny_decoder: Path, tmp_path: Path
 ) -> None:

@@ -294,6 +294,7 @@ def test_run_goes_back_farther_where_generic_text_is_within_and_the_other_task_i
     assert "240 of its rows fit a head" in (held / "run" / "resolved.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sealed_rows_are_read_once_and_certify_what_they_say(tiny_encoder: Path, tmp_path: Path) -> None:
     """Planted: the selection rows do not move, the sealed ones fall."""

@@ -189,6 +189,7 @@ def test_run_that_ran_out_of_memory_while_resuming_goes_on_from_the_same_checkpo
     assert_same_result(tmp_path, unlimited, exactly=True)
 
 
+@pytest.mark.long
 def test_every_fallback_that_keeps_the_mathematics_gives_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
