@@ -16,7 +16,7 @@ try:
     import phonenumbers
 except ImportError:
     # It comes with the extra `audit`; `fulltune.audit.missing` says when it is not there.
-    phonenumbers = None  # type: ignore[assignment]
+    phonenumbers = None  # type: ignore[assignment]  # a module else
 
 _EMAIL = re.compile(
     r"(?<![\w.%+/-])\w[\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24})(?![\w@])"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -93,18 +92,17 @@ class Reader:
         return self.looker.items(found.mean, found), positions
 
 
-def judge(reader: Reader, between: Callable[[], None] = lambda: None) -> tuple[np.ndarray, Suspected] | str:
+def judge(reader: Reader) -> tuple[np.ndarray, Suspected] | str:
     """Which train rows have a label that is probably wrong.
 
     Args:
         reader: Of rows that have a single label each.
-        between: Called now and then.
 
     Returns:
         Positions of the rows that were judged, and what is known of their labels; or why they cannot be judged.
     """
     try:
         items, positions = reader.items("train")
-        return positions, suspected(items, between)
+        return positions, suspected(items)
     except NoProbe as no:
         return str(no)

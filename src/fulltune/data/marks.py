@@ -19,8 +19,6 @@ from fulltune.recipe.data import DataBlock
 from fulltune.tasks.columns import BadCell, is_blank
 from fulltune.text import counted, listed
 
-NO_VALUE = np.uint64(0)
-"""Of a mixed row that says not whose it is."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 _SHOWN = 3

@@ -91,13 +91,12 @@ def _steps(issues: Sequence[RowIssue], place: dict[str, int], names: Sequence[st
     numbers = {name: number for number, name in enumerate(names)}
     for check in dict.fromkeys(one.check for one in issues if one.check not in LEAKS):
         them = [one for one in issues if one.check == check and one.split == "train" and one.row in place]
-        touched = [one for one in them if one.remedy.action != "keep"]
-        if not touched:
+        if not them:
             continue
         kept, labels = np.ones(len(train.labels), bool), train.labels.copy()
-        kept[[place[one.row] for one in touched]] = False
+        kept[[place[one.row] for one in them]] = False
         yield check, "drop", kept, train.labels
-        other = [(place[one.row], numbers[one.remedy.value]) for one in touched if one.remedy.value in numbers]
+        other = [(place[one.row], numbers[one.remedy.value]) for one in them if one.remedy.value in numbers]
         if other:
             at, given = map(list, zip(*other, strict=True))
             labels[at] = given

@@ -19,7 +19,6 @@ tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,12 +68,11 @@ class Suspected:
         return (self.margins < DOUBT) & ~self.suspects
 
 
-def suspected(items: Items, between: Callable[[], None] = lambda: None) -> Suspected:
+def suspected(items: Items) -> Suspected:
     """Judge the label of each row.
 
     Args:
         items: Single labels, one item a row.
-        between: Called before each round.
 
     Raises:
         NoProbe: When there are too few rows, or nothing can be fitted.
@@ -86,9 +84,9 @@ def suspected(items: Items, between: Callable[[], None] = lambda: None) -> Suspe
             f"labels cannot be judged by {len(labels):,} rows: that takes at least {LEAST_ROWS}, and two classes with "
             f"at least {LEAST_OF_A_CLASS} rows each"
         )
-    found = _in_two_rounds(items, between)
+    found = _in_two_rounds(items)
     margins, other = _margins(found, labels)
-    planted = _planted(items, found, margins, between)
+    planted = _planted(items, found, margins)
     if not len(planted):
         raise NoProbe("the untouched model's features do not tell the classes apart")
     cut, recall, precision, wrong = calibrated(margins, planted)
@@ -120,7 +118,7 @@ def _at_least(margins: np.ndarray, planted: np.ndarray, share: float) -> float:
     return surely / share * max(0.0, 1 - error)
 
 
-def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray, between: Callable[[], None]) -> np.ndarray:
+def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
     """The margins of rows that were given a wrong label, drawn from what the classifiers would mistake them for."""
     good = np.flatnonzero(margins > 0)
     if len(good) < 2 * PLANTED_SHARE * len(margins):
@@ -137,15 +135,13 @@ def _planted(items: Items, probabilities: np.ndarray, margins: np.ndarray, betwe
         up_to = np.cumsum(others[chosen], axis=1)
         given[chosen] = (up_to <= drawn.random((count, 1)) * up_to[:, -1:]).sum(axis=1)
         changed = replace(items, labels=given)
-        found.append(_margins(_in_two_rounds(changed, between), given)[0][chosen])
+        found.append(_margins(_in_two_rounds(changed), given)[0][chosen])
     return np.concatenate(found)
 
 
-def _in_two_rounds(items: Items, between: Callable[[], None]) -> np.ndarray:
+def _in_two_rounds(items: Items) -> np.ndarray:
     """Probabilities of the classes, for each row from classifiers that did not see it: float64 [rows, classes]."""
-    between()
     first = _out_of_fold(items, np.ones(len(items.labels), bool), 0)
-    between()
     other = _confidently_other(first, items.labels.astype(np.int64))
     if other.mean() > MOST_OTHER:
         raise NoProbe("the untouched model's features do not tell the classes apart")

@@ -163,10 +163,6 @@ class Audit(Record):
     """Check to why it was not run, for example the extra that is missing."""
     seconds: float = 0.0
 
-    @property
-    def num_issues(self) -> int:
-        return sum(found.rows for found in self.checks)
-
 
 def proofs_of(folder: Path, audit: Audit) -> Proofs | None:
     """What cleaning the rows of a run would do; None: that was not asked of these rows."""

@@ -15,7 +15,6 @@ from fulltune.records.audit import (
     Proof,
     Proofs,
     Remedy,
-    RowIssue,
     proofs_of,
 )
 from fulltune.report.format import words
@@ -245,8 +244,6 @@ def _check(found: CheckFound) -> Section:
 def could_do(remedy: Remedy) -> str:
     """What could be done with a row, in words."""
     match remedy.action:
-        case "keep":
-            return "kept"
         case "drop":
             return "left out"
         case _:
@@ -272,8 +269,3 @@ def _next(view: RunView, audit: Audit) -> Section:
     )
     blocks.append(Folded("what these checks cannot see", (Bullets(limits),)))
     return Section("next", "What to do next", tuple(blocks))
-
-
-def in_words(issue: RowIssue) -> str:
-    """A row that was found, on one line."""
-    return f"{issue.place}: {issue.check}: {issue.reason}"
