@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
     (("run_context.py",),),
     (("pipeline.py",),),
-    (("compare", "search"), ("selfcheck",), ("doctor",)),
+    (("compare", "search"), ("cleaning.py",), ("selfcheck",), ("doctor",)),
     (("cli/show",), ("classic",)),
     (("api.py",),),
     (("cli", "cli/__init__"),),

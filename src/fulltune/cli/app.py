@@ -15,35 +15,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fulltune.cli import stages
-from fulltune.cli.options import (
-    Accept,
-    Column,
-    CompareBudget,
-    Force,
-    Fresh,
-    Goal,
-    Hardware,
-    Json,
-    JudgeLabels,
-    Measure,
-    MethodName,
-    ModelFolder,
-    NumRows,
-    NumTasks,
-    NumTokens,
-    Overrides,
-    PatchFile,
-    Preserve,
-    Price,
-    Prove,
-    Review,
-    RunFolder,
-    SearchBudget,
-    SearchRate,
-    Target,
-    Version,
-)
+from fulltune.cli import options, stages
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.text import counted, format_seconds
@@ -59,7 +31,7 @@ app = typer.Typer(
 
 @app.callback()
 def _common(
-    version: Version = False,
+    version: options.Version = False,
 ) -> None:
     pass
 
@@ -75,28 +47,28 @@ def init(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or package:NAME/PATH.")] = None,
-    force: Force = False,
+    force: options.Force = False,
     task: Annotated[str | None, typer.Option(help="The task, where the columns leave it open.")] = None,
     columns: Annotated[
         str | None,
         typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME"),
     ] = None,
-    text: Column = None,
-    text_pair: Column = None,
-    label: Column = None,
-    prompt: Column = None,
-    completion: Column = None,
-    messages: Column = None,
-    tools: Column = None,
-    source: Column = None,
-    target: Column = None,
-    question: Column = None,
-    context: Column = None,
-    answers: Column = None,
-    choices: Column = None,
-    tokens: Column = None,
-    tags: Column = None,
-    image: Column = None,
+    text: options.Column = None,
+    text_pair: options.Column = None,
+    label: options.Column = None,
+    prompt: options.Column = None,
+    completion: options.Column = None,
+    messages: options.Column = None,
+    tools: options.Column = None,
+    source: options.Column = None,
+    target: options.Column = None,
+    question: options.Column = None,
+    context: options.Column = None,
+    answers: options.Column = None,
+    choices: options.Column = None,
+    tokens: options.Column = None,
+    tags: options.Column = None,
+    image: options.Column = None,
 ) -> None:
     """Look at a data file, find out the task, write a commented recipe.
 
@@ -126,13 +98,13 @@ def init(
 
 @app.command()
 def run(
-    target: Target,
-    set_: Overrides = None,
-    run_folder: RunFolder = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
-    search: SearchRate = False,
-    budget: SearchBudget = None,
+    target: options.Target,
+    set_: options.Overrides = None,
+    run_folder: options.RunFolder = None,
+    fresh: options.Fresh = False,
+    as_json: options.Json = False,
+    search: options.SearchRate = False,
+    budget: options.SearchBudget = None,
 ) -> None:
     """Do all stages: data, plan, train, evaluate, report. The same command continues an unfinished run."""
     from fulltune import report
@@ -161,21 +133,24 @@ def run(
 
 @app.command()
 def data(
-    target: Target,
-    set_: Overrides = None,
-    run_folder: RunFolder = None,
-    fresh: Fresh = False,
-    labels: JudgeLabels = True,
-    prove: Prove = False,
-    review: Review = False,
-    accept: Accept = None,
-    patch: PatchFile = None,
-    as_json: Json = False,
+    target: options.Target,
+    set_: options.Overrides = None,
+    run_folder: options.RunFolder = None,
+    fresh: options.Fresh = False,
+    labels: options.JudgeLabels = True,
+    prove: options.Prove = False,
+    trainings: options.Trainings = 0,
+    check: options.StepsOf = None,
+    review: options.Review = False,
+    accept: options.Accept = None,
+    patch: options.PatchFile = None,
+    as_json: options.Json = False,
 ) -> None:
     """Read, check, split and tokenise; audit the rows; show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
-    found = cli_audit.audited(target, set_, run_folder, fresh, labels, prove)
+    proving = cli_audit.Proving(prove, trainings, check or [])
+    found = cli_audit.audited(target, set_, run_folder, fresh, labels, proving)
     if review or accept or patch:
         cli_audit.decide(found, patch, review, accept or [], as_json)
     else:
@@ -184,19 +159,19 @@ def data(
 
 @app.command()
 def plan(
-    target: Target,
-    set_: Overrides = None,
-    run_folder: RunFolder = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
-    hardware: Hardware = None,
-    rows: NumRows = None,
-    tokens: NumTokens = None,
-    price: Price = None,
-    tasks: NumTasks = 1,
-    measure: Measure = False,
-    preserve: Preserve = False,
-    goal: Goal = None,
+    target: options.Target,
+    set_: options.Overrides = None,
+    run_folder: options.RunFolder = None,
+    fresh: options.Fresh = False,
+    as_json: options.Json = False,
+    hardware: options.Hardware = None,
+    rows: options.NumRows = None,
+    tokens: options.NumTokens = None,
+    price: options.Price = None,
+    tasks: options.NumTasks = 1,
+    measure: options.Measure = False,
+    preserve: options.Preserve = False,
+    goal: options.Goal = None,
 ) -> None:
     """Settle every number, each with its reason; show memory, placements, time and what else could be done."""
     from fulltune.cli import plan as cli_plan
@@ -234,7 +209,11 @@ def plan(
 
 @app.command()
 def train(
-    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+    target: options.Target,
+    set_: options.Overrides = None,
+    run_folder: options.RunFolder = None,
+    fresh: options.Fresh = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train, and leave the model in the folder models of the run."""
     from fulltune.train.run_time import run_seconds
@@ -253,7 +232,11 @@ def train(
 
 @app.command()
 def evaluate(
-    target: Target, set_: Overrides = None, run_folder: RunFolder = None, fresh: Fresh = False, as_json: Json = False
+    target: options.Target,
+    set_: options.Overrides = None,
+    run_folder: options.RunFolder = None,
+    fresh: options.Fresh = False,
+    as_json: options.Json = False,
 ) -> None:
     """Score the baselines and the trained model on the test rows."""
     from fulltune import report
@@ -271,11 +254,11 @@ def evaluate(
 @app.command()
 def compare(
     targets: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="A recipe; several: tasks on one base.")],
-    set_: Overrides = None,
-    run_folder: RunFolder = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
-    budget: CompareBudget = None,
+    set_: options.Overrides = None,
+    run_folder: options.RunFolder = None,
+    fresh: options.Fresh = False,
+    as_json: options.Json = False,
+    budget: options.CompareBudget = None,
     lint: Annotated[bool, typer.Option("--lint", help="Only say what would make it unfair: then exit code 2.")] = False,
 ) -> None:
     """Full fine-tuning against LoRA, adapters, prompt tuning: a fair comparison, a verdict, a report."""
@@ -310,7 +293,7 @@ def doctor(
         Path,
         typer.Argument(help="A run folder, a Trainer's trainer_state.json or checkpoints, TensorBoard's folder."),
     ],
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what went wrong in a training, from its log: of any Trainer."""
     from fulltune.cli import checkups
@@ -320,7 +303,7 @@ def doctor(
 
 @app.command()
 def predict(
-    run_folder: ModelFolder,
+    run_folder: options.ModelFolder,
     text: Annotated[
         list[str] | None, typer.Argument(help="Texts; without any, or for '-', stdin is read line by line.")
     ] = None,
@@ -329,15 +312,15 @@ def predict(
         Path | None,
         typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
     ] = None,
-    force: Force = False,
+    force: options.Force = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 128,
-    method: MethodName = None,
+    method: options.MethodName = None,
     with_: Annotated[
         list[Path] | None,
         typer.Option("--with", metavar="RUN", help="Another model on the same base, which is loaded once. Repeatable."),
     ] = None,
     by: Annotated[str | None, typer.Option("--by", help="Column of --file that names each row's model.")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Answer with a finished model: texts, stdin or a file; with LoRA and its like, several over one base."""
     from fulltune import predict as predicting
@@ -377,9 +360,9 @@ def predict(
 
 @app.command()
 def merge(
-    run_folder: ModelFolder,
+    run_folder: options.ModelFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    method: MethodName = None,
+    method: options.MethodName = None,
 ) -> None:
     """Put what LoRA or a head trained into the pretrained model's own weights, as a plain Hugging Face folder."""
     from fulltune.cli import predict as cli_predict
@@ -401,7 +384,7 @@ def merge(
 def quickstart(
     chat: Annotated[bool, typer.Option("--chat", help="A language model on chats, not a classifier.")] = False,
     output: Annotated[Path, typer.Option("--output", help="Where to put data, recipe and runs.")] = Path("runs"),
-    set_: Overrides = None,
+    set_: options.Overrides = None,
 ) -> None:
     """Fine-tune a real small model on real text, offline, in about two minutes."""
     from fulltune.quickstart import recipes as example
@@ -419,7 +402,7 @@ def selfcheck(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the page as Markdown into this file.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check what this machine decides (precision, kernels, resume ...); offline, about 1.5 minutes on 2 cores."""
     from fulltune.cli import checkups

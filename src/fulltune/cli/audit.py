@@ -38,10 +38,28 @@ class Audited:
         return self.target / "patch.jsonl" if self.target.is_dir() else self.target.with_suffix(".patch.jsonl")
 
 
+@dataclass(frozen=True)
+class Proving:
+    """How cleaning is to be compared with leaving the rows as they are."""
+
+    by_classifiers: bool
+    trainings: int
+    """Seeds of each step's trainings; 0: none."""
+    checks: Sequence[str]
+    """Whose steps are trained; empty: all that found enough rows."""
+
+    def __post_init__(self) -> None:
+        if self.trainings < 0 or self.trainings == 1:
+            raise RecipeError(f"--trainings: {self.trainings} tell nothing, expected 2 or more of each step, or 0")
+        if self.checks and not self.trainings:
+            raise RecipeError("--check: names whose steps to train, expected --trainings as well")
+
+
 def audited(
-    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, labels: bool, prove: bool
+    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, labels: bool, proving: Proving
 ) -> Audited:
     """The data stage, and what is wrong with its rows; with a page about both."""
+    from fulltune.cleaning import prove_by_training
     from fulltune.cli.show.run import Display
     from fulltune.pipeline import audit_rows, prove_cleaning
     from fulltune.report import write_data_page
@@ -50,14 +68,16 @@ def audited(
 
     recipe, found = stages.open_run(target, overrides, folder, fresh, "data")
     summary = stages.reach(recipe, found, "data", details=False).summary
-    if prove:
+    if proving.by_classifiers:
         refuse_prove(summary)
     with run_folder.writing(found), run_folder.locked(found):
         with Display(err, details=False) as display:
             job = Run(recipe, found, listener=display)
             audit = audit_rows(job, summary, labels)
-            if prove:
+            if proving.by_classifiers:
                 prove_cleaning(job, summary)
+            if proving.trainings:
+                prove_by_training(job, summary, proving.trainings, proving.checks)
         write_data_page(found)
     return Audited(target, recipe, found, summary, audit)
 
@@ -74,8 +94,7 @@ def show(found: Audited, as_json: bool) -> None:
         return
     display.show_data(out, found.summary)
     display.show_audit(out, audit)
-    proofs = proofs_of(folder, audit)
-    if proofs is not None:
+    for proofs in proofs_of(folder, audit):
         display.show_proofs(out, proofs)
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:

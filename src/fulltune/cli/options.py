@@ -36,6 +36,14 @@ Prove = Annotated[
     bool,
     typer.Option("--prove", help="Fit classifiers on the untouched model with and without each cleaning step."),
 ]
+Trainings = Annotated[
+    int,
+    typer.Option("--trainings", help="Train so many times with and without each cleaning step.", metavar="N"),
+]
+StepsOf = Annotated[
+    list[str] | None,
+    typer.Option("--check", help="For --trainings: only the steps of this check.", metavar="CHECK"),
+]
 Accept = Annotated[
     list[str] | None,
     typer.Option("--accept", help="Take what is proposed for all rows of a check into the patch.", metavar="CHECK"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,8 +25,9 @@ from fulltune.errors import SetupError
 from fulltune.inference.store import row_id, texts
 from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import Items, best, fits, wrong
-from fulltune.records.audit import PROOFS, Proof, Proofs, RowIssue
+from fulltune.records.audit import PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
+from fulltune.text import counted
 
 TIMES, LEFT_OUT = 5, 0.2
 """How often so large a part of the train rows is left out."""
@@ -43,7 +45,7 @@ def refuse_prove(summary: DataSummary) -> None:
     if summary.problem_type != "single_label":
         raise SetupError(
             "--prove: these rows have no single label each, and only by such can cleaning be compared in seconds; "
-            "apply the patch, and compare two runs"
+            "compare it by trainings instead: --trainings 3"
         )
     if summary.splits["eval"].rows < LEAST_EVAL_ROWS:
         raise SetupError(
@@ -67,13 +69,9 @@ def prove(folder: Path, summary: DataSummary, reader: Reader) -> Proofs:
         train, positions = reader.items("train")
         held_out, _ = reader.items("eval")
         _, strength, _ = best(train, held_out, fits, wrong)
-        times, ids = Counter[str](), list[str]()
-        for row in texts(folder / "train"):
-            name = row_id(row)
-            times[name] += 1
-            ids.append(numbered(name, times[name]))
-        place = {ids[position]: at for at, position in enumerate(positions)}
-        steps = list(_steps(load_issues(folder), place, summary.labels, train))
+        names = list(ids(folder / "train"))
+        place = {names[position]: at for at, position in enumerate(positions)}
+        steps = list(_steps(cleaning_steps(load_issues(folder)), place, summary.labels, train))
         proofs = _compared(train, held_out, steps, strength)
     except NoProbe as no:
         raise SetupError(f"--prove: nothing can be compared: {no}") from None
@@ -82,28 +80,80 @@ def prove(folder: Path, summary: DataSummary, reader: Reader) -> Proofs:
     return found
 
 
-Step = tuple[str, Action, np.ndarray, np.ndarray]
+@dataclass(frozen=True)
+class CleaningStep:
+    """One thing that could be done with all train rows that a check found."""
+
+    check: str
+    action: Action
+    issues: tuple[RowIssue, ...]
+
+    def __str__(self) -> str:
+        done = "left out" if self.action == "drop" else "changed as proposed"
+        return f"{self.check}, {counted(len(self.issues), 'row')} {done}"
+
+    @property
+    def name(self) -> str:
+        """As a file's name."""
+        return f"{self.check.replace(' ', '-')}-{self.action}"
+
+    @property
+    def decisions(self) -> list[RowDecision]:
+        """As lines of a patch file."""
+        drop = Remedy(action="drop")
+        return [
+            RowDecision(
+                row=one.row,
+                remedy=drop if self.action == "drop" else one.remedy,
+                source=one.source,
+                check=one.check,
+                place=one.place,
+            )
+            for one in self.issues
+        ]
+
+
+def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
+    """Each check's train rows dropped, and where something is proposed in place of theirs, with that; but leaks."""
+    steps = []
+    for check in dict.fromkeys(one.check for one in issues if one.check not in LEAKS):
+        them = [one for one in issues if one.check == check and one.split == "train"]
+        changed = [one for one in them if one.remedy.action == "replace"]
+        both: tuple[tuple[Action, list[RowIssue]], ...] = (("drop", them), ("replace", changed))
+        steps += [CleaningStep(check, action, tuple(rows)) for action, rows in both if rows]
+    return steps
+
+
+def ids(folder: Path) -> Iterator[str]:
+    """The identity of each of a split's rows, as issues and patches have it."""
+    times = Counter[str]()
+    for row in texts(folder):
+        name = row_id(row)
+        times[name] += 1
+        yield numbered(name, times[name])
+
+
+Fitted = tuple[str, Action, np.ndarray, np.ndarray]
 """The check, what is done, whether each row is kept, and its label then."""
 
 
-def _steps(issues: Sequence[RowIssue], place: dict[str, int], names: Sequence[str], train: Items) -> Iterator[Step]:
-    """Each check's rows dropped, and where labels are proposed, with these."""
+def _steps(
+    steps: Sequence[CleaningStep], place: dict[str, int], names: Sequence[str], train: Items
+) -> Iterator[Fitted]:
+    """What classifiers can be fitted on: rows that they have, and labels, but not other texts."""
     numbers = {name: number for number, name in enumerate(names)}
-    for check in dict.fromkeys(one.check for one in issues if one.check not in LEAKS):
-        them = [one for one in issues if one.check == check and one.split == "train" and one.row in place]
-        if not them:
-            continue
+    for step in steps:
         kept, labels = np.ones(len(train.labels), bool), train.labels.copy()
-        kept[[place[one.row] for one in them]] = False
-        yield check, "drop", kept, train.labels
-        other = [(place[one.row], numbers[one.remedy.value]) for one in them if one.remedy.value in numbers]
-        if other:
-            at, given = map(list, zip(*other, strict=True))
-            labels[at] = given
-            yield check, "replace", np.ones(len(labels), bool), labels
+        for one in (one for one in step.issues if one.row in place):
+            if step.action == "drop":
+                kept[place[one.row]] = False
+            elif one.remedy.value in numbers:
+                labels[place[one.row]] = numbers[one.remedy.value]
+        if not kept.all() or (labels != train.labels).any():
+            yield step.check, step.action, kept, labels
 
 
-def _compared(train: Items, held_out: Items, steps: Sequence[Step], strength: float) -> Iterator[Proof]:
+def _compared(train: Items, held_out: Items, steps: Sequence[Fitted], strength: float) -> Iterator[Proof]:
     fitted = partial(_right, held_out=held_out, strength=strength)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]

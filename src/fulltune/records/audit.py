@@ -10,7 +10,8 @@ from pydantic import Field
 from fulltune.records.base import Record
 from fulltune.records.data import SplitName
 
-ISSUES, AUDIT, PROOFS = "issues.jsonl", "audit.json", "proofs.json"
+ISSUES, AUDIT = "issues.jsonl", "audit.json"
+PROOFS, TRAINED_PROOFS = "proofs.json", "trained_proofs.json"
 """In a run's folder `data`."""
 
 
@@ -113,36 +114,39 @@ class Languages(Record):
 
 
 class Proof(Record):
-    """What cleaning by one check does to accuracy on the same eval rows, by linear classifiers on the untouched model.
-
-    Each of several times a part of the train rows is left out, the same with and without the cleaning.
-    """
+    """What cleaning by one check does to the metric on the same eval rows."""
 
     check: str
     action: Literal["drop", "replace"]
     rows: int
-    """Train rows that are dropped, or whose label is replaced."""
+    """Train rows that are dropped, or whose label or text is replaced."""
     before: float
-    """Accuracy without the cleaning, on average."""
+    """The metric without the cleaning, on average."""
     difference: float
     """With it, less that."""
     low: float
     high: float
-    """95 % interval over the eval rows."""
-
-    @property
-    def verdict(self) -> Literal["helps", "hurts", "no difference found"]:
-        return "helps" if self.low > 0 else "hurts" if self.high < 0 else "no difference found"
+    """95 % interval over the eval rows; of trainings over seeds, too."""
 
 
 class Proofs(Record):
-    """What cleaning would do, check by check."""
+    """What cleaning would do, check by check: by linear classifiers on the untouched model, or by trainings."""
 
     fingerprint: str
     eval_rows: int
     times: int
-    """How often other train rows were left out."""
+    """Seeds of the trainings. Of classifiers how often other train rows were left out, the same with and without the
+    cleaning."""
     proofs: tuple[Proof, ...]
+    by: Literal["classifiers", "trainings"] = "classifiers"
+    metric: str = "accuracy"
+    greater_is_better: bool = True
+
+    def verdict(self, one: Proof) -> Literal["helps", "hurts", "no difference found"]:
+        """What its interval says."""
+        if one.low <= 0 <= one.high:
+            return "no difference found"
+        return "helps" if (one.low > 0) == self.greater_is_better else "hurts"
 
 
 class Audit(Record):
@@ -164,8 +168,7 @@ class Audit(Record):
     seconds: float = 0.0
 
 
-def proofs_of(folder: Path, audit: Audit) -> Proofs | None:
-    """What cleaning the rows of a run would do; None: that was not asked of these rows."""
-    path = folder / "data" / PROOFS
-    found = Proofs.load(path) if path.exists() else None
-    return found if found is not None and found.fingerprint == audit.fingerprint else None
+def proofs_of(folder: Path, audit: Audit) -> list[Proofs]:
+    """What cleaning the rows of a run would do, by classifiers and by trainings: what was asked of these rows."""
+    paths = (folder / "data" / name for name in (PROOFS, TRAINED_PROOFS))
+    return [found for path in paths if path.exists() and (found := Proofs.load(path)).fingerprint == audit.fingerprint]

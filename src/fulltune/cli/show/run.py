@@ -38,10 +38,11 @@ from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
 from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
+from fulltune.report.format.words import metric_name
 from fulltune.report.run.about_forgetting import verdict
-from fulltune.report.run.data_page import about_labels, about_proofs, in_points
+from fulltune.report.run.data_page import about_labels, about_proofs, proof_rows
 from fulltune.report.run.row_words import has_images, mixed_words, row_words
-from fulltune.text import counted, first_few, format_bytes, format_metric, format_percent, format_seconds
+from fulltune.text import counted, first_few, format_bytes, format_metric, format_seconds, is_share
 
 if TYPE_CHECKING:
     from fulltune.doctor.diagnose import Diagnosis
@@ -283,16 +284,14 @@ def show_audit(console: Console, audit: Audit) -> None:
 
 
 def show_proofs(console: Console, proofs: Proofs) -> None:
-    """What each cleaning step does to the accuracy of classifiers on the untouched model."""
+    """What each cleaning step does to classifiers on the untouched model, or to trained models."""
     console.print(f"would cleaning help? {about_proofs(proofs)}")
     table = Table(box=None, header_style="dim")
-    for column in ("check", "its rows", "rows", "accuracy", "points", ""):
-        table.add_column(column, justify="left" if column in ("check", "its rows", "") else "right")
-    for one in proofs.proofs:
-        done = "left out" if one.action == "drop" else "relabelled"
-        table.add_row(
-            one.check, done, f"{one.rows:,}", format_percent(one.before + one.difference), in_points(one), one.verdict
-        )
+    name, difference = metric_name(proofs.metric), "points" if is_share(proofs.metric) else "difference"
+    for column in ("check", "its rows", "rows", name, difference, ""):
+        table.add_column(column, justify="right" if column in ("rows", name, difference) else "left")
+    for row in proof_rows(proofs):
+        table.add_row(*row)
     console.print(table)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from fulltune.records.audit import (
@@ -36,7 +37,7 @@ from fulltune.report.format.markdown import markdown
 from fulltune.report.format.words import write_harmless
 from fulltune.report.run import about_data
 from fulltune.report.run.read import RunView, read_run
-from fulltune.text import counted, format_percent, format_share
+from fulltune.text import counted, format_metric, format_percent, format_share, is_share, listed
 
 PAGE = "data.html"
 _CELL = 160
@@ -83,10 +84,10 @@ def write_data_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def build(view: RunView, audit: Audit, proofs: Proofs | None = None) -> Report:
+def build(view: RunView, audit: Audit, proofs: Sequence[Proofs] = ()) -> Report:
     """What is known about the rows of a run."""
     rows = sum(audit.rows.values())
-    sections = [_found(audit), _proofs(proofs), *map(_check, audit.checks), about_data.data(view), _next(view, audit)]
+    sections = [_found(audit), _cleaning(proofs), *map(_check, audit.checks), about_data.data(view), _next(view, audit)]
     dropped = sum(view.summary.dropped.values()) if view.summary else 0
     figures = [("rows looked at", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
     if audit.labels is not None:
@@ -176,49 +177,67 @@ def about_labels(found: LabelErrors) -> str:
 
 def about_proofs(proofs: Proofs) -> str:
     """How cleaning steps were compared."""
-    before = proofs.proofs[0].before if proofs.proofs else 0.0
-    return (
-        f"Linear classifiers on the untouched model were fitted {proofs.times} times with each "
-        f"step, and without, and compared on the same {counted(proofs.eval_rows, 'eval row')}. Without any cleaning "
-        f"they have {format_percent(before)} of them right."
+    name, rows = words.metric_name(proofs.metric), counted(proofs.eval_rows, "eval row")
+    how = (
+        f"Linear classifiers on the untouched model were fitted {proofs.times} times with each step, and without"
+        if proofs.by == "classifiers"
+        else f"The model was trained with each step, and without, with {counted(proofs.times, 'seed')} each"
     )
+    before = format_metric(proofs.metric, proofs.proofs[0].before) if proofs.proofs else "-"
+    return f"{how}, and compared on the same {rows}. Without any cleaning: {name} {before}."
 
 
-def in_points(proof: Proof) -> str:
-    """A difference of accuracy and its interval, in points."""
-    value, low, high = (f"{round(100 * one, 1) + 0.0:+.1f}" for one in (proof.difference, proof.low, proof.high))
+def proof_rows(proofs: Proofs) -> list[tuple[str, str, str, str, str, str]]:
+    """The check, what is done with its rows, how many, the metric then, how it differs, and the verdict."""
+    done = {"drop": "left out", "replace": "changed as proposed"}
+    return [
+        (
+            one.check,
+            done[one.action],
+            f"{one.rows:,}",
+            format_metric(proofs.metric, one.before + one.difference),
+            _difference(proofs.metric, one),
+            proofs.verdict(one),
+        )
+        for one in proofs.proofs
+    ]
+
+
+def _difference(metric: str, proof: Proof) -> str:
+    """Of a share in points."""
+    scale, decimals = (100, 1) if is_share(metric) else (1, 3)
+    values = (round(scale * one, decimals) + 0.0 for one in (proof.difference, proof.low, proof.high))
+    value, low, high = (f"{one:+.{decimals}f}" for one in values)
     return f"{value} [{low}, {high}]"
 
 
-def _proofs(proofs: Proofs | None) -> Section | None:
-    if proofs is None or not proofs.proofs:
-        return None
-    rows: tuple[Row, ...] = tuple(
-        (
-            one.check,
-            "left out" if one.action == "drop" else "relabelled",
-            f"{one.rows:,}",
-            format_percent(one.before + one.difference),
-            in_points(one),
-            one.verdict,
-        )
-        for one in proofs.proofs
-    )
-    header = ("check", "its rows", "rows", "accuracy", "difference in points", "verdict")
-    table = Table(
-        "Accuracy with each step alone; 95 % intervals over the eval rows", header, rows, frozenset({2, 3, 4})
-    )
-    helping = [one.check for one in proofs.proofs if one.verdict == "helps"]
-    said = (
-        f"Worth trying in a training: {', '.join(dict.fromkeys(helping))}."
-        if helping
-        else "No step helps as far as can be told: leave the rows as they are, or read some of them first."
-    )
-    about = (
-        f"{said} The eval rows are as they are: where their labels are wrong in the same way, cleaning looks worse "
-        "than it is. What helps these classifiers need not help a trained model."
-    )
-    return Section("cleaning", "Would cleaning help?", (Paragraph(about_proofs(proofs)), table, Paragraph(about)))
+def _cleaning(all_proofs: Sequence[Proofs]) -> Section | None:
+    blocks: list[Block] = []
+    for proofs in all_proofs:
+        name, points = words.metric_name(proofs.metric), " in points" if is_share(proofs.metric) else ""
+        header = ("check", "its rows", "rows", name, f"difference{points}", "verdict")
+        over = "eval rows" if proofs.by == "classifiers" else "eval rows and seeds"
+        caption = f"By {proofs.by}: {name} with each step alone; 95 % intervals over {over}"
+        blocks += [
+            Paragraph(about_proofs(proofs)),
+            Table(caption, header, tuple(proof_rows(proofs)), frozenset({2, 3, 4})),
+            Paragraph(f"{_advice(proofs)} {_LIMITS}"),
+        ]
+    return Section("cleaning", "Would cleaning help?", tuple(blocks)) if blocks else None
+
+
+_LIMITS = (
+    "The eval rows are as they are: where their labels are wrong in the same way, cleaning looks worse than it is."
+)
+
+
+def _advice(proofs: Proofs) -> str:
+    helping = listed(list(dict.fromkeys(one.check for one in proofs.proofs if proofs.verdict(one) == "helps")))
+    if not helping:
+        return "No step helps as far as can be told: leave the rows as they are, or read some of them first."
+    if proofs.by == "trainings":
+        return f"What helps can be taken with --accept: {helping}."
+    return f"Worth a few trainings (--trainings 3): {helping}. What helps classifiers need not help a trained model."
 
 
 def _check(found: CheckFound) -> Section:

@@ -1,0 +1,201 @@
+"""Whether cleaning helps, by trainings: whole runs with each cleaning step and without, with several seeds each.
+
+    audit → a patch for each step → run it, seed after seed → compare all on the same eval rows
+
+A side branch of the line: the runs lie in a folder of their own inside the run's, and leave what they gave for each
+eval row, nothing else. Where eval rows are split off the train file, a cleaned file gives slightly others; only those
+that all runs have held out are compared. The test rows are never looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulltune import data, evaluate, pipeline
+from fulltune.data.patch import load_patch, save_patch
+from fulltune.data.prove import CleaningStep, cleaning_steps, ids
+from fulltune.errors import RecipeError
+from fulltune.evaluate import outputs
+from fulltune.inference.store import clusters_of
+from fulltune.recipe.tasks import FACTS
+from fulltune.records.audit import TRAINED_PROOFS, Proof, Proofs
+from fulltune.records.data import DataSummary
+from fulltune.records.events import AttemptFailed, Event, Resumed, Said, StepLogged, Warned
+from fulltune.records.plan import Plan
+from fulltune.run_context import Run
+from fulltune.stats.bootstrap import draw
+from fulltune.stats.intervals import difference, seed_spreads
+from fulltune.stats.row_scores import Measure, measure_of
+from fulltune.system import run_folder
+from fulltune.tasks import Predictions, Target
+
+FOLDER = "cleaning"
+ALPHA = 0.05
+LEAST_SHARE = 0.002
+"""Of the train rows: fewer than that change nothing that a few trainings could show."""
+
+
+@dataclass(frozen=True)
+class _EvalRows:
+    """What a run gave for its eval rows."""
+
+    ids: np.ndarray
+    """`row_id` of each, numbered where rows are equal."""
+    clusters: np.ndarray
+    kept: Predictions
+
+    def of(self, ids: np.ndarray) -> _EvalRows:
+        """Some of them, in the order of these ids."""
+        order = np.argsort(self.ids)
+        chosen = order[np.searchsorted(self.ids[order], ids)]
+        return _EvalRows(ids, self.clusters[chosen], {name: array[chosen] for name, array in self.kept.items()})
+
+
+def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequence[str]) -> Proofs:
+    """Train with and without each cleaning step, and compare on the eval rows.
+
+    Args:
+        job: The run, audited; `data/trained_proofs.json` is written there. Runs that are finished are not made again.
+        summary: Of its prepared rows.
+        seeds: Trainings of each step, and as many without any.
+        checks: Those whose steps are tried; empty: all that found enough train rows, but for leaks.
+
+    Raises:
+        RecipeError: When there is nothing to try, or no rows to compare on.
+        FulltuneError: One of its kinds, where a training fails; the same command goes on.
+    """
+    folder, of_data = job.folder / FOLDER, job.folder / "data"
+    steps = _worth_a_training(of_data, summary, checks)
+    if summary.packed and not job.recipe.data.eval:
+        raise RecipeError(
+            "--trainings: these texts share rows, so that those held out differ as soon as a text is left out; give "
+            "eval texts in a file of their own (data.eval)"
+        )
+    job.phase("training with and without each cleaning step")
+    numbers = itertools.product(enumerate((None, *steps)), range(seeds))
+    arms: list[list[_EvalRows]] = [[] for _ in range(1 + len(steps))]
+    for done, ((arm, step), seed) in enumerate(numbers, start=1):
+        job.listener(Said(text=f"training {done} of {len(arms) * seeds}: {step or 'rows as they are'}, seed {seed}"))
+        arms[arm].append(_trained(job, step, seed))
+    metric = job.recipe.evaluate.metric or FACTS[job.recipe.task].choosing[summary.problem_type][0]
+    measure = measure_of(job.recipe.task, Target.of(summary), metric)
+    proofs, rows = _compared(measure, steps, arms)
+    found = Proofs(
+        fingerprint=summary.fingerprint,
+        eval_rows=rows,
+        times=seeds,
+        proofs=tuple(proofs),
+        metric=metric,
+        greater_is_better=measure.greater_is_better,
+        by="trainings",
+    )
+    found.save(of_data / TRAINED_PROOFS)
+    shutil.rmtree(folder)
+    return found
+
+
+def _worth_a_training(folder: Path, summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
+    """The steps of some checks; of all those with rows enough.
+
+    Raises:
+        RecipeError: When there is none.
+    """
+    steps = cleaning_steps(data.load_issues(folder))
+    if checks:
+        known = {step.check for step in steps}
+        if unknown := [check for check in checks if check not in known]:
+            raise RecipeError(
+                f"--check: '{unknown[0]}' found no train rows that cleaning could change, expected one of "
+                f"{', '.join(sorted(known)) or 'none: nothing was found'}"
+            )
+        return [step for step in steps if step.check in checks]
+    least = LEAST_SHARE * summary.splits["train"].rows
+    if not (worth := [step for step in steps if len(step.issues) >= least]):
+        raise RecipeError(
+            f"--trainings: no check found {LEAST_SHARE:.1%} of the train rows, and fewer change nothing that a few "
+            "trainings could show; name one to try it all the same (--check)"
+        )
+    return worth
+
+
+def _trained(job: Run, step: CleaningStep | None, seed: int) -> _EvalRows:
+    """A whole run with one cleaning step, or without; what it gave is kept, and its folder is deleted."""
+    name = f"{step.name if step else 'as-they-are'}-{seed}"
+    place, run = job.folder / FOLDER / f"{name}.npz", job.folder / FOLDER / name
+    if not place.exists():
+        one = _job(job, step, seed, run)
+        reached = pipeline.run(one, "train")
+        assert reached.outcome is not None, "asked for"
+        assert reached.outcome.model_folder is not None, "a run that ended well has a model"
+        scoring = evaluate.scoring_of(one.recipe, Plan.load(one.plan_path), reached.summary, run, one.base)
+        kept = outputs.outputs(scoring, run / reached.outcome.model_folder, (), 1, ("eval",)).kept["eval"]
+        rows = run / "data" / "eval"
+        more = {"row_ids": np.array(list(ids(rows))), "clusters": clusters_of(rows)}
+        outputs.save(place, {**kept, **more})
+    shutil.rmtree(run, ignore_errors=True)
+    kept = dict(outputs.load(place))
+    return _EvalRows(kept.pop("row_ids"), kept.pop("clusters"), kept)
+
+
+def _job(job: Run, step: CleaningStep | None, seed: int, folder: Path) -> Run:
+    """A run of the same recipe with a patch and a seed of its own."""
+    recipe = job.recipe
+    changes: dict[str, dict[str, Any]] = {"train": {"seed": recipe.train.seed + seed}}
+    if step is not None:
+        before = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
+        patch = folder.with_name(f"{step.name}.patch.jsonl")
+        patch.parent.mkdir(exist_ok=True)
+        save_patch(patch, (before | {one.key: one for one in step.decisions}).values())
+        changes["data"] = {"patch": str(patch)}
+    recipe = recipe.model_copy(
+        update={name: getattr(recipe, name).model_copy(update=values) for name, values in changes.items()}
+    )
+    run_folder.find_or_make(recipe, "", folder.name, folder, fresh=False)
+    return replace(_quiet(job), recipe=recipe, folder=folder)
+
+
+def _quiet(job: Run) -> Run:
+    """Of each run only what moves: the tables of all would hide what comes of them."""
+
+    def listener(event: Event) -> None:
+        if isinstance(event, StepLogged | Warned | Resumed | AttemptFailed):
+            job.listener(event)
+
+    return replace(job, listener=listener, began=None)
+
+
+def _compared(
+    measure: Measure, steps: Sequence[CleaningStep], arms: Sequence[Sequence[_EvalRows]]
+) -> tuple[list[Proof], int]:
+    """Each step's arm against the first one, on the rows that all have; and how many these are."""
+    common = arms[0][0].ids
+    for one in (one for arm in arms for one in arm):
+        common = np.intersect1d(common, one.ids)
+    if len(common) < 2:
+        raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
+    same = [[one.of(common) for one in arm] for arm in arms]
+    drawn = draw(measure, [[one.kept for one in arm] for arm in same], same[0][0].clusters)
+    spreads = seed_spreads(drawn, [False] * len(arms))
+    proofs = []
+    for number, step in enumerate(steps, start=1):
+        found = difference(drawn, number, 0, spreads, 1.0, measure.span)
+        low, high = found.interval(ALPHA)
+        proofs.append(
+            Proof(
+                check=step.check,
+                action=step.action,
+                rows=len(step.issues),
+                before=float(drawn.point[0].mean()),
+                difference=found.estimate,
+                low=low,
+                high=high,
+            )
+        )
+    return proofs, len(common)
