@@ -2,9 +2,10 @@
 
     audit → a patch for each step → run it, seed after seed → compare all on the same eval rows
 
-A side branch of the line: the runs lie in a folder of their own inside the run's, and leave what they gave for each
-eval row, nothing else. Where eval rows are split off the train file, a cleaned file gives slightly others; only those
-that all runs have held out are compared. The test rows are never looked at.
+A side branch of the line: the runs lie in a folder of their own inside the run's, and leave their patch and what they
+gave for each eval row, so that further seeds or steps take only what is not there. Where eval rows are split off the
+train file, a cleaned file gives slightly others; only those that all runs have held out are compared. The test rows are
+never looked at.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     """Train with and without each cleaning step, and compare on the eval rows.
 
     Args:
-        job: The run, audited; `data/trained_proofs.json` is written there. Runs that are finished are not made again.
+        job: The run, audited; `data/trained_proofs.json` is written there. What was trained before is not made again.
         summary: Of its prepared rows.
         seeds: Trainings of each step, and as many without any.
         checks: Those whose steps are tried; empty: all that found enough train rows, but for leaks.
@@ -71,7 +72,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
         RecipeError: When there is nothing to try, or no rows to compare on.
         FulltuneError: One of its kinds, where a training fails; the same command goes on.
     """
-    folder, of_data = job.folder / FOLDER, job.folder / "data"
+    of_data = job.folder / "data"
     steps = _worth_a_training(of_data, summary, checks)
     if summary.packed and not job.recipe.data.eval:
         raise RecipeError(
@@ -97,7 +98,6 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
         by="trainings",
     )
     found.save(of_data / TRAINED_PROOFS)
-    shutil.rmtree(folder)
     return found
 
 

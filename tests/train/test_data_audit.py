@@ -112,3 +112,39 @@ def test_without_labels_nothing_is_loaded_and_a_proof_of_other_tasks_is_refused(
     assert result.code != 0
     assert "--prove" in result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.long
+def test_trainings_compare_each_step_and_further_seeds_take_only_further_runs(audited: Path) -> None:
+    recipe, run = str(audited / "recipe.yaml"), audited / "run"
+    asked = ["data", recipe, "--run-folder", str(run), "--check", "label error", "--trainings"]
+    result = fulltune(*asked, "2")
+    assert result.code == 0, result.err
+    assert "training 6 of 6: label error" in " ".join(result.err.split())
+    proofs = Proofs.load(run / "data" / "trained_proofs.json")
+    assert (proofs.by, proofs.metric, proofs.times) == ("trainings", "accuracy", 2)
+    assert {(one.check, one.action) for one in proofs.proofs} == {("label error", "drop"), ("label error", "replace")}
+    assert all(one.low <= one.difference <= one.high for one in proofs.proofs)
+    assert "By trainings" in (run / "data.md").read_text(encoding="utf-8")
+    kept = {path: path.stat().st_mtime_ns for path in (run / "cleaning").glob("*.npz")}
+    assert len(kept) == 6
+    assert not [path for path in (run / "cleaning").glob("*-[01]") if path.is_dir()]
+    result = fulltune(*asked, "3")
+    assert result.code == 0, result.err
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list((run / "cleaning").glob("*.npz"))) == 9
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--trainings", "1"], "--trainings: 1 tell nothing, expected 2 or more"),
+        (["--check", "leak"], "--check: names whose steps to train"),
+        (["--check", "leak", "--trainings", "2"], "--check: 'leak' found no train rows that cleaning could change"),
+    ],
+)
+def test_trainings_that_tell_nothing_are_refused(audited: Path, asked: list[str], said: str) -> None:
+    result = fulltune("data", str(audited / "recipe.yaml"), "--run-folder", str(audited / "run"), *asked)
+    assert result.code == 2
+    assert said in " ".join(result.err.split())
+    assert "Traceback" not in result.err

@@ -8,6 +8,7 @@ not compared: without them scores fall because they were flattered.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,8 +95,9 @@ class CleaningStep:
 
     @property
     def name(self) -> str:
-        """As a file's name."""
-        return f"{self.check.replace(' ', '-')}-{self.action}"
+        """As a file's name, another one for other decisions."""
+        told = "".join(one.model_dump_json() for one in self.decisions)
+        return f"{self.check.replace(' ', '-')}-{self.action}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
     @property
     def decisions(self) -> list[RowDecision]:

@@ -1,0 +1,106 @@
+"""Cleaning steps from what an audit found, and how runs with and without them are compared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fulltune.cleaning import _compared, _EvalRows
+from fulltune.data.prove import CleaningStep, cleaning_steps
+from fulltune.records.audit import Proof, Proofs, Remedy, RowIssue
+from fulltune.stats.row_scores import Measure
+
+DROP = Remedy(action="drop")
+
+
+def issue(check: str, row: str, remedy: Remedy = DROP, split: str = "train") -> RowIssue:
+    return RowIssue.model_validate(
+        {"check": check, "split": split, "place": f"a.csv:{row}", "row": row, "reason": "r", "text": "t"}
+        | {"remedy": remedy}
+    )
+
+
+def test_each_check_gives_a_step_that_drops_and_one_that_changes_where_something_is_proposed() -> None:
+    other = Remedy(action="replace", column="label", value="b")
+    issues = [
+        issue("label error", "1", other),
+        issue("label error", "2"),
+        issue("label error", "3", other, split="eval"),
+        issue("leak", "1"),
+        issue("markup", "2"),
+    ]
+    steps = cleaning_steps(issues)
+    assert [(one.check, one.action, len(one.issues)) for one in steps] == [
+        ("label error", "drop", 2),
+        ("label error", "replace", 1),
+        ("markup", "drop", 1),
+    ]
+    assert {one.remedy.action for one in steps[0].decisions} == {"drop"}
+    assert [one.remedy for one in steps[1].decisions] == [other]
+
+
+def test_other_decisions_have_another_name_and_the_same_ones_the_same() -> None:
+    one, same, other = (cleaning_steps([issue("markup", row)])[0].name for row in "112")
+    assert one == same
+    assert one != other
+    assert one.startswith("markup-drop-")
+
+
+def _accuracy() -> Measure:
+    def counts(kept: object) -> np.ndarray:
+        right = np.asarray(kept["right"], np.float64)  # type: ignore[index]
+        return np.stack([right, np.ones(len(right))], axis=1)
+
+    return Measure(
+        name="accuracy",
+        greater_is_better=True,
+        whole=lambda kept: float(kept["right"].mean()),
+        counts=counts,
+        value=lambda sums: sums[..., 0] / sums[..., 1],
+        bounds=(0.0, 1.0),
+    )
+
+
+def _rows(ids: np.ndarray, right: np.ndarray) -> _EvalRows:
+    return _EvalRows(ids, np.arange(len(ids)), {"right": right})
+
+
+def test_runs_are_compared_on_the_rows_that_all_have_held_out_in_whatever_order() -> None:
+    drawn, names = np.random.default_rng(0), np.array([f"{number:04}" for number in range(1200)])
+    hard = drawn.random(1200)  # of each row; a run answers what is easier than its level
+
+    def arm(level: float, kept: slice) -> list[_EvalRows]:
+        found = []
+        for seed in range(3):
+            order = np.random.default_rng(seed).permutation(np.arange(1200)[kept])
+            noise = np.random.default_rng(seed).normal(0, 0.01, 1200)
+            found.append(_rows(names[order], (hard + noise < level)[order]))
+        return found
+
+    steps = [CleaningStep("a", "drop", ()), CleaningStep("b", "drop", ())]
+    arms = [arm(0.7, slice(0, 1100)), arm(0.8, slice(100, 1200)), arm(0.7, slice(0, 1200))]
+    (better, same), rows = _compared(_accuracy(), steps, arms)
+    assert rows == 1000
+    expected = float((hard[100:1100] < 0.8).mean() - (hard[100:1100] < 0.7).mean())
+    assert better.difference == pytest.approx(expected, abs=0.02)
+    assert 0.05 < better.low < better.difference < better.high < 0.2
+    assert same.difference == pytest.approx(0.0, abs=1e-9)
+    assert same.low < 0 < same.high
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater", "low", "high", "verdict"),
+    [
+        ("accuracy", True, 0.01, 0.02, "helps"),
+        ("accuracy", True, -0.02, -0.01, "hurts"),
+        ("accuracy", True, -0.01, 0.01, "no difference found"),
+        ("loss", False, -0.2, -0.1, "helps"),
+        ("loss", False, 0.1, 0.2, "hurts"),
+    ],
+)
+def test_a_verdict_knows_which_way_is_better(metric: str, greater: bool, low: float, high: float, verdict: str) -> None:
+    proof = Proof(check="markup", action="drop", rows=1, before=0.5, difference=(low + high) / 2, low=low, high=high)
+    proofs = Proofs(
+        fingerprint="f", eval_rows=9, times=3, proofs=(proof,), by="trainings", metric=metric, greater_is_better=greater
+    )
+    assert proofs.verdict(proof) == verdict
