@@ -289,7 +289,8 @@ def show_proofs(console: Console, proofs: Proofs) -> None:
     table = Table(box=None, header_style="dim")
     name, difference = metric_name(proofs.metric), "points" if is_share(proofs.metric) else "difference"
     for column in ("check", "its rows", "rows", name, difference, ""):
-        table.add_column(column, justify="right" if column in ("rows", name, difference) else "left")
+        is_number = column in ("rows", name, difference)
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     for row in proof_rows(proofs):
         table.add_row(*row)
     console.print(table)

@@ -189,7 +189,7 @@ def about_proofs(proofs: Proofs) -> str:
 
 def proof_rows(proofs: Proofs) -> list[tuple[str, str, str, str, str, str]]:
     """The check, what is done with its rows, how many, the metric then, how it differs, and the verdict."""
-    done = {"drop": "left out", "replace": "changed as proposed"}
+    done = {"drop": "left out", "replace": "changed"}
     return [
         (
             one.check,
