@@ -9,7 +9,7 @@ from datetime import datetime
 
 from fulltune import evaluate, report
 from fulltune.compare.claims import claims
-from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context, append_line, lines_of
+from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context
 from fulltune.compare.fairness import design_of
 from fulltune.compare.lint import lint
 from fulltune.compare.seeds import SeedRuns, arm_items, most_seeds, waiting
@@ -18,6 +18,7 @@ from fulltune.compare.table_rows import middle, rows_of
 from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import ArmItems, decide, of_learned
 from fulltune.evaluate import outputs
+from fulltune.files import append_line, lines_of
 from fulltune.inference.store import clusters_of
 from fulltune.recipe.tasks import FACTS, LANGUAGE_MODELS
 from fulltune.records.comparison import Comparison, Held, Opening

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FILE = "rows.arrow"
-CLUSTERS = "clusters.npy"
+CLUSTERS, IN_TRAIN = "clusters.npy", "in_train.npy"
 MIXED = "mixed"
 """Folder beside those of the splits: the rows that are mixed into the train rows, source after source."""
 WORDS = "words"
@@ -218,6 +218,17 @@ def save_clusters(folder: Path, groups: np.ndarray) -> None:
 def clusters_of(folder: Path) -> np.ndarray:
     """The number of each held-out row's cluster, from 0: int64 [rows], in the order of the rows."""
     return np.asarray(np.load(folder / CLUSTERS))
+
+
+def save_in_train(folder: Path, stands: np.ndarray) -> None:
+    """Keep which test rows share their text, prompt or passage with a train row: bool [rows]."""
+    np.save(folder / IN_TRAIN, stands)
+
+
+def in_train(folder: Path) -> np.ndarray:
+    """Which test rows stand in train as well: bool [rows]; where an earlier version prepared them, none is known."""
+    path = folder / IN_TRAIN
+    return np.asarray(np.load(path)) if path.exists() else np.zeros(len(clusters_of(folder)), bool)
 
 
 def row_id(row: Mapping[str, Any]) -> str:
