@@ -237,6 +237,16 @@ def row_id(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(columns, sort_keys=True, default=readable).encode()).hexdigest()[:16]
 
 
+def rows_id(folder: Path) -> str:
+    """The identity of a split: a hash of which rows it has, whatever their order, number and tokens."""
+    found, last = set(), None
+    for row in texts(folder):
+        if row is not last:  # the windows of a long row share it
+            found.add(row_id(row))
+        last = row
+    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:16]
+
+
 def words(place: str, row: Mapping[str, Any]) -> str:
     """A row as it is kept beside its first example; without columns, as beside its others."""
     return json.dumps({**row, PLACE: place}, ensure_ascii=False, default=readable)

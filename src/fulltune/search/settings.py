@@ -96,7 +96,14 @@ class _Trials:
         )
         folder = self.folder / name
         make(folder, recipe, self.job.folder / "data")
-        return replace(self.job, recipe=recipe, folder=folder, listener=without_tables(self.job.listener), began=None)
+        return replace(
+            self.job,
+            recipe=recipe,
+            folder=folder,
+            listener=without_tables(self.job.listener),
+            began=None,
+            is_trial=True,
+        )
 
     def score(self, one: TriedSettings) -> None:
         """The test rows of a run whose weights are there."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fulltune.recipe.tasks import shared_by
 from fulltune.records.data import DataSummary
+from fulltune.records.run import COMPARISON, Access
 from fulltune.records.scores import Answer, Calibration, Confusion, Scores
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -113,6 +114,20 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
     return (
         f"{found.left_out:,} of {left + found.left_out:,} test rows {'have' if many else 'has'} a {shared} that also "
         f"stands in train, and {others} the model on what it has not seen: its scores say little about new rows."
+    )
+
+
+def scored_again(accesses: Sequence[Access]) -> str:
+    """That other runs scored the same test rows, how many and since when; empty: none did."""
+    runs = {(one.run, one.model): one.trial for one in accesses}
+    if len(runs) < 2:
+        return ""
+    compared = list(runs.values()).count(COMPARISON)
+    among = f" ({counted(compared, 'comparison')} among them)" if compared else ""
+    since = min(one.time for one in accesses)[:10]
+    return (
+        f"These test rows have been scored in {len(runs)} runs here{among}, the first on {since}: the best of them by "
+        "its test score would be flattered. Choose by the eval score."
     )
 
 
