@@ -24,7 +24,7 @@ from fulltune.evaluate import access, outputs
 from fulltune.evaluate.scoring import FEWEST_UNSEEN
 from fulltune.files import append_line, lines_of
 from fulltune.inference.store import clusters_of, in_train
-from fulltune.recipe.tasks import FACTS, LANGUAGE_MODELS, shared_by
+from fulltune.recipe.tasks import FACTS, LANGUAGE_MODELS, stands_in_train
 from fulltune.records.comparison import Comparison, Held, Opening
 from fulltune.records.differences import Decision
 from fulltune.records.run import COMPARISON
@@ -81,9 +81,10 @@ def without_leaks(
     seen = in_train(context.folder / "data" / "test")
     if not seen.any():
         return []
-    shared, many = shared_by(context.summary.columns), int(seen.sum())
+    stands = stands_in_train(context.summary.columns, context.recipe.data.near_duplicates < 1)
+    many = int(seen.sum())
     said = f"without the {many:,} test rows" if many > 1 else "without the test row"
-    said = f"{said} whose {shared} also stands in train: "
+    said = f"{said} whose {stands}: "
     if len(np.unique(clusters[~seen])) < FEWEST_UNSEEN:
         return [f"{said}nothing is known, hardly any are left"]
     unseen = [

@@ -147,7 +147,11 @@ class Scoring:
             greater_is_better=self.plan.greater_is_better,
             confidence=confidence,
             unseen={
-                metric: Unseen(left_out=one.num_seen, estimate=one.unseen.estimate(confidence) if one.unseen else None)
+                metric: Unseen(
+                    left_out=one.num_seen,
+                    near=self.recipe.data.near_duplicates < 1,
+                    estimate=one.unseen.estimate(confidence) if one.unseen else None,
+                )
                 for metric, one in metrics.items()
                 if one.num_seen
             },

@@ -180,3 +180,13 @@ def greater_is_better(metric: str) -> bool:
 def shared_by(columns: Collection[str]) -> str:
     """What rows of one group have in common, in a word, by the roles of their columns."""
     return next((word for role, word in _SHARED.items() if role in columns), "text")
+
+
+def stands_in_train(columns: Collection[str], near: bool) -> str:
+    """What is the matter with a test row that leaks: `text also stands in train`.
+
+    Args:
+        columns: The roles of the rows' columns.
+        near: Texts that are nearly equal count.
+    """
+    return f"{shared_by(columns)} also stands in train{' (equal, or nearly so)' if near else ''}"

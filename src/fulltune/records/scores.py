@@ -38,6 +38,8 @@ class Unseen(Record):
 
     left_out: int
     """So many of its rows."""
+    near: bool
+    """Nearly equal ones count as shared."""
     estimate: Estimate | None
     """None: hardly any row is left."""
 

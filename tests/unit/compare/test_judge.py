@@ -88,6 +88,7 @@ def test_verdict_without_test_rows_that_stand_in_train(
     arms = [arm(name, name, np.stack([right] * 3)) for name, right in of]
     given["decide"].side_effect = verdict.decide
     line.measure, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
+    line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}
     decision = conclude._decided(line, arms, rows, 0.05)
     with mock.patch.object(conclude, "in_train", return_value=rows < leaked):

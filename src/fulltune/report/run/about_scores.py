@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
-from fulltune.recipe.tasks import shared_by
+from fulltune.recipe.tasks import stands_in_train
 from fulltune.records.data import DataSummary
 from fulltune.records.run import COMPARISON, Access
 from fulltune.records.scores import Answer, Calibration, Confusion, Scores
@@ -101,19 +101,20 @@ def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
     found, whole = row.unseen.get(row.main_metric), row.metrics.get(row.main_metric)
     if found is None or whole is None:
         return ""
-    shared, many = shared_by(summary.columns if summary else ()), found.left_out > 1
+    stands, many = stands_in_train(summary.columns if summary else (), found.near), found.left_out > 1
     if found.estimate is not None:
         them = f"{found.left_out:,} test rows" if many else "test row"
         name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, found.estimate)
         return (
-            f"Without the {them} whose {shared} also stands in train: {name} {value} "
+            f"Without the {them} whose {stands}: {name} {value} "
             f"({format_metric(row.main_metric, whole.value)} with {'them' if many else 'it'})."
         )
-    left = (whole.rows or row.rows) - found.left_out
-    others = f"the other {left:,} are too few to score" if left else "none is left to score"
+    num_rows = whole.rows or row.rows
+    left = num_rows - found.left_out
+    others = f"The other {left:,} are too few for a score of their own" if left else "None is left to score"
     return (
-        f"{found.left_out:,} of {left + found.left_out:,} test rows {'have' if many else 'has'} a {shared} that also "
-        f"stands in train, and {others} the model on what it has not seen: its scores say little about new rows."
+        f"{found.left_out:,} of {num_rows:,} test rows {'leak: their' if many else 'leaks: its'} {stands}. "
+        f"{others}: how good the model is on unseen rows is not known."
     )
 
 
