@@ -179,7 +179,10 @@ def score_baselines(job: Run, trial: Plan, summary: DataSummary) -> list[Scores]
 def score_trial(job: Run, trial: Plan, summary: DataSummary, outcome: Outcome) -> Scores:
     """The trained model on the test rows."""
     job.phase("scoring the trained model")
-    return evaluate.score(job.recipe, trial, summary, outcome, job.folder, job.base, job.hooks.metrics, job.listener)
+    return evaluate.score(
+        *(job.recipe, trial, summary, outcome, job.folder, job.base, job.hooks.metrics, job.listener),
+        noted=not job.is_trial,
+    )
 
 
 def write_report(job: Run) -> Path:

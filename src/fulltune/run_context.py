@@ -37,6 +37,9 @@ class Run:
     began: float | None = None
     """When the command or call that does the whole line began: seconds since 1970; None: single stages are called."""
 
+    is_trial: bool = False
+    """Of a search, whose choice the test rows play no part in: that they are scored is not noted."""
+
     @property
     def task(self) -> Task:
         return task_named(self.recipe.task)

@@ -20,6 +20,8 @@ from fulltune.errors import DataError, InterruptedRun, RecipeError
 from fulltune.records.comparison import Comparison, Trial
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, Said
+from fulltune.records.run import Access
+from fulltune.report.run.about_scores import scored_again
 from fulltune.system.run_folder import recipe_of
 from tests.contract.command import fulltune
 from tests.train.runs import in_this_process
@@ -169,6 +171,9 @@ def test_test_rows_are_opened_once_and_by_somebody(
     assert opening.command == "fulltune compare recipe.yaml"
     sealed = sorted(path.stem for path in (folder / "predictions" / "sealed").iterdir())
     assert sealed == ["full-seed42", "full-seed43", "lora-seed42", "lora-seed43"]
+    noted = Access.of_same_rows(folder)
+    assert [one.trial for one in noted] == ["comparison"] * 2, "two verdicts, and nothing of any trial"
+    assert scored_again(noted) == "", "it is one look"
 
 
 def test_other_comparisons_that_opened_the_same_test_rows_are_known(finished: tuple[Path, Comparison]) -> None:

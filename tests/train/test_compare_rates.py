@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fulltune import pipeline
+from fulltune import files, pipeline
 from fulltune.compare import conclude, context, rate_search, rates, table_rows, timing, trials
 from fulltune.compare import run as comparing
 from fulltune.compare import seeds as whole_runs
@@ -275,7 +275,7 @@ def test_time_left_is_reckoned_with_what_trials_took_and_with_what_matters_more(
     )
     planned = timing.START_SECONDS + timing.CHECKS_SECONDS + timing.SCORING_SECONDS + timing._LIBRARIES_SECONDS
     entry = {"what": "full-seed42", "seconds": 50 * planned, "ended": ""}
-    context.append_line(line.folder / context.CLOCK, entry)
+    files.append_line(line.folder / context.CLOCK, entry)
     assert timing.pace(line).rest == pytest.approx(50, rel=0.01)
     assert not timing.has_time(line, [trial])
     assert timing.to_come(line, {"full": 1, "lora": 0}, 2) > timing.to_come(line, {"full": 1, "lora": 1}, 2) > 0
@@ -401,10 +401,10 @@ def test_after_the_test_rows_were_opened_nothing_more_is_trained(tmp_path: Path)
 
 def test_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "clock.jsonl"
-    context.append_line(path, {"what": "a", "more": {"seconds": 1}})
+    files.append_line(path, {"what": "a", "more": {"seconds": 1}})
     path.write_bytes(path.read_bytes() + b'{"what": "b", "more": {"seconds": 1}')  # the disk was full
-    context.append_line(path, {"what": "c"})
-    assert [entry["what"] for entry in context.lines_of(path)] == ["a", "c"]
+    files.append_line(path, {"what": "c"})
+    assert [entry["what"] for entry in files.lines_of(path)] == ["a", "c"]
 
 
 def test_given_rate_that_diverges_is_the_users_to_change(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fulltune import api, pipeline, predict, report
 from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError, SetupError
 from fulltune.records.events import Event, Said, StepLogged
 from fulltune.records.plan import Plan
+from fulltune.records.run import ACCESSES, Access
 from fulltune.records.search import Searched
 from fulltune.report.run.read import read_run
 from fulltune.run_context import Run
@@ -71,6 +72,7 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
     assert "## Search" in report
     assert "than with the usual rate" in report
     assert read_run(searched.folder).missing == ()
+    assert [one.trial for one in Access.of_same_rows(searched.folder)] == ["full-seed42"]
     settings = {one.name: one for one in Plan.load(searched.folder / "plan" / "full.json").settings}
     assert settings["method.learning_rate"].reason.startswith("searched: ")
     before = {one.name for one in Plan.load(tmp_path / "run" / "plan" / "full.json").settings if not one.chosen}
@@ -173,6 +175,8 @@ def test_other_settings_are_tried_in_whole_runs_and_only_the_best_weights_stay(t
     assert left == ["models/full/model.safetensors"]
     scored = {path.parts[-3] for path in (found.folder / "search").glob("*/scores/*.npz")}
     assert scored == {"usual", Path(record.place).name}, "the others' test rows are nobody's business"
+    assert [one.trial for one in Access.of_same_rows(found.folder)] == ["full-seed42"], "the search chose without them"
+    assert not (found.folder / "search" / ACCESSES).exists()
     assert record.bought is not None
     assert found.plan is not None
     assert found.plan.layerwise_lr_decay == record.settings["method.layerwise_lr_decay"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,15 @@ import pytest
 from fulltune import evaluate
 from fulltune.evaluate import classifiers, spans
 from fulltune.evaluate.scoring import Scoring
-from fulltune.inference.store import RowWriter, record_batch, save_clusters, words
+from fulltune.inference.store import RowWriter, record_batch, save_clusters, save_in_train, words
 from fulltune.records.scores import Scores
 from fulltune.stats.bootstrap import Resampled, resample
 from fulltune.stats.intervals import paired
 from fulltune.tasks import PLACE, Target, task_named, written
 
-RECIPE: Any = SimpleNamespace(evaluate=SimpleNamespace(bootstrap_samples=100, confidence=0.95))
+RECIPE: Any = SimpleNamespace(
+    evaluate=SimpleNamespace(bootstrap_samples=100, confidence=0.95), data=SimpleNamespace(near_duplicates=1.0)
+)
 PLAN: Any = SimpleNamespace(metric="accuracy", greater_is_better=True, trial="full-seed42")
 LABELS = Target("single_label", {"text": "text", "label": "label"}, ("a", "b"))
 TEST = [place // 10 % 2 for place in range(120)]
@@ -88,3 +91,65 @@ def test_draws_are_read_as_they_were_saved(tmp_path: Path) -> None:
     Resampled(0.5, np.array([0.4]), 30, 7).save(tmp_path / "new.npz")
     found = Resampled.load(tmp_path / "new.npz")
     assert (found.value, found.draws.tolist(), found.num_rows, found.num_clusters) == (0.5, [0.4], 30, 7)
+
+
+# ---- rows that stand in train ----------------------------------------------------------------------------------
+
+
+def right(rows: Any) -> dict[str, float]:
+    return {"accuracy": float(rows["right"].mean())}
+
+
+def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_path: Path) -> None:
+    """Rows of the first 15 of 40 texts stand in train, and are right; of the others every second one is."""
+    run = bench(tmp_path, [place // 3 for place in range(120)])
+    seen = np.arange(120) < 45
+    save_in_train(tmp_path / "test", seen)
+    kept = {"right": np.where(seen, 1.0, np.arange(120) % 2)}
+    scores = run.scores("full-seed42", "trained", 120, run.estimates(kept, metrics=right)).scores
+    found = scores.unseen["accuracy"]
+    assert found.left_out == 45
+    assert found.estimate is not None
+    assert (found.estimate.rows, found.estimate.clusters) == (75, 25)
+    assert found.estimate.value == pytest.approx(38 / 75)
+    assert found.estimate.low < 38 / 75 < found.estimate.high < scores.metrics["accuracy"].value
+    whole = bench(tmp_path / "other", [place // 3 for place in range(120)])
+    plain = whole.scores("full-seed42", "trained", 120, whole.estimates(kept, metrics=right)).scores
+    assert plain.metrics == scores.metrics, "the scores of all rows stay as they are"
+    assert plain.unseen == {}
+
+
+@pytest.mark.parametrize("first_unseen", [120, 110, 30], ids=["none", "one text", "nine texts"])
+def test_hardly_any_row_that_train_does_not_have_gives_no_metric(tmp_path: Path, first_unseen: int) -> None:
+    run = bench(tmp_path, TENS)
+    save_in_train(tmp_path / "test", np.arange(120) < first_unseen)
+    scores = run.scores("x", "trained", 120, run.estimates({"right": np.ones(120)}, metrics=right)).scores
+    assert (scores.unseen["accuracy"].left_out, scores.unseen["accuracy"].estimate) == (first_unseen, None)
+
+
+def test_answers_to_drawn_rows_leave_out_those_of_them_that_stand_in_train(tmp_path: Path) -> None:
+    run = bench(tmp_path, range(120), Target("prompt_completion", {"prompt": "p", "completion": "c"}), "causal-lm")
+    save_in_train(tmp_path / "test", np.arange(120) < 50)
+    drawn = list(range(40, 80))
+    given = ["a" if place < 50 else "b" for place in drawn]
+    found = run.estimates(written.score_answers(given, ["a"] * 40), drawn)["exact_match"]
+    assert (found.value, found.num_seen) == (0.25, 10)
+    assert found.unseen is not None
+    assert (found.unseen.value, found.unseen.num_rows) == (0.0, 30)
+
+
+def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:
+    run = bench(tmp_path, range(120))
+    save_in_train(tmp_path / "test", np.arange(120) < 60)
+    mine = replace(run, user_metrics=lambda predicted, true: {"same": float((predicted == true).mean())})
+    found = mine.user_estimates(np.arange(120) < 60, np.ones(120, bool))["same"]
+    assert found.value == 0.5
+    assert found.unseen is not None
+    assert found.unseen.value == 0.0
+
+
+def test_draws_are_saved_without_those_of_unseen_rows(tmp_path: Path) -> None:
+    other = Resampled(0.4, np.array([0.3]), 20, 7)
+    Resampled(0.5, np.array([0.4]), 30, 9, num_seen=10, unseen=other).save(tmp_path / "new.npz")
+    found = Resampled.load(tmp_path / "new.npz")
+    assert (found.value, found.num_rows, found.unseen) == (0.5, 30, None)

@@ -119,7 +119,7 @@ def run(
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    out.print(display.scores_table(reached.scores))
+    out.print(display.scores_table(reached.scores, reached.summary))
     for line in display.answers(reached.scores):
         out.print(line)
     verdict, unfit, steps = report.conclude(folder)
@@ -246,7 +246,7 @@ def evaluate(
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    out.print(display.scores_table(reached.scores))
+    out.print(display.scores_table(reached.scores, reached.summary))
     for part in display.conclusion(*report.conclude(folder)):
         out.print(part)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import getpass
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
+
+import numpy as np
 
 from fulltune import evaluate, report
 from fulltune.compare.claims import claims
-from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context, append_line, lines_of
+from fulltune.compare.context import BASE, OPEN, OPENINGS, RECORD, SEALED, Context
 from fulltune.compare.fairness import design_of
 from fulltune.compare.lint import lint
 from fulltune.compare.seeds import SeedRuns, arm_items, most_seeds, waiting
@@ -17,15 +20,19 @@ from fulltune.compare.sequential import Left, left
 from fulltune.compare.table_rows import middle, rows_of
 from fulltune.compare.trials import best_seed, keep
 from fulltune.compare.verdict import ArmItems, decide, of_learned
-from fulltune.evaluate import outputs
-from fulltune.inference.store import clusters_of
-from fulltune.recipe.tasks import FACTS, LANGUAGE_MODELS
+from fulltune.evaluate import access, outputs
+from fulltune.evaluate.scoring import FEWEST_UNSEEN
+from fulltune.files import append_line, lines_of
+from fulltune.inference.store import clusters_of, in_train
+from fulltune.recipe.tasks import FACTS, LANGUAGE_MODELS, stands_in_train
 from fulltune.records.comparison import Comparison, Held, Opening
 from fulltune.records.differences import Decision
+from fulltune.records.run import COMPARISON
 from fulltune.records.scores import Estimate, Scores
 from fulltune.stats.bootstrap import draw, percentiles
 from fulltune.stats.calibration import calibrate
 from fulltune.system import run_folder
+from fulltune.text import format_metric
 
 
 def judge(ran: SeedRuns) -> Comparison:
@@ -44,18 +51,50 @@ def judge(ran: SeedRuns) -> Comparison:
         for one in held:
             if not one.preserved.is_feasible:
                 scaled_away.setdefault(one.arm, []).append(one.seed)
-        decision = decide(
-            compared,
-            context.measure,
-            margin=context.recipe.compare.margin,
-            clusters=clusters_of(context.folder / "data" / "test"),
-            confidence=context.recipe.evaluate.confidence,
-            alpha=alpha.now,
-        )
+        clusters = clusters_of(context.folder / "data" / "test")
+        decision = _decided(context, compared, clusters, alpha.now)
+        leaks = without_leaks(context, compared, clusters, decision)
     found = comparison_of(ran, of_learned(decision, scaled_away), held, baselines, openings)
+    found = found.model_copy(update={"notes": (*found.notes, *leaks)})
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
+    value = next(row.metric.value for row in found.rows if row.kind == "full")
+    access.note(context.folder, context.job.listener, trial=COMPARISON, outcome=None, metric=found.metric, value=value)
     write_model_cards(ran)
     return found
+
+
+def _decided(context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, alpha: float) -> Decision:
+    return decide(
+        compared,
+        context.measure,
+        margin=context.recipe.compare.margin,
+        clusters=clusters,
+        confidence=context.recipe.evaluate.confidence,
+        alpha=alpha,
+    )
+
+
+def without_leaks(
+    context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, decision: Decision
+) -> list[str]:
+    """What the verdict would be without the test rows that stand in train; empty: none stands there."""
+    seen = in_train(context.folder / "data" / "test")
+    if not seen.any():
+        return []
+    stands = stands_in_train(context.summary.columns, context.recipe.data.near_duplicates < 1)
+    many = int(seen.sum())
+    said = f"without the {many:,} test rows" if many > 1 else "without the test row"
+    said = f"{said} whose {stands}: "
+    if len(np.unique(clusters[~seen])) < FEWEST_UNSEEN:
+        return [f"{said}nothing is known, hardly any are left"]
+    unseen = [
+        replace(arm, trials=[{name: values[~seen] for name, values in kept.items()} for kept in arm.trials])
+        for arm in compared
+    ]
+    found, metric = _decided(context, unseen, clusters[~seen], decision.alpha), context.measure.name
+    scores = ", ".join(f"{one.arm} {format_metric(metric, one.mean)}" for one in found.scores)
+    same = found.verdict == decision.verdict
+    return [f"{said}{scores}, and {'still' if same else f'not {decision.verdict} but'} {found.verdict}"]
 
 
 def open_test_rows(context: Context, trials: Sequence[str], alpha: Left) -> tuple[Opening, ...]:

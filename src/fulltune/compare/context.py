@@ -6,10 +6,9 @@ An *arm*, as in clinical trials, is one method with its settings; a *trial* is o
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any
 
 from fulltune import methods, plan
 from fulltune.compare import rate_search
+from fulltune.files import append_line, lines_of
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import PlannedModel
 from fulltune.forgetting import drift
@@ -272,21 +272,3 @@ class Context:
 def settings_of(method: Any) -> dict[str, Any]:
     """A method's own settings."""
     return dict(method.model_dump(mode="json", exclude={"kind", "name", "learning_rate", "learning_rates"}))
-
-
-def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add an entry to a file of JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Where the disk was full the last line may have no end.
-    whole = not path.exists() or path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file of JSON lines, without one that was cut off."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found

@@ -14,12 +14,13 @@ from pathlib import Path
 from fulltune import pipeline, report
 from fulltune.compare import parallel
 from fulltune.compare.conclude import judge
-from fulltune.compare.context import OPENINGS, RECORD, Context, lines_of
+from fulltune.compare.context import OPENINGS, RECORD, Context
 from fulltune.compare.design import why_finished
 from fulltune.compare.rates import search_all
 from fulltune.compare.seeds import SeedRuns
 from fulltune.compare.timing import EXPECTATION, expect
 from fulltune.errors import RecipeError
+from fulltune.files import lines_of
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulltune.compare import design, rate_search
-from fulltune.compare.context import CLOCK, FOLDER, Context, lines_of
+from fulltune.compare.context import CLOCK, FOLDER, Context
 from fulltune.compare.trials import is_done, run_trial
+from fulltune.files import lines_of
 from fulltune.recipe.methods import RIVALS
 from fulltune.records.comparison import Expectation, Search, Trial
 from fulltune.records.events import Designed

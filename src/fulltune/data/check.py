@@ -14,6 +14,7 @@ from fulltune.data.split import HELD_OUT, Split
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import shared_by
 from fulltune.records.data import SplitName
 from fulltune.tasks import Target
 from fulltune.text import counted
@@ -116,18 +117,6 @@ def _why_new(block: DataBlock, name: SplitName) -> str:
 
 # ---- notes -----------------------------------------------------------------------------------------------------
 
-_SHARED = {
-    "context": "passage",
-    "prompt": "prompt",
-    "messages": "question",
-    "source": "source text",
-    "choices": "question",
-    "choice0": "question",
-    "tokens": "sentence",
-    "image": "image",
-}
-"""Role of a column to what rows of one group have in common; without any of them it is the text."""
-
 
 def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False) -> list[str]:
     """Few rows to choose by, and rows that stand, or share what is asked with others, twice in train or in two splits.
@@ -140,7 +129,7 @@ def notes(splits: Mapping[SplitName, Split], target: Target, near: bool = False)
     train, dev, test = (splits[name] for name in ("train", "eval", "test"))
     remarks = []
     nearly = " (equal, or nearly so)" if near else ""
-    shared = next((word for role, word in _SHARED.items() if role in target.columns), "text")
+    shared = shared_by(target.columns)
     # Long raw texts are cut, short ones packed: the rows that are trained and shown are others than those of the file.
     unit = "text" if set(target.columns) == {"text"} else "row"
     if dev.num_rows < FEW_EVAL_ROWS:

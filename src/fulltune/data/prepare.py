@@ -44,7 +44,7 @@ from fulltune.data.sources import (
 from fulltune.data.split import SPLITS, Split, asked_rows, assign
 from fulltune.data.written import DROPPED, as_line, examples, list_dropped, previews, summarise, write
 from fulltune.errors import DataError, RecipeError, SetupError
-from fulltune.inference.store import Rows, save_clusters
+from fulltune.inference.store import IN_TRAIN, Rows, save_clusters, save_in_train
 from fulltune.models.processors import processor_identity
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
@@ -113,7 +113,8 @@ def prepare(
     if preprocess is None and cache_folder is not None and FACTS[recipe.task].reads == "text":
         cached = cache_folder / fingerprint
         with cache.locked(cache_folder):
-            if (earlier := _earlier(cached, fingerprint)) is not None:
+            # Rows kept by an earlier version do not say which test rows stand in train: a new run makes them anew.
+            if (earlier := _earlier(cached, fingerprint)) is not None and (cached / "test" / IN_TRAIN).exists():
                 cache.link(cached, folder)
                 return earlier
     whole = cached or folder
@@ -260,6 +261,9 @@ def _write_splits(
         write(folder / name, pack(parts, packed_to) if packed_to and name == "train" else parts)
         if name != "train":
             save_clusters(folder / name, split.source.sides[split.source.row_of][split.examples])
+        if name == "test":
+            groups = split.source.groups[split.source.row_of][split.examples]
+            save_in_train(folder / name, np.isin(groups, splits["train"].groups))
         summaries[name] = summarise(split, Rows(folder / name)["length"], asked.get(name))
     if late := int(late_rows(splits).sum()):
         train = summaries["train"]

@@ -16,6 +16,7 @@ from types import ModuleType
 
 from fulltune import files
 from fulltune.errors import SetupError
+from fulltune.evaluate import access
 from fulltune.evaluate import untouched as of_untouched
 from fulltune.evaluate.scoring import Scored, Scoring, UserMetrics
 from fulltune.footprint.records import SHAPES
@@ -126,8 +127,12 @@ def score(
     base: Base,
     metrics: UserMetrics | None,
     listener: Listener = lambda event: None,
+    noted: bool = True,
 ) -> Scores:
-    """Score the trained model on the test rows; a classifier's temperature is written into its folder."""
+    """Score the trained model on the test rows; a classifier's temperature is written into its folder.
+
+    Unless `noted` is False, a line beside the run folder says that these rows were scored.
+    """
     scoring = scoring_of(recipe, plan, summary, folder, base, metrics, listener)
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} left no model to evaluate")
@@ -135,7 +140,15 @@ def score(
     path = folder / "scores" / f"{plan.trial}.json"
     if metrics is not None:
         path.unlink(missing_ok=True)  # the scores that are there may lack these metrics
-    scores = _kept(path, lambda: _scorer(recipe.task).trained(scoring, *scoring.load(model_folder)))
+
+    def trained() -> Scored:
+        made: Scored = _scorer(recipe.task).trained(scoring, *scoring.load(model_folder))
+        if noted:
+            value = made.main.value if made.main else None
+            access.note(folder, listener, trial=plan.trial, outcome=outcome, metric=plan.metric, value=value)
+        return made
+
+    scores = _kept(path, trained)
     if scores.calibration is not None:
         _note_temperature(model_folder, scores.calibration.temperature)
     span = measure_of(recipe.task, scoring.target, plan.metric).span

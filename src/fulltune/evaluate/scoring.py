@@ -12,7 +12,7 @@ import numpy as np
 from fulltune.errors import SetupError
 from fulltune.inference.run import Watch, by_length, model_batch, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verified
-from fulltune.inference.store import Rows, clusters_of, load_texts
+from fulltune.inference.store import Rows, clusters_of, in_train, load_texts
 from fulltune.methods import folder
 from fulltune.models.base import Base
 from fulltune.models.load import load
@@ -20,7 +20,7 @@ from fulltune.models.processors import opened
 from fulltune.recipe.fields import Recipe
 from fulltune.records.events import Listener, RowsRead
 from fulltune.records.plan import Plan
-from fulltune.records.scores import Scores
+from fulltune.records.scores import Scores, Unseen
 from fulltune.stats.bootstrap import Resampled, resample
 from fulltune.system.out_of_memory import with_smaller_batches
 from fulltune.tasks import Predictions, Target, Task
@@ -30,6 +30,8 @@ T = TypeVar("T")
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 """Rows that the model got most wrong, for the report."""
+FEWEST_UNSEEN = 20
+"""Groups of test rows that a metric without those that stand in train has to rest on."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ class Scoring:
 
     def clusters(self, positions: Sequence[int] | None) -> np.ndarray:
         """The cluster of each test row, or of those at `positions`."""
-        found = clusters_of(self.data / "test")
-        return found if positions is None else found[np.asarray(positions, np.int64)]
+        return _at(positions, clusters_of(self.data / "test"))
 
     def estimates(
         self,
@@ -81,19 +82,28 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Any], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Metrics on all rows and on resamples of their clusters.
+        """Metrics on all rows and on resamples of their clusters; the same without the rows that stand in train.
 
         Args:
             kept: Name to array whose first axis is the row.
             positions: Which test rows these are; None: all of them.
             metrics: From such arrays to numbers; None: those of the task.
         """
-        return resample(
-            kept,
-            metrics or (lambda rows: self.task.metrics(rows, self.target)),
-            samples=self.recipe.evaluate.bootstrap_samples,
-            clusters=self.clusters(positions),
-        )
+        clusters, seen = self.clusters(positions), _at(positions, in_train(self.data / "test"))
+
+        def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
+            return resample(
+                {name: values[rows] for name, values in kept.items()},
+                metrics or (lambda rows: self.task.metrics(rows, self.target)),
+                samples=self.recipe.evaluate.bootstrap_samples,
+                clusters=clusters[rows],
+            )
+
+        found = resampled(slice(None))
+        if not seen.any():
+            return found
+        unseen = resampled(~seen) if len(np.unique(clusters[~seen])) >= FEWEST_UNSEEN else {}
+        return {name: replace(one, num_seen=int(seen.sum()), unseen=unseen.get(name)) for name, one in found.items()}
 
     def user_estimates(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
@@ -136,6 +146,15 @@ class Scoring:
             main_metric=self.plan.metric,
             greater_is_better=self.plan.greater_is_better,
             confidence=confidence,
+            unseen={
+                metric: Unseen(
+                    left_out=one.num_seen,
+                    near=self.recipe.data.near_duplicates < 1,
+                    estimate=one.unseen.estimate(confidence) if one.unseen else None,
+                )
+                for metric, one in metrics.items()
+                if one.num_seen
+            },
             **fields,
         )
         return Scored(scores, metrics.get(self.plan.metric))
@@ -190,3 +209,8 @@ class Scoring:
             finished = Base.of(block, self.recipe.task)
             model, processor = load(finished, {}, head_is_new=False), finished.processor
         return model.to(self.plan.device), processor
+
+
+def _at(positions: Sequence[int] | None, of_rows: np.ndarray) -> np.ndarray:
+    """What is known of the rows at these positions; None: of all."""
+    return of_rows if positions is None else of_rows[np.asarray(positions, np.int64)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FILE = "rows.arrow"
-CLUSTERS = "clusters.npy"
+CLUSTERS, IN_TRAIN = "clusters.npy", "in_train.npy"
 MIXED = "mixed"
 """Folder beside those of the splits: the rows that are mixed into the train rows, source after source."""
 WORDS = "words"
@@ -220,10 +220,31 @@ def clusters_of(folder: Path) -> np.ndarray:
     return np.asarray(np.load(folder / CLUSTERS))
 
 
+def save_in_train(folder: Path, stands: np.ndarray) -> None:
+    """Keep which test rows share their text, prompt or passage with a train row: bool [rows]."""
+    np.save(folder / IN_TRAIN, stands)
+
+
+def in_train(folder: Path) -> np.ndarray:
+    """Which test rows stand in train as well: bool [rows]; where an earlier version prepared them, none is known."""
+    path = folder / IN_TRAIN
+    return np.asarray(np.load(path)) if path.exists() else np.zeros(len(clusters_of(folder)), bool)
+
+
 def row_id(row: Mapping[str, Any]) -> str:
     """A row's identity: a hash of all its columns, the same for the row as it is read and as it is kept."""
     columns = {name: value for name, value in row.items() if name != PLACE}
     return hashlib.sha256(json.dumps(columns, sort_keys=True, default=readable).encode()).hexdigest()[:16]
+
+
+def rows_id(folder: Path) -> str:
+    """The identity of a split: a hash of which rows it has, whatever their order, number and tokens."""
+    found, last = set(), None
+    for row in texts(folder):
+        if row is not last:  # the windows of a long row share it
+            found.add(row_id(row))
+        last = row
+    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:16]
 
 
 def words(place: str, row: Mapping[str, Any]) -> str:

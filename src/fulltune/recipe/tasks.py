@@ -5,7 +5,7 @@ One place for recipe rules, plan and report; the task's module in `fulltune.task
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,17 @@ ProblemType = Literal[
 ]
 LANGUAGE_MODELS: tuple[ProblemType, ...] = ("text", "prompt_completion", "chat")
 """What has a loss on any text."""
+_SHARED = {
+    "context": "passage",
+    "prompt": "prompt",
+    "messages": "question",
+    "source": "source text",
+    "choices": "question",
+    "choice0": "question",
+    "tokens": "sentence",
+    "image": "image",
+}
+"""Role of a column to what rows of one group have in common; without any of them it is the text."""
 _CHOICES_OF_CLASSES = ("accuracy", "f1_macro", "mcc", "loss")
 _OF_TOKENS = ("loss", "perplexity", "token_accuracy")
 _OF_ANSWERS = ("exact_match", "rougeL", "chrf")
@@ -164,3 +175,18 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
 def greater_is_better(metric: str) -> bool:
     """Whether more of a metric is better."""
     return metric not in ("loss", "perplexity", "rmse")
+
+
+def shared_by(columns: Collection[str]) -> str:
+    """What rows of one group have in common, in a word, by the roles of their columns."""
+    return next((word for role, word in _SHARED.items() if role in columns), "text")
+
+
+def stands_in_train(columns: Collection[str], near: bool) -> str:
+    """What is the matter with a test row that leaks: `text also stands in train`.
+
+    Args:
+        columns: The roles of the rows' columns.
+        near: Texts that are nearly equal count.
+    """
+    return f"{shared_by(columns)} also stands in train{' (equal, or nearly so)' if near else ''}"

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Self
+
+from pydantic import ValidationError
+
+from fulltune.files import lines_of
 from fulltune.records.base import Record
+
+ACCESSES = "test-rows-scored.jsonl"
+"""Beside the run folders, and outliving each of them: a line for each time that test rows were scored."""
+COMPARISON = "comparison"
 
 
 class Environment(Record):
@@ -25,3 +35,36 @@ class Command(Record):
     """A whole `fulltune run`, from its start to its report."""
 
     seconds: float
+
+
+class Access(Record):
+    """Test rows were scored: by a trained model, or all at once by the verdict of a comparison."""
+
+    time: str
+    """ISO 8601 with time zone."""
+    run: str
+    """Name of its folder."""
+    trial: str
+    """Method and seed of the model; or `comparison`."""
+    model: str
+    """Hash of how its training ended, the same when it is scored again; empty: of a comparison."""
+    rows: str
+    """Hash of the test rows, whatever their order."""
+    metric: str
+    value: float | None
+    """Of the main metric, of a comparison that of full fine-tuning; None: it has none."""
+
+    @classmethod
+    def of_same_rows(cls, folder: Path) -> tuple[Self, ...]:
+        """Every time that a run folder's test rows were scored, by it or by others beside it; empty: not by it.
+
+        Lines that cannot be read, or are of another version, are passed over.
+        """
+        folder, found = folder.resolve(), []
+        for line in lines_of(folder.parent / ACCESSES):
+            try:
+                found.append(cls.model_validate(line))
+            except ValidationError:
+                continue
+        mine = [one.rows for one in found if one.run == folder.name][-1:]  # of a folder that was made anew its last
+        return tuple(one for one in found if one.rows in mine)

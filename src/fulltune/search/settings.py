@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fulltune import pipeline
-from fulltune.compare.context import append_line, lines_of
 from fulltune.compare.design import FORECAST_AGAIN, round_up
 from fulltune.compare.rate_search import Scale
 from fulltune.compare.trials import without_tables
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
+from fulltune.files import append_line, lines_of
 from fulltune.recipe.several_runs import combinations, num_combinations, why_impossible, with_settings
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Said
@@ -96,7 +96,14 @@ class _Trials:
         )
         folder = self.folder / name
         make(folder, recipe, self.job.folder / "data")
-        return replace(self.job, recipe=recipe, folder=folder, listener=without_tables(self.job.listener), began=None)
+        return replace(
+            self.job,
+            recipe=recipe,
+            folder=folder,
+            listener=without_tables(self.job.listener),
+            began=None,
+            is_trial=True,
+        )
 
     def score(self, one: TriedSettings) -> None:
         """The test rows of a run whose weights are there."""

@@ -82,6 +82,10 @@ class Resampled:
     num_rows: int
     num_clusters: int
     """What was drawn: rows that depend on each other come together."""
+    num_seen: int = 0
+    """So many rows stand in train as well."""
+    unseen: Resampled | None = None
+    """The same without those; None: there are none, or hardly any others."""
 
     def estimate(self, confidence: float) -> Estimate:
         """The value with its percentile interval at this level, for example 0.95; without a single mistake down to the
@@ -93,7 +97,8 @@ class Resampled:
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 
     def save(self, path: Path) -> None:
-        fields: dict[str, Any] = vars(self)
+        names = ("value", "draws", "num_rows", "num_clusters")
+        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         with replacing(path) as part, part.open("wb") as file:
             np.savez(file, **fields)
 

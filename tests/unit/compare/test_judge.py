@@ -8,14 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
-from fulltune.compare import conclude, timing
+from fulltune.compare import conclude, timing, verdict
+from fulltune.compare.conclude import without_leaks
 from fulltune.compare.context import RECORD
 from fulltune.compare.seeds import SeedRuns
 from fulltune.records.comparison import Search, Trial, TrialResult
 from tests import comparisons
-from tests.unit.compare.arms import looks_of
+from tests.unit.compare.arms import ACCURACY, arm, looks_of
 
 
 def trial(name: str, rate: float, **more: Any) -> Trial:
@@ -51,6 +53,8 @@ def given() -> Iterator[dict[str, Any]]:
         "arm_items": mock.Mock(return_value=[]),
         "decide": mock.Mock(),
         "clusters_of": mock.Mock(),
+        "without_leaks": mock.Mock(return_value=[]),
+        "access": mock.Mock(),
         "comparison_of": mock.Mock(return_value=comparisons.undecided()),
     }
     with mock.patch.multiple(conclude, **made):
@@ -62,6 +66,33 @@ def ran(line: Any, looks: Any = (), searches: Any = None) -> SeedRuns:
 
 
 RESULTS = {arm: [result(trial(f"{arm}-seed42", 1e-3))] for arm in ("full", "lora")}
+
+
+@pytest.mark.parametrize(
+    ("leaked", "expected"),
+    [
+        (0, []),
+        (1, ["without the test row whose text also stands in train: full 74.9%, lora 25.1%, and still FULL"]),
+        (200, ["without the 200 test rows whose text also stands in train: full 50.0%, lora 50.0%, and not FULL but "
+               "EQUIVALENT"]),
+        (395, ["without the 395 test rows whose text also stands in train: nothing is known, hardly any are left"]),
+    ],
+)  # fmt: skip
+def test_verdict_without_test_rows_that_stand_in_train(
+    line: Any, given: dict[str, Any], leaked: int, expected: list[str]
+) -> None:
+    """Full knows the first half by heart, and is as good as LoRA on the other."""
+    rows = np.arange(400)
+    half = rows % 2 == 1
+    of: list[tuple[Any, np.ndarray]] = [("full", (rows < 200) | half), ("lora", (rows >= 200) & half)]
+    arms = [arm(name, name, np.stack([right] * 3)) for name, right in of]
+    given["decide"].side_effect = verdict.decide
+    line.measure, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
+    line.recipe.data.near_duplicates = 1.0
+    line.summary.columns = {"text": "t"}
+    decision = conclude._decided(line, arms, rows, 0.05)
+    with mock.patch.object(conclude, "in_train", return_value=rows < leaked):
+        assert without_leaks(line, arms, rows, decision) == expected
 
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fulltune import data
+from fulltune.inference.store import IN_TRAIN
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, RowsPrepared
@@ -141,6 +142,18 @@ def test_damaged_summary_in_the_cache_is_made_anew(runs: Runs) -> None:
     (runs.cache / first.fingerprint / data.SUMMARY).write_text("{")
     assert runs.prepare("two") == first
     assert runs.num_encoded == 2
+
+
+def test_rows_that_do_not_say_which_stand_in_train_are_made_anew_for_a_new_run_alone(runs: Runs) -> None:
+    first = runs.prepare("first")
+    for folder in (runs.cached()[0], runs.folder / "runs" / "first" / "data"):
+        (folder / "test" / IN_TRAIN).unlink()  # prepared by an earlier version
+    encoded = runs.num_encoded
+    assert runs.prepare("first") == first
+    assert runs.num_encoded == encoded
+    assert runs.prepare("second") == first
+    assert runs.num_encoded > encoded
+    assert (runs.folder / "runs" / "second" / "data" / "test" / IN_TRAIN).exists()
 
 
 def test_other_file_system_gets_a_copy(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from fulltune import data
 from fulltune.data import near
 from fulltune.errors import RecipeError
-from fulltune.inference.store import Rows, clusters_of, load_texts
+from fulltune.inference.store import IN_TRAIN, Rows, clusters_of, in_train, load_texts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.tasks import task_named
@@ -166,3 +166,27 @@ def test_prepare_near_duplicates_of_images_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(RecipeError, match="only texts can be nearly the same"):
         data.prepare(recipe, tmp_path / "data", task_named(recipe.task), None, data.Limits(None))  # type: ignore[arg-type]
+
+
+def test_prepare_says_which_test_rows_stand_in_train(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows, other = variants(60), variants(80)[180:]
+    exact, near = rows[:9], [{**row, "text": f"{row['text']} soon"} for row in rows[30:36]]
+    test = [*other, *exact, *near]
+    file = str(tiny.write_jsonl(tmp_path / "test.jsonl", test))
+    for threshold, expected in ((1.0, 9), (0.75, 15)):
+        folder = tmp_path / str(threshold)
+        prepared(folder, rows, encoder_tokenizer, near_duplicates=threshold, eval_fraction=0.02, test=file)
+        stands = in_train(folder / "data" / "test")
+        texts = {row["text"] for row in load_texts(folder / "data" / "train")}
+        assert len(stands) == len(test)
+        assert not stands[: len(other)].any()
+        assert {row["text"] for row in exact} <= texts, "or the draw of eval rows has changed: take other ones"
+        assert stands[len(other) :].tolist() == [True] * expected + [False] * (15 - expected)
+
+
+def test_prepare_no_test_row_that_was_split_off_stands_in_train(tmp_path: Path, encoder_tokenizer: Any) -> None:
+    prepared(tmp_path, variants(60) * 2, encoder_tokenizer)
+    assert len(stands := in_train(tmp_path / "data" / "test"))
+    assert not stands.any()
+    (tmp_path / "data" / "test" / IN_TRAIN).unlink()  # rows of an earlier version
+    assert in_train(tmp_path / "data" / "test").tolist() == [False] * len(stands)

@@ -40,6 +40,7 @@ from fulltune.records.training import Check
 from fulltune.report.format.blocks import Headline
 from fulltune.report.format.words import metric_name
 from fulltune.report.run.about_forgetting import verdict
+from fulltune.report.run.about_scores import without_leaks
 from fulltune.report.run.data_page import about_labels, about_proofs, proof_rows
 from fulltune.report.run.row_words import has_images, mixed_words, row_words
 from fulltune.text import counted, first_few, format_bytes, format_metric, format_seconds, is_share
@@ -310,7 +311,7 @@ def _in_brackets(preview: Preview) -> Text:
     return line
 
 
-def scores_table(scores: Sequence[Scores]) -> Group:
+def scores_table(scores: Sequence[Scores], summary: DataSummary) -> Group:
     """Every contestant on the test rows, with intervals."""
     first = scores[0]
     # Two metrics are what 80 columns hold; the report has all.
@@ -332,8 +333,9 @@ def scores_table(scores: Sequence[Scores]) -> Group:
     for entry in scores:
         cells = [_cell(name, entry.metrics.get(name)) for name in shown]
         table.add_row(escape(entry.name), *cells, style="bold" if entry.kind == "trained" else None)
+    below = [without_leaks(scores, summary), *{entry.left_out: 0 for entry in scores}]
     # Above the table, not as its title: that would be wrapped to the width of the table.
-    return Group(title, table, *(Text(reason) for reason in {entry.left_out: 0 for entry in scores} if reason))
+    return Group(title, table, *(Text(said) for said in below if said))
 
 
 def answers(scores: Sequence[Scores], count: int = 3) -> list[Text]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
+from fulltune.recipe.tasks import stands_in_train
+from fulltune.records.data import DataSummary
+from fulltune.records.run import COMPARISON, Access
 from fulltune.records.scores import Answer, Calibration, Confusion, Scores
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -51,11 +54,14 @@ def results(view: RunView) -> Section | None:
     main = leading.main_metric
     names = dict.fromkeys(name for row in (leading, *view.scores) for name in row.metrics)
     metrics = sorted(names, key=lambda name: name != main)
-    header = ("model", *(words.metric_name(name) for name in metrics), "test rows", "kind")
+    # A column more where some test rows stand in train.
+    unseen = [f"{words.metric_name(main)} on unseen rows"] * (main in leading.unseen)
+    header = ("model", *(words.metric_name(name) for name in metrics), *unseen, "test rows", "kind")
     rows = tuple(
         (
             row.name,
             *(words.estimate(name, row.metrics[name]) if name in row.metrics else "-" for name in metrics),
+            *(_unseen(row, main) for _ in unseen),
             f"{row.rows:,}",
             _KIND_IN_WORDS[row.kind],
         )
@@ -63,7 +69,7 @@ def results(view: RunView) -> Section | None:
     )
     level = " and ".join(sorted({f"{100 * row.confidence:g}%" for row in view.scores}))
     caption = f"Each metric on the test rows, with its {level} bootstrap interval in brackets"
-    said = [_groups(view.scores)]
+    said = [without_leaks(view.scores, view.summary), _groups(view.scores)]
     said += [about_answers(row) for row in view.scores if row.answers and len(row.answers) < row.rows][-1:]
     said += [f"{reason[:1].upper()}{reason[1:]}." for reason in {row.left_out: 0 for row in view.scores} if reason]
     blocks: list[Block] = [Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))]
@@ -82,6 +88,48 @@ def results(view: RunView) -> Section | None:
         legend = f"Mark and {level} interval; circle: baseline, square: before training, diamond: trained."
         blocks.append(Figures((Figure(interval_plot(title, marks, main), title, legend),), drawn_only=True))
     return Section("results", "Results on the test rows", tuple(blocks))
+
+
+def _unseen(row: Scores, metric: str) -> str:
+    found = row.unseen.get(metric)
+    return words.estimate(metric, found.estimate) if found and found.estimate else "-"
+
+
+def without_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str:
+    """The main metric without the test rows that stand in train, beside the one with them; empty: none stands there."""
+    row = headline_row(scores) or scores[-1]
+    found, whole = row.unseen.get(row.main_metric), row.metrics.get(row.main_metric)
+    if found is None or whole is None:
+        return ""
+    stands, many = stands_in_train(summary.columns if summary else (), found.near), found.left_out > 1
+    if found.estimate is not None:
+        them = f"{found.left_out:,} test rows" if many else "test row"
+        name, value = words.metric_name(row.main_metric), words.estimate(row.main_metric, found.estimate)
+        return (
+            f"Without the {them} whose {stands}: {name} {value} "
+            f"({format_metric(row.main_metric, whole.value)} with {'them' if many else 'it'})."
+        )
+    num_rows = whole.rows or row.rows
+    left = num_rows - found.left_out
+    others = f"The other {left:,} are too few for a score of their own" if left else "None is left to score"
+    return (
+        f"{found.left_out:,} of {num_rows:,} test rows {'leak: their' if many else 'leaks: its'} {stands}. "
+        f"{others}: how good the model is on unseen rows is not known."
+    )
+
+
+def scored_again(accesses: Sequence[Access]) -> str:
+    """That other runs scored the same test rows, how many and since when; empty: none did."""
+    runs = {(one.run, one.model): one.trial for one in accesses}
+    if len(runs) < 2:
+        return ""
+    compared = list(runs.values()).count(COMPARISON)
+    among = f" ({counted(compared, 'comparison')} among them)" if compared else ""
+    since = min(one.time for one in accesses)[:10]
+    return (
+        f"These test rows have been scored in {len(runs)} runs here{among}, the first on {since}: the best of them by "
+        "its test score would be flattered. Choose by the eval score."
+    )
 
 
 def _groups(scores: Sequence[Scores]) -> str:

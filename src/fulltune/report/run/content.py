@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Block, Bullets, Code, Folded, Headline, Paragraph, Report, Section
@@ -55,6 +56,8 @@ def conclude(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     """Was it worth it, and what to change where it was not."""
     why = next((part.why for part in view.missing if part.what.startswith("the test scores of")), "")
     headline = judge(view.scores, why)
+    notes = (headline.note, about_scores.scored_again(view.accesses))
+    headline = replace(headline, note=" ".join(filter(None, notes)))
     facts = facts_of(view, headline)
     return headline, next_steps(facts) if facts else ()
 
@@ -99,7 +102,7 @@ def _missing(view: RunView) -> Section | None:
         )
     if not items:
         return None
-    lead = Paragraph("This report is made from the files in the run folder alone. Not shown, and why:")
+    lead = Paragraph("This report is made from files alone. Not shown, and why:")
     return Section("missing", "What is missing", (lead, Bullets(tuple(items))))
 
 

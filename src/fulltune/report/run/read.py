@@ -20,7 +20,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.events import Evaluated, Event, JournalEntry, StepLogged, event_of
 from fulltune.records.forgetting import Preserved
 from fulltune.records.plan import Plan
-from fulltune.records.run import Command, Environment
+from fulltune.records.run import ACCESSES, Access, Command, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.search import Searched
 from fulltune.records.training import Outcome
@@ -89,6 +89,8 @@ class RunView:
     """How its settings were searched."""
     preserved: Mapping[str, Preserved] = field(default_factory=dict)
     """How each trial with a budget for forgetting kept it."""
+    accesses: tuple[Access, ...] = ()
+    """Every time that its test rows were scored, also by other runs beside it."""
 
     @property
     def main_trial(self) -> str:
@@ -168,6 +170,7 @@ def read_run(folder: Path) -> RunView:
         command=files.record(Command, folder / "command.json"),
         searched=files.record(Searched, folder / "search.json"),
         preserved={one.trial: one for one in files.records(Preserved, folder.glob("preserve/*.json"))},
+        accesses=files.accesses(),
     )
     return replace(view, missing=(*files.damaged, *_what_is_missing(view)), unreadable_lines=files.unreadable_lines)
 
@@ -251,6 +254,14 @@ class _Files:
                     yield value
                 else:
                     self.unreadable_lines += 1
+
+    def accesses(self) -> tuple[Access, ...]:
+        """From the only file that lies beside the folder, for all runs there."""
+        try:
+            return Access.of_same_rows(self.folder)
+        except OSError:
+            self.damaged.append(Missing(f"{ACCESSES}, beside the run folder", "it cannot be opened"))
+            return ()
 
     def attempts(self) -> Iterator[AttemptFiles]:
         """The attempts of each trial, in order."""

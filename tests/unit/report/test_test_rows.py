@@ -1,0 +1,118 @@
+"""On what terms the test scores hold: rows that stand in train, and models that were scored before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fulltune import report
+from fulltune.cli.show import run as display
+from fulltune.records.data import DataSummary
+from fulltune.records.run import ACCESSES, Access
+from fulltune.records.scores import Estimate, Scores, Unseen
+from fulltune.report.run.about_scores import scored_again, without_leaks
+from fulltune.report.run.read import read_run
+
+
+def of(kit: SimpleNamespace, left_out: int, rows: int, unseen: Estimate | None) -> list[Scores]:
+    whole = Estimate(value=0.934, low=0.92, high=0.945, rows=rows)
+    more: Any = {"rows": rows, "metrics": {"accuracy": whole}}
+    more["unseen"] = {"accuracy": Unseen(left_out=left_out, near=rows == 41, estimate=unseen)}
+    return [kit.scores("majority class", "baseline", 0.1), kit.scores("full-seed42", "trained", 0.934, **more)]
+
+
+UNSEEN = Estimate(value=0.931, low=0.922, high=0.94, rows=2935, clusters=2900)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "rows", "unseen", "expected"),
+    [
+        (
+            145, 3080, UNSEEN,
+            "Without the 145 test rows whose text also stands in train: accuracy 93.1% [92.2%, 94.0%] (93.4% with "
+            "them).",
+        ),
+        (
+            1, 3080, UNSEEN,
+            "Without the test row whose text also stands in train: accuracy 93.1% [92.2%, 94.0%] (93.4% with it).",
+        ),
+        (
+            37, 40, None,
+            "37 of 40 test rows leak: their text also stands in train. The other 3 are too few for a score of their "
+            "own: how good the model is on unseen rows is not known.",
+        ),
+        (
+            2, 41, UNSEEN,
+            "Without the 2 test rows whose text also stands in train (equal, or nearly so): accuracy 93.1% [92.2%, "
+            "94.0%] (93.4% with them).",
+        ),
+        (
+            1, 12, None,
+            "1 of 12 test rows leaks: its text also stands in train. The other 11 are too few for a score of their "
+            "own: how good the model is on unseen rows is not known.",
+        ),
+        (
+            40, 40, None,
+            "40 of 40 test rows leak: their text also stands in train. None is left to score: how good the model is on "
+            "unseen rows is not known.",
+        ),
+    ],
+)  # fmt: skip
+def test_metric_without_rows_of_train_is_said_in_report_and_terminal(
+    classification: Path, kit: SimpleNamespace, left_out: int, rows: int, unseen: Estimate | None, expected: str
+) -> None:
+    scores, summary = of(kit, left_out, rows, unseen), DataSummary.of_run(classification)
+    assert without_leaks(scores, summary) == expected
+    passages = summary.model_copy(update={"columns": {"context": "c", "question": "q"}})
+    assert "passage" in without_leaks(scores, passages)
+    kit.save_scores(classification, *scores)
+    report.write(classification)
+    text = (classification / "report.md").read_text(encoding="utf-8")
+    assert expected in text.replace("\\", "")
+    assert "accuracy on unseen rows" in text
+    assert expected in map(str, display.scores_table(scores, summary).renderables)
+
+
+def test_scores_without_such_rows_are_reported_as_before(classification: Path) -> None:
+    report.write(classification)
+    text = (classification / "report.md").read_text(encoding="utf-8")
+    assert "unseen" not in text
+    assert "stands in train" not in text
+    assert "have been scored" not in text
+
+
+def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", rows: str = "r") -> Access:
+    time = f"2026-11-{day:02}T10:00:00+00:00"
+    return Access(time=time, run=run, trial=trial, model=model, rows=rows, metric="accuracy", value=0.9)
+
+
+def test_models_are_counted_and_not_how_often_one_is_scored() -> None:
+    assert scored_again([]) == scored_again([access("a"), access("a", day=3)]) == ""
+    assert scored_again([access("a", day=4), access("b"), access("c", day=7), access("c", day=8)]) == (
+        "These test rows have been scored in 3 runs here, the first on 2026-11-02: the best of them by its test score "
+        "would be flattered. Choose by the eval score."
+    )
+    assert "in 2 runs here" in scored_again([access("a"), access("a", "trained anew")])
+    compared = [access("b", "", trial="comparison"), access("b", "", trial="comparison"), access("a")]
+    assert "in 2 runs here (1 comparison among them)" in scored_again(compared)
+
+
+def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> None:
+    name = classification.name
+    lines = [access(name), access("other", day=1), access("of other rows", rows="s")]
+    log = classification.parent / ACCESSES
+    log.write_text("".join(json.dumps(one.model_dump()) + "\n" for one in lines), encoding="utf-8")
+    headline, _, _ = report.conclude(classification)
+    assert "scored in 2 runs here, the first on 2026-11-01" in headline.note
+    report.write(classification)
+    for page in ("report.md", "report.html"):
+        assert "scored in 2 runs here" in (classification / page).read_text(encoding="utf-8")
+
+
+def test_log_that_cannot_be_read_is_missing_and_the_report_is_written(classification: Path) -> None:
+    (classification.parent / ACCESSES).mkdir()
+    assert [one.what for one in read_run(classification).missing] == [f"{ACCESSES}, beside the run folder"]
