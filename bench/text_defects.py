@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import random
+import re
 import string
 from collections.abc import Callable
 
@@ -255,10 +256,10 @@ _CHAT: dict[str, Plant] = {
 
 
 def _looped(size: int, times: int, behind: bool = True) -> Plant:
-    """Its last words again and again, as a model that loops."""
+    """Its last words, numbers aside, again and again, as a model that loops."""
 
     def plant(text: str, draw: random.Random) -> str:
-        words = text.split()
+        words = [word for word in text.split() if word.isalpha()] or ["so"]
         loop = " ".join(words[-size:])
         return " ".join([text if behind else "", *[loop] * times]).strip()
 
@@ -274,7 +275,8 @@ def _counted(text: str, draw: random.Random) -> str:
 _REPETITION: dict[str, Plant] = {
     "a letter 40 times": lambda text, draw: text + " " + draw.choice(string.ascii_lowercase) * 40,
     "a letter 25 times, alone": lambda text, draw: draw.choice(string.ascii_letters) * 25,
-    "a word 20 times, alone": lambda text, draw: " ".join([draw.choice(text.split())] * 20),
+    "a word 20 times, alone": lambda text, draw: " ".join([draw.choice(re.findall(r"[a-zA-Z]{2,}", text))] * 20),
+    "a number 60 times": lambda text, draw: " ".join([text, *[str(draw.randrange(1000))] * 60]),
     "the last word 60 times more": _looped(1, 60),
     "the last word 120 times more": _looped(1, 120),
     "the last 4 words 10 times more": _looped(4, 10),
