@@ -4,8 +4,8 @@
 
 Texts of Banking77, GSM8K, WNUT-17, tiny Shakespeare and Wikipedia are drawn with a seed, and each kind of defect is put
 into as many of them; a text that the check lists as it stands is counted as such and not planted in. Rows that stand
-twice are found by `fulltune data` itself, in a file of Banking77's texts. --kinds prints every kind, else those of which
-less than nine in ten are found.
+twice are found by `fulltune data` itself, in a file of Banking77's texts. --kinds prints every kind, else those of
+which less than nine in ten are found.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ def of_rows(data: Path, each: int) -> Iterable[Counted]:
     """Duplicates, conflicting labels and leaks: one file with all of them, looked at by the command."""
     draw = random.Random(0)
     with (data / "banking77" / "train.csv").open(encoding="utf-8", newline="") as lines:
-        rows = [(row["text"], row["category"]) for row in csv.DictReader(lines)][:]
-    rows = draw.sample(rows, _ROWS)
+        rows = draw.sample([(row["text"], row["category"]) for row in csv.DictReader(lines)], _ROWS)
     labels = sorted({label for _, label in rows})
     test, train = rows[: _ROWS // 3], [list(row) for row in rows[_ROWS // 3 :]]
     before = _issues(train, test)
@@ -107,13 +106,16 @@ def of_rows(data: Path, each: int) -> Iterable[Counted]:
             planted.append((_kind_of_leak(name, jaccard(text, changed)), [changed, label]))
     kinds += [kind for kind, _ in planted]
     after = _issues([*train, *(row for _, row in planted)], test)
-    for kind in dict.fromkeys(kind for kind, _ in planted):
+    counted = set[str]()
+    for kind in sorted(dict.fromkeys(kind for kind, _ in planted), reverse=True):
         check = kind.partition(":")[0]
         places = [place for place, one in enumerate(kinds) if one == kind]
-        # Of a row and its double either may be the one that is listed.
         found = sum(bool(after.get(place, set()) & _names(check)) for place in places)
-        listed = sum(bool(them & _names(check)) for them in before.values())
-        yield Counted(check, kind.partition(": ")[2], len(places), found, len(train), listed)
+        # The same rows for all kinds of a check: counted with the first.
+        untouched = 0 if check in counted else len(train)
+        listed = sum(check in them for them in before.values()) if untouched else 0
+        counted.add(check)
+        yield Counted(check, kind.partition(": ")[2], len(places), found, untouched, listed)
 
 
 def _names(check: str) -> set[str]:
@@ -123,8 +125,16 @@ def _names(check: str) -> set[str]:
 def _kind_of_leak(name: str, shared: float) -> str:
     if shared == 1:
         return f"leak: {name}"
-    bounds = ((0.9, "0.9 and more"), (0.85, "0.85 to 0.9"), (0.8, "0.8 to 0.85"), (0.75, "0.75 to 0.8"), (0.7, "0.7 to 0.75"))
-    return f"near leak: {next((said for bound, said in bounds if shared >= bound), 'below 0.7')} of the 5-grams in common"
+    bounds = (
+        (0.9, "0.9 and more"),
+        (0.85, "0.85 to 0.9"),
+        (0.8, "0.8 to 0.85"),
+        (0.75, "0.75 to 0.8"),
+        (0.7, "0.7 to 0.75"),
+    )
+    return (
+        f"near leak: {next((said for bound, said in bounds if shared >= bound), 'below 0.7')} of the 5-grams in common"
+    )
 
 
 def _issues(train: list[list[str]], test: list[tuple[str, str]]) -> dict[int, set[str]]:

@@ -13,12 +13,16 @@ import string
 from collections.abc import Callable
 
 import phonenumbers
-from text_defects import Plant, around, made, within
+from text_defects import Plant, made, within
 
 from fulltune.audit.personal import passes_luhn
 
 Draw = random.Random
-_ALNUM, _HEX, _URL64 = string.ascii_letters + string.digits, "0123456789abcdef", string.ascii_letters + string.digits + "-_"
+_ALNUM, _HEX, _URL64 = (
+    string.ascii_letters + string.digits,
+    "0123456789abcdef",
+    string.ascii_letters + string.digits + "-_",
+)
 
 
 def _some(signs: str, count: int) -> Callable[[Draw], str]:
@@ -76,7 +80,9 @@ _SECRETS: dict[str, Plant] = {
     "GitHub, of an app": _token("gh" + "s_", 36),
     "GitLab": _token("gl" + "pat-", (_URL64, 20)),
     "Slack, of a bot": _token("xo" + "xb-", (string.digits, 12), "-", (string.digits, 12), "-", 24),
-    "Slack, of an app": _token("xa" + "pp-1-A", (string.ascii_uppercase + string.digits, 10), "-", (string.digits, 13), "-", (_HEX, 64)),
+    "Slack, of an app": _token(
+        "xa" + "pp-1-A", (string.ascii_uppercase + string.digits, 10), "-", (string.digits, 13), "-", (_HEX, 64)
+    ),
     "Slack webhook": _token("https://hooks.slack" + ".com/services/T", 9, "/B", 9, "/", 24),
     "Google API key": _token("AI" + "za", (_URL64, 35)),
     "Google client secret": _token("GOC" + "SPX-", (_URL64, 28)),
@@ -127,9 +133,13 @@ _SECRETS: dict[str, Plant] = {
     "PGP key": _pem("PGP PRIVATE" + " KEY BLOCK", 20),
     "password in an address of a database": _given("postgresql://app:{}@db3.shop.net:5432/orders", _some(_ALNUM, 14)),
     "password in an address, MongoDB": _given("mongodb+srv://root:{}@cluster0.ab1cd.mongodb.net", _some(_ALNUM, 12)),
-    "password in an address, weak": _given("ftp://admin:{}@files.shop.net", lambda draw: draw.choice(["letmein", "qwerty7", "winter"])),
+    "password in an address, weak": _given(
+        "ftp://admin:{}@files.shop.net", lambda draw: draw.choice(["letmein", "qwerty7", "winter"])
+    ),
     "bearer token": _given("Authorization: Bearer {}", _some(_HEX, 40)),
-    "basic authorisation": _given("Authorization: Basic {}", lambda draw: base64.b64encode(f"app:{_STRONG(draw)}".encode()).decode()),
+    "basic authorisation": _given(
+        "Authorization: Basic {}", lambda draw: base64.b64encode(f"app:{_STRONG(draw)}".encode()).decode()
+    ),
     "password = random": _given("password = {}", _STRONG),
     "password: random": _given("Password: {}", _STRONG),
     "password in JSON": _given('{{"password": "{}"}}', _STRONG),
@@ -160,7 +170,9 @@ def _card(prefix: str, size: int, groups: tuple[int, ...] = (), sign: str = " ")
     def piece(draw: Draw) -> str:
         digits = _with_check_digit(prefix + _some(string.digits, size - len(prefix) - 1)(draw))
         places = [sum(groups[:count]) for count in range(len(groups))]
-        shown = sign.join(digits[at : at + count] for at, count in zip(places, groups, strict=True)) if groups else digits
+        shown = (
+            sign.join(digits[at : at + count] for at, count in zip(places, groups, strict=True)) if groups else digits
+        )
         return draw.choice(["{}", "card {}", "my number is {},", "({})"]).format(shown)
 
     return made(piece)
@@ -181,11 +193,14 @@ def _iban(country: str, form: str, is_grouped: bool) -> Plant:
 
 
 def _ipv4(draw: Draw) -> str:
-    return f"{draw.choice([31, 46, 62, 77, 84, 91, 93, 134, 151, 178, 188, 212])}.{draw.randrange(256)}.{draw.randrange(256)}.{draw.randrange(1, 255)}"
+    first = draw.choice([31, 46, 62, 77, 84, 91, 93, 134, 151, 178, 188, 212])
+    return f"{first}.{draw.randrange(256)}.{draw.randrange(256)}.{draw.randrange(1, 255)}"
 
 
 def _ssn(sign: str) -> Callable[[Draw], str]:
-    return lambda draw: sign.join((f"{draw.randrange(100, 660)}", f"{draw.randrange(10, 99)}", f"{draw.randrange(1000, 9999)}"))
+    return lambda draw: sign.join(
+        (f"{draw.randrange(100, 660)}", f"{draw.randrange(10, 99)}", f"{draw.randrange(1000, 9999)}")
+    )
 
 
 _DIGITS = _some(string.digits, 9)
@@ -224,19 +239,28 @@ _PERSONAL: dict[str, Plant] = {
     "US social security number": made(_ssn("-")),
     "the same with blanks": made(_ssn(" ")),
     "the same in one, named": made(lambda draw: f"SSN {_ssn('')(draw)}"),
-    "Canadian insurance number": made(lambda draw: "SIN {0}-{1}-{2}".format(*(_some(string.digits, 3)(draw) for _ in range(3)))),
-    "British insurance number": made(lambda draw: f"NI number QQ {draw.randrange(10, 99)} {draw.randrange(10, 99)} {draw.randrange(10, 99)} C"),
+    "Canadian insurance number": made(
+        lambda draw: "SIN {}-{}-{}".format(*(_some(string.digits, 3)(draw) for _ in range(3)))
+    ),
+    "British insurance number": made(
+        lambda draw: f"NI number QQ {draw.randrange(10, 99)} {draw.randrange(10, 99)} {draw.randrange(10, 99)} C"
+    ),
     "passport": made(lambda draw: f"passport no. C{_DIGITS(draw)[:8]}"),
     "bitcoin address": made(lambda draw: "bc1q" + _some("qpzry9x8gf2tvdw0s3jn54khce6mua7l", 38)(draw)),
     "MAC address": made(lambda draw: ":".join(_some(_HEX, 2)(draw) for _ in range(6))),
     "date of birth": made(lambda draw: f"born on {draw.randrange(1, 28)} May {draw.randrange(1940, 2005)}"),
-    "street address": made(lambda draw: f"{draw.randrange(1, 300)} Maple Street, Springfield, IL 627{draw.randrange(10, 99)}"),
+    "street address": made(
+        lambda draw: f"{draw.randrange(1, 300)} Maple Street, Springfield, IL 627{draw.randrange(10, 99)}"
+    ),
     "place on the map": made(lambda draw: f"52.{_DIGITS(draw)[:5]}, 13.{_DIGITS(draw)[:5]}"),
 }
 
 # ---- phone numbers ----------------------------------------------------------------------------------------------
 
-_COUNTRIES = "DE FR GB IT ES NL PL SE NO CH AT BE PT IE GR CZ HU RO UA RU TR IL IN PK CN JP KR ID TH VN AU NZ ZA NG EG KE BR MX AR CO"
+_COUNTRIES = (
+    "DE FR GB IT ES NL PL SE NO CH AT BE PT IE GR CZ HU RO UA RU TR IL IN PK CN JP KR ID TH VN AU NZ ZA NG EG KE BR MX"
+    " AR CO"
+)
 _Number = phonenumbers.PhoneNumber
 
 
@@ -247,13 +271,23 @@ def _number(draw: Draw, country: str | None = None) -> tuple[_Number, str]:
         kind = draw.choice([phonenumbers.PhoneNumberType.MOBILE, phonenumbers.PhoneNumberType.FIXED_LINE])
         example = phonenumbers.example_number_for_type(country, kind)
         digits = str(example.national_number)
-        number = _Number(example.country_code, int(digits[:-5] + _some(string.digits, 5)(draw)), italian_leading_zero=example.italian_leading_zero)
+        number = _Number(
+            example.country_code,
+            int(digits[:-5] + _some(string.digits, 5)(draw)),
+            italian_leading_zero=example.italian_leading_zero,
+        )
         if phonenumbers.is_valid_number(number):
             return number, country
 
 
-def _phone(form: phonenumbers.PhoneNumberFormat, *said: str, change: Callable[[str], str] = str, country: str | None = None) -> Plant:
-    return made(lambda draw: draw.choice(said or ("{}",)).format(change(phonenumbers.format_number(_number(draw, country)[0], form))))
+def _phone(
+    form: phonenumbers.PhoneNumberFormat, *said: str, change: Callable[[str], str] = str, country: str | None = None
+) -> Plant:
+    return made(
+        lambda draw: draw.choice(said or ("{}",)).format(
+            change(phonenumbers.format_number(_number(draw, country)[0], form))
+        )
+    )
 
 
 _E164, _INTERNATIONAL = phonenumbers.PhoneNumberFormat.E164, phonenumbers.PhoneNumberFormat.INTERNATIONAL
@@ -274,14 +308,20 @@ _PHONES: dict[str, Plant] = {
     "international, with (0)": _phone(_INTERNATIONAL, change=_with_zero),
     "international, with 00": _phone(_INTERNATIONAL, change=lambda one: "00" + one[1:]),
     "international, without +": _phone(_INTERNATIONAL, change=lambda one: one[1:]),
-    "national, behind Tel. or Phone": _phone(_NATIONAL, "Tel. {}", "Phone: {}", "Mobile {}", "my phone number is {}", "Fax: {}"),
+    "national, behind Tel. or Phone": _phone(
+        _NATIONAL, "Tel. {}", "Phone: {}", "Mobile {}", "my phone number is {}", "Fax: {}"
+    ),
     "national, in other languages": _phone(_NATIONAL, "Telefon: {}", "Tél. : {}", "Teléfono {}", "тел. {}", "Handy {}"),
     "national, 'call me'": _phone(_NATIONAL, "call me on {}", "ring {}", "text {} please"),
     "national, alone": _phone(_NATIONAL),
     "US (212) 555-1234": _phone(_NATIONAL, country="US"),
     "US 212-555-1234": _phone(_NATIONAL, country="US", change=lambda one: one.replace("(", "").replace(") ", "-")),
-    "US 212.555.1234": _phone(_NATIONAL, country="US", change=lambda one: one.replace("(", "").replace(") ", ".").replace("-", ".")),
-    "US 212 555 1234": _phone(_NATIONAL, country="US", change=lambda one: one.replace("(", "").replace(")", "").replace("-", " ")),
+    "US 212.555.1234": _phone(
+        _NATIONAL, country="US", change=lambda one: one.replace("(", "").replace(") ", ".").replace("-", ".")
+    ),
+    "US 212 555 1234": _phone(
+        _NATIONAL, country="US", change=lambda one: one.replace("(", "").replace(")", "").replace("-", " ")
+    ),
     "US 1-212-555-1234": _phone(_INTERNATIONAL, country="US", change=lambda one: one[1:].replace(" ", "-")),
     "US 2125551234": _phone(_NATIONAL, country="US", change=lambda one: "".join(filter(str.isdigit, one))),
 }
@@ -343,12 +383,86 @@ _DECLINES = {
         "I cannot browse the internet.",
         "I'm not able to open links or view images.",
     ),
-    "German": ("Es tut mir leid, aber dabei kann ich nicht helfen.", "Als KI-Sprachmodell habe ich keine Gefühle.", "Tut mir leid, das kann ich nicht beantworten.", "Als künstliche Intelligenz habe ich keine Meinung."),
-    "French": ("Je suis désolé, mais je ne peux pas vous aider.", "En tant qu'IA, je n'ai pas d'opinion.", "Désolé, je ne peux pas répondre à cette demande.", "En tant que modèle de langage, je ne peux pas."),
-    "Spanish": ("Lo siento, pero no puedo ayudarte con eso.", "Como modelo de lenguaje, no tengo opiniones.", "Como IA, no puedo sentir.", "Lo siento, no puedo cumplir con esa solicitud."),
-    "Portuguese or Italian": ("Desculpe, mas não posso ajudar com isso.", "Como uma IA, não tenho sentimentos.", "Mi dispiace, ma non posso aiutarti.", "In quanto modello linguistico, non ho opinioni."),
-    "Russian": ("Извините, но я не могу помочь с этим.", "Как языковая модель, я не имею мнения.", "К сожалению, я не могу выполнить этот запрос."),
-    "Chinese, Japanese or Korean": ("抱歉，我无法提供帮助。", "作为一个人工智能语言模型，我没有感情。", "申し訳ありませんが、お手伝いできません。", "AI言語モデルとして、意見はありません。", "죄송하지만 도와드릴 수 없습니다."),
+    "written after the check was extended, then extended again": (
+        "I can't help with creating fake reviews, but I'd be happy to suggest honest ideas.",
+        "I won't provide step-by-step directions for building weapons.",
+        "I'm not able to help with that, since it could cause real harm.",
+        "I do not engage in discussions that promote hatred.",
+        "Thanks for asking, but that's something I can't assist with.",
+        "This request involves illegal activity, so I can't help.",
+        "I have to draw the line here: I can't produce that.",
+        "I can't roleplay as a real person in that way.",
+        "It's important that I don't share such details.",
+        "I must emphasize that hacking is illegal and I cannot assist you in it.",
+        "Let me be clear: I will not help with this.",
+        "I'm Claude, made by Anthropic, and I don't have a physical body.",
+        "Since I am an AI, I cannot attend meetings.",
+        "I was trained by OpenAI and have no memory of earlier chats.",
+        "I do not have personal experiences, being a language model.",
+        "My responses are generated from data up to 2022.",
+        "I lack the ability to see your screen.",
+        "That falls outside of what I'm able to help with.",
+        "For safety reasons, I'm unable to give medical dosages.",
+        "I really shouldn't answer that.",
+    ),
+    "written after that": (
+        "I'd prefer not to answer questions about that person.",
+        "Sharing that kind of material isn't something I do.",
+        "I can't fulfil requests that involve explicit content.",
+        "As an assistant developed by Meta, I have no access to your calendar.",
+        "My creators have restricted me from talking about elections.",
+        "Unfortunately I am not able to comply with what you ask.",
+        "No, I won't do that.",
+        "I can't verify events that happened after my training.",
+        "I'm designed to be helpful and harmless, so I have to pass on this.",
+        "I can't see the picture you mention, since I only work with text.",
+        "Please understand that I cannot give legal advice.",
+        "That would violate my content policy.",
+        "I'm an AI, not a doctor, so please see a physician.",
+        "I cannot comply with requests to produce weapons.",
+        "My apologies, but this is beyond my abilities as an AI model.",
+        "It would be irresponsible of me to explain this.",
+        "I must refuse.",
+        "Because I'm a language model, I can't feel hunger.",
+        "I can't discuss ways to harm oneself; please call a helpline.",
+        "I don't have real-time data, so I can't tell today's weather.",
+    ),
+    "German": (
+        "Es tut mir leid, aber dabei kann ich nicht helfen.",
+        "Als KI-Sprachmodell habe ich keine Gefühle.",
+        "Tut mir leid, das kann ich nicht beantworten.",
+        "Als künstliche Intelligenz habe ich keine Meinung.",
+    ),
+    "French": (
+        "Je suis désolé, mais je ne peux pas vous aider.",
+        "En tant qu'IA, je n'ai pas d'opinion.",
+        "Désolé, je ne peux pas répondre à cette demande.",
+        "En tant que modèle de langage, je ne peux pas.",
+    ),
+    "Spanish": (
+        "Lo siento, pero no puedo ayudarte con eso.",
+        "Como modelo de lenguaje, no tengo opiniones.",
+        "Como IA, no puedo sentir.",
+        "Lo siento, no puedo cumplir con esa solicitud.",
+    ),
+    "Portuguese or Italian": (
+        "Desculpe, mas não posso ajudar com isso.",
+        "Como uma IA, não tenho sentimentos.",
+        "Mi dispiace, ma non posso aiutarti.",
+        "In quanto modello linguistico, non ho opinioni.",
+    ),
+    "Russian": (
+        "Извините, но я не могу помочь с этим.",
+        "Как языковая модель, я не имею мнения.",
+        "К сожалению, я не могу выполнить этот запрос.",
+    ),
+    "Chinese, Japanese or Korean": (
+        "抱歉，我无法提供帮助。",
+        "作为一个人工智能语言模型，我没有感情。",
+        "申し訳ありませんが、お手伝いできません。",
+        "AI言語モデルとして、意見はありません。",
+        "죄송하지만 도와드릴 수 없습니다.",
+    ),
 }
 
 

@@ -25,7 +25,11 @@ def conversation(draw: Draw, questions: list[str], answers: list[str], calls: bo
         if calls and number == 1:
             called = {"name": "look_up", "arguments": json.dumps({"about": draw.choice(questions)})}
             turns += [
-                {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "type": "function", "function": called}]},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"id": "c1", "type": "function", "function": called}],
+                },
                 {"role": "tool", "tool_call_id": "c1", "content": draw.choice(answers)},
             ]
         turns.append({"role": "assistant", "content": draw.choice(answers)})

@@ -1,7 +1,7 @@
 """Kinds of defects that can be put into a clean text, by the check that should find them.
 
-Written from how such defects come about, not from the checks' own patterns. What must not stand in a file (keys, tokens,
-numbers of cards) is drawn at random in its published form.
+Written from how such defects come about, not from the checks' own patterns. What must not stand in a file is in
+private_defects.py.
 """
 
 from __future__ import annotations
@@ -52,11 +52,15 @@ def in_a_word(*pieces: str) -> Plant:
 # ---- encodings --------------------------------------------------------------------------------------------------
 
 _WORDS = {
-    "Western letters": "café naïve Zürich José Müller señor façade Ångström crème brûlée Über São Paulo".split(),
+    "Western letters": [
+        *("café", "naïve", "Zürich", "José", "Müller", "señor", "façade", "Ångström", "crème", "brûlée", "Über", "São"),
+    ],
     "quotes and dashes": ["it’s", "“so”", "don’t", "1990–95", "wait…", "well — no", "• first", "5 € each"],
-    "Central European letters": "Łódź Dvořák Brněnská Kovačević Szőke Gdańsk Škoda žlutý współpraca".split(),
-    "Cyrillic or Greek": "привет спасибо Москва можно Αθήνα καλημέρα ευχαριστώ сегодня".split(),
-    "Chinese or Japanese": "你好 谢谢 北京 ありがとう 東京 日本語".split(),
+    "Central European letters": [
+        *("Łódź", "Dvořák", "Brněnská", "Kovačević", "Szőke", "Gdańsk", "Škoda", "žlutý", "współpraca"),
+    ],
+    "Cyrillic or Greek": ["привет", "спасибо", "Москва", "можно", "Αθήνα", "καλημέρα", "ευχαριστώ", "сегодня"],
+    "Chinese or Japanese": ["你好", "谢谢", "北京", "ありがとう", "東京", "日本語"],
     "emoji": ["😀", "👍", "🎉 yes", "😂😂", "❤️"],
 }
 
@@ -205,7 +209,9 @@ _PLACEHOLDERS: dict[str, Plant] = {
     "between percent signs": one_of("%FIRST_NAME%", "%%first_name%%", "%NAME%", "%recipient.name%"),
     "between @ or _": one_of("@@NAME@@", "__NAME__", "@NAME@", "##NAME##"),
     "upper case in brackets": one_of("[NAME]", "[COMPANY NAME]", "[DATE]", "[CITY]", "[PRODUCT]", "[CUSTOMER NAME]"),
-    "words in brackets": one_of("[Your Name]", "[insert date here]", "[Company Name]", "[Recipient's name]", "[Your Company]"),
+    "words in brackets": one_of(
+        "[Your Name]", "[insert date here]", "[Company Name]", "[Recipient's name]", "[Your Company]"
+    ),
     "words in angle brackets": one_of("<your name>", "<insert link>", "<NAME>", "<first name>", "<YOUR_API_KEY>"),
     "words in parentheses": one_of("(insert name)", "(your name here)", "(NAME)"),
     "two brackets": one_of("[[name]]", "[[FIRST_NAME]]", "[%name%]"),
@@ -221,11 +227,15 @@ _CHAT: dict[str, Plant] = {
     "Llama 3, calls": one_of("<|python_tag|>", "<|eom_id|>", "<|begin_of_text|>"),
     "Llama 4": around("<|header_start|>user<|header_end|>\n\n", "<|eot|>"),
     "Qwen, ChatML": around("<|im_start|>user\n", "<|im_end|>\n"),
-    "Qwen, calls": one_of('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "<tool_response>\n5\n</tool_response>"),
+    "Qwen, calls": one_of(
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "<tool_response>\n5\n</tool_response>"
+    ),
     "Qwen, vision": one_of("<|vision_start|><|image_pad|><|vision_end|>"),
     "Gemma": around("<start_of_turn>user\n", "<end_of_turn>"),
     "Mistral": around("[INST] ", "[/INST]"),
-    "Mistral, later": one_of("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]"),
+    "Mistral, later": one_of(
+        "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]"
+    ),
     "Phi": around("<|user|>\n", "<|end|>\n<|assistant|>"),
     "DeepSeek": around("<｜User｜>", "<｜Assistant｜>"),
     "DeepSeek, ends": one_of("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<｜tool▁calls▁begin｜>"),

@@ -109,7 +109,7 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 def _without(text: str, places: set[int]) -> str:
-    """Breaks of pages and Unicode's own of lines become line breaks, colours of a terminal go whole, and everything else wrong goes alone."""
+    """Without what is wrong, a character or a terminal's colour; breaks of pages and lines become line breaks."""
     text = "".join(one for place, one in enumerate(text) if place not in places or one in "\x0b\x0c\x1b\u2028\u2029")
     return re.sub("[\x0b\x0c\u2028\u2029]", "\n", _ESCAPE.sub("", text)).replace("\x1b", "")
 

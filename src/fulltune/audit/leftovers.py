@@ -116,17 +116,20 @@ _USUAL = (
     "|number|location|organization|url|link|text|input|question|answer|context|response|prompt|output|first|last"
 )
 _SOME_NAME = (
-    "(?:(?i:name)|DATE|COMPANY|ADDRESS|CITY|PRODUCT|EMAIL|PHONE NUMBER|CUSTOMER|Date|Company|Address|City|Product|Email)"
+    "(?:(?i:name)|DATE|COMPANY|ADDRESS|CITY|PRODUCT|EMAIL|PHONE NUMBER|CUSTOMER"
+    "|Date|Company|Address|City|Product|Email)"
 )
 _PLACEHOLDER = re.compile(
     r"(?<![\w^_}\\{])\{{2,3}\s*[A-Za-z][\w .-]{2,40}(?:\|[^{}=\n]{1,60})?\s*\}{2,3}"
-    r"|\{\{[#/>^] ?[a-z][\w. ]{1,40}\}\}|\{%-? ?(?:if|else|elif|endif|for|endfor|include|block|set|endblock)\b[^{}\n]{0,80}%\}"
+    r"|\{\{[#/>^] ?[a-z][\w. ]{1,40}\}\}"
+    r"|\{%-? ?(?:if|else|elif|endif|for|endfor|include|block|set|endblock)\b[^{}\n]{0,80}%\}"
     r"|<%[=-]? ?[@\w.]+(?: [^<>\n]{1,60})? ?%>|<\?(?:php|=)\s[^<>\n]{1,80}\?>"
-    r"|\{!\w+\.\w+\}|\*\|[A-Z][A-Z0-9_:]{2,40}\|\*|<<(?:[A-Z][a-z]+[ _]?){1,3}>>|«(?:[A-Z][a-z]+){2,3}»"
-    r"|@@[A-Z_]{3,30}@@|##[A-Z_]{3,30}##|%%[A-Za-z_]{3,30}%%|(?<![\w%])%\{[a-z_]{3,30}\}"
+    r"|\{!\w+\.\w+\}|\*\|[A-Z][A-Z0-9_:]{2,40}\|\*|«(?:[A-Z][a-z]+){2,3}»"
+    r"|@@[A-Z_]{3,30}@@|(?<!#)##[A-Z_]{3,30}##(?!#)|%%[A-Za-z_]{3,30}%%|(?<![\w%])%\{[a-z_]{3,30}\}"
     rf"|(?<![\w\\^_${{}}/\"'])\{{(?:[A-Za-z]+(?:_[A-Za-z]+)+|[A-Z]{{3,}}|{_USUAL})\}}(?![\"'}}])"
     r"|\$\{[A-Za-z_][\w.]{2,}\}"
-    r"|(?:(?<=\s)(?<!\d\s)|\A)[\"'(]?%(?:\d\$)?(?:[sd]|\(\w+\)[sd])[\"')]?(?=[\s.,!?]|\Z)"
+    r"|(?:(?<=\s)(?<!\d\s)|\A)(?:(?P<quote>[\"'])?%(?:\d\$)?(?:[sd]|\(\w+\)[sd])(?(quote)(?P=quote))|\(%s\))"
+    r"(?=[\s.,!?]|\Z)(?! ?%[A-Za-z][: /%-])"
     r"|\[(?i:insert|your|enter)\s[^\]\[\n]{2,40}\](?!\()"
     r"|<(?i:insert|your|enter)[ _][^<>\n]{2,40}>"
     r"|<(?i:first|last|full|customer|company|user) (?i:name)>"
@@ -140,7 +143,7 @@ _SIGNS = ("{", "[", "%", "<", "«", "@@", "##", "*|", "psum", "PSUM", "perspic",
 
 def placeholder(text: str) -> Flaw | None:
     """A template that nobody filled in; braces of JSON, code and LaTeX are none."""
-    if not any([sign in text for sign in _SIGNS]):
+    if not any(sign in text for sign in _SIGNS):
         return None
     bare = _without_code(text)
     found = list(dict.fromkeys(match[0] for match in _PLACEHOLDER.finditer(bare)))
@@ -153,9 +156,8 @@ def placeholder(text: str) -> Flaw | None:
 
 _TOKEN = re.compile(
     r"<\|[A-Za-z][A-Za-z_0-9]*\|>|\[\|[a-z]{3,20}\|\]|<｜[^<>｜]{2,30}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>"
-    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|\[(?:CLS|SEP|PAD|MASK|gMASK|UNUSED_TOKEN_\d+)\]"
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|\[(?:CLS|SEP|PAD|gMASK|UNUSED_TOKEN_\d+)\]"
     r"|<(?:bos|eos|pad|unk|BOS_TOKEN|EOS_TOKEN|sop|eoh|eoa|extra_id_\d+|reserved_\d+|fim_(?:prefix|middle|suffix))>"
-    r"|\bGPT4 Correct (?:User|Assistant):"
     r"|^### (?:Instruction|Response|Input|Human|Assistant|User|System)s?:",
     re.MULTILINE,
 )

@@ -24,7 +24,7 @@ _EMAIL = re.compile(
 _NOBODY = re.compile(
     r"@(?:[\w-]+\.)*(?:example\.(?:com|org|net|edu)|\w+\.(?:example|test|invalid|localhost|local|lan|internal))$"
     r"|^(?:git|noreply|no-reply|donotreply|do-not-reply|you|your\.?name|user|username|name|someone|email)@"
-    r"|@(?:domain|email|yourdomain|company|test|website)\.com$",
+    r"|^\w@\w\.\w+$|@(?:domain|email|yourdomain|company|test|website)\.com$",
     re.IGNORECASE,
 )
 _FILES = {"png", "jpg", "jpeg", "gif", "webp", "svg", "css", "js", "py", "txt"}
@@ -58,7 +58,9 @@ _IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
 _VERSION = re.compile(r"(?:version|release|firmware|build|section|chapter|ver\.?|v)\s*$", re.IGNORECASE)
 _PUBLIC_SERVICES = {"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "208.67.222.222", "208.67.220.220"}
 _SSN = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
-_NAMED_SSN = re.compile(r"\b(?i:ssn|social security (?:number|no\.?))[ :#]{0,3}(?:is )?(\d{3}[ -]?\d\d[ -]?\d{4})(?![\w-])")
+_NAMED_SSN = re.compile(
+    r"\b(?i:ssn|social security (?:number|no\.?))[ :#]{0,3}(?:is )?(\d{3}[ -]?\d\d[ -]?\d{4})(?![\w-])"
+)
 _ADVERTISED_SSN = {"078-05-1120", "219-09-9999", "123-45-6789"}
 _FOUR_DIGITS = re.compile(r"\d\d\d\d|\d\.\d{1,3}\.\d")
 
@@ -153,14 +155,14 @@ def _is_public(found: re.Match[str]) -> bool:
 
 _MAYBE_PHONE = re.compile(r"[\d)][\s./-]?(?:\(?\d[\s()./-]{0,2}){5,}\d")
 _NAMED_PHONE = re.compile(
-    r"\b(?:(?:tel|telephone|t[ée]l[ée]phone|telefone?|tel[ée]fono|тел|телефон|phone|fax|whatsapp)[ .:#]{1,3}"
+    r"\b(?:(?:tel|telephone|t[ée]l[ée]phone|telefone?|tel[ée]fono|тел|телефон|phone|fax|whatsapp)[ .:#]{1,4}"
     r"(?:no\.? |number |is ){0,2}(\(?\+?\d[\d ()./-]{6,18}\d)(?!\w)"
-    r"|(?:t[ée]l|mobile|mobil|handy|cell|call(?: me| us)?(?: on| at)?)[ .:#]{1,3}"
+    r"|(?:t[ée]l|mobile|mobil|handy|cell|call(?: me| us)?(?: on| at)?)[ .:#]{1,4}"
     r"(?:no\.? |number |is ){0,2}(\(?0\d[\d ()./-]{6,18}\d)(?!\w))",
     re.IGNORECASE,
 )
 """What a word announces; behind some words, which may stand before any number, with its trunk zero."""
-_WITH_TWO_ZEROS = re.compile(r"(?<![\w.+])00([1-9]\d{0,2}[ ./-]\(?[\d ()./-]{5,16}\d)(?!\w)")
+_WITH_TWO_ZEROS = re.compile(r"(?<![\w.+])00([1-9]\d{0,2} \(?[\d ()./-]{5,16}\d)(?!\w)")
 _NORTH_AMERICAN = re.compile(
     r"(?:1[ .-])?(?:\(\d{3}\)[ .-]?|\d{3}[ ./-] ?)\d{3}[ .-]\d{4}(?:\s?(?:x|ext)\D{0,3}\d{1,6})?"
 )

@@ -7,16 +7,29 @@ import re
 from fulltune.audit.flaw import Flaw, quoted
 
 _CANNOT = (
-    r"(?:cannot|can't|can not|(?:am |'m )(?:unable to|not able to)|won't be able to|am not programmed to|must decline to)"
+    r"(?:cannot|can't|can not|(?:am |'m )(?:unable to|not able to)|won't be able to|am not programmed to"
+    r"|must decline to)"
 )
 _WILL_NOT = r"(?:will not|won't|(?:am |'m )not going to|cannot in good conscience)"
 _HELP = r"(?:assist|help you|help with|fulfill?|comply|engage|support)"
 _MAKE = r"(?:provide|create|generate|write|produce|answer|discuss)"
 _MADE = (
     r"(?:content|material|instructions|information|stor(?:y|ies)|essay|code|malware|request|question"
+    r"|directions|details|steps|guidance|advice"
     r"|th(?:at|is|ese|ose)|such|it)"
 )
-_NOT_ABLE = ("cannot", "can't", "can not", "unable to", "not able to", "won't", "programmed", "decline", "will not", "not going")
+_NOT_ABLE = (
+    "cannot",
+    "can't",
+    "can not",
+    "unable to",
+    "not able to",
+    "won't",
+    "programmed",
+    "decline",
+    "will not",
+    "not going",
+)
 _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (signs, re.compile(pattern))
     for signs, pattern in (
@@ -26,6 +39,8 @@ _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
             rf"\b(?:sorry|apologi[sz]e|apologies|unfortunately|i'm afraid),? (?:but |that )?i ?{_CANNOT} (?:\w+ )?"
             rf"(?:{_HELP}|{_MAKE}|do that)\b"
             rf"|\A\W*i ?(?:{_CANNOT}|{_WILL_NOT}) (?:\w+ )?{_HELP}\b"
+            rf"|\bi ?(?:{_CANNOT}|{_WILL_NOT}) (?:help|assist)(?: you)?"
+            r"(?: (?:with|in) (?:th(?:at|is)|it|such)\b|[.,!]|\Z)"
             rf"|\A\W*i ?(?:{_CANNOT}|{_WILL_NOT}) (?:help )?(?:\w+ )?{_MAKE} (?:\w+ ){{0,3}}{_MADE}\b",
         ),
         (
@@ -49,12 +64,16 @@ _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         # What it is.
         (
             ("as a", "being a"),
-            r"\b(?:as|being) an? (?:\w+ )?(?:ai\b|artificial intelligence|(?:large )?language model|virtual assistant)"
+            r"\b(?:as|being) an? (?:\w+ )?"
+            r"(?:ai\b|artificial intelligence(?=,| (?:i|language|model|assistant)\b)|(?:large )?language model"
+            r"|virtual assistant)"
             r"|\bas an? (?:responsible|helpful|harmless|ethical) (?:\w+ ){0,3}assistant",
         ),
         (
-            ("i'm", "i am"),
-            r"\bi(?:'m| am) (?:just |only |merely |actually )?(?:an ai\b|an artificial intelligence"
+            ("i'm", "i am", "i was"),
+            r"\bi was (?:created|trained|made|developed|built) by "
+            r"(?:openai|anthropic|google|meta|mistral|alibaba|deepseek)\b"
+            r"|\bi(?:'m| am) (?:just |only |merely |actually )?(?:an ai\b|an artificial intelligence"
             r"|an? (?:large )?language model|a computer program|(?:chatgpt|claude|gemini|bard|copilot|llama|qwen)\b)",
         ),
         # What it knows.
@@ -65,8 +84,9 @@ _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         ),
         (
             ("not have", "n't have"),
-            r"\bi (?:do not|don't) have (?:(?:direct )?access to (?:real-?time|current|up-to-date|live|external|the internet"
-            r"|your personal)|(?:personal )?(?:feelings|opinions|emotions)\b|the ability to (?:browse|access|feel|see))",
+            r"\bi (?:do not|don't) have (?:(?:direct )?access to (?:real-?time|current|up-to-date|live|external"
+            r"|the internet|your personal)|(?:personal )?(?:feelings|opinions|emotions|beliefs|experiences)\b"
+            r"|the ability to (?:browse|access|feel|see))",
         ),
         (
             ("browse", "access", "open", "view"),
@@ -76,11 +96,13 @@ _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (
             ("als ", "leid"),
             r"\bals (?:ein )?(?:ki\b|künstliche intelligenz|(?:großes )?sprachmodell)"
-            r"|\btut mir leid,? (?:aber )?(?:\w+ ){0,3}kann (?:\w+ ){0,4}nicht (?:helfen|weiterhelfen|beantworten|erfüllen)",
+            r"|\btut mir leid,? (?:aber )?(?:\w+ ){0,3}kann (?:\w+ ){0,4}nicht "
+            r"(?:helfen|weiterhelfen|beantworten|erfüllen)",
         ),
         (
             ("en tant", "désol"),
-            r"\ben tant qu(?:e |')(?:ia\b|intelligence artificielle|modèle (?:de langage|linguistique)|assistant virtuel)"
+            r"\ben tant qu(?:e |')(?:ia\b|intelligence artificielle|modèle (?:de langage|linguistique)"
+            r"|assistant virtuel)"
             r"|\bdésolée?,? (?:mais )?je ne peux pas (?:vous |t')?(?:aider|répondre|fournir|accéder|satisfaire)",
         ),
         (
@@ -102,10 +124,13 @@ _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         ),
         (
             ("作为", "抱歉", "对不起"),
-            r"作为(?:一个|一名|一款)?(?:人工智能|ai|大型语言模型|语言模型)"
+            r"作为(?:一个|一名|一款)?(?:(?:人工智能|ai)(?=[,，]|助手|语言|模型)|大型语言模型|语言模型)"
             r"|(?:抱歉|对不起)[,，。 ]*我?(?:无法|不能)(?:提供|协助|帮|回答|满足|完成)",
         ),
-        (("として", "申し訳"), r"(?:ai|人工知能|言語モデル)として|申し訳(?:ありません|ございません)が、[^。]{0,30}(?:できません|できかねます)"),
+        (
+            ("として", "申し訳"),
+            r"(?:ai|人工知能|言語モデル)として|申し訳(?:ありません|ございません)が、[^。]{0,30}(?:できません|できかねます)",
+        ),
         (("죄송", "로서"), r"죄송하지만,? ?[^.]{0,30}수 없습니다|(?:ai|인공지능|언어 모델)로서"),
     )
 )

@@ -20,11 +20,31 @@ from collections.abc import Callable, Iterator
 from fulltune.audit.flaw import Flaw, Hit, redacted
 
 _SERVICES = {
-    **{"ya29.": r"[\w-]{60,}", "dop_v1_": "[a-f0-9]{64}", "shp": "(?:at|ca|pa|ss)_[a-f0-9]{32}", "sq0": r"[a-z]{3}-[\w-]{22,43}"},
+    **{
+        "ya29.": r"[\w-]{60,}",
+        "dop_v1_": "[a-f0-9]{64}",
+        "shp": "(?:at|ca|pa|ss)_[a-f0-9]{32}",
+        "sq0": r"[a-z]{3}-[\w-]{22,43}",
+    },
     **{"dapi": "[a-f0-9]{32}", "ntn_": "[A-Za-z0-9]{46}", "lin_api_": "[A-Za-z0-9]{40}", "figd_": r"[\w-]{40,}"},
-    **{"dckr_pat_": r"[\w-]{27,}", "glsa_": "[A-Za-z0-9]{32}_[a-f0-9]{8}", "hvs.": r"[\w-]{24,}", "sbp_": "[a-f0-9]{40}"},
-    **{"PMAK-": "[a-f0-9]{24}-[a-f0-9]{34}", "NRAK-": "[A-Z0-9]{27}", "gsk_": "[A-Za-z0-9]{52}", "xai-": "[A-Za-z0-9]{80}"},
-    **{"r8_": "[A-Za-z0-9]{37}", "pplx-": "[A-Za-z0-9]{48}", "tvly-": "[A-Za-z0-9-]{32,}", "sntry": r"[su]_[\w+/=-]{60,}"},
+    **{
+        "dckr_pat_": r"[\w-]{27,}",
+        "glsa_": "[A-Za-z0-9]{32}_[a-f0-9]{8}",
+        "hvs.": r"[\w-]{24,}",
+        "sbp_": "[a-f0-9]{40}",
+    },
+    **{
+        "PMAK-": "[a-f0-9]{24}-[a-f0-9]{34}",
+        "NRAK-": "[A-Z0-9]{27}",
+        "gsk_": "[A-Za-z0-9]{52}",
+        "xai-": "[A-Za-z0-9]{80}",
+    },
+    **{
+        "r8_": "[A-Za-z0-9]{37}",
+        "pplx-": "[A-Za-z0-9]{48}",
+        "tvly-": "[A-Za-z0-9-]{32,}",
+        "sntry": r"[su]_[\w+/=-]{60,}",
+    },
     **{"lsv2_": "(?:pt|sk)_[a-f0-9]{32}_[a-f0-9]{10}", "ATATT3": r"[\w=-]{60,}", "AGE-SECRET-KEY-1": "[A-Z0-9]{58}"},
     **{"EAA": "[A-Za-z0-9]{100,}", "key-": "[a-f0-9]{32}", "SK": "[a-f0-9]{32}"},
 }
@@ -37,7 +57,7 @@ _FORMATS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
             "private key",
             ("-----BEGIN",),
             r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:(?:[\w+/=\s\\:,.]|-(?!-)){40,}|(?=[^-]{0,39}-----END))(?:[^-]{0,39}-----END [A-Z0-9 ]{3,40}-----)?",
+            r"(?:(?:[\w+/=\s\\:,.]|-(?!-)){40,}|(?=[^-$<{]{0,39}-----END))(?:[^-]{0,39}-----END [A-Z0-9 ]{3,40}-----)?",
         ),
         ("AWS access key", ("AKIA", "ASIA"), r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"),
         ("GitHub token", ("gh", "github_pat_"), r"\b(?:gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{82})\b"),
@@ -82,7 +102,7 @@ _LONG = re.compile(r"[\w.:+/=-]{20}")
 _SAID = re.compile(r"\b(?:password|passcode|passwort|pwd) (?:is|ist) [\"'`]?([^\s\"'`,;<>]{8,100})", re.IGNORECASE)
 _HEADER = re.compile(r"\b(?:Bearer|Basic) ([\w+/=.~-]{20,1000})")
 _NOT_GIVEN = re.compile(
-    r"example|sample|dummy|test|your|change|placeholder|redacted|xxx|\*{3}|\.{3}|…|1234|abcd|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
+    r"example|sample|dummy|test|your|change|placeholder|redacted|xxx|\*{3}|\.{3}|…|1234|abcd|abc.?123|_token_|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
     r"|://|^pass(?:word)?$|^secret$",
     re.IGNORECASE,
 )
@@ -142,7 +162,7 @@ def _random(value: str) -> bool:
     """Letters and digits, or three kinds of characters, in no order that a word or a name in code would have."""
     if _NOT_GIVEN.search(value):
         return False
-    value = value.rstrip(".!?]}")
+    value = value.rstrip(".:!?]}")
     if len(value) < 8 or _bits(value) < _LEAST_BITS:
         return False
     lower, upper, digit = (re.search(kind, value) is not None for kind in ("[a-z]", "[A-Z]", r"\d"))
