@@ -89,7 +89,7 @@ _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
             r"|the ability to (?:browse|access|feel|see))",
         ),
         (
-            ("browse", "access", "open", "view"),
+            ("browse", "access", "open the", "open link", "view "),
             rf"\bi ?{_CANNOT} (?:\w+ )?(?:browse|access|open|view) (?:the (?:internet|web)|links|urls|external|images)",
         ),
         # In other languages.
@@ -141,9 +141,6 @@ def refusal(text: str) -> Flaw | None:
     """An answer in which an assistant declines or speaks of itself, in English and a few phrases of other languages."""
     lowered = text.lower().replace("’", "'")
     for signs, pattern in _PHRASES:
-        for sign in signs:
-            if sign in lowered:
-                if found := pattern.search(lowered):
-                    return Flaw("refusal", f"an assistant's own words: {quoted(lowered[found.start() :], 60)}")
-                break
+        if any(map(lowered.__contains__, signs)) and (found := pattern.search(lowered)):
+            return Flaw("refusal", f"an assistant's own words: {quoted(lowered[found.start() :], 60)}")
     return None
