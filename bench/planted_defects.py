@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import audit_texts
+from declined_answers import REFUSALS
 from evidence import MINILM
 from private_defects import PRIVATE
 from row_defects import EDITS, OF_CONVERSATIONS, TOOLS, conversation, jaccard
@@ -59,7 +60,7 @@ def clean_texts(data: Path, check: TextCheck) -> list[str]:
 
 
 def of_texts(data: Path, each: int) -> Iterable[Counted]:
-    for check, kinds in {**OF_TEXTS, **PRIVATE}.items():
+    for check, kinds in {**OF_TEXTS, **PRIVATE, "refusal": REFUSALS}.items():
         clean = clean_texts(data, check)
         for number, (kind, plant) in enumerate(kinds.items()):
             draw = random.Random(number)
