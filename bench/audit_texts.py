@@ -1,9 +1,12 @@
 """Time of each check of `fulltune.audit` a row, and how many texts of real data sets each finds.
 
     FULLTUNE_BENCH_DATA=... python bench/audit_texts.py [--rows 20000] [--repeats 3] [--hits FOLDER]
+        [--installed] [--wheels FOLDER]
 
 The timed rows are sentences of all sets, cut to 20 words; each check's time is the smallest of the repeats. Hits are
 counted over every whole text of every set; --hits writes what was found, one file a check, for a person to judge.
+--installed adds docstrings, descriptions and messages of what is installed, --wheels the texts of packages with data;
+the check of answers alone, `refusal`, is not told apart there.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import installed_texts
 
 from fulltune import audit
 
@@ -77,14 +82,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hits", type=Path, help="folder for what was found")
+    parser.add_argument("--installed", action="store_true", help="also texts that every installation has")
+    parser.add_argument("--wheels", type=Path, help="folder with wheels whose texts are looked at, too")
     given = parser.parse_args()
     if "FULLTUNE_BENCH_DATA" not in os.environ:
         sys.exit("FULLTUNE_BENCH_DATA is not set: the data of this benchmark are not part of the project")
     texts = texts_of(Path(os.environ["FULLTUNE_BENCH_DATA"]))
+    rows = timed_rows(texts, given.rows)
+    texts |= installed_texts.texts() if given.installed else {}
+    texts |= {"packages": installed_texts.of_wheels(given.wheels)} if given.wheels else {}
     for check, extra in audit.missing().items():
         print(f"not made: {check} (pip install 'fulltune[{extra}]')")
     checks = tuple(check for check in CHECKS if check not in audit.missing())
-    rows = timed_rows(texts, given.rows)
     print(f"{len(rows):,} rows of {NUM_WORDS} words\n{'check':20} {'µs a row':>9}")
     for name, some in (*((check, (check,)) for check in checks), ("all", checks)):
         print(f"{name:20} {seconds(rows, some, given.repeats) / len(rows) * 1e6:9.2f}", flush=True)

@@ -1,4 +1,4 @@
-"""Texts that say nothing, or the same again and again, or that a model declined to write."""
+"""Texts that say nothing, or the same again and again."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from collections import Counter
 from fulltune.audit.flaw import Flaw, quoted
 from fulltune.text import format_percent
 
-_SEEN = re.compile(r"[^\W_]")
+_BLANK_SIGNS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Fillers of Korean, and braille without a dot: letters and signs by their category, and nothing to see."""
+_SEEN = re.compile(rf"[^\W_{_BLANK_SIGNS}]")
 _TWO_LETTERS = re.compile(r"[^\W\d_][\W\d_]*[^\W\d_]")
 
 
 def empty(text: str) -> Flaw | None:
     """Nothing that one could see."""
-    if _SEEN.search(text) or any(unicodedata.category(one)[0] not in "CZ" for one in text):
+    if _SEEN.search(text) or any(unicodedata.category(one)[0] not in "CZ" for one in text if one not in _BLANK_SIGNS):
         return None
     return Flaw("empty", "nothing but blanks" if text else "no text")
 
@@ -39,7 +41,7 @@ def no_words(text: str) -> Flaw | None:
 _RUN = re.compile(r"(.)\1\1\1\1\1")
 """What is asked first: five times as fast as with letters alone."""
 _SAME_CHARACTER = re.compile(r"([^\W\d_])\1{5,}")
-_SAME_PIECE = re.compile(r"([^\W\d_]{2,20}?)\1{4,}")
+_SAME_PIECE = re.compile(r"([^\W\d_](?:[^\W\d_]|[,.!?，。！？、]){1,19}?)\1{4,}")
 _WORD = re.compile(r"[^\W_]+")
 STRESSED, LONGEST_STRESSED = 20, 30
 """So many letters of one kind people type to stress a word: fewer in a text of little else, and at most in any."""
@@ -50,7 +52,8 @@ _TIMES = 5
 
 
 def repetition(text: str) -> Flaw | None:
-    """One character, word or phrase at least five times in a row, over half of the text or more than 100 words of it.
+    """One character, word or phrase at least five times in a row, over half of the text or more than 100 words of it;
+    or a text of eight words or more twice.
 
     Lines of dashes, tables and numbers are layout: letters alone count.
     """
@@ -75,8 +78,12 @@ def _same_words(text: str) -> Flaw | None:
     if len(rough) < LEAST_WORDS or (len(set(rough)) > len(rough) * 0.8 and len(rough) < 100):
         return None
     words = _WORD.findall(text.lower())
-    period, stretch, end = _longest_loop(words)
-    if stretch < LEAST_WORDS or stretch < _TIMES * period:
+    period, stretch, end = _longest_loop(words, 3)
+    if stretch < _TIMES * period and len(set(words)) <= MOST_REPEATED * len(words):
+        # Within what is repeated, three words may stand twice.
+        period, stretch, end = _longest_loop(words, LEAST_WORDS)
+    is_whole = stretch == len(words) and LEAST_WORDS <= period <= stretch // 2
+    if not is_whole and (stretch < LEAST_WORDS or stretch < _TIMES * period):
         return None
     if stretch < MOST_REPEATED * len(words) and stretch < 100:
         return None
@@ -87,61 +94,16 @@ def _same_words(text: str) -> Flaw | None:
     return Flaw("repetition", f"{quoted(phrase)} {stretch // period} times in a row, {share} of the words")
 
 
-def _longest_loop(words: list[str]) -> tuple[int, int, int]:
-    """Period, length and end of the longest stretch whose words come again after as many words, in one pass."""
+def _longest_loop(words: list[str], size: int) -> tuple[int, int, int]:
+    """Period, length and end of the longest stretch whose runs of words come again after as many words, in one pass."""
     last = dict[tuple[str, ...], int]()
     best, period, start = (1, 0, 0), 0, 0
-    for place in range(len(words) - 2):
-        gram = tuple(words[place : place + 3])
+    for place in range(len(words) - size + 1):
+        gram = tuple(words[place : place + size])
         ago = place - last.get(gram, place)
         last[gram] = place
         if ago == 0 or ago != period:
             period, start = ago, place
-        if period and (stretch := place + 3 - start + period) > best[1]:
-            best = (period, stretch, place + 3)
+        if period and (stretch := place + size - start + period) > best[1]:
+            best = (period, stretch, place + size)
     return best
-
-
-# ---- refusals ---------------------------------------------------------------------------------------------------
-
-_SIGNS = (
-    *(
-        "as an ai",
-        "as an art",
-        "as an l",
-        "as a l",
-        "as a v",
-        "as of my",
-        "an ai",
-        "sorry",
-        "apolog",
-        "cannot",
-        "can't",
-    ),
-    *("can not", "unable", "not able", "programmed", "openai's", "my knowledge cut", "my training cut"),
-    *("als ki", "als künst", "en tant qu", "como modelo", "como uma ia", "como una ia"),
-)
-"""One of them stands in each phrase below: looking for these first takes a tenth of the time."""
-_WHAT = (
-    r"(?:assist|help you|help with|fulfill?|comply|provide|create|generate|write|answer|engage|do that|support|discuss)"
-)
-_NOT = r"(?:cannot|can't|can not|am unable to|am not able to|won't be able to|am not programmed to)"
-_REFUSAL = re.compile(
-    r"\bas an? (?:ai\b|artificial intelligence|(?:large )?language model|virtual assistant)"
-    r"|\bi(?:'m| am) (?:just |only |merely )?an ai\b"
-    r"|\b(?:sorry|apologi[sz]e|apologies),? (?:but |that )?i " + _NOT + " (?:\\w+ )?" + _WHAT + r"\b"
-    r"|\A\W*i " + _NOT + r" (?:\w+ )?(?:assist|help you|help with|fulfill?|comply|engage)\b"
-    r"|\bmy (?:knowledge|training) cut-?off|\bopenai's (?:content|use|usage) polic"
-    r"|\bas of my last (?:knowledge )?(?:update|training)"
-    r"|\bals (?:ki|künstliche intelligenz)\b|\ben tant qu(?:e modèle de langage|'ia\b)"
-    r"|\bcomo (?:modelo de lenguaje|modelo de linguagem|una ia\b|uma ia\b)"
-)
-
-
-def refusal(text: str) -> Flaw | None:
-    """An answer in which an assistant declines or speaks of itself, in English and a few phrases of other languages."""
-    lowered = text.lower().replace("’", "'")
-    if not any(sign in lowered for sign in _SIGNS):
-        return None
-    found = _REFUSAL.search(lowered)
-    return Flaw("refusal", f"an assistant's own words: {quoted(lowered[found.start() :], 60)}") if found else None

@@ -46,8 +46,9 @@ def _repaired(line: str) -> str:
 _ASCII_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _SUSPECT = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f"
-    "\u3164\ufeff\uffa0\ufff9-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f"
+    "\u3164\uf020-\uf0ff\ufdd0-\ufdef\ufeff\uffa0\ufff9-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f"
+    "\U000e0100-\U000e01ef]"
 )
 _PAIR = re.compile("([\ud800-\udbff])([\udc00-\udfff])")
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefe]")
@@ -56,12 +57,16 @@ _JOINED_SCRIPT = re.compile("[\u0600-\u109f\u1780-\u18af\ufb50-\ufdff\ufe70-\ufe
 _EMOJI = re.compile("[\u00a9\u00ae\u2030-\u3299\ufe0f\U0001f000-\U0001faff]")
 _FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
 """Flags of regions are spelt with tags, which are invisible."""
+_CHINESE = re.compile("[\u2e80-\u2fff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_VARIANTS = re.compile("[\U000e0100-\U000e01ef]")
+"""A sign of Chinese may have one behind it, for its form in a name; others hide bytes."""
 _OVERRIDES = "\u202d\u202e"
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u2066\u2067\u2068\u2069"
 _JOINERS = "\u180e\u200b\u200c\u200d"
 _NAMES = {
     **{"\x00": "NUL", "\x0c": "form feed", "\x7f": "delete", "\u00ad": "soft hyphen", "\ufeff": "byte order mark"},
     **{"\u200b": "zero-width space", "\u200c": "zero-width non-joiner", "\u200d": "zero-width joiner"},
+    **{"\u2028": "line separator", "\u2029": "paragraph separator"},
     **{"\u2060": "word joiner", "\u200e": "left-to-right mark", "\u200f": "right-to-left mark"},
     **dict.fromkeys(_OVERRIDES, "override of the writing direction"),
     **dict.fromkeys("\u202a\u202b\u202c\u2066\u2067\u2068\u2069", "mark of the writing direction"),
@@ -89,6 +94,7 @@ def _wrong_places(text: str) -> list[int]:
         spelt |= {place for place, one in enumerate(text) if one in _DIRECTIONS}
     if _JOINED_SCRIPT.search(text):
         spelt |= {place for place, one in enumerate(text) if one in _JOINERS}
+    spelt |= {found.start() for found in _VARIANTS.finditer(text) if _CHINESE.match(text, found.start() - 1)}
     suspect = (found.start() for found in _SUSPECT.finditer(text))
     return [place for place in suspect if place not in spelt and not _joins_emoji(text, place)]
 
@@ -103,12 +109,14 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 def _without(text: str, places: set[int]) -> str:
-    """Page breaks become line breaks, colours of a terminal go whole, and everything else wrong goes alone."""
-    text = "".join(one for place, one in enumerate(text) if place not in places or one in "\x0b\x0c\x1b")
-    return re.sub(r"[\x0b\x0c]", "\n", _ESCAPE.sub("", text)).replace("\x1b", "")
+    """Without what is wrong, a character or a terminal's colour; breaks of pages and lines become line breaks."""
+    text = "".join(one for place, one in enumerate(text) if place not in places or one in "\x0b\x0c\x1b\u2028\u2029")
+    return re.sub("[\x0b\x0c\u2028\u2029]", "\n", _ESCAPE.sub("", text)).replace("\x1b", "")
 
 
 def _name(character: str) -> str:
     if "\ud800" <= character <= "\udfff":
         return "half of a character (lone surrogate)"
+    if "\uf020" <= character <= "\uf0ff":
+        return f"sign of a symbol font (U+{ord(character):04X})"
     return _NAMES.get(character, f"U+{ord(character):04X}")

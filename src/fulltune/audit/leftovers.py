@@ -43,7 +43,7 @@ _HIDDEN = tuple(
 )
 _BLOCK_NAME = re.compile(_BLOCKS, re.IGNORECASE)
 _PLAINLY_HTML = re.compile(
-    r"br|div|span|td|tr|th|li|ul|ol|h[1-6]|iframe|tbody|thead|img|!doctype|blockquote", re.IGNORECASE
+    r"br|p|div|span|td|tr|th|li|ul|ol|h[1-6]|iframe|tbody|thead|img|!doctype|blockquote", re.IGNORECASE
 )
 """Names that are no words, variables or types of their own: one tag is enough."""
 _ENTITY = re.compile(r"&(?:#\d{2,6}|#[xX][0-9a-fA-F]{2,5}|[A-Za-z]{2,8}\d{0,2});")
@@ -56,6 +56,8 @@ def markup(text: str) -> Flaw | None:
         return None
     bare = _without_code(text)
     tags = [] if "<" not in bare else _tags(bare)
+    if "<!--" in bare and "-->" in bare:
+        tags.append("!-- --")
     entities = [found for found in _ENTITY.findall(bare) if found[1] == "#" or found[1:] in html5]
     if not (tags or entities) or _is_code(_ANY_MARK.sub(" ", bare)):
         return None
@@ -113,21 +115,35 @@ _USUAL = (
     "name|date|company|product|email|address|city|country|customer|user|username|title|topic|subject|amount|price|phone"
     "|number|location|organization|url|link|text|input|question|answer|context|response|prompt|output|first|last"
 )
+_SOME_NAME = (
+    "(?:(?i:name)|DATE|COMPANY|ADDRESS|CITY|PRODUCT|EMAIL|PHONE NUMBER|CUSTOMER"
+    "|Date|Company|Address|City|Product|Email)"
+)
 _PLACEHOLDER = re.compile(
-    r"(?<![\w^_}\\{])\{\{\s*[A-Za-z][\w .-]{2,40}\s*\}\}"
+    r"(?<![\w^_}\\{])\{{2,3}\s*[A-Za-z][\w .-]{2,40}(?:\|[^{}=\n]{1,60})?\s*\}{2,3}"
+    r"|\{\{[#/>^] ?[a-z][\w. ]{1,40}\}\}"
+    r"|\{%-? ?(?:if|else|elif|endif|for|endfor|include|block|set|endblock)\b[^{}\n]{0,80}%\}"
+    r"|<%[=-]? ?[@\w.]+(?: [^<>\n]{1,60})? ?%>|<\?(?:php|=)\s[^<>\n]{1,80}\?>"
+    r"|\{!\w+\.\w+\}|\*\|[A-Z][A-Z0-9_:]{2,40}\|\*|«(?:[A-Z][a-z]+){2,3}»"
+    r"|@@[A-Z_]{3,30}@@|%%[A-Za-z_]{3,30}%%|(?<![\w%])%\{[a-z_]{3,30}\}"
     rf"|(?<![\w\\^_${{}}/\"'])\{{(?:[A-Za-z]+(?:_[A-Za-z]+)+|[A-Z]{{3,}}|{_USUAL})\}}(?![\"'}}])"
     r"|\$\{[A-Za-z_][\w.]{2,}\}"
-    r"|(?:(?<=\s)(?<!\d\s)|\A)%(?:s|\(\w+\)s)(?=[\s.,!?]|\Z)"
+    r"|(?:(?<=\s)(?<!\d\s)|\A)(?:(?P<quote>[\"'])?%(?:\d\$)?(?:[sd]|\(\w+\)[sd])(?(quote)(?P=quote))|\(%s\))"
+    r"(?=[\s.,!?]|\Z)(?! ?%[A-Za-z][: /%-])"
     r"|\[(?i:insert|your|enter)\s[^\]\[\n]{2,40}\](?!\()"
     r"|<(?i:insert|your|enter)[ _][^<>\n]{2,40}>"
-    r"|\[(?:[A-Z]+ )?(?:NAME|DATE|COMPANY|ADDRESS|Name|Date|Company|Address)\](?!\()"
-    r"|\b(?i:lorem ipsum)\b"
+    r"|<(?i:first|last|full|customer|company|user) (?i:name)>"
+    rf"|\[(?:[A-Z][\w']* ){{0,2}}{_SOME_NAME}\](?!\()"
+    r"|\b(?i:lorem ipsum|sed ut perspiciatis|ut enim ad minim|duis aute irure|excepteur sint occaecat)\b"
 )
+
+
+_SIGNS = ("{", "[", "%", "<", "«", "@@", "*|", "psum", "PSUM", "perspic", "ad minim", "aute irure", "occaecat")
 
 
 def placeholder(text: str) -> Flaw | None:
     """A template that nobody filled in; braces of JSON, code and LaTeX are none."""
-    if not ("{" in text or "[" in text or "%" in text or "<" in text or "psum" in text or "PSUM" in text):
+    if not any(map(text.__contains__, _SIGNS)):
         return None
     bare = _without_code(text)
     found = list(dict.fromkeys(match[0] for match in _PLACEHOLDER.finditer(bare)))
@@ -139,19 +155,26 @@ def placeholder(text: str) -> Flaw | None:
 # ---- tokens of a chat template ----------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
-    r"<\|[a-z][a-z_0-9]*\|>|<｜[^<>｜]{2,30}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|\[(?:CLS|SEP|PAD)\]"
-    r"|<(?:bos|eos|pad|unk)>"
+    r"<\|[A-Za-z][A-Za-z_0-9]*\|>|\[\|[a-z]{3,20}\|\]|<｜[^<>｜]{2,30}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>"
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|\[(?:CLS|SEP|PAD|gMASK|UNUSED_TOKEN_\d+)\]"
+    r"|<(?:bos|eos|pad|unk|BOS_TOKEN|EOS_TOKEN|sop|eoh|eoa|extra_id_\d+|reserved_\d+|fim_(?:prefix|middle|suffix))>"
     r"|^### (?:Instruction|Response|Input|Human|Assistant|User|System)s?:",
     re.MULTILINE,
 )
+_SPEAKERS = re.compile(r"(?:^|(?<=\s))(Human:|USER:|Assistant:|ASSISTANT:)", re.MULTILINE)
+"""Of templates without tokens: both speakers, since one may be any word before a colon."""
 _SENTENCE_START, _SENTENCE_END = re.compile(r"\s*<s>"), re.compile(r"</s>\s*\Z")
 
 
 def chat_tokens(text: str) -> Flaw | None:
     """Tokens that a chat template or a tokenizer adds itself: they would stand there twice, also those in code."""
-    if not ("<" in text or "[" in text or "###" in text):
+    is_talk = "ssistant:" in text or "SSISTANT:" in text
+    if not ("<" in text or "[" in text or "###" in text or is_talk):
         return None
     found = list(dict.fromkeys(_TOKEN.findall(text)))
+    speakers = list(dict.fromkeys(_SPEAKERS.findall(text))) if is_talk else []
+    if {one.lower() == "assistant:" for one in speakers} == {True, False}:
+        found += speakers
     # Between the two, <s> strikes words out.
     starts, ends = _SENTENCE_START.match(text), _SENTENCE_END.search(text)
     if (starts and "</s>" not in text[: -len("</s>")].rstrip()) or (ends and "<s>" not in text[1:]):

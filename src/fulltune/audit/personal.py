@@ -24,7 +24,7 @@ _EMAIL = re.compile(
 _NOBODY = re.compile(
     r"@(?:[\w-]+\.)*(?:example\.(?:com|org|net|edu)|\w+\.(?:example|test|invalid|localhost|local|lan|internal))$"
     r"|^(?:git|noreply|no-reply|donotreply|do-not-reply|you|your\.?name|user|username|name|someone|email)@"
-    r"|@(?:domain|email|yourdomain|company|test|website)\.com$",
+    r"|^\w@\w\.\w+$|@(?:domain|email|yourdomain|company|test|website)\.com$",
     re.IGNORECASE,
 )
 _FILES = {"png", "jpg", "jpeg", "gif", "webp", "svg", "css", "js", "py", "txt"}
@@ -44,7 +44,7 @@ _IBAN_LENGTHS = {
 """Characters of an account number by country, from the registry of ISO 13616."""
 
 _CARD = re.compile(
-    r"(?<![\w.,$€£\[-])(?<!\w\()(?:\d{15,16}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{4,5})(?![\w-]|[.,]\d)"
+    r"(?<![\w.,$€£\[-])(?<!\w\()(?:\d{15,16}|\d{4}([ .-])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{4,5})(?![\w-]|[.,]\d)"
 )
 _ISSUER = re.compile(
     r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
@@ -54,9 +54,13 @@ _ISSUER = re.compile(
 _TEST_CARDS = {"4111111111111111", "4242424242424242", "4012888888881881", "5555555555554444", "5105105105105100"}
 _TEST_CARDS |= {"378282246310005", "371449635398431", "6011111111111117", "30569309025904", "3530111333300000"}
 _IPV4 = re.compile(r"(?<![\w.])(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})(?![\w-]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
 _VERSION = re.compile(r"(?:version|release|firmware|build|section|chapter|ver\.?|v)\s*$", re.IGNORECASE)
 _PUBLIC_SERVICES = {"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "208.67.222.222", "208.67.220.220"}
 _SSN = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
+_NAMED_SSN = re.compile(
+    r"\b(?i:ssn|social security (?:number|no\.?))[ :#]{0,3}(?:is )?(\d{3}[ -]?\d\d[ -]?\d{4})(?![\w-])"
+)
 _ADVERTISED_SSN = {"078-05-1120", "219-09-9999", "123-45-6789"}
 _FOUR_DIGITS = re.compile(r"\d\d\d\d|\d\.\d{1,3}\.\d")
 
@@ -64,7 +68,7 @@ _FOUR_DIGITS = re.compile(r"\d\d\d\d|\d\.\d{1,3}\.\d")
 def personal_data(text: str) -> Flaw | None:
     """All kinds but phone numbers, which need a library; well-known examples and test numbers are left alone."""
     # Of accounts, cards and social security numbers each has four digits in a row.
-    digits = _FOUR_DIGITS.search(text) is not None
+    digits = _FOUR_DIGITS.search(text) is not None or "::" in text or text.count(":") >= 7
     if not digits and "@" not in text:
         return None
     return redacted("personal data", text, _hits(text, digits))
@@ -86,6 +90,12 @@ def _numbers(text: str) -> Iterator[Hit]:
     for found in _IPV4.finditer(text):
         if _is_public(found):
             yield Hit(*found.span(), "IP address", "[IP]")
+    for found in _IPV6.finditer(text):
+        if _is_global(found[0]):
+            yield Hit(*found.span(), "IP address", "[IP]")
+    for found in _NAMED_SSN.finditer(text):
+        if found[1] not in _ADVERTISED_SSN:
+            yield Hit(*found.span(1), "US social security number", "[SSN]")
     for found in _SSN.finditer(text):
         if found[0] not in _ADVERTISED_SSN:
             yield Hit(*found.span(), "US social security number", "[SSN]")
@@ -123,6 +133,13 @@ def _is_card(digits: str) -> bool:
     return bool(_ISSUER.fullmatch(digits)) and digits not in _TEST_CARDS and passes_luhn(digits)
 
 
+def _is_global(address: str) -> bool:
+    try:
+        return ipaddress.IPv6Address(address).is_global
+    except ValueError:
+        return False
+
+
 def _is_public(found: re.Match[str]) -> bool:
     """Not a network at home, an example, a public service, or the number of a section or a version."""
     parts = [int(part) for part in found.groups()]
@@ -138,10 +155,14 @@ def _is_public(found: re.Match[str]) -> bool:
 
 _MAYBE_PHONE = re.compile(r"[\d)][\s./-]?(?:\(?\d[\s()./-]{0,2}){5,}\d")
 _NAMED_PHONE = re.compile(
-    r"\b(?:tel|telephone|telefon|phone|mobile|mobil|handy|fax|cell|whatsapp)\b[.:#]?\s(?:no\.? |number |is ){0,2}"
-    r"(\(?0\d[\d ()./-]{6,18}\d)(?!\w)",
+    r"\b(?:(?:tel|telephone|t[ée]l[ée]phone|telefone?|tel[ée]fono|тел|телефон|phone|fax|whatsapp)[ .:#]{1,4}"
+    r"(?:no\.? |number |is ){0,2}(\(?\+?\d[\d ()./-]{6,18}\d)(?!\w)"
+    r"|(?:t[ée]l|mobile|mobil|handy|cell|call(?: me| us)?(?: on| at)?)[ .:#]{1,4}"
+    r"(?:no\.? |number |is ){0,2}(\(?0\d[\d ()./-]{6,18}\d)(?!\w))",
     re.IGNORECASE,
 )
+"""What a word announces; behind some words, which may stand before any number, with its trunk zero."""
+_WITH_TWO_ZEROS = re.compile(r"(?<![\w.+])00([1-9]\d{0,2} \(?[\d ()./-]{5,16}\d)(?!\w)")
 _NORTH_AMERICAN = re.compile(
     r"(?:1[ .-])?(?:\(\d{3}\)[ .-]?|\d{3}[ ./-] ?)\d{3}[ .-]\d{4}(?:\s?(?:x|ext)\D{0,3}\d{1,6})?"
 )
@@ -165,7 +186,9 @@ def phone_number(text: str) -> Flaw | None:
         raise SetupError("looking for phone numbers needs the package 'phonenumbers'; pip install 'fulltune[audit]'")
     if not _MAYBE_PHONE.search(text):
         return None
-    hits = [Hit(*found.span(1), "phone number", "[PHONE]") for found in _NAMED_PHONE.finditer(text)]
+    named = [found.span(found.lastindex or 0) for found in _NAMED_PHONE.finditer(text)]
+    named += [found.span() for found in _WITH_TWO_ZEROS.finditer(text) if _is_assigned(f"+{found[1]}")]
+    hits = [Hit(*span, "phone number", "[PHONE]") for span in named]
     for number in phonenumbers.PhoneNumberMatcher(text, "US"):
         raw, before = number.raw_string, text[: number.start].rstrip(" ")[-1:]
         # Ten digits in a row may be any number, and so may those of a sum.
@@ -173,3 +196,10 @@ def phone_number(text: str) -> Flaw | None:
         if written and before not in set("=+-*/<>^×") and not _FICTIONAL.fullmatch(re.sub(r"\D", "", raw)):
             hits.append(Hit(number.start, number.end, "phone number", "[PHONE]"))
     return redacted("phone number", text, hits)
+
+
+def _is_assigned(number: str) -> bool:
+    try:
+        return bool(phonenumbers.is_valid_number(phonenumbers.parse(number)))
+    except phonenumbers.NumberParseException:
+        return False

@@ -19,6 +19,36 @@ from collections.abc import Callable, Iterator
 
 from fulltune.audit.flaw import Flaw, Hit, redacted
 
+_SERVICES = {
+    "ya29.": r"[\w-]{60,}",
+    "dop_v1_": "[a-f0-9]{64}",
+    "shp": "(?:at|ca|pa|ss)_[a-f0-9]{32}",
+    "sq0": r"[a-z]{3}-[\w-]{22,43}",
+    "dapi": "[a-f0-9]{32}",
+    "ntn_": "[A-Za-z0-9]{46}",
+    "lin_api_": "[A-Za-z0-9]{40}",
+    "figd_": r"[\w-]{40,}",
+    "dckr_pat_": r"[\w-]{27,}",
+    "glsa_": "[A-Za-z0-9]{32}_[a-f0-9]{8}",
+    "hvs.": r"[\w-]{24,}",
+    "sbp_": "[a-f0-9]{40}",
+    "PMAK-": "[a-f0-9]{24}-[a-f0-9]{34}",
+    "NRAK-": "[A-Z0-9]{27}",
+    "gsk_": "[A-Za-z0-9]{52}",
+    "xai-": "[A-Za-z0-9]{80}",
+    "r8_": "[A-Za-z0-9]{37}",
+    "pplx-": "[A-Za-z0-9]{48}",
+    "tvly-": "[A-Za-z0-9-]{32,}",
+    "sntry": r"[su]_[\w+/=-]{60,}",
+    "lsv2_": "(?:pt|sk)_[a-f0-9]{32}_[a-f0-9]{10}",
+    "ATATT3": r"[\w=-]{60,}",
+    "AGE-SECRET-KEY-1": "[A-Z0-9]{58}",
+    "EAA": "[A-Za-z0-9]{100,}",
+    "key-": "[a-f0-9]{32}",
+    "SK": "[a-f0-9]{32}",
+}
+"""Google, DigitalOcean, Shopify, Square, Databricks, Notion, Linear, Figma, Docker, Grafana, Vault, Supabase, Postman,
+New Relic, Groq, xAI, Replicate, Perplexity, Tavily, Sentry, LangSmith, Atlassian, age, Facebook, Mailgun, Twilio."""
 _FORMATS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (name, signs, re.compile(pattern, re.DOTALL))
     for name, signs, pattern in (
@@ -26,7 +56,7 @@ _FORMATS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
             "private key",
             ("-----BEGIN",),
             r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:(?:[\w+/=\s\\:,.]|-(?!-)){40,}|(?=[^-]{0,39}-----END))(?:[^-]{0,39}-----END [A-Z0-9 ]{3,40}-----)?",
+            r"(?:(?:[\w+/=\s\\:,.]|-(?!-)){40,}|(?=[^-$<{]{0,39}-----END))(?:[^-]{0,39}-----END [A-Z0-9 ]{3,40}-----)?",
         ),
         ("AWS access key", ("AKIA", "ASIA"), r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"),
         ("GitHub token", ("gh", "github_pat_"), r"\b(?:gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{82})\b"),
@@ -43,6 +73,15 @@ _FORMATS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
         ("Stripe key", ("k_live_", "whsec_"), r"\b(?:[rs]k_live_[A-Za-z0-9]{24,99}|whsec_[A-Za-z0-9+/=]{32,})"),
         ("SendGrid key", ("SG.",), r"\bSG\.[\w-]{22}\.[\w-]{43}\b"),
         ("npm or PyPI token", ("npm_", "pypi-"), r"\b(?:npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{70,})\b"),
+        (
+            "token of a service",
+            tuple(_SERVICES),
+            rf"\b(?:{'|'.join(re.escape(sign) + behind for sign, behind in _SERVICES.items())})(?![A-Za-z0-9])",
+        ),
+        ("Mailchimp key", ("-us",), r"\b[a-f0-9]{32}-us\d{1,2}\b"),
+        ("Telegram token", (":AA",), r"\b\d{8,10}:AA[\w-]{33}(?![\w-])"),
+        ("Discord token", (".",), r"\b[MN][A-Za-z0-9]{23,25}\.[\w-]{6}\.[\w-]{27,38}(?![\w-])"),
+        ("Terraform token", (".atlasv1.",), r"\b[A-Za-z0-9]{14}\.atlasv1\.[\w-]{60,}"),
         ("JSON web token", ("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{20,}"),
     )
 )
@@ -57,8 +96,12 @@ _ASSIGNED = re.compile(
     r"\w{0,20}[\"'\]]{0,2}\s{0,3}(?:=|:=?|=>)\s{0,3}[\"'`]?([^\s\"'`,;<>]{8,100})",
     re.IGNORECASE,
 )
+_LONG = re.compile(r"[\w.:+/=-]{20}")
+"""All but keys in several lines are so long: hardly any word is."""
+_SAID = re.compile(r"\b(?:password|passcode|passwort|pwd) (?:is|ist) [\"'`]?([^\s\"'`,;<>]{8,100})", re.IGNORECASE)
+_HEADER = re.compile(r"\b(?:Bearer|Basic) ([\w+/=.~-]{20,1000})")
 _NOT_GIVEN = re.compile(
-    r"example|sample|dummy|test|your|change|placeholder|redacted|xxx|\*{3}|\.{3}|…|1234|abcd|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
+    r"example|sample|dummy|test|your|change|placeholder|redacted|xxx|\*{3}|\.{3}|…|1234|abcd|abc.?123|_token_|\$\{|\{\{|^\$|^\{|^<|^%|\[|[()]"
     r"|://|^pass(?:word)?$|^secret$",
     re.IGNORECASE,
 )
@@ -72,7 +115,7 @@ def secret(text: str) -> Flaw | None:
 
 
 def _hits(text: str) -> Iterator[Hit]:
-    for name, signs, pattern in _FORMATS:
+    for name, signs, pattern in _FORMATS if _LONG.search(text) or "-----BEGIN" in text else ():
         if any(sign in text for sign in signs):
             found = (match for match in pattern.finditer(text) if _real(name, match[0]))
             yield from (Hit(*match.span(), name, "[SECRET]") for match in found)
@@ -82,6 +125,10 @@ def _hits(text: str) -> Iterator[Hit]:
         lowered = text.lower()
         if any(word in lowered for word in _KEYWORDS):
             yield from _values(text, _ASSIGNED, "password or key", _random)
+    if "pass" in text or "Pass" in text:
+        yield from _values(text, _SAID, "password", _random)
+    if "Bearer " in text or "Basic " in text:
+        yield from _values(text, _HEADER, "authorisation", _random)
 
 
 def _values(text: str, pattern: re.Pattern[str], what: str, is_one: Callable[[str], bool]) -> Iterator[Hit]:
@@ -114,7 +161,7 @@ def _random(value: str) -> bool:
     """Letters and digits, or three kinds of characters, in no order that a word or a name in code would have."""
     if _NOT_GIVEN.search(value):
         return False
-    value = value.rstrip(".!?]}")
+    value = value.rstrip(".:!?]}")
     if len(value) < 8 or _bits(value) < _LEAST_BITS:
         return False
     lower, upper, digit = (re.search(kind, value) is not None for kind in ("[a-z]", "[A-Z]", r"\d"))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from fulltune.audit import content, encoding, leftovers, personal
 from fulltune.audit.flaw import Flaw, TextCheck
+from fulltune.audit.refusal import refusal
 from fulltune.audit.secret import secret
 
 _CHECKS: Mapping[TextCheck, Callable[[str], Flaw | None]] = {
@@ -20,7 +21,7 @@ _CHECKS: Mapping[TextCheck, Callable[[str], Flaw | None]] = {
     "secret": secret,
     "personal data": personal.personal_data,
     "phone number": personal.phone_number,
-    "refusal": content.refusal,
+    "refusal": refusal,
 }
 OF_TEXTS: tuple[TextCheck, ...] = tuple(check for check in _CHECKS if check != "refusal")
 """What can be wrong with a text that a model reads."""
