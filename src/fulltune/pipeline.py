@@ -106,7 +106,8 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     Args:
         job: The run.
         summary: Of its prepared rows.
-        reads_rows: Whether the untouched model reads rows, to judge labels and to find leaks in other words.
+        reads_rows: Whether the untouched model reads rows, to judge labels and to find leaks in other words and
+            outliers.
     """
     job.phase("auditing the rows")
     folder = job.folder / "data"
@@ -114,11 +115,13 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     reader = data.Reader(job.recipe, job.base, summary, folder, job.listener)
     judge = partial(data.judge, reader) if has_label and reads_rows else None
     compare = partial(data.rephrased, reader) if has_texts and reads_rows else None
+    is_whole = has_texts or job.recipe.task == "image-classification"  # a row has one mean of its states
+    outlie = partial(data.outliers, reader) if is_whole and reads_rows else None
 
     def progress(done: int, total: int) -> None:
         job.listener(RowsPrepared(name="auditing", done=done, total=total))
 
-    return data.audit(job.recipe, folder, summary, job.task, judge, compare, progress)
+    return data.audit(job.recipe, folder, summary, job.task, judge, compare, outlie, progress)
 
 
 def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:

@@ -5,6 +5,7 @@ from fulltune.data.judge import Reader, judge
 from fulltune.data.limits import Limits
 from fulltune.data.other_task import keep as keep_other_task
 from fulltune.data.other_task import other_task
+from fulltune.data.outliers import outliers
 from fulltune.data.prepare import SUMMARY, prepare
 from fulltune.data.probe_rows import refuse_trained_texts
 from fulltune.data.prove import prove, refuse_prove
@@ -21,6 +22,7 @@ __all__ = [
     "keep_other_task",
     "load_issues",
     "other_task",
+    "outliers",
     "prepare",
     "prove",
     "refuse_prove",
