@@ -1,7 +1,7 @@
 """Outliers: how many sentences of other sets are found among the rows of one, and what is listed where none was put.
 
     FULLTUNE_BENCH_DATA=... python bench/outliers.py settle FOLDER --seeds 1 2
-    FULLTUNE_BENCH_DATA=... python bench/outliers.py plant FOLDER --seeds 11 12 13
+    FULLTUNE_BENCH_DATA=... python bench/outliers.py plant FOLDER --seeds 21 22 23
     FULLTUNE_BENCH_DATA=... python bench/outliers.py real FOLDER
 
 `settle` prints average precision of what can be compared (cosines as they are, centred, standardised) and how many rows
@@ -27,11 +27,11 @@ from audit_texts import texts_of
 from evidence import HERE, data
 from paraphrases import embedded
 
-from fulltune.data.outliers import FAR_OUT, far_out, nearest
+from fulltune.data.outliers import far_out, nearest
 
 READ = HERE / "readings" / "outliers.jsonl"
 SOURCES = ("wiki_sentences", "shakespeare", "wnut17", "gsm8k questions")
-BASES = (("banking77", 2000), ("banking77", 9000), ("wiki_sentences", 9000))
+BASES = (("banking77", 2000), ("banking77", 9000), ("wiki_sentences", 2000), ("wiki_sentences", 9000))
 PLANTED = (20, 50, 100)
 RARE = 3
 SETTLED_ON = 1500
@@ -109,7 +109,7 @@ def above(times: float, *, of_logarithms: bool) -> Fence:
 FENCES = {
     "log 1.5": above(1.5, of_logarithms=True),
     "2.5": above(2.5, of_logarithms=False),
-    "3": above(FAR_OUT, of_logarithms=False),
+    "3": above(3, of_logarithms=False),
 }
 
 
@@ -133,7 +133,7 @@ def settle(folder: Path, seeds: list[int]) -> None:
     print("| rows, planted, seed | average precision: as they are, centred, standardised | rule: planted of listed |")
     print("|---|---|---|")
     for base, rows, source, count in cells():
-        if count not in (0, 20, 100):
+        if rows > 2000 or count not in (0, 20, 100):
             continue
         for seed in seeds:
             states, planted = drawn(sets, base, rows, source, count, seed)
@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["settle", "plant", "real"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23])
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.what == "real":

@@ -1,8 +1,8 @@
 """Rows that are unlike all others in the eyes of the untouched model: far from even the nearest train rows.
 
 A row's distance is the mean of 1 - cosine to its nearest train rows (Kuan and Mueller 2022, arXiv 2207.03061), as the
-mean hidden states have it. What lies beyond Tukey's far-out fence is an outlier. It is then left out of what others are
-compared with and of the fence, until nothing more is found: odd rows of one kind would hide each other otherwise.
+mean hidden states have it. What lies beyond a fence far above the upper quartile is an outlier. It is then left out of
+what others are compared with and of the fence, until nothing more is found: odd rows would hide each other otherwise.
 
 Rows with the same text count once, and are no neighbours of each other: copies must not make an odd row usual. What was
 measured, and what else was tried, stands in docs/data.md.
@@ -20,8 +20,8 @@ from fulltune.probe.layers import NoProbe
 from fulltune.records.data import SplitName
 
 NEIGHBOURS = 20
-FAR_OUT = 3.0
-"""Spreads between the quartiles that the fence lies above the upper one (Tukey 1977)."""
+SPREADS = 2.5
+"""Between the quartiles: so many of them the fence lies above the upper one (Tukey 1977: 1.5, and 3 for far out)."""
 LEAST_TEXTS = 200
 MOST_FAR = 0.1
 """Share of the texts that may be far from the others: where more are, the rows are of several kinds."""
@@ -108,7 +108,7 @@ def far_out(states: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarra
     is_far = np.zeros(len(states), bool)
     for _ in range(_ROUNDS):
         lower, upper = np.quantile(distances[~is_far], [0.25, 0.75])
-        fence = float(upper + FAR_OUT * (upper - lower))
+        fence = float(upper + SPREADS * (upper - lower))
         further = (distances > fence) & ~is_far
         is_far |= further
         if not further.any() or is_far.mean() > MOST_FAR:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.data.outliers import LEAST_TEXTS, MOST_FAR, NEIGHBOURS, FarRows, far_out, nearest, outliers
+from fulltune.data.outliers import LEAST_TEXTS, MOST_FAR, NEIGHBOURS, SPREADS, FarRows, far_out, nearest, outliers
 from fulltune.probe.layers import NoProbe
 
 HIDDEN = 32
@@ -22,7 +22,7 @@ def usual(rows: int, seed: int = 0, kinds: range = range(10)) -> np.ndarray:
     """Rows of several kinds, all about one thing."""
     draw = np.random.default_rng(seed)
     centres = 4 * np.eye(HIDDEN)[0] + 0.5 * np.random.default_rng(99).normal(size=(20, HIDDEN))
-    return unit(centres[draw.choice(kinds, rows)] + draw.normal(size=(rows, HIDDEN)))
+    return unit(centres[draw.choice(kinds, rows)] + draw.uniform(-1.7, 1.7, size=(rows, HIDDEN)))
 
 
 def odd(rows: int, seed: int = 1) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_odd_rows_that_raise_the_fence_are_found_in_rounds() -> None:
     distances, is_far, quartile, fence = far_out(states, keys)
     assert is_far[400:].all()
     assert not is_far[:400].any()
-    assert fence < upper + 3 * (upper - lower)
+    assert fence < upper + SPREADS * (upper - lower)
     again, _ = nearest(states, keys, states[:400], keys[:400])
     np.testing.assert_allclose(distances, again, atol=1e-6)
     assert quartile == pytest.approx(np.quantile(again[:400], 0.75))
