@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fulltune import data, evaluate, methods, plan, report
-from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
+from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.records.audit import Audit, Proofs
 from fulltune.records.data import DataSummary
@@ -122,6 +122,22 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
         job.listener(RowsPrepared(name="auditing", done=done, total=total))
 
     return data.audit(job.recipe, folder, summary, job.task, judge, compare, outlie, progress)
+
+
+def list_losses(job: Run, summary: DataSummary) -> Audit:
+    """The loss of each train and eval row by the run's trained model; the highest ones are added to what was found.
+
+    Raises:
+        SetupError: When there is no trained model of one method, or rows have no loss of their own.
+    """
+    trial = run_folder.trained_plan(job.recipe, job.folder, hardware.here())
+    if summary.packed:
+        raise SetupError(
+            "--losses: texts share rows here, so that none has a loss of its own; train with data.packing=false"
+        )
+    job.phase("reading train and eval rows with the trained model")
+    found = evaluate.losses(job.recipe, trial, summary, job.folder, job.base, job.listener)
+    return data.list_losses(job.recipe, job.folder / "data", summary, job.task, found)
 
 
 def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:

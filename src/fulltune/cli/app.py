@@ -26,6 +26,7 @@ from fulltune.cli.options import (
     Hardware,
     Json,
     JudgeLabels,
+    Losses,
     Measure,
     MethodName,
     ModelFolder,
@@ -58,9 +59,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def _common(
-    version: Version = False,
-) -> None:
+def _common(version: Version = False) -> None:
     pass
 
 
@@ -167,6 +166,7 @@ def data(
     fresh: Fresh = False,
     labels: JudgeLabels = True,
     prove: Prove = False,
+    losses: Losses = False,
     review: Review = False,
     accept: Accept = None,
     patch: PatchFile = None,
@@ -175,7 +175,7 @@ def data(
     """Read, check, split and tokenise; audit the rows; show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
-    found = cli_audit.audited(target, set_, run_folder, fresh, labels, prove)
+    found = cli_audit.audited(target, set_, run_folder, fresh, labels, prove, losses)
     if review or accept or patch:
         cli_audit.decide(found, patch, review, accept or [], as_json)
     else:

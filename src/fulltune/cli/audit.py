@@ -14,7 +14,7 @@ from fulltune.cli.stages import err, out
 from fulltune.data import load_issues, refuse_prove
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import AUDIT, Audit, proofs_of
+from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, proofs_of
 from fulltune.records.data import DataSummary
 from fulltune.text import counted
 
@@ -39,15 +39,25 @@ class Audited:
 
 
 def audited(
-    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, labels: bool, prove: bool
+    target: Path,
+    overrides: list[str] | None,
+    folder: Path | None,
+    fresh: bool,
+    labels: bool,
+    prove: bool,
+    losses: bool,
 ) -> Audited:
     """The data stage, and what is wrong with its rows; with a page about both."""
     from fulltune.cli.show.run import Display
-    from fulltune.pipeline import audit_rows, prove_cleaning
+    from fulltune.pipeline import audit_rows, list_losses, prove_cleaning
     from fulltune.report import write_data_page
     from fulltune.run_context import Run
-    from fulltune.system import run_folder
+    from fulltune.system import hardware, run_folder
 
+    if losses:  # refused before anything is made
+        if not target.is_dir():
+            raise RecipeError(f"--losses: a trained model reads the rows; give a run folder in place of {target}")
+        run_folder.trained_plan(run_folder.recipe_of(target), target, hardware.here())
     recipe, found = stages.open_run(target, overrides, folder, fresh, "data")
     summary = stages.reach(recipe, found, "data", details=False).summary
     if prove:
@@ -56,6 +66,8 @@ def audited(
         with Display(err, details=False) as display:
             job = Run(recipe, found, listener=display)
             audit = audit_rows(job, summary, labels)
+            if losses:
+                audit = list_losses(job, summary)
             if prove:
                 prove_cleaning(job, summary)
         write_data_page(found)
@@ -86,6 +98,8 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
     """Take what is proposed for all rows of some checks, or ask; without a terminal write down what to decide."""
     if not (review or accept):
         raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
+    if HIGH_LOSS in accept:
+        raise RecipeError(f"--accept: '{HIGH_LOSS}' claims nothing about its rows; expected --review, to read them")
     file, keys = patch or found.patch, reviewing.keys()
     issues = load_issues(found.folder / "data")
     known = {*found.audit.clean, *(one.check for one in found.audit.checks)}

@@ -36,6 +36,10 @@ Prove = Annotated[
     bool,
     typer.Option("--prove", help="Fit classifiers on the untouched model with and without each cleaning step."),
 ]
+Losses = Annotated[
+    bool,
+    typer.Option("--losses", help="Read the rows with a run's trained model; list those of the highest loss."),
+]
 Accept = Annotated[
     list[str] | None,
     typer.Option("--accept", help="Take what is proposed for all rows of a check into the patch.", metavar="CHECK"),

@@ -3,6 +3,7 @@
 from fulltune.data.audit import audit, load_issues
 from fulltune.data.judge import Reader, judge
 from fulltune.data.limits import Limits
+from fulltune.data.losses import list_losses
 from fulltune.data.other_task import keep as keep_other_task
 from fulltune.data.other_task import other_task
 from fulltune.data.outliers import outliers
@@ -20,6 +21,7 @@ __all__ = [
     "audit",
     "judge",
     "keep_other_task",
+    "list_losses",
     "load_issues",
     "other_task",
     "outliers",

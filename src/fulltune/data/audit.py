@@ -35,7 +35,7 @@ from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.probe.label_errors import Suspected
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import AUDIT, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
+from fulltune.records.audit import AUDIT, HIGH_LOSS, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import Target, Task
 from fulltune.text import counted
@@ -114,14 +114,13 @@ def audit(
             labels = _about_labels(*judged, of_rows=seen.counts["train"])
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
-    issues = [one for one in with_numbers(rows, seen, issues) if one.key not in decided]
-    issues.sort(key=lambda one: (one.check, -one.score))
-    with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
-        file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
+    found_now = [*with_numbers(rows, seen, issues), *_high_losses(folder, summary)]
+    issues = [one for one in found_now if one.key not in decided]
+    save_issues(folder, issues)
     done = Audit(
         fingerprint=summary.fingerprint,
         rows=seen.counts,
-        checks=_by_check(issues),
+        checks=by_check(issues),
         clean=tuple(sorted(made - {one.check for one in issues})),
         labels=labels,
         languages=tuple(one.about(column) for column, one in seen.heard.items()),
@@ -145,16 +144,27 @@ def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
 
 def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | None:
     """An audit of the same rows that is whole; None: there is none."""
+    found = _of_same_rows(folder, summary)
+    is_whole = found is not None and all(found.not_run.get(check) != NOT_ASKED for check in asked)
+    return found if is_whole else None
+
+
+def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
     try:
         found = Audit.load(folder / AUDIT)
     except (OSError, SetupError):
         return None
-    is_whole = all(found.not_run.get(check) != NOT_ASKED for check in asked)
-    return found if found.fingerprint == summary.fingerprint and is_whole else None
+    return found if found.fingerprint == summary.fingerprint else None
 
 
-def _by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
-    """What each check found, the one that found most first.
+def _high_losses(folder: Path, summary: DataSummary) -> list[RowIssue]:
+    """What the trained model's losses have listed of the same rows: another audit does not know it."""
+    is_known = _of_same_rows(folder, summary) is not None
+    return [one for one in load_issues(folder) if one.check == HIGH_LOSS] if is_known else []
+
+
+def by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
+    """What each check found, the one that found most first; last what claims nothing.
 
     Args:
         issues: By check, of each the surest first.
@@ -162,8 +172,15 @@ def _by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
     found = [(check, list(them)) for check, them in groupby(issues, key=lambda one: one.check)]
     return tuple(
         CheckFound(check=check, rows=len({(one.split, one.place) for one in them}), examples=tuple(them[:_EXAMPLES]))
-        for check, them in sorted(found, key=lambda one: -len(one[1]))
+        for check, them in sorted(found, key=lambda one: (one[0] == HIGH_LOSS, -len(one[1])))
     )
+
+
+def save_issues(folder: Path, issues: list[RowIssue]) -> None:
+    """Bring what was found into the order of `load_issues`, and write it."""
+    issues.sort(key=lambda one: (one.check, -one.score))
+    with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
 
 
 def load_issues(folder: Path) -> list[RowIssue]:
