@@ -19,6 +19,8 @@ from pathlib import Path
 from evidence import MINILM, data, write_csv
 from label_noise import noisy
 
+from fulltune.inference.store import row_id
+
 TOP = 200
 
 
@@ -37,7 +39,8 @@ def measured(folder: Path, rate: float, epochs: int, seed: int) -> str:
     them, place = noisy(folder, rate, "uniform", seed), folder / f"{rate}-{epochs}-{seed}"
     place.mkdir(parents=True, exist_ok=True)
     pairs = zip(them.rows, them.given, strict=True)
-    write_csv(place / "train.csv", [{"text": row["text"], "category": them.names[label]} for row, label in pairs])
+    rows = [{"text": row["text"], "category": them.names[label]} for row, label in pairs]
+    write_csv(place / "train.csv", rows)
     recipe = f"{MINILM}task: text-classification\ndata: {{train: train.csv, test: {data()}/banking77/test.csv}}\n"
     (place / "recipe.yaml").write_text(recipe, encoding="utf-8")
     run = place / "run"
@@ -47,20 +50,19 @@ def measured(folder: Path, rate: float, epochs: int, seed: int) -> str:
         told = [f"--set={one}" for one in settings]
         fulltune(place, "train", str(place / "recipe.yaml"), "--run-folder", str(run), *told)
         fulltune(place, "data", str(run), "--losses")
-    # The first row stands in line 2.
-    wrong = {f"train.csv:{at + 2}" for at, is_wrong in enumerate(them.wrong) if is_wrong}
+    wrong = {row_id(row) for row, is_wrong in zip(rows, them.wrong, strict=True) if is_wrong}
 
     def planted(found: list[dict[str, object]]) -> int:
-        return sum(Path(str(one["place"])).name in wrong for one in found)
+        return sum(one["row"] in wrong for one in found)
 
     told = []
     losses = lines(run / "data" / "losses.jsonl")
     issues = lines(run / "data" / "issues.jsonl")
     judged = [one for check in ("label error", "doubtful label") for one in issues if one["check"] == check]
     for split in ("train", "eval"):
-        rows = sorted((one for one in losses if one["split"] == split), key=lambda one: -float(str(one["loss"])))
-        top = TOP if split == "train" else TOP * len(rows) // len(them.rows)
-        told += [f"{planted(rows)} of {len(rows):,}", f"{planted(rows[:top])} of {top}"]
+        read = sorted((one for one in losses if one["split"] == split), key=lambda one: -float(str(one["loss"])))
+        top = TOP if split == "train" else TOP * len(read) // len(rows)
+        told += [f"{planted(read)} of {len(read):,}", f"{planted(read[:top])} of {top}"]
     errors = [one for one in judged if one["check"] == "label error"]
     told += [f"{planted(errors)} of {len(errors)}", f"{planted(judged[:TOP])} of {len(judged[:TOP])}"]
     return f"| {seed} | {epochs} | {' | '.join(told)} |"
