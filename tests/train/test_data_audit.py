@@ -114,6 +114,7 @@ def test_without_labels_nothing_is_loaded_and_a_proof_of_other_tasks_is_refused(
     assert "Traceback" not in result.err
 
 
+@pytest.mark.long
 def test_rows_of_the_highest_loss_are_listed_by_the_trained_model(tmp_path: Path, tiny_encoder: Path) -> None:
     data = tiny.write_csv(tmp_path / "rows.csv", noisy_rows(160, 12))
     tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train={"num_train_epochs": 2})
