@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fulltune import data, evaluate, methods, plan, report
-from fulltune.errors import DoesNotFitError, GuardStop, RecipeError
+from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.records.audit import Audit, Proofs
 from fulltune.records.data import DataSummary
@@ -106,7 +106,8 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     Args:
         job: The run.
         summary: Of its prepared rows.
-        reads_rows: Whether the untouched model reads rows, to judge labels and to find leaks in other words.
+        reads_rows: Whether the untouched model reads rows, to judge labels and to find leaks in other words and
+            outliers.
     """
     job.phase("auditing the rows")
     folder = job.folder / "data"
@@ -114,11 +115,29 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     reader = data.Reader(job.recipe, job.base, summary, folder, job.listener)
     judge = partial(data.judge, reader) if has_label and reads_rows else None
     compare = partial(data.rephrased, reader) if has_texts and reads_rows else None
+    is_whole = has_texts or job.recipe.task == "image-classification"  # a row has one mean of its states
+    outlie = partial(data.outliers, reader) if is_whole and reads_rows else None
 
     def progress(done: int, total: int) -> None:
         job.listener(RowsPrepared(name="auditing", done=done, total=total))
 
-    return data.audit(job.recipe, folder, summary, job.task, judge, compare, progress)
+    return data.audit(job.recipe, folder, summary, job.task, judge, compare, outlie, progress)
+
+
+def list_losses(job: Run, summary: DataSummary) -> Audit:
+    """The loss of each train and eval row by the run's trained model; the highest ones are added to what was found.
+
+    Raises:
+        SetupError: When there is no trained model of one method, or rows have no loss of their own.
+    """
+    trial = run_folder.trained_plan(job.recipe, job.folder, hardware.here())
+    if summary.packed:
+        raise SetupError(
+            "--losses: texts share rows here, so that none has a loss of its own; train with data.packing=false"
+        )
+    job.phase("reading train and eval rows with the trained model")
+    found = evaluate.losses(job.recipe, trial, summary, job.folder, job.base, job.listener)
+    return data.list_losses(job.recipe, job.folder / "data", summary, job.task, found)
 
 
 def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:

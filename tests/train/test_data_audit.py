@@ -148,3 +148,42 @@ def test_trainings_that_tell_nothing_are_refused(audited: Path, asked: list[str]
     assert result.code == 2
     assert said in " ".join(result.err.split())
     assert "Traceback" not in result.err
+
+
+def test_rows_of_the_highest_loss_are_listed_by_the_trained_model(tmp_path: Path, tiny_encoder: Path) -> None:
+    data = tiny.write_csv(tmp_path / "rows.csv", noisy_rows(160, 12))
+    tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train={"num_train_epochs": 2})
+    recipe, run = str(tmp_path / "recipe.yaml"), tmp_path / "run"
+    result = fulltune("data", recipe, "--run-folder", str(run), "--no-labels")
+    assert result.code == 0, result.err
+    for given, said in ((recipe, "give a run folder"), (str(run), "fulltune run")):
+        result = fulltune("data", given, "--losses", "--no-labels")
+        assert result.code != 0
+        assert said in result.err
+        assert "Traceback" not in result.err
+    result = fulltune("train", recipe, "--run-folder", str(run))
+    assert result.code == 0, result.err
+    result = fulltune("data", str(run), "--losses", "--no-labels")
+    assert result.code == 0, result.err
+    assert "high loss" in result.out
+    losses = [json.loads(line) for line in (run / "data" / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = Audit.load(run / "data" / "audit.json")
+    assert len(losses) == found.rows["train"] + found.rows["eval"]
+    assert len({(one["split"], one["row"]) for one in losses}) == len(losses)
+    issues = [json.loads(line) for line in (run / "data" / "issues.jsonl").read_text(encoding="utf-8").splitlines()]
+    listed = [one for one in issues if one["check"] == "high loss"]
+    for split in ("train", "eval"):
+        of_split = sorted((one["loss"] for one in losses if one["split"] == split), reverse=True)
+        scores = [one["score"] for one in listed if one["split"] == split]
+        assert scores == of_split[: -(-len(of_split) // 10)]
+    train = [one for one in listed if one["split"] == "train"]
+    wrong = [one for one in train if int(one["place"].rpartition(":")[2]) - 2 < 12]
+    assert len(wrong) >= len(train) // 2
+    assert "the model says" in train[0]["reason"]
+    assert "by heart" in (run / "data.md").read_text(encoding="utf-8")
+    again = (run / "data" / "issues.jsonl").read_bytes()
+    result = fulltune("data", str(run), "--losses", "--no-labels")
+    assert result.code == 0, result.err
+    assert (run / "data" / "issues.jsonl").read_bytes() == again
+    result = fulltune("data", str(run), "--accept", "high loss")
+    assert "claims nothing" in result.err

@@ -27,6 +27,7 @@ def test_each_check_gives_a_step_that_drops_and_one_that_changes_where_something
         issue("label error", "2"),
         issue("label error", "3", other, split="eval"),
         issue("leak", "1"),
+        issue("high loss", "1"),
         issue("markup", "2"),
     ]
     steps = cleaning_steps(issues)

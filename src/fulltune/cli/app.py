@@ -30,9 +30,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def _common(
-    version: options.Version = False,
-) -> None:
+def _common(version: options.Version = False) -> None:
     pass
 
 
@@ -141,6 +139,7 @@ def data(
     prove: options.Prove = False,
     trainings: options.Trainings = 0,
     check: options.StepsOf = None,
+    losses: options.Losses = False,
     review: options.Review = False,
     accept: options.Accept = None,
     patch: options.PatchFile = None,
@@ -149,8 +148,8 @@ def data(
     """Read, check, split and tokenise; audit the rows; show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
-    proving = cli_audit.Proving(prove, trainings, check or [])
-    found = cli_audit.audited(target, set_, run_folder, fresh, labels, proving)
+    wanted = cli_audit.Wanted(labels, losses, prove, trainings, check or [])
+    found = cli_audit.audited(target, set_, run_folder, fresh, wanted)
     if review or accept or patch:
         cli_audit.decide(found, patch, review, accept or [], as_json)
     else:

@@ -14,7 +14,7 @@ from fulltune.cli.stages import err, out
 from fulltune.data import load_issues, refuse_prove
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import AUDIT, Audit, proofs_of
+from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, proofs_of
 from fulltune.records.data import DataSummary
 from fulltune.text import counted
 
@@ -39,10 +39,15 @@ class Audited:
 
 
 @dataclass(frozen=True)
-class Proving:
-    """How cleaning is to be compared with leaving the rows as they are."""
+class Wanted:
+    """What is to be done beside reading the texts."""
 
-    by_classifiers: bool
+    labels: bool
+    """The untouched model judges labels, and finds outliers and reworded leaks."""
+    losses: bool
+    """The trained model's loss of each row."""
+    prove: bool
+    """Classifiers with and without each cleaning step."""
     trainings: int
     """Seeds of each step's trainings; 0: none."""
     checks: Sequence[str]
@@ -55,29 +60,33 @@ class Proving:
             raise RecipeError("--check: names whose steps to train, expected --trainings as well")
 
 
-def audited(
-    target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, labels: bool, proving: Proving
-) -> Audited:
+def audited(target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, wanted: Wanted) -> Audited:
     """The data stage, and what is wrong with its rows; with a page about both."""
     from fulltune.cleaning import prove_by_training
     from fulltune.cli.show.run import Display
-    from fulltune.pipeline import audit_rows, prove_cleaning
+    from fulltune.pipeline import audit_rows, list_losses, prove_cleaning
     from fulltune.report import write_data_page
     from fulltune.run_context import Run
-    from fulltune.system import run_folder
+    from fulltune.system import hardware, run_folder
 
+    if wanted.losses:  # refused before anything is made
+        if not target.is_dir():
+            raise RecipeError(f"--losses: a trained model reads the rows; give a run folder in place of {target}")
+        run_folder.trained_plan(run_folder.recipe_of(target), target, hardware.here())
     recipe, found = stages.open_run(target, overrides, folder, fresh, "data")
     summary = stages.reach(recipe, found, "data", details=False).summary
-    if proving.by_classifiers:
+    if wanted.prove:
         refuse_prove(summary)
     with run_folder.writing(found), run_folder.locked(found):
         with Display(err, details=False) as display:
             job = Run(recipe, found, listener=display)
-            audit = audit_rows(job, summary, labels)
-            if proving.by_classifiers:
+            audit = audit_rows(job, summary, wanted.labels)
+            if wanted.losses:
+                audit = list_losses(job, summary)
+            if wanted.prove:
                 prove_cleaning(job, summary)
-            if proving.trainings:
-                prove_by_training(job, summary, proving.trainings, proving.checks)
+            if wanted.trainings:
+                prove_by_training(job, summary, wanted.trainings, wanted.checks)
         write_data_page(found)
     return Audited(target, recipe, found, summary, audit)
 
@@ -105,6 +114,8 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
     """Take what is proposed for all rows of some checks, or ask; without a terminal write down what to decide."""
     if not (review or accept):
         raise RecipeError("--patch: says where decisions are kept; expected --review or --accept (applied: data.patch)")
+    if HIGH_LOSS in accept:
+        raise RecipeError(f"--accept: '{HIGH_LOSS}' claims nothing about its rows; expected --review, to read them")
     file, keys = patch or found.patch, reviewing.keys()
     issues = load_issues(found.folder / "data")
     known = {*found.audit.clean, *(one.check for one in found.audit.checks)}

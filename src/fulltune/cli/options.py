@@ -29,7 +29,7 @@ JudgeLabels = Annotated[
     bool,
     typer.Option(
         "--labels/--no-labels",
-        help="Have the untouched model judge labels and find reworded leaks, or leave out what needs the model.",
+        help="Have the untouched model judge labels and find reworded leaks and outliers, or leave out what needs it.",
     ),
 ]
 Prove = Annotated[
@@ -43,6 +43,10 @@ Trainings = Annotated[
 StepsOf = Annotated[
     list[str] | None,
     typer.Option("--check", help="For --trainings: only the steps of this check.", metavar="CHECK"),
+]
+Losses = Annotated[
+    bool,
+    typer.Option("--losses", help="Read the rows with a run's trained model; list those of the highest loss."),
 ]
 Accept = Annotated[
     list[str] | None,

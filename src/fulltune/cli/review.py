@@ -26,6 +26,7 @@ FIRST = (
     "secret",
     "personal data",
     "phone number",
+    "outlier",
     "duplicate",
 )
 """Checks whose rows are asked about before those of all others: what they find costs most."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from fulltune.data.audited_rows import (
     with_numbers,
 )
 from fulltune.data.languages import OTHER_LANGUAGE, not_told
+from fulltune.data.outliers import NEIGHBOURS, FarRows
 from fulltune.data.patch import load_patch
 from fulltune.data.repeated import CONFLICT, DUPLICATE, LEAK, LEAKS, NEAR_LEAK, PARAPHRASE, in_other_words, repeated
 from fulltune.data.rephrased import ComparedTexts
@@ -34,12 +35,12 @@ from fulltune.errors import SetupError
 from fulltune.files import replacing
 from fulltune.probe.label_errors import Suspected
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import AUDIT, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
-from fulltune.records.data import DataSummary
+from fulltune.records.audit import AUDIT, HIGH_LOSS, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
+from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import Target, Task
 from fulltune.text import counted
 
-LABEL, DOUBT = "label error", "doubtful label"
+LABEL, DOUBT, OUTLIER = "label error", "doubtful label", "outlier"
 NOT_ASKED = "left out by --no-labels"
 _EXAMPLES = 10
 Judged = tuple[np.ndarray, Suspected]
@@ -48,6 +49,8 @@ Judge = Callable[[], Judged | str]
 """Judges the labels of train rows; or says why they cannot be judged."""
 Compare = Callable[[], ComparedTexts | str]
 """Compares the texts of train rows with those of held-out ones; or says why they cannot be compared."""
+Outlie = Callable[[Mapping[SplitName, np.ndarray]], FarRows | str]
+"""Finds rows unlike all others, by a hash of each row's text; or says why that cannot be told."""
 
 
 def audit(
@@ -57,6 +60,7 @@ def audit(
     task: Task,
     judge: Judge | None,
     compare: Compare | None,
+    outlie: Outlie | None,
     progress: Progress,
 ) -> Audit:
     """Look at all rows of a run.
@@ -69,9 +73,11 @@ def audit(
         task: The task module.
         judge: None: labels are not to be judged, or the rows have no single label each.
         compare: None: the rows are no texts to classify, or are not compared.
+        outlie: None: the model does not read each row as a whole, or no outliers are looked for.
         progress: Told how many rows of how many were looked at.
     """
-    asked = {check for check, given in ((LABEL, judge), (PARAPHRASE, compare)) if given is not None}
+    given = {LABEL: judge, PARAPHRASE: compare, OUTLIER: outlie}
+    asked = {check for check, look_at in given.items() if look_at is not None}
     if (earlier := _earlier(folder, summary, asked)) is not None:
         return earlier
     began = time.monotonic()
@@ -83,17 +89,17 @@ def audit(
     not_run: dict[str, str] = {check: f"needs the extra '{extra}'" for check, extra in missing().items()}
     if rows.has_texts and (why := not_told(seen.heard)) is not None:
         not_run[OTHER_LANGUAGE] = why
-    if compare is None and summary.task == "text-classification":
-        not_run[PARAPHRASE] = NOT_ASKED
-    if compare is not None:
-        compared = compare()
-        if isinstance(compared, str):
-            not_run[PARAPHRASE] = compared
-        else:
-            made.add(PARAPHRASE)
-            issues += in_other_words(rows, compared.found, {one.place for one in issues if one.check in LEAKS})
-            if compared.left_out:
-                not_run[PARAPHRASE] = f"{counted(compared.left_out, 'row')} that were not drawn to be read"
+    by_model: dict[str, tuple[list[RowIssue] | None, str | None]] = {}
+    if summary.task == "text-classification":
+        by_model[PARAPHRASE] = _reworded(rows, compare, {one.place for one in issues if one.check in LEAKS})
+    if summary.task in ("text-classification", "image-classification"):
+        by_model[OUTLIER] = _outlying(rows, outlie, seen)
+    for check, (found, why) in by_model.items():
+        if found is not None:
+            made.add(check)
+            issues += found
+        if why is not None:
+            not_run[check] = why
     labels = None
     if judge is None:
         is_single = summary.problem_type == "single_label"
@@ -108,14 +114,13 @@ def audit(
             labels = _about_labels(*judged, of_rows=seen.counts["train"])
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
-    issues = [one for one in with_numbers(rows, seen, issues) if one.key not in decided]
-    issues.sort(key=lambda one: (one.check, -one.score))
-    with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
-        file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
+    found_now = [*with_numbers(rows, seen, issues), *_high_losses(folder, summary)]
+    issues = [one for one in found_now if one.key not in decided]
+    save_issues(folder, issues)
     done = Audit(
         fingerprint=summary.fingerprint,
         rows=seen.counts,
-        checks=_by_check(issues),
+        checks=by_check(issues),
         clean=tuple(sorted(made - {one.check for one in issues})),
         labels=labels,
         languages=tuple(one.about(column) for column, one in seen.heard.items()),
@@ -139,16 +144,27 @@ def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
 
 def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | None:
     """An audit of the same rows that is whole; None: there is none."""
+    found = _of_same_rows(folder, summary)
+    is_whole = found is not None and all(found.not_run.get(check) != NOT_ASKED for check in asked)
+    return found if is_whole else None
+
+
+def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
     try:
         found = Audit.load(folder / AUDIT)
     except (OSError, SetupError):
         return None
-    is_whole = all(found.not_run.get(check) != NOT_ASKED for check in asked)
-    return found if found.fingerprint == summary.fingerprint and is_whole else None
+    return found if found.fingerprint == summary.fingerprint else None
 
 
-def _by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
-    """What each check found, the one that found most first.
+def _high_losses(folder: Path, summary: DataSummary) -> list[RowIssue]:
+    """What the trained model's losses have listed of the same rows: another audit does not know it."""
+    is_known = _of_same_rows(folder, summary) is not None
+    return [one for one in load_issues(folder) if one.check == HIGH_LOSS] if is_known else []
+
+
+def by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
+    """What each check found, the one that found most first; last what claims nothing.
 
     Args:
         issues: By check, of each the surest first.
@@ -156,14 +172,60 @@ def _by_check(issues: Sequence[RowIssue]) -> tuple[CheckFound, ...]:
     found = [(check, list(them)) for check, them in groupby(issues, key=lambda one: one.check)]
     return tuple(
         CheckFound(check=check, rows=len({(one.split, one.place) for one in them}), examples=tuple(them[:_EXAMPLES]))
-        for check, them in sorted(found, key=lambda one: -len(one[1]))
+        for check, them in sorted(found, key=lambda one: (one[0] == HIGH_LOSS, -len(one[1])))
     )
+
+
+def save_issues(folder: Path, issues: list[RowIssue]) -> None:
+    """Bring what was found into the order of `load_issues`, and write it."""
+    issues.sort(key=lambda one: (one.check, -one.score))
+    with replacing(folder / ISSUES) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(f"{one.model_dump_json(exclude_defaults=True)}\n" for one in issues)
 
 
 def load_issues(folder: Path) -> list[RowIssue]:
     """What the audit of a run's `data` folder found, by check, of each the surest first."""
     with (folder / ISSUES).open(encoding="utf-8") as file:
         return [RowIssue.model_validate(json.loads(line)) for line in file]
+
+
+# ---- what the untouched model finds: its issues, and why not or which rows were not looked at --------------------
+
+
+def _reworded(
+    rows: AuditedRows, compare: Compare | None, leaked: Collection[str]
+) -> tuple[list[RowIssue] | None, str | None]:
+    if compare is None:
+        return None, NOT_ASKED
+    compared = compare()
+    if isinstance(compared, str):
+        return None, compared
+    return in_other_words(rows, compared.found, leaked), _not_drawn(compared.left_out)
+
+
+def _outlying(rows: AuditedRows, outlie: Outlie | None, seen: SeenRows) -> tuple[list[RowIssue] | None, str | None]:
+    if outlie is None:
+        return None, NOT_ASKED
+    ends = np.cumsum([seen.counts[split] for split in SPLITS])
+    far = outlie(dict(zip(SPLITS, np.split(np.array(seen.keys, np.uint64), ends[:-1]), strict=True)))
+    if isinstance(far, str):
+        return None, far
+    distances = {(one.split, one.position): one.distance for one in far.found}
+    issues: list[RowIssue] = []
+    for split in dict.fromkeys(one.split for one in far.found):
+        for position, row in enumerate(rows.of(split)):
+            if (distance := distances.get((split, position))) is None:
+                continue
+            reason = (
+                f"the {NEIGHBOURS} nearest train rows have a mean cosine of {1 - distance:.2f} with it; of three train "
+                f"rows in four at least {1 - far.usual:.2f}"
+            )
+            issues.append(rows.issue(OUTLIER, split, row, reason, score=round(distance, 4)))
+    return issues, _not_drawn(far.left_out)
+
+
+def _not_drawn(count: int) -> str | None:
+    return f"{counted(count, 'row')} that were not drawn to be read" if count else None
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------

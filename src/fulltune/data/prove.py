@@ -26,7 +26,7 @@ from fulltune.errors import SetupError
 from fulltune.inference.store import row_id, texts
 from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import Items, best, fits, wrong
-from fulltune.records.audit import PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
+from fulltune.records.audit import HIGH_LOSS, PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
 from fulltune.text import counted
 
@@ -116,9 +116,12 @@ class CleaningStep:
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Each check's train rows dropped, and where something is proposed in place of theirs, with that; but leaks."""
+    """Each check's train rows dropped, and where something is proposed in place of theirs, with that.
+
+    Leaks are no such steps, nor rows of a high loss, of which nothing is claimed.
+    """
     steps = []
-    for check in dict.fromkeys(one.check for one in issues if one.check not in LEAKS):
+    for check in dict.fromkeys(one.check for one in issues if one.check not in (*LEAKS, HIGH_LOSS)):
         them = [one for one in issues if one.check == check and one.split == "train"]
         changed = [one for one in them if one.remedy.action == "replace"]
         both: tuple[tuple[Action, list[RowIssue]], ...] = (("drop", them), ("replace", changed))

@@ -18,13 +18,14 @@ from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.evaluate import access
 from fulltune.evaluate import untouched as of_untouched
+from fulltune.evaluate.row_losses import Losses, row_losses
 from fulltune.evaluate.scoring import Scored, Scoring, UserMetrics
 from fulltune.footprint.records import SHAPES
 from fulltune.models.base import Base
 from fulltune.models.shapes import Shapes
 from fulltune.recipe.fields import Recipe, with_attention
 from fulltune.recipe.tasks import TaskName
-from fulltune.records.data import DataSummary
+from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.events import Listener
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
@@ -153,6 +154,15 @@ def score(
         _note_temperature(model_folder, scores.calibration.temperature)
     span = measure_of(recipe.task, scoring.target, plan.metric).span
     return with_differences(folder, scores, partial(paired, span=span, confidence=scores.confidence))
+
+
+def losses(
+    recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base, listener: Listener
+) -> dict[SplitName, Losses]:
+    """The loss of each train and eval row by the trained model; the arguments are those of `baselines`."""
+    with _as_what_does_not_fit("reading rows with the trained model"):
+        scoring = scoring_of(recipe, plan, summary, folder, base, None, listener)
+        return row_losses(scoring, folder / plan.model_folder)
 
 
 def with_differences(

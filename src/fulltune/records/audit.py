@@ -13,6 +13,10 @@ from fulltune.records.data import SplitName
 ISSUES, AUDIT = "issues.jsonl", "audit.json"
 PROOFS, TRAINED_PROOFS = "proofs.json", "trained_proofs.json"
 """In a run's folder `data`."""
+LOSSES = "losses.jsonl"
+"""There, too: a `RowLoss` a line."""
+HIGH_LOSS = "high loss"
+"""The check whose rows are those of the highest loss; it claims nothing."""
 
 
 class Remedy(Record):
@@ -99,6 +103,20 @@ class LabelErrors(Record):
     """Share of the suspects whose label is wrong, as far as the planted ones tell."""
     wrong: float
     """Estimated number of wrong labels among the judged rows."""
+
+
+class RowLoss(Record):
+    """The loss of a row by a run's trained model, without dropout."""
+
+    place: str
+    """File and line."""
+    row: str
+    """As in `RowIssue`."""
+    split: SplitName
+    loss: float
+    """Mean over its items."""
+    items: int
+    """Trained tokens, words with a tag, windows of a passage; otherwise 1."""
 
 
 class Languages(Record):

@@ -96,6 +96,20 @@ def plan_to_continue(path: Path, machine: Machine) -> Plan:
     return plan
 
 
+def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
+    """The plan of a run whose model is there.
+
+    Raises:
+        SetupError: When it is not, or the folder is a comparison's.
+    """
+    if recipe.methods:
+        raise SetupError(f"{folder}: is the folder of a comparison; expected one of a run, with one trained model")
+    path = folder / "plan" / f"{recipe.method.arm}.json"
+    if not path.exists() or lost_weights(folder / Plan.load(path).model_folder) is not None:
+        raise SetupError(f"{folder}: has no trained model; train it first: fulltune run {folder}")
+    return plan_to_continue(path, machine)
+
+
 def save_plan(folder: Path, plan: Plan) -> None:
     """Write a plan, and its settings with their reasons alone; the plan last: with it the others are there as well."""
     resolved = [setting.model_dump(mode="json") for setting in plan.settings]

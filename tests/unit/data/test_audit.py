@@ -13,6 +13,7 @@ import pytest
 
 from fulltune import data
 from fulltune.data.audit import load_issues
+from fulltune.data.outliers import FarRows, Outlier
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.data.rephrased import ComparedTexts, Rephrased
 from fulltune.errors import DataError
@@ -48,12 +49,12 @@ def prepared(
 
 
 def audited(
-    folder: Path, summary: DataSummary, judge: Any = None, compare: Any = None
+    folder: Path, summary: DataSummary, judge: Any = None, compare: Any = None, outlie: Any = None
 ) -> tuple[Audit, dict[str, list[RowIssue]]]:
     """The audit, and its issues by check."""
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
     found = data.audit(
-        recipe, folder / "data", summary, task_named(recipe.task), judge, compare, lambda done, total: None
+        recipe, folder / "data", summary, task_named(recipe.task), judge, compare, outlie, lambda done, total: None
     )
     issues: dict[str, list[RowIssue]] = {}
     for one in load_issues(folder / "data"):
@@ -143,6 +144,35 @@ def test_what_was_not_compared_is_said(tmp_path: Path) -> None:
     (tmp_path / "data" / "audit.json").unlink()
     found, _ = audited(tmp_path, summary)
     assert found.not_run["paraphrase leak"] == "left out by --no-labels"
+
+
+def test_outliers_of_each_split_are_listed_the_farthest_first(tmp_path: Path) -> None:
+    summary, asked = prepared(tmp_path, CLEAN), list[Any]()
+
+    def outlie(keys: Any) -> FarRows:
+        asked.append(keys)
+        return FarRows((Outlier("train", 2, 0.6), Outlier("train", 5, 0.81234), Outlier("test", 1, 0.7)), 0.3, 4)
+
+    found, issues = audited(tmp_path, summary, outlie=outlie)
+    train, test = (load_texts(tmp_path / "data" / split) for split in ("train", "test"))
+    assert [one.row for one in issues["outlier"]] == [row_id(train[5]), row_id(test[1]), row_id(train[2])]
+    first = issues["outlier"][0]
+    assert (first.split, first.score, first.remedy) == ("train", 0.8123, Remedy(action="drop"))
+    assert "0.19" in first.reason
+    assert "0.70" in first.reason
+    assert "4 rows" in found.not_run["outlier"]
+    [keys] = asked
+    assert {split: len(numbers) for split, numbers in keys.items()} == found.rows
+    assert len(set(np.concatenate(list(keys.values())).tolist())) == len({row["text"] for row in CLEAN})
+
+
+def test_outliers_that_cannot_be_told_or_were_not_asked_for_are_said(tmp_path: Path) -> None:
+    summary = prepared(tmp_path, CLEAN)
+    found, _ = audited(tmp_path, summary)
+    assert found.not_run["outlier"] == "left out by --no-labels"
+    found, _ = audited(tmp_path, summary, outlie=lambda keys: "too few")  # looked at again: it was not asked before
+    assert found.not_run["outlier"] == "too few"
+    assert "outlier" not in found.clean
 
 
 def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:

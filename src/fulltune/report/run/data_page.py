@@ -45,6 +45,11 @@ _MOST_LANGUAGES = 6
 _ABOUT = {
     "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
     "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
+    "outlier": "Rows that the untouched model takes for unlike all train rows: of another topic, or no text that makes "
+    "sense, but also rare questions that belong there. Rows of another topic that are many are not found.",
+    "high loss": "Train and eval rows on which the trained model has the highest loss: a list to read, and no claim. A "
+    "model that has learned a wrong label by heart has a low loss on it, so the eval rows, which it did not learn "
+    "from, tell more. Change only what is wrong: eval rows that are left out because they are hard flatter the model.",
     "duplicate": "Train rows that stand in train before, label or answer included. They count twice while training.",
     "near leak": "Train rows whose text is nearly one that is scored on: most runs of five letters are the same.",
     "paraphrase leak": "Train rows that the untouched model takes for a reworded eval or test row. Read some: "
@@ -282,7 +287,7 @@ def _next(view: RunView, audit: Audit) -> Section:
             ),
         ]
     limits = (
-        "Texts are looked at one by one: a wrong fact, a poor answer or a row of another topic is not found.",
+        "Texts are looked at one by one: a wrong fact or a poor answer is not found.",
         "A label error is a label that disagrees with rows alike. Where a whole class is labelled wrongly, all agree.",
         "Secrets and personal data are found by their form. Names and addresses of people have none.",
     )

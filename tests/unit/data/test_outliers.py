@@ -1,0 +1,157 @@
+"""Outliers: rows far from all others are found whatever hides them, and nothing where no row is far."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune.data.outliers import LEAST_TEXTS, MOST_FAR, NEIGHBOURS, SPREADS, FarRows, far_out, nearest, outliers
+from fulltune.probe.layers import NoProbe
+
+HIDDEN = 32
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+def usual(rows: int, seed: int = 0, kinds: range = range(10)) -> np.ndarray:
+    """Rows of several kinds, all about one thing."""
+    draw = np.random.default_rng(seed)
+    centres = 4 * np.eye(HIDDEN)[0] + 0.5 * np.random.default_rng(99).normal(size=(20, HIDDEN))
+    return unit(centres[draw.choice(kinds, rows)] + draw.uniform(-1.7, 1.7, size=(rows, HIDDEN)))
+
+
+def odd(rows: int, seed: int = 1) -> np.ndarray:
+    """Rows that are about anything else."""
+    vectors = np.random.default_rng(seed).normal(size=(rows, HIDDEN))
+    vectors[:, 0] = -2
+    return unit(vectors)
+
+
+def read(keys: dict[str, np.ndarray] | None = None, drawn: Any = None, **states: np.ndarray) -> FarRows | str:
+    def items(split: str) -> Any:
+        positions = np.array((drawn or {}).get(split, range(len(states[split]))))
+        return SimpleNamespace(features=states[split][positions]), positions
+
+    starts = np.cumsum([0, *map(len, states.values())])
+    of = {split: np.arange(start, start + len(states[split])) for split, start in zip(states, starts, strict=False)}
+    made = {split: numbers.astype(np.uint64) for split, numbers in (of | (keys or {})).items()}
+    return outliers(SimpleNamespace(items=items), made)  # type: ignore[arg-type]
+
+
+def places(found: FarRows | str) -> list[tuple[str, int]]:
+    assert isinstance(found, FarRows), found
+    return [(one.split, one.position) for one in found.found]
+
+
+def test_nothing_is_listed_where_no_row_is_far() -> None:
+    for seed in range(5):
+        assert places(read(train=usual(400, seed))) == []
+
+
+def test_planted_rows_are_found_and_no_others() -> None:
+    train = usual(400)
+    train[[7, 100, 399]] = odd(3)
+    found = read(train=train)
+    assert places(found) == [("train", 7), ("train", 100), ("train", 399)]
+    assert isinstance(found, FarRows)
+    assert min(one.distance for one in found.found) > 1.5 * found.usual
+
+
+def test_copies_of_an_odd_row_do_not_hide_it() -> None:
+    train, keys = usual(400), np.arange(400)
+    train[:40], keys[:40] = odd(1), 0
+    assert places(read({"train": keys}, train=train)) == [("train", at) for at in range(40)]
+
+
+def test_odd_rows_of_one_kind_hide_each_other_only_when_they_are_many() -> None:
+    few, many = 3, NEIGHBOURS + 5
+    kind = odd(1)
+    for count, expected in ((few, few), (many, 0)):
+        train = usual(600)
+        train[:count] = unit(kind + 0.05 * np.random.default_rng(2).normal(size=(count, HIDDEN)))
+        assert len(places(read(train=train))) == expected
+
+
+def test_odd_rows_that_raise_the_fence_are_found_in_rounds() -> None:
+    states = np.concatenate([usual(400), odd(36)])
+    keys = np.arange(436, dtype=np.uint64)
+    once, _ = nearest(states, keys, states, keys)
+    lower, upper = np.quantile(once, [0.25, 0.75])
+    distances, is_far, quartile, fence = far_out(states, keys)
+    assert is_far[400:].all()
+    assert not is_far[:400].any()
+    assert fence < upper + SPREADS * (upper - lower)
+    again, _ = nearest(states, keys, states[:400], keys[:400])
+    np.testing.assert_allclose(distances, again, atol=1e-6)
+    assert quartile == pytest.approx(np.quantile(again[:400], 0.75))
+
+
+def test_row_of_a_rare_class_is_no_outlier_by_itself() -> None:
+    train = np.concatenate([usual(400), usual(3, kinds=range(15, 16))])
+    assert places(read(train=train)) == []
+
+
+def test_held_out_rows_are_compared_with_train_rows_alone() -> None:
+    held_out = np.concatenate([usual(30, 3), np.repeat(odd(1), 25, axis=0)])
+    assert places(read(train=usual(400), test=held_out)) == [("test", at) for at in range(30, 55)]
+
+
+def test_held_out_row_that_stands_in_train_is_not_its_own_neighbour() -> None:
+    train = usual(400)
+    train[5] = odd(1)
+    keys = {"test": np.array([5])}
+    assert places(read(keys, train=train, test=train[5:6])) == [("train", 5), ("test", 0)]
+
+
+def test_positions_are_those_of_the_rows_that_were_drawn() -> None:
+    train = usual(500)
+    train[[3, 450]] = odd(2)
+    found = read(drawn={"train": list(range(100, 500))}, train=train)
+    assert places(found) == [("train", 450)]
+    assert isinstance(found, FarRows)
+    assert found.left_out == 100
+
+
+def test_what_cannot_be_told_is_said() -> None:
+    few = LEAST_TEXTS - 1
+    assert "too few" in str(read(train=usual(few)))
+    assert "too few" in str(read({"train": np.arange(400) % few}, train=usual(400)))
+    train = np.concatenate([usual(400), odd(60)])
+    assert MOST_FAR * len(train) < 60
+    assert "several kinds" in str(read(train=train))
+
+    def blind(split: str) -> Any:
+        raise NoProbe("a feature is not finite")
+
+    assert outliers(SimpleNamespace(items=blind), {}) == "a feature is not finite"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 64])
+def test_blocks_of_any_size_find_the_nearest_with_other_keys(rows_at_once: int) -> None:
+    states, others = usual(20), usual(45, 1)
+    keys, other_keys = np.arange(20, dtype=np.uint64), np.arange(10, 55, dtype=np.uint64)
+    cosines = states @ others.T
+    cosines[keys[:, None] == other_keys[None]] = -2
+    expected = np.argsort(-cosines, axis=1)[:, :5]
+    distances, at = nearest(states, keys, others, other_keys, 5, rows_at_once)
+    assert np.sort(at).tolist() == np.sort(expected).tolist()
+    np.testing.assert_allclose(distances, 1 - np.take_along_axis(cosines, expected, 1).mean(axis=1), atol=1e-6)
+
+
+def test_no_product_is_larger_than_a_block() -> None:
+    sizes: list[int] = []
+
+    class Watched(np.ndarray):
+        def __matmul__(self, other: Any) -> Any:
+            result = np.asarray(self) @ np.asarray(other)
+            sizes.append(result.size)
+            return result
+
+    nearest(usual(50).view(Watched), np.arange(50), usual(40), np.arange(50, 90), 5, 8)
+    assert max(sizes) == 64
+    assert sum(sizes) == 50 * 40
