@@ -28,16 +28,13 @@ _MOST_COMPARED = 200
 
 def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
     """Train rows that are there already, that are scored on, or that have another label elsewhere."""
-    keys, wholes = (np.array(one, np.uint64).view(np.int64) for one in (seen.keys, seen.wholes))
-    labels = np.array(seen.labels, np.int64)
+    keys, wholes, labels = (np.frombuffer(one, np.int64) for one in (seen.keys, seen.wholes, seen.labels))
     train = np.arange(len(keys)) < seen.counts["train"]
-    _, first = np.unique(np.where(train, wholes, 0), return_index=True)
-    again = train.copy()
-    again[first] = False
+    again = stands_before(wholes, train)
     leaks = train & np.isin(keys, keys[~train])
     near = keys
     if rows.has_texts:
-        near = joined(keys.view(np.uint64), np.concatenate(seen.signed), NEAR).view(np.int64)
+        near = joined(keys.view(np.uint64), seen.signed, NEAR).view(np.int64)
     held = _scored_on(seen, train, leaks, near)
     nearly = train & ~leaks
     nearly[nearly] = np.isin(np.flatnonzero(nearly), list(held))
@@ -76,6 +73,13 @@ def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
     return issues
 
 
+def stands_before(wholes: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Train rows whose number stands in train before: bool [rows]."""
+    again = train.copy()
+    again[np.unique(np.where(train, wholes, 0), return_index=True)[1]] = False
+    return again
+
+
 def _scored_on(seen: SeenRows, train: np.ndarray, leaks: np.ndarray, near: np.ndarray) -> dict[int, int]:
     """Positions of train rows to the held-out row that each is equal to, or nearest to and as near as `NEAR`.
 
@@ -84,14 +88,13 @@ def _scored_on(seen: SeenRows, train: np.ndarray, leaks: np.ndarray, near: np.nd
     groups: dict[int, list[int]] = {}
     for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
         groups.setdefault(int(near[position]), []).append(position)
-    signed = np.concatenate(seen.signed) if seen.signed else np.empty((0, 1), np.uint16)
     found: dict[int, int] = {}
     for position in np.flatnonzero(train & np.isin(near, near[~train])).tolist():
         others = groups[int(near[position])]
         if leaks[position]:
             found[position] = next(one for one in others if seen.keys[one] == seen.keys[position])
             continue
-        shared = (signed[position] == signed[others[:_MOST_COMPARED]]).mean(axis=1)
+        shared = (seen.signed[position] == seen.signed[others[:_MOST_COMPARED]]).mean(axis=1)
         if shared.max() >= NEAR:
             found[position] = others[int(shared.argmax())]
     return found
