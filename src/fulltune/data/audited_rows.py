@@ -32,6 +32,8 @@ SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
 """Characters of a row that are written down."""
 _AT_ONCE = 1000
+_IN_KEY = ("image", "text", "text_pair", "prompt", "source")
+"""Roles of columns whose cells a row's group key holds as a whole."""
 Progress = Callable[[int, int], None]
 
 
@@ -87,8 +89,8 @@ class AuditedRows:
         return split if split in self.own_files else "train"
 
     def whole(self, row: Row, key: str) -> str:
-        """All that a row gives to learn; of an image its key says everything."""
-        columns = [column for role, column in self.target.columns.items() if role != "image"]
+        """All that a row gives to learn."""
+        columns = [column for role, column in self.target.columns.items() if role not in _IN_KEY]
         return "\0".join([key, *(normalised(as_text(row.get(column))) for column in columns)])
 
     def issue(
