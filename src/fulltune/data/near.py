@@ -5,8 +5,8 @@ equal places in two signatures estimates the share of 5-grams that the texts hav
 error of at most 4.5 %. Signatures are made where rows are tokenised, in the workers; the parent keeps 256 bytes a row
 and compares only rows that agree in a whole band of places. Everything is a function of the texts alone.
 
-Kept by hand: 53,000 rows of 71 characters take 0.8 s and 30 MiB; at the same recall rensa 0.5 takes 1.6 s and 450 MiB,
-datasketch 2.0 9 s and 330 MiB (`bench/duplicates.py`). Both compare each row of a template with every other one.
+Kept by hand: 53,000 rows of 71 characters take 0.9 s and 29 MiB; at the same recall rensa 0.5 takes 1.7 s and 447 MiB,
+datasketch 2.0 9.7 s and 304 MiB (`bench/duplicates.py`). Both compare each row of a template with every other one.
 """
 
 from __future__ import annotations
