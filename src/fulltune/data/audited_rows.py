@@ -32,6 +32,8 @@ SPLITS: tuple[SplitName, ...] = ("train", "eval", "test")
 _TEXT = 300
 """Characters of a row that are written down."""
 _AT_ONCE = 1000
+_IN_KEY = ("image", "text", "text_pair", "prompt", "source")
+"""Roles of columns whose cells a row's group key holds as a whole."""
 Progress = Callable[[int, int], None]
 
 
@@ -87,8 +89,8 @@ class AuditedRows:
         return split if split in self.own_files else "train"
 
     def whole(self, row: Row, key: str) -> str:
-        """All that a row gives to learn; of an image its key says everything."""
-        columns = [column for role, column in self.target.columns.items() if role != "image"]
+        """All that a row gives to learn."""
+        columns = [column for role, column in self.target.columns.items() if role not in _IN_KEY]
         return "\0".join([key, *(normalised(as_text(row.get(column))) for column in columns)])
 
     def issue(
@@ -115,15 +117,15 @@ class SeenRows:
 
     issues: list[RowIssue] = field(default_factory=list)
     counts: dict[SplitName, int] = field(default_factory=dict)
-    keys: list[int] = field(default_factory=list)
+    keys: array[int] = field(default_factory=lambda: array("Q"))
     """A hash of what each row asks: its text, prompt or passage. All splits, one after the other."""
     ids: array[int] = field(default_factory=lambda: array("Q"))
     """`row_id` of each row, as a number."""
-    wholes: list[int] = field(default_factory=list)
-    """The same of all that it gives to learn."""
-    signed: list[np.ndarray] = field(default_factory=list)
-    """MinHash of the same texts, some at a time: uint16 [rows, hashes]; empty for images."""
-    labels: list[int] = field(default_factory=list)
+    wholes: array[int] = field(default_factory=lambda: array("q"))
+    """A hash of all that it gives to learn, which is another one in the next process."""
+    signed: np.ndarray = field(default_factory=lambda: signatures([]))
+    """MinHash of what each row asks: uint16 [rows, hashes]; of images without meaning."""
+    labels: array[int] = field(default_factory=lambda: array("q"))
     """The number of its labels in `names`; -1: it has none."""
     names: dict[tuple[str, ...], int] = field(default_factory=dict)
     heard: dict[str, Heard] = field(default_factory=dict)
@@ -133,6 +135,7 @@ class SeenRows:
 def look(rows: AuditedRows, total: int, progress: Progress) -> SeenRows:
     """All rows, once: what is wrong with their texts, and what tells them apart."""
     seen, checks = SeenRows(), checks_of(rows.target.columns, rows.checks)
+    signed: list[np.ndarray] = []
     for split in SPLITS:
         before, keys = len(seen.keys), list[str]()
         for row in rows.of(split):
@@ -141,7 +144,7 @@ def look(rows: AuditedRows, total: int, progress: Progress) -> SeenRows:
             names = tuple(rows.task.row_labels(row, rows.target))
             seen.ids.append(int(row_id(row), 16))
             seen.keys.append(draw(0, key))
-            seen.wholes.append(draw(0, rows.whole(row, key)))
+            seen.wholes.append(hash(rows.whole(row, key)))
             seen.labels.append(seen.names.setdefault(names, len(seen.names)) if names else -1)
             found = flawed(row, rows.target.columns, checks)
             seen.issues += [_flawed(rows, split, row, column, flaw) for column, flaw in found]
@@ -150,11 +153,12 @@ def look(rows: AuditedRows, total: int, progress: Progress) -> SeenRows:
             listen(seen.heard, row, rows.target.columns, split)
             if len(keys) == _AT_ONCE:
                 progress(len(seen.keys), max(total, len(seen.keys)))
-                seen.signed.append(signatures(keys))
+                signed.append(signatures(keys))
                 keys.clear()
-        seen.signed.append(signatures(keys))
+        signed.append(signatures(keys))
         seen.counts[split] = len(seen.keys) - before
     progress(len(seen.keys), len(seen.keys))
+    seen.signed = np.concatenate(signed)
     return seen
 
 

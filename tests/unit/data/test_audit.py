@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from fulltune import data
 from fulltune.data.audit import load_issues
+from fulltune.data.near import jaccard
 from fulltune.data.outliers import FarRows, Outlier
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.data.rephrased import ComparedTexts, Rephrased
@@ -112,6 +114,27 @@ def test_text_nearly_that_of_a_test_row_is_a_near_leak(tmp_path: Path) -> None:
     _, issues = audited(tmp_path, prepared(tmp_path, rows, eval=held[:4], test=held[4:]))
     assert list(issues) == ["near leak"]
     assert issues["near leak"][0].text == f"{text} now"
+
+
+def test_near_leaks_are_counted_and_not_estimated(tmp_path: Path) -> None:
+    chance, labels = random.Random(0), sorted({row["label"] for row in CLEAN})
+    letters, bound = "abcdefghijklmnopqrstuvwxyz", 0.8
+    held, near, apart = [], [], []
+    for at in range(120):
+        text = other = " ".join("".join(chance.choices(letters, k=6)) for _ in range(12))
+        least = bound if at % 2 else bound - 0.06
+        while True:
+            place = chance.randrange(len(other))
+            next_one = other[:place] + chance.choice(letters) + other[place + 1 :]
+            if jaccard(text, next_one) < least:
+                break
+            other = next_one
+        held.append({"text": text, "label": labels[at % len(labels)]})
+        (near if jaccard(text, other) >= bound else apart).append({"text": other, "label": labels[0]})
+    _, issues = audited(tmp_path, prepared(tmp_path, [*CLEAN, *near, *apart], eval=held[:60], test=held[60:]))
+    assert len(apart) >= 50
+    assert {one.text for one in issues["near leak"]} == {row["text"] for row in near}
+    assert all(one.score >= bound for one in issues["near leak"])
 
 
 def test_leak_in_other_words_is_listed_with_the_held_out_row_but_not_twice(tmp_path: Path) -> None:

@@ -43,6 +43,20 @@ def test_signatures_estimate_the_share_of_common_grams() -> None:
     assert np.std(errors) < 0.06
 
 
+@pytest.mark.parametrize(
+    ("one", "two", "share"),
+    [
+        ("abcdef", "abcdef", 1),
+        ("abcdef", "abcdeg", 1 / 3),
+        ("abcdefabcde", "abcdef", 2 / 6),
+        ("ab", "ac", 0),
+        ("", "", 1),
+    ],
+)
+def test_jaccard_counts_different_grams(one: str, two: str, share: float) -> None:
+    assert near.jaccard(one, two) == pytest.approx(share)
+
+
 def test_signatures_do_not_depend_on_neighbours_or_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [" ".join(sentence(random.Random(number), number % 30)) for number in range(50)] + [
         "",
