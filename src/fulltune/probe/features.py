@@ -33,8 +33,8 @@ class Features:
     dense: np.ndarray | None
     """What its dense layer reads; None: it has none."""
     mean: np.ndarray | None
-    """Mean of the last hidden states (`middle`: of those in the middle) over tokens, scaled to length 1; None: an item is a token itself, or the body
-    gives fewer states than there are tokens."""
+    """Mean of the last hidden states (`middle`: of those in the middle) over tokens, scaled to length 1; None: an item
+    is a token itself, or the body gives fewer states than there are tokens."""
     labels: np.ndarray
     """Class or number [items]; 0 or 1 for each label [items, labels]; of a choice whether it is right [items]; of a
     token whether the answer begins and ends there [items, 2]."""

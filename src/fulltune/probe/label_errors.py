@@ -26,6 +26,8 @@ import numpy as np
 from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import FOLDS, MIDDLE, Items, fits
 
+JUDGED = ("single_label", "tags", "multi_label")
+"""Problems whose labels are judged: here, and in `part_errors`."""
 PRECISION = 0.75
 """Wanted of the suspects; on rows with known errors it was about that (docs/log.md)."""
 PLANTED_SHARE, PLANTED, MOST_REPEATED = 0.05, 200, 5
@@ -43,7 +45,7 @@ DOUBT = -0.5
 
 @dataclass(frozen=True)
 class Suspected:
-    """What is known of each item (a row's label, a word's tag, a label that a row has or lacks), and how good that is."""
+    """What is known of each item (a row's label, a word's tag, each label of a row), and how good that is."""
 
     margins: np.ndarray
     """float64 [items]; at most 1, and the lower, the less likely the label."""
@@ -64,6 +66,11 @@ class Suspected:
     """The row of each item, ascending [items]; None: an item is a row."""
     places: np.ndarray | None = None
     """Which word of its row an item is, or which label [items]; None: an item is a row."""
+
+    @property
+    def row_of_each(self) -> np.ndarray:
+        """int64 [items]."""
+        return np.arange(len(self.margins)) if self.rows is None else self.rows
 
     @property
     def suspects(self) -> np.ndarray:
