@@ -111,7 +111,10 @@ def judge(reader: Reader) -> tuple[np.ndarray, Suspected] | str:
         items, positions = reader.items("train")
         match items.kind:
             case "tags":
-                return positions, _suspected_words(reader, items, positions)
+                items, numbers = with_shapes(reader, items, positions)
+                found = suspected_parts(items)
+                places = np.concatenate([numbers[row] for row in np.unique(found.row_of_each)])
+                return positions, replace(found, places=places)
             case "multi_label":
                 return positions, suspected_parts(items)
             case _:
@@ -120,13 +123,12 @@ def judge(reader: Reader) -> tuple[np.ndarray, Suspected] | str:
         return str(no)
 
 
-def _suspected_words(reader: Reader, items: Items, positions: np.ndarray) -> Suspected:
-    """Also by how the words are written; each suspect with its number among all words of its row."""
+def with_shapes(reader: Reader, items: Items, positions: np.ndarray) -> tuple[Items, list[np.ndarray]]:
+    """The words, described also by how they are written; and their numbers in each row: some have no token."""
     folder, columns, wanted = reader.folder / "train", reader.looker.target.columns, {*positions.tolist()}
     prepared = Rows(folder)
-    seen = [seen_words(prepared[position]) for position in positions.tolist()]
+    numbers = [seen_words(prepared[position]) for position in positions.tolist()]
     sentences = (words_and_tags(row, columns)[0] for at, row in enumerate(texts(folder)) if at in wanted)
-    words = [sentence[at] for sentence, numbers in zip(sentences, seen, strict=True) for at in numbers]
+    words = [sentence[at] for sentence, seen in zip(sentences, numbers, strict=True) for at in seen]
     features = np.concatenate([items.features, word_shapes(words, items.rows)], axis=1)
-    found = suspected_parts(replace(items, features=features))
-    return replace(found, places=np.concatenate([seen[row] for row in np.unique(found.row_of_each)]))
+    return replace(items, features=features), numbers

@@ -7,8 +7,7 @@ Only errors of one kind are claimed, because the classifiers err in one directio
 
 *Words.* What is put in is what annotators do most: an entity is missed, all its words are O. The other way round, a
 word with an entity's tag that the classifiers take for O, or for another type, is mostly a title or a name of which
-they cannot know, however sure they are. So it is never held against O, and where another entity's tag is clearly
-likelier, it is *doubtful*.
+they cannot know, however sure they are (of 31 that were read 3 had a wrong tag). So such words are not listed.
 
 *Several labels.* Each label of each row is a decision of its own. What is put in is any label that a row lacks. A label
 that seems to be missing is mostly one that is mixed up with one that the row has: it is *doubtful*.
@@ -75,7 +74,7 @@ def suspected_parts(items: Items) -> Suspected:
         cut[(runs >= 0) & np.isin(runs, runs[margins < cut])] = 0.0
     return Suspected(
         *(margins, other, cut, len(planted), recall, precision, wrong),
-        doubt=DOUBT if is_tags else np.where(given, -math.inf, DOUBT),
+        doubt=np.where(given, -math.inf, DOUBT),
         rows=rows,
         places=np.arange(len(rows)) - np.searchsorted(rows, rows),
     )
@@ -120,11 +119,10 @@ def _refuse(items: Items) -> None:
 def _margins(items: Items) -> tuple[np.ndarray, np.ndarray]:
     """Of each word, or of each row's each label, and what is likelier: float64 and int64 [items]."""
     chances = out_of_fold(items, np.ones(len(items.rows), bool), 0, STRENGTH)
-    if items.kind != "tags":
-        has = items.labels.ravel() > 0
-        return np.where(has, 1, -1) * (2 * chances.ravel() - 1), (~has).astype(np.int64)
-    chances[items.labels > 0, 0] = 0.0  # an entity is held against others alone
-    return margins_of(chances, items.labels)
+    if items.kind == "tags":
+        return margins_of(chances, items.labels)
+    has = items.labels.ravel() > 0
+    return np.where(has, 1, -1) * (2 * chances.ravel() - 1), (~has).astype(np.int64)
 
 
 def _planted(items: Items, rows: np.ndarray) -> np.ndarray:

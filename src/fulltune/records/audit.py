@@ -88,7 +88,7 @@ class LabelErrors(Record):
     parts: Literal["words", "labels"] | None = None
     """Of what each is judged, where a row has several; None: a row has one label."""
     agree: float
-    """Share of the labels that are the likeliest ones; an entity's tag is held against other entities' alone."""
+    """Share of the labels that are the likeliest ones."""
     suspects: int
     doubtful: int
     """Further rows with another label that is clearly likelier; how often it is right, nothing tells."""
