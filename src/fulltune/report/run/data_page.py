@@ -162,7 +162,8 @@ def about_labels(found: LabelErrors) -> str:
     planted = {
         None: f"{counted(found.planted, 'row')} were given a wrong label on purpose",
         "words": f"the tags of {counted(found.planted, 'entity', 'entities')} were taken away on purpose",
-        "labels": f"{counted(found.planted, 'row')} were given a label too many on purpose",
+        "labels": f"{counted(found.planted, 'row')} were given any label too many on purpose (one that is easily "
+        "mistaken for a right one is found far more rarely)",
     }[found.parts]
     told = (
         f"{judged} of {found.judged_rows:,} train rows{some} were judged by linear classifiers on the untouched model, "
