@@ -10,7 +10,7 @@ word with an entity's tag that the classifiers take for O, or for another type, 
 they cannot know, however sure they are (of 31 that were read 3 had a wrong tag). So such words are not listed.
 
 *Several labels.* Each label of each row is a decision of its own. What is put in is any label that a row lacks. A label
-that seems to be missing is mostly one that is mixed up with one that the row has: it is *doubtful*.
+that seems to be missing is often one that is mixed up with one that the row has: it is *doubtful*.
 """
 
 from __future__ import annotations
