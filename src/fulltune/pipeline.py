@@ -10,6 +10,7 @@ from pathlib import Path
 from fulltune import data, evaluate, methods, plan, report
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.forgetting.generic_text import check_texts
+from fulltune.probe.label_errors import JUDGED
 from fulltune.records.audit import Audit, Proofs
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Planned, RowsPrepared
@@ -111,7 +112,7 @@ def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit
     """
     job.phase("auditing the rows")
     folder = job.folder / "data"
-    has_label, has_texts = summary.problem_type == "single_label", job.recipe.task == "text-classification"
+    has_label, has_texts = summary.problem_type in JUDGED, job.recipe.task == "text-classification"
     reader = data.Reader(job.recipe, job.base, summary, folder, job.listener)
     judge = partial(data.judge, reader) if has_label and reads_rows else None
     compare = partial(data.rephrased, reader) if has_texts and reads_rows else None

@@ -314,13 +314,13 @@ def test_memory_that_runs_out_while_it_is_fitted(most: int, tiny_encoder: Path, 
     """Smaller batches are tried at once; when none is left, the attempt ends as one whose evaluation does not fit."""
     original, largest = features.see, [most]
 
-    def see(model: Any, layers: Any, batch: Any) -> Any:
+    def see(model: Any, layers: Any, batch: Any, *middle: Any) -> Any:
         size = len(batch["input_ids"])
         if size > largest[0]:
             if size == 1:
                 largest[0] = 8  # from now on
             no_memory()
-        return original(model, layers, batch)
+        return original(model, layers, batch, *middle)
 
     with mock.patch.object(features, "see", see), counted() as calls:
         reached = runs.run(tmp_path, tiny_encoder, ROWS, train=FEW_STEPS, evaluate={"batch_size": 16})

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fulltune.audit import missing
+from fulltune.audit import missing, repaired
 from fulltune.data.audited_rows import (
     CHAT_FAULT,
     SPLITS,
@@ -31,18 +31,23 @@ from fulltune.data.outliers import NEIGHBOURS, FarRows
 from fulltune.data.patch import load_patch
 from fulltune.data.repeated import CONFLICT, DUPLICATE, LEAK, LEAKS, NEAR_LEAK, PARAPHRASE, in_other_words, repeated
 from fulltune.data.rephrased import ComparedTexts
+from fulltune.data.running_text import private
 from fulltune.errors import SetupError
 from fulltune.files import replacing
-from fulltune.probe.label_errors import Suspected
+from fulltune.probe.label_errors import JUDGED, Suspected
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, ISSUES, Audit, CheckFound, LabelErrors, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitName
-from fulltune.tasks import Target, Task
+from fulltune.tasks import Row, Target, Task
+from fulltune.tasks.labels import label_list
+from fulltune.tasks.tags import strict, words_and_tags
 from fulltune.text import counted
 
 LABEL, DOUBT, OUTLIER = "label error", "doubtful label", "outlier"
 NOT_ASKED = "left out by --no-labels"
 _EXAMPLES = 10
+_SHOWN = 3
+"""Words, or labels, of a row that are named one by one."""
 Judged = tuple[np.ndarray, Suspected]
 """Positions of train rows, and what is known of their labels."""
 Judge = Callable[[], Judged | str]
@@ -71,7 +76,7 @@ def audit(
             rows, nothing is looked at again.
         summary: Of the prepared rows.
         task: The task module.
-        judge: None: labels are not to be judged, or the rows have no single label each.
+        judge: None: labels are not to be judged, or the rows have none.
         compare: None: the rows are no texts to classify, or are not compared.
         outlie: None: the model does not read each row as a whole, or no outliers are looked for.
         progress: Told how many rows of how many were looked at.
@@ -102,8 +107,8 @@ def audit(
             not_run[check] = why
     labels = None
     if judge is None:
-        is_single = summary.problem_type == "single_label"
-        not_run[LABEL] = NOT_ASKED if is_single else "only rows with one label each are judged"
+        has_labels = summary.problem_type in JUDGED
+        not_run[LABEL] = NOT_ASKED if has_labels else "only rows with labels or tags are judged"
     if judge is not None:
         judged = judge()
         if isinstance(judged, str):
@@ -111,7 +116,7 @@ def audit(
         else:
             made |= {LABEL, DOUBT}
             issues += _mislabelled(rows, *judged)
-            labels = _about_labels(*judged, of_rows=seen.counts["train"])
+            labels = _about_labels(rows.target, judged[1], of_rows=seen.counts["train"])
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
     found_now = [*with_numbers(rows, seen, issues), *_high_losses(folder, summary)]
@@ -232,29 +237,64 @@ def _not_drawn(count: int) -> str | None:
 
 
 def _mislabelled(rows: AuditedRows, positions: np.ndarray, found: Suspected) -> list[RowIssue]:
-    column, names = rows.target.columns.get("label"), rows.target.labels
-    of_check = {LABEL: found.suspects, DOUBT: found.doubtful}
-    places = {int(positions[at]): (check, at) for check, them in of_check.items() for at in np.flatnonzero(them)}
-    issues: list[RowIssue] = []
+    target, of_row, issues = rows.target, found.row_of_each, list[RowIssue]()
+    column = target.columns.get("tags" if target.problem_type == "tags" else "label")
+    listed: dict[int, tuple[str, list[int]]] = {}
+    for check, them in ((LABEL, found.suspects), (DOUBT, found.doubtful)):
+        for at in np.flatnonzero(them).tolist():
+            of_check, parts = listed.setdefault(int(positions[of_row[at]]), (check, []))
+            if of_check == check:  # a row with a suspect is not doubtful as well
+                parts.append(at)
     for position, row in enumerate(rows.of("train")):
-        if position not in places:
+        if position not in listed:
             continue
-        check, at = places[position]
-        other = names[int(found.other[at])]
-        reason = f"'{other}' is likelier, by {-100 * float(found.margins[at]):.0f} points of probability"
+        check, parts = listed[position]
+        reason, value = _proposed(target, row, found, parts)
         # Of a folder per class the label is no column: such an image can only be left out.
-        remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=other)
-        issues.append(rows.issue(check, "train", row, reason, remedy, -float(found.margins[at])))
+        remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=value)
+        issues.append(rows.issue(check, "train", row, reason, remedy, -float(found.margins[parts].min())))
     return issues
 
 
-def _about_labels(positions: np.ndarray, found: Suspected, of_rows: int) -> LabelErrors:
+def _proposed(target: Target, row: Row, found: Suspected, parts: Sequence[int]) -> tuple[str, str | list[str]]:
+    """Why a row's label, or its list of them, is doubted, and what would stand in its place."""
+    points, said = [f"by {-100 * float(found.margins[at]):.0f} points of probability" for at in parts], list[str]()
+    if found.places is None:
+        other = target.labels[int(found.other[parts[0]])]
+        return f"'{other}' is likelier, {points[0]}", other
+    places = found.places[parts].tolist()
+    if target.problem_type == "tags":
+        words, tags = words_and_tags(row, target.columns)
+        for place, other, much in zip(places, found.other[parts].tolist(), points, strict=True):
+            word = repaired(words[place], private())
+            said.append(f"word {place + 1} '{word}' is {tags[place]}, {target.labels[other]} is likelier, {much}")
+            tags[place] = target.labels[other]
+        cell, tags = row[target.columns["tags"]], strict(tags)
+        # Beside words between spaces a list would be read otherwise.
+        in_spaces = isinstance(cell, str) and not cell.lstrip().startswith("[")
+        return _joined(said), " ".join(tags) if in_spaces else tags
+    labels = label_list(row[target.columns["label"]])
+    for name, much in zip([target.labels[place] for place in places], points, strict=True):
+        said.append(f"'{name}' is likelier {'wrong' if name in labels else 'missing'}, {much}")
+        labels = [one for one in labels if one != name] if name in labels else [*labels, name]
+    return _joined(said), labels
+
+
+def _joined(said: Sequence[str]) -> str:
+    more = len(said) - _SHOWN
+    return "; ".join(said[:_SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+def _about_labels(target: Target, found: Suspected, of_rows: int) -> LabelErrors:
+    of_row = found.row_of_each
+    suspects, doubtful = np.unique(of_row[found.suspects]), np.unique(of_row[found.doubtful])
     return LabelErrors(
-        judged_rows=len(positions),
+        judged_rows=len(np.unique(of_row)),
         of_rows=of_rows,
+        parts=None if found.places is None else "words" if target.problem_type == "tags" else "labels",
         agree=float((found.margins > 0).mean()),
-        suspects=int(found.suspects.sum()),
-        doubtful=int(found.doubtful.sum()),
+        suspects=len(suspects),
+        doubtful=len(np.setdiff1d(doubtful, suspects)),
         planted=found.planted,
         recall=found.recall,
         precision=found.precision,

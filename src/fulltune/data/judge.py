@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from fulltune import plan, probe
 from fulltune.inference.run import Share
-from fulltune.inference.store import Rows
+from fulltune.inference.store import Rows, texts
 from fulltune.models.base import Base
 from fulltune.models.load import load
 from fulltune.models.processors import opened
@@ -19,12 +19,15 @@ from fulltune.probe.features import sampled
 from fulltune.probe.label_errors import Suspected, suspected
 from fulltune.probe.layers import NoProbe
 from fulltune.probe.linear import Items
+from fulltune.probe.part_errors import suspected_parts, word_shapes
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.events import Listener, RowsRead
 from fulltune.system import hardware
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.tasks import Target, task_named
+from fulltune.tasks.tags import words_and_tags
+from fulltune.tasks.token_classification import seen_words
 
 BATCH = 32
 
@@ -61,6 +64,7 @@ class Reader:
             BATCH,
             precision,
             watch=self._tell,
+            middle=target.problem_type == "tags",  # see bench/part_noise.py
         )
 
     def _tell(self, done: int, total: int, share: float | None) -> None:
@@ -80,6 +84,8 @@ class Reader:
         try:
             rows = opened(Rows(self.folder / split), self.base.processor)
             width = self.looker.model.config.get_text_config().hidden_size
+            if self.looker.kind == "tags":
+                width = -(-width // 2)  # one vector of each word is kept, where `sampled` reckons with two
             chosen = sampled(rows, self.looker.kind, self.looker.target.num_choices, width)
             found = self.looker.features(chosen, None)
         except Exception as error:
@@ -96,13 +102,33 @@ def judge(reader: Reader) -> tuple[np.ndarray, Suspected] | str:
     """Which train rows have a label that is probably wrong.
 
     Args:
-        reader: Of rows that have a single label each.
+        reader: Of rows that have a label each, several labels, or words with tags.
 
     Returns:
         Positions of the rows that were judged, and what is known of their labels; or why they cannot be judged.
     """
     try:
         items, positions = reader.items("train")
-        return positions, suspected(items)
+        match items.kind:
+            case "tags":
+                items, numbers = with_shapes(reader, items, positions)
+                found = suspected_parts(items)
+                places = np.concatenate([numbers[row] for row in np.unique(found.row_of_each)])
+                return positions, replace(found, places=places)
+            case "multi_label":
+                return positions, suspected_parts(items)
+            case _:
+                return positions, suspected(items)
     except NoProbe as no:
         return str(no)
+
+
+def with_shapes(reader: Reader, items: Items, positions: np.ndarray) -> tuple[Items, list[np.ndarray]]:
+    """The words, described also by how they are written; and their numbers in each row: some have no token."""
+    folder, columns, wanted = reader.folder / "train", reader.looker.target.columns, {*positions.tolist()}
+    prepared = Rows(folder)
+    numbers = [seen_words(prepared[position]) for position in positions.tolist()]
+    sentences = (words_and_tags(row, columns)[0] for at, row in enumerate(texts(folder)) if at in wanted)
+    words = [sentence[at] for sentence, seen in zip(sentences, numbers, strict=True) for at in seen]
+    features = np.concatenate([items.features, word_shapes(words, items.rows)], axis=1)
+    return replace(items, features=features), numbers

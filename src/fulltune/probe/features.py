@@ -33,8 +33,8 @@ class Features:
     dense: np.ndarray | None
     """What its dense layer reads; None: it has none."""
     mean: np.ndarray | None
-    """Mean of the last hidden states over tokens, scaled to length 1; None: an item is a token itself, or the body
-    gives fewer states than there are tokens."""
+    """Mean of the last hidden states (`middle`: of those in the middle) over tokens, scaled to length 1; None: an item
+    is a token itself, or the body gives fewer states than there are tokens."""
     labels: np.ndarray
     """Class or number [items]; 0 or 1 for each label [items, labels]; of a choice whether it is right [items]; of a
     token whether the answer begins and ends there [items, 2]."""
@@ -74,6 +74,7 @@ def passes(
     batch_size: int,
     precision: str,
     watch: Watch,
+    middle: bool = False,
 ) -> Iterator[Features]:
     """Run the rows through the model, longest first, and give the features of each batch.
 
@@ -88,6 +89,7 @@ def passes(
         batch_size: Rows of a pass.
         precision: Of the computations.
         watch: Told how far it is.
+        middle: Whether states are those of the layer in the middle, not of the last one.
 
     Raises:
         NoProbe: When the head does not show what it reads, or a feature is not finite.
@@ -102,7 +104,7 @@ def passes(
             chosen = [rows[i] for i in positions]
             batch, labels = _on_device(task.collate(chosen, pad_token_id), model.device)
             with torch.no_grad(), autocast(model.device.type, precision):
-                found = _of_items(see(model, layers, batch), batch, labels, chosen, kind, np.asarray(positions))
+                found = _of_items(see(model, layers, batch, middle), batch, labels, chosen, kind, np.asarray(positions))
                 if separators and found.mean is not None:
                     texts, means = each_alone(chosen, separators), list[Any]()
                     for part in (texts[: len(chosen)], texts[len(chosen) :]):  # no pass is larger than the pair's

@@ -71,19 +71,21 @@ class Seen:
     """What a pass of a batch showed, float32."""
 
     hidden: torch.Tensor
-    """The body's last hidden states."""
+    """The body's last hidden states, or those in its middle."""
     last: torch.Tensor | None = None
     """What the last layer reads for each logit, or each vector of logits: [..., hidden]; None: not looked at."""
     dense: torch.Tensor | None = None
     """What the dense layer reads, in the same places."""
 
 
-def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]) -> Seen:
+def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor], middle: bool = False) -> Seen:
     """Run a batch, without labels, and find out what the head reads for each of its logits.
 
     Models pick what they read in ways of their own: the first token, the last one that is no padding, one vector for
     each choice. In the place of the last layer's values stand therefore their numbers; what the model makes of them
     says where its logits come from.
+
+    With `middle` the states are those of the layer in the middle, where words are told apart best.
 
     Raises:
         NoProbe: When the logits are no selection of the last layer's values, or the body is not to be seen.
@@ -107,13 +109,17 @@ def see(model: Any, layers: HeadLayers | None, batch: Mapping[str, torch.Tensor]
 
     hooks = [module.register_forward_hook(partial(keep, name)) for name, module in parts.items()]
     try:
-        outputs = model(**batch)
+        outputs = model(**batch, output_hidden_states=True) if middle else model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
     if len(read["body"]) != 1:
         raise NoProbe(f"{type(model).__name__} does not run its body once")
     hidden = read["body"][0].float()
+    if middle:
+        if not (states := outputs.get("hidden_states")) or states[len(states) // 2].shape != hidden.shape:
+            raise NoProbe(f"{type(model).__name__} does not show what is between its layers")
+        hidden = states[len(states) // 2].float()
     if layers is None:
         return Seen(hidden)
     places = _places(logits_of(outputs), parts["last"].out_features)

@@ -32,6 +32,8 @@ class Looker:
     separators: frozenset[int] = frozenset()
     """Around the texts of a pair; empty: rows are no pairs."""
     watch: Watch = lambda done, total, share: None
+    middle: bool = False
+    """Whether states are those of the layer in the middle, not of the last one."""
 
     @property
     def task(self) -> Task:
@@ -59,6 +61,7 @@ class Looker:
             batch_size=batch_size,
             precision=self.precision,
             watch=self.watch,
+            middle=self.middle,
         )
 
     def features(self, rows: Any, layers: HeadLayers | None) -> Features:

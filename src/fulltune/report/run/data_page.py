@@ -42,6 +42,7 @@ from fulltune.text import counted, format_metric, format_percent, format_share, 
 PAGE = "data.html"
 _CELL = 160
 _MOST_LANGUAGES = 6
+_WRONG = {None: "labels", "words": "rows with a missed entity", "labels": "rows with a label too many"}
 _ABOUT = {
     "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
     "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
@@ -161,10 +162,18 @@ def _languages(found: Languages) -> Table:
 def about_labels(found: LabelErrors) -> str:
     """How far the suspicion about labels can be trusted, by wrong labels that were planted."""
     some = "" if found.judged_rows == found.of_rows else f" of {found.of_rows:,}, drawn at random"
+    judged = {None: "Labels", "words": "The words' tags", "labels": "Each label"}[found.parts]
+    # Of a word or of one of several labels, nearly all are as expected: that says nothing.
+    agree = f"; they agree with {format_percent(found.agree)} of them" if found.parts is None else ""
+    planted = {
+        None: f"{counted(found.planted, 'row')} were given a wrong label on purpose",
+        "words": f"the tags of {counted(found.planted, 'entity', 'entities')} were taken away on purpose",
+        "labels": f"{counted(found.planted, 'row')} were given any label too many on purpose (one that is easily "
+        "mistaken for a right one is found far more rarely)",
+    }[found.parts]
     told = (
-        f"Labels of {found.judged_rows:,} train rows{some} were judged by linear classifiers on the untouched model, "
-        f"each row by one that did not see it; they agree with {format_percent(found.agree)} of them. How good that is "
-        f"was measured: {counted(found.planted, 'row')} were given a wrong label on purpose."
+        f"{judged} of {found.judged_rows:,} train rows{some} were judged by linear classifiers on the untouched model, "
+        f"each row by one that did not see it{agree}. How good that is was measured: {planted}."
     )
     doubt = (
         f" {counted(found.doubtful, 'further row' if found.suspects else 'row')} have another label that is clearly "
@@ -176,7 +185,7 @@ def about_labels(found: LabelErrors) -> str:
     return (
         f"{told} {found.recall:.0%} of these would be among the suspects; of the "
         f"{counted(found.suspects, 'suspect')} about {found.precision:.0%} are wrong, by the same measure, "
-        f"and about {round(found.wrong):,} labels in all.{doubt}"
+        f"and about {round(found.wrong):,} {_WRONG[found.parts]} in all.{doubt}"
     )
 
 
@@ -271,7 +280,8 @@ def could_do(remedy: Remedy) -> str:
         case "drop":
             return "left out"
         case _:
-            return f"{remedy.column}: {remedy.value}"
+            value = ", ".join(remedy.value) if isinstance(remedy.value, list) else remedy.value
+            return f"{remedy.column}: {value}"
 
 
 def _next(view: RunView, audit: Audit) -> Section:
