@@ -5,7 +5,7 @@ mean hidden states have it. What lies beyond a fence far above the upper quartil
 what others are compared with and of the fence, until nothing more is found: odd rows would hide each other otherwise.
 
 Rows with the same text count once, and are no neighbours of each other: copies must not make an odd row usual. What was
-measured, and what else was tried, stands in docs/data.md.
+measured, and what else was tried, stands in docs/data-evidence.md.
 """
 
 from __future__ import annotations
