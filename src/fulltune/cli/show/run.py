@@ -267,12 +267,12 @@ def show_data(console: Console, summary: DataSummary) -> None:
 
 
 def show_audit(console: Console, audit: Audit) -> None:
-    """What each check found, with its surest row, and how far the suspicion about labels can be trusted."""
+    """What each check found, with a row of it, and how far the suspicion about labels can be trusted."""
     if not audit.checks:
         console.print(f"audit: none of {counted(len(audit.clean), 'check')} found anything")
     else:
         table = Table(title="audit: rows that look wrong", title_justify="left", box=None, header_style="dim")
-        for column in ("check", "rows", "the surest"):
+        for column in ("check", "rows", "for example"):
             table.add_column(column, justify="right" if column == "rows" else "left")
         for found in audit.checks:
             first = found.examples[0]

@@ -266,7 +266,8 @@ def _check(found: CheckFound) -> Section:
         for one in found.examples
     )
     label = ["label"] if any(one.label for one in found.examples) else []
-    shown = f"The {len(rows)} surest of {found.rows:,}" if len(rows) < found.rows else "All of them"
+    first = f"The {len(rows)} surest" if any(one.score for one in found.examples) else f"The first {len(rows)}"
+    shown = f"{first} of {found.rows:,}" if len(rows) < found.rows else "All of them"
     caption = f"{shown}; data/issues.jsonl has all"
     table = Table(caption, ("row", "text", *label, "why", "could be"), rows)
     title = f"{found.check[0].upper()}{found.check[1:]}: {counted(found.rows, 'row')}"
