@@ -41,6 +41,7 @@ from fulltune.text import counted, format_metric, format_percent, format_share, 
 
 PAGE = "data.html"
 _CELL = 160
+_NEARLY_ALL = 0.95
 _MOST_LANGUAGES = 6
 _WRONG = {None: "labels", "words": "rows with a missed entity", "labels": "rows with a label too many"}
 _ABOUT = {
@@ -182,9 +183,11 @@ def about_labels(found: LabelErrors) -> str:
     doubt = doubt if found.doubtful else ""
     if not found.suspects:
         return f"{told} By that measure no suspicion would be right for three rows in four, so none is raised.{doubt}"
+    # An estimate: of few suspects it easily comes to all of them.
+    right = f"about {found.precision:.0%}" if found.precision < _NEARLY_ALL else "nearly all"
     return (
         f"{told} {found.recall:.0%} of these would be among the suspects; of the "
-        f"{counted(found.suspects, 'suspect')} about {found.precision:.0%} are wrong, by the same measure, "
+        f"{counted(found.suspects, 'suspect')} {right} are wrong, by the same measure, "
         f"and about {round(found.wrong):,} {_WRONG[found.parts]} in all.{doubt}"
     )
 
@@ -267,8 +270,7 @@ def _check(found: CheckFound) -> Section:
     )
     label = ["label"] if any(one.label for one in found.examples) else []
     first = f"The {len(rows)} surest" if any(one.score for one in found.examples) else f"The first {len(rows)}"
-    shown = f"{first} of {found.rows:,}" if len(rows) < found.rows else "All of them"
-    caption = f"{shown}; data/issues.jsonl has all"
+    caption = f"{first} of {found.rows:,}; data/issues.jsonl has all" if len(rows) < found.rows else "All of them"
     table = Table(caption, ("row", "text", *label, "why", "could be"), rows)
     title = f"{found.check[0].upper()}{found.check[1:]}: {counted(found.rows, 'row')}"
     about = [Paragraph(_ABOUT[found.check])] if found.check in _ABOUT else []
