@@ -1,7 +1,7 @@
 """Train rows that say in other words what an eval or test row says, by the untouched model's sentence embeddings.
 
-The rule is a bound on the cosine alone. What was measured with it, and what else was tried, is in docs/data-evidence.md:
-it finds rewordings, and neither most free paraphrases nor that two words changed places.
+The rule is a bound on the cosine alone. docs/data-evidence.md has what was measured with it, and what else
+was tried: it finds rewordings, and neither most free paraphrases nor that two words changed places.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ PAGE = "data.html"
 _CELL = 160
 _NEARLY_ALL = 0.95
 _MOST_LANGUAGES = 6
+_LEAST_SHARE = 0.001
+"""Of all rows, for a language to have a line of its own."""
 _WRONG = {None: "labels", "words": "rows with a missed entity", "labels": "rows with a label too many"}
 _ABOUT = {
     "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
@@ -145,7 +147,8 @@ def _languages(found: Languages) -> Table:
     total = Counter[str]()
     for counts in found.counts.values():
         total.update(counts)
-    shown = [language for language, _ in total.most_common(_MOST_LANGUAGES)]
+    rows_of_all = sum(found.rows.values())
+    shown = [one for one, count in total.most_common(_MOST_LANGUAGES) if count >= _LEAST_SHARE * rows_of_all]
     lines = {one: {split: counts.get(one, 0) for split, counts in found.counts.items()} for one in shown}
     known = {split: sum(counts.values()) for split, counts in found.counts.items()}
     if len(total) > len(shown):
@@ -153,7 +156,7 @@ def _languages(found: Languages) -> Table:
         lines[counted(len(total) - len(shown), "other")] = rest
     lines["too short to tell, or none"] = {split: found.rows[split] - known[split] for split in known}
     rows: tuple[Row, ...] = tuple(
-        (name, *(format_percent(counts[split] / max(1, found.rows[split])) for split in known))
+        (name, *(format_share(counts[split] / max(1, found.rows[split])) for split in known))
         for name, counts in lines.items()
     )
     caption = f"Languages of column '{words.clipped(found.column, 60)}'"
