@@ -11,9 +11,13 @@ never looked at.
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,15 @@ import numpy as np
 
 from fulltune import data, evaluate, pipeline
 from fulltune.data.patch import load_patch, save_patch
-from fulltune.data.prove import CleaningStep, cleaning_steps, ids
+from fulltune.data.prove import ALPHA, CleaningStep, cleaning_steps, ids
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
+from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.audit import TRAINED_PROOFS, Proof, Proofs
 from fulltune.records.data import DataSummary
-from fulltune.records.events import AttemptFailed, Event, Resumed, Said, StepLogged, Warned
+from fulltune.records.events import Said, without_tables
 from fulltune.records.plan import Plan
 from fulltune.run_context import Run
 from fulltune.stats.bootstrap import draw
@@ -36,11 +41,11 @@ from fulltune.stats.intervals import difference, seed_spreads
 from fulltune.stats.row_scores import Measure, measure_of
 from fulltune.system import run_folder
 from fulltune.tasks import Predictions, Target
+from fulltune.text import format_seconds
 
 FOLDER = "cleaning"
-ALPHA = 0.05
-LEAST_SHARE = 0.002
-"""Of the train rows: fewer than that change nothing that a few trainings could show."""
+LEAST_SHARE, MOST_SHARE = 0.002, 0.5
+"""Of the train rows: fewer change nothing that a few trainings could show, without more it is other data."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +79,19 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     """
     of_data = job.folder / "data"
     steps = _worth_a_training(of_data, summary, checks)
-    if summary.packed and not job.recipe.data.eval:
-        raise RecipeError(
-            "--trainings: these texts share rows, so that those held out differ as soon as a text is left out; give "
-            "eval texts in a file of their own (data.eval)"
-        )
     job.phase("training with and without each cleaning step")
-    numbers = itertools.product(enumerate((None, *steps)), range(seeds))
     arms: list[list[_EvalRows]] = [[] for _ in range(1 + len(steps))]
-    for done, ((arm, step), seed) in enumerate(numbers, start=1):
-        job.listener(Said(text=f"training {done} of {len(arms) * seeds}: {step or 'rows as they are'}, seed {seed}"))
-        arms[arm].append(_trained(job, step, seed))
+    total, began = len(arms) * seeds, time.monotonic()
+    for done, ((arm, step), seed) in enumerate(itertools.product(enumerate((None, *steps)), range(seeds))):
+        left = (total - done) * (time.monotonic() - began) / max(1, done)
+        about = f" (about {format_seconds(round(left))} left)" if done else ""
+        job.listener(Said(text=f"training {done + 1} of {total}: {step or 'rows as they are'}, seed {seed}{about}"))
+        arms[arm].append(_rows_of_run(job, summary, step, seed))
+    shutil.rmtree(job.folder / FOLDER / ".fulltune-cache", ignore_errors=True)
     metric = job.recipe.evaluate.metric or FACTS[job.recipe.task].choosing[summary.problem_type][0]
     measure = measure_of(job.recipe.task, Target.of(summary), metric)
-    proofs, rows = _compared(measure, steps, arms)
+    patches = [str(_patch(job, summary, step).relative_to(job.folder)) for step in steps]
+    proofs, rows = _compared(measure, steps, patches, arms)
     found = Proofs(
         fingerprint=summary.fingerprint,
         eval_rows=rows,
@@ -101,19 +105,35 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     return found
 
 
+def refuse_trainings(recipe: Recipe, summary: DataSummary) -> None:
+    """Runs that cannot be made with one recipe, or compared on the same rows; before any rows are looked at.
+
+    Raises:
+        RecipeError: With what to change.
+    """
+    if recipe.is_searched or recipe.methods:
+        several = "search" if recipe.is_searched else "methods"
+        raise RecipeError(f"--trainings: compares runs of one method and its settings; give a recipe without {several}")
+    if summary.packed and not recipe.data.eval:
+        raise RecipeError(
+            "--trainings: these texts share rows, so that those held out differ as soon as a text is left out; give "
+            "eval texts in a file of their own (data.eval)"
+        )
+
+
 def _worth_a_training(folder: Path, summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
     """The steps of some checks; of all those with rows enough.
 
     Raises:
         RecipeError: When there is none.
     """
-    steps = cleaning_steps(data.load_issues(folder))
+    steps = [step for step in cleaning_steps(data.load_issues(folder)) if _leaves_enough(step, summary)]
     if checks:
         known = {step.check for step in steps}
         if unknown := [check for check in checks if check not in known]:
             raise RecipeError(
-                f"--check: '{unknown[0]}' found no train rows that cleaning could change, expected one of "
-                f"{', '.join(sorted(known)) or 'none: nothing was found'}"
+                f"--check: '{unknown[0]}' found no train rows that cleaning could change, or too many; expected one of "
+                f" {', '.join(sorted(known)) or 'none: nothing was found'}"
             )
         return [step for step in steps if step.check in checks]
     least = LEAST_SHARE * summary.splits["train"].rows
@@ -125,12 +145,22 @@ def _worth_a_training(folder: Path, summary: DataSummary, checks: Sequence[str])
     return worth
 
 
-def _trained(job: Run, step: CleaningStep | None, seed: int) -> _EvalRows:
-    """A whole run with one cleaning step, or without; what it gave is kept, and its folder is deleted."""
-    name = f"{step.name if step else 'as-they-are'}-{seed}"
-    place, run = job.folder / FOLDER / f"{name}.npz", job.folder / FOLDER / name
+def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
+    """At least half of the train rows stay, and some of each label: else other rows would be compared, and classes."""
+    if step.action == "replace":
+        return True
+    labels, counts = Counter(one.label for one in step.issues), summary.splits["train"].label_counts
+    has_all = all(counts.get(label or "", math.inf) > count for label, count in labels.items())
+    return has_all and len(step.issues) <= MOST_SHARE * summary.splits["train"].rows
+
+
+def _rows_of_run(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int) -> _EvalRows:
+    """What a whole run with one cleaning step, or without, gives for its eval rows; only that is kept of it."""
+    stem = _stem(job, summary, step.name if step else "as-they-are")
+    run = stem.with_name(f"{stem.name}-{seed}")
+    place = run.with_name(f"{run.name}.npz")
     if not place.exists():
-        one = _job(job, step, seed, run)
+        one = _job(job, summary, step, seed, run)
         reached = pipeline.run(one, "train")
         assert reached.outcome is not None, "asked for"
         assert reached.outcome.model_folder is not None, "a run that ended well has a model"
@@ -144,13 +174,22 @@ def _trained(job: Run, step: CleaningStep | None, seed: int) -> _EvalRows:
     return _EvalRows(kept.pop("row_ids"), kept.pop("clusters"), kept)
 
 
-def _job(job: Run, step: CleaningStep | None, seed: int, folder: Path) -> Run:
+def _stem(job: Run, summary: DataSummary, name: str) -> Path:
+    """Of files about these rows: with others, such as after a patch, all is trained anew."""
+    return job.folder / FOLDER / f"{name}-{summary.fingerprint[:8]}"
+
+
+def _patch(job: Run, summary: DataSummary, step: CleaningStep) -> Path:
+    return _stem(job, summary, step.name).with_suffix(".patch.jsonl")
+
+
+def _job(job: Run, summary: DataSummary, step: CleaningStep | None, seed: int, folder: Path) -> Run:
     """A run of the same recipe with a patch and a seed of its own."""
     recipe = job.recipe
     changes: dict[str, dict[str, Any]] = {"train": {"seed": recipe.train.seed + seed}}
     if step is not None:
         before = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
-        patch = folder.with_name(f"{step.name}.patch.jsonl")
+        patch = _patch(job, summary, step)
         patch.parent.mkdir(exist_ok=True)
         save_patch(patch, (before | {one.key: one for one in step.decisions}).values())
         changes["data"] = {"patch": str(patch)}
@@ -158,35 +197,23 @@ def _job(job: Run, step: CleaningStep | None, seed: int, folder: Path) -> Run:
         update={name: getattr(recipe, name).model_copy(update=values) for name, values in changes.items()}
     )
     run_folder.find_or_make(recipe, "", folder.name, folder, fresh=False)
-    return replace(_quiet(job), recipe=recipe, folder=folder)
-
-
-def _quiet(job: Run) -> Run:
-    """Of each run only what moves: the tables of all would hide what comes of them."""
-
-    def listener(event: Event) -> None:
-        if isinstance(event, StepLogged | Warned | Resumed | AttemptFailed):
-            job.listener(event)
-
-    return replace(job, listener=listener, began=None)
+    return replace(job, recipe=recipe, folder=folder, listener=without_tables(job.listener), began=None)
 
 
 def _compared(
-    measure: Measure, steps: Sequence[CleaningStep], arms: Sequence[Sequence[_EvalRows]]
+    measure: Measure, steps: Sequence[CleaningStep], patches: Sequence[str], arms: Sequence[Sequence[_EvalRows]]
 ) -> tuple[list[Proof], int]:
     """Each step's arm against the first one, on the rows that all have; and how many these are."""
-    common = arms[0][0].ids
-    for one in (one for arm in arms for one in arm):
-        common = np.intersect1d(common, one.ids)
+    common = reduce(np.intersect1d, [one.ids for arm in arms for one in arm])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give these in a file (data.eval)")
     same = [[one.of(common) for one in arm] for arm in arms]
     drawn = draw(measure, [[one.kept for one in arm] for arm in same], same[0][0].clusters)
     spreads = seed_spreads(drawn, [False] * len(arms))
     proofs = []
-    for number, step in enumerate(steps, start=1):
+    for number, (step, patch) in enumerate(zip(steps, patches, strict=True), start=1):
         found = difference(drawn, number, 0, spreads, 1.0, measure.span)
-        low, high = found.interval(ALPHA)
+        low, high = found.interval(ALPHA / len(steps))
         proofs.append(
             Proof(
                 check=step.check,
@@ -196,6 +223,7 @@ def _compared(
                 difference=found.estimate,
                 low=low,
                 high=high,
+                patch=patch,
             )
         )
     return proofs, len(common)

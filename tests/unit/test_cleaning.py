@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fulltune.cleaning import _compared, _EvalRows
+from fulltune.cleaning import _compared, _EvalRows, _leaves_enough
 from fulltune.data.prove import CleaningStep, cleaning_steps
 from fulltune.records.audit import Proof, Proofs, Remedy, RowIssue
+from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.stats.row_scores import Measure
 
 DROP = Remedy(action="drop")
@@ -80,7 +81,7 @@ def test_runs_are_compared_on_the_rows_that_all_have_held_out_in_whatever_order(
 
     steps = [CleaningStep("a", "drop", ()), CleaningStep("b", "drop", ())]
     arms = [arm(0.7, slice(0, 1100)), arm(0.8, slice(100, 1200)), arm(0.7, slice(0, 1200))]
-    (better, same), rows = _compared(_accuracy(), steps, arms)
+    (better, same), rows = _compared(_accuracy(), steps, ["a", "b"], arms)
     assert rows == 1000
     expected = float((hard[100:1100] < 0.8).mean() - (hard[100:1100] < 0.7).mean())
     assert better.difference == pytest.approx(expected, abs=0.02)
@@ -105,3 +106,25 @@ def test_a_verdict_knows_which_way_is_better(metric: str, greater: bool, low: fl
         fingerprint="f", eval_rows=9, times=3, proofs=(proof,), by="trainings", metric=metric, greater_is_better=greater
     )
     assert proofs.verdict(proof) == verdict
+
+
+@pytest.mark.parametrize(
+    ("dropped", "labels", "enough"), [(40, "ab", True), (60, "ab", False), (3, "b", False), (2, "b", True)]
+)
+def test_a_step_leaves_most_rows_and_each_label(dropped: int, labels: str, enough: bool) -> None:
+    counts = {"a": 97, "b": 3}
+    split = SplitSummary.model_construct(rows=100, label_counts=counts)
+    summary = DataSummary.model_construct(splits={"train": split})
+    of_b = min(dropped, 2 if len(labels) > 1 else 3)
+    given = ["b"] * of_b + ["a"] * (dropped - of_b)
+    issues = [issue("markup", str(at)).model_copy(update={"label": label}) for at, label in enumerate(given)]
+    drop, change = (CleaningStep("markup", action, tuple(issues)) for action in ("drop", "replace"))
+    assert _leaves_enough(drop, summary) is enough
+    assert _leaves_enough(change, summary)
+
+
+def test_a_row_with_two_faults_of_a_kind_is_one_row() -> None:
+    both = [issue("markup", "1", Remedy(action="replace", column=name, value="x")) for name in ("text_a", "text_b")]
+    drop, change = cleaning_steps(both)
+    assert len(drop.issues) == len(change.issues) == 1
+    assert change.decisions[0].remedy.column == "text_a"

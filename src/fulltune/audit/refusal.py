@@ -65,7 +65,9 @@ _PHRASES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (
             ("as a", "being a"),
             r"\b(?:as|being) an? (?:\w+ )?"
-            r"(?:ai\b|artificial intelligence(?=,| (?:i|language|model|assistant)\b)|(?:large )?language model"
+            r"(?:ai\b(?! (?:company|consult|develop(?!ed)|engineer|enthus|expert|lab\b|profess|research|scien|startup"
+            r"|student))"
+            r"|artificial intelligence(?=,| (?:i|language|model|assistant)\b)|(?:large )?language model"
             r"|virtual assistant)"
             r"|\bas an? (?:responsible|helpful|harmless|ethical) (?:\w+ ){0,3}assistant",
         ),

@@ -62,7 +62,7 @@ class Wanted:
 
 def audited(target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, wanted: Wanted) -> Audited:
     """The data stage, and what is wrong with its rows; with a page about both."""
-    from fulltune.cleaning import prove_by_training
+    from fulltune.cleaning import prove_by_training, refuse_trainings
     from fulltune.cli.show.run import Display
     from fulltune.pipeline import audit_rows, list_losses, prove_cleaning
     from fulltune.report import write_data_page
@@ -77,6 +77,8 @@ def audited(target: Path, overrides: list[str] | None, folder: Path | None, fres
     summary = stages.reach(recipe, found, "data", details=False).summary
     if wanted.prove:
         refuse_prove(summary)
+    if wanted.trainings:
+        refuse_trainings(recipe, summary)
     with run_folder.writing(found), run_folder.locked(found):
         with Display(err, details=False) as display:
             job = Run(recipe, found, listener=display)
@@ -99,12 +101,20 @@ def show(found: Audited, as_json: bool) -> None:
     if as_json:
         issues = {one.check: one.rows for one in audit.checks}
         place = str(folder / "data" / AUDIT)
-        stages.print_json(found.summary.model_dump(mode="json") | {"issues": issues, "audit": place})
+        more = {
+            "issues": issues,
+            "audit": place,
+            "proofs": [one.model_dump(mode="json") for one in proofs_of(folder, audit)],
+        }
+        stages.print_json(found.summary.model_dump(mode="json") | more)
         return
     display.show_data(out, found.summary)
     display.show_audit(out, audit)
     for proofs in proofs_of(folder, audit):
-        display.show_proofs(out, proofs)
+        if proofs.proofs:
+            display.show_proofs(out, proofs)
+        else:
+            out.print(f"would cleaning help? No step could be compared by {proofs.by}.")
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
         out.print(f"review:  fulltune data {escape(str(found.target))} --review", soft_wrap=True)

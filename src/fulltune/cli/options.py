@@ -38,19 +38,25 @@ Prove = Annotated[
 ]
 Trainings = Annotated[
     int,
-    typer.Option("--trainings", help="Train so many times with and without each cleaning step.", metavar="N"),
+    typer.Option(
+        "--trainings", help="Train with and without each cleaning step, with N seeds each (2 or more).", metavar="N"
+    ),
 ]
 StepsOf = Annotated[
     list[str] | None,
-    typer.Option("--check", help="For --trainings: only the steps of this check.", metavar="CHECK"),
+    typer.Option("--check", help="For --trainings: only the steps of this check. Repeatable.", metavar="CHECK"),
 ]
 Losses = Annotated[
     bool,
-    typer.Option("--losses", help="Read the rows with a run's trained model; list those of the highest loss."),
+    typer.Option(
+        "--losses", help="Of a RUN: read its train and eval rows with the trained model; list the highest losses."
+    ),
 ]
 Accept = Annotated[
     list[str] | None,
-    typer.Option("--accept", help="Take what is proposed for all rows of a check into the patch.", metavar="CHECK"),
+    typer.Option(
+        "--accept", help="Take what is proposed for all rows of a check into the patch. Repeatable.", metavar="CHECK"
+    ),
 ]
 Review = Annotated[
     bool,
@@ -58,7 +64,9 @@ Review = Annotated[
 ]
 PatchFile = Annotated[
     Path | None,
-    typer.Option("--patch", help="Where decisions are kept. Default: NAME.patch.jsonl beside the recipe."),
+    typer.Option(
+        "--patch", help="Where decisions are kept. Default: NAME.patch.jsonl beside the recipe, or in the RUN."
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
 SearchRate = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -52,9 +52,9 @@ def judge(ran: SeedRuns) -> Comparison:
             if not one.preserved.is_feasible:
                 scaled_away.setdefault(one.arm, []).append(one.seed)
         clusters = clusters_of(context.folder / "data" / "test")
-        decision = _decided(context, compared, clusters, alpha.now)
-        leaks = without_leaks(context, compared, clusters, decision)
-    found = comparison_of(ran, of_learned(decision, scaled_away), held, baselines, openings)
+        decision = of_learned(_decided(context, compared, clusters, alpha.now), scaled_away)
+        leaks = without_leaks(context, compared, clusters, decision, scaled_away)
+    found = comparison_of(ran, decision, held, baselines, openings)
     found = found.model_copy(update={"notes": (*found.notes, *leaks)})
     found.save(context.folder / RECORD)  # the test rows are opened: before anything else can go wrong
     value = next(row.metric.value for row in found.rows if row.kind == "full")
@@ -75,7 +75,11 @@ def _decided(context: Context, compared: Sequence[ArmItems], clusters: np.ndarra
 
 
 def without_leaks(
-    context: Context, compared: Sequence[ArmItems], clusters: np.ndarray, decision: Decision
+    context: Context,
+    compared: Sequence[ArmItems],
+    clusters: np.ndarray,
+    decision: Decision,
+    scaled_away: Mapping[str, Sequence[int]],
 ) -> list[str]:
     """What the verdict would be without the test rows that stand in train; empty: none stands there."""
     seen = in_train(context.folder / "data" / "test")
@@ -91,7 +95,8 @@ def without_leaks(
         replace(arm, trials=[{name: values[~seen] for name, values in kept.items()} for kept in arm.trials])
         for arm in compared
     ]
-    found, metric = _decided(context, unseen, clusters[~seen], decision.alpha), context.measure.name
+    found = of_learned(_decided(context, unseen, clusters[~seen], decision.alpha), scaled_away)
+    metric = context.measure.name
     scores = ", ".join(f"{one.arm} {format_metric(metric, one.mean)}" for one in found.scores)
     same = found.verdict == decision.verdict
     return [f"{said}{scores}, and {'still' if same else f'not {decision.verdict} but'} {found.verdict}"]

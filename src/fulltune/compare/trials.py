@@ -12,7 +12,7 @@ from fulltune.compare.context import OPEN, SEALED, Context
 from fulltune.errors import Diverged
 from fulltune.evaluate import outputs
 from fulltune.records.comparison import Trial, TrialResult
-from fulltune.records.events import AttemptFailed, Listener, Resumed, StepLogged, Warned
+from fulltune.records.events import without_tables
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks
@@ -104,11 +104,6 @@ def _result(trial: Trial, made: Plan, **fields: object) -> TrialResult:
     known = {name: getattr(made, name) for name in ("num_parameters", "device", "precision", "weights_dtype")}
     more = {"num_trainable": made.num_trainable_parameters, "bf16_rounding": made.bf16_rounding}
     return TrialResult.model_validate({"trial": trial, **known, **more, **fields})
-
-
-def without_tables(listener: Listener) -> Listener:
-    """Of a trial only what moves: the tables of all trials would hide the comparison."""
-    return lambda event: listener(event) if isinstance(event, StepLogged | Warned | Resumed | AttemptFailed) else None
 
 
 def keep_rows(context: Context, trial: Trial, made: Plan, outcome: Outcome) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.audit import missing, repaired
+from fulltune.audit.language import knows_languages
 from fulltune.data.audited_rows import (
     CHAT_FAULT,
     SPLITS,
@@ -26,6 +27,7 @@ from fulltune.data.audited_rows import (
     look,
     with_numbers,
 )
+from fulltune.data.judge import OUT_OF_MEMORY
 from fulltune.data.languages import OTHER_LANGUAGE, not_told
 from fulltune.data.outliers import NEIGHBOURS, FarRows
 from fulltune.data.patch import load_patch
@@ -45,6 +47,8 @@ from fulltune.text import counted
 
 LABEL, DOUBT, OUTLIER = "label error", "doubtful label", "outlier"
 NOT_ASKED = "left out by --no-labels"
+VERSION = 2
+"""Of the checks: raised when they find other rows, so that an audit by earlier ones is made anew."""
 _EXAMPLES = 10
 _SHOWN = 3
 """Words, or labels, of a row that are named one by one."""
@@ -119,11 +123,13 @@ def audit(
             labels = _about_labels(rows.target, judged[1], of_rows=seen.counts["train"])
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
-    found_now = [*with_numbers(rows, seen, issues), *_high_losses(folder, summary)]
+    found_now = [*with_numbers(rows, seen, issues, decided), *_high_losses(folder, summary)]
     issues = [one for one in found_now if one.key not in decided]
     save_issues(folder, issues)
     done = Audit(
         fingerprint=summary.fingerprint,
+        version=VERSION,
+        absent=absent(),
         rows=seen.counts,
         checks=by_check(issues),
         clean=tuple(sorted(made - {one.check for one in issues})),
@@ -150,8 +156,14 @@ def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
 def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | None:
     """An audit of the same rows that is whole; None: there is none."""
     found = _of_same_rows(folder, summary)
-    is_whole = found is not None and all(found.not_run.get(check) != NOT_ASKED for check in asked)
-    return found if is_whole else None
+    if found is None or found.version != VERSION or found.absent != absent():
+        return None
+    return found if all(found.not_run.get(check) not in (NOT_ASKED, OUT_OF_MEMORY) for check in asked) else None
+
+
+def absent() -> tuple[str, ...]:
+    """Extras that are not installed, and bring further checks."""
+    return (*sorted({*missing().values()}), *(() if knows_languages() else ("languages",)))
 
 
 def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:

@@ -16,7 +16,7 @@ from fulltune.audit.conversation import chat_faults
 from fulltune.audit.flaw import listed
 from fulltune.data.languages import OTHER_LANGUAGE, Heard, listen, strangers
 from fulltune.data.near import signatures
-from fulltune.data.patch import Patched, load_patch, numbered
+from fulltune.data.patch import Decisions, Patched, load_patch, numbered
 from fulltune.data.running_text import PARTS, cells, checks_of, flawed, private
 from fulltune.data.sampling import draw
 from fulltune.data.sources import find_files, read_rows
@@ -162,19 +162,23 @@ def look(rows: AuditedRows, total: int, progress: Progress) -> SeenRows:
     return seen
 
 
-def with_numbers(rows: AuditedRows, seen: SeenRows, issues: list[RowIssue]) -> list[RowIssue]:
-    """The issues, with which one of several equal rows of a source each is about."""
+def with_numbers(rows: AuditedRows, seen: SeenRows, issues: list[RowIssue], decided: Decisions) -> list[RowIssue]:
+    """The issues, with which one of several equal rows of a source each is about, those counted that a patch drops."""
     ids = np.array(seen.ids, np.uint64)
     values, counts = np.unique(ids, return_counts=True)
-    several = {f"{one:016x}" for one in values[counts > 1].tolist()}
+    dropped = {key for key, one in decided.items() if one.remedy.action == "drop"}
+    several = {f"{one:016x}" for one in values[counts > 1].tolist()} | {row.partition("-")[0] for _, row in dropped}
     places: dict[tuple[str, str], int] = {}
     if any(one.row in several for one in issues):
         times = Counter[tuple[str, str]]()
         for split in SPLITS:
             for row in rows.of(split):
                 if (found := row_id(row)) in several:
-                    times[rows.source_of(split), found] += 1
-                    places[split, str(row[PLACE])] = times[rows.source_of(split), found]
+                    source = rows.source_of(split)
+                    times[source, found] += 1
+                    while (source, numbered(found, times[source, found])) in dropped:
+                        times[source, found] += 1
+                    places[split, str(row[PLACE])] = times[source, found]
     return [one.model_copy(update={"row": numbered(one.row, places.get((one.split, one.place), 1))}) for one in issues]
 
 

@@ -30,6 +30,7 @@ from fulltune.tasks.tags import words_and_tags
 from fulltune.tasks.token_classification import seen_words
 
 BATCH = 32
+OUT_OF_MEMORY = "memory ran out while the untouched model read the rows"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Reader:
     folder: Path
     """The run's `data` folder."""
     listener: Listener
-    _read: dict[SplitName, tuple[Items, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
-    """What was read already: several checks look at it."""
+    _read: dict[SplitName, tuple[Items, np.ndarray] | NoProbe] = field(default_factory=dict, repr=False, compare=False)
+    """What was read already, or why it cannot be: several checks look at it."""
 
     @cached_property
     def looker(self) -> probe.Looker:
@@ -77,13 +78,19 @@ class Reader:
             NoProbe: When this model's states say nothing, or memory runs out.
         """
         if split not in self._read:
-            self._read[split] = self._items(split)
-        return self._read[split]
+            try:
+                self._read[split] = self._items(split)
+            except NoProbe as no:
+                self._read[split] = no
+        found = self._read[split]
+        if isinstance(found, NoProbe):
+            raise found
+        return found
 
     def _items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         try:
             rows = opened(Rows(self.folder / split), self.base.processor)
-            width = self.looker.model.config.get_text_config().hidden_size
+            width = getattr(self.looker.model.config.get_text_config(), "hidden_size", None) or 0  # none: convolutions
             if self.looker.kind == "tags":
                 width = -(-width // 2)  # one vector of each word is kept, where `sampled` reckons with two
             chosen = sampled(rows, self.looker.kind, self.looker.target.num_choices, width)
@@ -91,7 +98,7 @@ class Reader:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise NoProbe("memory ran out while the untouched model read the rows") from error
+            raise NoProbe(OUT_OF_MEMORY) from error
         if found.mean is None:
             raise NoProbe("this model gives fewer states than there are tokens")
         positions = np.array(chosen.positions if isinstance(chosen, Share) else range(len(rows)))

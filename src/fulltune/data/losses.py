@@ -47,19 +47,21 @@ def list_losses(
     with replacing(folder / LOSSES) as part, part.open("w", encoding="utf-8") as file:
         for split, (counts, said) in losses.items():
             found, listed = _of_rows(folder / split, counts, said), list[RowIssue]()
-            usual, bound = float(np.median([loss for loss, _, _ in found])), _bound([loss for loss, _, _ in found])
-            for row, (loss, items, answer) in zip(rows.of(split), found, strict=True):
+            ordered = sorted(range(len(found)), key=lambda at: -found[at][0])
+            highest = {*ordered[: min(MOST, int(np.ceil(MOST_SHARE * len(found))))]}
+            usual = float(np.median([loss for loss, _, _ in found])) if found else 0.0
+            for at, (row, (loss, items, answer)) in enumerate(zip(rows.of(split), found, strict=True)):
                 source, name = rows.source_of(split), row_id(row)
                 times[source, name] += 1
                 name = numbered(name, times[source, name])
                 line = RowLoss(place=str(row[PLACE]), row=name, split=split, loss=loss, items=items)
                 file.write(line.model_dump_json() + "\n")
-                if loss >= bound and (source, name) not in decided:
+                if at in highest and (source, name) not in decided:
                     reason = f"loss {loss:.3g}; of half of the {split} rows at most {usual:.3g}"
                     reason += f"; the model says '{answer}'" if answer is not None else ""
                     issue = rows.issue(HIGH_LOSS, split, row, reason, score=loss)
                     listed.append(issue.model_copy(update={"row": name}))
-            issues += sorted(listed, key=lambda one: -one.score)[:MOST]
+            issues += listed
     save_issues(folder, issues)
     audit = Audit.load(folder / AUDIT).model_copy(update={"checks": by_check(issues)})
     audit.save(folder / AUDIT)
@@ -75,9 +77,3 @@ def _of_rows(folder: Path, counts: np.ndarray, said: Sequence[str | None]) -> li
         total, items = np.sum([count for _, count, _ in several], axis=0)
         found.append((float(total / max(1.0, items)), int(items), several[0][2]))
     return found
-
-
-def _bound(losses: list[float]) -> float:
-    """The loss of the last row that is listed."""
-    count = min(MOST, int(np.ceil(MOST_SHARE * len(losses))))
-    return sorted(losses, reverse=True)[count - 1]

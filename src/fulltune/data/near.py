@@ -67,14 +67,14 @@ def _signatures(texts: Sequence[str]) -> np.ndarray:
     return np.ascontiguousarray(signed.T)
 
 
-def jaccard(one: str, other: str) -> float:
+def jaccard(mine: set[str], theirs: set[str]) -> float:
     """Share of the different 5-grams of two texts that both have: counted, where signatures estimate it."""
-    mine, theirs = _grams(one), _grams(other)
     shared = len(mine & theirs)
     return shared / (len(mine) + len(theirs) - shared)
 
 
-def _grams(text: str) -> set[str]:
+def grams(text: str) -> set[str]:
+    """The different 5-grams of a text's characters; of a shorter one itself, filled up."""
     text = text.ljust(_SHINGLE, "\0")
     return {text[place : place + _SHINGLE] for place in range(len(text) - _SHINGLE + 1)}
 

@@ -37,7 +37,8 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str],
     """
     expected = "expected a patch file, as 'fulltune data RECIPE --review' writes it"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: a text may have other signs that end a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise DataError(f"{setting}: {path}: is not UTF-8; {expected}") from None
     except OSError as error:

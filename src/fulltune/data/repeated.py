@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 
 from fulltune.data.audited_rows import AuditedRows, SeenRows
-from fulltune.data.near import jaccard, joined
+from fulltune.data.near import grams, jaccard, joined
 from fulltune.data.rephrased import HELD_OUT, Rephrased
 from fulltune.records.audit import Remedy, RowIssue
 from fulltune.records.data import SplitName
@@ -26,8 +26,8 @@ _CANDIDATE = 0.7
 """The same as signatures estimate it, with an error of 3.5 points at 0.8: of 400 rows at the bound one is below."""
 _QUOTED = 80
 """Characters of the row that is scored on."""
-_MOST_COMPARED = 1000
-"""Held-out rows of a group whose signatures a train row's is compared with."""
+_MOST_COMPARED = 5000
+"""Held-out rows of a group whose signatures a train row's is compared with: more than are ever split off."""
 _MOST_READ = 10
 """Of these how many are read, those first that seem nearest."""
 
@@ -73,8 +73,8 @@ def repeated(rows: AuditedRows, seen: SeenRows) -> list[RowIssue]:
         if leaks[position]:
             issues.append(tell(LEAK, reason=f"the same text is scored on: {others[0].shown}"))
         elif others:
-            key = rows.task.group_key(row, rows.target)
-            shares = [jaccard(key, other.key) for other in others]
+            mine = grams(rows.task.group_key(row, rows.target))
+            shares = [jaccard(mine, grams(other.key)) for other in others]
             if (share := max(shares)) >= NEAR:
                 shown = others[shares.index(share)].shown
                 issues.append(tell(NEAR_LEAK, reason=f"nearly the same text is scored on: {shown}", score=share))
@@ -105,18 +105,21 @@ def _scored_on(seen: SeenRows, train: np.ndarray, leaks: np.ndarray, near: np.nd
 
     Rows of one group are near each other along a chain; what counts is whether they are near by themselves.
     """
-    groups: dict[int, list[int]] = {}
+    groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~train & np.isin(near, near[train])).tolist():
         groups.setdefault(int(near[position]), []).append(position)
+        first.setdefault(seen.keys[position], position)
+    of_group = {group: seen.signed[others[:_MOST_COMPARED]] for group, others in groups.items()}
     found: dict[int, list[int]] = {}
     for position in np.flatnonzero(train & np.isin(near, near[~train])).tolist():
-        others = groups[int(near[position])]
         if leaks[position]:
-            found[position] = [next(one for one in others if seen.keys[one] == seen.keys[position])]
+            found[position] = [first[seen.keys[position]]]
             continue
-        shared = (seen.signed[position] == seen.signed[others[:_MOST_COMPARED]]).mean(axis=1)
-        nearest = np.argsort(-shared, kind="stable")[:_MOST_READ]
-        if candidates := [others[one] for one in nearest.tolist() if shared[one] >= _CANDIDATE]:
+        group = int(near[position])
+        shared = (seen.signed[position] == of_group[group]).sum(axis=1, dtype=np.uint8)
+        nearest = np.argsort(shared, kind="stable")[::-1][:_MOST_READ]
+        least = _CANDIDATE * seen.signed.shape[1]
+        if candidates := [groups[group][one] for one in nearest.tolist() if shared[one] >= least]:
             found[position] = candidates
     return found
 

@@ -231,3 +231,8 @@ class JournalEntry(Record):
     """ISO 8601, in UTC."""
     event: str = "-"
     detail: str = ""
+
+
+def without_tables(listener: Listener) -> Listener:
+    """Of one of many runs only what moves: the tables of all would hide what comes of them."""
+    return lambda event: listener(event) if isinstance(event, StepLogged | Warned | Resumed | AttemptFailed) else None

@@ -19,12 +19,11 @@ from typing import Any
 from fulltune import pipeline
 from fulltune.compare.design import FORECAST_AGAIN, round_up
 from fulltune.compare.rate_search import Scale
-from fulltune.compare.trials import without_tables
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.files import append_line, lines_of
 from fulltune.recipe.several_runs import combinations, num_combinations, why_impossible, with_settings
 from fulltune.records.data import DataSummary
-from fulltune.records.events import Said
+from fulltune.records.events import Said, without_tables
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
 from fulltune.records.search import Searched, TriedSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ import pytest
 
 from fulltune import data
 from fulltune.data.audit import load_issues
-from fulltune.data.near import jaccard
+from fulltune.data.near import grams, jaccard
 from fulltune.data.outliers import FarRows, Outlier
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.data.rephrased import ComparedTexts, Rephrased
@@ -126,11 +127,11 @@ def test_near_leaks_are_counted_and_not_estimated(tmp_path: Path) -> None:
         while True:
             place = chance.randrange(len(other))
             next_one = other[:place] + chance.choice(letters) + other[place + 1 :]
-            if jaccard(text, next_one) < least:
+            if jaccard(grams(text), grams(next_one)) < least:
                 break
             other = next_one
         held.append({"text": text, "label": labels[at % len(labels)]})
-        (near if jaccard(text, other) >= bound else apart).append({"text": other, "label": labels[0]})
+        (near if jaccard(grams(text), grams(other)) >= bound else apart).append({"text": other, "label": labels[0]})
     _, issues = audited(tmp_path, prepared(tmp_path, [*CLEAN, *near, *apart], eval=held[:60], test=held[60:]))
     assert len(apart) >= 50
     assert {one.text for one in issues["near leak"]} == {row["text"] for row in near}
@@ -477,3 +478,32 @@ def test_each_run_is_told_what_the_cheap_checks_found(tmp_path: Path) -> None:
     assert "markup in 2 rows" in note
     assert "broken encoding in 1 row" in note
     assert not any("look wrong" in one for one in prepared(tmp_path, CLEAN).notes)
+
+
+def test_patch_keeps_texts_with_every_sign_that_ends_a_line(tmp_path: Path) -> None:
+    row = {"text": "first\u2028second\u2029third\x85fourth <p>hello</p>", "label": CLEAN[0]["label"]}
+    _, issues = audited(tmp_path, prepared(tmp_path, [*CLEAN, row]))
+    [issue] = issues["control characters"]
+    decision = RowDecision(row=issue.row, remedy=Remedy(action="replace", column="text", value=row["text"] + "!"))
+    save_patch(tmp_path / "p.jsonl", [decision])
+    assert load_patch(tmp_path / "p.jsonl") == {decision.key: decision}
+
+
+def test_equal_rows_are_counted_with_those_that_the_patch_drops(tmp_path: Path) -> None:
+    rows = [*CLEAN, CLEAN[0], CLEAN[0]]
+    for dropped in (1, 2):
+        patch, folder = tmp_path / f"{dropped}.jsonl", tmp_path / str(dropped)
+        save_patch(patch, [decide(CLEAN[0], "drop", dropped)])
+        _, issues = audited(folder, prepared(folder, rows, patch=str(patch)))
+        assert [one.row for one in issues["duplicate"]] == [f"{row_id(CLEAN[0])}-3"]
+
+
+def test_audit_is_made_anew_when_an_extra_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = prepared(tmp_path, CLEAN)
+    first, _ = audited(tmp_path, summary)
+    seconds = (tmp_path / "data" / "audit.json").stat().st_mtime_ns
+    assert audited(tmp_path, summary)[0] == first
+    assert (tmp_path / "data" / "audit.json").stat().st_mtime_ns == seconds
+    monkeypatch.setattr(importlib.import_module("fulltune.data.audit"), "absent", lambda: ("audit", "languages"))
+    again, _ = audited(tmp_path, summary)
+    assert again.absent == ("audit", "languages") != first.absent

@@ -54,7 +54,7 @@ def test_signatures_estimate_the_share_of_common_grams() -> None:
     ],
 )
 def test_jaccard_counts_different_grams(one: str, two: str, share: float) -> None:
-    assert near.jaccard(one, two) == pytest.approx(share)
+    assert near.jaccard(near.grams(one), near.grams(two)) == pytest.approx(share)
 
 
 def test_signatures_do_not_depend_on_neighbours_or_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ def test_minilm_tells_few_hand_written_pairs_apart_and_the_docs_say_so() -> None
     states = GenericText.of(texts, base.processor, "single_label", "fp32", 128, 32).read(model).astype(np.float32)
     cosines = (states[:200] * states[200:]).sum(axis=1)
     right, wrong = cosines[:100], cosines[100:]
-    # What docs/data-evidence.md says: the bound is for rewordings; free paraphrases are missed, and twists of one word are not.
+    # As in docs/data-evidence.md: the bound is for rewordings; free paraphrases are missed, twists of a word are not.
     assert int((right >= ALIKE).sum()) <= 5
     assert 10 <= int((wrong >= ALIKE).sum()) <= 22
     assert np.median(wrong) > np.median(right)

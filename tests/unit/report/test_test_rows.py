@@ -93,12 +93,12 @@ def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", 
 def test_models_are_counted_and_not_how_often_one_is_scored() -> None:
     assert scored_again([]) == scored_again([access("a"), access("a", day=3)]) == ""
     assert scored_again([access("a", day=4), access("b"), access("c", day=7), access("c", day=8)]) == (
-        "These test rows have been scored in 3 runs here, the first on 2026-11-02: the best of them by its test score "
+        "These test rows have been scored 3 times here, the first on 2026-11-02: the best of them by its test score "
         "would be flattered. Choose by the eval score."
     )
-    assert "in 2 runs here" in scored_again([access("a"), access("a", "trained anew")])
+    assert "2 times here" in scored_again([access("a"), access("a", "trained anew")])
     compared = [access("b", "", trial="comparison"), access("b", "", trial="comparison"), access("a")]
-    assert "in 2 runs here (1 comparison among them)" in scored_again(compared)
+    assert "2 times here (1 comparison among them)" in scored_again(compared)
 
 
 def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> None:
@@ -107,10 +107,10 @@ def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> No
     log = classification.parent / ACCESSES
     log.write_text("".join(json.dumps(one.model_dump()) + "\n" for one in lines), encoding="utf-8")
     headline, _, _ = report.conclude(classification)
-    assert "scored in 2 runs here, the first on 2026-11-01" in headline.note
+    assert "scored 2 times here, the first on 2026-11-01" in headline.note
     report.write(classification)
     for page in ("report.md", "report.html"):
-        assert "scored in 2 runs here" in (classification / page).read_text(encoding="utf-8")
+        assert "scored 2 times here" in (classification / page).read_text(encoding="utf-8")
 
 
 def test_log_that_cannot_be_read_is_missing_and_the_report_is_written(classification: Path) -> None:

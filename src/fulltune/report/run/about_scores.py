@@ -127,7 +127,7 @@ def scored_again(accesses: Sequence[Access]) -> str:
     among = f" ({counted(compared, 'comparison')} among them)" if compared else ""
     since = min(one.time for one in accesses)[:10]
     return (
-        f"These test rows have been scored in {len(runs)} runs here{among}, the first on {since}: the best of them by "
+        f"These test rows have been scored {len(runs)} times here{among}, the first on {since}: the best of them by "
         "its test score would be flattered. Choose by the eval score."
     )
 

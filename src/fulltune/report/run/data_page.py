@@ -233,11 +233,11 @@ def _difference(metric: str, proof: Proof) -> str:
 
 def _cleaning(all_proofs: Sequence[Proofs]) -> Section | None:
     blocks: list[Block] = []
-    for proofs in all_proofs:
+    for proofs in (one for one in all_proofs if one.proofs):
         name, points = words.metric_name(proofs.metric), " in points" if is_share(proofs.metric) else ""
         header = ("check", "its rows", "rows", name, f"difference{points}", "verdict")
         over = "eval rows" if proofs.by == "classifiers" else "eval rows and seeds"
-        caption = f"By {proofs.by}: {name} with each step alone; 95 % intervals over {over}"
+        caption = f"By {proofs.by}: {name} with each step alone; intervals over {over} that together hold in 95 %"
         blocks += [
             Paragraph(about_proofs(proofs)),
             Table(caption, header, tuple(proof_rows(proofs)), frozenset({2, 3, 4})),
@@ -252,12 +252,13 @@ _LIMITS = (
 
 
 def _advice(proofs: Proofs) -> str:
-    helping = listed(list(dict.fromkeys(one.check for one in proofs.proofs if proofs.verdict(one) == "helps")))
+    helping = [one for one in proofs.proofs if proofs.verdict(one) == "helps"]
     if not helping:
         return "No step helps as far as can be told: leave the rows as they are, or read some of them first."
     if proofs.by == "trainings":
-        return f"What helps can be taken with --accept: {helping}."
-    return f"Worth a few trainings (--trainings 3): {helping}. What helps classifiers need not help a trained model."
+        return f"What helped can be named as data.patch: {listed([one.patch for one in helping])}."
+    checks = listed(list(dict.fromkeys(one.check for one in helping)))
+    return f"Worth a few trainings (--trainings 3): {checks}. What helps classifiers need not help a trained model."
 
 
 def _check(found: CheckFound) -> Section:

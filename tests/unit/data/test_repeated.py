@@ -1,0 +1,27 @@
+"""Which held-out rows a train row is read against, by signatures alone."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from fulltune.data.audited_rows import SeenRows
+from fulltune.data.near import NUM_HASHES
+from fulltune.data.repeated import _scored_on
+
+
+def test_the_nearest_of_thousands_of_one_template_is_among_those_that_are_read() -> None:
+    held_out = 3000
+    signed = np.zeros((2 + held_out, NUM_HASHES), np.uint16)
+    signed[2:, : NUM_HASHES // 4] = np.arange(1, held_out + 1)[:, None]  # three quarters are the template's
+    signed[-1, : NUM_HASHES // 4] = 0
+    signed[-1, 0] = 7
+    seen = SeenRows(keys=array("Q", range(2 + held_out)), signed=signed, counts={"train": 2})
+    seen.keys[1] = seen.keys[500]
+    train = np.arange(2 + held_out) < 2
+    leaks, near = np.array([False, True] + [False] * held_out), np.zeros(2 + held_out, np.int64)
+    found = _scored_on(seen, train, leaks, near)
+    assert found[0][0] == 1 + held_out
+    assert len(found[0]) == 10
+    assert found[1] == [500]
