@@ -50,7 +50,8 @@ _ABOUT = {
     "label error": "Train rows whose label is probably wrong; how far to trust that stands above.",
     "doubtful label": "Train rows with another label that is clearly likelier. Read some before you change any.",
     "outlier": "Rows that the untouched model takes for unlike all train rows: of another topic, or no text that makes "
-    "sense, but also rare questions that belong there. Rows of another topic that are many are not found.",
+    "sense, but also rare questions that belong there. Rows of another topic that are many are not found. Leaving out "
+    "eval or test rows because they are odd flatters the model.",
     "high loss": "Train and eval rows on which the trained model has the highest loss: a list to read, and no claim. A "
     "model that has learned a wrong label by heart has a low loss on it, so the eval rows, which it did not learn "
     "from, tell more. Change only what is wrong: eval rows that are left out because they are hard flatter the model.",
