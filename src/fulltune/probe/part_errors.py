@@ -53,7 +53,7 @@ def suspected_parts(items: Items) -> Suspected:
         NoProbe: When there are too few rows, or nothing can be fitted.
     """
     is_tags = items.kind == "tags"
-    if not is_tags and MOST_DECISIONS < LEAST_ROWS * items.num_outputs:
+    if not is_tags and LEAST_ROWS * items.num_outputs > MOST_DECISIONS:
         raise NoProbe(f"{items.num_outputs:,} labels are too many to judge each of them")
     items = items.sampled(MOST_WORDS if is_tags else MOST_DECISIONS // items.num_outputs)
     _refuse(items)
