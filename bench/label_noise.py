@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 from evidence import MINILM, data, write_csv
 
-from fulltune.probe.label_errors import Suspected, suspected
+from fulltune.probe.label_errors import DOUBT, Suspected, suspected
 from fulltune.probe.linear import Items
 
 ROWS = 2000
 CELLS = ((0.0, "uniform"), (0.1, "uniform"), (0.1, "near"), (0.2, "uniform"), (0.2, "near"))
 NEAREST = 3
-TREATMENTS = ("clean", "noisy", "dropped", "relabelled")
+TREATMENTS = ("clean", "noisy", "dropped", "relabelled", "both")
+"""`both`: suspects with another label that is likelier by half get it, the others are left out."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,12 @@ def train(folder: Path, seeds: list[int], cells: list[tuple[float, str]]) -> Non
 
 def _trained(folder: Path, them: Noisy, treatment: str, name: str, seed: int) -> dict[str, Any]:
     labels, kept = (them.right if treatment == "clean" else them.given).copy(), np.ones(ROWS, bool)
-    if treatment in ("dropped", "relabelled"):
+    if treatment in ("dropped", "relabelled", "both"):
         found = them.judged()
-        if treatment == "dropped":
-            kept = ~found.suspects
-        else:
-            labels[found.suspects] = found.other[found.suspects]
+        sure = {"dropped": -np.inf, "relabelled": np.inf, "both": DOUBT}[treatment]
+        changed = found.suspects & (found.margins < sure)
+        labels[changed] = found.other[changed]
+        kept = ~found.suspects | changed
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
     rows = [{"text": row["text"], "category": them.names[label]} for row, label in zip(them.rows, labels, strict=True)]
