@@ -25,7 +25,7 @@ import numpy as np
 
 from fulltune import data, evaluate, pipeline
 from fulltune.data.patch import load_patch, save_patch
-from fulltune.data.prove import ALPHA, CleaningStep, cleaning_steps, ids
+from fulltune.data.prove import ALPHA, LEAST_EVAL_ROWS, CleaningStep, cleaning_steps, ids
 from fulltune.errors import RecipeError
 from fulltune.evaluate import outputs
 from fulltune.inference.store import clusters_of
@@ -83,8 +83,8 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     arms: list[list[_EvalRows]] = [[] for _ in range(1 + len(steps))]
     total, began = len(arms) * seeds, time.monotonic()
     for done, ((arm, step), seed) in enumerate(itertools.product(enumerate((None, *steps)), range(seeds))):
-        left = (total - done) * (time.monotonic() - began) / max(1, done)
-        about = f" (about {format_seconds(round(left))} left)" if done else ""
+        each = (time.monotonic() - began) / max(1, done)
+        about = f" (about {format_seconds(round((total - done) * each))} left)" if each > 1 else ""
         job.listener(Said(text=f"training {done + 1} of {total}: {step or 'rows as they are'}, seed {seed}{about}"))
         arms[arm].append(_rows_of_run(job, summary, step, seed))
     shutil.rmtree(job.folder / FOLDER / ".fulltune-cache", ignore_errors=True)
@@ -118,6 +118,11 @@ def refuse_trainings(recipe: Recipe, summary: DataSummary) -> None:
         raise RecipeError(
             "--trainings: these texts share rows, so that those held out differ as soon as a text is left out; give "
             "eval texts in a file of their own (data.eval)"
+        )
+    if summary.splits["eval"].rows < LEAST_EVAL_ROWS:
+        raise RecipeError(
+            f"--trainings: {summary.splits['eval'].rows} eval rows tell nothing, expected {LEAST_EVAL_ROWS} at least "
+            "(data.eval, data.eval_fraction)"
         )
 
 

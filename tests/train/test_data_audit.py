@@ -165,7 +165,7 @@ def test_trainings_compare_each_step_and_further_seeds_take_only_further_runs(au
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["--trainings", "1"], "--trainings: 1 tell nothing, expected 2 or more"),
+        (["--trainings", "1"], "--trainings: found 1, expected 2 or more"),
         (["--check", "leak"], "--check: names whose steps to train"),
         (["--check", "leak", "--trainings", "2"], "--check: 'leak' found no train rows that cleaning could change"),
     ],

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from fulltune.cli.review import accepted, decided_before, precisions, queue, review
 from fulltune.data.patch import load_patch
-from fulltune.errors import DataError
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 
 
@@ -92,14 +90,14 @@ def test_other_keys_and_changes_that_are_not_proposed_do_nothing(tmp_path: Path)
     assert {row: one.remedy.action for row, one in decided.items()} == {"c": "replace"}
 
 
-def test_without_a_terminal_all_rows_are_written_down_as_kept(tmp_path: Path) -> None:
+def test_without_a_terminal_all_rows_are_written_down_to_be_decided_and_asked_about_again(tmp_path: Path) -> None:
     patch = tmp_path / "p.jsonl"
     asked("dq", patch)
     found = review(Console(file=StringIO()), ISSUES, patch, decided_before(patch), None)
-    assert [one.remedy.action for one in found.values()] == ["drop", "keep", "keep"]  # what was decided stays
-    patch.write_text("nonsense\n")
-    with pytest.raises(DataError, match="no decision"):
-        decided_before(patch)
+    assert [one.remedy.action for one in found.values()] == ["drop", "undecided", "undecided"]  # what was decided stays
+    assert [bool(one.proposed and one.text and one.reason) for one in found.values()] == [False, True, True]
+    assert len(queue(ISSUES, found)) == 2
+    assert len(precisions(found.values())) == 1
 
 
 def test_precision_is_said_with_an_interval(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, proofs_of
 from fulltune.records.data import DataSummary
-from fulltune.text import counted
+from fulltune.text import counted, did_you_mean, listed
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if self.trainings < 0 or self.trainings == 1:
-            raise RecipeError(f"--trainings: {self.trainings} tell nothing, expected 2 or more of each step, or 0")
+            raise RecipeError(f"--trainings: found {self.trainings}, expected 2 or more seeds of each step")
         if self.checks and not self.trainings:
             raise RecipeError("--check: names whose steps to train, expected --trainings as well")
 
@@ -129,8 +130,15 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
     file, keys = patch or found.patch, reviewing.keys()
     issues = load_issues(found.folder / "data")
     known = {*found.audit.clean, *(one.check for one in found.audit.checks)}
-    if unknown := [check for check in accept if check not in known]:
-        raise RecipeError(f"--accept: there is no check '{unknown[0]}', expected one of {', '.join(sorted(known))}")
+    if not file.parent.is_dir():
+        raise RecipeError(f"--patch: {file.parent}: there is no such folder")
+    for check in (one for one in accept if one not in known):
+        if (why := found.audit.not_run.get(check)) is not None:
+            raise RecipeError(f"--accept: '{check}' was not looked at: {why}")
+        hint = did_you_mean(check, known)
+        raise RecipeError(
+            f"--accept: there is no check '{check}'; {hint or f'expected one of {listed(sorted(known))}'}"
+        )
     before = reviewing.decided_before(file)
     if accept:
         decided, said = reviewing.accepted(issues, accept, before)
@@ -144,10 +152,12 @@ def decide(found: Audited, patch: Path | None, review: bool, accept: Sequence[st
         return
     new = len(decided) - len(before)
     if keys is None and not accept:
-        out.print(f"{counted(new, 'row')} to decide about written to {escape(str(file))}, all as kept", soft_wrap=True)
+        out.print(f"{counted(new, 'row')} to decide about written to {escape(str(file))}", soft_wrap=True)
         return
     out.print(f"{counted(new, 'new decision')}, {len(decided):,} in {escape(str(file))}", soft_wrap=True)
     for line in said:
         out.print(escape(line), soft_wrap=True)
     if decided and found.recipe.data.patch is None:
-        out.print(f"apply them by the recipe's line data.patch: {escape(file.name)}", soft_wrap=True)
+        # As the recipe has paths: from its own folder.
+        name = file.resolve() if found.target.is_dir() else os.path.relpath(file, found.target.parent)
+        out.print(f"apply them by the recipe's line data.patch: {escape(str(name))}", soft_wrap=True)

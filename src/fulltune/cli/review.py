@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fulltune.data.patch import Decisions, load_patch, save_patch
+from fulltune.errors import SetupError
 from fulltune.records.audit import Remedy, RowDecision, RowIssue
 from fulltune.report.run.data_page import could_do
 from fulltune.text import counted, format_percent
@@ -32,7 +33,7 @@ FIRST = (
 """Checks whose rows are asked about before those of all others: what they find costs most."""
 MEASURED = 50
 """Decisions about a check that say how often it is right."""
-KEYS = "[k]eep  [d]rop  [c]hange as proposed  [n]ext  [u]ndo  [q]uit"
+KEYS = "[k]eep it  [d]rop  [c]hange as proposed  [n]ot now  [u]ndo  [q]uit"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class UnderReview:
         first = self.issues[0]
         return RowDecision(row=first.row, remedy=remedy, source=first.source, check=first.check, place=first.place)
 
+    def to_decide(self) -> RowDecision:
+        """The line of a patch file that is to be decided about in the file."""
+        first, more = self.issues[0], {"proposed": self.change or Remedy(action="drop")}
+        reasons = "; ".join(f"{one.check}: {one.reason}" for one in self.issues)
+        open_one = self.decided(Remedy(action="undecided"))
+        return open_one.model_copy(update={"text": first.text, "reason": reasons, **more})
+
 
 def decided_before(patch: Path) -> Decisions:
     """What a file holds already.
@@ -67,15 +75,23 @@ def decided_before(patch: Path) -> Decisions:
 
 
 def save(patch: Path, decided: Decisions) -> None:
-    """Write a patch file."""
-    save_patch(patch, decided.values())
+    """Write a patch file.
+
+    Raises:
+        SetupError: When it cannot be written.
+    """
+    try:
+        save_patch(patch, decided.values())
+    except OSError as error:
+        reason = str(error.strerror or error).lower()
+        raise SetupError(f"{patch}: cannot be written ({reason}); name another file (--patch)") from None
 
 
 def queue(issues: Iterable[RowIssue], decided: Decisions) -> list[UnderReview]:
     """The rows to ask about, the costliest and surest first; without those that were decided already."""
     by_row = defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=_order):
-        if issue.key not in decided:
+        if issue.key not in decided or decided[issue.key].is_open:
             by_row[issue.key].append(issue)
     return [UnderReview(tuple(them)) for them in by_row.values()]
 
@@ -94,11 +110,11 @@ def review(
         issues: Of the audit.
         patch: The file.
         before: What it holds already.
-        ask: Gives the next key; None: there is no terminal, and all rows count as kept, to be changed in the file.
+        ask: Gives the next key; None: there is no terminal, and all rows are written down to be decided in the file.
     """
     decided, waiting = dict(before), queue(issues, before)
     if ask is None:
-        return decided | {one.key: one.decided(Remedy(action="keep")) for one in waiting}
+        return decided | {one.key: one.to_decide() for one in waiting}
     place, history = 0, list[int]()
     while place < len(waiting):
         one = waiting[place]
@@ -116,7 +132,7 @@ def review(
             case "u":
                 if history:
                     place = history.pop()
-                    del decided[waiting[place].key]
+                    decided.pop(waiting[place].key)
                     save(patch, decided)
                 continue
             case "q" | "\x03" | "\x04" | "\x1b":
@@ -177,7 +193,7 @@ def precisions(decided: Iterable[RowDecision]) -> list[str]:
 
     found = defaultdict[str, list[bool]](list)
     for one in decided:
-        if one.check:
+        if one.check and not one.is_open:
             found[one.check].append(one.remedy.action != "keep")
     said = []
     for check, right in found.items():

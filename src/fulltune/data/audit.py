@@ -124,7 +124,7 @@ def audit(
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     # What was looked at and kept is not asked again.
     found_now = [*with_numbers(rows, seen, issues, decided), *_high_losses(folder, summary)]
-    issues = [one for one in found_now if one.key not in decided]
+    issues = [one for one in found_now if one.key not in decided or decided[one.key].is_open]
     save_issues(folder, issues)
     done = Audit(
         fingerprint=summary.fingerprint,
@@ -155,7 +155,7 @@ def _made(rows: AuditedRows, seen: SeenRows) -> set[str]:
 
 def _earlier(folder: Path, summary: DataSummary, asked: set[str]) -> Audit | None:
     """An audit of the same rows that is whole; None: there is none."""
-    found = _of_same_rows(folder, summary)
+    found = _of_same_rows(folder, summary) if (folder / ISSUES).exists() else None
     if found is None or found.version != VERSION or found.absent != absent():
         return None
     return found if all(found.not_run.get(check) not in (NOT_ASKED, OUT_OF_MEMORY) for check in asked) else None
@@ -176,7 +176,7 @@ def _of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
 
 def _high_losses(folder: Path, summary: DataSummary) -> list[RowIssue]:
     """What the trained model's losses have listed of the same rows: another audit does not know it."""
-    is_known = _of_same_rows(folder, summary) is not None
+    is_known = _of_same_rows(folder, summary) is not None and (folder / ISSUES).exists()
     return [one for one in load_issues(folder) if one.check == HIGH_LOSS] if is_known else []
 
 
@@ -202,8 +202,13 @@ def save_issues(folder: Path, issues: list[RowIssue]) -> None:
 
 def load_issues(folder: Path) -> list[RowIssue]:
     """What the audit of a run's `data` folder found, by check, of each the surest first."""
-    with (folder / ISSUES).open(encoding="utf-8") as file:
-        return [RowIssue.model_validate(json.loads(line)) for line in file]
+    try:
+        with (folder / ISSUES).open(encoding="utf-8") as file:
+            return [RowIssue.model_validate(json.loads(line)) for line in file]
+    except (OSError, ValueError):
+        raise SetupError(
+            f"{folder / ISSUES}: cannot be read; delete it, and 'fulltune data' looks at all rows again"
+        ) from None
 
 
 # ---- what the untouched model finds: its issues, and why not or which rows were not looked at --------------------

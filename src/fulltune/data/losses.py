@@ -56,7 +56,7 @@ def list_losses(
                 name = numbered(name, times[source, name])
                 line = RowLoss(place=str(row[PLACE]), row=name, split=split, loss=loss, items=items)
                 file.write(line.model_dump_json() + "\n")
-                if at in highest and (source, name) not in decided:
+                if at in highest and ((source, name) not in decided or decided[source, name].is_open):
                     reason = f"loss {loss:.3g}; of half of the {split} rows at most {usual:.3g}"
                     reason += f"; the model says '{answer}'" if answer is not None else ""
                     issue = rows.issue(HIGH_LOSS, split, row, reason, score=loss)

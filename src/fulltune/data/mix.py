@@ -75,7 +75,7 @@ def mix_in(
                 rows_per_epoch=drawn[name],
                 problem_type=targets[name].problem_type,
                 counts=counts.model_copy(update={"dropped_rows": split.source.num_read - split.num_rows}),
-                previews=previews(task, targets[name], job.tokenizer, rows[start : start + 1]),
+                previews=previews(folder / MIXED, task, targets[name], job.tokenizer, range(start, end), 1),
             )
         )
     return tuple(found), lost

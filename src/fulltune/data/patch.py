@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fulltune.data.encode import Dropped
 from fulltune.data.readers.read import PlacedRow
 from fulltune.errors import DataError
@@ -51,8 +53,9 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str],
         where = f"{setting}: {path}:{number}"
         try:
             one = RowDecision.model_validate(json.loads(line))
-        except ValueError:
-            problems.append(f'{where}: is no decision; expected {{"row": "...", "remedy": {{"action": "drop"}}}}')
+        except ValueError as error:
+            said = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
+            problems.append(f'{where}: is no decision{said}; expected {{"row": "...", "remedy": {{"action": "drop"}}}}')
             continue
         if one.remedy.action == "replace" and (one.remedy.column is None or not _is_cell(one.remedy.value)):
             problems.append(f"{where}: replaces something; expected 'column', and a text, number or list as 'value'")
@@ -62,6 +65,12 @@ def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str],
     if problems:
         raise DataError(problems)
     return found
+
+
+def first_problem(error: ValidationError) -> str:
+    """`remedy.action: found 'Keep'`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: found {first['input']!r:.60}"
 
 
 def _is_cell(value: Any) -> bool:
@@ -109,7 +118,7 @@ class Patched:
                 break
             self.matched.add(key)
             remedy = decision.remedy
-            if remedy.action == "keep":
+            if remedy.action in ("keep", "undecided"):
                 break
             if remedy.action == "drop":
                 reason = f"{decision.check or 'decided'} (data.patch)"
@@ -125,6 +134,14 @@ class Patched:
 def numbered(row: str, number: int) -> str:
     """The hash of a row, and which one of several equal ones it is, from 1."""
     return row if number == 1 else f"{row}-{number}"
+
+
+def patched_in_words(path: str | None, sources: Iterable[Patched | None]) -> list[str]:
+    """What a patch did, once the rows were read; empty without one."""
+    done = Counter(one.decisions[key].remedy.action for one in sources if one is not None for key in one.matched)
+    return (
+        [f"{path}: {counted(done['drop'], 'row')} left out, {done['replace']:,} changed (data.patch)"] if path else []
+    )
 
 
 def refuse_foreign(path: str, sources: Sequence[Patched], is_whole: bool) -> None:
@@ -143,11 +160,14 @@ def refuse_foreign(path: str, sources: Sequence[Patched], is_whole: bool) -> Non
     problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]
     missing = [one for one in decisions.values() if one.key not in matched]
     if missing and is_whole:
-        places = first_few([one.place or one.row for one in missing], _SHOWN)
+        lost = {one.row for one in missing}
+        lines = enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1)
+        numbers = [str(number) for number, line in lines if line.strip() and json.loads(line)["row"] in lost]
         problems.append(
             f"data.patch: {path}: {counted(len(missing), 'row')} of {len(decisions):,} that it decides about cannot be "
-            f"found in the data ({places}): it belongs to other files, or these were changed since; review the rows "
-            "again (fulltune data RECIPE --review), or remove these lines"
+            f"found in the data (lines {first_few(numbers, 20)}): it belongs to other files, or these were changed "
+            "since; remove these lines, or decide anew: 'fulltune data RECIPE --set data.patch=null --review --patch "
+            "NEW.jsonl'"
         )
     if problems:
         raise DataError(problems)

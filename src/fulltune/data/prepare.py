@@ -28,7 +28,7 @@ from fulltune.data.encode import Dropped, Encoded, Job, encode, join_near, join_
 from fulltune.data.length_share import explained_by_class, explained_by_value
 from fulltune.data.limits import Limits, longest_row, packing
 from fulltune.data.pack import pack
-from fulltune.data.patch import Patched, load_patch, refuse_foreign
+from fulltune.data.patch import Patched, load_patch, patched_in_words, refuse_foreign
 from fulltune.data.readers.read import DataFiles, content_hash
 from fulltune.data.scale import far_off, scale_of
 from fulltune.data.sources import (
@@ -154,8 +154,7 @@ def _make(
     block = recipe.data
     target, counts = describe(block, task, sources)
     if block.patch:
-        patched = [source.patched for source in sources.values() if source.patched]
-        refuse_foreign(block.patch, patched, not block.max_rows)
+        refuse_foreign(block.patch, [one.patched for one in sources.values() if one.patched], not block.max_rows)
     targets = targets_of(block, task, target, sources)
     limit, reason = longest_row(recipe, task, target, limits, tokenizer)
     packed, remarks = packing(recipe, target, limits, targets.values())
@@ -175,6 +174,7 @@ def _make(
     encoded = _encode(job, folder, sources, targets, counts, listener)
     splits, about_splits = _split(recipe, target, encoded, sources)
     remarks += [*about_splits, *note_on_flaws(encoded.values())]
+    remarks += patched_in_words(block.patch, (source.patched for source in sources.values()))
     train, test = splits["train"], splits["test"]
     late = late_rows(splits)
     list_dropped(folder, listed_late(block, train.source, late))
@@ -213,7 +213,7 @@ def _make(
         dropped=_dropped(encoded, [*also_held_out, *by_patch], int(late.sum())),
         notes=tuple(remarks),
         test_in_eval=num_shared(test, splits["eval"]) / max(1, test.num_rows),
-        previews=previews(task, target, tokenizer, Rows(folder / "train")[:5]),
+        previews=previews(folder / "train", task, target, tokenizer, range(summaries["train"].rows), 5),
         mixed=mixed,
         fingerprint=fingerprint,
     )

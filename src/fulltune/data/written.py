@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulltune.audit import flaws
 from fulltune.data.encode import Dropped, Encoded
+from fulltune.data.running_text import private
 from fulltune.data.split import Split
-from fulltune.inference.store import WORDS, RowWriter, batches, readable
+from fulltune.inference.store import WORDS, Rows, RowWriter, batches, readable, texts
 from fulltune.records.data import Preview, SplitSummary
 from fulltune.tasks import PLACE, Target, Task
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DROPPED = "dropped.jsonl"
+_LOOKED_AT = 200
+"""Rows among which some are chosen to be shown."""
 
 
 def as_line(item: Dropped) -> str:
@@ -96,10 +101,25 @@ def summarise(split: Split, lengths: np.ndarray, asked: int | None = None) -> Sp
     )
 
 
-def previews(task: Task, target: Target, tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> tuple[Preview, ...]:
-    """Rows as the model sees them."""
-    plain = (
-        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-        for row in rows
-    )
-    return tuple(task.preview(row, target, tokenizer) for row in plain)
+def previews(folder: Path, task: Task, target: Target, tokenizer: Any, span: range, most: int) -> tuple[Preview, ...]:
+    """Some rows as the model sees them: the first ones without secrets or personal data, which are shown nowhere.
+
+    Args:
+        folder: Where the rows lie.
+        task: The task module.
+        target: What it trains towards.
+        tokenizer: The model's.
+        span: Positions of the rows to choose among.
+        most: How many to show.
+    """
+    rows, found = Rows(folder), list[Preview]()
+    for position, words in enumerate(islice(texts(folder), span.start, min(span.stop, span.start + _LOOKED_AT))):
+        if len(found) == most:
+            break
+        row = rows[span.start + position]
+        plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+        preview = task.preview(plain, target, tokenizer)
+        told = "".join(segment.text for segment in preview.segments)
+        if not any(flaws(text, private()) for text in (json.dumps(words, ensure_ascii=False, default=readable), told)):
+            found.append(preview)
+    return tuple(found)

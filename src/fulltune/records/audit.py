@@ -22,7 +22,7 @@ HIGH_LOSS = "high loss"
 class Remedy(Record):
     """What would be done with a row, or was decided."""
 
-    action: Literal["keep", "drop", "replace"]
+    action: Literal["keep", "drop", "replace", "undecided"]
     column: str | None = None
     """Where `value` is put, if something is replaced: a text, or a label."""
     value: Any = None
@@ -65,7 +65,15 @@ class RowDecision(Record):
     check: str = ""
     """What found the row."""
     place: str = ""
-    """Where it stood: for readers."""
+    """Where it stood: for readers, like what follows."""
+    text: str = ""
+    reason: str = ""
+    proposed: Remedy | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """It was written down to be decided about: until then the row is as it was."""
+        return self.remedy.action == "undecided"
 
     @property
     def key(self) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from fulltune.data.near import grams, jaccard
 from fulltune.data.outliers import FarRows, Outlier
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.data.rephrased import ComparedTexts, Rephrased
-from fulltune.errors import DataError
+from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import load_texts, row_id
 from fulltune.probe.label_errors import Suspected
 from fulltune.recipe.fields import Recipe
@@ -507,3 +507,22 @@ def test_audit_is_made_anew_when_an_extra_was_installed(tmp_path: Path, monkeypa
     monkeypatch.setattr(importlib.import_module("fulltune.data.audit"), "absent", lambda: ("audit", "languages"))
     again, _ = audited(tmp_path, summary)
     assert again.absent == ("audit", "languages") != first.absent
+
+
+def test_rows_with_secrets_are_no_examples_and_are_masked_where_dropped_ones_are_shown(tmp_path: Path) -> None:
+    token = "ghp_" + "a8Xk2Lm9Qw" * 4
+    rows = [{"text": f"my key {token[:40]} is new", "label": CLEAN[0]["label"]}, *CLEAN]
+    summary = prepared(tmp_path, rows)
+    assert len(summary.previews) == 5
+    assert "key" not in summary.model_dump_json()
+
+
+def test_a_broken_list_of_issues_is_said_and_a_missing_one_made_anew(tmp_path: Path) -> None:
+    summary = prepared(tmp_path, [*CLEAN, CLEAN[0]])
+    audited(tmp_path, summary)
+    (tmp_path / "data" / "issues.jsonl").write_text('{"bad', encoding="utf-8")
+    with pytest.raises(SetupError, match="cannot be read; delete it"):
+        load_issues(tmp_path / "data")
+    (tmp_path / "data" / "issues.jsonl").unlink()
+    _, issues = audited(tmp_path, summary)
+    assert list(issues) == ["duplicate"]

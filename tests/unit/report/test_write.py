@@ -300,7 +300,7 @@ def test_import_report_needs_no_heavy_package() -> None:
     assert "import pyplot" not in source
     assert "matplotlib.pyplot" not in source
     assert set(re.findall(r"(?m)^from fulltune\.(\w+)", source)) <= {
-        *("errors", "files", "forgetting", "recipe", "records", "stats", "text"),
+        *("audit", "errors", "files", "forgetting", "recipe", "records", "stats", "text"),
         "report",
     }
     assert set(re.findall(r"(?m)^from fulltune\.stats(?:\.(\w+))?", source)) == {"shares"}, "the others need NumPy"

@@ -167,7 +167,7 @@ def _languages(found: Languages) -> Table:
 def about_labels(found: LabelErrors) -> str:
     """How far the suspicion about labels can be trusted, by wrong labels that were planted."""
     some = "" if found.judged_rows == found.of_rows else f" of {found.of_rows:,}, drawn at random"
-    judged = {None: "Labels", "words": "The words' tags", "labels": "Each label"}[found.parts]
+    judged = {None: "Labels", "words": "The words' tags", "labels": "All labels"}[found.parts]
     # Of a word or of one of several labels, nearly all are as expected: that says nothing.
     agree = f"; they agree with {format_percent(found.agree)} of them" if found.parts is None else ""
     planted = {
@@ -192,7 +192,7 @@ def about_labels(found: LabelErrors) -> str:
     return (
         f"{told} {found.recall:.0%} of these would be among the suspects; of the "
         f"{counted(found.suspects, 'suspect')} {right} are wrong, by the same measure, "
-        f"and about {round(found.wrong):,} {_WRONG[found.parts]} in all.{doubt}"
+        f"and in all about {round(min(found.wrong, found.suspects / found.recall)):,} {_WRONG[found.parts]}.{doubt}"
     )
 
 
@@ -293,7 +293,7 @@ def could_do(remedy: Remedy) -> str:
 
 
 def _next(view: RunView, audit: Audit) -> Section:
-    folder = shlex.quote(view.name)
+    folder = shlex.quote(str(view.folder))
     blocks: list[Block] = []
     if audit.checks:
         blocks = [
