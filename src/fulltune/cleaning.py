@@ -79,6 +79,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
     """
     of_data = job.folder / "data"
     steps = _worth_a_training(of_data, summary, checks)
+    left_out = [str(one) for one in cleaning_steps(data.load_issues(of_data)) if one not in steps]
     job.phase("training with and without each cleaning step")
     arms: list[list[_EvalRows]] = [[] for _ in range(1 + len(steps))]
     total, began = len(arms) * seeds, time.monotonic()
@@ -100,6 +101,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
         metric=metric,
         greater_is_better=measure.greater_is_better,
         by="trainings",
+        left_out=() if checks else tuple(left_out),
     )
     found.save(of_data / TRAINED_PROOFS)
     return found
@@ -138,7 +140,7 @@ def _worth_a_training(folder: Path, summary: DataSummary, checks: Sequence[str])
         if unknown := [check for check in checks if check not in known]:
             raise RecipeError(
                 f"--check: '{unknown[0]}' found no train rows that cleaning could change, or too many; expected one of "
-                f" {', '.join(sorted(known)) or 'none: nothing was found'}"
+                f"{', '.join(sorted(known)) or 'none: nothing was found'}"
             )
         return [step for step in steps if step.check in checks]
     least = LEAST_SHARE * summary.splits["train"].rows

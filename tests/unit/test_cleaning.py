@@ -9,6 +9,7 @@ from fulltune.cleaning import _compared, _EvalRows, _leaves_enough
 from fulltune.data.prove import CleaningStep, cleaning_steps
 from fulltune.records.audit import Proof, Proofs, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitSummary
+from fulltune.report.run.data_page import about_proofs
 from fulltune.stats.row_scores import Measure
 
 DROP = Remedy(action="drop")
@@ -50,7 +51,7 @@ def test_other_decisions_have_another_name_and_the_same_ones_the_same() -> None:
 
 def _accuracy() -> Measure:
     def counts(kept: object) -> np.ndarray:
-        right = np.asarray(kept["right"], np.float64)  # type: ignore[index]
+        right = np.asarray(kept["right"], np.float64)  # type: ignore[index]  # of any kind here
         return np.stack([right, np.ones(len(right))], axis=1)
 
     return Measure(
@@ -128,3 +129,9 @@ def test_a_row_with_two_faults_of_a_kind_is_one_row() -> None:
     drop, change = cleaning_steps(both)
     assert len(drop.issues) == len(change.issues) == 1
     assert change.decisions[0].remedy.column == "text_a"
+
+
+def test_steps_that_were_not_tried_are_said() -> None:
+    proofs = Proofs(fingerprint="f", eval_rows=9, times=3, proofs=(), left_out=("markup, 60 rows left out",))
+    assert "Not tried, for too few rows or too many: markup, 60 rows left out." in about_proofs(proofs)
+    assert "Not tried" not in about_proofs(proofs.model_copy(update={"left_out": ()}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,17 @@ def with_numbers(rows: AuditedRows, seen: SeenRows, issues: list[RowIssue], deci
             for row in rows.of(split):
                 if (found := row_id(row)) in several:
                     source = rows.source_of(split)
-                    times[source, found] += 1
-                    while (source, numbered(found, times[source, found])) in dropped:
-                        times[source, found] += 1
-                    places[split, str(row[PLACE])] = times[source, found]
+                    places[split, str(row[PLACE])] = next_number(times, (source, found), dropped)
     return [one.model_copy(update={"row": numbered(one.row, places.get((one.split, one.place), 1))}) for one in issues]
+
+
+def next_number(times: Counter[tuple[str, str]], row: tuple[str, str], dropped: Collection[tuple[str, str]]) -> int:
+    """Which one of several equal rows of a source comes next, those counted that a patch has dropped."""
+    source, found = row
+    times[row] += 1
+    while (source, numbered(found, times[row])) in dropped:
+        times[row] += 1
+    return times[row]
 
 
 def _chat_issues(rows: AuditedRows, split: SplitName, row: Row) -> list[RowIssue]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fulltune.data.audit import by_check, load_issues, save_issues
-from fulltune.data.audited_rows import SPLITS, AuditedRows
+from fulltune.data.audited_rows import SPLITS, AuditedRows, next_number
 from fulltune.data.patch import load_patch, numbered
 from fulltune.files import replacing
 from fulltune.inference.store import row_id, texts
@@ -43,6 +43,7 @@ def list_losses(
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task, Target.of(summary), own, packed=None)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
+    dropped = {key for key, one in decided.items() if one.remedy.action == "drop"}
     times, issues = Counter[tuple[str, str]](), [one for one in load_issues(folder) if one.check != HIGH_LOSS]
     with replacing(folder / LOSSES) as part, part.open("w", encoding="utf-8") as file:
         for split, (counts, said) in losses.items():
@@ -52,8 +53,7 @@ def list_losses(
             usual = float(np.median([loss for loss, _, _ in found])) if found else 0.0
             for at, (row, (loss, items, answer)) in enumerate(zip(rows.of(split), found, strict=True)):
                 source, name = rows.source_of(split), row_id(row)
-                times[source, name] += 1
-                name = numbered(name, times[source, name])
+                name = numbered(name, next_number(times, (source, name), dropped))
                 line = RowLoss(place=str(row[PLACE]), row=name, split=split, loss=loss, items=items)
                 file.write(line.model_dump_json() + "\n")
                 if at in highest and ((source, name) not in decided or decided[source, name].is_open):

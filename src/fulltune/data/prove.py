@@ -86,10 +86,17 @@ def prove(folder: Path, summary: DataSummary, reader: Reader) -> Proofs:
                     labels[place[one.row]] = numbers[one.remedy.value]
             return kept, labels
 
-        proofs = list(_compared(train, held_out, cleaning_steps(load_issues(folder)), changed, strength))
+        left_out = list[str]()
+        proofs = list(_compared(train, held_out, cleaning_steps(load_issues(folder)), changed, strength, left_out))
     except NoProbe as no:
         raise SetupError(f"--prove: nothing can be compared: {no}") from None
-    found = Proofs(fingerprint=summary.fingerprint, eval_rows=len(held_out.labels), times=TIMES, proofs=tuple(proofs))
+    found = Proofs(
+        fingerprint=summary.fingerprint,
+        eval_rows=len(held_out.labels),
+        times=TIMES,
+        proofs=tuple(proofs),
+        left_out=tuple(left_out),
+    )
     found.save(folder / PROOFS)
     return found
 
@@ -158,8 +165,14 @@ def ids(folder: Path) -> Iterator[str]:
 
 
 def _compared(
-    train: Items, held_out: Items, steps: Sequence[CleaningStep], changed: Changed, strength: float
+    train: Items,
+    held_out: Items,
+    steps: Sequence[CleaningStep],
+    changed: Changed,
+    strength: float,
+    left_out: list[str],
 ) -> Iterator[Proof]:
+    """Each step's proof; one that leaves nothing to fit is put among what is left out."""
     fitted = partial(_right, held_out=held_out, strength=strength)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]
@@ -174,6 +187,7 @@ def _compared(
         try:
             after = np.mean([fitted(items.part(part & kept)) for part in parts], axis=0)
         except NoProbe:  # hardly anything is left, or a single class
+            left_out.append(str(step))
             continue
         moved = after - before
         low, high = np.quantile(moved[samples].mean(axis=1), [tails, 1 - tails])

@@ -169,6 +169,8 @@ class Proofs(Record):
     """Seeds of the trainings. Of classifiers how often other train rows were left out, the same with and without the
     cleaning."""
     proofs: tuple[Proof, ...]
+    left_out: tuple[str, ...] = ()
+    """Steps that were not tried: too few rows, or too many, or all of a label."""
     by: Literal["classifiers", "trainings"] = "classifiers"
     metric: str = "accuracy"
     greater_is_better: bool = True

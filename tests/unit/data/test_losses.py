@@ -36,7 +36,7 @@ def prepared(folder: Path, rows: list[dict[str, Any]], task: str = "text-classif
 def listed(folder: Path, recipe: Recipe, summary: DataSummary, **of: Any) -> tuple[Audit, list[dict[str, Any]]]:
     """What is listed for losses[examples, 2] by split, and what the model says."""
     found = {split: (counts, ["a"] * len(counts)) for split, counts in of.items()}
-    audit = list_losses(recipe, folder / "data", summary, task_named(recipe.task), found)  # type: ignore[arg-type]
+    audit = list_losses(recipe, folder / "data", summary, task_named(recipe.task), found)  # type: ignore[arg-type]  # a fake
     return audit, [one.model_dump() for one in data.load_issues(folder / "data") if one.check == "high loss"]
 
 

@@ -40,7 +40,7 @@ def read(keys: dict[str, np.ndarray] | None = None, drawn: Any = None, **states:
     starts = np.cumsum([0, *map(len, states.values())])
     of = {split: np.arange(start, start + len(states[split])) for split, start in zip(states, starts, strict=False)}
     made = {split: numbers.astype(np.uint64) for split, numbers in (of | (keys or {})).items()}
-    return outliers(SimpleNamespace(items=items), made)  # type: ignore[arg-type]
+    return outliers(SimpleNamespace(items=items), made)  # type: ignore[arg-type]  # a fake
 
 
 def places(found: FarRows | str) -> list[tuple[str, int]]:
@@ -128,7 +128,7 @@ def test_what_cannot_be_told_is_said() -> None:
     def blind(split: str) -> Any:
         raise NoProbe("a feature is not finite")
 
-    assert outliers(SimpleNamespace(items=blind), {}) == "a feature is not finite"  # type: ignore[arg-type]
+    assert outliers(SimpleNamespace(items=blind), {}) == "a feature is not finite"  # type: ignore[arg-type]  # a fake
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 64])

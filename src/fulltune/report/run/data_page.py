@@ -205,7 +205,8 @@ def about_proofs(proofs: Proofs) -> str:
         else f"The model was trained with each step, and without, with {counted(proofs.times, 'seed')} each"
     )
     before = format_metric(proofs.metric, proofs.proofs[0].before) if proofs.proofs else "-"
-    return f"{how}, and compared on the same {rows}. Without any cleaning: {name} {before}."
+    tried = f" Not tried, for too few rows or too many: {'; '.join(proofs.left_out)}." if proofs.left_out else ""
+    return f"{how}, and compared on the same {rows}. Without any cleaning: {name} {before}.{tried}"
 
 
 def proof_rows(proofs: Proofs) -> list[tuple[str, str, str, str, str, str]]:
