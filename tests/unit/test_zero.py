@@ -12,7 +12,8 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.records.plan import StateBytes
-from fulltune.system import deepspeed
+from fulltune.system import deepspeed, sharing
+from fulltune.system.sharing import Sharing
 from tests import tiny
 
 STATE = StateBytes(weights=400, gradients=400, optimizer=800)
@@ -52,7 +53,7 @@ def test_file_is_found_beside_the_recipe(tmp_path: Path) -> None:
     loaded = load_recipe(path)
 
     assert loaded.train.extra["deepspeed"] == str(tmp_path / "zero.json")
-    assert deepspeed.zero_of(loaded) == deepspeed.Zero(stage=2, offload_optimizer=False, offload_weights=False)
+    assert sharing.of(loaded) == Sharing(stage=2, offload_optimizer=False, offload_weights=False)
 
 
 @pytest.mark.parametrize(
@@ -124,28 +125,26 @@ def test_settings_that_agree_with_the_plan_pass() -> None:
 @pytest.mark.parametrize(
     ("shared", "device_bytes", "host_bytes"),
     [
-        (deepspeed.Zero(0, False, False), 1600, 0),
-        (deepspeed.Zero(1, False, False), 1200, 0),
-        (deepspeed.Zero(2, False, False), 1000, 0),
-        (deepspeed.Zero(3, False, False), 800, 0),
-        (deepspeed.Zero(2, True, False), 400, 1200),
-        (deepspeed.Zero(3, True, False), 200, 1200),
-        (deepspeed.Zero(3, True, True), 0, 1600),
-        (deepspeed.Zero(3, True, True, optimizer_on_disk=True), 0, 400),
-        (deepspeed.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=True), 0, 0),
+        (Sharing(0, False, False), 1600, 0),
+        (Sharing(1, False, False), 1200, 0),
+        (Sharing(2, False, False), 1000, 0),
+        (Sharing(3, False, False), 800, 0),
+        (Sharing(2, True, False), 400, 1200),
+        (Sharing(3, True, False), 200, 1200),
+        (Sharing(3, True, True), 0, 1600),
+        (Sharing(3, True, True, optimizer_on_disk=True), 0, 400),
+        (Sharing(3, True, True, optimizer_on_disk=True, weights_on_disk=True), 0, 0),
     ],
 )
-def test_bytes_on_device_and_host_with_two_processes(
-    shared: deepspeed.Zero, device_bytes: int, host_bytes: int
-) -> None:
+def test_bytes_on_device_and_host_with_two_processes(shared: Sharing, device_bytes: int, host_bytes: int) -> None:
     assert sum(shared.parts_at("device", STATE, 2).values()) == device_bytes
     assert 2 * sum(shared.parts_at("host", STATE, 2).values()) == host_bytes
 
 
 def test_what_goes_to_an_nvme_disk_is_read_from_the_settings() -> None:
     places = {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}, "offload_param": {"device": "cpu"}}
-    found = deepspeed.zero_of(recipe({"zero_optimization": {"stage": 3, **places}}))
-    assert found == deepspeed.Zero(3, True, True, optimizer_on_disk=True, weights_on_disk=False)
+    found = sharing.of(recipe({"zero_optimization": {"stage": 3, **places}}))
+    assert found == Sharing(3, True, True, optimizer_on_disk=True, weights_on_disk=False)
 
 
 def _on_disk(path: Any) -> Recipe:

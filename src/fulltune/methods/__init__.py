@@ -130,7 +130,6 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
     """Why a method cannot do the recipe's task, as far as the model's config tells; empty when it can."""
     from fulltune.methods import injected
     from fulltune.models.shapes import position_limit
-    from fulltune.system import deepspeed
 
     found = []
     if method.kind == "head" and not FACTS[recipe.task].head_is_new:
@@ -148,6 +147,6 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
         found.append("torch.compile may leave out the hooks it works by; remove train.extra.torch_compile")
     if method.kind == "peft":
         found += injected.problems(method)
-    if method.kind not in ("full", "base") and deepspeed.wanted(recipe):
-        found.append("DeepSpeed is here for full fine-tuning only; remove train.extra.deepspeed")
+    if method.kind not in ("full", "base") and (by := recipe.train.shared_by):
+        found.append(f"{by} is here for full fine-tuning only, yet; remove it")
     return [f"method {method.arm}: {line}" for line in found]

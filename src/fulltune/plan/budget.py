@@ -12,7 +12,7 @@ from fulltune.plan import memory, sharded
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import MemoryKind, MemoryNeed, Phase
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 from fulltune.system.hardware import Machine
 from fulltune.text import format_bytes, parse_bytes
 
@@ -62,7 +62,7 @@ def of(recipe: Recipe, shapes: Shapes, footprint: Footprint, machine: Machine, d
         if limited < available:
             available, where = limited, f"of train.memory_limit ({limit})"
     available, needs = max(0, available), Needs(shapes, footprint, recipe.model.weights_dtype, device)
-    shared = deepspeed.zero_of(recipe)
+    shared = sharing.of(recipe)
     return MemoryBudget(available, f"{format_bytes(available)} {where}", lambda settings: needs.of(settings, shared))
 
 
@@ -72,13 +72,13 @@ def refuse_offload(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
     Raises:
         DoesNotFitError: Naming both sizes.
     """
-    shared = deepspeed.zero_of(recipe)
+    shared = sharing.of(recipe)
     if shared is None or not machine.gpus:
         return
     on_host = sharded.host_bytes(shared, shapes.num_parameters, recipe.train.num_processes)
     if on_host > machine.memory_available_bytes:
         raise DoesNotFitError(
-            f"{deepspeed.NAME}: what is offloaded needs {format_bytes(on_host)}, but "
+            f"{recipe.train.deepspeed_by}: what is offloaded needs {format_bytes(on_host)}, but "
             f"{format_bytes(machine.memory_available_bytes)} of the host's memory are free; "
             "offload less, or take a smaller model"
         )
@@ -97,7 +97,7 @@ class Needs:
     def of(
         self,
         settings: MemorySettings,
-        shared: deepspeed.Zero | None,
+        shared: sharing.Sharing | None,
         per_parameter: tuple[int, int, int] = sharded.DEEPSPEED,
     ) -> MemoryNeed:
         """The need of settings.
@@ -116,7 +116,7 @@ class Needs:
         return self._of_another_type(settings, precision)
 
     def _on_gpus(
-        self, settings: MemorySettings, shared: deepspeed.Zero, per_parameter: tuple[int, int, int]
+        self, settings: MemorySettings, shared: sharing.Sharing, per_parameter: tuple[int, int, int]
     ) -> MemoryNeed:
         """The weights there are bf16, so that nothing holds a copy of them: see `elsewhere.placement`."""
         precision, processes = self.footprint.traced(settings.precision), settings.num_processes
@@ -128,7 +128,7 @@ class Needs:
         host = sharded.host_bytes(shared, self.shapes.num_parameters, processes, per_parameter) // processes
         return MemoryNeed(kinds=kinds, phases=phases, host=host)
 
-    def _on_cpu(self, settings: MemorySettings, shared: deepspeed.Zero) -> MemoryNeed:
+    def _on_cpu(self, settings: MemorySettings, shared: sharing.Sharing) -> MemoryNeed:
         """What is offloaded stays in the same memory; gradients are whole in DeepSpeed's buckets."""
         precision = self.footprint.traced(settings.precision)
         alone = replace(settings, precision=precision, num_processes=1)

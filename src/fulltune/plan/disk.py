@@ -11,7 +11,7 @@ from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed
 from fulltune.records.survey import WayOut
-from fulltune.system import deepspeed
+from fulltune.system import deepspeed, sharing
 from fulltune.text import format_bytes
 
 DEEPSPEED_BYTES = 20
@@ -33,7 +33,7 @@ def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskN
         one_checkpoint=one + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),
         model=2 * weights + SMALL_FILES_BYTES,
-        offloaded=sharded.disk_bytes(deepspeed.zero_of(recipe), num_parameters),
+        offloaded=sharded.disk_bytes(sharing.of(recipe), num_parameters),
     )
 
 

@@ -16,7 +16,7 @@ from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Setting
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 from fulltune.system.hardware import Machine
 from fulltune.text import counted
 
@@ -41,10 +41,11 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, found, reason))
     if device == "cuda" and recipe.train.num_processes > len(machine.gpus):
         raise RecipeError(f"train.num_processes: {recipe.train.num_processes}, but the number of GPUs is {count}")
-    if device == "cpu" and recipe.train.num_processes > machine.num_cores:
+    too_many = device == "cpu" and recipe.train.num_processes > machine.num_cores
+    if too_many and not recipe.train.oversubscribe:
         raise RecipeError(
             f"train.num_processes: {recipe.train.num_processes}, but this machine lets us use {machine.num_cores} "
-            f"CPU core(s); set at most {machine.num_cores}"
+            f"CPU core(s); set at most {machine.num_cores}, or train.oversubscribe: true to try it all the same"
         )
     return device
 
@@ -208,7 +209,7 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:
                 f"{name}: {given}, but the checkpoint brings a head for these labels, which goes on; leave {name} out"
             )
         return None
-    shared = deepspeed.zero_of(recipe)
+    shared = sharing.of(recipe)
     if shared is not None and shared.stage == 3:
         if given == "probe":
             raise RecipeError(

@@ -9,7 +9,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan import memory
 from fulltune.plan.memory import MemorySettings
 from fulltune.records.plan import MemoryKind, StateBytes
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 
 DEEPSPEED = (2, 4, 12)
 """Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (DeepSpeed's own estimators)."""
@@ -29,7 +29,7 @@ def state(num_parameters: int, per_parameter: tuple[int, int, int]) -> StateByte
 
 
 def host_bytes(
-    shared: deepspeed.Zero, num_parameters: int, num_devices: int, per_parameter: tuple[int, int, int] = DEEPSPEED
+    shared: sharing.Sharing, num_parameters: int, num_devices: int, per_parameter: tuple[int, int, int] = DEEPSPEED
 ) -> int:
     """Bytes that all processes together take of the host's memory for what is offloaded."""
     buffers = NVME_HOST_BYTES * num_parameters if shared.optimizer_on_disk or shared.weights_on_disk else 0
@@ -38,7 +38,7 @@ def host_bytes(
 
 
 def disk_bytes(
-    shared: deepspeed.Zero | None, num_parameters: int, per_parameter: tuple[int, int, int] = DEEPSPEED
+    shared: sharing.Sharing | None, num_parameters: int, per_parameter: tuple[int, int, int] = DEEPSPEED
 ) -> int:
     """Bytes of what is offloaded to an NVMe disk."""
     if shared is None:
@@ -53,7 +53,7 @@ def largest_unit(shapes: Shapes) -> int:
 
 
 def kinds(
-    shared: deepspeed.Zero,
+    shared: sharing.Sharing,
     per_parameter: tuple[int, int, int],
     shapes: Shapes,
     num_devices: int,
@@ -64,7 +64,7 @@ def kinds(
     return {**found, **passing, "buffers": _gathered(shared, per_parameter, shapes) + memory.CUDA_CONTEXT_BYTES}
 
 
-def _gathered(shared: deepspeed.Zero, per_parameter: tuple[int, int, int], shapes: Shapes) -> int:
+def _gathered(shared: sharing.Sharing, per_parameter: tuple[int, int, int], shapes: Shapes) -> int:
     """Weights and gradients that are whole on a device for a moment."""
     unit, parameters = largest_unit(shapes), shapes.num_parameters
     if per_parameter == FSDP2:  # the unit in use and the next one in bf16, and one's gradients in fp32

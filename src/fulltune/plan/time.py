@@ -45,7 +45,7 @@ from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan, TimeNeed
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
@@ -150,7 +150,7 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 
 
 def step_seconds(
-    fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, shared: deepspeed.Zero | None
+    fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, shared: sharing.Sharing | None
 ) -> dict[str, float]:
     """Seconds of each part of an optimizer step; empty when the hardware's speed is not known.
 
@@ -197,7 +197,7 @@ def step_seconds(
     return parts
 
 
-def _optimizer_seconds(trained: int, fleet: Fleet, devices: int, shared: deepspeed.Zero | None) -> float:
+def _optimizer_seconds(trained: int, fleet: Fleet, devices: int, shared: sharing.Sharing | None) -> float:
     host = fleet.host_memory_gb_per_second * 1e9
     if fleet.gpu_model is None:
         return UPDATE_BYTES * trained / host

@@ -19,7 +19,7 @@ from fulltune.plan.memory import MemorySettings
 from fulltune.plan.reasons import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ class Basis:
         return max(1, self.global_batch_size // self.num_devices)
 
     @property
-    def shared(self) -> deepspeed.Zero | None:
+    def shared(self) -> sharing.Sharing | None:
         """What the recipe itself shares out."""
-        return deepspeed.zero_of(self.recipe)
+        return sharing.of(self.recipe)
 
     def on(self, fleet: Fleet, num_devices: int) -> Basis:
         """The same with more of the same devices, or in another host."""
         return replace(self, fleet=fleet, num_devices=num_devices)
 
-    def seconds(self, settings: MemorySettings, shared: deepspeed.Zero | None) -> dict[str, float]:
+    def seconds(self, settings: MemorySettings, shared: sharing.Sharing | None) -> dict[str, float]:
         """Of each part of an optimizer step; empty where the speed of the hardware is not known."""
         return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, shared)
 

@@ -279,8 +279,11 @@ def _bf16_updates(recipe: Recipe) -> list[str]:
     if train.optim in OWN_OPTIMIZERS and _deepspeed(recipe):
         problems.append(
             f"train.optim: '{train.optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an "
-            "optimizer's state itself; remove optim, or train.extra.deepspeed"
+            f"optimizer's state itself; remove optim, or {_deepspeed(recipe)}"
         )
+    if train.placement == "fsdp2" and (train.optim in OWN_OPTIMIZERS or recipe.model.weights_dtype == "bf16"):
+        what = f"train.optim: '{train.optim}'" if train.optim in OWN_OPTIMIZERS else "model.weights_dtype: bf16"
+        problems.append(f"{what}: not yet with train.placement: fsdp2, which shares out fp32 weights; remove it")
     return problems
 
 
@@ -313,8 +316,8 @@ def _preserved(recipe: Recipe) -> list[str]:
         )
     if recipe.train.optimizer_in_backward:
         problems.append(f"{name}: cannot go with train.optimizer_in_backward, which updates before generic text counts")
-    if _deepspeed(recipe):
-        problems.append(f"{name}: not yet with train.extra.deepspeed; remove one of them")
+    if by := recipe.train.shared_by:
+        problems.append(f"{name}: not yet with {by}; remove one of them")
     # Beside others one may stand that moves nothing of what reads generic text: it keeps any budget.
     unmoved = ("base", "head") if recipe.methods else ()
     for place, method in methods_of(recipe):
@@ -351,7 +354,7 @@ def _in_backward(recipe: Recipe) -> list[str]:
             "processes' gradients are put together"
         )
     if _deepspeed(recipe):
-        problems.append(f"{name}: cannot go with train.extra.deepspeed, which updates by itself; remove one of them")
+        problems.append(f"{name}: cannot go with {_deepspeed(recipe)}, which updates by itself; remove one of them")
     if train.precision == "fp16":
         problems.append(
             f"{name}: cannot go with train.precision: fp16, whose gradients are scaled until all are there; set bf16 "
@@ -396,14 +399,14 @@ def _whole_logits(recipe: Recipe) -> list[str]:
     if not FACTS[recipe.task].writes:
         reasons.append(f"has no effect for {recipe.task}, which has no logits of tokens")
     if _deepspeed(recipe):
-        reasons.append("does not go with train.extra.deepspeed, which shares out the head's weights")
+        reasons.append(f"does not go with {_deepspeed(recipe)}, which shares out the head's weights")
     if recipe.train.extra.get("torch_compile"):
         reasons.append("does not go with train.extra.torch_compile, which leaves out the hooks that it needs")
     return reasons
 
 
-def _deepspeed(recipe: Recipe) -> bool:
-    return recipe.train.extra.get("deepspeed") is not None
+def _deepspeed(recipe: Recipe) -> str | None:
+    return recipe.train.deepspeed_by
 
 
 # ---- what transformers knows, without importing it -------------------------------------------------------------

@@ -16,7 +16,17 @@ from fulltune.recipe.search import SearchBlock
 from fulltune.recipe.training import TrainBlock
 from fulltune.text import did_you_mean
 
-SHARED = ("seed", "device", "num_processes", "precision", "memory_limit", "report_to")
+SHARED = (
+    "seed",
+    "device",
+    "num_processes",
+    "placement",
+    "offload",
+    "oversubscribe",
+    "precision",
+    "memory_limit",
+    "report_to",
+)
 """Of the block `train`: what the runs of a search, or the arms of a comparison, have in common."""
 HOW_SCORED = ("load_best_model_at_end", "eval_strategy", "eval_steps", "early_stopping_patience")
 """Settings that change how often the eval rows are asked: with them a run would not be better, but luckier."""

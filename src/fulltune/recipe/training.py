@@ -12,6 +12,9 @@ from fulltune.text import parse_bytes, parse_seconds
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
+Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
+NVME = "nvme:"
+"""Beginning of an offload to a disk; its folder follows."""
 
 
 def _with_unit(value: Any) -> Any:
@@ -146,9 +149,31 @@ class TrainBlock(Block):
     """Where to train. auto: CUDA when there is a GPU, else CPU."""
     num_processes: int = Field(default=1, ge=1)
     """Processes that share each global batch: one per GPU, or several on CPU (gloo)."""
+    placement: Placement = "auto"
+    """Where weights, gradients and optimizer state lie. single: in one process; ddp: all of it in each; fsdp2: weights,
+    gradients and state are shared out (PyTorch's FSDP2); zero2: gradients and state, zero3: weights too (DeepSpeed).
+    auto: single for one process, ddp for several where it fits, else fsdp2 (docs/scale.md). A run goes on from its
+    checkpoints with another placement and another number of processes."""
+    offload: str = "none"
+    """What is kept in the host's memory: none; optimizer (zero2, zero3: gradients and state); all (zero3: the weights
+    too); or nvme:FOLDER (zero3: all of it on a disk). What is offloaded to the host of a CPU stays where it was."""
+    oversubscribe: bool = False
+    """Allow more processes than CPU cores, each with one thread: to try a placement, never to be fast."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Any other field of `transformers.TrainingArguments`; fields that fulltune sets itself are refused. `deepspeed` is
     a JSON file, named from the recipe's folder, or the settings themselves."""
+
+    @property
+    def deepspeed_by(self) -> str | None:
+        """The setting that asks for DeepSpeed, such as `train.placement: zero3`; None: nothing does."""
+        if self.extra.get("deepspeed") is not None:
+            return "train.extra.deepspeed"
+        return f"train.placement: {self.placement}" if self.placement in ("zero2", "zero3") else None
+
+    @property
+    def shared_by(self) -> str | None:
+        """The setting that has processes share out what they hold; None: each holds everything."""
+        return self.deepspeed_by or (f"train.placement: {self.placement}" if self.placement == "fsdp2" else None)
 
     @model_validator(mode="after")
     def _pairs_must_agree(self) -> TrainBlock:
@@ -169,7 +194,7 @@ class TrainBlock(Block):
             factors = {"micro_batch_size": self.micro_batch_size, "num_processes": self.num_processes}
             named = " x ".join(f"{name} {value}" for name, value in factors.items() if value and value > 1)
             problems.append(f"global_batch_size: {self.global_batch_size} is not a multiple of {named}")
-        problems += _wrong_weights(self.class_weights)
+        problems += [*_wrong_placement(self), *_wrong_weights(self.class_weights)]
         if self.memory_limit is not None:
             try:
                 parse_bytes(self.memory_limit)
@@ -178,6 +203,28 @@ class TrainBlock(Block):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _wrong_placement(train: TrainBlock) -> list[str]:
+    """What `placement`, `offload` and `num_processes` say against each other."""
+    place, offload, processes = train.placement, train.offload, train.num_processes
+    problems = []
+    if place == "single" and processes > 1:
+        problems.append(f"placement: single, but num_processes is {processes}; set 1, or another placement")
+    if place in ("ddp", "fsdp2") and processes == 1:
+        instead = "zero2 or zero3 with an offload" if place == "fsdp2" else "single"
+        problems.append(f"placement: {place} needs several processes (num_processes); of one, take {instead}")
+    folder = offload.removeprefix(NVME)
+    if offload not in ("none", "optimizer", "all") and not (offload.startswith(NVME) and folder):
+        problems.append(f"offload: expected none, optimizer, all or nvme:FOLDER, found '{offload}'")
+    elif offload != "none":
+        possible = {"zero2": ("optimizer",), "zero3": ("optimizer", "all", NVME)}.get(place, ())
+        if not offload.startswith(possible or ("-",)):
+            fits = "placement: zero3" if offload != "optimizer" else "placement: zero2 or zero3"
+            problems.append(f"offload: '{offload}' needs {fits}, found {place}")
+    if place != "auto" and train.extra.get("deepspeed") is not None:
+        problems.append("placement and extra.deepspeed both say where things lie; remove one of them")
+    return problems
 
 
 def _wrong_weights(given: str | dict[str | int, Any] | tuple[Any, ...] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings in a recipe (`train.extra.deepspeed`): read, checked, completed.
+"""DeepSpeed's settings: made of a recipe's placement, or given in `train.extra.deepspeed`; checked, completed.
 
 DeepSpeed shares out what one process would hold alone (ZeRO): stage 1 the optimizer's state, 2 also the gradients,
 3 also the weights; offloading keeps them in the host's memory.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryKind, StateBytes
+from fulltune.recipe.training import NVME
 
-NAME = "train.extra.deepspeed"
 AUTO = "auto"
 _DEVICES = ("none", "cpu", "nvme")
 NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
@@ -31,53 +29,13 @@ _LEFT_TO_THE_RECIPE = {
 }
 
 
-Place = Literal["device", "host", "disk"]
-
-
-@dataclass(frozen=True)
-class Zero:
-    """What is shared out, and what lies in the host's memory."""
-
-    stage: int
-    offload_optimizer: bool
-    offload_weights: bool
-    optimizer_on_disk: bool = False
-    """What is offloaded goes to an NVMe disk, not to the host's memory."""
-    weights_on_disk: bool = False
-
-    def place(self, kind: MemoryKind) -> Place:
-        """Where a kind of tensors lies between steps; gradients lie with the optimizer."""
-        offloaded, on_disk = self.offload_optimizer, self.optimizer_on_disk
-        if kind == "weights":
-            offloaded, on_disk = self.offload_weights, self.weights_on_disk
-        return "disk" if on_disk else "host" if offloaded else "device"
-
-    def parts_at(self, place: Place, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
-        """Bytes of each kind that one process keeps there between steps; 0 for what lies elsewhere."""
-        parts = self.parts(state, num_processes)
-        return {kind: size if self.place(kind) == place else 0 for kind, size in parts.items()}
-
-    def parts(self, state: StateBytes, num_processes: int) -> dict[MemoryKind, int]:
-        """Bytes of each kind that belong to one process, wherever they lie."""
-        from_stage: dict[MemoryKind, int] = {"weights": 3, "gradients": 2, "optimizer": 1}
-        return {
-            name: -(-getattr(state, name) // num_processes) if self.stage >= stage else getattr(state, name)
-            for name, stage in from_stage.items()
-        }
+STAGES = {"zero2": 2, "zero3": 3}
+"""By placement."""
 
 
 def wanted(recipe: Recipe) -> bool:
     """Whether the recipe trains with DeepSpeed."""
-    return recipe.train.extra.get("deepspeed") is not None
-
-
-def zero_of(recipe: Recipe) -> Zero | None:
-    """What the recipe shares out; None without DeepSpeed."""
-    if not wanted(recipe):
-        return None
-    block = settings(recipe)["zero_optimization"]
-    places = [_offload_device(block, what) for what in ("optimizer", "param")]
-    return Zero(block["stage"], *(place != "none" for place in places), *(place == "nvme" for place in places))
+    return recipe.train.deepspeed_by is not None
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -86,15 +44,15 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     Raises:
         RecipeError: Naming every setting that cannot be used.
     """
-    found = _read(recipe.train.extra["deepspeed"])
+    found = _read(given) if (given := recipe.train.extra.get("deepspeed")) is not None else _of_placement(recipe)
     problems = _problems(found, recipe)
     if problems:
-        raise RecipeError([f"{NAME}: {problem}" for problem in problems])
+        raise RecipeError([f"{recipe.train.deepspeed_by}: {problem}" for problem in problems])
     # Left out, DeepSpeed would not clip at all.
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     found = dict.fromkeys(sizes, AUTO) | found
-    for name in ("bf16", "fp16"):
-        found.setdefault(name, {}).setdefault("enabled", AUTO)
+    for kind in ("bf16", "fp16"):
+        found.setdefault(kind, {}).setdefault("enabled", AUTO)
     found.setdefault("steps_per_print", 10**9)  # progress is in metrics.jsonl
     if found["zero_optimization"]["stage"] == 3:
         found["zero_optimization"].setdefault("stage3_gather_16bit_weights_on_model_save", True)
@@ -110,7 +68,7 @@ def missing_folders(recipe: Recipe) -> list[str]:
     """Why nothing can be offloaded to the folders that the recipe names on this machine; empty when it can."""
     problems = []
     for what, path in _nvme_paths(recipe).items():
-        where = f"{NAME}: zero_optimization.offload_{what}.nvme_path"
+        where = f"{recipe.train.deepspeed_by}: zero_optimization.offload_{what}.nvme_path"
         if path == NVME_FOLDER:
             problems.append(f"{where}: write the path of a folder on your NVMe disk in place of {NVME_FOLDER}")
         elif not Path(path).is_dir():
@@ -149,7 +107,8 @@ def disagreements(
         given = found.get(first, AUTO)
         given = given.get(second, AUTO) if second and isinstance(given, dict) else given
         if given != AUTO and given != value:
-            lines.append(f'{NAME}: {name} is {json.dumps(given)}, but {source} gives {json.dumps(value)}; write "auto"')
+            against = f"{name} is {json.dumps(given)}, but {source} gives {json.dumps(value)}"
+            lines.append(f'{recipe.train.deepspeed_by}: {against}; write "auto"')
     return lines
 
 
@@ -161,15 +120,32 @@ def _read(given: Any) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"{NAME}: {path}: cannot be read ({(error.strerror or str(error)).lower()})") from None
+        raise RecipeError(
+            f"train.extra.deepspeed: {path}: cannot be read ({(error.strerror or str(error)).lower()})"
+        ) from None
     except ValueError as error:
-        raise RecipeError(f"{NAME}: {path}: not valid JSON: {error}") from None
+        raise RecipeError(f"train.extra.deepspeed: {path}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
-        raise RecipeError(f"{NAME}: {path}: expected settings in {{ }}, found {type(found).__name__}")
+        raise RecipeError(f"train.extra.deepspeed: {path}: expected settings in {{ }}, found {type(found).__name__}")
     return found
 
 
-def _offload_device(block: Mapping[str, Any], what: str) -> str:
+def _of_placement(recipe: Recipe) -> dict[str, Any]:
+    """The settings that `train.placement` and `train.offload` stand for."""
+    block: dict[str, Any] = {"stage": STAGES[recipe.train.placement]}
+    offload = recipe.train.offload
+    place = {"device": "cpu"}
+    if folder := offload.removeprefix(NVME) if offload.startswith(NVME) else "":
+        place = {"device": "nvme", "nvme_path": folder}
+    if offload != "none":
+        block["offload_optimizer"] = place
+    if offload not in ("none", "optimizer"):
+        block["offload_param"] = place
+    return {"zero_optimization": block}
+
+
+def offload_device(block: Mapping[str, Any], what: str) -> str:
+    """Where a block `zero_optimization` keeps `optimizer` or `param`: none, cpu or nvme."""
     return str((block.get(f"offload_{what}") or {}).get("device", "none"))
 
 
@@ -199,7 +175,7 @@ def _problems(found: Mapping[str, Any], recipe: Recipe) -> list[str]:
             )
         elif offload.get("device") == "nvme" and not str(offload.get("nvme_path") or ""):
             problems.append(f"zero_optimization.offload_{what}: device nvme needs nvme_path, a folder on an NVMe disk")
-        elif _offload_device(block, what) != "none" and block["stage"] < {"optimizer": 1, "param": 3}[what]:
+        elif offload_device(block, what) != "none" and block["stage"] < {"optimizer": 1, "param": 3}[what]:
             needed = {"optimizer": "1, 2 or 3", "param": "3"}[what]
             problems.append(f"zero_optimization.offload_{what}: needs stage {needed}, found stage {block['stage']}")
     if block["stage"] == 3 and block.get("stage3_gather_16bit_weights_on_model_save") is False:

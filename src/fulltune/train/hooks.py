@@ -13,7 +13,6 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
-from fulltune.system import deepspeed
 
 
 def _described(value: Any) -> str:
@@ -78,7 +77,7 @@ class Hooks:
             "compute_loss and train.r_drop are both given; put it into your loss": own and train.r_drop > 0,
             "compute_loss and train.mixup are both given; your loss would get probabilities": own and train.mixup > 0,
             "compute_loss trains in this process; set train.num_processes: 1": own and train.num_processes > 1,
-            "compute_loss trains in this process; remove train.extra.deepspeed": own and deepspeed.wanted(recipe),
+            f"compute_loss trains in this process; remove {recipe.train.shared_by}": own and recipe.train.shared_by,
             "metrics needs generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,
         }
         problems = [problem for problem, is_so in pairs.items() if is_so]

@@ -32,7 +32,8 @@ from fulltune.plan.memory import MemorySettings
 from fulltune.plan.workload import Basis, takes_pieces
 from fulltune.records.plan import MemoryKind
 from fulltune.records.survey import Placement
-from fulltune.system.deepspeed import NVME_FOLDER, Zero, nvme_path
+from fulltune.system.deepspeed import NVME_FOLDER, nvme_path
+from fulltune.system.sharing import Sharing
 from fulltune.text import format_bytes
 
 NOT_BUILT = "planned here; running it is not built yet"
@@ -55,7 +56,7 @@ class _Layout:
     runs: bool = True
     weights_dtype: str = "fp32"
     optim: str = "adamw_torch_fused"
-    shared: Zero | None = None
+    shared: Sharing | None = None
     """None: each device holds everything."""
     per_parameter: tuple[int, int, int] = sharded.DEEPSPEED
     """Bytes of weights, gradients, optimizer and fp32 weights; with `shared` only."""
@@ -109,16 +110,16 @@ def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator
     path = nvme_path(basis.recipe)
     host, nvme = {"device": "cpu"}, {"device": "nvme", "nvme_path": path or NVME_FOLDER}
     if many:
-        yield _Layout("ZeRO-2", deepspeed(2), shared=Zero(2, False, False))
-        yield _Layout("ZeRO-3", deepspeed(3), shared=Zero(3, False, False))
-        yield _Layout("FSDP2", {}, runs=False, shared=Zero(3, False, False), per_parameter=sharded.FSDP2)
-    yield _Layout("ZeRO-2, optimizer on host", deepspeed(2, offload_optimizer=host), shared=Zero(2, True, False))
-    yield _Layout("FSDP2, all on host", {}, runs=False, shared=Zero(3, True, True), per_parameter=sharded.FSDP2)
+        yield _Layout("ZeRO-2", deepspeed(2), shared=Sharing(2, False, False))
+        yield _Layout("ZeRO-3", deepspeed(3), shared=Sharing(3, False, False))
+        yield _Layout("FSDP2", {}, runs=False, shared=Sharing(3, False, False), per_parameter=sharded.FSDP2)
+    yield _Layout("ZeRO-2, optimizer on host", deepspeed(2, offload_optimizer=host), shared=Sharing(2, True, False))
+    yield _Layout("FSDP2, all on host", {}, runs=False, shared=Sharing(3, True, True), per_parameter=sharded.FSDP2)
     both = deepspeed(3, offload_optimizer=host, offload_param=host)
-    yield _Layout("ZeRO-3, all on host", both, shared=Zero(3, True, True))
+    yield _Layout("ZeRO-3, all on host", both, shared=Sharing(3, True, True))
     both = deepspeed(3, offload_optimizer=nvme, offload_param=nvme)
     needs = "" if path else NEEDS_PATH
-    yield _Layout("ZeRO-3, all on disk", both, shared=Zero(3, True, True, True, True), needs=needs)
+    yield _Layout("ZeRO-3, all on disk", both, shared=Sharing(3, True, True, True, True), needs=needs)
 
 
 def _rounding(basis: Basis) -> str:

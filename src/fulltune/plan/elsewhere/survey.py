@@ -18,7 +18,7 @@ from fulltune.plan.workload import Basis, Workload, basis_of
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.survey import Placement, Survey, WayOut
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 
 NO_SHARING = "sharing out and offloading are for full fine-tuning only"
 Other = Callable[[str], Workload | None]
@@ -199,10 +199,10 @@ def _explained(plan: Plan, names: set[str], reason: str) -> Plan:
 
 def _own(recipe: Recipe, plan: Plan, placements: Sequence[Placement]) -> str:
     """Name of the placement that a plan has; empty for one that the table does not list."""
-    shared = deepspeed.zero_of(recipe)
+    shared = sharing.of(recipe)
     for one in placements:
         changed = with_settings(recipe, one.settings)
-        if not one.runs or deepspeed.zero_of(changed) != shared:
+        if not one.runs or sharing.of(changed) != shared:
             continue
         optim, _ = resolve.optimizer(changed, Reasons())
         if shared is not None or (optim == plan.optim and changed.model.weights_dtype == plan.weights_dtype):

@@ -57,7 +57,7 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     if package and importlib.util.find_spec(package) is None:
         problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
     if deepspeed.wanted(recipe) and importlib.util.find_spec("deepspeed") is None:
-        problems.append(f"{deepspeed.NAME}: needs DeepSpeed; pip install 'fulltune[deepspeed]'")
+        problems.append(f"{recipe.train.deepspeed_by}: needs DeepSpeed; pip install 'fulltune[deepspeed]'")
     return problems
 
 

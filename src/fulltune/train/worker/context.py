@@ -19,7 +19,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
 from fulltune.records.training import Check
-from fulltune.system import deepspeed
+from fulltune.system import sharing
 from fulltune.tasks import Predictions, Target, Task, task_named
 from fulltune.tasks.settings import class_weights
 from fulltune.train.hooks import Hooks
@@ -113,9 +113,9 @@ class AttemptContext:
         return highest * rate_factor(self.plan.rollbacks)
 
     @cached_property
-    def sharing(self) -> deepspeed.Zero | None:
+    def sharing(self) -> sharing.Sharing | None:
         """What DeepSpeed shares out; None without it."""
-        return deepspeed.zero_of(self.recipe)
+        return sharing.of(self.recipe)
 
     @cached_property
     def early_stopping(self) -> SaveAndStopEarly:
