@@ -149,11 +149,12 @@ def prove_cleaning(job: Run, summary: DataSummary) -> Proofs:
 
 
 def make_plan(job: Run, summary: DataSummary) -> Plan:
-    """The plan stage: settle every number, with its reason; a resumed run keeps its numbers."""
+    """The plan stage: settle every number, with its reason; a resumed run keeps them, but for where things lie."""
     job.phase("planning")
     machine = hardware.here()
-    if job.plan_path.exists():
-        trial = run_folder.plan_to_continue(job.plan_path, machine)
+    before = run_folder.plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
+    if before is not None and plan.is_placed_as(before, job.recipe):
+        trial = before
     else:
         model = job.model(summary)
         footprint = model.footprint(job.recipe, *plan.device_and_precision(job.recipe, machine))
@@ -161,6 +162,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         fleet, own_loss = plan.here(machine, hardware.disk_free_bytes(job.folder)), job.hooks.compute_loss is not None
         started_seconds = None if job.began is None else time.time() - job.began
         trial = plan.fit(job.recipe, model.shapes, footprint, summary, fleet, own_loss, started_seconds)
+        if before is not None:
+            trial = plan.placed_anew(before, trial)
         run_folder.environment(machine).save(job.folder / "environment.json")
         run_folder.save_plan(job.folder, trial)
     job.listener(Planned(plan=trial))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
+from fulltune.models import sharding
 
 if TYPE_CHECKING:
     import torch
@@ -113,8 +114,9 @@ def put_in_order(model: PreTrainedModel, missing: Iterable[str], head: Head, has
             _draw(model, parameters)
         else:
             for name, axis in rows.items():
-                values = parameters[name]
-                values.copy_(values.index_select(axis, torch.tensor(head.order, device=values.device)))
+                values = sharding.whole(parameters[name])
+                values = values.index_select(axis, torch.tensor(head.order, device=values.device))
+                parameters[name].copy_(sharding.like(values, parameters[name]))
     return head
 
 
@@ -141,7 +143,26 @@ def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) 
     for parameter in parameters.values():
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers 5 leaves others alone
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
-        model._init_weights(model.get_submodule(owner))
+        module = model.get_submodule(owner)
+        drawn = _whole(module) if sharding.is_shared(model) else module
+        model._init_weights(drawn)
+        for name, parameter in module.named_parameters(recurse=False):
+            if drawn is not module and f"{owner}.{name}" in parameters:
+                parameter.copy_(sharding.like(drawn.get_parameter(name), parameter))
+
+
+def _whole(module: Any) -> Any:
+    """The same module with room for whole parameters: what each process would draw of its part is not what one process
+    draws."""
+    import torch
+
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)  # of its own; a bias that it has not stays None
+    for name, parameter in module.named_parameters(recurse=False):
+        room = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+        room._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)  # type: ignore[attr-defined]
+        twin._parameters[name] = room
+    return twin
 
 
 def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
@@ -154,6 +175,7 @@ def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
     """
     import torch
 
+    sharding.free(model)
     state = torch.get_rng_state()
     try:
         torch.default_generator.manual_seed(seed)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.models import checkpoint_head
+from fulltune.models import checkpoint_head, sharding
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head
 from fulltune.models.files import reading
@@ -30,6 +30,7 @@ def load(
     block: ModelBlock | None = None,
     before_weights: Callable[[], None] = lambda: None,
     on_head: Callable[[Head], None] = lambda head: None,
+    shared_by: int = 1,
 ) -> PreTrainedModel:
     """Load the weights into a model with the task's head.
 
@@ -41,9 +42,10 @@ def load(
         block: Has the dropout, weights' type and attention to load with; None: the base's own.
         before_weights: Called when the libraries are loaded: what memory is taken later is the model's.
         on_head: Told what became of the head, where it may be new.
+        shared_by: Processes that share the weights out, of which all call this; each reads its part.
 
     Returns:
-        The model on CPU, in `weights_dtype`, in training mode off.
+        The model, on CPU unless its weights are shared out, in `weights_dtype`, in training mode off.
 
     Raises:
         SetupError: When the weights cannot be read or leave other parameters than the head's uninitialised.
@@ -59,6 +61,8 @@ def load(
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
     loader = base.model_class.from_pretrained
     _import_code(config)
+    if shared_by > 1:
+        keywords["distributed_config"] = sharding.shared_over(base.model_class, config, shared_by)
     before_weights()
     with _quiet():
         model, info = reading(

@@ -1,6 +1,6 @@
 """The plan stage: every number of a trial, each with its reason. Pure: no torch, no weights."""
 
-from fulltune.plan.changed import budget_of, need_of, on_disk
+from fulltune.plan.changed import budget_of, is_placed_as, need_of, on_disk, placed_anew
 from fulltune.plan.defaults import learning_rate_of
 from fulltune.plan.fit import fit
 from fulltune.plan.gpus import here
@@ -11,7 +11,9 @@ __all__ = [
     "device_and_precision",
     "fit",
     "here",
+    "is_placed_as",
     "learning_rate_of",
     "need_of",
     "on_disk",
+    "placed_anew",
 ]

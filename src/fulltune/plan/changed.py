@@ -1,4 +1,6 @@
-"""A plan whose settings were changed after it was made: by measurement, or because memory ran out."""
+"""A plan whose settings were changed after it was made: by measurement, because memory ran out, or because the run
+goes on with another placement or another number of processes.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,34 @@ from fulltune.system.hardware import Machine
 
 if TYPE_CHECKING:
     from fulltune.footprint.trace import PlannedModel
+
+
+_PLACING = (
+    *("num_processes", "placement", "device", "micro_batch_size", "gradient_accumulation_steps", "eval_batch_size"),
+    *("activation_checkpointing", "chunked_loss", "available_bytes", "memory", "disk", "time"),
+)
+"""What follows from where things lie, and changes no result."""
+
+
+def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
+    """Whether a run can go on by this plan: the recipe asks for no other placement or number of processes."""
+    train = recipe.train
+    placement = "deepspeed" if train.extra.get("deepspeed") is not None else train.placement
+    return plan.num_processes == train.num_processes and placement in ("auto", plan.placement)
+
+
+def placed_anew(plan: Plan, anew: Plan) -> Plan:
+    """A begun run's plan with the placement of one that was made anew; all that shapes the result stays.
+
+    Args:
+        plan: What the run has done until now.
+        anew: Of the recipe as it is now.
+    """
+    names = {f"train.{name}" for name in _PLACING} | {"evaluate.batch_size"}
+    settings = {setting.name: setting for setting in plan.settings}
+    settings |= {setting.name: setting for setting in anew.settings if setting.name in names}
+    placing = {name: getattr(anew, name) for name in _PLACING}
+    return plan.model_copy(update={**placing, "settings": tuple(settings.values())})
 
 
 def budget_of(changed: Plan, recipe: Recipe, model: PlannedModel, machine: Machine) -> MemoryBudget:

@@ -49,7 +49,7 @@ def fit(
     """
     train, reasons = recipe.train, Reasons()
     basis = basis_of(Workload(recipe, shapes, lambda dtype: footprint, summary), fleet, reasons, own_loss)
-    steps = basis.steps
+    steps, placement = basis.steps, resolve.placement(recipe, reasons)
     metric = resolve.metric(recipe, summary, reasons)
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)
@@ -80,6 +80,7 @@ def fit(
         lr_scheduler_type=train.lr_scheduler_type,
         global_batch_size=basis.global_batch_size,
         device=basis.needs.device,
+        placement=placement,
         group_by_length=basis.group_by_length,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,

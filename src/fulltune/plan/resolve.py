@@ -50,6 +50,15 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     return device
 
 
+def placement(recipe: Recipe, reasons: Reasons) -> Any:
+    """Where weights, gradients and state lie: as the recipe says, or whole in each process."""
+    train = recipe.train
+    if train.extra.get("deepspeed") is not None:
+        return "deepspeed"
+    chosen, why = ("single", "one process") if train.num_processes == 1 else ("ddp", "it fits in each process")
+    return reasons.add("train.placement", None if train.placement == "auto" else train.placement, chosen, why)
+
+
 def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
     wanted = recipe.train.precision
     if wanted == "fp16" and device == "cpu":
@@ -210,7 +219,7 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:
             )
         return None
     shared = sharing.of(recipe)
-    if shared is not None and shared.stage == 3:
+    if shared is not None and (shared.engine, shared.stage) == ("deepspeed", 3):
         if given == "probe":
             raise RecipeError(
                 f"{name}: probe, but DeepSpeed's stage 3 shares out the model before it can be looked at; set random, "

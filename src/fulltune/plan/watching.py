@@ -14,7 +14,6 @@ from fulltune.recipe.preserve import SAMPLES
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Preserving, Setting
-from fulltune.system import sharing
 from fulltune.text import format_percent
 
 SHARE, SHARE_STEERED = 0.01, 0.05
@@ -98,6 +97,6 @@ def _unwatched(recipe: Recipe) -> str:
         return "images have no generic text"
     if recipe.method.kind == "head":
         return "nothing but the head moves"
-    if sharing.of(recipe) is not None:
+    if recipe.train.deepspeed_by is not None:
         return "not measured with DeepSpeed"
     return ""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.methods.head import names_of
+from fulltune.models.sharding import whole
 from fulltune.probe import rivals
 from fulltune.probe.dense import DenseLayer
 from fulltune.probe.features import Features, sampled
@@ -138,7 +139,7 @@ def _head(
     # The rest of the head may have been drawn, and the last layer belongs to it.
     inside = tuple(f"{one}." for one in names_of(looker.model, looker.task_name, ""))
     own = {one: values for one, values in parameters.items() if one.startswith(inside)}
-    tensors = {one: values.detach().float().cpu().numpy() for one, values in own.items()}
+    tensors = {one: _numbers(values) for one, values in own.items()}
     tensors |= _tensors(layers.last, last, has_bias)
     if (dense := options[name]) is not None:
         tensors |= _tensors(str(layers.dense), dense, f"{layers.dense}.bias" in parameters)
@@ -154,13 +155,18 @@ def _follows(
     assert train.dense is not None, "asked before"
     weight, bias = (parameters.get(f"{layers.dense}.{part}") for part in ("weight", "bias"))
     assert weight is not None, "it is linear"
-    values = train.dense[:_TRIED] @ weight.detach().float().cpu().numpy().T
+    values = train.dense[:_TRIED] @ _numbers(weight).T
     try:
-        found = after(values if bias is None else values + bias.detach().float().cpu().numpy())
+        found = after(values if bias is None else values + _numbers(bias))
     except NoProbe:
         return False
     wanted = train.last[:_TRIED]
     return bool(np.abs(found - wanted).max() <= 0.05 * np.abs(wanted).max())  # bf16 has three digits
+
+
+def _numbers(parameter: Any) -> np.ndarray:
+    """float32, copied: numpy would keep FSDP2 from freeing what it has put together."""
+    return np.asarray(whole(parameter.detach()).float().cpu().clone().numpy())
 
 
 def _after(looker: Looker, layers: HeadLayers, rows: Any) -> Callable[[np.ndarray], np.ndarray]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fulltune.inference.run import autocast, logits_of
 from fulltune.methods import head as heads
+from fulltune.models import sharding
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.out_of_memory import is_out_of_memory
 
@@ -198,6 +199,9 @@ def after_dense(
     finally:
         for hook in hooks:
             hook.remove()
+        if sharding.is_shared(model):  # FSDP2 waits for the end of a pass that was left
+            with torch.no_grad():
+                model(**batch)
         model.train(was_training)
     flat = [one.float().flatten(0, -2) for one in read]
     if len(flat) != 1 or len(flat[0]) != len(values):

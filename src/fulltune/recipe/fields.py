@@ -98,7 +98,8 @@ class Recipe(Block):
     def shaping(self) -> dict[str, Any]:
         """All settings that shape a run."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
-        for name in ("notice", "hang_timeout"):  # of the machine, not of the result
+        # Of the machine, not of the result.
+        for name in ("notice", "hang_timeout", "num_processes", "placement", "offload", "oversubscribe"):
             del settings["train"][name]
         settings["compare"]["budget"] = settings["search"]["budget"] = None  # more time goes on with the same one
         return settings
@@ -124,6 +125,13 @@ class Recipe(Block):
     def train_files(self) -> tuple[str, ...]:
         """The files of the task's own rows."""
         return self.data.task_files
+
+
+def with_placement(recipe: Recipe, placement: Any) -> Recipe:
+    """The recipe with the placement that its plan has chosen; a user's own DeepSpeed file stays in charge."""
+    if recipe.train.placement != "auto" or placement == "deepspeed":
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"placement": placement})})
 
 
 def with_attention(recipe: Recipe, attn_implementation: str | None) -> Recipe:

@@ -157,6 +157,8 @@ class Plan(Record):
     micro_batch_size: int
     gradient_accumulation_steps: int
     num_processes: int
+    placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
+    """Where weights, gradients and optimizer state lie; deepspeed: as the user's own file says."""
     eval_batch_size: int
     device: str
     precision: Literal["fp32", "bf16", "fp16"]

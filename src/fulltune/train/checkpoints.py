@@ -16,6 +16,7 @@ from typing import Any
 from fulltune import files, methods
 from fulltune.errors import SetupError
 from fulltune.methods.folder import load_trained
+from fulltune.models import sharding
 from fulltune.train.request import number_in
 
 SEAL = "checksums.json"
@@ -79,7 +80,7 @@ def weights_seen(model: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, values in model.base_model.named_parameters():
-        flat = values.detach().reshape(-1)
+        flat = sharding.whole(values.detach()).reshape(-1)
         some = flat[:: max(1, len(flat) // _VALUES_SEEN)][:_VALUES_SEEN]
         digest.update(name.encode() + some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -155,16 +156,23 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
     """
     import torch
 
+    from fulltune.train import shared_state
+
+    if shared_state.is_in(checkpoint):
+        shared_state.load_weights(model, checkpoint)
+        return
     if trained_only:
         from safetensors.torch import load_file
 
         load_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
         return
+    keywords = {"config": model.config, "dtype": model.dtype, "use_safetensors": True, "output_loading_info": True}
+    if sharding.is_shared(model):
+        keywords["distributed_config"] = model.config.distributed_config
     with torch.random.fork_rng(devices=[]):
-        loaded, info = type(model).from_pretrained(
-            checkpoint, config=model.config, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-        )
+        loaded, info = type(model).from_pretrained(checkpoint, **keywords)
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise SetupError(f"{checkpoint}: does not hold the model's tensors: {wrong[0]} ({len(wrong)} such tensors)")
+    sharding.free(model)
     model.load_state_dict(loaded.state_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fulltune.recipe.fields import Recipe, with_attention
+from fulltune.recipe.fields import Recipe, with_attention, with_placement
 from fulltune.records.base import Record
 from fulltune.records.plan import Plan
 
@@ -34,8 +34,8 @@ class Request(Record):
 
     @property
     def recipe_as_planned(self) -> Recipe:
-        """The recipe with the attention implementation that was found to be the fastest."""
-        return with_attention(self.recipe, self.plan.attn_implementation)
+        """The recipe with the placement that was planned, and the attention that was found to be the fastest."""
+        return with_attention(with_placement(self.recipe, self.plan.placement), self.plan.attn_implementation)
 
     @property
     def folder(self) -> Path:
@@ -47,6 +47,10 @@ class Request(Record):
     def initial_weights(self) -> Path:
         """The weights before step 1, as long as the attempt runs."""
         return self.folder / INITIAL_WEIGHTS
+
+    def initial_weights_of(self, rank: int) -> Path:
+        """The part of another process than the first, of weights that are shared out."""
+        return self.initial_weights.with_stem(f"{self.initial_weights.stem}-rank{rank}")
 
     @property
     def trained_weights(self) -> Path:

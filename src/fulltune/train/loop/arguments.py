@@ -134,6 +134,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     }
     if plan.num_processes > 1 and plan.device == "cpu":
         values["ddp_backend"] = "gloo"
+    # The Trainer cannot save an optimizer whose state FSDP2 shares out: `FullTrainer` does.
+    values["save_only_model"] = plan.placement == "fsdp2"
     extra = as_arguments(train.extra)
     if plan.torch_compile:
         extra["torch_compile"] = True

@@ -2,7 +2,8 @@
 
 Overridden are `training_step`, `compute_loss` and `_get_grad_norm` (`guarded_step.py`), and here `compute_loss`,
 `_clip_grad_norm`, `get_train_dataloader`, `_get_num_items_in_batch`, `_load_from_checkpoint`, `_save_checkpoint`,
-`_save`, `evaluate`, `create_optimizer` and `floating_point_ops`. The loop, the schedule of the rate, logging and the
+`_save`, `_load_optimizer_and_scheduler`, `_defer_fsdp_gradient_reduction`, `evaluate`, `create_optimizer` and
+`floating_point_ops`. The loop, the schedule of the rate, logging and the
 choice of the best step stay theirs.
 """
 
@@ -19,12 +20,14 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 
 from fulltune import files
 from fulltune.errors import InterruptedRun
 from fulltune.inference.selective_head import SelectiveHead
+from fulltune.models import sharding
 from fulltune.records.plan import Plan
-from fulltune.train import checkpoints
+from fulltune.train import checkpoints, shared_state
 from fulltune.train.journal import Journal
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
@@ -125,6 +128,11 @@ class FullTrainer(Guarded, Trainer):
         if rate_factor(plan.rollbacks) < 1:
             self.add_callback(_LowerRate(self))
 
+    @property
+    def is_shared(self) -> bool:
+        """FSDP2 shares out the model."""
+        return sharding.is_shared(self.model)
+
     def on_skip(self, step: int, judged: Judged) -> None:
         self._on_skip(step, judged.reason, self.sampler.rows_of(step))
 
@@ -164,7 +172,7 @@ class FullTrainer(Guarded, Trainer):
         return 0
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.args.device.type != "cpu" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.args.device.type != "cpu" or self.is_deepspeed_enabled or self.is_shared:
             return super()._clip_grad_norm(model)
         # The same numbers as theirs, which multiplies all gradients by 1 when there is nothing to clip.
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -194,16 +202,32 @@ class FullTrainer(Guarded, Trainer):
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            checkpoints.load_weights(self.model, Path(resume_from_checkpoint), self.trained_only)
+        checkpoints.load_weights(self.model, Path(resume_from_checkpoint), self.trained_only)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (self.is_shared or shared_state.is_in(Path(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # Theirs refuses what was shared out (transformers 5.24).
+        optimizer: Any = self.optimizer
+        shared_state.load_optimizer(self.model, optimizer.optimizer, Path(checkpoint))
+        schedule: Any = self.lr_scheduler
+        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        # Theirs keeps whole gradients until a step's last micro batch: as much memory as whole weights.
+        yield
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._journal.during("saving"):
             super()._save_checkpoint(model, trial)
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            if self.is_shared:
+                self._save_shared(folder)
             if self.args.should_save:
-                folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
                 guard = self.seen.as_json() | {"left_evaluation": self.left_evaluation}
                 guard |= {"generic_texts": self.generic_identity, "base_weights": self.base_weights}
                 if self.replay is not None:
@@ -213,8 +237,20 @@ class FullTrainer(Guarded, Trainer):
                     if start is not None:
                         np.save(folder / name, start)
 
+    def _save_shared(self, folder: Path) -> None:
+        """What the Trainer leaves out of a checkpoint where FSDP2 shares out the model."""
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        shared_state.save(self.model, optimizer.optimizer, folder)
+        if self.args.should_save:
+            torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.trained_only:
+        if self.is_shared:
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # `_save_shared` fills it
+        elif not self.trained_only:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
@@ -272,6 +308,7 @@ class FullTrainer(Guarded, Trainer):
 
         Leaving it frees gradients and state. Not for DeepSpeed.
         """
+        sharding.free(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self._make_optimizer(self.model)
         self.optimizer = present

@@ -24,7 +24,7 @@ from fulltune.train.loop.guards import ended_high, ended_worse, nothing_learned,
 from fulltune.train.loop.step_guard import StepMemory
 from fulltune.train.request import Request
 from fulltune.train.run_time import CHECKS
-from fulltune.train.worker import distributed, weights
+from fulltune.train.worker import weights
 from fulltune.train.worker.against_start import NothingLeft
 from fulltune.train.worker.best import keep_best
 from fulltune.train.worker.checks import before_training, dry_run_in_engine, refuse_failed
@@ -81,7 +81,7 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     initial = None
     journal.at("saving")
     if attempt.is_main or sharing is not None:
-        initial = weights.InitialWeights(attempt.trainer.model, request.initial_weights if attempt.is_main else None)
+        initial = weights.InitialWeights(attempt.trainer.model, attempt.initial_weights, sharing is not None)
     state, optimizer = _fit(attempt)
     journal.at_rest()
     _judge_end(attempt, state)
@@ -90,8 +90,6 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
         return {}
     trainer = attempt.trainer
     moved = initial.moved(trainer.model, optimizer, trainer.tensors_with_gradient)
-    if sharing is not None:
-        moved = distributed.from_first(moved)
     decision = nothing_learned(moved, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
     if decision.action == "stop":
         raise GuardStop(decision.reason)
@@ -127,9 +125,9 @@ def _check(attempt: AttemptContext, rows: Any, eval_rows: Any) -> None:
     attempt.journal.at("step")
     attempt.checks = before_training(attempt, rows)
     passed = all(check.passed for check in attempt.checks)
-    if attempt.sharing is None and passed and attempt.request.dry_run:
+    if not attempt.in_deepspeed and passed and attempt.request.dry_run:
         _dry_run(attempt, rows, eval_rows)
-    if attempt.sharing is None or not passed:
+    if not attempt.in_deepspeed or not passed:
         refuse_failed(attempt.checks, attempt.recorder)
         return
 

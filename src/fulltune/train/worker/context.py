@@ -79,6 +79,14 @@ class AttemptContext:
         return self.journal.path is not None
 
     @property
+    def initial_weights(self) -> Path | None:
+        """Where this process keeps what it trains as it was before step 1; None: the first one keeps it for all."""
+        sharing = self.sharing
+        if self.is_main or sharing is None or sharing.engine == "deepspeed":
+            return self.request.initial_weights if self.is_main else None
+        return self.request.initial_weights_of(self.trainer.args.process_index)
+
+    @property
     def data(self) -> Path:
         """The folder of the prepared rows."""
         return Path(self.request.run_folder) / "data"
@@ -114,8 +122,13 @@ class AttemptContext:
 
     @cached_property
     def sharing(self) -> sharing.Sharing | None:
-        """What DeepSpeed shares out; None without it."""
+        """What the processes share out; None: each holds everything."""
         return sharing.of(self.recipe)
+
+    @property
+    def in_deepspeed(self) -> bool:
+        """Only DeepSpeed's engine can run the model, and it exists when training begins."""
+        return self.sharing is not None and self.sharing.engine == "deepspeed"
 
     @cached_property
     def early_stopping(self) -> SaveAndStopEarly:

@@ -29,6 +29,18 @@ def from_first(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def summed(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Each name's two counts, added up over all processes: the same in each."""
+    from accelerate.utils import gather_object
+
+    found: dict[str, tuple[int, int]] = {}
+    for part in gather_object([dict(counts)]):
+        for name, (one, other) in part.items():
+            before = found.get(name, (0, 0))
+            found[name] = before[0] + one, before[1] + other
+    return found
+
+
 # ---- eval rows -------------------------------------------------------------------------------------------------
 
 

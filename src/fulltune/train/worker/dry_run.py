@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.inference.run import by_length
+from fulltune.models import sharding
 from fulltune.records.plan import Plan, TimeNeed
 from fulltune.records.training import Check
 from fulltune.train.worker.no_trace import same_buffers, same_randomness
@@ -119,7 +120,9 @@ def _without_trace(trainer: Any, plan: Plan) -> Iterator[tuple[Any, Any]]:
     if plan.activation_checkpointing:  # the Trainer does it again when training begins
         model.activation_checkpointing_enable()
     with same_buffers(model), same_randomness(on_gpu=plan.device == "cuda"):
-        prepared = accelerator.prepare_model(model)
+        # Weights that are shared out already are not to be wrapped once more: as the Trainer does it.
+        together = not sharding.is_shared(model)
+        prepared = accelerator.prepare_model(model, device_placement=together, evaluation_mode=not together)
         try:
             with trainer.rehearsal() as optimizer:
                 yield prepared, optimizer

@@ -21,7 +21,7 @@ from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import logits_of, model_batch
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of
-from fulltune.models import dropout
+from fulltune.models import dropout, sharding
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, draw_again
 from fulltune.models.load import load
@@ -63,6 +63,7 @@ def load_for_training(
     before_weights: Callable[[], None] = lambda: None,
     on_head: Callable[[Head], None] = lambda head: None,
     before_method: Callable[[Any, Any], None] = lambda model, processor: None,
+    shared_by: int = 1,
 ) -> tuple[methods.Applied, Any]:
     """The pretrained model with the task's head and the recipe's method, and the tokenizer.
 
@@ -73,6 +74,7 @@ def load_for_training(
         before_weights: Called when the libraries are loaded.
         on_head: Told what became of the head.
         before_method: Called with the untouched model and its tokenizer.
+        shared_by: Processes that share the weights out with FSDP2.
     """
     base = Base.of(recipe.model, recipe.task, recipe.data.chat_template)
     model = load(
@@ -81,6 +83,7 @@ def load_for_training(
         head_is_new=task.FACTS.head_is_new,
         before_weights=before_weights,
         on_head=on_head,
+        shared_by=shared_by,
     )
     if deepspeed.wanted(recipe):
         weights.forget_unused_conversions(model)
@@ -93,17 +96,19 @@ def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
     plan, recipe, task, target = attempt.plan, attempt.recipe, attempt.task, attempt.target
     attempt.recorder.phase("loading the model")
     transformers.logging.disable_progress_bar()
-    if attempt.sharing is not None and attempt.is_main:
+    if attempt.in_deepspeed and attempt.sharing is not None and attempt.is_main:
         offload = attempt.sharing.offload_optimizer
         extensions.build(plan.device == "cpu", offload, attempt.recorder.phase, attempt.journal.write)
     # Before the model: with DeepSpeed's stage 3 its weights are shared out while they are read.
     arguments = training_arguments(recipe, plan, attempt.request.checkpoints)
-    if attempt.sharing is not None:
+    if attempt.in_deepspeed:
         distributed.start_deepspeed(arguments)
     transformers.set_seed(plan.seed)
     begin = partial(attempt.observed.measure, plan.device, target.problem_type)
     attempt.applied, tokenizer = load_for_training(
-        recipe, task, target, begin, partial(setattr, attempt, "head"), partial(_untouched, attempt, arguments.device)
+        *(recipe, task, target, begin, partial(setattr, attempt, "head")),
+        partial(_untouched, attempt, arguments.device),
+        plan.num_processes if plan.placement == "fsdp2" else 1,
     )
     model = attempt.applied.model
     if plan.device == "cpu":
@@ -222,9 +227,16 @@ def mixed_ranges(summary: DataSummary) -> tuple[Mixed, ...]:
 
 def _untouched(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
     """What the pretrained model is asked for before any method is applied."""
-    if attempt.sharing is None or attempt.sharing.stage != 3:
+    if sharding.is_shared(model) and attempt.head is not None and attempt.head.order is None:
+        draw_again(model, attempt.head, attempt.plan.seed)  # each process has drawn its own part
+    if not _is_apart(attempt):
         attempt.base_weights = checkpoints.weights_seen(model)
     _start_head(attempt, device, model, tokenizer)
+
+
+def _is_apart(attempt: AttemptContext) -> bool:
+    """DeepSpeed has shared the weights out, and they cannot be looked at before its engine exists."""
+    return attempt.in_deepspeed and attempt.sharing is not None and attempt.sharing.stage == 3
 
 
 def _start_head(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
@@ -232,7 +244,7 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
     request, plan, head = attempt.request, attempt.plan, attempt.head
     if plan.head_init == "random" or request.probe or head is None or head.order is not None:
         return
-    if attempt.sharing is not None and attempt.sharing.stage == 3:
+    if _is_apart(attempt):
         return  # a config may promise a head that the weights lack, and the plan cannot know
     attempt.recorder.phase(PROBING)
     folder = Path(request.run_folder)
@@ -240,7 +252,7 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
     def looker() -> probe.Looker:
         draw_again(model, head, probe.SEED)
         return probe.Looker(
-            model.to(device),
+            model if sharding.is_shared(model) else model.to(device),
             attempt.recipe.task,
             attempt.target,
             tokenizer.pad_token_id,
@@ -251,8 +263,11 @@ def _start_head(attempt: AttemptContext, device: torch.device, model: Any, token
         )
 
     with attempt.journal.during("evaluation"):  # memory as for an evaluation, and the same way out
-        attempt.head_start = probe.fitted(folder, looker, *_rows(attempt, tokenizer))
-    model.to("cpu")  # where the method draws its values, whoever has fitted the probe
+        together = sharding.is_shared(model)
+        train_rows, eval_rows = _rows(attempt, tokenizer)
+        attempt.head_start = probe.fitted(folder, looker, train_rows, eval_rows, together=together)
+    if not together:
+        model.to("cpu")  # where the method draws its values, whoever has fitted the probe
     if attempt.observed.meter is not None:
         attempt.observed.meter.forget_peak()  # only one trial of a comparison fits it, and memory is compared
     if attempt.head_start.head is None:

@@ -51,6 +51,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
             steps = last_step(request.folder)
             ended = {"status": status, "reason": reason, "phase": journal.phase, "trouble_since": since, "steps": steps}
         finally:
+            request.initial_weights_of(rank).unlink(missing_ok=True)
             if rank == 0:
                 request.initial_weights.unlink(missing_ok=True)
                 request.trained_weights.unlink(missing_ok=True)

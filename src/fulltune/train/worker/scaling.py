@@ -18,7 +18,7 @@ import torch
 from fulltune.inference.run import autocast, by_length
 from fulltune.inference.store import Rows
 from fulltune.methods import head
-from fulltune.models import output_layer
+from fulltune.models import output_layer, sharding
 from fulltune.records.training import Check
 from fulltune.train.worker.passes import batch_of
 
@@ -66,6 +66,7 @@ def settle(attempt: AttemptContext, rows: Rows) -> None:
     attempt.scaled = Scaled(layer, shift, factor)
     minus = f"(number - {shift:.6g})" if shift else "number"
     attempt.about_scale = f"it learns {minus} / {factor:.6g}, and gives the numbers themselves when it is saved"
+    sharding.free(attempt.applied.model)
     kept = attempt.head is not None and attempt.head.order is not None
     probed = attempt.head_start is not None and attempt.head_start.head is not None
     if kept or probed:  # it gives the numbers themselves
@@ -78,7 +79,7 @@ def _problem(attempt: AttemptContext, rows: Rows, layer: torch.nn.Linear | None)
         return "compute_loss is your own"
     if layer is None or not layer.weight.requires_grad:
         return "no last layer with one output was found in the head"
-    if attempt.sharing is None and not _ends_with(attempt, layer, rows):
+    if not attempt.in_deepspeed and not _ends_with(attempt, layer, rows):
         return "the model changes what its head's last layer gives"
     return None
 

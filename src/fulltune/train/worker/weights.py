@@ -19,23 +19,25 @@ from safetensors.torch import save_file
 from fulltune import methods
 from fulltune.files import write_json
 from fulltune.methods.folder import save, share
+from fulltune.models import sharding
 from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
-from fulltune.train import checkpoints
+from fulltune.train import checkpoints, shared_state
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.request import Request
+from fulltune.train.worker import distributed
 
 
-def whole(parameter: Any) -> torch.Tensor:
-    """The parameter's values on the CPU, in its shape; in half precision those of DeepSpeed's fp32 copy, which is what
-    is trained."""
+def held(parameter: Any) -> torch.Tensor:
+    """The parameter's values on the CPU: in its shape, or with FSDP2 this process's part of them. In half precision
+    those of DeepSpeed's fp32 copy, which is what is trained."""
     if _is_in_engine(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).cpu()
     if not hasattr(parameter, "ds_id"):
-        return parameter.detach().cpu()
+        return sharding.local(parameter.detach()).cpu()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):  # stage 3 before the optimizer exists
@@ -47,7 +49,7 @@ def _is_in_engine(parameter: Any) -> bool:
 
 
 def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
-    """AdamW's running mean of squared gradients on the CPU, in the parameter's shape; None with optimizers that have
+    """AdamW's running mean of squared gradients on the CPU, in the shape of `held`; None with optimizers that have
     none.
 
     It is positive where a value has received a gradient, also where it is kept in 8 bits: see `moments`.
@@ -63,7 +65,7 @@ def second_moment(parameter: Any, optimizer: Any) -> torch.Tensor | None:
     optimizer = getattr(optimizer, "behind", optimizer)
     own = isinstance(optimizer, AdamW)
     second = optimizer.second_moment(parameter) if own else optimizer.state.get(parameter, {}).get("exp_avg_sq")
-    return None if second is None else second.cpu()
+    return None if second is None else sharding.local(second).cpu()
 
 
 def _link_all_groups(optimizer: Any) -> None:
@@ -81,14 +83,16 @@ class InitialWeights:
 
     Args:
         model: The model.
-        path: The file; None in all processes but the first, which only help to put tensors together.
+        path: The file, with FSDP2 of this process's parts; None in processes that only help to put tensors together.
+        together: All processes make one, and compare together; otherwise the first one alone.
     """
 
-    def __init__(self, model: Any, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, model: Any, path: Path | None, together: bool = False) -> None:
+        sharding.free(model)
+        self.path, self._together = path, together
         tensors = {}
         for name, parameter in methods.trained(model).items():
-            values = whole(parameter)
+            values = held(parameter)
             if path is not None:
                 tensors[name] = values.contiguous()
         if path is not None:
@@ -99,15 +103,16 @@ class InitialWeights:
 
         A value counts as having received a gradient when AdamW's second moment is positive, so that embedding rows of
         unused tokens are left out; with optimizers that have none, all values of a tensor with a gradient count.
-        Only the first process has the weights before and counts.
+        Processes that have the weights before count; where all take part, they are told the sums.
         """
+        sharding.free(model)
         _link_all_groups(optimizer)
         counts: dict[str, tuple[int, int]] = {}  # values that received a gradient, and how many of them moved
         for name, parameter in methods.trained(model).items():
             second = second_moment(parameter, optimizer)
             if second is None and name not in with_gradient:
                 continue
-            now = whole(parameter)
+            now = held(parameter)
             if self.path is None:
                 continue
             changed = now != self._before(name).to(now.dtype)
@@ -115,6 +120,8 @@ class InitialWeights:
             # Not `sum`, which makes eight bytes of each truth value.
             if received := int(touched.count_nonzero()):
                 counts[name] = received, int((changed & touched).count_nonzero())
+        if self._together:
+            counts = distributed.summed(counts)
         unmoved = [name for name, (_, moved) in counts.items() if not moved]
         return Moved(
             num_tensors_with_gradient=len(counts),
@@ -144,6 +151,9 @@ def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
         return trainer.optimizer
     checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
     optimizer = trainer.create_optimizer()
+    if trainer.is_shared or shared_state.is_in(checkpoint):
+        shared_state.load_optimizer(trainer.model, optimizer, checkpoint)
+        return optimizer
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     return optimizer
 
@@ -160,13 +170,15 @@ def forget_unused_conversions(model: Any) -> None:
 
 
 def whole_state(trainer: Any) -> dict[str, Any] | None:
-    """The state dict of a model whose weights DeepSpeed holds, fp32 where it trains in fp32; None without DeepSpeed."""
+    """The state dict of a model whose weights are shared out, fp32 where it trains in fp32; None: they are not."""
+    if trainer.is_shared:
+        return shared_state.put_together(trainer.model)
     if not trainer.is_deepspeed_enabled:
         return None
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     if trainer.args.bf16 or trainer.args.fp16:
         for name, parameter in trainer.model.named_parameters():
-            values = whole(parameter)
+            values = held(parameter)
             if name in state:
                 state[name] = values
     return state
@@ -185,6 +197,8 @@ def save_model(
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     recipe = request.recipe
+    # With it `save_pretrained` would ask the other processes for their parts, which are here already.
+    vars(applied.model.config).pop("distributed_config", None)
     if recipe.method.kind == "full":
         applied.model.save_pretrained(part, state_dict=state)
     else:
