@@ -52,7 +52,8 @@ class Place:
     def settings(self) -> dict[str, Any]:
         """Of the recipe's `train`."""
         found = {"placement": self.kind, "num_processes": self.processes, "oversubscribe": self.processes > num_cores()}
-        return found | {"offload": one for one in self.name.split(":")[2:]}
+        offload = self.name.split(":")[2:]
+        return found | ({"offload": offload[0]} if offload else {})
 
     @property
     def lacks(self) -> str | None:

@@ -1,8 +1,8 @@
 """Weights that the processes of a training share out with PyTorch's FSDP2, as transformers loads them.
 
 `from_pretrained` with a `DistributedConfig` builds the model without values, shares its modules out by a plan (which
-modules are put together and freed again) and reads only this process's part of each tensor. Models without a plan of
-their own get one of their repeated blocks.
+modules are put together and freed again) and reads only this process's part of each tensor. Repeated blocks that a
+model's own plan does not name are added to it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -
     """How transformers is to share a model out over so many processes: its `DistributedConfig`.
 
     Raises:
-        SetupError: When the model has neither a plan of its own nor repeated blocks.
+        SetupError: When the model has no repeated blocks.
     """
     import torch
     from transformers.distributed.configuration_utils import DistributedConfig
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = auto_class.from_config(copy.deepcopy(config))
-    return DistributedConfig(fsdp_size=num_processes, fsdp_plan=None if model.fsdp_plan else blocks_of(model))
+    # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, whether it has modules of these
+    # names or not: without its blocks BERT, GPT-2 or T5 would be put together as a whole in each pass.
+    own = model.fsdp_plan or {}
+    lacking = {rule: style for rule, style in blocks_of(model).items() if rule not in own}
+    return DistributedConfig(fsdp_size=num_processes, fsdp_plan=lacking or None)
 
 
 def blocks_of(model: Any) -> dict[str, str]:
