@@ -81,11 +81,17 @@ def load_optimizer(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Pat
 
 
 def put_together(model: Any) -> dict[str, torch.Tensor]:
-    """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others."""
+    """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others.
+
+    Names that are tied have the same tensor, as in the model: it is saved once.
+    """
     sharding.free(model)
-    is_first, found = torch.distributed.get_rank() == 0, dict[str, torch.Tensor]()
-    for name, values in model.state_dict().items():
-        one = sharding.whole(values)
+    is_first, found, of = torch.distributed.get_rank() == 0, dict[str, torch.Tensor](), dict[int, str]()
+    for name, values in model.state_dict(keep_vars=True).items():
+        if (tied := of.setdefault(id(values), name)) != name:
+            found |= {name: found[tied]} if is_first else {}
+            continue
+        one = sharding.whole(values.detach())
         if is_first:
             found[name] = one.cpu()
     return found
