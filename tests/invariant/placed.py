@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 
 from fulltune import pipeline
 from fulltune.errors import InterruptedRun
@@ -62,23 +63,46 @@ class Place:
         return "DeepSpeed is not installed" if needed else None
 
 
+Rows = list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny random model, rows for it, and what the recipe says of them."""
 
     kind: str
-    rows: Callable[[], list[dict[str, Any]]]
+    rows: Callable[[Path], Rows]
+    """Makes them; files that they name go into the folder."""
     blocks: dict[str, Any] = field(default_factory=dict)
     without_dropout: dict[str, Any] = field(default_factory=dict)
+    save: Callable[..., Path] = tiny.save_model
 
     def model(self, folder: Path, dropout: bool) -> Path:
         """Its folder; the same one when asked again."""
         if not (folder / "config.json").exists():
-            tiny.save_model(folder, self.kind, **({} if dropout else self.without_dropout))
+            self.save(folder, self.kind, **({} if dropout else self.without_dropout))
         return folder
 
 
-def written_rows() -> list[dict[str, Any]]:
+def save_encoder(folder: Path, config_class: str, **changes: Any) -> Path:
+    """An encoder that `tests/tiny.py` does not know."""
+    tokenizer = tiny.encoder_tokenizer(token_types=False)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "cls_token_id", "sep_token_id")}
+    values = {**size, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": tiny.POSITIONS, **changes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(getattr(transformers, config_class)(**values))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_images(folder: Path, _: str, **changes: Any) -> Path:
+    return tiny.save_image_model(folder, **changes)
+
+
+def written_rows(_: Path) -> Rows:
     """Sources and targets of several lengths."""
     return [
         {
@@ -89,13 +113,34 @@ def written_rows() -> list[dict[str, Any]]:
     ]
 
 
+def image_rows(folder: Path) -> Rows:
+    images = tiny.write_images(folder / "images", 34)
+    return [{"image": str(path), "label": path.parent.name} for path in sorted(images.glob("*/*.png"))]
+
+
 RATE = {"kind": "full", "learning_rate": 3e-3}
+# As in `test_same_curve`: neither a head from a probe nor large values make rounding larger than what is compared.
+CLASSES: dict[str, Any] = {"method": {**RATE, "head_init": "random"}}
+ANSWERS: dict[str, Any] = {"method": RATE, "task": "causal-lm"}
+WRITTEN: dict[str, Any] = {"method": RATE, "task": "seq2seq"}
+IMAGES: dict[str, Any] = {**CLASSES, "task": "image-classification"}
 FAMILIES = {
-    # As in `test_same_curve`: neither a head from a probe nor large values make rounding larger than what is compared.
-    "encoder": Family("bert", label_rows, {"method": {**RATE, "head_init": "random"}}, NO_DROPOUT),
-    "decoder": Family("llama", answer_rows, {"method": RATE, "task": "causal-lm"}),
-    "encoder-decoder": Family("t5", written_rows, {"method": RATE, "task": "seq2seq"}, {"dropout_rate": 0.0}),
+    "encoder": Family("bert", lambda _: label_rows(), CLASSES, NO_DROPOUT),
+    "decoder": Family("llama", lambda _: answer_rows(), ANSWERS),
+    "encoder-decoder": Family("t5", written_rows, WRITTEN, {"dropout_rate": 0.0}),
 }
+_DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 32, "share_att_key": True}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+MODELS = {
+    "roberta": Family("roberta", lambda _: label_rows(), CLASSES, NO_DROPOUT),
+    "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
+    "modernbert": Family("ModernBertConfig", lambda _: label_rows(), CLASSES, {}, save_encoder),
+    "gpt2": Family("gpt2", lambda _: answer_rows(), ANSWERS, _NO_DROPOUT),
+    "opt": Family("opt", lambda _: answer_rows(), ANSWERS, {"dropout": 0.0}),
+    "bart": Family("bart", written_rows, WRITTEN, {"dropout": 0.0}),
+    "vit": Family("vit", image_rows, IMAGES, {"initializer_range": 0.02}, save_images),
+}
+"""Others than those of `FAMILIES`, whose blocks have other names or whose tensors are tied in other ways."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +234,7 @@ def train(folder: Path, family: Family, place: Place, *, listener: Listener | No
     blocks = {**family.blocks, "train": {**TRAIN, **place.settings, **changes}}
     options = {} if listener is None else {"listener": listener}
     with runs.without_tracing():
-        pipeline.run(runs.job(folder, model, family.rows(), options=options, **blocks), "train")
+        pipeline.run(runs.job(folder, model, family.rows(folder.parent), options=options, **blocks), "train")
 
 
 def stop_at(folder: Path, family: Family, place: Place, step: int, **changes: Any) -> int:
