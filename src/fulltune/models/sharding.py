@@ -31,8 +31,8 @@ def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = auto_class.from_config(copy.deepcopy(config))
-    # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, whether it has modules of these
-    # names or not: without its blocks BERT, GPT-2 or T5 would be put together as a whole in each pass.
+    # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, whether it has modules of
+    # these names or not: without its blocks BERT, GPT-2 or T5 would be put together as a whole in each pass.
     own = model.fsdp_plan or {}
     lacking = {rule: style for rule, style in blocks_of(model).items() if rule not in own}
     return DistributedConfig(fsdp_size=num_processes, fsdp_plan=lacking or None)
