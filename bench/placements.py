@@ -74,9 +74,28 @@ class References:
         return self._known[family, place]
 
 
+class Stopped:
+    """Runs that were stopped, each made when it is first asked for, and put back as it was each time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._steps: dict[tuple[str, str], int] = {}
+
+    def at(self, family: str, place: str) -> tuple[Path, int]:
+        """The folder, in which the run can be continued, and the step that it was stopped at."""
+        folder = self._folder / family / f"stopped-{named(place)}"
+        kept = folder.with_name(f"{folder.name}-kept")
+        if (family, place) not in self._steps:
+            self._steps[family, place] = placed.stop_at(folder, placed.FAMILIES[family], Place(place), STOP_STEP)
+            folder.rename(kept)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(kept, folder, symlinks=True)
+        return folder, self._steps[family, place]
+
+
 def named(place: str) -> str:
-    """A place, or a path between two, as a folder's name."""
-    return place.replace(" -> ", "-to-").replace(":", "-")
+    """A place as a folder's name."""
+    return place.replace(":", "-")
 
 
 def lacks(path: str) -> str | None:
@@ -134,15 +153,14 @@ def fall(curve: Curve) -> str:
 
 def resume(options: argparse.Namespace) -> int:
     table = Table("family", "placement", "stopped after", "loss", "gradient norm", "eval metrics", "weights", "")
-    references = References(options.folder, dropout=False)
+    references, stopped = References(options.folder, dropout=False), Stopped(options.folder)
     for family in options.families:
         for path in chosen(options, PATHS):
             if said := lacks(path):
                 table.line([family, path, "", "", "", "", "", said])
                 continue
             first, second = path.split(" -> ")
-            folder = options.folder / family / named(path)
-            step = placed.stop_at(folder, placed.FAMILIES[family], Place(first), STOP_STEP)
+            folder, step = stopped.at(family, first)
             from_step = placed.continued_from(folder, placed.FAMILIES[family], Place(second))
             found = placed.differences(references.of(family, first), placed.read(folder), after=from_step)
             wrong = not found.none if first == second else found.loss > RESUMED_MOST
