@@ -808,7 +808,7 @@ def test_override_broken_is_refused_with_the_recipes_problems(case: Case) -> Non
         (
             {"train": {"num_processes": 5000, "global_batch_size": 5000}},
             f"train.num_processes: 5000, but this machine lets us use {hardware.num_cores()} CPU core(s); set at most "
-            f"{hardware.num_cores()}",
+            f"{hardware.num_cores()}, or train.oversubscribe: true to try it all the same",
         ),
     ],
 )

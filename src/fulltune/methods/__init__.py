@@ -147,6 +147,6 @@ def problems(recipe: Recipe, config: PretrainedConfig, method: Arm) -> list[str]
         found.append("torch.compile may leave out the hooks it works by; remove train.extra.torch_compile")
     if method.kind == "peft":
         found += injected.problems(method)
-    if method.kind not in ("full", "base") and (by := recipe.train.shared_by):
+    if method.kind not in ("full", "base") and (by := recipe.train.deepspeed_by):
         found.append(f"{by} is here for full fine-tuning only, yet; remove it")
     return [f"method {method.arm}: {line}" for line in found]

@@ -19,6 +19,7 @@ from fulltune.errors import SetupError
 from fulltune.methods import BY_HOOKS, PROMPT_MODULE, Applied, apply, trained
 from fulltune.models.base import Base
 from fulltune.models.load import load as load_model
+from fulltune.models.sharding import like
 from fulltune.recipe.methods import Method
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS, TaskName
@@ -46,7 +47,9 @@ def save(applied: Applied, folder: Path, task: TaskName, base: str) -> None:
         applied.outer.peft_config["default"].base_model_name_or_path = base
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it did not look for the vocabulary's size on the Hub
-            applied.outer.save_pretrained(folder, save_embedding_layers=False)
+            # Frozen weights that are shared out stay so: PEFT would ask all processes for them.
+            state = {name: one for name, one in applied.outer.state_dict().items() if not hasattr(one, "placements")}
+            applied.outer.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
         (folder / "README.md").unlink(missing_ok=True)  # an empty form; ours is written with the report
     else:
         from safetensors.torch import save_file
@@ -216,7 +219,7 @@ def load_trained(model: Any, tensors: Mapping[str, Any], where: Path) -> None:
                 raise SetupError(
                     f"{where}: {name} has the shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
                 )
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors[name], parameter))
 
 
 def _refuse_others(expected: set[str], found: set[str], where: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from fulltune.errors import RecipeError
 from fulltune.methods import PROMPT_MODULE
+from fulltune.models.sharding import whole
 from fulltune.recipe.methods import PromptMethod
 from fulltune.recipe.tasks import TaskName
 
@@ -111,7 +112,7 @@ def _embeddings(module: Any) -> Any:
 
 def _first(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
     """Vectors of tokens drawn from the vocabulary, or random numbers of their spread: float32 [tokens, size]."""
-    weight, size = embeddings.weight.detach(), method.num_virtual_tokens
+    weight, size = whole(embeddings.weight.detach()), method.num_virtual_tokens
     if method.init == "vocabulary":
         return weight[torch.randint(0, len(weight), (size,), device=weight.device)].float()
     spread = weight.float().std()

@@ -165,22 +165,28 @@ def _whole(module: Any) -> Any:
     return twin
 
 
-def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
-    """Draw what the checkpoint lacks by this seed; the random state is left as it is.
+def draw(model: PreTrainedModel, head: Head) -> None:
+    """Draw what the checkpoint lacks.
 
     Args:
-        model: On the CPU, as it was loaded with this head.
+        model: As it was loaded with this head; on the CPU, unless its weights are shared out.
         head: Of the model.
-        seed: Of the new values.
     """
     import torch
 
     sharding.free(model)
+    with torch.no_grad():
+        _draw(model, {name: model.get_parameter(name) for name in head.drawn})
+
+
+def draw_again(model: PreTrainedModel, head: Head, seed: int) -> None:
+    """The same by this seed; the random state is left as it is."""
+    import torch
+
     state = torch.get_rng_state()
     try:
         torch.default_generator.manual_seed(seed)
-        with torch.no_grad():
-            _draw(model, {name: model.get_parameter(name) for name in head.drawn})
+        draw(model, head)
     finally:
         torch.set_rng_state(state)
 

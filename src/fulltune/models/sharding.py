@@ -7,7 +7,9 @@ model's own plan does not name are added to it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
@@ -74,6 +76,39 @@ def free(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextlib.contextmanager
+def whole_while_copied(model: Any, modules: Sequence[str]) -> Iterator[None]:
+    """Inside, these modules hold whole parameters: a method copies them, and trains copies that all processes hold. The
+    Trainer averages the gradients of such tensors over the processes."""
+    from torch.nn import Parameter
+
+    free(model)
+    kept = [
+        (module, name, parameter)
+        for path in (modules if is_shared(model) else ())
+        for module in model.get_submodule(path).modules()
+        for name, parameter in list(module.named_parameters(recurse=False))
+    ]
+    for module, name, parameter in kept:
+        setattr(module, name, Parameter(whole(parameter.detach())))
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            setattr(module, name, parameter.requires_grad_(False))  # the copies are trained
+
+
+def put_together(model: Any) -> None:
+    """Have each process hold the trained parameters whole, few as they are; the model is not trained any more."""
+    from torch.nn import Parameter
+
+    free(model)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and hasattr(parameter, "placements"):
+                setattr(module, name, Parameter(whole(parameter.detach())))
 
 
 def whole(values: torch.Tensor) -> torch.Tensor:

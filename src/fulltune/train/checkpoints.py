@@ -159,7 +159,7 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
     from fulltune.train import shared_state
 
     if shared_state.is_in(checkpoint):
-        shared_state.load_weights(model, checkpoint)
+        shared_state.load_weights(model, checkpoint, trained_only)
         return
     if trained_only:
         from safetensors.torch import load_file

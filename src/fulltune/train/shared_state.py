@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
+from fulltune import methods
 from fulltune.errors import SetupError
 from fulltune.models import sharding
 
@@ -30,10 +31,17 @@ def is_in(checkpoint: Path) -> bool:
     return (checkpoint / FOLDER).is_dir()
 
 
-def save(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Write what each process holds; all of them call it."""
+def save(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path, trained_only: bool = False) -> None:
+    """Write what each process holds; all of them call it.
+
+    Args:
+        model: Its weights are shared out.
+        optimizer: Of the model, without a wrapper.
+        checkpoint: A folder that is there.
+        trained_only: Leave out what stays as it was loaded.
+    """
     sharding.free(model)
-    state: dict[str, torch.Tensor] = {f"{_WEIGHTS}{name}": one.detach() for name, one in _tensors(model).items()}
+    state = _weights(model, trained_only)
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             # A number of steps has no axis, and a file of parts tells them by their offsets.
@@ -41,14 +49,14 @@ def save(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None
     save_parts(state, storage_writer=HuggingFaceStorageWriter(str(checkpoint / FOLDER), save_distributed=True))
 
 
-def load_weights(model: Any, checkpoint: Path) -> None:
-    """Put the weights of a shared-out checkpoint into a model, whole or shared out.
+def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> None:
+    """Put the weights of a shared-out checkpoint into a model, whole or shared out; arguments as for `save`.
 
     Raises:
         SetupError: When the tensors are not those of the model.
     """
     sharding.free(model)
-    state = {f"{_WEIGHTS}{name}": one.detach() for name, one in _tensors(model).items()}
+    state = _weights(model, trained_only)
     known = {name: size for name, size in _sizes(checkpoint).items() if name.startswith(_WEIGHTS)}
     wrong = sorted(known.keys() ^ state.keys()) or [name for name, one in state.items() if one.shape != known[name]]
     if wrong:
@@ -98,9 +106,10 @@ def put_together(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _placed(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Whole values, or those that are placed already, as the parameter is; numbers stay as they are."""
-    is_part = hasattr(value, "placements")
-    return value if is_part or value.shape != parameter.shape else sharding.like(value, parameter)
+    """Whole values of a file, or those that are placed already, as the parameter is; numbers stay as they are."""
+    if hasattr(value, "placements"):
+        return value
+    return sharding.like(value, parameter).clone() if value.shape == parameter.shape else value.clone()
 
 
 def _from_parts(model: Any, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -132,8 +141,10 @@ def _sizes(checkpoint: Path) -> dict[str, torch.Size]:
     return {name: one.size for name, one in metadata.state_dict_metadata.items() if hasattr(one, "size")}
 
 
-def _tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Each parameter once, whatever names it is tied to, and the buffers that are saved."""
-    found: dict[str, torch.Tensor] = dict(model.named_parameters())
-    kept = model.state_dict().keys()
-    return found | {name: one for name, one in model.named_buffers() if name in kept}
+def _weights(model: Any, trained_only: bool) -> dict[str, torch.Tensor]:
+    """Each parameter once, however it is tied, and the buffers that are saved, by their names in the files."""
+    found: dict[str, torch.Tensor] = dict(methods.trained(model) if trained_only else model.named_parameters())
+    if not trained_only:
+        kept = model.state_dict().keys()
+        found |= {name: one for name, one in model.named_buffers() if name in kept}
+    return {f"{_WEIGHTS}{name}": one.detach() for name, one in found.items()}

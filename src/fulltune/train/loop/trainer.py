@@ -241,7 +241,7 @@ class FullTrainer(Guarded, Trainer):
         """What the Trainer leaves out of a checkpoint where FSDP2 shares out the model."""
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        shared_state.save(self.model, optimizer.optimizer, folder)
+        shared_state.save(self.model, optimizer.optimizer, folder, self.trained_only)
         if self.args.should_save:
             torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
         self._save_scaler(str(folder))

@@ -23,7 +23,7 @@ from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import names_of
 from fulltune.models import dropout, sharding
 from fulltune.models.base import Base
-from fulltune.models.checkpoint_head import Head, draw_again
+from fulltune.models.checkpoint_head import Head, draw, draw_again
 from fulltune.models.load import load
 from fulltune.models.processors import opened
 from fulltune.recipe.preserve import SAMPLES
@@ -88,7 +88,9 @@ def load_for_training(
     if deepspeed.wanted(recipe):
         weights.forget_unused_conversions(model)
     before_method(model, base.processor)
-    return methods.apply(model, recipe.method, recipe.task), base.processor
+    copied = names_of(model, recipe.task, recipe.method.arm) if recipe.method.kind in ("lora", "peft") else ()
+    with sharding.whole_while_copied(model, copied):
+        return methods.apply(model, recipe.method, recipe.task), base.processor
 
 
 def make_trainer(attempt: AttemptContext) -> tuple[Any, Any]:
@@ -227,8 +229,10 @@ def mixed_ranges(summary: DataSummary) -> tuple[Mixed, ...]:
 
 def _untouched(attempt: AttemptContext, device: torch.device, model: Any, tokenizer: Any) -> None:
     """What the pretrained model is asked for before any method is applied."""
-    if sharding.is_shared(model) and attempt.head is not None and attempt.head.order is None:
-        draw_again(model, attempt.head, attempt.plan.seed)  # each process has drawn its own part
+    if sharding.is_shared(model):  # each process has drawn its own part; from here on all are as one alone
+        transformers.set_seed(attempt.plan.seed)
+        if attempt.head is not None and attempt.head.order is None:
+            draw(model, attempt.head)
     if not _is_apart(attempt):
         attempt.base_weights = checkpoints.weights_seen(model)
     _start_head(attempt, device, model, tokenizer)

@@ -113,7 +113,7 @@ class InitialWeights:
             if second is None and name not in with_gradient:
                 continue
             now = held(parameter)
-            if self.path is None:
+            if self.path is None or not self._counts(parameter):
                 continue
             changed = now != self._before(name).to(now.dtype)
             touched = changed.new_ones(changed.shape) if second is None else second > 0
@@ -130,6 +130,11 @@ class InitialWeights:
             num_values_moved=sum(moved for _, moved in counts.values()),
             unmoved_tensors=tuple(unmoved[:20]),
         )
+
+    def _counts(self, parameter: Any) -> bool:
+        """Whether this process counts it: what several hold whole the first one counts alone."""
+        in_parts = hasattr(parameter, "placements")
+        return in_parts or not self._together or torch.distributed.get_rank() == 0
 
     def _before(self, name: str) -> torch.Tensor:
         """A tensor as it was. The file is opened anew for each, or all of it would stay in memory."""
@@ -171,6 +176,9 @@ def forget_unused_conversions(model: Any) -> None:
 
 def whole_state(trainer: Any) -> dict[str, Any] | None:
     """The state dict of a model whose weights are shared out, fp32 where it trains in fp32; None: they are not."""
+    if trainer.is_shared and trainer.trained_only:
+        sharding.put_together(trainer.model)
+        return None
     if trainer.is_shared:
         return shared_state.put_together(trainer.model)
     if not trainer.is_deepspeed_enabled:
