@@ -4,6 +4,7 @@ from one to the other."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from fulltune.system.hardware import num_cores
 from tests.invariant import placed
 from tests.invariant.placed import FAMILIES, MODELS, Curve, Place
+from tests.invariant.test_same_curve import losses
 from tests.train import runs
 
 pytestmark = pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process")
@@ -101,6 +103,21 @@ def test_models_with_other_blocks_are_trained(name: str, tmp_path: Path) -> None
     expected = in_one_process(tmp_path / "one", MODELS[name], **steps)
     placed.train(tmp_path / "shared", MODELS[name], SHARED, **steps)
     assert_near(expected, placed.read(tmp_path / "shared"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lora", "prompt", "head"])
+def test_methods_that_train_little_are_those_of_one_process(method: str, tmp_path: Path) -> None:
+    """The weights that stay as they were are shared out."""
+    family = FAMILIES["encoder"]
+    values = {**family.blocks["method"], "kind": method, "learning_rate": 3e-2}
+    family = replace(family, blocks={**family.blocks, "method": values})
+    with runs.in_this_process():
+        placed.train(tmp_path / "one", family, SINGLE, **FEW)
+    placed.train(tmp_path / "shared", family, SHARED, **FEW)
+    one, shared = (losses(tmp_path / name) for name in ("one", "shared"))
+    assert len(set(one)) == 16
+    assert shared == pytest.approx(one, abs=1e-5)
 
 
 @pytest.mark.long

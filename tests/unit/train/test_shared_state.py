@@ -116,6 +116,29 @@ def test_files_hold_each_tensor_once_by_its_name(tmp_path: Path) -> None:
     assert sorted(names) == sorted([*(f"weights.{name}" for name in parameters), *kinds])
 
 
+def test_what_is_not_trained_can_be_left_out(tmp_path: Path) -> None:
+    with process_group(tmp_path):
+        model = share_out(made())
+        model.requires_grad_(False)
+        model.transformer.ln_f.requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.transformer.ln_f.parameters(), lr=1e-3)
+        tokens = torch.arange(12).reshape(2, 6)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        shared_state.save(model, optimizer, tmp_path, trained_only=True)
+        expected = weights_of(model)
+    other = made()
+    other.requires_grad_(False)
+    other.transformer.ln_f.requires_grad_(True)
+    shared_state.load_weights(other, tmp_path, trained_only=True)
+    assert_equal(weights_of(other), expected)
+    names: list[str] = []
+    for path in (tmp_path / shared_state.FOLDER).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names += [name for name in file.keys() if name.startswith("weights.")]  # noqa: SIM118 - not a mapping
+    assert sorted(names) == ["weights.transformer.ln_f.bias", "weights.transformer.ln_f.weight"]
+
+
 def test_state_of_whole_tensors_is_read_into_shared_ones(tmp_path: Path) -> None:
     """`optimizer.pt` numbers its parameters in the order of the groups."""
     with process_group(tmp_path):
