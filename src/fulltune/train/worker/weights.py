@@ -24,6 +24,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
 from fulltune.train import checkpoints, shared_state
+from fulltune.train.optim import shared
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
@@ -157,7 +158,7 @@ def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
     checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
     optimizer = trainer.create_optimizer()
     if trainer.is_shared or shared_state.is_in(checkpoint):
-        shared_state.load_optimizer(trainer.model, optimizer, checkpoint)
+        shared.load(trainer.model, optimizer, checkpoint)
         return optimizer
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     return optimizer
