@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune import methods
 from fulltune.errors import SetupError
+from fulltune.files import write_json
 from fulltune.models import sharding
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 FOLDER = "shared"
 """In a checkpoint, of one whose tensors were shared out."""
+WHOLE = "model.safetensors"
 _WEIGHTS = "weights."
 
 
@@ -81,15 +83,57 @@ def kinds(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def put_together(model: Any) -> dict[str, torch.Tensor]:
-    """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others."""
+def write_whole(model: Any, folder: Path, most_bytes: int = 2 * 2**30) -> None:
+    """Write a shared-out model's weights as plain safetensors with an index, as `save_pretrained` does: the first
+    process puts one file's tensors together at a time, so no process ever holds all of them.
+
+    Args:
+        model: All processes call it.
+        folder: Of the finished model; there, in the first process.
+        most_bytes: Of a file, unless one tensor is larger.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name.removeprefix(_WEIGHTS): one for name, one in _weights(model, trained_only=False).items()}
+    files: list[list[str]] = [[]]
+    held = 0
+    for name, one in tensors.items():
+        size = one.numel() * one.element_size()
+        if files[-1] and held + size > most_bytes:
+            files.append([])
+            held = 0
+        files[-1].append(name)
+        held += size
+    index: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        called = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else WHOLE
+        index |= dict.fromkeys(names, called)
+        together = {}
+        for name in names:
+            one = sharding.whole(tensors[name])
+            if is_first():
+                together[name] = one.cpu().contiguous()
+        if is_first():
+            save_file(together, folder / called, metadata={"format": "pt"})
+    if is_first() and len(files) > 1:
+        size = sum(one.numel() * one.element_size() for one in tensors.values())
+        write_json(folder / f"{WHOLE}.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes."""
     import torch
 
+    return torch.distributed.get_rank() == 0
+
+
+def put_together(model: Any) -> dict[str, torch.Tensor]:
+    """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others."""
     sharding.free(model)
-    is_first, found = torch.distributed.get_rank() == 0, dict[str, torch.Tensor]()
+    found: dict[str, torch.Tensor] = {}
     for name, values in model.state_dict().items():
         one = sharding.whole(values)
-        if is_first:
+        if is_first():
             found[name] = one.cpu()
     return found
 
