@@ -121,6 +121,18 @@ def local(values: torch.Tensor) -> torch.Tensor:
     return values.to_local() if hasattr(values, "to_local") else values
 
 
+def part(held: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that is placed as the parameter is."""
+    if not hasattr(parameter, "placements"):
+        return held
+    from torch.distributed.tensor import DTensor
+
+    placed: Any = parameter
+    return DTensor.from_local(
+        held, placed.device_mesh, placed.placements, run_check=False, shape=placed.shape, stride=placed.stride()
+    )
+
+
 def like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Whole values as the parameter is placed: the same tensor, or this process's part of it."""
     if not hasattr(parameter, "placements"):

@@ -51,10 +51,10 @@ def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
             f"train.num_processes: {train.num_processes}: the run was begun with {rows} rows a step, which so many "
             f"processes cannot share{micro}; take a number that divides them"
         )
-    if plan.optim in OWN_OPTIMIZERS and train.shared_by is not None:
+    if plan.optim in OWN_OPTIMIZERS and train.deepspeed_by is not None:
         problems.append(
-            f"{train.shared_by}: the run was begun with {plan.optim}, whose state cannot be shared out; take ddp or "
-            "single, or start a new run (--fresh)"
+            f"{train.deepspeed_by}: the run was begun with {plan.optim}, which cannot run inside DeepSpeed; take "
+            "another placement, or start a new run (--fresh)"
         )
     if problems:
         raise RecipeError(problems)

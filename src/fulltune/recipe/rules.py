@@ -281,9 +281,6 @@ def _bf16_updates(recipe: Recipe) -> list[str]:
             f"train.optim: '{train.optim}' cannot run inside DeepSpeed, which keeps fp32 weights and shares out an "
             f"optimizer's state itself; remove optim, or {_deepspeed(recipe)}"
         )
-    if train.placement == "fsdp2" and (train.optim in OWN_OPTIMIZERS or recipe.model.weights_dtype == "bf16"):
-        what = f"train.optim: '{train.optim}'" if train.optim in OWN_OPTIMIZERS else "model.weights_dtype: bf16"
-        problems.append(f"{what}: not yet with train.placement: fsdp2, which shares out fp32 weights; remove it")
     return problems
 
 

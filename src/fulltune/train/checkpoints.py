@@ -17,6 +17,7 @@ from fulltune import files, methods
 from fulltune.errors import SetupError
 from fulltune.methods.folder import load_trained
 from fulltune.models import sharding
+from fulltune.train import shared_state
 from fulltune.train.request import number_in
 
 SEAL = "checksums.json"
@@ -155,8 +156,6 @@ def load_weights(model: Any, checkpoint: Path, trained_only: bool = False) -> No
         SetupError: When the tensors are not those of the model.
     """
     import torch
-
-    from fulltune.train import shared_state
 
     if shared_state.is_in(checkpoint):
         shared_state.load_weights(model, checkpoint, trained_only)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fulltune.errors import SetupError
 from fulltune.models import sharding
 from fulltune.train import shared_state
+from fulltune.train.optim import shared
 from tests import tiny
 
 
@@ -83,19 +84,19 @@ def assert_restored(checkpoint: Path, model: Any, expected: tuple[dict[str, torc
         [{"params": [one]} for one in reversed(list(model.parameters()))], lr=5.0, weight_decay=0.0
     )
     shared_state.load_weights(model, checkpoint)
-    shared_state.load_optimizer(model, optimizer, checkpoint)
+    shared.load(model, optimizer, checkpoint)
     assert_equal(weights_of(model), expected[0])
     assert_equal(moments(model, optimizer), expected[1])
     assert {group["lr"] for group in optimizer.param_groups} == {5.0}  # the schedule's, not the checkpoint's
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_what_was_saved_is_read_whole_and_shared_out(shared: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_what_was_saved_is_read_whole_and_shared_out(is_shared: bool, tmp_path: Path) -> None:
     with process_group(tmp_path):
-        model = share_out(made()) if shared else made()
+        model = share_out(made()) if is_shared else made()
         optimizer = trained(model)
         expected = weights_of(model), moments(model, optimizer)
-        shared_state.save(model, optimizer, tmp_path)
+        shared_state.save(model, shared.state_of(model, optimizer), tmp_path)
         assert_restored(tmp_path, share_out(made(seed=1)), expected)
     assert shared_state.is_in(tmp_path)
     # One process alone needs no group.
@@ -105,7 +106,7 @@ def test_what_was_saved_is_read_whole_and_shared_out(shared: bool, tmp_path: Pat
 def test_files_hold_each_tensor_once_by_its_name(tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made()
-        shared_state.save(model, trained(model), tmp_path)
+        shared_state.save(model, shared.state_of(model, trained(model)), tmp_path)
     names: list[str] = []
     for path in (tmp_path / shared_state.FOLDER).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -125,7 +126,7 @@ def test_what_is_not_trained_can_be_left_out(tmp_path: Path) -> None:
         tokens = torch.arange(12).reshape(2, 6)
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
-        shared_state.save(model, optimizer, tmp_path, trained_only=True)
+        shared_state.save(model, shared.state_of(model, optimizer), tmp_path, trained_only=True)
         expected = weights_of(model)
     other = made()
     other.requires_grad_(False)
@@ -147,14 +148,14 @@ def test_state_of_whole_tensors_is_read_into_shared_ones(tmp_path: Path) -> None
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         other = share_out(made(seed=1))
         again = torch.optim.AdamW(other.parameters())
-        shared_state.load_optimizer(other, again, tmp_path)
+        shared.load(other, again, tmp_path)
         assert_equal(moments(other, again), moments(model, optimizer))
 
 
 def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made()
-        shared_state.save(model, trained(model), tmp_path)
+        shared_state.save(model, shared.state_of(model, trained(model)), tmp_path)
     with pytest.raises(SetupError, match=r"does not hold the model's tensors: transformer\.h\.1.* \(12 such tensors\)"):
         shared_state.load_weights(made(n_layer=1), tmp_path)
     with pytest.raises(SetupError, match=r"does not hold the model's tensors: transformer\.wpe\.weight \(1 such"):
@@ -176,3 +177,21 @@ def test_put_together_model_has_tied_tensors_once(kind: str, tmp_path: Path) -> 
         with safe_open(tmp_path / name / "model.safetensors", framework="pt") as file:
             kept.append(set(file.keys()))
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("most_bytes", [2**30, 40_000])
+def test_shared_out_model_is_written_file_by_file(most_bytes: int, tmp_path: Path) -> None:
+    """A tied tensor once, and transformers reads the folder."""
+    with process_group(tmp_path):
+        model = share_out(made())
+        expected = weights_of(model)
+        model.config.save_pretrained(tmp_path)
+        shared_state.write_whole(model, tmp_path, most_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (tmp_path / "model.safetensors.index.json").exists() == (most_bytes == 40_000)
+    names: list[str] = []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names += list(file.keys())
+    assert sorted(names) == sorted(expected)
+    assert_equal(weights_of(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)

@@ -33,7 +33,7 @@ from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.guards import rate_factor
 from fulltune.train.loop.sampler import GlobalBatchSampler, Mixed
 from fulltune.train.loop.step_guard import Judged
-from fulltune.train.optim import optimizers
+from fulltune.train.optim import optimizers, shared
 from fulltune.train.optim.groups import parameter_groups
 from fulltune.train.optim.in_backward import InBackward
 
@@ -210,7 +210,7 @@ class FullTrainer(Guarded, Trainer):
             return
         # Theirs refuses what was shared out (transformers 5.24).
         optimizer: Any = self.optimizer
-        shared_state.load_optimizer(self.model, optimizer.optimizer, Path(checkpoint))
+        shared.load(self.model, optimizer.optimizer, Path(checkpoint))
         schedule: Any = self.lr_scheduler
         schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
@@ -241,7 +241,7 @@ class FullTrainer(Guarded, Trainer):
         """What the Trainer leaves out of a checkpoint where FSDP2 shares out the model."""
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        shared_state.save(self.model, optimizer.optimizer, folder, self.trained_only)
+        shared_state.save(self.model, shared.state_of(self.model, optimizer.optimizer), folder, self.trained_only)
         if self.args.should_save:
             torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
         self._save_scaler(str(folder))

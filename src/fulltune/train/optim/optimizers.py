@@ -6,6 +6,8 @@ fixed size, so that beyond the state it needs a few MiB. Moments: see moments.py
 - stochastic: up or down at random, right on average.
 - kahan: to nearest, and what was lost is kept as a bf16 number of its own, rounded at random, and added the next time.
 - nearest: what is lost is lost. At usual learning rates most updates are smaller than half of bf16's spacing.
+
+Of tensors that FSDP2 shares out each process updates its part.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fulltune.errors import SetupError
+from fulltune.models.sharding import local
 from fulltune.train.optim import moments
 from fulltune.train.optim.moments import Format, Noise
 
@@ -46,6 +49,24 @@ class _Buffers:
             torch.empty(self.size, device=device) for _ in range(5)
         )
         self.noise = Noise(seed, self.size, device)
+
+
+def in_fp32(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+    """The state of one tensor in the form that torch's AdamW has: both moments fp32, in this shape, and the step.
+
+    Args:
+        state: Of `AdamW`, in any format.
+        shape: Of the tensor, or of the part of it that the state is of.
+    """
+    count = shape.numel()
+    found = {"step": state["step"]}
+    for name in ("exp_avg", "exp_avg_sq"):
+        out = torch.empty(-(-count // moments.GROUP) * moments.GROUP, device=state[name].device)
+        flat = {**state, name: state[name].reshape(-1)}
+        found[name] = moments.read(flat, name, 0, count, 1.0, out).reshape(shape).clone()
+    if "compensation" in state:
+        found["compensation"] = state["compensation"].reshape(shape)
+    return found
 
 
 class AdamW(torch.optim.Optimizer):
@@ -95,8 +116,8 @@ class AdamW(torch.optim.Optimizer):
             raise NotImplementedError("a closure is not needed: the gradients are there")
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and parameter.numel():
-                    self._update(parameter, parameter.grad.reshape(-1), group)
+                if parameter.grad is not None and local(parameter).numel():
+                    self._update(parameter, local(parameter.grad).reshape(-1), group)
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         """One tensor by its gradient[values], slice by slice."""
@@ -104,12 +125,13 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state.update(self._new_state(parameter))
         state["step"] += 1
-        weights, size = parameter.detach().reshape(-1), self._buffers(parameter).size
+        held = local(parameter.detach())
+        weights, size = held.reshape(-1), self._buffers(parameter).size
         for begin in range(0, len(weights), size):
             stretch = slice(begin, begin + size)
             self._update_slice(parameter, weights[stretch], gradient[stretch], group, begin)
-        if not parameter.is_contiguous():
-            parameter.copy_(weights.view(parameter.shape))
+        if not held.is_contiguous():
+            held.copy_(weights.view(held.shape))
 
     def _update_slice(
         self, parameter: Tensor, kept: Tensor, gradient: Tensor, group: Mapping[str, Any], begin: int
@@ -167,24 +189,20 @@ class AdamW(torch.optim.Optimizer):
         return self._scratch[device]
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = moments.start(parameter.numel(), self._format, parameter.device)
+        count, device = local(parameter).numel(), parameter.device
+        state = moments.start(count, self._format, device)
         if parameter.dtype == torch.bfloat16 and self._rounding == "kahan":
-            state["compensation"] = torch.zeros(parameter.numel(), dtype=torch.bfloat16, device=parameter.device)
+            state["compensation"] = torch.zeros(count, dtype=torch.bfloat16, device=device)
         return {"step": torch.tensor(0.0), **state}
 
     @torch.no_grad()
     def second_moment(self, parameter: Tensor) -> Tensor | None:
-        """The running mean of squared gradients, fp32 in the parameter's shape; None before the first update.
+        """The running mean of squared gradients, fp32 in the shape of what is held; None before the first update.
 
         It is positive exactly where a gradient was seen (whose square fp32 can hold), in every format.
         """
         state = self.state.get(parameter)
-        if not state:
-            return None
-        count = parameter.numel()
-        out = torch.empty(-(-count // moments.GROUP) * moments.GROUP, device=parameter.device)
-        flat = {**state, "exp_avg_sq": state["exp_avg_sq"].reshape(-1)}
-        return moments.read(flat, "exp_avg_sq", 0, count, 1.0, out).reshape(parameter.shape).clone()
+        return in_fp32(state, local(parameter).shape)["exp_avg_sq"] if state else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -199,7 +217,17 @@ class AdamW(torch.optim.Optimizer):
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(saved, self._places, strict=True):
             if index in state_dict["state"]:
-                self.state[parameter] = self._taken_over(state_dict["state"][index], parameter)
+                self.take_over(state_dict["state"][index], parameter)
+
+    @torch.no_grad()
+    def take_over(self, given: Mapping[str, Any], parameter: Tensor) -> None:
+        """Go on with this state of a parameter, whatever form its moments have; of one that is shared out, with that of
+        this process's part.
+
+        Raises:
+            SetupError: When it is no AdamW's.
+        """
+        self.state[parameter] = self._taken_over(given, parameter)
 
     def _taken_over(self, given: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         missing = {"step", "exp_avg", "exp_avg_sq"} - set(given)
@@ -221,8 +249,9 @@ class AdamW(torch.optim.Optimizer):
         if same_format:
             return state
         buffers, step, place = self._buffers(parameter), int(given["step"]), self._places[parameter]
-        for begin in range(0, parameter.numel(), buffers.size):
-            end = min(begin + buffers.size, parameter.numel())
+        count = local(parameter).numel()
+        for begin in range(0, count, buffers.size):
+            end = min(begin + buffers.size, count)
             numbers = (step, place, begin)
             second = moments.read(source, "exp_avg_sq", begin, end, 1.0, buffers.second)
             second = buffers.second[: end - begin].copy_(second)

@@ -97,11 +97,13 @@ def _trained(attempt: AttemptContext) -> dict[str, Any]:
     preserved = keep_within(attempt)
     recorder.phase("saving the model")
     whole_state = weights.whole_state(trainer)
-    if not attempt.is_main:
+    if not attempt.is_main and not trainer.is_shared:
         return {}
     if attempt.scaled is not None:
         attempt.scaled.fold(trainer.model, whole_state)
     weights.save_model(attempt.applied, trainer.processing_class, request, attempt.summary, whole_state)
+    if not attempt.is_main:
+        return {}
     attempt.observed.disk(request.checkpoints, request.initial_weights, request.model_folder)
     return {
         "reason": "early stopping" if state.global_step < attempt.plan.total_steps else "all steps done",

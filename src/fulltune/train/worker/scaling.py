@@ -41,7 +41,8 @@ class Scaled:
             model: It is changed where it is whole.
             state: The whole weights of a model that DeepSpeed shares out, which are changed instead; None without it.
         """
-        if state is None:
+        if not state:  # here, or put together in the first process
+            sharding.free(model)
             output_layer.rescale(self.layer, self.shift, self.factor)
             return
         path = next(name for name, module in model.named_modules() if module is self.layer)

@@ -24,6 +24,7 @@ from fulltune.records.data import DataSummary
 from fulltune.records.training import Moved
 from fulltune.tasks import Target, causal_lm
 from fulltune.train import checkpoints, shared_state
+from fulltune.train.optim import shared
 from fulltune.train.optim.optimizers import AdamW
 from fulltune.train.request import Request
 from fulltune.train.worker import distributed
@@ -157,7 +158,7 @@ def load_finished(trainer: Any, checkpoint: Path, total_steps: int) -> Any:
     checkpoints.load_weights(trainer.model, checkpoint, trainer.trained_only)
     optimizer = trainer.create_optimizer()
     if trainer.is_shared or shared_state.is_in(checkpoint):
-        shared_state.load_optimizer(trainer.model, optimizer, checkpoint)
+        shared.load(trainer.model, optimizer, checkpoint)
         return optimizer
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
     return optimizer
@@ -175,11 +176,14 @@ def forget_unused_conversions(model: Any) -> None:
 
 
 def whole_state(trainer: Any) -> dict[str, Any] | None:
-    """The state dict of a model whose weights are shared out, fp32 where it trains in fp32; None: they are not."""
+    """The state dict of a model whose weights are shared out, fp32 where it trains in fp32; None: `save_model` finds
+    them in the model, whole or shared out."""
     if trainer.is_shared and trainer.trained_only:
         sharding.put_together(trainer.model)
         return None
-    if trainer.is_shared:
+    if trainer.is_shared and not getattr(trainer.model, "_weight_conversions", None):
+        return None
+    if trainer.is_shared:  # `save_pretrained` knows the names that such tensors have in files
         return shared_state.put_together(trainer.model)
     if not trainer.is_deepspeed_enabled:
         return None
@@ -200,17 +204,23 @@ def save_model(
     state: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a plain Hugging Face folder, or of a method that trains little only that; an older one is replaced only
-    when the new one is whole."""
+    when the new one is whole. Where FSDP2 shares out the weights all processes call it."""
     folder = request.model_folder
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     recipe = request.recipe
-    # With it `save_pretrained` would ask the other processes for their parts, which are here already.
+    # With it `save_pretrained` would ask the other processes for their parts, one by one.
     vars(applied.model.config).pop("distributed_config", None)
-    if recipe.method.kind == "full":
-        applied.model.save_pretrained(part, state_dict=state)
-    else:
-        save(applied, part, recipe.task, applied.model.name_or_path)
+    in_parts = recipe.method.kind == "full" and state is None and sharding.is_shared(applied.model)
+    if not sharding.is_shared(applied.model) or shared_state.is_first():
+        shutil.rmtree(part, ignore_errors=True)
+        if recipe.method.kind == "full":
+            applied.model.save_pretrained(part, state_dict={} if in_parts else state)
+        else:
+            save(applied, part, recipe.task, applied.model.name_or_path)
+    if in_parts:
+        shared_state.write_whole(applied.model, part)
+    if sharding.is_shared(applied.model) and not shared_state.is_first():
+        return
     if state is not None:
         _note_type(part / "config.json", state)
     if summary.problem_type == "prompt_completion":  # trained on raw text a chat model is one still

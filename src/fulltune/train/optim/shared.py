@@ -1,0 +1,91 @@
+"""An optimizer's state in a checkpoint, whatever shared it out when it was written and when it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fulltune.models import sharding
+from fulltune.train import shared_state
+from fulltune.train.optim.optimizers import AdamW, in_fp32
+
+_OPTIMIZER = "optimizer."
+
+
+def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of a shared-out model's optimizer, by parameter and kind, each tensor placed as its parameter is.
+
+    Args:
+        model: Its weights are shared out.
+        optimizer: Of the model, without a wrapper.
+    """
+    sharding.free(model)
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for kind, value in _of_one(optimizer, parameter).items():
+            # A number of steps has no axis, and a file of parts tells them by their offsets.
+            found[f"{_OPTIMIZER}{name}.{kind}"] = value.reshape(1) if value.dim() == 0 else value
+    return found
+
+
+def load(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Put a checkpoint's state into a new optimizer of the model; either side may be shared out.
+
+    The groups' rates are not part of it: they follow from the schedule.
+    """
+    sharding.free(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    if shared_state.is_in(checkpoint):
+        state = _from_parts(model, checkpoint)
+    else:
+        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)["state"]
+        state = {ordered[index]: values for index, values in saved.items()}
+    if not sharding.is_shared(model):
+        # By the optimizer's own way: one of ours may keep its moments in another form.
+        by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})
+        return
+    parameters = dict(model.named_parameters())
+    for name, values in state.items():
+        parameter = parameters[name]
+        if not isinstance(optimizer, AdamW):
+            optimizer.state[parameter] = {kind: _placed(one, parameter) for kind, one in values.items()}
+            continue
+        if values["exp_avg"].shape != parameter.shape:  # as one process keeps it
+            values = in_fp32(values, parameter.shape)
+        optimizer.take_over({kind: sharding.local(_placed(one, parameter)) for kind, one in values.items()}, parameter)
+
+
+def _of_one(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = optimizer.state.get(parameter, {})
+    if not state or not isinstance(optimizer, AdamW):
+        return state
+    held = in_fp32(state, sharding.local(parameter).shape)
+    return {kind: one if kind == "step" else sharding.part(one, parameter) for kind, one in held.items()}
+
+
+def _placed(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Whole values of a file, or those that are placed already, as the parameter is; numbers stay as they are."""
+    if hasattr(value, "placements"):
+        return value
+    return sharding.like(value, parameter).clone() if value.shape == parameter.shape else value.clone()
+
+
+def _from_parts(model: Any, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """By parameter and kind, what this process needs: a moment of a 16-bit weight may be fp32."""
+    known, state = shared_state.kinds(checkpoint), dict[str, torch.Tensor]()
+    for name, parameter in model.named_parameters():
+        for key in (key for key in known if key.startswith(f"{_OPTIMIZER}{name}.")):
+            if "." not in key.removeprefix(f"{_OPTIMIZER}{name}."):
+                size, dtype = known[key]
+                is_like = size == parameter.shape
+                state[key] = torch.empty_like(parameter.detach(), dtype=dtype) if is_like else torch.empty(size)
+    shared_state.read(state, checkpoint)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        name, _, kind = key.removeprefix(_OPTIMIZER).rpartition(".")
+        found.setdefault(name, {})[kind] = value.reshape(()) if kind == "step" else value
+    return found
