@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
 )
+from transformers import initialization as init
+from transformers.distributed import mixin
 
 from fulltune.errors import SetupError
 from fulltune.models import sharding
@@ -58,6 +60,38 @@ def test_blocks_of_each_family_are_found_and_shared_out(
     assert len(blocks) >= (1 if name == "AlbertConfig" else 2)
     assert {path for path in blocks if plan.get(path) != "free_full_weight"} == set()
     assert given.fsdp_plan is None or set(given.fsdp_plan) <= set(expected)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "name", "size", "left_out"),
+    [
+        (WRITES, "GPT2Config", {"n_layer": 2}, set()),
+        (WRITES, "OPTConfig", _TWO, set()),
+        (WRITES, "LlamaConfig", _TWO, set()),
+        (WRITES, "LlamaConfig", {**_TWO, "tie_word_embeddings": True}, {"model.embed_tokens"}),
+        (ANSWERS, "T5Config", {"num_layers": 2}, {"encoder.embed_tokens", "decoder.embed_tokens"}),
+        (ANSWERS, "BartConfig", _PAIR, {"model.encoder.embed_tokens", "model.decoder.embed_tokens"}),
+    ],
+)
+def test_tensor_with_several_names_is_shared_out_as_one(
+    auto_class: Any, name: str, size: dict[str, Any], left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its rows do not go evenly into the processes: `tests/invariant/test_placements.py` trains such."""
+    config = getattr(transformers, name)(**size)
+    with torch.device("meta"), init.no_tie_weights():  # as `from_pretrained` makes it
+        model = auto_class.from_config(config)
+    _, _, plan = model._resolve_parallel_plans(sharding.shared_over(auto_class, config, 2))
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(mixin, "apply_fully_sharded_data_parallelism", lambda model, mesh, plan, ep: given.append(plan))
+    theirs = mixin.apply_fully_sharded_data_parallelism
+
+    with sharding.tied_first():
+        mixin.apply_fully_sharded_data_parallelism(model, None, plan, {})
+
+    assert mixin.apply_fully_sharded_data_parallelism is theirs
+    assert set(plan) - set(given[0]) == left_out
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == config.tie_word_embeddings
 
 
 def test_own_plan_that_names_the_blocks_is_left_as_it_is() -> None:
