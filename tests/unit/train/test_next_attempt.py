@@ -171,7 +171,9 @@ def test_without_the_plans_arithmetic_the_micro_batch_is_halved() -> None:
 def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
     history = [outcome("killed", phase="step")]
     first = next_attempt(recipe(), plan(), history)
-    assert first == NextAttempt(plan(), True, "the process was killed; going on from the last whole checkpoint")
+    assert first == NextAttempt(
+        plan(), True, "the training process was killed; going on from the last whole checkpoint"
+    )
 
     second = next_attempt(recipe(), first.plan, [*history, outcome("killed", 2, phase="evaluation")])
     assert second is not None
