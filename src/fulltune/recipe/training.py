@@ -15,6 +15,8 @@ Interval = Literal["epoch", "steps"]
 Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
 NVME = "nvme:"
 """Beginning of an offload to a disk; its folder follows."""
+NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
+"""Stands in a plan where only a person knows the folder; it is to be filled in."""
 
 
 def _with_unit(value: Any) -> Any:

@@ -98,7 +98,7 @@ def train(
             raise _error(request, outcome, tried)
         Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
         if following.plan != request.plan:
-            save_plan(folder, following.plan)
+            save_plan(folder, recipe, following.plan)
         listener(AttemptFailed(reason=following.reason))
         tried.append(following.reason)
         if hooks.needs_this_process:
