@@ -219,7 +219,7 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ("write train.placement: zero2 or zero3", "zero zero2 zero3 zero_stage zero_optimization"),
     (
         "write train.placement: zero2 or zero3, or train.extra.deepspeed: FILE for a JSON file of your own",
-        "deepspeed_config deepspeed_config_file ds_config",
+        "deepspeed deepspeed_config deepspeed_config_file ds_config",
     ),
     ("write train.placement: fsdp2", "fsdp2 fsdp_config fsdp_version use_fsdp fsdp_sharding_strategy"),
     (
