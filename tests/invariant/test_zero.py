@@ -48,6 +48,8 @@ TRAIN: dict[str, Any] = {
     **{"num_train_epochs": 3, "global_batch_size": 8, "micro_batch_size": 2, "logging_steps": 1, "warmup_steps": 0},
     **{"eval_strategy": "steps", "eval_steps": 4},
 }
+PLAIN: dict[str, Any] = {"method": RANDOM, "preserve": {"drift": False}}
+"""Of runs that are compared: stage 3 can fit no probe, and DeepSpeed's are not asked how far they move away."""
 WIDE = {"hidden_size": 320, "num_hidden_layers": 1}
 """Matrices of more than 100,000 values: DeepSpeed's stage 3 leaves smaller ones whole in each process."""
 PLACED: tuple[dict[str, Any], ...] = (
@@ -82,9 +84,9 @@ def steps_of(folder: Path) -> list[int]:
 
 def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_process(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
-    runs.run(tmp_path / "one", model, tiny.topic_rows(50), train=TRAIN, method=RANDOM)
+    runs.run(tmp_path / "one", model, tiny.topic_rows(50), train=TRAIN, **PLAIN)
     folder = tmp_path / "two"
-    recipe = recipe_in(folder, model, OFFLOADED, train={}, method=RANDOM)  # stage 3 can fit no probe
+    recipe = recipe_in(folder, model, OFFLOADED, train={}, **PLAIN)
 
     running = start(folder, recipe)
     deadline = time.monotonic() + 600
@@ -151,7 +153,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process, with its model."""
     folder = tmp_path_factory.mktemp("alone")
     model = tiny.save_model(folder / "model", "bert", **NO_DROPOUT, **WIDE)
-    runs.run(folder, model, tiny.topic_rows(50), train=TRAIN, method=RANDOM)
+    runs.run(folder, model, tiny.topic_rows(50), train=TRAIN, **PLAIN)
     return folder
 
 
@@ -161,7 +163,7 @@ def test_placement_gives_the_curve_of_one_process_and_a_plain_model(
 ) -> None:
     data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.topic_rows(50))
     train = {**TRAIN, **placed, "num_processes": 2}
-    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", alone / "model", data, train=train, method=RANDOM)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", alone / "model", data, train=train, **PLAIN)
     running = start(tmp_path, recipe, "run")
     log = finish(tmp_path, running)
 
