@@ -310,8 +310,8 @@ def test_message_on_a_gpu_names_the_setting_for_offload() -> None:
 
     assert lines == [
         "memory ran out while the model was loaded: because",
-        "not possible: offload: not done by itself; set train.extra: {deepspeed: {zero_optimization: {stage: 2, "
-        "offload_optimizer: {device: cpu}}}} yourself (pip install 'fulltune[deepspeed]')",
+        "not possible: offload: not done by itself; set train.placement: zero2 and train.offload: optimizer yourself "
+        "(pip install 'fulltune[deepspeed]')",
         "what helps: model.weights_dtype: bf16 (for weights)",
     ]
 
