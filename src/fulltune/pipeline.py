@@ -166,7 +166,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         if before is not None:
             trial = plan.placed_anew(before, trial)
         run_folder.environment(machine).save(job.folder / "environment.json")
-        run_folder.save_plan(job.folder, trial)
+        run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial
 
@@ -176,7 +176,7 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     available = plan.budget_of(trial, job.recipe, job.model(summary), hardware.here()).available_bytes
     trial = fastest_here(job.recipe, trial, summary, job.folder, job.hooks, available, job.need(summary), job.listener)
     trial = plan.on_disk(job.recipe, trial, summary, hardware.disk_free_bytes(job.folder))
-    run_folder.save_plan(job.folder, trial)
+    run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial
 

@@ -183,17 +183,19 @@ def test_command_has_the_users_settings_and_the_placements() -> None:
     assert words[4::2] == [
         "train.max_grad_norm=0.5",
         "train.num_processes=8",
-        "train.extra.deepspeed={zero_optimization: {stage: 2}}",
+        "train.placement=zero2",
         "train.seed=1",
     ]
     again = load_recipe(SEVEN_B, words[4::2])
-    assert again.train.extra == {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    assert again.train.placement == "zero2"
 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_deepspeed_of_the_recipe_that_does_not_fit_is_no_mistake_of_the_recipe() -> None:
-    deepspeed = "train.extra={deepspeed: {zero_optimization: {stage: 2}}}"
+@pytest.mark.parametrize(
+    "deepspeed", ["train.extra={deepspeed: {zero_optimization: {stage: 2}}}", "train.placement=zero2"]
+)
+def test_deepspeed_of_the_recipe_that_does_not_fit_is_no_mistake_of_the_recipe(deepspeed: str) -> None:
     result = seven_b("--for", "1x L40S, 16GB host", "--set", deepspeed)
     assert result.code == 3
     assert "weights_dtype" not in result.err
@@ -376,7 +378,15 @@ def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
         ("method: full\n", {}, "fulltune compare r.yaml", "methods: [full, lora]"),
         ("method: {kind: adapter}\n", {}, "fulltune compare r.yaml", "methods: [full, adapter]"),
         ("methods: [full, adapter]\n", {}, "fulltune compare r.yaml", ""),
-        ("", {"train.extra.deepspeed": {"zero_optimization": {"stage": 2}}}, "", ""),
+        ("", {"train.placement": "zero2"}, "", ""),
+        (
+            "",
+            {"train.placement": "auto"},
+            "fulltune compare r.yaml --set train.placement=auto --set 'methods=[full, lora]'",
+            "",
+        ),
+        ("train: {extra: {deepspeed: {zero_optimization: {stage: 2}}}}\n", {}, "", ""),
+        ("train: {placement: zero3}\n", {}, "", ""),
     ],
 )
 def test_plan_says_how_to_compare_what_it_planned(

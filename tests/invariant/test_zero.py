@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3, weights and optimizer in the host's memory: the same curve as one process, also when resumed."""
+"""DeepSpeed's ZeRO: the same curve as one process, by the settings and by a file, also when resumed; a plain model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from fulltune.inference.store import Rows
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from tests import tiny
-from tests.invariant.test_same_curve import NO_DROPOUT, losses
+from tests.invariant.test_same_curve import NO_DROPOUT, RANDOM, losses
 from tests.train import runs
 
 pytestmark = [
@@ -47,17 +48,26 @@ TRAIN: dict[str, Any] = {
     **{"num_train_epochs": 3, "global_batch_size": 8, "micro_batch_size": 2, "logging_steps": 1, "warmup_steps": 0},
     **{"eval_strategy": "steps", "eval_steps": 4},
 }
+PLAIN: dict[str, Any] = {"method": RANDOM, "preserve": {"drift": False}}
+"""Of runs that are compared: stage 3 can fit no probe, and DeepSpeed's are not asked how far they move away."""
+WIDE = {"hidden_size": 320, "num_hidden_layers": 1}
+"""Matrices of more than 100,000 values: DeepSpeed's stage 3 leaves smaller ones whole in each process."""
+PLACED: tuple[dict[str, Any], ...] = (
+    {"placement": "zero2"},
+    {"placement": "zero3"},
+    {"placement": "zero3", "offload": "all"},
+)
 
 
-def recipe_in(folder: Path, model: Path, settings: Any, rows: runs.Rows = (), **train: Any) -> Path:
+def recipe_in(folder: Path, model: Path, settings: Any, rows: runs.Rows = (), /, *, train: Any, **blocks: Any) -> Path:
     data = tiny.write_jsonl(folder / "rows.jsonl", rows or tiny.topic_rows(50))
     (folder / "zero.json").write_text(json.dumps(settings), encoding="utf-8")
     train = {**TRAIN, "num_processes": 2, "extra": {"deepspeed": "zero.json"}, **train}
-    return tiny.write_recipe(folder / "recipe.yaml", model, data, train=train)
+    return tiny.write_recipe(folder / "recipe.yaml", model, data, train=train, **blocks)
 
 
-def start(folder: Path, recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(folder / "run")]
+def start(folder: Path, recipe: Path, verb: str = "train") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fulltune.cli.app", verb, str(recipe), "--run-folder", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -74,9 +84,9 @@ def steps_of(folder: Path) -> list[int]:
 
 def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_process(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
-    runs.run(tmp_path / "one", model, tiny.topic_rows(50), train=TRAIN)
+    runs.run(tmp_path / "one", model, tiny.topic_rows(50), train=TRAIN, **PLAIN)
     folder = tmp_path / "two"
-    recipe = recipe_in(folder, model, OFFLOADED)
+    recipe = recipe_in(folder, model, OFFLOADED, train={}, **PLAIN)
 
     running = start(folder, recipe)
     deadline = time.monotonic() + 600
@@ -126,7 +136,7 @@ def test_numbers_are_given_in_the_users_units(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     folder.mkdir()
     shared = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-    recipe = recipe_in(folder, model, shared, rows, **train)
+    recipe = recipe_in(folder, model, shared, rows, train=train)
     running = start(folder, recipe)
     log = finish(folder, running)
 
@@ -138,10 +148,49 @@ def test_numbers_are_given_in_the_users_units(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], values, rtol=1e-3, atol=0.1, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_example_runs_from_rows_to_report(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, with its model."""
+    folder = tmp_path_factory.mktemp("alone")
+    model = tiny.save_model(folder / "model", "bert", **NO_DROPOUT, **WIDE)
+    runs.run(folder, model, tiny.topic_rows(50), train=TRAIN, **PLAIN)
+    return folder
+
+
+@pytest.mark.parametrize("placed", PLACED, ids=lambda placed: "-".join(placed.values()))
+def test_placement_gives_the_curve_of_one_process_and_a_plain_model(
+    tmp_path: Path, alone: Path, placed: dict[str, Any]
+) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.topic_rows(50))
+    train = {**TRAIN, **placed, "num_processes": 2}
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", alone / "model", data, train=train, **PLAIN)
+    running = start(tmp_path, recipe, "run")
+    log = finish(tmp_path, running)
+
+    assert running.returncode == 0, log
+    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
+    run = tmp_path / "run"
+    kept = json.loads((run / "plan" / "full.deepspeed.json").read_text(encoding="utf-8"))
+    assert (kept["zero_optimization"]["stage"], kept["train_batch_size"]) == (int(placed["placement"][-1]), 8)
+    model = AutoModelForSequenceClassification.from_pretrained(run / "models" / "full").eval()
+    total = 0.0
+    rows = Rows(run / "data" / "eval")
+    for number in range(len(rows)):
+        row = rows[number]
+        with torch.no_grad():
+            logits = model(torch.tensor([list(row["input_ids"])])).logits[0]
+        assert bool(logits.isfinite().all())
+        total -= float(logits.log_softmax(-1)[int(row["labels"])])
+    best = Outcome.load(sorted(run.glob("attempts/*"))[-1] / "outcome.json").best_step
+    scored = next(event["metrics"]["loss"] for event in runs.events(tmp_path, "eval") if event["step"] == best)
+    assert total / len(rows) == pytest.approx(scored, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3-offload"])
+def test_example_runs_from_rows_to_report(tmp_path: Path, name: str) -> None:
     """Its settings, with a tiny model and few steps."""
     model = tiny.save_model(tmp_path / "model", "bert")
-    example = Path(__file__).parents[2] / "examples" / "zero3-offload.yaml"
+    example = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
     command = [sys.executable, "-m", "fulltune.cli.app", "run", str(example), "--run-folder", str(tmp_path / "run")]
     changes = {"model": model, "train.num_train_epochs": 1, "evaluate.bootstrap_samples": 100}
     command += [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]

@@ -25,10 +25,11 @@ Start = Callable[..., Request]
 def start(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Makes the request of an attempt whose process is a shell script, with the attempt's folder as `$here`."""
 
-    def started(script: str, **train: Any) -> Request:
+    def started(script: str, processes: int = 1, **train: Any) -> Request:
         recipe = runs.job(tmp_path, tiny_encoder, tiny.topic_rows(64), train=train).recipe
+        planned = plan(num_processes=processes)
         request = Request(
-            run_folder=str(tmp_path), recipe=recipe, plan=plan(), attempt=1, checkpoint=None, parent_pid=None
+            run_folder=str(tmp_path), recipe=recipe, plan=planned, attempt=1, checkpoint=None, parent_pid=None
         )
         request.folder.mkdir(parents=True)
         program = tmp_path / "python"
@@ -83,6 +84,28 @@ def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(start: Sta
         "ended"
     )
     assert Outcome.load(request.folder / "outcome.json") == found
+
+
+def test_of_several_processes_the_one_that_hangs_is_named(start: Start) -> None:
+    """The others have got further, and wait for it."""
+    beats = "printf 4 > $here/heartbeat-rank1; for n in 3 4 5; do printf $n > $here/heartbeat; sleep 0.3; done"
+    request = start(f"{beats}\nsleep 600", processes=2, hang_timeout="1s")
+
+    found = child.run(request, lambda event: None)
+
+    assert found.status == "hung"
+    assert "after step 5 (the oldest is that of process 1, after step 4), and was ended" in found.reason
+
+
+def test_of_several_processes_the_one_that_was_killed_is_named(start: Start) -> None:
+    said = "Root Cause (first observed failure):\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 5)"
+    signal_line = "  traceback : Signal 9 (SIGKILL) received by PID 5"
+    request = start(f"printf 7 > $here/heartbeat-rank1\nprintf '{said}\n{signal_line}\n'\nexit 1", processes=2)
+
+    found = child.run(request, lambda event: None)
+
+    assert found.status == "killed"
+    assert found.reason.startswith("training process 1 of 0 to 1 (after step 7) was killed (SIGKILL)")
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def _recipe_of(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
 
 def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
     """With the commands that run the plan, and that compare methods: the user's overrides, and what the plan adds."""
-    from fulltune.plan.dotted import DEEPSPEED, given, in_yaml
+    from fulltune.plan.dotted import PLACEMENT, in_yaml
 
     def command(verb: str, given: list[str]) -> str:
         return shlex.join(["fulltune", verb, str(target), *(word for one in given for word in ("--set", one))])
@@ -174,8 +174,9 @@ def _with_commands(survey: Survey, target: Path, overrides: list[str], recipe: R
     planned = [f"{name}={in_yaml(value)}" for name, value in survey.settings.items()]
     kept = [one for one in overrides if not one.startswith("train.seed=")]
     update = {"command": command("run", [*kept, *planned, "train.seed=1"])}
-    # DeepSpeed is for full fine-tuning only, and without that there is nothing to compare with.
-    if not survey.full_fits or given(recipe, DEEPSPEED) or DEEPSPEED in survey.settings:
+    # What is shared out is for full fine-tuning only, and without that there is nothing to compare with.
+    is_shared = recipe.train.shared_by or survey.settings.get(PLACEMENT, "auto") != "auto"
+    if not survey.full_fits or is_shared:
         return survey.model_copy(update={**update, "comparison": ""})
     other = recipe.method.kind if recipe.method.kind in ("adapter", "prompt") else "lora"
     # A recipe that names one method cannot be given several beside it.

@@ -15,6 +15,7 @@ from fulltune.records.comparison import Trial, TrialResult
 from fulltune.records.events import without_tables
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
+from fulltune.system import run_folder
 from fulltune.train.hooks import Hooks
 from fulltune.train.parent.retry import train
 from fulltune.train.run_time import run_seconds
@@ -62,7 +63,7 @@ def trained(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]
     """
     recipe = context.trial_recipe(trial)
     made = context.trial_plan(trial, recipe)
-    made.save(context.folder / made.file)
+    run_folder.save_plan_alone(context.folder, recipe, made)
     planned = Plan.load(context.folder / made.file)
     with context.clocked(trial.name):
         listener, dry_run = without_tables(context.job.listener), trial.arm not in context.passed

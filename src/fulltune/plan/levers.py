@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fulltune.plan.dotted import DEEPSPEED, given, in_yaml
+from fulltune.plan.dotted import DEEPSPEED, OFFLOAD, PLACEMENT, given, in_yaml
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
@@ -41,7 +41,6 @@ SETTING_OF = {
 SHORTEST = 128
 """Rows are not cut below so many tokens."""
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
-_ON_HOST = {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}}
 
 
 def _nothing(recipe: Recipe, now: Now) -> str:
@@ -191,9 +190,14 @@ def _half_length(recipe: Recipe, now: Now) -> list[Changes]:
 def _no_offloading(recipe: Recipe, now: Now) -> str:
     if isinstance(now, Plan) and now.device == "cpu":
         return "without a GPU everything is in the host's memory"
-    if deepspeed.wanted(recipe):
+    if recipe.train.extra.get("deepspeed") is not None:
         return f"set offload_optimizer and offload_param in {DEEPSPEED} yourself"
-    return f"not done by itself; set train.extra: {in_yaml(_ON_HOST)} yourself (pip install 'fulltune[deepspeed]')"
+    if deepspeed.wanted(recipe):
+        most = "all" if recipe.train.placement == "zero3" else "optimizer"
+        less = recipe.train.offload in ("none", "optimizer") and recipe.train.offload != most
+        return f"not done by itself; set {OFFLOAD}: {most} yourself" if less else "already on"
+    settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
+    return f"not done by itself; set {settings} yourself (pip install 'fulltune[deepspeed]')"
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------
@@ -312,7 +316,7 @@ LEVERS = (
     ),
     Lever(
         name="offload",
-        setting=DEEPSPEED,
+        setting=OFFLOAD,
         costs="speed, and memory of the host",
         unless=_no_offloading,
         fallback=ANYWHERE,

@@ -222,10 +222,11 @@ def head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Any:
     if shared is not None and (shared.engine, shared.stage) == ("deepspeed", 3):
         if given == "probe":
             raise RecipeError(
-                f"{name}: probe, but DeepSpeed's stage 3 shares out the model before it can be looked at; set random, "
-                "or a stage below 3"
+                f"{name}: probe, but {recipe.train.shared_by} shares out the weights before they can be looked at; set "
+                "random, or train.placement: zero2"
             )
-        return reasons.add(name, given, "random", "DeepSpeed's stage 3 shares out the model before it is looked at")
+        why = f"{recipe.train.shared_by} shares out the weights before they are looked at"
+        return reasons.add(name, given, "random", why)
     why = "a new head that starts at random drags the body away (Kumar et al. 2022)"
     return reasons.add(name, given, "probe", why)
 

@@ -10,13 +10,14 @@ from fulltune.plan import memory
 from fulltune.plan.memory import MemorySettings
 from fulltune.records.plan import MemoryKind, StateBytes
 from fulltune.system import sharing
+from fulltune.system.deepspeed import BUCKET_VALUES
 
 DEEPSPEED = (2, 4, 12)
 """Bytes a parameter: bf16 weights, fp32 gradients, fp32 weights with both moments (DeepSpeed's own estimators)."""
 FSDP2 = (4, 4, 8)
 """accelerate keeps weights, gradients and both moments in fp32."""
-BUCKET_VALUES, LIVE_VALUES = 5 * 10**8, 10**9
-"""DeepSpeed's defaults: values in a bucket of gradients, and of gathered weights."""
+LIVE_VALUES = 10**9
+"""DeepSpeed's default: values of gathered weights."""
 HOST_BUFFERS = 1.22
 """Of what is offloaded, for pinned buffers: 176 GB were measured for 18 bytes of each of 8.03 B parameters."""
 NVME_HOST_BYTES = 6

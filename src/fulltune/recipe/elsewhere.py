@@ -43,7 +43,7 @@ PINNED: Mapping[str, str] = {
     "disable_tqdm": "it is always on: fulltune has its own display",
     "dataloader_pin_memory": "it is on with a GPU",
     "ddp_backend": "gloo is used on a CPU, else transformers' choice",
-    "fsdp": "not yet: train.extra.deepspeed (ZeRO) shares a model out over GPUs",
+    "fsdp": "write train.placement: fsdp2",
 }
 """Fields of `transformers.TrainingArguments` that `train.extra` may not set, and what to do instead."""
 
@@ -212,8 +212,26 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
     ),
     ("write train.num_processes", "gpus num_gpus n_gpu n_gpus world_size nproc_per_node num_devices devices"),
     ("write train.device", "no_cuda cuda accelerator device_map"),
-    ("write train.extra.deepspeed, a JSON file", "deepspeed_config zero zero_stage ds_config"),
-    ("not yet: train.extra.deepspeed (ZeRO) shares a model out over GPUs", "fsdp_config fsdp2 tensor_parallel_size"),
+    (
+        "write train.placement: single, ddp, fsdp2, zero2 or zero3",
+        "ddp parallelism strategy distributed distributed_type distributed_backend sharding_strategy use_deepspeed",
+    ),
+    ("write train.placement: zero2 or zero3", "zero zero2 zero3 zero_stage zero_optimization"),
+    (
+        "write train.placement: zero2 or zero3, or train.extra.deepspeed: FILE for a JSON file of your own",
+        "deepspeed deepspeed_config deepspeed_config_file ds_config",
+    ),
+    ("write train.placement: fsdp2", "fsdp2 fsdp_config fsdp_version use_fsdp fsdp_sharding_strategy"),
+    (
+        "write train.offload: optimizer or all",
+        "cpu_offload offload_optimizer offload_param offload_params offload_optimizer_device offload_param_device "
+        "fsdp_offload_params zero_offload",
+    ),
+    ("write train.offload: nvme:FOLDER", "nvme_path nvme_offload offload_optimizer_nvme_path offload_param_nvme_path"),
+    (
+        "not yet: train.placement: zero3 or fsdp2 shares a model's weights out over GPUs",
+        "tensor_parallel_size tensor_parallel tp_size pipeline_parallel_size context_parallel_size",
+    ),
     ("write train.extra.dataloader_num_workers", "num_workers workers preprocessing_num_workers dataset_num_proc"),
     ("write train.extra.torch_compile: true", "compile"),
     ("write train.extra.neftune_noise_alpha", "noise_alpha neftune neftune_alpha"),

@@ -10,6 +10,7 @@ from typing import Any
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.preserve import AUTO, SAMPLES
+from fulltune.recipe.training import NVME, NVME_FOLDER
 
 
 def is_address(path: str) -> bool:
@@ -73,6 +74,8 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         train = train.model_copy(
             update={"extra": {**train.extra, "deepspeed": absolute(file, "train.extra.deepspeed")}}
         )
+    if (folder := train.offload.removeprefix(NVME)) != train.offload and folder != NVME_FOLDER:
+        train = train.model_copy(update={"offload": NVME + absolute(folder, "train.offload")})
     name = recipe.model.name
     local = os.path.exists(base / _expanded(name))  # noqa: PTH110  # as `_expanded`
     looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or local

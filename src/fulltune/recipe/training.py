@@ -15,6 +15,8 @@ Interval = Literal["epoch", "steps"]
 Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
 NVME = "nvme:"
 """Beginning of an offload to a disk; its folder follows."""
+NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
+"""Stands in a plan where only a person knows the folder; it is to be filled in."""
 
 
 def _with_unit(value: Any) -> Any:
@@ -153,7 +155,7 @@ class TrainBlock(Block):
     """Where weights, gradients and optimizer state lie. single: in one process; ddp: all of it in each; fsdp2: weights,
     gradients and state are shared out (PyTorch's FSDP2); zero2: gradients and state, zero3: weights too (DeepSpeed).
     auto: single for one process, ddp for several where it fits, else fsdp2 (docs/scale.md). A run goes on from its
-    checkpoints with another placement and another number of processes."""
+    checkpoints with another placement and another number of processes; from DeepSpeed's only with the same."""
     offload: str = "none"
     """What is kept in the host's memory: none; optimizer (zero2, zero3: gradients and state); all (zero3: the weights
     too); or nvme:FOLDER (zero3: all of it on a disk). What is offloaded to the host of a CPU stays where it was."""
@@ -217,13 +219,15 @@ def _wrong_placement(train: TrainBlock) -> list[str]:
     folder = offload.removeprefix(NVME)
     if offload not in ("none", "optimizer", "all") and not (offload.startswith(NVME) and folder):
         problems.append(f"offload: expected none, optimizer, all or nvme:FOLDER, found '{offload}'")
-    elif offload != "none":
+    elif offload != "none" and train.extra.get("deepspeed") is None:
         possible = {"zero2": ("optimizer",), "zero3": ("optimizer", "all", NVME)}.get(place, ())
         if not offload.startswith(possible or ("-",)):
             fits = "placement: zero3" if offload != "optimizer" else "placement: zero2 or zero3"
             problems.append(f"offload: '{offload}' needs {fits}, found {place}")
-    if place != "auto" and train.extra.get("deepspeed") is not None:
-        problems.append("placement and extra.deepspeed both say where things lie; remove one of them")
+    if train.extra.get("deepspeed") is not None:
+        twice = {"placement": place != "auto", "offload": offload != "none"}
+        both = "{} and extra.deepspeed both say where things lie; remove one of them"
+        problems += [both.format(name) for name, given in twice.items() if given]
     return problems
 
 

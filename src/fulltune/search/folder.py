@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fulltune.data.cache import link
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.several_runs import with_settings
 from fulltune.records.plan import Plan, Setting
 from fulltune.records.search import Searched
 from fulltune.records.training import Outcome
@@ -59,7 +60,7 @@ def move_into_run(job: Run, found: Searched) -> None:
     made = next(Plan.load(path) for name in names if (path := trial / "plan" / name).exists())
     changes = {"model_name": "", "method": arm, "settings": tuple(_settings(made, planned, found))}
     if (adopted := made.model_copy(update=changes)) != planned:
-        run_folder.save_plan(run, adopted)
+        run_folder.save_plan(run, with_settings(job.recipe, found.settings), adopted)
 
 
 def _is_of(trial: str, attempt: Path) -> bool:

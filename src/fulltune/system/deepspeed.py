@@ -13,12 +13,11 @@ from typing import Any
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.training import NVME
+from fulltune.recipe.training import NVME, NVME_FOLDER
+from fulltune.records.plan import Plan
 
 AUTO = "auto"
 _DEVICES = ("none", "cpu", "nvme")
-NVME_FOLDER = "FOLDER-ON-YOUR-NVME-DISK"
-"""Stands in a plan where only a person knows the folder; it is to be filled in."""
 _LEFT_TO_THE_RECIPE = {
     "optimizer": "train.optim, method.learning_rate and train.weight_decay; DeepSpeed's would decay norms and biases",
     "scheduler": "train.lr_scheduler_type and train.warmup_steps",
@@ -31,6 +30,8 @@ _LEFT_TO_THE_RECIPE = {
 
 STAGES = {"zero2": 2, "zero3": 3}
 """By placement."""
+BUCKET_VALUES = 5 * 10**8
+"""DeepSpeed's default: values in a bucket of gradients."""
 
 
 def wanted(recipe: Recipe) -> bool:
@@ -59,6 +60,29 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def completed(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """The settings with the plan's numbers: what a run is trained with, and what repeats it without fulltune.
+
+    Only what transformers takes from the model's sizes stays "auto", where a file of the user's says so.
+
+    Raises:
+        RecipeError: Naming every setting that contradicts the plan, or cannot be used.
+    """
+    sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
+    # Checked again: a file can have changed since the plan was made.
+    if problems := disagreements(recipe, *sizes):
+        raise RecipeError(problems)
+    found = settings(recipe)
+    for name, (value, _) in _planned(recipe, *sizes).items():
+        block, field = _place(found, name)
+        if block.get(field) == AUTO:
+            block[field] = value
+    if recipe.train.placement in STAGES:
+        # DeepSpeed would take a bucket of its default size, 2 GB in fp32, for the smallest model.
+        found["zero_optimization"]["reduce_bucket_size"] = min(plan.num_parameters, BUCKET_VALUES)
+    return found
+
+
 def nvme_path(recipe: Recipe) -> str | None:
     """The folder on a disk that the recipe's settings offload to; None: they do not, or it is left open."""
     return next((path for path in _nvme_paths(recipe).values() if path != NVME_FOLDER), None)
@@ -66,13 +90,18 @@ def nvme_path(recipe: Recipe) -> str | None:
 
 def missing_folders(recipe: Recipe) -> list[str]:
     """Why nothing can be offloaded to the folders that the recipe names on this machine; empty when it can."""
-    problems = []
+    problems: list[str] = []
     for what, path in _nvme_paths(recipe).items():
-        where = f"{recipe.train.deepspeed_by}: zero_optimization.offload_{what}.nvme_path"
+        where = f"train.extra.deepspeed: zero_optimization.offload_{what}.nvme_path"
+        if recipe.train.placement in STAGES:
+            where = "train.offload"
         if path == NVME_FOLDER:
-            problems.append(f"{where}: write the path of a folder on your NVMe disk in place of {NVME_FOLDER}")
+            problem = f"{where}: write the path of a folder on your NVMe disk in place of {NVME_FOLDER}"
         elif not Path(path).is_dir():
-            problems.append(f"{where}: there is no folder '{path}'; make it, or name one on an NVMe disk")
+            problem = f"{where}: there is no folder '{path}'; make it, or name one on an NVMe disk"
+        else:
+            continue
+        problems += [problem] if problem not in problems else []
     return problems
 
 
@@ -91,8 +120,21 @@ def disagreements(
     """Each setting that is neither "auto" nor what the plan says; none without DeepSpeed."""
     if not wanted(recipe):
         return []
-    found = settings(recipe)
-    planned = {
+    found, lines = settings(recipe), []
+    for name, (value, source) in _planned(recipe, micro_batch_size, accumulation, num_processes, precision).items():
+        block, field = _place(found, name)
+        given = block.get(field, AUTO)
+        if given != AUTO and given != value:
+            against = f"{name} is {json.dumps(given)}, but {source} gives {json.dumps(value)}"
+            lines.append(f'{recipe.train.deepspeed_by}: {against}; write "auto"')
+    return lines
+
+
+def _planned(
+    recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
+) -> dict[str, tuple[Any, str]]:
+    """What the plan says of settings, by their dotted names, and where it has that from."""
+    return {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "train.global_batch_size / (micro batch x processes)"),
         "train_batch_size": (micro_batch_size * accumulation * num_processes, "train.global_batch_size"),
@@ -101,15 +143,12 @@ def disagreements(
         "fp16.enabled": (precision == "fp16", "train.precision"),
         "torch_autocast.enabled": (False, "train.precision"),
     }
-    lines = []
-    for name, (value, source) in planned.items():
-        first, _, second = name.partition(".")
-        given = found.get(first, AUTO)
-        given = given.get(second, AUTO) if second and isinstance(given, dict) else given
-        if given != AUTO and given != value:
-            against = f"{name} is {json.dumps(given)}, but {source} gives {json.dumps(value)}"
-            lines.append(f'{recipe.train.deepspeed_by}: {against}; write "auto"')
-    return lines
+
+
+def _place(found: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The block that holds a setting, and the setting's name there; an empty block where there is none."""
+    block, _, field = name.rpartition(".")
+    return (found.get(block, {}), field) if block else (found, field)
 
 
 def _read(given: Any) -> dict[str, Any]:

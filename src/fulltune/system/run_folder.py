@@ -28,6 +28,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.run import Command, Environment
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
+from fulltune.system import deepspeed
 from fulltune.system.hardware import Machine
 from fulltune.text import first_few
 
@@ -35,6 +36,8 @@ IDENTITY = "recipe.json"
 """The checked recipe with its fingerprint: what a folder belongs to."""
 REPORT = "report.html"
 COMMAND = "command.json"
+DEEPSPEED = ".deepspeed.json"
+"""End of the file of DeepSpeed's settings, beside the plan that they come from."""
 CARD = "card.html"
 """The last file that a comparison writes."""
 COMPARISONS = ("compare/comparison.json", "proof.json")
@@ -110,10 +113,17 @@ def trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
     return plan_to_continue(path, machine)
 
 
-def save_plan(folder: Path, plan: Plan) -> None:
+def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
     """Write a plan, and its settings with their reasons alone; the plan last: with it the others are there as well."""
     resolved = [setting.model_dump(mode="json") for setting in plan.settings]
     write_json(folder / "resolved.json", resolved)
+    save_plan_alone(folder, recipe, plan)
+
+
+def save_plan_alone(folder: Path, recipe: Recipe, plan: Plan) -> None:
+    """Write a plan, and the settings of DeepSpeed that it comes to, where the recipe trains with that."""
+    if deepspeed.wanted(recipe):
+        write_json((folder / plan.file).with_suffix(DEEPSPEED), deepspeed.completed(recipe, plan))
     plan.save(folder / plan.file)
 
 

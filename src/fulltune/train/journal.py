@@ -15,7 +15,8 @@ from fulltune.records.plan import Phase
 PHASE_FILE = "phase"
 """What the attempt was doing, for the parent of a process that was killed and could not say it."""
 HEARTBEAT = "heartbeat"
-"""Holds the number of steps that are done; written anew at each sign of life."""
+"""Holds the number of steps that are done; written anew at each sign of life. Others than the first process have files
+of their own: `heartbeat-rank1`."""
 NEXT = "next attempt"
 """The event with which the parent notes, in the journal of an attempt that failed, what it tries next and why."""
 
@@ -29,23 +30,46 @@ def phase_of(folder: Path) -> Phase | None:
 
 def last_step(folder: Path) -> int:
     """Steps that an attempt had done at its last sign of life."""
-    path = folder / HEARTBEAT
+    return steps_of(folder, 0)
+
+
+def steps_of(folder: Path, rank: int) -> int:
+    """Steps that one of its processes had done."""
+    path = heartbeat_of(folder, rank)
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0
+
+
+def heartbeat_of(folder: Path, rank: int) -> Path:
+    """The file of one of an attempt's processes."""
+    return folder / (f"{HEARTBEAT}-rank{rank}" if rank else HEARTBEAT)
+
+
+def oldest_sign(folder: Path, num_processes: int) -> tuple[int, int] | None:
+    """Of an attempt's processes the one that others wait for: its rank, and the steps that it had done. None: one
+    process, or not all have given a sign of life."""
+    files = [heartbeat_of(folder, rank) for rank in range(num_processes)]
+    if num_processes == 1 or not all(file.exists() for file in files):
+        return None
+    signs = [(steps_of(folder, rank), file.stat().st_mtime_ns, rank) for rank, file in enumerate(files)]
+    steps, _, rank = min(signs)
+    return rank, steps
 
 
 class Journal:
     """Things that happen rarely, one JSON line each: `journal.jsonl`.
 
     Args:
-        path: The file; None in all processes but the first, which write nothing.
+        path: The file; None in all processes but the first, which write nothing into it.
+        heartbeat: The file of this process's signs of life; None: nobody waits for them.
 
     Attributes:
         phase: What the attempt is doing now; running out of memory is answered by where it happened.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, heartbeat: Path | None = None) -> None:
         self.path = path
+        self._heartbeat = heartbeat
         self.phase: Phase = "loading"
 
     def at(self, phase: Phase) -> None:
@@ -66,13 +90,13 @@ class Journal:
 
     def alive(self, steps: int) -> None:
         """A sign of life, for the parent, which ends a process that gives none."""
-        if self.path is not None:
-            self.path.with_name(HEARTBEAT).write_text(str(steps), encoding="ascii")
+        if self._heartbeat is not None:
+            self._heartbeat.write_text(str(steps), encoding="ascii")
 
     def at_rest(self) -> None:
         """From here on nobody waits for signs of life."""
-        if self.path is not None:
-            self.path.with_name(HEARTBEAT).unlink(missing_ok=True)
+        if self._heartbeat is not None:
+            self._heartbeat.unlink(missing_ok=True)
 
     def write(self, event: str, detail: str) -> None:
         if self.path is None:  # not the first process

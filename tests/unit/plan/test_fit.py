@@ -286,6 +286,16 @@ def test_metric_default_follows_the_problem(kind: str, metric: str, greater: boo
             },
             "what is offloaded needs 2.25 GiB, but 954 MiB of the host's memory",
         ),
+        (
+            DoesNotFitError,
+            {
+                "machine": CPU.model_copy(
+                    update={"memory_available_bytes": GB, "gpus": (Gpu(name="g", memory_bytes=80 * GB, bf16=True),)}
+                ),
+                "train": {"placement": "zero3", "offload": "all"},
+            },
+            "train.placement: zero3: what is offloaded needs 2.25 GiB, but 954 MiB of the host's memory",
+        ),
         (DoesNotFitError, {"disk": GB}, r"need 5.82 GiB on disk \(4 x 1.24 GiB and 855 MiB\), but 954 MiB are free"),
     ],
 )

@@ -133,8 +133,8 @@ def test_other_placements_that_fit_are_ways_out() -> None:
     found = ways_out.of_memory(task.recipe, least, budget.available_bytes, budget.need, table)
     assert found[0].enough
     assert "on host" in found[0].change
-    assert list(found[0].settings) == ["train.extra.deepspeed"]
-    assert "--set 'train.extra.deepspeed={zero_optimization:" in ways_out.in_lines(found)[0]
+    assert found[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
+    assert "--set train.placement=zero2 --set train.offload=optimizer" in ways_out.in_lines(found)[0]
     assert len(found) <= ways_out.MOST
 
 
@@ -193,6 +193,7 @@ def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"optim": "adafactor"}, None),
         ({"optim": "adamw_8bit"}, None),
         ({"extra": {"deepspeed": {"zero_optimization": {"stage": 2}}}}, None),
+        ({"placement": "zero2"}, None),
     ],
 )
 def test_8bit_moments_free_disk_only_where_they_are_smaller(train: dict[str, Any], freed: float | None) -> None:
@@ -202,8 +203,11 @@ def test_8bit_moments_free_disk_only_where_they_are_smaller(train: dict[str, Any
     assert found.get("train.optim: adamw_8bit") == (None if freed is None else pytest.approx(freed * 10**9))
 
 
-def test_deepspeed_is_offered_nothing_that_it_cannot_have() -> None:
-    recipe = plans.recipe("causal-lm", train={"extra": {"deepspeed": {"zero_optimization": {"stage": 2}}}})
+@pytest.mark.parametrize(
+    "train", [{"placement": "zero2"}, {"extra": {"deepspeed": {"zero_optimization": {"stage": 2}}}}]
+)
+def test_deepspeed_is_offered_nothing_that_it_cannot_have(train: dict[str, Any]) -> None:
+    recipe = plans.recipe("causal-lm", train=train)
     found = ways_out.of_memory(recipe, SETTINGS, 10 * GIB, need)
     assert found
     assert not any("adamw_8bit" in way.change or "bf16" in way.change or "a model" in way.change for way in found)

@@ -169,9 +169,11 @@ def test_without_the_plans_arithmetic_the_micro_batch_is_halved() -> None:
 
 
 def test_killed_is_tried_once_as_it_was_then_taken_for_memory() -> None:
-    history = [outcome("killed", phase="step")]
+    why = "training process 1 of 0 to 1 (after step 7) was killed (SIGKILL), most often because memory ran out"
+    history = [outcome("killed", phase="step").model_copy(update={"reason": why})]
     first = next_attempt(recipe(), plan(), history)
-    assert first == NextAttempt(plan(), True, "the process was killed; going on from the last whole checkpoint")
+    said = "training process 1 of 0 to 1 (after step 7) was killed; going on from the last whole checkpoint"
+    assert first == NextAttempt(plan(), True, said)
 
     second = next_attempt(recipe(), first.plan, [*history, outcome("killed", 2, phase="evaluation")])
     assert second is not None
@@ -308,8 +310,8 @@ def test_message_on_a_gpu_names_the_setting_for_offload() -> None:
 
     assert lines == [
         "memory ran out while the model was loaded: because",
-        "not possible: offload: not done by itself; set train.extra: {deepspeed: {zero_optimization: {stage: 2, "
-        "offload_optimizer: {device: cpu}}}} yourself (pip install 'fulltune[deepspeed]')",
+        "not possible: offload: not done by itself; set train.placement: zero2 and train.offload: optimizer yourself "
+        "(pip install 'fulltune[deepspeed]')",
         "what helps: model.weights_dtype: bf16 (for weights)",
     ]
 

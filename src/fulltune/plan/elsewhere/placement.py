@@ -26,23 +26,26 @@ from typing import Any
 
 from fulltune.plan import disk, sharded, time
 from fulltune.plan.choose import COMFORTABLE, candidates, fastest
-from fulltune.plan.dotted import DEEPSPEED, given, in_yaml, with_settings
+from fulltune.plan.dotted import DEEPSPEED, OFFLOAD, PLACEMENT, WHERE, given, in_yaml, with_settings
 from fulltune.plan.levers import plain_optim
 from fulltune.plan.memory import MemorySettings
 from fulltune.plan.workload import Basis, takes_pieces
+from fulltune.recipe.training import NVME, NVME_FOLDER
 from fulltune.records.plan import MemoryKind
 from fulltune.records.survey import Placement
-from fulltune.system.deepspeed import NVME_FOLDER, nvme_path
+from fulltune.system.deepspeed import nvme_path
 from fulltune.system.sharing import Sharing
 from fulltune.text import format_bytes
 
 NOT_BUILT = "planned here; running it is not built yet"
-NEEDS_PATH = "with the folder of an NVMe disk as nvme_path"
+NEEDS_PATH = f"with the folder of an NVMe disk in {OFFLOAD}"
 _DEFAULTS = {
     "train.num_processes": 1,
     "model.weights_dtype": "fp32",
     "train.bf16_rounding": None,
     "train.optimizer_in_backward": False,
+    PLACEMENT: "auto",
+    OFFLOAD: "none",
     DEEPSPEED: None,
 }
 
@@ -80,6 +83,8 @@ def _layouts(basis: Basis) -> Iterator[_Layout]:
     gpus, many = basis.fleet.machine.gpus, basis.num_devices > 1
     each = f"{basis.num_devices} copies" if many else "one device"
     plain = _DEFAULTS | {"train.num_processes": basis.num_devices, "train.optim": "adamw_torch_fused"}
+    if basis.recipe.train.placement == ("ddp" if many else "single"):  # the same by its name
+        plain[PLACEMENT] = basis.recipe.train.placement
     if not many and basis.start.optimizer_in_backward:
         plain.pop("train.optimizer_in_backward")
     small = {"train.optim": "adamw_8bit"}
@@ -104,22 +109,19 @@ def _shared_layouts(basis: Basis, plain: dict[str, Any], many: bool) -> Iterator
     if basis.recipe.train.chunked_loss:
         plain |= {"train.chunked_loss": None}
 
-    def deepspeed(stage: int, **offload: Any) -> dict[str, Any]:
-        return plain | {DEEPSPEED: {"zero_optimization": {"stage": stage, **offload}}}
+    def zero(stage: int, offload: str = "none") -> dict[str, Any]:
+        return plain | {PLACEMENT: f"zero{stage}", OFFLOAD: offload}
 
     path = nvme_path(basis.recipe)
-    host, nvme = {"device": "cpu"}, {"device": "nvme", "nvme_path": path or NVME_FOLDER}
     if many:
-        yield _Layout("ZeRO-2", deepspeed(2), shared=Sharing(2, False, False))
-        yield _Layout("ZeRO-3", deepspeed(3), shared=Sharing(3, False, False))
+        yield _Layout("ZeRO-2", zero(2), shared=Sharing(2, False, False))
+        yield _Layout("ZeRO-3", zero(3), shared=Sharing(3, False, False))
         yield _Layout("FSDP2", {}, runs=False, shared=Sharing(3, False, False), per_parameter=sharded.FSDP2)
-    yield _Layout("ZeRO-2, optimizer on host", deepspeed(2, offload_optimizer=host), shared=Sharing(2, True, False))
+    yield _Layout("ZeRO-2, optimizer on host", zero(2, "optimizer"), shared=Sharing(2, True, False))
     yield _Layout("FSDP2, all on host", {}, runs=False, shared=Sharing(3, True, True), per_parameter=sharded.FSDP2)
-    both = deepspeed(3, offload_optimizer=host, offload_param=host)
-    yield _Layout("ZeRO-3, all on host", both, shared=Sharing(3, True, True))
-    both = deepspeed(3, offload_optimizer=nvme, offload_param=nvme)
-    needs = "" if path else NEEDS_PATH
-    yield _Layout("ZeRO-3, all on disk", both, shared=Sharing(3, True, True, True, True), needs=needs)
+    yield _Layout("ZeRO-3, all on host", zero(3, "all"), shared=Sharing(3, True, True))
+    on_disk, needs = zero(3, NVME + (path or NVME_FOLDER)), "" if path else NEEDS_PATH
+    yield _Layout("ZeRO-3, all on disk", on_disk, shared=Sharing(3, True, True, True, True), needs=needs)
 
 
 def _rounding(basis: Basis) -> str:
@@ -143,7 +145,7 @@ def _best(basis: Basis, layout: _Layout) -> Placement:
 def _start(basis: Basis, layout: _Layout) -> MemorySettings:
     """The settings that the layout fixes; its micro batch and checkpointing are still to be chosen."""
     start, alone = basis.start, layout.shared is None
-    plain = with_settings(basis.recipe, {DEEPSPEED: None})
+    plain = with_settings(basis.recipe, {name: _DEFAULTS[name] for name in WHERE})
     narrow = layout.weights_dtype == "bf16"
     return replace(
         start,
@@ -194,8 +196,8 @@ def _changes(basis: Basis, layout: _Layout) -> dict[str, Any]:
     recipe = basis.recipe
     known = _DEFAULTS | {"train.optim": plain_optim(layout.weights_dtype, _rounding(basis))}
     known |= {name: value for name in layout.settings if (value := given(recipe, name)) is not None}
-    if layout.shared is not None and layout.shared == basis.shared:
-        known[DEEPSPEED] = layout.settings.get(DEEPSPEED)
+    if layout.shared is not None and layout.shared == basis.shared:  # be it by a file of the user's
+        known |= {name: layout.settings.get(name) for name in WHERE}
     return {name: value for name, value in layout.settings.items() if known.get(name) != value}
 
 

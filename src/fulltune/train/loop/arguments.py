@@ -140,13 +140,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Any:
     if plan.torch_compile:
         extra["torch_compile"] = True
     if deepspeed.wanted(recipe):
-        # Checked again: a file can have changed since the plan was made.
-        problems = deepspeed.disagreements(
-            recipe, plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
-        )
-        if problems:
-            raise RecipeError(problems)
-        extra["deepspeed"] = deepspeed.settings(recipe)
+        extra["deepspeed"] = deepspeed.completed(recipe, plan)
     try:
         made = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from fulltune.records.training import Outcome, OutcomeStatus
 from fulltune.system.out_of_memory import in_last_words, kernel_kills, memory_is_limited
 from fulltune.text import parse_seconds
 from fulltune.train.checkpoints import last_saved
-from fulltune.train.journal import HEARTBEAT, last_step, phase_of
+from fulltune.train.journal import HEARTBEAT, last_step, oldest_sign, phase_of, steps_of
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
 
@@ -74,6 +75,9 @@ def _hung(request: Request, limit: str, seconds: float) -> Outcome:
     phase, step = phase_of(request.folder), last_step(request.folder)
     where = {"evaluation": " in an evaluation", "saving": " while saving"}.get(phase or "", "")
     said = f"no sign of life for {limit} (train.hang_timeout) after step {step:,}{where}"
+    if (oldest := oldest_sign(request.folder, request.plan.num_processes)) is not None:
+        rank, done = oldest
+        said = f"{said} (the oldest is that of process {rank}, after step {done:,})"
     reason = f"the training process gave {said}, and was ended"
     return Outcome(
         status="hung",
@@ -123,7 +127,10 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
     elif about_memory:
         status, reason = "out_of_memory", f"the training process ended with code {code}: {about_memory[-1]}"
     elif killed:
-        status, reason = "killed", "the training process was killed (SIGKILL), most often because memory ran out"
+        status, reason = (
+            "killed",
+            f"{_killed_one(request, tail)} was killed (SIGKILL), most often because memory ran out",
+        )
     else:
         status, reason = "crashed", f"the training process ended with code {code} and left no outcome"
     return Outcome(
@@ -134,6 +141,15 @@ def _outcome(request: Request, code: int, *, asked: bool, killed_by_kernel: bool
         phase=phase_of(request.folder),
         log_tail=tuple(tail) if status == "crashed" else (),
     )
+
+
+def _killed_one(request: Request, tail: Sequence[str]) -> str:
+    """Which of several processes, by torchrun's last words, and its last step."""
+    ranks = [int(found[1]) for line in tail if (found := re.fullmatch(r"\s*rank\s*: (\d+) \(.*\)", line))]
+    if not ranks or request.plan.num_processes == 1:
+        return "the training process"
+    done = steps_of(request.folder, ranks[-1])
+    return f"training process {ranks[-1]} of 0 to {request.plan.num_processes - 1} (after step {done:,})"
 
 
 @contextlib.contextmanager

@@ -75,7 +75,8 @@ def next_attempt(recipe: Recipe, plan: Plan, history: Sequence[Outcome], need: N
         return None
     kills = sum(outcome.status == "killed" for outcome in history)
     if last.status == "killed" and kills == 1:
-        return NextAttempt(plan, resume=True, reason="the process was killed; going on from the last whole checkpoint")
+        what = last.reason.partition(" (SIGKILL)")[0]
+        return NextAttempt(plan, resume=True, reason=f"{what}; going on from the last whole checkpoint")
     if kills > MOST_KILLS:
         return None
     seen = sum(outcome.status in ("out_of_memory", "killed") and outcome.phase == last.phase for outcome in history)

@@ -17,7 +17,7 @@ from fulltune.system.run_folder import lost_weights, save_plan
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
 from fulltune.train.journal import NEXT, Journal
-from fulltune.train.parent import child
+from fulltune.train.parent import child, zero_checkpoint
 from fulltune.train.parent.memory_fallbacks import Need
 from fulltune.train.parent.next_attempt import NextAttempt, next_attempt, no_way_out, unknown
 from fulltune.train.parent.roll_back import roll_back
@@ -98,7 +98,7 @@ def train(
             raise _error(request, outcome, tried)
         Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
         if following.plan != request.plan:
-            save_plan(folder, following.plan)
+            save_plan(folder, recipe, following.plan)
         listener(AttemptFailed(reason=following.reason))
         tried.append(following.reason)
         if hooks.needs_this_process:
@@ -125,11 +125,16 @@ def _with_folders(request: Request, resume: bool, listener: Listener, saved: int
         resume: Go on from a checkpoint.
         listener: Told which one, and what is wrong with newer ones.
         saved: The step at which the attempt before was stopped, and which it usually saved; 0: none.
+
+    Raises:
+        SetupError: The checkpoint is DeepSpeed's, of another placement or number of processes, or it is not.
     """
     request.checkpoints.mkdir(parents=True, exist_ok=True)
+    sound, passed_over = checkpoints.newest_sound(request.checkpoints) if resume else (None, [])
+    if sound is not None and (problem := zero_checkpoint.misfit(sound, request.recipe)):
+        raise SetupError(problem)
     request.folder.mkdir(parents=True)
     if resume:
-        sound, passed_over = checkpoints.newest_sound(request.checkpoints)
         for line in passed_over:
             listener(Warned(text=line))
         if sound is not None:

@@ -26,7 +26,7 @@ from fulltune.system.meter import life_peak_bytes
 from fulltune.system.out_of_memory import is_out_of_memory
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
-from fulltune.train.journal import Journal, last_step
+from fulltune.train.journal import Journal, heartbeat_of, last_step
 from fulltune.train.request import Request
 from fulltune.train.worker.observed import Observed
 
@@ -36,7 +36,8 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
     with _signals_put_back():
         started = time.monotonic()
         rank = int(os.environ.get("RANK", "0"))
-        journal = Journal(request.folder / "journal.jsonl" if rank == 0 else None)
+        path = request.folder / "journal.jsonl" if rank == 0 else None
+        journal = Journal(path, heartbeat_of(request.folder, rank))
         observed = Observed()
         try:
             ended = {"status": "done", "reason": "", **_train(request, hooks, journal, listener, observed)}

@@ -142,7 +142,21 @@ def test_what_is_not_built_is_said() -> None:
     [
         ({}, {}, "2 copies, AdamW fp32", "as the recipe is"),
         ({}, {}, "2 copies, 8-bit AdamW", "train.optim: adamw_8bit"),
-        ({}, {}, "ZeRO-3", "train.extra.deepspeed: {zero_optimization: {stage: 3}}"),
+        ({}, {}, "ZeRO-3", "train.placement: zero3"),
+        ({}, {}, "ZeRO-2, optimizer on host", "train.placement: zero2, train.offload: optimizer"),
+        ({}, {}, "ZeRO-3, all on disk", "train.placement: zero3, train.offload: nvme:FOLDER-ON-YOUR-NVME-DISK"),
+        ({"placement": "ddp"}, {}, "2 copies, AdamW fp32", "as the recipe is"),
+        ({"placement": "ddp"}, {}, "ZeRO-2", "train.placement: zero2"),
+        ({"placement": "zero2"}, {}, "2 copies, AdamW fp32", "train.placement: auto"),
+        ({"placement": "zero2"}, {}, "ZeRO-2", "as the recipe is"),
+        (
+            {"placement": "zero3", "offload": "all"},
+            {},
+            "2 copies, AdamW fp32",
+            "train.placement: auto, train.offload: none",
+        ),
+        ({"placement": "zero3", "offload": "all"}, {}, "ZeRO-2", "train.placement: zero2, train.offload: none"),
+        ({"placement": "zero3", "offload": "all"}, {}, "ZeRO-3, all on host", "as the recipe is"),
         ({"optim": "adamw_8bit"}, {}, "2 copies, 8-bit AdamW", "as the recipe is"),
         ({"optim": "adamw_8bit"}, {}, "2 copies, AdamW fp32", "train.optim: adamw_torch_fused"),
         ({}, {"weights_dtype": "bf16"}, "2 copies, AdamW fp32", "model.weights_dtype: fp32"),
@@ -155,7 +169,7 @@ def test_what_is_not_built_is_said() -> None:
         ),
         ({"extra": ZERO2}, {}, "2 copies, AdamW fp32", "train.extra.deepspeed: null"),
         ({"extra": ZERO2}, {}, "ZeRO-2", "as the recipe is"),
-        ({"extra": ZERO2}, {}, "ZeRO-3", "train.extra.deepspeed: {zero_optimization: {stage: 3}}"),
+        ({"extra": ZERO2}, {}, "ZeRO-3", "train.placement: zero3, train.extra.deepspeed: null"),
         (
             {"optimizer_in_backward": True, "max_grad_norm": 0},
             {},
@@ -226,9 +240,9 @@ def test_micro_batch_is_the_fastest_that_fits() -> None:
     assert (kept.micro_batch_size, kept.activation_checkpointing) == (2, True)
 
 
-@pytest.mark.parametrize("extra", [{}, ZERO2])
-def test_chunked_loss_is_only_without_deepspeed(extra: dict[str, Any]) -> None:
-    train = {"activation_checkpointing": True, "micro_batch_size": 8, "extra": extra}
+@pytest.mark.parametrize("where", [{}, {"extra": ZERO2}, {"placement": "zero2"}])
+def test_chunked_loss_is_only_without_deepspeed(where: dict[str, Any]) -> None:
+    train = {"activation_checkpointing": True, "micro_batch_size": 8, **where}
     rows = table("8x H100", sizes.llama(tokens=2048, train={"global_batch_size": 64, "num_processes": 8, **train}))
     whole = 8 * 2048 * 10 * sizes.LLAMA.vocab_size
     for name, one in rows.items():
@@ -258,6 +272,7 @@ def test_folder_on_an_nvme_disk_is_the_recipes() -> None:
     assert table("1x RTX 4090")["ZeRO-3, all on disk"].needs == placement.NEEDS_PATH
     disk = {"device": "nvme", "nvme_path": "/fast"}
     block = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
-    train = {"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}}
-    one = table("1x RTX 4090", sizes.llama(train=train))["ZeRO-3, all on disk"]
-    assert (one.needs, one.how) == ("", "as the recipe is")
+    same = {"placement": "zero3", "offload": "nvme:/fast"}, {"extra": {"deepspeed": {"zero_optimization": block}}}
+    for train in same:
+        one = table("1x RTX 4090", sizes.llama(train={"global_batch_size": 64, **train}))["ZeRO-3, all on disk"]
+        assert (one.needs, one.how) == ("", "as the recipe is")

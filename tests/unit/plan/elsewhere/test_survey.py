@@ -72,7 +72,7 @@ def test_placement_of_a_7b_model(hardware: str, placement: str) -> None:
     assert found.placement == placement
     assert plan is not None
     reasons = {one.name: one.reason for one in plan.settings}
-    assert (reasons.get("train.extra") == f"placement: {placement}") == ("ZeRO" in placement)
+    assert (reasons.get("train.placement") == f"placement: {placement}") == ("ZeRO" in placement)
     assert reasons["train.num_processes"] == ("one for each device" if plan.num_processes > 1 else "default")
 
 
@@ -426,18 +426,21 @@ def test_no_more_than_eight_devices_are_proposed() -> None:
 
 
 @pytest.mark.parametrize("hardware", ["1x L40S, 16GB host", "8x L40S, 1TB host", "1x L40S, 256GB host"])
-def test_plain_ways_take_deepspeed_out_of_the_recipe(hardware: str) -> None:
-    found, plan = planned(hardware, sizes.llama(train={"global_batch_size": 64, "extra": ZERO2}))
+@pytest.mark.parametrize(
+    ("where", "without"),
+    [({"extra": ZERO2}, "train.extra.deepspeed: null"), ({"placement": "zero2"}, "train.placement: auto")],
+)
+def test_plain_ways_take_deepspeed_out_of_the_recipe(hardware: str, where: dict[str, Any], without: str) -> None:
+    found, plan = planned(hardware, sizes.llama(train={"global_batch_size": 64, **where}))
     assert (plan is not None) == found.fits
     plain = [one for one in found.placements if "ZeRO" not in one.name and one.runs]
-    assert all("train.extra.deepspeed: null" in one.how for one in plain)
-    assert all("adamw_8bit" not in way.change or "deepspeed: null" in way.change for way in found.ways_out)
+    assert all(without in one.how for one in plain)
+    assert all("adamw_8bit" not in way.change or without in way.change for way in found.ways_out)
 
 
 def test_plan_for_other_hardware_says_what_the_recipe_lacks() -> None:
     found, _ = planned("8x A100-80GB")
-    zero2 = {"zero_optimization": {"stage": 2}}
-    assert found.settings == {"train.num_processes": 8, "train.extra.deepspeed": zero2}
+    assert found.settings == {"train.num_processes": 8, "train.placement": "zero2"}
     found, _ = planned("1x A100-80GB", sizes.bert())
     assert found.settings == {}
 
@@ -449,7 +452,7 @@ def test_placement_that_the_recipe_lacks_is_a_way_out_here() -> None:
     assert not found.fits
     assert found.placement == ""
     assert found.ways_out[0].change == "ZeRO-2, optimizer on host"
-    assert list(found.ways_out[0].settings) == ["train.extra.deepspeed"]
+    assert found.ways_out[0].settings == {"train.placement": "zero2", "train.offload": "optimizer"}
     assert found.ways_out[0].enough
 
 
@@ -467,7 +470,7 @@ def test_several_devices_share_the_state_rather_than_round_it() -> None:
 def test_disk_is_offloaded_to_only_with_the_recipes_path() -> None:
     found, plan = planned("1x RTX 4090, 64GB host")
     assert plan is None
-    assert any("with the folder of an NVMe disk as nvme_path" in way.change for way in found.ways_out)
+    assert any("with the folder of an NVMe disk in train.offload" in way.change for way in found.ways_out)
     disk = {"device": "nvme", "nvme_path": "/fast"}
     block = {"stage": 3, "offload_optimizer": disk, "offload_param": disk}
     task = sizes.llama(train={"global_batch_size": 64, "extra": {"deepspeed": {"zero_optimization": block}}})
@@ -521,6 +524,8 @@ def test_recipes_own_placement_is_recognised() -> None:
     for train, placement in (
         ({"optim": "adamw_8bit"}, "2 copies, 8-bit AdamW"),
         ({"extra": {"deepspeed": zero3}}, "ZeRO-3"),
+        ({"placement": "zero3"}, "ZeRO-3"),
+        ({"placement": "zero3", "offload": "all"}, "ZeRO-3, all on host"),
     ):
         found, plan = planned("2x H100", sizes.bert(train=train))
         assert plan is not None
@@ -562,6 +567,8 @@ def test_what_the_recipe_gives_is_not_overridden_by_a_placement() -> None:
     assert _overrides(given(model={"name": "m", "weights_dtype": "fp32"}), narrow)
     assert _overrides(given(train={"optim": "adamw_torch_fused"}), narrow)
     assert not _overrides(given(train={"optim": "adamw_8bit"}), narrow)
-    assert not _overrides(given(), {"train.extra.deepspeed": {"zero_optimization": {"stage": 2}}})
+    assert not _overrides(given(), {"train.placement": "zero2", "train.offload": "optimizer"})
     mine = {"extra": {"deepspeed": {"zero_optimization": {"stage": 3}}}}
     assert _overrides(given(train=mine), {"train.extra.deepspeed": None})
+    assert _overrides(given(train={"placement": "zero3"}), {"train.placement": "zero2"})
+    assert _overrides(given(train={"placement": "zero3"}), {"train.placement": "auto"})

@@ -1,0 +1,224 @@
+"""What cannot be with ZeRO: one line that says where, what and what to do, before anything is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune.errors import SetupError
+from fulltune.recipe.fields import Recipe
+from fulltune.system import hardware
+from fulltune.train.parent import zero_checkpoint
+from tests import tiny
+from tests.contract.command import Result, fulltune
+from tests.train import runs
+
+RECIPE, SETUP = 2, 2
+ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.fixture
+def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks as if DeepSpeed were installed."""
+    _found(monkeypatch, there=True)
+
+
+def _found(monkeypatch: pytest.MonkeyPatch, *, there: bool) -> None:
+    real = importlib.util.find_spec
+
+    def find(name: str, *given: Any) -> Any:
+        if name != "deepspeed":
+            return real(name, *given)
+        return real("json") if there else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+
+
+def planned(folder: Path, model: Path, *options: object, verb: str = "plan", **train: Any) -> Result:
+    """`fulltune plan` with this block `train`."""
+    tiny.write_csv(folder / "rows.csv", tiny.topic_rows(40))
+    recipe = tiny.write_recipe(folder / "recipe.yaml", model, "rows.csv", train={"device": "cpu", **train})
+    with runs.without_tracing():
+        return fulltune(verb, recipe, "--run-folder", folder / "run", *options)
+
+
+def refused(result: Result, *problems: str, code: int = RECIPE) -> None:
+    assert "Traceback" not in result.err
+    assert result.problems == list(problems)
+    assert result.code == code
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_deepspeed_that_is_missing_is_named_with_its_extra(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    _found(monkeypatch, there=False)
+    result = planned(tmp_path, tiny_encoder, verb=verb, placement="zero3", offload="all")
+    refused(result, "train.placement: zero3: needs DeepSpeed; pip install 'fulltune[deepspeed]'", code=SETUP)
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize(
+    ("train", "problem"),
+    [
+        (
+            {"placement": "zero2", "extra": {"deepspeed": ZERO2}},
+            "train.placement and extra.deepspeed both say where things lie; remove one of them",
+        ),
+        ({"offload": "all"}, "train.offload: 'all' needs placement: zero3, found auto"),
+        (
+            {"offload": "optimizer", "extra": {"deepspeed": ZERO2}},
+            "train.offload and extra.deepspeed both say where things lie; remove one of them",
+        ),
+        ({"offload": "optimizer"}, "train.offload: 'optimizer' needs placement: zero2 or zero3, found auto"),
+        ({"placement": "zero2", "offload": "all"}, "train.offload: 'all' needs placement: zero3, found zero2"),
+        (
+            {"placement": "zero3", "offload": "nvme:"},
+            "train.offload: expected none, optimizer, all or nvme:FOLDER, found 'nvme:'",
+        ),
+        (
+            {"placement": "zero3", "offload": "nvme:/no/such"},
+            "train.offload: there is no folder '/no/such'; make it, or name one on an NVMe disk",
+        ),
+        (
+            {"placement": "zero3", "offload": "nvme:FOLDER-ON-YOUR-NVME-DISK"},
+            "train.offload: write the path of a folder on your NVMe disk in place of FOLDER-ON-YOUR-NVME-DISK",
+        ),
+        (
+            {"extra": {"deepspeed": {**ZERO2, "gradient_clipping": 0.5}}},
+            'train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; write "auto"',
+        ),
+        (
+            {"placement": "zero2", "num_processes": 5000, "global_batch_size": 5000},
+            f"train.num_processes: 5000, but this machine lets us use {hardware.num_cores()} CPU core(s); set at most "
+            f"{hardware.num_cores()}, or train.oversubscribe: true to try it all the same",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    tmp_path: Path, tiny_encoder: Path, train: dict[str, Any], problem: str
+) -> None:
+    result = planned(tmp_path, tiny_encoder, **train)
+    said = [line.split("recipe.yaml:", 1)[-1].lstrip("0123456789 ") for line in result.problems]
+    assert said == [problem]
+    assert result.code == RECIPE
+
+
+@pytest.mark.usefixtures("deepspeed")
+def test_folder_of_an_nvme_disk_is_found_beside_the_recipe(tmp_path: Path, tiny_encoder: Path) -> None:
+    (tmp_path / "fast").mkdir()
+    result = planned(tmp_path, tiny_encoder, placement="zero3", offload="nvme:fast")
+    assert result.code == 0, result.err
+    kept = json.loads((tmp_path / "run" / "plan" / "full.deepspeed.json").read_text(encoding="utf-8"))
+    place = {"device": "nvme", "nvme_path": str(tmp_path / "fast")}
+    assert [kept["zero_optimization"][f"offload_{what}"] for what in ("optimizer", "param")] == [place, place]
+
+
+@pytest.mark.usefixtures("deepspeed")
+def test_settings_of_deepspeed_are_kept_with_the_plans_numbers(tmp_path: Path, tiny_encoder: Path) -> None:
+    train = {"global_batch_size": 8, "micro_batch_size": 2, "max_grad_norm": 0.5, "precision": "bf16"}
+    result = planned(tmp_path, tiny_encoder, "--json", placement="zero3", offload="optimizer", **train)
+    assert result.code == 0, result.err
+    kept = json.loads((tmp_path / "run" / "plan" / "full.deepspeed.json").read_text(encoding="utf-8"))
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert [kept[name] for name in sizes] == [8, 2, 4, 0.5]
+    assert (kept["bf16"], kept["fp16"]) == ({"enabled": True}, {"enabled": False})
+    block = kept["zero_optimization"]
+    assert (block["stage"], block["offload_optimizer"]) == (3, {"device": "cpu"})
+    assert block["reduce_bucket_size"] == json.loads(result.out)["num_parameters"]
+    assert "auto" not in json.dumps(kept)
+
+
+def test_run_without_deepspeed_keeps_no_settings_of_it(tmp_path: Path, tiny_encoder: Path) -> None:
+    assert planned(tmp_path, tiny_encoder).code == 0
+    assert not list((tmp_path / "run" / "plan").glob("*deepspeed*"))
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def recipe(**train: Any) -> Recipe:
+    blocks: dict[str, Any] = {"model": "m", "task": "text-classification", "data": {"train": "a.csv"}}
+    return Recipe.model_validate({**blocks, "train": {"global_batch_size": 8, **train}})
+
+
+def written(folder: Path, stage: int, processes: int) -> Path:
+    """A checkpoint with the files that DeepSpeed writes."""
+    parts = folder / "checkpoint-6" / "global_step6"
+    parts.mkdir(parents=True)
+    (parts.parent / zero_checkpoint.LATEST).write_text("global_step6\n", encoding="utf-8")
+    for rank in range(processes):
+        (parts / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+        if stage == 3:
+            (parts / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
+    if stage < 3:
+        (parts / "mp_rank_00_model_states.pt").touch()
+    return parts.parent
+
+
+@pytest.mark.parametrize(
+    ("stage", "train", "problem"),
+    [
+        (2, {"placement": "zero2", "num_processes": 2}, None),
+        (3, {"placement": "zero3", "num_processes": 2, "offload": "all"}, None),
+        (2, {"extra": {"deepspeed": ZERO2}, "num_processes": 2}, None),
+        (2, {"num_processes": 2}, "goes on with train.placement: auto, expected DeepSpeed, which wrote it"),
+        (
+            3,
+            {"placement": "zero2", "num_processes": 2},
+            "goes on with train.placement: zero2, expected ZeRO's stage 3, as written",
+        ),
+        (3, {"placement": "zero3"}, "goes on with train.num_processes: 1, expected 2, which wrote it"),
+    ],
+)
+def test_checkpoint_of_deepspeed_needs_the_same_placement_and_processes(
+    tmp_path: Path, stage: int, train: dict[str, Any], problem: str | None
+) -> None:
+    checkpoint = written(tmp_path, stage, 2)
+    back = f"set train.placement: zero{stage} and train.num_processes: 2, or start a new run (--fresh)"
+    expected = None if problem is None else f"{checkpoint}: {problem}; {back}"
+    assert zero_checkpoint.misfit(checkpoint, recipe(**train)) == expected
+
+
+def test_plain_checkpoint_is_not_deepspeeds(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-6").mkdir()
+    assert zero_checkpoint.misfit(tmp_path / "checkpoint-6", recipe()) is None
+    problem = zero_checkpoint.misfit(tmp_path / "checkpoint-6", recipe(placement="zero3"))
+    assert problem is not None
+    assert "was not written by DeepSpeed, which train.placement: zero3 needs to go on" in problem
+
+
+def test_run_goes_on_only_where_deepspeed_is(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as there:
+        _found(there, there=True)
+        assert planned(tmp_path, tiny_encoder, placement="zero2").code == 0
+    written(tmp_path / "run" / "checkpoints" / "full-seed42", 2, 1)
+    _found(monkeypatch, there=False)
+    result = fulltune("run", tmp_path / "run")
+    refused(result, "train.placement: zero2: needs DeepSpeed; pip install 'fulltune[deepspeed]'", code=SETUP)
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
+def test_checkpoint_of_another_placement_is_refused_before_an_attempt(tmp_path: Path, tiny_encoder: Path) -> None:
+    from fulltune.train import checkpoints
+
+    first = runs.job(tmp_path, tiny_encoder, tiny.topic_rows(40), train={"max_steps": 2})
+    with runs.in_this_process(), runs.without_tracing():
+        from fulltune import pipeline
+
+        summary = pipeline.prepare(first)
+        plan = pipeline.make_plan(first, summary)
+    checkpoint = written(first.folder / "checkpoints" / plan.trial, 3, 2)
+    checkpoints.seal(checkpoint)
+    with pytest.raises(SetupError, match="expected DeepSpeed, which wrote it"):
+        pipeline.train_trial(first, plan, summary)
+    assert not (first.folder / "attempts").exists()
+    shutil.rmtree(first.folder)

@@ -1,0 +1,116 @@
+"""What happens to one of two processes happens to the run: memory that runs out in one has both go on with less."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulltune.records.events import JournalEntry
+from fulltune.records.training import Outcome
+from fulltune.system.hardware import num_cores
+from fulltune.train.journal import NEXT
+from tests import tiny
+from tests.invariant.test_same_curve import NO_DROPOUT, RANDOM, losses
+from tests.train import runs
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process"),
+]
+TRAIN: dict[str, Any] = {
+    **{"max_steps": 12, "global_batch_size": 8, "micro_batch_size": 4, "logging_steps": 1, "warmup_steps": 0},
+    **{"save_steps": 2, "num_processes": 2},
+}
+FAULT = '''
+"""In process 1, once: memory runs out in the third step of the training."""
+import importlib.abc, importlib.util, os, sys
+from pathlib import Path
+
+DONE, STEPS = Path({mark!r}), []
+
+
+def out_of_memory(theirs):
+    def training_step(self, *given, **named):
+        if self.state.global_step == 3 and not DONE.exists():
+            import torch
+
+            DONE.touch()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return theirs(self, *given, **named)
+
+    return training_step
+
+
+class Loader(importlib.abc.Loader):
+    def __init__(self, inner):
+        self.inner = inner
+
+    def create_module(self, spec):
+        return self.inner.create_module(spec)
+
+    def exec_module(self, module):
+        self.inner.exec_module(module)
+        module.Guarded.training_step = out_of_memory(module.Guarded.training_step)
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "fulltune.train.loop.guarded_step":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        spec.loader = Loader(spec.loader)
+        return spec
+
+
+if os.environ.get("RANK") == "1":
+    sys.meta_path.insert(0, Finder())
+'''
+
+
+def train(folder: Path, recipe: Path, **variables: str) -> None:
+    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(folder / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def journal(folder: Path) -> list[JournalEntry]:
+    lines = [line for one in (folder / "run").glob("attempts/*/journal.jsonl") for line in one.read_text().splitlines()]
+    return [JournalEntry.model_validate_json(line) for line in lines]
+
+
+@pytest.mark.parametrize("placement", ["ddp", "fsdp2"])
+def test_memory_that_runs_out_in_one_process_halves_the_micro_batch_of_both(placement: str, tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
+    data = tiny.write_csv(tmp_path / "rows.csv", tiny.topic_rows(50))
+    recipe = tiny.write_recipe(
+        tmp_path / "r.yaml", model, data, train={**TRAIN, "placement": placement}, method={"kind": "full", **RANDOM}
+    )
+    (tmp_path / "whole").mkdir()
+    train(tmp_path / "whole", recipe)
+    broken, fault = tmp_path / "broken", tmp_path / "fault"
+    broken.mkdir()
+    fault.mkdir()
+    (fault / "sitecustomize.py").write_text(FAULT.format(mark=str(tmp_path / "done")), encoding="utf-8")
+    paths = os.pathsep.join(filter(None, [str(fault), os.environ.get("PYTHONPATH", "")]))
+
+    train(broken, recipe, PYTHONPATH=paths)
+
+    assert (tmp_path / "done").exists()
+    outcomes = [Outcome.load(one) for one in sorted((broken / "run").glob("attempts/*/outcome.json"))]
+    assert [(one.status, one.phase) for one in outcomes] == [("out_of_memory", "step"), ("done", None)]
+    plan = json.loads((broken / "run" / "plan" / "full.json").read_text(encoding="utf-8"))
+    found = [plan[name] for name in ("micro_batch_size", "gradient_accumulation_steps", "num_processes", "placement")]
+    assert found == [2, 2, 2, placement]
+    reasons = [event.detail for event in journal(broken) if event.event == NEXT]
+    assert len(reasons) == 1
+    assert "memory ran out in a training step" in reasons[0]
+    curve = {event["step"]: event["loss"] for event in runs.events(broken, "train")}
+    assert list(curve.values()) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
