@@ -30,7 +30,7 @@ STATE = StateBytes(weights=400, gradients=401, optimizer=800)
         ({"placement": "zero3", "extra": {"deepspeed": {}}}, ["placement and extra.deepspeed both say where"]),
         (
             {"placement": "ddp", "offload": "all", "extra": {"deepspeed": {}}},
-            ["placement: ddp needs several", "offload: 'all' needs", "both say where things lie"],
+            ["placement: ddp needs several", "placement and extra.deepspeed both", "offload and extra.deepspeed both"],
         ),
     ],
 )
