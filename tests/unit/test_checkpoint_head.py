@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from fulltune.models import sharding
 from fulltune.models.base import Base
 from fulltune.models.checkpoint_head import Head, by_name, draw_again, expected_head
 from fulltune.models.load import load
@@ -19,6 +22,7 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
 from tests import tiny
 from tests.invariant import placed
+from tests.unit.train.test_shared_state import process_group
 
 LABELS = ("bad", "fine", "good")
 
@@ -222,3 +226,10 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
     assert {name for name in expected if not torch.equal(expected[name], again[name])} == set()
     matrices = {name for name in heads[0].drawn if expected[name].dim() > 1}
     assert {name for name in expected if not torch.equal(expected[name], other[name])} == matrices
+
+    with process_group(tmp_path):  # of each process's own part another one would be drawn
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model._is_distributed_loading_by_transformers = True
+        draw_again(model, heads[0], 6)
+        shared = {name: sharding.whole(one.detach()) for name, one in model.named_parameters()}
+        assert {name for name in other if not torch.equal(other[name], shared[name])} == set()

@@ -161,7 +161,7 @@ def _drawn(model: PreTrainedModel, module: Any, path: str, owners: Set[str]) -> 
     """
     one = module
     if is_shared := sharding.is_shared(model):
-        one = _whole(module) if path in owners else copy.copy(module)
+        one = _whole(module) if path in owners else _twin(module)
         one._modules = dict(module._modules)
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
@@ -178,12 +178,19 @@ def _whole(module: Any) -> Any:
     draws."""
     import torch
 
-    twin = copy.copy(module)
+    twin = _twin(module)
     twin._parameters = dict(module._parameters)  # of its own; a bias that it has not stays None
     for name, parameter in module.named_parameters(recurse=False):
         room = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
         room._is_hf_initialized = getattr(parameter, "_is_hf_initialized", False)  # type: ignore[attr-defined]
         twin._parameters[name] = room
+    return twin
+
+
+def _twin(module: Any) -> Any:
+    """The same module once more; a class of FSDP2's cannot be copied."""
+    twin: Any = object.__new__(type(module))
+    vars(twin).update(vars(module))
     return twin
 
 
