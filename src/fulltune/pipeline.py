@@ -156,12 +156,13 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     if before is not None and plan.is_placed_as(before, job.recipe):
         trial = before
     else:
+        recipe = job.recipe if before is None else plan.as_begun(job.recipe, before)
         model = job.model(summary)
-        footprint = model.footprint(job.recipe, *plan.device_and_precision(job.recipe, machine))
+        footprint = model.footprint(recipe, *plan.device_and_precision(recipe, machine))
         model.save(footprint, job.folder)
         fleet, own_loss = plan.here(machine, hardware.disk_free_bytes(job.folder)), job.hooks.compute_loss is not None
         started_seconds = None if job.began is None else time.time() - job.began
-        trial = plan.fit(job.recipe, model.shapes, footprint, summary, fleet, own_loss, started_seconds)
+        trial = plan.fit(recipe, model.shapes, footprint, summary, fleet, own_loss, started_seconds)
         if before is not None:
             trial = plan.placed_anew(before, trial)
         run_folder.environment(machine).save(job.folder / "environment.json")

@@ -64,7 +64,7 @@ def load(
     if shared_by > 1:
         keywords["distributed_config"] = sharding.shared_over(base.model_class, config, shared_by)
     before_weights()
-    with _quiet():
+    with _quiet(), sharding.tied_first() if shared_by > 1 else contextlib.nullcontext():
         model, info = reading(
             block,
             "model",

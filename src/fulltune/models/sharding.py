@@ -1,15 +1,15 @@
 """Weights that the processes of a training share out with PyTorch's FSDP2, as transformers loads them.
 
 `from_pretrained` with a `DistributedConfig` builds the model without values, shares its modules out by a plan (which
-modules are put together and freed again) and reads only this process's part of each tensor. Models without a plan of
-their own get one of their repeated blocks.
+modules are put together and freed again) and reads only this process's part of each tensor. Repeated blocks that a
+model's own plan does not name are added to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
@@ -26,14 +26,59 @@ def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -
     """How transformers is to share a model out over so many processes: its `DistributedConfig`.
 
     Raises:
-        SetupError: When the model has neither a plan of its own nor repeated blocks.
+        SetupError: When the model has no repeated blocks.
     """
     import torch
     from transformers.distributed.configuration_utils import DistributedConfig
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = auto_class.from_config(copy.deepcopy(config))
-    return DistributedConfig(fsdp_size=num_processes, fsdp_plan=None if model.fsdp_plan else blocks_of(model))
+    # transformers 5.24 gives every model a plan of `embed_tokens`, `layers.*` and `norm`, whether it has modules of
+    # these names or not: without its blocks BERT, GPT-2 or T5 would be put together as a whole in each pass.
+    own = model.fsdp_plan or {}
+    lacking = {rule: style for rule, style in blocks_of(model).items() if rule not in own}
+    return DistributedConfig(fsdp_size=num_processes, fsdp_plan=lacking or None)
+
+
+@contextlib.contextmanager
+def tied_first() -> Iterator[None]:
+    """Inside, transformers shares out a tensor with several names as one.
+
+    transformers 5.24 ties names after it has shared the model out: FSDP2 then takes the tensor for several and, where
+    the processes' parts are not equally large (GPT-2's 50,257 tokens over two), puts some together from a copy that is
+    never trained. Delete this when it ties them first.
+    """
+    from transformers.distributed import mixin
+
+    theirs: Any = mixin.apply_fully_sharded_data_parallelism
+
+    def tied(model: Any, mesh: Any, plan: dict[str, str], *rest: Any) -> Any:
+        model.tie_weights()
+        return theirs(model, mesh, without_shared(model, plan), *rest)
+
+    mixin.apply_fully_sharded_data_parallelism = tied
+    try:
+        yield
+    finally:
+        mixin.apply_fully_sharded_data_parallelism = theirs
+
+
+def without_shared(model: Any, plan: Mapping[str, str]) -> dict[str, str]:
+    """A plan without the modules that have a tensor in common with another one: it is put together with the rest, once.
+
+    Args:
+        model: Its names are tied.
+        plan: Paths of modules.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = [several for several in names.values() if len(several) > 1]
+
+    def has_parted(path: str) -> bool:
+        return any(len({name.startswith(f"{path}.") for name in several}) > 1 for several in tied)
+
+    return {path: style for path, style in plan.items() if not has_parted(path)}
 
 
 def blocks_of(model: Any) -> dict[str, str]:

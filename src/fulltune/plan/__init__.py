@@ -1,12 +1,13 @@
 """The plan stage: every number of a trial, each with its reason. Pure: no torch, no weights."""
 
-from fulltune.plan.changed import budget_of, is_placed_as, need_of, on_disk, placed_anew
+from fulltune.plan.changed import as_begun, budget_of, is_placed_as, need_of, on_disk, placed_anew
 from fulltune.plan.defaults import learning_rate_of
 from fulltune.plan.fit import fit
 from fulltune.plan.gpus import here
 from fulltune.plan.resolve import device_and_precision
 
 __all__ = [
+    "as_begun",
     "budget_of",
     "device_and_precision",
     "fit",

@@ -7,10 +7,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from fulltune.errors import RecipeError
 from fulltune.plan import budget, disk, memory, time
 from fulltune.plan.budget import MemoryBudget
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe, with_attention
+from fulltune.recipe.rules import OWN_OPTIMIZERS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system.hardware import Machine
@@ -31,6 +33,32 @@ def is_placed_as(plan: Plan, recipe: Recipe) -> bool:
     train = recipe.train
     placement = "deepspeed" if train.extra.get("deepspeed") is not None else train.placement
     return plan.num_processes == train.num_processes and placement in ("auto", plan.placement)
+
+
+def as_begun(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe of a run that goes on elsewhere: its steps have the rows that they had until now.
+
+    Left open, a global batch follows from the number of processes.
+
+    Raises:
+        RecipeError: When so many processes cannot share such a step, or not this optimizer.
+    """
+    train, rows = recipe.train, plan.global_batch_size
+    problems = []
+    if rows % ((train.micro_batch_size or 1) * train.num_processes):
+        micro = f" in micro batches of {train.micro_batch_size}" if (train.micro_batch_size or 1) > 1 else ""
+        problems.append(
+            f"train.num_processes: {train.num_processes}: the run was begun with {rows} rows a step, which so many "
+            f"processes cannot share{micro}; take a number that divides them"
+        )
+    if plan.optim in OWN_OPTIMIZERS and train.deepspeed_by is not None:
+        problems.append(
+            f"{train.deepspeed_by}: the run was begun with {plan.optim}, which cannot run inside DeepSpeed; take "
+            "another placement, or start a new run (--fresh)"
+        )
+    if problems:
+        raise RecipeError(problems)
+    return recipe.model_copy(update={"train": train.model_copy(update={"global_batch_size": rows})})
 
 
 def placed_anew(plan: Plan, anew: Plan) -> Plan:

@@ -128,11 +128,18 @@ def is_first() -> bool:
 
 
 def put_together(model: Any) -> dict[str, torch.Tensor]:
-    """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others."""
+    """The whole tensors of a shared-out model on the first process's host, tensor by tensor; nothing in the others.
+
+    Names that are tied have the same tensor, as in the model: it is saved once.
+    """
     sharding.free(model)
     found: dict[str, torch.Tensor] = {}
-    for name, values in model.state_dict().items():
-        one = sharding.whole(values)
+    first_name: dict[int, str] = {}
+    for name, values in model.state_dict(keep_vars=True).items():
+        if (tied := first_name.setdefault(id(values), name)) != name:
+            found |= {name: found[tied]} if is_first() else {}
+            continue
+        one = sharding.whole(values.detach())
         if is_first():
             found[name] = one.cpu()
     return found

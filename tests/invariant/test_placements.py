@@ -1,0 +1,152 @@
+"""A run is the same wherever its state lies: in one process, copied to several, shared out by FSDP2, and on the way
+from one to the other."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from fulltune.system.hardware import num_cores
+from tests.invariant import placed
+from tests.invariant.placed import FAMILIES, MODELS, Curve, Place
+from tests.invariant.test_same_curve import losses
+from tests.train import runs
+
+pytestmark = pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process")
+
+SINGLE, SHARED = Place("single"), Place("fsdp2:2")
+FEW: dict[str, Any] = {"max_steps": 16, "eval_steps": 8}
+STOP = 6
+
+
+def in_one_process(folder: Path, family: placed.Family, **changes: Any) -> Curve:
+    """A run without a process of its own."""
+    with runs.in_this_process():
+        placed.train(folder, family, SINGLE, **changes)
+    return placed.read(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("placements")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Curve:
+    return in_one_process(folder / "one", FAMILIES["encoder"], **FEW)
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Curve:
+    placed.train(folder / "shared", FAMILIES["encoder"], SHARED, **FEW)
+    return placed.read(folder / "shared")
+
+
+def assert_near(reference: Curve, found: Curve, after: int = 0) -> None:
+    differences = placed.differences(reference, found, after)
+    print(differences)
+    assert differences.loss <= 1e-5
+    assert differences.score <= 1e-4
+    assert differences.norm <= 1e-3
+
+
+def test_shared_out_run_is_that_of_one_process(one: Curve, shared: Curve, folder: Path) -> None:
+    assert_near(one, shared)
+    assert shared.outcome.moved == one.outcome.moved
+    assert shared.outcome.best_step == one.outcome.best_step
+    assert list((folder / "shared" / "run" / "checkpoints").glob("*/*")) == []
+    left = {path.name for path in (folder / "shared" / "run").glob("attempts/*/*")}
+    assert left == {"journal.jsonl", "log.txt", "metrics.jsonl", "outcome.json", "phase", "request.json"}
+
+
+def test_its_model_is_a_plain_one(one: Curve, shared: Curve, folder: Path) -> None:
+    paths = [folder / name / "run" / "models" / "full" for name in ("one", "shared")]
+    assert sorted(path.name for path in paths[0].iterdir()) == sorted(path.name for path in paths[1].iterdir())
+    assert (paths[0] / "config.json").read_text() == (paths[1] / "config.json").read_text()
+    tokens = torch.tensor([[2, 7, 30, 41, 3]])
+    logits = [AutoModelForSequenceClassification.from_pretrained(path)(tokens).logits for path in paths]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_stopped_and_continued_it_is_the_same_bit_by_bit(shared: Curve, folder: Path) -> None:
+    step = placed.stop_at(folder / "stopped", FAMILIES["encoder"], SHARED, STOP, **FEW)
+    assert STOP <= step < 16
+
+    assert placed.continued_from(folder / "stopped", FAMILIES["encoder"], SHARED, **FEW) == step
+
+    found = placed.read(folder / "stopped")
+    assert found.steps == list(range(1, 17))
+    assert placed.differences(shared, found).none
+    assert found.outcome.moved == shared.outcome.moved
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "encoder"])
+def test_other_families_are_those_of_one_process(name: str, tmp_path: Path) -> None:
+    expected = in_one_process(tmp_path / "one", FAMILIES[name], **FEW)
+    placed.train(tmp_path / "shared", FAMILIES[name], SHARED, **FEW)
+    found = placed.read(tmp_path / "shared")
+    assert_near(expected, found)
+    assert found.outcome.moved == expected.outcome.moved
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_other_blocks_are_trained(name: str, tmp_path: Path) -> None:
+    steps: dict[str, Any] = {"max_steps": 2, "eval_steps": 2}
+    expected = in_one_process(tmp_path / "one", MODELS[name], **steps)
+    placed.train(tmp_path / "shared", MODELS[name], SHARED, **steps)
+    assert_near(expected, placed.read(tmp_path / "shared"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lora", "prompt", "head"])
+def test_methods_that_train_little_are_those_of_one_process(method: str, tmp_path: Path) -> None:
+    """The weights that stay as they were are shared out."""
+    family = FAMILIES["encoder"]
+    values = {**family.blocks["method"], "kind": method, "learning_rate": 3e-2}
+    family = replace(family, blocks={**family.blocks, "method": values})
+    with runs.in_this_process():
+        placed.train(tmp_path / "one", family, SINGLE, **FEW)
+    placed.train(tmp_path / "shared", family, SHARED, **FEW)
+    one, shared = (losses(tmp_path / name) for name in ("one", "shared"))
+    assert len(set(one)) == 16
+    assert shared == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("ddp:2 -> fsdp2:2", "fsdp2:2 -> ddp:2", "fsdp2:2 -> single", "single -> fsdp2:2"),
+        *("fsdp2:2 -> fsdp2:4", "fsdp2:4 -> ddp:2"),
+    ],
+)
+def test_run_goes_on_elsewhere(path: str, one: Curve, tmp_path: Path) -> None:
+    """Also with more processes than there are cores."""
+    first, second = (Place(name) for name in path.split(" -> "))
+    step = placed.stop_at(tmp_path / "run", FAMILIES["encoder"], first, STOP, **FEW)
+
+    assert placed.continued_from(tmp_path / "run", FAMILIES["encoder"], second, **FEW) == step
+
+    assert_near(one, placed.read(tmp_path / "run"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["ddp:2", "fsdp2:2"])
+def test_process_that_is_killed_changes_nothing(place: str, tmp_path: Path) -> None:
+    """With dropout: the states of the random numbers are put back too."""
+    steps: dict[str, Any] = {"max_steps": 40, "eval_steps": 10, "dropout": True}
+    placed.train(tmp_path / "unbroken", FAMILIES["encoder"], Place(place), **steps)
+
+    placed.kill_one(tmp_path / "killed", FAMILIES["encoder"], Place(place), random.Random(0), 7, **steps)
+
+    found = placed.read(tmp_path / "killed")
+    assert found.attempts == 2
+    assert placed.differences(placed.read(tmp_path / "unbroken"), found).none

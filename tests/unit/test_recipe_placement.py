@@ -1,0 +1,83 @@
+"""The recipe's `train.placement`: what does not go together is said, and what is shared out follows from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fulltune.records.plan import StateBytes
+from fulltune.system import sharing
+from fulltune.system.sharing import Sharing
+from tests import plans
+
+STATE = StateBytes(weights=400, gradients=401, optimizer=800)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"placement": "single", "num_processes": 2}, ["placement: single, but num_processes is 2; set 1"]),
+        ({"placement": "ddp"}, ["placement: ddp needs several processes (num_processes); of one, take single"]),
+        ({"placement": "fsdp2"}, ["of one, take zero2 or zero3 with an offload"]),
+        ({"offload": "cpu"}, ["offload: expected none, optimizer, all or nvme:FOLDER, found 'cpu'"]),
+        ({"placement": "zero3", "offload": "nvme:"}, ["found 'nvme:'"]),
+        ({"offload": "optimizer"}, ["offload: 'optimizer' needs placement: zero2 or zero3, found auto"]),
+        ({"placement": "zero2", "offload": "all"}, ["offload: 'all' needs placement: zero3, found zero2"]),
+        ({"placement": "zero2", "offload": "nvme:/disk"}, ["needs placement: zero3, found zero2"]),
+        ({"placement": "fsdp2", "num_processes": 2, "offload": "all"}, ["needs placement: zero3, found fsdp2"]),
+        ({"placement": "zero3", "extra": {"deepspeed": {}}}, ["placement and extra.deepspeed both say where"]),
+        (
+            {"placement": "ddp", "offload": "all", "extra": {"deepspeed": {}}},
+            ["placement: ddp needs several", "placement and extra.deepspeed both", "offload and extra.deepspeed both"],
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_all_said(train: dict[str, Any], expected: list[str]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        plans.recipe(train=train)
+    (error,) = refused.value.errors()
+    lines = error["msg"].removeprefix("Value error, ").splitlines()
+    assert len(lines) == len(expected)
+    assert all(one in line for one, line in zip(expected, lines, strict=True)), lines
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({}, None),
+        ({"placement": "single"}, None),
+        ({"num_processes": 2}, None),
+        ({"placement": "ddp", "num_processes": 2}, None),
+        ({"placement": "fsdp2", "num_processes": 2}, Sharing(3, False, False, engine="fsdp2")),
+        ({"placement": "zero2"}, Sharing(2, False, False)),
+        ({"placement": "zero2", "offload": "optimizer"}, Sharing(2, True, False)),
+        ({"placement": "zero3", "offload": "all"}, Sharing(3, True, True)),
+        ({"placement": "zero3", "offload": "nvme:/disk"}, Sharing(3, True, True, True, True)),
+    ],
+)
+def test_what_is_shared_out_follows_from_the_placement(train: dict[str, Any], expected: Sharing | None) -> None:
+    assert sharing.of(plans.recipe(train=train)) == expected
+
+
+def test_each_process_has_a_part_rounded_up() -> None:
+    whole = Sharing(3, False, False, engine="fsdp2")
+    assert whole.parts(STATE, 2) == {"weights": 200, "gradients": 201, "optimizer": 400}
+    assert whole.parts(STATE, 1) == {"weights": 400, "gradients": 401, "optimizer": 800}
+    assert {whole.place(kind) for kind in ("weights", "gradients", "optimizer")} == {"device"}
+    assert Sharing(2, True, False).parts(STATE, 4) == {"weights": 400, "gradients": 101, "optimizer": 200}
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({}, None),
+        ({"placement": "ddp", "num_processes": 2}, None),
+        ({"placement": "fsdp2", "num_processes": 2}, "train.placement: fsdp2"),
+        ({"placement": "zero3"}, "train.placement: zero3"),
+        ({"extra": {"deepspeed": "zero.json"}}, "train.extra.deepspeed"),
+    ],
+)
+def test_setting_that_shares_out_is_named(train: dict[str, Any], expected: str | None) -> None:
+    assert plans.recipe(train=train).train.shared_by == expected

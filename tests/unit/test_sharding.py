@@ -1,0 +1,126 @@
+"""Which of a model's modules FSDP2 puts together and frees one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+)
+from transformers import initialization as init
+from transformers.distributed import mixin
+
+from fulltune.errors import SetupError
+from fulltune.models import sharding
+
+_TWO = {"num_hidden_layers": 2}
+_PAIR = {"encoder_layers": 2, "decoder_layers": 2}
+CLASSES, WRITES, ANSWERS = AutoModelForSequenceClassification, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+FAMILIES: list[tuple[Any, str, dict[str, Any], list[str]]] = [
+    (CLASSES, "BertConfig", _TWO, ["bert.encoder.layer.*"]),
+    (CLASSES, "RobertaConfig", _TWO, ["roberta.encoder.layer.*"]),
+    (CLASSES, "DebertaV2Config", _TWO, ["deberta.encoder.layer.*"]),
+    (CLASSES, "DistilBertConfig", {"n_layers": 2}, ["distilbert.transformer.layer.*"]),
+    (CLASSES, "AlbertConfig", _TWO, ["albert.encoder.albert_layer_groups.*"]),
+    (CLASSES, "ModernBertConfig", _TWO, ["model.layers.*"]),
+    (WRITES, "GPT2Config", {"n_layer": 2}, ["transformer.h.*"]),
+    (WRITES, "OPTConfig", _TWO, ["model.decoder.layers.*"]),
+    (WRITES, "LlamaConfig", _TWO, ["model.layers.*"]),
+    (ANSWERS, "T5Config", {"num_layers": 2}, ["encoder.block.*", "decoder.block.*"]),
+    (ANSWERS, "BartConfig", _PAIR, ["model.encoder.layers.*", "model.decoder.layers.*"]),
+    (AutoModelForSpeechSeq2Seq, "WhisperConfig", _PAIR, ["model.encoder.layers.*", "model.decoder.layers.*"]),
+    (AutoModelForImageClassification, "ViTConfig", _TWO, ["vit.layers.*"]),
+    (AutoModelForImageClassification, "ConvNextConfig", {}, ["convnext.encoder.stages.*"]),
+]
+
+
+@pytest.mark.parametrize(("auto_class", "name", "size", "expected"), FAMILIES, ids=[name for _, name, *_ in FAMILIES])
+def test_blocks_of_each_family_are_found_and_shared_out(
+    auto_class: Any, name: str, size: dict[str, Any], expected: list[str]
+) -> None:
+    """Those that the model's own plan names stay its own; all others are given."""
+    config = getattr(transformers, name)(**size)
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+
+    assert list(sharding.blocks_of(model)) == expected
+    given = sharding.shared_over(auto_class, config, 2)
+
+    assert given.fsdp_size == 2
+    _, _, plan = model._resolve_parallel_plans(given)
+    names = {path.removesuffix(".*") for path in expected}
+    blocks = {path for path, _ in model.named_modules() if path.rpartition(".")[0] in names}
+    assert len(blocks) >= (1 if name == "AlbertConfig" else 2)
+    assert {path for path in blocks if plan.get(path) != "free_full_weight"} == set()
+    assert given.fsdp_plan is None or set(given.fsdp_plan) <= set(expected)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "name", "size", "left_out"),
+    [
+        (WRITES, "GPT2Config", {"n_layer": 2}, set()),
+        (WRITES, "OPTConfig", _TWO, set()),
+        (WRITES, "LlamaConfig", _TWO, set()),
+        (WRITES, "LlamaConfig", {**_TWO, "tie_word_embeddings": True}, {"model.embed_tokens"}),
+        (ANSWERS, "T5Config", {"num_layers": 2}, {"encoder.embed_tokens", "decoder.embed_tokens"}),
+        (ANSWERS, "BartConfig", _PAIR, {"model.encoder.embed_tokens", "model.decoder.embed_tokens"}),
+    ],
+)
+def test_tensor_with_several_names_is_shared_out_as_one(
+    auto_class: Any, name: str, size: dict[str, Any], left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its rows do not go evenly into the processes: `tests/invariant/test_placements.py` trains such."""
+    config = getattr(transformers, name)(**size)
+    with torch.device("meta"), init.no_tie_weights():  # as `from_pretrained` makes it
+        model = auto_class.from_config(config)
+    _, _, plan = model._resolve_parallel_plans(sharding.shared_over(auto_class, config, 2))
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(mixin, "apply_fully_sharded_data_parallelism", lambda model, mesh, plan, ep: given.append(plan))
+    theirs = mixin.apply_fully_sharded_data_parallelism
+
+    with sharding.tied_first():
+        mixin.apply_fully_sharded_data_parallelism(model, None, plan, {})
+
+    assert mixin.apply_fully_sharded_data_parallelism is theirs
+    assert set(plan) - set(given[0]) == left_out
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == config.tie_word_embeddings
+
+
+def test_own_plan_that_names_the_blocks_is_left_as_it_is() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    assert sharding.shared_over(AutoModelForCausalLM, config, 2).fsdp_plan is None
+
+
+def test_outermost_lists_are_taken_and_those_without_weights_are_not() -> None:
+    def block() -> torch.nn.Module:
+        return torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+
+    model = torch.nn.Module()
+    model.towers = torch.nn.ModuleList([block(), block()])
+    model.towers_of_more = block()
+    model.silent = torch.nn.ModuleList([torch.nn.Dropout()])
+    assert list(sharding.blocks_of(model)) == ["towers.*", "towers_of_more.*"]
+
+
+def test_model_without_blocks_is_refused() -> None:
+    with pytest.raises(
+        SetupError, match=r"train.placement: fsdp2: Linear has no repeated blocks .* take ddp, or zero3"
+    ):
+        sharding.blocks_of(torch.nn.Linear(2, 2))
+
+
+def test_model_that_is_not_shared_out_is_left_alone() -> None:
+    model = torch.nn.Linear(3, 2)
+    sharding.free(model)
+    values = torch.ones(2, 3)
+    assert not sharding.is_shared(model)
+    assert sharding.whole(model.weight) is sharding.local(model.weight) is model.weight
+    assert sharding.like(values, model.weight) is values
