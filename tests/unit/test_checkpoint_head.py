@@ -18,6 +18,7 @@ from fulltune.plan import defaults
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
 from tests import tiny
+from tests.invariant import placed
 
 LABELS = ("bad", "fine", "good")
 
@@ -196,3 +197,28 @@ def test_what_a_checkpoint_lacks_is_drawn_again_and_nothing_else(tiny_encoder: P
         assert "classifier.weight" in changed <= set(head.drawn)
         models.append(model.state_dict())
     assert all(torch.equal(one, models[1][name]) for name, one in models[0].items())
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> None:
+    """In ModernBERT the modules above the head's layers draw their values, with other spreads than a layer's own."""
+    if kind == "bert":
+        tiny.save_model(tmp_path, kind)
+    else:
+        placed.save_encoder(tmp_path, "ModernBertConfig")
+    heads: list[Head] = []
+    changes = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    base = Base.of(ModelBlock(name=str(tmp_path)), "text-classification")
+    torch.manual_seed(5)
+    model = load(base, changes, head_is_new=True, on_head=heads.append)
+    expected = {name: one.detach().clone() for name, one in model.named_parameters()}
+    assert "classifier.weight" in heads[0].drawn
+
+    draw_again(model, heads[0], 6)
+    other = {name: one.detach().clone() for name, one in model.named_parameters()}
+    draw_again(model, heads[0], 5)
+    again = dict(model.named_parameters())
+
+    assert {name for name in expected if not torch.equal(expected[name], again[name])} == set()
+    matrices = {name for name in heads[0].drawn if expected[name].dim() > 1}
+    assert {name for name in expected if not torch.equal(expected[name], other[name])} == matrices

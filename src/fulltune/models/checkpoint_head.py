@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -142,13 +142,35 @@ def _draw(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) 
     """New values, as transformers draws those that a checkpoint lacks."""
     for parameter in parameters.values():
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers 5 leaves others alone
-    for owner in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
-        module = model.get_submodule(owner)
-        drawn = _whole(module) if sharding.is_shared(model) else module
-        model._init_weights(drawn)
-        for name, parameter in module.named_parameters(recurse=False):
-            if drawn is not module and f"{owner}.{name}" in parameters:
-                parameter.copy_(sharding.like(drawn.get_parameter(name), parameter))
+    drawn = _drawn(model, model, "", {name.rpartition(".")[0] for name in parameters})
+    if drawn is not model:
+        for name, parameter in parameters.items():
+            parameter.copy_(sharding.like(drawn.get_parameter(name), parameter))
+
+
+def _drawn(model: PreTrainedModel, module: Any, path: str, owners: Set[str]) -> Any:
+    """A module with new values in it: itself, or of a model that is shared out one like it with whole parameters.
+
+    Children come first, as transformers does it: in some models (ModernBERT) a parent draws for its children.
+
+    Args:
+        model: Knows how to draw.
+        module: One of its modules.
+        path: Of the module.
+        owners: Paths of the modules that have parameters to be drawn.
+    """
+    one = module
+    if is_shared := sharding.is_shared(model):
+        one = _whole(module) if path in owners else copy.copy(module)
+        one._modules = dict(module._modules)
+    for name, child in module.named_children():
+        below = f"{path}.{name}" if path else name
+        if any(owner == below or owner.startswith(f"{below}.") for owner in owners):
+            drawn = _drawn(model, child, below, owners)
+            if is_shared:
+                one._modules[name] = drawn
+    model._init_weights(one)
+    return one
 
 
 def _whole(module: Any) -> Any:
