@@ -4,6 +4,8 @@ from one to the other."""
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from fulltune.records.forgetting import Preserved
 from fulltune.system.hardware import num_cores
+from tests import tiny
 from tests.invariant import placed
 from tests.invariant.placed import FAMILIES, MODELS, Curve, Place
 from tests.invariant.test_same_curve import losses
@@ -150,3 +154,40 @@ def test_process_that_is_killed_changes_nothing(place: str, tmp_path: Path) -> N
     found = placed.read(tmp_path / "killed")
     assert found.attempts == 2
     assert placed.differences(placed.read(tmp_path / "unbroken"), found).none
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_budget_for_forgetting_chooses_the_same_point(name: str, tmp_path: Path) -> None:
+    """Generic text is read and replayed, and the weights are scaled back, by all processes together."""
+    family = FAMILIES[name]
+    family = replace(family, blocks={**family.blocks, "preserve": {"budget": "2%"}})
+    expected = in_one_process(tmp_path / "one", family, **FEW)
+    placed.train(tmp_path / "shared", family, SHARED, **FEW)
+    assert_near(expected, placed.read(tmp_path / "shared"))
+    one, shared = (
+        Preserved.load(next((tmp_path / where / "run" / "preserve").glob("*.json"))) for where in ("one", "shared")
+    )
+    assert (shared.chosen.kind, shared.chosen.share) == (one.chosen.kind, one.chosen.share)
+    assert len(shared.points) == len(one.points)
+    for found, wanted in zip(shared.points, one.points, strict=True):
+        assert found.measured.drift == pytest.approx(wanted.measured.drift, abs=1e-5)
+        assert found.metric == pytest.approx(wanted.metric, abs=1e-4)
+    assert list((tmp_path / "shared" / "run").glob("attempts/*/*.safetensors")) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_example_runs_from_rows_to_report(name: str, tmp_path: Path) -> None:
+    """Its settings, with a tiny model and few steps."""
+    model = tiny.save_model(tmp_path / "model", "bert")
+    example = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
+    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(example), "--run-folder", str(tmp_path / "run")]
+    changes = {"model": model, "train.num_train_epochs": 1, "evaluate.bootstrap_samples": 100}
+    command += [part for setting, value in changes.items() for part in ("--set", f"{setting}={value}")]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.md").exists()
+    assert len(runs.events(tmp_path, "train")) == 5

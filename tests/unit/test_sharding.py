@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
 )
 from transformers import initialization as init
-from transformers.distributed import mixin
 
 from fulltune.errors import SetupError
 from fulltune.models import sharding
@@ -51,7 +50,7 @@ def test_blocks_of_each_family_are_found_and_shared_out(
         model = auto_class.from_config(config)
 
     assert list(sharding.blocks_of(model)) == expected
-    given = sharding.shared_over(auto_class, config, 2)
+    _, given = sharding.shared_over(auto_class, config, 2)
 
     assert given.fsdp_size == 2
     _, _, plan = model._resolve_parallel_plans(given)
@@ -80,23 +79,27 @@ def test_tensor_with_several_names_is_shared_out_as_one(
     config = getattr(transformers, name)(**size)
     with torch.device("meta"), init.no_tie_weights():  # as `from_pretrained` makes it
         model = auto_class.from_config(config)
-    _, _, plan = model._resolve_parallel_plans(sharding.shared_over(auto_class, config, 2))
-    given: list[dict[str, str]] = []
-    monkeypatch.setattr(mixin, "apply_fully_sharded_data_parallelism", lambda model, mesh, plan, ep: given.append(plan))
-    theirs = mixin.apply_fully_sharded_data_parallelism
+    shared, given = sharding.shared_over(auto_class, config, 2)
+    _, _, plan = model._resolve_parallel_plans(given)
+    seen: list[dict[str, str]] = []
 
-    with sharding.tied_first():
-        mixin.apply_fully_sharded_data_parallelism(model, None, plan, {})
+    def share_out(model: Any, given: Any, mesh: Any) -> Any:
+        seen.append(model._resolve_parallel_plans(given)[2])
+        return model
 
-    assert mixin.apply_fully_sharded_data_parallelism is theirs
-    assert set(plan) - set(given[0]) == left_out
+    monkeypatch.setattr(type(model), "maybe_distribute_model", staticmethod(share_out))
+
+    assert shared.maybe_distribute_model(model, given, "a mesh") is model
+
+    assert (shared.__name__, shared.__bases__) == (type(model).__name__, (type(model),))
+    assert set(plan) - set(seen[0]) == left_out
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert tied == config.tie_word_embeddings
 
 
 def test_own_plan_that_names_the_blocks_is_left_as_it_is() -> None:
     config = transformers.LlamaConfig(num_hidden_layers=2)
-    assert sharding.shared_over(AutoModelForCausalLM, config, 2).fsdp_plan is None
+    assert sharding.shared_over(AutoModelForCausalLM, config, 2)[1].fsdp_plan is None
 
 
 def test_outermost_lists_are_taken_and_those_without_weights_are_not() -> None:

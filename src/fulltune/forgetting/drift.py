@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.inference.run import autocast, batches, longest_first, run_rows
+from fulltune.models import sharding
 from fulltune.recipe.tasks import LANGUAGE_MODELS, ProblemType
 from fulltune.records.forgetting import Drift
 from fulltune.tasks import LENGTH, Target, causal_lm
@@ -111,10 +112,33 @@ class GenericText:
         ids, shown = padded(chosen, self.pad_token_id).to(model.device), mask(chosen).to(model.device)
         is_pair = model.config.is_encoder_decoder
         body = model.get_encoder() if is_pair else getattr(model, model.base_model_prefix, model)
-        hidden = body(input_ids=ids, attention_mask=shown).last_hidden_state.float()
+        given = {"input_ids": ids, "attention_mask": shown}
+        outputs = _through_model(model, body, given) if sharding.is_shared(model) else body(**given)
+        hidden = outputs.last_hidden_state.float()
         # Virtual tokens of a prompt stand before the text.
         hidden = hidden[:, hidden.shape[1] - shown.shape[1] :]
         return (hidden * shown.unsqueeze(-1)).sum(dim=1) / shown.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _through_model(model: Any, body: Any, given: dict[str, Any]) -> Any:
+    """What the body gives in a pass of the whole model, in which alone FSDP2 puts together what lies outside of blocks.
+
+    Args:
+        model: Its weights are shared out.
+        body: Of the model.
+        given: `input_ids[texts, tokens]` and their mask.
+    """
+    if model.config.is_encoder_decoder:
+        given = {**given, "decoder_input_ids": given["input_ids"][:, :1]}
+    if type(model).__name__.endswith("MultipleChoice"):
+        given = {name: one.unsqueeze(1) for name, one in given.items()}
+    seen: list[Any] = []
+    hook = body.register_forward_hook(lambda _, __, outputs: seen.append(outputs))
+    try:
+        model(**given)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 NEAR_CHANCE, MOST_UNKNOWN = 0.8, 0.3

@@ -62,9 +62,10 @@ def load(
     loader = base.model_class.from_pretrained
     _import_code(config)
     if shared_by > 1:
-        keywords["distributed_config"] = sharding.shared_over(base.model_class, config, shared_by)
+        shared, keywords["distributed_config"] = sharding.shared_over(base.model_class, config, shared_by)
+        loader = shared.from_pretrained
     before_weights()
-    with _quiet(), sharding.tied_first() if shared_by > 1 else contextlib.nullcontext():
+    with _quiet():
         model, info = reading(
             block,
             "model",

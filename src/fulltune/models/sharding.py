@@ -22,8 +22,9 @@ _FREED = "free_full_weight"
 """transformers' word: whole during the block's own pass alone."""
 
 
-def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -> Any:
-    """How transformers is to share a model out over so many processes: its `DistributedConfig`.
+def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -> tuple[Any, Any]:
+    """The class to load from, and how it is to be shared out over so many processes: transformers'
+    `DistributedConfig`.
 
     Raises:
         SetupError: When the model has no repeated blocks.
@@ -37,30 +38,25 @@ def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -
     # these names or not: without its blocks BERT, GPT-2 or T5 would be put together as a whole in each pass.
     own = model.fsdp_plan or {}
     lacking = {rule: style for rule, style in blocks_of(model).items() if rule not in own}
-    return DistributedConfig(fsdp_size=num_processes, fsdp_plan=lacking or None)
+    return tied_first(type(model)), DistributedConfig(fsdp_size=num_processes, fsdp_plan=lacking or None)
 
 
-@contextlib.contextmanager
-def tied_first() -> Iterator[None]:
-    """Inside, transformers shares out a tensor with several names as one.
+def tied_first(model_class: Any) -> Any:
+    """A class of the same name whose models are shared out with a tensor that has several names as one.
 
     transformers 5.24 ties names after it has shared the model out: FSDP2 then takes the tensor for several and, where
     the processes' parts are not equally large (GPT-2's 50,257 tokens over two), puts some together from a copy that is
     never trained. Delete this when it ties them first.
     """
-    from transformers.distributed import mixin
 
-    theirs: Any = mixin.apply_fully_sharded_data_parallelism
+    def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        if mesh_manager is not None:
+            model.tie_weights()
+            model.fsdp_plan = without_shared(model, model.fsdp_plan)
+        return model_class.maybe_distribute_model(model, distributed_config, mesh_manager)
 
-    def tied(model: Any, mesh: Any, plan: dict[str, str], *rest: Any) -> Any:
-        model.tie_weights()
-        return theirs(model, mesh, without_shared(model, plan), *rest)
-
-    mixin.apply_fully_sharded_data_parallelism = tied
-    try:
-        yield
-    finally:
-        mixin.apply_fully_sharded_data_parallelism = theirs
+    of_class = {"maybe_distribute_model": classmethod(maybe_distribute_model), "__module__": model_class.__module__}
+    return type(model_class.__name__, (model_class,), of_class)
 
 
 def without_shared(model: Any, plan: Mapping[str, str]) -> dict[str, str]:
@@ -68,7 +64,7 @@ def without_shared(model: Any, plan: Mapping[str, str]) -> dict[str, str]:
 
     Args:
         model: Its names are tied.
-        plan: Paths of modules.
+        plan: Paths of modules, or rules such as `layers.*`.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -49,7 +49,7 @@ def fit(
     """
     train, reasons = recipe.train, Reasons()
     basis = basis_of(Workload(recipe, shapes, lambda dtype: footprint, summary), fleet, reasons, own_loss)
-    steps, placement = basis.steps, resolve.placement(recipe, reasons)
+    steps, placement = basis.steps, resolve.placement(recipe, fleet.machine, reasons)
     metric = resolve.metric(recipe, summary, reasons)
     rate = resolve.rate(recipe, shapes, reasons)
     warmup = resolve.warmup(recipe, shapes, steps.total, reasons)

@@ -50,9 +50,18 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     return device
 
 
-def placement(recipe: Recipe, reasons: Reasons) -> Any:
-    """Where weights, gradients and state lie: as the recipe says, or whole in each process."""
+def placement(recipe: Recipe, machine: Machine, reasons: Reasons) -> Any:
+    """Where weights, gradients and state lie: as the recipe says, or whole in each process.
+
+    Raises:
+        RecipeError: When this machine cannot do it.
+    """
     train = recipe.train
+    if train.placement == "fsdp2" and train.device == "cpu" and machine.gpus:
+        raise RecipeError(
+            "train.placement: fsdp2 takes the GPUs of a machine that has some, but train.device is cpu; set device: "
+            "cuda, or placement: ddp"
+        )
     if train.extra.get("deepspeed") is not None:
         return "deepspeed"
     chosen, why = ("single", "one process") if train.num_processes == 1 else ("ddp", "it fits in each process")

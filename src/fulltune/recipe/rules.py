@@ -313,7 +313,7 @@ def _preserved(recipe: Recipe) -> list[str]:
         )
     if recipe.train.optimizer_in_backward:
         problems.append(f"{name}: cannot go with train.optimizer_in_backward, which updates before generic text counts")
-    if by := recipe.train.shared_by:
+    if by := recipe.train.deepspeed_by:
         problems.append(f"{name}: not yet with {by}; remove one of them")
     # Beside others one may stand that moves nothing of what reads generic text: it keeps any budget.
     unmoved = ("base", "head") if recipe.methods else ()

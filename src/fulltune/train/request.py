@@ -49,13 +49,20 @@ class Request(Record):
         return self.folder / INITIAL_WEIGHTS
 
     def initial_weights_of(self, rank: int) -> Path:
-        """The part of another process than the first, of weights that are shared out."""
-        return self.initial_weights.with_stem(f"{self.initial_weights.stem}-rank{rank}")
+        """Of one process's part, where the weights are shared out."""
+        return self._of_part(self.initial_weights, rank)
 
     @property
     def trained_weights(self) -> Path:
         """Those after training, while a point between them and the initial ones is chosen."""
         return self.folder / "trained.safetensors"
+
+    def trained_weights_of(self, rank: int) -> Path:
+        """Of one process's part."""
+        return self._of_part(self.trained_weights, rank)
+
+    def _of_part(self, file: Path, rank: int) -> Path:
+        return file.with_stem(f"{file.stem}-rank{rank}") if rank else file
 
     @property
     def checkpoints(self) -> Path:

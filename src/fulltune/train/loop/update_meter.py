@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from fulltune.models import sharding
 from fulltune.records.events import UpdatesMeasured
 
 MEASUREMENTS = 20
@@ -90,11 +91,13 @@ def compared(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.
 
 def _sampled(model: Any) -> dict[str, torch.Tensor]:
     """Values of each trained tensor but the token embeddings, of which a step reaches only the rows it has read."""
+    sharding.free(model)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     left_out = {id(one) for one in embeddings.parameters()} if embeddings is not None else set()
     found = {}
     for name, one in model.named_parameters():
-        if one.requires_grad and id(one) not in left_out and one.numel():
-            flat = one.detach().flatten()
+        # Of weights that are shared out this process's part.
+        flat = sharding.local(one.detach()).flatten()
+        if one.requires_grad and id(one) not in left_out and flat.numel():
             found[name] = flat[:: max(1, flat.numel() // VALUES)][:VALUES].clone()
     return found

@@ -87,6 +87,15 @@ class AttemptContext:
         return self.request.initial_weights_of(self.trainer.args.process_index)
 
     @property
+    def trained_weights(self) -> Path:
+        """The same of those after training."""
+        return self.request.trained_weights_of(0 if self.is_main else self.trainer.args.process_index)
+
+    def agreed(self, value: Any) -> Any:
+        """What the first process has, where all take part in what follows."""
+        return distributed.from_first(value) if self.trainer.is_shared else value
+
+    @property
     def data(self) -> Path:
         """The folder of the prepared rows."""
         return Path(self.request.run_folder) / "data"

@@ -56,7 +56,9 @@ def fit_head(attempt: AttemptContext) -> FrozenHead | None:
         SetupError: When none can be fitted.
     """
     file = attempt.recipe.preserve.task
-    if file is None or attempt.plan.preserving is None or attempt.request.probe or not attempt.is_main:
+    if file is None or attempt.plan.preserving is None or attempt.request.probe:
+        return None
+    if not attempt.is_main and not attempt.trainer.is_shared:  # the first process alone reads the rows
         return None
     attempt.recorder.phase(PHASE)
     rows, model = OtherTask.load(attempt.data / OTHER_TASK), attempt.trainer.model

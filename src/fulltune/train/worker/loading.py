@@ -315,6 +315,6 @@ def _callbacks(attempt: AttemptContext) -> list[transformers.TrainerCallback]:
         was_skipped=lambda step: step in attempt.trainer.seen.skipped,
         rounds_on_average=attempt.plan.bf16_rounding in ("stochastic", "kahan"),
     )
-    meters = [meter] if attempt.sharing is None else []
+    meters = [] if attempt.in_deepspeed else [meter]
     watching = [*meters, attempt.recorder, *guards, AgainstStart(attempt, judged)]
     return [begins, alive, *watching, attempt.early_stopping, seals, attempt.stop]

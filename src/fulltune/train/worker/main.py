@@ -53,9 +53,7 @@ def run(request: Request, hooks: Hooks, listener: Listener | None = None) -> Out
             ended = {"status": status, "reason": reason, "phase": journal.phase, "trouble_since": since, "steps": steps}
         finally:
             request.initial_weights_of(rank).unlink(missing_ok=True)
-            if rank == 0:
-                request.initial_weights.unlink(missing_ok=True)
-                request.trained_weights.unlink(missing_ok=True)
+            request.trained_weights_of(rank).unlink(missing_ok=True)
         measured = {"peak_memory_bytes": _peak_memory_bytes(), **observed.for_outcome()}
         seconds = round(time.monotonic() - started, 3)
         outcome = Outcome(trial=request.plan.trial, attempt=request.attempt, train_seconds=seconds, **ended, **measured)

@@ -73,7 +73,8 @@ class Replay:
         """Of the step that begins. Without dropout, so it draws no random number that the step would miss.
 
         With several processes each has its part of the texts; their gradients lie in the weights' when those of the
-        step's last micro batch are averaged over the processes, and are averaged with them.
+        step's last micro batch are averaged over the processes, and are averaged with them. FSDP2 averages them in each
+        pass, of which all processes must take as many: who has no text left takes one that counts nothing.
         """
         model, arguments = trainer.model, trainer.args
         chosen = self.rows_of(trainer.state.global_step + 1)
@@ -83,11 +84,15 @@ class Replay:
         scaler = getattr(trainer.accelerator, "scaler", None)
         was_training = model.training
         model.eval()
+        passes = [(list(positions), 1.0) for positions in batches(mine, self.rows_per_pass)]
+        if trainer.is_shared:
+            most = -(-len(chosen[:: arguments.world_size]) // self.rows_per_pass)
+            passes += [(chosen[:1], 0.0)] * (most - len(passes))
         try:
-            for positions in batches(mine, self.rows_per_pass):
+            for positions, counts in passes:
                 with autocast(arguments.device.type, self.text.precision):
                     summed = self._distance(trainer, positions)
-                loss = self.weight * share * summed
+                loss = counts * self.weight * share * summed
                 (loss if scaler is None else scaler.scale(loss)).backward()
         finally:
             model.train(was_training)

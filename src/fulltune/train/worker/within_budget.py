@@ -32,6 +32,7 @@ from fulltune.forgetting.budget import (
 from fulltune.forgetting.drift import GenericText, measured
 from fulltune.forgetting.generic_text import parts
 from fulltune.inference.run import Share
+from fulltune.models import sharding
 from fulltune.recipe.tasks import LANGUAGE_MODELS
 from fulltune.records.events import Certified
 from fulltune.records.forgetting import Drift, Kind, OnTask, Point, Preserved, limit_of
@@ -39,6 +40,7 @@ from fulltune.text import counted
 from fulltune.train.optim.groups import depths
 from fulltune.train.worker.context import AttemptContext
 from fulltune.train.worker.frozen_head import HeadRows, fallen
+from fulltune.train.worker.weights import held
 
 PHASE = "choosing how far to go within the budget for forgetting"
 
@@ -47,20 +49,22 @@ class Line:
     """The trained values of a model, anywhere between those before step 1 and those after training.
 
     Args:
-        model: Has the values after training.
+        model: Has the values after training; where they are shared out each process moves its part.
         before: File with those before step 1.
         after: File that is written with the present ones.
     """
 
     def __init__(self, model: Any, before: Path, after: Path) -> None:
-        self.trained, self.before, self.after = methods.trained(model), before, after
+        sharding.free(model)
+        self.model, self.trained, self.before, self.after = model, methods.trained(model), before, after
         self.depths = depths(list(self.trained))
-        save_file({name: one.detach().cpu().contiguous() for name, one in self.trained.items()}, after)
+        save_file({name: held(one).contiguous() for name, one in self.trained.items()}, after)
         with after.open("rb") as file:
             self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     def put(self, kind: Kind, share: float) -> None:
         """Move the model there. Of LoRA's two matrices the second alone is scaled, and with it their product."""
+        sharding.free(self.model)
         deepest = max(self.depths.values(), default=0)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
             for name, parameter in self.trained.items():
@@ -70,7 +74,7 @@ class Line:
                     part = share + (1 - share) * self.depths[name] / deepest
                 # Exactly the ends at the ends.
                 moved = end if part == 1 else begin if part == 0 else torch.lerp(begin.float(), end.float(), part)
-                parameter.copy_(moved.to(parameter.dtype))
+                sharding.local(parameter).copy_(moved.to(parameter.dtype))
 
 
 Read = tuple[np.ndarray, np.ndarray | None]
@@ -107,20 +111,24 @@ def keep_within(attempt: AttemptContext) -> Preserved | None:
     if plan.preserving is None:
         return None
     record = Path(request.run_folder) / "preserve" / f"{plan.trial}.json"
+    before, after = attempt.initial_weights, attempt.trained_weights
+    assert before is not None, "with a budget each process that is here has kept what it trains"
     try:
-        line = Line(attempt.trainer.model, request.initial_weights, request.trained_weights)
-        earlier = Preserved.load(record) if record.exists() else None
+        line = Line(attempt.trainer.model, before, after)
+        # What the first process finds there holds for all of them.
+        earlier, digest = attempt.agreed((Preserved.load(record) if record.exists() else None, line.digest))
         found = earlier
-        if earlier is None or earlier.trained != line.digest:
+        if earlier is None or earlier.trained != digest:
             found = _chosen(attempt, line, earlier.opened if earlier else ())
-            record.parent.mkdir(exist_ok=True)
-            found.save(record)
+            if attempt.is_main:
+                record.parent.mkdir(exist_ok=True)
+                found.save(record)
             attempt.recorder.write(Certified(preserved=found))
         assert found is not None
         line.put(found.chosen.kind, found.chosen.share)
         return found
     finally:
-        request.trained_weights.unlink(missing_ok=True)
+        after.unlink(missing_ok=True)
 
 
 def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Preserved:
@@ -137,11 +145,13 @@ def _chosen(attempt: AttemptContext, line: Line, opened: tuple[str, ...]) -> Pre
     start = choosing.read()
 
     def at(kind: Kind, share: float) -> Point:
-        if attempt.stop.asked:
+        # Others than the first are here only where all have a part.
+        if attempt.stop.agreed(attempt.trainer.args) if attempt.trainer.is_shared else attempt.stop.asked:
             raise InterruptedRun("stopped on request while a point within the budget was chosen; training is done")
         line.put(kind, share)
         drift, fall = moved(start, start if (kind, share) == ("whole", 0.0) else choosing.read())
-        # Not `attempt.score`, in which all processes have a part: the first one is alone by now.
+        # Not `attempt.score`, in which all processes have a part: the first one is alone by now, unless the weights are
+        # shared out, and then all score all rows.
         metric = float(attempt.task.metrics(attempt.reduced(rows), attempt.target)[plan.metric])
         return Point(kind=kind, share=share, measured=drift, metric=metric, task=fall)
 
