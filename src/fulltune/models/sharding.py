@@ -1,8 +1,9 @@
 """Weights that the processes of a training share out with PyTorch's FSDP2, as transformers loads them.
 
 `from_pretrained` with a `DistributedConfig` builds the model without values, shares its modules out by a plan (which
-modules are put together and freed again) and reads only this process's part of each tensor. Models without a plan of
-their own get one of their repeated blocks.
+modules are put together and freed again) and reads only this process's part of each tensor. transformers' own plan
+names the blocks of newer classes; for the others (BERT, GPT-2, T5) its rules match nothing, and the whole model would be
+one unit: all get a rule for their repeated blocks.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -
     """How transformers is to share a model out over so many processes: its `DistributedConfig`.
 
     Raises:
-        SetupError: When the model has neither a plan of its own nor repeated blocks.
+        SetupError: When the model has no repeated blocks.
     """
     import torch
     from transformers.distributed.configuration_utils import DistributedConfig
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = auto_class.from_config(copy.deepcopy(config))
-    return DistributedConfig(fsdp_size=num_processes, fsdp_plan=None if model.fsdp_plan else blocks_of(model))
+    return DistributedConfig(fsdp_size=num_processes, fsdp_plan=blocks_of(model))
 
 
 def blocks_of(model: Any) -> dict[str, str]:
