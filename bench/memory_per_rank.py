@@ -2,11 +2,11 @@
 
     python bench/memory_per_rank.py [--only NAME ...] [--folder FOLDER] [--records FILE] [--show]
 
-Each cell is a whole attempt through the command line: torchrun with gloo, weights read from safetensors, checks, dry-run
-step, three optimizer steps, an evaluation, a checkpoint, the finished model. Models have 30 to 60 M parameters of random
-weights, so that what the libraries take does not drown theirs. Predicted is the peak of the run's own plan, measured the
-growth of each process's resident memory from before the weights are read: that of the first one to its end, with the
-finished model that it puts together, that of the others to the end of the training.
+Each cell is a whole attempt through the command line: torchrun with gloo, weights read from safetensors, checks,
+dry-run step, three optimizer steps, an evaluation, a checkpoint, the finished model. Models have 30 to 60 M parameters
+of random weights, so that what the libraries take does not drown theirs. Predicted is the peak of the run's own plan,
+measured the growth of each process's resident memory from before the weights are read: that of the first one to its
+end, with the finished model that it puts together, that of the others to the end of the training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,9 @@ def show(records: dict[str, dict[str, Any]]) -> None:
         parameters = one["shapes"]["num_parameters"] / 1e6
         print(f"{head}{parameters:>5.0f}{peak / 1e6:>10,.0f}  {measured}  {error:+.1%}")
     for placement, found in errors.items():
-        median = statistics.median(map(abs, found))
-        within = sum(abs(error) <= 0.1 for error in found)
-        print(f"{placement}: {within} of {len(found)} within 10 %, median {median:.1%}, {min(found):+.1%} to {max(found):+.1%}")
+        within, median = sum(abs(error) <= 0.1 for error in found), statistics.median(map(abs, found))
+        spread = f"{min(found):+.1%} to {max(found):+.1%}"
+        print(f"{placement}: {within} of {len(found)} within 10 %, median {median:.1%}, {spread}")
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 `from_pretrained` with a `DistributedConfig` builds the model without values, shares its modules out by a plan (which
 modules are put together and freed again) and reads only this process's part of each tensor. transformers' own plan
-names the blocks of newer classes; for the others (BERT, GPT-2, T5) its rules match nothing, and the whole model would be
-one unit: all get a rule for their repeated blocks.
+names the blocks of newer classes; for the others (BERT, GPT-2, T5) its rules match nothing, and the whole model would
+be one unit: all get a rule for their repeated blocks.
 """
 
 from __future__ import annotations

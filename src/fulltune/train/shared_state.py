@@ -23,6 +23,9 @@ from fulltune.models import sharding
 FOLDER = "shared"
 """In a checkpoint, of one whose tensors were shared out."""
 _WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
+FILE_BYTES, MOST_FILES = 2**26, 64
+"""Least bytes of a file, and most files of a process: each is put together in memory, twice (torch 2.13's writer and
+safetensors), which of all tensors at once would be twice the process's part of weights and optimizer state."""
 
 
 def is_in(checkpoint: Path) -> bool:
@@ -38,7 +41,20 @@ def save(model: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None
         for kind, value in optimizer.state.get(parameter, {}).items():
             # A number of steps has no axis, and a file of parts tells them by their offsets.
             state[f"{_OPTIMIZER}{name}.{kind}"] = value.reshape(1) if value.dim() == 0 else value
-    save_parts(state, storage_writer=HuggingFaceStorageWriter(str(checkpoint / FOLDER), save_distributed=True))
+    writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), _files(state), save_distributed=True)
+    save_parts(state, storage_writer=writer)
+
+
+def _files(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Which file each tensor is written into, the first being 1: as many as keep the files small."""
+    sizes = {name: sharding.local(values).nbytes for name, values in state.items()}
+    most = max(FILE_BYTES, sum(sizes.values()) // MOST_FILES)
+    number, size, found = 1, 0, dict[str, int]()
+    for name, mine in sizes.items():
+        if size and size + mine > most:
+            number, size = number + 1, 0
+        found[name], size = number, size + mine
+    return found
 
 
 def load_weights(model: Any, checkpoint: Path) -> None:
