@@ -12,6 +12,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
+from fulltune.records.base import Record
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,24 @@ if TYPE_CHECKING:
 
 _FREED = "free_full_weight"
 """transformers' word: whole during the block's own pass alone."""
+
+
+class Units(Record):
+    """Parameters that FSDP2 puts together at a time. Each is counted once, where it is put together first."""
+
+    root: int
+    """Outside of all units, and a head tied to the embeddings: put together once, and whole from the forward to the end
+    of the backward pass."""
+    kept: int
+    """Of units that stay whole from their forward to their own backward pass: a language model's head."""
+    block: int
+    """Of the largest repeated block: whole in its own passes alone, so put together twice."""
+    apart: int
+    """Of the largest other unit of that kind: the embeddings of newer classes; 0: there is none."""
+
+    def gathered(self, num_parameters: int) -> int:
+        """Of a model with so many parameters, those that are put together for a forward and a backward pass."""
+        return 2 * num_parameters - self.root - self.kept
 
 
 def shared_over(auto_class: Any, config: PretrainedConfig, num_processes: int) -> Any:
@@ -54,6 +73,43 @@ def blocks_of(model: Any) -> dict[str, str]:
             "weights) to share out one by one; take ddp, or zero3"
         )
     return {f"{path}.*": _FREED for path in paths}
+
+
+def units_of(model: Any) -> Units:
+    """The units of a model, by transformers' own rules and `blocks_of`.
+
+    Args:
+        model: Of the class that is trained; its tensors need no values.
+
+    Raises:
+        SetupError: When it has no repeated blocks.
+    """
+    from transformers.distributed.fsdp import _resolve_tied_embed_lm_head_plan
+
+    blocks = blocks_of(model)
+    rules = _resolve_tied_embed_lm_head_plan(model.fsdp_plan | blocks, model)
+    styles: dict[str, str] = model._expand_parallel_plan(rules)
+    # Inner modules before those around them, those that are freed first: as transformers 5.24 shares them out.
+    order = sorted(styles, key=lambda name: (styles[name] != _FREED, -name.count(".")))
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
+    for name in [*order, ""]:
+        own = {id(one): one.numel() for one in model.get_submodule(name).parameters() if id(one) not in seen}
+        sizes[name] = sum(own.values())
+        seen |= own.keys()
+    repeated = tuple(path.removesuffix("*") for path in blocks)
+    freed = [name for name in order if styles[name] == _FREED]
+    kept = [name for name in order if styles[name] != _FREED]
+    # A head that is tied to the embeddings makes one unit with them, and they have no input whose gradient would end
+    # its backward pass: it is whole as long as the root.
+    is_tied = any(model.get_submodule(name) is model.get_input_embeddings() for name in kept)
+    size_of_kept = sum(sizes[name] for name in kept)
+    return Units(
+        root=sizes[""] + (size_of_kept if is_tied else 0),
+        kept=0 if is_tied else size_of_kept,
+        block=max((sizes[name] for name in freed if name.startswith(repeated)), default=0),
+        apart=max((sizes[name] for name in freed if not name.startswith(repeated)), default=0),
+    )
 
 
 def is_shared(model: Any) -> bool:

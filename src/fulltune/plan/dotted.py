@@ -8,6 +8,9 @@ from typing import Any
 from fulltune.recipe.fields import Recipe
 
 DEEPSPEED = "train.extra.deepspeed"
+PLACEMENT, OFFLOAD = "train.placement", "train.offload"
+WHERE = (PLACEMENT, OFFLOAD, DEEPSPEED)
+"""Settings that say where weights, gradients and optimizer state lie."""
 
 
 def given(recipe: Recipe, name: str) -> Any:

@@ -50,13 +50,18 @@ def device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     return device
 
 
-def placement(recipe: Recipe, reasons: Reasons) -> Any:
-    """Where weights, gradients and state lie: as the recipe says, or whole in each process."""
-    train = recipe.train
-    if train.extra.get("deepspeed") is not None:
+def placement(recipe: Recipe, why: str, reasons: Reasons) -> Any:
+    """Where weights, gradients and state lie.
+
+    Args:
+        recipe: With its placement, be it given or chosen: see `placing`.
+        why: It was chosen; empty: given.
+        reasons: Where it is written.
+    """
+    if recipe.train.extra.get("deepspeed") is not None:
         return "deepspeed"
-    chosen, why = ("single", "one process") if train.num_processes == 1 else ("ddp", "it fits in each process")
-    return reasons.add("train.placement", None if train.placement == "auto" else train.placement, chosen, why)
+    found = recipe.train.placement
+    return reasons.add("train.placement", None if why else found, found, why)
 
 
 def precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:

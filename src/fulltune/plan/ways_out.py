@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from fulltune.plan.dotted import DEEPSPEED, in_yaml
+from fulltune.plan.dotted import WHERE, in_yaml
 from fulltune.plan.levers import LEVERS, Lever
 from fulltune.plan.memory import MemorySettings
 from fulltune.recipe.fields import Recipe
@@ -46,7 +46,7 @@ def of_memory(
         peak = need(changed).peak
         found.append(way(settings, now - peak, peak <= budget_bytes, lever.costs))
         mild += lever.same_result
-    others = [one for one in placements if one.fits and one.runs and DEEPSPEED in one.settings]
+    others = [one for one in placements if one.fits and one.runs and one.settings.keys() & WHERE]
     if others:
         # After what leaves the result as it is, before what changes its numbers.
         fastest = max(others, key=lambda one: one.tokens_per_second or 0.0)

@@ -23,7 +23,7 @@ from fulltune.models import sharding
 FOLDER = "shared"
 """In a checkpoint, of one whose tensors were shared out."""
 _WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
-FILE_BYTES, MOST_FILES = 2**26, 64
+FILE_BYTES, MOST_FILES = 2**24, 64
 """Least bytes of a file, and most files of a process: each is put together in memory, twice (torch 2.13's writer and
 safetensors), which of all tensors at once would be twice the process's part of weights and optimizer state."""
 
